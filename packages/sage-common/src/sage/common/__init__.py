@@ -1,0 +1,1 @@
+"""What every part of SAGE shares: paths, settings, errors, logging, process locks."""

@@ -1,0 +1,107 @@
+"""Every error that a user can meet.
+
+SageError
+├── ConfigError           an option or setting is wrong: nothing was started
+├── DatasetError          a dataset cannot be trained on
+├── ModelError            a model cannot be used
+│   └── ModelNotFound     no folder, no package and no hub has it
+├── OutputError           the output folder cannot be used
+├── NotFound              no engine, task or route of that name
+├── Conflict              the thing exists, but not in a state that allows this
+├── RunError              a training run cannot go on
+├── EngineError           an engine does not start or does not answer
+├── Overloaded            not now; try again
+├── Unauthorized          the API key is missing or wrong
+└── GatewayUnreachable    no gateway answers
+"""
+
+from typing import ClassVar
+
+
+class SageError(Exception):
+    """A mistake or misfortune told in one sentence, with a code for programs and a next step for people."""
+
+    http_status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+    #: OpenAI's word for the class of error.
+    type: ClassVar[str] = "api_error"
+
+    def __init__(self, *, code: str, message: str, hint: str = "", param: str | None = None) -> None:
+        """code: stable snake_case; message: what and where; hint: what to do; param: the option at fault."""
+        super().__init__(message)
+        self.code, self.message, self.hint, self.param = code, message, hint, param
+
+    def __str__(self) -> str:
+        """Message and hint, as a person reads them."""
+        return f"{self.message} {self.hint}".strip()
+
+
+class _BadRequest(SageError):
+    http_status = 400
+    type = "invalid_request_error"
+
+
+class ConfigError(_BadRequest):
+    """An option or setting is wrong."""
+
+    exit_code = 2
+
+
+class DatasetError(_BadRequest):
+    """A dataset cannot be trained on."""
+
+
+class ModelError(_BadRequest):
+    """A model cannot be used."""
+
+
+class ModelNotFound(ModelError):
+    """No folder, no package and no hub has the model."""
+
+    http_status = 404
+
+
+class OutputError(_BadRequest):
+    """The output folder cannot be used."""
+
+
+class NotFound(_BadRequest):
+    """There is nothing of that name."""
+
+    http_status = 404
+
+
+class Conflict(_BadRequest):
+    """The thing exists, but not in a state that allows this."""
+
+    http_status = 409
+
+
+class RunError(SageError):
+    """A training run cannot go on; what it saved is kept."""
+
+
+class EngineError(SageError):
+    """An engine does not start or does not answer."""
+
+    http_status = 502
+
+
+class Overloaded(SageError):
+    """Not now: the caller should try again."""
+
+    http_status = 503
+    type = "service_unavailable_error"
+
+
+class Unauthorized(SageError):
+    """The API key is missing or wrong."""
+
+    http_status = 401
+    type = "authentication_error"
+
+
+class GatewayUnreachable(SageError):
+    """No gateway answers."""
+
+    exit_code = 3

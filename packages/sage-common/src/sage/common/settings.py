@@ -1,0 +1,77 @@
+"""What a user can set once: environment variables `SAGE_…` over `config.toml` over the defaults."""
+
+import tomllib
+from pathlib import Path
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from sage.common.errors import ConfigError
+from sage.common.paths import get_user_paths
+from sage.common.validation import config_error
+
+
+class Settings(BaseSettings):
+    """All settings. Each is `SAGE_<NAME>` in the environment and `<name>` in `config.toml`."""
+
+    model_config = SettingsConfigDict(env_prefix="SAGE_", extra="forbid", frozen=True)
+
+    gateway_host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
+    gateway_port: int = Field(8889, ge=1, le=65535, description="Port that the gateway listens on.")
+    api_key: SecretStr | None = Field(None, description="Key that every request must carry; needed off loopback.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL of the engines' store; default: SQLite.")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least severe line logged.")
+    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Time between two looks at the engines.")
+    engine_start_seconds: float = Field(300, gt=0, description="An inference engine must answer within this.")
+    stop_seconds: float = Field(20, gt=0, description="An inference engine that ignores SIGTERM is killed after this.")
+    request_wait_seconds: float = Field(60, ge=0, description="A request waits this long for a starting engine.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments over environment over file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, get_user_paths().config_file)
+
+    @property
+    def gateway_url(self) -> str:
+        """Base URL a client on this machine uses."""
+        host = "127.0.0.1" if self.gateway_host in ("0.0.0.0", "::", "") else self.gateway_host  # noqa: S104
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.gateway_port}"
+
+    @property
+    def store_url(self) -> str:
+        """SQLAlchemy URL of the store."""
+        return self.database_url or f"sqlite:///{get_user_paths().state_dir / 'engines.db'}"
+
+
+def load_settings() -> Settings:
+    """Return the settings in force.
+
+    Raises ConfigError that names the file or variable and what is wrong with it.
+    """
+    path = get_user_paths().config_file
+    try:
+        return Settings()
+    except tomllib.TOMLDecodeError as error:
+        raise _invalid(path, str(error)) from error
+    except ValidationError as error:
+        raise _invalid(path, config_error(error, "setting").message) from error
+
+
+def _invalid(path: Path, problem: str) -> ConfigError:
+    return ConfigError(
+        code="settings_invalid",
+        message=f"The settings are wrong: {problem.rstrip('.')}.",
+        hint=f"Correct it in {path} or in the SAGE_… environment variable of that name.",
+    )

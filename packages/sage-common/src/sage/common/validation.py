@@ -1,0 +1,36 @@
+"""pydantic's findings, told in one sentence that names the option."""
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from sage.common.errors import ConfigError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def validated(model: type[ModelT], values: dict[str, Any], what: str = "option") -> ModelT:
+    """Return `model` made of `values`.
+
+    Raises ConfigError that names the first wrong option, what was given and what is allowed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise config_error(error, what) from error
+
+
+def config_error(error: ValidationError, what: str = "option") -> ConfigError:
+    """Return the first finding of a ValidationError as a ConfigError; how many more there are stands in its hint."""
+    first, *rest = error.errors()
+    name = ".".join(str(part) for part in first["loc"]) or what
+    given = "" if first["type"] in ("missing", "extra_forbidden") else f", got {first['input']!r}"
+    messages = {"missing": "is required", "extra_forbidden": f"is not an {what} here"}
+    problem = messages.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
+    more = f" ({len(rest)} more to correct: {', '.join(str(e['loc'][-1]) for e in rest if e['loc'])}.)" if rest else ""
+    return ConfigError(
+        code="config_invalid",
+        message=f"{name}: {problem}{given}.",
+        hint=f"Correct '{name}' and start again; nothing was started.{more}",
+        param=name,
+    )

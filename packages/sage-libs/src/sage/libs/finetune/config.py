@@ -1,0 +1,74 @@
+"""What a fine-tuning run is asked to do."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sage.common.errors import ConfigError
+from sage.common.validation import validated
+
+
+class FinetuneConfig(BaseModel):
+    """One run. The same values, data, machine and versions give the same losses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    base_model: str = Field(min_length=1, description="Folder, name in the models folder, or hub id.")
+    dataset_path: str = Field(min_length=1, description="File (.jsonl .json .csv .parquet) or a folder of them.")
+    output_dir: str = Field(min_length=1, description="Folder that gets the adapter; must be new, empty or ours.")
+    lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter's matrices.")
+    lora_alpha: int = Field(16, ge=1, le=4096, description="The adapter's output is scaled by alpha / rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped in training.")
+    target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises to its peak.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
+    num_epochs: int = Field(3, ge=1, le=10_000, description="Passes over the dataset.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
+    batch_size: int = Field(4, ge=1, le=4096, description="Samples per forward pass (micro-batch).")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
+    max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
+    eval_path: str | None = Field(None, description="Held-out samples, scored before the first step and at the end.")
+    eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset held out instead of eval_path.")
+    save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: matrix products in bf16 over fp32 weights; auto: where the device has bf16."
+    )
+    use_8bit: bool = Field(True, description="Hold the base in 8 bits on CUDA (bitsandbytes); elsewhere it stays whole.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter, the order of the data and dropout.")
+    resume_from_checkpoint: str | None = Field(None, description="A run's checkpoint folder to go on from.")
+
+    @field_validator("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _one_held_out_source(self) -> "FinetuneConfig":
+        if self.eval_path and self.eval_split:
+            raise ValueError("give eval_path or eval_split, not both")
+        return self
+
+
+def load_config(path: Path) -> FinetuneConfig:
+    """Return the run described by a YAML file; relative paths in it count from the working folder.
+
+    Raises ConfigError that names the file, or the option and what is allowed for it.
+    """
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(code="config_missing", message=f"{path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(code="config_invalid", message=f"{path} is not valid YAML: {problem}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(code="config_invalid", message=f"{path}: a mapping of options to values is expected.")
+    return validated(FinetuneConfig, values)

@@ -1,0 +1,1 @@
+"""From files of any common format to token ids with a mask of what is trained on."""

@@ -1,0 +1,73 @@
+"""Every fault of a dataset, with its line, before anything expensive starts."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from sage.common.errors import DatasetError
+from sage.libs.finetune.data.formats import RecordError, parse_record
+from sage.libs.finetune.data.loading import read_records
+from sage.libs.finetune.data.samples import Chat, Fault, Origin, Sample
+
+#: How many faults an error message spells out.
+_SHOWN_FAULTS = 3
+
+
+@dataclass
+class DatasetReport:
+    """What a dataset holds and what is wrong with it."""
+
+    path: Path
+    samples: list[Sample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    assistant_turns: int = 0
+    #: Each repeated record with the first one that says the same.
+    duplicates: list[tuple[Origin, Origin]] = field(default_factory=list)
+
+    def raise_for_faults(self) -> None:
+        """Raise DatasetError where anything is wrong, or where there is nothing to train on."""
+        if self.faults:
+            shown = " ".join(str(fault) for fault in self.faults[:_SHOWN_FAULTS])
+            more = f" (and {len(self.faults) - _SHOWN_FAULTS} more)" if len(self.faults) > _SHOWN_FAULTS else ""
+            raise DatasetError(
+                code="dataset_invalid",
+                message=f"{shown}{more}",
+                hint=f"`sage llm dataset check {self.path}` lists every fault.",
+                param="dataset_path",
+            )
+        if not self.samples:
+            raise DatasetError(
+                code="dataset_empty",
+                message=f"The dataset {self.path} is empty: it holds no record.",
+                hint='Each line is one JSON object, such as {"messages": [...]}.',
+                param="dataset_path",
+            )
+
+
+def check_dataset(path: Path) -> DatasetReport:
+    """Read a whole dataset and return what it holds.
+
+    Raises DatasetError only where there is no file to read; faults inside stand in the report.
+    """
+    report = DatasetReport(path)
+    seen: dict[bytes, Origin] = {}
+    for item in read_records(path):
+        if isinstance(item, Fault):
+            report.faults.append(item)
+            continue
+        origin, record = item
+        try:
+            name, content = parse_record(record)
+        except RecordError as error:
+            report.faults.append(Fault(origin, error.message, error.hint))
+            continue
+        report.samples.append(Sample(origin, name, content))
+        report.formats[name] += 1
+        if isinstance(content, Chat):
+            report.assistant_turns += sum(message["role"] == "assistant" for message in content.messages)
+        first = seen.setdefault(sha256(repr(content).encode()).digest(), origin)
+        if first is not origin:
+            report.duplicates.append((origin, first))
+    return report

@@ -1,0 +1,49 @@
+"""What the data pipeline passes on: where a record stood, what it says, what is wrong with it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a record stands: a line of a text file, else the number of the record; both count from 1."""
+
+    path: Path
+    line: int
+
+    def __str__(self) -> str:
+        """`file:line`, as editors understand it."""
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something in a dataset that cannot be trained on."""
+
+    origin: Origin
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        return f"{self.origin}: {self.message}{f' {self.hint}' if self.hint else ''}"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation: messages in OpenAI's shape, tools in OpenAI's shape."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    #: Indexes of assistant messages that are context only (OpenAI's `"weight": 0`).
+    untrained: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record that can be trained on: a chat, or plain text of which every token is."""
+
+    origin: Origin
+    format: str
+    content: Chat | str = field(repr=False)

@@ -1,0 +1,162 @@
+"""FinetuneManager: runs, from creation to result. Keeps nothing in memory that it could not read again; no torch."""
+
+import json
+import secrets
+import shutil
+import signal
+import string
+import sys
+import time
+from collections import deque
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sage.common.errors import Conflict, NotFound
+from sage.common.paths import get_user_paths
+from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
+from sage.libs.finetune.checkpoints import list_checkpoints
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.data.linting import check_dataset
+from sage.libs.finetune.data.loading import dataset_hash
+from sage.libs.finetune.output import claim_output
+from sage.libs.finetune.rundir import Event, RunDirectory, RunSpec
+from sage.libs.finetune.status import RunState, RunStatus, derive, fold
+from sage.libs.models.resolve import resolve_model
+
+#: A worker has said its last word, but its process still closes; a new one waits this long for it.
+_EXIT_SECONDS = 10.0
+_ALIVE = (RunState.STARTING, RunState.RUNNING)
+
+
+class FinetuneManager:
+    """Creates, starts, stops and reads runs below one folder."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        """root: the folder of run directories; by default the user's `models/finetuned`."""
+        self.root = root or get_user_paths().finetuned_dir
+        self._folded: dict[str, tuple[int, RunStatus]] = {}
+
+    def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
+        """Check everything that can be checked without loading a model, then write a run's directory; return its id.
+
+        Raises DatasetError, ModelError or OutputError; then nothing was written.
+        """
+        for path in filter(None, (config.dataset_path, config.eval_path)):
+            check_dataset(Path(path)).raise_for_faults()
+        resolve_model(config.base_model)
+        if config.resume_from_checkpoint and not (Path(config.resume_from_checkpoint) / "manifest.json").is_file():
+            raise NotFound(
+                code="checkpoint_not_found",
+                message=f"{config.resume_from_checkpoint} is not a checkpoint of a run.",
+                hint=f"Checkpoints are folders {self.root}/<task>/checkpoint-<step>.",
+                param="resume_from_checkpoint",
+            )
+        task_id = task_id or f"task-{random_suffix()}"
+        run = RunDirectory(self.root / task_id)
+        claim_output(Path(config.output_dir), task_id, run.path)
+        spec = RunSpec(task_id, config, dataset_hash(Path(config.dataset_path)), datetime.now(UTC).isoformat())
+        run.create(spec)
+        return task_id
+
+    def start(self, task_id: str) -> ProcessIdentity:
+        """Start a run's worker in a process of its own; it goes on from the newest checkpoint where there is one.
+
+        Raises Conflict where it is running already.
+        """
+        run = self.run_directory(task_id)
+        deadline = time.monotonic() + _EXIT_SECONDS
+        while self.process(task_id) and self.status(task_id).state not in _ALIVE and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self.process(task_id):
+            raise Conflict(code="already_running", message=f"{task_id} is running already.")
+        run.append_event("launched")
+        argv = (sys.executable, "-m", "sage.libs.finetune.worker", str(run.path))
+        return spawn(ProcessSpec(argv, run.lock_path, run.log_path, {"PYTHONUNBUFFERED": "1"}))
+
+    def resume(self, task_id: str) -> ProcessIdentity:
+        """Start a run again that was stopped or failed.
+
+        Raises Conflict where there is nothing to resume, or where the dataset is no longer the one it began with.
+        """
+        self.check_resumable(task_id)
+        return self.start(task_id)
+
+    def check_resumable(self, task_id: str) -> None:
+        """Raise Conflict where `resume` would."""
+        state, spec = self.status(task_id).state, self.run_directory(task_id).read_spec()
+        if state is RunState.COMPLETED:
+            raise Conflict(
+                code="not_resumable",
+                message=f"{task_id} is completed: its result is in {spec.config.output_dir}.",
+                hint="To train on, start a new run with another output folder.",
+            )
+        if state in _ALIVE:
+            raise Conflict(code="not_resumable", message=f"{task_id} is running.", hint="There is nothing to resume.")
+        if dataset_hash(Path(spec.config.dataset_path)) != spec.dataset_sha256:
+            raise Conflict(
+                code="dataset_changed",
+                message=f"{spec.config.dataset_path} has changed since {task_id} began, so it cannot go on exactly.",
+                hint="Put the old file back, or start a new run.",
+            )
+
+    def stop(self, task_id: str, *, force: bool = False) -> bool:
+        """Ask a run to save and end (`force`: kill it); return at once, False where no process was there to ask."""
+        process = self.process(task_id)
+        return process.send_signal(signal.SIGKILL if force else signal.SIGTERM) if process else False
+
+    def status(self, task_id: str) -> RunStatus:
+        """Return where a run is."""
+        run = self.run_directory(task_id)
+        alive = holder(run.lock_path) is not None  # before the events: what died in between had its last word
+        offset, status = self._folded.get(task_id, (0, RunStatus()))
+        events, offset = run.read_events(offset)
+        status = fold(status, events)
+        self._folded[task_id] = (offset, status)
+        return derive(status, alive=alive)
+
+    def process(self, task_id: str) -> ProcessIdentity | None:
+        """Return the process of a run, or None where there is none."""
+        return holder(self.run_directory(task_id).lock_path)
+
+    def events(self, task_id: str, offset: int = 0) -> tuple[list[Event], int]:
+        """Return a run's events from a byte offset on, and the offset behind them."""
+        return self.run_directory(task_id).read_events(offset)
+
+    def logs(self, task_id: str, tail: int = 100) -> list[str]:
+        """Return the last lines of a run's log."""
+        try:
+            with self.run_directory(task_id).log_path.open(encoding="utf-8", errors="replace") as file:
+                return [line.rstrip("\n") for line in deque(file, maxlen=max(tail, 0))]
+        except FileNotFoundError:
+            return []
+
+    def list(self) -> list[str]:
+        """Return the ids of all runs, oldest first."""
+        specs = self.root.glob("*/spec.json")
+        return [path.parent.name for path in sorted(specs, key=lambda path: path.stat().st_mtime)]
+
+    def delete(self, task_id: str) -> None:
+        """Remove a run's directory with its checkpoints; the output folder stays. Raises Conflict while it runs."""
+        if self.process(task_id):
+            raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop it first.")
+        shutil.rmtree(self.run_directory(task_id).path)
+        self._folded.pop(task_id, None)
+
+    def checkpoint_paths(self, task_id: str) -> "list[Path]":
+        """Return the complete checkpoints of a run, oldest first."""
+        return [checkpoint.path for checkpoint in list_checkpoints(self.run_directory(task_id).path)]
+
+    def run_directory(self, task_id: str) -> RunDirectory:
+        """Return a run's directory; raises NotFound."""
+        run = RunDirectory(self.root / task_id)
+        if not run.spec_path.is_file():
+            known = json.dumps(self.list()[-5:])
+            raise NotFound(
+                code="task_not_found", message=f"No task '{task_id}' in {self.root}.", hint=f"The last ones: {known}."
+            )
+        return run
+
+
+def random_suffix() -> str:
+    """Return 10 characters of [a-z0-9], as ids of tasks and engines end in."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(10))

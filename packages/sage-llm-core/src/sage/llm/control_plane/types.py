@@ -1,0 +1,124 @@
+"""The values that the control plane, its HTTP surface and its client speak in."""
+
+import re
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from sage.llm.control_plane.states import EngineState
+
+
+class EngineKind(StrEnum):
+    """What an engine does."""
+
+    LLM = "llm"  #: answers chats and completions
+    EMBEDDING = "embedding"  #: turns texts into vectors
+    FINETUNE = "finetune"  #: trains an adapter
+
+
+SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
+#: In a request: the most recently started running engine of the kind.
+DEFAULT_MODEL = "sage-default"
+_NAME = re.compile(r"[\w./@:+-]+")
+
+
+class Wanted(StrEnum):
+    """What the user asked for last."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+class StartRequest(BaseModel):
+    """An engine to start."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, description="Folder, name in the models folder, or hub id.")
+    engine_kind: EngineKind = EngineKind.LLM
+    name: str | None = Field(None, max_length=200, description="Name in requests; default: the model as given.")
+    port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free one.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind; see the documentation.")
+
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, name: str | None) -> str | None:
+        if name is not None and (not _NAME.fullmatch(name) or name == DEFAULT_MODEL):
+            raise ValueError(f"must be letters, digits and ./@:+-_ and not {DEFAULT_MODEL!r}")
+        return name
+
+
+class Reason(BaseModel):
+    """Why an engine is in its state."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class TrainingProgress(BaseModel):
+    """Where a fine-tuning engine is. None: not known (yet)."""
+
+    step: int
+    total_steps: int | None
+    progress: float | None = Field(description="Share of the steps that is done, 0 to 1.")
+    epoch: float | None
+    loss: float | None = Field(description="Of the last step, nats per token.")
+    token_accuracy: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_second: float | None
+    eta_seconds: float | None = Field(description="None while it is being estimated.")
+    checkpoint_step: int | None
+    heldout_loss_before: float | None
+    heldout_loss: float | None
+    activity: str | None = Field(description="What it does before the first step and after the last.")
+    warnings: list[str] = []
+
+
+class EngineView(BaseModel):
+    """An engine as a user sees it."""
+
+    id: str
+    object: str = "engine"
+    kind: EngineKind
+    model: str
+    name: str
+    state: EngineState
+    reason: Reason | None = None
+    training: TrainingProgress | None = None
+    port: int | None = None
+    pid: int | None = None
+    memory_bytes: int | None = None
+    created_at: datetime
+    state_at: datetime = Field(description="Since when it is in this state.")
+    task_id: str | None = None
+    output_dir: str | None = None
+    run_dir: str | None = None
+    log_path: str
+
+
+class EngineEvent(BaseModel):
+    """One step in an engine's life."""
+
+    id: int
+    engine_id: str
+    at: datetime
+    before: EngineState | None
+    after: EngineState
+    actor: str
+    reason: str
+
+
+class Device(BaseModel):
+    """Memory that engines share: a GPU, or the main memory of a node."""
+
+    node: str
+    kind: str
+    index: int
+    name: str
+    memory_total_bytes: int
+    memory_used_bytes: int
+    utilization_percent: float | None = None
