@@ -1,7 +1,9 @@
-"""Logging: one line an event, with time, level and place, to stderr."""
+"""Logging: one line an event, with time, level and place, to stderr; and reading what was logged."""
 
 import logging
 import sys
+from collections import deque
+from pathlib import Path
 
 
 def configure_logging(level: str = "INFO") -> None:
@@ -15,3 +17,12 @@ def configure_logging(level: str = "INFO") -> None:
     )
     for noisy in ("httpx", "httpcore", "alembic", "aiohttp.access", "filelock"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+
+
+def tail_lines(path: Path, count: int) -> list[str]:
+    """Return the last lines of a log; none where there is no log yet."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return [line.rstrip("\n") for line in deque(file, maxlen=count)]
+    except FileNotFoundError:
+        return []

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ class ProcessSpec:
     lock_path: Path  #: held while it lives
     log_path: Path  #: its stdout and stderr are appended here
     env: Mapping[str, str] = field(default_factory=dict)  #: added to the environment of the parent
+    holds_sigterm: bool = False  #: SIGTERM waits until the process unblocks it, so that none comes too early
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def spawn(spec: ProcessSpec) -> ProcessIdentity:
     try:
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, **spec.env, LOCK_FD_VARIABLE: str(descriptor), _LOCK_PATH_VARIABLE: str(spec.lock_path)}
-        with spec.log_path.open("ab") as log:
+        with spec.log_path.open("ab") as log, _blocked_sigterm(spec.holds_sigterm):
             child = subprocess.Popen(
                 spec.argv,
                 stdin=subprocess.DEVNULL,
@@ -142,6 +144,19 @@ def spawn(spec: ProcessSpec) -> ProcessIdentity:
         return identity
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _blocked_sigterm(block: bool) -> Iterator[None]:
+    """Block SIGTERM in this thread, for a child to inherit."""
+    if not block:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def holder(lock_path: Path) -> ProcessIdentity | None:

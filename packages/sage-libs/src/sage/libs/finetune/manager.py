@@ -7,11 +7,11 @@ import signal
 import string
 import sys
 import time
-from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sage.common.errors import Conflict, NotFound
+from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
 from sage.libs.finetune.checkpoints import list_checkpoints
@@ -71,7 +71,9 @@ class FinetuneManager:
             raise Conflict(code="already_running", message=f"{task_id} is running already.")
         run.append_event("launched")
         argv = (sys.executable, "-m", "sage.libs.finetune.worker", str(run.path))
-        return spawn(ProcessSpec(argv, run.lock_path, run.log_path, {"PYTHONUNBUFFERED": "1"}))
+        return spawn(
+            ProcessSpec(argv, run.lock_path, run.log_path, {"PYTHONUNBUFFERED": "1"}, holds_sigterm=True)
+        )
 
     def resume(self, task_id: str) -> ProcessIdentity:
         """Start a run again that was stopped or failed.
@@ -116,7 +118,7 @@ class FinetuneManager:
 
     def process(self, task_id: str) -> ProcessIdentity | None:
         """Return the process of a run, or None where there is none."""
-        return holder(self.run_directory(task_id).lock_path)
+        return holder(RunDirectory(self.root / task_id).lock_path)
 
     def events(self, task_id: str, offset: int = 0) -> tuple[list[Event], int]:
         """Return a run's events from a byte offset on, and the offset behind them."""
@@ -124,11 +126,7 @@ class FinetuneManager:
 
     def logs(self, task_id: str, tail: int = 100) -> list[str]:
         """Return the last lines of a run's log."""
-        try:
-            with self.run_directory(task_id).log_path.open(encoding="utf-8", errors="replace") as file:
-                return [line.rstrip("\n") for line in deque(file, maxlen=max(tail, 0))]
-        except FileNotFoundError:
-            return []
+        return tail_lines(self.run_directory(task_id).log_path, tail)
 
     def list(self) -> list[str]:
         """Return the ids of all runs, oldest first."""

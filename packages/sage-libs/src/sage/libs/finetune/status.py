@@ -92,7 +92,8 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
         case "eval":
             return replace(status, heldout_loss=event["loss"])
         case "warning":
-            return replace(status, warnings=(*status.warnings, event["message"]))
+            # A resumed run says again what it said before.
+            return replace(status, warnings=tuple(dict.fromkeys((*status.warnings, event["message"]))))
         case "progress":
             return replace(status, message=event["message"])
         case "stopped":

@@ -14,9 +14,10 @@ class StopRequest:
         self.requested = False
 
     def install(self) -> None:
-        """From now on SIGTERM and SIGINT only set the request."""
+        """From now on SIGTERM and SIGINT only set the request, those included that were held back so far."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.request())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def request(self) -> None:
         """Ask for a stop."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from sage.common.errors import RunError, SageError
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
         write_identity(descriptor)
         run.append_event("launched")
     configure_logging()
+    warnings.simplefilter("ignore", FutureWarning)  # between libraries, nothing that a user could do
     stop = StopRequest()
     stop.install()
     try:

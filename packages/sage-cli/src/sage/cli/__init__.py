@@ -1,0 +1,1 @@
+"""The command line: everything it does goes through the gateway's HTTP."""

@@ -1,0 +1,41 @@
+"""`sage llm model …`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command("list")
+def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the models that can be named: those in the models folder, and those that packages carry."""
+    from sage.libs.models.catalog import list_models
+
+    models = list_models()
+    if json_:
+        import json
+
+        typer.echo(json.dumps([{**vars(model), "path": str(model.path)} for model in models], indent=2))
+        return
+    from rich.table import Table
+
+    from sage.cli import render
+
+    table = Table("NAME", "KIND", "SIZE", "PATH", box=None, pad_edge=False, header_style="bold")
+    for model in models:
+        table.add_row(model.name, model.kind, render.size(model.size_bytes), str(model.path))
+    render.stdout().print(table)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder with a model in safetensors or GGUF, or an adapter.")],
+    name: Annotated[str | None, typer.Option(help="Name to give it, such as org/name; default: the folder's.")] = None,
+) -> None:
+    """Copy a model into the models folder, checked, whole or not at all."""
+    from sage.libs.models.catalog import import_model
+
+    target = import_model(folder, name or folder.absolute().name)
+    typer.echo(f"Imported to {target}.", err=True)

@@ -1,0 +1,56 @@
+"""`sage`: the entry point."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sage.cli.commands.apps import gateway, llm
+from sage.common.errors import SageError
+
+app = typer.Typer(
+    name="sage",
+    help="Fine-tune and serve language models on your own machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(llm.app, name="llm", help="Engines, models, datasets, and talking to them.")
+app.add_typer(gateway.app, name="gateway", help="The process that owns the engines and answers HTTP.")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"sage {version('sage-cli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run a command. A mistake is one message on stderr and an exit code: 1 failed, 2 wrong usage, 3 no gateway."""
+    try:
+        app()
+    except SageError as error:
+        typer.echo(f"Error: {error.message}", err=True)
+        if error.hint:
+            typer.echo(f"  {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

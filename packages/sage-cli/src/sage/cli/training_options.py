@@ -1,0 +1,89 @@
+"""The options of a fine-tuning run, once, for every command that starts one.
+
+They stand here as a table, and not read off FinetuneConfig, so that `sage --help` imports nothing heavy; a test holds the
+two together.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+
+class TrainingOption(NamedTuple):
+    """One option: its name is that of FinetuneConfig's field, or the requirement's shorter one."""
+
+    field: str
+    type: type
+    default: object  #: shown in the help; what is not given is left to FinetuneConfig
+    help: str
+    flag: str | None = None
+
+
+#: Fields that are paths, made absolute here, because the gateway works in another folder.
+PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint")
+OPTIONS = (
+    TrainingOption("dataset_path", str, None, "Samples: .jsonl, .json, .csv, .parquet, or a folder.", "--dataset"),
+    TrainingOption("output_dir", str, None, "Folder that gets the adapter.", "--output"),
+    TrainingOption("eval_path", str, None, "Held-out samples, scored before and after.", "--eval"),
+    TrainingOption("eval_split", float, 0.0, "Share of the dataset held out instead."),
+    TrainingOption("num_epochs", int, 3, "Passes over the dataset."),
+    TrainingOption("max_steps", int, None, "Optimizer steps; overrides --num-epochs."),
+    TrainingOption("batch_size", int, 4, "Samples per micro-batch."),
+    TrainingOption("gradient_accumulation_steps", int, 1, "Micro-batches per optimizer step."),
+    TrainingOption("max_seq_length", int, 512, "Longer samples are cut, in tokens."),
+    TrainingOption("lora_rank", int, 8, "Rank of the adapter."),
+    TrainingOption("lora_alpha", int, 16, "The adapter's output is scaled by alpha / rank."),
+    TrainingOption("lora_dropout", float, 0.0, "Share of the adapter's inputs dropped in training."),
+    TrainingOption("target_modules", str, "all-linear", "Layers that get an adapter; several: a,b,c."),
+    TrainingOption("learning_rate", float, 1e-4, "Peak learning rate."),
+    TrainingOption("lr_scheduler", str, "cosine", "cosine, linear, constant or constant_with_warmup."),
+    TrainingOption("warmup_steps", int, 5, "Steps over which the learning rate rises."),
+    TrainingOption("weight_decay", float, 0.0, "AdamW's weight decay."),
+    TrainingOption("max_grad_norm", float, 1.0, "Gradients are clipped to this norm; 0: never."),
+    TrainingOption("save_steps", int, 50, "Steps between checkpoints."),
+    TrainingOption("keep_checkpoints", int, 2, "How many checkpoints are kept."),
+    TrainingOption("precision", str, "auto", "auto, fp32 or bf16."),
+    TrainingOption("use_8bit", bool, True, "Hold the base in 8 bits, where the device can.", "--use-8bit/--no-use-8bit"),
+    TrainingOption("seed", int, 42, "Seed of adapter, order and dropout."),
+    TrainingOption("resume_from_checkpoint", str, None, "A run's checkpoint folder to go on from."),
+)
+
+
+def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that ends in `**training` every option of a run; only those given reach it."""
+
+    def run(**values: Any) -> None:
+        names = {option.field for option in OPTIONS}
+        given = {name: value for name, value in values.items() if name in names and value is not None}
+        command(**{name: value for name, value in values.items() if name not in names}, **_normalised(given))
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [*own, *(_parameter(option) for option in OPTIONS)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    return run
+
+
+def _parameter(option: TrainingOption) -> inspect.Parameter:
+    flag = option.flag or f"--{option.field.replace('_', '-')}"
+    shown = f" [default: {option.default}]" if option.default is not None else ""
+    annotation = Annotated[
+        option.type | None,
+        typer.Option(flag, help=f"{option.help}{shown}", show_default=False, rich_help_panel="Training"),
+    ]
+    return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _normalised(given: dict[str, Any]) -> dict[str, Any]:
+    from pathlib import Path
+
+    for name in PATH_FIELDS:
+        if name in given:
+            given[name] = str(Path(given[name]).expanduser().absolute())
+    modules = given.get("target_modules")
+    if modules and "," in modules:
+        given["target_modules"] = [module.strip() for module in modules.split(",")]
+    return given

@@ -1,0 +1,73 @@
+"""The models folder: what is in it, and putting something into it."""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from sage.common.errors import ConfigError, Conflict, ModelNotFound, SageError
+from sage.common.paths import get_user_paths
+from sage.libs.models.resolve import PACKAGED, inspect_folder
+
+_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)?")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that can be named."""
+
+    name: str
+    kind: str
+    size_bytes: int
+    path: Path
+
+
+def list_models() -> list[ModelEntry]:
+    """Return the models that need no network, by name: those in the models folder, and those that packages carry."""
+    paths = get_user_paths()
+    entries: dict[str, ModelEntry] = {}
+    for name, packaged in PACKAGED.items():
+        if (folder := packaged.path()) and folder.is_dir():
+            entries[name] = ModelEntry(name, f"packaged ({packaged.package})", _size_bytes(folder), folder)
+    for folder in sorted([*paths.models_dir.glob("*"), *paths.models_dir.glob("*/*")]):
+        name = str(folder.relative_to(paths.models_dir))
+        if name.startswith((".", "finetuned")) or not folder.is_dir():
+            continue
+        try:
+            source = inspect_folder(folder, name)
+        except SageError:  # an organisation's folder, or not a model
+            continue
+        entries[name] = ModelEntry(name, source.kind, _size_bytes(folder), folder)
+    return sorted(entries.values(), key=lambda entry: entry.name)
+
+
+def import_model(folder: Path, name: str) -> Path:
+    """Copy a model into the models folder under a name, whole or not at all, and return where it is.
+
+    Raises ModelError for a folder that holds none, ConfigError for a name that cannot be, Conflict for one that is taken.
+    """
+    if not _NAME.fullmatch(name) or ".." in name or name.startswith(("finetuned", ".")):
+        raise ConfigError(
+            code="config_invalid", message=f"'{name}' cannot be a model's name.", hint="Use org/name.", param="name"
+        )
+    if not folder.is_dir():
+        raise ModelNotFound(code="model_not_found", message=f"{folder} is not a folder.")
+    inspect_folder(folder.absolute(), name)
+    target = get_user_paths().models_dir / name
+    if target.exists():
+        raise Conflict(code="model_exists", message=f"{target} exists already.", hint="Give another --name.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(folder, partial)
+        os.replace(partial, target)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,1 @@
+"""Inference servers: how each is started."""

@@ -1,0 +1,20 @@
+"""A backend: an inference server that speaks OpenAI's HTTP on a port of its own.
+
+To add one: a class with `options` and `argv`, and an entry in `BACKENDS` of `inference_executor.py`.
+"""
+
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel
+
+
+class Backend(Protocol):
+    """How one inference server is started."""
+
+    #: What a user may set for it.
+    options: ClassVar[type[BaseModel]]
+    #: Answers 200 when the server is ready.
+    health_path: ClassVar[str]
+
+    def argv(self, model: str, port: int, options: Any) -> tuple[str, ...]:
+        """Return the command that serves `model` on loopback at `port`."""

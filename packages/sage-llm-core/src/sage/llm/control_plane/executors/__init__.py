@@ -1,0 +1,1 @@
+"""One executor for each way of running an engine."""

@@ -1,0 +1,51 @@
+"""The executor: what the reconciler needs of an engine kind."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sage.common.processes import ProcessIdentity
+from sage.llm.control_plane.states import EngineState
+from sage.llm.control_plane.store.store import EngineRecord
+from sage.llm.control_plane.types import Reason, StartRequest
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is, whatever the store says."""
+
+    alive: bool  #: it has a process
+    ready: bool = False  #: it answers, or trains
+    ended: EngineState | None = None  #: it settled by itself, and in which state
+    reason: Reason | None = None  #: of `ended`, or of a death
+
+
+class Executor(Protocol):
+    """Runs engines of a kind. Nothing here waits for an engine to get somewhere."""
+
+    async def prepare(self, engine_id: str, request: StartRequest) -> dict[str, Any]:
+        """Check a request and return the options to keep; raises SageError, and then nothing was done."""
+
+    async def check_resumable(self, engine: EngineRecord) -> None:
+        """Raise Conflict where the engine cannot be started again."""
+
+    async def launch(self, engine: EngineRecord) -> int | None:
+        """Start the engine's process; return the port it will answer on, if any."""
+
+    async def observe(self, engine: EngineRecord) -> Observed:
+        """Return what is."""
+
+    async def request_stop(self, engine: EngineRecord, *, force: bool) -> None:
+        """Ask the process to end (`force`: kill it)."""
+
+    def process(self, engine: EngineRecord) -> ProcessIdentity | None:
+        """Return the engine's process, or None."""
+
+    async def describe(self, engine: EngineRecord) -> dict[str, Any]:
+        """Return the fields of EngineView that only the executor knows."""
+
+    def log_path(self, engine: EngineRecord) -> Path:
+        """Return where the engine's log is."""
+
+    async def remove(self, engine: EngineRecord) -> None:
+        """Remove what the engine keeps on disk; a result that it gave away stays."""

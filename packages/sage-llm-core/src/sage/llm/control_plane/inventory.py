@@ -1,0 +1,72 @@
+"""What memory there is: the GPUs of this node and its main memory."""
+
+import contextlib
+import functools
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+
+from sage.llm.control_plane.types import Device
+
+
+def list_devices() -> list[Device]:
+    """Return this node's devices, GPUs first, main memory last."""
+    memory, node = psutil.virtual_memory(), socket.gethostname()
+    main = Device(
+        node=node,
+        kind="cpu",
+        index=0,
+        name="main memory",
+        memory_total_bytes=memory.total,
+        memory_used_bytes=memory.total - memory.available,
+        utilization_percent=psutil.cpu_percent(),
+    )
+    return [*_gpus(node), main]
+
+
+def gpu_memory_of(pid: int) -> int | None:
+    """Return the GPU memory that a process holds, over all GPUs, or None where it holds none."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    used = 0
+    for handle in _handles(nvml):
+        with contextlib.suppress(nvml.NVMLError):
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                used += process.usedGpuMemory or 0 if process.pid == pid else 0
+    return used or None
+
+
+def _gpus(node: str) -> Iterator[Device]:
+    nvml = _nvml()
+    if nvml is None:
+        return
+    for index, handle in enumerate(_handles(nvml)):
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        yield Device(
+            node=node,
+            kind="cuda",
+            index=index,
+            name=nvml.nvmlDeviceGetName(handle),
+            memory_total_bytes=memory.total,
+            memory_used_bytes=memory.used,
+            utilization_percent=nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        )
+
+
+def _handles(nvml: Any) -> list[Any]:
+    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+
+
+@functools.cache
+def _nvml() -> Any | None:
+    """Return NVIDIA's management library, ready for use, or None on a machine without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml

@@ -1,0 +1,1 @@
+"""Inference server processes. They import torch; nothing else may import them."""

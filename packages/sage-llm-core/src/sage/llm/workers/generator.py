@@ -1,0 +1,177 @@
+"""Generation: one model, one answer at a time, piece by piece, stopped when nobody listens any more."""
+
+import logging
+import threading
+from collections.abc import Generator as Pieces
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+
+from sage.common.errors import ConfigError, EngineError
+from sage.libs.finetune.data.tokenizing import ensure_chat_template
+from sage.libs.models.loading import load_causal_lm, load_tokenizer
+from sage.libs.models.resolve import ModelKind
+from sage.llm.workers.server import load_source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. None: as the model's generation_config.json says."""
+
+    max_tokens: int
+    temperature: float | None = None  #: 0: always the likeliest
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Answer:
+    """Filled while an answer is generated."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    finish_reason: str = "stop"
+
+
+class _Listener(StoppingCriteria):
+    """Ends generation when nobody listens; counts the tokens on the way."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer, self.is_gone = answer, threading.Event()
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Return (1,) bool: whether to end."""
+        self.answer.completion_tokens = input_ids.shape[1] - self.answer.prompt_tokens
+        return torch.full((input_ids.shape[0],), self.is_gone.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class Generator:
+    """A loaded model with its tokenizer."""
+
+    def __init__(self, name: str, dtype: str) -> None:
+        """Load a base, or a base with an adapter merged into it. Raises ModelError."""
+        source, base_folder = load_source(name)
+        numbers = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        default = "bf16" if torch.cuda.is_available() else "fp32"
+        model = load_causal_lm(base_folder, numbers[default if dtype == "auto" else dtype])
+        has_own_tokenizer = (source.folder / "tokenizer.json").is_file()
+        if source.kind is ModelKind.ADAPTER:
+            model = PeftModel.from_pretrained(model, source.folder).merge_and_unload()
+        self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        use_adapters = source.kind is ModelKind.ADAPTER and has_own_tokenizer
+        self.tokenizer: Any = load_tokenizer(source.folder if use_adapters else base_folder)
+        if warning := ensure_chat_template(self.tokenizer):
+            logger.warning("%s", warning)
+        self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))
+        self._turn = threading.Lock()
+
+    def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+        """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # jinja and templates raise what they like
+            message = f"messages: the model's chat template refuses them: {error}"
+            raise ConfigError(code="invalid_value", message=message, param="messages") from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Return the prompt of a plain completion."""
+        return list(self.tokenizer(text)["input_ids"])
+
+    def generate(self, prompt: list[int], sampling: Sampling, answer: Answer) -> Pieces[str]:
+        """Yield an answer piece by piece; closing the iterator ends the generation.
+
+        Waits for its turn. Raises ConfigError where the prompt leaves no room, EngineError where generation fails.
+        """
+        room = self.context_tokens - len(prompt)
+        if room < 1:
+            raise ConfigError(
+                code="context_length_exceeded",
+                message=f"The prompt has {len(prompt)} tokens, the model's context {self.context_tokens}.",
+                hint="Shorten it.",
+                param="messages",
+            )
+        limit = min(sampling.max_tokens, room)
+        listener, failures = _Listener(answer), SimpleQueue[Exception]()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with self._turn:
+            thread = threading.Thread(
+                target=self._run, args=(prompt, sampling, limit, streamer, listener, failures), daemon=True
+            )
+            thread.start()
+            try:
+                yield from _until_stop(streamer, sampling.stop)
+            finally:
+                listener.is_gone.set()
+                thread.join()
+        if not failures.empty():
+            raise EngineError(code="generation_failed", message=f"Generation failed: {failures.get()}.")
+        if answer.completion_tokens >= limit:
+            answer.finish_reason = "length"
+
+    def _run(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        limit: int,
+        streamer: TextIteratorStreamer,
+        listener: _Listener,
+        failures: SimpleQueue[Exception],
+    ) -> None:
+        ids = torch.tensor([prompt], device=self.model.device)
+        options: dict[str, Any] = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.temperature == 0:
+            options = {"do_sample": False}
+        elif sampling.temperature is None and self.model.generation_config.temperature in (None, 1.0):
+            options["temperature"] = 1.0
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        try:
+            with torch.inference_mode():
+                self.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=limit,
+                    streamer=streamer,
+                    stopping_criteria=[listener],
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    eos_token_id=_end_tokens(self.model, self.tokenizer),
+                    **{key: value for key, value in options.items() if value is not None},
+                )
+        except Exception as error:
+            logger.exception("generation failed")
+            failures.put(error)
+            streamer.end()
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Return the tokens that end an answer, by the model's generation config and by its tokenizer."""
+    configured = model.generation_config.eos_token_id
+    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
+    return sorted(ids) or None
+
+
+def _until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
+    """Yield text up to the first stop string, holding back what may become the beginning of one."""
+    held = ""
+    longest = max(map(len, stops), default=0)
+    for piece in pieces:
+        held += piece
+        found = min((at for stop in stops if (at := held.find(stop)) >= 0), default=-1)
+        if found >= 0:
+            yield held[:found]
+            return
+        ready = max(0, len(held) - longest + 1) if longest else len(held)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+    if held:
+        yield held

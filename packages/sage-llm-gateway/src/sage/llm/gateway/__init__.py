@@ -1,0 +1,1 @@
+"""The gateway: management of engines and OpenAI-compatible inference over HTTP."""

@@ -1,0 +1,49 @@
+"""Every error in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from sage.common.errors import ConfigError, NotFound, Overloaded, SageError
+
+logger = logging.getLogger(__name__)
+RETRY_AFTER_SECONDS = 5
+
+
+def error_response(error: SageError) -> JSONResponse:
+    """Return an error as it goes over the wire."""
+    body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if isinstance(error, Overloaded) else None
+    return JSONResponse({"error": body}, status_code=error.http_status, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Make an application tell its errors so."""
+
+    @app.exception_handler(SageError)
+    async def told(_: Request, error: SageError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first: dict[str, Any] = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        message = f"{name}: {first['msg']}."
+        return error_response(ConfigError(code="config_invalid", message=message, param=name))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        told = NotFound(code="not_found", message=f"{request.method} {request.url.path}: {error.detail}.")
+        answer = error_response(told)
+        answer.status_code = error.status_code
+        return answer
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        message = f"The gateway failed ({type(error).__name__}); its log says more."
+        return error_response(SageError(code="internal_error", message=message))

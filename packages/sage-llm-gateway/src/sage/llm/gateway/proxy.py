@@ -1,0 +1,56 @@
+"""Passing a request on to an engine and its answer back, as it comes."""
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+from starlette.responses import Response, StreamingResponse
+
+from sage.common.errors import EngineError
+from sage.llm.control_plane.store.store import EngineRecord
+
+#: An engine may think as long as it likes; one that cannot be reached is told at once.
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
+
+
+class EngineProxy:
+    """One pool of connections to all engines."""
+
+    def __init__(self) -> None:
+        self._session = aiohttp.ClientSession(
+            timeout=_TIMEOUT, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def forward(self, engine: EngineRecord, path: str, body: bytes) -> Response:
+        """Return the engine's answer, streamed where it streams; raises EngineError where there is none."""
+        try:
+            upstream = await self._session.post(
+                f"http://127.0.0.1:{engine.port}{path}", data=body, headers={"Content-Type": "application/json"}
+            )
+        except aiohttp.ClientError as error:
+            raise _lost(engine, error) from error
+        if upstream.content_type == "text/event-stream":
+            return StreamingResponse(_chunks(upstream), upstream.status, media_type="text/event-stream")
+        try:
+            content = await upstream.read()
+        except aiohttp.ClientError as error:
+            raise _lost(engine, error) from error
+        return Response(content, upstream.status, media_type=upstream.content_type)
+
+
+async def _chunks(upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    # Leaving the block closes the connection, which tells the engine that nobody listens any more.
+    async with upstream:
+        async for chunk in upstream.content.iter_any():
+            yield chunk
+
+
+def _lost(engine: EngineRecord, error: Exception) -> EngineError:
+    return EngineError(
+        code="engine_lost",
+        message=f"{engine.id} stopped answering ({type(error).__name__}).",
+        hint=f"`sage llm engine status {engine.id}` says why.",
+    )

@@ -1,0 +1,1 @@
+"""The HTTP surface, thin over the control plane."""

@@ -1,0 +1,15 @@
+"""What the routes share."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from sage.llm.control_plane.manager import ControlPlaneManager
+
+
+def _manager(request: Request) -> ControlPlaneManager:
+    manager: ControlPlaneManager = request.app.state.manager
+    return manager
+
+
+Manager = Annotated[ControlPlaneManager, Depends(_manager)]
