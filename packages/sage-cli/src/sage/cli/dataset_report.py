@@ -50,7 +50,7 @@ def measure(report: DatasetReport, model: str, cutoff: int) -> Measured:
     except (SageError, ImportError) as error:
         return Measured(model, cutoff, [], problem=str(error))
     trained = sum(sequence.trained_tokens for sequence in encoded.sequences)
-    return Measured(model, cutoff, encoded.lengths or [], trained, encoded.truncated, encoded.dropped)
+    return Measured(model, cutoff, encoded.lengths, trained, encoded.truncated, encoded.dropped)
 
 
 def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str:

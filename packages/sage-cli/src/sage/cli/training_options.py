@@ -70,8 +70,9 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
 def _parameter(option: TrainingOption) -> inspect.Parameter:
     flag = option.flag or f"--{option.field.replace('_', '-')}"
     shown = f" [default: {option.default}]" if option.default is not None else ""
+    kind: Any = option.type
     annotation = Annotated[
-        option.type | None,
+        kind | None,
         typer.Option(flag, help=f"{option.help}{shown}", show_default=False, rich_help_panel="Training"),
     ]
     return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -46,15 +46,11 @@ class RunCallback(TrainerCallback):
         self.meter = ProgressMeter(state.max_steps - state.global_step, self.closing_seconds)
         self.last = time.monotonic()
         self.tokens_seen = int(state.num_input_tokens_seen)
-        self.run.append_event(
-            "started", step=state.global_step, total_steps=state.max_steps, **self.started_fields(state)
-        )
+        self.run.append_event("started", step=state.global_step, total_steps=state.max_steps, **self.started_fields(state))
         logger.info("training: step %d of %d", state.global_step, state.max_steps)
         return control
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Save every so often, at the end and before a stop."""
         control.should_training_stop |= self.stop.requested
         at_end = control.should_training_stop or state.global_step >= state.max_steps
@@ -103,9 +99,7 @@ class RunCallback(TrainerCallback):
         )  # fmt: skip
         return control
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Publish what the Trainer has written aside."""
         assert args.output_dir
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -14,7 +14,6 @@ from sage.common.errors import Conflict, NotFound
 from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
-from sage.libs.finetune.checkpoints import list_checkpoints
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.loading import dataset_hash
@@ -71,9 +70,7 @@ class FinetuneManager:
             raise Conflict(code="already_running", message=f"{task_id} is running already.")
         run.append_event("launched")
         argv = (sys.executable, "-m", "sage.libs.finetune.worker", str(run.path))
-        return spawn(
-            ProcessSpec(argv, run.lock_path, run.log_path, {"PYTHONUNBUFFERED": "1"}, holds_sigterm=True)
-        )
+        return spawn(ProcessSpec(argv, run.lock_path, run.log_path, {"PYTHONUNBUFFERED": "1"}, holds_sigterm=True))
 
     def resume(self, task_id: str) -> ProcessIdentity:
         """Start a run again that was stopped or failed.
@@ -139,10 +136,6 @@ class FinetuneManager:
             raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop it first.")
         shutil.rmtree(self.run_directory(task_id).path)
         self._folded.pop(task_id, None)
-
-    def checkpoint_paths(self, task_id: str) -> "list[Path]":
-        """Return the complete checkpoints of a run, oldest first."""
-        return [checkpoint.path for checkpoint in list_checkpoints(self.run_directory(task_id).path)]
 
     def run_directory(self, task_id: str) -> RunDirectory:
         """Return a run's directory; raises NotFound."""

@@ -35,7 +35,9 @@ def choose_precision(config: FinetuneConfig) -> Precision:
         base_8bit, why_8bit = False, "base not in 8 bits: bitsandbytes' 8-bit layers need CUDA"
     bf16 = has_bf16 if config.precision == "auto" else config.precision == "bf16"
     why = "asked for" if config.precision != "auto" else f"the device {'has' if has_bf16 else 'lacks'} bf16 instructions"
-    return Precision(bf16, base_8bit, f"{'bf16' if bf16 else 'fp32'}: {why}; {why_8bit if config.use_8bit else 'whole base'}")
+    return Precision(
+        bf16, base_8bit, f"{'bf16' if bf16 else 'fp32'}: {why}; {why_8bit if config.use_8bit else 'whole base'}"
+    )
 
 
 def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision) -> PeftModel:

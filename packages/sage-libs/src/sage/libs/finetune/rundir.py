@@ -1,11 +1,11 @@
 """The run directory: the only thing that the worker and its manager share.
 
-    spec.json         what was asked; never changed
-    events.jsonl      what happened; only appended to
-    worker.log        plain text for people
-    worker.lock       held while a worker lives
-    checkpoint-<n>/   complete or absent
-    staging/          a checkpoint that is being written
+spec.json         what was asked; never changed
+events.jsonl      what happened; only appended to
+worker.log        plain text for people
+worker.lock       held while a worker lives
+checkpoint-<n>/   complete or absent
+staging/          a checkpoint that is being written
 """
 
 import json

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from sage.libs.finetune.rundir import Event
 
@@ -84,7 +85,8 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
                 status, state=RunState.RUNNING, step=event["step"], total_steps=event["total_steps"], message=None
             )
         case "step":
-            return replace(status, **{key: event.get(key) for key in _STEP_FIELDS})
+            figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}
+            return replace(status, **figures)
         case "checkpoint":
             return replace(status, checkpoint_step=event["step"])
         case "eval" if event["step"] == 0:

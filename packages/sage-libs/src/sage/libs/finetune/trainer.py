@@ -199,5 +199,3 @@ class TrainingRun:
     def _warn(self, message: str) -> None:
         self.run.append_event("warning", message=message)
         logger.warning("%s", message)
-
-

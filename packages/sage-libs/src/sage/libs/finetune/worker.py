@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     try:
         run.reserve_space()
         _train(run, stop)
-    except Exception as error:  # the run's last word, whatever it was
+    except Exception as error:  # noqa: BLE001 - the run's last word, whatever it was
         logger.error("%s", "".join(traceback.format_exception(error)))
         run.release_space()
         told = _as_told(error, run.path)

@@ -28,9 +28,7 @@ class SageClient:
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
         """base_url: where the gateway is; timeout_seconds: for one answer, streams aside."""
         self.base_url = base_url
-        self._http = httpx.Client(
-            base_url=base_url, headers=_headers(api_key), timeout=timeout_seconds, trust_env=False
-        )
+        self._http = httpx.Client(base_url=base_url, headers=_headers(api_key), timeout=timeout_seconds, trust_env=False)
 
     def __enter__(self) -> Self:
         """Use it as a context manager."""
@@ -103,7 +101,7 @@ class SageClient:
 
     def health(self) -> dict[str, Any]:
         """Return the gateway's version and process."""
-        return self._json(calls.health())
+        return dict(self._json(calls.health()))
 
     def models(self) -> list[str]:
         """Return the names that requests can use."""

@@ -177,7 +177,7 @@ class ControlPlaneManager:
     async def get_events(self, engine_id: str, after: int = 0) -> list[EngineEvent]:
         """Return an engine's transitions behind the one of id `after`; raises NotFound."""
         await asyncio.to_thread(self._store.get, engine_id)
-        return await asyncio.to_thread(self._store.events, engine_id, after)
+        return list(await asyncio.to_thread(self._store.events, engine_id, after))
 
     async def find_engine(self, model: str, kind: EngineKind) -> EngineRecord:
         """Return the engine that a request for `model` means: by id, name or model, the newest that is active.
@@ -192,11 +192,12 @@ class ControlPlaneManager:
         else:
             found = next((engine for engine in active if model in (engine.id, engine.name, engine.model)), None)
         if found is None:
+            wanted = "MODEL" if model == DEFAULT_MODEL else model
             names = ", ".join(dict.fromkeys(engine.name for engine in active)) or "none"
             raise NotFound(
                 code="model_not_found",
                 message=f"No engine of kind {kind} serves the model '{model}'; there are: {names}.",
-                hint=f"Start one: `sage llm engine start {'MODEL' if model == DEFAULT_MODEL else model} --engine-kind {kind}`.",
+                hint=f"Start one: `sage llm engine start {wanted} --engine-kind {kind}`.",
                 param="model",
             )
         return found

@@ -1,4 +1,4 @@
-"""`sage llm dataset …`"""
+"""The commands `sage llm dataset …`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`sage llm engine …`"""
+"""The commands `sage llm engine …`."""
 
 import sys
 import time
@@ -84,7 +84,9 @@ def start_engine(
     if wait is not False:
         engine = waiting.until_running(client, engine.id)
         if kind != Kind.finetune:
-            typer.echo(f"Serving '{engine.name}' at {client.base_url}/v1; talk to it: `sage llm chat {engine.name}`.", err=True)
+            typer.echo(
+                f"Serving '{engine.name}' at {client.base_url}/v1; talk to it: `sage llm chat {engine.name}`.", err=True
+            )
     if wait:
         engine = waiting.until_ended(client, engine.id)
         typer.echo(ending(engine), err=True)

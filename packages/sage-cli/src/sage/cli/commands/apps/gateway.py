@@ -1,4 +1,4 @@
-"""`sage gateway …`"""
+"""The commands `sage gateway …`."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""`sage llm model …`"""
+"""The commands `sage llm model …`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -100,17 +100,17 @@ def _read_csv(path: Path) -> Iterator[tuple[Origin, Any] | Fault]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[Origin, Any] | Fault]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
                     number += 1
                     yield Origin(path, number), record
-    except pyarrow.ArrowException as error:
+    except pa.ArrowException as error:
         yield Fault(Origin(path, number + 1), f"not a whole parquet file: {error}.", "Write it again.")
 
 

