@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from rich.console import Console
 from rich.table import Table
 
+from sage.libs.finetune.progress_bar import duration, eta_text
 from sage.llm.control_plane.types import EngineView, TrainingProgress
 
 _BAR_CELLS = 10
@@ -18,11 +19,6 @@ _PIPE_COLUMNS = 240
 def stdout() -> Console:
     """Return the console for data: as wide as the terminal, never cut in a pipe."""
     return Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
-
-
-def stderr() -> Console:
-    """Return the console for talk."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def engine_table(engines: Iterable[EngineView]) -> Table:
@@ -70,7 +66,7 @@ def _training_facts(training: TrainingProgress, *, is_active: bool) -> list[tupl
         ("held-out before", _number(t.heldout_loss_before, 4)),
         ("held-out after", _number(t.heldout_loss, 4)),
         ("tokens per second", _number(t.tokens_per_second, 0)),
-        ("eta", eta(t) if is_active else None),
+        ("eta", eta_text(t.eta_seconds) if is_active else None),
         ("checkpoint", None if t.checkpoint_step is None else f"step {t.checkpoint_step}"),
         *(("warning", warning) for warning in t.warnings),
     ]
@@ -80,23 +76,6 @@ def bar(share: float) -> str:
     """Return a share as a bar and a percentage."""
     filled = round(share * _BAR_CELLS)
     return f"{'█' * filled}{'░' * (_BAR_CELLS - filled)} {100 * share:3.0f}%"
-
-
-def eta(training: TrainingProgress) -> str:
-    """Return the time that a run still needs."""
-    return "estimating" if training.eta_seconds is None else duration(training.eta_seconds)
-
-
-def duration(seconds: float) -> str:
-    """Return a time as a person says it, in two units at the most."""
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    if minutes < 60:
-        return f"{int(minutes)}m{int(seconds % 60):02}s"
-    if hours < 24:
-        return f"{int(hours)}h{int(minutes % 60):02}m"
-    return f"{int(days)}d{int(hours % 24):02}h"
 
 
 def size(size_bytes: float) -> str:
@@ -113,7 +92,7 @@ def _training_cells(engine: EngineView) -> tuple[str, str, str]:
     if training is None:
         return "", "", ""
     progress = bar(training.progress) if training.progress is not None else ""
-    return progress, _number(training.loss, 4) or "", eta(training) if engine.state == "running" else ""
+    return progress, _number(training.loss, 4) or "", eta_text(training.eta_seconds) if engine.state == "running" else ""
 
 
 def _number(value: float | None, digits: int) -> str | None:

@@ -1,14 +1,12 @@
 """Waiting for an engine, with something to look at."""
 
-import sys
 import time
 from collections.abc import Callable
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sage.cli import render
 from sage.common.errors import EngineError, GatewayUnreachable
+from sage.libs.finetune.progress_bar import ProgressBar, eta_text
 from sage.llm.client import SageClient
 from sage.llm.control_plane.states import SETTLED, EngineState
 from sage.llm.control_plane.types import EngineView
@@ -42,9 +40,7 @@ def failure(engine: EngineView) -> EngineError:
 
 
 def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], bool]) -> EngineView:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn())
-    with Progress(*columns, console=render.stderr(), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(engine_id, total=None, figures="")
+    with ProgressBar(engine_id) as bar:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
@@ -56,10 +52,7 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
                 raise _left(engine_id) from None
             else:
                 deadline = time.monotonic() + _PATIENCE_SECONDS
-                description, figures = _described(engine)
-                steps = engine.training.total_steps if engine.training else None
-                done = engine.training.step if engine.training else 0
-                progress.update(task, description=description, total=steps, completed=done, figures=figures)
+                _show(bar, engine)
                 if is_done(engine):
                     return engine
             try:
@@ -68,13 +61,13 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
                 raise _left(engine_id) from None
 
 
-def _described(engine: EngineView) -> tuple[str, str]:
+def _show(bar: ProgressBar, engine: EngineView) -> None:
     training = engine.training
-    if training is None or training.activity or not training.step:
-        return f"{engine.state}: {(training and training.activity) or engine.name}", ""
-    loss = f"loss {training.loss:.4f}" if training.loss is not None else ""
-    left = "ETA estimating" if training.eta_seconds is None else f"ETA {render.duration(training.eta_seconds)}"
-    return engine.state, f"{training.step}/{training.total_steps}  {loss}  {left}"
+    if training is None:
+        bar.show(f"{engine.state}: {engine.name}", 0, None, None, "")
+    else:
+        eta = eta_text(training.eta_seconds)
+        bar.show(training.activity or engine.state, training.step, training.total_steps, training.loss, eta)
 
 
 def _left(engine_id: str) -> typer.Exit:

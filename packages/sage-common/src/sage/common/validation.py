@@ -25,7 +25,7 @@ def config_error(error: ValidationError, what: str = "option") -> ConfigError:
     first, *rest = error.errors()
     name = ".".join(str(part) for part in first["loc"]) or what
     given = "" if first["type"] in ("missing", "extra_forbidden") else f", got {first['input']!r}"
-    messages = {"missing": "is required", "extra_forbidden": f"is not an {what} here"}
+    messages = {"missing": "is required", "extra_forbidden": f"is not {'an' if what[0] in 'aeiou' else 'a'} {what} here"}
     problem = messages.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
     more = f" ({len(rest)} more to correct: {', '.join(str(e['loc'][-1]) for e in rest if e['loc'])}.)" if rest else ""
     return ConfigError(

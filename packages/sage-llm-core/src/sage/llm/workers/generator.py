@@ -3,7 +3,6 @@
 import logging
 import threading
 from collections.abc import Generator as Pieces
-from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -17,6 +16,7 @@ from sage.libs.finetune.data.tokenizing import ensure_chat_template
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
 from sage.libs.models.resolve import ModelKind
 from sage.llm.workers.server import load_source
+from sage.llm.workers.stop_strings import until_stop
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Generator:
             )
             thread.start()
             try:
-                yield from _until_stop(streamer, sampling.stop)
+                yield from until_stop(streamer, sampling.stop)
             finally:
                 listener.is_gone.set()
                 thread.join()
@@ -157,21 +157,3 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | N
     configured = model.generation_config.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
     return sorted(ids) or None
-
-
-def _until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
-    """Yield text up to the first stop string, holding back what may become the beginning of one."""
-    held = ""
-    longest = max(map(len, stops), default=0)
-    for piece in pieces:
-        held += piece
-        found = min((at for stop in stops if (at := held.find(stop)) >= 0), default=-1)
-        if found >= 0:
-            yield held[:found]
-            return
-        ready = max(0, len(held) - longest + 1) if longest else len(held)
-        if ready:
-            yield held[:ready]
-            held = held[ready:]
-    if held:
-        yield held

@@ -1,0 +1,83 @@
+"""`python -m sage.libs.finetune`: runs without the control plane, in the foreground, for notebooks and batch jobs.
+
+Ctrl-C or SIGTERM saves a checkpoint and the adapter; `resume` goes on.
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from pathlib import Path
+
+from sage.common.errors import RunError, SageError
+from sage.libs.finetune.config import load_config
+from sage.libs.finetune.manager import FinetuneManager
+from sage.libs.finetune.progress_bar import ProgressBar, eta_text
+from sage.libs.finetune.status import RunState, RunStatus
+
+_POLL_SECONDS = 0.2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return its exit code: 0 completed or stopped, 1 failed, 2 wrong usage."""
+    parser = argparse.ArgumentParser(prog="python -m sage.libs.finetune", description="Fine-tune in the foreground.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train by a YAML file")
+    train.add_argument("--config", type=Path, required=True, help="options of FinetuneConfig, as YAML")
+    resume = commands.add_parser("resume", help="go on with a run that was stopped or failed")
+    resume.add_argument("task", help="the run's id, as `train` printed it")
+    commands.add_parser("list", help="list the runs")
+    arguments = parser.parse_args(argv)
+    manager = FinetuneManager()
+    try:
+        match arguments.command:
+            case "train":
+                task_id = manager.create(load_config(arguments.config))
+                manager.start(task_id)
+            case "resume":
+                task_id = arguments.task
+                manager.resume(task_id)
+            case _:
+                for task_id in manager.list():
+                    status = manager.status(task_id)
+                    print(f"{task_id}  {status.state:<10} {status.step}/{status.total_steps or '?'}")
+                return 0
+        print(task_id, flush=True)
+        return _finish(manager, task_id, _follow(manager, task_id))
+    except SageError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _follow(manager: FinetuneManager, task_id: str) -> RunStatus:
+    """Show a run until it has ended; a signal to us is passed on to it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: manager.stop(task_id))
+    with ProgressBar(task_id) as bar:
+        while True:
+            status = manager.status(task_id)
+            if status.state not in (RunState.STARTING, RunState.RUNNING):
+                return status
+            bar.show(
+                status.message or status.state, status.step, status.total_steps, status.loss, eta_text(status.eta_seconds)
+            )
+            with contextlib.suppress(InterruptedError):
+                time.sleep(_POLL_SECONDS)
+
+
+def _finish(manager: FinetuneManager, task_id: str, status: RunStatus) -> int:
+    output = manager.run_directory(task_id).read_spec().config.output_dir
+    match status.state:
+        case RunState.COMPLETED:
+            print(f"Completed: the adapter is in {output}.", file=sys.stderr)
+            return 0
+        case RunState.STOPPED:
+            print(f"Stopped at step {status.step}; `resume {task_id}` goes on.", file=sys.stderr)
+            return 0
+        case _:
+            raise RunError(code=status.code or "failed", message=status.message or "The run failed.", hint=status.hint or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

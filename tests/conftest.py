@@ -1,0 +1,47 @@
+"""Fixtures: every test is a new user with an empty home and no network."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import SAMPLES, free_port, make_tiny_model
+
+from sage.common.processes import held_lock, holder
+
+
+@pytest.fixture(autouse=True)
+def sage_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty SAGE_HOME; what still runs in it afterwards is killed."""
+    home = tmp_path / "sage-home"
+    for name in [name for name in os.environ if name.startswith("SAGE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SAGE_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("SAGE_GATEWAY_PORT", str(free_port()))
+    monkeypatch.setenv("SAGE_RECONCILE_SECONDS", "0.1")
+    yield home
+    for lock in home.rglob("*.lock"):
+        if (process := holder(lock)) and process.pid != os.getpid():
+            process.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of some 100,000 parameters, made once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "tiny-qwen2"
+    with held_lock(shared / "tiny-qwen2.lock"):
+        if not (folder / "config.json").exists():
+            make_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> Path:
+    """Our sample chats, as a file of the test's own."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(SAMPLES.read_bytes())
+    return path

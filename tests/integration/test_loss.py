@@ -1,0 +1,71 @@
+"""The loss against plain torch and plain transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from sage.libs.finetune.batching import Collator
+from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
+from sage.libs.finetune.evaluation import heldout_loss
+from sage.libs.finetune.loss import CompletionLoss
+from sage.libs.finetune.stopping import StopRequest, StopRequested
+
+SEQUENCES = [
+    Encoded([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8]),
+    Encoded([9, 10, 11, 12, 13, 14], [IGNORED, 10, 11, 12, 13, 14]),
+    Encoded([15, 16, 17], [IGNORED, IGNORED, 17]),
+]
+
+
+def test_a_batch_is_padded_to_its_longest_and_no_further() -> None:
+    batch = Collator(pad_token_id=0)(SEQUENCES)
+    assert batch["input_ids"].shape == (3, 6)
+    assert batch["attention_mask"].sum(1).tolist() == [4, 6, 3]
+    assert batch["labels"][0].tolist() == [IGNORED, IGNORED, 7, 8, IGNORED, IGNORED]
+
+
+def test_every_token_weighs_the_same_however_a_step_is_cut(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    total = sum(sequence.trained_tokens for sequence in SEQUENCES)
+
+    def gradient(micro_batches: list[list[Encoded]]) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        loss, value = CompletionLoss(), 0.0
+        for micro_batch in micro_batches:
+            batch = Collator(0)(micro_batch)
+            labels = batch.pop("labels")
+            part = loss(model(**batch), labels, total)
+            part.backward()
+            value += part.item()
+        assert 0 <= loss.take_accuracy() <= 1
+        return value, model.model.embed_tokens.weight.grad.clone()
+
+    value, whole = gradient([SEQUENCES])
+    cut_value, cut = gradient([SEQUENCES[:1], SEQUENCES[1:]])
+    assert cut_value == pytest.approx(value, rel=1e-4)  # the loss itself is taken in fp32
+    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_the_held_out_loss_is_that_of_one_sample_at_a_time(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    loss_sum, count = 0.0, 0
+    for sequence in SEQUENCES:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([sequence.ids])).logits[0, :-1]
+        targets = torch.tensor(sequence.labels[1:])
+        loss_sum += functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
+        count += sequence.trained_tokens
+    measured = heldout_loss(model, SEQUENCES, Collator(0), batch_size=2, on_batch=lambda: None)
+    assert measured == pytest.approx(loss_sum / count, rel=1e-5)
+
+
+def test_a_stop_cuts_the_evaluation_short(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
+    stop = StopRequest()
+    stop.request()
+    with pytest.raises(StopRequested):
+        heldout_loss(model, SEQUENCES, Collator(0), batch_size=1, on_batch=stop.check)
+    assert model.training

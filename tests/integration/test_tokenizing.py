@@ -1,0 +1,122 @@
+"""Which tokens the loss covers, by real tokenizers and templates of every kind there is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import QWEN_TEMPLATE
+
+from sage.common.errors import DatasetError
+from sage.libs.finetune.data.samples import Chat, Origin, Sample
+from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, encode_dataset, encode_sample, ensure_chat_template
+from sage.libs.models.loading import load_tokenizer
+
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+#: Drops the reasoning of every answer but the last, as reasoning models' templates do.
+REWRITING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' and not loop.last %}"
+    "{{ message['content'].split('</think>')[-1] }}{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+#: Opens the reasoning in its prompt and does not write it down in its history.
+THINKING_TEMPLATE = REWRITING_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+TURNS = [
+    {"role": "user", "content": "first question"},
+    {"role": "assistant", "content": "first answer"},
+    {"role": "user", "content": "second question"},
+    {"role": "assistant", "content": "second answer"},
+]
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+def encode(tokenizer: Any, messages: list[dict[str, Any]], **chat: Any) -> list[Encoded]:
+    return encode_sample(Sample(Origin(Path("t.jsonl"), 3), "openai", Chat(messages, **chat)), tokenizer)
+
+
+def trained_text(tokenizer: Any, encoded: Encoded) -> str:
+    return str(tokenizer.decode([label for label in encoded.labels if label != IGNORED]))
+
+
+@pytest.mark.parametrize("template", [QWEN_TEMPLATE, GENERATION_TEMPLATE])
+def test_every_answer_is_trained_on_with_what_ends_it_and_nothing_else(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    [encoded] = encode(tokenizer, TURNS)
+    assert trained_text(tokenizer, encoded) == "first answer<|im_end|>second answer<|im_end|>"
+    assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert all(label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.ids, strict=True))
+
+
+def test_an_answer_that_repeats_the_question_is_not_mistaken_for_it(tokenizer: Any) -> None:
+    turns = [{"role": "user", "content": "same"}, {"role": "assistant", "content": "same"}]
+    [encoded] = encode(tokenizer, turns)
+    assert trained_text(tokenizer, encoded) == "same<|im_end|>"
+    trained_from = next(i for i, label in enumerate(encoded.labels) if label != IGNORED)
+    assert "assistant\n" in tokenizer.decode(encoded.ids[:trained_from])
+
+
+def test_an_answer_of_weight_zero_is_context(tokenizer: Any) -> None:
+    [encoded] = encode(tokenizer, TURNS, untrained=frozenset({1}))
+    assert trained_text(tokenizer, encoded) == "second answer<|im_end|>"
+
+
+def test_letters_of_several_bytes_are_trained_on_whole(tokenizer: Any) -> None:
+    [encoded] = encode(tokenizer, [{"role": "user", "content": "日本"}, {"role": "assistant", "content": "né 🦊 日本"}])
+    assert trained_text(tokenizer, encoded) == "né 🦊 日本<|im_end|>"
+
+
+def test_a_template_that_rewrites_history_gives_one_sample_an_answer(tokenizer: Any) -> None:
+    tokenizer.chat_template = REWRITING_TEMPLATE
+    turns = [{**t, "content": f"<think>hm</think>{t['content']}"} if t["role"] == "assistant" else t for t in TURNS]
+    first, second = encode(tokenizer, turns)
+    assert trained_text(tokenizer, first) == "<think>hm</think>first answer<|im_end|>"
+    assert trained_text(tokenizer, second) == "<think>hm</think>second answer<|im_end|>"
+    assert "<think>" not in tokenizer.decode(second.ids).split("second question")[0]
+
+
+def test_a_prompt_that_says_more_than_the_history_is_cut_where_they_part(tokenizer: Any) -> None:
+    tokenizer.chat_template = THINKING_TEMPLATE
+    _, second = encode(tokenizer, TURNS)
+    assert trained_text(tokenizer, second) == "second answer<|im_end|>"
+
+
+def test_plain_text_is_trained_on_whole_and_ends(tokenizer: Any) -> None:
+    [encoded] = encode_sample(Sample(Origin(Path("t"), 1), "text", "once upon a time"), tokenizer)
+    assert tokenizer.decode(encoded.ids) == "once upon a time<|im_end|>"
+    assert encoded.labels == encoded.ids
+
+
+def test_a_model_without_a_template_gets_chatml_and_a_warning(tokenizer: Any) -> None:
+    assert ensure_chat_template(tokenizer) is None
+    tokenizer.chat_template = None
+    warning = ensure_chat_template(tokenizer)
+    assert warning is not None
+    assert "ChatML" in warning
+    [encoded] = encode(tokenizer, TURNS)
+    assert trained_text(tokenizer, encoded) == "first answer<|im_end|>second answer<|im_end|>"
+
+
+def test_what_the_template_refuses_is_told_with_its_line(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DatasetError, match=r"t\.jsonl:3: the model's chat template refuses it: roles must alternate"):
+        encode(tokenizer, TURNS)
+
+
+def test_the_cutoff_cuts_and_counts(tokenizer: Any) -> None:
+    samples = [
+        Sample(Origin(Path("t"), line), "openai", Chat([{"role": "user", "content": "q " * words}, TURNS[1]]))
+        for line, words in enumerate((1, 10, 400), 1)
+    ]
+    encoded = encode_dataset(samples, tokenizer, 64)
+    assert max(len(sequence.ids) for sequence in encoded.sequences) <= 64
+    assert len(encoded.sequences) + encoded.dropped == 3
+    assert encoded.truncated == 1
+    assert encoded.dropped == 1
+    assert max(encoded.lengths) > 64

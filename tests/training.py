@@ -1,0 +1,63 @@
+"""Runs of the tiny model, for the tests that train."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from support import SAMPLES, wait_for
+
+from sage.libs.finetune import FinetuneConfig, FinetuneManager
+from sage.libs.finetune.rundir import Event
+from sage.libs.finetune.status import RunState, RunStatus
+
+ENDED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
+
+
+class TinyRun:
+    """A run of the tiny model in a worker process."""
+
+    def __init__(self, model: Path, output: Path, **options: Any) -> None:
+        values = {"dataset_path": str(SAMPLES), "batch_size": 4, "max_steps": 12, "learning_rate": 1e-2, **options}
+        self.config = FinetuneConfig(base_model=str(model), output_dir=str(output), **values)
+        self.output = output
+        self.manager = FinetuneManager()
+        self.task_id = self.manager.create(self.config)
+
+    def start(self) -> "TinyRun":
+        self.manager.start(self.task_id)
+        return self
+
+    @property
+    def status(self) -> RunStatus:
+        return self.manager.status(self.task_id)
+
+    @property
+    def path(self) -> Path:
+        return self.manager.run_directory(self.task_id).path
+
+    def at_step(self, step: int) -> "TinyRun":
+        wait_for(lambda: self.status.step >= step or self.status.state in ENDED, f"step {step}")
+        return self
+
+    def until_ended(self) -> RunStatus:
+        wait_for(lambda: self.status.state in ENDED, "the end")
+        wait_for(lambda: self.manager.process(self.task_id) is None, "the process to leave")
+        return self.status
+
+    def completed(self) -> "TinyRun":
+        status = self.until_ended()
+        assert status.state is RunState.COMPLETED, "\n".join([str(status.message), *self.manager.logs(self.task_id)])
+        return self
+
+    def events(self, kind: str) -> list[Event]:
+        return [event for event in self.manager.events(self.task_id)[0] if event["event"] == kind]
+
+    def losses(self) -> dict[int, float]:
+        """Return the loss of every step; of a step that was done twice, the later one."""
+        return {event["step"]: event["loss"] for event in self.events("step")}
+
+    def adapter_bytes(self) -> bytes:
+        return (self.output / "adapter_model.safetensors").read_bytes()
+
+    def run_file(self) -> dict[str, Any]:
+        return dict(json.loads((self.output / "sage_run.json").read_text()))

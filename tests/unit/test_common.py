@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+from sage.common.errors import ConfigError, SageError
+from sage.common.paths import get_user_paths
+from sage.common.settings import load_settings
+
+
+def test_paths_follow_the_xdg_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SAGE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert get_user_paths().models_dir == tmp_path / ".local/share/sage/models"
+    assert get_user_paths().state_dir == tmp_path / ".local/state/sage"
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert get_user_paths().finetuned_dir == tmp_path / "data/sage/models/finetuned"
+
+
+def test_one_variable_moves_everything(sage_home: Path) -> None:
+    paths = get_user_paths()
+    for folder in (paths.config_dir, paths.data_dir, paths.state_dir, paths.cache_dir, paths.models_dir):
+        assert folder.is_relative_to(sage_home)
+    assert not sage_home.exists()
+
+
+def test_the_environment_overrides_the_file_and_the_file_the_defaults(
+    sage_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SAGE_GATEWAY_PORT")
+    assert load_settings().gateway_port == 8889
+    config = get_user_paths().config_file
+    config.parent.mkdir(parents=True)
+    config.write_text('gateway_port = 9000\nlog_level = "DEBUG"\n')
+    assert load_settings().gateway_url == "http://127.0.0.1:9000"
+    monkeypatch.setenv("SAGE_GATEWAY_PORT", "9001")
+    assert (load_settings().gateway_port, load_settings().log_level) == (9001, "DEBUG")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("gateway_port = 0", "gateway_port"), ("gatewayport = 1", "gatewayport: is not a setting"), ("= 1", "Invalid")],
+)
+def test_a_wrong_settings_file_is_named(
+    sage_home: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    monkeypatch.delenv("SAGE_GATEWAY_PORT")
+    config = get_user_paths().config_file
+    config.parent.mkdir(parents=True)
+    config.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert said in caught.value.message
+    assert str(config) in caught.value.hint
+
+
+def test_an_address_for_everyone_is_reached_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_GATEWAY_HOST", "0.0.0.0")
+    assert load_settings().gateway_url.startswith("http://127.0.0.1:")
+    monkeypatch.setenv("SAGE_GATEWAY_HOST", "::1")
+    assert load_settings().gateway_url.startswith("http://[::1]:")
+
+
+def test_every_error_has_a_status_and_an_exit_code() -> None:
+    pending = [SageError]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        assert 400 <= kind.http_status < 600
+        assert kind.exit_code in (1, 2, 3)
+        assert str(kind(code="c", message="What.", hint="Do.")) == "What. Do."

@@ -1,0 +1,74 @@
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+from sage.common.errors import ConfigError
+from sage.common.validation import validated
+from sage.libs.finetune.config import FinetuneConfig, load_config
+from sage.llm.control_plane.executors.finetune_executor import FinetuneEngine, FinetuneEngineConfig
+
+NEEDED = {"base_model": "m", "dataset_path": "/d.jsonl", "output_dir": "/o"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lora_rank", 0), ("learning_rate", -1), ("lora_dropout", 1.0), ("batch_size", 0), ("num_epochs", 0),
+        ("max_seq_length", 1), ("precision", "fp8"), ("eval_split", 0.9), ("seed", -1), ("save_steps", 0), ("lora_rnak", 8),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_wrong_usage_that_names_the_option(option: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validated(FinetuneConfig, {**NEEDED, option: value})
+    assert caught.value.exit_code == 2
+    assert caught.value.param == option
+    assert option in caught.value.message
+
+
+def test_what_is_missing_is_named_with_how_many_more() -> None:
+    with pytest.raises(ConfigError, match="base_model: is required") as caught:
+        validated(FinetuneConfig, {})
+    assert "2 more to correct: dataset_path, output_dir" in caught.value.hint
+
+
+def test_two_held_out_sources_are_one_too_many() -> None:
+    with pytest.raises(ConfigError, match="not both"):
+        validated(FinetuneConfig, {**NEEDED, "eval_path": "/e.jsonl", "eval_split": 0.1})
+
+
+def test_paths_become_absolute() -> None:
+    config = validated(FinetuneConfig, {**NEEDED, "dataset_path": "d.jsonl"})
+    assert config.dataset_path == str(Path("d.jsonl").absolute())
+
+
+def test_a_run_file_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("base_model: m\ndataset_path: d.jsonl\noutput_dir: out\nlora_rank: 4\n")
+    assert load_config(path).lora_rank == 4
+    path.write_text("base_model: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+    path.write_text("- a list")
+    with pytest.raises(ConfigError, match="a mapping"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_engine_config_is_the_requirement_s_word_for_word() -> None:
+    expected = {
+        "base_model": None, "dataset_path": None, "output_dir": None, "lora_rank": 8, "lora_alpha": 16,
+        "learning_rate": 1e-4, "num_epochs": 3, "batch_size": 4, "max_seq_length": 512, "use_8bit": True,
+        "resume_from_checkpoint": None,
+    }  # fmt: skip
+    fields = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(FinetuneEngineConfig)}
+    assert fields == expected
+    for name, default in expected.items():
+        if default is not None:
+            assert FinetuneConfig.model_fields[name].default == default
+    assert FinetuneEngine.engine_kind == "finetune"
+    for method in ("start", "stop", "get_status", "get_logs"):
+        assert inspect.iscoroutinefunction(getattr(FinetuneEngine, method))
+    assert inspect.signature(FinetuneEngine.get_logs).parameters["tail"].default == 100
