@@ -30,8 +30,18 @@ def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
 
 def view(**values: Any) -> EngineView:
     now = datetime.now(UTC)
-    fields: dict[str, Any] = {"id": "engine-a", "kind": "finetune", "model": "m", "name": "m", "state": "running",
-                              "created_at": now, "state_at": now, "log_path": "/log", "output_dir": "/out", "run_dir": "/run"}
+    fields: dict[str, Any] = {
+        "id": "engine-a",
+        "kind": "finetune",
+        "model": "m",
+        "name": "m",
+        "state": "running",
+        "created_at": now,
+        "state_at": now,
+        "log_path": "/log",
+        "output_dir": "/out",
+        "run_dir": "/run",
+    }
     return EngineView(**{**fields, **values})  # fmt: skip
 
 
@@ -70,9 +80,7 @@ def test_an_ending_says_where_everything_is() -> None:
     assert ending(view(state="stopped", kind="llm")) == "engine-a is stopped."
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5s"), (59.4, "59s"), (61, "1m01s"), (3600, "1h00m"), (90000, "1d01h")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (59.4, "59s"), (61, "1m01s"), (3600, "1h00m"), (90000, "1d01h")])
 def test_times_are_said_in_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -111,9 +119,10 @@ def test_both_clients_have_the_same_methods() -> None:
 
     assert methods(AsyncSageClient) == methods(SageClient) - {"chat_stream"}
     for name in methods(AsyncSageClient):
-        assert typing.get_type_hints(getattr(AsyncSageClient, name)).keys() <= typing.get_type_hints(
-            getattr(SageClient, name)
-        ).keys()
+        assert (
+            typing.get_type_hints(getattr(AsyncSageClient, name)).keys()
+            <= typing.get_type_hints(getattr(SageClient, name)).keys()
+        )
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,11 @@ FINETUNE = {"kind": EngineKind.FINETUNE}
         (record(S.STOPPING, Wanted.STOPPED), Observed(alive=False), Action(state=S.STOPPED)),
         (record(S.STOPPING, Wanted.STOPPED, state_at=LONG_AGO), Observed(alive=True), Action(Effect.KILL)),
         (record(S.STOPPING, Wanted.STOPPED, state_at=LONG_AGO, **FINETUNE), Observed(alive=True), Action()),
-        (record(S.STOPPING, Wanted.STOPPED, **FINETUNE), Observed(alive=False, ended=S.COMPLETED), Action(state=S.COMPLETED)),
+        (
+            record(S.STOPPING, Wanted.STOPPED, **FINETUNE),
+            Observed(alive=False, ended=S.COMPLETED),
+            Action(state=S.COMPLETED),
+        ),
     ],
 )
 def test_the_next_action_follows_from_what_is_wanted_and_what_is(
@@ -178,7 +182,9 @@ class Executor:
 
 
 @pytest.mark.parametrize("error", [SageError(code="c", message="no model"), OSError("no space")])
-def test_an_engine_that_cannot_be_launched_fails_with_the_reason_and_the_others_go_on(store: Store, error: Exception) -> None:
+def test_an_engine_that_cannot_be_launched_fails_with_the_reason_and_the_others_go_on(
+    store: Store, error: Exception
+) -> None:
     store.add(record(), "user")
     store.add(dataclasses.replace(record(), id="engine-b", kind=EngineKind.EMBEDDING), "user")
     executors: Any = {EngineKind.LLM: Executor(error), EngineKind.EMBEDDING: Executor()}

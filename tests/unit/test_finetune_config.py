@@ -63,7 +63,9 @@ def test_the_engine_config_is_the_requirement_s_word_for_word() -> None:
         "learning_rate": 1e-4, "num_epochs": 3, "batch_size": 4, "max_seq_length": 512, "use_8bit": True,
         "resume_from_checkpoint": None,
     }  # fmt: skip
-    fields = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(FinetuneEngineConfig)}
+    fields = {
+        f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(FinetuneEngineConfig)
+    }
     assert fields == expected
     for name, default in expected.items():
         if default is not None:

@@ -63,10 +63,7 @@ class FinetuneManager:
         Raises Conflict where it is running already.
         """
         run = self.run_directory(task_id)
-        deadline = time.monotonic() + _EXIT_SECONDS
-        while self.process(task_id) and self.status(task_id).state not in _ALIVE and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if self.process(task_id):
+        if not self._has_left(task_id):
             raise Conflict(code="already_running", message=f"{task_id} is running already.")
         run.append_event("launched")
         argv = (sys.executable, "-m", "sage.libs.finetune.worker", str(run.path))
@@ -132,10 +129,19 @@ class FinetuneManager:
 
     def delete(self, task_id: str) -> None:
         """Remove a run's directory with its checkpoints; the output folder stays. Raises Conflict while it runs."""
-        if self.process(task_id):
+        if not self._has_left(task_id):
             raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop it first.")
         shutil.rmtree(self.run_directory(task_id).path)
         self._folded.pop(task_id, None)
+
+    def _has_left(self, task_id: str) -> bool:
+        """Return whether a run has no process, once one that has said its last word has had time to close."""
+        deadline = time.monotonic() + _EXIT_SECONDS
+        while self.process(task_id):
+            if self.status(task_id).state in _ALIVE or time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
 
     def run_directory(self, task_id: str) -> RunDirectory:
         """Return a run's directory; raises NotFound."""

@@ -44,7 +44,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(code="tokenizer_missing", message=f"{folder} has no tokenizer that loads: {error}") from error
+        raise ModelError(
+            code="tokenizer_missing", message=f"{folder} has no tokenizer that loads: {_first_line(error)}"
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError(code="tokenizer_slow", message=f"{folder} has no fast tokenizer (tokenizer.json).")
     if tokenizer.pad_token is None:
@@ -59,7 +61,9 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrain
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(code="model_invalid", message=f"The model in {folder} does not load: {error}") from error
+        raise ModelError(
+            code="model_invalid", message=f"The model in {folder} does not load: {_first_line(error)}"
+        ) from error
 
 
 def _convert_gguf(source: ModelSource, target: Path) -> None:
@@ -81,3 +85,7 @@ def _download(source: ModelSource, target: Path) -> None:
     logger.info("downloading %s from the hub", source.name)
     snapshot_download(source.name, local_dir=target, allow_patterns=_HUB_FILES)
     shutil.rmtree(target / ".cache", ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -137,15 +137,14 @@ class ControlPlaneManager:
         Raises Conflict where it has not ended.
         """
         engine = await asyncio.to_thread(self._store.get, engine_id)
-        executor = self._executors[engine.kind]
-        if engine.state not in SETTLED or executor.process(engine):
+        if engine.state not in SETTLED:
             raise Conflict(
                 code="still_running",
                 message=f"{engine_id} is {engine.state}.",
                 hint=f"Stop it first: `sage llm engine stop {engine_id}`.",
             )
         with contextlib.suppress(NotFound):  # its run directory was removed by hand
-            await executor.remove(engine)
+            await self._executors[engine.kind].remove(engine)
         await asyncio.to_thread(self._store.remove, engine)
 
     async def list_engines(self) -> list[EngineView]:

@@ -45,11 +45,12 @@ class _Listener(StoppingCriteria):
     """Ends generation when nobody listens; counts the tokens on the way."""
 
     def __init__(self, answer: Answer) -> None:
-        self.answer, self.is_gone = answer, threading.Event()
+        self.answer, self.is_gone, self.last_token = answer, threading.Event(), -1
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         """Return (1,) bool: whether to end."""
         self.answer.completion_tokens = input_ids.shape[1] - self.answer.prompt_tokens
+        self.last_token = int(input_ids[0, -1])
         return torch.full((input_ids.shape[0],), self.is_gone.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -71,6 +72,7 @@ class Generator:
         if warning := ensure_chat_template(self.tokenizer):
             logger.warning("%s", warning)
         self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))
+        self._end_tokens = _end_tokens(self.model, self.tokenizer)
         self._turn = threading.Lock()
 
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
@@ -108,14 +110,14 @@ class Generator:
             )
             thread.start()
             try:
-                yield from until_stop(streamer, sampling.stop)
+                met_stop = yield from until_stop(streamer, sampling.stop)
             finally:
                 listener.is_gone.set()
                 thread.join()
         if not failures.empty():
             raise EngineError(code="generation_failed", message=f"Generation failed: {failures.get()}.")
-        if answer.completion_tokens >= limit:
-            answer.finish_reason = "length"
+        has_ended = met_stop or listener.last_token in self._end_tokens
+        answer.finish_reason = "stop" if has_ended else "length"
 
     def _run(
         self,
@@ -143,7 +145,7 @@ class Generator:
                     streamer=streamer,
                     stopping_criteria=[listener],
                     pad_token_id=self.tokenizer.pad_token_id,
-                    eos_token_id=_end_tokens(self.model, self.tokenizer),
+                    eos_token_id=self._end_tokens or None,
                     **{key: value for key, value in options.items() if value is not None},
                 )
         except Exception as error:
@@ -152,8 +154,8 @@ class Generator:
             streamer.end()
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer, by the model's generation config and by its tokenizer."""
     configured = model.generation_config.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
-    return sorted(ids) or None
+    return sorted(ids)

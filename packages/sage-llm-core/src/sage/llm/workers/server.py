@@ -1,7 +1,6 @@
 """What both inference servers share: OpenAI's error shape, health, start and end."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,6 @@ from sage.common.errors import ConfigError, SageError
 from sage.common.logs import configure_logging
 from sage.libs.models.loading import local_folder
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
-
-logger = logging.getLogger(__name__)
 
 
 def create_app() -> FastAPI:
@@ -66,6 +63,6 @@ def run(build: Callable[[], FastAPI], port: int) -> None:
     try:
         app = build()
     except SageError as error:
-        logger.error("%s", error)
+        print(" ".join(str(error).split()), file=sys.stderr)  # one line: the control plane tells it on
         sys.exit(1)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)

@@ -96,7 +96,7 @@ class InferenceExecutor:
     def _last_words(self, engine: EngineRecord) -> str:
         """Return the last line that the server said, which is its own account of why it ended."""
         lines = [line for line in tail_lines(self.log_path(engine), 20) if line.strip()]
-        return f"The engine's process ended. Its last words: {lines[-1] if lines else '(none)'}"
+        return f"The engine's process ended: {lines[-1] if lines else 'it said nothing.'}"
 
     @staticmethod
     def _folder(engine: EngineRecord) -> Path:

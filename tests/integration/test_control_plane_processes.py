@@ -1,0 +1,190 @@
+"""Engines and the gateway as processes: what lives on, what is adopted, what is told."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+from support import HELDOUT, SAGE, SAMPLES, engine_of, environment, free_port, list_engines, sage, wait_for
+
+from sage.common.errors import Conflict
+from sage.common.processes import ProcessSpec, holder, spawn
+from sage.llm.client import AsyncSageClient, SageClient
+from sage.llm.control_plane.executors.finetune_executor import FinetuneEngine, FinetuneEngineConfig
+
+
+def url() -> str:
+    return f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}"
+
+
+def start_training(model: Path, output: Path, *options: str) -> str:
+    arguments = ("--dataset", str(SAMPLES), "--output", str(output), "--batch-size", "1", *options)
+    return engine_of(sage("llm", "engine", "start", str(model), "--engine-kind", "finetune", *arguments))
+
+
+def kill_gateway() -> None:
+    pid = json.loads(sage("gateway", "status", "--json").stdout)["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: holder(Path(os.environ["SAGE_HOME"]) / "state/gateway.lock") is None, "the end of the gateway")
+
+
+def test_training_outlives_the_gateway_and_is_adopted_by_the_next(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
+    engine = start_training(tiny_model, tmp_path / "out", "--num-epochs", "40", "--save-steps", "1000")
+    follow = [*SAGE, "llm", "engine", "logs", engine, "--follow"]
+    follower = subprocess.Popen(follow, env=environment(sage_home), stdout=subprocess.PIPE)
+    assert follower.stdout is not None
+    wait_for(lambda: list_engines()[engine]["training"]["step"] >= 3, "a step")
+    pid = list_engines()[engine]["pid"]
+    kill_gateway()
+    run = SageClient(url())
+    with pytest.raises(Exception, match="does not answer"):
+        run.list_engines()
+    events = sage_home / "data/models/finetuned" / engine.replace("engine", "task") / "events.jsonl"
+    before = events.read_text().count('"event": "step"')
+    wait_for(lambda: events.read_text().count('"event": "step"') > before + 3, "training to go on")
+    listed = list_engines()[engine]  # starts the gateway again
+    assert listed["state"] == "running"
+    assert listed["pid"] == pid
+    assert listed["training"]["step"] > before
+    stopped = sage("llm", "engine", "stop", engine).stdout
+    assert f"{engine} is stopped at step" in stopped
+    assert f"adapter in {tmp_path / 'out'}" in stopped
+    assert "checkpoint " in stopped
+    followed, _ = follower.communicate(timeout=60)
+    log = events.with_name("worker.log").read_bytes()
+    assert followed == log  # nothing lost, nothing twice, over the gateway's death
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "stopped" in sage("llm", "engine", "logs", engine, "--tail", "1").stdout
+
+
+def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
+    engine = start_training(tiny_model, tmp_path / "out", "--num-epochs", "2", "--save-steps", "5")
+    wait_for(lambda: (list_engines()[engine]["training"]["checkpoint_step"] or 0) >= 5, "a checkpoint")
+    os.kill(list_engines()[engine]["pid"], signal.SIGKILL)
+    wait_for(lambda: list_engines()[engine]["state"] == "failed", "the failure", seconds=5)
+    told = sage("llm", "engine", "status", engine).stdout
+    assert "died at step" in told
+    assert "goes on from checkpoint" in told
+    done = sage("llm", "engine", "resume", engine, "--wait")
+    assert done.stdout.split() == [engine]
+    assert "is completed at step 184 of 184" in done.stderr
+    again = sage("llm", "engine", "resume", engine, check=1)
+    assert "is completed: only what is stopped or failed can be resumed" in again.stderr
+    assert "was completed already" in sage("llm", "engine", "stop", engine).stdout
+
+
+def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path) -> None:
+    done = sage(
+        "llm", "fine-tune", "--base-model", str(tiny_model), "--dataset", str(SAMPLES), "--output", str(tmp_path / "out"),
+        "--lora-rank", "4", "--max-steps", "3", "--eval", str(HELDOUT), "--wait",
+    )  # fmt: skip
+    assert done.stdout.startswith("Fine-tune engine started: engine-")
+    engine = engine_of(done)
+    assert "Held-out loss" in done.stderr
+    assert json.loads((tmp_path / "out/sage_run.json").read_text())["recipe"]["lora_rank"] == 4
+    table = sage("llm", "engine", "list").stdout
+    assert engine in table
+    assert "100%" in table
+    metrics = httpx.get(f"{url()}/metrics").text
+    assert f'sage_training_progress_ratio{{engine="{engine}"' in metrics
+    assert 'sage_device_memory_total_bytes{index="0",kind="cpu"' in metrics
+    assert "completed" in httpx.get(f"{url()}/v1/management/engines/{engine}/events").text
+    sage("llm", "engine", "remove", engine)
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+def test_the_engine_works_on_its_own_from_python(tiny_model: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = FinetuneEngine(FinetuneEngineConfig(str(tiny_model), str(SAMPLES), str(tmp_path / "out"), num_epochs=9))
+        assert engine.status == "not_started"
+        with pytest.raises(Conflict, match="was not started"):
+            await engine.get_status()
+        started = await engine.start()
+        assert started["task_id"] == engine.task_id
+        assert started["status"] == "starting"
+        while (await engine.get_status())["step"] < 2:
+            await asyncio.sleep(0.05)
+        stopped = await engine.stop()
+        assert stopped["status"] == "stopped"
+        assert 0 < stopped["progress"] < 1
+        assert stopped["loss"] > 0
+        assert any("stopped at step" in line for line in await engine.get_logs(5))
+        assert (await engine.stop())["status"] == "stopped"
+        assert engine.status == "stopped"
+
+    asyncio.run(main())
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+def test_the_async_client_does_all_that_the_sync_one_does(tiny_model: Path, tmp_path: Path) -> None:
+    sage("gateway", "start")
+
+    async def main() -> None:
+        async with AsyncSageClient(url()) as client:
+            assert (await client.health())["status"] == "ok"
+            options = {"dataset_path": str(SAMPLES), "output_dir": str(tmp_path / "out"), "max_steps": 3}
+            engine = await client.start_engine(model=str(tiny_model), engine_kind="finetune", options=options)
+            lines = [line async for line in client.follow_logs(engine.id)]
+            assert any("step 3/3" in line for line in lines)
+            states = [event.after async for event in client.events(engine.id, follow=True)]
+            assert states == ["queued", "starting", "running", "completed"]
+            assert [e.id for e in await client.list_engines()] == [engine.id]
+            assert (await client.get_logs(engine.id, tail=1)) == lines[-1:]
+            assert (await client.stop_engine(engine.id)).state == "completed"
+            with pytest.raises(Conflict):
+                await client.resume_engine(engine.id)
+            await client.remove_engine(engine.id)
+            assert await client.list_engines() == []
+            assert await client.models() == []
+            assert (await client.devices())[-1].kind == "cpu"
+
+    asyncio.run(main())
+
+
+def test_with_a_key_only_those_who_have_it_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = sage("gateway", "start", "--host", "0.0.0.0", check=3)
+    assert "Set SAGE_API_KEY" in done.stderr
+    monkeypatch.setenv("SAGE_API_KEY", "secret")
+    sage("gateway", "start", "--host", "0.0.0.0")
+    assert httpx.get(f"{url()}/v1/models").json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{url()}/health").status_code == 200
+    assert httpx.get(f"{url()}/v1/models", headers={"Authorization": "Bearer secret"}).json()["data"] == []
+    monkeypatch.delenv("SAGE_API_KEY")
+    assert list_engines() == {}  # the command line on this machine finds the key
+
+
+def test_a_page_under_another_name_does_not_reach_the_gateway() -> None:
+    sage("gateway", "start")
+    assert httpx.get(f"{url()}/health", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_there_is_one_gateway_and_it_is_found_again() -> None:
+    first = sage("gateway", "start").stdout
+    assert "The gateway runs (PID" in first
+    assert "runs already" in sage("gateway", "start").stdout
+    assert "url" in sage("gateway", "status").stdout
+    assert "startup complete" in sage("gateway", "logs").stdout
+    assert "stopped" in sage("gateway", "stop").stdout
+    assert "No gateway ran" in sage("gateway", "stop").stdout
+    assert "does not answer" in sage("gateway", "status", check=3).stderr
+    other = str(free_port())
+    sage("gateway", "start", "--port", other)
+    assert json.loads(sage("gateway", "status", "--json").stdout)["url"].endswith(other)
+
+
+def test_a_lock_lives_as_long_as_its_process(tmp_path: Path) -> None:
+    spec = ProcessSpec(("sleep", "60"), tmp_path / "p.lock", tmp_path / "p.log")
+    process = spawn(spec)
+    assert holder(spec.lock_path) == process
+    assert (process.memory_bytes() or 0) > 0
+    with pytest.raises(Conflict):
+        spawn(spec)
+    spec.lock_path.write_text("")  # its parent died before it could write down who it is
+    assert holder(spec.lock_path) == process
+    assert process.send_signal(signal.SIGKILL)
+    wait_for(lambda: holder(spec.lock_path) is None, "the end of the process")
+    assert process.process() is None or process.memory_bytes() is not None

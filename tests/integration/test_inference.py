@@ -1,0 +1,195 @@
+"""Engines that answer, through a real gateway, with OpenAI's own client."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from support import engine_of, free_port, list_engines, sage, wait_for
+from training import TinyRun
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def base_url() -> str:
+    sage("gateway", "start")
+    return f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}"
+
+
+@pytest.fixture
+def client(base_url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
+
+
+def peft_greedy(base: Path, adapter: Path | None, count: int) -> str:
+    """Return what PEFT and transformers themselves answer."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    prompt = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        ids = model.generate(**prompt, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_openai_s_own_client_works(tiny_model: Path, client: openai.OpenAI) -> None:
+    sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
+    sage("llm", "engine", "start", "all-minilm-l6-v2", "--engine-kind", "embedding")
+    assert {model.id for model in client.models.list()} == {"tiny", "all-minilm-l6-v2", "sage-default"}
+    assert client.models.retrieve("tiny").object == "model"
+
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, temperature=0, max_tokens=12)
+    text = peft_greedy(tiny_model, None, 12)
+    assert answer.choices[0].message.content == text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.completion_tokens, answer.model) == (12, "tiny")
+
+    chunks = list(client.chat.completions.create(
+        model="sage-default", messages=HELLO, temperature=0, max_completion_tokens=12, stream=True,
+        stream_options={"include_usage": True},
+    ))  # fmt: skip
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 12
+
+    stop = next(piece for piece in text.split(" ") if len(piece) > 2)
+    cut = client.chat.completions.create(model="tiny", messages=HELLO, temperature=0, max_tokens=12, stop=[stop])
+    assert cut.choices[0].message.content == text[: text.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+    sampled = [client.completions.create(model="tiny", prompt="Once", seed=7, max_tokens=8, top_p=0.9).choices[0].text
+               for _ in range(2)]  # fmt: skip
+    assert sampled[0] == sampled[1]
+    assert sampled[0] != client.completions.create(model="tiny", prompt="Once", seed=8, max_tokens=8).choices[0].text
+
+    vectors = client.embeddings.create(model="all-minilm-l6-v2", input=["a cat", "a kitten", "the stock market"])
+    cat, kitten, market = (torch.tensor(item.embedding) for item in vectors.data)
+    assert cat.shape == (384,)
+    assert cat @ kitten > 0.7 > cat @ market
+    floats = client.embeddings.create(model="all-minilm-l6-v2", input="a cat", encoding_format="float")
+    torch.testing.assert_close(torch.tensor(floats.data[0].embedding), cat, rtol=1e-4, atol=1e-5)
+
+    with pytest.raises(openai.NotFoundError, match="there are: tiny") as not_found:
+        client.chat.completions.create(model="gpt-5", messages=HELLO)
+    assert not_found.value.code == "model_not_found"
+    for wrong in ({"temperature": 9}, {"n": 2}, {"logprobs": True}, {"max_tokens": 0}, {"frequency_penalty": 1}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="tiny", messages=HELLO, **wrong)  # type: ignore[call-overload]
+        assert refused.value.param in wrong
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "word " * 600}], stream=True)
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model="all-minilm-l6-v2", input="a", dimensions=3)
+    with pytest.raises(openai.BadRequestError, match="not valid JSON"):
+        client.post("/chat/completions", cast_to=object, content=b"{")
+    with pytest.raises(openai.BadRequestError, match="'model' is required"):
+        client.post("/chat/completions", cast_to=object, body={"messages": HELLO})
+
+    said = sage("llm", "chat", "tiny", "--message", "Hello", "--temperature", "0", "--max-tokens", "12").stdout
+    assert said == text + "\n"
+    talk = "Hello\n/clear\n\nHello\n/exit\n"
+    said = sage("llm", "chat", "--temperature", "0", "--max-tokens", "12", input=talk).stdout
+    assert said == f"{text}\n{text}\n"
+
+
+def test_a_request_waits_for_an_engine_that_starts_and_is_told_when_it_takes_too_long(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAGE_REQUEST_WAIT_SECONDS", "0.1")
+    engine = engine_of(sage("llm", "engine", "start", str(tiny_model), "--no-wait"))
+    base_url = f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}/v1"
+    client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
+    with pytest.raises(openai.InternalServerError) as told:
+        client.chat.completions.create(model=engine, messages=HELLO)
+    assert told.value.status_code == 503
+    assert int(told.value.response.headers["Retry-After"]) > 0
+    sage("gateway", "stop")
+    monkeypatch.setenv("SAGE_REQUEST_WAIT_SECONDS", "60")
+    sage("gateway", "start")
+    assert client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1).choices
+
+
+def test_an_engine_that_dies_says_so_and_comes_back(tiny_model: Path, client: openai.OpenAI) -> None:
+    engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
+    client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1)
+    os.kill(list_engines()[engine]["pid"], signal.SIGKILL)
+    wait_for(lambda: list_engines()[engine]["state"] == "failed", "the failure", seconds=5)
+    assert "The engine's process ended" in list_engines()[engine]["reason"]["message"]
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=engine, messages=HELLO)
+    sage("llm", "engine", "resume", engine)
+    client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1)
+    assert "is stopped" in sage("llm", "engine", "stop", engine).stdout
+    assert "was stopped already" in sage("llm", "engine", "stop", engine).stdout
+    events = sage("llm", "engine", "events", engine).stdout
+    assert events.count("→ running") == 2
+    sage("llm", "engine", "remove", engine)
+    assert list_engines() == {}
+
+
+def test_a_model_that_does_not_load_fails_the_command_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "no_such_architecture"}))
+    done = sage("llm", "engine", "start", str(broken), check=1)
+    assert "does not load" in done.stderr
+    assert "no_such_architecture" in done.stderr
+
+
+def test_adapters_of_ours_and_of_peft_s_are_served_as_peft_itself_answers(
+    tiny_model: Path, tmp_path: Path, client: openai.OpenAI
+) -> None:
+    ours = TinyRun(tiny_model, tmp_path / "ours", max_steps=40).start().completed().output
+    torch.manual_seed(1)
+    trained: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    theirs = tmp_path / "theirs"
+    trained.save_pretrained(theirs)
+    base_answer = peft_greedy(tiny_model, None, 24)
+    for adapter in (ours, theirs):
+        engine = engine_of(sage("llm", "engine", "start", str(adapter)))
+        served = client.chat.completions.create(model=engine, messages=HELLO, temperature=0, max_tokens=24)
+        assert served.choices[0].message.content == peft_greedy(tiny_model, adapter, 24)
+        assert served.choices[0].message.content != base_answer
+        sage("llm", "engine", "stop", engine)
+    # Plain transformers loads it by the name of its folder alone.
+    plain = AutoModelForCausalLM.from_pretrained(ours)
+    assert any("lora" in name for name, _ in plain.named_parameters())
+
+
+def test_who_hangs_up_makes_room_for_the_next(tiny_model: Path, base_url: str) -> None:
+    sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 450, "temperature": 0, "stream": True}
+    for _ in range(3):
+        with httpx.stream("POST", f"{base_url}/v1/chat/completions", json=body, timeout=60) as stream:
+            next(stream.iter_lines())
+    done = httpx.post(f"{base_url}/v1/chat/completions", json={**body, "stream": False, "max_tokens": 2}, timeout=60)
+    assert done.json()["usage"]["completion_tokens"] == 2
+
+
+def test_a_port_of_the_user_s_is_used_or_refused(tiny_model: Path) -> None:
+    port = free_port()
+    engine = engine_of(sage("llm", "engine", "start", str(tiny_model), "--port", str(port)))
+    assert list_engines()[engine]["port"] == port
+    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    done = sage("llm", "engine", "start", str(tiny_model), "--port", str(port), check=1)
+    assert f"Port {port} cannot be used: Address already in use" in done.stderr
+    assert done.stdout == ""
+    assert len(list_engines()) == 1
