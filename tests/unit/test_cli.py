@@ -117,7 +117,7 @@ def test_both_clients_have_the_same_methods() -> None:
     def methods(client: type) -> set[str]:
         return {name for name in vars(client) if not name.startswith("_")}
 
-    assert methods(AsyncSageClient) == methods(SageClient) - {"chat_stream"}
+    assert methods(AsyncSageClient) == methods(SageClient)
     for name in methods(AsyncSageClient):
         assert (
             typing.get_type_hints(getattr(AsyncSageClient, name)).keys()

@@ -100,10 +100,15 @@ def test_the_hash_follows_the_bytes(tmp_path: Path) -> None:
     assert dataset_hash(path) != before
 
 
+FIELDS = (
+    "messages conversations role content from value text prompt completion tools instruction output history tool_calls "
+    "function weight"
+).split()
+LEAVES = st.none() | st.booleans() | st.floats() | st.text()
+
+
 @settings(max_examples=200)
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(
-    st.sampled_from(["messages", "conversations", "role", "content", "from", "value", "text", "prompt", "completion", "tools",
-                     "instruction", "output", "history", "tool_calls", "function"]), s), max_leaves=12))  # fmt: skip
+@given(st.recursive(LEAVES, lambda s: st.lists(s) | st.dictionaries(st.sampled_from(FIELDS), s), max_leaves=12))
 def test_no_record_whatever_breaks_the_check(tmp_path_factory: pytest.TempPathFactory, record: object) -> None:
     path = write_jsonl(tmp_path_factory.mktemp("fuzz") / "t.jsonl", [record])
     report = check_dataset(path)

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
          [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"}, USER, ANSWER]),
         ({"prompt": "q", "completion": "a"}, "prompt_completion", [USER, ANSWER]),
         ({"prompt": [USER], "completion": [ANSWER]}, "prompt_completion", [USER, ANSWER]),
-        ({"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, "openai", [USER, ANSWER]),
+        ({"messages": json.dumps([USER, ANSWER])}, "openai", [USER, ANSWER]),
     ],
 )  # fmt: skip
 def test_every_format_becomes_the_same_chat(record: Any, name: str, messages: list[Any]) -> None:

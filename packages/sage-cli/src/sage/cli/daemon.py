@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import typer
 
@@ -17,6 +18,7 @@ from sage.llm.client import SageClient
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.05
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def lock_path() -> Path:
@@ -45,10 +47,15 @@ def find_client() -> SageClient:
 def connect() -> SageClient:
     """Return a client of a gateway that answers, starting one on this machine where none does."""
     client = find_client()
-    if not answers(client):
-        start()
-        client = find_client()
-    return client
+    if answers(client):
+        return client
+    if urlsplit(client.base_url).hostname not in _LOOPBACK:
+        raise GatewayUnreachable(
+            code="gateway_unreachable", message=f"The gateway at {client.base_url} does not answer.",
+            hint="It is on another machine: start it there, or correct SAGE_GATEWAY_HOST.",
+        )  # fmt: skip
+    start()
+    return find_client()
 
 
 def answers(client: SageClient) -> bool:

@@ -1,5 +1,6 @@
 """What both clients send and what they make of the answers."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +96,17 @@ def models() -> Call:
 def chat(model: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Call:
     """Ask a model for the next message."""
     return Call("POST", "/v1/chat/completions", json={"model": model, "messages": messages, **options})
+
+
+def piece_of(line: str) -> str:
+    """Return the text that one line of a streamed chat adds; raises EngineError where it tells of a failure."""
+    if not line.startswith("data: {"):
+        return ""
+    content = json.loads(line.removeprefix("data: "))
+    if error := content.get("error"):
+        raise errors.EngineError(code=error["code"], message=error["message"])
+    choices = content["choices"]
+    return str(choices[0]["delta"].get("content") or "") if choices else ""
 
 
 def raise_for_error(response: httpx.Response) -> None:

@@ -1,6 +1,5 @@
 """SageClient and AsyncSageClient: the same methods, one to call and one to await."""
 
-import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -99,9 +98,9 @@ class SageClient:
         """Return GPUs and main memory."""
         return [Device.model_validate(item) for item in self._json(calls.devices())["data"]]
 
-    def health(self) -> dict[str, Any]:
-        """Return the gateway's version and process."""
-        return dict(self._json(calls.health()))
+    def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
+        """Return the gateway's version and process; whatever has its port and says nothing is not waited for."""
+        return dict(self._json(calls.health(), timeout_seconds))
 
     def models(self) -> list[str]:
         """Return the names that requests can use."""
@@ -116,13 +115,12 @@ class SageClient:
         """Yield a model's answer piece by piece."""
         with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
             for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    choices = json.loads(line.removeprefix("data: "))["choices"]
-                    yield (choices[0]["delta"].get("content") or "") if choices else ""
+                yield calls.piece_of(line)
 
-    def _json(self, call: Call) -> Any:
+    def _json(self, call: Call, timeout_seconds: float | None = None) -> Any:
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else timeout_seconds
         try:
-            response = self._http.request(call.method, call.path, json=call.json, params=call.params)
+            response = self._http.request(call.method, call.path, json=call.json, params=call.params, timeout=timeout)
         except httpx.HTTPError as error:
             raise calls.unreachable(self.base_url, error) from error
         calls.raise_for_error(response)
@@ -206,9 +204,9 @@ class AsyncSageClient:
         """Return GPUs and main memory."""
         return [Device.model_validate(item) for item in (await self._json(calls.devices()))["data"]]
 
-    async def health(self) -> dict[str, Any]:
-        """Return the gateway's version and process."""
-        return dict(await self._json(calls.health()))
+    async def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
+        """Return the gateway's version and process; whatever has its port and says nothing is not waited for."""
+        return dict(await self._json(calls.health(), timeout_seconds))
 
     async def models(self) -> list[str]:
         """Return the names that requests can use."""
@@ -219,9 +217,16 @@ class AsyncSageClient:
         answer = await self._json(calls.chat(model, messages, options))
         return str(answer["choices"][0]["message"]["content"])
 
-    async def _json(self, call: Call) -> Any:
+    async def chat_stream(self, model: str, messages: list[dict[str, Any]], **options: Any) -> AsyncIterator[str]:
+        """Yield a model's answer piece by piece."""
+        async with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
+            async for line in response.aiter_lines():
+                yield calls.piece_of(line)
+
+    async def _json(self, call: Call, timeout_seconds: float | None = None) -> Any:
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else timeout_seconds
         try:
-            response = await self._http.request(call.method, call.path, json=call.json, params=call.params)
+            response = await self._http.request(call.method, call.path, json=call.json, params=call.params, timeout=timeout)
         except httpx.HTTPError as error:
             raise calls.unreachable(self.base_url, error) from error
         calls.raise_for_error(response)

@@ -1,0 +1,81 @@
+"""A disk that fills up, and files that are damaged."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import wait_for
+from training import TinyRun
+
+from sage.libs.finetune.status import RunState
+
+TIGHT, ROOMY = "size=700k", "size=64m"
+
+
+@pytest.fixture
+def tight_disk(sage_home: Path) -> Iterator[Path]:
+    """A file system of its own for the run directories, too small for a run."""
+    mount_point = sage_home / "data/models/finetuned"
+    mount_point.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", TIGHT, "tmpfs", str(mount_point)], check=False).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a small file system needs root")
+    yield mount_point
+    subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
+
+
+def test_a_full_disk_at_a_checkpoint_loses_nothing(tiny_model: Path, tmp_path: Path, tight_disk: Path) -> None:
+    options = {"save_steps": 1, "keep_checkpoints": 50, "max_steps": 20}
+    run = TinyRun(tiny_model, tmp_path / "out", **options).start()
+    status = run.until_ended()
+    assert status.state is RunState.FAILED
+    assert status.code == "disk_full"
+    assert "is full" in str(status.message)
+    assert "Free some space, then `resume`" in str(status.hint)
+    saved = status.checkpoint_step
+    assert saved
+    subprocess.run(["mount", "-o", f"remount,{ROOMY}", str(tight_disk)], check=True)
+    run.manager.resume(run.task_id)
+    run.completed()
+    assert run.events("started")[-1]["step"] == saved
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"save_steps": 4, "max_steps": 40, "keep_checkpoints": 2}
+    run = TinyRun(tiny_model, tmp_path / "out", **options).start()
+    wait_for(lambda: (run.status.checkpoint_step or 0) >= 8, "two checkpoints")
+    run.manager.stop(run.task_id, force=True)
+    run.until_ended()
+    older, newer = sorted(run.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-2:]
+    weights = newer / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    run.manager.resume(run.task_id)
+    run.completed()
+    assert any(newer.name in warning for warning in run.status.warnings)
+    assert run.events("started")[-1]["step"] == int(older.name.split("-")[1])
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_a_worker_killed_again_and_again_arrives_all_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"save_steps": 3, "max_steps": 15}
+    run = TinyRun(tiny_model, tmp_path / "out", **options)
+    run.manager.start(run.task_id)
+    for step in (2, 5, 11):
+        run.at_step(step)
+        process = run.manager.process(run.task_id)
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        run.until_ended()
+        with (run.path / "events.jsonl").open("ab") as events:
+            events.write(b'{"event": "st')  # what a kill in the middle of a write leaves
+        run.manager.resume(run.task_id)
+    run.completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    assert run.losses() == whole.losses()
+    assert run.adapter_bytes() == whole.adapter_bytes()
