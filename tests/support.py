@@ -76,8 +76,8 @@ def list_engines() -> dict[str, dict[str, Any]]:
     return {engine["id"]: engine for engine in json.loads(sage("llm", "engine", "list", "--json").stdout)}
 
 
-def make_tiny_model(folder: Path, seed: int = 0) -> None:
-    """Make a random Qwen2 of some 100,000 parameters, with a tokenizer trained on our samples and Qwen's template."""
+def make_tiny_model(folder: Path, *, width: int = 32, layers: int = 2) -> None:
+    """Make a random Qwen2, by default of some 100,000 parameters, with a tokenizer of our samples and Qwen's template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -91,10 +91,10 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
     tokenizer.train_from_iterator(SAMPLES.read_text().splitlines(), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = QWEN_TEMPLATE
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+        vocab_size=len(fast), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
         eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)

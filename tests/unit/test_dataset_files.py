@@ -100,10 +100,24 @@ def test_the_hash_follows_the_bytes(tmp_path: Path) -> None:
     assert dataset_hash(path) != before
 
 
-FIELDS = (
-    "messages conversations role content from value text prompt completion tools instruction output history tool_calls "
-    "function weight"
-).split()
+FIELDS = [
+    "messages",
+    "conversations",
+    "role",
+    "content",
+    "from",
+    "value",
+    "text",
+    "prompt",
+    "completion",
+    "tools",
+    "instruction",
+    "output",
+    "history",
+    "tool_calls",
+    "function",
+    "weight",
+]
 LEAVES = st.none() | st.booleans() | st.floats() | st.text()
 
 

@@ -19,6 +19,19 @@ app.add_typer(llm.app, name="llm", help="Engines, models, datasets, and talking 
 app.add_typer(gateway.app, name="gateway", help="The process that owns the engines and answers HTTP.")
 
 
+@app.command("studio")
+def studio(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the dashboard on loopback.")] = 8890) -> None:
+    """Show the dashboard in a browser; Ctrl-C ends it, engines go on."""
+    import os
+
+    from sage.cli import daemon
+
+    client = daemon.connect()
+    key = {"SAGE_API_KEY": client.api_key} if client.api_key else {}
+    argv = [sys.executable, "-m", "sage.studio", "--gateway-url", client.base_url, "--port", str(port)]
+    os.execve(sys.executable, argv, {**os.environ, **key})
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version

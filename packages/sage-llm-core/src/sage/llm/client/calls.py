@@ -78,6 +78,11 @@ def events(engine_id: str, *, follow: bool) -> Call:
     return Call("GET", f"{_PREFIX}/engines/{engine_id}/events", params={"follow": follow})
 
 
+def training_steps(engine_id: str) -> Call:
+    """Read the steps of a training run."""
+    return Call("GET", f"{_PREFIX}/engines/{engine_id}/training")
+
+
 def devices() -> Call:
     """Read the devices."""
     return Call("GET", f"{_PREFIX}/gpu")

@@ -10,7 +10,7 @@ import httpx
 from sage.common.errors import GatewayUnreachable
 from sage.llm.client import calls
 from sage.llm.client.calls import Call
-from sage.llm.control_plane.types import Device, EngineEvent, EngineView
+from sage.llm.control_plane.types import Device, EngineEvent, EngineView, TrainingStep
 
 #: Streams may be silent for as long as an engine has nothing to say.
 _STREAM_TIMEOUT = httpx.Timeout(10, read=None)
@@ -26,7 +26,7 @@ class SageClient:
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
         """base_url: where the gateway is; timeout_seconds: for one answer, streams aside."""
-        self.base_url = base_url
+        self.base_url, self.api_key = base_url, api_key
         self._http = httpx.Client(base_url=base_url, headers=_headers(api_key), timeout=timeout_seconds, trust_env=False)
 
     def __enter__(self) -> Self:
@@ -94,6 +94,10 @@ class SageClient:
                 if line.startswith("data: "):
                     yield EngineEvent.model_validate_json(line.removeprefix("data: "))
 
+    def training_steps(self, engine_id: str) -> list[TrainingStep]:
+        """Return the optimizer steps of a training run, oldest first."""
+        return [TrainingStep.model_validate(item) for item in self._json(calls.training_steps(engine_id))["data"]]
+
     def devices(self) -> list[Device]:
         """Return GPUs and main memory."""
         return [Device.model_validate(item) for item in self._json(calls.devices())["data"]]
@@ -145,7 +149,7 @@ class AsyncSageClient:
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
         """base_url: where the gateway is; timeout_seconds: for one answer, streams aside."""
-        self.base_url = base_url
+        self.base_url, self.api_key = base_url, api_key
         self._http = httpx.AsyncClient(
             base_url=base_url, headers=_headers(api_key), timeout=timeout_seconds, trust_env=False
         )
@@ -199,6 +203,11 @@ class AsyncSageClient:
             async for line in response.aiter_lines():
                 if line.startswith("data: "):
                     yield EngineEvent.model_validate_json(line.removeprefix("data: "))
+
+    async def training_steps(self, engine_id: str) -> list[TrainingStep]:
+        """Return the optimizer steps of a training run, oldest first."""
+        told = await self._json(calls.training_steps(engine_id))
+        return [TrainingStep.model_validate(item) for item in told["data"]]
 
     async def devices(self) -> list[Device]:
         """Return GPUs and main memory."""

@@ -31,6 +31,7 @@ from sage.llm.control_plane.types import (
     EngineKind,
     EngineView,
     StartRequest,
+    TrainingStep,
     Wanted,
 )
 
@@ -177,6 +178,11 @@ class ControlPlaneManager:
         """Return an engine's transitions behind the one of id `after`; raises NotFound."""
         await asyncio.to_thread(self._store.get, engine_id)
         return list(await asyncio.to_thread(self._store.events, engine_id, after))
+
+    async def get_training_steps(self, engine_id: str) -> list[TrainingStep]:
+        """Return the optimizer steps of a training run, oldest first; none for an engine that does not train."""
+        engine = await asyncio.to_thread(self._store.get, engine_id)
+        return await self._executors[engine.kind].training_steps(engine)
 
     async def find_engine(self, model: str, kind: EngineKind) -> EngineRecord:
         """Return the engine that a request for `model` means: by id, name or model, the newest that is active.

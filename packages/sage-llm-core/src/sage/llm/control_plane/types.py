@@ -78,6 +78,17 @@ class TrainingProgress(BaseModel):
     warnings: list[str] = []
 
 
+class TrainingStep(BaseModel):
+    """One optimizer step of a run, as it told it."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    token_accuracy: float
+    tokens_per_second: float
+
+
 class EngineView(BaseModel):
     """An engine as a user sees it."""
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from sage.common.processes import ProcessIdentity
 from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import Reason, StartRequest
+from sage.llm.control_plane.types import Reason, StartRequest, TrainingStep
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Executor(Protocol):
 
     async def describe(self, engine: EngineRecord) -> dict[str, Any]:
         """Return the fields of EngineView that only the executor knows."""
+
+    async def training_steps(self, engine: EngineRecord) -> list[TrainingStep]:
+        """Return the steps of a training run, one for each; none for what does not train."""
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return where the engine's log is."""

@@ -21,7 +21,7 @@ from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.inventory import gpu_memory_of
 from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import Reason, StartRequest, TrainingProgress
+from sage.llm.control_plane.types import Reason, StartRequest, TrainingProgress, TrainingStep
 
 _POLL_SECONDS = 0.1
 _SETTLED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
@@ -165,6 +165,12 @@ class FinetuneExecutor:
             run = await asyncio.to_thread(self._manager.status, task_id)
             return {**places, "training": _progress(run)}
         return places
+
+    async def training_steps(self, engine: EngineRecord) -> list[TrainingStep]:
+        """Return the run's steps; of one that was done again after a kill, the last word."""
+        events, _ = await asyncio.to_thread(self._manager.events, task_id_of(engine.id))
+        steps = {event["step"]: TrainingStep.model_validate(event) for event in events if event["event"] == "step"}
+        return [steps[step] for step in sorted(steps)]
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the worker's log."""

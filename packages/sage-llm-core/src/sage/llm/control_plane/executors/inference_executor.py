@@ -22,7 +22,7 @@ from sage.llm.control_plane.backends.transformers import TransformersBackend
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import Launcher
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import EngineKind, Reason, StartRequest
+from sage.llm.control_plane.types import EngineKind, Reason, StartRequest, TrainingStep
 
 BACKENDS: Mapping[EngineKind, Backend] = {
     EngineKind.LLM: TransformersBackend(),
@@ -84,6 +84,10 @@ class InferenceExecutor:
     async def describe(self, engine: EngineRecord) -> dict[str, Any]:
         """Nothing beyond what every engine has."""
         return {}
+
+    async def training_steps(self, engine: EngineRecord) -> list[TrainingStep]:
+        """It does not train."""
+        return []
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return where the server's output goes."""

@@ -83,6 +83,12 @@ async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -
     return StreamingResponse(_events(manager, engine_id, follow), media_type="text/event-stream")
 
 
+@router.get("/engines/{engine_id}/training")
+async def training_steps(engine_id: str, manager: Manager) -> dict[str, Any]:
+    """Return the optimizer steps of a training run, oldest first."""
+    return {"object": "list", "data": await manager.get_training_steps(engine_id)}
+
+
 @router.get("/gpu")
 async def gpu() -> dict[str, Any]:
     """Return the memory there is: GPUs first, main memory last."""
