@@ -111,8 +111,10 @@ def _loss_chart(steps: list[TrainingStep]) -> dict[str, Any]:
     return {
         "animation": False,
         "tooltip": {"trigger": "axis"},
-        "grid": {"left": 60, "right": 20, "top": 20, "bottom": 50},
+        "grid": {"left": 60, "right": 20, "top": 40, "bottom": 50},
         "xAxis": {"type": "value", "name": "step", "nameLocation": "middle", "nameGap": 28, "minInterval": 1},
         "yAxis": {"type": "value", "name": "loss (nats/token)", "scale": True},
-        "series": [{"type": "line", "name": "loss", "showSymbol": False, "data": [[s.step, s.loss] for s in steps]}],
+        "series": [
+            {"type": "line", "name": "loss", "showSymbol": len(steps) < 3, "data": [[s.step, s.loss] for s in steps]}
+        ],
     }

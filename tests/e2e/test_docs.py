@@ -1,0 +1,34 @@
+"""Every command in README.md and docs/ is run, in order, as a reader would."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from support import ROOT
+
+PAGES = ("README.md", "docs/engines.md", "docs/datasets.md", "docs/http.md", "docs/settings.md")
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_every_page_is_read() -> None:
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("**/*.md")} | {"README.md"} == set(PAGES)
+
+
+def test_the_commands_of_the_documentation_work(clone: Path, smollm2: str, sage_home: Path) -> None:
+    script = ["set -euo pipefail"]
+    for page in PAGES:
+        for language, block in BLOCK.findall((ROOT / page).read_text()):
+            if language == "python":
+                script.append(f"python - <<'PYTHON'\n{block}PYTHON")
+            else:
+                # What make would do is what runs this test; that the target is there is checked.
+                script.append(re.sub(r"^make (\w+)$", rf"make -C {ROOT} --dry-run \1 >/dev/null", block, flags=re.MULTILINE))
+    port = os.environ["SAGE_GATEWAY_PORT"]
+    text = "\n".join(script).replace("8889", port).replace("SageClient()", f"SageClient('http://127.0.0.1:{port}')")
+    done = subprocess.run(
+        ["bash", "-x", "-c", text], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "SAGE is a control plane" in done.stdout
+    assert (clone / "out-batch/adapter_model.safetensors").is_file()
