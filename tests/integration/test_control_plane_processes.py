@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 from pathlib import Path
 
@@ -174,6 +175,18 @@ def test_there_is_one_gateway_and_it_is_found_again() -> None:
     other = str(free_port())
     sage("gateway", "start", "--port", other)
     assert json.loads(sage("gateway", "status", "--json").stdout)["url"].endswith(other)
+
+
+def test_an_engine_whose_launch_was_not_written_down_is_adopted(tiny_model: Path, sage_home: Path) -> None:
+    engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
+    before = list_engines()[engine]
+    kill_gateway()
+    with sqlite3.connect(sage_home / "state/engines.db") as database:  # as it was when the launch began
+        database.execute("UPDATE engines SET state = 'queued', port = NULL")
+    sage("gateway", "start")
+    wait_for(lambda: list_engines()[engine]["state"] == "running", "the adoption")
+    after = list_engines()[engine]
+    assert (after["pid"], after["port"]) == (before["pid"], before["port"])
 
 
 def test_a_lock_lives_as_long_as_its_process(tmp_path: Path) -> None:

@@ -180,7 +180,10 @@ def test_who_hangs_up_makes_room_for_the_next(tiny_model: Path, base_url: str) -
     for _ in range(3):
         with httpx.stream("POST", f"{base_url}/v1/chat/completions", json=body, timeout=60) as stream:
             next(stream.iter_lines())
-    done = httpx.post(f"{base_url}/v1/chat/completions", json={**body, "stream": False, "max_tokens": 2}, timeout=60)
+    plain = {**body, "stream": False}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{base_url}/v1/chat/completions", json=plain, timeout=0.05)
+    done = httpx.post(f"{base_url}/v1/chat/completions", json={**plain, "max_tokens": 2}, timeout=60)
     assert done.json()["usage"]["completion_tokens"] == 2
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from support import HELDOUT, SAMPLES, chat_record, environment, wait_for, write_jsonl
 from training import TinyRun
 
-from sage.common.errors import Conflict, DatasetError, NotFound
+from sage.common.errors import Conflict, DatasetError, ModelError, NotFound
+from sage.libs.finetune import FinetuneManager
 from sage.libs.finetune.status import RunState
 
 VARIANTS = {
@@ -108,6 +109,21 @@ def test_a_run_goes_on_from_another_run_s_checkpoint(tiny_model: Path, tmp_path:
     assert run.adapter_bytes() == whole.adapter_bytes()
     with pytest.raises(NotFound, match="is not a checkpoint"):
         TinyRun(tiny_model, tmp_path / "none", resume_from_checkpoint=str(tmp_path))
+
+
+def test_a_run_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_path: Path) -> None:
+    run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT)).start().completed()
+    adapter, measured = run.adapter_bytes(), run.run_file()["metrics"]
+    events = run.path / "events.jsonl"
+    kept = [line for line in events.read_text().splitlines() if '"finished"' not in line]
+    events.write_text("\n".join(kept) + "\n")  # as if it had been killed while it measured its last loss
+    again = FinetuneManager()
+    again.resume(run.task_id)
+    wait_for(lambda: again.status(run.task_id).state is RunState.COMPLETED, "the end")
+    assert len(run.events("step")) == 12
+    assert (run.adapter_bytes(), run.run_file()["metrics"]) == (adapter, measured)
+    with pytest.raises(ModelError, match="is an adapter, not a base model"):
+        TinyRun(run.output, tmp_path / "on top")
 
 
 def test_what_cannot_resume_says_why(tiny_model: Path, tmp_path: Path, train_file: Path) -> None:

@@ -52,9 +52,10 @@ FINETUNE = {"kind": EngineKind.FINETUNE}
     ("engine", "observed", "action"),
     [
         (record(), Observed(alive=False), Action(Effect.LAUNCH, S.STARTING)),
-        (record(), Observed(alive=True), Action(state=S.STARTING)),
+        (record(), Observed(alive=True), Action(Effect.LAUNCH, S.STARTING)),
         (record(), Observed(alive=False, ended=S.STOPPED), Action(Effect.LAUNCH, S.STARTING)),
         (record(wanted=Wanted.STOPPED), Observed(alive=False), Action(state=S.STOPPED)),
+        (record(wanted=Wanted.STOPPED), Observed(alive=True), Action(Effect.LAUNCH, S.STARTING)),
         (record(S.STARTING), Observed(alive=True), Action()),
         (record(S.STARTING), Observed(alive=True, ready=True), Action(state=S.RUNNING)),
         (record(S.STARTING), Observed(alive=False, reason=DEAD), Action(state=S.FAILED, reason=DEAD)),

@@ -14,7 +14,7 @@ from sage.common.errors import RunError, SageError
 from sage.libs.finetune.config import load_config
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.progress_bar import ProgressBar, eta_text
-from sage.libs.finetune.status import RunState, RunStatus
+from sage.libs.finetune.status import ALIVE, RunState, RunStatus
 
 _POLL_SECONDS = 0.2
 
@@ -57,7 +57,7 @@ def _follow(manager: FinetuneManager, task_id: str) -> RunStatus:
     with ProgressBar(task_id) as bar:
         while True:
             status = manager.status(task_id)
-            if status.state not in (RunState.STARTING, RunState.RUNNING):
+            if status.state not in ALIVE:
                 return status
             bar.show(
                 status.message or status.state, status.step, status.total_steps, status.loss, eta_text(status.eta_seconds)

@@ -10,7 +10,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sage.common.errors import Conflict, NotFound
+from sage.common.errors import Conflict, ModelError, NotFound
 from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
@@ -19,12 +19,11 @@ from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.output import claim_output
 from sage.libs.finetune.rundir import Event, RunDirectory, RunSpec
-from sage.libs.finetune.status import RunState, RunStatus, derive, fold
-from sage.libs.models.resolve import resolve_model
+from sage.libs.finetune.status import ALIVE, RunState, RunStatus, derive, fold
+from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: A worker has said its last word, but its process still closes; a new one waits this long for it.
 _EXIT_SECONDS = 10.0
-_ALIVE = (RunState.STARTING, RunState.RUNNING)
 
 
 class FinetuneManager:
@@ -42,7 +41,14 @@ class FinetuneManager:
         """
         for path in filter(None, (config.dataset_path, config.eval_path)):
             check_dataset(Path(path)).raise_for_faults()
-        resolve_model(config.base_model)
+        source = resolve_model(config.base_model)
+        if source.kind is ModelKind.ADAPTER:
+            raise ModelError(
+                code="base_is_adapter",
+                message=f"{config.base_model} is an adapter, not a base model.",
+                hint=f"Train on its base: {source.base.name if source.base else 'unknown'}.",
+                param="base_model",
+            )
         if config.resume_from_checkpoint and not (Path(config.resume_from_checkpoint) / "manifest.json").is_file():
             raise NotFound(
                 code="checkpoint_not_found",
@@ -86,7 +92,7 @@ class FinetuneManager:
                 message=f"{task_id} is completed: its result is in {spec.config.output_dir}.",
                 hint="To train on, start a new run with another output folder.",
             )
-        if state in _ALIVE:
+        if state in ALIVE:
             raise Conflict(code="not_resumable", message=f"{task_id} is running.", hint="There is nothing to resume.")
         if dataset_hash(Path(spec.config.dataset_path)) != spec.dataset_sha256:
             raise Conflict(
@@ -138,7 +144,7 @@ class FinetuneManager:
         """Return whether a run has no process, once one that has said its last word has had time to close."""
         deadline = time.monotonic() + _EXIT_SECONDS
         while self.process(task_id):
-            if self.status(task_id).state in _ALIVE or time.monotonic() > deadline:
+            if self.status(task_id).state in ALIVE or time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
         return True

@@ -7,7 +7,8 @@ from typing import Any
 
 from sage.common.errors import OutputError
 from sage.common.processes import holder
-from sage.libs.finetune.rundir import replace_file
+from sage.libs.finetune.rundir import RunDirectory, replace_file
+from sage.libs.finetune.status import ALIVE, RunStatus, fold
 
 RUN_FILE = "sage_run.json"
 
@@ -48,8 +49,14 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
         raise _refused(output, f"holds the result of {owner.get('task_id')}")
     if others:
         raise _refused(output, f"is not empty: it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}")
-    if owner and holder(Path(str(owner.get("run"))) / "worker.lock"):
+    if owner and _is_live(RunDirectory(Path(str(owner.get("run"))))):
         raise _refused(output, f"is being written by {owner.get('task_id')}")
+
+
+def _is_live(run: RunDirectory) -> bool:
+    """Return whether a run may still write; one that has said its last word only closes its process."""
+    events, _ = run.read_events()
+    return holder(run.lock_path) is not None and fold(RunStatus(), events).state in ALIVE
 
 
 def _refused(output: Path, problem: str) -> OutputError:

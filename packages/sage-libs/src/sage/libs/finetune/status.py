@@ -19,6 +19,10 @@ class RunState(StrEnum):
     FAILED = "failed"  #: it ended otherwise; `message` says how
 
 
+#: A run in one of these has a process, or has died.
+ALIVE = (RunState.STARTING, RunState.RUNNING)
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """What is known of a run. None: not known yet."""
@@ -63,7 +67,7 @@ def fold(status: RunStatus, events: Iterable[Event]) -> RunStatus:
 
 def derive(status: RunStatus, *, alive: bool) -> RunStatus:
     """Return the status as it really is: a run that should be going but has no process has failed."""
-    if alive or status.state not in (RunState.STARTING, RunState.RUNNING):
+    if alive or status.state not in ALIVE:
         return status
     saved = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "its beginning"
     return replace(

@@ -1,6 +1,7 @@
 """One run, from its directory to its result, on transformers' Trainer."""
 
 import logging
+import math
 import random
 import time
 from importlib.metadata import version
@@ -11,7 +12,6 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from sage.common.errors import ModelError
 from sage.libs.finetune.batching import Collator
 from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.checkpoints import latest_good
@@ -25,7 +25,7 @@ from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.status import RunStatus, fold
 from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.models.loading import load_tokenizer, local_folder
-from sage.libs.models.resolve import ModelKind, resolve_model
+from sage.libs.models.resolve import resolve_model
 
 logger = logging.getLogger(__name__)
 _VERSIONS = ("torch", "transformers", "peft", "accelerate")
@@ -41,15 +41,8 @@ class TrainingRun:
         self.run, self.stop = run, stop
         self.spec = run.read_spec()
         self.config = config = self.spec.config
-        source = resolve_model(config.base_model)
-        if source.kind is ModelKind.ADAPTER:
-            raise ModelError(
-                code="base_is_adapter",
-                message=f"{config.base_model} is an adapter, not a base model.",
-                hint=f"Train on its base: {source.base.name if source.base else ''}.",
-            )
         self._tell("loading the tokenizer")
-        folder = local_folder(source)
+        folder = local_folder(resolve_model(config.base_model))
         self.tokenizer = load_tokenizer(folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
@@ -65,21 +58,27 @@ class TrainingRun:
         """Train to the end or to the next stop, and write the result; the run's last event says which it was."""
         try:
             before, seconds = self._evaluate_before()
-            trainer = self._trainer(closing_seconds=seconds)
-            trainer.train(resume_from_checkpoint=self._checkpoint())
-            state = trainer.state
-            if state.global_step < state.max_steps:
-                raise StopRequested
-            after = self._evaluate(state.global_step)
+            total = self._total_steps()
+            checkpoint, step = self._checkpoint()
+            if checkpoint and step >= total:  # all that is left is to measure and to write; the Trainer would train on
+                self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
+            else:
+                trainer = self._trainer(closing_seconds=seconds)
+                trainer.train(resume_from_checkpoint=checkpoint)
+                # The held-out loss is measured in the model's own precision, as it was before the first step.
+                trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+                if trainer.state.global_step < total:
+                    raise StopRequested
+            after = self._evaluate(total)
         except StopRequested:
             status = self._status()
-            step, total = status.checkpoint_step or 0, status.total_steps or 0
-            self._export(step, total, status.heldout_loss_before, None)
+            step = status.checkpoint_step or 0
+            self._export(step, self._total_steps(), status.heldout_loss_before, None)
             self.run.append_event("stopped", step=step, output_dir=self.config.output_dir)
             logger.info("stopped at step %d; the adapter is in %s", step, self.config.output_dir)
             return
-        self._export(state.global_step, state.max_steps, before, after)
-        self.run.append_event("finished", step=state.global_step, output_dir=self.config.output_dir)
+        self._export(total, total, before, after)
+        self.run.append_event("finished", step=total, output_dir=self.config.output_dir)
         logger.info("finished; the adapter is in %s", self.config.output_dir)
 
     def _read_data(self) -> tuple[list[Encoded], list[Encoded]]:
@@ -162,11 +161,21 @@ class TrainingRun:
             "versions": {name: version(name) for name in _VERSIONS},
         }
 
-    def _checkpoint(self) -> str | None:
+    def _total_steps(self) -> int:
+        """Return how many optimizer steps the run has, as the Trainer counts them."""
+        micro_batches = math.ceil(len(self.train_data) / self.config.batch_size)
+        steps_per_epoch = math.ceil(micro_batches / self.config.gradient_accumulation_steps)
+        return self.config.max_steps or steps_per_epoch * self.config.num_epochs
+
+    def _checkpoint(self) -> tuple[str | None, int]:
+        """Return the folder of the checkpoint to go on from and its step; (None, 0) at the beginning."""
         checkpoint, problems = latest_good(self.run.path)
         for problem in problems:
             self._warn(f"A damaged checkpoint is passed over: {problem}")
-        return str(checkpoint.path) if checkpoint else self.config.resume_from_checkpoint
+        if checkpoint:
+            return str(checkpoint.path), checkpoint.step
+        given = self.config.resume_from_checkpoint
+        return given, TrainerState.load_from_json(str(Path(given) / "trainer_state.json")).global_step if given else 0
 
     def _evaluate_before(self) -> tuple[float | None, float]:
         """Return the held-out loss before the first step, and how many seconds such a measurement takes."""

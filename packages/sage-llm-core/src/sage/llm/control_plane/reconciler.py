@@ -52,11 +52,9 @@ def decide(engine: EngineRecord, observed: Observed, limits: Limits) -> Action:
     """Return the next action for an engine; never waits, never touches the world."""
     is_inference = engine.kind is not EngineKind.FINETUNE
     match engine.state, engine.wanted:
-        case _S.QUEUED, Wanted.STOPPED:
+        case _S.QUEUED, Wanted.STOPPED if not observed.alive:
             return Action(state=_S.STOPPED)
-        case _S.QUEUED, _ if observed.alive:  # its launch was not written down: adopt it
-            return Action(state=_S.STARTING)
-        case _S.QUEUED, _:
+        case _S.QUEUED, _:  # one that lives already, because its launch was not written down, is adopted by `launch`
             return Action(Effect.LAUNCH, _S.STARTING)
         case _S.STARTING | _S.RUNNING | _S.STOPPING, _ if observed.ended:
             if engine.state is _S.STARTING and observed.ended is _S.COMPLETED:

@@ -30,7 +30,7 @@ class Executor(Protocol):
         """Raise Conflict where the engine cannot be started again."""
 
     async def launch(self, engine: EngineRecord) -> int | None:
-        """Start the engine's process; return the port it will answer on, if any."""
+        """Start the engine's process, unless it lives already; return the port it will answer on, if any."""
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return what is."""

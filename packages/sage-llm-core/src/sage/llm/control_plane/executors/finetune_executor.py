@@ -16,7 +16,7 @@ from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.status import RunState, RunStatus
+from sage.libs.finetune.status import ALIVE, RunState, RunStatus
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.inventory import gpu_memory_of
 from sage.llm.control_plane.states import EngineState
@@ -82,7 +82,7 @@ class FinetuneEngine:
         """
         await self.request_stop()
         status = await self.get_status()
-        while status["status"] in (RunState.STARTING, RunState.RUNNING):
+        while status["status"] in ALIVE:
             await asyncio.sleep(_POLL_SECONDS)
             status = await self.get_status()
         return status
@@ -135,8 +135,9 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.check_resumable, task_id_of(engine.id))
 
     async def launch(self, engine: EngineRecord) -> None:
-        """Start the worker."""
-        await self._engine(engine).start()
+        """Start the worker, unless it lives already."""
+        if not (await self.observe(engine)).alive:
+            await self._engine(engine).start()
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return where the run is, from its events and its lock."""
@@ -205,7 +206,7 @@ def _progress(run: RunStatus) -> TrainingProgress:
         checkpoint_step=run.checkpoint_step,
         heldout_loss_before=run.heldout_loss_before,
         heldout_loss=run.heldout_loss,
-        activity=run.message if run.state in (RunState.STARTING, RunState.RUNNING) else None,
+        activity=run.message if run.state in ALIVE else None,
         warnings=list(run.warnings),
     )
 

@@ -54,8 +54,13 @@ class InferenceExecutor:
             _check_port(engine.requested_port)
 
     async def launch(self, engine: EngineRecord) -> int:
-        """Start the server; return its port."""
+        """Start the server, unless it lives already; return its port."""
+        port_file = self._folder(engine) / "port"
+        if self.process(engine):
+            return int(port_file.read_text())
         port = engine.requested_port or _free_port()
+        port_file.parent.mkdir(parents=True, exist_ok=True)
+        port_file.write_text(str(port))
         options = self._backend.options.model_validate(engine.options)
         argv = self._backend.argv(engine.model, port, options)
         log = self.log_path(engine)
@@ -66,6 +71,8 @@ class InferenceExecutor:
         """Return whether the server lives and answers."""
         if self.process(engine) is None:
             return Observed(alive=False, reason=Reason(code="engine_died", message=self._last_words(engine)))
+        if engine.port is None:  # its launch was not written down yet
+            return Observed(alive=True)
         try:
             answer = await self._http.get(f"http://127.0.0.1:{engine.port}{self._backend.health_path}")
         except httpx.HTTPError:

@@ -69,7 +69,7 @@ async def _pass_on(request: Request, manager: Manager, kind: EngineKind) -> Resp
     body = await request.body()
     model = _model_of(body)
     engine = await running_engine(manager, model, kind, request.app.state.settings.request_wait_seconds)
-    answer: Response = await request.app.state.proxy.forward(engine, request.url.path, body)
+    answer: Response = await request.app.state.proxy.forward(engine, request, body)
     return answer
 
 
