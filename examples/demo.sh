@@ -7,7 +7,7 @@ SAGE_GATEWAY_PORT=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127
 export SAGE_GATEWAY_PORT
 model=smollm2-135m-instruct
 adapter="$SAGE_HOME/adapter"
-questions=("Introduce yourself in one sentence." "What is SAGE?" "How do I stream the log of an engine?")
+questions=("Introduce yourself in one sentence." "What is SAGE?" "How do I list engines in SAGE?")
 began=$SECONDS
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 leave() {
