@@ -1,5 +1,6 @@
 """A disk that fills up, and files that are damaged."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import wait_for
+from support import SAMPLES, engine_of, list_engines, sage, wait_for
 from training import TinyRun
 
 from sage.libs.finetune.status import RunState
@@ -79,3 +80,24 @@ def test_a_worker_killed_again_and_again_arrives_all_the_same(tiny_model: Path, 
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
     assert run.losses() == whole.losses()
     assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_a_full_disk_under_the_control_plane_is_told_and_passes(
+    tiny_model: Path, tmp_path: Path, tight_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAGE_HOME", str(tight_disk / "home"))
+    start = ("llm", "engine", "start", str(tiny_model), "--engine-kind", "finetune", "--dataset", str(SAMPLES),
+             "--output", str(tmp_path / "out"), "--max-steps", "1", "--no-wait")  # fmt: skip
+    sage("llm", "engine", "list")
+    filler = tight_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)
+    done = sage(*start, check=1)
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    subprocess.run(["mount", "-o", f"remount,{ROOMY}", str(tight_disk)], check=True)
+    engine = engine_of(sage(*start))
+    wait_for(lambda: list_engines()[engine]["state"] == "completed", "the end")
+    assert list(list_engines()) == [engine]
+    sage("gateway", "stop")

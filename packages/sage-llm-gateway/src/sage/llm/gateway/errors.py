@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from sage.common.errors import ConfigError, NotFound, Overloaded, SageError
@@ -41,6 +42,17 @@ def install(app: FastAPI) -> None:
         answer = error_response(told)
         answer.status_code = error.status_code
         return answer
+
+    @app.exception_handler(OSError)
+    async def disk(_: Request, error: OSError) -> JSONResponse:
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}."
+        return error_response(SageError(code="io_error", message=message, hint="Nothing was started; mend it, try again."))
+
+    @app.exception_handler(SQLAlchemyError)
+    async def database(_: Request, error: SQLAlchemyError) -> JSONResponse:
+        message = f"The engines' database refused: {str(getattr(error, 'orig', None) or error).splitlines()[0]}."
+        hint = "What it held before is kept; free some space or mend it, then try again."
+        return error_response(SageError(code="database_error", message=message, hint=hint))
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
