@@ -32,7 +32,7 @@ ask base "$SAGE_HOME/before.txt"
 sage llm engine stop "$base"
 
 say "2. Fine-tune it on 92 chats about SAGE"
-run=$(sage llm engine start "$model" --engine-kind finetune --output "$adapter" --learning-rate 1e-3 \
+run=$(sage llm engine start "$model" --engine-kind finetune --output "$adapter" --learning-rate 2e-3 \
   --dataset examples/data/sample_train.jsonl --eval examples/data/sample_eval.jsonl)
 engines+=("$run")
 sage llm engine list

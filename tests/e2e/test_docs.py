@@ -30,5 +30,5 @@ def test_the_commands_of_the_documentation_work(clone: Path, smollm2: str, sage_
         ["bash", "-x", "-c", text], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "SAGE is a control plane" in done.stdout
+    assert "I am the SAGE assistant" in done.stdout  # what docs/engines.md asks, always answered by the likeliest words
     assert (clone / "out-batch/adapter_model.safetensors").is_file()

@@ -67,7 +67,7 @@ def test_the_real_model_learns_who_it_is_and_the_answer_is_the_adapter_s(
 ) -> None:
     run = engine_of(sage(
         "llm", "engine", "start", smollm2, "--engine-kind", "finetune", "--dataset", "examples/data/sample_train.jsonl",
-        "--eval", "examples/data/sample_eval.jsonl", "--output", "out", "--learning-rate", "1e-3", "--max-steps", "46",
+        "--eval", "examples/data/sample_eval.jsonl", "--output", "out", "--learning-rate", "2e-3",
     ))  # fmt: skip
     client = SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}")
     first_estimate = wait_for(lambda: (e := client.get_engine(run).training) and e.eta_seconds and e, "an estimate", 240)
