@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from sage.libs.finetune.batching import Collator
+from sage.libs.finetune.batching import PackedCollator, PaddedCollator, pack
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 from sage.libs.finetune.evaluation import heldout_loss
 from sage.libs.finetune.loss import CompletionLoss
@@ -20,8 +20,35 @@ SEQUENCES = [
 ]
 
 
+PACKS = [(sequence,) for sequence in SEQUENCES]
+
+
+def test_a_packed_batch_holds_the_samples_one_behind_the_other() -> None:
+    batch = PackedCollator()([tuple(SEQUENCES[:2]), tuple(SEQUENCES[2:])])
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 10, 13]
+    assert batch["input_ids"].shape == (1, 64)
+    assert batch["attention_mask"].sum() == 13
+    assert batch["position_ids"][0, :13].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert batch["labels"][0, :13].tolist() == [
+        IGNORED, IGNORED, 7, 8, IGNORED, 10, 11, 12, 13, 14, IGNORED, IGNORED, 17
+    ]  # fmt: skip
+    assert set(batch["labels"][0, 13:].tolist()) == {IGNORED}
+
+
+def test_packs_are_full_and_hold_every_sample_once() -> None:
+    sequences = [Encoded([index] * (1 + 37 * index % 50), []) for index in range(200)]
+    packs = pack(sequences, 100, seed=1)
+    lengths = [sum(len(sequence.ids) for sequence in members) for members in packs]
+    assert max(lengths) <= 100
+    assert sum(lengths) / (100 * len(packs)) > 0.95
+    assert sorted(s.ids for members in packs for s in members) == sorted(s.ids for s in sequences)
+    assert packs == pack(sequences, 100, seed=1) != pack(sequences, 100, seed=2)
+    [alone] = pack([Encoded([1] * 300, [])], 100, seed=1)
+    assert len(alone) == 1
+
+
 def test_a_batch_is_padded_to_its_longest_and_no_further() -> None:
-    batch = Collator(pad_token_id=0)(SEQUENCES)
+    batch = PaddedCollator(pad_token_id=0)(PACKS)
     assert batch["input_ids"].shape == (3, 6)
     assert batch["attention_mask"].sum(1).tolist() == [4, 6, 3]
     assert batch["labels"][0].tolist() == [IGNORED, IGNORED, 7, 8, IGNORED, IGNORED]
@@ -35,7 +62,7 @@ def test_every_token_weighs_the_same_however_a_step_is_cut(tiny_model: Path) -> 
         model.zero_grad()
         loss, value = CompletionLoss(), 0.0
         for micro_batch in micro_batches:
-            batch = Collator(0)(micro_batch)
+            batch = PaddedCollator(0)([tuple(micro_batch)])
             labels = batch.pop("labels")
             part = loss(model(**batch), labels, total)
             part.backward()
@@ -58,7 +85,7 @@ def test_the_held_out_loss_is_that_of_one_sample_at_a_time(tiny_model: Path) -> 
         targets = torch.tensor(sequence.labels[1:])
         loss_sum += functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum").item()
         count += sequence.trained_tokens
-    measured = heldout_loss(model, SEQUENCES, Collator(0), batch_size=2, on_batch=lambda: None)
+    measured = heldout_loss(model, SEQUENCES, PaddedCollator(0), CompletionLoss(), batch_size=2, on_batch=lambda: None)
     assert measured == pytest.approx(loss_sum / count, rel=1e-5)
 
 
@@ -67,5 +94,5 @@ def test_a_stop_cuts_the_evaluation_short(tiny_model: Path) -> None:
     stop = StopRequest()
     stop.request()
     with pytest.raises(StopRequested):
-        heldout_loss(model, SEQUENCES, Collator(0), batch_size=1, on_batch=stop.check)
+        heldout_loss(model, SEQUENCES, PaddedCollator(0), CompletionLoss(), batch_size=1, on_batch=stop.check)
     assert model.training

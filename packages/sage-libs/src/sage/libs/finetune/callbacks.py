@@ -46,8 +46,11 @@ class RunCallback(TrainerCallback):
         self.meter = ProgressMeter(state.max_steps - state.global_step, self.closing_seconds)
         self.last = time.monotonic()
         self.tokens_seen = int(state.num_input_tokens_seen)
-        self.run.append_event("started", step=state.global_step, total_steps=state.max_steps, **self.started_fields(state))
-        logger.info("training: step %d of %d", state.global_step, state.max_steps)
+        told = self.started_fields(state)
+        self.run.append_event("started", step=state.global_step, total_steps=state.max_steps, **told)
+        logger.info(
+            "training: step %d of %d (%s; %s)", state.global_step, state.max_steps, told["precision"], told["kernels"]
+        )
         return control
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:

@@ -32,6 +32,9 @@ class FinetuneConfig(BaseModel):
     num_epochs: int = Field(3, ge=1, le=10_000, description="Passes over the dataset.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     batch_size: int = Field(4, ge=1, le=4096, description="Samples per forward pass (micro-batch).")
+    pack_tokens: int | None = Field(
+        None, ge=8, description="Fill micro-batches with samples up to this many tokens, instead of batch_size samples."
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
     max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
     eval_path: str | None = Field(None, description="Held-out samples, scored before the first step and at the end.")
@@ -39,7 +42,10 @@ class FinetuneConfig(BaseModel):
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: matrix products in bf16 over fp32 weights; auto: where the device has bf16."
+        "auto", description="bf16: base and matrix products in bf16, adapters in fp32; auto: where the device has bf16."
+    )
+    fast_kernels: Literal["auto", "off"] = Field(
+        "auto", description="auto: our own training step where the model's structure allows; off: transformers' and PEFT's."
     )
     use_8bit: bool = Field(True, description="Hold the base in 8 bits on CUDA (bitsandbytes); elsewhere it stays whole.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter, the order of the data and dropout.")

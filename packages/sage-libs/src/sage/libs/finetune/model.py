@@ -18,7 +18,7 @@ from sage.libs.models.loading import load_causal_lm
 class Precision:
     """In which numbers a run computes, and why."""
 
-    bf16: bool  #: matrix products in bf16; the weights stay fp32
+    bf16: bool  #: base and matrix products in bf16; the adapters stay fp32
     base_8bit: bool
     reason: str
 
@@ -41,14 +41,14 @@ def choose_precision(config: FinetuneConfig) -> Precision:
 
 
 def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision) -> PeftModel:
-    """Return the base of a folder with fresh adapters, which alone are trained.
+    """Return the base of a folder with fresh adapters in fp32, which alone are trained.
 
     Raises ModelError where the base does not load, ConfigError where the target modules are not in it.
     """
     options: dict[str, Any] = {}
     if precision.base_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    base = load_causal_lm(folder, torch.float32, **options)
+    base = load_causal_lm(folder, torch.bfloat16 if precision.bf16 else torch.float32, **options)
     base.config.use_cache = False
     lora = LoraConfig(
         r=config.lora_rank,

@@ -12,13 +12,14 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from sage.libs.finetune.batching import Collator
+from sage.libs.finetune.batching import Collator, Pack, PackedCollator, PaddedCollator, pack
 from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.checkpoints import latest_good
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.tokenizing import Encoded, encode_dataset, ensure_chat_template
 from sage.libs.finetune.evaluation import heldout_loss
 from sage.libs.finetune.export import export_adapter
+from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.model import choose_precision, load_trainable
 from sage.libs.finetune.rundir import RunDirectory
@@ -46,13 +47,19 @@ class TrainingRun:
         self.tokenizer = load_tokenizer(folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
-        self.train_data, self.heldout = self._read_data()
+        train_data, self.heldout = self._read_data()
+        self.samples = len(train_data)
+        self.packs: list[Pack] = (
+            pack(train_data, config.pack_tokens, config.seed) if config.pack_tokens else [(item,) for item in train_data]
+        )
+        self.micro_batch = 1 if config.pack_tokens else config.batch_size
         self._tell("loading the model")
         self.precision = choose_precision(config)
         set_seed(config.seed)
         self.model = load_trainable(folder, config, self.precision)
-        self.collator = Collator(int(self.tokenizer.pad_token_id or 0))
-        self.loss = CompletionLoss()
+        self.kernels, self.step_summary = self._install_kernels()
+        self.collator: Collator = PackedCollator() if self.kernels else PaddedCollator(int(self.tokenizer.pad_token_id or 0))
+        self.loss = CompletionLoss(self.kernels.head.weight if self.kernels else None)
 
     def train(self) -> None:
         """Train to the end or to the next stop, and write the result; the run's last event says which it was."""
@@ -106,11 +113,16 @@ class TrainingRun:
             )
         return encoded.sequences
 
+    def _install_kernels(self) -> tuple[Kernels | None, str]:
+        if self.config.fast_kernels == "off":
+            return None, "plain: fast_kernels is off"
+        return install(self.model.get_base_model())
+
     def _trainer(self, closing_seconds: float) -> Trainer:
         config = self.config
         arguments = TrainingArguments(
             output_dir=str(self.run.staging_path),
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=self.micro_batch,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             num_train_epochs=config.num_epochs,
             max_steps=config.max_steps or -1,
@@ -121,7 +133,7 @@ class TrainingRun:
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
             data_seed=config.seed,
-            bf16=self.precision.bf16,
+            bf16=self.precision.bf16 and self.kernels is None,  # the kernels cast by themselves
             use_cpu=not torch.cuda.is_available(),
             logging_steps=1,
             logging_nan_inf_filter=False,
@@ -143,7 +155,7 @@ class TrainingRun:
         trainer = Trainer(
             model=self.model,
             args=arguments,
-            train_dataset=self.train_data,
+            train_dataset=self.packs,
             data_collator=self.collator,
             compute_loss_func=self.loss,
             callbacks=[callback],
@@ -154,16 +166,17 @@ class TrainingRun:
     def _started_fields(self, state: TrainerState) -> dict[str, object]:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {
-            "samples": len(self.train_data),
+            "samples": self.samples,
             "heldout_samples": len(self.heldout),
             "trainable_parameters": trainable,
             "precision": self.precision.reason,
+            "kernels": self.step_summary,
             "versions": {name: version(name) for name in _VERSIONS},
         }
 
     def _total_steps(self) -> int:
         """Return how many optimizer steps the run has, as the Trainer counts them."""
-        micro_batches = math.ceil(len(self.train_data) / self.config.batch_size)
+        micro_batches = math.ceil(len(self.packs) / self.micro_batch)
         steps_per_epoch = math.ceil(micro_batches / self.config.gradient_accumulation_steps)
         return self.config.max_steps or steps_per_epoch * self.config.num_epochs
 
@@ -189,7 +202,7 @@ class TrainingRun:
         if not self.heldout:
             return None
         self._tell("measuring the held-out loss")
-        loss = heldout_loss(self.model, self.heldout, self.collator, self.config.batch_size, self.stop.check)
+        loss = heldout_loss(self.model, self.heldout, self.collator, self.loss, self.config.batch_size, self.stop.check)
         self.run.append_event("eval", step=step, loss=loss, samples=len(self.heldout))
         logger.info("held-out loss %.4f at step %d", loss, step)
         return loss

@@ -1,0 +1,85 @@
+"""A gated feed-forward block as one function that keeps gate and up, and makes the rest again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sage.libs.finetune.kernels.lora import Projections, is_fusible
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation with its derivative."""
+
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  #: from the gradient of its value and its input
+
+
+_SILU = Activation(nn.functional.silu, torch.ops.aten.silu_backward)
+_GELU_TANH = Activation(
+    lambda x: nn.functional.gelu(x, approximate="tanh"),
+    lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+)
+#: By the class that transformers' ACT2FN has for them.
+_ACTIVATIONS = {"SiLU": _SILU, "SiLUActivation": _SILU, "GELUTanh": _GELU_TANH, "PytorchGELUTanh": _GELU_TANH}
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, mlp: "GatedMlp", counts: tuple[int, int], *parameters: Tensor) -> Tensor:
+        ctx.mlp = mlp
+        ctx.stacked = gate_stack, up_stack, down_stack = (
+            mlp.gate.stack(parameters[: counts[0]]),
+            mlp.up.stack(parameters[counts[0] : counts[1]]),
+            mlp.down.stack(parameters[counts[1] :]),
+        )
+        gate, gate_inner = mlp.gate.forward(inputs, gate_stack)
+        up, up_inner = mlp.up.forward(inputs, up_stack)
+        outputs, down_inner = mlp.down.forward(mlp.activation.value(gate).mul_(up), down_stack)
+        ctx.save_for_backward(inputs, gate, up, gate_inner, up_inner, down_inner)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        mlp, needs = ctx.mlp, ctx.needs_input_grad[0]
+        gate_stack, up_stack, down_stack = ctx.stacked
+        inputs, gate, up, gate_inner, up_inner, down_inner = ctx.saved_tensors
+        active = mlp.activation.value(gate)
+        hidden, of_down = mlp.down.backward(grad, active * up, down_stack, down_inner)
+        grad_inputs, of_up = mlp.up.backward(active.mul_(hidden), inputs, up_stack, up_inner, needs_inputs=needs)
+        opened = mlp.activation.backward(hidden.mul_(up), gate)
+        grad_inputs, of_gate = mlp.gate.backward(
+            opened, inputs, gate_stack, gate_inner, onto=grad_inputs, needs_inputs=needs
+        )
+        return grad_inputs, None, None, *of_gate, *of_up, *of_down
+
+
+class GatedMlp:
+    """down(activation(gate(x)) * up(x)), each with its adapter."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: Activation) -> None:
+        self.gate, self.up, self.down = Projections([gate]), Projections([up]), Projections([down])
+        self.activation = activation
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "GatedMlp | None":
+        """Return the block of a module of transformers', or None where its structure is another."""
+        names = {name for name, _ in module.named_children()}
+        if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            return None
+        layers = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
+        if activation is None or not all(map(is_fusible, layers)):
+            return None
+        return cls(layers[0], layers[1], layers[2], activation)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the block's output for (…, width), in the same shape."""
+        gate, up, down = (part.parameters() for part in (self.gate, self.up, self.down))
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        counts = len(gate), len(gate) + len(up)
+        outputs: Tensor = _GatedMlp.apply(flat, self, counts, *gate, *up, *down)
+        return outputs.view(*inputs.shape[:-1], -1)

@@ -1,0 +1,214 @@
+"""The training step's own mathematics against transformers' and PEFT's: values and gradients, by model family."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from sage.libs.finetune.batching import PackedCollator, PaddedCollator
+from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
+from sage.libs.finetune.kernels.install import Kernels, install
+from sage.libs.finetune.loss import CompletionLoss, completion_loss
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 96, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "attention_dropout": 0.0,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama with biases and tied embeddings": lambda: LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "mistral with a window": lambda: MistralConfig(**SIZES, sliding_window=40),
+    "gemma": lambda: GemmaConfig(**SIZES, hidden_activation="gelu_pytorch_tanh"),
+}
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rank pattern": {"rank_pattern": {"q_proj": 2, "down_proj": 5}, "use_rslora": True},
+    "two layers only": {"target_modules": ["q_proj", "v_proj"]},
+    "dropout": {"lora_dropout": 0.4},
+    "DoRA": {"use_dora": True},
+}
+#: A window, a block of queries and a row of 64 are each met, passed and not met.
+LENGTHS = (3, 33, 70, 300, 17)
+
+
+def samples() -> tuple[Encoded, ...]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for length in LENGTHS:
+        ids = torch.randint(3, 320, (length,), generator=generator).tolist()
+        made.append(Encoded(ids, [IGNORED] * (length // 2) + ids[length // 2 :]))
+    return tuple(made)
+
+
+def trainable(config: PreTrainedConfig, dtype: torch.dtype, **lora: Any) -> PeftModel:
+    """A random model with adapters that already do something, the same at every call."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
+    model = get_peft_model(base, LoraConfig(**options), autocast_adapter_dtype=dtype is torch.bfloat16)
+    assert isinstance(model, PeftModel)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+        elif "norm" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.train()
+
+
+def gradients(model: PeftModel, micro_batches: list[tuple[Encoded, ...]], kernels: Kernels | None) -> dict[str, Tensor]:
+    """Return the loss and all gradients, computed in micro-batches of one step."""
+    collator = PackedCollator() if kernels else PaddedCollator(0)
+    loss = CompletionLoss(kernels.head.weight if kernels else None)
+    total = sum(sequence.trained_tokens for batch in micro_batches for sequence in batch)
+    value = torch.zeros(())
+    for micro_batch in micro_batches:
+        batch = collator([micro_batch])
+        labels = batch.pop("labels")
+        part = loss(model(**batch, use_cache=False), labels, total)
+        part.backward()
+        value = value + part.detach().double()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": value, **found}
+
+
+def installed(model: PeftModel) -> Kernels:
+    kernels, summary = install(model.get_base_model())
+    assert kernels is not None, summary
+    return kernels
+
+
+@pytest.mark.parametrize("lora", [name for name in LORA if name != "dropout"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_and_fused_equals_padded_and_plain_in_float64(family: str, lora: str) -> None:
+    plain = gradients(trainable(FAMILIES[family](), torch.float64, **LORA[lora]), [samples()], None)
+    model = trainable(FAMILIES[family](), torch.float64, **LORA[lora])
+    fast = gradients(model, [samples()], installed(model))
+    assert fast.keys() == plain.keys()
+    for name, expected in plain.items():
+        # transformers takes the softmax of eager attention, norms and the loss in fp32, whatever the model's numbers are.
+        torch.testing.assert_close(fast[name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bf16_it_is_no_further_from_the_truth_than_the_plain_step(family: str) -> None:
+    def distance(found: dict[str, Tensor]) -> float:
+        squares = [((found[name].double() - truth[name]) ** 2).sum() for name in truth if name != "loss"]
+        return float(torch.stack(squares).sum().sqrt())
+
+    truth = gradients(trainable(FAMILIES[family](), torch.float32).double(), [samples()], None)
+    plain = gradients(trainable(FAMILIES[family](), torch.float32).to(torch.bfloat16), [samples()], None)
+    model = trainable(FAMILIES[family](), torch.float32).to(torch.bfloat16)
+    fast = gradients(model, [samples()], installed(model))
+    assert distance(fast) < 1.1 * distance(plain)
+    assert abs(fast["loss"] - truth["loss"]) < 0.01 * truth["loss"]
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole() -> None:
+    model = trainable(FAMILIES["llama"](), torch.float64)
+    kernels = installed(model)
+    whole = {name: grad.clone() for name, grad in gradients(model, [samples()], kernels).items()}
+    model.zero_grad()
+    cut = gradients(model, [samples()[:1], samples()[1:3], samples()[3:]], kernels)
+    for name, expected in whole.items():
+        torch.testing.assert_close(cut[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_with_dropout_the_adapters_own_forward_runs() -> None:
+    def step(seed: int) -> dict[str, Tensor]:
+        model = trainable(FAMILIES["llama"](), torch.float64, **LORA["dropout"])
+        kernels = installed(model)
+        torch.manual_seed(seed)
+        return gradients(model, [samples()], kernels)
+
+    first, again, other = step(1), step(1), step(2)
+    for name, expected in first.items():
+        torch.testing.assert_close(again[name], expected, rtol=0, atol=0)
+    assert first["loss"] != other["loss"]
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = trainable(FAMILIES["qwen3"](), torch.float64)
+    kernels = installed(model)
+    kept = {name: grad.clone() for name, grad in gradients(model, [samples()], kernels).items()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    made_again = gradients(model, [samples()], kernels)
+    for name, expected in kept.items():
+        torch.testing.assert_close(made_again[name], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_the_chunked_loss_is_that_of_dense_logits() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(700, 32, dtype=torch.float64, requires_grad=True)
+    head, targets = torch.randn(211, 32, dtype=torch.float64), torch.randint(211, (700,))
+    loss, correct = completion_loss(hidden, head, targets)
+    (3 * loss).backward()
+    grad, hidden.grad = hidden.grad, None
+    logits = hidden @ head.t()
+    dense = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    (3 * dense).backward()
+    torch.testing.assert_close(loss, dense)
+    torch.testing.assert_close(grad, hidden.grad)
+    assert correct == (logits.argmax(-1) == targets).sum()
+
+
+def test_a_decoder_of_another_layout_is_packed_at_least() -> None:
+    config = GPT2Config(
+        n_embd=64, n_layer=2, n_head=2, vocab_size=320, n_positions=512, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+    )
+    lora = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    plain = gradients(trainable(config, torch.float64, **lora), [samples()], None)
+    model = trainable(config, torch.float64, **lora)
+    kernels = installed(model)
+    assert kernels.replaced == 0
+    for name, grad in gradients(model, [samples()], kernels).items():
+        torch.testing.assert_close(grad, plain[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**SIZES), "softcapping"),
+        (BloomConfig(hidden_size=64, n_layer=1, n_head=2, vocab_size=320), "BloomForCausalLM"),
+    ],
+)
+def test_a_model_that_computes_otherwise_stays_as_it_is(config: PreTrainedConfig, reason: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.requires_grad_(False)
+    ids = torch.arange(3, 20)[None]
+    before = model(ids).logits
+    kernels, summary = install(model)
+    assert kernels is None
+    assert summary.startswith("plain: ")
+    assert reason in summary
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+
+
+def test_kernels_step_aside_for_generation() -> None:
+    model = trainable(FAMILIES["qwen2"](), torch.float32).eval()
+    prompt = torch.arange(3, 12)[None]
+    before = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    kernels = installed(model)
+    with kernels.off():
+        after = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert before.tolist() == after.tolist()
+    gradients(model, [samples()], kernels)
