@@ -1,0 +1,209 @@
+"""Our training step beside its peers, turn by turn on one machine: `make bench-train`.
+
+DATA holds the samples (`alpaca_train.jsonl`, `alpaca_eval.jsonl`), the scripts that install and run the peers
+(`llamafactory_peer.sh`, `trl_peer.py`) and the one that scores every adapter alike (`heldout_loss.py`). The work is the same
+for all: SmolLM2-135M-Instruct, LoRA r=8 on all linear layers, one epoch, loss on the completions.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage.libs.finetune import FinetuneConfig, FinetuneManager
+from sage.libs.finetune.data.linting import check_dataset
+from sage.libs.finetune.data.tokenizing import encode_dataset
+from sage.libs.models.loading import load_tokenizer, local_folder
+from sage.libs.models.resolve import resolve_model
+
+MODEL, CUTOFF = "smollm2-135m-instruct", 512
+PACK_TOKENS = 800
+
+
+@dataclass
+class Run:
+    """One training run."""
+
+    train_seconds: float
+    other_seconds: float  #: start-up, loading, saving
+    peak_bytes: int
+    adapter: Path
+
+
+class Bench:
+    """Where the peers, the data and the results are."""
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self.data, self.work = data, work
+        self.model = local_folder(resolve_model(MODEL))
+        tokenizer = load_tokenizer(self.model)
+        encoded = encode_dataset(check_dataset(data / "alpaca_train.jsonl").samples, tokenizer, CUTOFF)
+        self.tokens = sum(len(sequence.ids) for sequence in encoded.sequences)
+
+    def ours(self, **options: Any) -> Run:
+        """Train in a worker process, as an engine does."""
+        output = self.work / f"ours-{time.time_ns()}"
+        manager = FinetuneManager(self.work / "runs")
+        config = FinetuneConfig(
+            base_model=str(self.model), dataset_path=str(self.data / "alpaca_train.jsonl"), output_dir=str(output),
+            num_epochs=1, max_seq_length=CUTOFF, save_steps=10_000, **options,
+        )  # fmt: skip
+        task = manager.create(config)
+        worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
+        seconds, peak_bytes, _ = measured(worker)
+        events, _ = manager.events(task)
+        times = {event["event"]: datetime.fromisoformat(event["time"]) for event in events}  # the last of each kind
+        assert "finished" in times, manager.logs(task, 5)
+        train = (times["step"] - times["started"]).total_seconds()
+        return Run(train, seconds - train, peak_bytes, output)
+
+    def llama_factory(self, mode: str) -> Run:
+        """Run LLaMA-Factory's own command, which says itself how long it trained and how much memory it took."""
+        output = self.work / f"llama-factory-{time.time_ns()}"
+        script = self.data / "llamafactory_peer.sh"
+        argv = ["bash", str(script), str(self.work / "llama-factory"), str(self.model), str(output), mode]
+        seconds, _, text = measured(argv)
+        hours, minutes, rest = re.search(r"train_runtime\s*=\s*(\d+):(\d+):([\d.]+)", text).groups()  # type: ignore[union-attr]
+        peak_kib = int(re.search(r"Maximum resident.*: (\d+)", text)[1])  # type: ignore[index]
+        train = int(hours) * 3600 + int(minutes) * 60 + float(rest)
+        return Run(train, seconds - train, peak_kib * 1024, output)
+
+    def trl(self, precision: str) -> Run:
+        """Run TRL's SFTTrainer in an environment of its own."""
+        output, python = self.work / f"trl-{time.time_ns()}", self.work / "trl/bin/python"
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(python.parent.parent)], check=True)
+            for wanted in ([f"torch=={torch.__version__.split('+')[0]}"], ["trl", "peft", "datasets"]):
+                subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
+        data = str(self.data / "alpaca_train.jsonl")
+        argv = [str(python), str(self.data / "trl_peer.py"), str(self.model), data, str(output), precision]
+        seconds, peak_bytes, text = measured(argv)
+        train = float(re.search(r"train_seconds ([\d.]+)", text)[1])  # type: ignore[index]
+        return Run(train, seconds - train, peak_bytes, output)
+
+    def heldout_loss(self, adapter: Path) -> float:
+        """Return the loss over the held-out chats in fp32, one at a time, by a script that knows nothing of us."""
+        argv = [sys.executable, str(self.data / "heldout_loss.py"), str(self.model), str(adapter)]
+        return float(re.search(r"heldout_loss ([\d.]+)", measured(argv)[2])[1])  # type: ignore[index]
+
+
+ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
+    "sage-packed": ("SAGE, packed to 800 tokens", lambda b: b.ours(pack_tokens=PACK_TOKENS)),
+    "sage": ("SAGE, by four samples", lambda b: b.ours()),
+    "sage-fp32": ("SAGE, by four samples, fp32", lambda b: b.ours(precision="fp32")),
+    "llama-factory-packed": ("LLaMA-Factory, bf16, neat packing to 800", lambda b: b.llama_factory("packed")),
+    "llama-factory-bf16": ("LLaMA-Factory, bf16", lambda b: b.llama_factory("bf16")),
+    "llama-factory-fp32": ("LLaMA-Factory, fp32", lambda b: b.llama_factory("fp32")),
+    "trl-bf16": ("TRL SFTTrainer, bf16", lambda b: b.trl("bf16")),
+    "trl-fp32": ("TRL SFTTrainer, fp32", lambda b: b.trl("fp32")),
+}
+
+
+def measured(argv: list[str]) -> tuple[float, int, str]:
+    """Run a command; return its wall time, the peak memory of its process and what it printed."""
+    began = time.perf_counter()
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        assert process.stdout
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(argv)} failed:\n{text[-3000:]}")
+    return time.perf_counter() - began, usage.ru_maxrss * 1024, text
+
+
+def main() -> None:
+    """Run the rows turn by turn; write results as JSON, a table and a picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/bench"))
+    parser.add_argument("--work", type=Path, default=Path(".bench"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, of: " + ", ".join(ROWS))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train"))
+    arguments = parser.parse_args()
+    bench = Bench(arguments.data.resolve(), arguments.work.resolve())
+    runs: dict[str, list[Run]] = {name: [] for name in arguments.rows.split(",")}
+    for turn in range(arguments.rounds):
+        for name, done in runs.items():
+            done.append(ROWS[name][1](bench))
+            print(f"round {turn + 1}: {name}: {done[-1].train_seconds:.1f} s", file=sys.stderr, flush=True)
+    rows = [row(name, done, bench) for name, done in runs.items()]
+    machine = {
+        "processor": processor(), "cores": os.cpu_count(), "bf16": bool(torch.cpu.get_capabilities().get("avx512_bf16")),
+        "amx": bool(torch.cpu.get_capabilities().get("amx_bf16")), "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}, "tokens": bench.tokens,
+    }  # fmt: skip
+    details = {name: [{**asdict(run), "adapter": None} for run in done] for name, done in runs.items()}
+    arguments.out.with_suffix(".json").write_text(
+        json.dumps({"machine": machine, "rows": rows, "runs": details}, indent=1) + "\n"
+    )
+    arguments.out.with_suffix(".md").write_text(table(rows, machine))
+    arguments.out.with_suffix(".svg").write_text(picture(rows))
+    print(table(rows, machine))
+
+
+def row(name: str, runs: list[Run], bench: Bench) -> dict[str, Any]:
+    """Return the medians of a row's runs, and the held-out loss of its first."""
+    train = statistics.median(run.train_seconds for run in runs)
+    return {
+        "name": ROWS[name][0],
+        "runs": len(runs),
+        "train_seconds": round(train, 1),
+        "tokens_per_second": round(bench.tokens / train),
+        "peak_gb": round(max(run.peak_bytes for run in runs) / 1e9, 2),
+        "other_seconds": round(statistics.median(run.other_seconds for run in runs), 1),
+        "heldout_loss": bench.heldout_loss(runs[0].adapter),
+    }
+
+
+def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """Return the rows as Markdown."""
+    head = (
+        "| trainer | runs | train seconds | tokens/s | peak RSS | start-up and saving | held-out loss |\n"
+        + "|---" * 7
+        + "|\n"
+    )
+    lines = [
+        f"| {r['name']} | {r['runs']} | {r['train_seconds']} | {r['tokens_per_second']} | {r['peak_gb']} GB | "
+        f"{r['other_seconds']} s | {r['heldout_loss']:.4f} |\n"
+        for r in rows
+    ]
+    return f"{machine['processor']}, {machine['cores']} cores; {machine['tokens']} tokens.\n\n{head}{''.join(lines)}"
+
+
+def picture(rows: list[dict[str, Any]]) -> str:
+    """Return the rows' speeds as an SVG of bars."""
+    scale = 300 / max(r["tokens_per_second"] for r in rows)
+    bars = "".join(
+        f'<text x="300" y="{28 + 30 * i}" text-anchor="end">{r["name"]}</text>'
+        f'<rect x="310" y="{12 + 30 * i}" width="{scale * r["tokens_per_second"]:.0f}" height="22" '
+        f'fill="{"#2563eb" if r["name"].startswith("SAGE") else "#94a3b8"}"/>'
+        f'<text x="{318 + scale * r["tokens_per_second"]:.0f}" y="{28 + 30 * i}">{r["tokens_per_second"]} tokens/s</text>'
+        for i, r in enumerate(rows)
+    )
+    size = f'width="760" height="{20 + 30 * len(rows)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="14">{bars}</svg>\n'
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    return found[1] if found else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
