@@ -7,7 +7,7 @@ PACKAGES := sage-common sage-libs[train] sage-llm-core[embedding] sage-llm-gatew
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint unit integration e2e coverage bench clean
+.PHONY: setup demo test lint unit integration e2e coverage bench bench-train clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,12 @@ coverage: setup
 bench: setup
 	$(BIN)/python benchmarks/startup.py
 
+# Installs its peers into .bench. DATA: samples and the peers' scripts.
+DATA ?= ../shared/bench
+bench-train: setup
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/train.py --data $(DATA)
+
 clean:
-	rm -rf $(VENV) .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .bench .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find packages tests -name __pycache__ -type d -exec rm -rf {} +

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support import ROOT
 
-PAGES = ("README.md", "docs/engines.md", "docs/datasets.md", "docs/http.md", "docs/settings.md")
+PAGES = ("README.md", "docs/engines.md", "docs/training.md", "docs/datasets.md", "docs/http.md", "docs/settings.md")
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

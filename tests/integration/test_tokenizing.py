@@ -55,6 +55,17 @@ def test_every_answer_is_trained_on_with_what_ends_it_and_nothing_else(tokenizer
     assert all(label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.ids, strict=True))
 
 
+@pytest.mark.parametrize("template", [QWEN_TEMPLATE, GENERATION_TEMPLATE, REWRITING_TEMPLATE])
+def test_the_loss_can_cover_the_last_answer_alone_or_everything(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    sample = Sample(Origin(Path("t.jsonl"), 3), "openai", Chat(TURNS))
+    [last] = encode_sample(sample, tokenizer, "last_turn")
+    assert trained_text(tokenizer, last) == "second answer<|im_end|>"
+    [everything] = encode_sample(sample, tokenizer, "all")
+    assert everything.labels == everything.ids
+    assert tokenizer.decode(everything.ids).startswith(tokenizer.apply_chat_template(TURNS[:3], tokenize=False))
+
+
 def test_an_answer_that_repeats_the_question_is_not_mistaken_for_it(tokenizer: Any) -> None:
     turns = [{"role": "user", "content": "same"}, {"role": "assistant", "content": "same"}]
     [encoded] = encode(tokenizer, turns)

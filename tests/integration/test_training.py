@@ -16,8 +16,9 @@ from sage.libs.finetune.status import RunState
 
 VARIANTS = {
     "plain": {},
-    "dropout": {"lora_dropout": 0.3},
+    "dropout": {"lora_dropout": 0.3, "gradient_checkpointing": "on"},
     "accumulation": {"batch_size": 2, "gradient_accumulation_steps": 3},
+    "packed and scored": {"pack_tokens": 300, "eval_path": str(HELDOUT), "eval_steps": 2, "keep_best": True},
     "over several epochs": {"dataset_path": None, "num_epochs": 4, "max_steps": None},
 }
 

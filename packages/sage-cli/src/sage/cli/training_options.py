@@ -5,6 +5,7 @@ two together.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -23,11 +24,17 @@ class TrainingOption(NamedTuple):
 
 #: Fields that are paths, made absolute here, because the gateway works in another folder.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint")
+#: Fields that are names of a model's modules.
+MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
+_NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
 OPTIONS = (
     TrainingOption("dataset_path", str, None, "Samples: .jsonl, .json, .csv, .parquet, or a folder.", "--dataset"),
     TrainingOption("output_dir", str, None, "Folder that gets the adapter.", "--output"),
     TrainingOption("eval_path", str, None, "Held-out samples, scored before and after.", "--eval"),
     TrainingOption("eval_split", float, 0.0, "Share of the dataset held out instead."),
+    TrainingOption("eval_steps", int, None, "Score them every so many steps as well."),
+    TrainingOption("early_stopping_patience", int, None, "End after so many scores no better than the best."),
+    TrainingOption("keep_best", bool, False, "The result is the adapter with the best score.", "--keep-best"),
     TrainingOption("num_epochs", int, 3, "Passes over the dataset."),
     TrainingOption("max_steps", int, None, "Optimizer steps; overrides --num-epochs."),
     TrainingOption("batch_size", int, 4, "Samples per micro-batch."),
@@ -38,6 +45,12 @@ OPTIONS = (
     TrainingOption("lora_alpha", int, 16, "The adapter's output is scaled by alpha / rank."),
     TrainingOption("lora_dropout", float, 0.0, "Share of the adapter's inputs dropped in training."),
     TrainingOption("target_modules", str, "all-linear", "Layers that get an adapter; several: a,b,c."),
+    TrainingOption("exclude_modules", str, None, "Layers that get none, of those."),
+    TrainingOption("modules_to_save", str, None, "Modules trained whole: a,b,c."),
+    TrainingOption("use_rslora", bool, False, "Scale by alpha / sqrt(rank).", "--use-rslora"),
+    TrainingOption("use_dora", bool, False, "Train magnitude and direction apart (DoRA); slower.", "--use-dora"),
+    TrainingOption("loraplus_lr_ratio", float, None, "Learning rate of B as a multiple of A's (LoRA+)."),
+    TrainingOption("train_on", str, "assistant", "assistant, last_turn or all: what the loss covers."),
     TrainingOption("learning_rate", float, 1e-4, "Peak learning rate."),
     TrainingOption("lr_scheduler", str, "cosine", "cosine, linear, constant or constant_with_warmup."),
     TrainingOption("warmup_steps", int, 5, "Steps over which the learning rate rises."),
@@ -47,6 +60,7 @@ OPTIONS = (
     TrainingOption("keep_checkpoints", int, 2, "How many checkpoints are kept."),
     TrainingOption("precision", str, "auto", "auto, fp32 or bf16."),
     TrainingOption("fast_kernels", str, "auto", "auto or off: transformers' and PEFT's own step."),
+    TrainingOption("gradient_checkpointing", str, "auto", "auto (once memory does not suffice), on or off."),
     TrainingOption("use_8bit", bool, True, "Hold the base in 8 bits, where the device can.", "--use-8bit/--no-use-8bit"),
     TrainingOption("seed", int, 42, "Seed of adapter, order and dropout."),
     TrainingOption("resume_from_checkpoint", str, None, "A run's checkpoint folder to go on from."),
@@ -86,7 +100,7 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
     for name in PATH_FIELDS:
         if name in given:
             given[name] = str(Path(given[name]).expanduser().absolute())
-    modules = given.get("target_modules")
-    if modules and "," in modules:
-        given["target_modules"] = [module.strip() for module in modules.split(",")]
+    for name in MODULE_FIELDS:
+        if _NAMES.fullmatch(given.get(name, "")):  # else `all-linear` or a pattern
+            given[name] = given[name].split(",")
     return given

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 
@@ -70,6 +71,41 @@ class PaddedCollator:
 
 
 Collator = PackedCollator | PaddedCollator
+
+
+def cut(batch: Batch, times: int) -> list[Batch]:
+    """Return a micro-batch as up to 2 ** times smaller ones with the same samples, in order; no sample is cut."""
+    samples = samples_in(batch)
+    if not times or samples == 1:
+        return [batch]
+    parts = _packed_halves(batch) if "cu_seq_lens_q" in batch else _padded_halves(batch, samples // 2)
+    return [smaller for part in parts for smaller in cut(part, times - 1)]
+
+
+def samples_in(batch: Batch) -> int:
+    """Return how many samples a micro-batch has."""
+    return len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["input_ids"])
+
+
+def _packed_halves(batch: Batch) -> Iterator[Batch]:
+    """Cut between the two samples that are nearest to the middle."""
+    bounds = batch["cu_seq_lens_q"]
+    at = 1 + int((bounds[1:-1] - bounds[-1] / 2).abs().argmin())
+    for own in (bounds[: at + 1], bounds[at:]):
+        begin, end = int(own[0]), int(own[-1])
+        fill = (0, (begin - end) % _TOKENS_STEP)
+        part = {
+            key: functional.pad(value[:, begin:end], fill, value=IGNORED if key == "labels" else 0)
+            for key, value in batch.items()
+            if key != "cu_seq_lens_q"
+        }
+        yield {**part, "cu_seq_lens_q": own - begin}
+
+
+def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
+    for rows in (slice(at), slice(at, None)):
+        longest = int(batch["attention_mask"][rows].sum(-1).max())
+        yield {key: value[rows, :longest] for key, value in batch.items()}
 
 
 def pack(sequences: Sequence[Encoded], tokens: int, seed: int) -> list[Pack]:

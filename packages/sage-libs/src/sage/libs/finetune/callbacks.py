@@ -13,12 +13,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sage.common.errors import RunError
 from sage.libs.finetune.checkpoints import prune, publish
+from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.eta import ProgressMeter
+from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.stopping import StopRequest
+from sage.libs.finetune.stopping import StopRequest, StopRequested
 
 logger = logging.getLogger(__name__)
+#: Training has diverged where the loss is this many times that of guessing, for so many steps in a row.
+_ASTRAY, _ASTRAY_STEPS = 1.5, 10
 
 
 class RunCallback(TrainerCallback):
@@ -27,23 +31,24 @@ class RunCallback(TrainerCallback):
     def __init__(
         self,
         run: RunDirectory,
+        config: FinetuneConfig,
         loss: CompletionLoss,
         stop: StopRequest,
         *,
-        save_steps: int,
-        keep_checkpoints: int,
-        closing_seconds: float,
+        heldout: HeldOut,
+        measure: Callable[[int], float | None],
         started_fields: Callable[[TrainerState], dict[str, Any]],
     ) -> None:
-        self.run, self.loss, self.stop = run, loss, stop
-        self.save_steps, self.keep_checkpoints = save_steps, keep_checkpoints
-        self.closing_seconds, self.started_fields = closing_seconds, started_fields
+        """measure: scores the held-out samples after a step; started_fields: what is told when training begins."""
+        self.run, self.config, self.loss, self.stop = run, config, loss, stop
+        self.heldout, self.measure, self.started_fields = heldout, measure, started_fields
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
     ) -> TrainerControl:
         """Say that training begins, or goes on."""
-        self.meter = ProgressMeter(state.max_steps - state.global_step, self.closing_seconds)
+        self.guessing_loss, self.steps_astray = math.log(model.get_input_embeddings().num_embeddings), 0
+        self.meter = ProgressMeter(state.max_steps - state.global_step)
         self.last = time.monotonic()
         self.tokens_seen = int(state.num_input_tokens_seen)
         told = self.started_fields(state)
@@ -57,7 +62,7 @@ class RunCallback(TrainerCallback):
         """Save every so often, at the end and before a stop."""
         control.should_training_stop |= self.stop.requested
         at_end = control.should_training_stop or state.global_step >= state.max_steps
-        control.should_save = at_end or state.global_step % self.save_steps == 0
+        control.should_save = at_end or state.global_step % self.config.save_steps == 0
         return control
 
     def on_log(
@@ -68,7 +73,7 @@ class RunCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> TrainerControl:
-        """Append the event of one step; raises RunError where the loss is no longer a number."""
+        """Append the event of one step, and score where that is due; raises RunError where training has gone astray."""
         if not logs or "loss" not in logs:  # the Trainer's closing summary
             return control
         now = time.monotonic()
@@ -81,6 +86,15 @@ class RunCallback(TrainerCallback):
                 message=f"The loss or its gradient is not a number at step {state.global_step}.",
                 hint="Its last checkpoint is kept. Start anew with a lower --learning-rate.",
             )
+        self.steps_astray = self.steps_astray + 1 if logs["loss"] > _ASTRAY * self.guessing_loss else 0
+        if self.steps_astray == _ASTRAY_STEPS:
+            raise RunError(
+                code="loss_exploded",
+                message=f"The loss has been far above that of guessing ({self.guessing_loss:.1f}) for {_ASTRAY_STEPS} "
+                f"steps, and is {logs['loss']:.1f} at step {state.global_step}: training has diverged.",
+                hint="Its last checkpoint is kept. Start anew with a lower --learning-rate.",
+            )
+        self.meter.closing_seconds = self.heldout.seconds_left(state.global_step, state.max_steps)
         eta = self.meter.eta_seconds
         self.run.append_event(
             "step",
@@ -100,14 +114,27 @@ class RunCallback(TrainerCallback):
             "step %d/%d  loss %.4f  accuracy %.1f %%  %.0f tokens/s  %s",
             state.global_step, state.max_steps, logs["loss"], 100 * accuracy, self.meter.tokens_per_second, remaining,
         )  # fmt: skip
+        if self.heldout.is_due(state.global_step):
+            self._score(state.global_step, control)
+            self.last = time.monotonic()
         return control
+
+    def _score(self, step: int, control: TrainerControl) -> None:
+        """Score the held-out samples, and have saved what is the best, or the last for want of progress."""
+        try:
+            self.measure(step)
+        except StopRequested:
+            control.should_training_stop = True
+        else:
+            control.should_training_stop |= self.heldout.is_exhausted
+        control.should_save |= control.should_training_stop or (self.config.keep_best and self.heldout.best_step == step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Publish what the Trainer has written aside."""
         assert args.output_dir
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         checkpoint = publish(written, self.run.path, state.global_step)
-        prune(self.run.path, self.keep_checkpoints)
+        prune(self.run.path, self.config.keep_checkpoints, self.heldout.best_step if self.config.keep_best else None)
         self.run.append_event("checkpoint", step=checkpoint.step, path=str(checkpoint.path))
         logger.info("checkpoint %s", checkpoint.path)
         return control

@@ -66,10 +66,11 @@ def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints."""
+def prune(run: Path, keep: int, best_step: int | None = None) -> None:
+    """Remove all but the `keep` newest checkpoints and the best one."""
     for checkpoint in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(checkpoint.path)
+        if checkpoint.step != best_step:
+            shutil.rmtree(checkpoint.path)
 
 
 def _sha256(path: Path) -> str:

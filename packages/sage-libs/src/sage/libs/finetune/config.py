@@ -22,6 +22,13 @@ class FinetuneConfig(BaseModel):
     lora_alpha: int = Field(16, ge=1, le=4096, description="The adapter's output is scaled by alpha / rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped in training.")
     target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
+    exclude_modules: str | list[str] | None = Field(None, description="Layers that get none, of those.")
+    modules_to_save: list[str] | None = Field(None, description="Modules trained whole and saved with the adapter.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
+    use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA); slower.")
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, le=1000, description="Learning rate of the adapter's B as a multiple of A's (LoRA+)."
+    )
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Course of the learning rate after the warm-up."
@@ -29,6 +36,9 @@ class FinetuneConfig(BaseModel):
     warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises to its peak.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
+    train_on: Literal["assistant", "last_turn", "all"] = Field(
+        "assistant", description="What the loss covers: every answer, each chat's last answer, or all tokens."
+    )
     num_epochs: int = Field(3, ge=1, le=10_000, description="Passes over the dataset.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     batch_size: int = Field(4, ge=1, le=4096, description="Samples per forward pass (micro-batch).")
@@ -39,13 +49,21 @@ class FinetuneConfig(BaseModel):
     max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
     eval_path: str | None = Field(None, description="Held-out samples, scored before the first step and at the end.")
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset held out instead of eval_path.")
+    eval_steps: int | None = Field(None, ge=1, description="Score the held-out samples every so many steps as well.")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="End after this many scores in a row that are no better than the best one."
+    )
+    keep_best: bool = Field(False, description="The result is the adapter with the best score, not the last one.")
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: base and matrix products in bf16, adapters in fp32; auto: where the device has bf16."
+        "auto", description="bf16: base and matrix products in bf16, adapters in fp32; auto: what this machine is faster in."
     )
     fast_kernels: Literal["auto", "off"] = Field(
         "auto", description="auto: our own training step where the model's structure allows; off: transformers' and PEFT's."
+    )
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compute activations again instead of keeping them; auto: once memory does not suffice."
     )
     use_8bit: bool = Field(True, description="Hold the base in 8 bits on CUDA (bitsandbytes); elsewhere it stays whole.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter, the order of the data and dropout.")
@@ -57,9 +75,13 @@ class FinetuneConfig(BaseModel):
         return None if value is None else str(Path(value).expanduser().absolute())
 
     @model_validator(mode="after")
-    def _one_held_out_source(self) -> "FinetuneConfig":
+    def _held_out_options_fit(self) -> "FinetuneConfig":
         if self.eval_path and self.eval_split:
             raise ValueError("give eval_path or eval_split, not both")
+        if self.eval_steps and not (self.eval_path or self.eval_split):
+            raise ValueError("eval_steps needs held-out samples: give eval_path or eval_split")
+        if (self.early_stopping_patience or self.keep_best) and not self.eval_steps:
+            raise ValueError("early_stopping_patience and keep_best need eval_steps")
         return self
 
 

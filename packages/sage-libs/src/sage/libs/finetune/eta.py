@@ -12,9 +12,9 @@ class ProgressMeter:
     """Measures steps; the first of a process is left out, it warms up."""
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
-        """remaining_steps: still to be done; closing_seconds: what follows the last step (the held-out loss)."""
+        """remaining_steps: still to be done; closing_seconds: what is done besides, so far as it is known."""
         self._remaining = remaining_steps
-        self._closing_seconds = closing_seconds
+        self.closing_seconds = closing_seconds
         self._steps = 0
         self._seconds = 0.0
         self._window: deque[tuple[int, float]] = deque(maxlen=_WINDOW_STEPS)
@@ -37,4 +37,4 @@ class ProgressMeter:
         """Seconds to the end, or None while too few steps are known."""
         if self._steps < _MIN_STEPS:
             return None
-        return self._remaining * self._seconds / (self._steps - 1) + self._closing_seconds
+        return self._remaining * self._seconds / (self._steps - 1) + self.closing_seconds

@@ -1,7 +1,5 @@
 """The model that is trained: a frozen base with PEFT's adapters."""
 
-import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +9,8 @@ from transformers import BitsAndBytesConfig
 
 from sage.common.errors import ConfigError
 from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.precision import Precision
 from sage.libs.models.loading import load_causal_lm
-
-
-@dataclass(frozen=True)
-class Precision:
-    """In which numbers a run computes, and why."""
-
-    bf16: bool  #: base and matrix products in bf16; the adapters stay fp32
-    base_8bit: bool
-    reason: str
-
-
-def choose_precision(config: FinetuneConfig) -> Precision:
-    """Return the numbers that this machine computes best in, as far as the run leaves the choice."""
-    if torch.cuda.is_available():
-        has_bf16 = torch.cuda.is_bf16_supported()
-        base_8bit = config.use_8bit and importlib.util.find_spec("bitsandbytes") is not None
-        why_8bit = "8-bit base (bitsandbytes)" if base_8bit else "base not in 8 bits: bitsandbytes is not installed"
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        has_bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-        base_8bit, why_8bit = False, "base not in 8 bits: bitsandbytes' 8-bit layers need CUDA"
-    bf16 = has_bf16 if config.precision == "auto" else config.precision == "bf16"
-    why = "asked for" if config.precision != "auto" else f"the device {'has' if has_bf16 else 'lacks'} bf16 instructions"
-    return Precision(
-        bf16, base_8bit, f"{'bf16' if bf16 else 'fp32'}: {why}; {why_8bit if config.use_8bit else 'whole base'}"
-    )
 
 
 def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision) -> PeftModel:
@@ -55,6 +28,10 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision) -
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         task_type="CAUSAL_LM",
     )
     try:

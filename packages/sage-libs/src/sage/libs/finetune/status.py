@@ -30,6 +30,7 @@ class RunStatus:
     state: RunState = RunState.CREATED
     step: int = 0
     total_steps: int | None = None
+    bf16: bool | None = None  #: whether the matrix products are in bf16, else in fp32
     epoch: float | None = None
     loss: float | None = None  #: of the last step, nats per token
     token_accuracy: float | None = None
@@ -45,6 +46,8 @@ class RunStatus:
     message: str | None = None  #: why it failed, or what it is doing
     hint: str | None = None
     warnings: tuple[str, ...] = ()
+    halvings: int = 0  #: micro-batches are cut in two this many times, for want of memory
+    checkpointing: bool = False  #: activations are computed again, for want of memory
 
     @property
     def progress(self) -> float | None:
@@ -85,9 +88,8 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
         case "launched":
             return replace(status, state=RunState.STARTING, code=None, message=None, hint=None, eta_seconds=None)
         case "started":
-            return replace(
-                status, state=RunState.RUNNING, step=event["step"], total_steps=event["total_steps"], message=None
-            )
+            begun = {"step": event["step"], "total_steps": event["total_steps"], "bf16": event.get("bf16")}
+            return replace(status, state=RunState.RUNNING, message=None, **begun)
         case "step":
             figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}
             return replace(status, **figures)
@@ -99,7 +101,9 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             return replace(status, heldout_loss=event["loss"])
         case "warning":
             # A resumed run says again what it said before.
-            return replace(status, warnings=tuple(dict.fromkeys((*status.warnings, event["message"]))))
+            warnings = tuple(dict.fromkeys((*status.warnings, event["message"])))
+            adapted = {key: event[key] for key in ("halvings", "checkpointing") if key in event}
+            return replace(status, warnings=warnings, **adapted)
         case "progress":
             return replace(status, message=event["message"])
         case "stopped":

@@ -3,11 +3,11 @@
 import logging
 import math
 import random
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
@@ -17,13 +17,15 @@ from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.checkpoints import latest_good
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.tokenizing import Encoded, encode_dataset, ensure_chat_template
-from sage.libs.finetune.evaluation import heldout_loss
 from sage.libs.finetune.export import export_adapter
+from sage.libs.finetune.heldout import HeldOut, Model
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss
-from sage.libs.finetune.model import choose_precision, load_trainable
+from sage.libs.finetune.model import load_trainable
+from sage.libs.finetune.precision import choose_precision
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.status import RunStatus, fold
+from sage.libs.finetune.stepping import AdaptingTrainer
 from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
@@ -47,14 +49,15 @@ class TrainingRun:
         self.tokenizer = load_tokenizer(folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
-        train_data, self.heldout = self._read_data()
+        train_data, heldout = self._read_data()
+        self.heldout = HeldOut(run, config, heldout, stop.check)
         self.samples = len(train_data)
         self.packs: list[Pack] = (
             pack(train_data, config.pack_tokens, config.seed) if config.pack_tokens else [(item,) for item in train_data]
         )
         self.micro_batch = 1 if config.pack_tokens else config.batch_size
         self._tell("loading the model")
-        self.precision = choose_precision(config)
+        self.precision = choose_precision(config, self._status().bf16)
         set_seed(config.seed)
         self.model = load_trainable(folder, config, self.precision)
         self.kernels, self.step_summary = self._install_kernels()
@@ -63,30 +66,41 @@ class TrainingRun:
 
     def train(self) -> None:
         """Train to the end or to the next stop, and write the result; the run's last event says which it was."""
+        checkpoint, step = self._checkpoint()
+        self.heldout.go_on_from(step)
+        total = self._total_steps()
         try:
-            before, seconds = self._evaluate_before()
-            total = self._total_steps()
-            checkpoint, step = self._checkpoint()
-            if checkpoint and step >= total:  # all that is left is to measure and to write; the Trainer would train on
-                self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
+            self._measure(0)
+            if checkpoint and (step >= total or self.heldout.is_exhausted):  # the Trainer would train on
+                self._load_adapter(checkpoint)
             else:
-                trainer = self._trainer(closing_seconds=seconds)
-                trainer.train(resume_from_checkpoint=checkpoint)
-                # The held-out loss is measured in the model's own precision, as it was before the first step.
-                trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-                if trainer.state.global_step < total:
+                step = self._train(checkpoint)
+                if step < total and not self.heldout.is_exhausted:
                     raise StopRequested
-            after = self._evaluate(total)
+            self._measure(step)
         except StopRequested:
-            status = self._status()
-            step = status.checkpoint_step or 0
-            self._export(step, self._total_steps(), status.heldout_loss_before, None)
+            step = self._status().checkpoint_step or 0
+            self._export(step, None)
             self.run.append_event("stopped", step=step, output_dir=self.config.output_dir)
             logger.info("stopped at step %d; the adapter is in %s", step, self.config.output_dir)
             return
-        self._export(total, total, before, after)
-        self.run.append_event("finished", step=total, output_dir=self.config.output_dir)
-        logger.info("finished; the adapter is in %s", self.config.output_dir)
+        if step < total:
+            logger.info("stopped early: %d scores in a row were no better", self.config.early_stopping_patience)
+        best = self.heldout.best_step
+        if self.config.keep_best and best is not None and best != step:
+            step = best
+            self._load_adapter(str(self.run.path / f"checkpoint-{best}"))
+        self._export(step, self.heldout.losses.get(step))
+        self.run.append_event("finished", step=step, output_dir=self.config.output_dir)
+        logger.info("finished; the adapter of step %d is in %s", step, self.config.output_dir)
+
+    def _train(self, checkpoint: str | None) -> int:
+        """Train from a checkpoint, or from the beginning; return the step at which it ended."""
+        trainer = self._trainer()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        # The held-out loss is measured in the model's own precision, as it was before the first step.
+        trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return int(trainer.state.global_step)
 
     def _read_data(self) -> tuple[list[Encoded], list[Encoded]]:
         config = self.config
@@ -105,7 +119,7 @@ class TrainingRun:
         self._tell(f"reading {path}")
         report = check_dataset(Path(path))
         report.raise_for_faults()
-        encoded = encode_dataset(report.samples, self.tokenizer, self.config.max_seq_length)
+        encoded = encode_dataset(report.samples, self.tokenizer, self.config.max_seq_length, self.config.train_on)
         if encoded.truncated:
             self._warn(
                 f"{encoded.truncated} of {len(report.samples)} samples in {path} are longer than "
@@ -118,8 +132,8 @@ class TrainingRun:
             return None, "plain: fast_kernels is off"
         return install(self.model.get_base_model())
 
-    def _trainer(self, closing_seconds: float) -> Trainer:
-        config = self.config
+    def _trainer(self) -> Trainer:
+        config, status = self.config, self._status()
         arguments = TrainingArguments(
             output_dir=str(self.run.staging_path),
             per_device_train_batch_size=self.micro_batch,
@@ -145,30 +159,52 @@ class TrainingRun:
         )
         callback = RunCallback(
             self.run,
+            config,
             self.loss,
             self.stop,
-            save_steps=config.save_steps,
-            keep_checkpoints=config.keep_checkpoints,
-            closing_seconds=closing_seconds,
+            heldout=self.heldout,
+            measure=self._measure,
             started_fields=self._started_fields,
         )
-        trainer = Trainer(
+        trainer = AdaptingTrainer(
+            halvings=status.halvings,
+            checkpointing="on" if status.checkpointing else config.gradient_checkpointing,
+            on_adapted=self._on_adapted,
             model=self.model,
             args=arguments,
             train_dataset=self.packs,
             data_collator=self.collator,
             compute_loss_func=self.loss,
             callbacks=[callback],
+            optimizers=(self._loraplus_optimizer(), None),
         )
         trainer.remove_callback(PrinterCallback)  # prints a dict a step; ours is the log
         return trainer
+
+    def _loraplus_optimizer(self) -> torch.optim.Optimizer | None:
+        """Return LoRA+'s optimizer, or None for the Trainer's own."""
+        config = self.config
+        if config.loraplus_lr_ratio is None:
+            return None
+        return create_loraplus_optimizer(
+            self.model,
+            torch.optim.AdamW,
+            lr=config.learning_rate,
+            loraplus_lr_ratio=config.loraplus_lr_ratio,
+            loraplus_weight_decay=config.weight_decay,
+        )
+
+    def _on_adapted(self, message: str, halvings: int, checkpointing: bool) -> None:
+        self.run.append_event("warning", message=message, halvings=halvings, checkpointing=checkpointing)
+        logger.warning("%s", message)
 
     def _started_fields(self, state: TrainerState) -> dict[str, object]:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {
             "samples": self.samples,
-            "heldout_samples": len(self.heldout),
+            "heldout_samples": len(self.heldout.samples),
             "trainable_parameters": trainable,
+            "bf16": self.precision.bf16,
             "precision": self.precision.reason,
             "kernels": self.step_summary,
             "versions": {name: version(name) for name in _VERSIONS},
@@ -190,25 +226,16 @@ class TrainingRun:
         given = self.config.resume_from_checkpoint
         return given, TrainerState.load_from_json(str(Path(given) / "trainer_state.json")).global_step if given else 0
 
-    def _evaluate_before(self) -> tuple[float | None, float]:
-        """Return the held-out loss before the first step, and how many seconds such a measurement takes."""
-        known = self._status().heldout_loss_before
-        if known is not None or not self.heldout:
-            return known, 0.0
-        began = time.monotonic()
-        return self._evaluate(0), time.monotonic() - began
+    def _measure(self, step: int) -> float | None:
+        loss = CompletionLoss(self.kernels.head.weight if self.kernels else None)
+        return self.heldout.measure(step, Model(self.model, self.collator, loss))
 
-    def _evaluate(self, step: int) -> float | None:
-        if not self.heldout:
-            return None
-        self._tell("measuring the held-out loss")
-        loss = heldout_loss(self.model, self.heldout, self.collator, self.loss, self.config.batch_size, self.stop.check)
-        self.run.append_event("eval", step=step, loss=loss, samples=len(self.heldout))
-        logger.info("held-out loss %.4f at step %d", loss, step)
-        return loss
+    def _load_adapter(self, checkpoint: str) -> None:
+        self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
 
-    def _export(self, step: int, total: int, before: float | None, after: float | None) -> None:
-        metrics = {"step": step, "total_steps": total, "heldout_loss_before": before, "heldout_loss": after}
+    def _export(self, step: int, heldout_loss: float | None) -> None:
+        losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
+        metrics = {"step": step, "total_steps": self._total_steps(), **losses}
         export_adapter(self.model, self.tokenizer, self.spec, self.run.path, metrics)
 
     def _status(self) -> RunStatus:

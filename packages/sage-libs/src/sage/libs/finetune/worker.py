@@ -15,6 +15,7 @@ from pathlib import Path
 from sage.common.errors import RunError, SageError
 from sage.common.logs import configure_logging
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
+from sage.libs.finetune.memory import is_out_of_memory
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.stopping import StopRequest
 
@@ -69,7 +70,7 @@ def _as_told(error: Exception, folder: Path) -> SageError:
             message=f"The disk of {folder} is full: the run could not save. Earlier checkpoints are whole.",
             hint="Free some space, then `resume`.",
         )
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return RunError(
             code="out_of_memory",
             message=f"Out of memory: {_first_line(error)}",

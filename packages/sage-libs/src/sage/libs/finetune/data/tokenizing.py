@@ -8,11 +8,13 @@ becomes a sample of its own, rendered as the model will see it when it answers.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data.samples import Chat, Fault, Sample
 
+#: What of a chat the loss covers.
+TrainOn = Literal["assistant", "last_turn", "all"]
 #: The label that torch's cross-entropy leaves out.
 IGNORED = -100
 CHATML = (
@@ -54,14 +56,16 @@ def ensure_chat_template(tokenizer: Any) -> str | None:
     return f"The model has no chat template: ChatML is used, with {end!r} at the end of each turn, and saved with it."
 
 
-def encode_dataset(samples: Iterable[Sample], tokenizer: Any, cutoff: int) -> EncodedDataset:
+def encode_dataset(
+    samples: Iterable[Sample], tokenizer: Any, cutoff: int, train_on: TrainOn = "assistant"
+) -> EncodedDataset:
     """Return the sequences of at most `cutoff` tokens that samples make.
 
     Raises DatasetError for a sample that the chat template refuses, and where nothing to train on is left.
     """
     result = EncodedDataset()
     for sample in samples:
-        for encoded in encode_sample(sample, tokenizer):
+        for encoded in encode_sample(sample, tokenizer, train_on):
             result.lengths.append(len(encoded.ids))
             cut = Encoded(encoded.ids[:cutoff], encoded.labels[:cutoff])
             result.truncated += len(encoded.ids) > cutoff
@@ -79,8 +83,8 @@ def encode_dataset(samples: Iterable[Sample], tokenizer: Any, cutoff: int) -> En
     return result
 
 
-def encode_sample(sample: Sample, tokenizer: Any) -> list[Encoded]:
-    """Return the sequences of one sample, whole.
+def encode_sample(sample: Sample, tokenizer: Any, train_on: TrainOn = "assistant") -> list[Encoded]:
+    """Return the sequences of one sample, whole; plain text is learnt whole in any case.
 
     Raises DatasetError with the sample's place where the chat template refuses it.
     """
@@ -90,10 +94,25 @@ def encode_sample(sample: Sample, tokenizer: Any) -> list[Encoded]:
             ids = [*ids, tokenizer.eos_token_id]
         return [Encoded(ids, list(ids))]
     try:
-        return _encode_chat(sample.content, tokenizer)
+        sequences = _encode_chat(sample.content, tokenizer)
     except Exception as error:  # jinja and templates raise what they like
         fault = Fault(sample.origin, f"the model's chat template refuses it: {error}")
         raise DatasetError(code="dataset_template", message=str(fault), param="dataset_path") from error
+    match train_on:
+        case "assistant":
+            return sequences
+        case "last_turn":
+            return [_last_turn(sequences[-1])]
+        case "all":
+            return [Encoded(sequences[-1].ids, list(sequences[-1].ids))]
+
+
+def _last_turn(encoded: Encoded) -> Encoded:
+    """Return the sequence with the loss on its last answer only."""
+    trained = [label != IGNORED for label in encoded.labels]
+    end = len(trained) - trained[::-1].index(True) if True in trained else 0
+    begin = next((at for at in range(end, 0, -1) if not trained[at - 1]), 0)
+    return Encoded(encoded.ids, [label if begin <= at < end else IGNORED for at, label in enumerate(encoded.labels)])
 
 
 def _encode_chat(chat: Chat, tokenizer: Any) -> list[Encoded]:

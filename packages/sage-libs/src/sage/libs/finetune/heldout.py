@@ -1,0 +1,77 @@
+"""The held-out samples of a run: what they scored so far, and what follows from it."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sage.libs.finetune.batching import Collator
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.data.tokenizing import Encoded
+from sage.libs.finetune.evaluation import heldout_loss
+from sage.libs.finetune.loss import CompletionLoss
+from sage.libs.finetune.rundir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What it takes to score samples: the model, how it takes them, its loss."""
+
+    model: Any
+    collator: Collator
+    loss: CompletionLoss
+
+
+class HeldOut:
+    """Scores the held-out samples; scores of an earlier process of the run are read from its events."""
+
+    def __init__(
+        self, run: RunDirectory, config: FinetuneConfig, samples: Sequence[Encoded], check: Callable[[], None]
+    ) -> None:
+        """samples: may be none; check: called before each batch, what it raises ends the scoring."""
+        self.run, self.config, self.samples, self._check = run, config, samples, check
+        scored = [event for event in run.read_events()[0] if event["event"] == "eval"]
+        self.losses: dict[int, float] = {event["step"]: event["loss"] for event in scored}  #: nats per token, by step
+        self._seconds: float = scored[-1].get("seconds", 0.0) if scored else 0.0
+
+    def go_on_from(self, step: int) -> None:
+        """Forget what was measured after the step that a run goes on from; it will be measured again."""
+        self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
+
+    def measure(self, step: int, model: Model) -> float | None:
+        """Return the loss after a step, in the model's own precision, measured at most once; None without samples."""
+        if not self.samples:
+            return None
+        if step not in self.losses:
+            began = time.monotonic()
+            loss = heldout_loss(model.model, self.samples, model.collator, model.loss, self.config.batch_size, self._check)
+            self._seconds = time.monotonic() - began
+            self.run.append_event("eval", step=step, loss=loss, samples=len(self.samples), seconds=self._seconds)
+            logger.info("held-out loss %.4f at step %d", loss, step)
+            self.losses[step] = loss
+        return self.losses[step]
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a step is followed by a measurement."""
+        return self.config.eval_steps is not None and step % self.config.eval_steps == 0
+
+    @property
+    def best_step(self) -> int | None:
+        """The step after the first with the lowest loss so far, the earliest of several."""
+        trained = {step: loss for step, loss in self.losses.items() if step}
+        return min(trained, key=lambda step: (trained[step], step), default=None)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the loss has not become better for as long as the run is patient."""
+        patience, best = self.config.early_stopping_patience, self.best_step
+        return patience is not None and best is not None and sum(step > best for step in self.losses) >= patience
+
+    def seconds_left(self, step: int, total_steps: int) -> float:
+        """Return how long the measurements after a step will take."""
+        between = (total_steps // self.config.eval_steps - step // self.config.eval_steps) if self.config.eval_steps else 0
+        at_end = 0 if self.is_due(total_steps) else 1
+        return (between + at_end) * self._seconds

@@ -1,0 +1,85 @@
+"""The Trainer whose steps adapt to the memory there is."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from sage.common.errors import RunError
+from sage.libs.finetune.batching import cut, samples_in
+from sage.libs.finetune.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+
+class AdaptingTrainer(Trainer):
+    """Computes a micro-batch in parts once it does not fit; what a step learns from, and in which order, stays the same.
+
+    The loss is a sum over tokens, divided by those of the whole step, so parts of any size add up to the same gradient.
+    """
+
+    def __init__(
+        self, *, halvings: int, checkpointing: str, on_adapted: Callable[[str, int, bool], None], **options: Any
+    ) -> None:
+        """halvings: micro-batches are cut in two this many times; checkpointing: `on`, `off`, or `auto`: once needed.
+
+        on_adapted: told in words what was changed, the halvings, and whether activations are computed again.
+        """
+        super().__init__(**options)
+        self._halvings, self._on_adapted = halvings, on_adapted
+        self._may_checkpoint, self._checkpoints = checkpointing == "auto", False
+        if checkpointing == "on":
+            self._checkpoint()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Return the loss of a micro-batch, with its gradient added to what is there."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        while True:
+            before = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = None
+            total, part = torch.zeros((), device=self.args.device), inputs
+            try:
+                for part in cut(inputs, self._halvings):
+                    total += super().training_step(model, part, num_items_in_batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = (str(error).splitlines() or ["out of memory"])[0]
+            else:
+                for parameter, gradient in zip(parameters, before, strict=True):
+                    if gradient is not None:
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                return total
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+            self._adapt(part, told)
+
+    def _adapt(self, part: dict[str, Any], told: str) -> None:
+        """Ask for less memory from now on; raises RunError where a single sample does not fit however it is computed."""
+        tokens = part["input_ids"].shape[1]
+        if samples_in(part) > 1:
+            self._halvings += 1
+            done = f"micro-batches are computed in up to {2**self._halvings} parts from here on; steps stay the same"
+        elif self._may_checkpoint:
+            self._checkpoint()
+            done = "activations are computed again instead of kept from here on, which is slower"
+        else:
+            raise RunError(
+                code="out_of_memory",
+                message=f"Out of memory: a single sample of {tokens} tokens does not fit.",
+                hint="Start again with a smaller --max-seq-length or a smaller model.",
+            )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.info("%s", told)
+        self._on_adapted(f"Memory did not suffice: {done}.", self._halvings, self._checkpoints)
+
+    def _checkpoint(self) -> None:
+        self._may_checkpoint, self._checkpoints = False, True
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,176 @@
+"""What a run may be asked for besides the ordinary."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import HELDOUT, SAMPLES, chat_record, environment, make_tiny_model, write_jsonl
+from training import TinyRun
+
+from sage.libs.finetune.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
+from sage.libs.finetune.precision import Precision, choose_precision
+from sage.libs.finetune.status import RunState
+
+#: Trains with so many MiB of address space as are in use once everything is loaded, and these besides.
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from sage.libs.finetune.rundir import RunDirectory
+from sage.libs.finetune.stopping import StopRequest
+from sage.libs.finetune.trainer import TrainingRun
+import torch
+torch.set_num_threads(1)
+run = TrainingRun(RunDirectory(Path(sys.argv[1])), StopRequest())
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit = used + int(sys.argv[2]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+run.train()
+"""
+
+
+def adapter(run: TinyRun) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    config = json.loads((run.output / "adapter_config.json").read_text())
+    return config, load_file(run.output / "adapter_model.safetensors")
+
+
+def test_peft_s_options_reach_the_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"exclude_modules": ["q_proj"], "modules_to_save": ["norm"], "use_rslora": True, "loraplus_lr_ratio": 4}
+    run = TinyRun(tiny_model, tmp_path / "out", **options, max_steps=1, warmup_steps=0).start().completed()
+    config, weights = adapter(run)
+    assert config["use_rslora"] is True
+    assert "base_model.model.model.norm.weight" in weights
+    assert any("k_proj" in name for name in weights)
+    assert not any("q_proj" in name for name in weights)
+    largest_b = max(float(weight.abs().max()) for name, weight in weights.items() if "lora_B" in name)
+    assert largest_b == pytest.approx(4 * 1e-2, rel=1e-3)  # AdamW's first step is one learning rate long
+
+
+def test_dora_trains_magnitudes(tiny_model: Path, tmp_path: Path) -> None:
+    run = TinyRun(tiny_model, tmp_path / "out", use_dora=True, max_steps=2).start().completed()
+    config, weights = adapter(run)
+    assert config["use_dora"] is True
+    assert any("lora_magnitude_vector" in name for name in weights)
+
+
+def test_a_run_that_gets_no_better_ends_and_keeps_the_best_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", [json.loads(line) for line in SAMPLES.read_text().splitlines()[:6]])
+    run = TinyRun(
+        tiny_model, tmp_path / "out", dataset_path=str(few), eval_path=str(HELDOUT), learning_rate=0.3, warmup_steps=0,
+        lr_scheduler="constant", max_steps=60, eval_steps=2, early_stopping_patience=2, keep_best=True, keep_checkpoints=1,
+    ).start().completed()  # fmt: skip
+    losses = {event["step"]: event["loss"] for event in run.events("eval")}
+    assert all(later - earlier == 2 for earlier, later in pairwise(losses))
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    assert max(losses) == best + 4 < 60
+    metrics = run.run_file()["metrics"]
+    assert metrics == {
+        "step": best, "total_steps": 60, "heldout_loss_before": losses[0], "heldout_loss": losses[best],
+    }  # fmt: skip
+    checkpoint = run.path / f"checkpoint-{best}" / "adapter_model.safetensors"
+    assert load_file(checkpoint).keys() == adapter(run)[1].keys()
+    assert all(torch.equal(weight, adapter(run)[1][name]) for name, weight in load_file(checkpoint).items())
+
+
+def test_a_run_that_diverges_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    loud = tmp_path / "loud"
+    shutil.copytree(tiny_model, loud)
+    weights = load_file(loud / "model.safetensors")
+    weights["model.norm.weight"] *= 1000  # so that it is sure of what is wrong
+    save_file(weights, loud / "model.safetensors", metadata={"format": "pt"})
+    status = TinyRun(loud, tmp_path / "out", learning_rate=1e-7).start().until_ended()
+    assert status.state is RunState.FAILED
+    assert status.code == "loss_exploded"
+    assert "for 10 steps" in str(status.message)
+    assert "at step 10" in str(status.message)
+
+
+def limited(run: TinyRun, home: Path, mebibytes: int) -> str:
+    """Train where so little address space is left; return what was said."""
+    argv = [sys.executable, "-c", LIMITED, str(run.path), str(mebibytes)]
+    return subprocess.run(argv, env=environment(home), capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.parametrize("batching", [{"batch_size": 32}, {"pack_tokens": 9000}, {"batch_size": 32, "fast_kernels": "off"}])
+def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
+    tmp_path: Path, sage_home: Path, batching: dict[str, Any]
+) -> None:
+    make_tiny_model(tmp_path / "model", width=256, layers=4)
+    options = {**batching, "max_steps": 3, "precision": "fp32"}
+    roomy = TinyRun(tmp_path / "model", tmp_path / "roomy", **options).start().completed()
+    run = TinyRun(tmp_path / "model", tmp_path / "tight", **options)
+    said = limited(run, sage_home, 48)
+    assert run.status.state is RunState.COMPLETED, said[-3000:]
+    assert any("Memory did not suffice: micro-batches are computed in" in text for text in run.status.warnings)
+    assert run.status.halvings >= 1
+    assert run.losses() == pytest.approx(roomy.losses(), rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", "off"])
+def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path, checkpointing: str) -> None:
+    make_tiny_model(tmp_path / "model", width=768, layers=8)
+    data = write_jsonl(tmp_path / "long.jsonl", [chat_record("words " * 150, "answers " * 100)] * 2)
+    options = {"dataset_path": str(data), "batch_size": 2, "max_steps": 2, "precision": "fp32"}
+    run = TinyRun(tmp_path / "model", tmp_path / "out", **options, gradient_checkpointing=checkpointing)
+    said = limited(run, sage_home, 64)
+    if checkpointing == "auto":
+        assert run.status.state is RunState.COMPLETED, said[-3000:]
+        assert run.status.checkpointing
+        assert any("activations are computed again instead of kept" in text for text in run.status.warnings)
+    else:
+        assert "Out of memory: a single sample of 512 tokens does not fit." in said
+
+
+def precision(asked: str, *, begun_in_bf16: bool | None = None) -> Precision:
+    config = FinetuneConfig(base_model="m", dataset_path="d", output_dir="o", precision=asked)
+    return choose_precision(config, begun_in_bf16)
+
+
+def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert precision("bf16").bf16
+    assert not precision("fp32", begun_in_bf16=True).bf16
+    assert precision("auto", begun_in_bf16=True).bf16
+    assert not precision("auto", begun_in_bf16=False).bf16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert "the processor lacks bf16 instructions" in precision("auto").reason
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    chosen = precision("auto")
+    measured = re.search(r"measured, this processor multiplies bf16 at ([\d.]+) times", chosen.reason)
+    assert measured
+    assert chosen.bf16 == (float(measured[1]) > 1.25) or measured[1] in ("1.2", "1.3")
+
+
+def batch(collator: PackedCollator | PaddedCollator) -> Batch:
+    lengths = (5, 90, 31, 64, 7)
+    return collator([(Encoded([n] * n, [IGNORED] * (n // 2) + [n] * (n - n // 2)),) for n in lengths])
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 5])
+def test_a_micro_batch_is_cut_between_samples(times: int) -> None:
+    for collator in (PackedCollator(), PaddedCollator(0)):
+        parts = cut(batch(collator), times)
+        assert len(parts) == min(2**times, 5)
+        assert sum(map(samples_in, parts)) == 5
+        ids = torch.cat([part["input_ids"][part["attention_mask"].bool()] for part in parts])
+        assert ids.tolist() == [n for n in (5, 90, 31, 64, 7) for _ in range(n)]
+        labels = torch.cat([part["labels"][part["attention_mask"].bool()] for part in parts])
+        assert labels.tolist() == batch(collator)["labels"][batch(collator)["attention_mask"].bool()].tolist()
+
+
+def test_a_part_of_a_packed_micro_batch_is_one() -> None:
+    for part in cut(batch(PackedCollator()), 2):
+        tokens = part["cu_seq_lens_q"][-1]
+        assert part["cu_seq_lens_q"][0] == 0
+        assert part["input_ids"].shape[1] % 64 == 0
+        assert int(part["attention_mask"].sum()) == tokens
+        assert int((part["position_ids"][0, :tokens] == 0).sum()) == samples_in(part)
