@@ -14,11 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ import torch
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.tokenizing import encode_dataset
+from sage.libs.finetune.manager import WORKER_ENVIRONMENT
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
 
@@ -63,7 +65,7 @@ class Bench:
         )  # fmt: skip
         task = manager.create(config)
         worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
-        seconds, peak_bytes, _ = measured(worker)
+        seconds, peak_bytes, _ = measured(worker, WORKER_ENVIRONMENT)
         events, _ = manager.events(task)
         times = {event["event"]: datetime.fromisoformat(event["time"]) for event in events}  # the last of each kind
         assert "finished" in times, manager.logs(task, 5)
@@ -119,10 +121,10 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
 }
 
 
-def measured(argv: list[str]) -> tuple[float, int, str]:
+def measured(argv: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> tuple[float, int, str]:
     """Run a command; return its wall time, the peak memory of its process and what it printed."""
     began = time.perf_counter()
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
         assert process.stdout
         text = process.stdout.read()
