@@ -57,6 +57,7 @@ DATA ?= ../shared/bench
 bench-train: setup
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/train.py --data $(DATA)
+	$(BIN)/python benchmarks/growth.py
 
 clean:
 	rm -rf $(VENV) .bench .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
-from sage.libs.finetune.data.linting import check_dataset
-from sage.libs.finetune.data.tokenizing import encode_dataset
+from sage.libs.finetune.data.linting import DatasetReport, read_samples
+from sage.libs.finetune.data.tokenizing import Encoder
 from sage.libs.finetune.manager import WORKER_ENVIRONMENT
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
@@ -52,8 +52,8 @@ class Bench:
         self.data, self.work = data, work
         self.model = local_folder(resolve_model(MODEL))
         tokenizer = load_tokenizer(self.model)
-        encoded = encode_dataset(check_dataset(data / "alpaca_train.jsonl").samples, tokenizer, CUTOFF)
-        self.tokens = sum(len(sequence.ids) for sequence in encoded.sequences)
+        samples = read_samples(DatasetReport(data / "alpaca_train.jsonl"))
+        self.tokens = sum(len(sequence.ids) for sequence in Encoder(tokenizer, CUTOFF).encode(samples))
 
     def ours(self, **options: Any) -> Run:
         """Train in a worker process, as an engine does."""

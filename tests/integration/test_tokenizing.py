@@ -8,7 +8,7 @@ from support import QWEN_TEMPLATE
 
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data.samples import Chat, Origin, Sample
-from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, encode_dataset, encode_sample, ensure_chat_template
+from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder, encode_samples, ensure_chat_template
 from sage.libs.models.loading import load_tokenizer
 
 GENERATION_TEMPLATE = (
@@ -39,7 +39,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def encode(tokenizer: Any, messages: list[dict[str, Any]], **chat: Any) -> list[Encoded]:
-    return encode_sample(Sample(Origin(Path("t.jsonl"), 3), "openai", Chat(messages, **chat)), tokenizer)
+    return encode_samples([Sample(Origin(Path("t.jsonl"), 3), "openai", Chat(messages, **chat))], tokenizer)
 
 
 def trained_text(tokenizer: Any, encoded: Encoded) -> str:
@@ -59,9 +59,9 @@ def test_every_answer_is_trained_on_with_what_ends_it_and_nothing_else(tokenizer
 def test_the_loss_can_cover_the_last_answer_alone_or_everything(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
     sample = Sample(Origin(Path("t.jsonl"), 3), "openai", Chat(TURNS))
-    [last] = encode_sample(sample, tokenizer, "last_turn")
+    [last] = encode_samples([sample], tokenizer, "last_turn")
     assert trained_text(tokenizer, last) == "second answer<|im_end|>"
-    [everything] = encode_sample(sample, tokenizer, "all")
+    [everything] = encode_samples([sample], tokenizer, "all")
     assert everything.labels == everything.ids
     assert tokenizer.decode(everything.ids).startswith(tokenizer.apply_chat_template(TURNS[:3], tokenize=False))
 
@@ -100,7 +100,7 @@ def test_a_prompt_that_says_more_than_the_history_is_cut_where_they_part(tokeniz
 
 
 def test_plain_text_is_trained_on_whole_and_ends(tokenizer: Any) -> None:
-    [encoded] = encode_sample(Sample(Origin(Path("t"), 1), "text", "once upon a time"), tokenizer)
+    [encoded] = encode_samples([Sample(Origin(Path("t"), 1), "text", "once upon a time")], tokenizer)
     assert tokenizer.decode(encoded.ids) == "once upon a time<|im_end|>"
     assert encoded.labels == encoded.ids
 
@@ -126,9 +126,10 @@ def test_the_cutoff_cuts_and_counts(tokenizer: Any) -> None:
         Sample(Origin(Path("t"), line), "openai", Chat([{"role": "user", "content": "q " * words}, TURNS[1]]))
         for line, words in enumerate((1, 10, 400), 1)
     ]
-    encoded = encode_dataset(samples, tokenizer, 64)
-    assert max(len(sequence.ids) for sequence in encoded.sequences) <= 64
-    assert len(encoded.sequences) + encoded.dropped == 3
-    assert encoded.truncated == 1
-    assert encoded.dropped == 1
-    assert max(encoded.lengths) > 64
+    encoder = Encoder(tokenizer, 64)
+    sequences = list(encoder.encode(samples))
+    assert max(len(sequence.ids) for sequence in sequences) <= 64
+    assert len(sequences) + encoder.dropped == 3
+    assert encoder.truncated == 1
+    assert encoder.dropped == 1
+    assert max(encoder.lengths) > 64

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support import HELDOUT, SAMPLES, chat_record, environment, make_tiny_model, write_jsonl
 from training import TinyRun
 
+from sage.common.errors import ModelError
 from sage.libs.finetune.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
@@ -55,6 +56,23 @@ def test_peft_s_options_reach_the_adapter(tiny_model: Path, tmp_path: Path) -> N
     assert largest_b == pytest.approx(4 * 1e-2, rel=1e-3)  # AdamW's first step is one learning rate long
 
 
+def test_an_adapter_is_trained_on(tiny_model: Path, tmp_path: Path) -> None:
+    first = TinyRun(tiny_model, tmp_path / "first", lora_rank=4).start().completed()
+    steady = {"lr_scheduler": "constant", "warmup_steps": 0, "learning_rate": 1e-6}
+    again = TinyRun(tiny_model, tmp_path / "again", max_steps=1, **steady).start().completed()
+    second = TinyRun(first.output, tmp_path / "second", max_steps=1, **steady).start().completed()
+    assert second.losses()[1] < again.losses()[1]  # of the same samples
+    config, weights = adapter(second)
+    assert config["r"] == 4
+    for name, weight in adapter(first)[1].items():
+        assert torch.allclose(weights[name], weight, atol=1e-5)
+    assert second.adapter_bytes() != first.adapter_bytes()
+    config["base_model_name_or_path"] = str(first.output)
+    (second.output / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="is an adapter on top of another one"):
+        TinyRun(second.output, tmp_path / "third")
+
+
 def test_dora_trains_magnitudes(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", use_dora=True, max_steps=2).start().completed()
     config, weights = adapter(run)
@@ -67,15 +85,21 @@ def test_a_run_that_gets_no_better_ends_and_keeps_the_best_adapter(tiny_model: P
     run = TinyRun(
         tiny_model, tmp_path / "out", dataset_path=str(few), eval_path=str(HELDOUT), learning_rate=0.3, warmup_steps=0,
         lr_scheduler="constant", max_steps=60, eval_steps=2, early_stopping_patience=2, keep_best=True, keep_checkpoints=1,
+        sample_prompts=["Who are you?"],
     ).start().completed()  # fmt: skip
     losses = {event["step"]: event["loss"] for event in run.events("eval")}
     assert all(later - earlier == 2 for earlier, later in pairwise(losses))
     best = min((step for step in losses if step), key=lambda step: losses[step])
     assert max(losses) == best + 4 < 60
+    assert run.status.heldout_loss == losses[best]
     metrics = run.run_file()["metrics"]
     assert metrics == {
         "step": best, "total_steps": 60, "heldout_loss_before": losses[0], "heldout_loss": losses[best],
     }  # fmt: skip
+    samples = run.events("sample")
+    assert [event["step"] for event in samples] == list(losses)
+    assert {event["prompt"] for event in samples} == {"Who are you?"}
+    assert len({event["answer"] for event in samples}) > 1
     checkpoint = run.path / f"checkpoint-{best}" / "adapter_model.safetensors"
     assert load_file(checkpoint).keys() == adapter(run)[1].keys()
     assert all(torch.equal(weight, adapter(run)[1][name]) for name, weight in load_file(checkpoint).items())

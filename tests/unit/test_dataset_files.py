@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from support import SAMPLES, chat_record, write_jsonl
 
 from sage.common.errors import DatasetError
-from sage.libs.finetune.data.linting import check_dataset
+from sage.libs.finetune.data.linting import DatasetReport, check_dataset, read_samples
 from sage.libs.finetune.data.loading import dataset_hash
 
 
 def test_our_own_samples_have_no_fault() -> None:
     report = check_dataset(SAMPLES)
     report.raise_for_faults()
-    assert len(report.samples) >= 80
+    assert report.sample_count >= 80
     assert not report.duplicates
 
 
@@ -55,10 +55,12 @@ def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "c.parquet")
     write_jsonl(tmp_path / "d.jsonl", [chat_record("q, with comma", "a\nof two lines")])
     (tmp_path / "readme.txt").write_text("is passed over")
-    report = check_dataset(tmp_path)
+    report = DatasetReport(tmp_path)
+    samples = list(read_samples(report))
     assert not report.faults
-    assert [sample.format for sample in report.samples] == ["prompt_completion", "openai", "alpaca", "openai"]
-    assert len({repr(sample.content) for sample in report.samples}) == 1
+    assert [sample.format for sample in samples] == ["prompt_completion", "openai", "alpaca", "openai"]
+    assert len({repr(sample.content) for sample in samples}) == 1
+    assert check_dataset(tmp_path, at_most=3).sample_count == 3
 
 
 @pytest.mark.parametrize(
@@ -126,4 +128,4 @@ LEAVES = st.none() | st.booleans() | st.floats() | st.text()
 def test_no_record_whatever_breaks_the_check(tmp_path_factory: pytest.TempPathFactory, record: object) -> None:
     path = write_jsonl(tmp_path_factory.mktemp("fuzz") / "t.jsonl", [record])
     report = check_dataset(path)
-    assert len(report.samples) + len(report.faults) == 1
+    assert report.sample_count + len(report.faults) == 1

@@ -36,7 +36,7 @@ def test_what_is_missing_is_named_with_how_many_more() -> None:
 def test_two_held_out_sources_are_one_too_many() -> None:
     with pytest.raises(ConfigError, match="not both"):
         validated(FinetuneConfig, {**NEEDED, "eval_path": "/e.jsonl", "eval_split": 0.1})
-    with pytest.raises(ConfigError, match="eval_steps needs held-out samples"):
+    with pytest.raises(ConfigError, match="need held-out samples"):
         validated(FinetuneConfig, {**NEEDED, "eval_steps": 5})
     with pytest.raises(ConfigError, match="keep_best need eval_steps"):
         validated(FinetuneConfig, {**NEEDED, "eval_path": "/e.jsonl", "keep_best": True})

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from sage.common.errors import DatasetError, SageError
-from sage.libs.finetune.data.linting import DatasetReport
+from sage.libs.finetune.data.linting import DatasetReport, read_samples
 
 _BUCKETS = 8
 _BAR_CELLS = 30
@@ -34,23 +34,23 @@ class Measured:
 
 def measure(report: DatasetReport, model: str, cutoff: int) -> Measured:
     """Count tokens with a model's tokenizer; where that cannot be had, the report says so and stands without."""
-    if not report.samples:
+    if not report.sample_count:
         return Measured(model, cutoff, [], problem="there is no sample")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # libraries talk while they convert a model
-            from sage.libs.finetune.data.tokenizing import encode_dataset, ensure_chat_template
+            from sage.libs.finetune.data.tokenizing import Encoder, ensure_chat_template
             from sage.libs.models.loading import load_tokenizer, local_folder
             from sage.libs.models.resolve import resolve_model
 
             tokenizer = load_tokenizer(local_folder(resolve_model(model)))
         ensure_chat_template(tokenizer)
-        encoded = encode_dataset(report.samples, tokenizer, cutoff)
+        encoder = Encoder(tokenizer, cutoff)
+        trained = sum(sequence.trained_tokens for sequence in encoder.encode(read_samples(DatasetReport(report.path))))
     except DatasetError as error:
         return Measured(model, cutoff, [], problem=error.message, error=error)
     except (SageError, ImportError) as error:
         return Measured(model, cutoff, [], problem=str(error))
-    trained = sum(sequence.trained_tokens for sequence in encoded.sequences)
-    return Measured(model, cutoff, encoded.lengths, trained, encoded.truncated, encoded.dropped)
+    return Measured(model, cutoff, list(encoder.lengths), trained, encoder.truncated, encoder.dropped)
 
 
 def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str:
@@ -59,7 +59,7 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
         return json.dumps(_as_dict(report, measured), indent=2)
     formats = ", ".join(f"{count} {name}" for name, count in report.formats.items()) or "none"
     lines = [
-        f"{report.path}: {len(report.samples)} samples ({formats}), {report.assistant_turns} assistant turns, "
+        f"{report.path}: {report.sample_count} samples ({formats}), {report.assistant_turns} assistant turns, "
         f"{len(report.faults)} faults, {len(report.duplicates)} duplicates",
         *(f"  {again} says the same as line {first.line}" for again, first in report.duplicates[:_SHOWN_DUPLICATES]),
     ]
@@ -98,7 +98,7 @@ def _as_dict(report: DatasetReport, measured: Measured) -> dict[str, object]:
     }  # fmt: skip
     return {
         "path": str(report.path),
-        "samples": len(report.samples),
+        "samples": report.sample_count,
         "formats": dict(report.formats),
         "assistant_turns": report.assistant_turns,
         "faults": [

@@ -34,6 +34,7 @@ OPTIONS = (
     TrainingOption("eval_split", float, 0.0, "Share of the dataset held out instead."),
     TrainingOption("eval_steps", int, None, "Score them every so many steps as well."),
     TrainingOption("early_stopping_patience", int, None, "End after so many scores no better than the best."),
+    TrainingOption("sample_prompts", list[str], None, "A question to answer at every score; repeatable.", "--sample-prompt"),
     TrainingOption("keep_best", bool, False, "The result is the adapter with the best score.", "--keep-best"),
     TrainingOption("num_epochs", int, 3, "Passes over the dataset."),
     TrainingOption("max_steps", int, None, "Optimizer steps; overrides --num-epochs."),
@@ -72,7 +73,7 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         names = {option.field for option in OPTIONS}
-        given = {name: value for name, value in values.items() if name in names and value is not None}
+        given = {name: value for name, value in values.items() if name in names and value not in (None, [])}
         command(**{name: value for name, value in values.items() if name not in names}, **_normalised(given))
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]

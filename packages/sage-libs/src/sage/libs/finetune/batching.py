@@ -4,6 +4,7 @@ import bisect
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,28 +109,50 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
         yield {key: value[rows, :longest] for key, value in batch.items()}
 
 
-def pack(sequences: Sequence[Encoded], tokens: int, seed: int) -> list[Pack]:
-    """Return all sequences in packs of at most `tokens` tokens; one that is longer has a pack of its own.
+class Packs(Sequence[Pack]):
+    """Samples in groups, each read when it is asked for."""
+
+    def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
+        """groups: indexes of the samples of each pack; None: each sample is a pack of its own."""
+        self._samples, self._groups = samples, groups
+
+    def __len__(self) -> int:
+        return len(self._samples if self._groups is None else self._groups)
+
+    def __getitem__(self, at: Any) -> Any:
+        """Return one pack; no slices."""
+        return tuple(self._samples[index] for index in ((at,) if self._groups is None else self._groups[at]))
+
+
+def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
+    """Return the indexes of samples in packs of at most `tokens` tokens; one that is longer has a pack of its own.
 
     They are taken in a random order, and each goes where it leaves the least room (best fit), so that packs are full and
     samples of all lengths meet.
     """
-    order = list(sequences)
+    order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - a reproducible order, not a secret
-    packs: list[list[Encoded]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, index of the pack), ascending
-    for sequence in order:
-        length = len(sequence.ids)
-        found = bisect.bisect_left(rooms, (length, 0))
-        if found == len(rooms):
+    packs: list[list[int]] = []
+    rooms: list[int] = []  # how many tokens are left in packs, ascending, each number once
+    by_room: dict[int, list[int]] = {}  # which packs those are
+    for index in order:
+        length = lengths[index]
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
             packs.append([])
-            left, index = tokens, len(packs) - 1
+            room, chosen = tokens, len(packs) - 1
         else:
-            left, index = rooms.pop(found)
-        packs[index].append(sequence)
-        if left > length:
-            bisect.insort(rooms, (left - length, index))
-    return [tuple(members) for members in packs]
+            room = rooms[at]
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+        packs[chosen].append(index)
+        if (left := room - length) > 0:
+            if left not in by_room:
+                by_room[left] = []
+                bisect.insort(rooms, left)
+            by_room[left].append(chosen)
+    return packs
 
 
 def _flat(packs: Iterable[Pack]) -> Iterator[Encoded]:

@@ -15,7 +15,9 @@ class FinetuneConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    base_model: str = Field(min_length=1, description="Folder, name in the models folder, or hub id.")
+    base_model: str = Field(
+        min_length=1, description="Folder, name in the models folder, or hub id; an adapter is trained on."
+    )
     dataset_path: str = Field(min_length=1, description="File (.jsonl .json .csv .parquet) or a folder of them.")
     output_dir: str = Field(min_length=1, description="Folder that gets the adapter; must be new, empty or ours.")
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter's matrices.")
@@ -53,6 +55,7 @@ class FinetuneConfig(BaseModel):
     early_stopping_patience: int | None = Field(
         None, ge=1, description="End after this many scores in a row that are no better than the best one."
     )
+    sample_prompts: list[str] | None = Field(None, description="Questions that the model answers at every score.")
     keep_best: bool = Field(False, description="The result is the adapter with the best score, not the last one.")
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
@@ -78,8 +81,8 @@ class FinetuneConfig(BaseModel):
     def _held_out_options_fit(self) -> "FinetuneConfig":
         if self.eval_path and self.eval_split:
             raise ValueError("give eval_path or eval_split, not both")
-        if self.eval_steps and not (self.eval_path or self.eval_split):
-            raise ValueError("eval_steps needs held-out samples: give eval_path or eval_split")
+        if (self.eval_steps or self.sample_prompts) and not (self.eval_path or self.eval_split):
+            raise ValueError("eval_steps and sample_prompts need held-out samples: give eval_path or eval_split")
         if (self.early_stopping_patience or self.keep_best) and not self.eval_steps:
             raise ValueError("early_stopping_patience and keep_best need eval_steps")
         return self

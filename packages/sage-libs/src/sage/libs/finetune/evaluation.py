@@ -25,12 +25,12 @@ def heldout_loss(
     was_training = model.training
     model.eval()
     loss_sum, token_count = 0.0, 0
-    ordered = [(sequence,) for sequence in sorted(sequences, key=lambda sequence: len(sequence.ids))]
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index].ids))
     try:
         with torch.inference_mode():
-            for start in range(0, len(ordered), batch_size):
+            for start in range(0, len(order), batch_size):
                 on_batch()
-                packs = ordered[start : start + batch_size]
+                packs = [(sequences[index],) for index in order[start : start + batch_size]]
                 batch = {key: value.to(model.device) for key, value in collator(packs).items()}
                 labels = batch.pop("labels")
                 loss_sum += float(loss(model(**batch, use_cache=False), labels, 1))

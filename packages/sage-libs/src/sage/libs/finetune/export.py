@@ -41,7 +41,7 @@ def export_adapter(
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside, save_embedding_layers=False)
     tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(_card(spec, metrics), encoding="utf-8")
+    (aside / "README.md").write_text(_card(spec, metrics, model.peft_config[model.active_adapter].r), encoding="utf-8")
     fsync_tree(aside)
     for file in sorted(aside.iterdir()):
         os.replace(file, output / file.name)
@@ -56,13 +56,13 @@ def export_adapter(
     replace_file(output / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def _card(spec: RunSpec, metrics: dict[str, Any]) -> str:
+def _card(spec: RunSpec, metrics: dict[str, Any], rank: int) -> str:
     before, after = metrics.get("heldout_loss_before"), metrics.get("heldout_loss")
     heldout = f"; held-out loss {before:.4f} before, {after:.4f} after" if before and after else ""
     return _CARD.format(
         base_model=spec.config.base_model,
         name=Path(spec.config.output_dir).name,
-        rank=spec.config.lora_rank,
+        rank=rank,
         dataset=Path(spec.config.dataset_path).name,
         dataset_sha256=spec.dataset_sha256,
         step=metrics["step"],

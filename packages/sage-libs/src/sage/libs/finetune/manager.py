@@ -25,6 +25,8 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: A worker has said its last word, but its process still closes; a new one waits this long for it.
 _EXIT_SECONDS = 10.0
+#: A run is refused at once for what is wrong among so many samples.
+_CHECKED_SAMPLES = 20_000
 #: By glibc's defaults a tensor of some megabytes goes back to the kernel once it is freed, and its pages are cleared one by
 #: one for the next; kept, a step on the CPU takes 5 % less time, and the run needs no more memory at its peak.
 _MALLOC = "arena_max=1", "mmap_threshold=268435456", "trim_threshold=1073741824"
@@ -49,13 +51,13 @@ class FinetuneManager:
         Raises DatasetError, ModelError or OutputError; then nothing was written.
         """
         for path in filter(None, (config.dataset_path, config.eval_path)):
-            check_dataset(Path(path)).raise_for_faults()
+            check_dataset(Path(path), _CHECKED_SAMPLES).raise_for_faults()  # the worker checks the rest
         source = resolve_model(config.base_model)
-        if source.kind is ModelKind.ADAPTER:
+        if source.base and source.base.kind is ModelKind.ADAPTER:
             raise ModelError(
                 code="base_is_adapter",
-                message=f"{config.base_model} is an adapter, not a base model.",
-                hint=f"Train on its base: {source.base.name if source.base else 'unknown'}.",
+                message=f"{config.base_model} is an adapter on top of another one, which cannot be trained on.",
+                hint=f"Train on {source.base.name}, or on its base.",
                 param="base_model",
             )
         if config.resume_from_checkpoint and not (Path(config.resume_from_checkpoint) / "manifest.json").is_file():

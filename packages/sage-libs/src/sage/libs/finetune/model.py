@@ -5,24 +5,38 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from sage.common.errors import ConfigError
+from sage.common.errors import ConfigError, ModelError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.precision import Precision
 from sage.libs.models.loading import load_causal_lm
 
 
-def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision) -> PeftModel:
-    """Return the base of a folder with fresh adapters in fp32, which alone are trained.
+def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, adapter: Path | None = None) -> PeftModel:
+    """Return the base of a folder with adapters in fp32, which alone are trained: fresh ones, or those of another folder.
 
-    Raises ModelError where the base does not load, ConfigError where the target modules are not in it.
+    Raises ModelError where base or adapter does not load, ConfigError where the target modules are not in the base.
     """
     options: dict[str, Any] = {}
     if precision.base_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     base = load_causal_lm(folder, torch.bfloat16 if precision.bf16 else torch.float32, **options)
     base.config.use_cache = False
+    model = _with_fresh_adapter(base, config) if adapter is None else _with_adapter(base, adapter)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _with_adapter(base: PreTrainedModel, adapter: Path) -> Any:
+    try:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        problem = (str(error).splitlines() or ["it is not whole"])[0]
+        raise ModelError(code="model_invalid", message=f"The adapter in {adapter} does not load: {problem}") from error
+
+
+def _with_fresh_adapter(base: PreTrainedModel, config: FinetuneConfig) -> Any:
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -35,7 +49,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision) -
         task_type="CAUSAL_LM",
     )
     try:
-        model = get_peft_model(base, lora)
+        return get_peft_model(base, lora)
     except ValueError as error:
         raise ConfigError(
             code="target_modules_unknown",
@@ -43,5 +57,3 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision) -
             hint="'all-linear' fits every model.",
             param="target_modules",
         ) from error
-    assert isinstance(model, PeftModel)
-    return model

@@ -109,7 +109,8 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
         case "stopped":
             return replace(status, state=RunState.STOPPED, step=event["step"], eta_seconds=None)
         case "finished":
-            return replace(status, state=RunState.COMPLETED, eta_seconds=0.0, message=None)
+            loss = event.get("heldout_loss") or status.heldout_loss
+            return replace(status, state=RunState.COMPLETED, eta_seconds=0.0, message=None, heldout_loss=loss)
         case "failed":
             return replace(
                 status,

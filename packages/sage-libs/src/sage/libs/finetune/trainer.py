@@ -1,8 +1,10 @@
 """One run, from its directory to its result, on transformers' Trainer."""
 
+import contextlib
 import logging
 import math
 import random
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,11 +14,11 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from sage.libs.finetune.batching import Collator, Pack, PackedCollator, PaddedCollator, pack
+from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, pack
 from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.checkpoints import latest_good
-from sage.libs.finetune.data.linting import check_dataset
-from sage.libs.finetune.data.tokenizing import Encoded, encode_dataset, ensure_chat_template
+from sage.libs.finetune.data.store import StoredSamples, stored
+from sage.libs.finetune.data.tokenizing import Encoded, Encoder, ensure_chat_template
 from sage.libs.finetune.export import export_adapter
 from sage.libs.finetune.heldout import HeldOut, Model
 from sage.libs.finetune.kernels.install import Kernels, install
@@ -24,11 +26,12 @@ from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.model import load_trainable
 from sage.libs.finetune.precision import choose_precision
 from sage.libs.finetune.rundir import RunDirectory
+from sage.libs.finetune.sampling import answer
 from sage.libs.finetune.status import RunStatus, fold
 from sage.libs.finetune.stepping import AdaptingTrainer
 from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.models.loading import load_tokenizer, local_folder
-from sage.libs.models.resolve import resolve_model
+from sage.libs.models.resolve import ModelKind, resolve_model
 
 logger = logging.getLogger(__name__)
 _VERSIONS = ("torch", "transformers", "peft", "accelerate")
@@ -45,21 +48,26 @@ class TrainingRun:
         self.spec = run.read_spec()
         self.config = config = self.spec.config
         self._tell("loading the tokenizer")
-        folder = local_folder(resolve_model(config.base_model))
-        self.tokenizer = load_tokenizer(folder)
+        source = resolve_model(config.base_model)
+        folder = local_folder(source.base or source)
+        adapter = source.folder if source.kind is ModelKind.ADAPTER else None
+        self.tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
-        train_data, heldout = self._read_data()
+        try:
+            train_data, heldout = self._read_data()
+        except StopRequested:  # the result is the model as it is
+            train_data, heldout = None, []
         self.heldout = HeldOut(run, config, heldout, stop.check)
-        self.samples = len(train_data)
-        self.packs: list[Pack] = (
-            pack(train_data, config.pack_tokens, config.seed) if config.pack_tokens else [(item,) for item in train_data]
-        )
+        self.packs = Packs(train_data or [], self._groups(train_data))
+        self.samples = len(train_data or [])
         self.micro_batch = 1 if config.pack_tokens else config.batch_size
         self._tell("loading the model")
         self.precision = choose_precision(config, self._status().bf16)
         set_seed(config.seed)
-        self.model = load_trainable(folder, config, self.precision)
+        self.model = load_trainable(folder, config, self.precision, adapter)
+        if adapter:
+            self._tell(f"going on with the adapter in {adapter}: its rank, scaling and modules stay what they are")
         self.kernels, self.step_summary = self._install_kernels()
         self.collator: Collator = PackedCollator() if self.kernels else PaddedCollator(int(self.tokenizer.pad_token_id or 0))
         self.loss = CompletionLoss(self.kernels.head.weight if self.kernels else None)
@@ -70,6 +78,9 @@ class TrainingRun:
         self.heldout.go_on_from(step)
         total = self._total_steps()
         try:
+            if checkpoint and self.stop.requested:
+                self._load_adapter(checkpoint)
+            self.stop.check()
             self._measure(0)
             if checkpoint and (step >= total or self.heldout.is_exhausted):  # the Trainer would train on
                 self._load_adapter(checkpoint)
@@ -90,8 +101,9 @@ class TrainingRun:
         if self.config.keep_best and best is not None and best != step:
             step = best
             self._load_adapter(str(self.run.path / f"checkpoint-{best}"))
-        self._export(step, self.heldout.losses.get(step))
-        self.run.append_event("finished", step=step, output_dir=self.config.output_dir)
+        loss = self.heldout.losses.get(step)
+        self._export(step, loss)
+        self.run.append_event("finished", step=step, output_dir=self.config.output_dir, heldout_loss=loss)
         logger.info("finished; the adapter of step %d is in %s", step, self.config.output_dir)
 
     def _train(self, checkpoint: str | None) -> int:
@@ -102,7 +114,7 @@ class TrainingRun:
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return int(trainer.state.global_step)
 
-    def _read_data(self) -> tuple[list[Encoded], list[Encoded]]:
+    def _read_data(self) -> tuple[StoredSamples, Sequence[Encoded]]:
         config = self.config
         train = self._encode(config.dataset_path)
         if config.eval_path:
@@ -112,20 +124,23 @@ class TrainingRun:
             return train, []
         order = list(range(len(train)))
         random.Random(config.seed).shuffle(order)  # noqa: S311 - a reproducible split, not a secret
-        held = set(order[:count])
-        return [s for i, s in enumerate(train) if i not in held], [train[i] for i in sorted(held)]
+        return train.take(sorted(order[count:])), train.take(sorted(order[:count]))
 
-    def _encode(self, path: str) -> list[Encoded]:
+    def _groups(self, samples: StoredSamples | None) -> list[list[int]] | None:
+        tokens = self.config.pack_tokens
+        return pack(samples.lengths(), tokens, self.config.seed) if samples and tokens else None
+
+    def _encode(self, path: str) -> StoredSamples:
         self._tell(f"reading {path}")
-        report = check_dataset(Path(path))
-        report.raise_for_faults()
-        encoded = encode_dataset(report.samples, self.tokenizer, self.config.max_seq_length, self.config.train_on)
-        if encoded.truncated:
+        encoder = Encoder(self.tokenizer, self.config.max_seq_length, self.config.train_on)
+        samples = stored(Path(path), encoder, self._tell_unless_stopped)
+        if samples.facts.truncated:
             self._warn(
-                f"{encoded.truncated} of {len(report.samples)} samples in {path} are longer than "
-                f"{self.config.max_seq_length} tokens and were cut; {encoded.dropped} had no answer left and were dropped."
+                f"{samples.facts.truncated} of {samples.facts.samples} samples in {path} are longer than "
+                f"{self.config.max_seq_length} tokens and were cut; {samples.facts.dropped} had no answer left and were "
+                "dropped."
             )
-        return encoded.sequences
+        return samples
 
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         if self.config.fast_kernels == "off":
@@ -228,7 +243,16 @@ class TrainingRun:
 
     def _measure(self, step: int) -> float | None:
         loss = CompletionLoss(self.kernels.head.weight if self.kernels else None)
-        return self.heldout.measure(step, Model(self.model, self.collator, loss))
+        is_new = step not in self.heldout.losses
+        measured = self.heldout.measure(step, Model(self.model, self.collator, loss))
+        if is_new and measured is not None:
+            with self.kernels.off() if self.kernels else contextlib.nullcontext():
+                for prompt in self.config.sample_prompts or ():
+                    self.stop.check()
+                    text = answer(self.model, self.tokenizer, prompt)
+                    self.run.append_event("sample", step=step, prompt=prompt, answer=text)
+                    logger.info("step %d: %s -> %s", step, prompt, text)
+        return measured
 
     def _load_adapter(self, checkpoint: str) -> None:
         self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
@@ -244,6 +268,10 @@ class TrainingRun:
     def _tell(self, message: str) -> None:
         self.run.append_event("progress", message=message)
         logger.info("%s", message)
+
+    def _tell_unless_stopped(self, message: str) -> None:
+        self.stop.check()
+        self._tell(message)
 
     def _warn(self, message: str) -> None:
         self.run.append_event("warning", message=message)

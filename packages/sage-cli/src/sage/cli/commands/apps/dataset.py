@@ -24,6 +24,6 @@ def check(
         typer.echo(str(fault), err=json_)
     measured = measure(report, model, max_seq_length)
     typer.echo(describe(report, measured, as_json=json_))
-    if report.faults or not report.samples:
+    if report.faults or not report.sample_count:
         raise typer.Exit(1)
     measured.raise_for_unusable()

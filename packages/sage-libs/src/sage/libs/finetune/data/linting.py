@@ -1,8 +1,10 @@
 """Every fault of a dataset, with its line, before anything expensive starts."""
 
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import blake2b
 from pathlib import Path
 
 from sage.common.errors import DatasetError
@@ -19,7 +21,7 @@ class DatasetReport:
     """What a dataset holds and what is wrong with it."""
 
     path: Path
-    samples: list[Sample] = field(default_factory=list)
+    sample_count: int = 0
     faults: list[Fault] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     assistant_turns: int = 0
@@ -37,7 +39,7 @@ class DatasetReport:
                 hint=f"`sage llm dataset check {self.path}` lists every fault.",
                 param="dataset_path",
             )
-        if not self.samples:
+        if not self.sample_count:
             raise DatasetError(
                 code="dataset_empty",
                 message=f"The dataset {self.path} is empty: it holds no record.",
@@ -46,14 +48,12 @@ class DatasetReport:
             )
 
 
-def check_dataset(path: Path) -> DatasetReport:
-    """Read a whole dataset and return what it holds.
+def read_samples(report: DatasetReport) -> Iterator[Sample]:
+    """Yield what a report's dataset holds, one at a time, and note in the report what is found on the way.
 
     Raises DatasetError only where there is no file to read; faults inside stand in the report.
     """
-    report = DatasetReport(path)
-    seen: dict[bytes, Origin] = {}
-    for item in read_records(path):
+    for item in read_records(report.path):
         if isinstance(item, Fault):
             report.faults.append(item)
             continue
@@ -63,11 +63,23 @@ def check_dataset(path: Path) -> DatasetReport:
         except RecordError as error:
             report.faults.append(Fault(origin, error.message, error.hint))
             continue
-        report.samples.append(Sample(origin, name, content))
+        report.sample_count += 1
         report.formats[name] += 1
         if isinstance(content, Chat):
             report.assistant_turns += sum(message["role"] == "assistant" for message in content.messages)
-        first = seen.setdefault(sha256(repr(content).encode()).digest(), origin)
-        if first is not origin:
-            report.duplicates.append((origin, first))
+        yield Sample(origin, name, content)
+
+
+def check_dataset(path: Path, at_most: int | None = None) -> DatasetReport:
+    """Read a dataset, or as many samples of it, and return what it holds.
+
+    Raises DatasetError only where there is no file to read; faults inside stand in the report.
+    """
+    report = DatasetReport(path)
+    seen: dict[bytes, Origin] = {}
+    for sample in itertools.islice(read_samples(report), at_most):
+        said = blake2b(repr(sample.content).encode(), digest_size=16).digest()
+        first = seen.setdefault(said, sample.origin)
+        if first is not sample.origin:
+            report.duplicates.append((sample.origin, first))
     return report

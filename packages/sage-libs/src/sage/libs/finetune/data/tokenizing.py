@@ -6,7 +6,9 @@ A template that rewrites earlier turns (one that drops old reasoning, say) has n
 becomes a sample of its own, rendered as the model will see it when it answers.
 """
 
-from collections.abc import Iterable
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +19,8 @@ from sage.libs.finetune.data.samples import Chat, Fault, Sample
 TrainOn = Literal["assistant", "last_turn", "all"]
 #: The label that torch's cross-entropy leaves out.
 IGNORED = -100
+#: So many samples are tokenised at once.
+_BATCH = 256
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}END\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -36,14 +40,12 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-@dataclass
-class EncodedDataset:
-    """Sequences ready to be batched, and what was lost on the way to them."""
+@dataclass(frozen=True)
+class _Rendered:
+    """A sample as text, and where in it the loss is, in characters."""
 
-    sequences: list[Encoded] = field(default_factory=list)
-    truncated: int = 0  #: cut at the cutoff
-    dropped: int = 0  #: nothing to train on was left of them
-    lengths: list[int] = field(default_factory=list)  #: in tokens, before the cut
+    text: str
+    spans: list[tuple[int, int]]
 
 
 def ensure_chat_template(tokenizer: Any) -> str | None:
@@ -56,55 +58,89 @@ def ensure_chat_template(tokenizer: Any) -> str | None:
     return f"The model has no chat template: ChatML is used, with {end!r} at the end of each turn, and saved with it."
 
 
-def encode_dataset(
-    samples: Iterable[Sample], tokenizer: Any, cutoff: int, train_on: TrainOn = "assistant"
-) -> EncodedDataset:
-    """Return the sequences of at most `cutoff` tokens that samples make.
+@dataclass
+class Encoder:
+    """Makes sequences of samples, and counts what was lost on the way."""
 
-    Raises DatasetError for a sample that the chat template refuses, and where nothing to train on is left.
-    """
-    result = EncodedDataset()
-    for sample in samples:
-        for encoded in encode_sample(sample, tokenizer, train_on):
-            result.lengths.append(len(encoded.ids))
-            cut = Encoded(encoded.ids[:cutoff], encoded.labels[:cutoff])
-            result.truncated += len(encoded.ids) > cutoff
-            if cut.trained_tokens:
-                result.sequences.append(cut)
-            else:
-                result.dropped += 1
-    if not result.sequences:
-        raise DatasetError(
-            code="dataset_too_long",
-            message=f"All {result.dropped} samples are longer than the cutoff of {cutoff} tokens before the answer begins.",
-            hint=f"Raise max_seq_length (the shortest sample has {min(result.lengths)} tokens) or shorten the prompts.",
-            param="max_seq_length",
-        )
-    return result
+    tokenizer: Any
+    cutoff: int  #: sequences have at most this many tokens
+    train_on: TrainOn = "assistant"
+    truncated: int = 0  #: cut at the cutoff
+    dropped: int = 0  #: nothing to train on was left of them
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: in tokens, before the cut
+
+    def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
+        """Yield the sequences that samples make.
+
+        Raises DatasetError for a sample that the chat template refuses, and where nothing to train on is left.
+        """
+        kept = 0
+        remaining = iter(samples)
+        while batch := list(itertools.islice(remaining, _BATCH)):
+            for encoded in encode_samples(batch, self.tokenizer, self.train_on):
+                self.lengths.append(len(encoded.ids))
+                cut = Encoded(encoded.ids[: self.cutoff], encoded.labels[: self.cutoff])
+                self.truncated += len(encoded.ids) > self.cutoff
+                if cut.trained_tokens:
+                    kept += 1
+                    yield cut
+                else:
+                    self.dropped += 1
+        if not kept:
+            raise DatasetError(
+                code="dataset_too_long",
+                message=f"All {self.dropped} samples are longer than the cutoff of {self.cutoff} tokens before the answer "
+                "begins.",
+                hint=f"Raise max_seq_length (the shortest sample has {min(self.lengths)} tokens) or shorten the prompts.",
+                param="max_seq_length",
+            )
 
 
-def encode_sample(sample: Sample, tokenizer: Any, train_on: TrainOn = "assistant") -> list[Encoded]:
-    """Return the sequences of one sample, whole; plain text is learnt whole in any case.
+def encode_samples(samples: Sequence[Sample], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Encoded]:
+    """Return the sequences of samples, whole; plain text is learnt whole in any case.
 
     Raises DatasetError with the sample's place where the chat template refuses it.
     """
+    parts = [part for sample in samples for part in _parts(sample, tokenizer, train_on)]
+    texts = [part.text for part in parts if isinstance(part, _Rendered)]
+    # One call for all: the tokenizer works on as many cores as there are.
+    tokenized = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else None
+    rendered = iter(zip(tokenized["input_ids"], tokenized["offset_mapping"], strict=True)) if tokenized else iter(())
+    return [_mask(*next(rendered), part.spans) if isinstance(part, _Rendered) else part for part in parts]
+
+
+def _parts(sample: Sample, tokenizer: Any, train_on: TrainOn) -> "list[Encoded] | list[_Rendered]":
     if isinstance(sample.content, str):
         ids = tokenizer(sample.content)["input_ids"]
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
         return [Encoded(ids, list(ids))]
     try:
-        sequences = _encode_chat(sample.content, tokenizer)
+        marked = _marked(sample.content, tokenizer)
+        if marked:
+            return [_narrowed(marked, train_on)]
+        rendered = _render_answers(sample.content, tokenizer)
     except Exception as error:  # jinja and templates raise what they like
         fault = Fault(sample.origin, f"the model's chat template refuses it: {error}")
         raise DatasetError(code="dataset_template", message=str(fault), param="dataset_path") from error
+    last = rendered[-1]
     match train_on:
         case "assistant":
-            return sequences
+            return rendered
         case "last_turn":
-            return [_last_turn(sequences[-1])]
+            return [_Rendered(last.text, last.spans[-1:])]
         case "all":
-            return [Encoded(sequences[-1].ids, list(sequences[-1].ids))]
+            return [_Rendered(last.text, [(0, len(last.text))])]
+
+
+def _narrowed(encoded: Encoded, train_on: TrainOn) -> Encoded:
+    match train_on:
+        case "assistant":
+            return encoded
+        case "last_turn":
+            return _last_turn(encoded)
+        case "all":
+            return Encoded(encoded.ids, list(encoded.ids))
 
 
 def _last_turn(encoded: Encoded) -> Encoded:
@@ -115,24 +151,30 @@ def _last_turn(encoded: Encoded) -> Encoded:
     return Encoded(encoded.ids, [label if begin <= at < end else IGNORED for at, label in enumerate(encoded.labels)])
 
 
-def _encode_chat(chat: Chat, tokenizer: Any) -> list[Encoded]:
+def _marked(chat: Chat, tokenizer: Any) -> Encoded | None:
+    """Return the sequence of a chat whose template marks its answers itself, else None."""
+    if "{% generation %}" not in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}") or chat.untrained:
+        return None
+    marked = tokenizer.apply_chat_template(
+        chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = marked["input_ids"], marked["assistant_masks"]
+    return Encoded(ids, [i if trained else IGNORED for i, trained in zip(ids, mask, strict=True)])
+
+
+def _render_answers(chat: Chat, tokenizer: Any) -> list[_Rendered]:
+    """Return the chat with all its answers, or one text an answer where the template rewrites what came before."""
     answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i not in chat.untrained]
-    if "{% generation %}" in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}") and not chat.untrained:
-        marked = tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = marked["input_ids"], marked["assistant_masks"]
-        return [Encoded(ids, [i if trained else IGNORED for i, trained in zip(ids, mask, strict=True)])]
     whole = _render(chat, len(chat.messages), tokenizer)
     spans = [_span(chat, answer, whole, tokenizer) for answer in answers]
     if all(spans):
-        return [_mask(whole, [span for span in spans if span], tokenizer)]
-    sequences = []
+        return [_Rendered(whole, [span for span in spans if span])]
+    rendered = []
     for answer in answers:
         text = _render(chat, answer + 1, tokenizer)
         span = _span(chat, answer, text, tokenizer) or _last_span(chat, answer, text, tokenizer)
-        sequences.append(_mask(text, [span], tokenizer))
-    return sequences
+        rendered.append(_Rendered(text, [span]))
+    return rendered
 
 
 def _render(chat: Chat, count: int, tokenizer: Any, *, prompt: bool = False) -> str:
@@ -159,10 +201,10 @@ def _last_span(chat: Chat, answer: int, text: str, tokenizer: Any) -> tuple[int,
     return shared, len(text.rstrip())
 
 
-def _mask(text: str, spans: list[tuple[int, int]], tokenizer: Any) -> Encoded:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+def _mask(ids: list[int], places: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Encoded:
+    """Return tokens with the loss on those that stand in a span; places: where each stands, in characters."""
     labels = [
         token if any(start <= begin and end <= stop and end > begin for start, stop in spans) else IGNORED
-        for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for token, (begin, end) in zip(ids, places, strict=True)
     ]
-    return Encoded(encoded["input_ids"], labels)
+    return Encoded(ids, labels)
