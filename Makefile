@@ -57,6 +57,7 @@ DATA ?= ../shared/bench
 bench-train: setup
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/train.py --data $(DATA)
+	$(BIN)/python benchmarks/step.py --data $(DATA)/alpaca_train.jsonl
 	$(BIN)/python benchmarks/growth.py
 
 clean:

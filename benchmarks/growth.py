@@ -84,8 +84,9 @@ def main() -> None:
         "rank": {rank: point(work, usual, lora_rank=rank) for rank in RANKS},
     }
     large = dataset(work / f"chats-{arguments.samples}.jsonl", arguments.samples, 150)
-    panels["samples"] = {1000: panels["rank"][8], arguments.samples: point(work, large)}
-    panels["samples, tokenised before"] = {1000: point(work, usual), arguments.samples: point(work, large)}
+    small = dataset(work / "chats-small.jsonl", 1000, 149)
+    panels["samples"] = {1000: point(work, small), arguments.samples: point(work, large)}
+    panels["samples, tokenised before"] = {1000: point(work, small), arguments.samples: point(work, large)}
     arguments.out.with_suffix(".json").write_text(json.dumps({"processor": processor(), "panels": panels}, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(table(panels))
     arguments.out.with_suffix(".svg").write_text(picture(panels))
@@ -111,7 +112,7 @@ def picture(panels: dict[str, dict[int, dict[str, float]]]) -> str:
         for row, (value, found) in enumerate(points.items()):
             y = height + 34 + 24 * row
             for x, key, scale, colour, unit in (
-                (100, "tokens_per_second", 0.4, "#2563eb", "tokens/s"), (420, "peak_gb", 30, "#94a3b8", "GB"),
+                (100, "tokens_per_second", 0.4, "#2563eb", "tokens/s"), (420, "peak_gb", 22, "#94a3b8", "GB"),
             ):  # fmt: skip
                 width = scale * found[key]
                 parts.append(f'<rect x="{x}" y="{y}" width="{width:.0f}" height="18" fill="{colour}"/>')

@@ -6,10 +6,12 @@ A template that rewrites earlier turns (one that drops old reasoning, say) has n
 becomes a sample of its own, rendered as the model will see it when it answers.
 """
 
+import bisect
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Literal
 
 from sage.common.errors import DatasetError
@@ -188,7 +190,7 @@ def _render(chat: Chat, count: int, tokenizer: Any, *, prompt: bool = False) -> 
 def _span(chat: Chat, answer: int, whole: str, tokenizer: Any) -> tuple[int, int] | None:
     """Return where in `whole` an answer stands, in characters, or None where the template rewrites it."""
     before = _render(chat, answer, tokenizer, prompt=True)
-    through = _render(chat, answer + 1, tokenizer).rstrip()
+    through = (whole if answer + 1 == len(chat.messages) else _render(chat, answer + 1, tokenizer)).rstrip()
     if through.startswith(before) and whole.startswith(through):
         return len(before), len(through)
     return None
@@ -202,9 +204,12 @@ def _last_span(chat: Chat, answer: int, text: str, tokenizer: Any) -> tuple[int,
 
 
 def _mask(ids: list[int], places: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Encoded:
-    """Return tokens with the loss on those that stand in a span; places: where each stands, in characters."""
-    labels = [
-        token if any(start <= begin and end <= stop and end > begin for start, stop in spans) else IGNORED
-        for token, (begin, end) in zip(ids, places, strict=True)
-    ]
+    """Return tokens with the loss on those that stand in a span; places: where each stands, in characters, ascending."""
+    labels = [IGNORED] * len(ids)
+    for start, stop in spans:
+        first = bisect.bisect_left(places, start, key=itemgetter(0))
+        for at in range(first, bisect.bisect_left(places, stop, lo=first, key=itemgetter(0))):
+            begin, end = places[at]
+            if begin < end <= stop:
+                labels[at] = ids[at]
     return Encoded(ids, labels)
