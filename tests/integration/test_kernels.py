@@ -149,7 +149,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     kernels = installed(model)
     kept = {name: grad.clone() for name, grad in gradients(model, [samples()], kernels).items()}
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     made_again = gradients(model, [samples()], kernels)
     for name, expected in kept.items():
         torch.testing.assert_close(made_again[name], expected, rtol=1e-12, atol=1e-15)

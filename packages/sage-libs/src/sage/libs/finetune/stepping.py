@@ -82,4 +82,4 @@ class AdaptingTrainer(Trainer):
 
     def _checkpoint(self) -> None:
         self._may_checkpoint, self._checkpoints = False, True
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
