@@ -45,7 +45,7 @@ e2e: setup
 
 coverage: setup
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest tests/unit tests/integration tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest tests/unit tests/integration tests/faults -n 2
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from support import ROOT
 
 PAGES = ("README.md", "docs/engines.md", "docs/training.md", "docs/datasets.md", "docs/http.md", "docs/settings.md")
@@ -15,6 +16,7 @@ def test_every_page_is_read() -> None:
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("**/*.md")} | {"README.md"} == set(PAGES)
 
 
+@pytest.mark.timeout(1200)  # it trains the real model four times
 def test_the_commands_of_the_documentation_work(clone: Path, smollm2: str, sage_home: Path) -> None:
     script = ["set -euo pipefail"]
     for page in PAGES:
@@ -27,7 +29,7 @@ def test_the_commands_of_the_documentation_work(clone: Path, smollm2: str, sage_
     port = os.environ["SAGE_GATEWAY_PORT"]
     text = "\n".join(script).replace("8889", port).replace("SageClient()", f"SageClient('http://127.0.0.1:{port}')")
     done = subprocess.run(
-        ["bash", "-x", "-c", text], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False
+        ["bash", "-x", "-c", text], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1100, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "I am the SAGE assistant" in done.stdout  # what docs/engines.md asks, always answered by the likeliest words
