@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sage.cli.commands.apps.engine import Kind, ending
 from sage.cli.render import bar, engine_lines, engine_table, size
-from sage.cli.training_options import OPTIONS, PATH_FIELDS
+from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
 from sage.common import errors
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.progress_bar import duration
@@ -26,6 +26,16 @@ def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
             assert option.default == fields[option.field].default, option.field
     assert set(PATH_FIELDS) <= set(fields)
     assert [kind.value for kind in Kind] == SUPPORTED_ENGINE_KINDS
+
+
+def test_names_of_modules_are_a_list_with_or_without_spaces_and_patterns_stay() -> None:
+    given: dict[str, Any] = {}
+    command = with_training_options(lambda **training: given.update(training))
+    command(target_modules="q_proj, v_proj", exclude_modules="lm_head", modules_to_save="norm,embed_tokens")
+    assert [given[name] for name in MODULE_FIELDS] == [["q_proj", "v_proj"], ["lm_head"], ["norm", "embed_tokens"]]
+    for name in ("all-linear", r".*layers\.0\..*_proj"):
+        command(target_modules=name)
+        assert given["target_modules"] == name
 
 
 def view(**values: Any) -> EngineView:

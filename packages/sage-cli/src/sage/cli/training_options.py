@@ -26,7 +26,7 @@ class TrainingOption(NamedTuple):
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint")
 #: Fields that are names of a model's modules.
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
-_NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
+_NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
 OPTIONS = (
     TrainingOption("dataset_path", str, None, "Samples: .jsonl, .json, .csv, .parquet, or a folder.", "--dataset"),
     TrainingOption("output_dir", str, None, "Folder that gets the adapter.", "--output"),
@@ -103,5 +103,5 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
             given[name] = str(Path(given[name]).expanduser().absolute())
     for name in MODULE_FIELDS:
         if _NAMES.fullmatch(given.get(name, "")):  # else `all-linear` or a pattern
-            given[name] = given[name].split(",")
+            given[name] = [module.strip() for module in given[name].split(",")]
     return given

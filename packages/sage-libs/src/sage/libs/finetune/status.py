@@ -92,7 +92,7 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             return replace(status, state=RunState.RUNNING, message=None, **begun)
         case "step":
             figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}
-            return replace(status, **figures)
+            return replace(status, message=None, **figures)
         case "checkpoint":
             return replace(status, checkpoint_step=event["step"])
         case "eval" if event["step"] == 0:
