@@ -12,12 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from train import measured, processor
+from train import MODEL, processor, trained
 
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
-from sage.libs.finetune.manager import WORKER_ENVIRONMENT
 
-MODEL, STEPS = "smollm2-135m-instruct", 4
+STEPS = 4
 CUTOFFS, MICRO_BATCHES, RANKS = (128, 512, 2048, 8192), (1, 2, 4, 8, 16), (8, 32, 128)
 WORDS = ("the", "model", "learns", "from", "what", "it", "reads", "and", "answers", "with", "words", "people", "know")
 
@@ -47,10 +46,8 @@ def point(work: Path, data: Path, **options: Any) -> dict[str, float]:
         save_steps=10_000, **options,
     )  # fmt: skip
     task = manager.create(config)
-    worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
     began = time.time()
-    _, peak_bytes, _ = measured(worker, WORKER_ENVIRONMENT)
-    events, _ = manager.events(task)
+    _, peak_bytes, events = trained(manager, task)
     steps = [event for event in events if event["event"] == "step"]
     [started] = [seconds(event) for event in events if event["event"] == "started"]
     tokens = [event["tokens_per_second"] * (seconds(event) - started) for event in steps]
@@ -105,7 +102,7 @@ def table(panels: dict[str, dict[int, dict[str, float]]]) -> str:
 
 
 def picture(panels: dict[str, dict[int, dict[str, float]]]) -> str:
-    """Return one chart a panel as SVG: bars of tokens/s, and of peak memory below them."""
+    """Return one chart a panel as SVG: bars of tokens/s, and of peak memory beside them."""
     parts, height = [], 0
     for name, points in panels.items():
         parts.append(f'<text x="10" y="{height + 24}" font-weight="bold">{name}</text>')

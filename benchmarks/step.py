@@ -11,6 +11,7 @@ from train import MODEL, PACK_TOKENS, processor
 
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.finetune.batching import Batch
+from sage.libs.finetune.data.tokenizing import IGNORED
 from sage.libs.finetune.stopping import StopRequest
 from sage.libs.finetune.trainer import TrainingRun
 
@@ -31,7 +32,7 @@ def products(run: TrainingRun, batch: Batch) -> dict[str, float]:
     config = run.model.get_base_model().config
     tokens, layers, width = batch["input_ids"].numel(), config.num_hidden_layers, config.hidden_size
     head_width = width // config.num_attention_heads
-    trained = int((batch["labels"] != -100).sum())
+    trained = int((batch["labels"] != IGNORED).sum())
     columns = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * head_width
     squares = float(sum(length**2 for length in batch["cu_seq_lens_q"].diff().tolist()))
     return {

@@ -28,6 +28,7 @@ from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.tokenizing import Encoder
 from sage.libs.finetune.manager import WORKER_ENVIRONMENT
+from sage.libs.finetune.rundir import Event
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
 
@@ -63,12 +64,8 @@ class Bench:
             base_model=str(self.model), dataset_path=str(self.data / "alpaca_train.jsonl"), output_dir=str(output),
             num_epochs=1, max_seq_length=CUTOFF, save_steps=10_000, **options,
         )  # fmt: skip
-        task = manager.create(config)
-        worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
-        seconds, peak_bytes, _ = measured(worker, WORKER_ENVIRONMENT)
-        events, _ = manager.events(task)
+        seconds, peak_bytes, events = trained(manager, manager.create(config))
         times = {event["event"]: datetime.fromisoformat(event["time"]) for event in events}  # the last of each kind
-        assert "finished" in times, manager.logs(task, 5)
         train = (times["step"] - times["started"]).total_seconds()
         return Run(train, seconds - train, peak_bytes, output)
 
@@ -119,6 +116,15 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
     "trl-bf16": ("TRL SFTTrainer, bf16", lambda b: b.trl("bf16")),
     "trl-fp32": ("TRL SFTTrainer, fp32", lambda b: b.trl("fp32")),
 }
+
+
+def trained(manager: FinetuneManager, task: str) -> tuple[float, int, list[Event]]:
+    """Carry out a run in a worker process; return its wall time, its peak memory and the run's events."""
+    worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
+    seconds, peak_bytes, _ = measured(worker, WORKER_ENVIRONMENT)
+    events, _ = manager.events(task)
+    assert events[-1]["event"] == "finished", manager.logs(task, 5)
+    return seconds, peak_bytes, events
 
 
 def measured(argv: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> tuple[float, int, str]:

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sage.libs.finetune.batching import Collator
@@ -14,15 +13,6 @@ from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.rundir import RunDirectory
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What it takes to score samples: the model, how it takes them, its loss."""
-
-    model: Any
-    collator: Collator
-    loss: CompletionLoss
 
 
 class HeldOut:
@@ -41,13 +31,13 @@ class HeldOut:
         """Forget what was measured after the step that a run goes on from; it will be measured again."""
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
 
-    def measure(self, step: int, model: Model) -> float | None:
+    def measure(self, step: int, model: Any, collator: Collator, loss_function: CompletionLoss) -> float | None:
         """Return the loss after a step, in the model's own precision, measured at most once; None without samples."""
         if not self.samples:
             return None
         if step not in self.losses:
             began = time.monotonic()
-            loss = heldout_loss(model.model, self.samples, model.collator, model.loss, self.config.batch_size, self._check)
+            loss = heldout_loss(model, self.samples, collator, loss_function, self.config.batch_size, self._check)
             self._seconds = time.monotonic() - began
             self.run.append_event("eval", step=step, loss=loss, samples=len(self.samples), seconds=self._seconds)
             logger.info("held-out loss %.4f at step %d", loss, step)

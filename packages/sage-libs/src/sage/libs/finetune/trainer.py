@@ -20,7 +20,7 @@ from sage.libs.finetune.checkpoints import latest_good
 from sage.libs.finetune.data.store import StoredSamples, stored
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder, ensure_chat_template
 from sage.libs.finetune.export import export_adapter
-from sage.libs.finetune.heldout import HeldOut, Model
+from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.model import load_trainable
@@ -70,7 +70,7 @@ class TrainingRun:
             self._tell(f"going on with the adapter in {adapter}: its rank, scaling and modules stay what they are")
         self.kernels, self.step_summary = self._install_kernels()
         self.collator: Collator = PackedCollator() if self.kernels else PaddedCollator(int(self.tokenizer.pad_token_id or 0))
-        self.loss = CompletionLoss(self.kernels.head.weight if self.kernels else None)
+        self.loss = self._new_loss()
 
     def train(self) -> None:
         """Train to the end or to the next stop, and write the result; the run's last event says which it was."""
@@ -241,11 +241,15 @@ class TrainingRun:
         given = self.config.resume_from_checkpoint
         return given, TrainerState.load_from_json(str(Path(given) / "trainer_state.json")).global_step if given else 0
 
+    def _new_loss(self) -> CompletionLoss:
+        return CompletionLoss(self.kernels.head.weight if self.kernels else None)
+
     def _measure(self, step: int) -> float | None:
-        loss = CompletionLoss(self.kernels.head.weight if self.kernels else None)
-        is_new = step not in self.heldout.losses
-        measured = self.heldout.measure(step, Model(self.model, self.collator, loss))
-        if is_new and measured is not None:
+        is_new = bool(self.heldout.samples) and step not in self.heldout.losses
+        if is_new:
+            self._tell("measuring the held-out loss")
+        measured = self.heldout.measure(step, self.model, self.collator, self._new_loss())
+        if is_new:
             with self.kernels.off() if self.kernels else contextlib.nullcontext():
                 for prompt in self.config.sample_prompts or ():
                     self.stop.check()
