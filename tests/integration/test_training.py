@@ -207,7 +207,7 @@ def test_runs_without_the_control_plane_stop_on_ctrl_c_and_go_on(tiny_model: Pat
     process = standalone(sage_home, "resume", task_id)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "Completed: the adapter is in" in said
+    assert "Completed: the result is in" in said
     listed, _ = standalone(sage_home, "list").communicate(timeout=60)
     assert f"{task_id}  completed  40/40" in listed
     _, said = standalone(sage_home, "resume", "task-none").communicate(timeout=60)

@@ -14,13 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import HELDOUT, SAMPLES, chat_record, environment, make_tiny_model, write_jsonl
 from training import TinyRun
+from transformers import AutoModelForCausalLM
 
-from sage.common.errors import ModelError
+from sage.common.errors import ModelError, OutputError
 from sage.libs.finetune.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
+from sage.libs.finetune.model import decoder
 from sage.libs.finetune.precision import Precision, choose_precision
+from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.status import RunState
+from sage.libs.finetune.stopping import StopRequest
+from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Trains with so many MiB of address space as are in use once everything is loaded, and these besides.
 LIMITED = """
@@ -198,3 +204,69 @@ def test_a_part_of_a_packed_micro_batch_is_one() -> None:
         assert part["input_ids"].shape[1] % 64 == 0
         assert int(part["attention_mask"].sum()) == tokens
         assert int((part["position_ids"][0, :tokens] == 0).sum()) == samples_in(part)
+
+
+def test_full_fine_tuning_leaves_a_model_that_loads_and_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> None:
+    options = {
+        "finetuning_type": "full", "learning_rate": 1e-3, "max_steps": 8, "save_steps": 4, "eval_path": str(HELDOUT),
+        "eval_steps": 4, "keep_best": True,
+    }  # fmt: skip
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    cut = TinyRun(tiny_model, tmp_path / "cut", **options).start().at_step(2)
+    cut.manager.stop(cut.task_id)
+    assert cut.until_ended().state is RunState.STOPPED
+    assert AutoModelForCausalLM.from_pretrained(cut.output).num_parameters() > 50_000
+    cut.manager.resume(cut.task_id)
+    assert cut.completed().losses() == whole.losses()
+    weights, trained = (load_file(folder / "model.safetensors") for folder in (tiny_model, whole.output))
+    assert trained.keys() == weights.keys()
+    assert all(not torch.equal(weights[name], trained[name]) for name in weights if "layernorm" not in name)
+    assert trained["model.norm.weight"].dtype == weights["model.norm.weight"].dtype
+    assert load_file(cut.output / "model.safetensors").keys() == trained.keys()
+    assert all(torch.equal(weight, trained[name]) for name, weight in load_file(cut.output / "model.safetensors").items())
+    assert whole.status.heldout_loss is not None
+    assert whole.status.heldout_loss < (whole.status.heldout_loss_before or 0)
+    assert resolve_model(str(whole.output)).kind is ModelKind.FULL
+    with pytest.raises(OutputError, match="holds the result of"):
+        TinyRun(tiny_model, whole.output)
+
+
+def test_several_datasets_are_taken_as_often_as_they_weigh(tiny_model: Path, tmp_path: Path) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", [chat_record(f"Question {number}?", "Yes.") for number in range(10)])
+    run = TinyRun(tiny_model, tmp_path / "out", dataset_path=[f"{SAMPLES}=0.5", f"{few}=2.5"], max_steps=1).start()
+    (started,) = run.completed().events("started")
+    assert started["samples"] == round(len(SAMPLES.read_text().splitlines()) / 2) + 25
+    assert "`few.jsonl`" in (run.output / "README.md").read_text()
+    run = TinyRun(tiny_model, tmp_path / "none", dataset_path=[f"{few}=0.01"]).start()
+    assert "no sample is taken" in str(run.until_ended().message)
+
+
+def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tmp_path: Path) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", [chat_record(f"Question {number}?", "Yes.") for number in range(10)])
+    run = TinyRun(tiny_model, tmp_path / "out", dataset_path=f"{few}=3", eval_split=0.2)
+    training = TrainingRun(RunDirectory(run.path), StopRequest())
+    held = [tuple(sample.ids) for sample in training.heldout.samples]
+    learnt = [tuple(sample.ids) for pack in training.packs for sample in pack]
+    assert (len(set(held)), len(held), len(set(learnt)), len(learnt)) == (2, 2, 8, 24)
+    assert not {*held} & {*learnt}
+
+
+@pytest.mark.parametrize("fast_kernels", ["auto", "off"])
+def test_noise_on_embeddings_is_of_each_sample_s_own_length(tiny_model: Path, tmp_path: Path, fast_kernels: str) -> None:
+    run = TinyRun(tiny_model, tmp_path / "out", neftune_noise_alpha=5, fast_kernels=fast_kernels, precision="fp32")
+    training = TrainingRun(RunDirectory(run.path), StopRequest())
+    table = decoder(training.model).get_input_embeddings()
+    added: list[torch.Tensor] = []
+    table.register_forward_hook(lambda module, asked, given: added.append(given - module.weight[asked[0]]))
+    samples = [Encoded([5] * length, [5] * length) for length in (8, 200)]
+    batch = training.collator([(sample,) for sample in samples])
+    labels = batch.pop("labels")
+    training.model.train()
+    training.model(**batch, use_cache=False)
+    noise = added[0][labels != IGNORED].abs()
+    for part, length in ((noise[:7], 8), (noise[7:], 200)):
+        limit = 5 / (length * table.embedding_dim) ** 0.5
+        assert 0.9 * limit < float(part.max()) <= limit * 1.001
+    training.model.eval()
+    training.model(**batch, use_cache=False)
+    assert not added[1].any()

@@ -28,14 +28,17 @@ PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoin
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
 _NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
 OPTIONS = (
-    TrainingOption("dataset_path", str, None, "Samples: .jsonl, .json, .csv, .parquet, or a folder.", "--dataset"),
-    TrainingOption("output_dir", str, None, "Folder that gets the adapter.", "--output"),
+    TrainingOption(
+        "dataset_path", list[str], None, "Samples: .jsonl, .json, .csv, .parquet, a folder; FILE=0.5: half.", "--dataset"
+    ),
+    TrainingOption("output_dir", str, None, "Folder that gets the result.", "--output"),
+    TrainingOption("finetuning_type", str, "lora", "lora (an adapter) or full (every weight)."),
     TrainingOption("eval_path", str, None, "Held-out samples, scored before and after.", "--eval"),
     TrainingOption("eval_split", float, 0.0, "Share of the dataset held out instead."),
     TrainingOption("eval_steps", int, None, "Score them every so many steps as well."),
     TrainingOption("early_stopping_patience", int, None, "End after so many scores no better than the best."),
     TrainingOption("sample_prompts", list[str], None, "A question to answer at every score; repeatable.", "--sample-prompt"),
-    TrainingOption("keep_best", bool, False, "The result is the adapter with the best score.", "--keep-best"),
+    TrainingOption("keep_best", bool, False, "The result is what had the best score.", "--keep-best"),
     TrainingOption("num_epochs", int, 3, "Passes over the dataset."),
     TrainingOption("max_steps", int, None, "Optimizer steps; overrides --num-epochs."),
     TrainingOption("batch_size", int, 4, "Samples per micro-batch."),
@@ -57,12 +60,14 @@ OPTIONS = (
     TrainingOption("warmup_steps", int, 5, "Steps over which the learning rate rises."),
     TrainingOption("weight_decay", float, 0.0, "AdamW's weight decay."),
     TrainingOption("max_grad_norm", float, 1.0, "Gradients are clipped to this norm; 0: never."),
+    TrainingOption("neftune_noise_alpha", float, None, "Noise on the embeddings (NEFTune); 5 is usual."),
     TrainingOption("save_steps", int, 50, "Steps between checkpoints."),
     TrainingOption("keep_checkpoints", int, 2, "How many checkpoints are kept."),
     TrainingOption("precision", str, "auto", "auto, fp32 or bf16."),
     TrainingOption("fast_kernels", str, "auto", "auto or off: transformers' and PEFT's own step."),
     TrainingOption("gradient_checkpointing", str, "auto", "auto (once memory does not suffice), on or off."),
     TrainingOption("use_8bit", bool, True, "Hold the base in 8 bits, where the device can.", "--use-8bit/--no-use-8bit"),
+    TrainingOption("quantization", str, None, "8bit, 4bit or none: how the base is held, whatever the device."),
     TrainingOption("seed", int, 42, "Seed of adapter, order and dropout."),
     TrainingOption("resume_from_checkpoint", str, None, "A run's checkpoint folder to go on from."),
 )
@@ -100,7 +105,9 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
 
     for name in PATH_FIELDS:
         if name in given:
-            given[name] = str(Path(given[name]).expanduser().absolute())
+            paths = given[name] if isinstance(given[name], list) else [given[name]]
+            absolute = [str(Path(path).expanduser().absolute()) for path in paths]
+            given[name] = absolute[0] if len(absolute) == 1 else absolute
     for name in MODULE_FIELDS:
         if _NAMES.fullmatch(given.get(name, "")):  # else `all-linear` or a pattern
             given[name] = [module.strip() for module in given[name].split(",")]

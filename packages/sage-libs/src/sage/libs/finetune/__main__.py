@@ -1,6 +1,6 @@
 """`python -m sage.libs.finetune`: runs without the control plane, in the foreground, for notebooks and batch jobs.
 
-Ctrl-C or SIGTERM saves a checkpoint and the adapter; `resume` goes on.
+Ctrl-C or SIGTERM saves a checkpoint and the result so far; `resume` goes on.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def _finish(manager: FinetuneManager, task_id: str, status: RunStatus) -> int:
     output = manager.run_directory(task_id).read_spec().config.output_dir
     match status.state:
         case RunState.COMPLETED:
-            print(f"Completed: the adapter is in {output}.", file=sys.stderr)
+            print(f"Completed: the result is in {output}.", file=sys.stderr)
             return 0
         case RunState.STOPPED:
             print(f"Stopped at step {status.step}; `resume {task_id}` goes on.", file=sys.stderr)

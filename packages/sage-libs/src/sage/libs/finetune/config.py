@@ -8,6 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sage.common.errors import ConfigError
 from sage.common.validation import validated
+from sage.libs.finetune.data.sources import Source
+
+#: What says something about adapters, or about a base that stays as it is.
+_OF_LORA = (
+    "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora",
+    "use_dora", "loraplus_lr_ratio", "quantization",
+)  # fmt: skip
 
 
 class FinetuneConfig(BaseModel):
@@ -18,8 +25,14 @@ class FinetuneConfig(BaseModel):
     base_model: str = Field(
         min_length=1, description="Folder, name in the models folder, or hub id; an adapter is trained on."
     )
-    dataset_path: str = Field(min_length=1, description="File (.jsonl .json .csv .parquet) or a folder of them.")
-    output_dir: str = Field(min_length=1, description="Folder that gets the adapter; must be new, empty or ours.")
+    dataset_path: str | list[str] = Field(
+        min_length=1,
+        description="File (.jsonl .json .csv .parquet) or a folder of them; or several; FILE=WEIGHT takes it so many times.",
+    )
+    output_dir: str = Field(min_length=1, description="Folder that gets the result; must be new, empty or ours.")
+    finetuning_type: Literal["lora", "full"] = Field(
+        "lora", description="lora: an adapter, the base stays as it is; full: every weight, for small models."
+    )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter's matrices.")
     lora_alpha: int = Field(16, ge=1, le=4096, description="The adapter's output is scaled by alpha / rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped in training.")
@@ -37,6 +50,9 @@ class FinetuneConfig(BaseModel):
     )
     warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises to its peak.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    neftune_noise_alpha: float | None = Field(
+        None, gt=0, le=100, description="Noise on the embeddings in training (NEFTune); 5 is usual."
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
     train_on: Literal["assistant", "last_turn", "all"] = Field(
         "assistant", description="What the loss covers: every answer, each chat's last answer, or all tokens."
@@ -56,7 +72,7 @@ class FinetuneConfig(BaseModel):
         None, ge=1, description="End after this many scores in a row that are no better than the best one."
     )
     sample_prompts: list[str] | None = Field(None, description="Questions that the model answers at every score.")
-    keep_best: bool = Field(False, description="The result is the adapter with the best score, not the last one.")
+    keep_best: bool = Field(False, description="The result is what had the best score, not the last step's.")
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -69,13 +85,34 @@ class FinetuneConfig(BaseModel):
         "auto", description="Compute activations again instead of keeping them; auto: once memory does not suffice."
     )
     use_8bit: bool = Field(True, description="Hold the base in 8 bits on CUDA (bitsandbytes); elsewhere it stays whole.")
+    quantization: Literal["8bit", "4bit", "none"] | None = Field(
+        None, description="How the frozen base is held, on any device that bitsandbytes knows; overrides use_8bit."
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter, the order of the data and dropout.")
     resume_from_checkpoint: str | None = Field(None, description="A run's checkpoint folder to go on from.")
 
-    @field_validator("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint")
+    @property
+    def sources(self) -> list[Source]:
+        """The datasets to learn from."""
+        texts = self.dataset_path if isinstance(self.dataset_path, list) else [self.dataset_path]
+        return [Source.parse(text) for text in texts]
+
+    @field_validator("dataset_path")
+    @classmethod
+    def _absolute_sources(cls, value: str | list[str]) -> str | list[str]:
+        return str(Source.parse(value)) if isinstance(value, str) else [str(Source.parse(text)) for text in value]
+
+    @field_validator("output_dir", "eval_path", "resume_from_checkpoint")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _lora_options_need_lora(self) -> "FinetuneConfig":
+        given = [name for name in _OF_LORA if getattr(self, name) != type(self).model_fields[name].default]
+        if self.finetuning_type == "full" and given:
+            raise ValueError(f"finetuning_type full trains every weight: leave {', '.join(given)} away")
+        return self
 
     @model_validator(mode="after")
     def _held_out_options_fit(self) -> "FinetuneConfig":

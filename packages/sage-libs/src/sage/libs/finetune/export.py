@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: adapter, tokenizer, model card, and how it came about."""
+"""What a run leaves in its output folder: adapter or model, tokenizer, model card, and how it came about."""
 
 import json
 import os
@@ -9,39 +9,41 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from sage.libs.finetune.model import Trainable, save_model
 from sage.libs.finetune.output import RUN_FILE
 from sage.libs.finetune.rundir import RunSpec, fsync_tree, replace_file
 
 _CARD = """\
 ---
-library_name: peft
+library_name: {library}
 base_model: {base_model}
-tags: [lora, sage]
+tags: [{tag}, sage]
 ---
 
 # {name}
 
-A LoRA adapter of rank {rank} for `{base_model}`, trained with SAGE on `{dataset}`
+{what} `{base_model}`, trained with SAGE on {dataset}
 (SHA-256 `{dataset_sha256}`), {step} of {total_steps} steps{heldout}.
 
     sage llm engine start {output} --engine-kind llm
 """
 
 
-def export_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, spec: RunSpec, run: Path, metrics: dict[str, Any]
+def export_result(
+    model: Trainable, tokenizer: PreTrainedTokenizerBase, spec: RunSpec, run: Path, source: Path, metrics: dict[str, Any]
 ) -> None:
-    """Write the adapter as it is now into the run's output folder; each file appears whole.
+    """Write what was trained, as it is now, into the run's output folder; each file appears whole.
 
+    source: the folder of the model that it was trained from.
     metrics: what stands in `sage_run.json` beside the recipe; step and total_steps, and the held-out losses if known.
     """
     output = Path(spec.config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     aside = output / ".partial"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, save_embedding_layers=False)
+    save_model(model, aside, source)
     tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(_card(spec, metrics, model.peft_config[model.active_adapter].r), encoding="utf-8")
+    (aside / "README.md").write_text(_card(model, spec, metrics), encoding="utf-8")
     fsync_tree(aside)
     for file in sorted(aside.iterdir()):
         os.replace(file, output / file.name)
@@ -56,14 +58,17 @@ def export_adapter(
     replace_file(output / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def _card(spec: RunSpec, metrics: dict[str, Any], rank: int) -> str:
+def _card(model: Trainable, spec: RunSpec, metrics: dict[str, Any]) -> str:
+    is_adapter = isinstance(model, PeftModel)
     before, after = metrics.get("heldout_loss_before"), metrics.get("heldout_loss")
     heldout = f"; held-out loss {before:.4f} before, {after:.4f} after" if before and after else ""
     return _CARD.format(
+        library="peft" if is_adapter else "transformers",
+        tag="lora" if is_adapter else "full",
+        what=f"A LoRA adapter of rank {model.peft_config[model.active_adapter].r} for" if is_adapter else "All weights of",
         base_model=spec.config.base_model,
         name=Path(spec.config.output_dir).name,
-        rank=rank,
-        dataset=Path(spec.config.dataset_path).name,
+        dataset=", ".join(f"`{source.path.name}`" for source in spec.config.sources),
         dataset_sha256=spec.dataset_sha256,
         step=metrics["step"],
         total_steps=metrics["total_steps"],

@@ -50,9 +50,17 @@ class FinetuneManager:
 
         Raises DatasetError, ModelError or OutputError; then nothing was written.
         """
-        for path in filter(None, (config.dataset_path, config.eval_path)):
-            check_dataset(Path(path), _CHECKED_SAMPLES).raise_for_faults()  # the worker checks the rest
+        datasets = [dataset.path for dataset in config.sources]
+        for path in [*datasets, Path(config.eval_path)] if config.eval_path else datasets:
+            check_dataset(path, _CHECKED_SAMPLES).raise_for_faults()  # the worker checks the rest
         source = resolve_model(config.base_model)
+        if source.base and config.finetuning_type == "full":
+            raise ModelError(
+                code="base_is_adapter",
+                message=f"{config.base_model} is an adapter, and full fine-tuning needs a whole model.",
+                hint="Leave --finetuning-type away to train the adapter on.",
+                param="base_model",
+            )
         if source.base and source.base.kind is ModelKind.ADAPTER:
             raise ModelError(
                 code="base_is_adapter",
@@ -70,7 +78,7 @@ class FinetuneManager:
         task_id = task_id or f"task-{random_suffix()}"
         run = RunDirectory(self.root / task_id)
         claim_output(Path(config.output_dir), task_id, run.path)
-        spec = RunSpec(task_id, config, dataset_hash(Path(config.dataset_path)), datetime.now(UTC).isoformat())
+        spec = RunSpec(task_id, config, dataset_hash(*datasets), datetime.now(UTC).isoformat())
         run.create(spec)
         return task_id
 
@@ -106,11 +114,13 @@ class FinetuneManager:
             )
         if state in ALIVE:
             raise Conflict(code="not_resumable", message=f"{task_id} is running.", hint="There is nothing to resume.")
-        if dataset_hash(Path(spec.config.dataset_path)) != spec.dataset_sha256:
+        datasets = [dataset.path for dataset in spec.config.sources]
+        if dataset_hash(*datasets) != spec.dataset_sha256:
             raise Conflict(
                 code="dataset_changed",
-                message=f"{spec.config.dataset_path} has changed since {task_id} began, so it cannot go on exactly.",
-                hint="Put the old file back, or start a new run.",
+                message=f"What {task_id} learns from has changed since it began, so it cannot go on exactly: "
+                f"{', '.join(map(str, datasets))}.",
+                hint="Put the old data back, or start a new run.",
             )
 
     def stop(self, task_id: str, *, force: bool = False) -> bool:

@@ -1,31 +1,85 @@
-"""The model that is trained: a frozen base with PEFT's adapters."""
+"""The model that is trained: a frozen base with PEFT's adapters, or all of a model."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from sage.common.errors import ConfigError, ModelError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.precision import Precision
 from sage.libs.models.loading import load_causal_lm
 
+#: What is trained: adapters in PEFT's model, or a model of transformers' as a whole.
+Trainable: TypeAlias = PeftModel | PreTrainedModel
 
-def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, adapter: Path | None = None) -> PeftModel:
+
+def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, adapter: Path | None = None) -> Trainable:
     """Return the base of a folder with adapters in fp32, which alone are trained: fresh ones, or those of another folder.
 
+    In full fine-tuning, return the model of the folder in fp32, with all of its weights trained.
     Raises ModelError where base or adapter does not load, ConfigError where the target modules are not in the base.
     """
-    options: dict[str, Any] = {}
-    if precision.base_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    base = load_causal_lm(folder, torch.bfloat16 if precision.bf16 else torch.float32, **options)
+    is_full = config.finetuning_type == "full"
+    dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
+    base = load_causal_lm(folder, dtype, **_quantised(precision, dtype))
     base.config.use_cache = False
+    if not torch.cuda.is_available():
+        # Loaded weights are views of the mapped file, all of which counts as the process's own until none is left.
+        for parameter in base.parameters():
+            parameter.data = parameter.data.clone()
+    if is_full:
+        return base
     model = _with_fresh_adapter(base, config) if adapter is None else _with_adapter(base, adapter)
     assert isinstance(model, PeftModel)
     return model
+
+
+def decoder(model: Trainable) -> PreTrainedModel:
+    """Return transformers' own model, without what PEFT puts around it."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def load_weights(model: Trainable, checkpoint: Path) -> None:
+    """Put what a checkpoint holds in place of what was trained."""
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        return
+    for file in checkpoint.glob("model*.safetensors"):
+        model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once, large models in several files
+
+
+def save_model(model: Trainable, folder: Path, source: Path) -> None:
+    """Write the adapter, or the whole model in the numbers of the one that it was trained from."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return
+    dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32
+    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    model.config.dtype, model.config.use_cache = dtype, True
+    model.save_pretrained(folder, state_dict=weights)
+
+
+def _quantised(precision: Precision, dtype: torch.dtype) -> dict[str, Any]:
+    match precision.base_bits:
+        case 8:
+            return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        case 4:
+            # Dettmers et al. 2023, "QLoRA": NF4, with the scales quantised as well.
+            four = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            return {"quantization_config": four}
+        case _:
+            return {}
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Path) -> Any:

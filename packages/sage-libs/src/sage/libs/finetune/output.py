@@ -45,7 +45,7 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
     if not os.access(output, os.W_OK | os.X_OK):
         raise _refused(output, "cannot be written: Permission denied")
     others = sorted(entry.name for entry in output.iterdir() if entry.name != RUN_FILE)
-    if owner and (output / "adapter_config.json").exists():
+    if owner and any((output / name).exists() for name in ("adapter_config.json", "config.json")):
         raise _refused(output, f"holds the result of {owner.get('task_id')}")
     if others:
         raise _refused(output, f"is not empty: it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sage.common.errors import ConfigError
 from sage.libs.finetune.config import FinetuneConfig
 
 #: bf16 is taken from this gain on: it rounds more, and some processors have its instructions but are slower with them.
@@ -18,7 +19,7 @@ class Precision:
     """In which numbers a run computes, and why."""
 
     bf16: bool  #: base and matrix products in bf16; the adapters stay fp32
-    base_8bit: bool
+    base_bits: int | None  #: of the base's weights where bitsandbytes holds them, 8 or 4
     reason: str
 
 
@@ -27,20 +28,36 @@ def choose_precision(config: FinetuneConfig, begun_in_bf16: bool | None) -> Prec
 
     begun_in_bf16: what a run that goes on was begun with; None for a new one.
     """
-    if torch.cuda.is_available():
-        base_8bit = config.use_8bit and importlib.util.find_spec("bitsandbytes") is not None
-        why_8bit = "8-bit base (bitsandbytes)" if base_8bit else "base not in 8 bits: bitsandbytes is not installed"
-    else:
-        base_8bit, why_8bit = False, "base not in 8 bits: bitsandbytes' 8-bit layers need CUDA"
+    base_bits, held = _base(config)
     if config.precision != "auto":
         bf16, why = config.precision == "bf16", "asked for"
     elif begun_in_bf16 is not None:
         bf16, why = begun_in_bf16, "as the run was begun"
     else:
         bf16, why = _fastest()
-    return Precision(
-        bf16, base_8bit, f"{'bf16' if bf16 else 'fp32'}: {why}; {why_8bit if config.use_8bit else 'whole base'}"
-    )
+    return Precision(bf16, base_bits, f"{'bf16' if bf16 else 'fp32'}: {why}; {held}")
+
+
+def _base(config: FinetuneConfig) -> tuple[int | None, str]:
+    """Return in how many bits the base is held, None for whole, and why.
+
+    Raises ConfigError where it was asked for and cannot be.
+    """
+    if config.finetuning_type == "full" or config.quantization == "none" or not (config.quantization or config.use_8bit):
+        return None, "whole base"
+    is_installed = importlib.util.find_spec("bitsandbytes") is not None
+    if config.quantization:
+        if not is_installed:
+            raise ConfigError(
+                code="bitsandbytes_missing",
+                message=f"quantization={config.quantization} needs bitsandbytes, which is not installed.",
+                hint="Install it beside SAGE (`pip install bitsandbytes`), or leave --quantization away.",
+                param="quantization",
+            )
+        return int(config.quantization[0]), f"{config.quantization} base (bitsandbytes)"
+    if not torch.cuda.is_available():
+        return None, "base not in 8 bits: on a CPU that saves memory but no time"
+    return (8, "8-bit base (bitsandbytes)") if is_installed else (None, "base not in 8 bits: bitsandbytes is not installed")
 
 
 def _fastest() -> tuple[bool, str]:

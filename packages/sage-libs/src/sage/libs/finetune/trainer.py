@@ -14,16 +14,19 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
+from sage.common.errors import DatasetError
 from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, pack
 from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.checkpoints import latest_good
+from sage.libs.finetune.data.mixing import Mixture, weighed
 from sage.libs.finetune.data.store import StoredSamples, stored
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder, ensure_chat_template
-from sage.libs.finetune.export import export_adapter
+from sage.libs.finetune.export import export_result
 from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss
-from sage.libs.finetune.model import load_trainable
+from sage.libs.finetune.model import decoder, load_trainable, load_weights
+from sage.libs.finetune.noise import EmbeddingNoise
 from sage.libs.finetune.precision import choose_precision
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.sampling import answer
@@ -49,7 +52,7 @@ class TrainingRun:
         self.config = config = self.spec.config
         self._tell("loading the tokenizer")
         source = resolve_model(config.base_model)
-        folder = local_folder(source.base or source)
+        self.folder = folder = local_folder(source.base or source)
         adapter = source.folder if source.kind is ModelKind.ADAPTER else None
         self.tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)
         if warning := ensure_chat_template(self.tokenizer):
@@ -69,6 +72,8 @@ class TrainingRun:
         if adapter:
             self._tell(f"going on with the adapter in {adapter}: its rank, scaling and modules stay what they are")
         self.kernels, self.step_summary = self._install_kernels()
+        if config.neftune_noise_alpha is not None:
+            EmbeddingNoise(decoder(self.model), config.neftune_noise_alpha)
         self.collator: Collator = PackedCollator() if self.kernels else PaddedCollator(int(self.tokenizer.pad_token_id or 0))
         self.loss = self._new_loss()
 
@@ -79,11 +84,11 @@ class TrainingRun:
         total = self._total_steps()
         try:
             if checkpoint and self.stop.requested:
-                self._load_adapter(checkpoint)
+                load_weights(self.model, Path(checkpoint))
             self.stop.check()
             self._measure(0)
             if checkpoint and (step >= total or self.heldout.is_exhausted):  # the Trainer would train on
-                self._load_adapter(checkpoint)
+                load_weights(self.model, Path(checkpoint))
             else:
                 step = self._train(checkpoint)
                 if step < total and not self.heldout.is_exhausted:
@@ -93,18 +98,18 @@ class TrainingRun:
             step = self._status().checkpoint_step or 0
             self._export(step, None)
             self.run.append_event("stopped", step=step, output_dir=self.config.output_dir)
-            logger.info("stopped at step %d; the adapter is in %s", step, self.config.output_dir)
+            logger.info("stopped at step %d; the result so far is in %s", step, self.config.output_dir)
             return
         if step < total:
             logger.info("stopped early: %d scores in a row were no better", self.config.early_stopping_patience)
         best = self.heldout.best_step
         if self.config.keep_best and best is not None and best != step:
             step = best
-            self._load_adapter(str(self.run.path / f"checkpoint-{best}"))
+            load_weights(self.model, self.run.path / f"checkpoint-{best}")
         loss = self.heldout.losses.get(step)
         self._export(step, loss)
         self.run.append_event("finished", step=step, output_dir=self.config.output_dir, heldout_loss=loss)
-        logger.info("finished; the adapter of step %d is in %s", step, self.config.output_dir)
+        logger.info("finished; the result of step %d is in %s", step, self.config.output_dir)
 
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint, or from the beginning; return the step at which it ended."""
@@ -114,26 +119,34 @@ class TrainingRun:
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return int(trainer.state.global_step)
 
-    def _read_data(self) -> tuple[StoredSamples, Sequence[Encoded]]:
-        config = self.config
-        train = self._encode(config.dataset_path)
-        if config.eval_path:
-            return train, self._encode(config.eval_path)
-        count = round(len(train) * config.eval_split)
-        if not count:
-            return train, []
-        order = list(range(len(train)))
-        random.Random(config.seed).shuffle(order)  # noqa: S311 - a reproducible split, not a secret
-        return train.take(sorted(order[count:])), train.take(sorted(order[:count]))
+    def _read_data(self) -> tuple[Mixture, Sequence[Encoded]]:
+        config, seed = self.config, self.config.seed
+        parts, heldout = [], []
+        for source in config.sources:
+            samples = self._encode(source.path)
+            order = list(range(len(samples)))
+            random.Random(seed).shuffle(order)  # noqa: S311 - a reproducible split, not a secret
+            count = round(len(samples) * config.eval_split)
+            heldout.append(samples.take(sorted(order[:count])))
+            parts.append(weighed(samples.take(sorted(order[count:])), source.weight, seed))
+        train = Mixture(parts)
+        if not len(train):
+            raise DatasetError(
+                code="dataset_empty",
+                message="By their weights, no sample is taken of the datasets.",
+                hint="Weigh one of them higher.",
+                param="dataset_path",
+            )
+        return train, self._encode(Path(config.eval_path)) if config.eval_path else Mixture(heldout)
 
-    def _groups(self, samples: StoredSamples | None) -> list[list[int]] | None:
+    def _groups(self, samples: Mixture | None) -> list[list[int]] | None:
         tokens = self.config.pack_tokens
         return pack(samples.lengths(), tokens, self.config.seed) if samples and tokens else None
 
-    def _encode(self, path: str) -> StoredSamples:
+    def _encode(self, path: Path) -> StoredSamples:
         self._tell(f"reading {path}")
         encoder = Encoder(self.tokenizer, self.config.max_seq_length, self.config.train_on)
-        samples = stored(Path(path), encoder, self._tell_unless_stopped)
+        samples = stored(path, encoder, self._tell_unless_stopped)
         if samples.facts.truncated:
             self._warn(
                 f"{samples.facts.truncated} of {samples.facts.samples} samples in {path} are longer than "
@@ -145,7 +158,7 @@ class TrainingRun:
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         if self.config.fast_kernels == "off":
             return None, "plain: fast_kernels is off"
-        return install(self.model.get_base_model())
+        return install(decoder(self.model))
 
     def _trainer(self) -> Trainer:
         config, status = self.config, self._status()
@@ -258,13 +271,10 @@ class TrainingRun:
                     logger.info("step %d: %s -> %s", step, prompt, text)
         return measured
 
-    def _load_adapter(self, checkpoint: str) -> None:
-        self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
-
     def _export(self, step: int, heldout_loss: float | None) -> None:
         losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
         metrics = {"step": step, "total_steps": self._total_steps(), **losses}
-        export_adapter(self.model, self.tokenizer, self.spec, self.run.path, metrics)
+        export_result(self.model, self.tokenizer, self.spec, self.run.path, self.folder, metrics)
 
     def _status(self) -> RunStatus:
         return fold(RunStatus(), self.run.read_events()[0])

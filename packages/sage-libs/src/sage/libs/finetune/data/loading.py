@@ -32,10 +32,10 @@ def dataset_files(path: Path) -> list[Path]:
     return [path]
 
 
-def dataset_hash(path: Path) -> str:
-    """Return the SHA-256 of a dataset's bytes, file by file, as 64 hex digits."""
+def dataset_hash(*paths: Path) -> str:
+    """Return the SHA-256 of the bytes of datasets, file by file, as 64 hex digits."""
     digest = hashlib.sha256()
-    for file in dataset_files(path):
+    for file in (file for path in paths for file in dataset_files(path)):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

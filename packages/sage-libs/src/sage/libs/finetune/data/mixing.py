@@ -1,0 +1,42 @@
+"""Tokenised datasets as one, each taken as often as it weighs."""
+
+import bisect
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from sage.libs.finetune.data.store import StoredSamples
+from sage.libs.finetune.data.tokenizing import Encoded
+
+
+class Mixture(Sequence[Encoded]):
+    """Datasets one behind the other."""
+
+    def __init__(self, parts: Sequence[StoredSamples]) -> None:
+        self._parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, at: Any) -> Any:
+        """Return one sequence; no slices."""
+        part = bisect.bisect_right(self._ends, at)
+        return self._parts[part][at - (self._ends[part - 1] if part else 0)]
+
+    def lengths(self) -> list[int]:
+        """Return how many tokens each sequence has."""
+        return [length for part in self._parts for length in part.lengths()]
+
+
+def weighed(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
+    """Return samples `weight` times over; of the last time, where it is a part, so many at random.
+
+    They are the same in every epoch.
+    """
+    if weight == 1:
+        return samples
+    count, times = len(samples), int(weight)
+    rest = random.Random(seed).sample(range(count), round((weight - times) * count))  # noqa: S311 - reproducible, no secret
+    return samples.take([*range(count)] * times + sorted(rest))

@@ -1,0 +1,37 @@
+"""NEFTune: noise on the embeddings of what is trained on, so that a small dataset is learnt less by heart.
+
+Source: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning": uniform within
+±alpha / sqrt(length * width).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class EmbeddingNoise:
+    """Adds the noise while a model trains; the length is each sample's own, however samples share a micro-batch."""
+
+    def __init__(self, model: PreTrainedModel, alpha: float) -> None:
+        """model: transformers' own; alpha: 5 to 15 in the paper."""
+        self._alpha, self._lengths = alpha, torch.empty(0)
+        model.register_forward_pre_hook(self._note_lengths, with_kwargs=True)
+        model.get_input_embeddings().register_forward_hook(self._add)
+
+    def _note_lengths(self, _module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        """Note the length of the sample of each position, in a shape that fits (samples, length)."""
+        bounds, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
+        if bounds is not None:
+            own = bounds.diff()
+            filled = inputs["input_ids"].shape[1] - int(bounds[-1])
+            self._lengths = torch.cat([own.repeat_interleave(own), own.new_ones(filled)])[None]
+        elif mask is not None:
+            self._lengths = mask.sum(-1, keepdim=True)
+
+    def _add(self, module: Any, _args: Any, embedded: Tensor) -> Tensor:
+        if not module.training:
+            return embedded
+        scale = self._alpha / (self._lengths.to(embedded.device) * embedded.shape[-1]).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale[..., None].to(embedded.dtype)
