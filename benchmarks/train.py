@@ -64,7 +64,8 @@ class Bench:
             base_model=str(self.model), dataset_path=str(self.data / "alpaca_train.jsonl"), output_dir=str(output),
             num_epochs=1, max_seq_length=CUTOFF, save_steps=10_000, **options,
         )  # fmt: skip
-        seconds, peak_bytes, events = trained(manager, manager.create(config))
+        aside = {"PYTHONPATH": str(Path(sys.prefix) / "quantization")} if config.quantization else {}
+        seconds, peak_bytes, events = trained(manager, manager.create(config), aside)
         times = {event["event"]: datetime.fromisoformat(event["time"]) for event in events}  # the last of each kind
         train = (times["step"] - times["started"]).total_seconds()
         return Run(train, seconds - train, peak_bytes, output)
@@ -105,6 +106,8 @@ class Bench:
 ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
     "sage-packed": ("SAGE, packed to 800 tokens", lambda b: b.ours(pack_tokens=PACK_TOKENS)),
     "sage": ("SAGE, by four samples", lambda b: b.ours()),
+    "sage-8bit": ("SAGE, packed to 800 tokens, 8-bit base", lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="8bit")),
+    "sage-4bit": ("SAGE, packed to 800 tokens, 4-bit base", lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="4bit")),
     "sage-fp32": ("SAGE, by four samples, fp32", lambda b: b.ours(precision="fp32")),
     "llama-factory-packed": ("LLaMA-Factory, bf16, neat packing to 800", lambda b: b.llama_factory("packed")),
     "llama-factory-packed-fp32": (
@@ -118,10 +121,12 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
 }
 
 
-def trained(manager: FinetuneManager, task: str) -> tuple[float, int, list[Event]]:
+def trained(
+    manager: FinetuneManager, task: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> tuple[float, int, list[Event]]:
     """Carry out a run in a worker process; return its wall time, its peak memory and the run's events."""
     worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
-    seconds, peak_bytes, _ = measured(worker, WORKER_ENVIRONMENT)
+    seconds, peak_bytes, _ = measured(worker, {**WORKER_ENVIRONMENT, **environment})
     events, _ = manager.events(task)
     assert events[-1]["event"] == "finished", manager.logs(task, 5)
     return seconds, peak_bytes, events

@@ -78,3 +78,28 @@ def test_the_engine_config_is_the_requirement_s_word_for_word() -> None:
     for method in ("start", "stop", "get_status", "get_logs"):
         assert inspect.iscoroutinefunction(getattr(FinetuneEngine, method))
     assert inspect.signature(FinetuneEngine.get_logs).parameters["tail"].default == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"finetuning_type": "full", "use_dora": True}, "leave use_dora away"),
+        ({"method": "dpo", "pack_tokens": 800}, "method dpo does not take pack_tokens"),
+        ({"method": "grpo"}, "needs a reward_file"),
+        ({"reward_file": "r.py"}, "no other method takes one"),
+        ({"method": "grpo", "reward_file": "r.py", "num_generations": 3}, "a multiple of num_generations"),
+        ({"dataset_path": ["a.jsonl=0"]}, "a weight is above 0"),
+        ({"dataset_path": []}, "dataset_path"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(options: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        validated(FinetuneConfig, {**NEEDED, **options})
+
+
+def test_datasets_may_be_weighed() -> None:
+    config = validated(FinetuneConfig, {**NEEDED, "dataset_path": ["/a.jsonl", "b.jsonl=0.5"]})
+    assert [(source.path, source.weight) for source in config.sources] == [
+        (Path("/a.jsonl"), 1), (Path("b.jsonl").absolute(), 0.5),
+    ]  # fmt: skip
+    assert FinetuneConfig.model_validate(config.model_dump(mode="json")) == config

@@ -36,6 +36,8 @@ def measure(report: DatasetReport, model: str, cutoff: int) -> Measured:
     """Count tokens with a model's tokenizer; where that cannot be had, the report says so and stands without."""
     if not report.sample_count:
         return Measured(model, cutoff, [], problem="there is no sample")
+    if not report.assistant_turns and "text" not in report.formats:
+        return Measured(model, cutoff, [], problem="TRL makes them of preferences")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # libraries talk while they convert a model
             from sage.libs.finetune.data.tokenizing import Encoder, ensure_chat_template

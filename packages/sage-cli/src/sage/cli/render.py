@@ -63,6 +63,8 @@ def _training_facts(training: TrainingProgress, *, is_active: bool) -> list[tupl
         ("progress", bar(t.progress) if t.progress is not None else None),
         ("loss", _number(t.loss, 4)),
         ("token accuracy", None if t.token_accuracy is None else f"{100 * t.token_accuracy:.1f} %"),
+        ("reward", None if t.reward is None else f"{t.reward:.3f}"),
+        ("better answer likelier", None if t.reward_accuracy is None else f"{100 * t.reward_accuracy:.1f} % of pairs"),
         ("held-out before", _number(t.heldout_loss_before, 4)),
         ("held-out after", _number(t.heldout_loss, 4)),
         ("tokens per second", _number(t.tokens_per_second, 0)),

@@ -23,7 +23,7 @@ class TrainingOption(NamedTuple):
 
 
 #: Fields that are paths, made absolute here, because the gateway works in another folder.
-PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint")
+PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
 #: Fields that are names of a model's modules.
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
 _NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
@@ -55,6 +55,11 @@ OPTIONS = (
     TrainingOption("use_dora", bool, False, "Train magnitude and direction apart (DoRA); slower.", "--use-dora"),
     TrainingOption("loraplus_lr_ratio", float, None, "Learning rate of B as a multiple of A's (LoRA+)."),
     TrainingOption("train_on", str, "assistant", "assistant, last_turn or all: what the loss covers."),
+    TrainingOption("method", str, "sft", "sft (answers), dpo, orpo or kto (preferences), grpo (rewards)."),
+    TrainingOption("beta", float, None, "How near to its start such a method keeps the model."),
+    TrainingOption("reward_file", str, None, "Python file with reward(prompts, completions, **columns), for grpo."),
+    TrainingOption("num_generations", int, 4, "Answers to each prompt that grpo compares."),
+    TrainingOption("max_completion_length", int, 256, "Length of such an answer at most, in tokens."),
     TrainingOption("learning_rate", float, 1e-4, "Peak learning rate."),
     TrainingOption("lr_scheduler", str, "cosine", "cosine, linear, constant or constant_with_warmup."),
     TrainingOption("warmup_steps", int, 5, "Steps over which the learning rate rises."),

@@ -29,6 +29,7 @@ class Settings(BaseSettings):
     reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Time between two looks at the engines.")
     engine_start_seconds: float = Field(300, gt=0, description="An inference engine must answer within this.")
     stop_seconds: float = Field(20, gt=0, description="An inference engine that ignores SIGTERM is killed after this.")
+    allow_reward_files: bool = Field(False, description="Runs may name Python files with reward functions (grpo).")
     request_wait_seconds: float = Field(60, ge=0, description="A request waits this long for a starting engine.")
 
     @classmethod

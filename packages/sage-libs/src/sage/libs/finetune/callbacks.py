@@ -77,7 +77,11 @@ class RunCallback(TrainerCallback):
         if not logs or "loss" not in logs:  # the Trainer's closing summary
             return control
         now = time.monotonic()
-        accuracy = self.loss.take_accuracy()
+        shares = {
+            "token_accuracy": self.loss.take_accuracy(),
+            "reward": logs.get("reward"),
+            "reward_accuracy": logs.get("rewards/accuracies"),
+        }
         self.meter.add(int(state.num_input_tokens_seen) - self.tokens_seen, now - self.last)
         self.last, self.tokens_seen = now, int(state.num_input_tokens_seen)
         if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
@@ -95,25 +99,25 @@ class RunCallback(TrainerCallback):
                 hint="Its last checkpoint is kept. Start anew with a lower --learning-rate.",
             )
         self.meter.closing_seconds = self.heldout.seconds_left(state.global_step, state.max_steps)
-        eta = self.meter.eta_seconds
+        eta, speed = self.meter.eta_seconds, self.meter.tokens_per_second
         self.run.append_event(
             "step",
             step=state.global_step,
             total_steps=state.max_steps,
             epoch=state.epoch,
             loss=logs["loss"],
-            token_accuracy=accuracy,
+            **shares,
             learning_rate=logs["learning_rate"],
             grad_norm=logs.get("grad_norm"),
-            tokens_per_second=self.meter.tokens_per_second,
+            tokens_per_second=speed,
             eta_seconds=eta,
             memory_bytes=_memory_bytes(),
         )
-        remaining = "estimating" if eta is None else f"{eta:.0f} s left"
-        logger.info(
-            "step %d/%d  loss %.4f  accuracy %.1f %%  %.0f tokens/s  %s",
-            state.global_step, state.max_steps, logs["loss"], 100 * accuracy, self.meter.tokens_per_second, remaining,
-        )  # fmt: skip
+        told = [f"loss {logs['loss']:.4f}"]
+        told += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in shares.items() if value is not None]
+        told += [] if speed is None else [f"{speed:.0f} tokens/s"]
+        told += ["estimating" if eta is None else f"{eta:.0f} s left"]
+        logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(told))
         if self.heldout.is_due(state.global_step):
             self._score(state.global_step, control)
             self.last = time.monotonic()

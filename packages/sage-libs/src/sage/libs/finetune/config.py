@@ -8,12 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sage.common.errors import ConfigError
 from sage.common.validation import validated
+from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.data.sources import Source
 
 #: What says something about adapters, or about a base that stays as it is.
 _OF_LORA = (
     "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora",
     "use_dora", "loraplus_lr_ratio", "quantization",
+)  # fmt: skip
+#: What belongs to learning from answers.
+_OF_SFT = (
+    "train_on", "pack_tokens", "eval_path", "eval_split", "eval_steps", "early_stopping_patience", "sample_prompts",
+    "keep_best", "neftune_noise_alpha", "loraplus_lr_ratio",
 )  # fmt: skip
 
 
@@ -44,6 +50,13 @@ class FinetuneConfig(BaseModel):
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, le=1000, description="Learning rate of the adapter's B as a multiple of A's (LoRA+)."
     )
+    method: Method = Field("sft", description="sft: from answers; dpo, orpo, kto: from preferences; grpo: from rewards.")
+    beta: float | None = Field(None, ge=0, le=10, description="How near to its start the model is kept; TRL's default.")
+    reward_file: str | None = Field(
+        None, description="Python file with `reward(prompts, completions, **columns)`, for grpo."
+    )
+    num_generations: int = Field(4, ge=2, le=256, description="Answers to each prompt that grpo compares.")
+    max_completion_length: int = Field(256, ge=1, description="Length of such an answer at most, in tokens.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Course of the learning rate after the warm-up."
@@ -102,7 +115,7 @@ class FinetuneConfig(BaseModel):
     def _absolute_sources(cls, value: str | list[str]) -> str | list[str]:
         return str(Source.parse(value)) if isinstance(value, str) else [str(Source.parse(text)) for text in value]
 
-    @field_validator("output_dir", "eval_path", "resume_from_checkpoint")
+    @field_validator("output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         return None if value is None else str(Path(value).expanduser().absolute())
@@ -112,6 +125,17 @@ class FinetuneConfig(BaseModel):
         given = [name for name in _OF_LORA if getattr(self, name) != type(self).model_fields[name].default]
         if self.finetuning_type == "full" and given:
             raise ValueError(f"finetuning_type full trains every weight: leave {', '.join(given)} away")
+        return self
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> "FinetuneConfig":
+        given = [name for name in _OF_SFT if getattr(self, name) != type(self).model_fields[name].default]
+        if self.method != "sft" and given:
+            raise ValueError(f"method {self.method} does not take {', '.join(given)}")
+        if (self.method == "grpo") != bool(self.reward_file):
+            raise ValueError("method grpo needs a reward_file, and no other method takes one")
+        if self.method == "grpo" and self.batch_size * self.gradient_accumulation_steps % self.num_generations:
+            raise ValueError("batch_size times gradient_accumulation_steps must be a multiple of num_generations")
         return self
 
     @model_validator(mode="after")

@@ -28,9 +28,10 @@ class ProgressMeter:
         self._window.append((tokens, seconds))
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens computed a second over the last steps."""
-        return sum(tokens for tokens, _ in self._window) / max(sum(seconds for _, seconds in self._window), 1e-9)
+    def tokens_per_second(self) -> float | None:
+        """Tokens computed a second over the last steps; None where they are not counted."""
+        tokens = sum(tokens for tokens, _ in self._window)
+        return tokens / max(sum(seconds for _, seconds in self._window), 1e-9) if tokens else None
 
     @property
     def eta_seconds(self) -> float | None:

@@ -1,5 +1,6 @@
 """FinetuneManager: runs, from creation to result. Keeps nothing in memory that it could not read again; no torch."""
 
+import importlib.util
 import json
 import os
 import secrets
@@ -11,14 +12,17 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sage.common.errors import Conflict, ModelError, NotFound
+from sage.common.errors import ConfigError, Conflict, ModelError, NotFound
 from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
+from sage.common.settings import load_settings
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.loading import dataset_hash
+from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.output import claim_output
+from sage.libs.finetune.rewards import check_reward_file
 from sage.libs.finetune.rundir import Event, RunDirectory, RunSpec
 from sage.libs.finetune.status import ALIVE, RunState, RunStatus, derive, fold
 from sage.libs.models.resolve import ModelKind, resolve_model
@@ -50,9 +54,12 @@ class FinetuneManager:
 
         Raises DatasetError, ModelError or OutputError; then nothing was written.
         """
+        parse = parser_of(config.method)
+        if config.method != "sft":
+            _check_method(config)
         datasets = [dataset.path for dataset in config.sources]
         for path in [*datasets, Path(config.eval_path)] if config.eval_path else datasets:
-            check_dataset(path, _CHECKED_SAMPLES).raise_for_faults()  # the worker checks the rest
+            check_dataset(path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks the rest
         source = resolve_model(config.base_model)
         if source.base and config.finetuning_type == "full":
             raise ModelError(
@@ -180,6 +187,27 @@ class FinetuneManager:
                 code="task_not_found", message=f"No task '{task_id}' in {self.root}.", hint=f"The last ones: {known}."
             )
         return run
+
+
+def _check_method(config: FinetuneConfig) -> None:
+    """Raise ConfigError where a method of TRL's cannot be carried out here."""
+    if importlib.util.find_spec("trl") is None:
+        raise ConfigError(
+            code="trl_missing",
+            message=f"method {config.method} needs TRL, which is not installed.",
+            hint="Install it beside SAGE: `pip install 'sage-libs[preference]'`.",
+            param="method",
+        )
+    if not config.reward_file:
+        return
+    if not load_settings().allow_reward_files:
+        raise ConfigError(
+            code="reward_files_off",
+            message="Reward files are off: they are code, which whoever may start engines could then run here.",
+            hint="SAGE_ALLOW_REWARD_FILES=true in the gateway's environment allows them; so does config.toml.",
+            param="reward_file",
+        )
+    check_reward_file(Path(config.reward_file))
 
 
 def random_suffix() -> str:

@@ -31,6 +31,10 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
         # Loaded weights are views of the mapped file, all of which counts as the process's own until none is left.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
+        # In evaluation bitsandbytes packs 4-bit weights for a product that has no gradient, and does not unpack them.
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if is_full:
         return base
     model = _with_fresh_adapter(base, config) if adapter is None else _with_adapter(base, adapter)
@@ -57,7 +61,7 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
 def save_model(model: Trainable, folder: Path, source: Path) -> None:
     """Write the adapter, or the whole model in the numbers of the one that it was trained from."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
         return
     dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32
     weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}

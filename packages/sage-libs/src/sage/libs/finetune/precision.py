@@ -56,7 +56,7 @@ def _base(config: FinetuneConfig) -> tuple[int | None, str]:
             )
         return int(config.quantization[0]), f"{config.quantization} base (bitsandbytes)"
     if not torch.cuda.is_available():
-        return None, "base not in 8 bits: on a CPU that saves memory but no time"
+        return None, "base not in 8 bits: measured, that is slower on a CPU"
     return (8, "8-bit base (bitsandbytes)") if is_installed else (None, "base not in 8 bits: bitsandbytes is not installed")
 
 

@@ -34,6 +34,8 @@ class RunStatus:
     epoch: float | None = None
     loss: float | None = None  #: of the last step, nats per token
     token_accuracy: float | None = None
+    reward: float | None = None  #: mean over the step's answers, by the reward function (grpo)
+    reward_accuracy: float | None = None  #: share of pairs of which the better answer is the likelier (dpo, orpo)
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
@@ -56,8 +58,8 @@ class RunStatus:
 
 
 _STEP_FIELDS = (
-    "step", "total_steps", "epoch", "loss", "token_accuracy", "learning_rate", "grad_norm", "tokens_per_second",
-    "eta_seconds", "memory_bytes",
+    "step", "total_steps", "epoch", "loss", "token_accuracy", "reward", "reward_accuracy", "learning_rate", "grad_norm",
+    "tokens_per_second", "eta_seconds", "memory_bytes",
 )  # fmt: skip
 
 

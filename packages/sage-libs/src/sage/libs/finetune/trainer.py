@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.optimizers import create_loraplus_optimizer
@@ -57,20 +58,28 @@ class TrainingRun:
         self.tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
+        self._load_data()
+        self._tell("loading the model")
+        self.precision = choose_precision(config, self._status().bf16)
+        self._load_model(folder, adapter)
+        if adapter:
+            self._tell(f"going on with the adapter in {adapter}: its rank, scaling and modules stay what they are")
+
+    def _load_data(self) -> None:
+        config = self.config
         try:
             train_data, heldout = self._read_data()
         except StopRequested:  # the result is the model as it is
             train_data, heldout = None, []
-        self.heldout = HeldOut(run, config, heldout, stop.check)
+        self.heldout = HeldOut(self.run, config, heldout, self.stop.check)
         self.packs = Packs(train_data or [], self._groups(train_data))
         self.samples = len(train_data or [])
         self.micro_batch = 1 if config.pack_tokens else config.batch_size
-        self._tell("loading the model")
-        self.precision = choose_precision(config, self._status().bf16)
+
+    def _load_model(self, folder: Path, adapter: Path | None) -> None:
+        config = self.config
         set_seed(config.seed)
         self.model = load_trainable(folder, config, self.precision, adapter)
-        if adapter:
-            self._tell(f"going on with the adapter in {adapter}: its rank, scaling and modules stay what they are")
         self.kernels, self.step_summary = self._install_kernels()
         if config.neftune_noise_alpha is not None:
             EmbeddingNoise(decoder(self.model), config.neftune_noise_alpha)
@@ -81,17 +90,16 @@ class TrainingRun:
         """Train to the end or to the next stop, and write the result; the run's last event says which it was."""
         checkpoint, step = self._checkpoint()
         self.heldout.go_on_from(step)
-        total = self._total_steps()
         try:
             if checkpoint and self.stop.requested:
                 load_weights(self.model, Path(checkpoint))
             self.stop.check()
             self._measure(0)
-            if checkpoint and (step >= total or self.heldout.is_exhausted):  # the Trainer would train on
+            if checkpoint and (step >= self._total_steps() or self.heldout.is_exhausted):  # the Trainer would train on
                 load_weights(self.model, Path(checkpoint))
             else:
                 step = self._train(checkpoint)
-                if step < total and not self.heldout.is_exhausted:
+                if step < self._total_steps() and not self.heldout.is_exhausted:
                     raise StopRequested
             self._measure(step)
         except StopRequested:
@@ -100,7 +108,7 @@ class TrainingRun:
             self.run.append_event("stopped", step=step, output_dir=self.config.output_dir)
             logger.info("stopped at step %d; the result so far is in %s", step, self.config.output_dir)
             return
-        if step < total:
+        if step < self._total_steps():
             logger.info("stopped early: %d scores in a row were no better", self.config.early_stopping_patience)
         best = self.heldout.best_step
         if self.config.keep_best and best is not None and best != step:
@@ -114,6 +122,7 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint, or from the beginning; return the step at which it ended."""
         trainer = self._trainer()
+        trainer.remove_callback(PrinterCallback)  # prints a dict a step; ours is the log
         trainer.train(resume_from_checkpoint=checkpoint)
         # The held-out loss is measured in the model's own precision, as it was before the first step.
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -162,39 +171,9 @@ class TrainingRun:
 
     def _trainer(self) -> Trainer:
         config, status = self.config, self._status()
-        arguments = TrainingArguments(
-            output_dir=str(self.run.staging_path),
-            per_device_train_batch_size=self.micro_batch,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            num_train_epochs=config.num_epochs,
-            max_steps=config.max_steps or -1,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            data_seed=config.seed,
-            bf16=self.precision.bf16 and self.kernels is None,  # the kernels cast by themselves
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            include_num_input_tokens_seen="non_padding",
-            save_strategy="no",  # RunCallback says when
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        callback = RunCallback(
-            self.run,
-            config,
-            self.loss,
-            self.stop,
-            heldout=self.heldout,
-            measure=self._measure,
-            started_fields=self._started_fields,
-        )
-        trainer = AdaptingTrainer(
+        # The kernels cast by themselves.
+        arguments = TrainingArguments(**self._arguments(), bf16=self.precision.bf16 and self.kernels is None)
+        return AdaptingTrainer(
             halvings=status.halvings,
             checkpointing="on" if status.checkpointing else config.gradient_checkpointing,
             on_adapted=self._on_adapted,
@@ -203,11 +182,46 @@ class TrainingRun:
             train_dataset=self.packs,
             data_collator=self.collator,
             compute_loss_func=self.loss,
-            callbacks=[callback],
+            callbacks=[self._callback()],
             optimizers=(self._loraplus_optimizer(), None),
         )
-        trainer.remove_callback(PrinterCallback)  # prints a dict a step; ours is the log
-        return trainer
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return what every Trainer is told."""
+        config = self.config
+        return {
+            "output_dir": str(self.run.staging_path),
+            "per_device_train_batch_size": self.micro_batch,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "num_train_epochs": config.num_epochs,
+            "max_steps": config.max_steps or -1,
+            "learning_rate": config.learning_rate,
+            "lr_scheduler_type": config.lr_scheduler,
+            "warmup_steps": config.warmup_steps,
+            "weight_decay": config.weight_decay,
+            "max_grad_norm": config.max_grad_norm,
+            "seed": config.seed,
+            "data_seed": config.seed,
+            "use_cpu": not torch.cuda.is_available(),
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "include_num_input_tokens_seen": "non_padding",
+            "save_strategy": "no",  # RunCallback says when
+            "remove_unused_columns": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+
+    def _callback(self) -> RunCallback:
+        return RunCallback(
+            self.run,
+            self.config,
+            self.loss,
+            self.stop,
+            heldout=self.heldout,
+            measure=self._measure,
+            started_fields=self._started_fields,
+        )
 
     def _loraplus_optimizer(self) -> torch.optim.Optimizer | None:
         """Return LoRA+'s optimizer, or None for the Trainer's own."""

@@ -54,9 +54,12 @@ def main(argv: list[str]) -> int:
 
 
 def _train(run: RunDirectory, stop: StopRequest) -> None:
-    from sage.libs.finetune.trainer import TrainingRun  # imports torch, which takes seconds; signals are caught already
-
-    TrainingRun(run, stop).train()
+    # Either imports torch, which takes seconds; signals are caught already.
+    if run.read_spec().config.method == "sft":
+        from sage.libs.finetune.trainer import TrainingRun as Run
+    else:
+        from sage.libs.finetune.preference import PreferenceRun as Run
+    Run(run, stop).train()
 
 
 def _as_told(error: Exception, folder: Path) -> SageError:

@@ -67,6 +67,8 @@ class TrainingProgress(BaseModel):
     epoch: float | None
     loss: float | None = Field(description="Of the last step, nats per token.")
     token_accuracy: float | None
+    reward: float | None
+    reward_accuracy: float | None
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_second: float | None
@@ -85,8 +87,10 @@ class TrainingStep(BaseModel):
     loss: float
     learning_rate: float
     grad_norm: float | None
-    token_accuracy: float
-    tokens_per_second: float
+    token_accuracy: float | None
+    reward: float | None = None
+    reward_accuracy: float | None = None
+    tokens_per_second: float | None
 
 
 class EngineView(BaseModel):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from sage.libs.finetune.data.samples import Chat
 
 Record = Mapping[str, Any]
+Message = dict[str, Any]
 Content = Chat | str
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -59,7 +60,7 @@ def parse_record(record: Any) -> tuple[str, Content]:
 
 def _parse_messages(record: Record) -> Content:
     items = _list(record["messages"], "messages")
-    messages = [_message(item, f"messages[{index}]") for index, item in enumerate(items)]
+    messages = [message_of(item, f"messages[{index}]") for index, item in enumerate(items)]
     untrained = frozenset(i for i, item in enumerate(items) if item.get("weight") == 0)
     return Chat(messages, _tools(record), untrained)
 
@@ -68,38 +69,38 @@ def _parse_sharegpt(record: Record) -> Content:
     items = _list(record["conversations"], "conversations")
     messages = [_sharegpt_message(item, f"conversations[{index}]") for index, item in enumerate(items)]
     if record.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
+        messages.insert(0, {"role": "system", "content": text_of(record["system"], "system")})
     return Chat(messages, _tools(record))
 
 
 def _parse_alpaca(record: Record) -> Content:
     messages = []
     if record.get("system"):
-        messages.append({"role": "system", "content": _text(record["system"], "system")})
+        messages.append({"role": "system", "content": text_of(record["system"], "system")})
     for index, turn in enumerate(_list(record.get("history") or [], "history")):
         if not isinstance(turn, list) or len(turn) != 2:
             raise RecordError(f"history[{index}] must be a pair [question, answer].")
         messages += [
-            {"role": "user", "content": _text(turn[0], f"history[{index}][0]")},
-            {"role": "assistant", "content": _text(turn[1], f"history[{index}][1]")},
+            {"role": "user", "content": text_of(turn[0], f"history[{index}][0]")},
+            {"role": "assistant", "content": text_of(turn[1], f"history[{index}][1]")},
         ]
-    question = _text(record["instruction"], "instruction")
+    question = text_of(record["instruction"], "instruction")
     if record.get("input"):
-        question = f"{question}\n{_text(record['input'], 'input')}"
-    answer = _text(record["output"], "output")
+        question = f"{question}\n{text_of(record['input'], 'input')}"
+    answer = text_of(record["output"], "output")
     return Chat([*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def _parse_prompt_completion(record: Record) -> Content:
-    prompt, completion = _unpacked(record["prompt"]), _unpacked(record["completion"])
+    prompt, completion = unpacked(record["prompt"]), unpacked(record["completion"])
     if isinstance(prompt, list) and isinstance(completion, list):
         return _parse_messages({**record, "messages": [*prompt, *completion]})
-    user = {"role": "user", "content": _text(prompt, "prompt")}
-    return Chat([user, {"role": "assistant", "content": _text(completion, "completion")}])
+    user = {"role": "user", "content": text_of(prompt, "prompt")}
+    return Chat([user, {"role": "assistant", "content": text_of(completion, "completion")}])
 
 
 def _parse_text(record: Record) -> Content:
-    text = _text(record["text"], "text")
+    text = text_of(record["text"], "text")
     if not text.strip():
         raise RecordError("'text' is empty.", "Remove the record.")
     return text
@@ -126,14 +127,15 @@ def _check_chat(messages: list[dict[str, Any]]) -> None:
         raise RecordError("every assistant turn is empty.", "Write the answer, or remove the record.")
 
 
-def _message(item: Any, where: str) -> dict[str, Any]:
+def message_of(item: Any, where: str) -> Message:
+    """Return a message in OpenAI's shape; where: its place, for the error. Raises RecordError."""
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with role and content, found {_kind(item)}.")
-    message: dict[str, Any] = {"role": _role(item.get("role"), f"{where}.role")}
+    message: Message = {"role": _role(item.get("role"), f"{where}.role")}
     calls = item.get("tool_calls")
     if calls:
         message["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    message["content"] = "" if calls and item.get("content") is None else _text(item.get("content"), f"{where}.content")
+    message["content"] = "" if calls and item.get("content") is None else text_of(item.get("content"), f"{where}.content")
     message.update({key: item[key] for key in ("name", "tool_call_id") if key in item})
     return message
 
@@ -141,10 +143,10 @@ def _message(item: Any, where: str) -> dict[str, Any]:
 def _sharegpt_message(item: Any, where: str) -> dict[str, Any]:
     if isinstance(item, Mapping) and "from" in item:
         if item["from"] == "function_call":
-            call = _unpacked(item.get("value"))
-            return _message({"role": "assistant", "content": None, "tool_calls": [{"function": call}]}, where)
+            call = unpacked(item.get("value"))
+            return message_of({"role": "assistant", "content": None, "tool_calls": [{"function": call}]}, where)
         item = {"role": item["from"], "content": item.get("value")}
-    return _message(item, where)
+    return message_of(item, where)
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RecordError(f"{where}.function must be an object with name and arguments.")
     # OpenAI sends arguments as a JSON string; chat templates expect the object.
-    return {"type": "function", "function": {**function, "arguments": _unpacked(function.get("arguments", {}))}}
+    return {"type": "function", "function": {**function, "arguments": unpacked(function.get("arguments", {}))}}
 
 
 def _role(role: Any, where: str) -> str:
@@ -163,7 +165,7 @@ def _role(role: Any, where: str) -> str:
 
 
 def _tools(record: Record) -> list[dict[str, Any]] | None:
-    tools = _unpacked(record.get("tools"))
+    tools = unpacked(record.get("tools"))
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -171,7 +173,8 @@ def _tools(record: Record) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _text(value: Any, where: str) -> str:
+def text_of(value: Any, where: str) -> str:
+    """Return a text, of which OpenAI's parts are one too; where: its place, for the error. Raises RecordError."""
     if isinstance(value, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
         return "".join(str(part.get("text", "")) for part in value)
     if not isinstance(value, str):
@@ -180,13 +183,13 @@ def _text(value: Any, where: str) -> str:
 
 
 def _list(value: Any, where: str) -> list[Any]:
-    value = _unpacked(value)
+    value = unpacked(value)
     if not isinstance(value, list):
         raise RecordError(f"'{where}' must be a list, found {_kind(value)}.")
     return value
 
 
-def _unpacked(value: Any) -> Any:
+def unpacked(value: Any) -> Any:
     """Return what a JSON string holds where it holds a list or an object, as in a CSV cell; else the value itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:

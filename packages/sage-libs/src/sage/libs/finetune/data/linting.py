@@ -2,16 +2,19 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data.formats import RecordError, parse_record
 from sage.libs.finetune.data.loading import read_records
 from sage.libs.finetune.data.samples import Chat, Fault, Origin, Sample
 
+#: What makes a sample of a record, and names its format.
+Parse = Callable[[Any], tuple[str, Any]]
 #: How many faults an error message spells out.
 _SHOWN_FAULTS = 3
 
@@ -48,7 +51,7 @@ class DatasetReport:
             )
 
 
-def read_samples(report: DatasetReport) -> Iterator[Sample]:
+def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator[Sample]:
     """Yield what a report's dataset holds, one at a time, and note in the report what is found on the way.
 
     Raises DatasetError only where there is no file to read; faults inside stand in the report.
@@ -59,7 +62,7 @@ def read_samples(report: DatasetReport) -> Iterator[Sample]:
             continue
         origin, record = item
         try:
-            name, content = parse_record(record)
+            name, content = parse(record)
         except RecordError as error:
             report.faults.append(Fault(origin, error.message, error.hint))
             continue
@@ -70,14 +73,14 @@ def read_samples(report: DatasetReport) -> Iterator[Sample]:
         yield Sample(origin, name, content)
 
 
-def check_dataset(path: Path, at_most: int | None = None) -> DatasetReport:
+def check_dataset(path: Path, at_most: int | None = None, parse: Parse = parse_record) -> DatasetReport:
     """Read a dataset, or as many samples of it, and return what it holds.
 
     Raises DatasetError only where there is no file to read; faults inside stand in the report.
     """
     report = DatasetReport(path)
     seen: dict[bytes, Origin] = {}
-    for sample in itertools.islice(read_samples(report), at_most):
+    for sample in itertools.islice(read_samples(report, parse), at_most):
         said = blake2b(repr(sample.content).encode(), digest_size=16).digest()
         first = seen.setdefault(said, sample.origin)
         if first is not sample.origin:

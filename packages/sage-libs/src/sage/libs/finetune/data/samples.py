@@ -42,8 +42,9 @@ class Chat:
 
 @dataclass(frozen=True)
 class Sample:
-    """One record that can be trained on: a chat, or plain text of which every token is."""
+    """One record that can be trained on."""
 
     origin: Origin
     format: str
-    content: Chat | str = field(repr=False)
+    #: A chat, or plain text of which every token is trained on; else a row as a method of TRL's takes it.
+    content: Any = field(repr=False)

@@ -199,6 +199,8 @@ def _progress(run: RunStatus) -> TrainingProgress:
         epoch=run.epoch,
         loss=run.loss,
         token_accuracy=run.token_accuracy,
+        reward=run.reward,
+        reward_accuracy=run.reward_accuracy,
         learning_rate=run.learning_rate,
         grad_norm=run.grad_norm,
         tokens_per_second=run.tokens_per_second,

@@ -1,0 +1,84 @@
+"""Runs by TRL's methods: DPO, ORPO and KTO learn from what people prefer, GRPO from what a reward function says.
+
+The loop, the losses and the sampling are TRL's; model, checkpoints, events, stop and result are those of every run.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from datasets import Dataset, disable_progress_bars
+from transformers import Trainer, set_seed
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from sage.libs.finetune.batching import PaddedCollator
+from sage.libs.finetune.data.linting import DatasetReport, read_samples
+from sage.libs.finetune.data.preferences import parser_of
+from sage.libs.finetune.heldout import HeldOut
+from sage.libs.finetune.model import load_trainable
+from sage.libs.finetune.rewards import load_reward
+from sage.libs.finetune.trainer import TrainingRun
+
+logger = logging.getLogger(__name__)
+_TRAINERS = {
+    "dpo": (DPOConfig, DPOTrainer),
+    "orpo": (ORPOConfig, ORPOTrainer),
+    "kto": (KTOConfig, KTOTrainer),
+    "grpo": (GRPOConfig, GRPOTrainer),
+}
+
+
+class PreferenceRun(TrainingRun):
+    """A run whose trainer is TRL's."""
+
+    def _load_data(self) -> None:
+        disable_progress_bars()
+        config = self.config
+        self.rows: list[dict[str, Any]] = []
+        for source in config.sources:
+            self._tell(f"reading {source.path}")
+            report = DatasetReport(source.path)
+            self.rows += [sample.content for sample in read_samples(report, parser_of(config.method))]
+            report.raise_for_faults()
+        self.samples, self.micro_batch = len(self.rows), config.batch_size
+        self.heldout = HeldOut(self.run, config, [], self.stop.check)
+
+    def _load_model(self, folder: Path, adapter: Path | None) -> None:
+        set_seed(self.config.seed)
+        self.model = load_trainable(folder, self.config, self.precision, adapter)
+        self.kernels, self.step_summary = None, f"plain: {self.config.method} is TRL's own"
+        self.collator = PaddedCollator(int(self.tokenizer.pad_token_id or 0))
+        self.loss = self._new_loss()
+
+    def _trainer(self) -> Trainer:
+        config = self.config
+        options: dict[str, Any] = {
+            **self._arguments(),
+            "bf16": self.precision.bf16,
+            "gradient_checkpointing": config.gradient_checkpointing == "on",
+            **({} if config.beta is None else {"beta": config.beta}),
+        }
+        more: dict[str, Any] = {}
+        if config.method == "grpo":
+            assert config.reward_file
+            options |= {"num_generations": config.num_generations, "max_completion_length": config.max_completion_length}
+            more["reward_funcs"] = load_reward(Path(config.reward_file))
+        else:
+            options["max_length"] = config.max_seq_length
+        arguments, trainer = _TRAINERS[config.method]
+        return trainer(
+            model=self.model,
+            args=arguments(**options),
+            train_dataset=Dataset.from_list(self.rows),
+            processing_class=self.tokenizer,
+            callbacks=[self._callback()],
+            **more,
+        )
+
+    def _total_steps(self) -> int:
+        """Return how many optimizer steps the run has, as its Trainer said; 0 before it has begun."""
+        return self._status().total_steps or 0

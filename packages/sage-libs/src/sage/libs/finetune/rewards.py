@@ -1,0 +1,57 @@
+"""A reward function in a Python file of the user's own, as GRPO asks it for its verdict.
+
+def reward(prompts, completions, **columns): a number for each completion; columns: the other fields of the records.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import ConfigError
+
+_NAME = "reward"
+
+
+def check_reward_file(path: Path) -> None:
+    """Raise ConfigError where a file defines no reward function; runs nothing of it."""
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise _unusable(path, f"cannot be read: {error.strerror}") from error
+    except (SyntaxError, ValueError) as error:
+        raise _unusable(path, f"is not Python: {error}") from error
+    if not any(isinstance(node, ast.FunctionDef) and node.name == _NAME for node in tree.body):
+        raise _unusable(path, f"defines no function `{_NAME}`")
+
+
+def load_reward(path: Path) -> Callable[..., list[float]]:
+    """Return the reward function of a file, which is run for it.
+
+    The function takes conversations as TRL has them; what it gets is the text of each prompt's last message and answer.
+    """
+    spec = importlib.util.spec_from_file_location("sage_reward", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    given = getattr(module, _NAME)
+
+    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        texts = [[said[-1]["content"] for said in conversations] for conversations in (prompts, completions)]
+        verdicts = [float(verdict) for verdict in given(*texts, **columns)]
+        if len(verdicts) != len(completions):
+            raise ValueError(f"{path}: {_NAME} gave {len(verdicts)} numbers for {len(completions)} completions")
+        return verdicts
+
+    return reward
+
+
+def _unusable(path: Path, problem: str) -> ConfigError:
+    return ConfigError(
+        code="reward_file_unusable",
+        message=f"The reward file {path} {problem}.",
+        hint=f"It defines `def {_NAME}(prompts, completions, **columns)`, which returns a number for each completion.",
+        param="reward_file",
+    )

@@ -1,0 +1,128 @@
+"""Learning from preferences and rewards, by TRL's methods."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from support import write_jsonl
+from training import TinyRun
+
+from sage.common.errors import ConfigError, DatasetError
+from sage.libs.finetune.status import RunState
+
+REWARD = "def reward(prompts, completions, wanted, **_):\n    return [c.count(w) for c, w in zip(completions, wanted)]\n"
+QUESTIONS = [f"Is {number} a number?" for number in range(16)]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "dpo": [{"prompt": question, "chosen": "Yes, it is.", "rejected": "No."} for question in QUESTIONS],
+    "kto": [{"prompt": q, "completion": ["No.", "Yes."][n % 2], "label": bool(n % 2)} for n, q in enumerate(QUESTIONS)],
+    "grpo": [{"prompt": question, "wanted": "e"} for question in QUESTIONS],
+}
+ROWS["orpo"] = ROWS["dpo"]
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """The options of a run of each method; reward files are allowed."""
+    monkeypatch.setenv("SAGE_ALLOW_REWARD_FILES", "true")
+    (tmp_path / "reward.py").write_text(REWARD)
+    more = {"grpo": {"reward_file": str(tmp_path / "reward.py"), "max_completion_length": 8}}
+    return {
+        method: {
+            "dataset_path": str(write_jsonl(tmp_path / f"{method}.jsonl", rows)),
+            "method": method,
+            **more.get(method, {}),
+        }
+        for method, rows in ROWS.items()
+    }
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_a_stopped_run_goes_on_as_if_it_never_was(
+    tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str
+) -> None:
+    steps = {"max_steps": 8, "save_steps": 100}
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options[method], **steps).start().completed()
+    cut = TinyRun(tiny_model, tmp_path / "cut", **options[method], **steps).start().at_step(2)
+    cut.manager.stop(cut.task_id)
+    status = cut.until_ended()
+    assert status.state is RunState.STOPPED
+    assert 2 <= status.step < 8
+    assert load_file(cut.output / "adapter_model.safetensors")
+    cut.manager.resume(cut.task_id)
+    assert cut.completed().losses() == whole.losses()
+    assert cut.adapter_bytes() == whole.adapter_bytes()
+    figures = [event["reward" if method == "grpo" else "reward_accuracy"] for event in whole.events("step")]
+    assert all(figure is not None for figure in figures)
+    if method == "dpo":
+        assert whole.losses()[8] < whole.losses()[1]
+        assert figures[-1] == 1
+
+
+@pytest.mark.parametrize("method", ["orpo", "kto"])
+def test_a_method_of_trl_s_learns(tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str) -> None:
+    run = TinyRun(tiny_model, tmp_path / "out", **options[method], max_steps=4).start().completed()
+    losses = run.losses()
+    assert len(losses) == run.status.total_steps == 4
+    assert losses[4] < losses[1]
+    assert any(
+        weight.any() for name, weight in load_file(run.output / "adapter_model.safetensors").items() if "lora_B" in name
+    )
+
+
+def test_preferences_are_learnt_on_top_of_answers(
+    tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]]
+) -> None:
+    first = TinyRun(tiny_model, tmp_path / "first", max_steps=2).start().completed()
+    second = TinyRun(first.output, tmp_path / "second", **options["dpo"], max_steps=3).start().completed()
+    assert second.losses()[1] == pytest.approx(0.6931, abs=1e-3)  # the reference is the adapter, not the bare base
+    config = json.loads((second.output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model)
+    assert not (second.output / "ref").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "record", "told"),
+    [
+        ("dpo", {"prompt": "a", "chosen": "b"}, "rejected is not there"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ("dpo", {"chosen": "b", "rejected": "c"}, "'prompt' is not there"),
+        ("orpo", {"prompt": "a", "chosen": "", "rejected": "c"}, "'chosen' is empty"),
+        ("kto", {"prompt": "a", "completion": "b", "label": "perhaps"}, "must be true or false"),
+        ("dpo", {"messages": []}, "dpo needs the fields chosen, rejected"),
+        ("kto", [], "kto needs the fields"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_named_before_the_start(
+    tiny_model: Path, tmp_path: Path, method: str, record: Any, told: str
+) -> None:
+    data = write_jsonl(tmp_path / "bad.jsonl", [ROWS[method][0], record])
+    with pytest.raises(DatasetError, match=f"bad.jsonl:2: .*{told}"):
+        TinyRun(tiny_model, tmp_path / "out", method=method, dataset_path=str(data))
+
+
+def test_a_conversation_that_ends_in_two_ways_is_a_pair(tiny_model: Path, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "Is 1 a number?"}]
+    record = {end: [*asked, {"role": "assistant", "content": end}] for end in ("chosen", "rejected")}
+    data = write_jsonl(tmp_path / "pairs.jsonl", [record] * 4)
+    assert TinyRun(tiny_model, tmp_path / "out", method="dpo", dataset_path=str(data)).path.is_dir()
+
+
+def test_reward_files_are_off_unless_allowed_and_are_checked(
+    tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward = tmp_path / "reward.py"
+    for content, told in (("def other(): ...", "defines no function `reward`"), ("def reward(:", "is not Python")):
+        reward.write_text(content)
+        with pytest.raises(ConfigError, match=told):
+            TinyRun(tiny_model, tmp_path / "out", **options["grpo"])
+    reward.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        TinyRun(tiny_model, tmp_path / "out", **options["grpo"])
+    reward.write_text("def reward(prompts, completions, **_):\n    return [1.0]\n")
+    status = TinyRun(tiny_model, tmp_path / "out", **options["grpo"]).start().until_ended()
+    assert "gave 1 numbers for 4 completions" in str(status.message)
+    monkeypatch.delenv("SAGE_ALLOW_REWARD_FILES")
+    with pytest.raises(ConfigError, match="Reward files are off"):
+        TinyRun(tiny_model, tmp_path / "out2", **options["grpo"])
