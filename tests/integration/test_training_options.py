@@ -1,10 +1,12 @@
 """What a run may be asked for besides the ordinary."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from training import TinyRun
 from transformers import AutoModelForCausalLM
 
 from sage.common.errors import ModelError, OutputError
+from sage.libs.finetune import memory
 from sage.libs.finetune.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
@@ -30,7 +33,7 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Trains with so many MiB of address space as are in use once everything is loaded, and these besides.
 LIMITED = """
-import resource, sys
+import os, resource, sys
 from pathlib import Path
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.stopping import StopRequest
@@ -38,9 +41,16 @@ from sage.libs.finetune.trainer import TrainingRun
 import torch
 torch.set_num_threads(1)
 run = TrainingRun(RunDirectory(Path(sys.argv[1])), StopRequest())
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-limit = used + int(sys.argv[2]) * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+room = int(sys.argv[2]) * 2**20
+if len(sys.argv) == 3:
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+else:
+    group = Path(sys.argv[3])
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        if (group / name).exists():
+            (group / name).write_text(str(room))  # what a process holds does not move with it
 run.train()
 """
 
@@ -124,9 +134,26 @@ def test_a_run_that_diverges_says_so(tiny_model: Path, tmp_path: Path) -> None:
     assert "at step 10" in str(status.message)
 
 
-def limited(run: TinyRun, home: Path, mebibytes: int) -> str:
-    """Train where so little address space is left; return what was said."""
-    argv = [sys.executable, "-c", LIMITED, str(run.path), str(mebibytes)]
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A control group for memory, inside of our own."""
+    for own in memory._own_cgroups():
+        group = own / f"sage-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        if any((group / name).exists() for name in ("memory.max", "memory.limit_in_bytes")):
+            yield group
+            group.rmdir()
+            return
+        group.rmdir()
+    pytest.skip("needs the right to make a control group for memory")
+
+
+def limited(run: TinyRun, home: Path, mebibytes: int, *group: Path) -> str:
+    """Train where so little address space is left, or memory in a control group; return what was said."""
+    argv = [sys.executable, "-c", LIMITED, str(run.path), str(mebibytes), *map(str, group)]
     return subprocess.run(argv, env=environment(home), capture_output=True, text=True, check=False).stderr
 
 
@@ -143,6 +170,16 @@ def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
     assert any("Memory did not suffice: micro-batches are computed in" in text for text in run.status.warnings)
     assert run.status.halvings >= 1
     assert run.losses() == pytest.approx(roomy.losses(), rel=1e-3)
+
+
+def test_a_container_s_limit_halves_the_micro_batch_where_it_would_kill(
+    tmp_path: Path, sage_home: Path, cgroup: Path
+) -> None:
+    make_tiny_model(tmp_path / "model", width=256, layers=4)
+    run = TinyRun(tmp_path / "model", tmp_path / "tight", batch_size=32, max_steps=3, precision="fp32")
+    said = limited(run, sage_home, 90, cgroup)
+    assert run.status.state is RunState.COMPLETED, said[-3000:]
+    assert run.status.halvings >= 1
 
 
 @pytest.mark.parametrize("checkpointing", ["auto", "off"])

@@ -26,6 +26,7 @@ from sage.libs.finetune.export import export_result
 from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss
+from sage.libs.finetune.memory import refuse_beyond_limit
 from sage.libs.finetune.model import decoder, load_trainable, load_weights
 from sage.libs.finetune.noise import EmbeddingNoise
 from sage.libs.finetune.precision import choose_precision
@@ -122,6 +123,8 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint, or from the beginning; return the step at which it ended."""
         trainer = self._trainer()
+        if not torch.cuda.is_available():  # which sets aside addresses far beyond what it fills
+            refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # prints a dict a step; ours is the log
         trainer.train(resume_from_checkpoint=checkpoint)
         # The held-out loss is measured in the model's own precision, as it was before the first step.
