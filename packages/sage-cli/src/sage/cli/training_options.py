@@ -44,6 +44,7 @@ OPTIONS = (
     TrainingOption("batch_size", int, 4, "Samples per micro-batch."),
     TrainingOption("pack_tokens", int, None, "Fill micro-batches up to this many tokens instead."),
     TrainingOption("gradient_accumulation_steps", int, 1, "Micro-batches per optimizer step."),
+    TrainingOption("num_processes", int, 1, "Processes that train together, each on a GPU of its own."),
     TrainingOption("max_seq_length", int, 512, "Longer samples are cut, in tokens."),
     TrainingOption("lora_rank", int, 8, "Rank of the adapter."),
     TrainingOption("lora_alpha", int, 16, "The adapter's output is scaled by alpha / rank."),

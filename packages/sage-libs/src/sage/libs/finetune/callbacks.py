@@ -19,6 +19,7 @@ from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.stopping import StopRequest, StopRequested
+from sage.libs.finetune.team import Team
 
 logger = logging.getLogger(__name__)
 #: Training has diverged where the loss is this many times that of guessing, for so many steps in a row.
@@ -34,13 +35,14 @@ class RunCallback(TrainerCallback):
         config: FinetuneConfig,
         loss: CompletionLoss,
         stop: StopRequest,
+        team: Team,
         *,
         heldout: HeldOut,
         measure: Callable[[int], float | None],
         started_fields: Callable[[TrainerState], dict[str, Any]],
     ) -> None:
         """measure: scores the held-out samples after a step; started_fields: what is told when training begins."""
-        self.run, self.config, self.loss, self.stop = run, config, loss, stop
+        self.run, self.config, self.loss, self.stop, self.team = run, config, loss, stop, team
         self.heldout, self.measure, self.started_fields = heldout, measure, started_fields
 
     def on_train_begin(
@@ -60,7 +62,7 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Save every so often, at the end and before a stop."""
-        control.should_training_stop |= self.stop.requested
+        control.should_training_stop |= self.team.agree(self.stop.requested)
         at_end = control.should_training_stop or state.global_step >= state.max_steps
         control.should_save = at_end or state.global_step % self.config.save_steps == 0
         return control
@@ -77,8 +79,9 @@ class RunCallback(TrainerCallback):
         if not logs or "loss" not in logs:  # the Trainer's closing summary
             return control
         now = time.monotonic()
+        trained, correct = self.team.total(self.loss.take_counts())
         shares = {
-            "token_accuracy": self.loss.take_accuracy(),
+            "token_accuracy": correct / trained if trained else None,
             "reward": logs.get("reward"),
             "reward_accuracy": logs.get("rewards/accuracies"),
         }
@@ -125,23 +128,34 @@ class RunCallback(TrainerCallback):
 
     def _score(self, step: int, control: TrainerControl) -> None:
         """Score the held-out samples, and have saved what is the best, or the last for want of progress."""
-        try:
-            self.measure(step)
-        except StopRequested:
-            control.should_training_stop = True
-        else:
-            control.should_training_stop |= self.heldout.is_exhausted
-        control.should_save |= control.should_training_stop or (self.config.keep_best and self.heldout.best_step == step)
+        ends = saves = False
+        if self.team.leads:
+            try:
+                self.measure(step)
+            except StopRequested:
+                ends = True
+            else:
+                ends = self.heldout.is_exhausted
+            saves = ends or (self.config.keep_best and self.heldout.best_step == step)
+        ends, saves = self.team.agree((ends, saves))
+        control.should_training_stop |= ends
+        control.should_save |= saves or control.should_training_stop
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Publish what the Trainer has written aside."""
         assert args.output_dir
+        self.team.wait()  # each has written what is its own
+        if self.team.leads:
+            self._publish(args, state)
+        self.team.wait()
+        return control
+
+    def _publish(self, args: TrainingArguments, state: TrainerState) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         checkpoint = publish(written, self.run.path, state.global_step)
         prune(self.run.path, self.config.keep_checkpoints, self.heldout.best_step if self.config.keep_best else None)
         self.run.append_event("checkpoint", step=checkpoint.step, path=str(checkpoint.path))
         logger.info("checkpoint %s", checkpoint.path)
-        return control
 
 
 def _memory_bytes() -> int:

@@ -19,7 +19,7 @@ _OF_LORA = (
 #: What belongs to learning from answers.
 _OF_SFT = (
     "train_on", "pack_tokens", "eval_path", "eval_split", "eval_steps", "early_stopping_patience", "sample_prompts",
-    "keep_best", "neftune_noise_alpha", "loraplus_lr_ratio",
+    "keep_best", "neftune_noise_alpha", "loraplus_lr_ratio", "num_processes",
 )  # fmt: skip
 
 
@@ -77,6 +77,7 @@ class FinetuneConfig(BaseModel):
         None, ge=8, description="Fill micro-batches with samples up to this many tokens, instead of batch_size samples."
     )
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
+    num_processes: int = Field(1, ge=1, le=64, description="Processes that train together, each on a GPU of its own.")
     max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
     eval_path: str | None = Field(None, description="Held-out samples, scored before the first step and at the end.")
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset held out instead of eval_path.")

@@ -35,7 +35,7 @@ def heldout_loss(
                 labels = batch.pop("labels")
                 loss_sum += float(loss(model(**batch, use_cache=False), labels, 1))
                 token_count += sum(sequence.trained_tokens for (sequence,) in packs)
-        loss.take_accuracy()
+        loss.take_counts()
     finally:
         model.train(was_training)
     return loss_sum / token_count

@@ -86,8 +86,8 @@ class CompletionLoss:
         self.correct_tokens += int(correct)
         return loss / (num_items_in_batch or targets.numel())
 
-    def take_accuracy(self) -> float | None:
-        """Return the share of trained tokens predicted rightly since the last call, None where it had none."""
-        accuracy = self.correct_tokens / self.trained_tokens if self.trained_tokens else None
+    def take_counts(self) -> list[int]:
+        """Return how many tokens were trained on since the last call, and how many of them were predicted rightly."""
+        counts = [self.trained_tokens, self.correct_tokens]
         self.trained_tokens = self.correct_tokens = 0
-        return accuracy
+        return counts

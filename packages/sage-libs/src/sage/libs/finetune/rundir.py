@@ -19,6 +19,8 @@ from typing import Any
 from sage.libs.finetune.config import FinetuneConfig
 
 Event = dict[str, Any]
+#: Which process of a run this is, where several train together; the leader has none.
+RANK_VARIABLE = "SAGE_WORKER_RANK"
 #: Kept free for the last words of a run whose disk is full.
 _RESERVE_BYTES = 64 * 1024
 
@@ -95,6 +97,13 @@ class RunDirectory:
     @staticmethod
     def _ends_whole(descriptor: int, size: int) -> bool:
         return os.pread(descriptor, 1, size - 1) == b"\n"
+
+
+class SilentRunDirectory(RunDirectory):
+    """The folder as a process has it that is not the one to speak."""
+
+    def append_event(self, kind: str, **fields: Any) -> None:
+        """Say nothing."""
 
 
 def _parse(line: bytes) -> Event | None:

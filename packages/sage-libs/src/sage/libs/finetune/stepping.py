@@ -37,7 +37,12 @@ class AdaptingTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the loss of a micro-batch, with its gradient added to what is there."""
+        """Return the loss of a micro-batch, with its gradient added to what is there.
+
+        Of several processes none may do otherwise than the rest, so they do not adapt.
+        """
+        if self.args.world_size > 1:
+            return super().training_step(model, inputs, num_items_in_batch)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         while True:
             before = [parameter.grad for parameter in parameters]

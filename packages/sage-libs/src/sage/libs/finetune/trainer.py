@@ -35,6 +35,7 @@ from sage.libs.finetune.sampling import answer
 from sage.libs.finetune.status import RunStatus, fold
 from sage.libs.finetune.stepping import AdaptingTrainer
 from sage.libs.finetune.stopping import StopRequest, StopRequested
+from sage.libs.finetune.team import Team
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import ModelKind, resolve_model
 
@@ -52,6 +53,7 @@ class TrainingRun:
         self.run, self.stop = run, stop
         self.spec = run.read_spec()
         self.config = config = self.spec.config
+        self.team = Team(run, config.num_processes)
         self._tell("loading the tokenizer")
         source = resolve_model(config.base_model)
         self.folder = folder = local_folder(source.base or source)
@@ -59,9 +61,12 @@ class TrainingRun:
         self.tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
-        self._load_data()
+        if self.team.leads:
+            self._load_data()
         self._tell("loading the model")
-        self.precision = choose_precision(config, self._status().bf16)
+        self.precision = self.team.agree(self.team.leads and choose_precision(config, self._status().bf16))
+        if not self.team.leads:  # what the leader has tokenised
+            self._load_data()
         self._load_model(folder, adapter)
         if adapter:
             self._tell(f"going on with the adapter in {adapter}: its rank, scaling and modules stay what they are")
@@ -89,6 +94,18 @@ class TrainingRun:
 
     def train(self) -> None:
         """Train to the end or to the next stop, and write the result; the run's last event says which it was."""
+        if not self.team.leads:
+            self._train(None)
+            return
+        try:
+            self._lead()
+        except Exception:
+            self.team.check()  # what failed may be that another process is gone
+            raise
+        finally:
+            self.team.close()
+
+    def _lead(self) -> None:
         checkpoint, step = self._checkpoint()
         self.heldout.go_on_from(step)
         try:
@@ -123,9 +140,10 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint, or from the beginning; return the step at which it ended."""
         trainer = self._trainer()
-        if not torch.cuda.is_available():  # which sets aside addresses far beyond what it fills
+        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA sets aside addresses far beyond what it fills
             refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # prints a dict a step; ours is the log
+        checkpoint = self.team.agree(checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
         # The held-out loss is measured in the model's own precision, as it was before the first step.
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -213,6 +231,7 @@ class TrainingRun:
             "remove_unused_columns": False,
             "report_to": "none",
             "disable_tqdm": True,
+            "ddp_find_unused_parameters": False,
         }
 
     def _callback(self) -> RunCallback:
@@ -221,6 +240,7 @@ class TrainingRun:
             self.config,
             self.loss,
             self.stop,
+            self.team,
             heldout=self.heldout,
             measure=self._measure,
             started_fields=self._started_fields,
@@ -258,7 +278,7 @@ class TrainingRun:
     def _total_steps(self) -> int:
         """Return how many optimizer steps the run has, as the Trainer counts them."""
         micro_batches = math.ceil(len(self.packs) / self.micro_batch)
-        steps_per_epoch = math.ceil(micro_batches / self.config.gradient_accumulation_steps)
+        steps_per_epoch = math.ceil(math.ceil(micro_batches / self.team.size) / self.config.gradient_accumulation_steps)
         return self.config.max_steps or steps_per_epoch * self.config.num_epochs
 
     def _checkpoint(self) -> tuple[str | None, int]:

@@ -7,7 +7,9 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -16,12 +18,15 @@ from sage.common.errors import RunError, SageError
 from sage.common.logs import configure_logging
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
 from sage.libs.finetune.memory import is_out_of_memory
-from sage.libs.finetune.rundir import RunDirectory
+from sage.libs.finetune.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
+from sage.libs.finetune.status import RunState, RunStatus, fold
 from sage.libs.finetune.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 #: Less than this is free: whatever failed, it failed for want of space.
 _FULL_BYTES = 16 * 2**20
+#: A leader that is gone has been missed by then.
+_LEADER_SECONDS = 1.0
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +35,8 @@ def main(argv: list[str]) -> int:
         print("usage: python -m sage.libs.finetune.worker RUN_DIR (a folder with spec.json)", file=sys.stderr)
         return 2
     run = RunDirectory(Path(argv[0]).absolute())
+    if RANK_VARIABLE in os.environ:
+        return _follow(run)
     if LOCK_FD_VARIABLE not in os.environ:
         descriptor = try_lock(run.lock_path)
         if descriptor is None:
@@ -45,12 +52,35 @@ def main(argv: list[str]) -> int:
         run.reserve_space()
         _train(run, stop)
     except Exception as error:  # noqa: BLE001 - the run's last word, whatever it was
-        logger.error("%s", "".join(traceback.format_exception(error)))
-        run.release_space()
-        told = _as_told(error, run.path)
-        run.append_event("failed", code=told.code, message=told.message, hint=told.hint)
+        _fail(run, error)
         return 1
     return 0
+
+
+def _follow(run: RunDirectory) -> int:
+    """Do the steps of a run that another process leads; its end is ours."""
+    configure_logging("WARNING")
+    warnings.simplefilter("ignore", FutureWarning)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    leader = os.getppid()
+    try:
+        _train(SilentRunDirectory(run.path), StopRequest())
+    except Exception as error:  # noqa: BLE001 - the run's last word, whatever it was
+        time.sleep(_LEADER_SECONDS)
+        if os.getppid() == leader:
+            _fail(run, error)
+        return 1
+    return 0
+
+
+def _fail(run: RunDirectory, error: Exception) -> None:
+    """Say why a run has failed, unless another of its processes has said so."""
+    logger.error("%s", "".join(traceback.format_exception(error)))
+    run.release_space()
+    if fold(RunStatus(), run.read_events()[0]).state is not RunState.FAILED:
+        told = _as_told(error, run.path)
+        run.append_event("failed", code=told.code, message=told.message, hint=told.hint)
 
 
 def _train(run: RunDirectory, stop: StopRequest) -> None:

@@ -1,0 +1,129 @@
+"""Processes that train together, each on a device of its own; the first one leads.
+
+The leader is the run's worker: it alone holds the lock, hears signals, scores, and writes events and results. It starts the
+others, which do nothing but the steps. What torch and accelerate need to know of them stands in the environment, as from
+their own launchers.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import distributed
+
+from sage.common.errors import ConfigError
+from sage.libs.finetune.rundir import RANK_VARIABLE, RunDirectory
+
+#: Others wait for as long as the leader tokenises or scores.
+_PATIENCE = timedelta(days=30)
+_LOOK_SECONDS = 0.5
+
+
+class Team:
+    """The processes of a run, seen from one of them. A team of one does nothing."""
+
+    def __init__(self, run: RunDirectory, size: int) -> None:
+        """Raises ConfigError where there are too few GPUs."""
+        self.rank, self.size = int(os.environ.get(RANK_VARIABLE, "0")), size
+        self._run, self._others, self._control = run, list[subprocess.Popen[bytes]](), None
+        if torch.cuda.is_available() and size > torch.cuda.device_count():
+            raise ConfigError(
+                code="too_few_gpus",
+                message=f"num_processes={size}, but this machine has {torch.cuda.device_count()} GPUs.",
+                hint="Give as many processes as GPUs, or fewer.",
+                param="num_processes",
+            )
+        if size > 1 and not torch.cuda.is_available():
+            torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        if size > 1 and self.leads:
+            self._start_others()
+        elif size > 1:
+            leader = os.getppid()
+            self._watch(lambda: os._exit(1) if os.getppid() != leader else None)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that decides."""
+        return self.rank == 0
+
+    def agree(self, value: Any) -> Any:
+        """Return the leader's value in every process; each of them must ask."""
+        if self.size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0, group=self._group())
+        return values[0]
+
+    def total(self, values: list[int]) -> list[int]:
+        """Return the sums over all processes; each of them must ask."""
+        if self.size == 1:
+            return values
+        sums = torch.tensor(values)
+        distributed.all_reduce(sums, group=self._group())
+        return [int(value) for value in sums]
+
+    def wait(self) -> None:
+        """Return once every process is here."""
+        if self.size > 1:
+            distributed.barrier(group=self._group())
+
+    def check(self) -> None:
+        """End this process where one of the others is gone, and say so."""
+        if self._others:
+            time.sleep(_LOOK_SECONDS)
+            self._check_others()
+
+    def close(self) -> None:
+        """End the others."""
+        others, self._others = self._others, []
+        for process in others:
+            process.kill()
+            process.wait()
+
+    def _group(self) -> Any:
+        """Return the group for messages, made once all are there; tensors of the model have another one."""
+        if self._control is None:
+            PartialState(cpu=not torch.cuda.is_available())
+            self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        return self._control
+
+    def _start_others(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(self.size)}
+        os.environ.update(meeting, RANK="0", LOCAL_RANK="0")
+        for rank in map(str, range(1, self.size)):
+            argv = [sys.executable, "-m", "sage.libs.finetune.worker", str(self._run.path)]
+            mine = {RANK_VARIABLE: rank, "RANK": rank, "LOCAL_RANK": rank}
+            self._others.append(subprocess.Popen(argv, env={**os.environ, **mine}))
+        self._watch(self._check_others)
+
+    def _check_others(self) -> None:
+        """Fail where one of the others has gone: the steps wait for it for ever."""
+        for process in self._others:
+            code = process.poll()
+            if code in (None, 0) or not self._others:
+                continue
+            if code and code < 0:  # else it has said itself why
+                told = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
+                self._run.append_event("failed", code="worker_died", message=told, hint="`resume` goes on.")
+            self.close()
+            os._exit(1)
+
+    @staticmethod
+    def _watch(look: Callable[[], object]) -> None:
+        def watch() -> None:
+            while True:
+                look()
+                time.sleep(_LOOK_SECONDS)
+
+        threading.Thread(target=watch, daemon=True).start()

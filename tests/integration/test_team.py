@@ -1,0 +1,56 @@
+"""Several processes that train together; here they share the CPU, and talk as GPUs do."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support import HELDOUT, wait_for
+from training import TinyRun
+
+from sage.libs.finetune.status import RunState
+
+OPTIONS: dict[str, Any] = {"precision": "fp32", "max_steps": 8, "save_steps": 100, "lora_dropout": 0.0}
+
+
+def others(run: TinyRun) -> list[psutil.Process]:
+    leader = run.manager.process(run.task_id)
+    return psutil.Process(leader.pid).children() if leader else []
+
+
+def test_two_processes_learn_what_one_does_of_batches_twice_as_large(tiny_model: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "gradient_accumulation_steps": 2, "eval_path": str(HELDOUT), "eval_steps": 4}
+    one = TinyRun(tiny_model, tmp_path / "one", **options, batch_size=4).start().completed()
+    two = TinyRun(tiny_model, tmp_path / "two", **options, batch_size=2, num_processes=2).start().completed()
+    assert two.losses() == pytest.approx(one.losses(), rel=1e-3)
+    assert two.status.heldout_loss == pytest.approx(one.status.heldout_loss, rel=1e-3)
+    accuracies = [[event["token_accuracy"] for event in run.events("step")] for run in (one, two)]
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=0.02)
+    assert two.status.total_steps == one.status.total_steps
+    assert len(two.events("finished")) == len(two.events("started")) == 1
+
+
+def test_a_stopped_team_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "pack_tokens": 300, "num_processes": 2}
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    cut = TinyRun(tiny_model, tmp_path / "cut", **options).start().at_step(3)
+    cut.manager.stop(cut.task_id)
+    assert cut.until_ended().state is RunState.STOPPED
+    cut.manager.resume(cut.task_id)
+    assert cut.completed().losses() == whole.losses()
+    assert cut.adapter_bytes() == whole.adapter_bytes()
+
+
+@pytest.mark.parametrize("victim", ["leader", "follower"])
+def test_none_outlives_another(tiny_model: Path, tmp_path: Path, victim: str) -> None:
+    run = TinyRun(tiny_model, tmp_path / "out", **{**OPTIONS, "max_steps": 500}, num_processes=2).start().at_step(2)
+    (follower,) = others(run)
+    leader = run.manager.process(run.task_id)
+    assert leader
+    os.kill(follower.pid if victim == "follower" else leader.pid, signal.SIGKILL)
+    status = run.until_ended()
+    assert status.state is RunState.FAILED
+    assert status.code == "worker_died"
+    wait_for(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, "the follower to leave")
