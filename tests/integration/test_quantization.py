@@ -20,7 +20,7 @@ def test_a_quantised_base_learns_and_goes_on_exactly(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ASIDE))
     make_tiny_model(tmp_path / "model", width=128)
-    options = {"quantization": quantization, "eval_path": str(HELDOUT), "precision": "fp32", "max_steps": 6}
+    options = {"quantization": quantization, "eval_path": str(HELDOUT), "max_steps": 6}
     whole = TinyRun(tmp_path / "model", tmp_path / "whole", **options).start().completed()
     (started,) = whole.events("started")
     assert f"{quantization} base (bitsandbytes)" in started["precision"]

@@ -12,7 +12,7 @@ from training import TinyRun
 
 from sage.libs.finetune.status import RunState
 
-OPTIONS: dict[str, Any] = {"precision": "fp32", "max_steps": 8, "save_steps": 100, "lora_dropout": 0.0}
+OPTIONS: dict[str, Any] = {"max_steps": 8, "save_steps": 100, "lora_dropout": 0.0}
 
 
 def others(run: TinyRun) -> list[psutil.Process]:

@@ -162,7 +162,7 @@ def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
     tmp_path: Path, sage_home: Path, batching: dict[str, Any]
 ) -> None:
     make_tiny_model(tmp_path / "model", width=256, layers=4)
-    options = {**batching, "max_steps": 3, "precision": "fp32"}
+    options = {**batching, "max_steps": 3}
     roomy = TinyRun(tmp_path / "model", tmp_path / "roomy", **options).start().completed()
     run = TinyRun(tmp_path / "model", tmp_path / "tight", **options)
     said = limited(run, sage_home, 48)
@@ -176,7 +176,7 @@ def test_a_container_s_limit_halves_the_micro_batch_where_it_would_kill(
     tmp_path: Path, sage_home: Path, cgroup: Path
 ) -> None:
     make_tiny_model(tmp_path / "model", width=256, layers=4)
-    run = TinyRun(tmp_path / "model", tmp_path / "tight", batch_size=32, max_steps=3, precision="fp32")
+    run = TinyRun(tmp_path / "model", tmp_path / "tight", batch_size=32, max_steps=3)
     said = limited(run, sage_home, 90, cgroup)
     assert run.status.state is RunState.COMPLETED, said[-3000:]
     assert run.status.halvings >= 1
@@ -186,7 +186,7 @@ def test_a_container_s_limit_halves_the_micro_batch_where_it_would_kill(
 def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path, checkpointing: str) -> None:
     make_tiny_model(tmp_path / "model", width=768, layers=8)
     data = write_jsonl(tmp_path / "long.jsonl", [chat_record("words " * 150, "answers " * 100)] * 2)
-    options = {"dataset_path": str(data), "batch_size": 2, "max_steps": 2, "precision": "fp32"}
+    options = {"dataset_path": str(data), "batch_size": 2, "max_steps": 2}
     run = TinyRun(tmp_path / "model", tmp_path / "out", **options, gradient_checkpointing=checkpointing)
     said = limited(run, sage_home, 64)
     if checkpointing == "auto":
@@ -290,7 +290,7 @@ def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tm
 
 @pytest.mark.parametrize("fast_kernels", ["auto", "off"])
 def test_noise_on_embeddings_is_of_each_sample_s_own_length(tiny_model: Path, tmp_path: Path, fast_kernels: str) -> None:
-    run = TinyRun(tiny_model, tmp_path / "out", neftune_noise_alpha=5, fast_kernels=fast_kernels, precision="fp32")
+    run = TinyRun(tiny_model, tmp_path / "out", neftune_noise_alpha=5, fast_kernels=fast_kernels)
     training = TrainingRun(RunDirectory(run.path), StopRequest())
     table = decoder(training.model).get_input_embeddings()
     added: list[torch.Tensor] = []
@@ -307,3 +307,25 @@ def test_noise_on_embeddings_is_of_each_sample_s_own_length(tiny_model: Path, tm
     training.model.eval()
     training.model(**batch, use_cache=False)
     assert not added[1].any()
+
+
+@pytest.mark.parametrize("batching", [{"batch_size": 4}, {"pack_tokens": 300}])
+def test_a_streamed_dataset_is_learnt_and_gone_on_with_exactly(
+    tiny_model: Path, tmp_path: Path, sage_home: Path, batching: dict[str, Any]
+) -> None:
+    options = {**batching, "streaming": True, "max_steps": 20, "save_steps": 100}
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    cut = TinyRun(tiny_model, tmp_path / "cut", **options).start().at_step(12)
+    cut.manager.stop(cut.task_id)
+    assert cut.until_ended().state is RunState.STOPPED
+    cut.manager.resume(cut.task_id)
+    assert cut.completed().losses() == whole.losses()
+    assert whole.losses()[20] < whole.losses()[1]
+    assert not list(sage_home.rglob("tokens.bin"))
+
+
+def test_a_fault_in_a_stream_is_named_where_it_stands(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", [chat_record("Is it?", "Yes.")] * 300)
+    run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(data), streaming=True, max_steps=400)
+    data.write_text(data.read_text() + "{broken\n")
+    assert "data.jsonl:301: not valid JSON" in str(run.start().until_ended().message)

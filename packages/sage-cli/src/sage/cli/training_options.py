@@ -39,6 +39,7 @@ OPTIONS = (
     TrainingOption("early_stopping_patience", int, None, "End after so many scores no better than the best."),
     TrainingOption("sample_prompts", list[str], None, "A question to answer at every score; repeatable.", "--sample-prompt"),
     TrainingOption("keep_best", bool, False, "The result is what had the best score.", "--keep-best"),
+    TrainingOption("streaming", bool, False, "Tokenise samples as they are needed.", "--streaming"),
     TrainingOption("num_epochs", int, 3, "Passes over the dataset."),
     TrainingOption("max_steps", int, None, "Optimizer steps; overrides --num-epochs."),
     TrainingOption("batch_size", int, 4, "Samples per micro-batch."),

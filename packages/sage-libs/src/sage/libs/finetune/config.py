@@ -19,7 +19,7 @@ _OF_LORA = (
 #: What belongs to learning from answers.
 _OF_SFT = (
     "train_on", "pack_tokens", "eval_path", "eval_split", "eval_steps", "early_stopping_patience", "sample_prompts",
-    "keep_best", "neftune_noise_alpha", "loraplus_lr_ratio", "num_processes",
+    "keep_best", "streaming", "neftune_noise_alpha", "loraplus_lr_ratio", "num_processes",
 )  # fmt: skip
 
 
@@ -79,6 +79,7 @@ class FinetuneConfig(BaseModel):
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
     num_processes: int = Field(1, ge=1, le=64, description="Processes that train together, each on a GPU of its own.")
     max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
+    streaming: bool = Field(False, description="Tokenise samples as they are needed, in the order of the files.")
     eval_path: str | None = Field(None, description="Held-out samples, scored before the first step and at the end.")
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset held out instead of eval_path.")
     eval_steps: int | None = Field(None, ge=1, description="Score the held-out samples every so many steps as well.")
@@ -137,6 +138,14 @@ class FinetuneConfig(BaseModel):
             raise ValueError("method grpo needs a reward_file, and no other method takes one")
         if self.method == "grpo" and self.batch_size * self.gradient_accumulation_steps % self.num_generations:
             raise ValueError("batch_size times gradient_accumulation_steps must be a multiple of num_generations")
+        return self
+
+    @model_validator(mode="after")
+    def _stream_has_no_end(self) -> "FinetuneConfig":
+        if self.streaming and not self.max_steps:
+            raise ValueError("streaming needs max_steps: how many samples there are is not known")
+        if self.streaming and (self.eval_split or self.num_processes > 1 or any(s.weight != 1 for s in self.sources)):
+            raise ValueError("streaming takes no eval_split, no weights and one process")
         return self
 
     @model_validator(mode="after")

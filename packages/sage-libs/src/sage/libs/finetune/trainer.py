@@ -21,6 +21,7 @@ from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.checkpoints import latest_good
 from sage.libs.finetune.data.mixing import Mixture, weighed
 from sage.libs.finetune.data.store import StoredSamples, stored
+from sage.libs.finetune.data.streaming import StreamedPacks
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder, ensure_chat_template
 from sage.libs.finetune.export import export_result
 from sage.libs.finetune.heldout import HeldOut
@@ -73,6 +74,14 @@ class TrainingRun:
 
     def _load_data(self) -> None:
         config = self.config
+        self.micro_batch = 1 if config.pack_tokens else config.batch_size
+        self.samples: int | None = None
+        if config.streaming:
+            paths = [source.path for source in config.sources]
+            self.packs: Packs | StreamedPacks = StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed)
+            heldout = self._encode(Path(config.eval_path)) if config.eval_path else []
+            self.heldout = HeldOut(self.run, config, heldout, self.stop.check)
+            return
         try:
             train_data, heldout = self._read_data()
         except StopRequested:  # the result is the model as it is
@@ -80,7 +89,6 @@ class TrainingRun:
         self.heldout = HeldOut(self.run, config, heldout, self.stop.check)
         self.packs = Packs(train_data or [], self._groups(train_data))
         self.samples = len(train_data or [])
-        self.micro_batch = 1 if config.pack_tokens else config.batch_size
 
     def _load_model(self, folder: Path, adapter: Path | None) -> None:
         config = self.config
@@ -175,8 +183,7 @@ class TrainingRun:
 
     def _encode(self, path: Path) -> StoredSamples:
         self._tell(f"reading {path}")
-        encoder = Encoder(self.tokenizer, self.config.max_seq_length, self.config.train_on)
-        samples = stored(path, encoder, self._tell_unless_stopped)
+        samples = stored(path, self._encoder(), self._tell_unless_stopped)
         if samples.facts.truncated:
             self._warn(
                 f"{samples.facts.truncated} of {samples.facts.samples} samples in {path} are longer than "
@@ -184,6 +191,9 @@ class TrainingRun:
                 "dropped."
             )
         return samples
+
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.config.max_seq_length, self.config.train_on)
 
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         if self.config.fast_kernels == "off":
@@ -277,9 +287,12 @@ class TrainingRun:
 
     def _total_steps(self) -> int:
         """Return how many optimizer steps the run has, as the Trainer counts them."""
+        if self.config.max_steps:
+            return self.config.max_steps
+        assert isinstance(self.packs, Packs)
         micro_batches = math.ceil(len(self.packs) / self.micro_batch)
         steps_per_epoch = math.ceil(math.ceil(micro_batches / self.team.size) / self.config.gradient_accumulation_steps)
-        return self.config.max_steps or steps_per_epoch * self.config.num_epochs
+        return steps_per_epoch * self.config.num_epochs
 
     def _checkpoint(self) -> tuple[str | None, int]:
         """Return the folder of the checkpoint to go on from and its step; (None, 0) at the beginning."""
