@@ -44,6 +44,7 @@ class Run:
     other_seconds: float  #: start-up, loading, saving
     peak_bytes: int
     adapter: Path
+    heldout_loss: float | None = None  #: measured for the first run of a row
 
 
 class Bench:
@@ -147,7 +148,7 @@ def measured(argv: list[str], environment: Mapping[str, str] = MappingProxyType(
 
 
 def main() -> None:
-    """Run the rows turn by turn; write results as JSON, a table and a picture."""
+    """Run the rows turn by turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/bench"))
     parser.add_argument("--work", type=Path, default=Path(".bench"))
@@ -160,7 +161,14 @@ def main() -> None:
     for turn in range(arguments.rounds):
         for name, done in runs.items():
             done.append(ROWS[name][1](bench))
+            if not turn:
+                done[0].heldout_loss = bench.heldout_loss(done[0].adapter)
             print(f"round {turn + 1}: {name}: {done[-1].train_seconds:.1f} s", file=sys.stderr, flush=True)
+        write(arguments.out, runs, bench)  # after every round: what was measured stays, whatever comes
+
+
+def write(out: Path, runs: dict[str, list[Run]], bench: Bench) -> None:
+    """Write results as JSON, a table and a picture."""
     rows = [row(name, done, bench) for name, done in runs.items()]
     machine = {
         "processor": processor(), "cores": os.cpu_count(), "bf16": bool(torch.cpu.get_capabilities().get("avx512_bf16")),
@@ -168,12 +176,10 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")}, "tokens": bench.tokens,
     }  # fmt: skip
     details = {name: [{**asdict(run), "adapter": None} for run in done] for name, done in runs.items()}
-    arguments.out.with_suffix(".json").write_text(
-        json.dumps({"machine": machine, "rows": rows, "runs": details}, indent=1) + "\n"
-    )
-    arguments.out.with_suffix(".md").write_text(table(rows, machine))
-    arguments.out.with_suffix(".svg").write_text(picture(rows))
-    print(table(rows, machine))
+    out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows, "runs": details}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(rows, machine))
+    out.with_suffix(".svg").write_text(picture(rows))
+    print(table(rows, machine), flush=True)
 
 
 def row(name: str, runs: list[Run], bench: Bench) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def row(name: str, runs: list[Run], bench: Bench) -> dict[str, Any]:
         "tokens_per_second": round(bench.tokens / train),
         "peak_gb": round(max(run.peak_bytes for run in runs) / 1e9, 2),
         "other_seconds": round(statistics.median(run.other_seconds for run in runs), 1),
-        "heldout_loss": bench.heldout_loss(runs[0].adapter),
+        "heldout_loss": runs[0].heldout_loss,
     }
 
 

@@ -9,6 +9,7 @@ from support import SAMPLES, wait_for
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.finetune.rundir import Event
 from sage.libs.finetune.status import RunState, RunStatus
+from sage.libs.finetune.stopping import StopRequest
 
 ENDED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
 
@@ -30,6 +31,16 @@ class TinyRun:
     def start(self) -> "TinyRun":
         self.manager.start(self.task_id)
         return self
+
+    def trained(self) -> "TinyRun":
+        """Carry it out in this process, which has imported long ago what a worker takes seconds to import."""
+        run, stop = self.manager.run_directory(self.task_id), StopRequest()
+        if self.config.method == "sft":
+            from sage.libs.finetune.trainer import TrainingRun as Run
+        else:
+            from sage.libs.finetune.preference import PreferenceRun as Run
+        Run(run, stop).train()
+        return self.completed()
 
     @property
     def status(self) -> RunStatus:

@@ -42,7 +42,7 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(tiny_model: Path, tmp_path: P
     run.manager.resume(run.task_id)
     run.completed()
     assert run.events("started")[-1]["step"] == saved
-    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
@@ -59,14 +59,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_model: Path, tm
     run.completed()
     assert any(newer.name in warning for warning in run.status.warnings)
     assert run.events("started")[-1]["step"] == int(older.name.split("-")[1])
-    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
 @pytest.mark.timeout(900)  # twenty-one processes import torch
 def test_twenty_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
     options = {"save_steps": 4, "max_steps": 300, "pack_tokens": 256, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}
-    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     chance = random.Random(4)
     run = TinyRun(tiny_model, tmp_path / "out", **options).start()
     for turn, step in enumerate(sorted(chance.sample(range(1, 260), 20))):

@@ -154,7 +154,7 @@ def test_a_model_that_does_not_load_fails_the_command_with_the_reason(tiny_model
 def test_adapters_of_ours_and_of_peft_s_are_served_as_peft_itself_answers(
     tiny_model: Path, tmp_path: Path, client: openai.OpenAI
 ) -> None:
-    ours = TinyRun(tiny_model, tmp_path / "ours", max_steps=40).start().completed().output
+    ours = TinyRun(tiny_model, tmp_path / "ours", max_steps=40).trained().output
     torch.manual_seed(1)
     trained: Any = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),

@@ -43,7 +43,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_was(
     tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str
 ) -> None:
     steps = {"max_steps": 8, "save_steps": 100}
-    whole = TinyRun(tiny_model, tmp_path / "whole", **options[method], **steps).start().completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options[method], **steps).trained()
     cut = TinyRun(tiny_model, tmp_path / "cut", **options[method], **steps).start().at_step(2)
     cut.manager.stop(cut.task_id)
     status = cut.until_ended()
@@ -62,7 +62,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_was(
 
 @pytest.mark.parametrize("method", ["orpo", "kto"])
 def test_a_method_of_trl_s_learns(tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str) -> None:
-    run = TinyRun(tiny_model, tmp_path / "out", **options[method], max_steps=4).start().completed()
+    run = TinyRun(tiny_model, tmp_path / "out", **options[method], max_steps=4).trained()
     losses = run.losses()
     assert len(losses) == run.status.total_steps == 4
     assert losses[4] < losses[1]
@@ -74,8 +74,8 @@ def test_a_method_of_trl_s_learns(tiny_model: Path, tmp_path: Path, options: dic
 def test_preferences_are_learnt_on_top_of_answers(
     tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]]
 ) -> None:
-    first = TinyRun(tiny_model, tmp_path / "first", max_steps=2).start().completed()
-    second = TinyRun(first.output, tmp_path / "second", **options["dpo"], max_steps=3).start().completed()
+    first = TinyRun(tiny_model, tmp_path / "first", max_steps=2).trained()
+    second = TinyRun(first.output, tmp_path / "second", **options["dpo"], max_steps=3).trained()
     assert second.losses()[1] == pytest.approx(0.6931, abs=1e-3)  # the reference is the adapter, not the bare base
     config = json.loads((second.output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_model)

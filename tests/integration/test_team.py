@@ -22,7 +22,7 @@ def others(run: TinyRun) -> list[psutil.Process]:
 
 def test_two_processes_learn_what_one_does_of_batches_twice_as_large(tiny_model: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "gradient_accumulation_steps": 2, "eval_path": str(HELDOUT), "eval_steps": 4}
-    one = TinyRun(tiny_model, tmp_path / "one", **options, batch_size=4).start().completed()
+    one = TinyRun(tiny_model, tmp_path / "one", **options, batch_size=4).trained()
     two = TinyRun(tiny_model, tmp_path / "two", **options, batch_size=2, num_processes=2).start().completed()
     assert two.losses() == pytest.approx(one.losses(), rel=1e-3)
     assert two.status.heldout_loss == pytest.approx(one.status.heldout_loss, rel=1e-3)

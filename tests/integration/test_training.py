@@ -32,7 +32,7 @@ def options(variant: str, tmp_path: Path) -> dict[str, object]:
 
 
 def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Path, tmp_path: Path) -> None:
-    run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT), save_steps=5).start().completed()
+    run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT), save_steps=5).trained()
     names = {file.name for file in run.output.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "sage_run.json"} <= names
     story = run.run_file()
@@ -45,7 +45,7 @@ def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Pa
         assert steps[-1][key] is not None
     assert [event["eta_seconds"] is None for event in steps] == [True] * 9 + [False] * 3
     [started] = run.events("started")
-    assert "bitsandbytes" in started["precision"]
+    assert "base not in 8 bits" in started["precision"]
     assert sorted(path.name for path in run.path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
     assert "step 12/12" in "\n".join(run.manager.logs(run.task_id))
 
@@ -53,7 +53,7 @@ def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Pa
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path, variant: str) -> None:
     chosen = options(variant, tmp_path)
-    whole = TinyRun(tiny_model, tmp_path / "whole", **chosen).start().completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", **chosen).trained()
     parts = TinyRun(tiny_model, tmp_path / "parts", **chosen).start().at_step(3)
     parts.manager.stop(parts.task_id)
     stopped = parts.until_ended()
@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path, var
 
 
 def test_a_killed_worker_resumes_from_its_last_complete_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
-    whole = TinyRun(tiny_model, tmp_path / "whole", save_steps=4).start().completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", save_steps=4).trained()
     run = TinyRun(tiny_model, tmp_path / "out", save_steps=4).start()
     wait_for(lambda: run.status.step >= 6 and run.status.checkpoint_step, "a checkpoint and more")
     process = run.manager.process(run.task_id)
@@ -103,9 +103,9 @@ def test_a_stop_that_comes_before_the_first_step_leaves_a_model_that_loads(tiny_
 
 
 def test_a_run_goes_on_from_another_run_s_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
-    whole = TinyRun(tiny_model, tmp_path / "whole", save_steps=5, keep_checkpoints=9).start().completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", save_steps=5, keep_checkpoints=9).trained()
     checkpoint = str(whole.path / "checkpoint-5")
-    run = TinyRun(tiny_model, tmp_path / "out", resume_from_checkpoint=checkpoint).start().completed()
+    run = TinyRun(tiny_model, tmp_path / "out", resume_from_checkpoint=checkpoint).trained()
     assert run.losses() == {step: loss for step, loss in whole.losses().items() if step > 5}
     assert run.adapter_bytes() == whole.adapter_bytes()
     with pytest.raises(NotFound, match="is not a checkpoint"):
@@ -113,7 +113,7 @@ def test_a_run_goes_on_from_another_run_s_checkpoint(tiny_model: Path, tmp_path:
 
 
 def test_a_run_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_path: Path) -> None:
-    run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT)).start().completed()
+    run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT)).trained()
     adapter, measured = run.adapter_bytes(), run.run_file()["metrics"]
     events = run.path / "events.jsonl"
     kept = [line for line in events.read_text().splitlines() if '"finished"' not in line]
@@ -177,7 +177,7 @@ def test_what_fails_in_training_says_what_and_keeps_what_was_saved(tiny_model: P
 
 
 def test_an_eval_split_is_held_out_and_the_same_each_time(tiny_model: Path, tmp_path: Path) -> None:
-    runs = [TinyRun(tiny_model, tmp_path / name, eval_split=0.25, max_steps=2).start().completed() for name in "ab"]
+    runs = [TinyRun(tiny_model, tmp_path / name, eval_split=0.25, max_steps=2).trained() for name in "ab"]
     started = [run.events("started")[0] for run in runs]
     assert started[0]["heldout_samples"] == 23
     assert started[0]["samples"] == 92 - 23

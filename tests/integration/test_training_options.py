@@ -62,7 +62,7 @@ def adapter(run: TinyRun) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def test_peft_s_options_reach_the_adapter(tiny_model: Path, tmp_path: Path) -> None:
     options = {"exclude_modules": ["q_proj"], "modules_to_save": ["norm"], "use_rslora": True, "loraplus_lr_ratio": 4}
-    run = TinyRun(tiny_model, tmp_path / "out", **options, max_steps=1, warmup_steps=0).start().completed()
+    run = TinyRun(tiny_model, tmp_path / "out", **options, max_steps=1, warmup_steps=0).trained()
     config, weights = adapter(run)
     assert config["use_rslora"] is True
     assert "base_model.model.model.norm.weight" in weights
@@ -73,10 +73,10 @@ def test_peft_s_options_reach_the_adapter(tiny_model: Path, tmp_path: Path) -> N
 
 
 def test_an_adapter_is_trained_on(tiny_model: Path, tmp_path: Path) -> None:
-    first = TinyRun(tiny_model, tmp_path / "first", lora_rank=4).start().completed()
+    first = TinyRun(tiny_model, tmp_path / "first", lora_rank=4).trained()
     steady = {"lr_scheduler": "constant", "warmup_steps": 0, "learning_rate": 1e-6}
-    again = TinyRun(tiny_model, tmp_path / "again", max_steps=1, **steady).start().completed()
-    second = TinyRun(first.output, tmp_path / "second", max_steps=1, **steady).start().completed()
+    again = TinyRun(tiny_model, tmp_path / "again", max_steps=1, **steady).trained()
+    second = TinyRun(first.output, tmp_path / "second", max_steps=1, **steady).trained()
     assert second.losses()[1] < again.losses()[1]  # of the same samples
     config, weights = adapter(second)
     assert config["r"] == 4
@@ -90,7 +90,7 @@ def test_an_adapter_is_trained_on(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_dora_trains_magnitudes(tiny_model: Path, tmp_path: Path) -> None:
-    run = TinyRun(tiny_model, tmp_path / "out", use_dora=True, max_steps=2).start().completed()
+    run = TinyRun(tiny_model, tmp_path / "out", use_dora=True, max_steps=2).trained()
     config, weights = adapter(run)
     assert config["use_dora"] is True
     assert any("lora_magnitude_vector" in name for name in weights)
@@ -102,7 +102,7 @@ def test_a_run_that_gets_no_better_ends_and_keeps_the_best_adapter(tiny_model: P
         tiny_model, tmp_path / "out", dataset_path=str(few), eval_path=str(HELDOUT), learning_rate=0.3, warmup_steps=0,
         lr_scheduler="constant", max_steps=60, eval_steps=2, early_stopping_patience=2, keep_best=True, keep_checkpoints=1,
         sample_prompts=["Who are you?"],
-    ).start().completed()  # fmt: skip
+    ).trained()  # fmt: skip
     losses = {event["step"]: event["loss"] for event in run.events("eval")}
     assert all(later - earlier == 2 for earlier, later in pairwise(losses))
     best = min((step for step in losses if step), key=lambda step: losses[step])
@@ -163,7 +163,7 @@ def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
 ) -> None:
     make_tiny_model(tmp_path / "model", width=256, layers=4)
     options = {**batching, "max_steps": 3}
-    roomy = TinyRun(tmp_path / "model", tmp_path / "roomy", **options).start().completed()
+    roomy = TinyRun(tmp_path / "model", tmp_path / "roomy", **options).trained()
     run = TinyRun(tmp_path / "model", tmp_path / "tight", **options)
     said = limited(run, sage_home, 48)
     assert run.status.state is RunState.COMPLETED, said[-3000:]
@@ -248,7 +248,7 @@ def test_full_fine_tuning_leaves_a_model_that_loads_and_goes_on_exactly(tiny_mod
         "finetuning_type": "full", "learning_rate": 1e-3, "max_steps": 8, "save_steps": 4, "eval_path": str(HELDOUT),
         "eval_steps": 4, "keep_best": True,
     }  # fmt: skip
-    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     cut = TinyRun(tiny_model, tmp_path / "cut", **options).start().at_step(2)
     cut.manager.stop(cut.task_id)
     assert cut.until_ended().state is RunState.STOPPED
@@ -309,12 +309,9 @@ def test_noise_on_embeddings_is_of_each_sample_s_own_length(tiny_model: Path, tm
     assert not added[1].any()
 
 
-@pytest.mark.parametrize("batching", [{"batch_size": 4}, {"pack_tokens": 300}])
-def test_a_streamed_dataset_is_learnt_and_gone_on_with_exactly(
-    tiny_model: Path, tmp_path: Path, sage_home: Path, batching: dict[str, Any]
-) -> None:
-    options = {**batching, "streaming": True, "max_steps": 20, "save_steps": 100}
-    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+def test_a_streamed_dataset_is_learnt_and_gone_on_with_exactly(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
+    options = {"pack_tokens": 300, "streaming": True, "max_steps": 20, "save_steps": 100}
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     cut = TinyRun(tiny_model, tmp_path / "cut", **options).start().at_step(12)
     cut.manager.stop(cut.task_id)
     assert cut.until_ended().state is RunState.STOPPED

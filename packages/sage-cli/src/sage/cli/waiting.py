@@ -1,7 +1,10 @@
 """Waiting for an engine, with something to look at."""
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import typer
 
@@ -40,25 +43,38 @@ def failure(engine: EngineView) -> EngineError:
 
 
 def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], bool]) -> EngineView:
-    with ProgressBar(engine_id) as bar:
+    with ProgressBar(engine_id) as bar, _interrupts_noted() as interrupted:
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
+        while not interrupted.is_set():
             try:
                 engine = client.get_engine(engine_id)
             except GatewayUnreachable:
                 if time.monotonic() > deadline:
                     raise
-            except KeyboardInterrupt:
-                raise _left(engine_id) from None
             else:
                 deadline = time.monotonic() + _PATIENCE_SECONDS
                 _show(bar, engine)
                 if is_done(engine):
                     return engine
-            try:
-                time.sleep(_POLL_SECONDS)
-            except KeyboardInterrupt:
-                raise _left(engine_id) from None
+            interrupted.wait(_POLL_SECONDS)
+    raise _left(engine_id)
+
+
+@contextlib.contextmanager
+def _interrupts_noted() -> Iterator[threading.Event]:
+    """Note Ctrl-C for the length of the block, where as an exception it could be lost in a finalizer; twice is at once."""
+    noted = threading.Event()
+
+    def note(*_: object) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _show(bar: ProgressBar, engine: EngineView) -> None:
