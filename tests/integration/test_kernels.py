@@ -22,6 +22,7 @@ from transformers import (
 
 from sage.libs.finetune.batching import PackedCollator, PaddedCollator
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
+from sage.libs.finetune.kernels.attention import Shape, fused_attention, packed_attention
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss, completion_loss
 
@@ -212,3 +213,22 @@ def test_kernels_step_aside_for_generation() -> None:
         after = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert before.tolist() == after.tolist()
     gradients(model, [samples()], kernels)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_gpu_s_attention_is_ours(turned: bool) -> None:
+    """The path of a GPU, in numbers that a CPU computes in."""
+    torch.manual_seed(0)
+    shape, bounds, tokens = Shape(heads=6, key_heads=2, width=16, scaling=0.3), [0, 5, 12, 49], 64
+    angles = torch.rand(tokens, shape.width // 2, dtype=torch.float64).repeat(1, 2)
+    rotary = (angles.cos(), angles.sin()) if turned else None
+    given = torch.randn(tokens, (shape.heads + 2 * shape.key_heads) * shape.width, dtype=torch.float64)
+    results = []
+    for attend in (packed_attention, fused_attention):
+        columns = given.clone().requires_grad_()
+        outputs = attend(columns, rotary, bounds, shape)
+        outputs.square().sum().backward()
+        assert columns.grad is not None
+        results.append((outputs.detach(), columns.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
@@ -25,7 +26,9 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    base = load_causal_lm(folder, dtype, **_quantised(precision, dtype))
+    # On its device before anything takes hold of its weights: kernels see them as parts of larger ones.
+    place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
+    base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
     if not torch.cuda.is_available():
         # Loaded weights are views of the mapped file, all of which counts as the process's own until none is left.

@@ -6,6 +6,7 @@ cut into blocks of queries, which bounds the memory. Grouped heads share their k
 
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,40 @@ def packed_attention(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bo
     rotary: cosines and sines, (tokens, width), by which queries and keys are turned; None: they are already.
     bounds: where each sample begins, and where the last one ends.
     """
+    if projected.is_cuda and (shape.window is None or max(map(operator.sub, bounds[1:], bounds)) <= shape.window):
+        return fused_attention(projected, rotary, bounds, shape)
     return _PackedAttention.apply(projected, rotary, bounds, shape)
+
+
+def fused_attention(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: Sequence[int], shape: Shape) -> Tensor:
+    """Return what `packed_attention` does, through torch's own attention: on a GPU a kernel that holds no scores.
+
+    It knows no window.
+    """
+    columns = projected.view(projected.shape[0], -1, shape.width).transpose(0, 1)
+    turned, value = columns.split([shape.heads + shape.key_heads, shape.key_heads])
+    if rotary is not None:
+        cosine, sine = (angles[:, : shape.width // 2] for angles in rotary)
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    query, key = turned.split([shape.heads, shape.key_heads])
+    outputs = [
+        nn.functional.scaled_dot_product_attention(
+            *(states[None, :, start:stop] for states in (query, key, value)),
+            is_causal=True,
+            scale=shape.scaling,
+            enable_gqa=shape.groups > 1,
+        )[0]
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    joined = torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+    return nn.functional.pad(joined, (0, 0, 0, projected.shape[0] - bounds[-1]))
+
+
+@functools.lru_cache(maxsize=1)
+def bounds_of(cu_seq_lens: Tensor) -> list[int]:
+    """Return where samples begin and the last one ends; asked by every layer for one tensor, which a GPU is asked for once."""
+    return [int(bound) for bound in cu_seq_lens.tolist()]
 
 
 def attention_interface(
@@ -95,7 +129,7 @@ def attention_interface(
     shape = Shape(query.shape[1], key.shape[1], query.shape[3], scaling or query.shape[3] ** -0.5, sliding_window)
     tokens = query.shape[2]
     projected = torch.cat([states[0].transpose(0, 1).reshape(tokens, -1) for states in (query, key, value)], dim=1)
-    outputs = packed_attention(projected, None, cu_seq_lens_q.tolist(), shape)
+    outputs = packed_attention(projected, None, bounds_of(cu_seq_lens_q), shape)
     return outputs.view(1, tokens, shape.heads, shape.width), None
 
 

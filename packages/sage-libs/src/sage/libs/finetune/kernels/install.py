@@ -162,7 +162,7 @@ def _attention_forward(module: nn.Module) -> Forward | None:
         if head_norms:
             projected = _normed_heads(projected, head_norms, shape)
         rotary = position_embeddings[0][0], position_embeddings[1][0]
-        attended = attention.packed_attention(projected, rotary, cu_seq_lens_q.tolist(), shape)
+        attended = attention.packed_attention(projected, rotary, attention.bounds_of(cu_seq_lens_q), shape)
         return project(attended, outgoing)[None], None
 
     return forward
