@@ -39,14 +39,14 @@ unit: setup
 	$(BIN)/pytest tests/unit
 
 integration: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration tests/faults -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/integration -n 2
 
 e2e: setup
 	$(BIN)/pytest tests/e2e
 
 coverage: setup
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest tests/unit tests/integration tests/faults -n 2
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest tests/unit tests/faults tests/integration -n 2
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

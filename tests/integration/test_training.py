@@ -32,7 +32,7 @@ def options(variant: str, tmp_path: Path) -> dict[str, object]:
 
 
 def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Path, tmp_path: Path) -> None:
-    run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT), save_steps=5).trained()
+    run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT), save_steps=5).start().completed()
     names = {file.name for file in run.output.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "sage_run.json"} <= names
     story = run.run_file()
