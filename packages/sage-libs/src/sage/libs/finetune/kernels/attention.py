@@ -109,7 +109,7 @@ def fused_attention(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bou
 
 @functools.lru_cache(maxsize=1)
 def bounds_of(cu_seq_lens: Tensor) -> list[int]:
-    """Return where samples begin and the last one ends; asked by every layer for one tensor, which a GPU is asked for once."""
+    """Return where samples begin and the last one ends; every layer asks for one tensor, a GPU is asked for it once."""
     return [int(bound) for bound in cu_seq_lens.tolist()]
 
 
