@@ -107,6 +107,10 @@ class Bench:
 ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
     "sage-packed": ("SAGE, packed to 800 tokens", lambda b: b.ours(pack_tokens=PACK_TOKENS)),
     "sage": ("SAGE, by four samples", lambda b: b.ours()),
+    "sage-packed-bf16": (
+        "SAGE, packed to 800 tokens, bf16",
+        lambda b: b.ours(pack_tokens=PACK_TOKENS, precision="bf16"),
+    ),
     "sage-8bit": ("SAGE, packed to 800 tokens, 8-bit base", lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="8bit")),
     "sage-4bit": ("SAGE, packed to 800 tokens, 4-bit base", lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="4bit")),
     "sage-fp32": ("SAGE, by four samples, fp32", lambda b: b.ours(precision="fp32")),

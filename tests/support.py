@@ -76,7 +76,9 @@ def list_engines() -> dict[str, dict[str, Any]]:
     return {engine["id"]: engine for engine in json.loads(sage("llm", "engine", "list", "--json").stdout)}
 
 
-def make_tiny_model(folder: Path, *, width: int = 32, layers: int = 2) -> None:
+def make_tiny_model(
+    folder: Path, *, width: int = 32, layers: int = 2, dtype: Any = None, tie_word_embeddings: bool = False
+) -> None:
     """Make a random Qwen2, by default of some 100,000 parameters, with a tokenizer of our samples and Qwen's template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -94,10 +96,10 @@ def make_tiny_model(folder: Path, *, width: int = 32, layers: int = 2) -> None:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(fast), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tie_word_embeddings,
         eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id, bos_token_id=None,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config).to(dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -62,14 +62,13 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:
-    """Write the adapter, or the whole model in the numbers of the one that it was trained from."""
+    """Write the adapter, or the whole model, which from then on is in the numbers of the one that it was trained from."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
         return
-    dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    model.config.dtype, model.config.use_cache = dtype, True
-    model.save_pretrained(folder, state_dict=weights)
+    model.to(AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32)
+    model.config.use_cache = True
+    model.save_pretrained(folder)
 
 
 def _quantised(precision: Precision, dtype: torch.dtype) -> dict[str, Any]:

@@ -228,4 +228,4 @@ def ending(engine: Any) -> str:
     steps = f" at step {training.step} of {training.total_steps}" if training.total_steps else ""
     before, after = training.heldout_loss_before, training.heldout_loss
     heldout = f" Held-out loss {before:.4f} → {after:.4f}." if before is not None and after is not None else ""
-    return f"{engine.id} is {engine.state}{steps}: adapter in {engine.output_dir}{saved}.{heldout}"
+    return f"{engine.id} is {engine.state}{steps}: result in {engine.output_dir}{saved}.{heldout}"
