@@ -53,7 +53,7 @@ def test_training_outlives_the_gateway_and_is_adopted_by_the_next(tiny_model: Pa
     assert listed["training"]["step"] > before
     stopped = sage("llm", "engine", "stop", engine).stdout
     assert f"{engine} is stopped at step" in stopped
-    assert f"adapter in {tmp_path / 'out'}" in stopped
+    assert f"result in {tmp_path / 'out'}" in stopped
     assert "checkpoint " in stopped
     followed, _ = follower.communicate(timeout=60)
     log = events.with_name("worker.log").read_bytes()

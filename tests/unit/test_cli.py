@@ -85,7 +85,7 @@ def test_the_status_tells_the_reason_and_the_next_step() -> None:
 def test_an_ending_says_where_everything_is() -> None:
     training = progress(checkpoint_step=5, heldout_loss_before=3.0, heldout_loss=1.0)
     assert ending(view(state="stopped", training=training)) == (
-        "engine-a is stopped at step 5 of 10: adapter in /out, checkpoint /run/checkpoint-5. Held-out loss 3.0000 → 1.0000."
+        "engine-a is stopped at step 5 of 10: result in /out, checkpoint /run/checkpoint-5. Held-out loss 3.0000 → 1.0000."
     )
     assert ending(view(state="stopped", kind="llm")) == "engine-a is stopped."
 
