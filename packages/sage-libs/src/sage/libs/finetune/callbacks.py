@@ -17,6 +17,7 @@ from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.eta import ProgressMeter
 from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.loss import CompletionLoss
+from sage.libs.finetune.memory import give_back
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.finetune.team import Team
@@ -24,6 +25,8 @@ from sage.libs.finetune.team import Team
 logger = logging.getLogger(__name__)
 #: Training has diverged where the loss is this many times that of guessing, for so many steps in a row.
 _ASTRAY, _ASTRAY_STEPS = 1.5, 10
+#: Memory is given back every so many steps: at each of them it would take 4 % of the time, at every eighth 6 % less is held.
+_TIDY_STEPS = 8
 
 
 class RunCallback(TrainerCallback):
@@ -62,6 +65,8 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Save every so often, at the end and before a stop."""
+        if state.global_step % _TIDY_STEPS == 0:
+            give_back()
         control.should_training_stop |= self.team.agree(self.stop.requested)
         at_end = control.should_training_stop or state.global_step >= state.max_steps
         control.should_save = at_end or state.global_step % self.config.save_steps == 0

@@ -1,5 +1,6 @@
 """What to do where memory does not suffice."""
 
+import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,12 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory was asked for that is not there."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS)
+
+
+def give_back() -> None:
+    """Give the system the pages that nothing is left of; else the heap keeps them, and grows by what lies in between."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def refuse_beyond_limit() -> None:

@@ -25,6 +25,8 @@ from sage.libs.finetune.stopping import StopRequest
 logger = logging.getLogger(__name__)
 #: Less than this is free: whatever failed, it failed for want of space.
 _FULL_BYTES = 16 * 2**20
+#: transformers imports these where it finds them; nothing of them is used here, and they take a second and 120 MB.
+_UNUSED = ("datasets", "pandas", "scipy", "sklearn")
 #: A leader that is gone has been missed by then.
 _LEADER_SECONDS = 1.0
 
@@ -86,6 +88,7 @@ def _fail(run: RunDirectory, error: Exception) -> None:
 def _train(run: RunDirectory, stop: StopRequest) -> None:
     # Either imports torch, which takes seconds; signals are caught already.
     if run.read_spec().config.method == "sft":
+        sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # from here on they count as not installed
         from sage.libs.finetune.trainer import TrainingRun as Run
     else:
         from sage.libs.finetune.preference import PreferenceRun as Run
