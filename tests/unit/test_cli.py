@@ -7,11 +7,13 @@ import httpx
 import pytest
 from rich.console import Console
 
+from sage.cli.commands.apps import dataset
 from sage.cli.commands.apps.engine import Kind, ending
 from sage.cli.render import bar, engine_lines, engine_table, size
 from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
 from sage.common import errors
 from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.progress_bar import duration
 from sage.llm.client import AsyncSageClient, SageClient, calls
 from sage.llm.control_plane.types import SUPPORTED_ENGINE_KINDS, EngineView, TrainingProgress
@@ -26,6 +28,7 @@ def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
             assert option.default == fields[option.field].default, option.field
     assert set(PATH_FIELDS) <= set(fields)
     assert [kind.value for kind in Kind] == SUPPORTED_ENGINE_KINDS
+    assert [method.value for method in dataset.Method] == list(typing.get_args(Method))
 
 
 def test_names_of_modules_are_a_list_with_or_without_spaces_and_patterns_stay() -> None:

@@ -112,6 +112,10 @@ class FinetuneConfig(BaseModel):
         texts = self.dataset_path if isinstance(self.dataset_path, list) else [self.dataset_path]
         return [Source.parse(text) for text in texts]
 
+    def _given(self, names: tuple[str, ...]) -> list[str]:
+        """Return which of these options are not at their defaults."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
     @field_validator("dataset_path")
     @classmethod
     def _absolute_sources(cls, value: str | list[str]) -> str | list[str]:
@@ -124,15 +128,13 @@ class FinetuneConfig(BaseModel):
 
     @model_validator(mode="after")
     def _lora_options_need_lora(self) -> "FinetuneConfig":
-        given = [name for name in _OF_LORA if getattr(self, name) != type(self).model_fields[name].default]
-        if self.finetuning_type == "full" and given:
+        if self.finetuning_type == "full" and (given := self._given(_OF_LORA)):
             raise ValueError(f"finetuning_type full trains every weight: leave {', '.join(given)} away")
         return self
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> "FinetuneConfig":
-        given = [name for name in _OF_SFT if getattr(self, name) != type(self).model_fields[name].default]
-        if self.method != "sft" and given:
+        if self.method != "sft" and (given := self._given(_OF_SFT)):
             raise ValueError(f"method {self.method} does not take {', '.join(given)}")
         if (self.method == "grpo") != bool(self.reward_file):
             raise ValueError("method grpo needs a reward_file, and no other method takes one")

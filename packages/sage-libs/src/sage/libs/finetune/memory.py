@@ -32,11 +32,10 @@ def refuse_beyond_limit() -> None:
     """
     if not _CGROUPS.is_dir():
         return
-    process = psutil.Process()
-    held_bytes = process.memory_info().data
-    rooms = [psutil.virtual_memory().total - process.memory_info().rss, *_rooms(_own_cgroups())]
+    held = psutil.Process().memory_info()
+    rooms = [psutil.virtual_memory().total - held.rss, *_rooms(_own_cgroups())]
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    limit_bytes = held_bytes + max(min(rooms) - _MARGIN_BYTES, 0)
+    limit_bytes = held.data + max(min(rooms) - _MARGIN_BYTES, 0)
     resource.setrlimit(
         resource.RLIMIT_DATA, (limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard), hard)
     )

@@ -75,20 +75,20 @@ class TrainingRun:
     def _load_data(self) -> None:
         config = self.config
         self.micro_batch = 1 if config.pack_tokens else config.batch_size
-        self.samples: int | None = None
-        if config.streaming:
-            paths = [source.path for source in config.sources]
-            self.packs: Packs | StreamedPacks = StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed)
-            heldout = self._encode(Path(config.eval_path)) if config.eval_path else []
-            self.heldout = HeldOut(self.run, config, heldout, self.stop.check)
-            return
+        self.packs: Packs | StreamedPacks = Packs([])
+        self.samples: int | None = 0
+        heldout: Sequence[Encoded] = []
         try:
-            train_data, heldout = self._read_data()
+            if config.streaming:
+                heldout = self._encode(Path(config.eval_path)) if config.eval_path else []
+                paths = [source.path for source in config.sources]
+                self.packs, self.samples = StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed), None
+            else:
+                train, heldout = self._read_data()
+                self.packs, self.samples = Packs(train, self._groups(train)), len(train)
         except StopRequested:  # the result is the model as it is
-            train_data, heldout = None, []
+            pass
         self.heldout = HeldOut(self.run, config, heldout, self.stop.check)
-        self.packs = Packs(train_data or [], self._groups(train_data))
-        self.samples = len(train_data or [])
 
     def _load_model(self, folder: Path, adapter: Path | None) -> None:
         config = self.config
@@ -177,9 +177,9 @@ class TrainingRun:
             )
         return train, self._encode(Path(config.eval_path)) if config.eval_path else Mixture(heldout)
 
-    def _groups(self, samples: Mixture | None) -> list[list[int]] | None:
+    def _groups(self, samples: Mixture) -> list[list[int]] | None:
         tokens = self.config.pack_tokens
-        return pack(samples.lengths(), tokens, self.config.seed) if samples and tokens else None
+        return pack(samples.lengths(), tokens, self.config.seed) if tokens else None
 
     def _encode(self, path: Path) -> StoredSamples:
         self._tell(f"reading {path}")
