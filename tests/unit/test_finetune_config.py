@@ -85,6 +85,7 @@ def test_the_engine_config_is_the_requirement_s_word_for_word() -> None:
     [
         ({"finetuning_type": "full", "use_dora": True}, "leave use_dora away"),
         ({"method": "dpo", "pack_tokens": 800}, "method dpo does not take pack_tokens"),
+        ({"method": "dpo", "dataset_path": "a.jsonl=2"}, "without weights"),
         ({"method": "grpo"}, "needs a reward_file"),
         ({"reward_file": "r.py"}, "no other method takes one"),
         ({"method": "grpo", "reward_file": "r.py", "num_generations": 3}, "a multiple of num_generations"),

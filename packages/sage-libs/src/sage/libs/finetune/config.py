@@ -136,6 +136,8 @@ class FinetuneConfig(BaseModel):
     def _method_has_what_it_needs(self) -> "FinetuneConfig":
         if self.method != "sft" and (given := self._given(_OF_SFT)):
             raise ValueError(f"method {self.method} does not take {', '.join(given)}")
+        if self.method != "sft" and any(source.weight != 1 for source in self.sources):
+            raise ValueError(f"method {self.method} takes datasets as they are, without weights")
         if (self.method == "grpo") != bool(self.reward_file):
             raise ValueError("method grpo needs a reward_file, and no other method takes one")
         if self.method == "grpo" and self.batch_size * self.gradient_accumulation_steps % self.num_generations:

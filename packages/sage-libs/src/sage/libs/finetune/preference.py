@@ -3,7 +3,6 @@
 The loop, the losses and the sampling are TRL's; model, checkpoints, events, stop and result are those of every run.
 """
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,17 @@ from typing import Any
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from datasets import Dataset, disable_progress_bars
-from transformers import Trainer, set_seed
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from sage.libs.finetune.batching import PaddedCollator
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.heldout import HeldOut
-from sage.libs.finetune.model import load_trainable
+from sage.libs.finetune.kernels.install import Kernels
 from sage.libs.finetune.rewards import load_reward
 from sage.libs.finetune.trainer import TrainingRun
 
-logger = logging.getLogger(__name__)
 _TRAINERS = {
     "dpo": (DPOConfig, DPOTrainer),
     "orpo": (ORPOConfig, ORPOTrainer),
@@ -47,12 +44,8 @@ class PreferenceRun(TrainingRun):
         self.samples, self.micro_batch = len(self.rows), config.batch_size
         self.heldout = HeldOut(self.run, config, [], self.stop.check)
 
-    def _load_model(self, folder: Path, adapter: Path | None) -> None:
-        set_seed(self.config.seed)
-        self.model = load_trainable(folder, self.config, self.precision, adapter)
-        self.kernels, self.step_summary = None, f"plain: {self.config.method} is TRL's own"
-        self.collator = PaddedCollator(int(self.tokenizer.pad_token_id or 0))
-        self.loss = self._new_loss()
+    def _install_kernels(self) -> tuple[Kernels | None, str]:
+        return None, f"plain: {self.config.method} is TRL's own"
 
     def _trainer(self) -> Trainer:
         config = self.config
