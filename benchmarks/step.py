@@ -89,7 +89,7 @@ def main() -> None:
             step(batch)
     spent = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
     whole = sum(spent.get(name, 0.0) for names in PARTS.values() for name in names)
-    peak = peak_flops(run.model.dtype)
+    peak = peak_flops(run.precision.compute_dtype)
     needed = [products(run, batch) for batch in batches]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     print(

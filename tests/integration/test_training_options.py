@@ -19,14 +19,15 @@ from training import TinyRun
 from transformers import AutoModelForCausalLM
 
 from sage.common.errors import ModelError, OutputError
-from sage.libs.finetune import memory
+from sage.libs.finetune import memory, trainer
 from sage.libs.finetune.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
+from sage.libs.finetune.estimate import estimate
 from sage.libs.finetune.model import decoder
 from sage.libs.finetune.precision import Precision, choose_precision
 from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.status import RunState
+from sage.libs.finetune.status import RunState, RunStatus
 from sage.libs.finetune.stopping import StopRequest
 from sage.libs.finetune.trainer import TrainingRun
 from sage.libs.models.resolve import ModelKind, resolve_model
@@ -151,6 +152,31 @@ def cgroup() -> Iterator[Path]:
     pytest.skip("needs the right to make a control group for memory")
 
 
+def test_what_a_run_needs_is_told_before_its_first_step(tiny_model: Path, tmp_path: Path) -> None:
+    run = TinyRun(tiny_model, tmp_path / "out", max_steps=1).trained()
+    [started] = run.events("started")
+    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None)
+    assert needs.trained_bytes == 16 * started["trainable_parameters"]
+    assert started["estimated_memory_bytes"] > needs.least_bytes
+    assert any("the run needs about 0.0 GB" in event["message"] for event in run.events("progress"))
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_the_data_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    shutil.copytree(tiny_model, huge)
+    numbers = 2**38
+    header = {"model.layers.0.w.weight": {"dtype": "BF16", "shape": [2**19, 2**19], "data_offsets": [0, 2 * numbers]}}
+    text = json.dumps(header).encode()
+    with (huge / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 2 * numbers)  # takes no room on the disk
+    run = TinyRun(huge, tmp_path / "out").start()
+    status = run.until_ended()
+    assert (status.state, status.code) == (RunState.FAILED, "model_too_large")
+    assert re.search(r"takes 1[\d.]+ GB of memory, and [\d.]+ GB are free", str(status.message))
+    assert not any("reading" in event["message"] for event in run.events("progress"))
+
+
 def limited(run: TinyRun, home: Path, mebibytes: int, *group: Path) -> str:
     """Train where so little address space is left, or memory in a control group; return what was said."""
     argv = [sys.executable, "-c", LIMITED, str(run.path), str(mebibytes), *map(str, group)]
@@ -197,16 +223,17 @@ def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path, 
         assert "Out of memory: a single sample of 512 tokens does not fit." in said
 
 
-def precision(asked: str, *, begun_in_bf16: bool | None = None) -> Precision:
+def precision(asked: str, **begun: bool) -> Precision:
     config = FinetuneConfig(base_model="m", dataset_path="d", output_dir="o", precision=asked)
-    return choose_precision(config, begun_in_bf16)
+    return choose_precision(config, RunStatus(**begun))
 
 
 def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert precision("bf16").bf16
-    assert not precision("fp32", begun_in_bf16=True).bf16
-    assert precision("auto", begun_in_bf16=True).bf16
-    assert not precision("auto", begun_in_bf16=False).bf16
+    assert not precision("fp32").bf16
+    for bf16, products in ((False, False), (True, False), (True, True)):
+        begun = precision("auto", bf16=bf16, bf16_products=products)
+        assert (begun.bf16, begun.bf16_products) == (bf16, products)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert "the processor lacks bf16 instructions" in precision("auto").reason
@@ -215,6 +242,37 @@ def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: p
     measured = re.search(r"measured, this processor multiplies bf16 at ([\d.]+) times", chosen.reason)
     assert measured
     assert chosen.bf16 == (float(measured[1]) > 1.25) or measured[1] in ("1.2", "1.3")
+    assert chosen.may_shrink == (not chosen.bf16)
+    asked = precision("bf16")
+    assert (asked.bf16, asked.bf16_products) == (True, chosen.bf16_products) or measured[1] in ("1.2", "1.3")
+
+
+def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TinyRun(tiny_model, tmp_path / "roomy", max_steps=2, precision="fp32").trained()
+    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(trainer, "free_bytes", lambda: needs.total_bytes(1))
+    scarce = TinyRun(tiny_model, tmp_path / "scarce", max_steps=2, precision="auto").trained()
+    [started] = scarce.events("started")
+    assert started["precision"].startswith("bf16, multiplied in fp32: memory is scarce")
+    assert (scarce.status.bf16, scarce.status.bf16_products) == (True, False)
+    assert scarce.losses() == pytest.approx(run.losses(), rel=1e-2)
+    assert any("of a micro-batch of up to" in warning for warning in scarce.status.warnings)
+
+
+def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(trainer, "free_bytes", lambda: 2**20)
+    monkeypatch.setattr(trainer, "install", lambda *_: (None, "plain: another model"))
+    for asked, bf16 in (("auto", False), ("bf16", True)):
+        run = TinyRun(tiny_model, tmp_path / asked, max_steps=1, precision=asked).trained()
+        assert (run.status.bf16, run.status.bf16_products) == (bf16, bf16)
 
 
 def batch(collator: PackedCollator | PaddedCollator) -> Batch:

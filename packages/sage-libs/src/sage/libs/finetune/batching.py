@@ -1,6 +1,7 @@
 """Micro-batches: samples one behind the other where the model takes them so, else padded to the longest among them."""
 
 import bisect
+import heapq
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,12 @@ class Packs(Sequence[Pack]):
     def __getitem__(self, at: Any) -> Any:
         """Return one pack; no slices."""
         return tuple(self._samples[index] for index in ((at,) if self._groups is None else self._groups[at]))
+
+
+def most_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, micro_batch: int) -> int:
+    """Return how many tokens a micro-batch has at the most; groups: as those of Packs."""
+    sums = lengths if groups is None else [sum(lengths[index] for index in group) for group in groups]
+    return sum(heapq.nlargest(micro_batch, sums))
 
 
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:

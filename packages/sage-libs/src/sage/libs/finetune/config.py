@@ -91,7 +91,8 @@ class FinetuneConfig(BaseModel):
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: base and matrix products in bf16, adapters in fp32; auto: what this machine is faster in."
+        "auto",
+        description="Numbers of base and activations; adapters are in fp32; auto: what is faster here, and fits.",
     )
     fast_kernels: Literal["auto", "off"] = Field(
         "auto", description="auto: our own training step where the model's structure allows; off: transformers' and PEFT's."

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sage.libs.finetune.data.tokenizing import IGNORED
+from sage.libs.finetune.kernels.product import from_vocabulary, to_vocabulary
 
-#: Tokens whose logits are held at once, and those whose gradient is computed at once: a product over the whole vocabulary is
-#: fastest in pieces that stay in the processor's cache.
-_CHUNK, _GRAD_CHUNK = 384, 192
+#: Tokens whose logits are held at once.
+_CHUNK = 384
 #: Matrix products are compiled for each size that they meet, so a chunk has a multiple of this many rows.
 _ROWS_STEP = 64
 #: A probability that is zero in the numbers used counts as e to the power of this.
@@ -19,28 +19,31 @@ _LEAST_LOG = -100.0
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, compute_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total, correct = hidden.new_zeros((), dtype=wide), targets.new_zeros(())
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), _CHUNK):
             rows = slice(start, start + _CHUNK)
             count = len(targets[rows])
-            shares = (functional.pad(hidden[rows], (0, 0, 0, -count % _ROWS_STEP)) @ head.t()).softmax(-1)
+            states = functional.pad(hidden[rows], (0, 0, 0, -count % _ROWS_STEP))
+            shares = to_vocabulary(states, head, compute_dtype).softmax(-1)
             aims = torch.arange(count, device=targets.device), targets[rows]
             said = shares[aims]
             correct += (said >= _largest(shares[:count])).sum()
             total -= said.to(wide).log().clamp_min(_LEAST_LOG).sum()
             if grad is not None:
                 shares[aims] -= 1
-                grad[rows] = torch.cat([piece @ head for piece in shares.split(_GRAD_CHUNK)])[:count]
+                grad[rows] = from_vocabulary(shares, head, compute_dtype)[:count]
         ctx.grad = grad
         ctx.mark_non_differentiable(correct)
         return total, correct
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.grad * grad.to(ctx.grad.dtype), None, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.grad * grad.to(ctx.grad.dtype), None, None, None
 
 
 def _largest(shares: Tensor) -> Tensor:
@@ -49,22 +52,28 @@ def _largest(shares: Tensor) -> Tensor:
     return shares.view(integers).amax(-1).view(shares.dtype)
 
 
-def completion_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def completion_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, compute_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy of completion tokens in nats, and how many of them were predicted rightly.
 
     hidden: (tokens, width), only positions that are trained on.  head: (vocab, width), frozen.  targets: (tokens,), int64.
+    compute_dtype: of products; by default that of hidden and head.
     The gradient is formed in the forward pass, chunk by chunk, so that never more than 384 * vocab logits are held.
     Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", section 3, done here in plain torch.
     """
-    return _ChunkedLoss.apply(hidden, head, targets)
+    return _ChunkedLoss.apply(hidden, head, targets, compute_dtype or hidden.dtype)
 
 
 class CompletionLoss:
     """The Trainer's loss function; counts on the side what the progress events tell."""
 
-    def __init__(self, head: Tensor | None = None) -> None:
-        """head: (vocab, width) of a model whose `logits` are the hidden states before it; None: they are logits."""
-        self._head = head
+    def __init__(self, head: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
+        """head: (vocab, width) of a model whose `logits` are the hidden states before it; None: they are logits.
+
+        compute_dtype: of products with it; by default its own.
+        """
+        self._head, self._compute_dtype = head, compute_dtype
         self.trained_tokens = 0
         self.correct_tokens = 0
 
@@ -81,7 +90,7 @@ class CompletionLoss:
             loss = functional.cross_entropy(states.float(), targets, reduction="sum")
             correct = (states.detach().argmax(-1) == targets).sum()
         else:
-            loss, correct = completion_loss(states, self._head, targets)
+            loss, correct = completion_loss(states, self._head, targets, self._compute_dtype)
         self.trained_tokens += targets.numel()
         self.correct_tokens += int(correct)
         return loss / (num_items_in_batch or targets.numel())

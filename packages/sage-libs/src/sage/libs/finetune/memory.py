@@ -25,6 +25,11 @@ def give_back() -> None:
         trim(0)
 
 
+def free_bytes() -> int:
+    """Return the main memory that this process can still have, of the container and of the machine with its swap."""
+    return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_rooms(_own_cgroups())])
+
+
 def refuse_beyond_limit() -> None:
     """From now on have memory refused that the container or the machine does not have, where it would kill the process.
 
@@ -42,7 +47,9 @@ def refuse_beyond_limit() -> None:
 
 
 def _own_cgroups() -> Iterator[Path]:
-    """Yield the folders of the memory control groups that this process is in, innermost first."""
+    """Yield the folders of the memory control groups that this process is in, innermost first; none without Linux."""
+    if not _CGROUPS.is_dir():
+        return
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):  # version 2 names none

@@ -2,12 +2,13 @@
 
 import importlib.util
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sage.common.errors import ConfigError
 from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.status import RunStatus
 
 #: bf16 is taken from this gain on: it rounds more, and some processors have its instructions but are slower with them.
 _LEAST_GAIN = 1.25
@@ -18,24 +19,50 @@ _PROBE_ROWS, _PROBE_WIDTH, _PROBE_REPEATS = 512, 768, 7
 class Precision:
     """In which numbers a run computes, and why."""
 
-    bf16: bool  #: base and matrix products in bf16; the adapters stay fp32
+    bf16: bool  #: base and what is kept for the way back are in bf16, else in fp32; the adapters always are in fp32
+    bf16_products: bool  #: and so are matrix products; else their operands are first made fp32
     base_bits: int | None  #: of the base's weights where bitsandbytes holds them, 8 or 4
-    reason: str
+    why: str  #: and in what the base is held
+    may_shrink: bool = False  #: whether base and activations may go to bf16 where memory is scarce, for some of the speed
+
+    @property
+    def reason(self) -> str:
+        """The choice and why, for people."""
+        products = "" if self.bf16_products == self.bf16 else ", multiplied in fp32"
+        return f"{'bf16' if self.bf16 else 'fp32'}{products}: {self.why}"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The numbers that matrix products are computed in."""
+        return torch.bfloat16 if self.bf16_products else torch.float32
+
+    def shrunk(self) -> "Precision":
+        """Return it with base and activations in bf16."""
+        return replace(self, bf16=True, may_shrink=False, why=f"memory is scarce, and {self.why}")
+
+    def without_kernels(self, config: FinetuneConfig) -> "Precision":
+        """Return what is left of it for a model that does not take our step: one kind of numbers for everything."""
+        if self.bf16 == self.bf16_products:
+            return self
+        return replace(self, bf16_products=True) if config.precision == "bf16" else replace(self, bf16=False)
 
 
-def choose_precision(config: FinetuneConfig, begun_in_bf16: bool | None) -> Precision:
-    """Return the numbers that this machine computes fastest in, as far as the run leaves the choice.
+def choose_precision(config: FinetuneConfig, begun: RunStatus) -> Precision:
+    """Return the numbers that this machine computes fastest in, as far as the run leaves it open.
 
-    begun_in_bf16: what a run that goes on was begun with; None for a new one.
+    begun: what is known of the run; one that goes on keeps the numbers that it was begun with.
     """
     base_bits, held = _base(config)
-    if config.precision != "auto":
-        bf16, why = config.precision == "bf16", "asked for"
-    elif begun_in_bf16 is not None:
-        bf16, why = begun_in_bf16, "as the run was begun"
-    else:
-        bf16, why = _fastest()
-    return Precision(bf16, base_bits, f"{'bf16' if bf16 else 'fp32'}: {why}; {held}")
+    is_ours = config.method == "sft" and config.finetuning_type == "lora" and config.fast_kernels == "auto"
+    may_mix = is_ours and base_bits is None and not torch.cuda.is_available()
+    asked = None if config.precision == "auto" else config.precision == "bf16"
+    if begun.bf16 is not None:
+        return Precision(begun.bf16, bool(begun.bf16_products), base_bits, f"as the run was begun; {held}")
+    if asked is False or (asked and not may_mix):
+        return Precision(asked, asked, base_bits, f"asked for; {held}")
+    products, measured = _fastest()
+    bf16 = products if asked is None else asked
+    return Precision(bf16, products, base_bits, f"{measured}; {held}", may_shrink=may_mix and not bf16)
 
 
 def _base(config: FinetuneConfig) -> tuple[int | None, str]:

@@ -30,7 +30,8 @@ class RunStatus:
     state: RunState = RunState.CREATED
     step: int = 0
     total_steps: int | None = None
-    bf16: bool | None = None  #: whether the matrix products are in bf16, else in fp32
+    bf16: bool | None = None  #: whether the base is in bf16, else in fp32
+    bf16_products: bool | None = None  #: whether matrix products are, too
     epoch: float | None = None
     loss: float | None = None  #: of the last step, nats per token
     token_accuracy: float | None = None
@@ -90,7 +91,9 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
         case "launched":
             return replace(status, state=RunState.STARTING, code=None, message=None, hint=None, eta_seconds=None)
         case "started":
-            begun = {"step": event["step"], "total_steps": event["total_steps"], "bf16": event.get("bf16")}
+            bf16 = event.get("bf16")
+            numbers = {"bf16": bf16, "bf16_products": event.get("bf16_products", bf16)}
+            begun = {"step": event["step"], "total_steps": event["total_steps"], **numbers}
             return replace(status, state=RunState.RUNNING, message=None, **begun)
         case "step":
             figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
@@ -16,21 +17,22 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from sage.common.errors import DatasetError
-from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, pack
+from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, most_tokens, pack
 from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.checkpoints import latest_good
 from sage.libs.finetune.data.mixing import Mixture, weighed
 from sage.libs.finetune.data.store import StoredSamples, stored
 from sage.libs.finetune.data.streaming import StreamedPacks
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder, ensure_chat_template
+from sage.libs.finetune.estimate import Estimate, check_room, estimate
 from sage.libs.finetune.export import export_result
 from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss
-from sage.libs.finetune.memory import refuse_beyond_limit
+from sage.libs.finetune.memory import free_bytes, refuse_beyond_limit
 from sage.libs.finetune.model import decoder, load_trainable, load_weights
 from sage.libs.finetune.noise import EmbeddingNoise
-from sage.libs.finetune.precision import choose_precision
+from sage.libs.finetune.precision import Precision, choose_precision
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.sampling import answer
 from sage.libs.finetune.status import RunStatus, fold
@@ -55,6 +57,7 @@ class TrainingRun:
         self.spec = run.read_spec()
         self.config = config = self.spec.config
         self.team = Team(run, config.num_processes)
+        self.estimated_bytes: int | None = None
         self._tell("loading the tokenizer")
         source = resolve_model(config.base_model)
         self.folder = folder = local_folder(source.base or source)
@@ -63,18 +66,51 @@ class TrainingRun:
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
         if self.team.leads:
+            self.precision = choose_precision(config, self._status())
+            self._check_memory()
             self._load_data()
+            self._fit_memory()
         self._tell("loading the model")
-        self.precision = self.team.agree(self.team.leads and choose_precision(config, self._status().bf16))
+        self.precision = self.team.agree(self.team.leads and self.precision)
         if not self.team.leads:  # what the leader has tokenised
             self._load_data()
         self._load_model(folder, adapter)
+        if self.team.leads:
+            self._foretell_memory()
         if adapter:
             self._tell(f"going on with the adapter in {adapter}: its rank, scaling and modules stay what they are")
+
+    def _check_memory(self) -> None:
+        """Refuse a model that cannot fit before anything is done for it."""
+        if torch.cuda.is_available():
+            self.held_bytes, self.room_bytes = 0, torch.cuda.mem_get_info()[0]
+        else:
+            self.held_bytes, self.room_bytes = psutil.Process().memory_info().rss, free_bytes() // self.team.size
+        least = self.precision.shrunk() if self.precision.may_shrink else self.precision
+        check_room(self._needs(least), self.room_bytes, self.config)
+
+    def _needs(self, precision: Precision) -> Estimate:
+        return estimate(self.folder, self.config, bf16=precision.bf16, base_bits=precision.base_bits)
+
+    def _fit_memory(self) -> None:
+        """Take smaller numbers where the run would else not fit, and may."""
+        self.needs = self._needs(self.precision)
+        if self.precision.may_shrink and self.needs.total_bytes(self.most_tokens) > self.room_bytes:
+            self.precision = self.precision.shrunk()
+            self.needs = self._needs(self.precision)
+
+    def _foretell_memory(self) -> None:
+        """Say what the run will need, where its step is our own, whose needs are known."""
+        if self.kernels and self.config.gradient_checkpointing != "on":
+            needed_bytes = self.needs.total_bytes(self.most_tokens)
+            self.estimated_bytes = self.held_bytes + needed_bytes
+            say = self._tell if needed_bytes <= self.room_bytes else self._warn
+            say(self.needs.told(self.most_tokens, self.room_bytes))
 
     def _load_data(self) -> None:
         config = self.config
         self.micro_batch = 1 if config.pack_tokens else config.batch_size
+        self.most_tokens = config.pack_tokens or config.batch_size * config.max_seq_length
         self.packs: Packs | StreamedPacks = Packs([])
         self.samples: int | None = 0
         heldout: Sequence[Encoded] = []
@@ -85,20 +121,29 @@ class TrainingRun:
                 self.packs, self.samples = StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed), None
             else:
                 train, heldout = self._read_data()
-                self.packs, self.samples = Packs(train, self._groups(train)), len(train)
+                lengths = train.lengths()
+                groups = pack(lengths, config.pack_tokens, config.seed) if config.pack_tokens else None
+                self.packs, self.samples = Packs(train, groups), len(train)
+                self.most_tokens = most_tokens(lengths, groups, self.micro_batch)
         except StopRequested:  # the result is the model as it is
             pass
         self.heldout = HeldOut(self.run, config, heldout, self.stop.check)
 
     def _load_model(self, folder: Path, adapter: Path | None) -> None:
         config = self.config
-        set_seed(config.seed)
-        self.model = load_trainable(folder, config, self.precision, adapter)
-        self.kernels, self.step_summary = self._install_kernels()
+        self._load_weights(folder, adapter)
+        if not self.kernels and (plain := self.precision.without_kernels(config)) != self.precision:
+            self.precision = plain
+            self._load_weights(folder, adapter)
         if config.neftune_noise_alpha is not None:
             EmbeddingNoise(decoder(self.model), config.neftune_noise_alpha)
         self.collator: Collator = PackedCollator() if self.kernels else PaddedCollator(int(self.tokenizer.pad_token_id or 0))
         self.loss = self._new_loss()
+
+    def _load_weights(self, folder: Path, adapter: Path | None) -> None:
+        set_seed(self.config.seed)
+        self.model = load_trainable(folder, self.config, self.precision, adapter)
+        self.kernels, self.step_summary = self._install_kernels()
 
     def train(self) -> None:
         """Train to the end or to the next stop, and write the result; the run's last event says which it was."""
@@ -177,10 +222,6 @@ class TrainingRun:
             )
         return train, self._encode(Path(config.eval_path)) if config.eval_path else Mixture(heldout)
 
-    def _groups(self, samples: Mixture) -> list[list[int]] | None:
-        tokens = self.config.pack_tokens
-        return pack(samples.lengths(), tokens, self.config.seed) if tokens else None
-
     def _encode(self, path: Path) -> StoredSamples:
         self._tell(f"reading {path}")
         samples = stored(path, self._encoder(), self._tell_unless_stopped)
@@ -198,7 +239,7 @@ class TrainingRun:
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         if self.config.fast_kernels == "off":
             return None, "plain: fast_kernels is off"
-        return install(decoder(self.model))
+        return install(decoder(self.model), self.precision.compute_dtype)
 
     def _trainer(self) -> Trainer:
         config, status = self.config, self._status()
@@ -280,8 +321,10 @@ class TrainingRun:
             "heldout_samples": len(self.heldout.samples),
             "trainable_parameters": trainable,
             "bf16": self.precision.bf16,
+            "bf16_products": self.precision.bf16_products,
             "precision": self.precision.reason,
             "kernels": self.step_summary,
+            "estimated_memory_bytes": self.estimated_bytes,
             "versions": {name: version(name) for name in _VERSIONS},
         }
 
@@ -305,7 +348,7 @@ class TrainingRun:
         return given, TrainerState.load_from_json(str(Path(given) / "trainer_state.json")).global_step if given else 0
 
     def _new_loss(self) -> CompletionLoss:
-        return CompletionLoss(self.kernels.head.weight if self.kernels else None)
+        return CompletionLoss(self.kernels.head.weight, self.kernels.compute_dtype) if self.kernels else CompletionLoss()
 
     def _measure(self, step: int) -> float | None:
         is_new = bool(self.heldout.samples) and step not in self.heldout.losses

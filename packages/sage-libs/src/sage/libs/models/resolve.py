@@ -105,7 +105,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
         weights = folder / "adapter_model.safetensors"
         if not weights.is_file():
             raise _invalid(folder, "has adapter_config.json but no adapter_model.safetensors")
-        check_safetensors(weights)
+        safetensors_header(weights)
         base_name = _read_json(adapter_config).get("base_model_name_or_path")
         if not isinstance(base_name, str):
             raise _invalid(adapter_config, "names no base model ('base_model_name_or_path')")
@@ -121,7 +121,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
     if (folder / "config.json").is_file() and weights_files:
         _read_json(folder / "config.json")
         for weights in weights_files:
-            check_safetensors(weights)
+            safetensors_header(weights)
         return ModelSource(name, ModelKind.FULL, folder)
     if len(list(folder.glob("*.gguf"))) == 1:
         return ModelSource(name, ModelKind.GGUF, folder)
@@ -132,10 +132,11 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
     raise _invalid(folder, "holds no model: config.json with *.safetensors, an adapter, or one *.gguf is needed")
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise ModelError where the file is not whole.
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Return what stands before the numbers: `dtype`, `shape` and `data_offsets` of each tensor by its name.
 
     Source: the safetensors format: 8 bytes of header length, a JSON header with byte offsets, then the data.
+    Raises ModelError where the file is not whole.
     """
     try:
         with path.open("rb") as file:
@@ -143,12 +144,14 @@ def check_safetensors(path: Path) -> None:
             size = os.fstat(file.fileno()).st_size
             if header_bytes > size:
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(header_bytes))
-        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+            header: dict[str, Any] = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + header_bytes + end != size:
             raise ValueError(f"{8 + header_bytes + end} bytes are expected, {size} are there")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _invalid(path, f"is not a whole safetensors file ({error}); copy or download it again") from error
+    return header
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Shape:
     width: int  #: of one head
     scaling: float
     window: int | None = None  #: how many tokens back a query sees, itself included; None: all
+    compute_dtype: torch.dtype | None = None  #: in which it is computed; None: those of the columns
 
     @property
     def groups(self) -> int:
@@ -43,18 +44,22 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: Sequence[int], shape: Shape
     ) -> Tensor:
+        compute_dtype = shape.compute_dtype or projected.dtype
         outputs = projected.new_empty(projected.shape[0], shape.heads * shape.width)
         outputs[bounds[-1] :] = 0
         kept: list[Tensor | None] = []
         for start, stop in itertools.pairwise(bounds):
-            query, key, value = _split(projected[start:stop], _rows(rotary, start, stop), shape)
+            query, key, value = _split(
+                projected[start:stop].to(compute_dtype), _rows(rotary, start, stop, compute_dtype), shape
+            )
             target = _by_head(outputs[start:stop], shape)
             for rows, seen in _blocks(key.shape[1], shape.window):
                 weights = _weights(query, key, rows, seen, shape)
                 block = torch.bmm(weights, value[:, seen]).view(shape.key_heads, shape.groups, -1, shape.width)
                 part = target[:, :, rows]
                 part.copy_(block[:, :, : part.shape[2]])
-            kept += [query, key, value, weights if key.shape[1] <= _BLOCK else None]
+            kept += [states.to(projected.dtype) for states in (query, key, value)]
+            kept.append(weights.to(projected.dtype) if key.shape[1] <= _BLOCK else None)
         ctx.save_for_backward(*kept)
         ctx.rotary, ctx.bounds, ctx.shape = rotary, bounds, shape
         return outputs
@@ -62,13 +67,17 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         shape, bounds, kept = ctx.shape, ctx.bounds, ctx.saved_tensors
-        grad_projected = grad.new_empty(grad.shape[0], (shape.heads + 2 * shape.key_heads) * shape.width)
+        compute_dtype = shape.compute_dtype or grad.dtype
+        columns = (shape.heads + 2 * shape.key_heads) * shape.width
+        grad_projected = grad.new_empty(grad.shape[0], columns, dtype=compute_dtype)
         grad_projected[bounds[-1] :] = 0
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            query, key, value, weights = kept[4 * index : 4 * index + 4]
+            query, key, value = (states.to(compute_dtype) for states in kept[4 * index : 4 * index + 3])
+            weights = kept[4 * index + 3]
+            weights = weights if weights is None else weights.to(compute_dtype)
             grads = _sample_backward(_by_head(grad[start:stop], shape), query, key, value, weights, shape)
-            _join(grads, grad_projected[start:stop], _rows(ctx.rotary, start, stop), shape)
-        return grad_projected, None, None, None
+            _join(grads, grad_projected[start:stop], _rows(ctx.rotary, start, stop, compute_dtype), shape)
+        return grad_projected.to(grad.dtype), None, None, None
 
 
 def packed_attention(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: Sequence[int], shape: Shape) -> Tensor:
@@ -239,8 +248,10 @@ def _turn(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _rows(rotary: tuple[Tensor, Tensor] | None, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+def _rows(
+    rotary: tuple[Tensor, Tensor] | None, start: int, stop: int, compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
     if rotary is None:
         return None
     half = rotary[0].shape[-1] // 2
-    return rotary[0][start:stop, :half], rotary[1][start:stop, :half]
+    return rotary[0][start:stop, :half].to(compute_dtype), rotary[1][start:stop, :half].to(compute_dtype)

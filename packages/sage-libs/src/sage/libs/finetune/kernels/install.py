@@ -38,12 +38,12 @@ AttentionInterface.register(attention.NAME, attention.attention_interface)
 class Kernels:
     """The kernels in a model: it takes packed samples now, and its `logits` are the hidden states before the head."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
         """Put them in place, unchecked; `install` is the safe way."""
-        self.model = model
+        self.model, self.compute_dtype = model, compute_dtype
         self.head = model.get_output_embeddings()
         self._implementation = model.config._attn_implementation  # noqa: SLF001 - transformers has no getter
-        self._forwards: dict[nn.Module, Forward] = dict(_replacements(model))
+        self._forwards: dict[nn.Module, Forward] = dict(_replacements(model, compute_dtype))
         self.replaced = len(self._forwards)
         if self.head is not None:
             self._forwards[self.head] = _identity
@@ -70,15 +70,15 @@ class Kernels:
         self.model.set_attn_implementation(attention.NAME)
 
 
-def install(model: PreTrainedModel) -> tuple[Kernels | None, str]:
+def install(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> tuple[Kernels | None, str]:
     """Put the kernels into a model, adapters and all; return them, or None where it stays as it was, and what was done.
 
-    model: transformers' own, not PEFT's around it.
+    model: transformers' own, not PEFT's around it.  compute_dtype: of products; by default the model's.
     """
     if reason := _unfit(model):
         return None, f"plain: {reason}"
     before = _probe(model, None)
-    kernels = Kernels(model)
+    kernels = Kernels(model, compute_dtype)
     try:
         difference = float((_probe(model, kernels) - before).float().std() / before.float().std())
     except (RuntimeError, ValueError, TypeError) as error:
@@ -126,13 +126,13 @@ def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
         model.train(was_training)
 
 
-def _replacements(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Forward]]:
+def _replacements(model: PreTrainedModel, compute_dtype: torch.dtype | None) -> Iterator[tuple[nn.Module, Forward]]:
     for module in model.modules():
         if norm := norm_of(module):
             yield module, _norm_forward(*norm)
-        elif mlp := GatedMlp.of(module):
+        elif mlp := GatedMlp.of(module, compute_dtype):
             yield module, mlp
-        elif forward := _attention_forward(module):
+        elif forward := _attention_forward(module, compute_dtype):
             yield module, forward
 
 
@@ -140,7 +140,7 @@ def _norm_forward(weight: Tensor, eps: float) -> Forward:
     return lambda hidden_states: rms_norm(hidden_states, weight, eps)
 
 
-def _attention_forward(module: nn.Module) -> Forward | None:
+def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None) -> Forward | None:
     """Return the forward of an attention block with fused projections, or None where its structure is another."""
     names = {name for name, _ in module.named_children()}
     if not names.issuperset(_PROJECTIONS) or names - {*_PROJECTIONS, "q_norm", "k_norm"}:
@@ -150,10 +150,14 @@ def _attention_forward(module: nn.Module) -> Forward | None:
     head_norms = [norm for name in norm_names if (norm := norm_of(module.get_submodule(name)))]
     if not all(map(is_fusible, layers)) or len(head_norms) != len(norm_names) or len(head_norms) == 1:
         return None
-    incoming, outgoing, width = Projections(layers[:3]), Projections(layers[3:]), module.head_dim
+    incoming, outgoing, width = (
+        Projections(layers[:3], compute_dtype),
+        Projections(layers[3:], compute_dtype),
+        module.head_dim,
+    )
     heads = layers[0].out_features // width
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    shape = attention.Shape(heads, layers[1].out_features // width, width, module.scaling, window)
+    shape = attention.Shape(heads, layers[1].out_features // width, width, module.scaling, window, compute_dtype)
 
     def forward(
         hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], cu_seq_lens_q: Tensor, **_: Any

@@ -37,14 +37,15 @@ class Stacked:
 class Projections:
     """Linear layers with one input; their weights become views of one matrix, so that nothing is held twice."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        """layers: each one that `is_fusible` accepts."""
+    def __init__(self, layers: Sequence[nn.Module], compute_dtype: torch.dtype | None = None) -> None:
+        """layers: each one that `is_fusible` accepts.  compute_dtype: of products; by default the weights'."""
         self._layers = tuple(layers)
         bases = [_base(layer) for layer in layers]
         self._widths = [base.out_features for base in bases]
         self.weight = bases[0].weight.data if len(bases) == 1 else torch.cat([base.weight.data for base in bases])
         for base, rows in zip(bases, self.weight.split(self._widths), strict=True):
             base.weight.data = rows
+        self.compute_dtype = compute_dtype or self.weight.dtype
         self.bias = None
         if any(base.bias is not None for base in bases):
             zeros = self.weight.new_zeros
@@ -58,8 +59,8 @@ class Projections:
         """Return the adapters in one piece, None where there are none; parameters: those of `parameters()`."""
         if not parameters:
             return None
-        down = torch.cat(list(parameters[0::2])).to(self.weight.dtype)
-        up = self.weight.new_zeros(self.weight.shape[0], down.shape[0])
+        down = torch.cat(list(parameters[0::2])).to(self.compute_dtype)
+        up = down.new_zeros(self.weight.shape[0], down.shape[0])
         adapters, row = [], 0
         for (column, _, _, scaling), matrix in zip(self._active(), parameters[1::2], strict=True):
             width, rank = matrix.shape
@@ -70,14 +71,16 @@ class Projections:
         return Stacked(adapters, down, up)
 
     def forward(self, inputs: Tensor, stacked: Stacked | None) -> tuple[Tensor, Tensor | None]:
-        """Return the product of (tokens, inputs), and what A made of them, (tokens, ranks)."""
-        outputs = product(inputs, self.weight.t())
+        """Return the product of (tokens, inputs) in the dtype of the weights, and what A made of them, (tokens, ranks)."""
+        inputs = inputs.to(self.compute_dtype)
+        outputs = product(inputs, self.weight.to(self.compute_dtype).t())
         if self.bias is not None:
             outputs += self.bias
-        if stacked is None:
-            return outputs, None
-        inner = inputs @ stacked.down.t()
-        return outputs.addmm_(inner, stacked.up.t()), inner
+        inner = None
+        if stacked is not None:
+            inner = inputs @ stacked.down.t()
+            outputs.addmm_(inner, stacked.up.t())
+        return outputs.to(self.weight.dtype), inner
 
     def backward(
         self,
@@ -91,15 +94,16 @@ class Projections:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Return the gradients of inputs and of `parameters()`, from that of the (tokens, outputs) product.
 
-        onto: a gradient of the same inputs, to which this one is added in place.
+        onto: a gradient of the same inputs, to which this one is added in place; both are in `compute_dtype`.
         """
-        grad_inputs = product(grad, self.weight, onto) if needs_inputs else None
+        grad = grad.to(self.compute_dtype)
+        grad_inputs = product(grad, self.weight.to(self.compute_dtype), onto) if needs_inputs else None
         if stacked is None or inner is None:
             return grad_inputs, []
         grad_inner = grad @ stacked.up
         if grad_inputs is not None:
             grad_inputs.addmm_(grad_inner, stacked.down)
-        grad_down = grad_inner.t() @ inputs
+        grad_down = grad_inner.to(inputs.dtype).t() @ inputs
         gradients = []
         for adapter in stacked.adapters:
             grad_up = grad[:, adapter.columns].t() @ inner[:, adapter.rows]
@@ -131,7 +135,7 @@ class _Project(torch.autograd.Function):
         grad_inputs, gradients = ctx.projections.backward(
             grad, inputs, ctx.stacked, ctx.inner, needs_inputs=ctx.needs_input_grad[0]
         )
-        return grad_inputs, None, *gradients
+        return grad_inputs if grad_inputs is None else grad_inputs.to(inputs.dtype), None, *gradients
 
 
 def project(inputs: Tensor, projections: Projections) -> Tensor:

@@ -1,6 +1,6 @@
 """A gated feed-forward block as one function that keeps gate and up, and makes the rest again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,23 +49,26 @@ class _GatedMlp(torch.autograd.Function):
         inputs, gate, up, gate_inner, up_inner, down_inner = ctx.saved_tensors
         active = mlp.activation.value(gate)
         hidden, of_down = mlp.down.backward(grad, active * up, down_stack, down_inner)
+        hidden = hidden.to(gate.dtype)
         grad_inputs, of_up = mlp.up.backward(active.mul_(hidden), inputs, up_stack, up_inner, needs_inputs=needs)
         opened = mlp.activation.backward(hidden.mul_(up), gate)
         grad_inputs, of_gate = mlp.gate.backward(
             opened, inputs, gate_stack, gate_inner, onto=grad_inputs, needs_inputs=needs
         )
+        grad_inputs = grad_inputs if grad_inputs is None else grad_inputs.to(inputs.dtype)
         return grad_inputs, None, None, *of_gate, *of_up, *of_down
 
 
 class GatedMlp:
     """down(activation(gate(x)) * up(x)), each with its adapter."""
 
-    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: Activation) -> None:
-        self.gate, self.up, self.down = Projections([gate]), Projections([up]), Projections([down])
-        self.activation = activation
+    def __init__(self, layers: Sequence[nn.Module], activation: Activation, compute_dtype: torch.dtype | None) -> None:
+        """layers: gate, up and down.  compute_dtype: as those of Projections."""
+        self.gate, self.up, self.down = (Projections([layer], compute_dtype) for layer in layers)
+        self.activation, self.compute_dtype = activation, self.gate.compute_dtype
 
     @classmethod
-    def of(cls, module: nn.Module) -> "GatedMlp | None":
+    def of(cls, module: nn.Module, compute_dtype: torch.dtype | None = None) -> "GatedMlp | None":
         """Return the block of a module of transformers', or None where its structure is another."""
         names = {name for name, _ in module.named_children()}
         if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
@@ -74,7 +77,7 @@ class GatedMlp:
         activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
         if activation is None or not all(map(is_fusible, layers)):
             return None
-        return cls(layers[0], layers[1], layers[2], activation)
+        return cls(layers, activation, compute_dtype)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the block's output for (…, width), in the same shape."""

@@ -1,0 +1,80 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from sage.common.errors import RunError
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.estimate import Estimate, check_room, estimate
+from sage.libs.finetune.memory import free_bytes
+
+#: A vocabulary of 100, two layers of 8 wide with a matrix to 24 and one back.
+SHAPES = {
+    "model.embed_tokens.weight": [100, 8],
+    "model.norm.weight": [8],
+    **{f"model.layers.{i}.mlp.up_proj.weight": [24, 8] for i in range(2)},
+    **{f"model.layers.{i}.mlp.down_proj.weight": [8, 24] for i in range(2)},
+}
+ENDS = 4 * 32  #: what goes into the matrices of the layers, and comes out
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The headers of a model in two files, without its numbers."""
+    for part in ("embed_tokens", "layers"):
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape in SHAPES.items():
+            if (part == "layers") == ("layers" in name):
+                entry = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+                header[name] = entry  # type: ignore[assignment]
+        text = json.dumps(header).encode()
+        (tmp_path / f"{part}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    return tmp_path
+
+
+def needs(model: Path, *, bf16: bool = False, base_bits: int | None = None, **options: object) -> Estimate:
+    values = {"base_model": str(model), "dataset_path": "d.jsonl", "output_dir": "out", "lora_rank": 2, **options}
+    return estimate(model, FinetuneConfig.model_validate(values), bf16=bf16, base_bits=base_bits)
+
+
+def test_a_model_s_headers_tell_what_a_run_needs(model: Path) -> None:
+    whole = needs(model)
+    assert whole.base_bytes == 4 * (100 * 8 + 8 + 4 * 24 * 8)
+    assert whole.trained_bytes == 16 * 2 * ENDS
+    assert whole.token_bytes == 4 * ENDS
+    assert whole.total_bytes(1000) - whole.total_bytes(900) == 100 * whole.token_bytes
+    half = needs(model, bf16=True)
+    assert (half.base_bytes, half.token_bytes) == (whole.base_bytes // 2, whole.token_bytes // 2)
+    assert half.base_bytes - needs(model, bf16=True, base_bits=4).base_bytes == pytest.approx(4 * 24 * 8 * 1.48, abs=1)
+    full = needs(model, finetuning_type="full", lora_rank=8)
+    assert full.least_bytes == 16 * (100 * 8 + 8 + 4 * 24 * 8)
+
+
+def test_what_does_not_fit_is_told_with_what_would(model: Path) -> None:
+    run = needs(model)
+    room_bytes = run.total_bytes(5000)
+    assert run.fitting_tokens(room_bytes) == 5000
+    assert "fit" not in run.told(5000, room_bytes)
+    assert "of a micro-batch of up to 6,000 tokens, about 5,000 fit at once" in run.told(6000, room_bytes)
+    assert run.fitting_tokens(run.base_bytes) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [({}, "--quantization 4bit"), ({"finetuning_type": "full", "lora_rank": 8}, "train an adapter"),
+     ({"quantization": "4bit"}, "take a smaller model")],
+)  # fmt: skip
+def test_a_model_that_cannot_fit_is_refused(model: Path, options: dict[str, object], way: str) -> None:
+    run = needs(model, **options)
+    config = FinetuneConfig.model_validate(
+        {"base_model": str(model), "dataset_path": "d.jsonl", "output_dir": "out", **options}
+    )
+    check_room(run, run.least_bytes, config)
+    with pytest.raises(RunError, match=r"takes 0\.0 GB of memory") as caught:
+        check_room(run, run.least_bytes - 1, config)
+    assert way in str(caught.value.hint)
+
+
+def test_some_memory_is_free() -> None:
+    assert 2**20 < free_bytes() < 2**50
