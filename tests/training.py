@@ -59,6 +59,17 @@ class TinyRun:
         wait_for(lambda: self.manager.process(self.task_id) is None, "the process to leave")
         return self.status
 
+    def stopped_at(self, step: int) -> "TinyRun":
+        """Start it, and stop it once it is there."""
+        self.start().at_step(step)
+        self.manager.stop(self.task_id)
+        assert self.until_ended().state is RunState.STOPPED
+        return self
+
+    def resumed(self) -> "TinyRun":
+        self.manager.resume(self.task_id)
+        return self.completed()
+
     def completed(self) -> "TinyRun":
         status = self.until_ended()
         assert status.state is RunState.COMPLETED, "\n".join([str(status.message), *self.manager.logs(self.task_id)])

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from support import write_jsonl
 from training import TinyRun
 
-from sage.common.errors import ConfigError, DatasetError
-from sage.libs.finetune.status import RunState
+from sage.common.errors import ConfigError, Conflict, DatasetError
 
 REWARD = "def reward(prompts, completions, wanted, **_):\n    return [c.count(w) for c, w in zip(completions, wanted)]\n"
 QUESTIONS = [f"Is {number} a number?" for number in range(16)]
@@ -44,14 +43,10 @@ def test_a_stopped_run_goes_on_as_if_it_never_was(
 ) -> None:
     steps = {"max_steps": 8, "save_steps": 100}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options[method], **steps).trained()
-    cut = TinyRun(tiny_model, tmp_path / "cut", **options[method], **steps).start().at_step(2)
-    cut.manager.stop(cut.task_id)
-    status = cut.until_ended()
-    assert status.state is RunState.STOPPED
-    assert 2 <= status.step < 8
+    cut = TinyRun(tiny_model, tmp_path / "cut", **options[method], **steps).stopped_at(2)
+    assert 2 <= cut.status.step < 8
     assert load_file(cut.output / "adapter_model.safetensors")
-    cut.manager.resume(cut.task_id)
-    assert cut.completed().losses() == whole.losses()
+    assert cut.resumed().losses() == whole.losses()
     assert cut.adapter_bytes() == whole.adapter_bytes()
     figures = [event["reward" if method == "grpo" else "reward_accuracy"] for event in whole.events("step")]
     assert all(figure is not None for figure in figures)
@@ -123,6 +118,11 @@ def test_reward_files_are_off_unless_allowed_and_are_checked(
     reward.write_text("def reward(prompts, completions, **_):\n    return [1.0]\n")
     status = TinyRun(tiny_model, tmp_path / "out", **options["grpo"]).start().until_ended()
     assert "gave 1 numbers for 4 completions" in str(status.message)
+    run = TinyRun(tiny_model, tmp_path / "out3", **options["grpo"])
+    run.manager.check_resumable(run.task_id)
+    reward.write_text(reward.read_text() + "# or otherwise\n")
+    with pytest.raises(Conflict, match=r"has changed since it began.*reward\.py"):
+        run.manager.check_resumable(run.task_id)
     monkeypatch.delenv("SAGE_ALLOW_REWARD_FILES")
     with pytest.raises(ConfigError, match="Reward files are off"):
         TinyRun(tiny_model, tmp_path / "out2", **options["grpo"])

@@ -35,11 +35,8 @@ def test_two_processes_learn_what_one_does_of_batches_twice_as_large(tiny_model:
 def test_a_stopped_team_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "pack_tokens": 300, "num_processes": 2}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
-    cut = TinyRun(tiny_model, tmp_path / "cut", **options).start().at_step(3)
-    cut.manager.stop(cut.task_id)
-    assert cut.until_ended().state is RunState.STOPPED
-    cut.manager.resume(cut.task_id)
-    assert cut.completed().losses() == whole.losses()
+    cut = TinyRun(tiny_model, tmp_path / "cut", **options).stopped_at(3)
+    assert cut.resumed().losses() == whole.losses()
     assert cut.adapter_bytes() == whole.adapter_bytes()
 
 

@@ -54,16 +54,11 @@ def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Pa
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path, variant: str) -> None:
     chosen = options(variant, tmp_path)
     whole = TinyRun(tiny_model, tmp_path / "whole", **chosen).trained()
-    parts = TinyRun(tiny_model, tmp_path / "parts", **chosen).start().at_step(3)
-    parts.manager.stop(parts.task_id)
-    stopped = parts.until_ended()
-    assert stopped.state is RunState.STOPPED
-    assert 3 <= stopped.step < 12
+    parts = TinyRun(tiny_model, tmp_path / "parts", **chosen).stopped_at(3)
+    assert 3 <= parts.status.step < 12
     assert (parts.output / "adapter_model.safetensors").is_file()
     assert parts.adapter_bytes() != whole.adapter_bytes()
-    parts.manager.resume(parts.task_id)
-    parts.completed()
-    assert parts.losses() == whole.losses()
+    assert parts.resumed().losses() == whole.losses()
     assert parts.adapter_bytes() == whole.adapter_bytes()
 
 

@@ -55,8 +55,8 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
     """Return what a run on the model in a folder of safetensors needs.
 
     bf16, base_bits: the numbers that the base is held in, as in `Precision`.
-    Of each token our step keeps about what goes into and comes out of each of the matrices; measured from 128 to 8,192
-    tokens and for ranks 8 to 128, the total is within 12 % of the peak.
+    Of each token our step keeps about what goes into and comes out of each of the matrices: from 128 to 8,192 tokens and for
+    ranks 8 to 128, total and process together are within 8 % of the measured peak in fp32, and 15 % below it in bf16.
     """
     shapes = {
         name: entry["shape"]

@@ -74,8 +74,7 @@ class CompletionLoss:
         compute_dtype: of products with it; by default its own.
         """
         self._head, self._compute_dtype = head, compute_dtype
-        self.trained_tokens = 0
-        self.correct_tokens = 0
+        self.counts = 0, 0  #: tokens trained on since the last `take_counts`, and those of them that were predicted rightly
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the summed loss of a micro-batch over the trained tokens of the whole optimizer step, in nats.
@@ -91,12 +90,10 @@ class CompletionLoss:
             correct = (states.detach().argmax(-1) == targets).sum()
         else:
             loss, correct = completion_loss(states, self._head, targets, self._compute_dtype)
-        self.trained_tokens += targets.numel()
-        self.correct_tokens += int(correct)
+        self.counts = self.counts[0] + targets.numel(), self.counts[1] + int(correct)
         return loss / (num_items_in_batch or targets.numel())
 
     def take_counts(self) -> list[int]:
-        """Return how many tokens were trained on since the last call, and how many of them were predicted rightly."""
-        counts = [self.trained_tokens, self.correct_tokens]
-        self.trained_tokens = self.correct_tokens = 0
-        return counts
+        """Return the counts, and begin them anew."""
+        counts, self.counts = self.counts, (0, 0)
+        return [*counts]

@@ -1,5 +1,6 @@
 """FinetuneManager: runs, from creation to result. Keeps nothing in memory that it could not read again; no torch."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -85,7 +86,7 @@ class FinetuneManager:
         task_id = task_id or f"task-{random_suffix()}"
         run = RunDirectory(self.root / task_id)
         claim_output(Path(config.output_dir), task_id, run.path)
-        spec = RunSpec(task_id, config, dataset_hash(*datasets), datetime.now(UTC).isoformat())
+        spec = RunSpec(task_id, config, _data_hash(config), datetime.now(UTC).isoformat())
         run.create(spec)
         return task_id
 
@@ -121,12 +122,13 @@ class FinetuneManager:
             )
         if state in ALIVE:
             raise Conflict(code="not_resumable", message=f"{task_id} is running.", hint="There is nothing to resume.")
-        datasets = [dataset.path for dataset in spec.config.sources]
-        if dataset_hash(*datasets) != spec.dataset_sha256:
+        if _data_hash(spec.config) != spec.dataset_sha256:
+            files = [str(dataset.path) for dataset in spec.config.sources]
+            files += [spec.config.reward_file] if spec.config.reward_file else []
             raise Conflict(
                 code="dataset_changed",
                 message=f"What {task_id} learns from has changed since it began, so it cannot go on exactly: "
-                f"{', '.join(map(str, datasets))}.",
+                f"{', '.join(files)}.",
                 hint="Put the old data back, or start a new run.",
             )
 
@@ -187,6 +189,15 @@ class FinetuneManager:
                 code="task_not_found", message=f"No task '{task_id}' in {self.root}.", hint=f"The last ones: {known}."
             )
         return run
+
+
+def _data_hash(config: FinetuneConfig) -> str:
+    """Return the SHA-256 of what a run learns from; raises DatasetError or ConfigError where it is not there."""
+    datasets = dataset_hash(*(dataset.path for dataset in config.sources))
+    if not config.reward_file:
+        return datasets
+    check_reward_file(Path(config.reward_file))
+    return hashlib.sha256(datasets.encode() + Path(config.reward_file).read_bytes()).hexdigest()
 
 
 def _check_method(config: FinetuneConfig) -> None:

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from sage.common.errors import RunError
 from sage.libs.finetune.batching import cut, samples_in
+from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -22,13 +23,20 @@ class AdaptingTrainer(Trainer):
     """
 
     def __init__(
-        self, *, halvings: int, checkpointing: str, on_adapted: Callable[[str, int, bool], None], **options: Any
+        self,
+        *,
+        loss: CompletionLoss,
+        halvings: int,
+        checkpointing: str,
+        on_adapted: Callable[[str, int, bool], None],
+        **options: Any,
     ) -> None:
         """halvings: micro-batches are cut in two this many times; checkpointing: `on`, `off`, or `auto`: once needed.
 
         on_adapted: told in words what was changed, the halvings, and whether activations are computed again.
         """
-        super().__init__(**options)
+        super().__init__(compute_loss_func=loss, **options)
+        self._loss = loss
         self._halvings, self._on_adapted = halvings, on_adapted
         self._may_checkpoint, self._checkpoints = checkpointing == "auto", False
         if checkpointing == "on":
@@ -45,7 +53,7 @@ class AdaptingTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         while True:
-            before = [parameter.grad for parameter in parameters]
+            before, counts = [parameter.grad for parameter in parameters], self._loss.counts
             for parameter in parameters:
                 parameter.grad = None
             total, part = torch.zeros((), device=self.args.device), inputs
@@ -61,6 +69,7 @@ class AdaptingTrainer(Trainer):
                     if gradient is not None:
                         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
                 return total
+            self._loss.counts = counts
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
             self._adapt(part, told)

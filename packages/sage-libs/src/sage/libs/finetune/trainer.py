@@ -253,7 +253,7 @@ class TrainingRun:
             args=arguments,
             train_dataset=self.packs,
             data_collator=self.collator,
-            compute_loss_func=self.loss,
+            loss=self.loss,
             callbacks=[self._callback()],
             optimizers=(self._loraplus_optimizer(), None),
         )

@@ -27,15 +27,17 @@ def list_devices() -> list[Device]:
 
 
 def gpu_memory_of(pid: int) -> int | None:
-    """Return the GPU memory that a process holds, over all GPUs, or None where it holds none."""
+    """Return the GPU memory that a process and its children hold, over all GPUs, or None where they hold none."""
     nvml = _nvml()
     if nvml is None:
         return None
-    used = 0
+    used, pids = 0, {pid}
+    with contextlib.suppress(psutil.Error):
+        pids.update(child.pid for child in psutil.Process(pid).children(recursive=True))
     for handle in _handles(nvml):
         with contextlib.suppress(nvml.NVMLError):
             for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                used += process.usedGpuMemory or 0 if process.pid == pid else 0
+                used += process.usedGpuMemory or 0 if process.pid in pids else 0
     return used or None
 
 

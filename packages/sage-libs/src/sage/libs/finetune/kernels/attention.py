@@ -58,8 +58,7 @@ class _PackedAttention(torch.autograd.Function):
                 block = torch.bmm(weights, value[:, seen]).view(shape.key_heads, shape.groups, -1, shape.width)
                 part = target[:, :, rows]
                 part.copy_(block[:, :, : part.shape[2]])
-            kept += [states.to(projected.dtype) for states in (query, key, value)]
-            kept.append(weights.to(projected.dtype) if key.shape[1] <= _BLOCK else None)
+            kept += _to(projected.dtype, query, key, value, weights if key.shape[1] <= _BLOCK else None)
         ctx.save_for_backward(*kept)
         ctx.rotary, ctx.bounds, ctx.shape = rotary, bounds, shape
         return outputs
@@ -72,9 +71,7 @@ class _PackedAttention(torch.autograd.Function):
         grad_projected = grad.new_empty(grad.shape[0], columns, dtype=compute_dtype)
         grad_projected[bounds[-1] :] = 0
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            query, key, value = (states.to(compute_dtype) for states in kept[4 * index : 4 * index + 3])
-            weights = kept[4 * index + 3]
-            weights = weights if weights is None else weights.to(compute_dtype)
+            query, key, value, weights = _to(compute_dtype, *kept[4 * index : 4 * index + 4])
             grads = _sample_backward(_by_head(grad[start:stop], shape), query, key, value, weights, shape)
             _join(grads, grad_projected[start:stop], _rows(ctx.rotary, start, stop, compute_dtype), shape)
         return grad_projected.to(grad.dtype), None, None, None
@@ -246,6 +243,11 @@ def _turn(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> Tensor:
     torch.mul(first, cosine, out=turned_first).addcmul_(second, sine, value=-1)
     torch.mul(second, cosine, out=turned_second).addcmul_(first, sine)
     return out
+
+
+def _to(dtype: torch.dtype, *states: Any) -> list[Any]:
+    """Return states in a dtype; what is not there stays so."""
+    return [None if each is None else each.to(dtype) for each in states]
 
 
 def _rows(

@@ -65,7 +65,7 @@ class GatedMlp:
     def __init__(self, layers: Sequence[nn.Module], activation: Activation, compute_dtype: torch.dtype | None) -> None:
         """layers: gate, up and down.  compute_dtype: as those of Projections."""
         self.gate, self.up, self.down = (Projections([layer], compute_dtype) for layer in layers)
-        self.activation, self.compute_dtype = activation, self.gate.compute_dtype
+        self.activation = activation
 
     @classmethod
     def of(cls, module: nn.Module, compute_dtype: torch.dtype | None = None) -> "GatedMlp | None":
