@@ -123,6 +123,28 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_the_plain_step(family: str
     assert abs(fast["loss"] - truth["loss"]) < 0.01 * truth["loss"]
 
 
+def test_the_outputs_of_norms_are_made_again_and_not_kept() -> None:
+    model = trainable(FAMILIES["llama"](), torch.float32)
+    installed(model)
+    outputs: list[Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("layernorm"):
+            module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    kept: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    batch = PackedCollator()([samples()])
+    batch.pop("labels")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch, use_cache=False)
+    assert len(outputs) == 4
+    assert kept
+    assert not kept & {output.data_ptr() for output in outputs}
+
+
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole() -> None:
     model = trainable(FAMILIES["llama"](), torch.float64)
     kernels = installed(model)

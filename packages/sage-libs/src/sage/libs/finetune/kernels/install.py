@@ -162,7 +162,7 @@ def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None) -> 
     def forward(
         hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], cu_seq_lens_q: Tensor, **_: Any
     ) -> tuple[Tensor, None]:
-        projected = project(hidden_states[0], incoming)
+        projected = project(hidden_states, incoming)
         if head_norms:
             projected = _normed_heads(projected, head_norms, shape)
         rotary = position_embeddings[0][0], position_embeddings[1][0]

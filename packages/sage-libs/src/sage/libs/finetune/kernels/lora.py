@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from sage.libs.finetune.kernels.norm import remade, source_of
 from sage.libs.finetune.kernels.product import product
 
 
@@ -123,24 +124,25 @@ class Projections:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, projections: Projections, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, source: Sequence[Tensor], projections: Projections, *parameters: Tensor) -> Tensor:
         ctx.projections, ctx.stacked = projections, projections.stack(parameters)
         outputs, ctx.inner = projections.forward(inputs, ctx.stacked)
-        ctx.save_for_backward(inputs)
+        ctx.save_for_backward(*source)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (inputs,) = ctx.saved_tensors
+        inputs = remade(ctx.saved_tensors)
         grad_inputs, gradients = ctx.projections.backward(
             grad, inputs, ctx.stacked, ctx.inner, needs_inputs=ctx.needs_input_grad[0]
         )
-        return grad_inputs if grad_inputs is None else grad_inputs.to(inputs.dtype), None, *gradients
+        return grad_inputs if grad_inputs is None else grad_inputs.to(inputs.dtype), None, None, *gradients
 
 
 def project(inputs: Tensor, projections: Projections) -> Tensor:
-    """Return the product of (tokens, inputs) with all layers, (tokens, outputs)."""
-    return _Project.apply(inputs, projections, *projections.parameters())
+    """Return the product of (…, inputs) with all layers, (tokens, outputs)."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    return _Project.apply(flat, source_of(inputs), projections, *projections.parameters())
 
 
 def is_fusible(layer: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sage.libs.finetune.kernels.lora import Projections, is_fusible
+from sage.libs.finetune.kernels.norm import remade, source_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,14 @@ _ACTIVATIONS = {"SiLU": _SILU, "SiLUActivation": _SILU, "GELUTanh": _GELU_TANH, 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, mlp: "GatedMlp", counts: tuple[int, int], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        source: Sequence[Tensor],
+        mlp: "GatedMlp",
+        counts: tuple[int, int],
+        *parameters: Tensor,
+    ) -> Tensor:
         ctx.mlp = mlp
         ctx.stacked = gate_stack, up_stack, down_stack = (
             mlp.gate.stack(parameters[: counts[0]]),
@@ -39,14 +47,15 @@ class _GatedMlp(torch.autograd.Function):
         gate, gate_inner = mlp.gate.forward(inputs, gate_stack)
         up, up_inner = mlp.up.forward(inputs, up_stack)
         outputs, down_inner = mlp.down.forward(mlp.activation.value(gate).mul_(up), down_stack)
-        ctx.save_for_backward(inputs, gate, up, gate_inner, up_inner, down_inner)
+        ctx.save_for_backward(gate, up, gate_inner, up_inner, down_inner, *source)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         mlp, needs = ctx.mlp, ctx.needs_input_grad[0]
         gate_stack, up_stack, down_stack = ctx.stacked
-        inputs, gate, up, gate_inner, up_inner, down_inner = ctx.saved_tensors
+        gate, up, gate_inner, up_inner, down_inner, *source = ctx.saved_tensors
+        inputs = remade(source)
         active = mlp.activation.value(gate)
         hidden, of_down = mlp.down.backward(grad, active * up, down_stack, down_inner)
         hidden = hidden.to(gate.dtype)
@@ -56,7 +65,7 @@ class _GatedMlp(torch.autograd.Function):
             opened, inputs, gate_stack, gate_inner, onto=grad_inputs, needs_inputs=needs
         )
         grad_inputs = grad_inputs if grad_inputs is None else grad_inputs.to(inputs.dtype)
-        return grad_inputs, None, None, *of_gate, *of_up, *of_down
+        return grad_inputs, None, None, None, *of_gate, *of_up, *of_down
 
 
 class GatedMlp:
@@ -84,5 +93,5 @@ class GatedMlp:
         gate, up, down = (part.parameters() for part in (self.gate, self.up, self.down))
         flat = inputs.reshape(-1, inputs.shape[-1])
         counts = len(gate), len(gate) + len(up)
-        outputs: Tensor = _GatedMlp.apply(flat, self, counts, *gate, *up, *down)
+        outputs: Tensor = _GatedMlp.apply(flat, source_of(inputs), self, counts, *gate, *up, *down)
         return outputs.view(*inputs.shape[:-1], -1)

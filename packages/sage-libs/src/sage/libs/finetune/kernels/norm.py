@@ -1,25 +1,37 @@
-"""Root mean square normalisation whose weight is frozen; only its input is kept."""
+"""Root mean square normalisation whose weight is frozen; only its input is kept, also by what takes its output."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class Normed(NamedTuple):
+    """What the output of a norm is made from again, so that nobody needs to keep it."""
+
+    inputs: Tensor
+    scale: Tensor  #: (…, 1): one over the root mean square of each row
+    weight: Tensor
+
+    def outputs(self) -> Tensor:
+        """Return the norm's output, to the last bit."""
+        return (self.inputs * self.scale).mul_(self.weight).to(self.inputs.dtype)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = _inverse_rms(inputs, eps)
-        ctx.save_for_backward(inputs, weight, scale)
-        return (inputs * scale).mul_(weight).to(inputs.dtype)
+    def forward(ctx: Any, _: Tensor, normed: Normed) -> Tensor:
+        ctx.save_for_backward(*normed)
+        return normed.outputs()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        inputs, weight, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        inputs, scale, weight = ctx.saved_tensors
         normed = inputs * scale
         grad = grad * weight
         along = (grad * normed).mean(-1, keepdim=True)
-        return grad.sub_(normed.mul_(along)).mul_(scale).to(inputs.dtype), None, None
+        return grad.sub_(normed.mul_(along)).mul_(scale).to(inputs.dtype), None
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -28,7 +40,22 @@ def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     weight: (width,), at least fp32, in which all is computed; it gets no gradient.
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
-    return _RmsNorm.apply(inputs, weight, eps)
+    kept = inputs.detach()
+    normed = Normed(kept, _inverse_rms(kept, eps), weight)
+    outputs: Tensor = _RmsNorm.apply(inputs, normed)
+    outputs.normed = normed
+    return outputs
+
+
+def source_of(states: Tensor) -> tuple[Tensor, ...]:
+    """Return what to keep of states for `remade`: where they are, as they came, the output of `rms_norm`, its source."""
+    return getattr(states, "normed", (states.detach(),))
+
+
+def remade(source: Sequence[Tensor]) -> Tensor:
+    """Return the states of which `source_of` is given, to the last bit, as (rows, width)."""
+    states = Normed(*source).outputs() if len(source) > 1 else source[0]
+    return states.reshape(-1, states.shape[-1])
 
 
 def norm_of(module: nn.Module) -> tuple[Tensor, float] | None:
