@@ -1,5 +1,6 @@
 """Engines that answer, through a real gateway, with OpenAI's own client."""
 
+import asyncio
 import json
 import os
 import signal
@@ -177,7 +178,7 @@ def test_adapters_of_ours_and_of_peft_s_are_served_as_peft_itself_answers(
 def test_who_hangs_up_makes_room_for_the_next(tiny_model: Path, base_url: str) -> None:
     sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 450, "temperature": 0, "stream": True}
-    for _ in range(3):
+    for _ in range(20):
         with httpx.stream("POST", f"{base_url}/v1/chat/completions", json=body, timeout=60) as stream:
             next(stream.iter_lines())
     plain = {**body, "stream": False}
@@ -185,6 +186,18 @@ def test_who_hangs_up_makes_room_for_the_next(tiny_model: Path, base_url: str) -
         httpx.post(f"{base_url}/v1/chat/completions", json=plain, timeout=0.05)
     done = httpx.post(f"{base_url}/v1/chat/completions", json={**plain, "max_tokens": 2}, timeout=60)
     assert done.json()["usage"]["completion_tokens"] == 2
+
+
+def test_more_requests_at_once_than_the_server_has_threads_are_all_answered(tiny_model: Path, base_url: str) -> None:
+    sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 4, "temperature": 0}
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            url = f"{base_url}/v1/chat/completions"
+            return await asyncio.gather(*(client.post(url, json={**body, "stream": n % 2 == 0}) for n in range(60)))
+
+    assert [answer.status_code for answer in asyncio.run(ask_all())] == [200] * 60
 
 
 def test_a_port_of_the_user_s_is_used_or_refused(tiny_model: Path) -> None:

@@ -1,9 +1,11 @@
 """`python -m sage.llm.workers.generation --model M --port P`: chats and completions in OpenAI's shapes."""
 
+import asyncio
 import json
 import secrets
 import time
 from collections.abc import Generator as Pieces
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from sage.common.errors import ConfigError, SageError
 from sage.llm.workers import server
@@ -105,26 +108,45 @@ class Shape:
         }  # fmt: skip
 
 
+class EventStream(StreamingResponse):
+    """A streamed answer; gives back what it holds however it ends. Who hangs up leaves its pieces where they are."""
+
+    def __init__(self, pieces: Pieces[str], held: AsyncExitStack) -> None:
+        super().__init__(pieces, media_type="text/event-stream")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the pieces."""
+        async with self._held:
+            await super().__call__(scope, receive, send)
+
+
 def build(name: str, dtype: str, max_tokens: int) -> FastAPI:
     """Load the model and return the server. Raises ModelError."""
     generator = Generator(name, dtype)
     app = server.create_app()
+    # Waited for in the event loop: waiting in threads would leave none for who has the turn.
+    turn = asyncio.Lock()
 
     async def answer_to(
         request: GenerationRequest, prompt: list[int], connection: Request, *, chat: bool
     ) -> Response | dict[str, Any]:
         answer, shape = Answer(len(prompt)), Shape(request.model, chat=chat)
         pieces = generator.generate(prompt, request.sampling(max_tokens), answer)
-        if request.stream:
-            # What is wrong with the request is told by a status, not inside a stream.
-            first = await run_in_threadpool(next, pieces, "")
-            with_usage = bool(request.stream_options and request.stream_options.include_usage)
-            return StreamingResponse(_stream(first, pieces, shape, answer, with_usage), media_type="text/event-stream")
-        text = ""
-        async for piece in iterate_in_threadpool(pieces):
-            text += piece
-            if await connection.is_disconnected():
-                await run_in_threadpool(pieces.close)
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(turn)
+            # Garbage collection would end the generation too, but at its own time.
+            held.push_async_callback(run_in_threadpool, pieces.close)
+            if request.stream:
+                # What is wrong with the request is told by a status, not inside a stream.
+                first = await run_in_threadpool(next, pieces, "")
+                with_usage = bool(request.stream_options and request.stream_options.include_usage)
+                return EventStream(_stream(first, pieces, shape, answer, with_usage), held.pop_all())
+            text = ""
+            async for piece in iterate_in_threadpool(pieces):
+                text += piece
+                if await connection.is_disconnected():
+                    await run_in_threadpool(pieces.close)
         return shape.whole(text, answer)
 
     @app.post("/v1/chat/completions", response_model=None)

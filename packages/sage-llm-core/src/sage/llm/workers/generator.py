@@ -73,7 +73,6 @@ class Generator:
             logger.warning("%s", warning)
         self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))
         self._end_tokens = _end_tokens(self.model, self.tokenizer)
-        self._turn = threading.Lock()
 
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
@@ -91,7 +90,7 @@ class Generator:
     def generate(self, prompt: list[int], sampling: Sampling, answer: Answer) -> Pieces[str]:
         """Yield an answer piece by piece; closing the iterator ends the generation.
 
-        Waits for its turn. Raises ConfigError where the prompt leaves no room, EngineError where generation fails.
+        One at a time: the caller sees to that. Raises ConfigError where the prompt leaves no room, EngineError where generation fails.
         """
         room = self.context_tokens - len(prompt)
         if room < 1:
@@ -104,16 +103,15 @@ class Generator:
         limit = min(sampling.max_tokens, room)
         listener, failures = _Listener(answer), SimpleQueue[Exception]()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with self._turn:
-            thread = threading.Thread(
-                target=self._run, args=(prompt, sampling, limit, streamer, listener, failures), daemon=True
-            )
-            thread.start()
-            try:
-                met_stop = yield from until_stop(streamer, sampling.stop)
-            finally:
-                listener.is_gone.set()
-                thread.join()
+        thread = threading.Thread(
+            target=self._run, args=(prompt, sampling, limit, streamer, listener, failures), daemon=True
+        )
+        thread.start()
+        try:
+            met_stop = yield from until_stop(streamer, sampling.stop)
+        finally:
+            listener.is_gone.set()
+            thread.join()
         if not failures.empty():
             raise EngineError(code="generation_failed", message=f"Generation failed: {failures.get()}.")
         has_ended = met_stop or listener.last_token in self._end_tokens
