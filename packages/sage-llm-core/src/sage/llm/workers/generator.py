@@ -90,7 +90,8 @@ class Generator:
     def generate(self, prompt: list[int], sampling: Sampling, answer: Answer) -> Pieces[str]:
         """Yield an answer piece by piece; closing the iterator ends the generation.
 
-        One at a time: the caller sees to that. Raises ConfigError where the prompt leaves no room, EngineError where generation fails.
+        One at a time: the caller sees to that. Raises ConfigError where the prompt leaves no room, EngineError where
+        generation fails.
         """
         room = self.context_tokens - len(prompt)
         if room < 1:
