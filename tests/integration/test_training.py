@@ -45,7 +45,7 @@ def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Pa
         assert steps[-1][key] is not None
     assert [event["eta_seconds"] is None for event in steps] == [True] * 9 + [False] * 3
     [started] = run.events("started")
-    assert "base not in 8 bits" in started["precision"]
+    assert started["precision"] == "fp32: asked for; whole base"
     assert sorted(path.name for path in run.path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
     assert "step 12/12" in "\n".join(run.manager.logs(run.task_id))
 
@@ -60,6 +60,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path, var
     assert parts.adapter_bytes() != whole.adapter_bytes()
     assert parts.resumed().losses() == whole.losses()
     assert parts.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_a_run_in_8_bits_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
+    def begun(name: str) -> TinyRun:
+        run = TinyRun(tiny_model, tmp_path / name, pack_tokens=300, eval_path=str(HELDOUT), sample_prompts=["Hello"])
+        numbers = {"bf16": False, "bf16_products": False, "int8_products": True}
+        run.manager.run_directory(run.task_id).append_event("started", step=0, total_steps=12, **numbers)
+        return run
+
+    whole, parts = begun("whole").trained(), begun("parts").stopped_at(3).resumed()
+    assert parts.losses() == whole.losses()
+    assert parts.adapter_bytes() == whole.adapter_bytes()
+    *_, started = parts.events("started")
+    assert started["precision"] == "fp32: as the run was begun; 8-bit base"
+    assert "10 matrices in 8 bits" in started["kernels"]
+    assert len(whole.events("sample")) == 2
+    metrics = whole.run_file()["metrics"]
+    assert metrics["heldout_loss"] < metrics["heldout_loss_before"]
 
 
 def test_a_killed_worker_resumes_from_its_last_complete_checkpoint(tiny_model: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from sage.libs.finetune.batching import Batch, PackedCollator, PaddedCollator, c
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 from sage.libs.finetune.estimate import estimate
+from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.model import decoder
 from sage.libs.finetune.precision import Precision, choose_precision
 from sage.libs.finetune.rundir import RunDirectory
@@ -155,7 +156,7 @@ def cgroup() -> Iterator[Path]:
 def test_what_a_run_needs_is_told_before_its_first_step(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1).trained()
     [started] = run.events("started")
-    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None)
+    needs = estimate(tiny_model, run.config, bf16=False, layer_bits=None)
     assert needs.trained_bytes == 16 * started["trainable_parameters"]
     assert started["estimated_memory_bytes"] > needs.least_bytes
     assert any("the run needs about 0.0 GB" in event["message"] for event in run.events("progress"))
@@ -225,9 +226,9 @@ def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path, 
         assert "Out of memory: a single sample of 512 tokens does not fit." in said
 
 
-def precision(asked: str, **begun: bool) -> Precision:
-    config = FinetuneConfig(base_model="m", dataset_path="d", output_dir="o", precision=asked)
-    return choose_precision(config, RunStatus(**begun))
+def precision(asked: str, width: int = 64, *, use_8bit: bool = True, **begun: bool) -> Precision:
+    config = FinetuneConfig(base_model="m", dataset_path="d", output_dir="o", precision=asked, use_8bit=use_8bit)
+    return choose_precision(config, RunStatus(**begun), width)
 
 
 def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +250,29 @@ def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: p
     assert (asked.bf16, asked.bf16_products) == (True, chosen.bf16_products) or measured[1] in ("1.2", "1.3")
 
 
+def test_the_base_is_held_in_8_bits_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for gain, is_taken in ((1.2, False), (1.8, True)):
+        monkeypatch.setattr(int8, "gain", lambda *_, gain=gain: (gain, "measured"))
+        assert precision("auto").int8_products == is_taken
+        assert not precision("auto", use_8bit=False).int8_products
+        assert not precision("fp32").int8_products
+        assert not precision("auto", bf16=False, int8_products=False).int8_products
+        assert precision("auto", bf16=False, int8_products=True).layer_bits == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert int8.gain(64, torch.float32) == (0.0, "the processor lacks instructions for 8-bit products")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    gain, why = int8.gain(64, torch.float32)
+    assert why
+    assert gain >= 0
+
+
 def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = TinyRun(tiny_model, tmp_path / "roomy", max_steps=2, precision="fp32").trained()
-    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None)
+    needs = estimate(tiny_model, run.config, bf16=False, layer_bits=None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     monkeypatch.setattr(trainer, "free_bytes", lambda: needs.total_bytes(1))
@@ -271,10 +290,12 @@ def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     monkeypatch.setattr(trainer, "free_bytes", lambda: 2**20)
-    monkeypatch.setattr(trainer, "install", lambda *_: (None, "plain: another model"))
+    monkeypatch.setattr(trainer, "install", lambda *_, **__: (None, "plain: another model"))
+    monkeypatch.setattr(int8, "gain", lambda *_: (2.0, "measured"))
     for asked, bf16 in (("auto", False), ("bf16", True)):
         run = TinyRun(tiny_model, tmp_path / asked, max_steps=1, precision=asked).trained()
-        assert (run.status.bf16, run.status.bf16_products) == (bf16, bf16)
+        assert (run.status.bf16, run.status.bf16_products, run.status.int8_products) == (bf16, bf16, False)
+        assert "base not in 8 bits: the model does not bear it" in run.events("started")[0]["precision"]
 
 
 def batch(collator: PackedCollator | PaddedCollator) -> Batch:

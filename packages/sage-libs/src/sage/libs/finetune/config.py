@@ -100,7 +100,9 @@ class FinetuneConfig(BaseModel):
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Compute activations again instead of keeping them; auto: once memory does not suffice."
     )
-    use_8bit: bool = Field(True, description="Hold the base in 8 bits on CUDA (bitsandbytes); elsewhere it stays whole.")
+    use_8bit: bool = Field(
+        True, description="Hold the base in 8 bits: on CUDA by bitsandbytes, on a CPU where that is faster."
+    )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
         None, description="How the frozen base is held, on any device that bitsandbytes knows; overrides use_8bit."
     )

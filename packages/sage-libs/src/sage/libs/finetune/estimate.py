@@ -11,7 +11,7 @@ from sage.libs.models.resolve import safetensors_header
 
 #: A trained number, its gradient and AdamW's two moments, each in fp32.
 _TRAINED_BYTES = 16
-#: What bitsandbytes takes for a number that it holds in so many bits, with its share of the scales.
+#: What a number takes that is held in so many bits, with its share of the scales.
 _QUANTISED_BYTES = {8: 1.01, 4: 0.52}
 #: Tokens whose logits our loss holds at once, and how often: logits, probabilities, a part of their gradient.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2.5
@@ -51,10 +51,10 @@ class Estimate:
         )
 
 
-def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int | None) -> Estimate:
+def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, layer_bits: int | None) -> Estimate:
     """Return what a run on the model in a folder of safetensors needs.
 
-    bf16, base_bits: the numbers that the base is held in, as in `Precision`.
+    bf16: whether the base is in bf16, else in fp32.  layer_bits: of the weights in layers, where those are fewer.
     Of each token our step keeps about what goes into and comes out of each of the matrices: from 128 to 8,192 tokens and for
     ranks 8 to 128, total and process together are within 8 % of the measured peak in fp32, and 15 % below it in bf16.
     """
@@ -69,7 +69,7 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
     ends = sum(sum(shape[-2:]) for shape in in_layers.values())
     rows = max((shape[0] for name, shape in matrices.items() if name not in in_layers), default=0)
     size = 2 if bf16 else 4
-    base_bytes, trained = int(layer_numbers * _QUANTISED_BYTES.get(base_bits or 0, size)), config.lora_rank * ends
+    base_bytes, trained = int(layer_numbers * _QUANTISED_BYTES.get(layer_bits or 0, size)), config.lora_rank * ends
     base_bytes += (numbers - layer_numbers) * size
     if config.finetuning_type == "full":
         base_bytes, trained = 0, numbers

@@ -1,5 +1,6 @@
 """The model that is trained: a frozen base with PEFT's adapters, or all of a model."""
 
+import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,6 +44,12 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     model = _with_fresh_adapter(base, config) if adapter is None else _with_adapter(base, adapter)
     assert isinstance(model, PeftModel)
     return model
+
+
+def width_of(folder: Path) -> int:
+    """Return how wide the layers of the model in a folder are."""
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("text_config", config).get("hidden_size", 768))
 
 
 def decoder(model: Trainable) -> PreTrainedModel:

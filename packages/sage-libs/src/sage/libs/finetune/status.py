@@ -32,6 +32,7 @@ class RunStatus:
     total_steps: int | None = None
     bf16: bool | None = None  #: whether the base is in bf16, else in fp32
     bf16_products: bool | None = None  #: whether matrix products are, too
+    int8_products: bool | None = None  #: whether layers are held in 8 bits by our own step, and multiplied so
     epoch: float | None = None
     loss: float | None = None  #: of the last step, nats per token
     token_accuracy: float | None = None
@@ -92,8 +93,10 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             return replace(status, state=RunState.STARTING, code=None, message=None, hint=None, eta_seconds=None)
         case "started":
             bf16 = event.get("bf16")
-            numbers = {"bf16": bf16, "bf16_products": event.get("bf16_products", bf16)}
-            begun = {"step": event["step"], "total_steps": event["total_steps"], **numbers}
+            products = {
+                name: event.get(name, default) for name, default in (("bf16_products", bf16), ("int8_products", False))
+            }
+            begun = {"step": event["step"], "total_steps": event["total_steps"], "bf16": bf16, **products}
             return replace(status, state=RunState.RUNNING, message=None, **begun)
         case "step":
             figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}

@@ -30,7 +30,7 @@ from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.memory import free_bytes, refuse_beyond_limit
-from sage.libs.finetune.model import decoder, load_trainable, load_weights
+from sage.libs.finetune.model import decoder, load_trainable, load_weights, width_of
 from sage.libs.finetune.noise import EmbeddingNoise
 from sage.libs.finetune.precision import Precision, choose_precision
 from sage.libs.finetune.rundir import RunDirectory
@@ -66,7 +66,7 @@ class TrainingRun:
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
         if self.team.leads:
-            self.precision = choose_precision(config, self._status())
+            self.precision = choose_precision(config, self._status(), width_of(folder))
             self._check_memory()
             self._load_data()
             self._fit_memory()
@@ -90,7 +90,7 @@ class TrainingRun:
         check_room(self._needs(least), self.room_bytes, self.config)
 
     def _needs(self, precision: Precision) -> Estimate:
-        return estimate(self.folder, self.config, bf16=precision.bf16, base_bits=precision.base_bits)
+        return estimate(self.folder, self.config, bf16=precision.bf16, layer_bits=precision.layer_bits)
 
     def _fit_memory(self) -> None:
         """Take smaller numbers where the run would else not fit, and may."""
@@ -132,9 +132,12 @@ class TrainingRun:
     def _load_model(self, folder: Path, adapter: Path | None) -> None:
         config = self.config
         self._load_weights(folder, adapter)
-        if not self.kernels and (plain := self.precision.without_kernels(config)) != self.precision:
-            self.precision = plain
-            self._load_weights(folder, adapter)
+        if not self.kernels:
+            was_bf16, self.precision = self.precision.bf16, self.precision.without_kernels(config)
+            if self.precision.bf16 != was_bf16:
+                self._load_weights(folder, adapter)
+        elif not self.kernels.int8_matrices:
+            self.precision = self.precision.without_int8()
         if config.neftune_noise_alpha is not None:
             EmbeddingNoise(decoder(self.model), config.neftune_noise_alpha)
         self.collator: Collator = PackedCollator() if self.kernels else PaddedCollator(int(self.tokenizer.pad_token_id or 0))
@@ -239,7 +242,7 @@ class TrainingRun:
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         if self.config.fast_kernels == "off":
             return None, "plain: fast_kernels is off"
-        return install(decoder(self.model), self.precision.compute_dtype)
+        return install(decoder(self.model), self.precision.compute_dtype, int8=self.precision.int8_products)
 
     def _trainer(self) -> Trainer:
         config, status = self.config, self._status()
@@ -322,6 +325,7 @@ class TrainingRun:
             "trainable_parameters": trainable,
             "bf16": self.precision.bf16,
             "bf16_products": self.precision.bf16_products,
+            "int8_products": self.precision.int8_products,
             "precision": self.precision.reason,
             "kernels": self.step_summary,
             "estimated_memory_bytes": self.estimated_bytes,

@@ -5,7 +5,7 @@ model still computes the same is then measured, and where it does not, everythin
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from sage.libs.finetune.kernels import attention
 from sage.libs.finetune.kernels.lora import Projections, is_fusible, project
-from sage.libs.finetune.kernels.mlp import GatedMlp
+from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import norm_of, rms_norm
 
 #: Two ways to compute the same logits differ by rounding, and by less than this, as a share of their spread, both as root
@@ -43,8 +43,9 @@ class Kernels:
         self.model, self.compute_dtype = model, compute_dtype
         self.head = model.get_output_embeddings()
         self._implementation = model.config._attn_implementation  # noqa: SLF001 - transformers has no getter
-        self._forwards: dict[nn.Module, Forward] = dict(_replacements(model, compute_dtype))
-        self.replaced = len(self._forwards)
+        self._projections: list[Projections] = []
+        self._forwards: dict[nn.Module, Forward] = dict(_replacements(model, compute_dtype, self._projections_of))
+        self.replaced, self.int8_matrices = len(self._forwards), 0
         if self.head is not None:
             self._forwards[self.head] = _identity
         self._put_in()
@@ -53,10 +54,37 @@ class Kernels:
     def off(self) -> Iterator[None]:
         """Be transformers' own model for the length of the block, as generation needs it."""
         self.take_out()
+        for projections in self._projections:
+            projections.bring_back()
         try:
             yield
         finally:
+            for projections in self._projections:
+                projections.put_away()
             self._put_in()
+
+    def shrink(self, before: Tensor) -> str:
+        """Hold the matrices of the layers in 8 bits, and in training multiply them so, where the model stays the same.
+
+        before: what `_probe` returned for the model as it was.  Returns what was done.
+        """
+        for projections in self._projections:
+            projections.watch()
+        _probe(self.model, self)
+        for projections in self._projections:
+            projections.shrink()
+        difference = _difference(_probe(self.model, self, training=True), before)
+        self.int8_matrices = len(self._projections) if difference < _TOLERANCE[torch.bfloat16] else 0
+        for projections in self._projections:
+            if self.int8_matrices:
+                projections.put_away()
+            else:
+                projections.widen()
+        return f"{self.int8_matrices} matrices in 8 bits (the logits move by {difference:.1%} of their spread)"
+
+    def _projections_of(self, layers: Sequence[nn.Module]) -> Projections:
+        self._projections.append(Projections(layers, self.compute_dtype))
+        return self._projections[-1]
 
     def take_out(self) -> None:
         """Put back what was there."""
@@ -70,17 +98,20 @@ class Kernels:
         self.model.set_attn_implementation(attention.NAME)
 
 
-def install(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> tuple[Kernels | None, str]:
+def install(
+    model: PreTrainedModel, compute_dtype: torch.dtype | None = None, *, int8: bool = False
+) -> tuple[Kernels | None, str]:
     """Put the kernels into a model, adapters and all; return them, or None where it stays as it was, and what was done.
 
     model: transformers' own, not PEFT's around it.  compute_dtype: of products; by default the model's.
+    int8: whether to hold the base in 8 bits, where the model bears it.
     """
     if reason := _unfit(model):
         return None, f"plain: {reason}"
     before = _probe(model, None)
     kernels = Kernels(model, compute_dtype)
     try:
-        difference = float((_probe(model, kernels) - before).float().std() / before.float().std())
+        difference = _difference(_probe(model, kernels), before)
     except (RuntimeError, ValueError, TypeError) as error:
         kernels.take_out()
         return None, f"plain: {type(model).__name__} is built otherwise ({str(error).splitlines()[0]})"
@@ -88,7 +119,13 @@ def install(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) ->
     if not difference < _TOLERANCE[torch.bfloat16 if getattr(model, "is_quantized", False) else before.dtype]:
         kernels.take_out()
         return None, f"plain: {type(model).__name__} computes otherwise (by {difference:.1%} of the logits' spread)"
-    return kernels, f"fast: packed samples, {kernels.replaced} modules with kernels of their own"
+    done = f"fast: packed samples, {kernels.replaced} modules with kernels of their own"
+    return kernels, f"{done}, {kernels.shrink(before)}" if int8 else done
+
+
+def _difference(logits: Tensor, before: Tensor) -> float:
+    """Return the root mean square by which logits have moved, as a share of their spread."""
+    return float((logits - before).float().std() / before.float().std())
 
 
 def _unfit(model: PreTrainedModel) -> str:
@@ -106,13 +143,13 @@ def _unfit(model: PreTrainedModel) -> str:
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
+def _probe(model: PreTrainedModel, kernels: Kernels | None, *, training: bool = False) -> Tensor:
     """Return the logits of two short random samples, (tokens, vocab): one by one, or packed."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().num_embeddings
     samples = [torch.randint(vocab, (1, n), generator=generator).to(model.device) for n in _PROBE_LENGTHS]
     was_training = model.training
-    model.eval()
+    model.train(training)
     try:
         if kernels is None:
             return torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in samples])
@@ -126,13 +163,15 @@ def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
         model.train(was_training)
 
 
-def _replacements(model: PreTrainedModel, compute_dtype: torch.dtype | None) -> Iterator[tuple[nn.Module, Forward]]:
+def _replacements(
+    model: PreTrainedModel, compute_dtype: torch.dtype | None, make: MakeProjections
+) -> Iterator[tuple[nn.Module, Forward]]:
     for module in model.modules():
         if norm := norm_of(module):
             yield module, _norm_forward(*norm)
-        elif mlp := GatedMlp.of(module, compute_dtype):
+        elif mlp := GatedMlp.of(module, make):
             yield module, mlp
-        elif forward := _attention_forward(module, compute_dtype):
+        elif forward := _attention_forward(module, compute_dtype, make):
             yield module, forward
 
 
@@ -140,7 +179,7 @@ def _norm_forward(weight: Tensor, eps: float) -> Forward:
     return lambda hidden_states: rms_norm(hidden_states, weight, eps)
 
 
-def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None) -> Forward | None:
+def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None, make: MakeProjections) -> Forward | None:
     """Return the forward of an attention block with fused projections, or None where its structure is another."""
     names = {name for name, _ in module.named_children()}
     if not names.issuperset(_PROJECTIONS) or names - {*_PROJECTIONS, "q_norm", "k_norm"}:
@@ -150,11 +189,7 @@ def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None) -> 
     head_norms = [norm for name in norm_names if (norm := norm_of(module.get_submodule(name)))]
     if not all(map(is_fusible, layers)) or len(head_norms) != len(norm_names) or len(head_norms) == 1:
         return None
-    incoming, outgoing, width = (
-        Projections(layers[:3], compute_dtype),
-        Projections(layers[3:], compute_dtype),
-        module.head_dim,
-    )
+    incoming, outgoing, width = make(layers[:3]), make(layers[3:]), module.head_dim
     heads = layers[0].out_features // width
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
     shape = attention.Shape(heads, layers[1].out_features // width, width, module.scaling, window, compute_dtype)

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from sage.libs.finetune.kernels.int8 import Int8Matrix
 from sage.libs.finetune.kernels.norm import remade, source_of
 from sage.libs.finetune.kernels.product import product
 
@@ -44,13 +45,39 @@ class Projections:
         bases = [_base(layer) for layer in layers]
         self._widths = [base.out_features for base in bases]
         self.weight = bases[0].weight.data if len(bases) == 1 else torch.cat([base.weight.data for base in bases])
-        for base, rows in zip(bases, self.weight.split(self._widths), strict=True):
-            base.weight.data = rows
+        self._share(self.weight)
+        self._int8: Int8Matrix | None = None
+        self.peaks: Tensor | None = None  #: (inputs,): the largest inputs so far, where they are being watched
         self.compute_dtype = compute_dtype or self.weight.dtype
         self.bias = None
         if any(base.bias is not None for base in bases):
             zeros = self.weight.new_zeros
             self.bias = torch.cat([zeros(base.out_features) if base.bias is None else base.bias.data for base in bases])
+
+    def watch(self) -> None:
+        """Take note of the largest inputs from now on."""
+        self.peaks = self.weight.new_zeros((), dtype=self.compute_dtype)
+
+    def shrink(self) -> None:
+        """Make an 8-bit matrix of the weights, for inputs like those that were watched, and multiply by it in training."""
+        assert self.peaks is not None
+        self._int8, self.peaks = Int8Matrix(self.weight, self.peaks), None
+
+    def widen(self) -> None:
+        """Go back to the weights as they were; they must not have been put away."""
+        self._int8 = self.peaks = None
+
+    def put_away(self) -> None:
+        """Leave the weights to the 8-bit matrix, where there is one; those of the layers become empty."""
+        if self._int8:
+            self.weight = self.weight.new_empty(0)
+            for layer in self._layers:
+                _base(layer).weight.data = self.weight
+
+    def bring_back(self) -> None:
+        """Give the layers weights again, as transformers needs them, until they are put away."""
+        if self._int8:
+            self._share(self._int8.whole(self.weight.dtype))
 
     def parameters(self) -> list[Tensor]:
         """Return A and B of each active adapter, in order."""
@@ -61,7 +88,7 @@ class Projections:
         if not parameters:
             return None
         down = torch.cat(list(parameters[0::2])).to(self.compute_dtype)
-        up = down.new_zeros(self.weight.shape[0], down.shape[0])
+        up = down.new_zeros(sum(self._widths), down.shape[0])
         adapters, row = [], 0
         for (column, _, _, scaling), matrix in zip(self._active(), parameters[1::2], strict=True):
             width, rank = matrix.shape
@@ -74,7 +101,13 @@ class Projections:
     def forward(self, inputs: Tensor, stacked: Stacked | None) -> tuple[Tensor, Tensor | None]:
         """Return the product of (tokens, inputs) in the dtype of the weights, and what A made of them, (tokens, ranks)."""
         inputs = inputs.to(self.compute_dtype)
-        outputs = product(inputs, self.weight.to(self.compute_dtype).t())
+        if self.peaks is not None:
+            self.peaks = torch.maximum(self.peaks, inputs.abs().amax(0))
+        if self._int8 and self._layers[0].training:
+            outputs = self._int8.forward(inputs)
+        else:
+            weight = self._int8.whole(self.compute_dtype) if self._int8 else self.weight.to(self.compute_dtype)
+            outputs = product(inputs, weight.t())
         if self.bias is not None:
             outputs += self.bias
         inner = None
@@ -98,7 +131,11 @@ class Projections:
         onto: a gradient of the same inputs, to which this one is added in place; both are in `compute_dtype`.
         """
         grad = grad.to(self.compute_dtype)
-        grad_inputs = product(grad, self.weight.to(self.compute_dtype), onto) if needs_inputs else None
+        grad_inputs = None
+        if needs_inputs and self._int8:
+            grad_inputs = self._int8.backward(grad, onto)
+        elif needs_inputs:
+            grad_inputs = product(grad, self.weight.to(self.compute_dtype), onto)
         if stacked is None or inner is None:
             return grad_inputs, []
         grad_inner = grad @ stacked.up
@@ -110,6 +147,10 @@ class Projections:
             grad_up = grad[:, adapter.columns].t() @ inner[:, adapter.rows]
             gradients += [grad_down[adapter.rows], grad_up * adapter.scaling]
         return grad_inputs, gradients
+
+    def _share(self, weight: Tensor) -> None:
+        for layer, rows in zip(self._layers, weight.split(self._widths), strict=True):
+            _base(layer).weight.data = rows
 
     def _active(self) -> Iterator[tuple[int, Tensor, Tensor, float]]:
         """Yield the first column, A, B and scaling of each adapter that is switched on."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ _GELU_TANH = Activation(
 )
 #: By the class that transformers' ACT2FN has for them.
 _ACTIVATIONS = {"SiLU": _SILU, "SiLUActivation": _SILU, "GELUTanh": _GELU_TANH, "PytorchGELUTanh": _GELU_TANH}
+
+MakeProjections: TypeAlias = Callable[[Sequence[nn.Module]], Projections]
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -71,13 +73,13 @@ class _GatedMlp(torch.autograd.Function):
 class GatedMlp:
     """down(activation(gate(x)) * up(x)), each with its adapter."""
 
-    def __init__(self, layers: Sequence[nn.Module], activation: Activation, compute_dtype: torch.dtype | None) -> None:
-        """layers: gate, up and down.  compute_dtype: as those of Projections."""
-        self.gate, self.up, self.down = (Projections([layer], compute_dtype) for layer in layers)
+    def __init__(self, layers: Sequence[nn.Module], activation: Activation, make: MakeProjections) -> None:
+        """layers: gate, up and down.  make: what makes the Projections of layers."""
+        self.gate, self.up, self.down = (make([layer]) for layer in layers)
         self.activation = activation
 
     @classmethod
-    def of(cls, module: nn.Module, compute_dtype: torch.dtype | None = None) -> "GatedMlp | None":
+    def of(cls, module: nn.Module, make: MakeProjections = Projections) -> "GatedMlp | None":
         """Return the block of a module of transformers', or None where its structure is another."""
         names = {name for name, _ in module.named_children()}
         if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
@@ -86,7 +88,7 @@ class GatedMlp:
         activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
         if activation is None or not all(map(is_fusible, layers)):
             return None
-        return cls(layers, activation, compute_dtype)
+        return cls(layers, activation, make)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the block's output for (…, width), in the same shape."""

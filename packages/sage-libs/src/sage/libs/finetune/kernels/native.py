@@ -1,0 +1,64 @@
+"""What torch has no single pass for, in C: compiled once for the processor at hand, and kept with what can be made again."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from sage.common.paths import get_user_paths
+
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+_COMPILE_SECONDS = 60
+
+
+@functools.cache
+def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
+    """Return what a file of C compiles to, or None and why there is none."""
+    compiler = _compiler()
+    if compiler is None:
+        return None, "there is no C compiler (cc)"
+    identity = "\n".join([source.read_text(), *compiler, *_FLAGS, _processor()])
+    target = (
+        get_user_paths().cache_dir / "kernels" / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    )
+    try:
+        if not target.exists():
+            _compile(compiler, source, target)
+        return ctypes.CDLL(str(target)), ""
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return None, f"{source.name} does not compile here: {said[0] if said else error!r}"
+
+
+def _compiler() -> list[str] | None:
+    given = os.environ.get("CC")
+    for command in [given] if given else ["cc", "gcc", "clang"]:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+def _compile(compiler: list[str], source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        subprocess.run(
+            [*compiler, *_FLAGS, str(source), "-o", str(made)],
+            check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS,
+        )  # fmt: skip
+        made.replace(target)  # at once: other processes may be at the same
+
+
+def _processor() -> str:
+    """Return what a processor can do, as far as the system tells: a home may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
