@@ -111,8 +111,18 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
         "SAGE, packed to 800 tokens, bf16",
         lambda b: b.ours(pack_tokens=PACK_TOKENS, precision="bf16"),
     ),
-    "sage-8bit": ("SAGE, packed to 800 tokens, 8-bit base", lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="8bit")),
-    "sage-4bit": ("SAGE, packed to 800 tokens, 4-bit base", lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="4bit")),
+    "sage-packed-whole": (
+        "SAGE, packed to 800 tokens, whole base",
+        lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="none"),
+    ),
+    "sage-8bit": (
+        "SAGE, packed to 800 tokens, bitsandbytes in 8 bits",
+        lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="8bit"),
+    ),
+    "sage-4bit": (
+        "SAGE, packed to 800 tokens, bitsandbytes in 4 bits",
+        lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="4bit"),
+    ),
     "sage-fp32": ("SAGE, by four samples, fp32", lambda b: b.ours(precision="fp32")),
     "llama-factory-packed": ("LLaMA-Factory, bf16, neat packing to 800", lambda b: b.llama_factory("packed")),
     "llama-factory-packed-fp32": (

@@ -295,7 +295,7 @@ def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
     for asked, bf16 in (("auto", False), ("bf16", True)):
         run = TinyRun(tiny_model, tmp_path / asked, max_steps=1, precision=asked).trained()
         assert (run.status.bf16, run.status.bf16_products, run.status.int8_products) == (bf16, bf16, False)
-        assert "base not in 8 bits: the model does not bear it" in run.events("started")[0]["precision"]
+        assert "base not in 8 bits: the model's layers do not take it" in run.events("started")[0]["precision"]
 
 
 def batch(collator: PackedCollator | PaddedCollator) -> Batch:

@@ -59,7 +59,7 @@ class Precision:
         """Return it for a model whose layers stay whole."""
         if not self.int8_products:
             return self
-        return replace(self, int8_products=False, held="base not in 8 bits: the model does not bear it")
+        return replace(self, int8_products=False, held="base not in 8 bits: the model's layers do not take it")
 
 
 def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Precision:

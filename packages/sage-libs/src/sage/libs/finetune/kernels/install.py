@@ -68,6 +68,8 @@ class Kernels:
 
         before: what `_probe` returned for the model as it was.  Returns what was done.
         """
+        if not self._projections:
+            return "no matrix in 8 bits"
         for projections in self._projections:
             projections.watch()
         _probe(self.model, self)

@@ -32,7 +32,7 @@ def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
         return ctypes.CDLL(str(target)), ""
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return None, f"{source.name} does not compile here: {said[0] if said else error!r}"
+        return None, f"{source.name} does not compile here: {said[0] if said else type(error).__name__}"
 
 
 def _compiler() -> list[str] | None:
