@@ -74,7 +74,7 @@ def test_a_run_in_8_bits_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path) -
     assert parts.adapter_bytes() == whole.adapter_bytes()
     *_, started = parts.events("started")
     assert started["precision"] == "fp32: as the run was begun; 8-bit base"
-    assert "10 matrices in 8 bits" in started["kernels"]
+    assert "10 of 10 matrices in 8 bits" in started["kernels"]
     assert len(whole.events("sample")) == 2
     metrics = whole.run_file()["metrics"]
     assert metrics["heldout_loss"] < metrics["heldout_loss_before"]

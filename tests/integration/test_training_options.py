@@ -156,7 +156,7 @@ def cgroup() -> Iterator[Path]:
 def test_what_a_run_needs_is_told_before_its_first_step(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1).trained()
     [started] = run.events("started")
-    needs = estimate(tiny_model, run.config, bf16=False, layer_bits=None)
+    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None, int8=False)
     assert needs.trained_bytes == 16 * started["trainable_parameters"]
     assert started["estimated_memory_bytes"] > needs.least_bytes
     assert any("the run needs about 0.0 GB" in event["message"] for event in run.events("progress"))
@@ -258,7 +258,7 @@ def test_the_base_is_held_in_8_bits_where_that_is_faster(monkeypatch: pytest.Mon
         assert not precision("auto", use_8bit=False).int8_products
         assert not precision("fp32").int8_products
         assert not precision("auto", bf16=False, int8_products=False).int8_products
-        assert precision("auto", bf16=False, int8_products=True).layer_bits == 8
+        assert precision("auto", bf16=False, int8_products=True).int8_products
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert int8.gain(64, torch.float32) == (0.0, "the processor lacks instructions for 8-bit products")
@@ -272,7 +272,7 @@ def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = TinyRun(tiny_model, tmp_path / "roomy", max_steps=2, precision="fp32").trained()
-    needs = estimate(tiny_model, run.config, bf16=False, layer_bits=None)
+    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None, int8=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     monkeypatch.setattr(trainer, "free_bytes", lambda: needs.total_bytes(1))

@@ -33,9 +33,11 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def needs(model: Path, *, bf16: bool = False, layer_bits: int | None = None, **options: object) -> Estimate:
+def needs(
+    model: Path, *, bf16: bool = False, base_bits: int | None = None, int8: bool = False, **options: object
+) -> Estimate:
     values = {"base_model": str(model), "dataset_path": "d.jsonl", "output_dir": "out", "lora_rank": 2, **options}
-    return estimate(model, FinetuneConfig.model_validate(values), bf16=bf16, layer_bits=layer_bits)
+    return estimate(model, FinetuneConfig.model_validate(values), bf16=bf16, base_bits=base_bits, int8=int8)
 
 
 def test_a_model_s_headers_tell_what_a_run_needs(model: Path) -> None:
@@ -46,7 +48,12 @@ def test_a_model_s_headers_tell_what_a_run_needs(model: Path) -> None:
     assert whole.total_bytes(1000) - whole.total_bytes(900) == 100 * whole.token_bytes
     half = needs(model, bf16=True)
     assert (half.base_bytes, half.token_bytes) == (whole.base_bytes // 2, whole.token_bytes // 2)
-    assert half.base_bytes - needs(model, bf16=True, layer_bits=4).base_bytes == pytest.approx(4 * 24 * 8 * 1.48, abs=1)
+    assert half.base_bytes - needs(model, bf16=True, base_bits=4).base_bytes == pytest.approx(4 * 24 * 8 * 1.48, abs=1)
+    ours = needs(model, int8=True)
+    assert whole.base_bytes - ours.base_bytes == pytest.approx(4 * 24 * 8 * 2.99, abs=1)
+    assert whole.total_bytes(1000) - ours.total_bytes(1000) == whole.base_bytes - ours.base_bytes
+    small = needs(model, int8=True, lora_rank=1)
+    assert small.total_bytes(0) == small.least_bytes == whole.base_bytes  # while it is loaded
     full = needs(model, finetuning_type="full", lora_rank=8)
     assert full.least_bytes == 16 * (100 * 8 + 8 + 4 * 24 * 8)
 

@@ -25,19 +25,22 @@ class Estimate:
     trained_bytes: int  #: what is trained, with gradient and optimizer
     token_bytes: int  #: what each token of a micro-batch leaves behind for the way back, in our own training step
     logits_bytes: int  #: of one token, as our loss holds them
+    loading_bytes: int = 0  #: a base that our own step puts into 8 bits is loaded whole, before there is anything else
 
     @property
     def least_bytes(self) -> int:
         """What is needed however small the micro-batches are."""
-        return self.base_bytes + self.trained_bytes
+        return max(self.loading_bytes, self.base_bytes + self.trained_bytes)
 
     def total_bytes(self, tokens: int) -> int:
         """Return what is needed at the most for micro-batches of so many tokens."""
-        return self.least_bytes + tokens * self.token_bytes + min(tokens, _LOSS_TOKENS) * self.logits_bytes
+        in_step = tokens * self.token_bytes + min(tokens, _LOSS_TOKENS) * self.logits_bytes
+        return max(self.loading_bytes, self.base_bytes + self.trained_bytes + in_step)
 
     def fitting_tokens(self, room_bytes: int) -> int:
         """Return how many tokens a micro-batch may have to stay within so many bytes; 0: none fits."""
-        return max(0, room_bytes - self.total_bytes(0) - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
+        held_bytes = self.base_bytes + self.trained_bytes + _LOSS_TOKENS * self.logits_bytes
+        return max(0, room_bytes - held_bytes) // self.token_bytes
 
     def told(self, tokens: int, room_bytes: int) -> str:
         """Return for people what micro-batches of up to so many tokens need, and what would fit where that does not."""
@@ -51,10 +54,10 @@ class Estimate:
         )
 
 
-def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, layer_bits: int | None) -> Estimate:
+def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int | None, int8: bool) -> Estimate:
     """Return what a run on the model in a folder of safetensors needs.
 
-    bf16: whether the base is in bf16, else in fp32.  layer_bits: of the weights in layers, where those are fewer.
+    bf16, base_bits, int8: the numbers that the base is held in, as in `Precision`.
     Of each token our step keeps about what goes into and comes out of each of the matrices: from 128 to 8,192 tokens and for
     ranks 8 to 128, total and process together are within 8 % of the measured peak in fp32, and 15 % below it in bf16.
     """
@@ -69,11 +72,15 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, layer_bits: in
     ends = sum(sum(shape[-2:]) for shape in in_layers.values())
     rows = max((shape[0] for name, shape in matrices.items() if name not in in_layers), default=0)
     size = 2 if bf16 else 4
-    base_bytes, trained = int(layer_numbers * _QUANTISED_BYTES.get(layer_bits or 0, size)), config.lora_rank * ends
+    base_bytes, trained = (
+        int(layer_numbers * _QUANTISED_BYTES.get(8 if int8 else base_bits or 0, size)),
+        config.lora_rank * ends,
+    )
     base_bytes += (numbers - layer_numbers) * size
     if config.finetuning_type == "full":
         base_bytes, trained = 0, numbers
-    return Estimate(base_bytes, trained * _TRAINED_BYTES, ends * size, int(rows * size * _LOSS_COPIES))
+    loading_bytes = numbers * size if int8 else 0
+    return Estimate(base_bytes, trained * _TRAINED_BYTES, ends * size, int(rows * size * _LOSS_COPIES), loading_bytes)
 
 
 def check_room(needs: Estimate, room_bytes: int, config: FinetuneConfig) -> None:

@@ -39,11 +39,6 @@ class Precision:
         """The numbers that matrix products are computed in."""
         return torch.bfloat16 if self.bf16_products else torch.float32
 
-    @property
-    def layer_bits(self) -> int | None:
-        """In how many bits the weights of layers are held, None where those are the base's."""
-        return 8 if self.int8_products else self.base_bits
-
     def shrunk(self) -> "Precision":
         """Return it with base and activations in bf16."""
         return replace(self, bf16=True, may_shrink=False, why=f"memory is scarce, and {self.why}")

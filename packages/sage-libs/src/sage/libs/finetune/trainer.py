@@ -90,7 +90,8 @@ class TrainingRun:
         check_room(self._needs(least), self.room_bytes, self.config)
 
     def _needs(self, precision: Precision) -> Estimate:
-        return estimate(self.folder, self.config, bf16=precision.bf16, layer_bits=precision.layer_bits)
+        bf16, base_bits, int8 = precision.bf16, precision.base_bits, precision.int8_products
+        return estimate(self.folder, self.config, bf16=bf16, base_bits=base_bits, int8=int8)
 
     def _fit_memory(self) -> None:
         """Take smaller numbers where the run would else not fit, and may."""

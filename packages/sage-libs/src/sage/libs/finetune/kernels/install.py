@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from sage.libs.finetune.kernels import attention
-from sage.libs.finetune.kernels.lora import Projections, is_fusible, project
+from sage.libs.finetune.kernels.lora import INT8_TOLERANCE, Projections, is_fusible, project
 from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import norm_of, rms_norm
 
@@ -63,26 +63,18 @@ class Kernels:
                 projections.put_away()
             self._put_in()
 
-    def shrink(self, before: Tensor) -> str:
-        """Hold the matrices of the layers in 8 bits, and in training multiply them so, where the model stays the same.
-
-        before: what `_probe` returned for the model as it was.  Returns what was done.
-        """
-        if not self._projections:
-            return "no matrix in 8 bits"
+    def watch(self) -> None:
+        """Keep what goes into each matrix, until `shrink`."""
         for projections in self._projections:
             projections.watch()
-        _probe(self.model, self)
-        for projections in self._projections:
-            projections.shrink()
-        difference = _difference(_probe(self.model, self, training=True), before)
-        self.int8_matrices = len(self._projections) if difference < _TOLERANCE[torch.bfloat16] else 0
-        for projections in self._projections:
-            if self.int8_matrices:
-                projections.put_away()
-            else:
-                projections.widen()
-        return f"{self.int8_matrices} matrices in 8 bits (the logits move by {difference:.1%} of their spread)"
+
+    def shrink(self) -> str:
+        """Hold the matrices of the layers in 8 bits, each of them that bears it; return what was done."""
+        moved = [projections.shrink() for projections in self._projections]
+        self.int8_matrices = sum(each < INT8_TOLERANCE for each in moved)
+        return (
+            f"{self.int8_matrices} of {len(moved)} matrices in 8 bits (products move by up to {max(moved, default=0):.1%})"
+        )
 
     def _projections_of(self, layers: Sequence[nn.Module]) -> Projections:
         self._projections.append(Projections(layers, self.compute_dtype))
@@ -112,8 +104,10 @@ def install(
         return None, f"plain: {reason}"
     before = _probe(model, None)
     kernels = Kernels(model, compute_dtype)
+    if int8:
+        kernels.watch()
     try:
-        difference = _difference(_probe(model, kernels), before)
+        difference = float((_probe(model, kernels) - before).float().std() / before.float().std())
     except (RuntimeError, ValueError, TypeError) as error:
         kernels.take_out()
         return None, f"plain: {type(model).__name__} is built otherwise ({str(error).splitlines()[0]})"
@@ -122,12 +116,7 @@ def install(
         kernels.take_out()
         return None, f"plain: {type(model).__name__} computes otherwise (by {difference:.1%} of the logits' spread)"
     done = f"fast: packed samples, {kernels.replaced} modules with kernels of their own"
-    return kernels, f"{done}, {kernels.shrink(before)}" if int8 else done
-
-
-def _difference(logits: Tensor, before: Tensor) -> float:
-    """Return the root mean square by which logits have moved, as a share of their spread."""
-    return float((logits - before).float().std() / before.float().std())
+    return kernels, f"{done}, {kernels.shrink()}" if int8 else done
 
 
 def _unfit(model: PreTrainedModel) -> str:
@@ -145,13 +134,13 @@ def _unfit(model: PreTrainedModel) -> str:
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel, kernels: Kernels | None, *, training: bool = False) -> Tensor:
+def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
     """Return the logits of two short random samples, (tokens, vocab): one by one, or packed."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().num_embeddings
     samples = [torch.randint(vocab, (1, n), generator=generator).to(model.device) for n in _PROBE_LENGTHS]
     was_training = model.training
-    model.train(training)
+    model.eval()
     try:
         if kernels is None:
             return torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in samples])

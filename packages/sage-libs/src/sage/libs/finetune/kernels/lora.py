@@ -17,6 +17,9 @@ from sage.libs.finetune.kernels.int8 import Int8Matrix
 from sage.libs.finetune.kernels.norm import remade, source_of
 from sage.libs.finetune.kernels.product import product
 
+#: By how much a product may move, as a share of its size, for its matrix to go to 8 bits. Those of SmolLM2 move by 1 to 3 %.
+INT8_TOLERANCE = 0.1
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -47,7 +50,7 @@ class Projections:
         self.weight = bases[0].weight.data if len(bases) == 1 else torch.cat([base.weight.data for base in bases])
         self._share(self.weight)
         self._int8: Int8Matrix | None = None
-        self.peaks: Tensor | None = None  #: (inputs,): the largest inputs so far, where they are being watched
+        self._seen: list[Tensor] | None = None
         self.compute_dtype = compute_dtype or self.weight.dtype
         self.bias = None
         if any(base.bias is not None for base in bases):
@@ -55,17 +58,23 @@ class Projections:
             self.bias = torch.cat([zeros(base.out_features) if base.bias is None else base.bias.data for base in bases])
 
     def watch(self) -> None:
-        """Take note of the largest inputs from now on."""
-        self.peaks = self.weight.new_zeros((), dtype=self.compute_dtype)
+        """Keep the inputs that come, until `shrink`."""
+        self._seen = []
 
-    def shrink(self) -> None:
-        """Make an 8-bit matrix of the weights, for inputs like those that were watched, and multiply by it in training."""
-        assert self.peaks is not None
-        self._int8, self.peaks = Int8Matrix(self.weight, self.peaks), None
+    def shrink(self) -> float:
+        """Hold the weights in 8 bits from now on, and in training multiply by them so; the layers' own become empty.
 
-    def widen(self) -> None:
-        """Go back to the weights as they were; they must not have been put away."""
-        self._int8 = self.peaks = None
+        Returns how far that moves the product with the inputs that were kept, as a share of its size. Where this is too far,
+        the weights stay as they are.
+        """
+        inputs, self._seen = torch.cat(self._seen or []), None
+        matrix = Int8Matrix(self.weight, inputs.abs().amax(0))
+        wanted = inputs @ self.weight.to(self.compute_dtype).t()
+        moved = float((matrix.forward(inputs) - wanted).norm() / wanted.norm())
+        if moved < INT8_TOLERANCE:
+            self._int8 = matrix
+            self.put_away()
+        return moved
 
     def put_away(self) -> None:
         """Leave the weights to the 8-bit matrix, where there is one; those of the layers become empty."""
@@ -101,8 +110,8 @@ class Projections:
     def forward(self, inputs: Tensor, stacked: Stacked | None) -> tuple[Tensor, Tensor | None]:
         """Return the product of (tokens, inputs) in the dtype of the weights, and what A made of them, (tokens, ranks)."""
         inputs = inputs.to(self.compute_dtype)
-        if self.peaks is not None:
-            self.peaks = torch.maximum(self.peaks, inputs.abs().amax(0))
+        if self._seen is not None:
+            self._seen.append(inputs)
         if self._int8 and self._layers[0].training:
             outputs = self._int8.forward(inputs)
         else:
