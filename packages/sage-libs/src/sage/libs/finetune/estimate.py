@@ -72,11 +72,8 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
     ends = sum(sum(shape[-2:]) for shape in in_layers.values())
     rows = max((shape[0] for name, shape in matrices.items() if name not in in_layers), default=0)
     size = 2 if bf16 else 4
-    base_bytes, trained = (
-        int(layer_numbers * _QUANTISED_BYTES.get(8 if int8 else base_bits or 0, size)),
-        config.lora_rank * ends,
-    )
-    base_bytes += (numbers - layer_numbers) * size
+    layer_bits, trained = 8 if int8 else base_bits, config.lora_rank * ends
+    base_bytes = int(layer_numbers * _QUANTISED_BYTES.get(layer_bits or 0, size)) + (numbers - layer_numbers) * size
     if config.finetuning_type == "full":
         base_bytes, trained = 0, numbers
     loading_bytes = numbers * size if int8 else 0

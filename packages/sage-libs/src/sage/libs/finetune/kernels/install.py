@@ -71,10 +71,9 @@ class Kernels:
     def shrink(self) -> str:
         """Hold the matrices of the layers in 8 bits, each of them that bears it; return what was done."""
         moved = [projections.shrink() for projections in self._projections]
-        self.int8_matrices = sum(each < INT8_TOLERANCE for each in moved)
-        return (
-            f"{self.int8_matrices} of {len(moved)} matrices in 8 bits (products move by up to {max(moved, default=0):.1%})"
-        )
+        held = [each for each in moved if each < INT8_TOLERANCE]
+        self.int8_matrices = len(held)
+        return f"{len(held)} of {len(moved)} matrices in 8 bits (products move by up to {max(held, default=0):.1%})"
 
     def _projections_of(self, layers: Sequence[nn.Module]) -> Projections:
         self._projections.append(Projections(layers, self.compute_dtype))

@@ -5,6 +5,7 @@ none, and their inputs are the only activations kept.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": y = W x + alpha / rank * B A x.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,9 @@ class Projections:
         Returns how far that moves the product with the inputs that were kept, as a share of its size. Where this is too far,
         the weights stay as they are.
         """
-        inputs, self._seen = torch.cat(self._seen or []), None
+        if not self._seen:
+            return math.inf
+        inputs, self._seen = torch.cat(self._seen), None
         matrix = Int8Matrix(self.weight, inputs.abs().amax(0))
         wanted = inputs @ self.weight.to(self.compute_dtype).t()
         moved = float((matrix.forward(inputs) - wanted).norm() / wanted.norm())
