@@ -104,25 +104,18 @@ class Bench:
         return float(re.search(r"heldout_loss ([\d.]+)", measured(argv)[2])[1])  # type: ignore[index]
 
 
+def _packed(how: str, **options: Any) -> tuple[str, Callable[[Bench], Run]]:
+    """Return a row of ours that packs as the best peer does."""
+    return f"SAGE, packed to {PACK_TOKENS} tokens{how}", lambda b: b.ours(pack_tokens=PACK_TOKENS, **options)
+
+
 ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
-    "sage-packed": ("SAGE, packed to 800 tokens", lambda b: b.ours(pack_tokens=PACK_TOKENS)),
+    "sage-packed": _packed(""),
     "sage": ("SAGE, by four samples", lambda b: b.ours()),
-    "sage-packed-bf16": (
-        "SAGE, packed to 800 tokens, bf16",
-        lambda b: b.ours(pack_tokens=PACK_TOKENS, precision="bf16"),
-    ),
-    "sage-packed-whole": (
-        "SAGE, packed to 800 tokens, whole base",
-        lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="none"),
-    ),
-    "sage-8bit": (
-        "SAGE, packed to 800 tokens, bitsandbytes in 8 bits",
-        lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="8bit"),
-    ),
-    "sage-4bit": (
-        "SAGE, packed to 800 tokens, bitsandbytes in 4 bits",
-        lambda b: b.ours(pack_tokens=PACK_TOKENS, quantization="4bit"),
-    ),
+    "sage-packed-bf16": _packed(", bf16", precision="bf16"),
+    "sage-packed-whole": _packed(", whole base", quantization="none"),
+    "sage-8bit": _packed(", bitsandbytes in 8 bits", quantization="8bit"),
+    "sage-4bit": _packed(", bitsandbytes in 4 bits", quantization="4bit"),
     "sage-fp32": ("SAGE, by four samples, fp32", lambda b: b.ours(precision="fp32")),
     "llama-factory-packed": ("LLaMA-Factory, bf16, neat packing to 800", lambda b: b.llama_factory("packed")),
     "llama-factory-packed-fp32": (

@@ -25,22 +25,26 @@ class Estimate:
     trained_bytes: int  #: what is trained, with gradient and optimizer
     token_bytes: int  #: what each token of a micro-batch leaves behind for the way back, in our own training step
     logits_bytes: int  #: of one token, as our loss holds them
-    loading_bytes: int = 0  #: a base that our own step puts into 8 bits is loaded whole, before there is anything else
+    loading_bytes: int  #: a base that our own step puts into 8 bits is loaded whole, before there is anything else
+
+    @property
+    def held_bytes(self) -> int:
+        """What stays from the first step to the last."""
+        return self.base_bytes + self.trained_bytes
 
     @property
     def least_bytes(self) -> int:
         """What is needed however small the micro-batches are."""
-        return max(self.loading_bytes, self.base_bytes + self.trained_bytes)
+        return max(self.loading_bytes, self.held_bytes)
 
     def total_bytes(self, tokens: int) -> int:
         """Return what is needed at the most for micro-batches of so many tokens."""
         in_step = tokens * self.token_bytes + min(tokens, _LOSS_TOKENS) * self.logits_bytes
-        return max(self.loading_bytes, self.base_bytes + self.trained_bytes + in_step)
+        return max(self.loading_bytes, self.held_bytes + in_step)
 
     def fitting_tokens(self, room_bytes: int) -> int:
         """Return how many tokens a micro-batch may have to stay within so many bytes; 0: none fits."""
-        held_bytes = self.base_bytes + self.trained_bytes + _LOSS_TOKENS * self.logits_bytes
-        return max(0, room_bytes - held_bytes) // self.token_bytes
+        return max(0, room_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
     def told(self, tokens: int, room_bytes: int) -> str:
         """Return for people what micro-batches of up to so many tokens need, and what would fit where that does not."""

@@ -1,7 +1,6 @@
 """In which numbers a run computes."""
 
 import importlib.util
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,10 +9,11 @@ from sage.common.errors import ConfigError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.status import RunStatus
+from sage.libs.finetune.timing import PROBE_ROWS, least_seconds
 
 #: bf16 is taken from this gain on: it rounds more, and some processors have its instructions but are slower with them.
 _LEAST_GAIN = 1.25
-_PROBE_ROWS, _PROBE_WIDTH, _PROBE_REPEATS = 512, 768, 7
+_PROBE_WIDTH = 768
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,20 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
     asked = None if config.precision == "auto" else config.precision == "bf16"
     if begun.bf16 is not None:
         is_int8 = bool(begun.int8_products)
-        held = "8-bit base" if is_int8 else held or "whole base"
+        held = "8-bit base" if is_int8 else held
         return Precision(begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "as the run was begun", held)
     if asked is False or (asked and not may_mix):
-        return Precision(asked, asked, base_bits, False, "asked for", held or "whole base")
+        return Precision(asked, asked, base_bits, False, "asked for", held)
     products, measured = _fastest()
     bf16 = products if asked is None else asked
-    is_faster = False
-    if not held:
-        is_faster, held = _int8(torch.bfloat16 if products else torch.float32, width) if may_mix else (False, "whole base")
-    return Precision(bf16, products, base_bits, is_faster, measured, held, may_shrink=may_mix and not bf16)
+    is_int8 = False
+    if may_mix and config.use_8bit and config.quantization is None:
+        is_int8, held = _int8(torch.bfloat16 if products else torch.float32, width)
+    return Precision(bf16, products, base_bits, is_int8, measured, held, may_shrink=may_mix and not bf16)
 
 
 def _base(config: FinetuneConfig) -> tuple[int | None, str]:
-    """Return in how many bits bitsandbytes holds the base, None for not at all, and why; nothing where that is left open.
+    """Return in how many bits bitsandbytes holds the base, None for not at all, and why.
 
     Raises ConfigError where it was asked for and cannot be.
     """
@@ -99,7 +99,7 @@ def _base(config: FinetuneConfig) -> tuple[int | None, str]:
             )
         return int(config.quantization[0]), f"{config.quantization} base (bitsandbytes)"
     if not torch.cuda.is_available():
-        return None, ""
+        return None, "whole base"
     return (8, "8-bit base (bitsandbytes)") if is_installed else (None, "base not in 8 bits: bitsandbytes is not installed")
 
 
@@ -124,10 +124,5 @@ def _fastest() -> tuple[bool, str]:
 
 def _product_seconds(dtype: torch.dtype) -> float:
     """Return the least time of some matrix products of a layer's size, about a millisecond each."""
-    left, right = torch.ones(_PROBE_ROWS, _PROBE_WIDTH, dtype=dtype), torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
-    best = float("inf")
-    for _ in range(_PROBE_REPEATS):
-        began = time.perf_counter()
-        left @ right.t()
-        best = min(best, time.perf_counter() - began)
-    return best
+    left, right = torch.ones(PROBE_ROWS, _PROBE_WIDTH, dtype=dtype), torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
+    return least_seconds(lambda: left @ right.t())

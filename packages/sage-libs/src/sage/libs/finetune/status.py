@@ -93,10 +93,9 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             return replace(status, state=RunState.STARTING, code=None, message=None, hint=None, eta_seconds=None)
         case "started":
             bf16 = event.get("bf16")
-            products = {
-                name: event.get(name, default) for name, default in (("bf16_products", bf16), ("int8_products", False))
-            }
-            begun = {"step": event["step"], "total_steps": event["total_steps"], "bf16": bf16, **products}
+            numbers = {"bf16": bf16, "bf16_products": event.get("bf16_products", bf16)}
+            numbers["int8_products"] = event.get("int8_products", False)
+            begun = {"step": event["step"], "total_steps": event["total_steps"], **numbers}
             return replace(status, state=RunState.RUNNING, message=None, **begun)
         case "step":
             figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}

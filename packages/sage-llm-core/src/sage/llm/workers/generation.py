@@ -146,7 +146,7 @@ def build(name: str, dtype: str, max_tokens: int) -> FastAPI:
             async for piece in iterate_in_threadpool(pieces):
                 text += piece
                 if await connection.is_disconnected():
-                    await run_in_threadpool(pieces.close)
+                    break
         return shape.whole(text, answer)
 
     @app.post("/v1/chat/completions", response_model=None)

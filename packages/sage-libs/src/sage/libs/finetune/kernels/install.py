@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from sage.libs.finetune.kernels import attention
-from sage.libs.finetune.kernels.lora import INT8_TOLERANCE, Projections, is_fusible, project
+from sage.libs.finetune.kernels.lora import Projections, is_fusible, project
 from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import norm_of, rms_norm
 
@@ -70,10 +70,9 @@ class Kernels:
 
     def shrink(self) -> str:
         """Hold the matrices of the layers in 8 bits, each of them that bears it; return what was done."""
-        moved = [projections.shrink() for projections in self._projections]
-        held = [each for each in moved if each < INT8_TOLERANCE]
-        self.int8_matrices = len(held)
-        return f"{len(held)} of {len(moved)} matrices in 8 bits (products move by up to {max(held, default=0):.1%})"
+        moved = [each for projections in self._projections if (each := projections.shrink()) is not None]
+        self.int8_matrices, count = len(moved), len(self._projections)
+        return f"{len(moved)} of {count} matrices in 8 bits (products move by up to {max(moved, default=0):.1%})"
 
     def _projections_of(self, layers: Sequence[nn.Module]) -> Projections:
         self._projections.append(Projections(layers, self.compute_dtype))

@@ -9,20 +9,18 @@ large-scale vision-language models" (SwitchBack), for 8 bits on the way back as 
 import ctypes
 import math
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sage.libs.finetune.kernels.native import library
+from sage.libs.finetune.timing import PROBE_ROWS, least_seconds
 
 _SOURCE = Path(__file__).with_name("int8.c")
 _MOST = 127
 #: Instructions of processors that multiply 8-bit integers faster than floats.
 _INSTRUCTIONS = ("avx512_vnni", "amx_int8", "avx_vnni")
-_PROBE_ROWS, _PROBE_REPEATS = 512, 7
 _held = threading.local()
 
 
@@ -101,9 +99,9 @@ def gain(width: int, dtype: torch.dtype) -> tuple[float, str]:
     native, problem = library(_SOURCE)
     if native is None:
         return 0.0, problem
-    numbers, weight = torch.ones(_PROBE_ROWS, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    numbers, weight = torch.ones(PROBE_ROWS, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
     matrix = Int8Matrix(weight, torch.ones(width))
-    times = _seconds(lambda: numbers @ weight.t()) / _seconds(lambda: matrix.forward(numbers))
+    times = least_seconds(lambda: numbers @ weight.t()) / least_seconds(lambda: matrix.forward(numbers))
     return times, f"measured, products in 8 bits are {times:.1f} times as fast"
 
 
@@ -116,16 +114,6 @@ def _sums(integers: Tensor, matrix: Tensor) -> Tensor:
     out = held[: math.prod(shape)].view(shape)
     torch._int_mm(integers, matrix, out=out)  # noqa: SLF001 - torch has no other name for it
     return out
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """Return the least time of some calls."""
-    best = float("inf")
-    for _ in range(_PROBE_REPEATS):
-        began = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - began)
-    return best
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

@@ -5,7 +5,6 @@ none, and their inputs are the only activations kept.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": y = W x + alpha / rank * B A x.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from sage.libs.finetune.kernels.norm import remade, source_of
 from sage.libs.finetune.kernels.product import product
 
 #: By how much a product may move, as a share of its size, for its matrix to go to 8 bits. Those of SmolLM2 move by 1 to 3 %.
-INT8_TOLERANCE = 0.1
+_INT8_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,22 @@ class Projections:
         """Keep the inputs that come, until `shrink`."""
         self._seen = []
 
-    def shrink(self) -> float:
+    def shrink(self) -> float | None:
         """Hold the weights in 8 bits from now on, and in training multiply by them so; the layers' own become empty.
 
-        Returns how far that moves the product with the inputs that were kept, as a share of its size. Where this is too far,
-        the weights stay as they are.
+        Returns how far that moves the product with the inputs that were kept, as a share of its size; None where there were
+        none, or it were too far: the weights stay as they are.
         """
         if not self._seen:
-            return math.inf
+            return None
         inputs, self._seen = torch.cat(self._seen), None
         matrix = Int8Matrix(self.weight, inputs.abs().amax(0))
         wanted = inputs @ self.weight.to(self.compute_dtype).t()
         moved = float((matrix.forward(inputs) - wanted).norm() / wanted.norm())
-        if moved < INT8_TOLERANCE:
-            self._int8 = matrix
-            self.put_away()
+        if not moved < _INT8_TOLERANCE:
+            return None
+        self._int8 = matrix
+        self.put_away()
         return moved
 
     def put_away(self) -> None:
