@@ -40,7 +40,8 @@ def measure(report: DatasetReport, model: str, cutoff: int) -> Measured:
         return Measured(model, cutoff, [], problem="TRL makes them of preferences")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # libraries talk while they convert a model
-            from sage.libs.finetune.data.tokenizing import Encoder, ensure_chat_template
+            from sage.libs.finetune.data.tokenizing import Encoder
+            from sage.libs.models.chat import ensure_chat_template
             from sage.libs.models.loading import load_tokenizer, local_folder
             from sage.libs.models.resolve import resolve_model
 

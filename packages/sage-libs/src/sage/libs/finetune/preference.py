@@ -4,6 +4,7 @@ The loop, the losses and the sampling are TRL's; model, checkpoints, events, sto
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
+from sage.libs.finetune.data.samples import Chat
 from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels
 from sage.libs.finetune.rewards import load_reward
@@ -41,8 +43,19 @@ class PreferenceRun(TrainingRun):
             report = DatasetReport(source.path)
             self.rows += [sample.content for sample in read_samples(report, parser_of(config.method))]
             report.raise_for_faults()
+            self._inspect(report.path)
         self.samples, self.micro_batch = len(self.rows), config.batch_size
         self.heldout = HeldOut(self.run, config, [], self.stop.check)
+
+    def _inspect(self, path: Path) -> None:
+        """Look at the answers of a dataset as the model would see them."""
+        encoder = self._encoder()
+        for sample in read_samples(DatasetReport(path), parser_of(self.config.method)):
+            answers = [sample.content[key] for key in ("chosen", "rejected", "completion") if key in sample.content]
+            chats = [Chat([*sample.content["prompt"], *answer]) for answer in answers]
+            encoder.encode_whole([replace(sample, content=chat) for chat in chats])
+        encoder.raise_for_faults()
+        self._report_findings(encoder.findings, path)
 
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         return None, f"plain: {self.config.method} is TRL's own"
