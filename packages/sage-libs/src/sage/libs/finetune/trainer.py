@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 from sage.common.errors import DatasetError
 from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, most_tokens, pack
 from sage.libs.finetune.callbacks import RunCallback
-from sage.libs.finetune.checkpoints import latest_good
 from sage.libs.finetune.data.findings import Code, Findings
 from sage.libs.finetune.data.inspection import inspect_end
 from sage.libs.finetune.data.mixing import Mixture, weighed
@@ -35,6 +34,7 @@ from sage.libs.finetune.memory import free_bytes, refuse_beyond_limit
 from sage.libs.finetune.model import decoder, load_trainable, load_weights, width_of
 from sage.libs.finetune.noise import EmbeddingNoise
 from sage.libs.finetune.precision import Precision, choose_precision
+from sage.libs.finetune.resuming import begun, best_checkpoint, checkpoint_to_resume
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.sampling import answer
 from sage.libs.finetune.status import RunStatus, fold
@@ -42,6 +42,7 @@ from sage.libs.finetune.stepping import AdaptingTrainer
 from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.finetune.team import Team
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
+from sage.libs.models.fingerprint import fingerprint
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import ModelKind, resolve_model
 
@@ -73,7 +74,8 @@ class TrainingRun:
         inspect_end(folder, self.chat_format, found := Findings())
         self._report_findings(found, folder)
         if self.team.leads:
-            self.precision = choose_precision(config, self._status(), width_of(folder))
+            self.checkpoint = checkpoint_to_resume(run, config, folder, self._warn)
+            self.precision = choose_precision(config, begun(run, config), width_of(folder))
             self._check_memory()
             self._load_data()
             self._fit_memory()
@@ -173,22 +175,24 @@ class TrainingRun:
             self.team.close()
 
     def _lead(self) -> None:
-        checkpoint, step = self._checkpoint()
+        checkpoint = self.checkpoint
+        step = checkpoint.step if checkpoint else 0
         self.heldout.go_on_from(step)
+        is_loaded = checkpoint is None
         try:
-            if checkpoint and self.stop.requested:
-                load_weights(self.model, Path(checkpoint))
             self.stop.check()
             self._measure(0)
-            if checkpoint and (step >= self._total_steps() or self.heldout.is_exhausted):  # the Trainer would train on
-                load_weights(self.model, Path(checkpoint))
+            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # the Trainer would train on
+                load_weights(self.model, checkpoint.path)
+                is_loaded = True
             else:
-                step = self._train(checkpoint)
+                step, is_loaded = self._train(str(checkpoint.path) if checkpoint else None), True
                 if step < self._total_steps() and not self.heldout.is_exhausted:
                     raise StopRequested
             self._measure(step)
         except StopRequested:
-            step = self._status().checkpoint_step or 0
+            if checkpoint and not is_loaded:
+                load_weights(self.model, checkpoint.path)
             self._export(step, None)
             self.run.append_event("stopped", step=step, output_dir=self.config.output_dir)
             logger.info("stopped at step %d; the result so far is in %s", step, self.config.output_dir)
@@ -197,8 +201,9 @@ class TrainingRun:
             logger.info("stopped early: %d scores in a row were no better", self.config.early_stopping_patience)
         best = self.heldout.best_step
         if self.config.keep_best and best is not None and best != step:
-            step = best
-            load_weights(self.model, self.run.path / f"checkpoint-{best}")
+            if checkpoint := best_checkpoint(self.run, best, self._warn):
+                load_weights(self.model, checkpoint.path)
+                step = best
         loss = self.heldout.losses.get(step)
         self._export(step, loss)
         self.run.append_event("finished", step=step, output_dir=self.config.output_dir, heldout_loss=loss)
@@ -316,6 +321,7 @@ class TrainingRun:
             self.loss,
             self.stop,
             self.team,
+            trusted={self.checkpoint.step} if self.team.leads and self.checkpoint else set(),
             heldout=self.heldout,
             measure=self._measure,
             started_fields=self._started_fields,
@@ -344,6 +350,7 @@ class TrainingRun:
             "samples": self.samples,
             "heldout_samples": len(self.heldout.samples),
             "trainable_parameters": trainable,
+            "base_sha256": fingerprint(self.folder),
             "bf16": self.precision.bf16,
             "bf16_products": self.precision.bf16_products,
             "int8_products": self.precision.int8_products,
@@ -361,16 +368,6 @@ class TrainingRun:
         micro_batches = math.ceil(len(self.packs) / self.micro_batch)
         steps_per_epoch = math.ceil(math.ceil(micro_batches / self.team.size) / self.config.gradient_accumulation_steps)
         return steps_per_epoch * self.config.num_epochs
-
-    def _checkpoint(self) -> tuple[str | None, int]:
-        """Return the folder of the checkpoint to go on from and its step; (None, 0) at the beginning."""
-        checkpoint, problems = latest_good(self.run.path)
-        for problem in problems:
-            self._warn(f"A damaged checkpoint is passed over: {problem}")
-        if checkpoint:
-            return str(checkpoint.path), checkpoint.step
-        given = self.config.resume_from_checkpoint
-        return given, TrainerState.load_from_json(str(Path(given) / "trainer_state.json")).global_step if given else 0
 
     def _new_loss(self) -> CompletionLoss:
         return CompletionLoss(self.kernels.head.weight, self.kernels.compute_dtype) if self.kernels else CompletionLoss()
@@ -391,7 +388,7 @@ class TrainingRun:
 
     def _export(self, step: int, heldout_loss: float | None) -> None:
         losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
-        metrics = {"step": step, "total_steps": self._total_steps(), **losses}
+        metrics = {"step": step, "total_steps": self._status().total_steps or self._total_steps(), **losses}
         export_result(self.model, self.tokenizer, self.spec, self.run.path, self.folder, metrics)
 
     def _status(self) -> RunStatus:
