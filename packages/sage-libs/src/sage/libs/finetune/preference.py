@@ -4,7 +4,6 @@ The loop, the losses and the sampling are TRL's; model, checkpoints, events, sto
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from sage.libs.finetune.data.checking import as_chats
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
-from sage.libs.finetune.data.samples import Chat
 from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels
 from sage.libs.finetune.rewards import load_reward
@@ -50,10 +49,8 @@ class PreferenceRun(TrainingRun):
     def _inspect(self, path: Path) -> None:
         """Look at the answers of a dataset as the model would see them."""
         encoder = self._encoder()
-        for sample in read_samples(DatasetReport(path), parser_of(self.config.method)):
-            answers = [sample.content[key] for key in ("chosen", "rejected", "completion") if key in sample.content]
-            chats = [Chat([*sample.content["prompt"], *answer]) for answer in answers]
-            encoder.encode_whole([replace(sample, content=chat) for chat in chats])
+        for sample in as_chats(read_samples(DatasetReport(path), parser_of(self.config.method))):
+            encoder.encode_whole([sample])
         encoder.raise_for_faults()
         self._report_findings(encoder.findings, path)
 

@@ -87,17 +87,16 @@ class Finding:
             return f"{_MEANING[self.code][1]}{details}."
         more = " …" if self.count > len(self.places) else ""
         samples = "1 sample" if self.count == 1 else f"{self.count} samples"
-        return f"{samples}: {_MEANING[self.code][1]}{details}; {', '.join(self.places)}{more}."
+        first, *others = self.places
+        # Of the other places in the same file, the line alone.
+        file = first[: max(first.rfind(":"), first.rfind(" ")) + 1]
+        places = ", ".join([first, *(place.removeprefix(file) for place in others)])
+        return f"{samples}: {_MEANING[self.code][1]}{details}: {places}{more}."
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "count": self.count,
-            "places": self.places,
-            "details": self.details,
-        }
+        kept = {"count": self.count, "places": self.places, "details": self.details}
+        return {"code": self.code, "severity": self.severity, "message": str(self), "hint": self.hint, **kept}
 
 
 class Findings:
