@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 from support import chat_record
 
-from sage.libs.finetune.data.formats import RecordError, parse_record
+from sage.libs.finetune.data.formats import parse_record
 from sage.libs.finetune.data.samples import Chat
+from sage.libs.finetune.data.values import RecordError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -30,14 +31,15 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
     ],
 )  # fmt: skip
 def test_every_format_becomes_the_same_chat(record: Any, name: str, messages: list[Any]) -> None:
-    found, content = parse_record(record)
+    found, content, ignored = parse_record(record)
     assert found == name
+    assert not ignored
     assert isinstance(content, Chat)
     assert content.messages == messages
 
 
 def test_plain_text_stays_text() -> None:
-    assert parse_record({"text": "once upon a time"}) == ("text", "once upon a time")
+    assert parse_record({"text": "once upon a time"})[:2] == ("text", "once upon a time")
 
 
 def test_tool_calls_keep_their_arguments_as_an_object() -> None:
@@ -48,7 +50,7 @@ def test_tool_calls_keep_their_arguments_as_an_object() -> None:
                      {"role": "tool", "tool_call_id": "1", "content": "2"}, ANSWER],
         "tools": tools,
     }  # fmt: skip
-    _, content = parse_record(record)
+    content = parse_record(record).content
     assert isinstance(content, Chat)
     assert content.tools == tools
     assert content.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
@@ -56,7 +58,7 @@ def test_tool_calls_keep_their_arguments_as_an_object() -> None:
 
 def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
     record = {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]}
-    _, content = parse_record(record)
+    content = parse_record(record).content
     assert isinstance(content, Chat)
     assert content.untrained == {1}
 
@@ -75,7 +77,7 @@ def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
         ({"messages": []}, "no assistant turn"),
         (chat_record("q", " "), "every assistant turn is empty"),
         ({"messages": [USER, {"role": "system", "content": "s"}, ANSWER]}, "a system message may only come first"),
-        ({"conversations": [{"from": "cat", "value": "x"}]}, 'conversations[0].role is "cat"'),
+        ({"conversations": [{"from": "cat", "value": "x"}]}, 'conversations[0].from is "cat"'),
         ({"instruction": "q", "output": None}, "no known format"),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, "history[0] must be a pair"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": 1}]}]}, "tool_calls[0].function must be"),
