@@ -101,12 +101,17 @@ def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         except UnicodeDecodeError as error:
             yield Fault(origin, f"not UTF-8 at byte {error.start + 1}.", _AS_UTF8)
         except (ValueError, RecursionError) as error:
-            if index == 0 and (line.rstrip()[-1:] in b"[{" or line.lstrip()[:1] == b"["):
+            if index == 0 and isinstance(error, json.JSONDecodeError) and _goes_on(line):
                 yield Fault(origin, "the first record goes on over several lines.", _ONE_A_LINE)
                 return
             yield Fault(origin, f"not valid JSON: {json_problem(error)}.", "Fix or remove the line.")
         else:
             yield origin, record
+
+
+def _goes_on(line: bytes) -> bool:
+    """Return whether a line that is no JSON begins a value of several lines."""
+    return line.rstrip()[-1:] in b"[{" or line.lstrip()[:1] == b"["
 
 
 def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
