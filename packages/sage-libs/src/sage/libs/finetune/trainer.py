@@ -190,10 +190,10 @@ class TrainingRun:
         if step < self._total_steps():
             logger.info("stopped early: %d scores in a row were no better", self.config.early_stopping_patience)
         best = self.heldout.best_step
-        if self.config.keep_best and best is not None and best != step:
-            if checkpoint := best_checkpoint(self.run, best, self._warn):
-                load_weights(self.model, checkpoint.path)
-                step = best
+        is_earlier = self.config.keep_best and best is not None and best != step
+        if best and is_earlier and (checkpoint := best_checkpoint(self.run, best, self._warn)):
+            load_weights(self.model, checkpoint.path)
+            step = best
         loss = self.heldout.losses.get(step)
         self._export(step, loss)
         self.run.append_event("finished", step=step, output_dir=self.config.output_dir, heldout_loss=loss)
