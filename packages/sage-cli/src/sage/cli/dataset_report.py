@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from sage.common.errors import DatasetError, SageError
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
@@ -44,7 +45,7 @@ def measure(report: DatasetReport, model: str, cutoff: int) -> Measured:
             from sage.libs.models.loading import load_tokenizer, local_folder
             from sage.libs.models.resolve import resolve_model
 
-            tokenizer = load_tokenizer(local_folder(resolve_model(model)))
+            tokenizer = load_tokenizer(local_folder(resolve_model(model, Path.cwd())))
         ensure_chat_template(tokenizer)
         encoder = Encoder(tokenizer, cutoff)
         trained = sum(sequence.trained_tokens for sequence in encoder.encode(read_samples(DatasetReport(report.path))))
