@@ -19,10 +19,12 @@ from transformers.utils import logging as transformers_logging
 from sage.common.errors import DatasetError
 from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, most_tokens, pack
 from sage.libs.finetune.callbacks import RunCallback
+from sage.libs.finetune.data.findings import Code, Findings
+from sage.libs.finetune.data.inspection import inspect_end
 from sage.libs.finetune.data.mixing import Mixture, weighed
 from sage.libs.finetune.data.store import StoredSamples, stored
 from sage.libs.finetune.data.streaming import StreamedPacks
-from sage.libs.finetune.data.tokenizing import Encoded, Encoder, ensure_chat_template
+from sage.libs.finetune.data.tokenizing import Encoded, Encoder
 from sage.libs.finetune.estimate import Estimate, check_room, estimate
 from sage.libs.finetune.export import export_result
 from sage.libs.finetune.heldout import HeldOut
@@ -39,8 +41,9 @@ from sage.libs.finetune.status import RunStatus, fold
 from sage.libs.finetune.stepping import AdaptingTrainer
 from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.finetune.team import Team
+from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.fingerprint import fingerprint
-from sage.libs.models.loading import load_tokenizer, local_folder
+from sage.libs.models.loading import check_vocabulary, load_tokenizer, local_folder
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -59,13 +62,18 @@ class TrainingRun:
         self.config = config = self.spec.config
         self.team = Team(run, config.num_processes)
         self.estimated_bytes: int | None = None
+        self._reported: set[tuple[Path, Code]] = set()
         self._tell("loading the tokenizer")
         source = resolve_model(config.base_model)
         self.folder = folder = local_folder(source.base or source)
         adapter = source.folder if source.kind is ModelKind.ADAPTER else None
         self.tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)
+        check_vocabulary(self.tokenizer, folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
+        self.chat_format = ChatFormat(self.tokenizer)
+        inspect_end(folder, self.chat_format, found := Findings())
+        self._report_findings(found, folder)
         if self.team.leads:
             self.checkpoint = checkpoint_to_resume(run, config, folder, self._warn)
             self.precision = choose_precision(config, begun(run, config), width_of(folder))
@@ -121,7 +129,10 @@ class TrainingRun:
             if config.streaming:
                 heldout = self._encode(Path(config.eval_path)) if config.eval_path else []
                 paths = [source.path for source in config.sources]
-                self.packs, self.samples = StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed), None
+                self.packs, self.samples = (
+                    StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed, self._report_findings),
+                    None,
+                )
             else:
                 train, heldout = self._read_data()
                 lengths = train.lengths()
@@ -240,7 +251,17 @@ class TrainingRun:
                 f"{self.config.max_seq_length} tokens and were cut; {samples.facts.dropped} had no answer left and were "
                 "dropped."
             )
+        self._report_findings(Findings(samples.facts.findings), path)
         return samples
+
+    def _report_findings(self, findings: Findings, path: Path) -> None:
+        """Say what was found in a dataset. Raises DatasetError if what is learnt would silently be wrong."""
+        if not self.config.allow_warnings:
+            findings.raise_for_warnings(path, self.config.base_model)
+        for finding in findings:
+            if (path, finding.code) not in self._reported:
+                self._reported.add((path, finding.code))
+                self._warn(str(finding))
 
     def _encoder(self) -> Encoder:
         return Encoder(self.tokenizer, self.config.max_seq_length, self.config.train_on)
@@ -361,7 +382,7 @@ class TrainingRun:
             with self.kernels.off() if self.kernels else contextlib.nullcontext():
                 for prompt in self.config.sample_prompts or ():
                     self.stop.check()
-                    text = answer(self.model, self.tokenizer, prompt)
+                    text = answer(self.model, self.chat_format, prompt)
                     self.run.append_event("sample", step=step, prompt=prompt, answer=text)
                     logger.info("step %d: %s -> %s", step, prompt, text)
         return measured

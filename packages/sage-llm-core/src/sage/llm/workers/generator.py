@@ -8,11 +8,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+from transformers import StoppingCriteria, TextIteratorStreamer
 
 from sage.common.errors import ConfigError, EngineError
-from sage.libs.finetune.data.tokenizing import ensure_chat_template
+from sage.libs.finetune.data.formats import RecordError, message_of
 from sage.libs.models.adapters import attach_adapter, merged
+from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
 from sage.libs.models.resolve import ModelKind
 from sage.llm.workers.server import load_source
@@ -72,20 +73,24 @@ class Generator:
         if warning := ensure_chat_template(self.tokenizer):
             logger.warning("%s", warning)
         self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))
-        self._end_tokens = _end_tokens(self.model, self.tokenizer)
+        self.chat_format = ChatFormat(self.tokenizer)
+        self._end_tokens = self.chat_format.end_ids(self.model.generation_config.eos_token_id)
 
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
         try:
-            text = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            asked = [message_of(message, f"messages[{at}]") for at, message in enumerate(messages)]
+        except RecordError as error:
+            raise ConfigError(code="invalid_value", message=error.message, hint=error.hint, param="messages") from error
+        try:
+            return self.chat_format.prompt_ids(asked, tools or None)
         except Exception as error:  # jinja and templates raise what they like
             message = f"messages: the model's chat template refuses them: {error}"
             raise ConfigError(code="invalid_value", message=message, param="messages") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the prompt of a plain completion."""
-        return list(self.tokenizer(text)["input_ids"])
+        return self.chat_format.text_ids(text)
 
     def generate(self, prompt: list[int], sampling: Sampling, answer: Answer) -> Pieces[str]:
         """Yield an answer piece by piece; closing the iterator ends the generation.
@@ -151,10 +156,3 @@ class Generator:
             logger.exception("generation failed")
             failures.put(error)
             streamer.end()
-
-
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer, by the model's generation config and by its tokenizer."""
-    configured = model.generation_config.eos_token_id
-    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
-    return sorted(ids)

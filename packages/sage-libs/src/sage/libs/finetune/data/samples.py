@@ -38,6 +38,8 @@ class Chat:
     tools: list[dict[str, Any]] | None = None
     #: Indexes of assistant messages that are context only (OpenAI's `"weight": 0`).
     untrained: frozenset[int] = frozenset()
+    #: Fields of the record that nothing reads, as `source` or `messages[].timestamp`.
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
 #: Raised whenever the same samples would be tokenised otherwise.
-_VERSION = 1
+_VERSION = 2
 _TOLD_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
 #: Called now and then with what is being done; what it raises ends the work.
@@ -42,6 +42,7 @@ class Facts:
     samples: int  #: before the cut
     truncated: int
     dropped: int
+    findings: list[dict[str, Any]]  #: as `Findings.as_dicts` returns them
 
 
 class StoredSamples(Sequence[Encoded]):
@@ -110,7 +111,7 @@ def _build(path: Path, encoder: Encoder, folder: Path, on_progress: OnProgress) 
                 tokens.write(np.where(labels == IGNORED, -1 - ids, ids).tobytes())
                 bounds.append(bounds[-1] + len(ids))
         (aside / "bounds.bin").write_bytes(bounds.tobytes())
-        facts = Facts(report.sample_count, encoder.truncated, encoder.dropped)
+        facts = Facts(report.sample_count, encoder.truncated, encoder.dropped, encoder.findings.as_dicts())
         (aside / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -130,10 +131,7 @@ def _sound_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[S
 
 def _key(path: Path, encoder: Encoder) -> str:
     """Return the name of what a dataset is tokenised to: of its content, the tokenizer and the settings."""
-    tokenizer = encoder.tokenizer
-    vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    how = [vocabulary, tokenizer.chat_template, tokenizer.eos_token_id, encoder.cutoff, encoder.train_on]
-    what = [_VERSION, version("transformers"), dataset_hash(path), *how]
+    what = [_VERSION, version("transformers"), dataset_hash(path), *encoder.settings()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
