@@ -98,13 +98,10 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             bf16 = event.get("bf16")
             numbers = {"bf16": bf16, "bf16_products": event.get("bf16_products", bf16)}
             numbers["int8_products"] = event.get("int8_products", False)
-            begun = {
-                "step": event["step"],
-                "total_steps": event["total_steps"],
-                "base_sha256": event.get("base_sha256"),
-                **numbers,
-            }
-            return replace(status, state=RunState.RUNNING, message=None, **begun)
+            begun = {"step": event["step"], "total_steps": event["total_steps"], **numbers}
+            base = event.get("base_sha256") or status.base_sha256
+            saved = min(status.checkpoint_step or 0, event["step"]) or None  # newer ones were damaged
+            return replace(status, state=RunState.RUNNING, message=None, base_sha256=base, checkpoint_step=saved, **begun)
         case "step":
             figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}
             return replace(status, message=None, **figures)

@@ -44,7 +44,7 @@ from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.finetune.team import Team
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.fingerprint import fingerprint
-from sage.libs.models.loading import load_tokenizer, local_folder
+from sage.libs.models.loading import check_vocabulary, load_tokenizer, local_folder
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class TrainingRun:
         self.folder = folder = local_folder(source.base or source)
         adapter = source.folder if source.kind is ModelKind.ADAPTER else None
         self.tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)
+        check_vocabulary(self.tokenizer, folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
         self.chat_format = ChatFormat(self.tokenizer)
@@ -201,10 +202,10 @@ class TrainingRun:
         if step < self._total_steps():
             logger.info("stopped early: %d scores in a row were no better", self.config.early_stopping_patience)
         best = self.heldout.best_step
-        if self.config.keep_best and best is not None and best != step:
-            if checkpoint := best_checkpoint(self.run, best, self._warn):
-                load_weights(self.model, checkpoint.path)
-                step = best
+        is_earlier = self.config.keep_best and best is not None and best != step
+        if best and is_earlier and (checkpoint := best_checkpoint(self.run, best, self._warn)):
+            load_weights(self.model, checkpoint.path)
+            step = best
         loss = self.heldout.losses.get(step)
         self._export(step, loss)
         self.run.append_event("finished", step=step, output_dir=self.config.output_dir, heldout_loss=loss)

@@ -8,11 +8,11 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from sage.common.errors import ConfigError, EngineError
 from sage.libs.finetune.data.formats import RecordError, message_of
+from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
 from sage.libs.models.resolve import ModelKind
@@ -66,7 +66,7 @@ class Generator:
         model = load_causal_lm(base_folder, numbers[default if dtype == "auto" else dtype])
         has_own_tokenizer = (source.folder / "tokenizer.json").is_file()
         if source.kind is ModelKind.ADAPTER:
-            model = PeftModel.from_pretrained(model, source.folder).merge_and_unload()
+            model = merged(attach_adapter(model, source.folder))
         self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         use_adapters = source.kind is ModelKind.ADAPTER and has_own_tokenizer
         self.tokenizer: Any = load_tokenizer(source.folder if use_adapters else base_folder)

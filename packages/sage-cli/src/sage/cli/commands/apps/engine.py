@@ -65,21 +65,22 @@ def start_engine(
     from pathlib import Path
 
     from sage.cli import daemon, waiting
+    from sage.libs.models.resolve import absolute_name
 
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == Kind.finetune and field not in options:
             raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
-    folder = Path(model).expanduser()
-    is_path = folder.is_dir() or model.startswith((".", "/", "~"))
+    named = absolute_name(model, Path.cwd())
+    is_path = named != model or named.startswith("/")
     client = daemon.connect()
 
     def begin(options: dict[str, Any]) -> Any:
         return client.start_engine(
-            model=str(folder.absolute().resolve()) if is_path else model,
+            model=str(Path(named).resolve()) if is_path else model,
             engine_kind=kind,
             options=options,
             port=port,
-            name=name or (folder.name if is_path and kind != Kind.finetune else None),
+            name=name or (Path(named).name if is_path and kind != Kind.finetune else None),
         )
 
     engine = begin(options)
