@@ -139,7 +139,8 @@ class Encoder:
         wholes, halves = self.format.ids([before + after for before, after in flat]), self.format.split_ids(flat)
         whole_edges = iter([whole == [*before, *after] for whole, (before, after) in zip(wholes, halves, strict=True)])
         for each in edges:
-            yield not all([next(whole_edges) for _ in each])
+            found = [next(whole_edges) for _ in each]
+            yield not all(found)
 
     def _one_by_one(self, sequence: _Sequence) -> list[Encoded]:
         alone = [_Sequence([answer], [answer.prompt, answer.text]) for answer in sequence.answers]
