@@ -34,9 +34,9 @@ class Job(Generic[T]):
 
     def abandon(self, reason: SageError | None = None) -> None:
         """End the work; who still waits for its pieces gets `reason`."""
-        self.gone.set()
-        if reason:
+        if reason:  # before the work ends, or its end would be taken for that of the answer
             self.put(reason)
+        self.gone.set()
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self

@@ -107,7 +107,9 @@ def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
             problem, code, hint = "is required", "missing_value", ""
         case _:
             problem, code, hint = finding["msg"].removeprefix("Value error, "), "invalid_value", ""
-    problem = problem.replace("Input should", "must").replace("a valid dictionary or object to extract fields from", "an object")
+    problem = problem.replace("Input should", "must").replace(
+        " valid dictionary or object to extract fields from", "n object"
+    )
     return ConfigError(code=code, message=f"{name} {problem}.", hint=hint, param=param)
 
 
