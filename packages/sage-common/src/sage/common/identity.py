@@ -27,11 +27,11 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity":
-        """Return the identity of a process that runs now; raises ProcessLookupError."""
-        started = _started(pid)
-        if started is None:
+        """Return the identity of a process, also of one that ended and was not collected; raises ProcessLookupError."""
+        found = _look(pid)
+        if found is None:
             raise ProcessLookupError(pid)
-        return cls(pid, started)
+        return cls(pid, found.started)
 
     @classmethod
     def unknown(cls) -> "ProcessIdentity":
@@ -40,7 +40,8 @@ class ProcessIdentity:
 
     def is_alive(self) -> bool:
         """Return whether it runs; a zombie does not, and another process of its PID is not it."""
-        return self.pid != _UNKNOWN_PID and _started(self.pid) == self.started
+        found = _look(self.pid) if self.pid != _UNKNOWN_PID else None
+        return found is not None and found.started == self.started and not found.is_zombie
 
     def process(self) -> psutil.Process | None:
         """Return the process, or None if it is gone or its PID belongs to another one now."""
@@ -73,7 +74,7 @@ class ProcessIdentity:
 
 def session_members(session_id: int) -> list[int]:
     """Return the PIDs of a session's processes."""
-    return [pid for pid in psutil.pids() if pid and _session_of(pid) == session_id and _started(pid)]
+    return [pid for pid in psutil.pids() if pid and _is_member(pid, session_id)]
 
 
 def kill_session(session_id: int) -> None:
@@ -87,24 +88,32 @@ def kill_session(session_id: int) -> None:
             return
 
 
-def _session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return None
+def _is_member(pid: int, session_id: int) -> bool:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.getsid(pid) == session_id:
+            found = _look(pid)
+            return found is not None and not found.is_zombie
+    return False
 
 
-def _started(pid: int) -> str | None:
-    """Return when a process began, or None if it is gone or a zombie."""
+@dataclass(frozen=True)
+class _Found:
+    started: str
+    is_zombie: bool
+
+
+def _look(pid: int) -> _Found | None:
+    """Return what the kernel says of a process, or None if there is none; raises OSError if it cannot be asked."""
     if sys.platform != "linux":
         with contextlib.suppress(psutil.Error):
-            return repr(psutil.Process(pid).create_time())
+            process = psutil.Process(pid)
+            return _Found(repr(process.create_time()), process.status() == psutil.STATUS_ZOMBIE)
         return None
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[_STATE] in "ZX" else f"{boot_id()}/{fields[_START_TICKS]}"
+    return _Found(f"{boot_id()}/{fields[_START_TICKS]}", fields[_STATE] in "ZX")
 
 
 @functools.cache

@@ -70,7 +70,7 @@ async def engine_logs(
     """
     if not follow:
         return PlainTextResponse("".join(f"{line}\n" for line in await manager.get_logs(engine_id, tail)))
-    begin = await manager.log_offset(engine_id, tail, offset)
+    begin = offset if offset is not None else await manager.log_offset(engine_id, tail)
     return StreamingResponse(
         manager.follow_logs(engine_id, begin), media_type="text/plain", headers={"X-Log-Offset": str(begin)}
     )
