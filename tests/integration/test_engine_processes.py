@@ -123,9 +123,8 @@ def test_two_starts_with_one_port_give_one_engine(model: str) -> None:
 
 def test_a_port_that_another_program_has_is_refused_at_once(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            with pytest.raises(Conflict, match="Address already in use"):
-                await start(manager, model, port=other.getsockname()[1])
+        with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(Conflict, match="Address already in use"):
+            await start(manager, model, port=other.getsockname()[1])
         assert await manager.list_engines() == []
 
     run(test)
@@ -135,9 +134,10 @@ def test_no_other_program_gets_an_engine_s_port_while_it_loads(model: str) -> No
     async def test(manager: ControlPlaneManager) -> None:
         engine = await start(manager, model, port=free_port(), answers=False)
         view = await until(manager, engine.id, S.STARTING)
-        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        with socket.socket() as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            other.bind(("127.0.0.1", view.port))
+            with pytest.raises(OSError, match="Address already in use"):
+                other.bind(("127.0.0.1", view.port))
 
     run(test)
 
@@ -364,5 +364,5 @@ def test_a_state_folder_that_cannot_be_used_is_told(model: str) -> None:
     home = get_user_paths().state_dir.parent
     home.mkdir()
     (home / "state").write_text("a file")
-    with pytest.raises(ConfigError, match="The state folder .* cannot be used"):
+    with pytest.raises(ConfigError, match=r"The state folder .* cannot be used"):
         ControlPlaneManager(load_settings())

@@ -190,4 +190,4 @@ def test_a_descriptor_is_inherited_under_its_number(spec: ProcessSpec) -> None:
         inherited = f"readlink /proc/self/fd/{number}"
         spawn(ProcessSpec(("sh", "-c", inherited), spec.lock_path, spec.log_path, pass_fds=(number,)))
         gone(spec)
-        assert spec.log_path.read_text().strip() == os.readlink(f"/proc/self/fd/{number}")
+        assert spec.log_path.read_text().strip() == str(Path(f"/proc/self/fd/{number}").readlink())

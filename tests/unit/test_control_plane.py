@@ -1,11 +1,11 @@
 import asyncio
 import dataclasses
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import record
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
@@ -23,24 +23,6 @@ from sage.llm.control_plane.watch import Watch
 S = EngineState
 LIMITS = Limits(start_seconds=300, stop_seconds=20)
 DEAD = Reason(code="engine_died", message="dead")
-
-
-def record(state: EngineState = S.QUEUED, wanted: Wanted = Wanted.RUNNING, **values: Any) -> EngineRecord:
-    now = datetime.now(UTC)
-    given_values = {
-        "id": "engine-a", "kind": EngineKind.LLM, "model": "m", "name": "m", "port": None, "requested_port": None, **values
-    }  # fmt: skip
-    return EngineRecord(
-        options={},
-        wanted=wanted,
-        state=state,
-        reason=None,
-        node="n",
-        version=1,
-        created_at=now,
-        state_at=now,
-        **given_values,
-    )
 
 
 def test_every_state_has_its_row_and_only_settled_ones_may_end_there() -> None:
@@ -386,3 +368,26 @@ def test_whoever_has_lost_the_lease_writes_nothing(store: Store) -> None:
     executors: Any = {EngineKind.LLM: Executor()}
     asyncio.run(ticked(Reconciler(store, executors, LIMITS, lease="lost")))
     assert store.get("engine-a").state is S.QUEUED
+
+
+@pytest.mark.parametrize(("resume", "wanted"), [(True, Wanted.RUNNING), (True, Wanted.STOPPED), (False, Wanted.RUNNING)])
+@pytest.mark.parametrize("state", [S.STARTING, S.RUNNING])
+def test_what_died_while_nobody_looked_is_resumed_if_that_is_set(
+    store: Store, state: EngineState, resume: bool, wanted: Wanted
+) -> None:
+    store.add(record(state, wanted), "user")
+    executor = Executor()
+    limits = dataclasses.replace(LIMITS, resume=resume)
+    executor.seen = lambda: Observed(alive=executor.launched > 0, reason=DEAD)
+
+    async def main() -> None:
+        reconciler = Reconciler(store, {EngineKind.LLM: executor}, limits)  # type: ignore[dict-item]
+        await ticked(reconciler)
+        is_resumed = resume and wanted is Wanted.RUNNING
+        assert store.get("engine-a").state is (S.QUEUED if is_resumed else S.FAILED)
+        await ticked(reconciler)
+        executor.seen = lambda: Observed(alive=False, reason=DEAD)
+        await ticked(reconciler)  # one that dies under its eyes is not started again and again
+        assert (store.get("engine-a").state, executor.launched) == (S.FAILED, int(is_resumed))
+
+    asyncio.run(main())

@@ -1,4 +1,3 @@
-import dataclasses
 import sqlite3
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -7,25 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import record
 
 from sage.common.errors import ConfigError, Conflict, NotFound
 from sage.common.identity import ProcessIdentity
 from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.database import open_database
-from sage.llm.control_plane.store.store import EngineRecord, StaleWrite, Store
-from sage.llm.control_plane.types import EngineKind, Reason, Wanted
+from sage.llm.control_plane.store.store import StaleWrite, Store
+from sage.llm.control_plane.types import Reason, Wanted
 
 S = EngineState
 DEAD = Reason(code="engine_died", message="dead")
-
-
-def record(engine_id: str = "engine-a", state: EngineState = S.QUEUED, **values: Any) -> EngineRecord:
-    now = datetime.now(UTC)
-    fields: dict[str, Any] = {"port": None, "requested_port": None, "created_at": now, "state_at": now, **values}
-    return EngineRecord(
-        id=engine_id, kind=EngineKind.LLM, model="m", name="m", options={}, wanted=Wanted.RUNNING, state=state, reason=None,
-        node="n", version=1, **fields,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -55,7 +46,7 @@ def test_a_stale_worker_changes_nothing(store: Store) -> None:
 
 
 def test_an_engine_is_removed_with_its_events(store: Store) -> None:
-    store.add(record(state=S.STOPPED), "user")
+    store.add(record(S.STOPPED), "user")
     store.remove(store.get("engine-a"))
     with pytest.raises(NotFound, match="No engine 'engine-a'"):
         store.get("engine-a")
@@ -63,8 +54,8 @@ def test_an_engine_is_removed_with_its_events(store: Store) -> None:
 
 
 def test_engines_are_in_the_order_in_which_they_came_though_the_clock_was_set_back(store: Store) -> None:
-    store.add(record("engine-b"), "user")
-    store.add(record("engine-a", created_at=datetime.now(UTC) - timedelta(hours=1)), "user")
+    store.add(record(id="engine-b"), "user")
+    store.add(record(id="engine-a", created_at=datetime.now(UTC) - timedelta(hours=1)), "user")
     store.move(store.get("engine-b"), S.STARTING, "reconciler")
     engines = store.list(active_only=True)
     assert [engine.id for engine in engines] == ["engine-b", "engine-a"]
@@ -72,23 +63,23 @@ def test_engines_are_in_the_order_in_which_they_came_though_the_clock_was_set_ba
 
 
 def test_one_port_is_promised_to_one_active_engine(store: Store) -> None:
-    store.add(record("engine-a", requested_port=9000), "user")
+    store.add(record(id="engine-a", requested_port=9000), "user")
     with pytest.raises(Conflict) as caught:
-        store.add(record("engine-b", requested_port=9000), "user")
+        store.add(record(id="engine-b", requested_port=9000), "user")
     assert (caught.value.code, caught.value.param) == ("port_taken", "port")
     stopped = store.move(store.get("engine-a"), S.STOPPED, "reconciler")
-    store.add(record("engine-b", requested_port=9000), "user")
+    store.add(record(id="engine-b", requested_port=9000), "user")
     with pytest.raises(Conflict, match="Port 9000 cannot be used"):
         store.move(stopped, S.QUEUED, "user")
     assert store.get("engine-a").state is S.STOPPED
-    store.add(record("engine-c"), "user")
-    store.add(record("engine-d"), "user")  # without a port, there is none to share
+    store.add(record(id="engine-c"), "user")
+    store.add(record(id="engine-d"), "user")  # without a port, there is none to share
 
 
 def test_of_many_starts_with_one_port_at_once_one_is_accepted(store: Store) -> None:
     def add(number: int) -> bool:
         try:
-            store.add(record(f"engine-{number}", requested_port=9000), "user")
+            store.add(record(id=f"engine-{number}", requested_port=9000), "user")
         except Conflict:
             return False
         return True
@@ -240,7 +231,7 @@ def test_a_password_is_in_no_error(tmp_path: Path, url: str) -> None:
 
 
 def test_what_the_database_refuses_is_told_without_its_values(store: Store) -> None:
-    store.add(dataclasses.replace(record(), options={"api": "hunter2"}), "user")
+    store.add(record(options={"api": "hunter2"}), "user")
     with pytest.raises(Exception, match="UNIQUE") as caught:
-        store.add(dataclasses.replace(record(), options={"api": "hunter2"}), "user")
+        store.add(record(options={"api": "hunter2"}), "user")
     assert "hunter2" not in str(caught.value)

@@ -71,7 +71,7 @@ class ControlPlaneManager:
             f"If that folder is gone, write '{{owner}}' into {node_id_path()} to take its engines over.",
         )
         look_seconds = 5 + 2 * settings.reconcile_seconds
-        limits = Limits(settings.engine_start_seconds, settings.stop_seconds, look_seconds)
+        limits = Limits(settings.engine_start_seconds, settings.stop_seconds, look_seconds, settings.resume_engines)
         self._token = secrets.token_hex(8)
         self._reconciler = Reconciler(self._store, self._executors, limits, self._token)
         self._changed = asyncio.Event()

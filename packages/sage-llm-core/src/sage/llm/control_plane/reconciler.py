@@ -57,6 +57,7 @@ class Limits:
     start_seconds: float
     stop_seconds: float
     look_seconds: float = 5.0  #: between two looks, no more time than this counts
+    resume: bool = False  #: engines that are found dead at the first look are queued again
 
 
 def decide(engine: EngineRecord, observed: Observed, watch: Watch, limits: Limits) -> Action:
@@ -169,7 +170,7 @@ class Reconciler:
             self._troubles.pop(engine.id, None)
 
     async def _step(self, engine: EngineRecord) -> None:
-        executor = self._executors[engine.kind]
+        executor, is_first_look = self._executors[engine.kind], engine.id not in self._watches
         observed = await executor.observe(engine)
         action = decide(engine, observed, self._look(engine, observed), self._limits)
         values: dict[str, int | None] = {}
@@ -180,6 +181,9 @@ class Reconciler:
                 raise
             action = Action(state=_S.FAILED, reason=_reason(error))
         await self._write(engine, action, **values)
+        if self._limits.resume and is_first_look and (engine.wanted, action.state) == (Wanted.RUNNING, _S.FAILED):
+            failed = await asyncio.to_thread(self._store.get, engine.id)
+            await self._write(failed, Action(state=_S.QUEUED))
 
     def _look(self, engine: EngineRecord, observed: Observed) -> Watch:
         now, is_inference = time.monotonic(), engine.kind is not EngineKind.FINETUNE
