@@ -3,7 +3,6 @@
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -134,10 +133,11 @@ class Generator:
             torch.seed()  # else it would follow from the seed of an earlier request
         else:
             torch.manual_seed(sampling.seed)
-        with LastLogits(self.model) if sampling.top_logprobs is not None else nullcontext() as last:
-            scorer = Scorer(self._token_bytes, sampling.top_logprobs or 0)
+        scorer = Scorer(self._token_bytes, sampling.top_logprobs or 0)
+        with LastLogits(self.model) as last:
             listener = _Listener(decoder, sampling, self._end_tokens, put)
-            listener.score = last and (lambda token, offset: scorer.score(token, last.logits, offset))
+            if sampling.top_logprobs is not None:
+                listener.score = lambda token, offset: scorer.score(token, last.logits, offset)
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -207,7 +207,8 @@ class _Listener(StoppingCriteria):
         rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
         reason = "stop" if self._has_ended or self._stops.is_met else "length"
         self._characters += len(rest)
-        scores = tuple(score for score in self._pending if score.text_offset < self._characters or reason == "length")
+        is_cut = self._stops.is_met
+        scores = tuple(score for score in self._pending if not is_cut or score.text_offset < self._characters)
         self._put(Piece(rest, scores, finish_reason=reason, completion_tokens=self._tokens))
 
     def _give(self, text: str) -> None:
