@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import StoppingCriteria
 
 from sage.common.errors import ConfigError
-from sage.libs.finetune.data.tokenizing import ensure_chat_template
+from sage.libs.finetune.data.formats import RecordError, message_of
+from sage.libs.models.adapters import attach_adapter, merged
+from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
 from sage.libs.models.resolve import ModelKind
 from sage.llm.workers.penalties import processors
@@ -35,14 +36,15 @@ class Generator:
         model = load_causal_lm(base_folder, numbers[default if dtype == "auto" else dtype])
         has_own_tokenizer = (source.folder / "tokenizer.json").is_file()
         if source.kind is ModelKind.ADAPTER:
-            model = PeftModel.from_pretrained(model, source.folder).merge_and_unload()
+            model = merged(attach_adapter(model, source.folder))
         self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         use_adapters = source.kind is ModelKind.ADAPTER and has_own_tokenizer
         self.tokenizer: Any = load_tokenizer(source.folder if use_adapters else base_folder)
         if warning := ensure_chat_template(self.tokenizer):
             logger.warning("%s", warning)
         self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))
-        self._end_tokens = _end_tokens(self.model, self.tokenizer)
+        self.chat_format = ChatFormat(self.tokenizer)
+        self._end_tokens = self.chat_format.end_ids(self.model.generation_config.eos_token_id)
         self._token_bytes = TokenBytes(self.tokenizer)
         self._characters_per_token = max(32, *map(len, self.tokenizer.get_vocab()))
         self._gone = threading.Event()
@@ -52,15 +54,18 @@ class Generator:
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
         try:
-            text = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            asked = [message_of(message, f"messages[{at}]") for at, message in enumerate(messages)]
+        except RecordError as error:
+            raise ConfigError(code="invalid_value", message=error.message, hint=error.hint, param="messages") from error
+        try:
+            return self.chat_format.prompt_ids(asked, tools or None)
         except Exception as error:  # jinja and templates raise what they like
             message = f"messages: the model's chat template refuses them: {error}"
             raise ConfigError(code="invalid_value", message=message, param="messages") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the prompt of a plain completion."""
-        return list(self.tokenizer(text)["input_ids"])
+        return self.chat_format.text_ids(text)
 
     def check_characters(self, characters: int, param: str) -> None:
         """Raise ConfigError if a prompt is too long whatever its tokens are; tokenising it would take too long."""
@@ -227,10 +232,3 @@ def _layers(model: Any) -> list[torch.nn.Module]:
 
 def _invalid(message: str, param: str) -> ConfigError:
     return ConfigError(code="invalid_value", message=message, param=param)
-
-
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer, by the model's generation config and by its tokenizer."""
-    configured = model.generation_config.eos_token_id
-    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
-    return sorted(ids)
