@@ -9,7 +9,8 @@ import torch
 from transformers import StoppingCriteria
 
 from sage.common.errors import ConfigError
-from sage.libs.finetune.data.formats import RecordError, message_of
+from sage.libs.finetune.data.messages import read_conversation
+from sage.libs.finetune.data.values import RecordError
 from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
@@ -54,7 +55,7 @@ class Generator:
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
         try:
-            asked = [message_of(message, f"messages[{at}]") for at, message in enumerate(messages)]
+            asked = read_conversation(messages, "messages").messages
         except RecordError as error:
             raise ConfigError(code="invalid_value", message=error.message, hint=error.hint, param="messages") from error
         try:
