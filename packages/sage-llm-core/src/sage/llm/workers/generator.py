@@ -3,12 +3,12 @@
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import StoppingCriteria
 
-from sage.common.errors import ConfigError
+from sage.common.errors import ConfigError, ModelError
 from sage.libs.finetune.data.messages import read_conversation
 from sage.libs.finetune.data.values import RecordError
 from sage.libs.models.adapters import attach_adapter, merged
@@ -20,8 +20,12 @@ from sage.llm.workers.sampling import Piece, Sampling, TokenScore
 from sage.llm.workers.scoring import LastLogits, Scorer, prompt_scores
 from sage.llm.workers.server import load_source
 from sage.llm.workers.text import StopStrings, TextDecoder, TokenBytes
+from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+#: A chat template is a program; one that takes longer than this does not end.
+RENDER_SECONDS = 10.0
 #: A temperature below this is greedy decoding; logits divided by it would overflow.
 _GREEDY_BELOW = 1e-5
 
@@ -45,7 +49,7 @@ class Generator:
             logger.warning("%s", warning)
         self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))
         self.chat_format = ChatFormat(self.tokenizer)
-        self._end_tokens = self.chat_format.end_ids(self.model.generation_config.eos_token_id)
+        self._end_tokens = rendered(lambda: self.chat_format.end_ids(self.model.generation_config.eos_token_id))
         self._token_bytes = TokenBytes(self.tokenizer)
         self._characters_per_token = max(32, *map(len, self.tokenizer.get_vocab()))
         self._gone = threading.Event()
@@ -223,6 +227,15 @@ class _Listener(StoppingCriteria):
             ready = [score for score in self._pending if score.text_offset < self._characters]
             self._pending = self._pending[len(ready) :]
             self._put(Piece(text, tuple(ready)))
+
+
+def rendered(render: Callable[[], T]) -> T:
+    """Return what `render` returns. Raises ModelError if it takes longer than any chat template that ends."""
+    try:
+        return within(RENDER_SECONDS, render)
+    except TimeLimitExceeded as error:
+        message = f"The model's chat template did not finish within {RENDER_SECONDS:g} s."
+        raise ModelError(code="template_too_slow", message=message) from error
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:
