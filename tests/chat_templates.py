@@ -1,5 +1,7 @@
 """Chat templates that behave as those of the known families do."""
 
+# ruff: noqa: E501
+
 from typing import Any
 
 _PROMPT = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"

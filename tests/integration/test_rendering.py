@@ -164,7 +164,7 @@ def test_an_answer_without_the_reasoning_that_the_prompt_begins_is_a_warning_and
 @pytest.mark.parametrize(
     ("template", "chat", "code"),
     [
-        (QWEN_TEMPLATE, Chat([TURNS[0], {"role": "assistant", "content": "a", "reasoning_content": "r"}]), Code.REASONING_LOST),
+        (QWEN_TEMPLATE, Chat([TURNS[0], {**TURNS[1], "reasoning_content": "r"}]), Code.REASONING_LOST),
         (QWEN_TEMPLATE, Chat(CALLING), Code.CALLS_LOST),
         (QWEN_TEMPLATE, Chat(TURNS, TOOLS), Code.TOOLS_LOST),
         (QWEN_TEMPLATE.replace("message['content']", "message['content'][:9]"), Chat(TURNS[2:]), Code.ANSWER_LOST),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from sage.common.errors import ConfigError
 from sage.common.validation import validated
 from sage.libs.finetune.data.preferences import Method
-from sage.libs.finetune.data.sources import Source
+from sage.libs.finetune.data.sources import Source, absolute
 
 #: What says something about adapters, or about a base that stays as it is.
 _OF_LORA = (
@@ -130,7 +130,7 @@ class FinetuneConfig(BaseModel):
     @field_validator("output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        return None if value is None else str(Path(value).expanduser().absolute())
+        return None if value is None else str(absolute(value))
 
     @model_validator(mode="after")
     def _lora_options_need_lora(self) -> "FinetuneConfig":

@@ -61,9 +61,10 @@ class FinetuneManager:
         parse = parser_of(config.method)
         if config.method != "sft":
             _check_method(config)
-        datasets = [dataset.path for dataset in config.sources]
-        for path in [*datasets, Path(config.eval_path)] if config.eval_path else datasets:
-            check_dataset(path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks the rest
+        for dataset in config.sources:
+            check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks the rest
+        if config.eval_path:
+            check_dataset(Path(config.eval_path), _CHECKED_SAMPLES, parse, "validation").raise_for_faults()
         source = resolve_model(config.base_model)
         if source.base and config.finetuning_type == "full":
             raise ModelError(

@@ -20,6 +20,7 @@ from sage.common.errors import DatasetError
 from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, most_tokens, pack
 from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.data.findings import Code, Findings
+from sage.libs.finetune.data.folders import Split
 from sage.libs.finetune.data.inspection import inspect_end
 from sage.libs.finetune.data.mixing import Mixture, weighed
 from sage.libs.finetune.data.store import StoredSamples, stored
@@ -127,7 +128,7 @@ class TrainingRun:
         heldout: Sequence[Encoded] = []
         try:
             if config.streaming:
-                heldout = self._encode(Path(config.eval_path)) if config.eval_path else []
+                heldout = self._encode(Path(config.eval_path), "validation") if config.eval_path else []
                 paths = [source.path for source in config.sources]
                 self.packs, self.samples = (
                     StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed, self._report_findings),
@@ -240,11 +241,11 @@ class TrainingRun:
                 hint="Weigh one of them higher.",
                 param="dataset_path",
             )
-        return train, self._encode(Path(config.eval_path)) if config.eval_path else Mixture(heldout)
+        return train, self._encode(Path(config.eval_path), "validation") if config.eval_path else Mixture(heldout)
 
-    def _encode(self, path: Path) -> StoredSamples:
+    def _encode(self, path: Path, split: Split = "train") -> StoredSamples:
         self._tell(f"reading {path}")
-        samples = stored(path, self._encoder(), self._tell_unless_stopped)
+        samples = stored(path, self._encoder(), self._tell_unless_stopped, split)
         if samples.facts.truncated:
             self._warn(
                 f"{samples.facts.truncated} of {samples.facts.samples} samples in {path} are longer than "

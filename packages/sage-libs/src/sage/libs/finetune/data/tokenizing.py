@@ -25,6 +25,8 @@ TrainOn = Literal["assistant", "last_turn", "all"]
 IGNORED = -100
 #: So many samples are tokenised at once.
 _BATCH = 256
+#: A token that straddles the beginning of an answer shows in so much text on either side.
+_EDGE_CHARACTERS = 24
 #: How many faults an error message spells out.
 _SHOWN_FAULTS = 3
 
@@ -117,21 +119,33 @@ class Encoder:
         sequences = [sequence for plan in plans for sequence in plan or ()]
         # One call for all: the tokenizer works on as many cores as there are.
         ids = iter(self.format.split_ids([sequence.parts for sequence in sequences]))
-        shared = [sequence for sequence in sequences if len(sequence.answers) > 1]
-        prompts = iter(self.format.ids([sequence.answers[-1].prompt for sequence in shared]))
+        torn = self._torn(sequences)
         encoded: list[list[Encoded]] = []
         for sample, plan in zip(samples, plans, strict=True):
             made: list[Encoded] = []
             for sequence in plan or ():
-                whole, prompt_tokens = _assembled(sequence, next(ids))
-                if len(sequence.answers) > 1 and next(prompts) != whole.ids[:prompt_tokens]:
-                    alone = [_Sequence([answer], [answer.prompt, answer.text]) for answer in sequence.answers]
-                    split = self.format.split_ids([each.parts for each in alone])
-                    made += [_assembled(*each)[0] for each in zip(alone, split, strict=True)]
-                else:
-                    made.append(whole)
+                parts = next(ids)
+                made += self._one_by_one(sequence) if next(torn) else [_assembled(sequence, parts)]
             encoded.append([] if plan is None else self._checked(sample, made))
         return encoded
+
+    def _torn(self, sequences: list[_Sequence]) -> Iterator[bool]:
+        """Yield for each sequence whether an answer in it, as history of the next one, has other tokens than as an answer.
+
+        That is so if a token straddles its beginning. Its end is a token by itself.
+        """
+        edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
+        flat = [edge for each in edges for edge in each]
+        wholes, halves = self.format.ids([before + after for before, after in flat]), self.format.split_ids(flat)
+        whole_edges = iter([whole == [*before, *after] for whole, (before, after) in zip(wholes, halves, strict=True)])
+        for each in edges:
+            found = [next(whole_edges) for _ in each]
+            yield not all(found)
+
+    def _one_by_one(self, sequence: _Sequence) -> list[Encoded]:
+        alone = [_Sequence([answer], [answer.prompt, answer.text]) for answer in sequence.answers]
+        split = self.format.split_ids([each.parts for each in alone])
+        return [_assembled(*each) for each in zip(alone, split, strict=True)]
 
     def raise_for_faults(self) -> None:
         """Raise DatasetError, with their places, for the samples that the chat template refused."""
@@ -258,15 +272,18 @@ class Encoder:
             yield sequence
 
 
-def _assembled(sequence: _Sequence, parts: list[list[int]]) -> tuple[Encoded, int]:
-    """Return a sequence's tokens, and at which of them its last answer begins; parts: the tokens of its parts."""
-    ids, labels, begin = [*sequence.prefix], [*sequence.prefix], 0
+def _edge(answer: _Answer) -> tuple[str, str]:
+    return answer.prompt[-_EDGE_CHARACTERS:], answer.text[:_EDGE_CHARACTERS]
+
+
+def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
+    """Return a sequence; parts: the tokens of its parts."""
+    ids, labels = [*sequence.prefix], [*sequence.prefix]
     for answer, prompt_ids, answer_ids in zip(sequence.answers, parts[::2], parts[1::2], strict=True):
         trained = answer_ids if answer.end is None else [*answer_ids, answer.end]
-        begin = len(ids) + len(prompt_ids)
         ids += prompt_ids + trained
         labels += [IGNORED] * len(prompt_ids) + trained
-    return Encoded(ids, labels), begin
+    return Encoded(ids, labels)
 
 
 def _last_turn(encoded: Encoded) -> Encoded:
