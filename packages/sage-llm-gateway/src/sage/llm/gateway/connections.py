@@ -16,6 +16,9 @@ _MOST_DESCRIPTORS = 65_536
 _RESERVED_DESCRIPTORS = 40
 _HEAD_BYTES = 65_536
 _HEAD_SECONDS = 30
+_LINGER_SECONDS = 2
+#: Clients beyond the limit that are told so; what is beyond them is closed without a word.
+_SPARE_CONNECTIONS = 8
 
 
 def connection_limit() -> int:
@@ -36,6 +39,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     limit: ClassVar[int] = 1000  #: connections at once
 
+    _is_refused = False
+    _reason: Refusal | None = None
     _head_bytes = 0
     _head_is_open = True
     _head_timer: asyncio.TimerHandle | None = None
@@ -43,7 +48,9 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, unless there are too many."""
         super().connection_made(transport)
-        if len(self.connections) > self.limit:
+        if len(self.connections) > self.limit + _SPARE_CONNECTIONS:
+            transport.abort()
+        elif len(self.connections) > self.limit:
             message = f"The gateway has {self.limit} connections already."
             self._refuse(Overloaded(code="too_many_connections", message=message, hint="Try again in some seconds."))
         else:
@@ -56,10 +63,10 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_refused:
             return
         super().data_received(data)
-        if self._head_is_open and not self.transport.is_closing():
+        if self._head_is_open and not self._is_refused:
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES:
                 self._refuse(_head_too_large())
@@ -74,16 +81,14 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """End a request's head."""
         self._close_head()
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > _HEAD_BYTES:
-            raise _head_too_large()  # the parser reports it through send_400_response
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES:
+            self._reason = _head_too_large()
+            raise self._reason  # the parser turns it into a call of send_400_response
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
-        if self.headers and sum(len(value) for _, value in self.headers) > _HEAD_BYTES // 2:
-            self._refuse(_head_too_large())
-        else:
-            self._refuse(Refusal(400, "invalid_http", msg))
+        self._refuse(self._reason or Refusal(400, "invalid_http", msg))
 
     def _time_head(self) -> None:
         self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.timeout_keep_alive_handler)
@@ -101,7 +106,10 @@ class BoundedHttp(HttpToolsProtocol):
         if isinstance(error, Overloaded):
             head += f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        self.transport.close()
+        # What the client still sends is read: closing before would reset the connection and lose the answer.
+        self.transport.write_eof()
+        self._is_refused = True
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
 
 def _head_too_large() -> Refusal:
