@@ -71,6 +71,11 @@ def test_a_head_that_never_ends_loses_its_connection_and_a_slow_body_does_not(mo
 
     async def main() -> None:
         async with gateway() as client:
+            slow_reader, slow = await connect(client)
+            slow.write(
+                b"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                b"Connection: close\r\nContent-Length: 13\r\n\r\n{"
+            )
             for beginning in (
                 b"",
                 b"GET /health HTTP/1.1\r\nX: ",
