@@ -21,6 +21,12 @@ _POLL_SECONDS = 0.3
 T = TypeVar("T")
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
+
+
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
 @router.post("/engines", status_code=status.HTTP_201_CREATED)
 async def start_engine(request: StartRequest, manager: Manager) -> EngineView:
@@ -59,7 +65,7 @@ async def remove_engine(engine_id: str, manager: Manager) -> dict[str, Any]:
     return {"id": engine_id, "object": "engine", "deleted": True}
 
 
-@router.get("/engines/{engine_id}/logs")
+@router.get("/engines/{engine_id}/logs", response_class=PlainTextResponse)
 async def engine_logs(
     engine_id: str,
     manager: Manager,
@@ -81,11 +87,11 @@ async def engine_logs(
     return StreamingResponse(lines, media_type="text/plain", headers={"X-Log-Offset": str(begin)})
 
 
-@router.get("/engines/{engine_id}/events")
-async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> StreamingResponse:
+@router.get("/engines/{engine_id}/events", response_class=EventStream)
+async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> EventStream:
     """Stream an engine's transitions as server-sent events until it has ended; all of the past ones come first."""
     await manager.get_engine(engine_id)
-    return StreamingResponse(_until_removed(_events(manager, engine_id, follow)), media_type="text/event-stream")
+    return EventStream(_until_removed(_events(manager, engine_id, follow)))
 
 
 @router.get("/engines/{engine_id}/training")
