@@ -54,7 +54,10 @@ def fuzz(document: dict[str, Any], base_url: str, cases: int, ask: Callable[[], 
 def answering_quickly(document: dict[str, Any], models: dict[str, str]) -> dict[str, Any]:
     """Return a document whose inference requests name a model that is served (by path), and ask for few tokens."""
     for path, model in models.items():
-        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        schema = content["schema"]
+        if "$ref" in schema:
+            schema = content["schema"] = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
         schema["properties"]["model"] = {"const": model}
         for name in {"max_tokens", "max_completion_tokens"} & set(schema["properties"]):
             schema["properties"][name] = {"type": "integer", "minimum": 1, "maximum": 3}

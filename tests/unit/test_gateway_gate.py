@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from gateways import ASK, CHAT
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from sage.common.errors import ConfigError
 from sage.common.settings import Settings, load_settings
@@ -18,6 +18,7 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.app import create_app
 from sage.llm.gateway.bodies import Body, BodyBudget
+from sage.llm.workers.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 
 LONE_SURROGATE = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d"}]}'
 START = "/v1/management/engines/start"
@@ -220,3 +221,15 @@ def test_no_descriptor_left_is_a_503_that_says_when_to_come_back(monkeypatch: py
     answer = request("POST", CHAT, json=ASK)
     assert refusal(answer) == (503, "too_many_connections")
     assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "model"), [(CHAT, ChatRequest), ("/v1/completions", CompletionRequest), ("/v1/embeddings", EmbeddingRequest)]
+)
+def test_the_document_names_the_fields_that_our_engines_know(path: str, model: type[BaseModel]) -> None:
+    operation = request("GET", "/openapi.json").json()["paths"][path]["post"]
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == set(model.model_fields)
+    assert set(body["required"]) == {name for name, field in model.model_fields.items() if field.is_required()}
+    assert "422" not in operation["responses"]
+    assert {"400", "404", "415", "502", "503"} <= set(operation["responses"])

@@ -47,73 +47,94 @@ def _number(minimum: float, maximum: float, kind: str = "number") -> dict[str, A
     return {"type": [kind, "null"], "minimum": minimum, "maximum": maximum}
 
 
+def _object(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+def _list(items: dict[str, Any], **bounds: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, **bounds}
+
+
+_INT64 = 2**63
 _FLAG = {"type": ["boolean", "null"]}
-_STOP = {"anyOf": [{"type": "null"}, {"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]}
+_TEXT = {"type": "string"}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ANY_OBJECT = {"type": ["object", "null"]}
+_STOP = {"type": "string", "minLength": 1, "maxLength": 1024}
+_IDS = _list({"type": "integer", "minimum": 0}, minItems=1)
+_INPUT = {"anyOf": [_TEXT, _list(_TEXT, minItems=1), _IDS, _list(_IDS, minItems=1)]}
+_BIAS = {"type": "number", "minimum": -100, "maximum": 100}
+_MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_CHARS}
 _SAMPLING: dict[str, Any] = {
-    "model": {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_CHARS},
-    "max_tokens": _number(1, 2**31, "integer"),
+    "model": _MODEL,
+    "max_tokens": _number(1, _INT64, "integer"),
     "temperature": _number(0, 2),
-    "top_p": _number(0, 1),
+    "top_p": {**_number(0, 1), "exclusiveMinimum": 0},
+    "top_k": _number(-1, _INT64 - 1, "integer"),
+    "min_p": _number(0, 1),
+    "repetition_penalty": _number(0.01, 100),
     "frequency_penalty": _number(-2, 2),
     "presence_penalty": _number(-2, 2),
-    "logit_bias": {"type": ["object", "null"], "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
-    "seed": _number(-(2**63), 2**63 - 1, "integer"),
-    "stop": _STOP,
+    "logit_bias": {**_ANY_OBJECT, "patternProperties": {"^[0-9]{1,9}$": _BIAS}, "additionalProperties": False},
+    "seed": _number(-_INT64, _INT64 - 1, "integer"),
+    "stop": {"anyOf": [{"type": "null"}, _STOP, _list(_STOP, maxItems=4)]},
     "n": _number(1, 128, "integer"),
     "stream": _FLAG,
-    "stream_options": {"type": ["object", "null"], "properties": {"include_usage": _FLAG}},
-    "user": {"type": ["string", "null"]},
-}
-_PARTS = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "required": ["type", "text"],
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "stream_options": {
+        "anyOf": [{"type": "null"}, _object([], include_usage=_FLAG, include_obfuscation={"enum": [False, None]})]
     },
+    "user": _TEXT_OR_NULL,
 }
-_MESSAGE = {
-    "type": "object",
-    "required": ["role"],
-    "properties": {
-        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-        "content": {"anyOf": [{"type": "null"}, {"type": "string"}, _PARTS]},
-        "name": {"type": "string"},
-        "tool_calls": {"type": "array", "items": {"type": "object"}},
-        "tool_call_id": {"type": "string"},
-    },
-}
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
-_INPUT = {"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
-
-
-def _object(required: list[str], **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": required, "properties": properties}
-
-
+_PARTS = _list(_object(["type", "text"], type={"const": "text"}, text=_TEXT))
+_CALLED = _object(["name", "arguments"], name=_TEXT, arguments={"type": ["string", "object"]})
+_CALL = _object(["function"], id=_TEXT_OR_NULL, type={"enum": ["function", None]}, function=_CALLED)
+_MESSAGE = _object(
+    ["role"],
+    role={"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
+    content={"anyOf": [{"type": "null"}, _TEXT, _PARTS]},
+    name=_TEXT_OR_NULL,
+    tool_calls={"anyOf": [{"type": "null"}, _list(_CALL)]},
+    tool_call_id=_TEXT_OR_NULL,
+    reasoning_content=_TEXT_OR_NULL,
+    annotations=_list({}, maxItems=0),
+)
+_FUNCTION = _object(["name"], name=_TEXT, description=_TEXT_OR_NULL, parameters=_ANY_OBJECT, strict={"enum": [False, None]})
+_TOOL = _object(["type", "function"], type={"const": "function"}, function=_FUNCTION)
 _BODIES = {
     "ChatRequest": _object(
         ["model", "messages"],
         **_SAMPLING,
-        max_completion_tokens=_number(1, 2**31, "integer"),
-        messages={"type": "array", "items": _MESSAGE, "minItems": 1},
-        tools={"type": ["array", "null"], "items": {"type": "object"}},
-        tool_choice={"anyOf": [{"type": "null"}, {"type": "string"}, {"type": "object"}]},
-        response_format={"type": ["object", "null"]},
+        messages=_list(_MESSAGE, minItems=1),
+        max_completion_tokens=_number(1, _INT64, "integer"),
         logprobs=_FLAG,
         top_logprobs=_number(0, 20, "integer"),
+        tools={"anyOf": [{"type": "null"}, _list(_TOOL)]},
+        tool_choice={"enum": ["auto", "none", None]},
+        parallel_tool_calls=_FLAG,
+        response_format={"anyOf": [{"type": "null"}, _object(["type"], type={"const": "text"})]},
+        modalities={"anyOf": [{"type": "null"}, _list({"const": "text"})]},
+        metadata=_ANY_OBJECT,
+        store={"enum": [False, None]},
+        service_tier=_TEXT_OR_NULL,
+        safety_identifier=_TEXT_OR_NULL,
+        prompt_cache_key=_TEXT_OR_NULL,
     ),
     "CompletionRequest": _object(
-        ["model", "prompt"], **_SAMPLING, prompt=_INPUT, echo=_FLAG, logprobs=_number(0, 20, "integer")
+        ["model", "prompt"],
+        **{**_SAMPLING, "max_tokens": _number(0, _INT64, "integer")},
+        prompt=_INPUT,
+        echo=_FLAG,
+        logprobs=_number(0, 20, "integer"),
+        best_of=_number(1, 128, "integer"),
+        suffix={"enum": ["", None]},
     ),
     "EmbeddingRequest": _object(
         ["model", "input"],
-        model=_SAMPLING["model"],
+        model=_MODEL,
         input=_INPUT,
         encoding_format={"enum": ["float", "base64", None]},
-        dimensions=_number(1, 2**31, "integer"),
-        user=_SAMPLING["user"],
+        dimensions=_number(1, _INT64, "integer"),
+        user=_TEXT_OR_NULL,
     ),
 }
 
