@@ -10,7 +10,8 @@ import torch
 from transformers import StoppingCriteria
 
 from sage.common.errors import ConfigError
-from sage.libs.finetune.data.formats import RecordError, message_of
+from sage.libs.finetune.data.messages import read_conversation
+from sage.libs.finetune.data.values import RecordError
 from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
@@ -55,14 +56,15 @@ class Generator:
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
         try:
-            asked = [message_of(message, f"messages[{at}]") for at, message in enumerate(messages)]
+            asked = read_conversation(messages, "messages")
         except RecordError as error:
-            raise ConfigError(code="invalid_value", message=error.message, hint=error.hint, param="messages") from error
+            raise _invalid(error.message, "messages", error.hint) from error
+        if asked.ignored:
+            raise _invalid(f"{asked.ignored[0]} is not supported.", "messages", "Remove it.")
         try:
-            return self.chat_format.prompt_ids(asked, tools or None)
+            return self.chat_format.prompt_ids(asked.messages, tools or None)
         except Exception as error:  # jinja and templates raise what they like
-            message = f"messages: the model's chat template refuses them: {error}"
-            raise ConfigError(code="invalid_value", message=message, param="messages") from error
+            raise _invalid(f"messages: the model's chat template refuses them: {error}", "messages") from error
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the prompt of a plain completion."""
@@ -229,5 +231,5 @@ def _layers(model: Any) -> list[torch.nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def _invalid(message: str, param: str) -> ConfigError:
-    return ConfigError(code="invalid_value", message=message, param=param)
+def _invalid(message: str, param: str, hint: str = "") -> ConfigError:
+    return ConfigError(code="invalid_value", message=message, hint=hint, param=param)
