@@ -85,6 +85,10 @@ def test_a_system_message_beside_the_messages_comes_first() -> None:
         assert parse_record(record).content.messages == [system, USER, ANSWER]
 
 
+def test_an_empty_list_of_images_in_a_cell_is_none() -> None:
+    assert parse_record({"prompt": "q", "completion": "a", "images": "[]"}).content.messages == [USER, ANSWER]
+
+
 def test_plain_text_stays_text() -> None:
     assert parse_record({"text": "once upon a time"})[:2] == ("text", "once upon a time")
 

@@ -11,7 +11,7 @@ from sage.libs.finetune.data.messages import BOOKKEEPING, Conversation, Message,
 from sage.libs.finetune.data.prompts import answer_of, parted, prompt_of, says_something
 from sage.libs.finetune.data.samples import Chat
 from sage.libs.finetune.data.tools import tools_of
-from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of
+from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of, unpacked
 
 Record = Mapping[str, Any]
 Content = Chat | str
@@ -64,7 +64,7 @@ def present_fields(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}
-    if media := [name for name in _MEDIA if present.get(name)]:
+    if media := [name for name in _MEDIA if unpacked(present.get(name))]:
         raise RecordError(f"'{media[0]}' is given: this trains text only.", "Remove the record.")
     return present
 
