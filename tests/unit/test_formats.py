@@ -81,8 +81,21 @@ def test_a_completion_may_say_its_prompt_again_and_answers_in_the_prompt_are_con
 
 def test_a_system_message_beside_the_messages_comes_first() -> None:
     system = {"role": "system", "content": "s"}
-    for record in ({"messages": [USER, ANSWER], "system": "s"}, {"messages": [system, USER, ANSWER], "system": "s"}):
-        assert parse_record(record).content.messages == [system, USER, ANSWER]
+    for said in (
+        {"messages": [USER, ANSWER]},
+        {"messages": [system, USER, ANSWER]},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [system, USER], "completion": [USER, ANSWER]},
+    ):
+        assert parse_record({**said, "system": "s"}).content.messages == [system, USER, ANSWER]
+
+
+def test_turns_may_come_as_a_list_for_each_field() -> None:
+    record = {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}
+    assert parse_record(record).content.messages == [USER, ANSWER]
+    uneven = {"conversations": {"from": ["human"], "value": ["q", "a"]}}
+    with pytest.raises(RecordError, match="'conversations' must be a list, found an object"):
+        parse_record(uneven)
 
 
 def test_an_empty_list_of_images_in_a_cell_is_none() -> None:

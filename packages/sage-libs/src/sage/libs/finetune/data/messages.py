@@ -55,7 +55,17 @@ class _Turn(NamedTuple):
 
 def read_conversation(value: Any, where: str) -> Conversation:
     """Return a conversation; where: the field that holds it. Raises RecordError that names the turn and its field."""
-    return _read([(item, f"{where}[{index}]") for index, item in enumerate(list_of(value, where))], f"{where}[].")
+    items = _transposed(value) or list_of(value, where)
+    return _read([(item, f"{where}[{index}]") for index, item in enumerate(items)], f"{where}[].")
+
+
+def _transposed(value: Any) -> list[Any] | None:
+    """Return the turns of a column that has a list for each of their fields, as older releases of `datasets` write it."""
+    if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
+        return None
+    if len({len(column) for column in value.values()}) != 1:
+        return None
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
 
 
 def read_message(value: Any, where: str) -> Conversation:
