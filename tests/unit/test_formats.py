@@ -90,6 +90,12 @@ def test_a_system_message_beside_the_messages_comes_first() -> None:
         assert parse_record({**said, "system": "s"}).content.messages == [system, USER, ANSWER]
 
 
+def test_turns_and_tools_may_be_json_each() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    record = {"messages": [json.dumps(USER), json.dumps(ANSWER)], "tools": [json.dumps(tools[0])]}
+    assert parse_record(record).content == Chat([USER, ANSWER], tools)
+
+
 def test_turns_may_come_as_a_list_for_each_field() -> None:
     record = {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}
     assert parse_record(record).content.messages == [USER, ANSWER]
@@ -133,6 +139,7 @@ def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
         ([1], "a JSON object is expected, found a list"),
         ({"foo": 1}, "no known format has the fields foo"),
         ({"messages": "hello"}, "'messages' must be a list, found text"),
+        ({"messages": "[{'role': 'user', 'content': 'q'}]"}, "'messages' is not valid JSON: Expecting property name"),
         ({"messages": ["hello"]}, "messages[0] must be an object with role and content, found text"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 'messages[0].role is "wizard"'),
         ({"messages": [{"content": "x"}]}, "messages[0].role is null"),

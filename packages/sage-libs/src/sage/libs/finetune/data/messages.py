@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sage.libs.finetune.data.tools import called_functions, tool_calls_of
-from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, shown, text_of
+from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, shown, text_of, unpacked
 
 Message = dict[str, Any]
 
@@ -96,6 +96,8 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
 
 
 def _turn(item: Any, where: str) -> _Turn:
+    if not isinstance(item, Mapping):
+        item = unpacked(item)  # as `datasets` writes a column of JSON
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with role and content, found {kind_of(item)}.")
     if None in item.values():

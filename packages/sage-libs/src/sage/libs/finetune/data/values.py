@@ -36,7 +36,7 @@ def unpacked(value: Any) -> Any:
 
     Only for fields that are lists or objects by their format: elsewhere such a text is what the model learns.
     """
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if _is_packed(value):
         try:
             return DECODER.decode(value)
         except (ValueError, RecursionError):
@@ -44,9 +44,22 @@ def unpacked(value: Any) -> Any:
     return value
 
 
+def decoded(text: str, where: str, hint: str) -> Any:
+    """Return the value of a JSON text. Raises RecordError."""
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where} is not valid JSON: {json_problem(error)}.", hint) from error
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+
+
 def list_of(value: Any, where: str) -> list[Any]:
     """Return a list, or the list that a JSON text holds. Raises RecordError."""
-    value = unpacked(value)
+    if _is_packed(value):
+        value = decoded(value, f"'{where}'", "Write it as JSON, with double quotes.")
     if not isinstance(value, list):
         raise RecordError(f"'{where}' must be a list, found {kind_of(value)}.")
     return value
