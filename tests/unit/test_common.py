@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from sage.common.errors import ConfigError, SageError
-from sage.common.paths import get_user_paths
+from sage.common.paths import get_user_paths, private_file, private_folder
 from sage.common.settings import load_settings
 
 
@@ -64,7 +64,63 @@ def test_every_error_has_a_status_and_an_exit_code() -> None:
     pending = [SageError]
     while pending:
         kind = pending.pop()
-        pending += kind.__subclasses__()
+        pending += [child for child in kind.__subclasses__() if child.__module__ == SageError.__module__]
         assert 400 <= kind.http_status < 600
         assert kind.exit_code in (1, 2, 3)
         assert str(kind(code="c", message="What.", hint="Do.")) == "What. Do."
+
+
+@pytest.mark.parametrize("name", ["API_KEY", "DATABASE_URL", "GATEWAY_HOST", "LOG_LEVEL"])
+def test_a_setting_that_is_empty_text_is_as_if_unset(sage_home: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    expected = load_settings()
+    monkeypatch.setenv(f"SAGE_{name}", "")
+    config = get_user_paths().config_file
+    config.parent.mkdir(parents=True)
+    config.write_text(f'{name.lower()} = ""\n')
+    assert load_settings() == expected
+
+
+def test_an_empty_variable_does_not_take_the_file_s_key_away(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = get_user_paths().config_file
+    config.parent.mkdir(parents=True)
+    config.write_text('api_key = "from-file"\n')
+    monkeypatch.setenv("SAGE_API_KEY", "")
+    key = load_settings().api_key
+    assert key is not None
+    assert key.get_secret_value() == "from-file"
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two words", " ", "tab\there", "line\n"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_printed(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("SAGE_API_KEY", key)
+    with pytest.raises(ConfigError, match="api_key: must be printable ASCII") as caught:
+        load_settings()
+    assert key.strip() == "" or key not in str(caught.value)
+
+
+def test_no_secret_is_printed_with_the_settings(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_API_KEY", "hunter2")
+    monkeypatch.setenv("SAGE_DATABASE_URL", "postgresql://sage:hunter2@host/sage")
+    assert "hunter2" not in repr(load_settings()) + str(load_settings())
+    config = get_user_paths().config_file
+    config.parent.mkdir(parents=True)
+    config.write_text('api_key = ["hunter2"]\n')
+    monkeypatch.delenv("SAGE_API_KEY")
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_own_folders_and_files_are_their_user_s_only_and_folders_of_others_keep_their_mode(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    state = tmp_path / "sage" / "state"
+    state.parent.mkdir(mode=0o755)
+    state.mkdir(mode=0o755)
+    (state / "log").touch(0o644)
+    private_file(state / "engines" / "new" / "log")
+    private_file(state / "log")
+    private_folder(state)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}
+    assert {modes[path] for path in (state, state / "engines", state / "engines" / "new")} == {0o700}
+    assert modes[state.parent] == 0o755

@@ -193,9 +193,10 @@ def test_the_hash_follows_the_bytes(tmp_path: Path) -> None:
 
 
 FIELDS = [
-    "messages", "conversations", "role", "content", "from", "value", "text", "type", "prompt", "completion", "tools",
-    "functions", "instruction", "input", "output", "history", "system", "tool_calls", "function_call", "function", "name",
-    "arguments", "id", "weight", "train", "reasoning_content", "thinking", "chosen", "rejected", "label", "images",
+    "messages", "conversations", "role", "content", "from", "value", "text", "type", "prompt", "completion",
+    "tools", "functions", "instruction", "input", "output", "history", "system", "tool_calls", "function_call",
+    "function", "name", "arguments", "id", "weight", "train", "reasoning_content", "thinking", "chosen",
+    "rejected", "label", "images",
 ]  # fmt: skip
 ROLES = ["user", "assistant", "tool", "system", "function_call", "gpt", "text"]
 LEAVES = (

@@ -1,6 +1,8 @@
 """Where SAGE keeps its files: the XDG folders, or one folder of the user's choice."""
 
+import contextlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,3 +45,39 @@ def get_user_paths() -> UserPaths:
         return UserPaths(root / "config", root / "data", root / "state", root / "cache")
     xdg = Unix("sage", appauthor=False)
     return UserPaths(xdg.user_config_path, xdg.user_data_path, xdg.user_state_path, xdg.user_cache_path)
+
+
+def private_folder(path: Path) -> Path:
+    """Create a folder, with the missing ones above it, that only its user may enter; tighten it if it exists.
+
+    Only for SAGE's own folders: a folder that a user named keeps its mode.
+    """
+    if not path.parent.is_dir():
+        private_folder(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    _tighten(path, 0o700)
+    return path
+
+
+def private_file(path: Path) -> Path:
+    """Create a file that only its user may read, with the folders that are missing; tighten it if it exists."""
+    if not path.parent.is_dir():
+        private_folder(path.parent)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    _tighten(path, 0o600)
+    return path
+
+
+def _tighten(path: Path, mode: int) -> None:
+    found = path.stat()
+    if stat.S_IMODE(found.st_mode) & ~mode & 0o777 and found.st_uid == os.getuid():
+        path.chmod(mode)
+
+
+def tighten(folder: Path) -> None:
+    """Let only its user enter a folder of SAGE's and read what is in it, if it exists; for folders of before."""
+    if folder.is_dir():
+        for path in (folder, *folder.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                if not path.is_symlink():
+                    _tighten(path, 0o700 if path.is_dir() else 0o600)

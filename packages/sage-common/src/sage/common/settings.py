@@ -2,8 +2,9 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -15,22 +16,42 @@ from sage.common.errors import ConfigError
 from sage.common.paths import get_user_paths
 from sage.common.validation import config_error
 
+#: What these hold is never printed.
+_SECRETS = frozenset({"api_key", "database_url"})
+
 
 class Settings(BaseSettings):
-    """All settings. Each is `SAGE_<NAME>` in the environment and `<name>` in `config.toml`."""
+    """All settings. Each is `SAGE_<NAME>` in the environment and `<name>` in `config.toml`; empty text means unset."""
 
-    model_config = SettingsConfigDict(env_prefix="SAGE_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SAGE_", env_ignore_empty=True, extra="forbid", frozen=True)
 
     gateway_host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
     gateway_port: int = Field(8889, ge=1, le=65535, description="Port that the gateway listens on.")
     api_key: SecretStr | None = Field(None, description="Key that every request must carry; needed off loopback.")
-    database_url: str | None = Field(None, description="SQLAlchemy URL of the engines' store; default: SQLite.")
+    database_url: str | None = Field(None, repr=False, description="SQLAlchemy URL of the engines' store; default: SQLite.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least severe line logged.")
     reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Time between two looks at the engines.")
     engine_start_seconds: float = Field(300, gt=0, description="An inference engine must answer within this.")
     stop_seconds: float = Field(20, gt=0, description="An inference engine that ignores SIGTERM is killed after this.")
+    engine_unresponsive_seconds: float = Field(30, gt=0, description="Silence after which requests are refused.")
+    resume_engines: bool = Field(False, description="Resume engines that died while no gateway ran, as in a power cut.")
+    log_limit_mb: int = Field(100, ge=1, description="An engine's log is cut when it exceeds this, in MB (10^6 bytes).")
+    max_request_mb: int = Field(32, ge=1, description="Largest request body, in MB (10^6 bytes).")
     allow_reward_files: bool = Field(False, description="Runs may name Python files with reward functions (grpo).")
     request_wait_seconds: float = Field(60, ge=0, description="A request waits this long for a starting engine.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value != ""}
+
+    @field_validator("api_key")
+    @classmethod
+    def _usable_key(cls, key: SecretStr | None) -> SecretStr | None:
+        text = key.get_secret_value() if key else "key"
+        if not text.isascii() or not text.isprintable() or " " in text:  # it travels in an HTTP header
+            raise ValueError("must be printable ASCII characters without blanks")
+        return key
 
     @classmethod
     def settings_customise_sources(
@@ -67,7 +88,7 @@ def load_settings() -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise _invalid(path, str(error)) from error
     except ValidationError as error:
-        raise _invalid(path, config_error(error, "setting").message) from error
+        raise _invalid(path, config_error(error, "setting", _SECRETS).message) from error
 
 
 def _invalid(path: Path, problem: str) -> ConfigError:

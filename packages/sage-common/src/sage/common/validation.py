@@ -1,5 +1,6 @@
 """pydantic's findings, told in one sentence that names the option."""
 
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -20,13 +21,18 @@ def validated(model: type[ModelT], values: dict[str, Any], what: str = "option")
         raise config_error(error, what) from error
 
 
-def config_error(error: ValidationError, what: str = "option") -> ConfigError:
-    """Return the first finding of a ValidationError as a ConfigError; how many more there are stands in its hint."""
+def config_error(error: ValidationError, what: str = "option", secrets: Collection[str] = ()) -> ConfigError:
+    """Return the first finding of a ValidationError as a ConfigError; how many more there are stands in its hint.
+
+    The values of the options that `secrets` names are not told.
+    """
     first, *rest = error.errors()
     name = ".".join(str(part) for part in first["loc"]) or what
-    given = "" if first["type"] in ("missing", "extra_forbidden") else f", got {first['input']!r}"
+    is_untold = first["type"] in ("missing", "extra_forbidden") or name in secrets
+    given = "" if is_untold else f", got {first['input']!r}"
+    problem = first["msg"].removeprefix("Value error, ")
     messages = {"missing": "is required", "extra_forbidden": f"is not {'an' if what[0] in 'aeiou' else 'a'} {what} here"}
-    problem = messages.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
+    problem = messages.get(first["type"], problem[:1].lower() + problem[1:])
     more = f" ({len(rest)} more to correct: {', '.join(str(e['loc'][-1]) for e in rest if e['loc'])}.)" if rest else ""
     return ConfigError(
         code="config_invalid",

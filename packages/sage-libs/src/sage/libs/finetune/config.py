@@ -79,6 +79,9 @@ class FinetuneConfig(BaseModel):
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
     num_processes: int = Field(1, ge=1, le=64, description="Processes that train together, each on a GPU of its own.")
     max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
+    allow_warnings: bool = Field(
+        False, description="Train even if the dataset check warns that what is learnt would silently be wrong."
+    )
     streaming: bool = Field(False, description="Tokenise samples as they are needed, in the order of the files.")
     eval_path: str | None = Field(
         None, description="Held-out samples, scored before the first step and at the end; of a folder, validation."

@@ -168,6 +168,9 @@ FORMATS: tuple[Format, ...] = (
 
 
 def _check_chat(messages: list[Message]) -> None:
+    for index, message in enumerate(messages):
+        if message["role"] == "system" and index:
+            raise RecordError(f"messages[{index}]: a system message may only come first.")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise RecordError("no assistant turn: there is nothing to learn from it.", "Add the answer, or remove the record.")

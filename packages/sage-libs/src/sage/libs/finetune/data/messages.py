@@ -87,8 +87,6 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
                 raise RecordError(f"{place} belongs to the answer before it, and only one of them is context.")
             messages[last] = _one_answer(messages[last], turn.message, place)
             continue
-        if turn.message["role"] == "system" and messages:
-            raise RecordError(f"{place}: a system message may only come first.")
         messages.append(turn.message)
         if turn.untrained:
             untrained.add(last + 1)

@@ -49,6 +49,7 @@ class Facts:
     samples: int  #: before the cut
     truncated: int
     dropped: int
+    findings: list[dict[str, Any]]  #: as `Findings.as_dicts` returns them
 
 
 class StoredSamples(Sequence[Encoded]):
@@ -143,7 +144,8 @@ def _build(report: DatasetReport, encoder: Encoder, folder: Path, on_progress: O
     with _synced(folder / "bounds.bin") as file:
         file.write(bounds.tobytes())
     with _synced(folder / "facts.json") as file:
-        file.write(json.dumps(asdict(Facts(report.sample_count, encoder.truncated, encoder.dropped))).encode())
+        facts = Facts(report.sample_count, encoder.truncated, encoder.dropped, encoder.findings.as_dicts())
+        file.write(json.dumps(asdict(facts)).encode())
 
 
 @contextlib.contextmanager
@@ -188,17 +190,9 @@ def _looks(path: Path, split: Split) -> list[tuple[str, int, int]]:
 
 
 def _key(path: Path, encoder: Encoder, split: Split) -> str:
-    """Return the name of what a dataset is tokenised to: of its content, and of all that the encoder depends on."""
-    what = [_VERSION, version("transformers"), dataset_hash(path, split=split), _settings(encoder)]
+    """Return the name of what a dataset is tokenised to: of its place, its content, and all that the encoder depends on."""
+    what = [_VERSION, version("transformers"), str(path), dataset_hash(path, split=split), encoder.settings()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-
-
-def _settings(encoder: Encoder) -> Any:
-    if hasattr(encoder, "settings"):
-        return encoder.settings()
-    tokenizer = encoder.tokenizer
-    vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    return [vocabulary, tokenizer.chat_template, tokenizer.eos_token_id, encoder.cutoff, encoder.train_on]
 
 
 def _remove_unused(root: Path) -> None:
