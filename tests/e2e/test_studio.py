@@ -14,7 +14,8 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from support import SAGE, SAMPLES, engine_of, free_port, make_tiny_model, sage, wait_for
 
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
+    not ("CI" in os.environ or (shutil.which("chromium") and shutil.which("chromedriver"))),
+    reason="needs chromium and chromedriver",
 )
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -161,7 +161,7 @@ def test_with_a_key_only_those_who_have_it_are_served(monkeypatch: pytest.Monkey
 
 def test_a_page_under_another_name_does_not_reach_the_gateway() -> None:
     sage("gateway", "start")
-    assert httpx.get(f"{url()}/health", headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(f"{url()}/health", headers={"Host": "evil.example"}).status_code == 403
 
 
 def test_there_is_one_gateway_and_it_is_found_again() -> None:

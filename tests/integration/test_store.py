@@ -1,5 +1,11 @@
 """Tokenised datasets on disk: as in memory, made once, whole or absent."""
 
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +16,9 @@ from training import TinyRun
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data import store
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
-from sage.libs.finetune.data.store import stored
-from sage.libs.finetune.data.tokenizing import Encoder
+from sage.libs.finetune.data.samples import Sample
+from sage.libs.finetune.data.store import StoredSamples, stored
+from sage.libs.finetune.data.tokenizing import Encoded, Encoder
 from sage.libs.finetune.status import RunState
 from sage.libs.finetune.stopping import StopRequest
 from sage.libs.finetune.trainer import TrainingRun
@@ -72,6 +79,77 @@ def test_a_dataset_with_faults_leaves_nothing(tokenizer: Any, train_file: Path, 
     with pytest.raises(DatasetError, match=r"train\.jsonl:93: not valid JSON.*train\.jsonl:94: no assistant turn"):
         stored(train_file, Encoder(tokenizer, 128), silent)
     assert folders(sage_home) == []
+
+
+def test_two_first_runs_at_once_share_what_the_faster_made(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
+    made: list[StoredSamples] = []
+
+    class Slower(Encoder):
+        def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
+            made.append(stored(train_file, Encoder(tokenizer, 64), silent))
+            inodes.extend(path.stat().st_ino for path in (sage_home / "cache/tokenized").glob("[!.]*"))
+            yield from super().encode(samples)
+
+    inodes: list[int] = []
+    slower = stored(train_file, Slower(tokenizer, 64), silent)
+    [folder] = (sage_home / "cache/tokenized").iterdir()
+    assert [folder.stat().st_ino] == inodes, "what another process may be reading stays"
+    assert list(slower) == list(made[0])
+
+
+def test_samples_stay_readable_once_their_folder_is_removed(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
+    samples = stored(train_file, Encoder(tokenizer, 64), silent)
+    expected = list(samples)
+    shutil.rmtree(sage_home / "cache/tokenized")
+    assert list(samples.take([2, 1])) == [expected[2], expected[1]]
+
+
+def test_what_is_left_behind_is_removed_and_what_vanishes_meanwhile_is_no_error(
+    tokenizer: Any, train_file: Path, sage_home: Path
+) -> None:
+    root = sage_home / "cache/tokenized"
+    ages_days = {".partial-dead": 2, ".partial-alive": 0.5, "unused": 31, "used": 29}
+    for name, age_days in ages_days.items():
+        (root / name).mkdir(parents=True)
+        (root / name / "tokens.bin").touch()
+        for path in (root / name / "tokens.bin", root / name):
+            os.utime(path, times=(0, time.time() - age_days * 24 * 3600))
+    (root / "vanished").symlink_to(root / "nowhere")
+    stored(train_file, Encoder(tokenizer, 64), silent)
+    assert {".partial-alive", "used"} == ages_days.keys() & set(folders(sage_home))
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "bounds.bin", "facts.json"])
+def test_a_full_disk_leaves_nothing(
+    tokenizer: Any, train_file: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").resolve().name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        stored(train_file, Encoder(tokenizer, 64), silent)
+    assert folders(sage_home) == []
+
+
+def test_a_dataset_that_changes_while_it_is_read_is_refused(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
+    class Disturbed(Encoder):
+        def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
+            yield from super().encode(samples)
+            with train_file.open("a") as file:
+                file.write(json.dumps(chat_record("one", "more")) + "\n")
+
+    with pytest.raises(DatasetError, match="changed while it was read"):
+        stored(train_file, Disturbed(tokenizer, 64), silent)
+    assert folders(sage_home) == []
+
+
+def test_a_folder_gives_each_split_its_own_samples(tokenizer: Any, tmp_path: Path, sage_home: Path) -> None:
+    for name, count in (("train", 3), ("valid", 2), ("test", 1)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [chat_record(f"{name} {i}", "a") for i in range(count)])
+    assert len(stored(tmp_path, Encoder(tokenizer, 64), silent)) == 3
+    assert len(stored(tmp_path, Encoder(tokenizer, 64), silent, "validation")) == 2
 
 
 def test_a_stop_while_tokenising_leaves_a_model_that_loads_and_goes_on(

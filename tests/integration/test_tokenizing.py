@@ -8,7 +8,8 @@ from support import QWEN_TEMPLATE
 
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data.samples import Chat, Origin, Sample
-from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder, encode_samples, ensure_chat_template
+from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder, TrainOn
+from sage.libs.models.chat import ensure_chat_template
 from sage.libs.models.loading import load_tokenizer
 
 GENERATION_TEMPLATE = (
@@ -38,8 +39,13 @@ def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(tiny_model)
 
 
+def encode_sample(tokenizer: Any, content: Any, train_on: TrainOn = "assistant") -> list[Encoded]:
+    encoder = Encoder(tokenizer, 10_000, train_on)
+    return list(encoder.encode([Sample(Origin(Path("t.jsonl"), 3), "openai", content)]))
+
+
 def encode(tokenizer: Any, messages: list[dict[str, Any]], **chat: Any) -> list[Encoded]:
-    return encode_samples([Sample(Origin(Path("t.jsonl"), 3), "openai", Chat(messages, **chat))], tokenizer)
+    return encode_sample(tokenizer, Chat(messages, **chat))
 
 
 def trained_text(tokenizer: Any, encoded: Encoded) -> str:
@@ -51,17 +57,16 @@ def test_every_answer_is_trained_on_with_what_ends_it_and_nothing_else(tokenizer
     tokenizer.chat_template = template
     [encoded] = encode(tokenizer, TURNS)
     assert trained_text(tokenizer, encoded) == "first answer<|im_end|>second answer<|im_end|>"
-    assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(TURNS, tokenize=False).rstrip()
     assert all(label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.ids, strict=True))
 
 
 @pytest.mark.parametrize("template", [QWEN_TEMPLATE, GENERATION_TEMPLATE, REWRITING_TEMPLATE])
 def test_the_loss_can_cover_the_last_answer_alone_or_everything(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
-    sample = Sample(Origin(Path("t.jsonl"), 3), "openai", Chat(TURNS))
-    [last] = encode_samples([sample], tokenizer, "last_turn")
+    [last] = encode_sample(tokenizer, Chat(TURNS), "last_turn")
     assert trained_text(tokenizer, last) == "second answer<|im_end|>"
-    [everything] = encode_samples([sample], tokenizer, "all")
+    [everything] = encode_sample(tokenizer, Chat(TURNS), "all")
     assert everything.labels == everything.ids
     assert tokenizer.decode(everything.ids).startswith(tokenizer.apply_chat_template(TURNS[:3], tokenize=False))
 
@@ -95,12 +100,12 @@ def test_a_template_that_rewrites_history_gives_one_sample_an_answer(tokenizer: 
 
 def test_a_prompt_that_says_more_than_the_history_is_cut_where_they_part(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKING_TEMPLATE
-    _, second = encode(tokenizer, TURNS)
-    assert trained_text(tokenizer, second) == "second answer<|im_end|>"
+    [encoded] = encode(tokenizer, TURNS)
+    assert trained_text(tokenizer, encoded) == "first answer<|im_end|>second answer<|im_end|>"
 
 
 def test_plain_text_is_trained_on_whole_and_ends(tokenizer: Any) -> None:
-    [encoded] = encode_samples([Sample(Origin(Path("t"), 1), "text", "once upon a time")], tokenizer)
+    [encoded] = encode_sample(tokenizer, "once upon a time")
     assert tokenizer.decode(encoded.ids) == "once upon a time<|im_end|>"
     assert encoded.labels == encoded.ids
 

@@ -17,7 +17,6 @@ from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.progress_bar import duration
 from sage.llm.client import AsyncSageClient, SageClient, calls
 from sage.llm.control_plane.types import SUPPORTED_ENGINE_KINDS, EngineView, TrainingProgress
-from sage.llm.workers.stop_strings import until_stop
 
 
 def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
@@ -136,17 +135,3 @@ def test_both_clients_have_the_same_methods() -> None:
             typing.get_type_hints(getattr(AsyncSageClient, name)).keys()
             <= typing.get_type_hints(getattr(SageClient, name)).keys()
         )
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "text"),
-    [
-        (["ab", "cd"], (), "abcd"),
-        (["ab", "cd"], ("bc",), "a"),
-        (["a", "b", "c"], ("abc",), ""),
-        (["a", "b", "x"], ("abc",), "abx"),
-        (["one two", " three"], ("three", "two"), "one "),
-    ],
-)
-def test_a_text_ends_before_its_stop_string_however_it_is_cut(pieces: list[str], stops: tuple[str, ...], text: str) -> None:
-    assert "".join(until_stop(iter(pieces), stops)) == text

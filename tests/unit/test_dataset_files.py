@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from support import SAMPLES, chat_record, write_jsonl
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data.linting import DatasetReport, check_dataset, read_samples
 from sage.libs.finetune.data.loading import dataset_hash
+from sage.libs.finetune.data.preferences import Method, parser_of
 
 
 def test_our_own_samples_have_no_fault() -> None:
@@ -67,11 +69,30 @@ def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.csv", b"prompt,completion\nq\n", ":2: 2 columns"),
-        ("a.csv", b'prompt,completion\n"q', "not valid CSV"),
+        ("a.csv", b'prompt,completion\n"q', ":2: not valid CSV"),
+        ("a.csv", b'prompt,completion\n"a\nb","c\nd"\n\n"q"x,y', ":6: not valid CSV"),
+        ("a.csv", b"text\n" + b"a\n" * 300 + b"\xe9\n" + b"a\n" * 300, ":302: not UTF-8"),
+        ("a.csv", b"prompt;completion\nq;a\nr;b\n", ":1: the columns are separated by semicolons"),
+        ("a.csv", b"text,text\na,b\nc,d\n", ":1: two columns have the same name"),
+        ("a.csv", "text\nä\n".encode("utf-16"), ":1: the file is in UTF-16"),
         ("a.json", b'{"a": 1}', "a list of records is expected"),
         ("a.json", b'{"a": 1}\n{"a": 2}', "name the file .jsonl"),
-        ("a.json", b"\xff", "not UTF-8"),
-        ("a.parquet", b"PAR1", "not a whole parquet file"),
+        ("a.json", b"\n\na\xff", ":3: not UTF-8 at byte 2"),
+        ("a.json", b'[{"text": "a"},\n{"text": }]', ":2: not valid JSON: Expecting value at column 10"),
+        ("a.json", b'[{"text": "a"}\n{"text": "b"}]', ":2: not valid JSON: Expecting ',' delimiter at column 1"),
+        ("a.json", b'[{"text": "a"}]\n[]', ":1: not valid JSON: more follows the list"),
+        ("a.json", b'[{"text": "a"}', "not valid JSON"),
+        ("a.json", b'[{"text": "a"}, {"text": NaN}]', ", record 2: not valid JSON: NaN is no JSON value"),
+        ("a.json", b'[{"text": "a"}, {"text": 3}]', ", record 2: text must be text, found a number"),
+        ("a.json", b'[{"text": ' + b"[" * 100_000, ", record 1: not valid JSON: it is nested too deeply"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": Infinity}\n', ":2: not valid JSON: Infinity is no JSON value"),
+        ("a.jsonl", b'\n{"text": "\\ud83d"}\n', ":2: text holds half a character, \\ud83d"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, ":1: not valid JSON: it is nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ":1: not valid JSON: Exceeds the limit"),
+        ("a.jsonl", b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', ":1: the first record goes on over several lines"),
+        ("a.jsonl", b'[{"text": "a"},\n{"text": "b"}]\n', "name it .json."),
+        ("a.parquet", b"PAR1", "record 1: not a whole parquet file"),
+        ("a.arrow", b"ARROW1", "record 1: not a whole arrow file"),
     ],
 )
 def test_a_broken_file_of_any_kind_is_a_fault_with_its_place(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -80,10 +101,71 @@ def test_a_broken_file_of_any_kind_is_a_fault_with_its_place(tmp_path: Path, nam
     assert said in str(fault)
 
 
-@pytest.mark.parametrize(("name", "said"), [("no.jsonl", "does not exist"), ("x.txt", "is none of"), ("empty", "without")])
+def test_csv_goes_on_behind_a_wrong_row(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b'text\n"two\nlines"\n\xff\n\nlast\n')
+    report = DatasetReport(tmp_path / "t.csv")
+    assert [(sample.origin.line, sample.content) for sample in read_samples(report)] == [(2, "two\nlines"), (6, "last")]
+    assert [fault.origin.line for fault in report.faults] == [4]
+
+
+def test_what_comes_before_a_fault_of_a_list_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(' [ {"text": "a"} , {"text": "b"} , ]')
+    report = check_dataset(tmp_path / "t.json")
+    assert (report.sample_count, len(report.faults)) == (2, 1)
+    for empty in ("[]", " [ ] \n"):
+        (tmp_path / "t.json").write_text(empty)
+        assert not check_dataset(tmp_path / "t.json").faults
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.jsonl.zst", "T.JSONL.GZ", "t.json.gz", "t.csv.zst"])
+def test_compressed_files_are_read_and_a_cut_one_is_refused(tmp_path: Path, name: str) -> None:
+    kind = {".jsonl": '{"text": "ä"}\n' * 3, ".json": '[{"text": "ä"}]', ".csv": "text\nä\n"}
+    content = kind[Path(name.lower()).with_suffix("").suffix].encode()
+    path = tmp_path / name
+    with pa.output_stream(str(path), compression="zstd" if name.endswith("zst") else "gzip") as file:
+        file.write(content)
+    assert {sample.content for sample in read_samples(DatasetReport(path))} == {"ä"}
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DatasetError, match="cannot be read"):
+        list(read_samples(DatasetReport(path)))
+
+
+def test_keys_that_a_row_of_a_table_does_not_have_are_absent(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    other = {"id": "i", "type": "function", "function": {"name": "g", "arguments": {"y": 2}}}
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [made], "weight": 1.0}],
+         "tools": [{"name": made["function"]["name"], "parameters": {"properties": made["function"]["arguments"]}}]}
+        for made in (call, other)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    first, second = (sample.content for sample in read_samples(DatasetReport(tmp_path / "t.parquet")))
+    assert first.messages[0] == {"role": "user", "content": "q"}
+    assert first.messages[1]["tool_calls"] == [{"type": "function", **call}]
+    assert second.messages[1]["tool_calls"] == [other]
+    assert second.tools == [{"type": "function", "function": {"name": "g", "parameters": {"properties": {"y": 2}}}}]
+
+
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DatasetError, match="pointer of Git LFS"):
+        check_dataset(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no.jsonl", "does not exist"),
+        ("x.txt", "is none of"),
+        ("empty", "without"),
+        ("n" * 300 + ".csv", "cannot be read"),
+        ("pipe.csv", "is no regular file"),
+    ],
+)
 def test_what_is_no_dataset_is_refused_before_reading(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "x.txt").touch()
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(DatasetError, match=said):
         check_dataset(tmp_path / name)
 
@@ -103,29 +185,27 @@ def test_the_hash_follows_the_bytes(tmp_path: Path) -> None:
 
 
 FIELDS = [
-    "messages",
-    "conversations",
-    "role",
-    "content",
-    "from",
-    "value",
-    "text",
-    "prompt",
-    "completion",
-    "tools",
-    "instruction",
-    "output",
-    "history",
-    "tool_calls",
-    "function",
-    "weight",
-]
-LEAVES = st.none() | st.booleans() | st.floats() | st.text()
+    "messages", "conversations", "role", "content", "from", "value", "text", "type", "prompt", "completion",
+    "tools", "functions", "instruction", "input", "output", "history", "system", "tool_calls", "function_call",
+    "function", "name", "arguments", "id", "weight", "train", "reasoning_content", "thinking", "chosen",
+    "rejected", "label", "images",
+]  # fmt: skip
+ROLES = ["user", "assistant", "tool", "system", "function_call", "gpt", "text"]
+LEAVES = (
+    st.none() | st.booleans() | st.floats(0, 1) | st.text(st.characters()) | st.sampled_from([*ROLES, "[]", '{"name": "f"}'])
+)
 
 
-@settings(max_examples=200)
-@given(st.recursive(LEAVES, lambda s: st.lists(s) | st.dictionaries(st.sampled_from(FIELDS), s), max_leaves=12))
-def test_no_record_whatever_breaks_the_check(tmp_path_factory: pytest.TempPathFactory, record: object) -> None:
+RECORDS = st.recursive(LEAVES, lambda s: st.lists(s) | st.dictionaries(st.sampled_from(FIELDS), s), max_leaves=16)
+
+
+@settings(max_examples=300)
+@given(RECORDS, st.sampled_from(["sft", "dpo", "orpo", "kto", "grpo"]))
+def test_no_record_whatever_breaks_the_check(
+    tmp_path_factory: pytest.TempPathFactory, record: object, method: Method
+) -> None:
     path = write_jsonl(tmp_path_factory.mktemp("fuzz") / "t.jsonl", [record])
-    report = check_dataset(path)
+    report = check_dataset(path, parse=parser_of(method))
     assert report.sample_count + len(report.faults) == 1
+    for fault in report.faults:
+        str(fault).encode()

@@ -89,7 +89,7 @@ def test_the_engine_config_is_the_requirement_s_word_for_word() -> None:
         ({"method": "grpo"}, "needs a reward_file"),
         ({"reward_file": "r.py"}, "no other method takes one"),
         ({"method": "grpo", "reward_file": "r.py", "num_generations": 3}, "a multiple of num_generations"),
-        ({"dataset_path": ["a.jsonl=0"]}, "a weight is above 0"),
+        ({"dataset_path": ["a.jsonl=0"]}, "a weight must be a number above 0"),
         ({"dataset_path": []}, "dataset_path"),
     ],
 )

@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 from support import chat_record
 
-from sage.libs.finetune.data.formats import RecordError, parse_record
+from sage.libs.finetune.data.formats import parse_record
 from sage.libs.finetune.data.samples import Chat
+from sage.libs.finetune.data.values import RecordError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -30,14 +31,62 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
     ],
 )  # fmt: skip
 def test_every_format_becomes_the_same_chat(record: Any, name: str, messages: list[Any]) -> None:
-    found, content = parse_record(record)
+    found, content, ignored = parse_record(record)
     assert found == name
+    assert not ignored
     assert isinstance(content, Chat)
     assert content.messages == messages
 
 
+@pytest.mark.parametrize(
+    "answer", ['{"part": "seal"}', '["seal"]', "[]", "{}", " [1]\n", '[{"role": "assistant", "content": "x"}]']
+)
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "completion": ...},
+        {"prompt": [USER], "completion": ...},
+        {"instruction": "q", "output": ...},
+        {"messages": [USER, {"role": "assistant", "content": ...}]},
+        {"conversations": [USER, {"from": "gpt", "value": ...}]},
+    ],
+)
+def test_an_answer_that_is_json_is_learnt_as_it_is_written(record: dict[str, Any], answer: str) -> None:
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        return [filled(item) for item in value] if isinstance(value, list) else answer if value is ... else value
+
+    assert parse_record(filled(record)).content.messages == [USER, {"role": "assistant", "content": answer}]
+
+
+def test_a_question_that_is_json_stays_one_unless_it_holds_messages() -> None:
+    for question in ('["seal"]', '{"part": "seal"}', "[]", "[1", '[{"part": "seal"}]'):
+        messages = parse_record({"prompt": question, "completion": "a"}).content.messages
+        assert messages == [{"role": "user", "content": question}, ANSWER]
+    packed = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}
+    assert parse_record(packed).content.messages == [USER, ANSWER]
+    assert parse_record({**packed, "completion": "a"}).content.messages == [USER, ANSWER]
+
+
+def test_a_completion_may_say_its_prompt_again_and_answers_in_the_prompt_are_context() -> None:
+    turns = [USER, ANSWER, {"role": "user", "content": "r"}]
+    for completion in ([*turns, ANSWER], [ANSWER]):
+        content = parse_record({"prompt": turns, "completion": completion}).content
+        assert content.messages == [*turns, ANSWER]
+        assert content.untrained == {1}
+    weighed = {"prompt": turns, "completion": [*turns, {**ANSWER, "weight": 0}, USER, ANSWER]}
+    assert parse_record(weighed).content.untrained == {1, 3}
+
+
+def test_a_system_message_beside_the_messages_comes_first() -> None:
+    system = {"role": "system", "content": "s"}
+    for record in ({"messages": [USER, ANSWER], "system": "s"}, {"messages": [system, USER, ANSWER], "system": "s"}):
+        assert parse_record(record).content.messages == [system, USER, ANSWER]
+
+
 def test_plain_text_stays_text() -> None:
-    assert parse_record({"text": "once upon a time"}) == ("text", "once upon a time")
+    assert parse_record({"text": "once upon a time"})[:2] == ("text", "once upon a time")
 
 
 def test_tool_calls_keep_their_arguments_as_an_object() -> None:
@@ -48,7 +97,7 @@ def test_tool_calls_keep_their_arguments_as_an_object() -> None:
                      {"role": "tool", "tool_call_id": "1", "content": "2"}, ANSWER],
         "tools": tools,
     }  # fmt: skip
-    _, content = parse_record(record)
+    content = parse_record(record).content
     assert isinstance(content, Chat)
     assert content.tools == tools
     assert content.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
@@ -56,7 +105,7 @@ def test_tool_calls_keep_their_arguments_as_an_object() -> None:
 
 def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
     record = {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]}
-    _, content = parse_record(record)
+    content = parse_record(record).content
     assert isinstance(content, Chat)
     assert content.untrained == {1}
 
@@ -75,12 +124,20 @@ def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
         ({"messages": []}, "no assistant turn"),
         (chat_record("q", " "), "every assistant turn is empty"),
         ({"messages": [USER, {"role": "system", "content": "s"}, ANSWER]}, "a system message may only come first"),
-        ({"conversations": [{"from": "cat", "value": "x"}]}, 'conversations[0].role is "cat"'),
+        ({"conversations": [{"from": "cat", "value": "x"}]}, 'conversations[0].from is "cat"'),
         ({"instruction": "q", "output": None}, "no known format"),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, "history[0] must be a pair"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": 1}]}]}, "tool_calls[0].function must be"),
         ({"messages": [USER, ANSWER], "tools": [1]}, "'tools' must be a list of objects"),
         ({"text": ""}, "'text' is empty"),
+        ({"text": "\ud83d"}, "text holds half a character, \\ud83d"),
+        ({"\ud83d": 1}, "no known format has the fields ?"),
+        ({"instruction": "q", "output": {"part": "seal"}}, "output must be text, found an object"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "are for the methods dpo and orpo"),
+        ({"messages": [USER, ANSWER], "images": ["a.jpg"]}, "'images' is given: this trains text only"),
+        ({"text": "x", "audio": {"path": "a.wav"}}, "'audio' is given: this trains text only"),
+        ({"messages": [{"role": "system", "content": "t"}, USER, ANSWER], "system": "s"}, "two different system messages"),
+        ({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}, "tools[0] must have a function with a name"),
     ],
 )
 def test_a_wrong_record_says_where_it_is_wrong(record: Any, said: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 from sage.common.errors import ConfigError, Conflict, ModelError, ModelNotFound
 from sage.common.paths import get_user_paths
 from sage.libs.models.catalog import import_model, list_models
-from sage.libs.models.resolve import ModelKind, resolve_model
+from sage.libs.models.fingerprint import fingerprint
+from sage.libs.models.resolve import ModelKind, absolute_name, resolve_model
 
 
 def safetensors(path: Path, data: bytes = b"1234") -> None:
@@ -51,11 +52,47 @@ def test_the_packaged_models_are_always_there() -> None:
     assert {"smollm2-135m-instruct", "all-minilm-l6-v2"} <= {model.name for model in list_models()}
 
 
-def test_an_unknown_model_says_which_folders_were_tried(sage_home: Path) -> None:
+def test_an_unknown_model_says_where_it_was_looked_for() -> None:
     with pytest.raises(ModelNotFound) as caught:
         resolve_model("org/unknown")
     assert str(get_user_paths().models_dir / "org/unknown") in caught.value.message
-    assert str(Path("org/unknown").absolute()) in caught.value.message
+
+
+def test_relative_names_count_from_a_folder_only_for_a_command_that_runs_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = full(tmp_path / "here" / "org" / "name")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("org/name", "./org/name", "../here/org/name"):
+        with pytest.raises(ModelNotFound):
+            resolve_model(name)
+        assert resolve_model(name, tmp_path / "here").folder.resolve() == here
+        assert Path(absolute_name(name, tmp_path / "here")).resolve() == here
+    named = full(get_user_paths().models_dir / "org" / "other")
+    assert resolve_model("org/other", tmp_path / "here").folder == named
+    assert absolute_name("org/other", tmp_path / "here") == "org/other"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "~nosuchuser/x",
+        "~nosuchuser",
+        "x" * 5000,
+        "a/" * 3000,
+        "a\0b",
+        "..",
+        ".",
+        "org/../../x",
+        "/proc/1/x",
+        "/" + "x" * 300,
+    ],
+)
+def test_a_name_that_no_folder_can_have_is_an_unknown_model(name: str, tmp_path: Path) -> None:
+    for base_dir in (None, tmp_path):
+        with pytest.raises(ModelNotFound if base_dir is None else ModelError) as caught:
+            resolve_model(name, base_dir)
+        assert len(caught.value.message) < 1000 + len(str(tmp_path))
 
 
 def test_a_missing_base_is_told_as_the_adapter_s_trouble(tmp_path: Path) -> None:
@@ -83,6 +120,48 @@ def test_what_cannot_be_loaded_is_refused_with_the_file_at_fault(tmp_path: Path)
     (broken / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):
         resolve_model(str(broken))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"[" * 100_000,
+        b'{"w": 1}',
+        b'{"w": {"data_offsets": []}}',
+        b'{"w": {"data_offsets": [0, "x"]}}',
+        b"\xff\xff",
+    ],
+)
+def test_a_broken_header_is_told_as_the_file_s_trouble(tmp_path: Path, header: bytes) -> None:
+    folder = full(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a whole safetensors file"):
+        resolve_model(str(folder))
+
+
+def test_a_model_without_one_of_its_parts_names_the_part(tmp_path: Path) -> None:
+    folder = full(tmp_path / "m")
+    index = {"weight_map": {"w": "model.safetensors", "v": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"names model-00002-of-00002\.safetensors, which is missing"):
+        resolve_model(str(folder))
+
+
+def test_a_fingerprint_tells_other_weights_and_settings_and_not_other_versions(tmp_path: Path) -> None:
+    folder = full(tmp_path / "m")
+    found = fingerprint(folder)
+    (folder / "config.json").write_text('{"transformers_version": "9"}')
+    assert fingerprint(folder) == found
+    safetensors(folder / "model.safetensors", b"1235")
+    assert fingerprint(folder) != found
+    (folder / "config.json").write_text('{"rope_theta": 1}')
+    assert fingerprint(folder) != found
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ModelError):
+        fingerprint(folder)
 
 
 def test_an_adapter_of_itself_does_not_go_round_for_ever(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT
 
 from sage.common.errors import ConfigError
-from sage.libs.finetune.data.formats import RecordError
 from sage.libs.finetune.data.linting import check_dataset
-from sage.libs.finetune.data.preferences import parser_of
+from sage.libs.finetune.data.preferences import Method, parser_of
+from sage.libs.finetune.data.values import RecordError
 from sage.libs.finetune.rewards import check_reward_file, load_reward
 
 CHAT = [{"role": "user", "content": "a"}]
@@ -25,9 +27,106 @@ def test_the_examples_are_what_they_say() -> None:
 @pytest.mark.parametrize("label", [True, "true", "True", 1, "1"])
 def test_a_verdict_may_come_from_a_csv(label: object) -> None:
     record = {"prompt": '[{"role": "user", "content": "a"}]', "completion": "b", "label": label}
-    assert parser_of("kto")(record) == (
+    assert parser_of("kto")(record)[:2] == (
         "verdict", {"prompt": CHAT, "completion": [{"role": "assistant", "content": "b"}], "label": True},
     )  # fmt: skip
+
+
+SYSTEM, GOOD, BAD = (
+    {"role": role, "content": content} for role, content in (("system", "s"), ("assistant", "g"), ("assistant", "b"))
+)
+PAIR = {"prompt": CHAT, "chosen": [GOOD], "rejected": [BAD]}
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "a", "chosen": "g", "rejected": "b"}, CHAT),
+        ({"prompt": "a", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]}, CHAT),
+        ({"prompt": CHAT, "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]}, CHAT),
+        ({"prompt": "a", "chosen": [*CHAT, GOOD], "rejected": "b"}, CHAT),
+        ({"prompt": json.dumps(CHAT), "chosen": json.dumps([*CHAT, GOOD]), "rejected": json.dumps([BAD])}, CHAT),
+        ({"prompt": "a", "chosen": json.dumps([*CHAT, GOOD]), "rejected": json.dumps([*CHAT, BAD])}, CHAT),
+        ({"chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]}, CHAT),
+        ({"chosen": json.dumps([*CHAT, GOOD]), "rejected": json.dumps([*CHAT, BAD])}, CHAT),
+        ({"prompt": "a", "chosen": [SYSTEM, *CHAT, GOOD], "rejected": [SYSTEM, *CHAT, BAD]}, [SYSTEM, *CHAT]),
+        ({"prompt": [SYSTEM, *CHAT], "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]}, [SYSTEM, *CHAT]),
+        ({"prompt": CHAT, "chosen": [BAD, *CHAT, GOOD], "rejected": [BAD, *CHAT, BAD]}, [*CHAT, BAD, *CHAT]),
+        ({"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "g"},
+          "rejected": {"from": "gpt", "value": "b"}, "system": "s"}, [SYSTEM, *CHAT]),
+        ({"messages": CHAT, "chosen": GOOD, "rejected": BAD}, CHAT),
+        ({"instruction": "a", "input": "", "chosen": "g", "rejected": "b"}, CHAT),
+    ],
+)  # fmt: skip
+def test_a_pair_has_its_prompt_once(record: dict[str, Any], prompt: list[Any]) -> None:
+    parsed = parser_of("dpo")(record)
+    assert parsed.content == {"prompt": prompt, "chosen": [GOOD], "rejected": [BAD]}
+    assert not parsed.ignored
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "a", "completion": "g"}, CHAT),
+        ({"prompt": "a", "completion": [*CHAT, GOOD]}, CHAT),
+        ({"prompt": CHAT, "completion": [GOOD, *CHAT, GOOD]}, [*CHAT, GOOD, *CHAT]),
+        ({"messages": [*CHAT, BAD, *CHAT, GOOD]}, [*CHAT, BAD, *CHAT]),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "g"}], "system": "s"},
+            [SYSTEM, *CHAT],
+        ),
+        ({"instruction": "a", "output": "g"}, CHAT),
+    ],
+)
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+def test_a_verdict_is_on_the_last_answer(record: dict[str, Any], prompt: list[Any], label: str) -> None:
+    parsed = parser_of("kto")({**record, label: False})
+    assert parsed.content == {"prompt": prompt, "completion": [GOOD], "label": False}
+    assert not parsed.ignored
+
+
+@pytest.mark.parametrize("answer", ['{"part": "seal"}', '["seal"]', "[]", '[{"role": "assistant", "content": "x"}]'])
+def test_an_answer_that_is_json_is_compared_as_it_is_written(answer: str) -> None:
+    spoken = [{"role": "assistant", "content": answer}]
+    assert parser_of("dpo")({"prompt": "a", "chosen": answer, "rejected": "b"}).content["chosen"] == spoken
+    assert parser_of("kto")({"prompt": "a", "completion": answer, "label": 1}).content["completion"] == spoken
+
+
+def test_tools_of_a_pair_reach_trl_as_text() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert parser_of("dpo")({**PAIR, "tools": tools}).content["tools"] == json.dumps(tools)
+    assert parser_of("orpo")({**PAIR, "tools": tools}).ignored == ("tools",)
+    assert parser_of("dpo")({**PAIR, "score": 0.5}).ignored == ("score",)
+
+
+@pytest.mark.parametrize(
+    ("method", "record", "said"),
+    [
+        ("dpo", {"prompt": "a", "chosen": "g"}, "dpo needs the fields chosen, rejected; rejected is not there"),
+        ("dpo", {"chosen": "g", "rejected": "b"}, "'prompt' is not there"),
+        (
+            "dpo",
+            {"prompt": "other", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]},
+            "chosen[0] is a user message, but not",
+        ),
+        ("dpo", {"prompt": "a", "chosen": [GOOD, *CHAT, GOOD], "rejected": [BAD]}, "'chosen' has a user message inside"),
+        ("dpo", {"prompt": "a", "chosen": CHAT, "rejected": [*CHAT, BAD]}, "'chosen' is empty"),
+        ("dpo", {"prompt": "a", "chosen": "g", "rejected": "g"}, "are the same"),
+        ("dpo", {"prompt": "a", "chosen": {"x": 1}, "rejected": "g"}, "chosen must be text, found an object"),
+        ("dpo", {"prompt": "a", "chosen": "g", "rejected": "b", "images": ["x"]}, "this trains text only"),
+        ("dpo", {"prompt": "a", "chosen": "\ud83d", "rejected": "b"}, "chosen holds half a character"),
+        ("kto", {"prompt": "a", "completion": "g"}, "kto needs the fields completion, label; label is not there"),
+        ("kto", {"prompt": "a", "label": True}, "completion is not there"),
+        ("kto", {"messages": CHAT, "label": True}, "'messages' is empty"),
+        ("kto", {"prompt": "a", "completion": "g", "label": "good"}, "'label' must be true or false, found text"),
+        ("grpo", {"prompt": "a", "solution": "\ud83d"}, "holds half a character"),
+        ("grpo", 3, "a JSON object is expected"),
+    ],
+)
+def test_what_is_no_preference_is_refused(method: Method, record: Any, said: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        parser_of(method)(record)
+    assert said in caught.value.message
 
 
 def test_columns_of_a_prompt_reach_the_reward_function() -> None:

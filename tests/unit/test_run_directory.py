@@ -1,19 +1,23 @@
 import json
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sage.common.errors import OutputError, RunError
-from sage.libs.finetune.checkpoints import latest_good, list_checkpoints, prune, publish
+from sage.common.errors import ConfigError, NotFound, OutputError, RunError
+from sage.libs.finetune import checkpoints
+from sage.libs.finetune.checkpoints import Checkpoint, latest_good, list_checkpoints, prune, publish
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.eta import ProgressMeter
-from sage.libs.finetune.output import RUN_FILE, claim_output
+from sage.libs.finetune.output import RUN_FILE, check_claim, claim_output, write_record
 from sage.libs.finetune.rundir import RunDirectory, RunSpec
 from sage.libs.finetune.status import RunState, RunStatus, derive, fold
 
 
-def make_run(path: Path) -> RunDirectory:
-    config = FinetuneConfig(base_model="m", dataset_path="/d.jsonl", output_dir="/o")
+def make_run(path: Path, **options: Any) -> RunDirectory:
+    config = FinetuneConfig(**{"base_model": "m", "dataset_path": "/d.jsonl", "output_dir": "/o", **options})
     run = RunDirectory(path)
     run.create(RunSpec(path.name, config, "0" * 64, "2026-01-01T00:00:00+00:00"))
     return run
@@ -25,6 +29,17 @@ def test_a_spec_is_written_once_and_read_back(tmp_path: Path) -> None:
     assert (spec.task_id, spec.config.lora_rank) == ("task-a", 8)
     run.create(RunSpec("task-b", spec.config, "1" * 64, ""))
     assert run.read_spec() == spec
+
+
+def test_a_run_directory_is_its_user_s_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "finetuned" / "task-a")
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+
+
+def test_an_event_that_lacks_something_changes_nothing() -> None:
+    events = [{"event": "launched"}, STARTED, {"event": "checkpoint"}, {"event": "failed", "message": None}, STEP]
+    status = fold(RunStatus(), events)
+    assert (status.state, status.step, status.checkpoint_step) == (RunState.RUNNING, 4, None)
 
 
 def test_a_torn_last_line_is_passed_over_and_the_next_event_is_whole(tmp_path: Path) -> None:
@@ -81,6 +96,12 @@ def test_a_dead_run_says_where_it_goes_on() -> None:
     assert status.progress == 0.4
 
 
+def test_a_run_that_went_on_from_an_older_checkpoint_names_that_one() -> None:
+    saved = [{"event": "checkpoint", "step": 3}, {"event": "checkpoint", "step": 6}]
+    events = [STARTED, *saved, {"event": "launched"}, {**STARTED, "step": 3}, STEP]
+    assert "checkpoint 3" in (derive(fold(RunStatus(), events), alive=False).hint or "")
+
+
 def test_held_out_losses_before_and_after_are_told_apart_and_warnings_once() -> None:
     warning = {"event": "warning", "message": "w"}
     events = [{"event": "eval", "step": 0, "loss": 3.0}, {"event": "eval", "step": 9, "loss": 1.0}, warning, warning]
@@ -103,16 +124,67 @@ def test_a_checkpoint_is_there_only_when_it_is_complete(tmp_path: Path) -> None:
     assert [c.step for c in list_checkpoints(tmp_path)] == [5]
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path: Path) -> None:
+def damage(checkpoint: Checkpoint) -> None:
+    (checkpoint.path / "weights").write_bytes(b"x")
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_told_once(tmp_path: Path) -> None:
     publish(written(tmp_path, 5), tmp_path, 5)
     newer = publish(written(tmp_path, 10), tmp_path, 10)
-    (newer.path / "weights").write_bytes(b"x")
+    damage(newer)
     with pytest.raises(RunError, match="differs from what was saved"):
         newer.verify()
     found, problems = latest_good(tmp_path)
     assert found is not None
     assert found.step == 5
     assert "checkpoint-10" in problems[0]
+    assert (tmp_path / "damaged-checkpoint-10").is_dir()
+    assert [c.step for c in list_checkpoints(tmp_path)] == [5]
+    assert latest_good(tmp_path) == (found, [])
+
+
+@pytest.mark.parametrize("harm", ["weights", "manifest.json", "{}", "[]", '{"files_sha256": 1}', "{"])
+def test_a_checkpoint_without_a_file_or_with_a_broken_manifest_is_damaged(tmp_path: Path, harm: str) -> None:
+    checkpoint = publish(written(tmp_path, 5), tmp_path, 5)
+    if harm[0] in "{[":
+        (checkpoint.path / "manifest.json").write_text(harm)
+    else:
+        (checkpoint.path / harm).unlink()
+    with pytest.raises(RunError) as caught:
+        checkpoint.verify()
+    assert caught.value.code == "checkpoint_damaged"
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(written(tmp_path, 5), tmp_path, 5)
+
+    def no_descriptors(*_: Any, **__: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", no_descriptors)
+        with pytest.raises(OSError, match="Too many open files"):
+            latest_good(tmp_path)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [5]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_pruning_never_removes_the_last_intact_checkpoint(tmp_path: Path, keep: int) -> None:
+    for step in (1, 2, 3):
+        publish(written(tmp_path, step), tmp_path, step)
+    for step in (8, 9):
+        damage(publish(written(tmp_path, step), tmp_path, step))
+    problems = prune(tmp_path, keep)
+    assert len(problems) == 2
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2, 3][-keep:]
+
+
+def test_a_checkpoint_of_a_step_that_is_there_already_replaces_only_a_damaged_one(tmp_path: Path) -> None:
+    first = publish(written(tmp_path, 5), tmp_path, 5)
+    inode = first.path.stat().st_ino
+    assert publish(written(tmp_path, 5), tmp_path, 5).path.stat().st_ino == inode
+    damage(first)
+    publish(written(tmp_path, 5), tmp_path, 5).verify()
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -120,6 +192,102 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         publish(written(tmp_path, step), tmp_path, step)
     prune(tmp_path, 2)
     assert [c.step for c in list_checkpoints(tmp_path)] == [9, 10]
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(written(tmp_path, 5), tmp_path, 5)
+    newer = written(tmp_path, 10)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "fsync_tree", full)
+    with pytest.raises(OSError, match="No space"):
+        publish(newer, tmp_path, 10)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [5]
+
+
+def saved_by(run: RunDirectory, step: int, total_steps: int) -> Checkpoint:
+    folder = written(run.path, step)
+    (folder / "trainer_state.json").write_text(json.dumps({"max_steps": total_steps, "global_step": step}))
+    return publish(folder, run.path, step)
+
+
+def course_of(checkpoint: Checkpoint, data: str = "0" * 64, **options: Any) -> None:
+    values = {"base_model": "m", "dataset_path": "/d.jsonl", "output_dir": "/other", "num_epochs": 2, **options}
+    checkpoint.check_same_course(FinetuneConfig(**values), data, lambda name: Path("/models", name.lower()))
+
+
+def test_a_checkpoint_serves_runs_of_the_same_course_only(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "task-a", num_epochs=2, save_steps=2)
+    checkpoint = saved_by(run, 4, 10)
+    course_of(checkpoint)
+    course_of(checkpoint, base_model="M", dataset_path="/copy.jsonl", keep_checkpoints=9)
+    course_of(checkpoint, max_steps=10)
+    for options, named in (
+        ({"data": "1" * 64}, "dataset_path"),
+        ({"dataset_path": "/d.jsonl=2"}, "dataset_path"),
+        ({"base_model": "other"}, "base_model"),
+        ({"num_epochs": 3}, "num_epochs"),
+        ({"max_steps": 4}, "max_steps"),
+        ({"max_steps": 20}, "max_steps"),
+        ({"seed": 1, "learning_rate": 1e-5}, "learning_rate, seed"),
+        ({"eval_split": 0.1}, "eval_split"),
+    ):
+        with pytest.raises(ConfigError, match=named) as caught:
+            course_of(checkpoint, **options)  # type: ignore[arg-type]
+        assert caught.value.code == "checkpoint_mismatch"
+        assert "output folder of that run" in caught.value.hint
+
+
+def test_a_checkpoint_at_the_end_of_its_run_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "task-a", num_epochs=2)
+    with pytest.raises(ConfigError, match="at step 10 of 10: no step is left"):
+        course_of(saved_by(run, 10, 10))
+
+
+def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(NotFound, match="is not a checkpoint of a run"):
+        Checkpoint.of(tmp_path / "checkpoint-5")
+    alone = publish(written(tmp_path, 7), tmp_path, 7)
+    with pytest.raises(ConfigError, match="is not in its run's directory"):
+        course_of(Checkpoint.of(alone.path))
+
+
+def claim(output: Path, task: str, run: Path) -> str | None:
+    try:
+        claim_output(output, task, run)
+    except OutputError as error:
+        return error.message
+    return None
+
+
+def test_of_runs_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path) -> None:
+    tasks = [f"task-{number}" for number in range(16)]
+    runs = {task: make_run(tmp_path / "runs" / task).path for task in tasks}
+    with ThreadPoolExecutor(16) as pool:
+        refusals = list(pool.map(lambda task: claim(tmp_path / "out", task, runs[task]), tasks))
+    assert sum(refusal is None for refusal in refusals) == 1
+    owner = json.loads((tmp_path / "out" / RUN_FILE).read_text())["task_id"]
+    assert refusals[tasks.index(owner)] is None
+    assert stat.S_IMODE((tmp_path / "out" / RUN_FILE).stat().st_mode) == 0o600
+
+
+def test_a_run_that_waits_holds_its_output_folder_by_every_path(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "task-a")
+    claim_output(tmp_path / "out", "task-a", run.path)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for path in ("out", "link", "runs/../out"):
+        assert "is claimed by a run that has not started yet: task-a" in (claim(tmp_path / path, "task-b", tmp_path) or "")
+        with pytest.raises(OutputError):
+            check_claim(tmp_path / path, "task-b")
+    run.append_event("launched")
+    run.append_event("failed", code="c", message="m")
+    assert claim(tmp_path / "link", "task-b", tmp_path) is None
+    with pytest.raises(OutputError, match="belongs to task-b now"):
+        write_record(tmp_path / "out", {"task_id": "task-a"})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN_FILE]
 
 
 def test_an_output_folder_is_claimed_and_claimed_again_by_the_same_run(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 import contextlib
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from sage.common.errors import DatasetError, SageError
-from sage.libs.finetune.data.linting import DatasetReport, read_samples
+from sage.common.errors import DatasetError, ModelNotFound, SageError
+from sage.libs.finetune.data.findings import Findings
+from sage.libs.finetune.data.linting import DatasetReport, Parse, read_samples
+from sage.libs.finetune.data.samples import Fault
 
 _BUCKETS = 8
 _BAR_CELLS = 30
@@ -24,35 +27,44 @@ class Measured:
     truncated: int = 0
     dropped: int = 0
     problem: str | None = None
-    error: DatasetError | None = None
+    error: SageError | None = None
+    findings: Findings = field(default_factory=Findings)
+    refused: list[Fault] = field(default_factory=list)
 
     def raise_for_unusable(self) -> None:
-        """Raise DatasetError where the tokens are such that no run could use them."""
+        """Raise SageError if no run could use the samples."""
         if self.error:
             raise self.error
 
 
-def measure(report: DatasetReport, model: str, cutoff: int) -> Measured:
-    """Count tokens with a model's tokenizer; where that cannot be had, the report says so and stands without."""
+def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_on: Any) -> Measured:
+    """Render the samples for a model, count tokens and note what it would not learn.
+
+    If the model cannot be had, the report says so and stands without.
+    """
     if not report.sample_count:
         return Measured(model, cutoff, [], problem="there is no sample")
-    if not report.assistant_turns and "text" not in report.formats:
-        return Measured(model, cutoff, [], problem="TRL makes them of preferences")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # libraries talk while they convert a model
-            from sage.libs.finetune.data.tokenizing import Encoder, ensure_chat_template
-            from sage.libs.models.loading import load_tokenizer, local_folder
-            from sage.libs.models.resolve import resolve_model
+            from sage.libs.finetune.data.checking import as_chats, load_encoder
 
-            tokenizer = load_tokenizer(local_folder(resolve_model(model)))
-        ensure_chat_template(tokenizer)
-        encoder = Encoder(tokenizer, cutoff)
-        trained = sum(sequence.trained_tokens for sequence in encoder.encode(read_samples(DatasetReport(report.path))))
-    except DatasetError as error:
-        return Measured(model, cutoff, [], problem=error.message, error=error)
-    except (SageError, ImportError) as error:
+            encoder = load_encoder(model, cutoff, train_on)
+    except (ModelNotFound, ImportError) as error:
         return Measured(model, cutoff, [], problem=str(error))
-    return Measured(model, cutoff, list(encoder.lengths), trained, encoder.truncated, encoder.dropped)
+    except SageError as error:
+        return Measured(model, cutoff, [], problem=error.message, error=error)
+    counts: dict[str, Any] = {"findings": encoder.findings, "refused": encoder.faults}
+    samples = as_chats(read_samples(DatasetReport(report.path), parse))
+    try:
+        counts["trained_tokens"] = sum(sequence.trained_tokens for sequence in encoder.encode(samples))
+    except DatasetError as error:
+        if encoder.faults:
+            problem = f"its chat template refuses {len(encoder.faults)} samples"
+            return Measured(model, cutoff, [], problem=problem, **counts)
+        if not encoder.lengths and not encoder.untrained:
+            return Measured(model, cutoff, [], problem="there are no answers in bare prompts")
+        return Measured(model, cutoff, [], problem=error.message, error=error, **counts)
+    return Measured(model, cutoff, list(encoder.lengths), truncated=encoder.truncated, dropped=encoder.dropped, **counts)
 
 
 def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str:
@@ -62,8 +74,9 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
     formats = ", ".join(f"{count} {name}" for name, count in report.formats.items()) or "none"
     lines = [
         f"{report.path}: {report.sample_count} samples ({formats}), {report.assistant_turns} assistant turns, "
-        f"{len(report.faults)} faults, {len(report.duplicates)} duplicates",
+        f"{len(report.faults) + len(measured.refused)} faults, {len(report.duplicates)} duplicates",
         *(f"  {again} says the same as line {first.line}" for again, first in report.duplicates[:_SHOWN_DUPLICATES]),
+        *(f"{finding.severity}: {finding} {finding.hint}".rstrip() for finding in measured.findings),
     ]
     if measured.problem:
         return "\n".join([*lines, f"tokens were not counted with {measured.tokenizer}: {measured.problem}"])
@@ -103,9 +116,13 @@ def _as_dict(report: DatasetReport, measured: Measured) -> dict[str, object]:
         "samples": report.sample_count,
         "formats": dict(report.formats),
         "assistant_turns": report.assistant_turns,
-        "faults": [
-            {"path": str(f.origin.path), "line": f.origin.line, "message": f.message, "hint": f.hint} for f in report.faults
-        ],
+        "faults": [_fault(fault) for fault in [*report.faults, *measured.refused]],
         "duplicates": [[again.line, first.line] for again, first in report.duplicates],
         "tokens": tokens,
+        "findings": measured.findings.as_dicts(),
     }
+
+
+def _fault(fault: Fault) -> dict[str, object]:
+    origin = fault.origin
+    return {"path": str(origin.path), "line": origin.line, "message": fault.message, "hint": fault.hint}

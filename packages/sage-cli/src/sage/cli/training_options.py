@@ -40,6 +40,7 @@ OPTIONS = (
     TrainingOption("sample_prompts", list[str], None, "A question to answer at every score; repeatable.", "--sample-prompt"),
     TrainingOption("keep_best", bool, False, "The result is what had the best score.", "--keep-best"),
     TrainingOption("streaming", bool, False, "Tokenise samples as they are needed.", "--streaming"),
+    TrainingOption("allow_warnings", bool, False, "Train even if the dataset check warns.", "--allow-warnings"),
     TrainingOption("num_epochs", int, 3, "Passes over the dataset."),
     TrainingOption("max_steps", int, None, "Optimizer steps; overrides --num-epochs."),
     TrainingOption("batch_size", int, 4, "Samples per micro-batch."),

@@ -21,10 +21,15 @@ _PATIENCE_SECONDS = 60.0
 
 def until_running(client: SageClient, engine_id: str) -> EngineView:
     """Wait until an engine answers or trains; raises EngineError where it ends otherwise."""
-    engine = _watch(client, engine_id, lambda e: e.state is EngineState.RUNNING or e.state in SETTLED)
+    engine = until_begun(client, engine_id)
     if engine.state is EngineState.FAILED:
         raise failure(engine)
     return engine
+
+
+def until_begun(client: SageClient, engine_id: str) -> EngineView:
+    """Wait until an engine answers or trains, or has ended."""
+    return _watch(client, engine_id, lambda e: e.state is EngineState.RUNNING or e.state in SETTLED)
 
 
 def until_ended(client: SageClient, engine_id: str) -> EngineView:

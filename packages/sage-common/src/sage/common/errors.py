@@ -105,3 +105,10 @@ class GatewayUnreachable(SageError):
     """No gateway answers."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return the line of a library's error that says what is wrong, without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch names the tensor in the next line
+    return lines[is_heading].rstrip(".")

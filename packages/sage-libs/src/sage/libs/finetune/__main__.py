@@ -15,6 +15,7 @@ from sage.libs.finetune.config import load_config
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.progress_bar import ProgressBar, eta_text
 from sage.libs.finetune.status import ALIVE, RunState, RunStatus
+from sage.libs.models.resolve import absolute_name
 
 _POLL_SECONDS = 0.2
 
@@ -33,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         match arguments.command:
             case "train":
-                task_id = manager.create(load_config(arguments.config))
+                config = load_config(arguments.config)
+                base_model = absolute_name(config.base_model, Path.cwd())
+                task_id = manager.create(config.model_copy(update={"base_model": base_model}))
                 manager.start(task_id)
             case "resume":
                 task_id = arguments.task

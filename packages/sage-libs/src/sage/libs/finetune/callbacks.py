@@ -40,11 +40,17 @@ class RunCallback(TrainerCallback):
         stop: StopRequest,
         team: Team,
         *,
+        trusted: set[int],
         heldout: HeldOut,
         measure: Callable[[int], float | None],
         started_fields: Callable[[TrainerState], dict[str, Any]],
     ) -> None:
-        """measure: scores the held-out samples after a step; started_fields: what is told when training begins."""
+        """Take what the callback needs.
+
+        trusted: steps whose checkpoints this process has verified; those that it writes are added.
+        measure: scores the held-out samples after a step; started_fields: reported when training begins.
+        """
+        self.trusted = trusted
         self.run, self.config, self.loss, self.stop, self.team = run, config, loss, stop, team
         self.heldout, self.measure, self.started_fields = heldout, measure, started_fields
 
@@ -52,7 +58,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
     ) -> TrainerControl:
         """Say that training begins, or goes on."""
-        self.guessing_loss, self.steps_astray = math.log(model.get_input_embeddings().num_embeddings), 0
+        self.guessing_loss, self.steps_astray = math.log(model.get_input_embeddings().weight.shape[0]), 0
         self.meter = ProgressMeter(state.max_steps - state.global_step)
         self.last = time.monotonic()
         self.tokens_seen = int(state.num_input_tokens_seen)
@@ -81,6 +87,7 @@ class RunCallback(TrainerCallback):
         **_: Any,
     ) -> TrainerControl:
         """Append the event of one step, and score where that is due; raises RunError where training has gone astray."""
+        state.log_history.clear()  # else it grows by an entry a step, and is part of every checkpoint
         if not logs or "loss" not in logs:  # the Trainer's closing summary
             return control
         now = time.monotonic()
@@ -158,9 +165,12 @@ class RunCallback(TrainerCallback):
     def _publish(self, args: TrainingArguments, state: TrainerState) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         checkpoint = publish(written, self.run.path, state.global_step)
-        prune(self.run.path, self.config.keep_checkpoints, self.heldout.best_step if self.config.keep_best else None)
+        self.trusted.add(checkpoint.step)
         self.run.append_event("checkpoint", step=checkpoint.step, path=str(checkpoint.path))
         logger.info("checkpoint %s", checkpoint.path)
+        best = self.heldout.best_step if self.config.keep_best else None
+        for problem in prune(self.run.path, self.config.keep_checkpoints, best, self.trusted):
+            self.run.append_event("warning", message=f"A damaged checkpoint is passed over: {problem}")
 
 
 def _memory_bytes() -> int:

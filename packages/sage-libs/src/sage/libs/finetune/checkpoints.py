@@ -1,18 +1,31 @@
-"""Checkpoints that are complete or absent, and are checked before they are trusted."""
+"""Checkpoints that are complete or absent, and are verified before anything is loaded from them."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from sage.common.errors import RunError
-from sage.libs.finetune.rundir import fsync_tree
+from sage.common.errors import ConfigError, NotFound, RunError
+from sage.common.files import fsync_path, fsync_tree
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.rundir import RunDirectory, RunSpec
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_DAMAGED = "damaged-"
+#: What the file system says of a file that is gone or unreadable for good; other errors pass, and damage nothing.
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+#: Options that change neither what is learnt nor in which order; two runs that differ in others take different courses.
+_FREE = frozenset({
+    "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
+    "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
+    "keep_best", "gradient_checkpointing",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,29 +35,100 @@ class Checkpoint:
     path: Path
     step: int
 
+    @classmethod
+    def of(cls, folder: Path) -> "Checkpoint":
+        """Return the checkpoint in a folder; raises NotFound if it is none of ours."""
+        try:
+            return cls(folder, int(json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["step"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise NotFound(
+                code="checkpoint_not_found",
+                message=f"{folder} is not a checkpoint of a run: it has no readable {_MANIFEST}.",
+                hint="Checkpoints are the folders checkpoint-STEP in a run's directory.",
+                param="resume_from_checkpoint",
+            ) from error
+
     def verify(self) -> None:
-        """Raise RunError where a file is missing or differs from what was written."""
-        manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest["files_sha256"].items():
-            file = self.path / name
-            if not file.is_file() or _sha256(file) != expected:
-                raise RunError(
-                    code="checkpoint_damaged",
-                    message=f"{file} is missing or differs from what was saved.",
-                    hint="An older checkpoint of the run is used where there is one.",
-                )
+        """Raise RunError if a file is missing or differs from what was written."""
+        try:
+            manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
+            for name, expected in manifest["files_sha256"].items():
+                if _sha256(self.path / name) != expected:
+                    raise _damaged(f"{self.path / name} differs from what was saved.")
+        except OSError as error:
+            if error.errno not in _LOST:
+                raise
+            raise _damaged(f"{error.filename or self.path}: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(f"{self.path / _MANIFEST} is not readable.") from error
+
+    def total_steps(self) -> int:
+        """Return how many steps its run has."""
+        try:
+            return int(json.loads((self.path / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise _damaged(f"{self.path}/trainer_state.json is not readable.") from error
+
+    def set_aside(self) -> None:
+        """Rename a damaged checkpoint, so that it is never loaded, counted or named again."""
+        target = self.path.with_name(_DAMAGED + self.path.name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(self.path, target)
+        fsync_path(self.path.parent)
+
+    def check_same_course(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
+        """Raise ConfigError unless a run of this config and data would go on exactly, with steps left to train.
+
+        base: from a base model's name to its folder.
+        """
+        origin = self._origin()
+        found, wanted = origin.config, config
+        differing = [
+            name for name in type(config).model_fields if name not in _FREE and getattr(found, name) != getattr(wanted, name)
+        ]
+        if found.base_model != wanted.base_model and base(found.base_model) != base(wanted.base_model):
+            differing.append("base_model")
+        weights = [[source.weight for source in each.sources] for each in (found, wanted)]
+        if origin.dataset_sha256 != dataset_sha256 or weights[0] != weights[1]:
+            differing.append("dataset_path")
+        total_steps = self.total_steps()
+        if wanted.max_steps and wanted.max_steps != total_steps:
+            differing.append("max_steps")
+        if not wanted.max_steps and (found.max_steps or found.num_epochs != wanted.num_epochs):
+            differing.append("num_epochs")
+        if differing:
+            raise _mismatch(f"{self.path} belongs to a run that differs in {', '.join(sorted(differing))}")
+        if self.step >= total_steps:
+            raise _mismatch(f"{self.path} is at step {self.step} of {total_steps}: no step is left to train")
+
+    def _origin(self) -> RunSpec:
+        """Return what the run was asked to do whose checkpoint this is."""
+        try:
+            return RunDirectory(self.path.resolve().parent).read_spec()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise _mismatch(f"{self.path} is not in its run's directory, which says what it was trained on") from error
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Turn a folder that was written aside into `checkpoint-<step>` of a run: summed, synced, renamed."""
+    """Turn a folder that was written aside into `checkpoint-<step>` of a run: summed, synced, renamed.
+
+    A checkpoint of that step that is there and intact stays: it holds the same.
+    """
     files = {str(f.relative_to(written)): _sha256(f) for f in sorted(written.rglob("*")) if f.is_file()}
     (written / _MANIFEST).write_text(json.dumps({"step": step, "files_sha256": files}, indent=1), encoding="utf-8")
     fsync_tree(written)
-    target = run / f"checkpoint-{step}"
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(written, target)
-    _fsync_folder(run)
-    return Checkpoint(target, step)
+    checkpoint = Checkpoint(run / f"checkpoint-{step}", step)
+    if checkpoint.path.exists():
+        try:
+            checkpoint.verify()
+        except RunError:
+            checkpoint.set_aside()
+        else:
+            shutil.rmtree(written)
+            return checkpoint
+    os.replace(written, checkpoint.path)
+    fsync_path(run)
+    return checkpoint
 
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
@@ -54,33 +138,59 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that verifies, and what was wrong with newer ones."""
+    """Return the newest checkpoint that verifies, and what was wrong with newer ones, which are set aside."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
-        try:
-            checkpoint.verify()
-        except (RunError, ValueError, KeyError, OSError) as error:
-            problems.append(f"{checkpoint.path.name}: {error}")
+        if problem := _problem(checkpoint):
+            problems.append(problem)
         else:
             return checkpoint, problems
     return None, problems
 
 
-def prune(run: Path, keep: int, best_step: int | None = None) -> None:
-    """Remove all but the `keep` newest checkpoints and the best one."""
-    for checkpoint in list_checkpoints(run)[:-keep]:
-        if checkpoint.step != best_step:
-            shutil.rmtree(checkpoint.path)
+def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collection[int] = ()) -> list[str]:
+    """Remove all but the `keep` newest intact checkpoints and the best one; return what was wrong with others on the way.
+
+    trusted: steps whose checkpoints this process has written or verified itself.
+    """
+    kept, problems = 0, list[str]()
+    for checkpoint in reversed(list_checkpoints(run)):
+        if kept >= keep:
+            if checkpoint.step != best_step:
+                shutil.rmtree(checkpoint.path)
+        elif checkpoint.step not in trusted and (problem := _problem(checkpoint)):
+            problems.append(problem)
+        else:
+            kept += 1
+    return problems
+
+
+def _problem(checkpoint: Checkpoint) -> str:
+    """Return what is wrong with a checkpoint, which then is set aside; nothing if it is intact."""
+    try:
+        checkpoint.verify()
+    except RunError as error:
+        checkpoint.set_aside()
+        return f"{checkpoint.path.name} (now {_DAMAGED}{checkpoint.path.name}): {error.message}"
+    return ""
+
+
+def _damaged(message: str) -> RunError:
+    return RunError(
+        code="checkpoint_damaged", message=message, hint="`resume` uses the run's newest intact checkpoint, if there is one."
+    )
+
+
+def _mismatch(message: str) -> ConfigError:
+    return ConfigError(
+        code="checkpoint_mismatch",
+        message=f"{message}, so this run cannot go on from it.",
+        hint="To train on other data or for other steps, omit resume_from_checkpoint and give the output folder of that run "
+        "as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
+        param="resume_from_checkpoint",
+    )
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from sage.common.errors import ConfigError
 from sage.common.validation import validated
 from sage.libs.finetune.data.preferences import Method
-from sage.libs.finetune.data.sources import Source
+from sage.libs.finetune.data.sources import Source, absolute
 
 #: What says something about adapters, or about a base that stays as it is.
 _OF_LORA = (
@@ -33,7 +33,7 @@ class FinetuneConfig(BaseModel):
     )
     dataset_path: str | list[str] = Field(
         min_length=1,
-        description="File (.jsonl .json .csv .parquet) or a folder of them; or several; FILE=WEIGHT takes it so many times.",
+        description="File (.jsonl .json .csv .parquet .arrow) or a folder; or several; FILE=WEIGHT takes it so many times.",
     )
     output_dir: str = Field(min_length=1, description="Folder that gets the result; must be new, empty or ours.")
     finetuning_type: Literal["lora", "full"] = Field(
@@ -79,8 +79,13 @@ class FinetuneConfig(BaseModel):
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
     num_processes: int = Field(1, ge=1, le=64, description="Processes that train together, each on a GPU of its own.")
     max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
+    allow_warnings: bool = Field(
+        False, description="Train even if the dataset check warns that what is learnt would silently be wrong."
+    )
     streaming: bool = Field(False, description="Tokenise samples as they are needed, in the order of the files.")
-    eval_path: str | None = Field(None, description="Held-out samples, scored before the first step and at the end.")
+    eval_path: str | None = Field(
+        None, description="Held-out samples, scored before the first step and at the end; of a folder, validation."
+    )
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset held out instead of eval_path.")
     eval_steps: int | None = Field(None, ge=1, description="Score the held-out samples every so many steps as well.")
     early_stopping_patience: int | None = Field(
@@ -127,7 +132,7 @@ class FinetuneConfig(BaseModel):
     @field_validator("output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        return None if value is None else str(Path(value).expanduser().absolute())
+        return None if value is None else str(absolute(value))
 
     @model_validator(mode="after")
     def _lora_options_need_lora(self) -> "FinetuneConfig":

@@ -25,7 +25,9 @@ def heldout_loss(
     was_training = model.training
     model.eval()
     loss_sum, token_count = 0.0, 0
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index].ids))
+    stored = getattr(sequences, "lengths", None)  # known without reading the samples themselves
+    lengths = stored() if stored else [len(sequence.ids) for sequence in sequences]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     try:
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):

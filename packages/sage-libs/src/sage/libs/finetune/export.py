@@ -1,6 +1,5 @@
 """What a run leaves in its output folder: adapter or model, tokenizer, model card, and how it came about."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,9 +8,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from sage.common.files import fsync_path, fsync_tree
 from sage.libs.finetune.model import Trainable, save_model
-from sage.libs.finetune.output import RUN_FILE
-from sage.libs.finetune.rundir import RunSpec, fsync_tree, replace_file
+from sage.libs.finetune.output import check_owner, write_record
+from sage.libs.finetune.rundir import RunSpec
+from sage.libs.models.fingerprint import fingerprint
 
 _CARD = """\
 ---
@@ -23,7 +24,7 @@ tags: [{tag}, sage]
 # {name}
 
 {what} `{base_model}`, trained with SAGE on {dataset}
-(SHA-256 `{dataset_sha256}`), {step} of {total_steps} steps{heldout}.
+(SHA-256 `{dataset_sha256}`), {steps}{heldout}.
 
     sage llm engine start {output} --engine-kind llm
 """
@@ -38,24 +39,29 @@ def export_result(
     metrics: what stands in `sage_run.json` beside the recipe; step and total_steps, and the held-out losses if known.
     """
     output = Path(spec.config.output_dir)
+    check_owner(output, spec.task_id)
     output.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "task_id": spec.task_id,
+        "run": str(run),
+        "recipe": spec.config.model_dump(mode="json"),
+        "dataset_sha256": spec.dataset_sha256,
+        "base_sha256": fingerprint(source),
+        "metrics": metrics,
+    }
     aside = output / ".partial"
     shutil.rmtree(aside, ignore_errors=True)
     save_model(model, aside, source)
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(_card(model, spec, metrics), encoding="utf-8")
     fsync_tree(aside)
-    for file in sorted(aside.iterdir()):
-        os.replace(file, output / file.name)
-    aside.rmdir()
-    record = {
-        "task_id": spec.task_id,
-        "run": str(run),
-        "recipe": spec.config.model_dump(mode="json"),
-        "dataset_sha256": spec.dataset_sha256,
-        "metrics": metrics,
-    }
-    replace_file(output / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+        target = output / file.relative_to(aside)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(file, target)
+        fsync_path(target.parent)
+    shutil.rmtree(aside)
+    write_record(output, record)
 
 
 def _card(model: Trainable, spec: RunSpec, metrics: dict[str, Any]) -> str:
@@ -70,8 +76,7 @@ def _card(model: Trainable, spec: RunSpec, metrics: dict[str, Any]) -> str:
         name=Path(spec.config.output_dir).name,
         dataset=", ".join(f"`{source.path.name}`" for source in spec.config.sources),
         dataset_sha256=spec.dataset_sha256,
-        step=metrics["step"],
-        total_steps=metrics["total_steps"],
+        steps=f"{metrics['step']} of {metrics['total_steps']} steps" if metrics["total_steps"] else "before its first step",
         heldout=heldout,
         output=spec.config.output_dir,
     )

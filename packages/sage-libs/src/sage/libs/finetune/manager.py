@@ -1,5 +1,6 @@
 """FinetuneManager: runs, from creation to result. Keeps nothing in memory that it could not read again; no torch."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -13,16 +14,17 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sage.common.errors import ConfigError, Conflict, ModelError, NotFound
+from sage.common.errors import ConfigError, Conflict, ModelError, NotFound, OutputError
 from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
 from sage.common.settings import load_settings
+from sage.libs.finetune.checkpoints import Checkpoint
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.preferences import parser_of
-from sage.libs.finetune.output import claim_output
+from sage.libs.finetune.output import check_claim, claim_output
 from sage.libs.finetune.rewards import check_reward_file
 from sage.libs.finetune.rundir import Event, RunDirectory, RunSpec
 from sage.libs.finetune.status import ALIVE, RunState, RunStatus, derive, fold
@@ -53,20 +55,22 @@ class FinetuneManager:
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
         """Check everything that can be checked without loading a model, then write a run's directory; return its id.
 
-        Raises DatasetError, ModelError or OutputError; then nothing was written.
+        Raises DatasetError, ModelError, OutputError, or ConfigError if a given checkpoint is of another run; then nothing
+        was written.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
             _check_method(config)
-        datasets = [dataset.path for dataset in config.sources]
-        for path in [*datasets, Path(config.eval_path)] if config.eval_path else datasets:
-            check_dataset(path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks the rest
+        for dataset in config.sources:
+            check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks the rest
+        if config.eval_path:
+            check_dataset(Path(config.eval_path), _CHECKED_SAMPLES, parse, "validation").raise_for_faults()
         source = resolve_model(config.base_model)
         if source.base and config.finetuning_type == "full":
             raise ModelError(
                 code="base_is_adapter",
                 message=f"{config.base_model} is an adapter, and full fine-tuning needs a whole model.",
-                hint="Leave --finetuning-type away to train the adapter on.",
+                hint="Omit --finetuning-type to train the adapter further.",
                 param="base_model",
             )
         if source.base and source.base.kind is ModelKind.ADAPTER:
@@ -76,18 +80,19 @@ class FinetuneManager:
                 hint=f"Train on {source.base.name}, or on its base.",
                 param="base_model",
             )
-        if config.resume_from_checkpoint and not (Path(config.resume_from_checkpoint) / "manifest.json").is_file():
-            raise NotFound(
-                code="checkpoint_not_found",
-                message=f"{config.resume_from_checkpoint} is not a checkpoint of a run.",
-                hint=f"Checkpoints are folders {self.root}/<task>/checkpoint-<step>.",
-                param="resume_from_checkpoint",
-            )
         task_id = task_id or f"task-{random_suffix()}"
-        run = RunDirectory(self.root / task_id)
-        claim_output(Path(config.output_dir), task_id, run.path)
+        run, output = RunDirectory(self.root / task_id), Path(config.output_dir)
+        check_claim(output, task_id)
         spec = RunSpec(task_id, config, _data_hash(config), datetime.now(UTC).isoformat())
+        if config.resume_from_checkpoint:
+            checkpoint = Checkpoint.of(Path(config.resume_from_checkpoint))
+            checkpoint.check_same_course(config, spec.dataset_sha256, lambda name: resolve_model(name).folder)
         run.create(spec)
+        try:
+            claim_output(output, task_id, run.path)
+        except OutputError:
+            shutil.rmtree(run.path)
+            raise
         return task_id
 
     def start(self, task_id: str) -> ProcessIdentity:
@@ -106,13 +111,13 @@ class FinetuneManager:
     def resume(self, task_id: str) -> ProcessIdentity:
         """Start a run again that was stopped or failed.
 
-        Raises Conflict where there is nothing to resume, or where the dataset is no longer the one it began with.
+        Raises Conflict if there is nothing to resume or the dataset has changed, OutputError if another run has its output.
         """
         self.check_resumable(task_id)
         return self.start(task_id)
 
     def check_resumable(self, task_id: str) -> None:
-        """Raise Conflict where `resume` would."""
+        """Raise Conflict or OutputError if `resume` would."""
         state, spec = self.status(task_id).state, self.run_directory(task_id).read_spec()
         if state is RunState.COMPLETED:
             raise Conflict(
@@ -122,6 +127,7 @@ class FinetuneManager:
             )
         if state in ALIVE:
             raise Conflict(code="not_resumable", message=f"{task_id} is running.", hint="There is nothing to resume.")
+        check_claim(Path(spec.config.output_dir), task_id)
         if _data_hash(spec.config) != spec.dataset_sha256:
             files = [str(dataset.path) for dataset in spec.config.sources]
             files += [spec.config.reward_file] if spec.config.reward_file else []
@@ -161,8 +167,11 @@ class FinetuneManager:
 
     def list(self) -> list[str]:
         """Return the ids of all runs, oldest first."""
-        specs = self.root.glob("*/spec.json")
-        return [path.parent.name for path in sorted(specs, key=lambda path: path.stat().st_mtime)]
+        begun: list[tuple[float, str]] = []
+        for spec in self.root.glob("*/spec.json"):
+            with contextlib.suppress(FileNotFoundError):  # it is removed at this moment
+                begun.append((spec.stat().st_mtime, spec.parent.name))
+        return [name for _, name in sorted(begun)]
 
     def delete(self, task_id: str) -> None:
         """Remove a run's directory with its checkpoints; the output folder stays. Raises Conflict while it runs."""

@@ -1,6 +1,5 @@
 """The model that is trained: a frozen base with PEFT's adapters, or all of a model."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,10 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
-from sage.common.errors import ConfigError, ModelError
+from sage.common.errors import ConfigError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.precision import Precision
-from sage.libs.models.loading import load_causal_lm
+from sage.libs.models.adapters import attach_adapter
+from sage.libs.models.loading import load_causal_lm, model_config
 
 #: What is trained: adapters in PEFT's model, or a model of transformers' as a whole.
 Trainable: TypeAlias = PeftModel | PreTrainedModel
@@ -23,7 +23,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     """Return the base of a folder with adapters in fp32, which alone are trained: fresh ones, or those of another folder.
 
     In full fine-tuning, return the model of the folder in fp32, with all of its weights trained.
-    Raises ModelError where base or adapter does not load, ConfigError where the target modules are not in the base.
+    Raises ModelError if base or adapter does not load, ConfigError if the target modules are not in the base.
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
@@ -41,15 +41,14 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
                 module.support_avx512bf16_for_cpu = False
     if is_full:
         return base
-    model = _with_fresh_adapter(base, config) if adapter is None else _with_adapter(base, adapter)
+    model = _with_fresh_adapter(base, config) if adapter is None else attach_adapter(base, adapter, is_trainable=True)
     assert isinstance(model, PeftModel)
     return model
 
 
 def width_of(folder: Path) -> int:
-    """Return how wide the layers of the model in a folder are."""
-    config = json.loads((folder / "config.json").read_text())
-    return int(config.get("text_config", config).get("hidden_size", 768))
+    """Return how wide the layers of the model in a folder are; raises ModelError if its config does not load."""
+    return int(getattr(model_config(folder), "hidden_size", 768))
 
 
 def decoder(model: Trainable) -> PreTrainedModel:
@@ -93,14 +92,6 @@ def _quantised(precision: Precision, dtype: torch.dtype) -> dict[str, Any]:
             return {"quantization_config": four}
         case _:
             return {}
-
-
-def _with_adapter(base: PreTrainedModel, adapter: Path) -> Any:
-    try:
-        return PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        problem = (str(error).splitlines() or ["it is not whole"])[0]
-        raise ModelError(code="model_invalid", message=f"The adapter in {adapter} does not load: {problem}") from error
 
 
 def _with_fresh_adapter(base: PreTrainedModel, config: FinetuneConfig) -> Any:

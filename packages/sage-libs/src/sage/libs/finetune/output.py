@@ -1,35 +1,64 @@
 """The output folder of a run: whose it is, checked before anything is written into it."""
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sage.common.errors import OutputError
+from sage.common.files import replace_file
 from sage.common.processes import holder
-from sage.libs.finetune.rundir import RunDirectory, replace_file
-from sage.libs.finetune.status import ALIVE, RunStatus, fold
+from sage.libs.finetune.rundir import RunDirectory
+from sage.libs.finetune.status import ALIVE, RunState, RunStatus, derive, fold
 
 RUN_FILE = "sage_run.json"
 
 
 def claim_output(output: Path, task_id: str, run: Path) -> None:
-    """Make the output folder and write down which run it belongs to.
+    """Make the output folder and write down which run it belongs to; of several runs that claim it at once, one gets it.
 
-    Raises OutputError where it cannot be written, holds someone else's files, or the result of another run.
+    A run holds its claim from its creation until it has ended without a result, and may claim again at any time.
+    Raises OutputError if it cannot be written, holds someone else's files, or belongs to another run.
     """
-    owner = read_run_file(output)
-    if owner.get("task_id") != task_id:
-        _check_free(output, owner)
+    output = output.resolve()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        replace_file(output / RUN_FILE, json.dumps({"task_id": task_id, "run": str(run)}, indent=2).encode())
+        with _locked(output):
+            owner = read_run_file(output)
+            if owner.get("task_id") != task_id:
+                _check_free(output, owner)
+                _write(output, {"task_id": task_id, "run": str(run)})
+    except FileExistsError as error:
+        raise _refused(output, "is a file") from error
     except OSError as error:
         raise _refused(output, f"cannot be written: {error.strerror}") from error
 
 
+def check_claim(output: Path, task_id: str) -> None:
+    """Raise OutputError if the output folder belongs to another run or to nobody's files."""
+    owner = read_run_file(output.resolve())
+    if owner.get("task_id") != task_id and output.is_dir():
+        _check_free(output.resolve(), owner)
+
+
+def check_owner(output: Path, task_id: str) -> None:
+    """Raise OutputError if the output folder has become another run's."""
+    if (owner := read_run_file(output).get("task_id", task_id)) != task_id:
+        raise _refused(output, f"belongs to {owner} now")
+
+
+def write_record(output: Path, record: dict[str, Any]) -> None:
+    """Write what a run leaves beside its result; raises OutputError if the folder has become another run's."""
+    with _locked(output):
+        check_owner(output, record["task_id"])
+        _write(output, record)
+
+
 def read_run_file(output: Path) -> dict[str, Any]:
-    """Return what a run left in its output folder, or {} where there is none."""
+    """Return what a run left in its output folder, or {} if there is nothing."""
     try:
         content = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -37,26 +66,43 @@ def read_run_file(output: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _write(output: Path, record: dict[str, Any]) -> None:
+    replace_file(output / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode(), mode=0o600)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder itself, which leaves no file; without one where a network file system has none."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _check_free(output: Path, owner: dict[str, Any]) -> None:
-    if output.exists() and not output.is_dir():
-        raise _refused(output, "is a file")
-    if not output.is_dir():
-        return
     if not os.access(output, os.W_OK | os.X_OK):
         raise _refused(output, "cannot be written: Permission denied")
-    others = sorted(entry.name for entry in output.iterdir() if entry.name != RUN_FILE)
+    others = sorted(entry.name for entry in output.iterdir() if entry.name not in (RUN_FILE, f".{RUN_FILE}.partial"))
     if owner and any((output / name).exists() for name in ("adapter_config.json", "config.json")):
         raise _refused(output, f"holds the result of {owner.get('task_id')}")
     if others:
         raise _refused(output, f"is not empty: it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}")
-    if owner and _is_live(RunDirectory(Path(str(owner.get("run"))))):
-        raise _refused(output, f"is being written by {owner.get('task_id')}")
+    if owner and (doing := _claim_of(RunDirectory(Path(str(owner.get("run")))))):
+        raise _refused(output, f"{doing} {owner.get('task_id')}")
 
 
-def _is_live(run: RunDirectory) -> bool:
-    """Return whether a run may still write; one that has said its last word only closes its process."""
+def _claim_of(run: RunDirectory) -> str:
+    """Return how a run holds its output folder, nothing if it has ended; one that said so only closes its process."""
+    if not run.spec_path.is_file():
+        return ""
     events, _ = run.read_events()
-    return holder(run.lock_path) is not None and fold(RunStatus(), events).state in ALIVE
+    state = derive(fold(RunStatus(), events), alive=holder(run.lock_path) is not None).state
+    if state is RunState.CREATED:
+        return "is claimed by a run that has not started yet:"
+    return "is being written by" if state in ALIVE else ""
 
 
 def _refused(output: Path, problem: str) -> OutputError:

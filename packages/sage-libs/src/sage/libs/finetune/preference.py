@@ -14,6 +14,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from sage.libs.finetune.data.checking import as_chats
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.heldout import HeldOut
@@ -29,6 +30,11 @@ _TRAINERS = {
 }
 
 
+def table_of(rows: list[dict[str, Any]]) -> Dataset:
+    """Return rows as TRL takes them; a message has the keys that it has, without nulls for those of other messages."""
+    return Dataset.from_list(rows, on_mixed_types="use_json")
+
+
 class PreferenceRun(TrainingRun):
     """A run whose trainer is TRL's."""
 
@@ -41,8 +47,17 @@ class PreferenceRun(TrainingRun):
             report = DatasetReport(source.path)
             self.rows += [sample.content for sample in read_samples(report, parser_of(config.method))]
             report.raise_for_faults()
+            self._inspect(report.path)
         self.samples, self.micro_batch = len(self.rows), config.batch_size
         self.heldout = HeldOut(self.run, config, [], self.stop.check)
+
+    def _inspect(self, path: Path) -> None:
+        """Look at the answers of a dataset as the model would see them."""
+        encoder = self._encoder()
+        for sample in as_chats(read_samples(DatasetReport(path), parser_of(self.config.method))):
+            encoder.encode_whole([sample])
+        encoder.raise_for_faults()
+        self._report_findings(encoder.findings, path)
 
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         return None, f"plain: {self.config.method} is TRL's own"
@@ -66,7 +81,7 @@ class PreferenceRun(TrainingRun):
         return trainer(
             model=self.model,
             args=arguments(**options),
-            train_dataset=Dataset.from_list(self.rows),
+            train_dataset=table_of(self.rows),
             processing_class=self.tokenizer,
             callbacks=[self._callback()],
             **more,

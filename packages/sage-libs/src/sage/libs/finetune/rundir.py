@@ -16,11 +16,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sage.common.files import fsync_path, fsync_tree
+from sage.common.paths import private_folder
 from sage.libs.finetune.config import FinetuneConfig
 
 Event = dict[str, Any]
 #: Which process of a run this is, where several train together; the leader has none.
 RANK_VARIABLE = "SAGE_WORKER_RANK"
+#: Events that are on the disk before the run goes on; a step that a power cut takes is done again.
+_LASTING = ("launched", "started", "checkpoint", "stopped", "finished", "failed")
 #: Kept free for the last words of a run whose disk is full.
 _RESERVE_BYTES = 64 * 1024
 
@@ -54,11 +58,12 @@ class RunDirectory:
             return
         partial = self.path.with_name(f".{self.path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        private_folder(partial)
         content = {**vars(spec), "config": spec.config.model_dump(mode="json")}
         (partial / "spec.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         fsync_tree(partial)
         os.replace(partial, self.path)
+        fsync_path(self.path.parent)
 
     def read_spec(self) -> RunSpec:
         """Return what the run was asked to do."""
@@ -73,6 +78,9 @@ class RunDirectory:
             if file.tell() and not self._ends_whole(file.fileno(), file.tell()):
                 line = b"\n" + line
             file.write(line)
+            if kind in _LASTING:
+                file.flush()
+                os.fsync(file.fileno())
 
     def read_events(self, offset: int = 0) -> tuple[list[Event], int]:
         """Return the whole events from a byte offset on, and the offset behind them."""
@@ -89,6 +97,10 @@ class RunDirectory:
         """Set a little of the disk aside."""
         if not self._reserve_path.exists():
             self._reserve_path.write_bytes(b"\0" * _RESERVE_BYTES)
+
+    def clear_staging(self) -> None:
+        """Remove the half of a checkpoint that an earlier process was writing."""
+        shutil.rmtree(self.staging_path, ignore_errors=True)
 
     def release_space(self) -> None:
         """Give it back, so that the run can say why it ends."""
@@ -112,23 +124,3 @@ def _parse(line: bytes) -> Event | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) and "event" in event else None
-
-
-def fsync_tree(folder: Path) -> None:
-    """Bring every file below a folder, and the folder's own entries, to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, whole."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

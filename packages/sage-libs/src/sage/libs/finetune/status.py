@@ -1,5 +1,6 @@
 """Where a run is, derived from its events and its lock and from nothing else."""
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -50,6 +51,7 @@ class RunStatus:
     message: str | None = None  #: why it failed, or what it is doing
     hint: str | None = None
     warnings: tuple[str, ...] = ()
+    base_sha256: str | None = None  #: fingerprint of the base model
     halvings: int = 0  #: micro-batches are cut in two this many times, for want of memory
     checkpointing: bool = False  #: activations are computed again, for want of memory
 
@@ -66,9 +68,10 @@ _STEP_FIELDS = (
 
 
 def fold(status: RunStatus, events: Iterable[Event]) -> RunStatus:
-    """Return the status after more events."""
+    """Return the status after more events; one that lacks what it should say changes nothing."""
     for event in events:
-        status = _apply(status, event)
+        with contextlib.suppress(KeyError, TypeError):
+            status = _apply(status, event)
     return status
 
 
@@ -82,7 +85,7 @@ def derive(status: RunStatus, *, alive: bool) -> RunStatus:
         state=RunState.FAILED,
         eta_seconds=None,
         code="worker_died",
-        message=f"The training process died at step {status.step} without a word: killed, or out of memory.",
+        message=f"The training process exited at step {status.step} without reporting an error (killed, or out of memory).",
         hint=f"`resume` goes on from {saved}.",
     )
 
@@ -96,7 +99,9 @@ def _apply(status: RunStatus, event: Event) -> RunStatus:
             numbers = {"bf16": bf16, "bf16_products": event.get("bf16_products", bf16)}
             numbers["int8_products"] = event.get("int8_products", False)
             begun = {"step": event["step"], "total_steps": event["total_steps"], **numbers}
-            return replace(status, state=RunState.RUNNING, message=None, **begun)
+            base = event.get("base_sha256") or status.base_sha256
+            saved = min(status.checkpoint_step or 0, event["step"]) or None  # newer ones were damaged
+            return replace(status, state=RunState.RUNNING, message=None, base_sha256=base, checkpoint_step=saved, **begun)
         case "step":
             figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}
             return replace(status, message=None, **figures)

@@ -19,11 +19,13 @@ from transformers.utils import logging as transformers_logging
 from sage.common.errors import DatasetError
 from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, most_tokens, pack
 from sage.libs.finetune.callbacks import RunCallback
-from sage.libs.finetune.checkpoints import latest_good
+from sage.libs.finetune.data.findings import Code, Findings
+from sage.libs.finetune.data.folders import Split
+from sage.libs.finetune.data.inspection import inspect_end
 from sage.libs.finetune.data.mixing import Mixture, weighed
 from sage.libs.finetune.data.store import StoredSamples, stored
 from sage.libs.finetune.data.streaming import StreamedPacks
-from sage.libs.finetune.data.tokenizing import Encoded, Encoder, ensure_chat_template
+from sage.libs.finetune.data.tokenizing import Encoded, Encoder
 from sage.libs.finetune.estimate import Estimate, check_room, estimate
 from sage.libs.finetune.export import export_result
 from sage.libs.finetune.heldout import HeldOut
@@ -33,13 +35,16 @@ from sage.libs.finetune.memory import free_bytes, refuse_beyond_limit
 from sage.libs.finetune.model import decoder, load_trainable, load_weights, width_of
 from sage.libs.finetune.noise import EmbeddingNoise
 from sage.libs.finetune.precision import Precision, choose_precision
+from sage.libs.finetune.resuming import begun, best_checkpoint, checkpoint_to_resume
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.sampling import answer
 from sage.libs.finetune.status import RunStatus, fold
 from sage.libs.finetune.stepping import AdaptingTrainer
 from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.finetune.team import Team
-from sage.libs.models.loading import load_tokenizer, local_folder
+from sage.libs.models.chat import ChatFormat, ensure_chat_template
+from sage.libs.models.fingerprint import fingerprint
+from sage.libs.models.loading import check_vocabulary, load_tokenizer, local_folder
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -58,15 +63,21 @@ class TrainingRun:
         self.config = config = self.spec.config
         self.team = Team(run, config.num_processes)
         self.estimated_bytes: int | None = None
+        self._reported: set[tuple[Path, Code]] = set()
         self._tell("loading the tokenizer")
         source = resolve_model(config.base_model)
         self.folder = folder = local_folder(source.base or source)
         adapter = source.folder if source.kind is ModelKind.ADAPTER else None
         self.tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)
+        check_vocabulary(self.tokenizer, folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)
+        self.chat_format = ChatFormat(self.tokenizer)
+        inspect_end(folder, self.chat_format, found := Findings())
+        self._report_findings(found, folder)
         if self.team.leads:
-            self.precision = choose_precision(config, self._status(), width_of(folder))
+            self.checkpoint = checkpoint_to_resume(run, config, folder, self._warn)
+            self.precision = choose_precision(config, begun(run, config), width_of(folder))
             self._check_memory()
             self._load_data()
             self._fit_memory()
@@ -117,9 +128,12 @@ class TrainingRun:
         heldout: Sequence[Encoded] = []
         try:
             if config.streaming:
-                heldout = self._encode(Path(config.eval_path)) if config.eval_path else []
+                heldout = self._encode(Path(config.eval_path), "validation") if config.eval_path else []
                 paths = [source.path for source in config.sources]
-                self.packs, self.samples = StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed), None
+                self.packs, self.samples = (
+                    StreamedPacks(paths, self._encoder, config.pack_tokens, config.seed, self._report_findings),
+                    None,
+                )
             else:
                 train, heldout = self._read_data()
                 lengths = train.lengths()
@@ -163,22 +177,24 @@ class TrainingRun:
             self.team.close()
 
     def _lead(self) -> None:
-        checkpoint, step = self._checkpoint()
+        checkpoint = self.checkpoint
+        step = checkpoint.step if checkpoint else 0
         self.heldout.go_on_from(step)
+        is_loaded = checkpoint is None
         try:
-            if checkpoint and self.stop.requested:
-                load_weights(self.model, Path(checkpoint))
             self.stop.check()
             self._measure(0)
-            if checkpoint and (step >= self._total_steps() or self.heldout.is_exhausted):  # the Trainer would train on
-                load_weights(self.model, Path(checkpoint))
+            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # the Trainer would train on
+                load_weights(self.model, checkpoint.path)
+                is_loaded = True
             else:
-                step = self._train(checkpoint)
+                step, is_loaded = self._train(str(checkpoint.path) if checkpoint else None), True
                 if step < self._total_steps() and not self.heldout.is_exhausted:
                     raise StopRequested
             self._measure(step)
         except StopRequested:
-            step = self._status().checkpoint_step or 0
+            if checkpoint and not is_loaded:
+                load_weights(self.model, checkpoint.path)
             self._export(step, None)
             self.run.append_event("stopped", step=step, output_dir=self.config.output_dir)
             logger.info("stopped at step %d; the result so far is in %s", step, self.config.output_dir)
@@ -186,9 +202,10 @@ class TrainingRun:
         if step < self._total_steps():
             logger.info("stopped early: %d scores in a row were no better", self.config.early_stopping_patience)
         best = self.heldout.best_step
-        if self.config.keep_best and best is not None and best != step:
+        is_earlier = self.config.keep_best and best is not None and best != step
+        if best and is_earlier and (checkpoint := best_checkpoint(self.run, best, self._warn)):
+            load_weights(self.model, checkpoint.path)
             step = best
-            load_weights(self.model, self.run.path / f"checkpoint-{best}")
         loss = self.heldout.losses.get(step)
         self._export(step, loss)
         self.run.append_event("finished", step=step, output_dir=self.config.output_dir, heldout_loss=loss)
@@ -224,18 +241,28 @@ class TrainingRun:
                 hint="Weigh one of them higher.",
                 param="dataset_path",
             )
-        return train, self._encode(Path(config.eval_path)) if config.eval_path else Mixture(heldout)
+        return train, self._encode(Path(config.eval_path), "validation") if config.eval_path else Mixture(heldout)
 
-    def _encode(self, path: Path) -> StoredSamples:
+    def _encode(self, path: Path, split: Split = "train") -> StoredSamples:
         self._tell(f"reading {path}")
-        samples = stored(path, self._encoder(), self._tell_unless_stopped)
+        samples = stored(path, self._encoder(), self._tell_unless_stopped, split)
         if samples.facts.truncated:
             self._warn(
                 f"{samples.facts.truncated} of {samples.facts.samples} samples in {path} are longer than "
                 f"{self.config.max_seq_length} tokens and were cut; {samples.facts.dropped} had no answer left and were "
                 "dropped."
             )
+        self._report_findings(Findings(samples.facts.findings), path)
         return samples
+
+    def _report_findings(self, findings: Findings, path: Path) -> None:
+        """Say what was found in a dataset. Raises DatasetError if what is learnt would silently be wrong."""
+        if not self.config.allow_warnings:
+            findings.raise_for_warnings(path, self.config.base_model)
+        for finding in findings:
+            if (path, finding.code) not in self._reported:
+                self._reported.add((path, finding.code))
+                self._warn(str(finding))
 
     def _encoder(self) -> Encoder:
         return Encoder(self.tokenizer, self.config.max_seq_length, self.config.train_on)
@@ -296,6 +323,7 @@ class TrainingRun:
             self.loss,
             self.stop,
             self.team,
+            trusted={self.checkpoint.step} if self.team.leads and self.checkpoint else set(),
             heldout=self.heldout,
             measure=self._measure,
             started_fields=self._started_fields,
@@ -324,6 +352,7 @@ class TrainingRun:
             "samples": self.samples,
             "heldout_samples": len(self.heldout.samples),
             "trainable_parameters": trainable,
+            "base_sha256": fingerprint(self.folder),
             "bf16": self.precision.bf16,
             "bf16_products": self.precision.bf16_products,
             "int8_products": self.precision.int8_products,
@@ -342,16 +371,6 @@ class TrainingRun:
         steps_per_epoch = math.ceil(math.ceil(micro_batches / self.team.size) / self.config.gradient_accumulation_steps)
         return steps_per_epoch * self.config.num_epochs
 
-    def _checkpoint(self) -> tuple[str | None, int]:
-        """Return the folder of the checkpoint to go on from and its step; (None, 0) at the beginning."""
-        checkpoint, problems = latest_good(self.run.path)
-        for problem in problems:
-            self._warn(f"A damaged checkpoint is passed over: {problem}")
-        if checkpoint:
-            return str(checkpoint.path), checkpoint.step
-        given = self.config.resume_from_checkpoint
-        return given, TrainerState.load_from_json(str(Path(given) / "trainer_state.json")).global_step if given else 0
-
     def _new_loss(self) -> CompletionLoss:
         return CompletionLoss(self.kernels.head.weight, self.kernels.compute_dtype) if self.kernels else CompletionLoss()
 
@@ -364,14 +383,14 @@ class TrainingRun:
             with self.kernels.off() if self.kernels else contextlib.nullcontext():
                 for prompt in self.config.sample_prompts or ():
                     self.stop.check()
-                    text = answer(self.model, self.tokenizer, prompt)
+                    text = answer(self.model, self.chat_format, prompt)
                     self.run.append_event("sample", step=step, prompt=prompt, answer=text)
                     logger.info("step %d: %s -> %s", step, prompt, text)
         return measured
 
     def _export(self, step: int, heldout_loss: float | None) -> None:
         losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
-        metrics = {"step": step, "total_steps": self._total_steps(), **losses}
+        metrics = {"step": step, "total_steps": self._status().total_steps or self._total_steps(), **losses}
         export_result(self.model, self.tokenizer, self.spec, self.run.path, self.folder, metrics)
 
     def _status(self) -> RunStatus:

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from sage.common.errors import RunError, SageError
 from sage.common.logs import configure_logging
+from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
 from sage.libs.finetune.memory import is_out_of_memory
+from sage.libs.finetune.output import claim_output
 from sage.libs.finetune.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
 from sage.libs.finetune.status import RunState, RunStatus, fold
 from sage.libs.finetune.stopping import StopRequest
@@ -51,7 +53,11 @@ def main(argv: list[str]) -> int:
     stop = StopRequest()
     stop.install()
     try:
+        private_folder(run.path)
+        run.clear_staging()
         run.reserve_space()
+        spec = run.read_spec()
+        claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
     except Exception as error:  # noqa: BLE001 - the run's last word, whatever it was
         _fail(run, error)
@@ -103,7 +109,7 @@ def _as_told(error: Exception, folder: Path) -> SageError:
     if full or shutil.disk_usage(folder).free < _FULL_BYTES or "No space left" in str(error):
         return RunError(
             code="disk_full",
-            message=f"The disk of {folder} is full: the run could not save. Earlier checkpoints are whole.",
+            message=f"The disk of {folder} is full: the run could not save. Earlier checkpoints are intact.",
             hint="Free some space, then `resume`.",
         )
     if is_out_of_memory(error):
@@ -115,7 +121,7 @@ def _as_told(error: Exception, folder: Path) -> SageError:
     return RunError(
         code="training_failed",
         message=f"Training failed: {type(error).__name__}: {_first_line(error)}",
-        hint=f"The whole story stands in {folder}/worker.log.",
+        hint=f"Full traceback: {folder}/worker.log.",
     )
 
 

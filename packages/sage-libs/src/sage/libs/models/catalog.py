@@ -6,8 +6,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from sage.common.errors import ConfigError, Conflict, ModelNotFound, SageError
+from sage.common.errors import ConfigError, Conflict, ModelError, ModelNotFound, SageError, first_line
+from sage.common.files import fsync_tree
 from sage.common.paths import get_user_paths
+from sage.common.processes import held_lock
 from sage.libs.models.resolve import PACKAGED, inspect_folder
 
 _NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)?")
@@ -55,17 +57,22 @@ def import_model(folder: Path, name: str) -> Path:
         raise ModelNotFound(code="model_not_found", message=f"{folder} is not a folder.")
     inspect_folder(folder.absolute(), name)
     target = get_user_paths().models_dir / name
-    if target.exists():
-        raise Conflict(code="model_exists", message=f"{target} exists already.", hint="Give another --name.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(folder, partial)
-        os.replace(partial, target)
-    except OSError:
+    with held_lock(get_user_paths().models_dir / ".locks" / "import.lock"):
+        if target.exists():
+            raise Conflict(code="model_exists", message=f"{target} exists already.", hint="Give another --name.")
+        partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(folder, partial)
+            fsync_tree(partial)
+            os.replace(partial, target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            problem = error.strerror or first_line(error)
+            raise ModelError(
+                code="model_unusable", message=f"{folder} cannot be copied to {target}: {problem}.", param="model"
+            ) from error
     return target
 
 

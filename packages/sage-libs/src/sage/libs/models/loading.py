@@ -1,91 +1,100 @@
 """Loading weights and tokenizers, always from a local folder, never a pickle, never with remote code."""
 
-import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sage.common.errors import ModelError
-from sage.common.paths import get_user_paths
-from sage.common.processes import held_lock
+from sage.common.errors import ModelError, first_line
+from sage.libs.models.conversion import converted, downloaded
 from sage.libs.models.resolve import ModelKind, ModelSource
 
-logger = logging.getLogger(__name__)
-#: What a model needs to be loaded; everything else on the hub stays there.
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_MOST_NAMED = 5
 
 
 def local_folder(source: ModelSource) -> Path:
-    """Return a folder that transformers and PEFT load as it stands, making it first where it must be made.
+    """Return a folder that transformers and PEFT load as it stands, making it first if needed.
 
     A GGUF file is converted once to bf16 safetensors in the user's models folder; a hub model is downloaded there.
+    Raises ModelError if that fails.
     """
-    if source.kind in (ModelKind.FULL, ModelKind.ADAPTER):
-        return source.folder
-    models_dir = get_user_paths().models_dir
-    is_named = source.kind is ModelKind.HUB or not Path(source.name).is_absolute()
-    target = models_dir / (source.name if is_named else f"{source.folder.name}-safetensors")
-    with held_lock(models_dir / ".locks" / f"{target.name}.lock"):
-        if not (target / "config.json").is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            (_download if source.kind is ModelKind.HUB else _convert_gguf)(source, partial)
-            os.replace(partial, target)
-    return target
+    if source.kind is ModelKind.GGUF:
+        return converted(source.folder)
+    return downloaded(source) if source.kind is ModelKind.HUB else source.folder
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model's folder; raises ModelError where it has none or a slow one."""
+    """Return the tokenizer of a model's folder; raises ModelError if it has none or a slow one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # broken files raise what they like, from Rust too
         raise ModelError(
-            code="tokenizer_missing", message=f"{folder} has no tokenizer that loads: {_first_line(error)}"
+            code="tokenizer_missing", message=f"{folder} has no tokenizer that loads: {first_line(error)}.", param="model"
         ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(code="tokenizer_slow", message=f"{folder} has no fast tokenizer (tokenizer.json).")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(code="tokenizer_slow", message=f"{folder} has no fast tokenizer (tokenizer.json).", param="model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """Return the causal language model of a folder of safetensors; raises ModelError where that fails."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **options
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise ModelError if chats and texts can have tokens that the model in a folder has no embedding for.
+
+    Special tokens beyond it that neither the chat template nor an end of text uses are let be: Gemma 3 has one for images.
+    """
+    rows = embedding_rows(folder)
+    special = set(tokenizer.all_special_tokens) | {
+        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+    }
+    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    template = str(tokenizer.chat_template or "")
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    used = [
+        f"{token!r} ({number})" for number, token in beyond if token not in special or token in ends or token in template
+    ]
+    if used:
+        named = ", ".join(used[:_MOST_NAMED]) + (f" and {len(used) - _MOST_NAMED} more" if len(used) > _MOST_NAMED else "")
         raise ModelError(
-            code="model_invalid", message=f"The model in {folder} does not load: {_first_line(error)}"
-        ) from error
+            code="tokenizer_too_large",
+            message=f"The tokenizer of {folder} has tokens beyond the {rows:,} rows of the model's embedding: {named}.",
+            hint="Take the tokenizer that belongs to the model, or a model whose embedding was resized for it.",
+            param="base_model",
+        )
 
 
-def _convert_gguf(source: ModelSource, target: Path) -> None:
-    gguf = next(source.folder.glob("*.gguf"))
-    logger.info("converting %s to safetensors, once", gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # The weights are dense now; what remembers the packed ones would stop save_pretrained.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+def embedding_rows(folder: Path) -> int:
+    """Return how many token ids the model in a folder has embeddings for; raises ModelError if its config does not load."""
+    return int(model_config(folder).vocab_size)
 
 
-def _download(source: ModelSource, target: Path) -> None:
-    from huggingface_hub import snapshot_download
+def model_config(folder: Path) -> Any:
+    """Return the config of the text model in a folder; raises ModelError if it does not load."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        if not isinstance(config.vocab_size, int):
+            raise TypeError(f"vocab_size is {config.vocab_size!r}")
+    except Exception as error:
+        raise _invalid(folder, f"config.json does not load: {first_line(error)}") from error
+    return config
 
-    logger.info("downloading %s from the hub", source.name)
-    snapshot_download(source.name, local_dir=target, allow_patterns=_HUB_FILES)
-    shutil.rmtree(target / ".cache", ignore_errors=True)
+
+def load_causal_lm(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """Return the causal language model of a folder of safetensors; raises ModelError if it does not load whole."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _invalid(folder, f"does not load: {first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        raise _invalid(folder, f"has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+    return model
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _invalid(folder: Path, problem: str) -> ModelError:
+    return ModelError(code="model_invalid", message=f"The model in {folder} {problem}.", param="model")

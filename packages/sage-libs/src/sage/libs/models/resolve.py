@@ -1,7 +1,7 @@
 """From a model's name to where its weights are; reads no weights and imports no torch.
 
-A name is tried as a folder, as a name in the user's models folder, as a model that a Python package carries,
-and last as an id on the hub.
+An absolute path is a folder; any other name is tried in the user's models folder, as a model that a Python package carries,
+and last as an id on the hub. Paths that are relative need a folder to count from, which only a command has that a user runs.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ from sage.common.paths import get_user_paths
 
 #: The base of an adapter may be an adapter's output in turn, but not for ever.
 _MAX_DEPTH = 4
+_SHOWN_LETTERS = 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -60,12 +61,22 @@ class ModelSource:
     base: "ModelSource | None" = None  #: of an ADAPTER
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
     """Return where the model `name` is.
 
+    base_dir: where relative names are looked up first, for a command that a user runs in a folder. None, as in a service:
+    a folder must be absolute, and any other name is one of the models folder, of a package, or of the hub.
     Raises ModelNotFound, which lists the folders tried, or ModelError for a folder that cannot be loaded.
     """
-    return _resolve(name, depth=0)
+    return _resolve(absolute_name(name, base_dir) if base_dir else name, depth=0)
+
+
+def absolute_name(name: str, base_dir: Path) -> str:
+    """Return the absolute path of a model that is named by a folder as seen from `base_dir`, and any other name as it is."""
+    folder = _expanded(name)
+    if folder and (_is_path(name) or _is_folder(base_dir / folder)):
+        return str(base_dir.absolute() / folder)
+    return name
 
 
 def _resolve(name: str, depth: int) -> ModelSource:
@@ -73,26 +84,59 @@ def _resolve(name: str, depth: int) -> ModelSource:
         raise ModelError(code="model_invalid", message=f"'{name}' is an adapter of an adapter of an adapter…")
     if not name.strip():
         raise ModelNotFound(code="model_not_found", message="The name of the model is empty.")
-    as_folder = Path(name).expanduser()
-    in_models = get_user_paths().models_dir / name
-    for folder in (as_folder, in_models):
-        if folder.is_dir():
-            return inspect_folder(folder.absolute(), name, depth)
+    places = []
+    if (folder := _expanded(name)) and folder.is_absolute():
+        places.append(folder)
+    elif not _is_path(name) and ".." not in Path(name).parts:
+        places.append(get_user_paths().models_dir / name)
+    for place in places:
+        if _is_folder(place):
+            return inspect_folder(place, name, depth)
     packaged = PACKAGED.get(name.lower())
     packaged_path = packaged.path() if packaged else None
     if packaged_path and packaged_path.is_dir():
         return inspect_folder(packaged_path, name, depth)
     if _hub_has(name):
-        return ModelSource(name, ModelKind.HUB, in_models)
-    tried = [str(as_folder.absolute()), str(in_models)]
-    if packaged:
-        tried.append(f"the package {packaged.package}, which is not installed")
-    raise ModelNotFound(
-        code="model_not_found",
-        message=f"No model '{name}': tried {', '.join(tried)}, and the hub, which does not have it or cannot be reached.",
-        hint="`sage llm model list` shows the models that are here; `sage llm model import FOLDER` adds one.",
-        param="model",
-    )
+        return ModelSource(name, ModelKind.HUB, get_user_paths().models_dir / name)
+    raise _not_found(name, [str(place) for place in places], packaged)
+
+
+def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelNotFound:
+    shown = name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…"
+    if _is_path(name):
+        problem = "there is no such folder" if tried else "the path is not absolute"
+        hint = "Give the path of a folder that holds a model." if tried else "Give an absolute path."
+        message = f"No model '{shown}': {problem}."
+    else:
+        if packaged:
+            tried = [*tried, f"the package {packaged.package}, which is not installed"]
+        places = ", ".join(place for place in tried if len(shown) == len(name)) or "the models folder"
+        message = f"No model '{shown}': tried {places}, and the hub, which does not have it or cannot be reached."
+        hint = (
+            "`sage llm model list` shows the models that are here; `sage llm model import FOLDER` adds one. "
+            "A folder elsewhere needs its absolute path."
+        )
+    return ModelNotFound(code="model_not_found", message=message, hint=hint, param="model")
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a name can only be a path."""
+    return name in (".", "..") or name.startswith(("/", "./", "../", "~"))
+
+
+def _expanded(name: str) -> Path | None:
+    """Return a name as a path, its ~ expanded; None if it cannot be one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user
+        return None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long, or with a NUL; a folder that may not be entered
+        return False
 
 
 def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
@@ -100,6 +144,8 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
 
     Raises ModelError that names the file at fault.
     """
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise _invalid(folder, "cannot be read (Permission denied)")
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
         weights = folder / "adapter_model.safetensors"
@@ -122,6 +168,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
         _read_json(folder / "config.json")
         for weights in weights_files:
             safetensors_header(weights)
+        _check_shards(folder)
         return ModelSource(name, ModelKind.FULL, folder)
     if len(list(folder.glob("*.gguf"))) == 1:
         return ModelSource(name, ModelKind.GGUF, folder)
@@ -130,6 +177,19 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise _invalid(folder, "holds its weights as pickles, which can run code when loaded; convert to safetensors")
     raise _invalid(folder, "holds no model: config.json with *.safetensors, an adapter, or one *.gguf is needed")
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise ModelError if a file that an index names is not there."""
+    for index in folder.glob("*.safetensors.index.json"):
+        files = _read_json(index).get("weight_map")
+        missing = (
+            sorted({str(file) for file in files.values() if not (folder / str(file)).is_file()})
+            if isinstance(files, dict)
+            else []
+        )
+        if missing:
+            raise _invalid(index, f"names {missing[0]}, which is missing; copy or download it")
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
@@ -149,7 +209,9 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + header_bytes + end != size:
             raise ValueError(f"{8 + header_bytes + end} bytes are expected, {size} are there")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise _invalid(path, f"cannot be read ({error.strerror})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _invalid(path, f"is not a whole safetensors file ({error}); copy or download it again") from error
     return header
 
@@ -157,7 +219,9 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise _invalid(path, f"cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise _invalid(path, f"is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise _invalid(path, "is not a JSON object")

@@ -1,50 +1,101 @@
 """`python -m sage.llm.workers.embedding --model M --port P`: `/v1/embeddings` by sentence-transformers."""
 
 import base64
-import struct
-from typing import Any, Literal
+from typing import Any
 
-from fastapi import FastAPI
-from pydantic import BaseModel, Field
+import torch
+from fastapi import FastAPI, Request
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 
 from sage.common.errors import ConfigError, ModelError
 from sage.llm.workers import server
+from sage.llm.workers.jobs import Job, Lane, unless_gone
+from sage.llm.workers.requests import EmbeddingRequest
+
+_BATCH = 32
+#: Far above any text's; tokenising what cannot fit would only take time.
+_MAX_CHARACTERS_PER_TOKEN = 100
+Vectors = tuple[list[Tensor], int]
 
 
-class EmbeddingRequest(BaseModel):
-    """OpenAI's request for embeddings."""
+class Embedder:
+    """A loaded model with its tokenizer; for one thread at a time."""
 
-    model: str
-    input: str | list[str] = Field(min_length=1)
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    def __init__(self, name: str) -> None:
+        """Load. Raises ModelError."""
+        _, folder = server.load_source(name)
+        try:
+            options = {"use_safetensors": True}
+            self._model: Any = SentenceTransformer(str(folder), local_files_only=True, model_kwargs=options)
+        except (OSError, ValueError, KeyError) as error:
+            message = f"{folder} does not load as an embedding model: {error}"
+            raise ModelError(code="model_invalid", message=message) from error
+        self._tokenizer: Any = self._model.tokenizer
+        self._max_tokens: int | None = self._model.max_seq_length
+        self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
+
+    def embed(self, request: EmbeddingRequest, job: Job[Vectors]) -> None:
+        """Put the vectors in the order of the inputs, and the number of tokens. Raises ConfigError."""
+        inputs, width = request.input, self._model.get_embedding_dimension()
+        if request.dimensions and request.dimensions > width:
+            raise _invalid(f"dimensions: this model's vectors have {width}.", "dimensions")
+        lengths = [self._checked_length(index, given) for index, given in enumerate(inputs)]
+        vectors: list[Tensor] = [torch.empty(0)] * len(inputs)
+        order = sorted(range(len(inputs)), key=lengths.__getitem__)  # texts of one length need no padding
+        for start in range(0, len(order), _BATCH):
+            if job.gone.is_set():
+                return
+            batch = order[start : start + _BATCH]
+            for index, vector in zip(batch, self._encode([inputs[index] for index in batch]), strict=True):
+                vectors[index] = _shortened(vector.float().cpu(), request.dimensions)
+        job.put((vectors, sum(lengths)))
+
+    def _encode(self, inputs: list[Any]) -> Tensor:
+        """Return (inputs, width); token ids are taken as they are."""
+        if isinstance(inputs[0], str):
+            return self._model.encode(inputs, batch_size=_BATCH, convert_to_tensor=True, show_progress_bar=False)
+        features = self._tokenizer.pad({"input_ids": inputs}, return_tensors="pt").to(self._model.device)
+        with torch.inference_mode():
+            return self._model(dict(features))["sentence_embedding"]
+
+    def _checked_length(self, index: int, given: str | list[int]) -> int:
+        """Return how many tokens an input has."""
+        place = f"input {index}"
+        if not given:
+            raise _invalid(f"{place} is empty.", "input")
+        if isinstance(given, list):
+            if max(given) >= (known := len(self._tokenizer)):
+                raise _invalid(f"{place}: token {max(given)} does not exist, the model has {known}.", "input")
+            length = len(given)
+        elif self._max_tokens and len(given) > self._max_tokens * _MAX_CHARACTERS_PER_TOKEN:
+            raise self._too_long(f"{place} has {len(given)} characters")
+        else:
+            length = len(self._tokenizer(self._prompt + given, truncation=False, verbose=False)["input_ids"])
+        if self._max_tokens and length > self._max_tokens:
+            raise self._too_long(f"{place} has {length} tokens")
+        return length
+
+    def _too_long(self, what: str) -> ConfigError:
+        message = f"{what}; this model takes {self._max_tokens} tokens."
+        return ConfigError(code="context_length_exceeded", message=message, hint="Split it.", param="input")
 
 
 def build(name: str) -> FastAPI:
     """Load the model and return the server. Raises ModelError."""
-    _, folder = server.load_source(name)
-    try:
-        model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(code="model_invalid", message=f"{folder} does not load as an embedding model: {error}") from error
-    app = server.create_app()
+    embedder, lane = Embedder(name), Lane("Embedding")
+    app = server.create_app("SAGE embeddings", lane.close)
 
-    @app.post("/v1/embeddings")
-    def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
-        width = model.get_embedding_dimension()
-        if request.dimensions not in (None, width):
-            raise ConfigError(
-                code="invalid_value",
-                message=f"dimensions: this model's vectors have {width}.",
-                hint="Leave it away.",
-                param="dimensions",
-            )
-        texts = [request.input] if isinstance(request.input, str) else request.input
-        vectors = model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
-        tokens = sum(len(ids) for ids in model.tokenizer(texts, truncation=True)["input_ids"])
+    @app.post("/v1/embeddings", responses=server.ANSWERED)
+    async def embeddings(request: EmbeddingRequest, connection: Request) -> dict[str, Any]:
+        """Turn texts into vectors."""
+        job: Job[Vectors] = lane.submit(lambda job: embedder.embed(request, job))
+        try:
+            vectors, tokens = await unless_gone(connection, anext(job))
+        finally:
+            job.abandon()
         data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector.tolist(), request.encoding_format)}
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, request.encoding_format)}
             for index, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -53,13 +104,23 @@ def build(name: str) -> FastAPI:
     return app
 
 
-def _encoded(vector: list[float], encoding_format: str) -> list[float] | str:
+def _shortened(vector: Tensor, dimensions: int | None) -> Tensor:
+    """Return the first numbers of a vector, with length 1 again, as OpenAI does."""
+    return vector if dimensions is None else torch.nn.functional.normalize(vector[:dimensions], dim=0)
+
+
+def _encoded(vector: Tensor, encoding_format: str | None) -> list[float] | str:
     """Return a vector as numbers, or as base64 of little-endian fp32."""
-    if encoding_format == "float":
-        return vector
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    if encoding_format == "base64":
+        return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+    numbers: list[float] = vector.tolist()
+    return numbers
+
+
+def _invalid(message: str, param: str) -> ConfigError:
+    return ConfigError(code="invalid_value", message=message, param=param)
 
 
 if __name__ == "__main__":
     arguments = server.parser().parse_args()
-    server.run(lambda: build(arguments.model), arguments.port)
+    server.run(lambda: build(arguments.model), arguments)

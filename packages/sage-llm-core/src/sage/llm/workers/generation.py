@@ -2,195 +2,159 @@
 
 import asyncio
 import json
-import secrets
-import time
-from collections.abc import Generator as Pieces
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sage.common.errors import ConfigError, SageError
 from sage.llm.workers import server
-from sage.llm.workers.generator import Answer, Generator, Sampling
-
-
-class StreamOptions(BaseModel):
-    """OpenAI's stream_options."""
-
-    include_usage: bool = False
-
-
-class GenerationRequest(BaseModel):
-    """What chats and completions have in common; fields that we do not know are ignored, as OpenAI's are new at times."""
-
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int = 1
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    logprobs: bool | int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-
-    def sampling(self, default_max_tokens: int) -> Sampling:
-        """Return how to sample. Raises ConfigError for what this server cannot do, rather than leave it undone."""
-        for name, is_asked in (
-            ("n", self.n != 1),
-            ("logprobs", bool(self.logprobs)),
-            ("frequency_penalty", bool(self.frequency_penalty)),
-            ("presence_penalty", bool(self.presence_penalty)),
-        ):
-            if is_asked:
-                raise ConfigError(
-                    code="unsupported_value",
-                    message=f"{name}: this engine's backend (transformers) does not support it.",
-                    hint="Leave it away.",
-                    param=name,
-                )
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        limit = self.max_completion_tokens or self.max_tokens or default_max_tokens
-        return Sampling(limit, self.temperature, self.top_p, self.seed, stop)
-
-
-class ChatRequest(GenerationRequest):
-    """OpenAI's request for a chat completion."""
-
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
-
-
-class CompletionRequest(GenerationRequest):
-    """OpenAI's request for a completion."""
-
-    prompt: str
-
-
-class Shape:
-    """The fields of one answer's objects: `chat` or plain."""
-
-    def __init__(self, model: str, *, chat: bool) -> None:
-        self.model, self.chat = model, chat
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self.created = int(time.time())
-
-    def whole(self, text: str, answer: Answer) -> dict[str, Any]:
-        """Return the answer in one piece."""
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": answer.finish_reason}
-        return self._object("chat.completion" if self.chat else "text_completion", [choice], usage=_usage(answer))
-
-    def chunk(self, text: str | None, finish_reason: str | None = None, **delta: str) -> dict[str, Any]:
-        """Return one piece of a streamed answer."""
-        if text is not None:
-            delta["content"] = text
-        said: dict[str, Any] = {"delta": delta} if self.chat else {"text": text or ""}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion.chunk" if self.chat else "text_completion", [choice])
-
-    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """Return the last piece, which counts the tokens."""
-        return self._object("chat.completion.chunk" if self.chat else "text_completion", [], usage=_usage(answer))
-
-    def _object(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more
-        }  # fmt: skip
+from sage.llm.workers.generator import Generator, rendered
+from sage.llm.workers.guard import error_body
+from sage.llm.workers.jobs import Job, Lane, unless_gone
+from sage.llm.workers.requests import ChatRequest, CompletionRequest
+from sage.llm.workers.sampling import Piece, Sampling
+from sage.llm.workers.shapes import ChatShape, CompletionShape, Shape
 
 
 class EventStream(StreamingResponse):
-    """A streamed answer; gives back what it holds however it ends. Who hangs up leaves its pieces where they are."""
+    """A streamed answer; its work ends with it, however it ends."""
 
-    def __init__(self, pieces: Pieces[str], held: AsyncExitStack) -> None:
-        super().__init__(pieces, media_type="text/event-stream")
-        self._held = held
+    def __init__(self, events: AsyncIterator[str], job: Job[Piece]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the pieces."""
-        async with self._held:
+        """Send the events."""
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            self._job.abandon()
+
+
+class Engine:
+    """Answers requests, one at a time, in the order in which they come."""
+
+    def __init__(self, generator: Generator, default_max_tokens: int) -> None:
+        self._generator, self._default_max_tokens = generator, default_max_tokens
+        self._lane = Lane("Generation")
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
+
+    def close(self) -> None:
+        """End all answers, each with an error that tells why."""
+        self._lane.close()
+
+    async def chat(self, request: ChatRequest, connection: Request) -> Response | dict[str, Any]:
+        """Answer a chat."""
+        sampling = request.sampling(self._default_max_tokens)
+        shape = ChatShape(request.model, with_logprobs=bool(request.logprobs))
+        return await unless_gone(connection, self._answer(request, sampling, shape, lambda: [self._chat_prompt(request)]))
+
+    async def complete(self, request: CompletionRequest, connection: Request) -> Response | dict[str, Any]:
+        """Complete one text or several."""
+        sampling = request.sampling(self._default_max_tokens)
+        shape = CompletionShape(request.model, with_logprobs=request.logprobs is not None)
+        encode = lambda: [self._text_prompt(prompt) for prompt in request.prompt]  # noqa: E731
+        return await unless_gone(connection, self._answer(request, sampling, shape, encode))
+
+    async def _answer(
+        self,
+        request: ChatRequest | CompletionRequest,
+        sampling: Sampling,
+        shape: Shape,
+        encode: Callable[[], list[list[int]]],
+    ) -> Response | dict[str, Any]:
+        prompts = await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
+        for prompt in prompts:
+            self._generator.check_prompt(prompt, sampling, "messages" if isinstance(shape, ChatShape) else "prompt")
+        shape.prompt_tokens = sum(map(len, prompts))
+        choices = [prompt for prompt in prompts for _ in range(request.n or 1)]
+        continues = isinstance(shape, CompletionShape)
+        job: Job[Piece] = self._lane.submit(lambda job: self._generate(choices, sampling, continues, job))
+        try:
+            if not request.stream:
+                return shape.whole([piece async for piece in job])
+            first = await anext(job)  # what is wrong is told by a status, not inside a stream
+            with_usage = bool(request.stream_options and request.stream_options.include_usage)
+            return EventStream(_events(first, job, shape, with_usage=with_usage), job)
+        except BaseException:
+            job.abandon()
+            raise
+
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, continues: bool, job: Job[Piece]) -> None:
+        for index, prompt in enumerate(prompts):
+            seed = None if sampling.seed is None else sampling.seed ^ index
+            put = lambda piece, index=index: job.put(replace(piece, index=index))  # noqa: E731
+            self._generator.generate(prompt, replace(sampling, seed=seed), continues=continues, put=put, gone=job.gone)
+
+    def _chat_prompt(self, request: ChatRequest) -> list[int]:
+        messages, tools = request.conversation(), request.offered_tools()
+        self._generator.check_characters(_characters([messages, tools]), "messages")
+        prompt = rendered(lambda: self._generator.chat_prompt(messages, tools))
+        without_tools = rendered(lambda: self._generator.chat_prompt(messages, None)) if tools else []
+        if prompt == without_tools:
+            message = "tools: the model's chat template does not tell the model of tools."
+            raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param="tools")
+        return prompt
+
+    def _text_prompt(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        self._generator.check_characters(len(prompt), "prompt")
+        return self._generator.text_prompt(prompt)
 
 
 def build(name: str, dtype: str, max_tokens: int) -> FastAPI:
     """Load the model and return the server. Raises ModelError."""
-    generator = Generator(name, dtype)
-    app = server.create_app()
-    # Waited for in the event loop: waiting in threads would leave none for who has the turn.
-    turn = asyncio.Lock()
+    engine = Engine(Generator(name, dtype), max_tokens)
+    app = server.create_app("SAGE generation", engine.close)
 
-    async def answer_to(
-        request: GenerationRequest, prompt: list[int], connection: Request, *, chat: bool
-    ) -> Response | dict[str, Any]:
-        answer, shape = Answer(len(prompt)), Shape(request.model, chat=chat)
-        pieces = generator.generate(prompt, request.sampling(max_tokens), answer)
-        async with AsyncExitStack() as held:
-            await held.enter_async_context(turn)
-            # Garbage collection would end the generation too, but at its own time.
-            held.push_async_callback(run_in_threadpool, pieces.close)
-            if request.stream:
-                # What is wrong with the request is told by a status, not inside a stream.
-                first = await run_in_threadpool(next, pieces, "")
-                with_usage = bool(request.stream_options and request.stream_options.include_usage)
-                return EventStream(_stream(first, pieces, shape, answer, with_usage), held.pop_all())
-            text = ""
-            async for piece in iterate_in_threadpool(pieces):
-                text += piece
-                if await connection.is_disconnected():
-                    break
-        return shape.whole(text, answer)
-
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=server.STREAMED)
     async def chat(request: ChatRequest, connection: Request) -> Response | dict[str, Any]:
-        prompt = generator.chat_prompt(request.messages, request.tools)
-        return await answer_to(request, prompt, connection, chat=True)
+        """Answer a chat."""
+        return await engine.chat(request, connection)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=server.STREAMED)
     async def complete(request: CompletionRequest, connection: Request) -> Response | dict[str, Any]:
-        return await answer_to(request, generator.text_prompt(request.prompt), connection, chat=False)
+        """Complete a text."""
+        return await engine.complete(request, connection)
 
     return app
 
 
-def _stream(first: str, pieces: Pieces[str], shape: Shape, answer: Answer, with_usage: bool) -> Pieces[str]:
-    if shape.chat:
-        yield _sse(shape.chunk(first, role="assistant"))
-    else:
-        yield _sse(shape.chunk(first))
+async def _events(first: Piece, job: Job[Piece], shape: Shape, *, with_usage: bool) -> AsyncIterator[str]:
+    for chunk in shape.chunks(first, is_first=True):
+        yield _event(chunk)
+    index = first.index
     try:
-        for piece in pieces:
-            if piece:
-                yield _sse(shape.chunk(piece))
+        async for piece in job:
+            for chunk in shape.chunks(piece, is_first=piece.index != index):
+                yield _event(chunk)
+            index = piece.index
     except SageError as error:
-        body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
-        yield _sse({"error": body})
+        yield _event({"error": error_body(error)})
         return
-    yield _sse(shape.chunk(None, answer.finish_reason))
     if with_usage:
-        yield _sse(shape.usage_chunk(answer))
+        yield _event(shape.usage_chunk())
     yield "data: [DONE]\n\n"
 
 
-def _sse(content: dict[str, Any]) -> str:
+def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _usage(answer: Answer) -> dict[str, int]:
-    total = answer.prompt_tokens + answer.completion_tokens
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": total,
-    }
+def _characters(value: Any) -> int:
+    """Return how many characters of text a JSON value holds; every message counts for one at least."""
+    if isinstance(value, dict):
+        return 1 + sum(len(key) + _characters(part) for key, part in value.items())
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 1
 
 
 if __name__ == "__main__":
@@ -198,4 +162,4 @@ if __name__ == "__main__":
     options.add_argument("--dtype", default="auto")
     options.add_argument("--max-tokens", type=int, default=1024)
     arguments = options.parse_args()
-    server.run(lambda: build(arguments.model, arguments.dtype, arguments.max_tokens), arguments.port)
+    server.run(lambda: build(arguments.model, arguments.dtype, arguments.max_tokens), arguments)

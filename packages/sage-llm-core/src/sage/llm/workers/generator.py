@@ -2,56 +2,32 @@
 
 import logging
 import threading
-from collections.abc import Generator as Pieces
-from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
+from transformers import StoppingCriteria
 
-from sage.common.errors import ConfigError, EngineError
-from sage.libs.finetune.data.tokenizing import ensure_chat_template
+from sage.common.errors import ConfigError, ModelError
+from sage.libs.finetune.data.messages import read_conversation
+from sage.libs.finetune.data.values import RecordError
+from sage.libs.models.adapters import attach_adapter, merged
+from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
 from sage.libs.models.resolve import ModelKind
+from sage.llm.workers.penalties import processors
+from sage.llm.workers.sampling import Piece, Sampling, TokenScore
+from sage.llm.workers.scoring import LastLogits, Scorer, prompt_scores
 from sage.llm.workers.server import load_source
-from sage.llm.workers.stop_strings import until_stop
+from sage.llm.workers.text import StopStrings, TextDecoder, TokenBytes
+from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. None: as the model's generation_config.json says."""
-
-    max_tokens: int
-    temperature: float | None = None  #: 0: always the likeliest
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass
-class Answer:
-    """Filled while an answer is generated."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    finish_reason: str = "stop"
-
-
-class _Listener(StoppingCriteria):
-    """Ends generation when nobody listens; counts the tokens on the way."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.answer, self.is_gone, self.last_token = answer, threading.Event(), -1
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        """Return (1,) bool: whether to end."""
-        self.answer.completion_tokens = input_ids.shape[1] - self.answer.prompt_tokens
-        self.last_token = int(input_ids[0, -1])
-        return torch.full((input_ids.shape[0],), self.is_gone.is_set(), dtype=torch.bool, device=input_ids.device)
+T = TypeVar("T")
+#: A chat template is a program; one that takes longer than this does not end.
+RENDER_SECONDS = 10.0
+#: A temperature below this is greedy decoding; logits divided by it would overflow.
+_GREEDY_BELOW = 1e-5
 
 
 class Generator:
@@ -65,96 +41,209 @@ class Generator:
         model = load_causal_lm(base_folder, numbers[default if dtype == "auto" else dtype])
         has_own_tokenizer = (source.folder / "tokenizer.json").is_file()
         if source.kind is ModelKind.ADAPTER:
-            model = PeftModel.from_pretrained(model, source.folder).merge_and_unload()
+            model = merged(attach_adapter(model, source.folder))
         self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         use_adapters = source.kind is ModelKind.ADAPTER and has_own_tokenizer
         self.tokenizer: Any = load_tokenizer(source.folder if use_adapters else base_folder)
         if warning := ensure_chat_template(self.tokenizer):
             logger.warning("%s", warning)
         self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))
-        self._end_tokens = _end_tokens(self.model, self.tokenizer)
+        self.chat_format = ChatFormat(self.tokenizer)
+        self._end_tokens = rendered(lambda: self.chat_format.end_ids(self.model.generation_config.eos_token_id))
+        self._token_bytes = TokenBytes(self.tokenizer)
+        self._characters_per_token = max(32, *map(len, self.tokenizer.get_vocab()))
+        self._gone = threading.Event()
+        for layer in _layers(self.model):
+            layer.register_forward_pre_hook(lambda *_: self._look())
 
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
         try:
-            text = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            asked = read_conversation(messages, "messages")
+        except RecordError as error:
+            raise _invalid(error.message, "messages", error.hint) from error
+        if asked.ignored:
+            raise _invalid(f"{asked.ignored[0]} is not supported.", "messages", "Remove it.")
+        try:
+            return self.chat_format.prompt_ids(asked.messages, tools or None)
         except Exception as error:  # jinja and templates raise what they like
-            message = f"messages: the model's chat template refuses them: {error}"
-            raise ConfigError(code="invalid_value", message=message, param="messages") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            raise _invalid(f"messages: the model's chat template refuses them: {error}", "messages") from error
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the prompt of a plain completion."""
-        return list(self.tokenizer(text)["input_ids"])
+        return self.chat_format.text_ids(text)
 
-    def generate(self, prompt: list[int], sampling: Sampling, answer: Answer) -> Pieces[str]:
-        """Yield an answer piece by piece; closing the iterator ends the generation.
+    def check_characters(self, characters: int, param: str) -> None:
+        """Raise ConfigError if a prompt is too long whatever its tokens are; tokenising it would take too long."""
+        limit = self.context_tokens * self._characters_per_token
+        if characters > limit:
+            raise ConfigError(
+                code="context_length_exceeded",
+                message=f"The prompt has {characters} characters, more than the {limit} that can fit into the model's "
+                f"context of {self.context_tokens} tokens.",
+                hint="Shorten it.",
+                param=param,
+            )
 
-        One at a time: the caller sees to that. Raises ConfigError where the prompt leaves no room, EngineError where
-        generation fails.
-        """
-        room = self.context_tokens - len(prompt)
-        if room < 1:
+    def check_prompt(self, prompt: list[int], sampling: Sampling, param: str) -> None:
+        """Raise ConfigError if the model cannot be asked with these tokens."""
+        known = self.model.get_input_embeddings().num_embeddings
+        if not prompt:
+            raise _invalid(f"{param} is empty; the model needs at least one token.", param)
+        if max(prompt) >= known:
+            raise _invalid(f"{param}: token {max(prompt)} does not exist, the model has {known}.", param)
+        if (token := max(sampling.logit_bias, default=0)) >= known:
+            raise _invalid(f"logit_bias: token {token} does not exist, the model has {known}.", "logit_bias")
+        if len(prompt) + min(1, sampling.max_tokens) > self.context_tokens:
             raise ConfigError(
                 code="context_length_exceeded",
                 message=f"The prompt has {len(prompt)} tokens, the model's context {self.context_tokens}.",
                 hint="Shorten it.",
-                param="messages",
+                param=param,
             )
-        limit = min(sampling.max_tokens, room)
-        listener, failures = _Listener(answer), SimpleQueue[Exception]()
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        thread = threading.Thread(
-            target=self._run, args=(prompt, sampling, limit, streamer, listener, failures), daemon=True
-        )
-        thread.start()
-        try:
-            met_stop = yield from until_stop(streamer, sampling.stop)
-        finally:
-            listener.is_gone.set()
-            thread.join()
-        if not failures.empty():
-            raise EngineError(code="generation_failed", message=f"Generation failed: {failures.get()}.")
-        has_ended = met_stop or listener.last_token in self._end_tokens
-        answer.finish_reason = "stop" if has_ended else "length"
 
-    def _run(
-        self,
-        prompt: list[int],
-        sampling: Sampling,
-        limit: int,
-        streamer: TextIteratorStreamer,
-        listener: _Listener,
-        failures: SimpleQueue[Exception],
+    def generate(
+        self, prompt: list[int], sampling: Sampling, *, continues: bool, put: Callable[[Piece], None], gone: threading.Event
     ) -> None:
-        ids = torch.tensor([prompt], device=self.model.device)
-        options: dict[str, Any] = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        if sampling.temperature == 0:
-            options = {"do_sample": False}
-        elif sampling.temperature is None and self.model.generation_config.temperature in (None, 1.0):
-            options["temperature"] = 1.0
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
+        """Generate one answer and `put` its pieces, until it ends or `gone` is set.
+
+        One at a time, and for a checked prompt: the caller sees to that. `continues`: the answer goes on where the prompt
+        ends, in the middle of a text, as completions do.
+        """
+        self._gone = gone
         try:
             with torch.inference_mode():
-                self.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=limit,
-                    streamer=streamer,
-                    stopping_criteria=[listener],
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    eos_token_id=self._end_tokens or None,
-                    **{key: value for key, value in options.items() if value is not None},
-                )
-        except Exception as error:
-            logger.exception("generation failed")
-            failures.put(error)
-            streamer.end()
+                decoder = TextDecoder(self.tokenizer, prompt if continues else [])
+                if sampling.echo:
+                    decoder.characters = self._echo(prompt, sampling, put)
+                if sampling.max_tokens:
+                    self._answer(prompt, sampling, decoder, put)
+                else:
+                    put(Piece("", finish_reason="length"))
+        except _Abandoned:
+            return
+
+    def _echo(self, prompt: list[int], sampling: Sampling, put: Callable[[Piece], None]) -> int:
+        """Put the prompt as a piece of the answer; return its length in characters."""
+        decoder, scores, text = TextDecoder(self.tokenizer), list[TokenScore](), ""
+        if sampling.top_logprobs is None:
+            text = "".join(map(decoder.push, prompt))
+        else:
+            scorer = Scorer(self._token_bytes, sampling.top_logprobs)
+            for piece, score in prompt_scores(self.model, prompt, scorer, decoder, self._look):
+                text += piece
+                scores.append(score)
+        text += decoder.flush()
+        put(Piece(text, tuple(scores)))
+        return len(text)
+
+    def _answer(self, prompt: list[int], sampling: Sampling, decoder: TextDecoder, put: Callable[[Piece], None]) -> None:
+        ids = torch.tensor([prompt], device=self.model.device)
+        limit = min(sampling.max_tokens, self.context_tokens - len(prompt))
+        if sampling.seed is None:
+            torch.seed()  # else it would follow from the seed of an earlier request
+        else:
+            torch.manual_seed(sampling.seed)
+        scorer = Scorer(self._token_bytes, sampling.top_logprobs or 0)
+        with LastLogits(self.model) as last:
+            listener = _Listener(decoder, sampling, self._end_tokens, put)
+            if sampling.top_logprobs is not None:
+                listener.score = lambda token, offset: scorer.score(token, last.logits, offset)
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=limit,
+                stopping_criteria=[listener],
+                logits_processor=processors(sampling, len(prompt)),
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self._end_tokens or None,
+                num_beams=1,
+                num_return_sequences=1,
+                **self._choice(sampling),
+            )
+        listener.end()
+
+    def _choice(self, sampling: Sampling) -> dict[str, Any]:
+        """Return how transformers is to choose; what neither request nor model says is as if absent."""
+        configured = self.model.generation_config
+
+        def value(name: str, default: float) -> Any:
+            values = (getattr(sampling, name), getattr(configured, name, None), default)
+            return next(value for value in values if value is not None)
+
+        chosen: dict[str, Any] = {"repetition_penalty": value("repetition_penalty", 1.0)}
+        if (temperature := value("temperature", 1.0)) < _GREEDY_BELOW:
+            return {**chosen, "do_sample": False}
+        chosen |= {"do_sample": True, "temperature": temperature, "top_p": value("top_p", 1.0)}
+        return {**chosen, "top_k": max(0, value("top_k", 0)), "min_p": value("min_p", 0.0) or None}
+
+    def _look(self) -> None:
+        """End the generation if nobody listens; asked before every layer, since a long prompt takes its time."""
+        if self._gone.is_set():
+            raise _Abandoned
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer, by the model's generation config and by its tokenizer."""
-    configured = model.generation_config.eos_token_id
-    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
-    return sorted(ids)
+class _Abandoned(Exception):
+    """Nobody listens any more."""
+
+
+class _Listener(StoppingCriteria):
+    """Makes pieces of the tokens while they come, and ends the generation at a stop string."""
+
+    def __init__(
+        self, decoder: TextDecoder, sampling: Sampling, end_tokens: list[int], put: Callable[[Piece], None]
+    ) -> None:
+        self._decoder, self._put, self._end_tokens = decoder, put, end_tokens
+        self._stops = StopStrings(sampling.stop)
+        self._pending: list[TokenScore] = []  #: scores of text that is held back
+        self._tokens, self._characters = 0, decoder.characters
+        self._has_ended = False
+        #: Scores a token at an offset of the text; None: no scores are wanted.
+        self.score: Callable[[int, int], TokenScore] | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Return (1,) bool: whether to end."""
+        token = int(input_ids[0, -1])
+        self._tokens += 1
+        self._has_ended = token in self._end_tokens
+        if not self._has_ended:
+            if self.score:
+                self._pending.append(self.score(token, self._decoder.characters))
+            self._give(self._stops.push(self._decoder.push(token)))
+            self._has_ended = self._stops.is_met
+        return torch.full((input_ids.shape[0],), self._has_ended, dtype=torch.bool, device=input_ids.device)
+
+    def end(self) -> None:
+        """Put the rest, with the reason why there is no more."""
+        rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        reason = "stop" if self._has_ended or self._stops.is_met else "length"
+        self._characters += len(rest)
+        is_cut = self._stops.is_met
+        scores = tuple(score for score in self._pending if not is_cut or score.text_offset < self._characters)
+        self._put(Piece(rest, scores, finish_reason=reason, completion_tokens=self._tokens))
+
+    def _give(self, text: str) -> None:
+        if text:
+            self._characters += len(text)
+            ready = [score for score in self._pending if score.text_offset < self._characters]
+            self._pending = self._pending[len(ready) :]
+            self._put(Piece(text, tuple(ready)))
+
+
+def rendered(render: Callable[[], T]) -> T:
+    """Return what `render` returns. Raises ModelError if it takes longer than any chat template that ends."""
+    try:
+        return within(RENDER_SECONDS, render)
+    except TimeLimitExceeded as error:
+        message = f"The model's chat template did not finish within {RENDER_SECONDS:g} s."
+        raise ModelError(code="template_too_slow", message=message) from error
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """Return the layers that a token passes one after the other: the longest list of modules."""
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def _invalid(message: str, param: str, hint: str = "") -> ConfigError:
+    return ConfigError(code="invalid_value", message=message, hint=hint, param=param)

@@ -1,52 +1,124 @@
 """What both inference servers share: OpenAI's error shape, health, start and end."""
 
 import argparse
+import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
-from sage.common.errors import ConfigError, SageError
+from sage.common.errors import ConfigError, NotFound, SageError
 from sage.common.logs import configure_logging
+from sage.common.settings import load_settings
 from sage.libs.models.loading import local_folder
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
+from sage.llm.workers.bodies import JsonRoute
+from sage.llm.workers.guard import Guard, error_response
+from sage.llm.workers.jobs import ClientGone
+
+#: Longer than any client's pool keeps a connection: the client closes first, and never writes into a closed one.
+_KEEP_ALIVE_SECONDS = 75
+#: For answers that end by themselves or are told to when the engine stops.
+_SHUTDOWN_SECONDS = 3
 
 
-def create_app() -> FastAPI:
-    """Return an application that answers `/health` and tells errors in OpenAI's shape."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's shape."""
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """An answer that tells of an error."""
+
+    error: ErrorDetail
+
+
+_REFUSALS = {400: "wrong request", 403: "not from this machine", 413: "body too large", 415: "not JSON",
+             500: "unforeseen failure", 503: "out of memory or stopping"}  # fmt: skip
+ANSWERED: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "model": ErrorAnswer} for status, description in _REFUSALS.items()
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    **ANSWERED, 200: {"description": "the answer, or its chunks", "content": {"text/event-stream": {"schema": {}}}},
+}  # fmt: skip
+
+
+def create_app(title: str, close: Callable[[], None]) -> FastAPI:
+    """Return an application that answers `/health`, tells errors in OpenAI's shape, and calls `close` when it ends."""
+    app = FastAPI(title=title, docs_url=None, redoc_url=None)
+    app.router.route_class = JsonRoute
+    app.state.close = close
+    app.state.max_request_bytes = load_settings().max_request_mb * 1_000_000
+    app.add_middleware(Guard)
+
+    @app.get("/health", responses={403: ANSWERED[403]})
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "engine": os.environ.get("SAGE_ENGINE_ID"), "pid": os.getpid()}
 
     @app.exception_handler(SageError)
     async def told(_: Request, error: SageError) -> JSONResponse:
-        return _error(error)
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return _error(ConfigError(code="invalid_value", message=f"{name}: {first['msg']}.", param=name))
+        return error_response(invalid_request(list(error.errors())))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        detail: Any = error.detail
+        if not isinstance(detail, SageError):
+            code = "method_not_allowed" if error.status_code == 405 else "not_found"
+            detail = NotFound(code=code, message=f"{request.method} {request.url.path}: {detail}.")
+        return error_response(detail, error.status_code)
+
+    @app.exception_handler(ClientGone)
+    async def gone(_: Request, __: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     return app
 
 
-def _error(error: SageError) -> JSONResponse:
-    body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
-    return JSONResponse({"error": body}, status_code=error.http_status)
+def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
+    """Return what pydantic found first as an error that names the field; the deepest finding says most."""
+    place = findings[0]["loc"][:2]
+    finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
+    # Names of a union's members stand between those of fields.
+    path = [str(part) for part in finding["loc"][1:] if part not in ("str", "int", "bool") and "[" not in str(part)]
+    name, param = ".".join(path) or "The body", str(place[1]) if len(place) > 1 else None
+    match finding["type"]:
+        case "extra_forbidden":
+            problem, code, hint = "is not supported by this engine", "unsupported_value", "Remove it."
+        case "literal_error":
+            problem, code, hint = f"can only be {finding['ctx']['expected']}", "unsupported_value", ""
+        case "missing":
+            problem, code, hint = "is required", "missing_value", ""
+        case _:
+            problem, code, hint = finding["msg"].removeprefix("Value error, "), "invalid_value", ""
+    problem = problem.replace("Input should", "must").replace(
+        " valid dictionary or object to extract fields from", "n object"
+    )
+    return ConfigError(code=code, message=f"{name} {problem}.", hint=hint, param=param)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the options that both servers have."""
     options = argparse.ArgumentParser()
     options.add_argument("--model", required=True)
-    options.add_argument("--port", type=int, required=True)
+    options.add_argument("--port", type=int, help="Port on loopback to listen on.")
+    options.add_argument("--fd", type=int, help="Inherited socket to listen on, instead of a port.")
     return options
 
 
@@ -57,7 +129,7 @@ def load_source(name: str) -> tuple[ModelSource, Path]:
     return source, local_folder(base)
 
 
-def run(build: Callable[[], FastAPI], port: int) -> None:
+def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
     """Load and serve; what goes wrong in loading is the last line of the log and exit code 1."""
     configure_logging()
     try:
@@ -65,4 +137,27 @@ def run(build: Callable[[], FastAPI], port: int) -> None:
     except SageError as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # one line: the control plane tells it on
         sys.exit(1)
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=arguments.port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+    )
+    inherited = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
+    _Server(config, app.state.close).run(sockets=inherited)
+
+
+class _Server(uvicorn.Server):
+    """Ends the answers that are under way as soon as it is told to stop, rather than wait for them."""
+
+    def __init__(self, config: uvicorn.Config, close: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._close = close
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note the signal."""
+        super().handle_exit(sig, frame)
+        self._close()

@@ -17,27 +17,74 @@ class Method(StrEnum):
     grpo = "grpo"
 
 
+class TrainOn(StrEnum):
+    """What of a chat the loss covers; as the library has it."""
+
+    assistant = "assistant"
+    last_turn = "last_turn"
+    all = "all"
+
+
 app = typer.Typer(no_args_is_help=True)
+DatasetFile = Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a folder of them.")]
+Model = Annotated[str, typer.Option(help="Model whose tokenizer and chat template to use.")]
+Cutoff = Annotated[int, typer.Option(min=8, help="Cutoff of the run, in tokens.")]
+TrainedOn = Annotated[TrainOn, typer.Option(help="What the loss covers.")]
+LearntBy = Annotated[Method, typer.Option(help="Training method of the run.")]
 
 
 @app.command("check")
 def check(
-    file: Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a folder of them.")],
-    model: Annotated[str, typer.Option(help="Whose tokenizer counts the tokens.")] = "smollm2-135m-instruct",
-    max_seq_length: Annotated[int, typer.Option(min=8, help="Cutoff of the run, in tokens.")] = 512,
-    method: Annotated[Method, typer.Option(help="What it is to be learnt by.")] = Method.sft,
+    file: DatasetFile,
+    model: Model = "smollm2-135m-instruct",
+    max_seq_length: Cutoff = 512,
+    train_on: TrainedOn = TrainOn.assistant,
+    method: LearntBy = Method.sft,
+    allow_warnings: Annotated[bool, typer.Option("--allow-warnings", help="Exit with 0 in spite of warnings.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List every fault with its line, and what the dataset holds; exit code 1 where it cannot be trained on."""
+    """List every fault and warning with its line, and what the dataset holds; exit code 1 if a run would refuse it."""
     from sage.cli.dataset_report import describe, measure
     from sage.libs.finetune.data.linting import check_dataset
     from sage.libs.finetune.data.preferences import parser_of
 
-    report = check_dataset(file, parse=parser_of(method.value))
-    for fault in report.faults:
+    parse = parser_of(method.value)
+    report = check_dataset(file, parse=parse)
+    measured = measure(report, model, max_seq_length, parse, train_on.value)
+    for fault in [*report.faults, *measured.refused]:
         typer.echo(str(fault), err=json_)
-    measured = measure(report, model, max_seq_length)
     typer.echo(describe(report, measured, as_json=json_))
-    if report.faults or not report.sample_count:
+    if report.faults or measured.refused or not report.sample_count:
         raise typer.Exit(1)
     measured.raise_for_unusable()
+    if measured.findings.warnings and not allow_warnings:
+        raise typer.Exit(1)
+
+
+@app.command("show")
+def show(
+    file: DatasetFile,
+    model: Model = "smollm2-135m-instruct",
+    line: Annotated[int | None, typer.Option(min=1, help="Line (or record) to show.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 3,
+    max_seq_length: Cutoff = 512,
+    train_on: TrainedOn = TrainOn.assistant,
+    method: LearntBy = Method.sft,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show samples as the model sees them: special tokens visible, trained tokens in colour."""
+    import contextlib
+    import io
+    import itertools
+
+    from sage.cli import dataset_view, render
+    from sage.libs.finetune.data.checking import as_chats, load_encoder
+    from sage.libs.finetune.data.linting import DatasetReport, read_samples
+    from sage.libs.finetune.data.preferences import parser_of
+
+    with contextlib.redirect_stderr(io.StringIO()):  # libraries talk while they convert a model
+        encoder = load_encoder(model, max_seq_length, train_on.value)
+    report = DatasetReport(file)
+    samples = as_chats(read_samples(report, parser_of(method.value)))
+    chosen = (sample for sample in samples if line in (None, sample.origin.line))
+    dataset_view.show(itertools.islice(chosen, limit), encoder, render.stdout(), as_json=json_)

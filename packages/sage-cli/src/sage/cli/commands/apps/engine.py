@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -64,20 +65,27 @@ def start_engine(
     from pathlib import Path
 
     from sage.cli import daemon, waiting
+    from sage.libs.models.resolve import absolute_name
 
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == Kind.finetune and field not in options:
             raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
-    folder = Path(model).expanduser()
-    is_path = folder.is_dir() or model.startswith((".", "/", "~"))
+    named = absolute_name(model, Path.cwd())
+    is_path = named != model or named.startswith("/")
     client = daemon.connect()
-    engine = client.start_engine(
-        model=str(folder.absolute().resolve()) if is_path else model,
-        engine_kind=kind,
-        options=options,
-        port=port,
-        name=name or (folder.name if is_path and kind != Kind.finetune else None),
-    )
+
+    def begin(options: dict[str, Any]) -> Any:
+        return client.start_engine(
+            model=str(Path(named).resolve()) if is_path else model,
+            engine_kind=kind,
+            options=options,
+            port=port,
+            name=name or (Path(named).name if is_path and kind != Kind.finetune else None),
+        )
+
+    engine = begin(options)
+    if kind == Kind.finetune and wait is not False and is_interactive():
+        engine = _confirmed(client, engine, lambda: begin({**options, "allow_warnings": True}))
     if not json:
         typer.echo(announce.format(id=engine.id))
         sys.stdout.flush()
@@ -94,6 +102,25 @@ def start_engine(
             raise waiting.failure(engine)
     if json:
         typer.echo(engine.model_dump_json(indent=2))
+
+
+def is_interactive() -> bool:
+    """Return whether a person can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _confirmed(client: Any, engine: Any, begin_again: Callable[[], Any]) -> Any:
+    """Return the engine, or another one if its dataset has warnings and the user wants to train all the same."""
+    from sage.cli import waiting
+
+    engine = waiting.until_begun(client, engine.id)
+    if engine.state != "failed" or not engine.reason or engine.reason.code != "dataset_warnings":
+        return engine
+    typer.echo(f"{engine.reason.message}\n  {engine.reason.hint}", err=True)
+    if not typer.confirm("Train all the same?", err=True):
+        return engine
+    client.remove_engine(engine.id)
+    return begin_again()
 
 
 @app.command("list")

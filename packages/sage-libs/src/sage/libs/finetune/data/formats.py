@@ -4,30 +4,29 @@ A format is a pair of functions: does this record look like it, and what does it
 put it into `FORMATS`.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
+from sage.libs.finetune.data.messages import BOOKKEEPING, Conversation, Message, read_conversation
+from sage.libs.finetune.data.prompts import answer_of, parted, prompt_of, says_something
 from sage.libs.finetune.data.samples import Chat
+from sage.libs.finetune.data.tools import tools_of
+from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of
 
 Record = Mapping[str, Any]
-Message = dict[str, Any]
 Content = Chat | str
-
-ROLES = ("system", "user", "assistant", "tool")
-#: Other names that the field uses for the four roles.
-_ROLE_ALIASES = {
-    "developer": "system", "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-    "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
+#: What a text model cannot be told.
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_TOOLS = ("tools", "functions")
+_HARMLESS = {*BOOKKEEPING, *_MEDIA}
 
 
-class RecordError(ValueError):
-    """A record that cannot be trained on; the message names the field, the hint the next step."""
+class Parsed(NamedTuple):
+    """What a record says."""
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message, self.hint = message, hint
+    format: str
+    content: Any
+    ignored: tuple[str, ...] = ()  #: names of the fields that have no effect
 
 
 class Format(NamedTuple):
@@ -36,48 +35,71 @@ class Format(NamedTuple):
     name: str
     matches: Callable[[Record], bool]
     parse: Callable[[Record], Content]
+    fields: frozenset[str]  #: those that have an effect
 
 
-def parse_record(record: Any) -> tuple[str, Content]:
-    """Return the name of a record's format and what it says.
-
-    Raises RecordError.
-    """
-    if not isinstance(record, Mapping):
-        raise RecordError(f"a JSON object is expected, found {_kind(record)}.")
-    present = {key: value for key, value in record.items() if value is not None}
+def parse_record(record: Any) -> Parsed:
+    """Return what a record says; raises RecordError."""
+    present = present_fields(record)
     for candidate in FORMATS:
         if candidate.matches(present):
             content = candidate.parse(present)
+            ignored = ignored_fields(present, candidate.fields)
             if isinstance(content, Chat):
                 _check_chat(content.messages)
-            return candidate.name, content
+                ignored += content.ignored
+                content = Chat(content.messages, content.tools, content.untrained, ignored)
+            return Parsed(candidate.name, content, ignored)
+    names = ", ".join(sorted(map(printable, present))) or "(none)"
+    if {"chosen", "rejected"} <= present.keys():
+        raise RecordError("'chosen' and 'rejected' are for the methods dpo and orpo.", "Name one with --method.")
     raise RecordError(
-        f"no known format has the fields {', '.join(sorted(map(str, present))) or '(none)'}.",
+        f"no known format has the fields {names}.",
         "Use messages (OpenAI), conversations (ShareGPT), instruction and output (Alpaca), prompt and completion, or text.",
     )
 
 
-def _parse_messages(record: Record) -> Content:
-    items = _list(record["messages"], "messages")
-    messages = [message_of(item, f"messages[{index}]") for index, item in enumerate(items)]
-    untrained = frozenset(i for i, item in enumerate(items) if item.get("weight") == 0)
-    return Chat(messages, _tools(record), untrained)
+def present_fields(record: Any) -> dict[str, Any]:
+    """Return the fields of a record that are not null; raises RecordError for what is no record of texts."""
+    if not isinstance(record, Mapping):
+        raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
+    present = {key: value for key, value in record.items() if value is not None}
+    if media := [name for name in _MEDIA if present.get(name)]:
+        raise RecordError(f"'{media[0]}' is given: this trains text only.", "Remove the record.")
+    return present
 
 
-def _parse_sharegpt(record: Record) -> Content:
-    items = _list(record["conversations"], "conversations")
-    messages = [_sharegpt_message(item, f"conversations[{index}]") for index, item in enumerate(items)]
-    if record.get("system"):
-        messages.insert(0, {"role": "system", "content": text_of(record["system"], "system")})
-    return Chat(messages, _tools(record))
+def ignored_fields(present: Record, used: Set[str]) -> tuple[str, ...]:
+    """Return the names of a record's fields that have no effect, without those of mere bookkeeping."""
+    unknown = present.keys() - used - _HARMLESS
+    return tuple(printable(name) for name in present if name in unknown and present[name] not in ("", [], {}))
 
 
-def _parse_alpaca(record: Record) -> Content:
-    messages = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": text_of(record["system"], "system")})
-    for index, turn in enumerate(_list(record.get("history") or [], "history")):
+def _chat(record: Record, conversation: Conversation) -> Chat:
+    return Chat(conversation.messages, tools_of(record), conversation.untrained, conversation.ignored)
+
+
+def conversation_of(record: Record, field: str) -> Conversation:
+    """Return the conversation of a field, behind the record's system message if it has one. Raises RecordError."""
+    conversation = read_conversation(record[field], field)
+    system = system_of(record)
+    if system and conversation.messages[:1] == system:
+        return conversation
+    if system and conversation.messages and conversation.messages[0]["role"] == "system":
+        raise RecordError(f"'system' and {field}[0] are two different system messages.", "Keep one of them.")
+    return conversation.begun_with(system)
+
+
+def system_of(record: Record) -> list[Message]:
+    """Return the system message of a record's field `system`, or nothing. Raises RecordError."""
+    text = text_of(record.get("system", ""), "system")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def alpaca_question(record: Record) -> list[Message]:
+    """Return what an Alpaca record says before its answer. Raises RecordError."""
+    messages = system_of(record)
+    for index, turn in enumerate(list_of(record.get("history") or [], "history")):
         if not isinstance(turn, list) or len(turn) != 2:
             raise RecordError(f"history[{index}] must be a pair [question, answer].")
         messages += [
@@ -85,18 +107,33 @@ def _parse_alpaca(record: Record) -> Content:
             {"role": "assistant", "content": text_of(turn[1], f"history[{index}][1]")},
         ]
     question = text_of(record["instruction"], "instruction")
-    if record.get("input"):
-        question = f"{question}\n{text_of(record['input'], 'input')}"
-    answer = text_of(record["output"], "output")
-    return Chat([*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    if given := text_of(record.get("input", ""), "input"):
+        question = f"{question}\n{given}"
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _parse_messages(record: Record) -> Content:
+    return _chat(record, conversation_of(record, "messages"))
+
+
+def _parse_sharegpt(record: Record) -> Content:
+    return _chat(record, conversation_of(record, "conversations"))
+
+
+def _parse_alpaca(record: Record) -> Content:
+    answer = {"role": "assistant", "content": text_of(record["output"], "output")}
+    return Chat([*alpaca_question(record), answer], tools_of(record))
 
 
 def _parse_prompt_completion(record: Record) -> Content:
-    prompt, completion = unpacked(record["prompt"]), unpacked(record["completion"])
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _parse_messages({**record, "messages": [*prompt, *completion]})
-    user = {"role": "user", "content": text_of(prompt, "prompt")}
-    return Chat([user, {"role": "assistant", "content": text_of(completion, "completion")}])
+    prompt = prompt_of(record["prompt"], "prompt")
+    completion = answer_of(record["completion"], "completion", record["prompt"])
+    context, answer = parted(prompt.messages, completion.messages, "completion")
+    # What the assistant says in the prompt is context: the completion is what is learnt.
+    spoken = {index for index, message in enumerate(context) if message["role"] == "assistant"}
+    moved = len(context) + len(answer) - len(completion.messages)
+    untrained = frozenset(spoken | {index + moved for index in completion.untrained})
+    return Chat([*context, *answer], tools_of(record), untrained, prompt.ignored + completion.ignored)
 
 
 def _parse_text(record: Record) -> Content:
@@ -108,97 +145,30 @@ def _parse_text(record: Record) -> Content:
 
 #: Tried in this order; the first that matches is the record's format.
 FORMATS: tuple[Format, ...] = (
-    Format("openai", lambda r: "messages" in r, _parse_messages),
-    Format("sharegpt", lambda r: "conversations" in r, _parse_sharegpt),
-    Format("alpaca", lambda r: "instruction" in r and "output" in r, _parse_alpaca),
-    Format("prompt_completion", lambda r: "prompt" in r and "completion" in r, _parse_prompt_completion),
-    Format("text", lambda r: "text" in r, _parse_text),
+    Format("openai", lambda r: "messages" in r, _parse_messages, frozenset({"messages", "system", *_TOOLS})),
+    Format("sharegpt", lambda r: "conversations" in r, _parse_sharegpt, frozenset({"conversations", "system", *_TOOLS})),
+    Format(
+        "alpaca",
+        lambda r: "instruction" in r and "output" in r,
+        _parse_alpaca,
+        frozenset({"instruction", "input", "output", "system", "history", *_TOOLS}),
+    ),
+    Format(
+        "prompt_completion",
+        lambda r: "prompt" in r and "completion" in r,
+        _parse_prompt_completion,
+        frozenset({"prompt", "completion", *_TOOLS}),
+    ),
+    Format("text", lambda r: "text" in r, _parse_text, frozenset({"text"})),
 )
 
 
-def _check_chat(messages: list[dict[str, Any]]) -> None:
+def _check_chat(messages: list[Message]) -> None:
     for index, message in enumerate(messages):
         if message["role"] == "system" and index:
             raise RecordError(f"messages[{index}]: a system message may only come first.")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise RecordError("no assistant turn: there is nothing to learn from it.", "Add the answer, or remove it.")
-    if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+        raise RecordError("no assistant turn: there is nothing to learn from it.", "Add the answer, or remove the record.")
+    if not any(map(says_something, answers)):
         raise RecordError("every assistant turn is empty.", "Write the answer, or remove the record.")
-
-
-def message_of(item: Any, where: str) -> Message:
-    """Return a message in OpenAI's shape; where: its place, for the error. Raises RecordError."""
-    if not isinstance(item, Mapping):
-        raise RecordError(f"{where} must be an object with role and content, found {_kind(item)}.")
-    message: Message = {"role": _role(item.get("role"), f"{where}.role")}
-    calls = item.get("tool_calls")
-    if calls:
-        message["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    message["content"] = "" if calls and item.get("content") is None else text_of(item.get("content"), f"{where}.content")
-    message.update({key: item[key] for key in ("name", "tool_call_id") if key in item})
-    return message
-
-
-def _sharegpt_message(item: Any, where: str) -> dict[str, Any]:
-    if isinstance(item, Mapping) and "from" in item:
-        if item["from"] == "function_call":
-            call = unpacked(item.get("value"))
-            return message_of({"role": "assistant", "content": None, "tool_calls": [{"function": call}]}, where)
-        item = {"role": item["from"], "content": item.get("value")}
-    return message_of(item, where)
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RecordError(f"{where}.function must be an object with name and arguments.")
-    # OpenAI sends arguments as a JSON string; chat templates expect the object.
-    return {"type": "function", "function": {**function, "arguments": unpacked(function.get("arguments", {}))}}
-
-
-def _role(role: Any, where: str) -> str:
-    name = _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
-    if name not in ROLES:
-        raise RecordError(f"{where} is {json.dumps(role)}.", f"It must be one of {', '.join(ROLES)}.")
-    return str(name)
-
-
-def _tools(record: Record) -> list[dict[str, Any]] | None:
-    tools = unpacked(record.get("tools"))
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError("'tools' must be a list of objects.")
-    return tools
-
-
-def text_of(value: Any, where: str) -> str:
-    """Return a text, of which OpenAI's parts are one too; where: its place, for the error. Raises RecordError."""
-    if isinstance(value, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
-        return "".join(str(part.get("text", "")) for part in value)
-    if not isinstance(value, str):
-        raise RecordError(f"{where} must be text, found {_kind(value)}.")
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    value = unpacked(value)
-    if not isinstance(value, list):
-        raise RecordError(f"'{where}' must be a list, found {_kind(value)}.")
-    return value
-
-
-def unpacked(value: Any) -> Any:
-    """Return what a JSON string holds where it holds a list or an object, as in a CSV cell; else the value itself."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "nothing", str: "text", list: "a list", dict: "an object", bool: "true or false"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

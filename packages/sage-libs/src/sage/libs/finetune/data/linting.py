@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sage.common.errors import DatasetError
-from sage.libs.finetune.data.formats import RecordError, parse_record
+from sage.libs.finetune.data.folders import Split, select_files
+from sage.libs.finetune.data.formats import Parsed, parse_record
 from sage.libs.finetune.data.loading import read_records
 from sage.libs.finetune.data.samples import Chat, Fault, Origin, Sample
+from sage.libs.finetune.data.values import RecordError
 
 #: What makes a sample of a record, and names its format.
-Parse = Callable[[Any], tuple[str, Any]]
+Parse = Callable[[Any], Parsed]
 #: How many faults an error message spells out.
 _SHOWN_FAULTS = 3
 
@@ -24,6 +26,9 @@ class DatasetReport:
     """What a dataset holds and what is wrong with it."""
 
     path: Path
+    split: Split = "train"  #: which files of a folder are read
+    files: list[Path] = field(default_factory=list)  #: those that are read
+    skipped_files: list[Path] = field(default_factory=list)  #: data of other splits
     sample_count: int = 0
     faults: list[Fault] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
@@ -32,7 +37,7 @@ class DatasetReport:
     duplicates: list[tuple[Origin, Origin]] = field(default_factory=list)
 
     def raise_for_faults(self) -> None:
-        """Raise DatasetError where anything is wrong, or where there is nothing to train on."""
+        """Raise DatasetError if anything is wrong, or if there is nothing to train on."""
         if self.faults:
             shown = " ".join(str(fault) for fault in self.faults[:_SHOWN_FAULTS])
             more = f" (and {len(self.faults) - _SHOWN_FAULTS} more)" if len(self.faults) > _SHOWN_FAULTS else ""
@@ -56,29 +61,36 @@ def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator
 
     Raises DatasetError only where there is no file to read; faults inside stand in the report.
     """
-    for item in read_records(report.path):
+    selection = select_files(report.path, report.split)
+    report.files, report.skipped_files = selection.files, selection.skipped
+    for item in read_records(selection.files):
         if isinstance(item, Fault):
             report.faults.append(item)
             continue
         origin, record = item
         try:
-            name, content = parse(record)
+            name, content, ignored = parse(record)
         except RecordError as error:
             report.faults.append(Fault(origin, error.message, error.hint))
+            continue
+        except RecursionError:
+            report.faults.append(Fault(origin, "it is nested too deeply.", "Fix or remove the record."))
             continue
         report.sample_count += 1
         report.formats[name] += 1
         if isinstance(content, Chat):
             report.assistant_turns += sum(message["role"] == "assistant" for message in content.messages)
-        yield Sample(origin, name, content)
+        yield Sample(origin, name, content, ignored)
 
 
-def check_dataset(path: Path, at_most: int | None = None, parse: Parse = parse_record) -> DatasetReport:
+def check_dataset(
+    path: Path, at_most: int | None = None, parse: Parse = parse_record, split: Split = "train"
+) -> DatasetReport:
     """Read a dataset, or as many samples of it, and return what it holds.
 
     Raises DatasetError only where there is no file to read; faults inside stand in the report.
     """
-    report = DatasetReport(path)
+    report = DatasetReport(path, split)
     seen: dict[bytes, Origin] = {}
     for sample in itertools.islice(read_samples(report, parse), at_most):
         said = blake2b(repr(sample.content).encode(), digest_size=16).digest()

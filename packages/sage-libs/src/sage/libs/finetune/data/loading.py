@@ -1,126 +1,246 @@
 """Reading dataset files record by record, with the place of each."""
 
+import codecs
 import csv
+import gzip
 import hashlib
+import io
+import itertools
 import json
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sage.common.errors import DatasetError
+from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unusable
 from sage.libs.finetune.data.samples import Fault, Origin
+from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 #: A cell of a CSV may hold a whole conversation.
 _CSV_FIELD_BYTES = 64 * 2**20
+_BATCH_ROWS = 1024
+_BLANK = re.compile(r"[ \t\n\r]*")
+_SEPARATORS = ((";", "semicolons"), ("\t", "tabs"))
+_AS_UTF8 = "Save the file as UTF-8."
+_ONE_A_LINE = "Write each record on one line; if the file is one list, name it .json."
+_LFS_POINTER = b"version https://git-lfs"
+
+#: A record with its place, or the fault found there.
+Item = tuple[Origin, Any] | Fault
 
 
-def dataset_files(path: Path) -> list[Path]:
-    """Return the files of a dataset: itself, or those of a folder, sorted by name.
-
-    Raises DatasetError where there is none of a known kind.
-    """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-        if not files:
-            raise _unusable(path, f"is a folder without {', '.join(SUFFIXES)} files")
-        return files
-    if not path.exists():
-        raise _unusable(path, "does not exist")
-    if path.suffix not in SUFFIXES:
-        raise _unusable(path, f"is none of {', '.join(SUFFIXES)}")
-    return [path]
-
-
-def dataset_hash(*paths: Path) -> str:
+def dataset_hash(*paths: Path, split: Split = "train") -> str:
     """Return the SHA-256 of the bytes of datasets, file by file, as 64 hex digits."""
     digest = hashlib.sha256()
-    for file in (file for path in paths for file in dataset_files(path)):
+    for file in (file for path in paths for file in select_files(path, split).files):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def read_records(path: Path) -> Iterator[tuple[Origin, Any] | Fault]:
-    """Yield each record of a dataset with its place, or the fault found there.
+def read_records(files: Sequence[Path]) -> Iterator[Item]:
+    """Yield each record of files with its place, or the fault found there.
 
-    Raises DatasetError where a file cannot be read at all.
+    Raises DatasetError if a file cannot be read at all.
     """
-    for file in dataset_files(path):
+    for file in files:
         try:
-            yield from _READERS[file.suffix](file)
-        except OSError as error:
-            raise _unusable(file, f"cannot be read: {error.strerror or error}") from error
+            yield from _read(file)
+        except (OSError, EOFError, zlib.error) as error:
+            raise unusable(file, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[Origin, Any] | Fault]:
+def _read(path: Path) -> Iterator[Item]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            origin = Origin(path, number)
-            if not line.strip():
-                continue
-            try:
-                yield origin, json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                yield Fault(origin, f"not UTF-8 at byte {error.start + 1}.", "Save the file as UTF-8.")
-            except json.JSONDecodeError as error:
-                yield Fault(origin, f"not valid JSON: {error.msg} at column {error.colno}.", "Mend or remove the line.")
+        begin = file.read(len(_LFS_POINTER))
+    if begin == _LFS_POINTER:
+        raise unusable(path, "is a pointer of Git LFS, not the data", "Run `git lfs pull` in its repository.")
+    match suffix_of(path).split(".")[1]:
+        case "parquet":
+            return _read_columns(path, _parquet_batches)
+        case "arrow":
+            return _read_columns(path, _arrow_batches)
+        case "csv":
+            return _read_text(path, _read_csv)
+        case "json":
+            return _read_text(path, _read_json)
+        case _:
+            return _read_text(path, _read_jsonl)
 
 
-def _read_json(path: Path) -> Iterator[tuple[Origin, Any] | Fault]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        yield Fault(Origin(path, 1), f"not UTF-8 at byte {error.start + 1}.", "Save the file as UTF-8.")
-        return
-    except json.JSONDecodeError as error:
-        hint = "One object a line? Then name the file .jsonl." if error.msg == "Extra data" else ""
-        yield Fault(Origin(path, error.lineno), f"not valid JSON: {error.msg} at column {error.colno}.", hint)
-        return
-    if not isinstance(records, list):
-        yield Fault(Origin(path, 1), "a list of records is expected.")
-        return
-    for number, record in enumerate(records, 1):
-        yield Origin(path, number), record
+def _opened(path: Path) -> io.BufferedReader:
+    """Return a file's bytes, unpacked."""
+    raw: Any
+    match suffix_of(path).rpartition(".")[2]:
+        case "gz":
+            raw = gzip.GzipFile(path)
+        case "zst":
+            import pyarrow as pa
+
+            raw = pa.input_stream(str(path), compression="zstd")
+        case _:
+            return path.open("rb")
+    return io.BufferedReader(raw)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[Origin, Any] | Fault]:
-    csv.field_size_limit(_CSV_FIELD_BYTES)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
+def _read_text(path: Path, read: Callable[[Path, io.BufferedReader], Iterator[Item]]) -> Iterator[Item]:
+    with _opened(path) as file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            yield Fault(Origin(path, 1), "the file is in UTF-16.", _AS_UTF8)
+        else:
+            yield from read(path, file)
+
+
+def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
+    filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    for index, (number, line) in enumerate(filled):
+        origin = Origin(path, number)
         try:
-            for row in rows:
-                origin = Origin(path, rows.line_num)
-                if None in row or None in row.values():
-                    yield Fault(origin, f"{len(rows.fieldnames or ())} columns are expected.", "Quote cells with commas.")
-                else:
-                    yield origin, {key: value for key, value in row.items() if value != ""}
-        except (csv.Error, UnicodeDecodeError) as error:
-            yield Fault(Origin(path, rows.line_num + 1), f"not valid CSV: {error}.", "Save it as UTF-8 CSV.")
+            record = DECODER.decode(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            yield Fault(origin, f"not UTF-8 at byte {error.start + 1}.", _AS_UTF8)
+        except (ValueError, RecursionError) as error:
+            if index == 0 and isinstance(error, json.JSONDecodeError) and _goes_on(line):
+                yield Fault(origin, "the first record goes on over several lines.", _ONE_A_LINE)
+                return
+            yield Fault(origin, f"not valid JSON: {json_problem(error)}.", "Fix or remove the line.")
+        else:
+            yield origin, record
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[Origin, Any] | Fault]:
+def _goes_on(line: bytes) -> bool:
+    """Return whether a line that is no JSON begins a value of several lines."""
+    return line.rstrip()[-1:] in b"[{" or line.lstrip()[:1] == b"["
+
+
+def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
+    content = file.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.start - error.object.rfind(b"\n", 0, error.start)
+        yield Fault(Origin(path, number), f"not UTF-8 at byte {byte}.", _AS_UTF8)
+        return
+    at = _behind_blanks(text, 0)
+    if text[at : at + 1] != "[":
+        yield Fault(Origin(path, 1), "a list of records is expected.", "If it has one object a line, name the file .jsonl.")
+        return
+    yield from _read_list(path, text, at + 1)
+
+
+def _read_list(path: Path, text: str, at: int) -> Iterator[Item]:
+    """Yield the records of a JSON list, from behind its bracket on."""
+    at = _behind_blanks(text, at)
+    is_end = text[at : at + 1] == "]"
+    for number in itertools.count(1):
+        if is_end:
+            break
+        origin = Origin(path, number, "record")
+        try:
+            record, at = DECODER.raw_decode(text, at)
+            at = _behind_blanks(text, at)
+            is_end = text[at : at + 1] == "]"
+            if not is_end and text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        except json.JSONDecodeError as error:
+            yield Fault(Origin(path, error.lineno), f"not valid JSON: {json_problem(error)}.")
+            return
+        except (ValueError, RecursionError) as error:
+            yield Fault(origin, f"not valid JSON: {json_problem(error)}.", "Fix or remove the record.")
+            return
+        yield origin, record
+        if not is_end:
+            at = _behind_blanks(text, at + 1)
+    if text[at + 1 :].strip():
+        yield Fault(Origin(path, text.count("\n", 0, at) + 1), "not valid JSON: more follows the list.")
+
+
+def _behind_blanks(text: str, at: int) -> int:
+    blanks = _BLANK.match(text, at)
+    return blanks.end() if blanks else at
+
+
+def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
+    csv.field_size_limit(_CSV_FIELD_BYTES)
+    broken: list[int] = []
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(_noting_broken(text, broken), strict=True)
+    header: list[str] | None = None
+    while True:
+        origin = Origin(path, rows.line_num + 1)
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield Fault(origin, f"not valid CSV: {error}.", "Close and double the quotes in the cells of this row.")
+            return
+        if row is None:
+            return
+        if broken:
+            yield Fault(Origin(path, broken[0]), "not UTF-8.", _AS_UTF8)
+            broken.clear()
+        elif row and header is None:
+            header = row
+            if problem := _header_problem(row):
+                yield Fault(origin, *problem)
+                return
+        elif row and header is not None:
+            if len(row) == len(header):
+                yield origin, {name: cell for name, cell in zip(header, row, strict=True) if cell != ""}
+            else:
+                yield Fault(origin, f"{len(header)} columns are expected, found {len(row)}.", "Quote cells with commas.")
+
+
+def _noting_broken(lines: Iterable[str], broken: list[int]) -> Iterator[str]:
+    """Yield lines, and note the numbers of those that held bytes that are not UTF-8."""
+    for number, line in enumerate(lines, 1):
+        if not line.isascii() and any("\udc80" <= letter <= "\udcff" for letter in line):
+            broken.append(number)
+        yield line
+
+
+def _header_problem(header: list[str]) -> tuple[str, str] | None:
+    if len(header) == 1 and (found := next((name for sign, name in _SEPARATORS if sign in header[0]), None)):
+        return f"the columns are separated by {found}.", "Save the file with commas between the columns."
+    if len(set(header)) < len(header):
+        return "two columns have the same name.", "Rename or remove one."
+    return None
+
+
+def _read_columns(path: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[Item]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield Origin(path, number), record
-    except pa.ArrowException as error:
-        yield Fault(Origin(path, number + 1), f"not a whole parquet file: {error}.", "Write it again.")
+        for batch in batches(path):
+            is_nested = any(pa.types.is_nested(column.type) for column in batch.schema)
+            for record in batch.to_pylist():
+                number += 1
+                # The rows of a column share their keys; one that a row does not have is null there.
+                yield Origin(path, number, "record"), without_nulls(record) if is_nested else record
+    except (pa.ArrowException, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        origin = Origin(path, number + 1, "record")
+        yield Fault(origin, f"not a whole {path.suffix[1:].lower()} file from here on: {problem}.", "Write it again.")
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=_BATCH_ROWS)
 
 
-def _unusable(path: Path, problem: str) -> DatasetError:
-    return DatasetError(
-        code="dataset_unusable",
-        message=f"The dataset {path} {problem}.",
-        hint="Give a .jsonl, .json, .csv or .parquet file, or a folder of them.",
-        param="dataset_path",
-    )
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.OSFile(str(path)) as source:
+        try:
+            batches: Iterable[Any] = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:  # the other of Arrow's two shapes of a file
+            source.seek(0)
+            file = pa.ipc.open_file(source)
+            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+        for batch in batches:
+            yield from (batch.slice(begin, _BATCH_ROWS) for begin in range(0, batch.num_rows, _BATCH_ROWS))

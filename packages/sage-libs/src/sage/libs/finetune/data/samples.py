@@ -2,19 +2,25 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a record stands: a line of a text file, else the number of the record; both count from 1."""
+    """Where a record stands: the line of a text file on which it begins, else its number; both count from 1."""
 
     path: Path
     line: int
+    unit: Literal["line", "record"] = "line"
 
     def __str__(self) -> str:
-        """`file:line`, as editors understand it."""
-        return f"{self.path}:{self.line}"
+        """`file:line`, as editors understand it; or the file and the record."""
+        return f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}, {self.place}"
+
+    @property
+    def place(self) -> str:
+        """The place within its file: `line 7` or `record 7`."""
+        return f"{self.unit} {self.line}"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Chat:
     tools: list[dict[str, Any]] | None = None
     #: Indexes of assistant messages that are context only (OpenAI's `"weight": 0`).
     untrained: frozenset[int] = frozenset()
+    #: Names of the record's fields that have no effect (`messages[].timestamp`, `source`).
+    ignored: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,3 +56,4 @@ class Sample:
     format: str
     #: A chat, or plain text of which every token is trained on; else a row as a method of TRL's takes it.
     content: Any = field(repr=False)
+    ignored: tuple[str, ...] = ()  #: names of the record's fields that have no effect

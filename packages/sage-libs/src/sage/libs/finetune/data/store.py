@@ -5,6 +5,7 @@ bounds.bin   where each sample begins and where the last one ends, in tokens, as
 facts.json   what the cutoff did
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,23 +17,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sage.common.errors import DatasetError
 from sage.common.paths import get_user_paths
+from sage.libs.finetune.data.folders import Split, select_files
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Raised whenever the same samples would be tokenised otherwise.
-_VERSION = 1
+#: Raised whenever the same samples would be read or tokenised otherwise.
+_VERSION = 2
 _TOLD_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
+#: What is being made is written to more often than this, so what is older was left behind.
+_PARTIAL_SECONDS = 24 * 3600.0
+_PARTIAL = ".partial-"
 #: Called now and then with what is being done; what it raises ends the work.
 OnProgress = Callable[[str], None]
+Indexes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -42,23 +49,30 @@ class Facts:
     samples: int  #: before the cut
     truncated: int
     dropped: int
+    findings: list[dict[str, Any]]  #: as `Findings.as_dicts` returns them
 
 
 class StoredSamples(Sequence[Encoded]):
-    """The sequences of a folder, or some of them.
+    """The sequences of a folder, or some of them; they stay readable if the folder is removed.
 
     They are read and not mapped into memory: what is mapped counts as the process's own once it was looked at.
     """
 
-    def __init__(self, folder: Path, indexes: npt.NDArray[np.int64] | None = None) -> None:
-        """Raises ValueError where the folder is not whole."""
-        self._folder = folder
-        self.facts = Facts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
-        self._bounds = np.fromfile(folder / "bounds.bin", np.int64)
-        if not len(self._bounds) or (folder / "tokens.bin").stat().st_size != 4 * self._bounds[-1]:
+    def __init__(self, facts: Facts, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
+        """bounds, tokens: what the files of those names hold; indexes: of the sequences to have, by default all."""
+        self.facts, self._bounds, self._tokens = facts, bounds, tokens
+        self._indexes = np.arange(len(bounds) - 1) if indexes is None else indexes
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "StoredSamples":
+        """Return the sequences of a folder; raises OSError, ValueError or TypeError if it is not whole."""
+        facts = Facts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
+        bounds = np.fromfile(folder / "bounds.bin", np.int64)
+        tokens = (folder / "tokens.bin").open("rb", buffering=0)
+        if not len(bounds) or os.fstat(tokens.fileno()).st_size != 4 * bounds[-1]:
+            tokens.close()
             raise ValueError(f"{folder} is not whole")
-        self._indexes = np.arange(len(self._bounds) - 1) if indexes is None else indexes
-        self._tokens = (folder / "tokens.bin").open("rb", buffering=0)
+        return cls(facts, bounds, tokens)
 
     def __len__(self) -> int:
         return len(self._indexes)
@@ -73,49 +87,88 @@ class StoredSamples(Sequence[Encoded]):
 
     def take(self, indexes: Sequence[int]) -> "StoredSamples":
         """Return some of the sequences, in the order given."""
-        return StoredSamples(self._folder, self._indexes[np.asarray(indexes, np.int64)])
+        return StoredSamples(self.facts, self._bounds, self._tokens, self._indexes[np.asarray(indexes, np.int64)])
 
     def lengths(self) -> list[int]:
         """Return how many tokens each sequence has."""
         return [int(length) for length in np.diff(self._bounds)[self._indexes]]
 
 
-def stored(path: Path, encoder: Encoder, on_progress: OnProgress) -> StoredSamples:
+def stored(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split = "train") -> StoredSamples:
     """Return the sequences of a dataset, tokenised now or, from the same content in the same way, before.
 
-    Raises DatasetError where the dataset has faults or leaves nothing to train on.
+    Raises DatasetError if the dataset has faults, leaves nothing to train on, or changes while it is read.
     """
     root = get_user_paths().cache_dir / "tokenized"
-    folder = root / _key(path, encoder)
-    try:
-        found = StoredSamples(folder)
-    except (OSError, ValueError, TypeError):
+    before = _looks(path, split)
+    folder = root / _key(path, encoder, split)
+    found = _whole(folder)
+    if found is None:
         root.mkdir(parents=True, exist_ok=True)
         _remove_unused(root)
-        _build(path, encoder, folder, on_progress)
-        found = StoredSamples(folder)
-    os.utime(folder)
+        aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
+        try:
+            _build(DatasetReport(path, split), encoder, aside, on_progress)
+            if _looks(path, split) != before:
+                raise DatasetError(
+                    code="dataset_changed",
+                    message=f"The dataset {path} changed while it was read.",
+                    hint="Start the run again once the file is written.",
+                    param="dataset_path",
+                )
+            found = _published(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it may be removed meanwhile, which does no harm
+        os.utime(folder)
     return found
 
 
-def _build(path: Path, encoder: Encoder, folder: Path, on_progress: OnProgress) -> None:
-    """Write a folder, whole or not at all."""
-    aside = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+def _whole(folder: Path) -> StoredSamples | None:
     try:
-        report = DatasetReport(path)
-        bounds = array("q", [0])
-        with (aside / "tokens.bin").open("wb") as tokens:
-            for encoded in encoder.encode(_sound_samples(report, on_progress)):
-                ids, labels = np.array(encoded.ids, np.int32), np.array(encoded.labels, np.int32)
-                tokens.write(np.where(labels == IGNORED, -1 - ids, ids).tobytes())
-                bounds.append(bounds[-1] + len(ids))
-        (aside / "bounds.bin").write_bytes(bounds.tobytes())
-        facts = Facts(report.sample_count, encoder.truncated, encoder.dropped)
-        (aside / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        return StoredSamples.of_folder(folder)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _build(report: DatasetReport, encoder: Encoder, folder: Path, on_progress: OnProgress) -> None:
+    """Fill a folder, down to the disk: a folder that is found by its name must be whole, also after a power cut."""
+    bounds = array("q", [0])
+    with _synced(folder / "tokens.bin") as tokens:
+        for encoded in encoder.encode(_sound_samples(report, on_progress)):
+            ids, labels = np.array(encoded.ids, np.int32), np.array(encoded.labels, np.int32)
+            tokens.write(np.where(labels == IGNORED, -1 - ids, ids).tobytes())
+            bounds.append(bounds[-1] + len(ids))
+    with _synced(folder / "bounds.bin") as file:
+        file.write(bounds.tobytes())
+    with _synced(folder / "facts.json") as file:
+        facts = Facts(report.sample_count, encoder.truncated, encoder.dropped, encoder.findings.as_dicts())
+        file.write(json.dumps(asdict(facts)).encode())
+
+
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _published(aside: Path, folder: Path) -> StoredSamples:
+    """Give what was made its name, and return it; or what another process made meanwhile."""
+    samples = StoredSamples.of_folder(aside)
+    try:
+        aside.rename(folder)
+    except OSError:  # there is one
+        if other := _whole(folder):
+            return other
+        # What is damaged is put aside and not removed in place: whoever reads a name finds a whole folder, or none.
+        damaged = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
+        with contextlib.suppress(OSError):
+            folder.rename(damaged)
+            aside.rename(folder)
+        shutil.rmtree(damaged, ignore_errors=True)
+    return samples
 
 
 def _sound_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
@@ -128,17 +181,23 @@ def _sound_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[S
     report.raise_for_faults()
 
 
-def _key(path: Path, encoder: Encoder) -> str:
-    """Return the name of what a dataset is tokenised to: of its content, the tokenizer and the settings."""
-    tokenizer = encoder.tokenizer
-    vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    how = [vocabulary, tokenizer.chat_template, tokenizer.eos_token_id, encoder.cutoff, encoder.train_on]
-    what = [_VERSION, version("transformers"), dataset_hash(path), *how]
+def _looks(path: Path, split: Split) -> list[tuple[str, int, int]]:
+    """Return what tells that a dataset's files have changed, without reading them."""
+    stats = [(file, file.stat()) for file in select_files(path, split).files]
+    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+
+def _key(path: Path, encoder: Encoder, split: Split) -> str:
+    """Return the name of what a dataset is tokenised to: of its place, its content, and all that the encoder depends on."""
+    what = [_VERSION, version("transformers"), str(path), dataset_hash(path, split=split), encoder.settings()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
 def _remove_unused(root: Path) -> None:
     """Remove what nobody has used for a month, and what was left half made."""
     for folder in root.iterdir():
-        if time.time() - folder.stat().st_mtime > _KEPT_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+        kept_seconds = _PARTIAL_SECONDS if folder.name.startswith(_PARTIAL) else _KEPT_SECONDS
+        with contextlib.suppress(OSError):  # another process removes or publishes it
+            changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - changed > kept_seconds:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,21 +1,23 @@
 """Token ids, and which of them the loss covers: what the assistant says, at every turn, and nothing else.
 
-Where the chat template marks its answers (`{% generation %}`), its marks are taken. Else the template itself is asked:
-rendered up to an answer, with the generation prompt, and rendered with it, the difference is the answer with what ends it.
-A template that rewrites earlier turns (one that drops old reasoning, say) has no such difference for them; then each answer
-becomes a sample of its own, rendered as the model will see it when it answers.
+Each answer is trained as the served model gives it: behind the very tokens of its prompt, and with the token that ends it.
+If the template marks answers itself (`{% generation %}`), its marks are taken. Else the answer is what a rendering with it
+has more than the prompt for it. Answers of one chat share a sequence if each prompt continues, token for token, what came
+before. If not (a template drops old reasoning, a token straddles the beginning of an answer), the answer is a sequence of
+its own.
 """
 
-import bisect
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, Literal
 
 from sage.common.errors import DatasetError
+from sage.libs.finetune.data.findings import Code, Findings
+from sage.libs.finetune.data.inspection import inspect_answer, inspect_fields, inspect_prompt, inspect_tokens
 from sage.libs.finetune.data.samples import Chat, Fault, Sample
+from sage.libs.models.chat import ChatFormat
 
 #: What of a chat the loss covers.
 TrainOn = Literal["assistant", "last_turn", "all"]
@@ -23,10 +25,10 @@ TrainOn = Literal["assistant", "last_turn", "all"]
 IGNORED = -100
 #: So many samples are tokenised at once.
 _BATCH = 256
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}END\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+#: A token that straddles the beginning of an answer shows in so much text on either side.
+_EDGE_CHARACTERS = 24
+#: How many faults an error message spells out.
+_SHOWN_FAULTS = 3
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,22 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Rendered:
-    """A sample as text, and where in it the loss is, in characters."""
+class _Answer:
+    """An answer as text: what the model is shown, what it shall say, and the token to put behind that."""
 
+    prompt: str
     text: str
-    spans: list[tuple[int, int]]
+    end: int | None = None
 
 
-def ensure_chat_template(tokenizer: Any) -> str | None:
-    """Give a tokenizer without a chat template ChatML; return the warning to show, or None where it had one."""
-    if tokenizer.chat_template:
-        return None
-    known = tokenizer.get_vocab()
-    end = "<|im_end|>" if "<|im_end|>" in known else tokenizer.eos_token
-    tokenizer.chat_template = CHATML.replace("END", end or "<|im_end|>")
-    return f"The model has no chat template: ChatML is used, with {end!r} at the end of each turn, and saved with it."
+@dataclass(frozen=True)
+class _Sequence:
+    """Answers of which each prompt continues what came before; what the tokenizer puts before a plain text."""
+
+    answers: list[_Answer]
+    #: Prompt, answer, what follows until the next answer, answer, …
+    parts: list[str]
+    prefix: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -68,18 +71,36 @@ class Encoder:
     cutoff: int  #: sequences have at most this many tokens
     train_on: TrainOn = "assistant"
     truncated: int = 0  #: cut at the cutoff
-    dropped: int = 0  #: nothing to train on was left of them
+    dropped: int = 0  #: the cutoff left nothing of them to train on
+    untrained: int = 0  #: nothing of them is trained on, whatever the cutoff
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: in tokens, before the cut
+    findings: Findings = field(default_factory=Findings)
+
+    def __post_init__(self) -> None:
+        self.format = ChatFormat(self.tokenizer)
+        ends = {self.tokenizer.eos_token_id}
+        if self.tokenizer.chat_template:
+            ends |= {self.format.answer_end(), self.format.answer_end(calls=True)}
+        self._end_ids = sorted(end for end in ends if end is not None)
+        self._end_texts = tuple(self.tokenizer.convert_ids_to_tokens(self._end_ids))
+        #: Samples that the chat template refuses.
+        self.faults: list[Fault] = []
+
+    def settings(self) -> list[Any]:
+        """Return what, beside the samples, the sequences depend on."""
+        tokenizer = self.tokenizer
+        return [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._end_ids, self.cutoff, self.train_on]
 
     def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
         """Yield the sequences that samples make.
 
-        Raises DatasetError for a sample that the chat template refuses, and where nothing to train on is left.
+        Raises DatasetError at the end, with their places, for samples that the chat template refuses, and if nothing to
+        train on is left.
         """
         kept = 0
         remaining = iter(samples)
         while batch := list(itertools.islice(remaining, _BATCH)):
-            for encoded in encode_samples(batch, self.tokenizer, self.train_on):
+            for encoded in itertools.chain.from_iterable(self.encode_whole(batch)):
                 self.lengths.append(len(encoded.ids))
                 cut = Encoded(encoded.ids[: self.cutoff], encoded.labels[: self.cutoff])
                 self.truncated += len(encoded.ids) > self.cutoff
@@ -88,128 +109,186 @@ class Encoder:
                     yield cut
                 else:
                     self.dropped += 1
+        self.raise_for_faults()
         if not kept:
-            raise DatasetError(
-                code="dataset_too_long",
-                message=f"All {self.dropped} samples are longer than the cutoff of {self.cutoff} tokens before the answer "
-                "begins.",
-                hint=f"Raise max_seq_length (the shortest sample has {min(self.lengths)} tokens) or shorten the prompts.",
-                param="max_seq_length",
+            raise self._nothing_kept()
+
+    def encode_whole(self, samples: Sequence[Sample]) -> list[list[Encoded]]:
+        """Return the sequences of each sample, uncut; plain text is learnt whole in any case."""
+        plans = [self._plan(sample) for sample in samples]
+        sequences = [sequence for plan in plans for sequence in plan or ()]
+        # One call for all: the tokenizer works on as many cores as there are.
+        ids = iter(self.format.split_ids([sequence.parts for sequence in sequences]))
+        torn = self._torn(sequences)
+        encoded: list[list[Encoded]] = []
+        for sample, plan in zip(samples, plans, strict=True):
+            made: list[Encoded] = []
+            for sequence in plan or ():
+                parts = next(ids)
+                made += self._one_by_one(sequence) if next(torn) else [_assembled(sequence, parts)]
+            encoded.append([] if plan is None else self._checked(sample, made))
+        return encoded
+
+    def _torn(self, sequences: list[_Sequence]) -> Iterator[bool]:
+        """Yield for each sequence whether an answer in it, as history of the next one, has other tokens than as an answer.
+
+        That is so if a token straddles its beginning. Its end is a token by itself.
+        """
+        edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
+        flat = [edge for each in edges for edge in each]
+        wholes, halves = self.format.ids([before + after for before, after in flat]), self.format.split_ids(flat)
+        whole_edges = iter([whole == [*before, *after] for whole, (before, after) in zip(wholes, halves, strict=True)])
+        for each in edges:
+            found = [next(whole_edges) for _ in each]
+            yield not all(found)
+
+    def _one_by_one(self, sequence: _Sequence) -> list[Encoded]:
+        alone = [_Sequence([answer], [answer.prompt, answer.text]) for answer in sequence.answers]
+        split = self.format.split_ids([each.parts for each in alone])
+        return [_assembled(*each) for each in zip(alone, split, strict=True)]
+
+    def raise_for_faults(self) -> None:
+        """Raise DatasetError, with their places, for the samples that the chat template refused."""
+        if self.faults:
+            shown = " ".join(str(fault) for fault in self.faults[:_SHOWN_FAULTS])
+            more = len(self.faults) - _SHOWN_FAULTS
+            message = f"{shown}{f' (and {more} more)' if more > 0 else ''}"
+            hint = "Fix these records, or use a model whose chat template takes them."
+            raise DatasetError(code="dataset_template", message=message, hint=hint, param="dataset_path")
+
+    def _checked(self, sample: Sample, sequences: list[Encoded]) -> list[Encoded]:
+        """Return what is trained of a sample's sequences, and note what is wrong with them."""
+        if not any(sequence.trained_tokens for sequence in sequences):
+            self.untrained += 1
+            self.findings.add(Code.NOTHING_TRAINED, sample.origin)
+            return []
+        for sequence in sequences:
+            inspect_tokens(sample, sequence.ids, sequence.labels, self.tokenizer.bos_token_id, self._end_ids, self.findings)
+        match self.train_on:
+            case "assistant":
+                return sequences
+            case "last_turn":
+                return [_last_turn(sequences[-1])]
+            case "all":
+                return [Encoded(sequences[-1].ids, [*sequences[-1].ids])]
+
+    def _nothing_kept(self) -> DatasetError:
+        if not self.dropped:
+            return DatasetError(
+                code="nothing_to_train",
+                message=f"Nothing is trained on in any of the {self.untrained} samples: every answer has weight 0, or the "
+                "chat template marks none of them.",
+                hint='Remove "weight": 0 from the answers to train on, or use a model with another chat template.',
+                param="dataset_path",
             )
+        return DatasetError(
+            code="dataset_too_long",
+            message=f"All {self.dropped} samples are longer than the cutoff of {self.cutoff} tokens before the answer "
+            "begins.",
+            hint=f"Raise max_seq_length (the shortest sample has {min(self.lengths)} tokens) or shorten the prompts.",
+            param="max_seq_length",
+        )
+
+    def _plan(self, sample: Sample) -> list[_Sequence] | None:
+        """Return what a sample's sequences are made of, or None if the chat template refuses it."""
+        if isinstance(sample.content, str):
+            return [self._plain(sample.content)]
+        inspect_fields(sample, self.findings)
+        try:
+            return list(self._shared(self._answers(sample, sample.content)))
+        except Exception as error:  # noqa: BLE001 - jinja and templates raise what they like
+            self.faults.append(Fault(sample.origin, f"the model's chat template refuses it: {error}"))
+            return None
+
+    def _plain(self, text: str) -> _Sequence:
+        whole = text.rstrip()
+        ends = bool(self._end_texts) and whole.endswith(self._end_texts)
+        answer = _Answer("", whole) if ends else _Answer("", text, self.tokenizer.eos_token_id)
+        return _Sequence([answer], ["", answer.text], self.format.prefix_of(text))
+
+    def _answers(self, sample: Sample, chat: Chat) -> list[_Answer]:
+        trained = [at for at, m in enumerate(chat.messages) if m["role"] == "assistant" and at not in chat.untrained]
+        marked = None if chat.untrained else self.format.render_marked(chat.messages, chat.tools)
+        if marked is None:
+            answers = [self._answer(sample, chat, at) for at in trained]
+        else:
+            text, spans = marked
+            answers = [self._ended(_Answer(text[:begin], text[begin:end]), text[end:]) for begin, end in spans]
+            for at in trained if answers else ():
+                inspect_answer(sample, chat.messages[at], "".join(answer.text for answer in answers), self.findings)
+        if answers:
+            asked = chat.messages[: trained[-1]]
+            inspect_prompt(sample, asked, chat.tools, answers[-1].prompt, self.findings)
+        return answers
+
+    def _answer(self, sample: Sample, chat: Chat, at: int) -> _Answer:
+        """Return the answer `messages[at]` behind the prompt that a served model gets for it."""
+        before, message = chat.messages[:at], chat.messages[at]
+        whole = self.format.render([*before, message], chat.tools)
+        prompt = self.format.render(before, chat.tools, prompt=True) if before else self.format.opening(whole)
+        if whole.startswith(prompt):
+            answer = self._ended(_Answer(prompt, whole[len(prompt) :]), calls=bool(message.get("tool_calls")))
+        else:
+            answer = self._reopened(sample, chat, at, whole, prompt)
+        inspect_answer(sample, message, answer.text, self.findings)
+        return answer
+
+    def _reopened(self, sample: Sample, chat: Chat, at: int, whole: str, prompt: str) -> _Answer:
+        """Return an answer whose prompt says more than the history: it begins the reasoning, which history leaves out."""
+        header = self.format.header(chat.messages[:at], chat.tools, whole)
+        opening = prompt.removeprefix(header).strip()
+        content, reasoning = chat.messages[at]["content"], chat.messages[at].get("reasoning_content")
+        if reasoning and opening == "<think>":
+            content = f"{opening}\n{reasoning}\n</think>\n\n{content}"
+        if opening and content.startswith(opening):
+            text = content.removeprefix(opening)
+            return self._ended(_Answer(prompt, text.lstrip("\n") if prompt.endswith("\n") else text))
+        self.findings.add(Code.PROMPT_DIFFERS, sample.origin, repr(opening or prompt[-20:]))
+        return self._ended(_Answer(header, whole[len(header) :]))
+
+    def _ended(self, answer: _Answer, rest: str = "", *, calls: bool = False) -> _Answer:
+        """Return an answer up to its end; rest: what the template writes behind it."""
+        text = answer.text.rstrip()
+        if text.endswith(self._end_texts):
+            return _Answer(answer.prompt, text)
+        for end in self._end_texts:
+            if rest.startswith(end):
+                return _Answer(answer.prompt, answer.text + end)
+        return _Answer(answer.prompt, text, self.format.answer_end(calls=calls))
+
+    def _shared(self, answers: list[_Answer]) -> Iterator[_Sequence]:
+        """Yield sequences of answers of which each prompt continues what came before."""
+        so_far = ""
+        sequence = _Sequence([], [])
+        for answer in answers:
+            if sequence.answers and not answer.prompt.startswith(so_far):
+                yield sequence
+                sequence, so_far = _Sequence([], []), ""
+            sequence.answers.append(answer)
+            sequence.parts.extend((answer.prompt[len(so_far) :], answer.text))
+            end = "" if answer.end is None else self.tokenizer.convert_ids_to_tokens(answer.end)
+            so_far = f"{answer.prompt}{answer.text}{end}"
+        if sequence.answers:
+            yield sequence
 
 
-def encode_samples(samples: Sequence[Sample], tokenizer: Any, train_on: TrainOn = "assistant") -> list[Encoded]:
-    """Return the sequences of samples, whole; plain text is learnt whole in any case.
-
-    Raises DatasetError with the sample's place where the chat template refuses it.
-    """
-    parts = [part for sample in samples for part in _parts(sample, tokenizer, train_on)]
-    texts = [part.text for part in parts if isinstance(part, _Rendered)]
-    # One call for all: the tokenizer works on as many cores as there are.
-    tokenized = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else None
-    rendered = iter(zip(tokenized["input_ids"], tokenized["offset_mapping"], strict=True)) if tokenized else iter(())
-    return [_mask(*next(rendered), part.spans) if isinstance(part, _Rendered) else part for part in parts]
+def _edge(answer: _Answer) -> tuple[str, str]:
+    return answer.prompt[-_EDGE_CHARACTERS:], answer.text[:_EDGE_CHARACTERS]
 
 
-def _parts(sample: Sample, tokenizer: Any, train_on: TrainOn) -> "list[Encoded] | list[_Rendered]":
-    if isinstance(sample.content, str):
-        ids = tokenizer(sample.content)["input_ids"]
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        return [Encoded(ids, list(ids))]
-    try:
-        marked = _marked(sample.content, tokenizer)
-        if marked:
-            return [_narrowed(marked, train_on)]
-        rendered = _render_answers(sample.content, tokenizer)
-    except Exception as error:  # jinja and templates raise what they like
-        fault = Fault(sample.origin, f"the model's chat template refuses it: {error}")
-        raise DatasetError(code="dataset_template", message=str(fault), param="dataset_path") from error
-    last = rendered[-1]
-    match train_on:
-        case "assistant":
-            return rendered
-        case "last_turn":
-            return [_Rendered(last.text, last.spans[-1:])]
-        case "all":
-            return [_Rendered(last.text, [(0, len(last.text))])]
-
-
-def _narrowed(encoded: Encoded, train_on: TrainOn) -> Encoded:
-    match train_on:
-        case "assistant":
-            return encoded
-        case "last_turn":
-            return _last_turn(encoded)
-        case "all":
-            return Encoded(encoded.ids, list(encoded.ids))
+def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
+    """Return a sequence; parts: the tokens of its parts."""
+    ids, labels = [*sequence.prefix], [*sequence.prefix]
+    for answer, prompt_ids, answer_ids in zip(sequence.answers, parts[::2], parts[1::2], strict=True):
+        trained = answer_ids if answer.end is None else [*answer_ids, answer.end]
+        ids += prompt_ids + trained
+        labels += [IGNORED] * len(prompt_ids) + trained
+    return Encoded(ids, labels)
 
 
 def _last_turn(encoded: Encoded) -> Encoded:
     """Return the sequence with the loss on its last answer only."""
     trained = [label != IGNORED for label in encoded.labels]
-    end = len(trained) - trained[::-1].index(True) if True in trained else 0
+    end = len(trained) - trained[::-1].index(True)
     begin = next((at for at in range(end, 0, -1) if not trained[at - 1]), 0)
     return Encoded(encoded.ids, [label if begin <= at < end else IGNORED for at, label in enumerate(encoded.labels)])
-
-
-def _marked(chat: Chat, tokenizer: Any) -> Encoded | None:
-    """Return the sequence of a chat whose template marks its answers itself, else None."""
-    if "{% generation %}" not in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}") or chat.untrained:
-        return None
-    marked = tokenizer.apply_chat_template(
-        chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, mask = marked["input_ids"], marked["assistant_masks"]
-    return Encoded(ids, [i if trained else IGNORED for i, trained in zip(ids, mask, strict=True)])
-
-
-def _render_answers(chat: Chat, tokenizer: Any) -> list[_Rendered]:
-    """Return the chat with all its answers, or one text an answer where the template rewrites what came before."""
-    answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i not in chat.untrained]
-    whole = _render(chat, len(chat.messages), tokenizer)
-    spans = [_span(chat, answer, whole, tokenizer) for answer in answers]
-    if all(spans):
-        return [_Rendered(whole, [span for span in spans if span])]
-    rendered = []
-    for answer in answers:
-        text = _render(chat, answer + 1, tokenizer)
-        span = _span(chat, answer, text, tokenizer) or _last_span(chat, answer, text, tokenizer)
-        rendered.append(_Rendered(text, [span]))
-    return rendered
-
-
-def _render(chat: Chat, count: int, tokenizer: Any, *, prompt: bool = False) -> str:
-    """Return the text of the first `count` messages, with the prompt for an answer where `prompt` is set."""
-    text = tokenizer.apply_chat_template(
-        chat.messages[:count], tools=chat.tools, add_generation_prompt=prompt, tokenize=False
-    )
-    return str(text)
-
-
-def _span(chat: Chat, answer: int, whole: str, tokenizer: Any) -> tuple[int, int] | None:
-    """Return where in `whole` an answer stands, in characters, or None where the template rewrites it."""
-    before = _render(chat, answer, tokenizer, prompt=True)
-    through = (whole if answer + 1 == len(chat.messages) else _render(chat, answer + 1, tokenizer)).rstrip()
-    if through.startswith(before) and whole.startswith(through):
-        return len(before), len(through)
-    return None
-
-
-def _last_span(chat: Chat, answer: int, text: str, tokenizer: Any) -> tuple[int, int]:
-    """Return where the last answer stands, for a template whose generation prompt says more than its history."""
-    before = _render(chat, answer, tokenizer, prompt=True)
-    shared = next((at for at, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text)))
-    return shared, len(text.rstrip())
-
-
-def _mask(ids: list[int], places: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Encoded:
-    """Return tokens with the loss on those that stand in a span; places: where each stands, in characters, ascending."""
-    labels = [IGNORED] * len(ids)
-    for start, stop in spans:
-        first = bisect.bisect_left(places, start, key=itemgetter(0))
-        for at in range(first, bisect.bisect_left(places, stop, lo=first, key=itemgetter(0))):
-            begin, end = places[at]
-            if begin < end <= stop:
-                labels[at] = ids[at]
-    return Encoded(ids, labels)

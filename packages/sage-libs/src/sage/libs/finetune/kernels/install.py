@@ -135,7 +135,7 @@ def _unfit(model: PreTrainedModel) -> str:
 def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
     """Return the logits of two short random samples, (tokens, vocab): one by one, or packed."""
     generator = torch.Generator().manual_seed(0)
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab = model.get_input_embeddings().weight.shape[0]
     samples = [torch.randint(vocab, (1, n), generator=generator).to(model.device) for n in _PROBE_LENGTHS]
     was_training = model.training
     model.eval()

@@ -1,0 +1,73 @@
+"""What `dataset show` prints: samples as the model sees them, trained tokens in colour."""
+
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from sage.common.errors import DatasetError
+from sage.libs.finetune.data.samples import Sample
+from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
+
+#: Style of trained, untrained and cut text, and what encloses it if there are no colours.
+_LOOKS = {"trained": ("bold green", "⟦", "⟧"), "untrained": ("", "", ""), "cut": ("red strike", "⟨cut: ", "⟩")}
+_SPECIAL_STYLE = "reverse"
+
+
+def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_json: bool) -> None:
+    """Print samples, each with its sequences. Raises DatasetError for one that the chat template refuses."""
+    shown = [(sample, encoder.encode_whole([sample])[0]) for sample in samples]
+    encoder.raise_for_faults()
+    if not shown:
+        raise DatasetError(code="line_not_found", message="No sample is there.", hint="Omit --line to see the first ones.")
+    if as_json:
+        console.out(json.dumps([_as_dict(*each, encoder) for each in shown], indent=2), highlight=False)
+        return
+    for sample, sequences in shown:
+        if not sequences:
+            console.print(f"[bold]{sample.origin}[/] ({sample.format}): nothing is trained on", highlight=False)
+        for sequence in sequences:
+            cut = max(0, len(sequence.ids) - encoder.cutoff)
+            facts = f"{len(sequence.ids)} tokens, {sequence.trained_tokens} trained{f', {cut} cut' if cut else ''}"
+            console.print(f"[bold]{sample.origin}[/] ({sample.format}): {facts}", highlight=False)
+            console.print(_text(sequence, encoder, console.color_system is not None), highlight=False)
+    for finding in encoder.findings:
+        console.print(f"{finding.severity}: {finding} {finding.hint}".rstrip(), style="yellow", highlight=False)
+
+
+def _segments(sequence: Encoded, encoder: Encoder) -> list[tuple[str, str]]:
+    """Return a sequence's text in runs of one kind."""
+    kinds = ["untrained" if label == IGNORED else "trained" for label in sequence.labels[: encoder.cutoff]]
+    kinds += ["cut"] * (len(sequence.ids) - len(kinds))
+    runs = itertools.groupby(zip(kinds, sequence.ids, strict=True), key=lambda pair: pair[0])
+    return [(kind, encoder.tokenizer.decode([token for _, token in run])) for kind, run in runs]
+
+
+def _text(sequence: Encoded, encoder: Encoder, has_colours: bool) -> Text:
+    text = Text()
+    for kind, said in _segments(sequence, encoder):
+        style, begin, end = _LOOKS[kind]
+        # What is in a dataset must not steer the terminal.
+        visible = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in said)
+        text.append(visible if has_colours else f"{begin}{visible}{end}", style)
+    text.highlight_words(encoder.tokenizer.all_special_tokens, _SPECIAL_STYLE)
+    return text
+
+
+def _as_dict(sample: Sample, sequences: list[Encoded], encoder: Encoder) -> dict[str, Any]:
+    return {
+        "path": str(sample.origin.path),
+        "line": sample.origin.line,
+        "format": sample.format,
+        "sequences": [
+            {
+                "ids": sequence.ids,
+                "trained": [label != IGNORED for label in sequence.labels],
+                "segments": [{"kind": kind, "text": text} for kind, text in _segments(sequence, encoder)],
+            }
+            for sequence in sequences
+        ],
+    }

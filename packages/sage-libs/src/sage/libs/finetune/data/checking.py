@@ -1,0 +1,41 @@
+"""Samples as a model would see them, before anything is trained: for `dataset check`, `dataset show` and every run."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from sage.libs.finetune.data.inspection import inspect_end
+from sage.libs.finetune.data.samples import Chat, Sample
+from sage.libs.finetune.data.tokenizing import Encoder, TrainOn
+from sage.libs.models.chat import ensure_chat_template
+from sage.libs.models.loading import check_vocabulary, load_tokenizer, local_folder
+from sage.libs.models.resolve import ModelKind, resolve_model
+
+#: The answers of a preference row; TRL renders them behind the prompt.
+_ANSWERS = ("chosen", "rejected", "completion")
+
+
+def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> Encoder:
+    """Return what makes sequences for a model, by name; its findings hold what there is to say of the model already.
+
+    Raises SageError if the model or its tokenizer cannot be had.
+    """
+    source = resolve_model(model, Path.cwd())
+    base = local_folder(source.base or source)
+    has_own_tokenizer = source.kind is ModelKind.ADAPTER and (source.folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(source.folder if has_own_tokenizer else base)
+    check_vocabulary(tokenizer, base)
+    ensure_chat_template(tokenizer)
+    encoder = Encoder(tokenizer, cutoff, train_on)
+    inspect_end(base, encoder.format, encoder.findings)
+    return encoder
+
+
+def as_chats(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield samples as chats or text: a preference row is a chat for each of its answers, a bare prompt is none."""
+    for sample in samples:
+        if isinstance(sample.content, str | Chat):
+            yield sample
+            continue
+        for answer in (sample.content[name] for name in _ANSWERS if name in sample.content):
+            yield replace(sample, content=Chat([*sample.content["prompt"], *answer]))

@@ -1,0 +1,149 @@
+"""What a model would not learn, or would learn wrongly, of samples that can be trained on."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from sage.common.errors import DatasetError
+
+#: So many places, and so many details, of each finding are kept.
+_KEPT = 5
+
+
+class Severity(StrEnum):
+    """What a finding means for a run."""
+
+    WARNING = "warning"  #: what is learnt would silently be wrong: the run fails, unless warnings are allowed
+    NOTE = "note"  #: worth knowing
+
+
+class Code(StrEnum):
+    """What can be found; the values are stable."""
+
+    ANSWER_LOST = "answer_lost"
+    REASONING_LOST = "reasoning_lost"
+    CALLS_LOST = "calls_lost"
+    TOOLS_LOST = "tools_lost"
+    MESSAGE_LOST = "message_lost"
+    NO_END_TOKEN = "no_end_token"  # noqa: S105
+    PROMPT_DIFFERS = "prompt_differs"
+    DOUBLE_BOS = "double_bos"
+    FLAG_IGNORED = "flag_ignored"
+    FIELD_IGNORED = "field_ignored"
+    NOTHING_TRAINED = "nothing_trained"
+    END_NOT_CONFIGURED = "end_not_configured"
+
+
+_W, _N = Severity.WARNING, Severity.NOTE
+#: Severity, what is said of so many samples, and what to do about it.
+_MEANING: dict[Code, tuple[Severity, str, str]] = {
+    Code.ANSWER_LOST: (_W, "the chat template leaves out text of the answer", "Use a model whose template keeps it."),
+    Code.REASONING_LOST: (_W, "the chat template leaves out the answer's reasoning", "Write it into content."),
+    Code.CALLS_LOST: (_W, "the chat template leaves out tool calls", "Use a model whose template renders them."),
+    Code.TOOLS_LOST: (_W, "the chat template leaves out the tools", "Use a model whose template renders them."),
+    Code.MESSAGE_LOST: (_W, "the chat template leaves out text of a system or user message", "Fix the message."),
+    Code.NO_END_TOKEN: (_W, "no token that ends the answer is trained: generation would not stop", "Set an eos_token."),
+    Code.PROMPT_DIFFERS: (
+        _W,
+        "the served model's prompt ends with text that training never shows",
+        "Give the answers the reasoning that the prompt begins.",
+    ),
+    Code.DOUBLE_BOS: (_W, "the sequence begins with two BOS tokens", "Remove BOS from the text."),
+    Code.FLAG_IGNORED: (_W, "a field that looks like a weight or flag is ignored", 'Use "weight": 0 to leave a turn out.'),
+    Code.FIELD_IGNORED: (_N, "fields are ignored", ""),
+    Code.NOTHING_TRAINED: (_N, "nothing of the sample is trained on, so it is omitted", ""),
+    Code.END_NOT_CONFIGURED: (
+        _N,
+        "the model's generation_config.json does not list the token that ends answers",
+        "SAGE stops there; other servers may not.",
+    ),
+}
+
+
+@dataclass
+class Finding:
+    """One kind of finding, with the places of the first samples."""
+
+    code: Code
+    count: int = 0  #: samples; 0: it concerns the model
+    places: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+    @property
+    def severity(self) -> Severity:
+        """What it means for a run."""
+        return _MEANING[self.code][0]
+
+    @property
+    def hint(self) -> str:
+        """The next step, or ""."""
+        return _MEANING[self.code][2]
+
+    def __str__(self) -> str:
+        """One sentence for a person."""
+        details = f" ({', '.join(self.details)})" if self.details else ""
+        if not self.count:
+            return f"{_MEANING[self.code][1]}{details}."
+        more = " …" if self.count > len(self.places) else ""
+        samples = "1 sample" if self.count == 1 else f"{self.count} samples"
+        first, *others = self.places
+        # Of the other places in the same file, the line alone.
+        file = first[: max(first.rfind(":"), first.rfind(" ")) + 1]
+        places = ", ".join([first, *(place.removeprefix(file) for place in others)])
+        return f"{samples}: {_MEANING[self.code][1]}{details}: {places}{more}."
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        kept = {"count": self.count, "places": self.places, "details": self.details}
+        return {"code": self.code, "severity": self.severity, "message": str(self), "hint": self.hint, **kept}
+
+
+class Findings:
+    """All findings of a dataset, by code."""
+
+    def __init__(self, found: Iterable[dict[str, Any]] = ()) -> None:
+        """found: as `as_dicts` returns them."""
+        each = (Finding(Code(f["code"]), f["count"], [*f["places"]], [*f["details"]]) for f in found)
+        self._found = {finding.code: finding for finding in each}
+
+    def add(self, code: Code, place: object, *details: str) -> None:
+        """Note what was found in a sample, once for each code and place."""
+        finding = self._found.setdefault(code, Finding(code))
+        finding.details += [detail for detail in details if detail not in finding.details][: _KEPT - len(finding.details)]
+        if str(place) not in finding.places[-1:]:
+            finding.count += 1
+            if len(finding.places) < _KEPT:
+                finding.places.append(str(place))
+
+    def add_of_model(self, code: Code, detail: str) -> None:
+        """Note what was found in the model, whatever the samples."""
+        self._found[code] = Finding(code, details=[detail])
+
+    def __iter__(self) -> Iterator[Finding]:
+        """Yield warnings, then notes."""
+        return iter(sorted(self._found.values(), key=lambda finding: (finding.severity is Severity.NOTE, finding.code)))
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """What would silently be wrong."""
+        return [finding for finding in self if finding.severity is Severity.WARNING]
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """Return them for JSON."""
+        return [finding.as_dict() for finding in self]
+
+    def raise_for_warnings(self, path: object, model: str) -> None:
+        """Raise DatasetError if what would be learnt is silently wrong."""
+        if warnings := self.warnings:
+            hints = " ".join(dict.fromkeys(finding.hint for finding in warnings))
+            raise DatasetError(
+                code="dataset_warnings",
+                message=f"Training on {path} would not teach what it says. {' '.join(map(str, warnings))}",
+                hint=f"{hints} `sage llm dataset show {path} --model {model}` shows what is trained on; "
+                "`--allow-warnings` trains all the same.",
+                param="dataset_path",
+            )

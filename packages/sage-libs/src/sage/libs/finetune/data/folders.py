@@ -1,0 +1,217 @@
+"""Which files of a dataset are read: of a folder, those of one split, as the usual tools leave them there.
+
+Train is trained on, validation may be named for evaluation, and test is taken only if its file is named itself.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sage.common.errors import DatasetError
+
+Split = Literal["train", "validation"]
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst")
+#: Words in the names of files and folders, as the hub knows them; test comes first, so that it is never trained on.
+_SPLIT_WORDS = {
+    "test": {"test", "testing"},
+    "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
+    "train": {"train", "training"},
+}
+#: What tools write beside data.
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+#: A part of a split, as the hub names it.
+_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The files of a dataset."""
+
+    files: list[Path]
+    skipped: list[Path] = field(default_factory=list)  #: data too, of other splits
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix that says how a file is read, in lower case: `.csv`, `.jsonl.gz`; "" for no data."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    compression = suffixes.pop() if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else ""
+    kind = suffixes[-1] if suffixes else ""
+    is_columns = kind in (".parquet", ".arrow")  # compressed inside
+    return kind + compression if kind in FORMATS and not (compression and is_columns) else ""
+
+
+def select_files(path: Path, split: Split = "train") -> Selection:
+    """Return the files of a dataset to read: itself, or those of a folder.
+
+    Raises DatasetError if there is none.
+    """
+    try:
+        return _folder_files(path, split) if path.is_dir() else Selection([_file(path)])
+    except OSError as error:
+        raise unusable(path, f"cannot be read: {error.strerror or error}") from error
+
+
+def _file(path: Path) -> Path:
+    if not path.exists():
+        raise unusable(path, "does not exist")
+    if not path.is_file():
+        raise unusable(path, "is no regular file")
+    if not suffix_of(path):
+        raise unusable(path, f"is none of {', '.join(FORMATS)}")
+    return path
+
+
+def _folder_files(folder: Path, split: Split) -> Selection:
+    if (folder / "state.json").is_file():
+        return Selection(_saved_files(folder))
+    if (folder / "dataset_dict.json").is_file():
+        return _saved_splits(folder, split)
+    if configured := _configured(folder):
+        return _of_split(folder, configured, split)
+    found = sorted(_data_files(folder))
+    if not found:
+        inside = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(_data_files(sub)))
+        hint = f"Name one of its folders: {', '.join(inside)}." if inside else ""
+        raise unusable(folder, f"is a folder without {', '.join(FORMATS)} files", hint)
+    return _of_split(folder, [(_split_of(file.relative_to(folder)), file) for file in found], split)
+
+
+def _data_files(folder: Path) -> Iterable[Path]:
+    """Yield the data files of a folder, of its `data` and of its folders that are named after splits."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.name in _NO_DATA or _is_cache(path):
+            continue
+        if path.is_file() and suffix_of(path):
+            yield path
+        elif path.is_dir() and (path.name.lower() == "data" or _split_of(Path(path.name))):
+            yield from _data_files(path)
+
+
+def _is_cache(path: Path) -> bool:
+    """Return whether a file is what `datasets` keeps of computations."""
+    return path.name.startswith("cache-") and path.suffix == ".arrow"
+
+
+def _split_of(name: Path) -> str:
+    """Return the split that the words of a name stand for, or ""."""
+    words = set(re.split(r"[^a-z]+", str(name).lower()))
+    return next((split for split, names in _SPLIT_WORDS.items() if words & names), "")
+
+
+def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Selection:
+    """Return the files of a split; of a folder without splits all, and without a train split those that have none."""
+    there = {name for name, _ in found}
+    wanted = split if split in there or (there != {""} and split != "train") else ""
+    files = [file for name, file in found if name == wanted]
+    if not files:
+        raise unusable(
+            folder,
+            f"has files of {' and '.join(sorted(there - {''}))}, but none of {split}",
+            "Name the file that is meant.",
+        )
+    if wanted:
+        files = _of_one_dataset(folder, files, split)
+    return Selection(files, [file for _, file in found if file not in files])
+
+
+def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
+    """Return the files of a split itself, if there are several that are called like it (`train`, `train_sft`)."""
+    shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
+    names = sorted(set(shards.values()))
+    if len(names) < 2:
+        return files
+    if split not in names:
+        raise unusable(folder, f"has several datasets for {split}: {', '.join(names)}", "Name the files of one.")
+    return [file for file, name in shards.items() if name == split]
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Return the files of a dataset that was written by `datasets.save_to_disk`."""
+    state = _json(folder / "state.json")
+    names = [str(entry.get("filename")) for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
+    if not names:
+        raise unusable(folder, "has a state.json that names no data files")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise unusable(folder, f"lacks {missing[0]}, which its state.json names", "Save it again.")
+    return [folder / name for name in names]
+
+
+def _saved_splits(folder: Path, split: Split) -> Selection:
+    splits = [str(name) for name in _json(folder / "dataset_dict.json").get("splits", [])]
+    found = [(_split_of(Path(name)), folder / name) for name in splits]
+    chosen = _of_split(folder, found, split)
+    if len(chosen.files) > 1:
+        exact = [saved for saved in chosen.files if saved.name == split]
+        if not exact:
+            names = ", ".join(saved.name for saved in chosen.files)
+            raise unusable(folder, f"has several datasets for {split}: {names}", "Name the folder of one.")
+        chosen = Selection(exact)
+    skipped = [saved for _, saved in found if saved not in chosen.files]
+    return Selection([file for saved in chosen.files for file in _saved_files(saved)], skipped)
+
+
+def _configured(folder: Path) -> list[tuple[str, Path]]:
+    """Return the files of each split that the card of a hub repository (README.md) names, or nothing."""
+    named = _card(folder).get("configs")
+    configs = (
+        [config for config in named if isinstance(config, dict) and "data_files" in config]
+        if isinstance(named, list)
+        else []
+    )
+    if not configs:
+        return []
+    default = [config for config in configs if config.get("default") or config.get("config_name") == "default"] or configs
+    if len(default) > 1:
+        names = ", ".join(str(config.get("config_name")) for config in configs)
+        raise unusable(folder, f"has several datasets ({names})", "Name the files or the folder of one.")
+    data_files = default[0]["data_files"]
+    entries = data_files if isinstance(data_files, list) else [data_files]
+    found = []
+    for entry in entries:
+        split, patterns = (entry.get("split", "train"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            files = [file for file in _matching(folder, str(pattern)) if suffix_of(file)]
+            found += [(_split_of(Path(str(split))) or str(split), file) for file in files]
+    return found
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise unusable(folder, f"has a README.md with the pattern {pattern!r}: {error}") from error
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """Return the YAML head of a hub repository's README.md; nothing if there is none that can be read."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        head = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") and text.count("---") > 1 else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise unusable(path, "is not valid JSON") from error
+    return content if isinstance(content, dict) else {}
+
+
+def unusable(path: Path, problem: str, hint: str = "") -> DatasetError:
+    """Return the error of a dataset that cannot be read at all."""
+    return DatasetError(
+        code="dataset_unusable",
+        message=f"The dataset {path} {problem}.",
+        hint=hint or f"Give a {', '.join(FORMATS[:-1])} file (.gz and .zst too), or a folder of them.",
+        param="dataset_path",
+    )

@@ -1,0 +1,64 @@
+"""What a rendered sample lost on its way from the record to the tokens; each function notes what it finds."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sage.libs.finetune.data.findings import Code, Findings
+from sage.libs.finetune.data.samples import Sample
+from sage.libs.models.chat import ChatFormat, Message
+
+#: Fields that mean more than bookkeeping, by their names.
+_FLAG = re.compile(r"weight|mask|train|loss|learn|skip|ignore", re.IGNORECASE)
+_THINK_TAG = re.compile(r"</?think>")
+
+
+def inspect_fields(sample: Sample, findings: Findings) -> None:
+    """Look for fields that nothing reads."""
+    for name in sample.content.ignored:
+        is_flag = "." in name and _FLAG.search(name.rpartition(".")[2])
+        findings.add(Code.FLAG_IGNORED if is_flag else Code.FIELD_IGNORED, sample.origin, name)
+
+
+def inspect_answer(sample: Sample, message: Message, trained: str, findings: Findings) -> None:
+    """Look for what an answer says and its trained text does not."""
+    if any(part.strip() not in trained for part in _THINK_TAG.split(message["content"])):
+        findings.add(Code.ANSWER_LOST, sample.origin)
+    if message.get("reasoning_content", "").strip() not in trained:
+        findings.add(Code.REASONING_LOST, sample.origin)
+    if any(call["function"]["name"] not in trained for call in message.get("tool_calls", ())):
+        findings.add(Code.CALLS_LOST, sample.origin)
+
+
+def inspect_prompt(
+    sample: Sample, asked: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: str, findings: Findings
+) -> None:
+    """Look for what is asked and does not stand in the rendered prompt."""
+    if any(m["role"] in ("system", "user") and m["content"].strip() not in prompt for m in asked):
+        findings.add(Code.MESSAGE_LOST, sample.origin)
+    if any(tool.get("function", tool).get("name", "") not in prompt for tool in tools or ()):
+        findings.add(Code.TOOLS_LOST, sample.origin)
+
+
+def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> None:
+    """Look whether other servers stop at what ends an answer; folder: of the base."""
+    end = chat_format.answer_end()
+    listed: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            configured = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            listed += configured if isinstance(configured, list) else [configured]
+    if end is not None and end not in listed:
+        findings.add_of_model(Code.END_NOT_CONFIGURED, chat_format.tokenizer.convert_ids_to_tokens(end))
+
+
+def inspect_tokens(
+    sample: Sample, ids: Sequence[int], labels: Sequence[int], bos: int | None, ends: Sequence[int], findings: Findings
+) -> None:
+    """Look at a sequence's first and last tokens; ends: the tokens that end an answer."""
+    if bos is not None and list(ids[:2]) == [bos, bos]:
+        findings.add(Code.DOUBLE_BOS, sample.origin)
+    if labels[-1] not in ends:
+        findings.add(Code.NO_END_TOKEN, sample.origin)

@@ -1,0 +1,71 @@
+"""A prompt and its answers, each a text or messages, and what is said twice in them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from sage.libs.finetune.data.messages import Conversation, Message, read_conversation, read_message
+from sage.libs.finetune.data.values import RecordError, text_of, unpacked
+
+
+def prompt_of(value: Any, where: str) -> Conversation:
+    """Return a prompt: a text is what the user says, unless it holds messages in JSON. Raises RecordError."""
+    messages = _packed_messages(value)
+    return _turns(value if messages is None else messages, where, "user")
+
+
+def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
+    """Return what answers a prompt; prompt: as the record has it, or None. Raises RecordError.
+
+    A text is what the assistant says, character by character, even if it is JSON. It holds messages only if the prompt
+    does too, or if the first of them say the prompt again, or if there is no prompt elsewhere.
+    """
+    messages = _packed_messages(value)
+    if messages is None or not (prompt is None or _packed_messages(prompt) or _says_again(messages, prompt)):
+        return _turns(value, where, "assistant")
+    return read_conversation(messages, where)
+
+
+def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
+    """Return the prompt and the answer of messages that may begin with the prompt once more. Raises RecordError."""
+    prompt, spoken = list(prompt), list(spoken)
+    for begin in (0, 1):  # the second may be behind a system message
+        end = begin + len(prompt)
+        if prompt and spoken[begin:end] == prompt and all(message["role"] == "system" for message in spoken[:begin]):
+            return spoken[:end], spoken[end:]
+    asked = list(takewhile(lambda message: message["role"] in ("system", "user"), spoken))
+    if not prompt or (asked and prompt[-len(asked) :] == asked):
+        return prompt or asked, spoken[len(asked) :]
+    if asked:
+        raise RecordError(
+            f"{where}[0] is a {asked[0]['role']} message, but not the prompt.",
+            f"Make it the same as the prompt, or remove it from {where}.",
+        )
+    return prompt, spoken
+
+
+def says_something(message: Message) -> bool:
+    """Return whether a message has a text, a call or a thought."""
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def _turns(value: Any, where: str, role: str) -> Conversation:
+    if _is_message(value):
+        return read_message(value, where)
+    if isinstance(value, list) and not all(isinstance(item, Mapping) and "type" in item for item in value):
+        return read_conversation(value, where)
+    return Conversation([{"role": role, "content": text_of(value, where)}], frozenset(), ())
+
+
+def _packed_messages(value: Any) -> list[Any] | None:
+    """Return the messages that a JSON text holds, or None for anything else."""
+    found = unpacked(value) if isinstance(value, str) else None
+    return found if isinstance(found, list) and found and all(map(_is_message, found)) else None
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and bool({"role", "from"} & item.keys())
+
+
+def _says_again(messages: list[Any], prompt: Any) -> bool:
+    return any(prompt in (message.get("content"), message.get("value")) for message in messages[:2])

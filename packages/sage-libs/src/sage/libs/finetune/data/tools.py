@@ -1,0 +1,99 @@
+"""Tools, and calls of them, in OpenAI's shape, from the shapes in which they are written down."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sage.libs.finetune.data.values import (
+    DECODER,
+    RecordError,
+    check_encodable,
+    json_problem,
+    kind_of,
+    list_of,
+    unpacked,
+    without_nulls,
+)
+
+Call = dict[str, Any]
+_KNOWN = {"id", "type", "index", "function", "name", "arguments"}
+
+
+def tools_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the tools of a record (`tools`, or `functions` as OpenAI had them first), or None. Raises RecordError."""
+    field = "tools" if unpacked(record.get("tools")) else "functions"
+    tools = unpacked(record.get(field))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RecordError(f"'{field}' must be a list of objects.")
+    check_encodable(tools, field)
+    return [_tool(without_nulls(tool), f"{field}[{index}]") for index, tool in enumerate(tools)]
+
+
+def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    if "function" not in tool:
+        tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    function = tool["function"]
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RecordError(f"{where} must have a function with a name.")
+    return {"type": "function", **tool}
+
+
+def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) -> list[Call]:
+    """Return the calls of an assistant message: of `tool_calls`, or of OpenAI's older `function_call`.
+
+    ignored: gets the names of fields that have no effect. Raises RecordError.
+    """
+    if "function_call" in message:
+        if message.get("tool_calls"):
+            raise RecordError(f"{where} has tool_calls and function_call.", "Remove function_call.")
+        return called_functions(message["function_call"], f"{where}.function_call", ignored)
+    calls = list_of(message.get("tool_calls") or [], f"{where}.tool_calls")
+    return [_call(call, f"{where}.tool_calls[{index}]", ignored) for index, call in enumerate(calls)]
+
+
+def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
+    """Return the calls that a turn of calls holds: an object with name and arguments, or several. Raises RecordError."""
+    if isinstance(value, str):
+        value = _decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of them.')
+    calls = value if isinstance(value, list) else [value]
+    if not calls:
+        raise RecordError(f"{where} holds no call.")
+    places = [f"{where}[{index}]" for index in range(len(calls))] if isinstance(value, list) else [where]
+    return [_call(call, place, ignored) for call, place in zip(calls, places, strict=True)]
+
+
+def _call(call: Any, where: str, ignored: list[str]) -> Call:
+    if not isinstance(call, Mapping):
+        raise RecordError(f"{where} must be an object with name and arguments, found {kind_of(call)}.")
+    function, place = (call, where) if call.get("function") is None else (call["function"], f"{where}.function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RecordError(f"{place} must be an object with name and arguments.")
+    given = {**call, **function}
+    ignored += [f"tool_calls[].{name}" for name, value in given.items() if name not in _KNOWN and value is not None]
+    made: Call = {"type": "function"}
+    if call.get("id") is not None:
+        if not isinstance(call["id"], str):
+            raise RecordError(f"{where}.id must be text, found {kind_of(call['id'])}.")
+        made = {"id": call["id"], "type": "function"}
+    made["function"] = {"name": function["name"], "arguments": _arguments(function.get("arguments"), f"{place}.arguments")}
+    check_encodable(made, where)
+    return made
+
+
+def _arguments(arguments: Any, where: str) -> dict[str, Any]:
+    """Return the arguments as an object: OpenAI sends them as JSON text, chat templates expect the object."""
+    if isinstance(arguments, str):
+        arguments = _decoded(arguments, where, "Write them as an object.") if arguments.strip() else {}
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise RecordError(f"{where} must be an object, found {kind_of(arguments)}.")
+    return dict(arguments)
+
+
+def _decoded(text: str, where: str, hint: str) -> Any:
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where} is not valid JSON: {json_problem(error)}.", hint) from error

@@ -1,0 +1,104 @@
+"""Values of records: JSON as the standard has it, texts, lists, and what is wrong with them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+
+class RecordError(ValueError):
+    """A record that cannot be trained on; the message names the field, the hint the next step."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+#: Decodes JSON as the standard has it, without NaN and Infinity.
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """Return what a decoder's error says, in words for a person."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def unpacked(value: Any) -> Any:
+    """Return what a text holds if it is a JSON list or object, as in a CSV cell; else the value itself.
+
+    Only for fields that are lists or objects by their format: elsewhere such a text is what the model learns.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return DECODER.decode(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def list_of(value: Any, where: str) -> list[Any]:
+    """Return a list, or the list that a JSON text holds. Raises RecordError."""
+    value = unpacked(value)
+    if not isinstance(value, list):
+        raise RecordError(f"'{where}' must be a list, found {kind_of(value)}.")
+    return value
+
+
+def text_of(value: Any, where: str) -> str:
+    """Return a text; a list of OpenAI's text parts is one too. Raises RecordError that names the place."""
+    if type(value) is str and value.isascii():
+        return value
+    if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
+        value = "".join(_part_text(part, f"{where}[{index}]") for index, part in enumerate(value))
+    if not isinstance(value, str):
+        raise RecordError(f"{where} must be text, found {kind_of(value)}.")
+    return encodable(value, where)
+
+
+def _part_text(part: Mapping[str, Any], where: str) -> str:
+    if part["type"] != "text":
+        raise RecordError(f"{where} is of type {part['type']!r}: this trains text only.", "Remove the record.")
+    if not isinstance(part.get("text"), str):
+        raise RecordError(f"{where}.text must be text, found {kind_of(part.get('text'))}.")
+    return str(part["text"])
+
+
+def encodable(text: str, where: str) -> str:
+    """Return a text that has no half of a character (a lone surrogate). Raises RecordError."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise RecordError(f"{where} holds half a character, {half}.", "Write the whole character.") from error
+    return text
+
+
+def check_encodable(value: Any, where: str) -> None:
+    """Raise RecordError if a text anywhere inside holds half of a character."""
+    encodable(json.dumps(value, ensure_ascii=False, default=str), where)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys whose value is null, at every depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def printable(name: Any) -> str:
+    """Return a field's name as it can be printed anywhere."""
+    return str(name).encode(errors="replace").decode()
+
+
+def kind_of(value: Any) -> str:
+    """Return what a JSON value is, in words."""
+    names = {type(None): "nothing", str: "text", list: "a list", dict: "an object", bool: "true or false"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

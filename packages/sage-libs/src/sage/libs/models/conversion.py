@@ -1,0 +1,123 @@
+"""Models that are made once before they load: GGUF files as safetensors, and hub models on this disk.
+
+.converted/<name>-<hash>/          safetensors of the GGUF file with that SHA-256
+.converted/<name>-<hash>.sources   which files are known to have it, with size and times: they are not read again
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sage.common.errors import ModelError, SageError, first_line
+from sage.common.files import fsync_path, fsync_tree, replace_file
+from sage.common.paths import get_user_paths
+from sage.common.processes import held_lock
+from sage.libs.models.resolve import ModelSource
+
+logger = logging.getLogger(__name__)
+#: What a model needs to be loaded; everything else on the hub stays there.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_HASH_DIGITS = 16
+
+
+def converted(folder: Path) -> Path:
+    """Return bf16 safetensors of the GGUF file in a folder, converted now unless a file of the same content was before."""
+    gguf = next(folder.glob("*.gguf"))
+    root = get_user_paths().models_dir / ".converted"
+    with held_lock(root / ".lock"):
+        target = _known(root, gguf)
+        if target is None:
+            with gguf.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_DIGITS]
+            target = root / f"{gguf.stem}-{digest}"
+            _remember(target, gguf)
+    with held_lock(root / f".{target.name}.lock"):
+        if not (target / "config.json").is_file():
+            logger.info("converting %s to safetensors, once", gguf)
+            shutil.rmtree(target, ignore_errors=True)
+            _make(target, lambda aside: _convert(gguf, aside), f"{gguf} cannot be converted to safetensors")
+    return target
+
+
+def downloaded(source: ModelSource) -> Path:
+    """Return a hub model's folder, downloaded now unless it was before."""
+    target = source.folder
+    with held_lock(get_user_paths().models_dir / ".locks" / f"{source.name.replace('/', '--')}.lock"):
+        if not (target / "config.json").is_file():
+            logger.info("downloading %s from the hub", source.name)
+            _make(target, lambda aside: _download(source.name, aside), f"{source.name} cannot be downloaded")
+    return target
+
+
+def _identity(gguf: Path) -> list[object]:
+    """Return what tells a file from one that has taken its place, without reading it."""
+    found = gguf.stat()
+    return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _known(root: Path, gguf: Path) -> Path | None:
+    return next((path.with_suffix("") for path in root.glob("*.sources") if _identity(gguf) in _sources(path)), None)
+
+
+def _remember(target: Path, gguf: Path) -> None:
+    path = target.with_name(f"{target.name}.sources")
+    others = [source for source in _sources(path) if source[0] != str(gguf.resolve())]
+    replace_file(path, json.dumps([*others, _identity(gguf)]).encode())
+
+
+def _sources(path: Path) -> list[list[object]]:
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _make(target: Path, write: Callable[[Path], None], failure: str) -> None:
+    """Make a folder, whole or not at all, under a lock that the caller holds; raises ModelError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        try:
+            write(aside)
+            fsync_tree(aside)
+            os.replace(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        fsync_path(target.parent)
+    except SageError:
+        raise
+    except Exception as error:  # a broken file, a full disk, the network: transformers and the hub raise what they like
+        raise ModelError(
+            code="model_unusable",
+            message=f"{failure}: {first_line(error)}.",
+            hint=f"It is written to {target.parent}, which needs enough free space." if "space" in str(error) else "",
+            param="model",
+        ) from error
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
+    )
+    # The weights are dense now; what remembers the packed ones would stop save_pretrained.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _download(name: str, target: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(name, local_dir=target, allow_patterns=_HUB_FILES)
+    shutil.rmtree(target / ".cache", ignore_errors=True)

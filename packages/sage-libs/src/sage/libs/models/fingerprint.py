@@ -1,0 +1,38 @@
+"""Whether a base model is still the one that an adapter was trained on, without reading all of its weights."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from sage.common.errors import ModelError
+from sage.libs.models.resolve import safetensors_header
+
+#: Read of each tensor, from its middle.
+_SAMPLE_BYTES = 256
+#: Entries of config.json that do not change what the model computes.
+_FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
+
+
+def fingerprint(folder: Path) -> str:
+    """Return 64 hex digits that tell one base model from another, also from one of the same shape.
+
+    Covers config.json, the names and shapes of all tensors, and some bytes of each of them.
+    Raises ModelError for a folder that holds no whole model.
+    """
+    digest = hashlib.sha256()
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        digest.update(json.dumps({k: v for k, v in config.items() if k not in _FREE}, sort_keys=True).encode())
+        tensors = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            header = safetensors_header(path)
+            with path.open("rb") as file:
+                begin = 8 + int.from_bytes(file.read(8), "little")
+                for name, entry in header.items():
+                    first, end = entry["data_offsets"]
+                    file.seek(begin + first + max(0, end - first - _SAMPLE_BYTES) // 2)
+                    tensors[name] = entry["dtype"], entry["shape"], file.read(min(_SAMPLE_BYTES, end - first)).hex()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(code="model_invalid", message=f"{folder} cannot be read: {error}.", param="model") from error
+    digest.update(json.dumps(tensors, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""Request bodies: JSON only, bounded in bytes and in nesting, and made of whole characters."""
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+from fastapi import HTTPException, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from sage.common.errors import ConfigError
+
+MAX_NESTING = 100
+#: An escape that may be half of a surrogate pair.
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class JsonRequest(Request):
+    """A request whose body is refused while it is read, not after it filled the memory."""
+
+    async def body(self) -> bytes:
+        """Return the body. Raises HTTPException 413 as soon as it exceeds `app.state.max_request_bytes`."""
+        if not hasattr(self, "_body"):
+            limit: int = self.app.state.max_request_bytes
+            declared = self.headers.get("content-length", "")
+            body = bytearray()
+            if declared.isdecimal() and int(declared) > limit:
+                _refuse_size(limit)
+            async for chunk in self.stream():
+                body += chunk
+                if len(body) > limit:
+                    _refuse_size(limit)
+            self._body = bytes(body)
+        return self._body
+
+    async def json(self) -> Any:
+        """Return the parsed body. Raises HTTPException 400 if it is not JSON, or JSON that no model can be asked with."""
+        try:
+            text = (await self.body()).decode()
+            content = json.loads(text, parse_constant=_refuse_constant)
+        except RecursionError:
+            _refuse_nesting()
+        except ValueError as error:
+            _refuse("invalid_json", f"The body is not valid JSON: {error}.")
+        if _is_deeper(content, MAX_NESTING):
+            _refuse_nesting()
+        if _SURROGATE_ESCAPE.search(text):
+            try:
+                json.dumps(content, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                _refuse("invalid_unicode", "The body has half of a surrogate pair, which is no character.")
+        return content
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body as JsonRequest does, and only as application/json.
+
+    A web page of another site can send anything else to loopback without the browser asking first.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        """Return the handler of FastAPI, given a JsonRequest."""
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if request.method == "POST" and media_type != "application/json":
+                _refuse("unsupported_media_type", "The body must be sent as 'Content-Type: application/json'.", 415)
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        nests = [part for part in level if isinstance(part, (dict, list))]
+        level = [child for nest in nests for child in (nest.values() if isinstance(nest, dict) else nest)]
+    return bool(nests)
+
+
+def _refuse(code: str, message: str, status: int = 400) -> NoReturn:
+    raise HTTPException(status, ConfigError(code=code, message=message))
+
+
+def _refuse_size(limit: int) -> NoReturn:
+    _refuse("request_too_large", f"The body is larger than {limit / 1e6:g} MB, the limit of SAGE_MAX_REQUEST_MB.", 413)
+
+
+def _refuse_nesting() -> NoReturn:
+    _refuse("nesting_too_deep", f"The body is nested deeper than {MAX_NESTING} levels.")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

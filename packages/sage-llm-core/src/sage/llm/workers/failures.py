@@ -1,0 +1,30 @@
+"""What is told and logged about failures that nobody foresaw: never the words of a request."""
+
+import logging
+import traceback
+
+from sage.common.errors import Overloaded, SageError
+
+logger = logging.getLogger(__name__)
+
+
+def internal_error(error: BaseException, doing: str) -> SageError:
+    """Return an error to tell a client, and log where it came from.
+
+    The message of the exception is left out of both: libraries put what they were given into it.
+    """
+    if isinstance(error, SageError):
+        return error
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s failed with %s\n%s", doing, type(error).__name__, frames)
+    if _is_out_of_memory(error):
+        message = "The engine ran out of memory on this request."
+        return Overloaded(code="out_of_memory", message=message, hint="Send a shorter prompt, or ask for fewer tokens.")
+    message = f"{doing} failed ({type(error).__name__})."
+    return SageError(code="internal_error", message=message, hint="The engine's log has the traceback.")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch raises its own error on a GPU, and a RuntimeError of this text on a CPU."""
+    is_torch_s = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_s

@@ -1,0 +1,74 @@
+"""What stands before an inference server: only this machine's programs may ask, and every failure is told as JSON."""
+
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sage.common.errors import ConfigError, SageError
+from sage.llm.workers.failures import internal_error
+
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def error_response(error: SageError, status: int | None = None) -> JSONResponse:
+    """Return an error in OpenAI's shape."""
+    headers = {"Retry-After": "5"} if error.http_status == 503 else None
+    return JSONResponse({"error": error_body(error)}, status_code=status or error.http_status, headers=headers)
+
+
+def error_body(error: SageError) -> dict[str, str | None]:
+    """Return what an error tells, as answers and streams carry it."""
+    return {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+
+
+class Guard:
+    """Refuses what a web page of another site may have sent, and answers for what nobody foresaw.
+
+    The servers need no key: they listen on loopback only. A page in the user's browser reaches loopback too, with its own
+    `Origin`, or under a name of its own that it lets point to 127.0.0.1.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on or refuse."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif refusal := _refusal(Headers(scope=scope)):
+            await error_response(refusal, 403)(scope, receive, send)
+        else:
+            await self._pass_on(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:  # noqa: BLE001 # an engine goes on, whatever one request did to it
+            told = internal_error(error, f"{scope['method']} {scope['path']}")
+            if not has_begun:
+                await error_response(told)(scope, receive, send)
+
+
+def _refusal(headers: Headers) -> ConfigError | None:
+    if not _is_loopback(f"//{headers.get('host', '')}"):
+        message = "The Host header does not name this machine's loopback address."
+        return ConfigError(code="host_not_allowed", message=message)
+    if "origin" in headers and not _is_loopback(headers["origin"]):
+        return ConfigError(code="origin_not_allowed", message="Web pages of other sites may not use this engine.")
+    return None
+
+
+def _is_loopback(url: str) -> bool:
+    try:
+        return urlsplit(url).hostname in _LOOPBACK
+    except ValueError:
+        return False

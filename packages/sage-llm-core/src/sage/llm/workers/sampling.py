@@ -1,0 +1,44 @@
+"""How an answer is to be chosen, and the pieces that it comes in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. None: as the model's generation_config.json says."""
+
+    max_tokens: int
+    temperature: float | None = None  #: 0 = greedy decoding
+    top_p: float | None = None
+    top_k: int | None = None  #: 0 or -1: all tokens
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  #: added to the logits of these tokens
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None  #: None: no log-probabilities are computed
+    echo: bool = False  #: the prompt is part of the answer
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """What the model gave to one token, before temperature and penalties."""
+
+    token: bytes  #: UTF-8 if the token is made of whole characters
+    logprob: float | None  #: natural logarithm; None for the first token of a prompt
+    top: tuple[tuple[bytes, float], ...]  #: the most likely tokens, best first
+    text_offset: int  #: characters of the answer before this token
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more of an answer."""
+
+    text: str
+    scores: tuple[TokenScore, ...] = ()
+    index: int = 0  #: of the choice that it belongs to
+    finish_reason: str | None = None  #: only in the last piece of a choice
+    completion_tokens: int = 0  #: of the whole choice, in its last piece

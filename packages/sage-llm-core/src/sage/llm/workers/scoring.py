@@ -1,0 +1,75 @@
+"""Log-probabilities of tokens, as the model gives them: before temperature, penalties and filters, in fp32."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage.llm.workers.sampling import TokenScore
+from sage.llm.workers.text import TextDecoder, TokenBytes
+
+#: A prompt is scored in parts of so many tokens: all its logits at once would be gigabytes.
+_PROMPT_PART_TOKENS = 512
+#: JSON has no infinity; OpenAI tells this for a token that cannot be.
+_IMPOSSIBLE = -9999.0
+
+
+class Scorer:
+    """Makes TokenScores of logits."""
+
+    def __init__(self, token_bytes: TokenBytes, top: int) -> None:
+        self._bytes, self._top = token_bytes, top
+
+    def score(self, token: int, logits: Tensor | None, text_offset: int) -> TokenScore:
+        """Return the score of `token`; logits: (vocab_size,), None for a token that nothing came before."""
+        if logits is None:
+            return TokenScore(self._bytes.of(token), None, (), text_offset)
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        values, ids = logprobs.topk(min(self._top, len(logprobs)))
+        top = zip(ids.tolist(), values.tolist(), strict=True)
+        return TokenScore(
+            self._bytes.of(token),
+            _finite(float(logprobs[token])),
+            tuple((self._bytes.of(other), _finite(value)) for other, value in top),
+            text_offset,
+        )
+
+
+def _finite(value: float) -> float:
+    return max(_IMPOSSIBLE, value)  # in this order also if the model gives no number
+
+
+def prompt_scores(
+    model: Any, prompt: list[int], scorer: Scorer, decoder: TextDecoder, look: Callable[[], None]
+) -> Iterator[tuple[str, TokenScore]]:
+    """Yield each token of a prompt with the text that it completes; `look` is called between the parts."""
+    cache, before = None, None
+    for start in range(0, len(prompt), _PROMPT_PART_TOKENS):
+        look()
+        part = prompt[start : start + _PROMPT_PART_TOKENS]
+        ids = torch.tensor([part], device=model.device)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        for at, token in enumerate(part):
+            score = scorer.score(token, before, decoder.characters)
+            before = output.logits[0, at]
+            yield decoder.push(token), score
+        del output
+
+
+class LastLogits:
+    """Keeps the logits that the next token is chosen from, untouched; a context in which a model generates."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.logits = model, torch.empty(0)
+
+    def __enter__(self) -> "LastLogits":
+        self._hook = self._model.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _keep(self, _model: Any, _inputs: Any, output: Any) -> None:
+        self.logits = output.logits[0, -1]

@@ -1,0 +1,131 @@
+"""From tokens to text while they come: whole characters of any script at once, and an end before a stop string."""
+
+import re
+from functools import cache
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+#: So many tokens without a whole character are no character any more; what they decode to is given out.
+_MAX_PENDING_TOKENS = 256
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+class TextDecoder:
+    """Decodes one token after the other. What it returned so far is always a prefix of the decoded whole.
+
+    A token alone does not tell its text: bytes make a character together, and a tokenizer of SentencePiece's kind drops
+    the blank at the beginning of what it decodes. So each token is decoded behind its predecessors, and the difference is
+    its text, held back while it ends in the middle of a character.
+    """
+
+    def __init__(self, tokenizer: Any, context: list[int] | None = None) -> None:
+        """Begin; `context`: tokens before the first one, which are not given out."""
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
+        self._ids: list[int] = []
+        self._known = 0  #: tokens of `_ids` that are there as context only
+        self._shown = ""  #: what was given out of the text of `_ids`, after the context
+        self.characters = 0  #: given out so far
+        for token in (context or [])[-8:]:
+            self.push(token)
+        self.characters = 0
+
+    def push(self, token: int) -> str:
+        """Return the text that is complete with one more token."""
+        if token in self._special:
+            return ""
+        self._ids.append(token)
+        text = self._text()
+        is_whole = bool(text) and not text.endswith(_REPLACEMENT)
+        if not is_whole and len(self._ids) - self._known < _MAX_PENDING_TOKENS:
+            return self._show(text.rstrip(_REPLACEMENT))
+        new = self._show(text)
+        self._ids = self._ids[self._known :]
+        self._known, self._shown = len(self._ids), ""
+        return new
+
+    def flush(self) -> str:
+        """Return what was held back; for the end of an answer."""
+        return self._show(self._text())
+
+    def _text(self) -> str:
+        context = self._decode(self._ids[: self._known])
+        return self._decode(self._ids)[len(context) :]
+
+    def _show(self, text: str) -> str:
+        new = text[len(self._shown) :]
+        self._shown += new
+        self.characters += len(new)
+        return new
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class StopStrings:
+    """Ends a text before the first stop string, holding back what may become the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.is_met = False
+
+    def push(self, text: str) -> str:
+        """Return the text that can be given out with some more; nothing after a stop string."""
+        if self.is_met:
+            return ""
+        self._held += text
+        if found := [at for stop in self._stops if (at := self._held.find(stop)) >= 0]:
+            self.is_met = True
+            self._held = self._held[: min(found)]
+            return self.flush()
+        first = max(0, len(self._held) - self._longest + 1)
+        tails = (at for at in range(first, len(self._held)) if self._may_become_stop(self._held[at:]))
+        ready = next(tails, len(self._held))
+        text, self._held = self._held[:ready], self._held[ready:]
+        return text
+
+    def flush(self) -> str:
+        """Return what was held back; for the end of an answer."""
+        text, self._held = self._held, ""
+        return text
+
+    def _may_become_stop(self, tail: str) -> bool:
+        return any(stop.startswith(tail) for stop in self._stops)
+
+
+class TokenBytes:
+    """The bytes that each token stands for, wherever it stands; `Answer` and ` Answer` are two tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._added = tokenizer.added_tokens_decoder
+        self.of = cache(self._of)
+
+    def _of(self, token: int) -> bytes:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None:  # the model has more tokens than its tokenizer
+            return b""
+        if byte := _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(byte[1])
+        if token in self._added:
+            return str(name).encode()
+        text = self._decode([*self._anchor, token]).removeprefix(self._decode(self._anchor))
+        if _REPLACEMENT in text and all(character in _BYTE_OF for character in name):
+            return bytes(_BYTE_OF[character] for character in name)
+        return text.encode()
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the byte behind each character of a byte-level vocabulary, as GPT-2 defined it."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()

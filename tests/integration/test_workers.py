@@ -1,0 +1,461 @@
+"""Inference servers with real models, in this process: parameters, scores, failures, clients that leave."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from fastapi import FastAPI
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sage.common.errors import ModelError
+from sage.libs.models.chat import ChatFormat
+from sage.llm.workers import embedding, generation
+from sage.llm.workers.generator import Generator, rendered
+from sage.llm.workers.text import TextDecoder
+
+HELLO = [{"role": "user", "content": "Hello"}]
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@dataclass
+class Server:
+    """An application and the requests that a test sends to it."""
+
+    app: FastAPI
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        async def send() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://127.0.0.1") as client:
+                return await client.post(path, json={"model": "m", **body}, timeout=60)
+
+        return asyncio.run(send())
+
+    def chat(self, **more: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", {"messages": HELLO, "max_tokens": 8, "temperature": 0, **more})
+
+    def complete(self, **more: Any) -> httpx.Response:
+        return self.post("/v1/completions", {"prompt": "Hello", "max_tokens": 8, "temperature": 0, **more})
+
+    def embed(self, given: Any, **more: Any) -> httpx.Response:
+        return self.post("/v1/embeddings", {"input": given, **more})
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_model: Path) -> Generator:
+    return Generator(str(tiny_model), "fp32")
+
+
+@pytest.fixture
+def server(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setattr(generation, "Generator", lambda *_: generator)
+    return Server(generation.build("tiny", "fp32", 8))
+
+
+@pytest.fixture(scope="module")
+def embedder() -> embedding.Embedder:
+    return embedding.Embedder("all-minilm-l6-v2")
+
+
+@pytest.fixture
+def embeddings(embedder: embedding.Embedder, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setattr(embedding, "Embedder", lambda *_: embedder)
+    return Server(embedding.build("minilm"))
+
+
+def text_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    return error
+
+
+def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert lines.count("[DONE]") in (0, 1)
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def reference_logprobs(folder: Path, ids: list[int]) -> torch.Tensor:
+    """Return (tokens, vocab_size): what transformers itself gives to each next token."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+
+
+def test_a_streamed_answer_is_the_whole_answer(server: Server) -> None:
+    for seed in range(4):
+        options = {"temperature": 1.5, "seed": seed, "max_tokens": 40}
+        for ask, said in ((server.chat, "delta"), (server.complete, None)):
+            chunks = events_of(ask(stream=True, stream_options={"include_usage": True}, **options))
+            choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+            pieces = [choice[said].get("content", "") if said else choice["text"] for choice in choices]
+            whole = ask(**options)
+            assert "".join(pieces) == text_of(whole)
+            assert len([piece for piece in pieces if piece]) > 3
+            assert choices[-1]["finish_reason"] == whole.json()["choices"][0]["finish_reason"]
+            assert chunks[-1]["usage"] == whole.json()["usage"]
+
+
+def test_a_prompt_is_scored_as_the_model_itself_scores_it(
+    server: Server, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sage.llm.workers.scoring._PROMPT_PART_TOKENS", 16)  # parts join without a seam
+    ids = AutoTokenizer.from_pretrained(tiny_model)("SAGE trains and serves models. " * 6)["input_ids"]
+    reference = reference_logprobs(tiny_model, ids)
+    answer = server.complete(prompt=ids, echo=True, max_tokens=0, logprobs=3)
+    scores, text = answer.json()["choices"][0]["logprobs"], text_of(answer)
+    assert text == "SAGE trains and serves models. " * 6
+    assert answer.json()["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 0, "total_tokens": len(ids)}
+    assert scores["token_logprobs"][0] is None
+    assert scores["top_logprobs"][0] is None
+    expected = reference[torch.arange(len(ids) - 1), ids[1:]]
+    torch.testing.assert_close(torch.tensor(scores["token_logprobs"][1:]).double(), expected, atol=1e-5, rtol=0)
+    best = reference.max(dim=-1).values[:-1].tolist()
+    assert [max(top.values()) for top in scores["top_logprobs"][1:]] == pytest.approx(best, abs=1e-5)
+    assert all(3 <= len(top) <= 4 and token in top for top, token in
+               zip(scores["top_logprobs"][1:], scores["tokens"][1:], strict=True))  # fmt: skip
+    for token, offset in zip(scores["tokens"], scores["text_offset"], strict=True):
+        assert text[offset:].startswith(token)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.7])
+def test_an_answer_is_scored_before_temperature_and_penalties(server: Server, tiny_model: Path, temperature: float) -> None:
+    options = {"temperature": temperature, "seed": 3, "max_tokens": 12, "frequency_penalty": 2, "logit_bias": {"300": 5}}
+    answer = server.chat(logprobs=True, top_logprobs=2, **options).json()["choices"][0]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompt = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True)["input_ids"]
+    scored = answer["logprobs"]["content"]
+    assert b"".join(bytes(one["bytes"]) for one in scored).decode(errors="replace") == answer["message"]["content"]
+    first = reference_logprobs(tiny_model, prompt)[-1]
+    assert [one["logprob"] for one in scored[0]["top_logprobs"]] == pytest.approx(first.topk(2).values.tolist(), abs=1e-5)
+    streamed = events_of(server.chat(logprobs=True, top_logprobs=2, stream=True, **options))
+    pieces = [chunk["choices"][0]["logprobs"] for chunk in streamed]
+    assert [one for piece in pieces if piece for one in piece["content"]] == scored
+
+
+def test_an_echoed_prompt_and_its_answer_are_one_text(server: Server) -> None:
+    alone = server.complete(logprobs=0).json()["choices"][0]
+    echoed = server.complete(logprobs=0, echo=True).json()["choices"][0]
+    assert echoed["text"] == "Hello" + alone["text"]
+    count = len(alone["logprobs"]["tokens"])
+    assert echoed["logprobs"]["token_logprobs"][-count:] == pytest.approx(alone["logprobs"]["token_logprobs"], abs=1e-5)
+    assert echoed["logprobs"]["text_offset"][-count:] == [5 + offset for offset in alone["logprobs"]["text_offset"]]
+    assert text_of(server.complete(echo=True)) == echoed["text"]
+
+
+def test_token_ids_are_taken_as_they_are(server: Server, tiny_model: Path) -> None:
+    ids = AutoTokenizer.from_pretrained(tiny_model)("Hello")["input_ids"]
+    assert text_of(server.complete(prompt=ids)) == text_of(server.complete(prompt=[ids])) == text_of(server.complete())
+
+
+def test_several_prompts_and_choices_are_answered_in_order(server: Server) -> None:
+    both = server.complete(prompt=["Hello", "SAGE"], n=2).json()
+    alone = [text_of(server.complete(prompt=prompt)) for prompt in ("Hello", "SAGE")]
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in both["choices"]] == [alone[0], alone[0], alone[1], alone[1]]
+    assert both["usage"]["completion_tokens"] == 32
+    sampled = server.chat(n=2, temperature=1, seed=5).json()["choices"]
+    assert sampled[0]["message"] != sampled[1]["message"]
+    streamed = events_of(server.chat(n=2, temperature=1, seed=5, stream=True))
+    for choice in sampled:
+        own = [chunk["choices"][0] for chunk in streamed if chunk["choices"][0]["index"] == choice["index"]]
+        assert "".join(one["delta"].get("content", "") for one in own) == choice["message"]["content"]
+        assert own[0]["delta"]["role"] == "assistant"
+        assert own[-1]["finish_reason"] == "length"
+
+
+def test_penalties_biases_and_filters_choose_the_tokens(server: Server) -> None:
+    def tokens(**more: Any) -> list[str]:
+        chosen: list[str] = server.complete(logprobs=0, **more).json()["choices"][0]["logprobs"]["tokens"]
+        return chosen
+
+    assert len(set(tokens(logit_bias={"300": 100}))) == 1
+    favourite = tokens(logit_bias={"300": 1.5})
+    assert len(set(favourite)) == 1
+    for more in ({"frequency_penalty": 2}, {"presence_penalty": 2}):
+        assert tokens(logit_bias={"300": 1.5}, **more)[:2] != favourite[:2]
+    assert favourite[0] not in tokens(logit_bias={"300": -100})
+    for more in ({"temperature": 1e-40}, {"top_k": 1}, {"min_p": 1}, {"top_p": 1e-9}):
+        assert tokens(**{"temperature": 2, "seed": 1, **more}) == tokens()
+    sampled = [tokens(temperature=2, seed=1, **more) for more in ({}, {"top_k": 0}, {"top_k": -1}, {"top_k": 5})]
+    assert sampled[0] == sampled[1] == sampled[2] != sampled[3]
+
+
+def test_a_repetition_penalty_is_transformers_own(server: Server, generator: Generator) -> None:
+    prompt = [300, 301, 302, 303]
+    ids = generator.model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, repetition_penalty=1.8)
+    expected = TextDecoder(generator.tokenizer, prompt)
+    text = "".join([*map(expected.push, ids[0, len(prompt) :].tolist()), expected.flush()])
+    assert text_of(server.complete(prompt=prompt, repetition_penalty=1.8)) == text
+    assert text_of(server.complete(prompt=prompt)) != text
+
+
+def test_a_seed_decides_and_its_absence_does_not_repeat(server: Server) -> None:
+    def sample(**more: Any) -> str:
+        return text_of(server.complete(temperature=1, max_tokens=16, **more))
+
+    for seed in (-(2**63), -1, 7, 2**63 - 1):
+        assert sample(seed=seed) == sample(seed=seed)
+    after_seed = [(sample(seed=7), sample())[1] for _ in range(2)]
+    assert after_seed[0] != after_seed[1]
+    assert error_of(server.chat(seed=2**64))["param"] == "seed"
+
+
+def test_a_stop_string_across_tokens_ends_text_and_scores(server: Server) -> None:
+    whole = server.complete(logprobs=0).json()["choices"][0]
+    text, offsets = whole["text"], whole["logprobs"]["text_offset"]
+    stop = next(text[at - 1 : at + 1] for at in offsets if 1 < at < len(text))
+    cut = server.complete(logprobs=0, stop=["never", stop]).json()["choices"][0]
+    assert cut["text"] == text[: text.index(stop)]
+    assert cut["finish_reason"] == "stop"
+    assert all(offset < len(cut["text"]) for offset in cut["logprobs"]["text_offset"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [
+        ("", "invalid_value"), ([10**6], "invalid_value"), ([1] * 513, "context_length_exceeded"),
+        ("word " * 2000, "context_length_exceeded"), ("a" * 10**6, "context_length_exceeded"),
+    ],
+    ids=["empty", "unknown token", "ids too long", "text too long", "too many characters"],
+)  # fmt: skip
+def test_a_prompt_that_the_model_cannot_be_asked_with_is_refused(server: Server, prompt: Any, code: str) -> None:
+    for stream in (False, True):
+        error = error_of(server.complete(prompt=prompt, stream=stream))
+        assert (error["code"], error["param"]) == (code, "prompt")
+
+
+def test_a_prompt_fills_the_context_to_its_last_token(server: Server) -> None:
+    full = server.complete(prompt=[300] * 511).json()
+    assert full["usage"]["completion_tokens"] == 1
+    assert full["choices"][0]["finish_reason"] in ("length", "stop")
+    assert error_of(server.complete(prompt=[300] * 512))["code"] == "context_length_exceeded"
+    assert server.complete(prompt=[300] * 512, max_tokens=0, echo=True).status_code == 200
+    assert error_of(server.complete(logit_bias={"600": 1}))["param"] == "logit_bias"
+
+
+def test_tools_are_refused_if_the_template_does_not_tell_of_them(
+    server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = error_of(server.chat(tools=TOOLS))
+    assert (error["code"], error["param"]) == ("unsupported_value", "tools")
+    assert server.chat(tools=TOOLS, tool_choice="none").status_code == 200
+    monkeypatch.setattr(generator.tokenizer, "chat_template", "{{ tools }}" + generator.tokenizer.chat_template)
+    assert server.chat(tools=TOOLS).status_code == 200
+
+
+def test_a_template_that_never_ends_is_stopped(
+    server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with monkeypatch.context() as patched:
+        patched.setattr("sage.llm.workers.generator.RENDER_SECONDS", 0.2)
+        patched.setattr(generator.tokenizer, "chat_template", endless)
+        assert error_of(server.chat())["code"] == "template_too_slow"
+        with pytest.raises(ModelError, match="did not finish"):
+            rendered(lambda: ChatFormat(generator.tokenizer).end_ids(None))
+    assert server.chat().status_code == 200
+
+
+def fail_after(generator: Generator, tokens: int, error: BaseException) -> Callable[..., Any]:
+    """Return a `generate` that raises once the model has been asked for so many tokens."""
+    forward, calls = generator.model.forward, 0
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > tokens:
+            raise error
+        return forward(*arguments, **options)
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError("x"), 500), (MemoryError(), 503), (torch.OutOfMemoryError("x"), 503), (SystemExit(1), 500)],
+    ids=repr,
+)
+def test_an_engine_goes_on_whatever_a_generation_raises(
+    server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
+) -> None:
+    for stream in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(generator.model, "forward", fail_after(generator, 0, error))
+            error_of(server.chat(stream=stream), status)
+        with monkeypatch.context() as patched:
+            patched.setattr(generator.model, "forward", fail_after(generator, 4, error))
+            answer = server.chat(stream=stream)
+        if stream:
+            chunks = events_of(answer)
+            assert "error" in chunks[-1]
+            assert "[DONE]" not in answer.text
+            assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks[:-1])
+        else:
+            error_of(answer, status)
+    assert server.chat().status_code == 200
+
+
+class Client:
+    """A client on the level of ASGI, which leaves when the test says so."""
+
+    def __init__(self, app: FastAPI, **body: Any) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.answered = asyncio.Event()
+        self._left = asyncio.Event()
+        self._body = [json.dumps({"model": "m", "messages": HELLO, "temperature": 0, **body}).encode()]
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+            "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"", "headers": headers,
+        }  # fmt: skip
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body:
+            return {"type": "http.request", "body": self._body.pop()}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+        if message.get("body"):
+            self.answered.set()
+
+    async def leave(self) -> None:
+        self._left.set()
+        await self.task
+
+
+@pytest.fixture
+def generated(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the answers that the model was asked for."""
+    lengths: list[int] = []
+    generate = generator.generate
+
+    def counted(prompt: list[int], sampling: Any, **options: Any) -> None:
+        lengths.append(sampling.max_tokens)
+        generate(prompt, sampling, **options)
+
+    monkeypatch.setattr(generator, "generate", counted)
+    return lengths
+
+
+def test_clients_that_left_the_queue_cost_no_work(server: Server, generator: Generator, generated: list[int]) -> None:
+    may_go_on = threading.Event()
+    hook = generator.model.register_forward_pre_hook(lambda *_: may_go_on.wait(60) and None)
+
+    async def scenario() -> Client:
+        first = Client(server.app, max_tokens=3)
+        impatient = [Client(server.app, max_tokens=400, stream=index % 2 == 0) for index in range(5)]
+        last = Client(server.app, max_tokens=2)
+        await asyncio.sleep(0.2)  # they stand in the queue, or they do not: the promise holds either way
+        for client in impatient:
+            await client.leave()
+        may_go_on.set()
+        await asyncio.gather(first.task, last.task)
+        return last
+
+    last = asyncio.run(scenario())
+    hook.remove()
+    assert sorted(generated) == [2, 3]
+    assert json.loads(last.sent[-1]["body"])["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_when_its_client_leaves(
+    server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    has_begun, layers_passed = threading.Event(), 0
+    monkeypatch.setattr(generator, "context_tokens", 10**9)
+
+    def pass_layer(*_: Any) -> None:
+        nonlocal layers_passed
+        layers_passed += 1
+        has_begun.set()
+
+    hook = generator.model.model.layers[0].register_forward_pre_hook(pass_layer)
+
+    async def scenario() -> None:
+        endless = Client(server.app, max_tokens=10**8, stream=stream, logit_bias={"0": -100, "2": -100})
+        await asyncio.to_thread(has_begun.wait, 60)
+        if stream:
+            await endless.answered.wait()
+        await endless.leave()
+        await Client(server.app, max_tokens=1).task
+
+    asyncio.run(scenario())
+    hook.remove()
+    assert layers_passed < 10_000
+
+
+def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: embedding.Embedder) -> None:
+    def vectors(given: Any, **more: Any) -> torch.Tensor:
+        answer = embeddings.embed(given, **more)
+        assert answer.status_code == 200, answer.text
+        return torch.tensor([item["embedding"] for item in answer.json()["data"]])
+
+    texts = ["a cat", "a much longer text about the stock market in 1929", "a kitten"] * 20
+    many = vectors(texts)
+    assert many.shape == (60, 384)
+    torch.testing.assert_close(many[:3], torch.cat([vectors(text) for text in texts[:3]]), atol=1e-5, rtol=0)
+    tokenizer: Any = AutoTokenizer.from_pretrained(embedder._model[0].auto_model.config._name_or_path)
+    ids = tokenizer(texts[:3])["input_ids"]
+    torch.testing.assert_close(vectors(ids), many[:3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors(ids[0]), many[:1], atol=1e-5, rtol=0)
+    assert embeddings.embed(texts[:3]).json()["usage"]["prompt_tokens"] == sum(map(len, ids))
+    shortened = vectors("a cat", dimensions=64)
+    torch.testing.assert_close(shortened, torch.nn.functional.normalize(many[:1, :64]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "param", "told"),
+    [
+        ("", {}, "input", "input 0 is empty"), (["a", ""], {}, "input", "input 1 is empty"), ([], {}, "input", "input must"),
+        ("word " * 300, {}, "input", "has 302 tokens; this model takes 256"), ([5] * 300, {}, "input", "has 300 tokens"),
+        ("a" * 10**6, {}, "input", "has 1000000 characters"), ([10**6], {}, "input", "does not exist"),
+        ("a", {"dimensions": 385}, "dimensions", "384"), ("a", {"input_type": "query"}, "input_type", "not supported"),
+    ],
+)  # fmt: skip
+def test_embeddings_of_nothing_or_too_much_are_refused(
+    embeddings: Server, given: Any, more: dict[str, Any], param: str, told: str
+) -> None:
+    error = error_of(embeddings.embed(given, **more))
+    assert error["param"] == param
+    assert told in error["message"]
+
+
+def test_embeddings_asked_for_at_once_are_those_asked_for_alone(embeddings: Server) -> None:
+    texts = [f"text {'and more ' * (index % 7)}number {index}" for index in range(40)]
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(embeddings.app), base_url="http://127.0.0.1") as client:
+            asked: list[Awaitable[httpx.Response]] = [
+                client.post("/v1/embeddings", json={"model": "m", "input": [text, "short"]}, timeout=60) for text in texts
+            ]
+            return await asyncio.gather(*asked)
+
+    alone = torch.tensor([item["embedding"] for item in embeddings.embed(texts).json()["data"]])
+    for index, answer in enumerate(asyncio.run(ask_all())):
+        torch.testing.assert_close(torch.tensor(answer.json()["data"][0]["embedding"]), alone[index], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["server", "embeddings"])
+def test_the_openapi_document_describes_the_requests(kind: str, request: pytest.FixtureRequest) -> None:
+    schema = request.getfixturevalue(kind).app.openapi()
+    for path, methods in schema["paths"].items():
+        if "post" in methods:
+            assert methods["post"]["requestBody"]["content"].keys() == {"application/json"}, path
+            assert {"200", "400", "413", "415"} <= methods["post"]["responses"].keys()
