@@ -59,14 +59,15 @@ class Generator:
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
         try:
-            asked = read_conversation(messages, "messages").messages
+            asked = read_conversation(messages, "messages")
         except RecordError as error:
-            raise ConfigError(code="invalid_value", message=error.message, hint=error.hint, param="messages") from error
+            raise _invalid(error.message, "messages", error.hint) from error
+        if asked.ignored:
+            raise _invalid(f"{asked.ignored[0]} is not supported.", "messages", "Remove it.")
         try:
-            return self.chat_format.prompt_ids(asked, tools or None)
+            return self.chat_format.prompt_ids(asked.messages, tools or None)
         except Exception as error:  # jinja and templates raise what they like
-            message = f"messages: the model's chat template refuses them: {error}"
-            raise ConfigError(code="invalid_value", message=message, param="messages") from error
+            raise _invalid(f"messages: the model's chat template refuses them: {error}", "messages") from error
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the prompt of a plain completion."""
@@ -244,5 +245,5 @@ def _layers(model: Any) -> list[torch.nn.Module]:
     return list(max(lists, key=lambda layers: sum(weight.numel() for weight in layers.parameters()), default=[]))
 
 
-def _invalid(message: str, param: str) -> ConfigError:
-    return ConfigError(code="invalid_value", message=message, param=param)
+def _invalid(message: str, param: str, hint: str = "") -> ConfigError:
+    return ConfigError(code="invalid_value", message=message, hint=hint, param=param)
