@@ -32,6 +32,8 @@ class Conversation:
                     sys.stdout.flush()
         except SageError:
             self._messages.pop()
+            if answer:  # the error begins a line of its own
+                sys.stdout.write("\n")
             raise
         sys.stdout.write("\n")
         self._messages.append({"role": "assistant", "content": answer})

@@ -1,4 +1,4 @@
-"""Finding the gateway, and starting it where there is none."""
+"""Finding the gateway, and starting it if there is none."""
 
 import contextlib
 import json
@@ -11,13 +11,14 @@ from urllib.parse import urlsplit
 import typer
 
 from sage.common.errors import Conflict, EngineError, GatewayUnreachable, SageError
-from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
-from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
+from sage.common.processes import ProcessIdentity, ProcessSpec, exit_code, holder, spawn
 from sage.llm.client import SageClient
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.05
+#: How the gateway's log marks the reason why it did not start.
+_REASON = "sage gateway: "
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -58,40 +59,67 @@ def connect() -> SageClient:
     return find_client()
 
 
-def answers(client: SageClient) -> bool:
-    """Return whether a SAGE gateway answers."""
+def answers(client: SageClient, pid: int = 0) -> bool:
+    """Return whether a SAGE gateway answers; if `pid` is known, whether that one does."""
     try:
-        return client.health().get("service") == "sage-gateway"
+        health = client.health()
     except SageError:
         return False
+    return health.get("service") == "sage-gateway" and pid in (0, health.get("pid"))
 
 
 def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
-    """Start the gateway in the background and wait until it answers.
+    """Start the gateway in the background, unless it runs, and wait until it answers.
 
-    Raises GatewayUnreachable with what it said where it does not come up, or where the settings name another machine.
+    Raises ConfigError if a setting is wrong, GatewayUnreachable with the reason if the gateway does not come up.
     """
+    from sage.common.settings import load_settings
+
+    load_settings()  # the gateway would say the same, but only in its log
     argv = [sys.executable, "-m", "sage.llm.gateway"]
     argv += ["--host", host] if host else []
     argv += ["--port", str(port)] if port else []
-    typer.echo(f"Starting the gateway in the background (log: {log_path()}).", err=True)
-    try:
-        process: ProcessIdentity | None = spawn(ProcessSpec(tuple(argv), lock_path(), log_path()))
-    except Conflict:  # another command was quicker
-        process = holder(lock_path())
     deadline = time.monotonic() + _START_SECONDS
+    process: ProcessIdentity | None = None
+    log_bytes = 0
     while time.monotonic() < deadline:
-        is_alive = holder(lock_path()) is not None
-        if not is_alive:
-            said = (tail_lines(log_path(), 1) or ["nothing"])[0]
-            raise GatewayUnreachable(code="gateway_failed", message=f"The gateway did not start: {said}")
-        if is_alive and process and answers(find_client()):
-            return process
+        holding = holder(lock_path())
+        if holding is None:
+            if process:
+                raise _failed(process, log_bytes)
+            log_bytes = _size(log_path())
+            with contextlib.suppress(Conflict):  # another command was quicker: its gateway is waited for
+                process = spawn(ProcessSpec(tuple(argv), lock_path(), log_path()))
+                typer.echo(f"Starting the gateway in the background (log: {log_path()}).", err=True)
+        elif answers(find_client(), holding.pid):
+            return holding
         time.sleep(_POLL_SECONDS)
     raise GatewayUnreachable(
         code="gateway_slow", message=f"The gateway did not answer within {_START_SECONDS:.0f} s.",
         hint=f"Its log is {log_path()}.",
     )  # fmt: skip
+
+
+def _failed(process: ProcessIdentity, log_bytes: int) -> GatewayUnreachable:
+    """Return the reason that a gateway left in its log, of which `log_bytes` are from before."""
+    with log_path().open("rb") as log:
+        log.seek(log_bytes)
+        lines = log.read().decode(errors="replace").splitlines()
+    reasons = [line.removeprefix(_REASON) for line in lines if line.startswith(_REASON)]
+    code = exit_code(process)
+    unknown = "it was killed" if code is None or code < 0 else f"it exited with code {code}"
+    return GatewayUnreachable(
+        code="gateway_failed",
+        message=f"The gateway did not start: {reasons[-1] if reasons else f'{unknown}.'}",
+        hint=f"Its log is {log_path()}.",
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def stop() -> bool:
@@ -103,9 +131,11 @@ def stop() -> bool:
     deadline = time.monotonic() + _START_SECONDS
     while holder(lock_path()):
         if time.monotonic() > deadline:
+            name = f"PID {process.pid}" if process.pid else "PID unknown"
+            end = f"`kill -9 {process.pid}`" if process.pid else f"`fuser -k -KILL {lock_path()}`"
             raise EngineError(
-                code="gateway_stuck", message=f"The gateway (PID {process.pid}) does not end.",
-                hint=f"`kill -9 {process.pid}` ends it; its engines live on.",
+                code="gateway_stuck", message=f"The gateway ({name}) does not end.",
+                hint=f"{end} ends it; its engines live on.",
             )  # fmt: skip
         time.sleep(_POLL_SECONDS)
     return True

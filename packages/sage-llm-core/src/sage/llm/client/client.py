@@ -12,22 +12,21 @@ from sage.llm.client import calls
 from sage.llm.client.calls import Call
 from sage.llm.control_plane.types import Device, EngineEvent, EngineView, TrainingStep
 
+_CONNECT_SECONDS = 10.0
 #: Streams may be silent for as long as an engine has nothing to say.
-_STREAM_TIMEOUT = httpx.Timeout(10, read=None)
+_STREAM_TIMEOUT = httpx.Timeout(_CONNECT_SECONDS, read=None)
 _RECONNECT_SECONDS = 0.3
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 class SageClient:
     """Talks to a gateway. Every method raises SageError: what the gateway told, or GatewayUnreachable."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: where the gateway is; timeout_seconds: for one answer, streams aside."""
-        self.base_url, self.api_key = base_url, api_key
-        self._http = httpx.Client(base_url=base_url, headers=_headers(api_key), timeout=timeout_seconds, trust_env=False)
+        """base_url: where the gateway is; timeout_seconds: for one answer, except streams, starts and removals."""
+        self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
+        self._http = httpx.Client(
+            base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
+        )
 
     def __enter__(self) -> Self:
         """Use it as a context manager."""
@@ -113,22 +112,23 @@ class SageClient:
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> str:
         """Return a model's answer."""
         answer = self._json(calls.chat(model, messages, options))
-        return str(answer["choices"][0]["message"]["content"])
+        return str(answer["choices"][0]["message"]["content"] or "")
 
     def chat_stream(self, model: str, messages: list[dict[str, Any]], **options: Any) -> Iterator[str]:
         """Yield a model's answer piece by piece."""
         with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
-            for line in response.iter_lines():
-                yield calls.piece_of(line)
+            reader = calls.ChatStream()
+            yield from map(reader.piece, response.iter_lines())
+            reader.finish()
 
     def _json(self, call: Call, timeout_seconds: float | None = None) -> Any:
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else timeout_seconds
+        seconds = timeout_seconds or call.timeout_seconds or self._timeout_seconds
+        timeout = httpx.Timeout(min(seconds, _CONNECT_SECONDS), read=seconds)
         try:
             response = self._http.request(call.method, call.path, json=call.json, params=call.params, timeout=timeout)
         except httpx.HTTPError as error:
             raise calls.unreachable(self.base_url, error) from error
-        calls.raise_for_error(response)
-        return response.json()
+        return calls.content_of(response)
 
     @contextmanager
     def _stream(self, call: Call) -> Iterator[httpx.Response]:
@@ -148,10 +148,10 @@ class AsyncSageClient:
     """Talks to a gateway from asyncio. Every method raises SageError."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: where the gateway is; timeout_seconds: for one answer, streams aside."""
-        self.base_url, self.api_key = base_url, api_key
+        """base_url: where the gateway is; timeout_seconds: for one answer, except streams, starts and removals."""
+        self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.AsyncClient(
-            base_url=base_url, headers=_headers(api_key), timeout=timeout_seconds, trust_env=False
+            base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
         )
 
     async def __aenter__(self) -> Self:
@@ -224,22 +224,24 @@ class AsyncSageClient:
     async def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> str:
         """Return a model's answer."""
         answer = await self._json(calls.chat(model, messages, options))
-        return str(answer["choices"][0]["message"]["content"])
+        return str(answer["choices"][0]["message"]["content"] or "")
 
     async def chat_stream(self, model: str, messages: list[dict[str, Any]], **options: Any) -> AsyncIterator[str]:
         """Yield a model's answer piece by piece."""
         async with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
+            reader = calls.ChatStream()
             async for line in response.aiter_lines():
-                yield calls.piece_of(line)
+                yield reader.piece(line)
+            reader.finish()
 
     async def _json(self, call: Call, timeout_seconds: float | None = None) -> Any:
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else timeout_seconds
+        seconds = timeout_seconds or call.timeout_seconds or self._timeout_seconds
+        timeout = httpx.Timeout(min(seconds, _CONNECT_SECONDS), read=seconds)
         try:
             response = await self._http.request(call.method, call.path, json=call.json, params=call.params, timeout=timeout)
         except httpx.HTTPError as error:
             raise calls.unreachable(self.base_url, error) from error
-        calls.raise_for_error(response)
-        return response.json()
+        return calls.content_of(response)
 
     @asynccontextmanager
     async def _stream(self, call: Call) -> AsyncIterator[httpx.Response]:

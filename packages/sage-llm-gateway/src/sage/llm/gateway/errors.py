@@ -1,32 +1,59 @@
 """Every error in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
-import logging
+import errno
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 
-from sage.common.errors import ConfigError, NotFound, Overloaded, SageError
+from sage.common.errors import ConfigError, Overloaded, SageError
 
-logger = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 5
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class Refusal(SageError):
+    """A request that is refused for its HTTP form, with a status of its own."""
+
+    type = "invalid_request_error"
+
+    def __init__(self, status: int, code: str, message: str, hint: str = "") -> None:
+        """status: of the answer; the others as in SageError."""
+        super().__init__(code=code, message=message, hint=hint)
+        self.status = status
+
+
+def error_body(error: SageError) -> dict[str, Any]:
+    """Return an error as OpenAI's clients read it."""
+    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
 
 
 def error_response(error: SageError) -> JSONResponse:
     """Return an error as it goes over the wire."""
-    body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+    status = error.status if isinstance(error, Refusal) else error.http_status
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if isinstance(error, Overloaded) else None
-    return JSONResponse({"error": body}, status_code=error.http_status, headers=headers)
+    return JSONResponse(error_body(error), status_code=status, headers=headers)
+
+
+def out_of_descriptors(error: BaseException) -> Overloaded | None:
+    """Return the error for a gateway that has used up its file descriptors, or None if that is not the cause."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return Overloaded(
+            code="too_many_connections",
+            message="The gateway has no file descriptor left for this request.",
+            hint="Try again in some seconds; `ulimit -n` sets how many it may have.",
+        )
+    return None
 
 
 def install(app: FastAPI) -> None:
-    """Make an application tell its errors so."""
+    """Make an application report its errors in this shape. What it does not foresee is left to the gate."""
 
     @app.exception_handler(SageError)
-    async def told(_: Request, error: SageError) -> JSONResponse:
+    async def expected(_: Request, error: SageError) -> JSONResponse:
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
@@ -38,24 +65,21 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        told = NotFound(code="not_found", message=f"{request.method} {request.url.path}: {error.detail}.")
-        answer = error_response(told)
-        answer.status_code = error.status_code
+        code = _HTTP_CODES.get(error.status_code, "http_error")
+        answer = error_response(Refusal(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}."))
+        answer.headers.update(error.headers or {})
         return answer
 
     @app.exception_handler(OSError)
     async def disk(_: Request, error: OSError) -> JSONResponse:
+        if overloaded := out_of_descriptors(error):
+            return error_response(overloaded)
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}."
-        return error_response(SageError(code="io_error", message=message, hint="Nothing was started; mend it, try again."))
+        return error_response(SageError(code="io_error", message=message, hint="Fix the problem above and retry."))
 
     @app.exception_handler(SQLAlchemyError)
     async def database(_: Request, error: SQLAlchemyError) -> JSONResponse:
         message = f"The engines' database refused: {str(getattr(error, 'orig', None) or error).splitlines()[0]}."
-        hint = "What it held before is kept; free some space or mend it, then try again."
-        return error_response(SageError(code="database_error", message=message, hint=hint))
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        message = f"The gateway failed ({type(error).__name__}); its log says more."
-        return error_response(SageError(code="internal_error", message=message))
+        hint = "Nothing was changed; free disk space or fix the database, then retry."
+        kind = Overloaded if isinstance(error, OperationalError) else SageError
+        return error_response(kind(code="database_error", message=message, hint=hint))

@@ -1,70 +1,162 @@
 """Passing a request on to an engine and its answer back, as it comes."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any
 
 import aiohttp
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from yarl import URL
 
-from sage.common.errors import EngineError
+from sage.common.errors import EngineError, SageError
 from sage.llm.control_plane.store.store import EngineRecord
+from sage.llm.gateway.errors import out_of_descriptors
+from sage.llm.gateway.relay import failure_event, relayed_events
+from sage.llm.gateway.watch import EngineWatch
 
-#: An engine may think as long as it likes; one that cannot be reached is told at once.
+logger = logging.getLogger(__name__)
+#: An engine may think as long as it likes; one that cannot be reached is reported at once.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
-#: How often it is looked whether anybody still waits for an answer.
-_HANG_UP_SECONDS = 0.5
+#: What concerns one connection only (RFC 9110, section 7.6.1), and what the server or the client library writes anew.
+_HOP_BY_HOP = frozenset({
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade", "content-length", "date", "server", "expect",
+})  # fmt: skip
+#: What is between the client and the gateway: its key, its cookies, where it comes from.
+_OURS = frozenset({"authorization", "cookie", "host", "origin", "referer", "accept-encoding"})
+#: Nothing is compressed on the way from an engine of this machine.
+_PLAIN = ("Accept-Encoding", "identity")
 
 
 class EngineProxy:
-    """One pool of connections to all engines."""
+    """Connections to all engines, one per request: none is kept that the engine might close as the next request comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, unresponsive_seconds: float) -> None:
+        """unresponsive_seconds: an engine that is silent for this long, also when asked for its health, is given up."""
         self._session = aiohttp.ClientSession(
-            timeout=_TIMEOUT, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False
+            timeout=_TIMEOUT,
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
+        self._watch = EngineWatch(self._session, unresponsive_seconds)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._session.close()
 
     async def forward(self, engine: EngineRecord, request: Request, body: bytes) -> Response:
-        """Return the engine's answer, streamed where it streams; raises EngineError where there is none.
+        """Return the engine's answer, streamed if it streams.
 
-        Who hangs up before the answer is there has the engine's work on it ended.
+        If the client disconnects first, the upstream request is cancelled.
+        Raises EngineError if the engine dies, Overloaded if it hangs, ClientDisconnect.
         """
-        answer = asyncio.ensure_future(self._answer(engine, request.url.path, body))
         try:
-            while not (await asyncio.wait({answer}, timeout=_HANG_UP_SECONDS))[0]:
-                if await request.is_disconnected():
-                    return Response(status_code=499)  # nobody reads it
-            return await answer
-        except aiohttp.ClientError as error:
-            raise _lost(engine, error) from error
-        finally:
-            answer.cancel()
+            upstream = await _first(request, self._ask(engine, request, body), self._watch.silence(engine))
+            if upstream.content_type == "text/event-stream":
+                return _Stream(engine, upstream, self._watch, request.headers["x-request-id"])
+            try:
+                content = await _first(request, upstream.read(), self._watch.silence(engine))
+            finally:
+                upstream.close()
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._failure(engine, error) from error
+        answer = Response(content, upstream.status)
+        answer.raw_headers = [*_answer_headers(upstream), (b"content-length", str(len(content)).encode())]
+        return answer
 
-    async def _answer(self, engine: EngineRecord, path: str, body: bytes) -> Response:
-        upstream = await self._session.post(
-            f"http://127.0.0.1:{engine.port}{path}", data=body, headers={"Content-Type": "application/json"}
+    def _failure(self, engine: EngineRecord, error: Exception) -> SageError:
+        if isinstance(error, TimeoutError):  # it did not even take the connection
+            return self._watch.unresponsive(engine)
+        return out_of_descriptors(error) or _died(engine)
+
+    async def _ask(self, engine: EngineRecord, request: Request, body: bytes) -> aiohttp.ClientResponse:
+        query = f"?{request.url.query}" if request.url.query else ""
+        return await self._session.post(
+            URL(f"http://127.0.0.1:{engine.port}{request.url.path}{query}", encoded=True),
+            data=body,
+            headers=[*_request_headers(request), _PLAIN],
+            skip_auto_headers=("User-Agent",),
+            allow_redirects=False,
         )
-        if upstream.content_type == "text/event-stream":
-            return StreamingResponse(_chunks(upstream), upstream.status, media_type="text/event-stream")
-        async with upstream:
-            content = await upstream.read()
-        return Response(content, upstream.status, media_type=upstream.content_type)
 
 
-async def _chunks(upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    # Leaving the block closes the connection, which tells the engine that nobody listens any more.
-    async with upstream:
-        async for chunk in upstream.content.iter_any():
-            yield chunk
+class _Stream(StreamingResponse):
+    """A streamed answer; its connection to the engine is closed however it ends, which ends the engine's work on it."""
+
+    def __init__(self, engine: EngineRecord, upstream: aiohttp.ClientResponse, watch: EngineWatch, request_id: str) -> None:
+        super().__init__(self._pieces(engine, watch, request_id), upstream.status)
+        self.raw_headers = list(_answer_headers(upstream))
+        self._upstream = upstream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the pieces."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._upstream.close()
+
+    async def _pieces(self, engine: EngineRecord, watch: EngineWatch, request_id: str) -> AsyncIterator[bytes]:
+        try:
+            async for piece in relayed_events(watch.while_alive(engine, self._upstream.content.iter_any())):
+                yield piece
+            return
+        except (aiohttp.ClientError, OSError, EOFError):
+            failure: SageError = _died(engine)
+        except SageError as error:
+            failure = error
+        logger.warning("%s: %s", request_id, failure.message)
+        yield failure_event(failure)
 
 
-def _lost(engine: EngineRecord, error: Exception) -> EngineError:
+async def _first(request: Request, work: Coroutine[Any, Any, Any], watching: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of `work`, unless the client leaves first, or `watching` raises."""
+    tasks = [asyncio.ensure_future(each) for each in (work, watching, _left(request))]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0] in done:
+            return tasks[0].result()
+        return next(iter(done)).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    raise ClientDisconnect
+
+
+def _request_headers(request: Request) -> Iterable[tuple[str, str]]:
+    named = {name.strip().lower() for value in request.headers.getlist("connection") for name in value.split(",")}
+    for raw_name, raw_value in request.headers.raw:
+        name = raw_name.decode("latin-1").lower()
+        if name not in _HOP_BY_HOP | _OURS | named:
+            yield name, _text(raw_value)
+
+
+def _answer_headers(upstream: aiohttp.ClientResponse) -> Iterable[tuple[bytes, bytes]]:
+    named = {name.strip().lower() for value in upstream.headers.getall("Connection", []) for name in value.split(",")}
+    for name, value in upstream.raw_headers:
+        if name.decode("latin-1").lower() not in _HOP_BY_HOP | named:
+            yield name.lower(), value
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def _died(engine: EngineRecord) -> EngineError:
     return EngineError(
-        code="engine_lost",
-        message=f"{engine.id} stopped answering ({type(error).__name__}).",
+        code="engine_died",
+        message=f"{engine.id} ('{engine.name}') ended before its answer was complete.",
         hint=f"`sage llm engine status {engine.id}` says why.",
     )

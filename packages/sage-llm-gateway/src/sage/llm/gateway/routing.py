@@ -3,6 +3,8 @@
 import asyncio
 import time
 
+from starlette.requests import ClientDisconnect, Request
+
 from sage.common.errors import NotFound, Overloaded
 from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.control_plane.states import EngineState
@@ -12,17 +14,19 @@ from sage.llm.control_plane.types import EngineKind
 _POLL_SECONDS = 0.1
 
 
-async def running_engine(manager: ControlPlaneManager, model: str, kind: EngineKind, wait_seconds: float) -> EngineRecord:
-    """Return the running engine for a model, waiting for one that is starting.
+async def running_engine(manager: ControlPlaneManager, model: str, kind: EngineKind, request: Request) -> EngineRecord:
+    """Return the running engine for a model; if it is starting, wait for it as long as the settings say.
 
-    Raises NotFound where none serves it, Overloaded where it is not ready in time or ends while it is waited for.
+    Raises NotFound if none serves it, Overloaded if it is not ready in time or ends first, ClientDisconnect.
     """
-    deadline = time.monotonic() + wait_seconds
+    deadline = time.monotonic() + request.app.state.settings.request_wait_seconds
     engine = await manager.find_engine(model, kind)
     while engine.state is not EngineState.RUNNING:
         if time.monotonic() > deadline:
             raise Overloaded(code="engine_starting", message=f"{engine.id} for '{model}' is still {engine.state}.",
                              hint="Try again in some seconds.")  # fmt: skip
+        if await request.is_disconnected():
+            raise ClientDisconnect
         await asyncio.sleep(_POLL_SECONDS)
         try:
             engine = await manager.find_engine(engine.id, kind)

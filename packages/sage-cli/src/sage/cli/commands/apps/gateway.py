@@ -18,11 +18,10 @@ def start(
     from sage.cli import daemon
     from sage.common.processes import holder
 
-    if process := holder(daemon.lock_path()):
-        typer.echo(f"The gateway runs already (PID {process.pid}) at {daemon.find_client().base_url}.")
-        return
+    before = holder(daemon.lock_path())
     process = daemon.start(host, port)
-    typer.echo(f"The gateway runs (PID {process.pid}) at {daemon.find_client().base_url}.")
+    already = " already" if before == process else ""
+    typer.echo(f"The gateway runs{already} (PID {process.pid or 'unknown'}) at {daemon.find_client().base_url}.")
 
 
 @app.command("stop")
@@ -35,7 +34,7 @@ def stop() -> None:
 
 @app.command("status")
 def status(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Say where the gateway is; exit code 3 where none answers."""
+    """Say where the gateway is; exit code 3 if none answers."""
     import json
 
     from sage.cli import daemon

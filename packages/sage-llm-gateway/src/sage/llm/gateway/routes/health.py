@@ -30,7 +30,7 @@ async def ready(manager: Manager) -> dict[str, Any]:
     return {"status": "ready", "engines": len(await manager.list_engines())}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(manager: Manager) -> PlainTextResponse:
     """Return the engines' figures in Prometheus's text format."""
     registry = CollectorRegistry()

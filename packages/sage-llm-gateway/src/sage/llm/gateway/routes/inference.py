@@ -1,6 +1,5 @@
 """OpenAI-compatible inference, passed on to the engines."""
 
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -9,25 +8,27 @@ from starlette.responses import Response
 from sage.common.errors import ConfigError, NotFound
 from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.types import DEFAULT_MODEL, EngineKind, EngineView
+from sage.llm.gateway.gate import JSON_BODY
 from sage.llm.gateway.routes.dependencies import Manager
 from sage.llm.gateway.routing import running_engine
+from sage.llm.gateway.schema import MAX_MODEL_CHARS, inference_schema
 
 router = APIRouter(prefix="/v1")
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", **inference_schema("ChatRequest"))
 async def chat_completions(request: Request, manager: Manager) -> Response:
     """Answer a chat."""
     return await _pass_on(request, manager, EngineKind.LLM)
 
 
-@router.post("/completions")
+@router.post("/completions", **inference_schema("CompletionRequest"))
 async def completions(request: Request, manager: Manager) -> Response:
     """Complete a text."""
     return await _pass_on(request, manager, EngineKind.LLM)
 
 
-@router.post("/embeddings")
+@router.post("/embeddings", **inference_schema("EmbeddingRequest"))
 async def embeddings(request: Request, manager: Manager) -> Response:
     """Turn texts into vectors."""
     return await _pass_on(request, manager, EngineKind.EMBEDDING)
@@ -66,22 +67,17 @@ def _model(name: str, engine: EngineView) -> dict[str, Any]:
 
 
 async def _pass_on(request: Request, manager: Manager, kind: EngineKind) -> Response:
+    model = _model_of(request.scope.pop(JSON_BODY, None))
     body = await request.body()
-    model = _model_of(body)
-    engine = await running_engine(manager, model, kind, request.app.state.settings.request_wait_seconds)
+    engine = await running_engine(manager, model, kind, request)
     answer: Response = await request.app.state.proxy.forward(engine, request, body)
     return answer
 
 
-def _model_of(body: bytes) -> str:
-    try:
-        content = json.loads(body)
-    except ValueError as error:
-        message = f"The body is not valid JSON: {error}."
-        raise ConfigError(code="invalid_json", message=message) from error
+def _model_of(content: Any) -> str:
     model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, str) or not model:
-        message = "'model' is required and must be text."
+    if not isinstance(model, str) or not 0 < len(model) <= MAX_MODEL_CHARS:
+        message = f"'model' is required and must be text of 1 to {MAX_MODEL_CHARS} characters."
         hint = f"'{DEFAULT_MODEL}' means the engine that was started last."
         raise ConfigError(code="model_required", message=message, hint=hint, param="model")
     return model

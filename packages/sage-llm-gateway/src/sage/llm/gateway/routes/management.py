@@ -1,13 +1,15 @@
 """Engines over HTTP."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, status
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.responses import Response
 
+from sage.common.errors import NotFound
 from sage.llm.control_plane.inventory import list_devices
 from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.control_plane.states import SETTLED
@@ -16,6 +18,13 @@ from sage.llm.gateway.routes.dependencies import Manager
 
 router = APIRouter(prefix="/v1/management")
 _POLL_SECONDS = 0.3
+T = TypeVar("T")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
 
 
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
@@ -56,31 +65,33 @@ async def remove_engine(engine_id: str, manager: Manager) -> dict[str, Any]:
     return {"id": engine_id, "object": "engine", "deleted": True}
 
 
-@router.get("/engines/{engine_id}/logs")
+@router.get("/engines/{engine_id}/logs", response_class=PlainTextResponse)
 async def engine_logs(
     engine_id: str,
     manager: Manager,
     tail: Annotated[int, Query(ge=0, le=100_000)] = 100,
     follow: bool = False,
-    offset: Annotated[int | None, Query(ge=0)] = None,
+    offset: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
 ) -> Response:
     """Return the last lines of an engine's log; `follow` streams what comes until it has ended.
 
-    A stream says in X-Log-Offset at which byte of the log it begins, so that one that broke can go on from `offset`.
+    A stream says in X-Log-Offset at which byte of the log it begins, so that one that broke can go on from `offset`;
+    an offset behind the end means the end.
     """
     if not follow:
         return PlainTextResponse("".join(f"{line}\n" for line in await manager.get_logs(engine_id, tail)))
-    begin = offset if offset is not None else await manager.log_offset(engine_id, tail)
-    return StreamingResponse(
-        manager.follow_logs(engine_id, begin), media_type="text/plain", headers={"X-Log-Offset": str(begin)}
-    )
+    begin = await manager.log_offset(engine_id, tail if offset is None else 0)
+    if offset is not None:
+        begin = min(offset, begin)
+    lines = _until_removed(manager.follow_logs(engine_id, begin))
+    return StreamingResponse(lines, media_type="text/plain", headers={"X-Log-Offset": str(begin)})
 
 
-@router.get("/engines/{engine_id}/events")
-async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> StreamingResponse:
+@router.get("/engines/{engine_id}/events", response_class=EventStream)
+async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> EventStream:
     """Stream an engine's transitions as server-sent events until it has ended; all of the past ones come first."""
     await manager.get_engine(engine_id)
-    return StreamingResponse(_events(manager, engine_id, follow), media_type="text/event-stream")
+    return EventStream(_until_removed(_events(manager, engine_id, follow)))
 
 
 @router.get("/engines/{engine_id}/training")
@@ -93,6 +104,13 @@ async def training_steps(engine_id: str, manager: Manager) -> dict[str, Any]:
 async def gpu() -> dict[str, Any]:
     """Return the memory there is: GPUs first, main memory last."""
     return {"object": "list", "data": await asyncio.to_thread(list_devices)}
+
+
+async def _until_removed(pieces: AsyncIterator[T]) -> AsyncIterator[T]:
+    """Yield the pieces of a stream; it ends if its engine is removed."""
+    with contextlib.suppress(NotFound):
+        async for piece in pieces:
+            yield piece
 
 
 async def _events(manager: ControlPlaneManager, engine_id: str, follow: bool) -> AsyncIterator[str]:

@@ -1,0 +1,59 @@
+"""Who may use the gateway: whoever has the key, or without a key the programs of this machine, but no web page."""
+
+import hmac
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+
+from sage.common.errors import ConfigError, Unauthorized
+from sage.common.settings import Settings
+from sage.llm.gateway.errors import Refusal
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_OPEN_PATHS = frozenset({"/health"})
+
+
+def key_of(settings: Settings) -> str | None:
+    """Return the key that requests must carry; an empty one is none."""
+    return (settings.api_key.get_secret_value() if settings.api_key else "") or None
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raise ConfigError if the gateway would be open to the network without a key."""
+    if settings.gateway_host not in LOOPBACK and key_of(settings) is None:
+        raise ConfigError(
+            code="api_key_needed",
+            message=f"The gateway would listen on {settings.gateway_host} for everyone: whoever reaches it can run engines.",
+            hint="Set SAGE_API_KEY, or listen on 127.0.0.1.",
+            param="gateway_host",
+        )
+
+
+def check_access(path: str, headers: Headers, key: str | None) -> None:
+    """Raise Unauthorized or Refusal if a request may not come in."""
+    if key is None:
+        _refuse_pages(headers)
+    elif path not in _OPEN_PATHS:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if not hmac.compare_digest(given.strip().encode(), key.encode()) or scheme.lower() != "bearer":
+            raise Unauthorized(
+                code="invalid_api_key",
+                message="The API key is missing or wrong.",
+                hint="Send it as 'Authorization: Bearer KEY'; the command line takes it from SAGE_API_KEY.",
+            )
+
+
+def _refuse_pages(headers: Headers) -> None:
+    """Refuse what a page in the user's browser sends: from its own origin, or under a name that it made up for loopback."""
+    hint = "Without SAGE_API_KEY the gateway answers to localhost only."
+    if any(_host_name(f"//{host}") not in LOOPBACK for host in headers.getlist("host")):
+        raise Refusal(403, "host_not_allowed", "The Host header does not name this machine.", hint)
+    if any(_host_name(origin) not in LOOPBACK for origin in headers.getlist("origin")):
+        raise Refusal(403, "origin_not_allowed", "The Origin header names another site.", hint)
+
+
+def _host_name(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

@@ -1,0 +1,116 @@
+"""Bounds on the connections of clients, which uvicorn does not have: how many, how long a head, how slow a head."""
+
+import asyncio
+import json
+import resource
+from http import HTTPStatus
+from typing import ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from sage.common.errors import Overloaded, SageError
+from sage.llm.gateway.errors import RETRY_AFTER_SECONDS, Refusal, error_body
+
+_MOST_DESCRIPTORS = 65_536
+#: For the database, logs, locks, devices and the processes that are being started.
+_RESERVED_DESCRIPTORS = 40
+_HEAD_BYTES = 65_536
+_HEAD_SECONDS = 30
+_LINGER_SECONDS = 2
+#: Clients beyond the limit that are told so; what is beyond them is closed without a word.
+_SPARE_CONNECTIONS = 8
+
+
+def connection_limit() -> int:
+    """Raise this process's limit of file descriptors as far as it may, and return how many clients that allows.
+
+    A request takes two descriptors: the client's connection and the one to the engine.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return max(4, (min(soft, _MOST_DESCRIPTORS) - _RESERVED_DESCRIPTORS) // 2)
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """HTTP/1.1 for one client; what breaks a bound is answered in OpenAI's shape, and its connection closed."""
+
+    limit: ClassVar[int] = 1000  #: connections at once
+
+    _is_refused = False
+    _reason: Refusal | None = None
+    _head_bytes = 0
+    _head_is_open = True
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, unless there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limit + _SPARE_CONNECTIONS:
+            transport.abort()
+        elif len(self.connections) > self.limit:
+            message = f"The gateway has {self.limit} connections already."
+            self._refuse(Overloaded(code="too_many_connections", message=message, hint="Try again in some seconds."))
+        else:
+            self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._close_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came."""
+        if self.transport.is_closing() or self._is_refused:
+            return
+        super().data_received(data)
+        if self._head_is_open and not self._is_refused:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES:
+                self._refuse(_head_too_large())
+            elif self._head_timer is None:
+                self._time_head()
+
+    def on_message_begin(self) -> None:
+        """Begin a request's head."""
+        super().on_message_begin()
+        self._head_is_open = True
+
+    def on_headers_complete(self) -> None:
+        """End a request's head."""
+        self._close_head()
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES:
+            self._reason = _head_too_large()
+            raise self._reason  # the parser turns it into a call of send_400_response
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP."""
+        self._refuse(self._reason or Refusal(400, "invalid_http", msg))
+
+    def _time_head(self) -> None:
+        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.timeout_keep_alive_handler)
+
+    def _close_head(self) -> None:
+        self._head_is_open, self._head_bytes = False, 0
+        if self._head_timer:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, error: SageError) -> None:
+        status = HTTPStatus(error.status if isinstance(error, Refusal) else error.http_status)
+        body = json.dumps(error_body(error)).encode()
+        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        if isinstance(error, Overloaded):
+            head += f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        # What the client still sends is read: closing before would reset the connection and lose the answer.
+        self.transport.write_eof()
+        self._is_refused = True
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+
+
+def _head_too_large() -> Refusal:
+    return Refusal(431, "headers_too_large", f"The request's headers are larger than {_HEAD_BYTES // 1024} KiB.")

@@ -1,0 +1,58 @@
+"""Whatever is sent to the gateway: no server error, no hang, nothing undocumented, and engines that go on answering."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fuzzing import CASES, answering_quickly, fuzz
+from support import engine_of, list_engines, sage
+
+MODELS = {"/v1/chat/completions": "tiny", "/v1/completions": "tiny", "/v1/embeddings": "minilm"}
+
+
+@pytest.fixture
+def gateway(tiny_model: Path) -> Iterator[httpx.Client]:
+    """A gateway with an engine of each kind that answers."""
+    sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
+    sage("llm", "engine", "start", "all-minilm-l6-v2", "--engine-kind", "embedding", "--name", "minilm")
+    with httpx.Client(base_url=f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}", timeout=60) as client:
+        yield client
+
+
+def asker(gateway: httpx.Client) -> Any:
+    def ask() -> None:
+        messages = [{"role": "user", "content": "Hello"}]
+        chat = {"model": "tiny", "messages": messages, "max_tokens": 1}
+        assert gateway.post("/v1/chat/completions", json=chat).status_code == 200
+        assert gateway.post("/v1/embeddings", json={"model": "minilm", "input": "a"}).status_code == 200
+
+    return ask
+
+
+def part(gateway: httpx.Client, *, inference: bool) -> dict[str, Any]:
+    """Return the document of the inference routes, or of all others."""
+    document = gateway.get("/openapi.json").json()
+    document["paths"] = {path: item for path, item in document["paths"].items() if (path in MODELS) == inference}
+    return document
+
+
+@pytest.mark.parametrize("cases", CASES)
+def test_inference_stands_any_request(gateway: httpx.Client, cases: int) -> None:
+    document = answering_quickly(part(gateway, inference=True), MODELS)
+    fuzz(document, str(gateway.base_url), cases, asker(gateway))
+
+
+@pytest.mark.parametrize("cases", CASES)
+def test_management_stands_any_request(gateway: httpx.Client, tiny_model: Path, cases: int) -> None:
+    ended = engine_of(sage("llm", "engine", "start", str(tiny_model), "--name", "ended"))
+    sage("llm", "engine", "stop", ended)
+    document = part(gateway, inference=False)
+    for item in document["paths"].values():
+        for parameter in item.get("get", {}).get("parameters", ()):
+            if parameter["name"] == "engine_id":  # an engine that has ended: its streams have an end
+                parameter["schema"] = {"enum": [ended, ended, "engine-unknown"]}
+    fuzz(document, str(gateway.base_url), cases, asker(gateway))
+    assert {engine["state"] for engine in list_engines().values()} == {"running", "stopped"}

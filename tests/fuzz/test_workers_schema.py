@@ -1,0 +1,60 @@
+"""Whatever is sent to an engine itself, past the gateway: no server error, no hang, and it goes on answering."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fuzzing import CASES, answering_quickly, fuzz
+from support import free_port, wait_for
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+
+
+@contextlib.contextmanager
+def worker(module: str, model: str) -> Iterator[httpx.Client]:
+    """A worker's process that answers."""
+    port = free_port()
+    argv = [sys.executable, "-m", f"sage.llm.workers.{module}", "--model", model, "--port", str(port)]
+    with subprocess.Popen(argv) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+
+        def is_up() -> bool:
+            assert process.poll() is None
+            with contextlib.suppress(httpx.TransportError):
+                return client.get("/health").status_code == 200
+            return False
+
+        try:
+            wait_for(is_up, "the worker's start")
+            yield client
+        finally:
+            process.kill()
+
+
+def document(client: httpx.Client, *paths: str) -> dict[str, Any]:
+    return answering_quickly(client.get("/openapi.json").json(), dict.fromkeys(paths, "any"))
+
+
+def asker(client: httpx.Client, path: str, body: dict[str, Any]) -> Callable[[], None]:
+    def ask() -> None:
+        assert client.post(path, json={"model": "any", **body}).status_code == 200
+
+    return ask
+
+
+@pytest.mark.parametrize("cases", CASES)
+def test_the_generation_worker_stands_any_request(tiny_model: Path, cases: int) -> None:
+    with worker("generation", str(tiny_model)) as client:
+        ask = asker(client, COMPLETIONS, {"prompt": "Hello", "max_tokens": 1})
+        fuzz(document(client, CHAT, COMPLETIONS), str(client.base_url), cases, ask)
+
+
+@pytest.mark.parametrize("cases", CASES)
+def test_the_embedding_worker_stands_any_request(cases: int) -> None:
+    with worker("embedding", "all-minilm-l6-v2") as client:
+        ask = asker(client, EMBEDDINGS, {"input": "Hello"})
+        fuzz(document(client, EMBEDDINGS), str(client.base_url), cases, ask)

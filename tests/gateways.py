@@ -1,0 +1,80 @@
+"""A gateway and engines in the test's own process: real HTTP over loopback, no model."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import uvicorn
+from aiohttp import web
+from support import free_port
+
+from sage.common.settings import load_settings
+from sage.llm.control_plane.states import EngineState
+from sage.llm.gateway.app import create_app
+from sage.llm.gateway.connections import BoundedHttp
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+CHAT = "/v1/chat/completions"
+ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+async def healthy(_: web.Request) -> web.Response:
+    return web.json_response({"status": "ok"})
+
+
+@contextlib.asynccontextmanager
+async def engine(answer: Handler, health: Handler = healthy, keep_alive_seconds: float = 75) -> AsyncIterator[int]:
+    """An engine that answers as it is told; yields its port."""
+    app = web.Application()
+    app.router.add_get("/health", health)
+    app.router.add_post("/v1/{route:.*}", answer)
+    runner = web.AppRunner(app, keepalive_timeout=keep_alive_seconds, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    port = free_port()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        yield port
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def gateway(engine_port: int | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A gateway, with one engine `tiny` if there is a port; yields a client of it."""
+    app = create_app(load_settings().model_copy(update=settings))
+    if engine_port:
+        found = SimpleNamespace(id="engine-a", name="tiny", port=engine_port, state=EngineState.RUNNING)
+
+        async def find_engine(*_: object) -> SimpleNamespace:
+            return found
+
+        app.state.manager.find_engine = find_engine
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(
+        app, port=port, http=BoundedHttp, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1,
+    ))  # fmt: skip
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        assert not serving.done()
+        await asyncio.sleep(0.01)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def json_answer(content: Any, **options: Any) -> web.Response:
+    return web.json_response(content, **options)
+
+
+async def until(is_true: Callable[[], bool], what: str) -> None:
+    """Wait until something is so; fails after a time that only a bug needs."""
+    async with asyncio.timeout(20):
+        while not is_true():
+            await asyncio.sleep(0.01)
+    assert is_true(), what

@@ -1,0 +1,130 @@
+"""Starting the gateway where it cannot start, twice at once, and with few descriptors."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from support import SAGE, engine_of, list_engines, sage, wait_for
+
+from sage.common.processes import holder
+
+
+@pytest.fixture
+def log(sage_home: Path) -> Path:
+    return sage_home / "state/gateway.log"
+
+
+def refused(*arguments: str, exit_code: int = 3) -> str:
+    """Start the gateway, which must fail, and return the reason that the user reads."""
+    done = sage("gateway", "start", *arguments, check=exit_code)
+    assert done.stdout == ""
+    assert holder(Path(os.environ["SAGE_HOME"]) / "state/gateway.lock") is None
+    return next(line for line in done.stderr.splitlines() if line.startswith("Error: "))
+
+
+@contextlib.contextmanager
+def port_in_use() -> Iterator[None]:
+    with socket.create_server(("127.0.0.1", int(os.environ["SAGE_GATEWAY_PORT"]))):
+        yield
+
+
+def test_a_wrong_setting_is_told_by_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_RECONCILE_SECONDS", "0")
+    for _ in range(2):
+        assert "reconcile_seconds" in refused(exit_code=2)
+
+
+def test_an_empty_key_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_API_KEY", "")
+    assert "everyone" in refused("--host", "0.0.0.0")
+
+
+def test_a_start_that_fails_says_why_and_the_next_one_is_not_told_the_reason_of_the_last(
+    sage_home: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with port_in_use():
+        assert "Address already in use" in refused()
+    database = sage_home / "state/engines.db"
+    assert not database.exists()  # without the port it touched nothing
+    database.write_bytes(b"garbage" * 1000)
+    assert "not a database" in refused()
+    database.unlink()
+    database.mkdir()
+    assert "database" in refused()
+    database.rmdir()
+    monkeypatch.setenv("SAGE_DATABASE_URL", "nosuch://sage:hunter2@127.0.0.1:1/sage")
+    assert "nosuch" in refused()
+    monkeypatch.delenv("SAGE_DATABASE_URL")
+    assert "Traceback" not in log.read_text()
+    assert "The gateway runs (PID" in sage("gateway", "start").stdout
+
+
+def test_two_starts_at_once_make_one_gateway_and_both_say_where_it_is() -> None:
+    starts = [subprocess.Popen([*SAGE, "gateway", "start"], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = {start.communicate(timeout=120)[0].replace(" already", "") for start in starts}
+    assert [start.returncode for start in starts] == [0, 0, 0]
+    assert len(said) == 1
+    assert said.pop().startswith("The gateway runs (PID ")
+
+
+def test_a_gateway_with_few_descriptors_refuses_what_is_too_much_and_goes_on(tiny_model: Path) -> None:
+    engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
+    sage("gateway", "stop")
+    sage("gateway", "start", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    address = ("127.0.0.1", int(os.environ["SAGE_GATEWAY_PORT"]))
+    ask = {
+        "url": f"http://127.0.0.1:{address[1]}/v1/completions",
+        "json": {"model": engine, "prompt": "Hi", "max_tokens": 1},
+    }
+
+    def is_served() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.post(**ask, timeout=60).status_code == 200
+        return False
+
+    with contextlib.ExitStack() as held:
+        for _ in range(150):
+            connection = held.enter_context(contextlib.closing(socket.create_connection(address)))
+            connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        assert psutil.Process(holder_pid()).num_fds() < 64
+    wait_for(is_served, "an answer after the crowd", seconds=30)
+    assert list_engines()[engine]["state"] == "running"
+
+
+def holder_pid() -> int:
+    return int(json.loads((Path(os.environ["SAGE_HOME"]) / "state/gateway.json").read_text())["pid"])
+
+
+def test_an_engine_that_dies_while_it_talks_is_named_and_the_gateway_is_not_blamed(tiny_model: Path) -> None:
+    engine = engine_of(sage("llm", "engine", "start", str(tiny_model), "--name", "tiny"))
+    pid = list_engines()[engine]["pid"]
+    chat = subprocess.Popen(
+        [*SAGE, "llm", "chat", "tiny", "--message", "Hi", "--max-tokens", "400", "--temperature", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert chat.stdout
+    chat.stdout.read(1)
+    os.kill(pid, signal.SIGKILL)
+    _, said = chat.communicate(timeout=60)
+    assert chat.returncode == 1
+    assert engine in said.decode()
+    assert "gateway" not in said.decode().lower()
+
+
+def test_a_key_is_in_no_log_and_no_file_that_others_may_read(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_API_KEY", "sk-very-secret")
+    sage("gateway", "start")
+    list_engines()
+    for file in (file for file in sage_home.rglob("*") if file.is_file()):
+        mode = stat.S_IMODE(file.stat().st_mode)
+        assert b"sk-very-secret" not in file.read_bytes() or (file.name, mode) == ("gateway.json", 0o600)

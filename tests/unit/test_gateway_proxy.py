@@ -1,0 +1,273 @@
+"""What the gateway passes between client and engine, and what it says if the engine dies, hangs or closes connections."""
+
+import asyncio
+import gzip
+import json
+from collections.abc import Coroutine
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from aiohttp import web
+from gateways import ASK, CHAT, engine, gateway, until
+
+from sage.common.errors import EngineError, GatewayUnreachable
+from sage.llm.client import AsyncSageClient, calls
+
+EVENT = b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\n'
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+async def stream_of(request: web.Request, *pieces: bytes, **headers: str) -> web.StreamResponse:
+    """Begin a stream of server-sent events."""
+    answer = web.StreamResponse(headers={"Content-Type": "text/event-stream", **headers})
+    await answer.prepare(request)
+    for piece in pieces:
+        await answer.write(piece)
+    return answer
+
+
+def cut(request: web.Request) -> None:
+    """Die as a killed process does: the connection ends."""
+    assert request.transport
+    request.transport.abort()
+
+
+def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
+    seen: dict[str, Any] = {}
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.update(path=request.path_qs, headers=request.headers, body=await request.read())
+        headers = {"x-request-id": "from-engine", "Retry-After": "7", "X-Model": "tiny", "Set-Cookie": "a=b"}
+        return web.json_response({"detail": "later"}, status=429, headers=headers)
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port) as client:
+            sent = json.dumps(ASK, indent=3).encode()
+            got = await client.post(
+                f"{CHAT}?version=2%2F1&x=a%20b", content=sent,
+                headers={
+                    "Content-Type": "application/json; charset=utf-8", "X-Title": "Grüße".encode(), "traceparent": "00-ab",
+                    "User-Agent": "mine/1", "Authorization": "Bearer theirs", "Cookie": "c=d", "Connection": "x-hop",
+                    "X-Hop": "1", "Accept-Encoding": "gzip",
+                },
+            )  # fmt: skip
+            assert seen["body"] == sent
+            assert seen["path"] == f"{CHAT}?version=2%2F1&x=a%20b"
+            passed = seen["headers"]
+            assert (passed["traceparent"], passed["User-Agent"], passed["X-Title"]) == ("00-ab", "mine/1", "Grüße")
+            assert passed["Content-Type"] == "application/json; charset=utf-8"
+            assert passed["X-Request-Id"] == "from-engine" or passed["X-Request-Id"].startswith("req-")
+            assert not {"Authorization", "Cookie", "X-Hop"} & set(passed)
+            assert (got.status_code, got.json()) == (429, {"detail": "later"})
+            assert (got.headers["retry-after"], got.headers["x-model"]) == ("7", "tiny")
+            assert got.headers.get_list("x-request-id") == ["from-engine"]
+
+    run(main())
+
+
+def test_a_compressed_answer_arrives_with_its_encoding() -> None:
+    async def answer(_: web.Request) -> web.Response:
+        body = gzip.compress(b'{"text": "Hello"}')
+        return web.Response(body=body, headers={"Content-Encoding": "gzip", "Content-Type": "application/json"})
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port) as client:
+            got = await client.post(CHAT, json=ASK)
+            assert got.headers["content-encoding"] == "gzip"
+            assert got.json() == {"text": "Hello"}
+
+    run(main())
+
+
+def test_a_stream_arrives_piece_by_piece_and_unchanged() -> None:
+    go_on = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        stream = await stream_of(request, EVENT, **{"x-model": "tiny"})
+        await go_on.wait()
+        await stream.write(b'data: {"half"')
+        await stream.write(b": 1}\n\ndata: [DONE]\n\n")
+        return stream
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port) as client, client.stream("POST", CHAT, json=ASK) as got:
+            assert got.headers["x-model"] == "tiny"
+            assert got.headers["content-type"] == "text/event-stream"
+            pieces = got.aiter_bytes()
+            first = await anext(pieces)
+            assert first == EVENT
+            go_on.set()
+            assert b"".join([piece async for piece in pieces]) == b'data: {"half": 1}\n\ndata: [DONE]\n\n'
+
+    run(main())
+
+
+@pytest.mark.parametrize("torn", [b"", b'data: {"choices": [{"del', b'data: {"choices": []}\n'])
+@pytest.mark.parametrize("cleanly", [True, False])
+def test_an_engine_that_dies_in_mid_stream_is_named_in_an_error_event(torn: bytes, cleanly: bool) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        stream = await stream_of(request, EVENT, torn)
+        if not cleanly:
+            cut(request)
+        return stream
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port) as client:
+            text = (await client.post(CHAT, json=ASK)).text
+            assert "[DONE]" not in text
+            events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+            error = events[-1]["error"]
+            assert error["code"] == "engine_died"
+            assert "engine-a ('tiny')" in error["message"]
+            async with AsyncSageClient(str(client.base_url)) as ours:
+                with pytest.raises(EngineError, match="engine-a") as told:
+                    _ = [piece async for piece in ours.chat_stream("tiny", ASK["messages"])]
+                assert (told.value.code, told.value.exit_code) == ("engine_died", 1)
+
+    run(main())
+
+
+def test_an_error_of_the_engine_s_own_ends_a_stream_as_it_is() -> None:
+    error = b'data: {"error": {"message": "no memory", "type": "api_error", "param": null, "code": "oom"}}\n\n'
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return await stream_of(request, EVENT, error)
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port) as client:
+            assert (await client.post(CHAT, json=ASK)).content == EVENT + error
+
+    run(main())
+
+
+def test_an_engine_that_dies_before_it_answers_is_a_502_that_names_it() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        cut(request)
+        return web.Response()
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port) as client:
+            got = await client.post(CHAT, json=ASK)
+            assert (got.status_code, got.json()["error"]["code"]) == (502, "engine_died")
+            assert "engine-a" in got.json()["error"]["message"]
+        async with gateway(port) as client:  # nobody listens there any more
+            got = await client.post(CHAT, json=ASK)
+            assert (got.status_code, got.json()["error"]["code"]) == (502, "engine_died")
+
+    run(main())
+
+
+def test_silence_between_requests_loses_none_though_the_engine_closes_idle_connections() -> None:
+    answered: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        answered.append(str(request.transport.get_extra_info("peername")) if request.transport else "")
+        if len(answered) > 1 and answered[-1] in answered[:-1]:
+            cut(request)  # as if the connection had been closed while the request was under way
+        return web.json_response({})
+
+    async def main() -> None:
+        async with engine(answer, keep_alive_seconds=0.05) as port, gateway(port) as client:
+            for _ in range(20):
+                assert (await client.post(CHAT, json=ASK)).status_code == 200
+        assert len(answered) == 20
+
+    run(main())
+
+
+def test_a_client_that_leaves_ends_the_engine_s_work_and_leaves_no_descriptor() -> None:
+    begun, ended = 0, 0
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal begun, ended
+        begun += 1
+        try:
+            streams = "stream" in await request.json()
+            stream = await stream_of(request, EVENT) if streams else web.Response()
+            await asyncio.sleep(60)
+            return stream
+        finally:
+            ended += 1
+
+    async def leave(client: httpx.AsyncClient, options: dict[str, Any]) -> None:
+        before = begun
+        asking = asyncio.create_task(client.post(CHAT, json={**ASK, **options}))
+        await until(lambda: begun > before, "the request at the engine")
+        asking.cancel()
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port) as client:
+            await leave(client, {})
+            await until(lambda: ended == 1, "the end of the work")
+            descriptors = psutil.Process().num_fds()
+            for number in range(1, 40):
+                await leave(client, {"stream": True} if number % 2 else {})
+            await until(lambda: ended == 40, "the end of all work")
+            await until(lambda: psutil.Process().num_fds() <= descriptors + 2, "as many descriptors as before")
+
+    run(main())
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_engine_that_hangs_is_a_503_or_an_error_event_and_no_endless_wait(streams: bool) -> None:
+    async def hang(_: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        return web.Response()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if streams:
+            await stream_of(request, EVENT)
+        return await hang(request)
+
+    async def main() -> None:
+        async with engine(answer, hang) as port, gateway(port, engine_unresponsive_seconds=0.2) as client:
+            got = await client.post(CHAT, json=ASK)
+            if streams:
+                assert got.text.startswith(EVENT.decode())
+                assert '"engine_unresponsive"' in got.text
+            else:
+                assert (got.status_code, got.json()["error"]["code"]) == (503, "engine_unresponsive")
+                assert int(got.headers["retry-after"]) > 0
+
+    run(main())
+
+
+def test_an_engine_that_is_busy_may_take_its_time() -> None:
+    asked = 0
+
+    async def health(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return web.json_response({})
+
+    async def answer(_: web.Request) -> web.Response:
+        await until(lambda: asked > 8, "being asked for health")
+        return web.json_response({"text": "Hello"})
+
+    async def main() -> None:
+        async with engine(answer, health) as port, gateway(port, engine_unresponsive_seconds=0.1) as client:
+            assert (await client.post(CHAT, json=ASK)).json() == {"text": "Hello"}
+
+    run(main())
+
+
+def test_a_stream_without_its_end_is_an_error_for_our_client() -> None:
+    stream = calls.ChatStream()
+    assert stream.piece('data: {"choices": [{"delta": {"content": "Hi"}}]}') == "Hi"
+    assert stream.piece("") == stream.piece('data: {"choices": []}') == ""
+    with pytest.raises(EngineError, match="before it was complete"):
+        stream.finish()
+    assert stream.piece("data: [DONE]") == ""
+    stream.finish()
+
+
+def test_a_start_is_waited_for_longer_than_other_answers_and_a_late_answer_invites_no_second_start() -> None:
+    assert (calls.start({}).timeout_seconds or 0) >= 3600
+    late = calls.unreachable("http://127.0.0.1:1", httpx.ReadTimeout("late"))
+    assert isinstance(late, GatewayUnreachable)
+    assert "sage llm engine list" in late.hint
