@@ -13,7 +13,7 @@ import pytest
 from support import HELDOUT, SAGE, SAMPLES, engine_of, environment, free_port, list_engines, sage, wait_for
 
 from sage.common.errors import Conflict
-from sage.common.processes import ProcessSpec, holder, spawn
+from sage.common.processes import holder
 from sage.llm.client import AsyncSageClient, SageClient
 from sage.llm.control_plane.executors.finetune_executor import FinetuneEngine, FinetuneEngineConfig
 
@@ -69,7 +69,7 @@ def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path,
     os.kill(list_engines()[engine]["pid"], signal.SIGKILL)
     wait_for(lambda: list_engines()[engine]["state"] == "failed", "the failure", seconds=5)
     told = sage("llm", "engine", "status", engine).stdout
-    assert "died at step" in told
+    assert "the training process was killed by SIGKILL (out of memory?)" in told
     assert "goes on from checkpoint" in told
     done = sage("llm", "engine", "resume", engine, "--wait")
     assert done.stdout.split() == [engine]
@@ -188,17 +188,3 @@ def test_an_engine_whose_launch_was_not_written_down_is_adopted(tiny_model: Path
     wait_for(lambda: list_engines()[engine]["state"] == "running", "the adoption")
     after = list_engines()[engine]
     assert (after["pid"], after["port"]) == (before["pid"], before["port"])
-
-
-def test_a_lock_lives_as_long_as_its_process(tmp_path: Path) -> None:
-    spec = ProcessSpec(("sleep", "60"), tmp_path / "p.lock", tmp_path / "p.log")
-    process = spawn(spec)
-    assert holder(spec.lock_path) == process
-    assert (process.memory_bytes() or 0) > 0
-    with pytest.raises(Conflict):
-        spawn(spec)
-    spec.lock_path.write_text("")  # its parent died before it could write down who it is
-    assert holder(spec.lock_path) == process
-    assert process.send_signal(signal.SIGKILL)
-    wait_for(lambda: holder(spec.lock_path) is None, "the end of the process")
-    assert process.process() is None or process.memory_bytes() is not None

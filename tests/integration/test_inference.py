@@ -85,14 +85,14 @@ def test_openai_s_own_client_works(tiny_model: Path, client: openai.OpenAI) -> N
     with pytest.raises(openai.NotFoundError, match="there are: tiny") as not_found:
         client.chat.completions.create(model="gpt-5", messages=HELLO)
     assert not_found.value.code == "model_not_found"
-    for wrong in ({"temperature": 9}, {"n": 2}, {"logprobs": True}, {"max_tokens": 0}, {"frequency_penalty": 1}):
+    for wrong in ({"temperature": 9}, {"n": 0}, {"top_logprobs": 3}, {"max_tokens": 0}, {"extra_body": {"guided_json": {}}}):
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model="tiny", messages=HELLO, **wrong)  # type: ignore[call-overload]
-        assert refused.value.param in wrong
+        assert refused.value.param in (*wrong, "guided_json")
     with pytest.raises(openai.BadRequestError, match="context"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "word " * 600}], stream=True)
     with pytest.raises(openai.BadRequestError, match="dimensions"):
-        client.embeddings.create(model="all-minilm-l6-v2", input="a", dimensions=3)
+        client.embeddings.create(model="all-minilm-l6-v2", input="a", dimensions=385)
     with pytest.raises(openai.BadRequestError, match="not valid JSON"):
         client.post("/chat/completions", cast_to=object, content=b"{")
     with pytest.raises(openai.BadRequestError, match="'model' is required"):

@@ -1,6 +1,7 @@
 """The loss against plain torch and plain transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,25 @@ def test_the_held_out_loss_is_that_of_one_sample_at_a_time(tiny_model: Path) -> 
         count += sequence.trained_tokens
     measured = heldout_loss(model, SEQUENCES, PaddedCollator(0), CompletionLoss(), batch_size=2, on_batch=lambda: None)
     assert measured == pytest.approx(loss_sum / count, rel=1e-5)
+
+
+class Stored(list[Encoded]):
+    """Samples on the disk, whose lengths are known without reading them."""
+
+    reads = 0
+
+    def lengths(self) -> list[int]:
+        return [len(sequence.ids) for sequence in SEQUENCES]
+
+    def __getitem__(self, at: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(at)
+
+
+def test_held_out_samples_are_read_once(tiny_model: Path) -> None:
+    stored, model = Stored(SEQUENCES), AutoModelForCausalLM.from_pretrained(tiny_model)
+    heldout_loss(model, stored, PaddedCollator(0), CompletionLoss(), batch_size=2, on_batch=lambda: None)
+    assert stored.reads == len(SEQUENCES)
 
 
 def test_a_stop_cuts_the_evaluation_short(tiny_model: Path) -> None:

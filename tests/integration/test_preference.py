@@ -86,7 +86,8 @@ def test_preferences_are_learnt_on_top_of_answers(
         ("orpo", {"prompt": "a", "chosen": "", "rejected": "c"}, "'chosen' is empty"),
         ("kto", {"prompt": "a", "completion": "b", "label": "perhaps"}, "must be true or false"),
         ("dpo", {"messages": []}, "dpo needs the fields chosen, rejected"),
-        ("kto", [], "kto needs the fields"),
+        ("kto", {}, "kto needs the fields"),
+        ("kto", [], "a JSON object is expected"),
     ],
 )
 def test_a_record_that_does_not_fit_is_named_before_the_start(
@@ -102,6 +103,17 @@ def test_a_conversation_that_ends_in_two_ways_is_a_pair(tiny_model: Path, tmp_pa
     record = {end: [*asked, {"role": "assistant", "content": end}] for end in ("chosen", "rejected")}
     data = write_jsonl(tmp_path / "pairs.jsonl", [record] * 4)
     assert TinyRun(tiny_model, tmp_path / "out", method="dpo", dataset_path=str(data)).path.is_dir()
+
+
+def test_a_table_of_calls_has_the_arguments_that_were_given() -> None:
+    from sage.libs.finetune.preference import table_of
+
+    def spoken(**message: Any) -> dict[str, Any]:
+        return {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "", **message}]}
+
+    calls = [[{"function": {"name": name, "arguments": {name: 1}}}] for name in "fg"]
+    rows = [spoken(tool_calls=calls[0]), spoken(tool_calls=calls[1]), spoken(reasoning_content="r")]
+    assert list(table_of(rows)) == rows
 
 
 def test_reward_files_are_off_unless_allowed_and_are_checked(

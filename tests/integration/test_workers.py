@@ -14,8 +14,10 @@ import torch
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sage.common.errors import ModelError
+from sage.libs.models.chat import ChatFormat
 from sage.llm.workers import embedding, generation
-from sage.llm.workers.generator import Generator
+from sage.llm.workers.generator import Generator, rendered
 from sage.llm.workers.text import TextDecoder
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -259,9 +261,11 @@ def test_a_template_that_never_ends_is_stopped(
 ) -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "_RENDER_SECONDS", 0.2)
+        patched.setattr("sage.llm.workers.generator.RENDER_SECONDS", 0.2)
         patched.setattr(generator.tokenizer, "chat_template", endless)
         assert error_of(server.chat())["code"] == "template_too_slow"
+        with pytest.raises(ModelError, match="did not finish"):
+            rendered(lambda: ChatFormat(generator.tokenizer).end_ids(None))
     assert server.chat().status_code == 200
 
 

@@ -12,6 +12,7 @@ from support import SAMPLES, chat_record, write_jsonl
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data.linting import DatasetReport, check_dataset, read_samples
 from sage.libs.finetune.data.loading import dataset_hash
+from sage.libs.finetune.data.preferences import Method, parser_of
 
 
 def test_our_own_samples_have_no_fault() -> None:
@@ -184,29 +185,27 @@ def test_the_hash_follows_the_bytes(tmp_path: Path) -> None:
 
 
 FIELDS = [
-    "messages",
-    "conversations",
-    "role",
-    "content",
-    "from",
-    "value",
-    "text",
-    "prompt",
-    "completion",
-    "tools",
-    "instruction",
-    "output",
-    "history",
-    "tool_calls",
-    "function",
-    "weight",
-]
-LEAVES = st.none() | st.booleans() | st.floats() | st.text()
+    "messages", "conversations", "role", "content", "from", "value", "text", "type", "prompt", "completion",
+    "tools", "functions", "instruction", "input", "output", "history", "system", "tool_calls", "function_call",
+    "function", "name", "arguments", "id", "weight", "train", "reasoning_content", "thinking", "chosen",
+    "rejected", "label", "images",
+]  # fmt: skip
+ROLES = ["user", "assistant", "tool", "system", "function_call", "gpt", "text"]
+LEAVES = (
+    st.none() | st.booleans() | st.floats(0, 1) | st.text(st.characters()) | st.sampled_from([*ROLES, "[]", '{"name": "f"}'])
+)
 
 
-@settings(max_examples=200)
-@given(st.recursive(LEAVES, lambda s: st.lists(s) | st.dictionaries(st.sampled_from(FIELDS), s), max_leaves=12))
-def test_no_record_whatever_breaks_the_check(tmp_path_factory: pytest.TempPathFactory, record: object) -> None:
+RECORDS = st.recursive(LEAVES, lambda s: st.lists(s) | st.dictionaries(st.sampled_from(FIELDS), s), max_leaves=16)
+
+
+@settings(max_examples=300)
+@given(RECORDS, st.sampled_from(["sft", "dpo", "orpo", "kto", "grpo"]))
+def test_no_record_whatever_breaks_the_check(
+    tmp_path_factory: pytest.TempPathFactory, record: object, method: Method
+) -> None:
     path = write_jsonl(tmp_path_factory.mktemp("fuzz") / "t.jsonl", [record])
-    report = check_dataset(path)
+    report = check_dataset(path, parse=parser_of(method))
     assert report.sample_count + len(report.faults) == 1
+    for fault in report.faults:
+        str(fault).encode()

@@ -1,24 +1,81 @@
 import asyncio
+import random
 from pathlib import Path
 
 import pytest
 
-from sage.common.logs import tail_lines
-from sage.llm.control_plane.logfile import follow, tail_offset
+from sage.common.logs import LogFile, tail_lines
+from sage.llm.control_plane.logfile import follow
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 100])
-def test_a_tail_begins_at_its_first_line(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, 3, 100, 10_000, 20_000, 30_000])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_tail_begins_at_its_first_line(tmp_path: Path, count: int, end: bytes) -> None:
     path = tmp_path / "log"
-    path.write_bytes(b"".join(b"line %d\n" % i for i in range(20_000)))
-    wanted = path.read_bytes().splitlines(keepends=True)[20_000 - count :]
-    assert path.read_bytes()[tail_offset(path, count) :] == b"".join(wanted)
+    path.write_bytes(b"\n".join(b"line %d" % i for i in range(20_000)) + end)
+    wanted = path.read_bytes().splitlines(keepends=True)[max(0, 20_000 - count) :]
+    assert path.read_bytes()[LogFile(path).tail_offset(count) :] == b"".join(wanted)
     assert tail_lines(path, count) == [line.decode().rstrip() for line in wanted]
 
 
+def test_of_a_progress_bar_the_last_state_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"a\r\nLoading:  0%\rLoading: 50%\rLoading: 100%\nready\n\nx\r")
+    assert tail_lines(tmp_path / "log", 4) == ["Loading: 100%", "ready", "", "x"]
+
+
 def test_a_log_that_is_not_there_yet_is_empty(tmp_path: Path) -> None:
-    assert tail_offset(tmp_path / "none", 5) == 0
+    assert LogFile(tmp_path / "none").tail_offset(5) == 0
+    assert LogFile(tmp_path / "none").range() == (0, 0)
     assert tail_lines(tmp_path / "none", 5) == []
+
+
+def test_offsets_stay_right_when_a_log_is_cut(tmp_path: Path) -> None:
+    log, chance, everything = LogFile(tmp_path / "log"), random.Random(1), b""
+    with log.path.open("ab", buffering=0) as writer:  # as an engine's process has it
+        for number in range(2000):
+            line = b"line %d %s\n" % (number, b"x" * chance.randrange(80))
+            everything += line
+            writer.write(line)
+            if number % 50 == 0:
+                log.cut(10_000)
+            start, end = log.range()
+            assert end == len(everything)
+            offset = chance.randrange(end)
+            assert log.read(offset, 500) == everything[max(start, offset) :][:500]
+    assert start > 0
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 30_000
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("log.*")} == {0o600}
+    assert log.read(0) == everything[start:]
+    assert tail_lines(log.path, 150) == everything.decode().splitlines()[-150:]
+
+
+def test_a_log_below_the_limit_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"x" * 100)
+    assert not LogFile(tmp_path / "log").cut(100)
+    assert not LogFile(tmp_path / "none").cut(100)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+async def everything_after(path: Path, offset: int) -> bytes:
+    async def has_ended() -> bool:
+        return True
+
+    return b"".join([chunk async for chunk in follow(path, offset, has_ended)])
+
+
+@pytest.mark.parametrize("offset", [4, 2**63 - 1, 10**30])
+def test_an_offset_beyond_the_end_means_the_end(tmp_path: Path, offset: int) -> None:
+    (tmp_path / "log").write_bytes(b"one\n")
+    assert asyncio.run(everything_after(tmp_path / "log", offset)) == b""
+
+
+def test_what_was_cut_off_before_it_was_followed_is_passed_over(tmp_path: Path) -> None:
+    log = LogFile(tmp_path / "log")
+    for content in (b"first\n", b"second\n", b"third\n"):
+        with log.path.open("ab") as file:
+            file.write(content)
+        log.cut(5)
+    assert asyncio.run(everything_after(log.path, 0)) == b"third\n"
 
 
 def test_following_ends_after_the_last_word(tmp_path: Path) -> None:
@@ -31,6 +88,8 @@ def test_following_ends_after_the_last_word(tmp_path: Path) -> None:
         asked += 1
         with path.open("a") as log:
             log.write(f"more {asked}\n")  # it says more until it ends, and once more as it ends
+        if asked == 2:
+            LogFile(path).cut(5)
         return asked >= 3
 
     async def read() -> bytes:

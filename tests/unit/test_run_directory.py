@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sage.common.errors import ConfigError, NotFound, OutputError, RunError
+from sage.libs.finetune import checkpoints
 from sage.libs.finetune.checkpoints import Checkpoint, latest_good, list_checkpoints, prune, publish
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.eta import ProgressMeter
@@ -191,6 +192,19 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         publish(written(tmp_path, step), tmp_path, step)
     prune(tmp_path, 2)
     assert [c.step for c in list_checkpoints(tmp_path)] == [9, 10]
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(written(tmp_path, 5), tmp_path, 5)
+    newer = written(tmp_path, 10)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "fsync_tree", full)
+    with pytest.raises(OSError, match="No space"):
+        publish(newer, tmp_path, 10)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [5]
 
 
 def saved_by(run: RunDirectory, step: int, total_steps: int) -> Checkpoint:

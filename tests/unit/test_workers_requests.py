@@ -67,8 +67,7 @@ def test_null_inside_messages_is_as_if_absent_but_stays_in_the_schema_of_a_tool(
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_read_under_its_usual_names(name: str) -> None:
     said = {"role": "assistant", "content": "4", name: "2 + 2"}
-    request = ChatRequest.model_validate({"model": "m", "messages": [said]})
-    assert request.conversation() == [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]
+    assert ChatRequest.model_validate({"model": "m", "messages": [said]}).conversation() == [said]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 """Logging: one line an event, with time, level and place, to stderr; and reading what was logged."""
 
 import logging
+import os
+import shutil
 import sys
-from collections import deque
 from pathlib import Path
+
+from sage.common.paths import private_file
+
+_BLOCK_BYTES = 64 * 1024
 
 
 def configure_logging(level: str = "INFO") -> None:
@@ -20,9 +25,99 @@ def configure_logging(level: str = "INFO") -> None:
 
 
 def tail_lines(path: Path, count: int) -> list[str]:
-    """Return the last lines of a log; none where there is no log yet."""
+    """Return the last lines of a log as a terminal would show them; none if there is no log yet."""
+    log = LogFile(path)
+    text = log.read(log.tail_offset(count)).decode(errors="replace")
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+
+
+class LogFile:
+    """A log that a process appends to and that is cut when it grows too long, read by offsets that stay right.
+
+    What is cut off is kept, until the next cut, in a file beside it that is named for the offset at which it begins:
+    `engine.log.0` with the first 100 MB, say, and `engine.log` with what follows them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """path: the file that is appended to; it need not exist yet."""
+        self.path = path
+
+    def cut(self, limit_bytes: int) -> bool:
+        """Set the file's content aside if it is longer than a limit, and begin anew; return whether it was.
+
+        The process that writes it has it open for appending and goes on at the new end.
+        """
+        if _size(self.path) <= limit_bytes:
+            return False
+        old, base = self._old_part()
+        aside = private_file(self.path.with_name(f".{self.path.name}.partial"))
+        with self.path.open("rb") as source, aside.open("wb") as target:
+            shutil.copyfileobj(source, target, _BLOCK_BYTES * 16)
+        os.truncate(self.path, 0)
+        os.replace(aside, self.path.with_name(f"{self.path.name}.{base}"))
+        if old:
+            old.unlink()
+        return True
+
+    def range(self) -> tuple[int, int]:
+        """Return the offsets of the first byte that is still there and of the end."""
+        old, base = self._old_part()
+        return (base - _size(old) if old else base), base + _size(self.path)
+
+    def read(self, offset: int, limit_bytes: int | None = None) -> bytes:
+        """Return what stands from an offset on, or from the first byte that is still there."""
+        while True:
+            old, base = self._old_part()
+            content = b""
+            if old and offset < base:
+                content = _read(old, max(0, offset - base + _size(old)), limit_bytes)
+            if limit_bytes is None or len(content) < limit_bytes:
+                rest = None if limit_bytes is None else limit_bytes - len(content)
+                content += _read(self.path, max(0, offset - base), rest)
+            if self._old_part() == (old, base):  # else it was cut meanwhile
+                return content
+
+    def tail_offset(self, lines: int) -> int:
+        """Return the offset at which the last `lines` lines begin."""
+        start, end = self.range()
+        at = end
+        while at > start and lines:
+            begin = max(start, at - _BLOCK_BYTES)
+            block = self.read(begin, at - begin)
+            if at == end:
+                block = block.removesuffix(b"\n")
+            if (breaks := block.count(b"\n")) >= lines:
+                position = len(block)
+                for _ in range(lines):
+                    position = block.rindex(b"\n", 0, position)
+                return begin + position + 1
+            at, lines = begin, lines - breaks
+        return at
+
+    def _old_part(self) -> tuple[Path | None, int]:
+        """Return the file with what was cut off last, and the offset at which the current one begins."""
+        begins = {}
+        for path in self.path.parent.glob(f"{self.path.name}.*"):
+            if (number := path.name.removeprefix(f"{self.path.name}.")).isdecimal():
+                begins[int(number)] = path
+        if not begins:
+            return None, 0
+        begin = max(begins)
+        return begins[begin], begin + _size(begins[begin])
+
+
+def _size(path: Path | None) -> int:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return [line.rstrip("\n") for line in deque(file, maxlen=count)]
+        return path.stat().st_size if path else 0
     except FileNotFoundError:
-        return []
+        return 0
+
+
+def _read(path: Path, position: int, limit_bytes: int | None) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            return file.read(-1 if limit_bytes is None else limit_bytes)
+    except FileNotFoundError:
+        return b""

@@ -1,5 +1,6 @@
 """Where SAGE keeps its files: the XDG folders, or one folder of the user's choice."""
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ def private_folder(path: Path) -> Path:
 
 
 def private_file(path: Path) -> Path:
-    """Create a file that only its user may read, with the folder around it; tighten it if it exists."""
-    private_folder(path.parent)
+    """Create a file that only its user may read, with the folders that are missing; tighten it if it exists."""
+    if not path.parent.is_dir():
+        private_folder(path.parent)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     _tighten(path, 0o600)
     return path
@@ -70,3 +72,12 @@ def _tighten(path: Path, mode: int) -> None:
     found = path.stat()
     if stat.S_IMODE(found.st_mode) & ~mode & 0o777 and found.st_uid == os.getuid():
         path.chmod(mode)
+
+
+def tighten(folder: Path) -> None:
+    """Let only its user enter a folder of SAGE's and read what is in it, if it exists; for folders of before."""
+    if folder.is_dir():
+        for path in (folder, *folder.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                if not path.is_symlink():
+                    _tighten(path, 0o700 if path.is_dir() else 0o600)

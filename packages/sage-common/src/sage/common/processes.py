@@ -18,6 +18,11 @@ from pathlib import Path
 import psutil
 
 from sage.common.errors import Conflict
+from sage.common.identity import ProcessIdentity, session_members
+from sage.common.paths import private_file, private_folder
+
+__all__ = ["ProcessIdentity", "ProcessSpec", "describe_exit", "exit_code", "find_by_environment", "held_lock", "holder",
+           "leftovers", "spawn", "try_lock", "write_identity"]  # fmt: skip
 
 #: Names the inherited descriptor to a child that wants to know that it runs under its lock.
 LOCK_FD_VARIABLE = "SAGE_LOCK_FD"
@@ -25,11 +30,11 @@ _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 
 #: `holder` looks by taking a shared lock for an instant; whoever wants the lock outlasts such a look.
 _PROBE_SECONDS = 0.1
-#: Who holds a lock without having left a name: it lives, and cannot be signalled.
-_UNKNOWN_PID = 0
+#: A process drops its lock before its parent can collect it; this long at most.
+_COLLECT_SECONDS = 1.0
 
-#: Children of this very process, kept so that they can be reaped and asked for their exit code.
-_children: dict[int, subprocess.Popen[bytes]] = {}
+#: The newest child that this very process started under a lock, kept so that it can be asked for its exit code.
+_children: dict[Path, "subprocess.Popen[bytes]"] = {}
 
 
 @dataclass(frozen=True)
@@ -41,53 +46,12 @@ class ProcessSpec:
     log_path: Path  #: its stdout and stderr are appended here
     env: Mapping[str, str] = field(default_factory=dict)  #: added to the environment of the parent
     holds_sigterm: bool = False  #: SIGTERM waits until the process unblocks it, so that none comes too early
-
-
-@dataclass(frozen=True)
-class ProcessIdentity:
-    """A process that can be told from a later one of the same PID."""
-
-    pid: int
-    start_time: float  #: seconds since the epoch, as the kernel counts
-
-    @classmethod
-    def of(cls, pid: int) -> "ProcessIdentity":
-        """Return the identity of a process that runs now; raises psutil.NoSuchProcess."""
-        return cls(pid, psutil.Process(pid).create_time())
-
-    def process(self) -> psutil.Process | None:
-        """Return the process, or None where it is gone or its PID belongs to another one now."""
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.start_time) < 0.05:
-                return process
-        return None
-
-    def send_signal(self, signal_number: int) -> bool:
-        """Send a signal; False where the process is gone."""
-        process = self.process()
-        if process is None:
-            return False
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal_number)
-        return True
-
-    def memory_bytes(self) -> int | None:
-        """Resident memory of the process and its children, or None where it is gone."""
-        process = self.process()
-        if process is None:
-            return None
-        total = 0
-        with contextlib.suppress(psutil.Error):
-            for member in (process, *process.children(recursive=True)):
-                total += member.memory_info().rss
-        return total
+    pass_fds: tuple[int, ...] = ()  #: descriptors that it inherits under the same numbers
 
 
 def try_lock(path: Path) -> int | None:
-    """Take the lock and return its open descriptor, or None where another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    """Take the lock and return its open descriptor, or None if another process holds it."""
+    descriptor = os.open(private_file(path), os.O_RDWR | os.O_CLOEXEC)
     deadline = time.monotonic() + _PROBE_SECONDS
     while True:
         try:
@@ -104,8 +68,7 @@ def try_lock(path: Path) -> int | None:
 @contextlib.contextmanager
 def held_lock(path: Path) -> Iterator[None]:
     """Wait for the lock, hold it for the length of the block; for short work that must not run twice at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with private_file(path).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -120,27 +83,32 @@ def write_identity(descriptor: int) -> ProcessIdentity:
 def spawn(spec: ProcessSpec) -> ProcessIdentity:
     """Start a process in a session of its own, under its lock, with no tie to this one.
 
-    Raises Conflict where a process already runs under that lock, OSError where it cannot be started.
+    Raises Conflict if a process already runs under that lock, OSError if it cannot be started; then nothing was.
     """
     descriptor = try_lock(spec.lock_path)
     if descriptor is None:
         raise Conflict(code="already_running", message=f"A process already runs under {spec.lock_path}.")
     try:
-        spec.log_path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(spec.log_path.parent)
         env = {**os.environ, **spec.env, LOCK_FD_VARIABLE: str(descriptor), _LOCK_PATH_VARIABLE: str(spec.lock_path)}
-        with spec.log_path.open("ab") as log, _blocked_sigterm(spec.holds_sigterm):
+        with private_file(spec.log_path).open("ab") as log, _blocked_sigterm(spec.holds_sigterm):
             child = subprocess.Popen(
                 spec.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env,
-                pass_fds=(descriptor,),
+                pass_fds=(descriptor, *spec.pass_fds),
                 start_new_session=True,
             )
-        identity = ProcessIdentity.of(child.pid)
-        _children[child.pid] = child
-        _write(descriptor, identity)
+        try:
+            identity = ProcessIdentity.of(child.pid)
+            _write(descriptor, identity)
+        except BaseException:  # a full disk: a process that nobody could find must not live on
+            child.kill()
+            child.wait()
+            raise
+        _children[spec.lock_path] = child
         return identity
     finally:
         os.close(descriptor)
@@ -160,46 +128,84 @@ def _blocked_sigterm(block: bool) -> Iterator[None]:
 
 
 def holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return who holds the lock, or None where it is free."""
-    for child in list(_children.values()):
-        child.poll()
+    """Return who holds the lock, or None if it is free; one whose PID cannot be found has the PID 0."""
+    if child := _children.get(lock_path):
+        child.poll()  # or it would stay a zombie
     try:
-        descriptor = os.open(lock_path, os.O_RDONLY)
+        descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _read(descriptor) or _find_by_environment(lock_path) or ProcessIdentity(_UNKNOWN_PID, 0.0)
+        recorded = _read(descriptor)
+        if recorded and recorded.is_alive():
+            return recorded
+        return find_by_environment(lock_path) or ProcessIdentity.unknown()
     finally:
         os.close(descriptor)
     return None
 
 
-def exit_code(identity: ProcessIdentity) -> int | None:
-    """Return how a child of this very process ended (negative: a signal), or None where that is not known."""
-    child = _children.get(identity.pid)
-    return child.poll() if child else None
+def find_by_environment(lock_path: Path) -> ProcessIdentity | None:
+    """Return a process that was started under a lock, by its environment: slow, but it needs no lock file.
+
+    It finds the holder whose parent died before it wrote down who it is, and the one whose lock file was removed.
+    """
+    for pid in psutil.pids():
+        if _is_of(pid, lock_path):
+            with contextlib.suppress(ProcessLookupError):
+                return ProcessIdentity.of(pid)
+    return None
+
+
+def leftovers(lock_path: Path) -> list[int]:
+    """Return the PIDs that a process which is gone has left in its session; none while it lives."""
+    try:
+        with lock_path.open("rb") as file:
+            recorded = _read(file.fileno())
+    except FileNotFoundError:
+        return []
+    if recorded is None or recorded.is_alive():
+        return []
+    return [pid for pid in session_members(recorded.pid) if _is_of(pid, lock_path)]
+
+
+def exit_code(lock_path: Path) -> int | None:
+    """Return how the last process under a lock ended (negative: a signal); None if it lives, or was another's child."""
+    child = _children.get(lock_path)
+    if child is None:
+        return None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return child.wait(_COLLECT_SECONDS)
+    return None
+
+
+def describe_exit(code: int | None) -> str:
+    """Return how a process ended, as the rest of a sentence."""
+    if code is None:
+        return "ended (its exit code is unknown, since another gateway had started it)"
+    if code >= 0:
+        return f"exited with code {code}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+    return f"was killed by {name}{' (out of memory?)' if -code == signal.SIGKILL else ''}"
+
+
+def _is_of(pid: int, lock_path: Path) -> bool:
+    with contextlib.suppress(psutil.Error, OSError):
+        return psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE) == str(lock_path)
+    return False
 
 
 def _write(descriptor: int, identity: ProcessIdentity) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps({"pid": identity.pid, "start_time": identity.start_time}).encode(), 0)
+    os.pwrite(descriptor, json.dumps({"pid": identity.pid, "started": identity.started}).encode(), 0)
 
 
 def _read(descriptor: int) -> ProcessIdentity | None:
+    """Return who wrote the lock file; None for an empty one, and for one of an older version."""
     try:
         content = json.loads(os.pread(descriptor, 1024, 0))
-        identity = ProcessIdentity(content["pid"], content["start_time"])
-    except (ValueError, KeyError):
+        return ProcessIdentity(int(content["pid"]), str(content["started"]))
+    except (ValueError, KeyError, TypeError):
         return None
-    return identity if identity.process() else None
-
-
-def _find_by_environment(lock_path: Path) -> ProcessIdentity | None:
-    """Find the holder whose parent died between starting it and writing down who it is."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(_LOCK_PATH_VARIABLE) == str(lock_path):
-                return ProcessIdentity(process.pid, process.create_time())
-    return None

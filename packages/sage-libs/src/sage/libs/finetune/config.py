@@ -33,7 +33,7 @@ class FinetuneConfig(BaseModel):
     )
     dataset_path: str | list[str] = Field(
         min_length=1,
-        description="File (.jsonl .json .csv .parquet) or a folder of them; or several; FILE=WEIGHT takes it so many times.",
+        description="File (.jsonl .json .csv .parquet .arrow) or a folder; or several; FILE=WEIGHT takes it so many times.",
     )
     output_dir: str = Field(min_length=1, description="Folder that gets the result; must be new, empty or ours.")
     finetuning_type: Literal["lora", "full"] = Field(
@@ -83,7 +83,9 @@ class FinetuneConfig(BaseModel):
         False, description="Train even if the dataset check warns that what is learnt would silently be wrong."
     )
     streaming: bool = Field(False, description="Tokenise samples as they are needed, in the order of the files.")
-    eval_path: str | None = Field(None, description="Held-out samples, scored before the first step and at the end.")
+    eval_path: str | None = Field(
+        None, description="Held-out samples, scored before the first step and at the end; of a folder, validation."
+    )
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset held out instead of eval_path.")
     eval_steps: int | None = Field(None, ge=1, description="Score the held-out samples every so many steps as well.")
     early_stopping_patience: int | None = Field(

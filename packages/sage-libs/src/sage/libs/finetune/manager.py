@@ -1,5 +1,6 @@
 """FinetuneManager: runs, from creation to result. Keeps nothing in memory that it could not read again; no torch."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -166,8 +167,11 @@ class FinetuneManager:
 
     def list(self) -> list[str]:
         """Return the ids of all runs, oldest first."""
-        specs = self.root.glob("*/spec.json")
-        return [path.parent.name for path in sorted(specs, key=lambda path: path.stat().st_mtime)]
+        begun: list[tuple[float, str]] = []
+        for spec in self.root.glob("*/spec.json"):
+            with contextlib.suppress(FileNotFoundError):  # it is removed at this moment
+                begun.append((spec.stat().st_mtime, spec.parent.name))
+        return [name for _, name in sorted(begun)]
 
     def delete(self, task_id: str) -> None:
         """Remove a run's directory with its checkpoints; the output folder stays. Raises Conflict while it runs."""

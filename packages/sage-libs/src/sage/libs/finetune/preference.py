@@ -30,6 +30,11 @@ _TRAINERS = {
 }
 
 
+def table_of(rows: list[dict[str, Any]]) -> Dataset:
+    """Return rows as TRL takes them; a message has the keys that it has, without nulls for those of other messages."""
+    return Dataset.from_list(rows, on_mixed_types="use_json")
+
+
 class PreferenceRun(TrainingRun):
     """A run whose trainer is TRL's."""
 
@@ -76,7 +81,7 @@ class PreferenceRun(TrainingRun):
         return trainer(
             model=self.model,
             args=arguments(**options),
-            train_dataset=Dataset.from_list(self.rows),
+            train_dataset=table_of(self.rows),
             processing_class=self.tokenizer,
             callbacks=[self._callback()],
             **more,

@@ -34,7 +34,7 @@ def gpu_memory_of(pid: int) -> int | None:
     used, pids = 0, {pid}
     with contextlib.suppress(psutil.Error):
         pids.update(child.pid for child in psutil.Process(pid).children(recursive=True))
-    for handle in _handles(nvml):
+    for _, handle in _handles(nvml):
         with contextlib.suppress(nvml.NVMLError):
             for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
                 used += process.usedGpuMemory or 0 if process.pid in pids else 0
@@ -45,21 +45,31 @@ def _gpus(node: str) -> Iterator[Device]:
     nvml = _nvml()
     if nvml is None:
         return
-    for index, handle in enumerate(_handles(nvml)):
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        yield Device(
-            node=node,
-            kind="cuda",
-            index=index,
-            name=nvml.nvmlDeviceGetName(handle),
-            memory_total_bytes=memory.total,
-            memory_used_bytes=memory.used,
-            utilization_percent=nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-        )
+    for index, handle in _handles(nvml):
+        utilization = None
+        with contextlib.suppress(nvml.NVMLError):  # not known of a GPU that is divided (MIG) or virtual
+            utilization = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+        with contextlib.suppress(nvml.NVMLError):  # a device whose memory is not known cannot be shared
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            yield Device(
+                node=node,
+                kind="cuda",
+                index=index,
+                name=nvml.nvmlDeviceGetName(handle),
+                memory_total_bytes=memory.total,
+                memory_used_bytes=memory.used,
+                utilization_percent=utilization,
+            )
 
 
-def _handles(nvml: Any) -> list[Any]:
-    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+def _handles(nvml: Any) -> Iterator[tuple[int, Any]]:
+    """Yield index and handle of the GPUs that answer."""
+    count = 0
+    with contextlib.suppress(nvml.NVMLError):
+        count = nvml.nvmlDeviceGetCount()
+    for index in range(count):
+        with contextlib.suppress(nvml.NVMLError):
+            yield index, nvml.nvmlDeviceGetHandleByIndex(index)
 
 
 @functools.cache

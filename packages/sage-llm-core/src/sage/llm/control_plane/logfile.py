@@ -1,34 +1,26 @@
-"""Following a log that grows."""
+"""Following a log that grows, and may be cut meanwhile."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+from sage.common.logs import LogFile
+
 _POLL_SECONDS = 0.2
-_BLOCK_BYTES = 64 * 1024
-
-
-def tail_offset(path: Path, lines: int) -> int:
-    """Return the byte at which the last `lines` lines of a file begin; 0 where there is no file yet."""
-    try:
-        with path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            seen, at = b"", end
-            while at and seen.count(b"\n") <= lines:
-                at = max(0, at - _BLOCK_BYTES)
-                file.seek(at)
-                seen = file.read(end - at)
-    except FileNotFoundError:
-        return 0
-    return end - sum(map(len, seen.splitlines(keepends=True)[-lines:])) if lines else end
+_CHUNK_BYTES = 1024 * 1024
 
 
 async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-    """Yield what a file holds from a byte on, and what is added, until `has_ended` and all was read."""
+    """Yield what a log holds from an offset on, and what is added, until `has_ended` and all was read.
+
+    An offset of what is no longer there means the first byte that is, and one beyond the end means the end.
+    """
+    log = LogFile(path)
+    offset = min(offset, (await asyncio.to_thread(log.range))[1])
     while True:
         ended = await has_ended()  # before reading: what is written last is still read
-        chunk = await asyncio.to_thread(_read_from, path, offset)
+        offset = max(offset, (await asyncio.to_thread(log.range))[0])
+        chunk = await asyncio.to_thread(log.read, offset, _CHUNK_BYTES)
         offset += len(chunk)
         if chunk:
             yield chunk
@@ -36,12 +28,3 @@ async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool
             return
         else:
             await asyncio.sleep(_POLL_SECONDS)
-
-
-def _read_from(path: Path, offset: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read()
-    except FileNotFoundError:
-        return b""

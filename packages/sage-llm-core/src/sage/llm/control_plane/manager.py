@@ -5,77 +5,96 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import Conflict, NotFound
-from sage.common.logs import tail_lines
-from sage.common.processes import ProcessIdentity
+from sage.common.errors import Conflict, SageError
+from sage.common.identity import ProcessIdentity
+from sage.common.logs import LogFile, tail_lines
+from sage.common.paths import get_user_paths
 from sage.common.settings import Settings
 from sage.libs.finetune.manager import random_suffix
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
 from sage.llm.control_plane.launchers.local import LocalLauncher
-from sage.llm.control_plane.logfile import follow, tail_offset
+from sage.llm.control_plane.logfile import follow
+from sage.llm.control_plane.node import node_id_path, open_state_folder
 from sage.llm.control_plane.reconciler import Limits, Reconciler
+from sage.llm.control_plane.selection import select_engine
 from sage.llm.control_plane.states import SETTLED, EngineState
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.store import LEASE_SECONDS, EngineRecord, StaleWrite, Store
 from sage.llm.control_plane.types import (
-    DEFAULT_MODEL,
+    SUPPORTED_ENGINE_KINDS,
     EngineEvent,
     EngineKind,
     EngineView,
+    Reason,
     StartRequest,
     TrainingStep,
     Wanted,
 )
 
+__all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
+
 logger = logging.getLogger(__name__)
 _ACTOR = "user"
 #: A write that met another one is decided anew this often.
 _ATTEMPTS = 5
+#: How often it is looked whether a log is to be cut.
+_LOGS_SECONDS = 10.0
 
 
 class ControlPlaneManager:
     """Starts, stops, resumes and describes engines; a background task reconciles."""
 
     def __init__(self, settings: Settings) -> None:
+        """Open the state folder and the database. Raises ConfigError if either cannot be used."""
         self._settings = settings
-        self._launcher = LocalLauncher()
+        self._node = open_state_folder()
+        launcher = LocalLauncher()
         self._executors: Mapping[EngineKind, Executor] = {
-            EngineKind.LLM: InferenceExecutor(EngineKind.LLM, self._launcher),
-            EngineKind.EMBEDDING: InferenceExecutor(EngineKind.EMBEDDING, self._launcher),
-            EngineKind.FINETUNE: FinetuneExecutor(),
+            EngineKind.LLM: InferenceExecutor(EngineKind.LLM, launcher),
+            EngineKind.EMBEDDING: InferenceExecutor(EngineKind.EMBEDDING, launcher),
+            EngineKind.FINETUNE: FinetuneExecutor(launcher),
         }
         self._store = Store(open_database(settings.store_url))
-        limits = Limits(settings.engine_start_seconds, settings.stop_seconds)
-        self._reconciler = Reconciler(self._store, self._executors, limits)
+        self._store.claim(
+            self._node,
+            "Set SAGE_HOME to that folder, or give each its own SAGE_DATABASE_URL. "
+            f"If that folder is gone, write '{{owner}}' into {node_id_path()} to take its engines over.",
+        )
+        look_seconds = 5 + 2 * settings.reconcile_seconds
+        limits = Limits(settings.engine_start_seconds, settings.stop_seconds, look_seconds, settings.resume_engines)
         self._token = secrets.token_hex(8)
+        self._reconciler = Reconciler(self._store, self._executors, limits, self._token)
         self._changed = asyncio.Event()
-        self._loop: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
         """Begin to reconcile; engines that live are adopted, those that died are settled."""
-        self._loop = asyncio.create_task(self._reconcile())
+        self._tasks = [asyncio.create_task(self._reconcile()), asyncio.create_task(self._bound_logs())]
 
     async def close(self) -> None:
         """Stop reconciling; the engines live on."""
-        if self._loop:
-            self._loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._loop
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._reconciler.close()
         with contextlib.suppress(SQLAlchemyError):
             await asyncio.to_thread(self._store.release_lease, self._token)
 
     async def start_engine(self, request: StartRequest) -> EngineView:
         """Check a request, keep it, and return the engine, queued; raises SageError, and then nothing was kept."""
         engine_id = f"engine-{random_suffix()}"
-        options = await self._executors[request.engine_kind].prepare(engine_id, request)
+        executor = self._executors[request.engine_kind]
+        options = await executor.prepare(engine_id, request)
         now = datetime.now(UTC)
         record = EngineRecord(
             id=engine_id,
@@ -86,14 +105,19 @@ class ControlPlaneManager:
             wanted=Wanted.RUNNING,
             state=EngineState.QUEUED,
             reason=None,
-            node=self._launcher.node,
+            node=self._node,
             port=None,
             requested_port=request.port,
             version=1,
             created_at=now,
             state_at=now,
         )
-        await asyncio.to_thread(self._store.add, record, _ACTOR)
+        try:
+            await asyncio.to_thread(self._store.add, record, _ACTOR)
+        except Exception:
+            with contextlib.suppress(SageError, OSError):
+                await executor.remove(record)
+            raise
         self._changed.set()
         return await self._view(record)
 
@@ -103,10 +127,9 @@ class ControlPlaneManager:
             engine = await asyncio.to_thread(self._store.get, engine_id)
             if engine.state in SETTLED:
                 return await self._view(engine)
+            wanted = Wanted.KILLED if force or engine.wanted is Wanted.KILLED else Wanted.STOPPED
             with contextlib.suppress(StaleWrite):
-                engine = await asyncio.to_thread(self._store.want, engine, Wanted.STOPPED)
-                if force:
-                    await self._executors[engine.kind].request_stop(engine, force=True)
+                engine = await asyncio.to_thread(self._store.want, engine, wanted)
                 self._changed.set()
                 return await self._view(engine)
         raise _busy(engine_id)
@@ -114,7 +137,7 @@ class ControlPlaneManager:
     async def resume_engine(self, engine_id: str) -> EngineView:
         """Queue an engine again that was stopped or has failed.
 
-        Raises Conflict where it runs, is completed, or cannot go on.
+        Raises Conflict if it runs, is completed, or cannot go on.
         """
         for _ in range(_ATTEMPTS):
             engine = await asyncio.to_thread(self._store.get, engine_id)
@@ -126,8 +149,7 @@ class ControlPlaneManager:
                 )
             await self._executors[engine.kind].check_resumable(engine)
             with contextlib.suppress(StaleWrite):
-                engine = await asyncio.to_thread(self._store.want, engine, Wanted.RUNNING)
-                engine = await asyncio.to_thread(self._store.move, engine, EngineState.QUEUED, _ACTOR)
+                engine = await asyncio.to_thread(self._store.move, engine, EngineState.QUEUED, _ACTOR, wanted=Wanted.RUNNING)
                 self._changed.set()
                 return await self._view(engine)
         raise _busy(engine_id)
@@ -135,18 +157,23 @@ class ControlPlaneManager:
     async def remove_engine(self, engine_id: str) -> None:
         """Forget an engine that has ended, with its run directory or log; what it wrote to its output folder stays.
 
-        Raises Conflict where it has not ended.
+        Raises Conflict if it has not ended. A resume at the same time wins, or finds no engine.
         """
-        engine = await asyncio.to_thread(self._store.get, engine_id)
-        if engine.state not in SETTLED:
-            raise Conflict(
-                code="still_running",
-                message=f"{engine_id} is {engine.state}.",
-                hint=f"Stop it first: `sage llm engine stop {engine_id}`.",
-            )
-        with contextlib.suppress(NotFound):  # its run directory was removed by hand
-            await self._executors[engine.kind].remove(engine)
-        await asyncio.to_thread(self._store.remove, engine)
+        for _ in range(_ATTEMPTS):
+            engine = await asyncio.to_thread(self._store.get, engine_id)
+            executor = self._executors[engine.kind]
+            if engine.state not in SETTLED:
+                raise _still_running(engine_id, f"is {engine.state}", "Stop it first: `sage llm engine stop {}`.")
+            if await asyncio.to_thread(executor.process, engine):
+                raise _still_running(engine_id, "still has a process", "Try again; `sage llm engine resume {}` adopts it.")
+            with contextlib.suppress(StaleWrite):
+                await asyncio.to_thread(self._store.remove, engine)
+                try:
+                    await executor.remove(engine)
+                except (SageError, OSError) as error:
+                    logger.warning("%s was removed, and its files were not: %s", engine_id, error)
+                return
+        raise _busy(engine_id)
 
     async def list_engines(self) -> list[EngineView]:
         """Return all engines, oldest first."""
@@ -170,9 +197,16 @@ class ControlPlaneManager:
         async for chunk in follow(await self._log_path(engine_id), offset, has_ended):
             yield chunk
 
-    async def log_offset(self, engine_id: str, tail: int) -> int:
-        """Return the byte of an engine's log at which its last `tail` lines begin."""
-        return await asyncio.to_thread(tail_offset, await self._log_path(engine_id), tail)
+    async def log_offset(self, engine_id: str, tail: int, offset: int | None = None) -> int:
+        """Return the byte of an engine's log at which its last `tail` lines begin, or `offset` if the log has that byte.
+
+        An offset beyond the end means the end, and one of what is no longer there the first byte that is.
+        """
+        log = LogFile(await self._log_path(engine_id))
+        if offset is None:
+            return await asyncio.to_thread(log.tail_offset, tail)
+        start, end = await asyncio.to_thread(log.range)
+        return min(max(offset, start), end)
 
     async def get_events(self, engine_id: str, after: int = 0) -> list[EngineEvent]:
         """Return an engine's transitions behind the one of id `after`; raises NotFound."""
@@ -185,27 +219,16 @@ class ControlPlaneManager:
         return await self._executors[engine.kind].training_steps(engine)
 
     async def find_engine(self, model: str, kind: EngineKind) -> EngineRecord:
-        """Return the engine that a request for `model` means: by id, name or model, the newest that is active.
+        """Return the engine that a request for `model` means, by id, name or model; it may still be starting.
 
-        Raises NotFound, which names those that there are.
+        Raises NotFound, which names those that there are, or Overloaded if the only one does not respond.
         """
         engines = await asyncio.to_thread(self._store.list, active_only=True)
-        active = [engine for engine in reversed(engines) if engine.kind is kind and engine.state != EngineState.STOPPING]
-        if model == DEFAULT_MODEL:
-            running = [engine for engine in active if engine.state is EngineState.RUNNING]
-            found = max(running, key=lambda engine: engine.state_at, default=active[0] if active else None)
-        else:
-            found = next((engine for engine in active if model in (engine.id, engine.name, engine.model)), None)
-        if found is None:
-            wanted = "MODEL" if model == DEFAULT_MODEL else model
-            names = ", ".join(dict.fromkeys(engine.name for engine in active)) or "none"
-            raise NotFound(
-                code="model_not_found",
-                message=f"No engine of kind {kind} serves the model '{model}'; there are: {names}.",
-                hint=f"Start one: `sage llm engine start {wanted} --engine-kind {kind}`.",
-                param="model",
-            )
-        return found
+        return select_engine(engines, model, kind, self.is_responsive)
+
+    def is_responsive(self, engine_id: str) -> bool:
+        """Return whether an engine has answered its health checks lately; a request to one that has not may be given up."""
+        return self._reconciler.silent_seconds(engine_id) < self._settings.engine_unresponsive_seconds
 
     async def _log_path(self, engine_id: str) -> Path:
         engine = await asyncio.to_thread(self._store.get, engine_id)
@@ -213,40 +236,78 @@ class ControlPlaneManager:
 
     async def _view(self, engine: EngineRecord) -> EngineView:
         executor = self._executors[engine.kind]
-        process = await asyncio.to_thread(executor.process, engine)
+        seen = await self._seen(engine, executor)
         return EngineView(
             id=engine.id,
             kind=engine.kind,
             model=engine.model,
             name=engine.name,
             state=engine.state,
-            reason=engine.reason,
             port=engine.port if engine.state not in SETTLED else None,
-            pid=process.pid if process else None,
-            memory_bytes=await asyncio.to_thread(process.memory_bytes) if process else None,
             created_at=engine.created_at,
             state_at=engine.state_at,
             log_path=str(executor.log_path(engine)),
-            **await executor.describe(engine),
+            **seen,
         )
 
+    async def _seen(self, engine: EngineRecord, executor: Executor) -> dict[str, Any]:
+        """Return the fields of a view that are not in the store."""
+        seen: dict[str, Any] = {"reason": engine.reason}
+        try:
+            if process := await asyncio.to_thread(executor.process, engine):
+                seen |= {"pid": process.pid or None, "memory_bytes": await asyncio.to_thread(process.memory_bytes)}
+            seen |= await executor.describe(engine)
+        except Exception as error:
+            logger.debug("%s cannot be described", engine.id, exc_info=error)
+            seen["reason"] = engine.reason or Reason(
+                code="engine_unreadable", message=f"Its files cannot be read: {type(error).__name__}: {error}."
+            )
+        if engine.state is EngineState.RUNNING and not self.is_responsive(engine.id):
+            seconds = self._reconciler.silent_seconds(engine.id)
+            seen["reason"] = Reason(
+                code="engine_unresponsive",
+                message=f"It has not answered for {seconds:.0f} s; requests to it are refused until it does.",
+                hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume`.",
+            )
+        return seen
+
     async def _reconcile(self) -> None:
-        me, has_lease = ProcessIdentity.of(os.getpid()), True
+        me, host, has_lease = ProcessIdentity.of(os.getpid()), socket.gethostname(), True
+        trouble = ""
         while True:
             self._changed.clear()
             try:
-                had, has_lease = has_lease, await asyncio.to_thread(
-                    self._store.hold_lease, self._token, self._launcher.node, me
-                )  # fmt: skip
-                if has_lease:
-                    await self._reconciler.tick()
-                elif had:
-                    logger.warning("another control plane reconciles this database; waiting up to %.0f s", LEASE_SECONDS)
-            except Exception:
-                logger.exception("a tick failed; the next one tries again")
+                had, has_lease = has_lease, await asyncio.to_thread(self._store.hold_lease, self._token, host, me)
+                trouble = ""
+            except Exception as error:
+                had = has_lease = False
+                if repr(error) != trouble:
+                    logger.warning("the database cannot be written; the next tick tries again", exc_info=error)
+                trouble = repr(error)
+            if has_lease:
+                await self._reconciler.tick()
+            elif had:
+                logger.warning("another control plane reconciles this database; waiting up to %.0f s", LEASE_SECONDS)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._settings.reconcile_seconds)
+
+    async def _bound_logs(self) -> None:
+        """Cut the logs of engines and gateway that have grown too long."""
+        limit_bytes = self._settings.log_limit_mb * 1_000_000
+        while True:
+            await asyncio.sleep(_LOGS_SECONDS)
+            try:
+                engines = await asyncio.to_thread(self._store.list, active_only=True)
+                paths = [self._executors[engine.kind].log_path(engine) for engine in engines]
+                for path in (*paths, get_user_paths().state_dir / "gateway.log"):
+                    await asyncio.to_thread(LogFile(path).cut, limit_bytes)
+            except (OSError, SQLAlchemyError) as error:
+                logger.warning("the logs cannot be cut: %s", error)
 
 
 def _busy(engine_id: str) -> Conflict:
     return Conflict(code="busy", message=f"{engine_id} is being changed by others.", hint="Try again.")
+
+
+def _still_running(engine_id: str, problem: str, hint: str) -> Conflict:
+    return Conflict(code="still_running", message=f"{engine_id} {problem}.", hint=hint.format(engine_id))

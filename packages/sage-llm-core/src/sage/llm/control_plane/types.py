@@ -29,6 +29,7 @@ class Wanted(StrEnum):
 
     RUNNING = "running"
     STOPPED = "stopped"
+    KILLED = "stopped_by_force"
 
 
 class StartRequest(BaseModel):
@@ -36,11 +37,20 @@ class StartRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(min_length=1, description="Folder, name in the models folder, or hub id.")
+    model: str = Field(min_length=1, max_length=512, description="Folder, name in the models folder, or hub id.")
     engine_kind: EngineKind = EngineKind.LLM
     name: str | None = Field(None, max_length=200, description="Name in requests; default: the model as given.")
     port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free one.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind; see the documentation.")
+
+    @field_validator("model")
+    @classmethod
+    def _usable_model(cls, model: str) -> str:
+        if not model.isprintable():
+            raise ValueError("must be printable characters")
+        if model.startswith(("./", "../", "~")) or "\\" in model or model in (".", ".."):
+            raise ValueError("a folder must be named by its absolute path, since the gateway works in another folder")
+        return model
 
     @field_validator("name")
     @classmethod

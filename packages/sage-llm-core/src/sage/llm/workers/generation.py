@@ -14,16 +14,12 @@ from starlette.types import Receive, Scope, Send
 
 from sage.common.errors import ConfigError, SageError
 from sage.llm.workers import server
-from sage.llm.workers.generator import Generator
+from sage.llm.workers.generator import Generator, rendered
 from sage.llm.workers.guard import error_body
 from sage.llm.workers.jobs import Job, Lane, unless_gone
 from sage.llm.workers.requests import ChatRequest, CompletionRequest
 from sage.llm.workers.sampling import Piece, Sampling
 from sage.llm.workers.shapes import ChatShape, CompletionShape, Shape
-from sage.llm.workers.time_limit import TimeLimitExceeded, within
-
-#: A chat template is a program; one that takes longer than this does not end.
-_RENDER_SECONDS = 10.0
 
 
 class EventStream(StreamingResponse):
@@ -99,12 +95,8 @@ class Engine:
     def _chat_prompt(self, request: ChatRequest) -> list[int]:
         messages, tools = request.conversation(), request.offered_tools()
         self._generator.check_characters(_characters([messages, tools]), "messages")
-        try:
-            prompt = within(_RENDER_SECONDS, lambda: self._generator.chat_prompt(messages, tools))
-            without_tools = within(_RENDER_SECONDS, lambda: self._generator.chat_prompt(messages, None)) if tools else []
-        except TimeLimitExceeded as error:
-            message = f"The model's chat template did not finish within {_RENDER_SECONDS:g} s."
-            raise ConfigError(code="template_too_slow", message=message, param="messages") from error
+        prompt = rendered(lambda: self._generator.chat_prompt(messages, tools))
+        without_tools = rendered(lambda: self._generator.chat_prompt(messages, None)) if tools else []
         if prompt == without_tools:
             message = "tools: the model's chat template does not tell the model of tools."
             raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param="tools")

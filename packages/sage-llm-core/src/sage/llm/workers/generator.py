@@ -3,13 +3,12 @@
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import StoppingCriteria
 
-from sage.common.errors import ConfigError
+from sage.common.errors import ConfigError, ModelError
 from sage.libs.finetune.data.messages import read_conversation
 from sage.libs.finetune.data.values import RecordError
 from sage.libs.models.adapters import attach_adapter, merged
@@ -21,8 +20,12 @@ from sage.llm.workers.sampling import Piece, Sampling, TokenScore
 from sage.llm.workers.scoring import LastLogits, Scorer, prompt_scores
 from sage.llm.workers.server import load_source
 from sage.llm.workers.text import StopStrings, TextDecoder, TokenBytes
+from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+#: A chat template is a program; one that takes longer than this does not end.
+RENDER_SECONDS = 10.0
 #: A temperature below this is greedy decoding; logits divided by it would overflow.
 _GREEDY_BELOW = 1e-5
 
@@ -46,7 +49,7 @@ class Generator:
             logger.warning("%s", warning)
         self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))
         self.chat_format = ChatFormat(self.tokenizer)
-        self._end_tokens = self.chat_format.end_ids(self.model.generation_config.eos_token_id)
+        self._end_tokens = rendered(lambda: self.chat_format.end_ids(self.model.generation_config.eos_token_id))
         self._token_bytes = TokenBytes(self.tokenizer)
         self._characters_per_token = max(32, *map(len, self.tokenizer.get_vocab()))
         self._gone = threading.Event()
@@ -141,10 +144,11 @@ class Generator:
             torch.seed()  # else it would follow from the seed of an earlier request
         else:
             torch.manual_seed(sampling.seed)
-        with LastLogits(self.model) if sampling.top_logprobs is not None else nullcontext() as last:
-            scorer = Scorer(self._token_bytes, sampling.top_logprobs or 0)
+        scorer = Scorer(self._token_bytes, sampling.top_logprobs or 0)
+        with LastLogits(self.model) as last:
             listener = _Listener(decoder, sampling, self._end_tokens, put)
-            listener.score = last and (lambda token, offset: scorer.score(token, last.logits, offset))
+            if sampling.top_logprobs is not None:
+                listener.score = lambda token, offset: scorer.score(token, last.logits, offset)
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -214,7 +218,8 @@ class _Listener(StoppingCriteria):
         rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
         reason = "stop" if self._has_ended or self._stops.is_met else "length"
         self._characters += len(rest)
-        scores = tuple(score for score in self._pending if score.text_offset < self._characters or reason == "length")
+        is_cut = self._stops.is_met
+        scores = tuple(score for score in self._pending if not is_cut or score.text_offset < self._characters)
         self._put(Piece(rest, scores, finish_reason=reason, completion_tokens=self._tokens))
 
     def _give(self, text: str) -> None:
@@ -223,6 +228,15 @@ class _Listener(StoppingCriteria):
             ready = [score for score in self._pending if score.text_offset < self._characters]
             self._pending = self._pending[len(ready) :]
             self._put(Piece(text, tuple(ready)))
+
+
+def rendered(render: Callable[[], T]) -> T:
+    """Return what `render` returns. Raises ModelError if it takes longer than any chat template that ends."""
+    try:
+        return within(RENDER_SECONDS, render)
+    except TimeLimitExceeded as error:
+        message = f"The model's chat template did not finish within {RENDER_SECONDS:g} s."
+        raise ModelError(code="template_too_slow", message=message) from error
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:

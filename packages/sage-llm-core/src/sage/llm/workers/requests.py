@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from sage.common.errors import ConfigError
 from sage.llm.workers.sampling import Sampling
@@ -158,7 +158,10 @@ class Message(Body):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = Field(None, validation_alias=AliasChoices("reasoning_content", "reasoning", "thinking"))
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # another name of reasoning_content, as is the next
+    thinking: str | None = None
+    function_call: FunctionCall | None = None  # the old form of tool_calls
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None  # OpenAI's client sends it back, empty
 
 

@@ -4,7 +4,7 @@ A format is a pair of functions: does this record look like it, and what does it
 put it into `FORMATS`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 from sage.libs.finetune.data.messages import BOOKKEEPING, Conversation, Message, read_conversation
@@ -18,6 +18,7 @@ Content = Chat | str
 #: What a text model cannot be told.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TOOLS = ("tools", "functions")
+_HARMLESS = {*BOOKKEEPING, *_MEDIA}
 
 
 class Parsed(NamedTuple):
@@ -34,7 +35,7 @@ class Format(NamedTuple):
     name: str
     matches: Callable[[Record], bool]
     parse: Callable[[Record], Content]
-    fields: tuple[str, ...]  #: those that have an effect
+    fields: frozenset[str]  #: those that have an effect
 
 
 def parse_record(record: Any) -> Parsed:
@@ -63,15 +64,15 @@ def present_fields(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}
-    if media := next((name for name in _MEDIA if present.get(name)), None):
-        raise RecordError(f"'{media}' is given: this trains text only.", "Remove the record.")
+    if media := [name for name in _MEDIA if present.get(name)]:
+        raise RecordError(f"'{media[0]}' is given: this trains text only.", "Remove the record.")
     return present
 
 
-def ignored_fields(present: Record, used: tuple[str, ...]) -> tuple[str, ...]:
+def ignored_fields(present: Record, used: Set[str]) -> tuple[str, ...]:
     """Return the names of a record's fields that have no effect, without those of mere bookkeeping."""
-    known = {*used, *BOOKKEEPING, *_MEDIA}
-    return tuple(printable(name) for name, value in present.items() if name not in known and value not in ("", [], {}))
+    unknown = present.keys() - used - _HARMLESS
+    return tuple(printable(name) for name in present if name in unknown and present[name] not in ("", [], {}))
 
 
 def _chat(record: Record, conversation: Conversation) -> Chat:
@@ -144,21 +145,21 @@ def _parse_text(record: Record) -> Content:
 
 #: Tried in this order; the first that matches is the record's format.
 FORMATS: tuple[Format, ...] = (
-    Format("openai", lambda r: "messages" in r, _parse_messages, ("messages", "system", *_TOOLS)),
-    Format("sharegpt", lambda r: "conversations" in r, _parse_sharegpt, ("conversations", "system", *_TOOLS)),
+    Format("openai", lambda r: "messages" in r, _parse_messages, frozenset({"messages", "system", *_TOOLS})),
+    Format("sharegpt", lambda r: "conversations" in r, _parse_sharegpt, frozenset({"conversations", "system", *_TOOLS})),
     Format(
         "alpaca",
         lambda r: "instruction" in r and "output" in r,
         _parse_alpaca,
-        ("instruction", "input", "output", "system", "history", *_TOOLS),
+        frozenset({"instruction", "input", "output", "system", "history", *_TOOLS}),
     ),
     Format(
         "prompt_completion",
         lambda r: "prompt" in r and "completion" in r,
         _parse_prompt_completion,
-        ("prompt", "completion", *_TOOLS),
+        frozenset({"prompt", "completion", *_TOOLS}),
     ),
-    Format("text", lambda r: "text" in r, _parse_text, ("text",)),
+    Format("text", lambda r: "text" in r, _parse_text, frozenset({"text"})),
 )
 
 
@@ -169,5 +170,5 @@ def _check_chat(messages: list[Message]) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise RecordError("no assistant turn: there is nothing to learn from it.", "Add the answer, or remove the record.")
-    if not any(says_something(answer) for answer in answers):
+    if not any(map(says_something, answers)):
         raise RecordError("every assistant turn is empty.", "Write the answer, or remove the record.")

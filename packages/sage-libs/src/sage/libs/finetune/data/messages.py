@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sage.libs.finetune.data.tools import called_functions, tool_calls_of
-from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of, without_nulls
+from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of
 
 Message = dict[str, Any]
 
@@ -22,6 +22,10 @@ _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
 _FLAGS = ("weight", "loss", "train", "trainable", "training", "train_on_turn")
 #: What the assistant thought, of which a message has one.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_INSTEAD_OF_CONTENT = {"tool_calls", "reasoning_content"}
+_CONTENT = {"role", "content", "from", "value"}
+_OF_ASSISTANT = {"tool_calls", "function_call", *_REASONING}
+_DETAILS = {"name", "tool_call_id", *_OF_ASSISTANT, *_FLAGS}
 #: Names of records and messages that say nothing to the model, and that nobody expects it to learn.
 BOOKKEEPING = frozenset({
     "", "Unnamed: 0", "__index_level_0__", "_id", "conversation_id", "id", "idx", "index", "message_id", "prompt_id", "uuid",
@@ -37,6 +41,8 @@ class Conversation(NamedTuple):
 
     def begun_with(self, messages: list[Message]) -> "Conversation":
         """Return the conversation behind some messages."""
+        if not messages:
+            return self
         untrained = frozenset(index + len(messages) for index in self.untrained)
         return Conversation([*messages, *self.messages], untrained, self.ignored)
 
@@ -64,7 +70,8 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
     ignored: dict[str, None] = {}
     for item, place in items:
         turn = _turn(item, place)
-        ignored.update(dict.fromkeys(prefix + printable(name) for name in turn.ignored))
+        if turn.ignored:
+            ignored.update(dict.fromkeys(prefix + printable(name) for name in turn.ignored))
         last = len(messages) - 1
         if turn.is_call and messages and messages[last]["role"] == "assistant":
             if turn.untrained != (last in untrained):
@@ -80,32 +87,44 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
 def _turn(item: Any, where: str) -> _Turn:
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with role and content, found {kind_of(item)}.")
-    item = without_nulls(item, but="arguments")
+    if None in item.values():
+        item = {key: value for key, value in item.items() if value is not None}
     role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
-    used = {role_key, content_key, *BOOKKEEPING}
-    is_call = item.get(role_key) in _CALL_ROLES
-    role = "assistant" if is_call else _role(item.get(role_key), f"{where}.{role_key}")
-    untrained = _untrained(item, where)
+    role = item.get(role_key)
+    is_call = role in _CALL_ROLES
+    if is_call:
+        role = "assistant"
+    elif role not in ROLES:
+        role = _role(role, f"{where}.{role_key}")
     message: Message = {"role": role, "content": ""}
     ignored: list[str] = []
     if is_call:
         message["tool_calls"] = called_functions(item.get(content_key), f"{where}.{content_key}", ignored)
-    elif role == "assistant" and (calls := tool_calls_of(item, where, ignored)):
-        message["tool_calls"] = calls
-    if role == "assistant":
-        used |= {"tool_calls", "function_call", *_REASONING}
+    if item.keys() - _CONTENT:
+        _add_details(message, item, where, ignored)
+    if not is_call and (content_key in item or not message.keys() & _INSTEAD_OF_CONTENT):
+        message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
+    flags = [name for name in _FLAGS if name in item]
+    untrained = bool(flags) and _untrained(item, flags, where)
+    if role != "assistant" and not untrained:  # that a question is context is so without saying
+        ignored += flags
+    return _Turn(message, is_call, untrained and role == "assistant", ignored)
+
+
+def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored: list[str]) -> None:
+    """Give a message what its turn has besides role and content; what has no effect goes into `ignored`."""
+    unknown = item.keys() - _CONTENT - BOOKKEEPING - _DETAILS
+    if message["role"] != "assistant":
+        unknown |= item.keys() & _OF_ASSISTANT
+    else:
+        if "tool_calls" not in message and (calls := tool_calls_of(item, where, ignored)):
+            message["tool_calls"] = calls
         if reasoning := _reasoning(item, where):
             message["reasoning_content"] = reasoning
-    elif not untrained:  # that a question is context is so without saying
-        ignored += [name for name in _FLAGS if name in item]
-    if not is_call and (content_key in item or not message.keys() & {"tool_calls", "reasoning_content"}):
-        message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
     for key in ("name", "tool_call_id"):
         if key in item:
             message[key] = text_of(item[key], f"{where}.{key}")
-    used |= {"name", "tool_call_id", *_FLAGS}
-    ignored += [name for name in item if name not in used and _says_something(item[name])]
-    return _Turn(message, is_call, untrained and role == "assistant", ignored)
+    ignored += [name for name in item if name in unknown and _says_something(item[name])]
 
 
 def _one_answer(answer: Message, call: Message, where: str) -> Message:
@@ -123,12 +142,10 @@ def _role(role: Any, where: str) -> str:
     return str(name)
 
 
-def _untrained(item: Mapping[str, Any], where: str) -> bool:
-    """Return whether flags say that a turn is context only."""
+def _untrained(item: Mapping[str, Any], flags: list[str], where: str) -> bool:
+    """Return whether the flags that a turn has say that it is context only."""
     said = {}
-    for name in _FLAGS:
-        if name not in item:
-            continue
+    for name in flags:
         value = item[name]
         if name == "weight" and (isinstance(value, bool) or value not in (0, 1)):
             raise RecordError(f"{where}.weight is {_shown(value)}.", "It must be 0 (context only) or 1.")

@@ -139,4 +139,4 @@ def _said(messages: list[Message], where: str) -> list[Message]:
 def _parsed(name: str, row: Row, record: Record, fields: tuple[str, ...], tools: tuple[str, ...]) -> Parsed:
     if tools and (found := tools_of(record)):
         row["tools"] = json.dumps(found)  # as text: columns of a table would fill in each other's keys
-    return Parsed(name, row, ignored_fields(record, (*fields, *tools)))
+    return Parsed(name, row, ignored_fields(record, {*fields, *tools}))

@@ -15,6 +15,7 @@ from sage.libs.finetune.data.values import (
 )
 
 Call = dict[str, Any]
+_KNOWN = {"id", "type", "index", "function", "name", "arguments"}
 
 
 def tools_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -65,12 +66,11 @@ def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
 def _call(call: Any, where: str, ignored: list[str]) -> Call:
     if not isinstance(call, Mapping):
         raise RecordError(f"{where} must be an object with name and arguments, found {kind_of(call)}.")
-    function, place = (call["function"], f"{where}.function") if "function" in call else (call, where)
+    function, place = (call, where) if call.get("function") is None else (call["function"], f"{where}.function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RecordError(f"{place} must be an object with name and arguments.")
-    known = {"id", "type", "index", "function"}
-    ignored += [f"tool_calls[].{name}" for name in call if name not in known and function is not call]
-    ignored += [f"tool_calls[].{name}" for name in function if name not in {*known, "name", "arguments"}]
+    given = {**call, **function}
+    ignored += [f"tool_calls[].{name}" for name, value in given.items() if name not in _KNOWN and value is not None]
     made: Call = {"type": "function"}
     if call.get("id") is not None:
         if not isinstance(call["id"], str):

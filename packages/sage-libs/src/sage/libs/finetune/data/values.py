@@ -51,6 +51,8 @@ def list_of(value: Any, where: str) -> list[Any]:
 
 def text_of(value: Any, where: str) -> str:
     """Return a text; a list of OpenAI's text parts is one too. Raises RecordError that names the place."""
+    if type(value) is str and value.isascii():
+        return value
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
         value = "".join(_part_text(part, f"{where}[{index}]") for index, part in enumerate(value))
     if not isinstance(value, str):
@@ -82,12 +84,12 @@ def check_encodable(value: Any, where: str) -> None:
     encodable(json.dumps(value, ensure_ascii=False, default=str), where)
 
 
-def without_nulls(value: Any, *, but: str = "") -> Any:
-    """Return a value without the keys whose value is null, at every depth; what stands below the key `but` stays."""
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys whose value is null, at every depth."""
     if isinstance(value, Mapping):
-        return {k: v if k == but else without_nulls(v, but=but) for k, v in value.items() if v is not None}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [without_nulls(item, but=but) for item in value]
+        return [without_nulls(item) for item in value]
     return value
 
 

@@ -13,8 +13,8 @@ class Backend(Protocol):
 
     #: What a user may set for it.
     options: ClassVar[type[BaseModel]]
-    #: Answers 200 when the server is ready.
+    #: When the server is ready, it answers 200 with a JSON object whose `engine` is SAGE_ENGINE_ID of the environment.
     health_path: ClassVar[str]
 
-    def argv(self, model: str, port: int, options: Any) -> tuple[str, ...]:
-        """Return the command that serves `model` on loopback at `port`."""
+    def argv(self, model: str, port: int, descriptor: int, options: Any) -> tuple[str, ...]:
+        """Return the command that serves `model` on the inherited socket `descriptor`, which listens at `port`."""

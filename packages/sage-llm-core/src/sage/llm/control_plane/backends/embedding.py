@@ -18,6 +18,7 @@ class EmbeddingBackend:
     options: ClassVar[type[BaseModel]] = EmbeddingOptions
     health_path: ClassVar[str] = "/health"
 
-    def argv(self, model: str, port: int, options: EmbeddingOptions) -> tuple[str, ...]:
-        """Return the command that serves `model` on loopback at `port`."""
-        return (sys.executable, "-m", "sage.llm.workers.embedding", "--model", model, "--port", str(port))
+    def argv(self, model: str, port: int, descriptor: int, options: EmbeddingOptions) -> tuple[str, ...]:
+        """Return the command that serves `model` on the inherited socket `descriptor`, which listens at `port`."""
+        where = ("--port", str(port), "--fd", str(descriptor))
+        return (sys.executable, "-m", "sage.llm.workers.embedding", "--model", model, *where)

@@ -12,7 +12,7 @@ class TransformersOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Numbers to compute in; auto: fp32 on a CPU.")
-    max_tokens: int = Field(1024, ge=1, description="Length of an answer where the request does not say, in tokens.")
+    max_tokens: int = Field(1024, ge=1, description="Length of an answer if the request does not say, in tokens.")
 
 
 class TransformersBackend:
@@ -21,9 +21,9 @@ class TransformersBackend:
     options: ClassVar[type[BaseModel]] = TransformersOptions
     health_path: ClassVar[str] = "/health"
 
-    def argv(self, model: str, port: int, options: TransformersOptions) -> tuple[str, ...]:
-        """Return the command that serves `model` on loopback at `port`."""
+    def argv(self, model: str, port: int, descriptor: int, options: TransformersOptions) -> tuple[str, ...]:
+        """Return the command that serves `model` on the inherited socket `descriptor`, which listens at `port`."""
         return (
             sys.executable, "-m", "sage.llm.workers.generation", "--model", model, "--port", str(port),
-            "--dtype", options.dtype, "--max-tokens", str(options.max_tokens),
+            "--fd", str(descriptor), "--dtype", options.dtype, "--max-tokens", str(options.max_tokens),
         )  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sage.common.processes import ProcessIdentity
+from sage.common.identity import ProcessIdentity
 from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.store import EngineRecord
 from sage.llm.control_plane.types import Reason, StartRequest, TrainingStep
@@ -18,25 +18,32 @@ class Observed:
     ready: bool = False  #: it answers, or trains
     ended: EngineState | None = None  #: it settled by itself, and in which state
     reason: Reason | None = None  #: of `ended`, or of a death
+    orphaned: bool = False  #: its process is gone, children of that are not
 
 
 class Executor(Protocol):
-    """Runs engines of a kind. Nothing here waits for an engine to get somewhere."""
+    """Runs engines of a kind. Nothing here waits for an engine to get somewhere.
+
+    OSError from `observe`, `port` and `request_stop` means that it is not known what is: the reconciler looks again.
+    """
 
     async def prepare(self, engine_id: str, request: StartRequest) -> dict[str, Any]:
         """Check a request and return the options to keep; raises SageError, and then nothing was done."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict where the engine cannot be started again."""
+        """Raise Conflict if the engine cannot be started again."""
 
     async def launch(self, engine: EngineRecord) -> int | None:
-        """Start the engine's process, unless it lives already; return the port it will answer on, if any."""
+        """Start the engine's process; return the port it will answer on, if any."""
+
+    async def port(self, engine: EngineRecord) -> int | None:
+        """Return the port of a process that lives, if it has any."""
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return what is."""
 
     async def request_stop(self, engine: EngineRecord, *, force: bool) -> None:
-        """Ask the process to end (`force`: kill it)."""
+        """Ask the process to end (`force`: kill it, and its children)."""
 
     def process(self, engine: EngineRecord) -> ProcessIdentity | None:
         """Return the engine's process, or None."""

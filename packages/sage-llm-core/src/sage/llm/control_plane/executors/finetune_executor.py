@@ -1,30 +1,38 @@
 """Engines of kind finetune: a training run in a process of its own.
 
-`FinetuneEngine` is one run, usable on its own from Python; `FinetuneExecutor` is what the control plane drives, and does
-everything through it.
+`FinetuneEngine` is one run, usable on its own from Python; `FinetuneExecutor` is what the control plane drives.
 """
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sage.common.errors import Conflict, NotFound
-from sage.common.processes import ProcessIdentity
+from pydantic import ValidationError
+
+from sage.common.errors import ConfigError, Conflict, NotFound
+from sage.common.identity import ProcessIdentity
 from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.rundir import RunDirectory
 from sage.libs.finetune.status import ALIVE, RunState, RunStatus
 from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.executors.last_words import last_words
 from sage.llm.control_plane.inventory import gpu_memory_of
+from sage.llm.control_plane.launchers.base import Launcher
 from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.store import EngineRecord
 from sage.llm.control_plane.types import Reason, StartRequest, TrainingProgress, TrainingStep
 
 _POLL_SECONDS = 0.1
 _SETTLED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
+#: Options that name files: the gateway works in another folder than whoever gives them.
+_PATHS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
+#: What reading a run raises if its files are not there, or hold something else than events.
+_UNREADABLE = (NotFound, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass
@@ -119,36 +127,52 @@ class FinetuneEngine:
 class FinetuneExecutor:
     """Drives FinetuneEngine for the control plane; an engine and its run share the end of their ids."""
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Launcher) -> None:
         self._manager = FinetuneManager()
+        self._launcher = launcher
 
     async def prepare(self, engine_id: str, request: StartRequest) -> dict[str, Any]:
         """Check the request and write the run's directory."""
         if request.port:
-            raise Conflict(code="no_port", message="A finetune engine has no port.", hint="Leave --port away.")
+            raise Conflict(code="no_port", message="A finetune engine has no port.", hint="Omit --port.")
+        _check_paths(request.options)
         config = validated(FinetuneConfig, {**request.options, "base_model": request.model})
         await FinetuneEngine(config, task_id_of(engine_id)).create()
         return config.model_dump(mode="json")
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict where the run is completed, or its dataset has changed."""
+        """Raise Conflict if the run is completed, or its dataset has changed."""
+        observed = await self.observe(engine)
+        if observed.alive and not observed.ended:
+            return  # it is adopted
         await asyncio.to_thread(self._manager.check_resumable, task_id_of(engine.id))
 
     async def launch(self, engine: EngineRecord) -> None:
-        """Start the worker, unless it lives already."""
-        if not (await self.observe(engine)).alive:
-            await self._engine(engine).start()
+        """Start the worker."""
+        await self._engine(engine).start()
+
+    async def port(self, engine: EngineRecord) -> None:
+        """It has none."""
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return where the run is, from its events and its lock."""
-        run = await asyncio.to_thread(self._manager.status, task_id_of(engine.id))
+        lock = self._run(engine).lock_path
+        if await asyncio.to_thread(self._launcher.has_leftovers, lock):
+            return Observed(alive=True, orphaned=True)
+        try:
+            run = await asyncio.to_thread(self._manager.status, task_id_of(engine.id))
+        except _UNREADABLE as error:  # whether it lives is seen without its events
+            alive = await asyncio.to_thread(self._launcher.observe, lock) is not None
+            return Observed(alive=alive, ready=alive, reason=_unreadable(error))
         if run.state in _SETTLED:
-            return Observed(alive=False, ended=EngineState(run.state.value), reason=_reason(run))
+            alive = await asyncio.to_thread(self._launcher.observe, lock) is not None
+            reason = await asyncio.to_thread(self._why_it_died, engine, run) if run.code == "worker_died" else _reason(run)
+            return Observed(alive=alive, ended=EngineState(run.state.value), reason=reason)
         return Observed(alive=run.state is not RunState.CREATED, ready=run.state is RunState.RUNNING)
 
     async def request_stop(self, engine: EngineRecord, *, force: bool) -> None:
-        """Ask the worker to save and end."""
-        await self._engine(engine).request_stop(force=force)
+        """Ask the worker to save and end, or kill its session."""
+        await asyncio.to_thread(self._launcher.kill if force else self._launcher.stop, self._run(engine).lock_path)
 
     def process(self, engine: EngineRecord) -> ProcessIdentity | None:
         """Return the worker, or None."""
@@ -170,20 +194,50 @@ class FinetuneExecutor:
     async def training_steps(self, engine: EngineRecord) -> list[TrainingStep]:
         """Return the run's steps; of one that was done again after a kill, the last word."""
         events, _ = await asyncio.to_thread(self._manager.events, task_id_of(engine.id))
-        steps = {event["step"]: TrainingStep.model_validate(event) for event in events if event["event"] == "step"}
+        steps = {}
+        for event in events:
+            with contextlib.suppress(ValidationError):  # one malformed event is not worth all others
+                if event["event"] == "step":
+                    step = TrainingStep.model_validate(event)
+                    steps[step.step] = step
         return [steps[step] for step in sorted(steps)]
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the worker's log."""
-        return RunDirectory(self._manager.root / task_id_of(engine.id)).log_path
+        return self._run(engine).log_path
 
     async def remove(self, engine: EngineRecord) -> None:
         """Remove the run's directory with its checkpoints; the output folder stays."""
         await asyncio.to_thread(self._manager.delete, task_id_of(engine.id))
 
+    def _run(self, engine: EngineRecord) -> RunDirectory:
+        return RunDirectory(self._manager.root / task_id_of(engine.id))
+
+    def _why_it_died(self, engine: EngineRecord, run: RunStatus) -> Reason:
+        """Return why a worker that told no error is gone."""
+        code = self._launcher.exit_code(self._run(engine).lock_path)
+        if code is None or code == 0:
+            return Reason(code="worker_died", message=run.message or "", hint=run.hint or "")
+        message = last_words(f"At step {run.step}, the training process", code, self._run(engine).log_path)
+        return Reason(code="worker_died", message=message, hint=run.hint or "")
+
     @staticmethod
     def _engine(engine: EngineRecord) -> FinetuneEngine:
         return FinetuneEngine(FinetuneConfig.model_validate(engine.options), task_id_of(engine.id))
+
+
+def _check_paths(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an option names a file by a relative path."""
+    for name in _PATHS:
+        given = options.get(name) or []
+        for path in given if isinstance(given, list) else [given]:
+            if isinstance(path, str) and not path.startswith("/"):
+                raise ConfigError(
+                    code="path_not_absolute",
+                    message=f"{name}: '{path[:200]}' is not an absolute path, and the gateway works in another folder.",
+                    hint=f"Give the absolute path of '{name}'.",
+                    param=name,
+                )
 
 
 def task_id_of(engine_id: str) -> str:
@@ -210,6 +264,16 @@ def _progress(run: RunStatus) -> TrainingProgress:
         heldout_loss=run.heldout_loss,
         activity=run.message if run.state in ALIVE else None,
         warnings=list(run.warnings),
+    )
+
+
+def _unreadable(error: Exception) -> Reason:
+    if isinstance(error, NotFound):
+        return Reason(code=error.code, message=error.message, hint=error.hint)
+    return Reason(
+        code="run_unreadable",
+        message=f"The run's events cannot be read: {type(error).__name__}: {error}.",
+        hint="Fix or remove the line at fault in events.jsonl of its run directory.",
     )
 
 

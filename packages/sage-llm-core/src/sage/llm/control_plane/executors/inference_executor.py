@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import signal
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,18 +9,19 @@ from typing import Any
 
 import httpx
 
-from sage.common.errors import Conflict
-from sage.common.logs import tail_lines
-from sage.common.paths import get_user_paths
-from sage.common.processes import ProcessIdentity, ProcessSpec
+from sage.common.identity import ProcessIdentity
+from sage.common.paths import get_user_paths, private_file
+from sage.common.processes import ProcessSpec
 from sage.common.validation import validated
 from sage.libs.models.resolve import resolve_model
 from sage.llm.control_plane.backends.base import Backend
 from sage.llm.control_plane.backends.embedding import EmbeddingBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
 from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.executors.last_words import last_words
 from sage.llm.control_plane.launchers.base import Launcher
-from sage.llm.control_plane.store.store import EngineRecord
+from sage.llm.control_plane.states import EngineState
+from sage.llm.control_plane.store.store import EngineRecord, port_taken
 from sage.llm.control_plane.types import EngineKind, Reason, StartRequest, TrainingStep
 
 BACKENDS: Mapping[EngineKind, Backend] = {
@@ -29,6 +29,8 @@ BACKENDS: Mapping[EngineKind, Backend] = {
     EngineKind.EMBEDDING: EmbeddingBackend(),
 }
 _HEALTH_SECONDS = 2.0
+#: Tells a server which engine it is; its health check repeats it, so that no other program is taken for it.
+_ENGINE_VARIABLE = "SAGE_ENGINE_ID"
 
 
 class InferenceExecutor:
@@ -44,45 +46,62 @@ class InferenceExecutor:
         options = validated(self._backend.options, request.options)
         await asyncio.to_thread(resolve_model, request.model)
         if request.port:
-            _check_port(request.port)
+            _listen(request.port).close()
         return options.model_dump()
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict where the port it must have is taken, ModelError where its model has gone."""
+        """Raise Conflict if the port it must have is taken, ModelError if its model has gone."""
+        if await asyncio.to_thread(self.process, engine):
+            return  # it is adopted
         await asyncio.to_thread(resolve_model, engine.model)
         if engine.requested_port:
-            _check_port(engine.requested_port)
+            _listen(engine.requested_port).close()
 
     async def launch(self, engine: EngineRecord) -> int:
-        """Start the server, unless it lives already; return its port."""
-        port_file = self._folder(engine) / "port"
-        if self.process(engine):
-            return int(port_file.read_text())
-        port = engine.requested_port or _free_port()
-        port_file.parent.mkdir(parents=True, exist_ok=True)
-        port_file.write_text(str(port))
+        """Start the server and return its port, on which this process listens first: no other one gets in between."""
+        return await asyncio.to_thread(self._launch, engine)
+
+    def _launch(self, engine: EngineRecord) -> int:
         options = self._backend.options.model_validate(engine.options)
-        argv = self._backend.argv(engine.model, port, options)
-        log = self.log_path(engine)
-        await asyncio.to_thread(self._launcher.launch, ProcessSpec(argv, self._lock_path(engine), log))
+        with _listen(engine.requested_port or 0) as listener:
+            port, descriptor = int(listener.getsockname()[1]), listener.fileno()
+            private_file(self._port_path(engine)).write_text(str(port))
+            spec = ProcessSpec(
+                self._backend.argv(engine.model, port, descriptor, options),
+                self._lock_path(engine),
+                self.log_path(engine),
+                env={_ENGINE_VARIABLE: engine.id},
+                pass_fds=(descriptor,),
+            )
+            self._launcher.launch(spec)
         return port
+
+    async def port(self, engine: EngineRecord) -> int:
+        """Return the port of a server that lives."""
+        return int(await asyncio.to_thread(self._port_path(engine).read_text))
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return whether the server lives and answers."""
-        if self.process(engine) is None:
-            return Observed(alive=False, reason=Reason(code="engine_died", message=self._last_words(engine)))
+        if await asyncio.to_thread(self._launcher.has_leftovers, self._lock_path(engine)):
+            return Observed(alive=True, orphaned=True)
+        if await asyncio.to_thread(self.process, engine):
+            return Observed(alive=True, ready=await self._answers(engine))
+        if engine.state is EngineState.QUEUED:
+            return Observed(alive=False)
+        return Observed(alive=False, reason=await asyncio.to_thread(self._why_it_died, engine))
+
+    async def _answers(self, engine: EngineRecord) -> bool:
         if engine.port is None:  # its launch was not written down yet
-            return Observed(alive=True)
+            return False
         try:
             answer = await self._http.get(f"http://127.0.0.1:{engine.port}{self._backend.health_path}")
-        except httpx.HTTPError:
-            return Observed(alive=True)
-        return Observed(alive=True, ready=answer.status_code == httpx.codes.OK)
+            return bool(answer.status_code == httpx.codes.OK and answer.json()["engine"] == engine.id)
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):  # nothing, or another program
+            return False
 
     async def request_stop(self, engine: EngineRecord, *, force: bool) -> None:
-        """Send SIGTERM, or SIGKILL."""
-        if process := self.process(engine):
-            self._launcher.signal(process, signal.SIGKILL if force else signal.SIGTERM)
+        """Send SIGTERM to the server, or SIGKILL to its session."""
+        await asyncio.to_thread(self._launcher.kill if force else self._launcher.stop, self._lock_path(engine))
 
     def process(self, engine: EngineRecord) -> ProcessIdentity | None:
         """Return the server's process, or None."""
@@ -104,10 +123,10 @@ class InferenceExecutor:
         """Remove lock and log."""
         await asyncio.to_thread(shutil.rmtree, self._folder(engine), ignore_errors=True)
 
-    def _last_words(self, engine: EngineRecord) -> str:
-        """Return the last line that the server said, which is its own account of why it ended."""
-        lines = [line for line in tail_lines(self.log_path(engine), 20) if line.strip()]
-        return f"The engine's process ended: {lines[-1] if lines else 'it said nothing.'}"
+    def _why_it_died(self, engine: EngineRecord) -> Reason:
+        code = self._launcher.exit_code(self._lock_path(engine))
+        message = last_words("The engine's process", code, self.log_path(engine))
+        return Reason(code="engine_died", message=message, hint=f"Its log: `sage llm engine logs {engine.id}`.")
 
     @staticmethod
     def _folder(engine: EngineRecord) -> Path:
@@ -116,22 +135,18 @@ class InferenceExecutor:
     def _lock_path(self, engine: EngineRecord) -> Path:
         return self._folder(engine) / "process.lock"
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    def _port_path(self, engine: EngineRecord) -> Path:
+        return self._folder(engine) / "port"
 
 
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise Conflict(
-                code="port_taken",
-                message=f"Port {port} cannot be used: {error.strerror}.",
-                hint="Give another --port, or none for a free one.",
-                param="port",
-            ) from error
+def _listen(port: int) -> socket.socket:
+    """Return a socket that listens on loopback, at a free port for 0. Raises Conflict if the port is taken."""
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        raise port_taken(port, error.strerror or str(error)) from error
+    return listener

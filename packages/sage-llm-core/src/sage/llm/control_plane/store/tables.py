@@ -3,8 +3,10 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, ForeignKey, Text
+from sqlalchemy import JSON, DateTime, ForeignKey, Index, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+_ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
 
 
 class Base(DeclarativeBase):
@@ -15,6 +17,10 @@ class EngineRow(Base):
     """One engine."""
 
     __tablename__ = "engines"
+    #: No two engines that something may happen to were promised one port.
+    __table_args__ = (
+        Index("ix_engines_active_port", "requested_port", unique=True, sqlite_where=_ACTIVE, postgresql_where=_ACTIVE),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
@@ -47,6 +53,15 @@ class EventRow(Base):
     reason: Mapped[str] = mapped_column(Text)
 
 
+class OwnerRow(Base):
+    """The one node whose engines these are."""
+
+    __tablename__ = "owner"
+
+    slot: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  #: always 0
+    node: Mapped[str]
+
+
 class LeaseRow(Base):
     """Who may reconcile."""
 
@@ -54,7 +69,8 @@ class LeaseRow(Base):
 
     name: Mapped[str] = mapped_column(primary_key=True)
     token: Mapped[str]
-    node: Mapped[str]
+    host: Mapped[str]
     pid: Mapped[int]
-    pid_start_time: Mapped[float]
+    pid_started: Mapped[str]
+    #: Counts for another host's process only: whether one of this host lives can be seen.
     expires_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))

@@ -1,0 +1,42 @@
+"""Which node this is: one state folder, whatever the machine is called."""
+
+import os
+import secrets
+from pathlib import Path
+
+from sage.common.errors import ConfigError
+from sage.common.paths import get_user_paths, tighten
+from sage.common.processes import held_lock
+
+
+def node_id_path() -> Path:
+    """Return the file that holds this node's id."""
+    return get_user_paths().state_dir / "node-id"
+
+
+def open_state_folder() -> str:
+    """Make state folder and settings their user's only, and return the node's id."""
+    paths = get_user_paths()
+    try:
+        tighten(paths.config_dir)
+        tighten(paths.state_dir)
+        return _node_id()
+    except OSError as error:
+        raise ConfigError(
+            code="state_folder_unusable",
+            message=f"The state folder {paths.state_dir} cannot be used: {error.strerror or error}.",
+            hint="Make it writable, or set SAGE_HOME to another folder.",
+        ) from error
+
+
+def _node_id() -> str:
+    """Return the id of this state folder, made once."""
+    path = node_id_path()
+    with held_lock(path), path.open("r+", encoding="utf-8") as file:
+        found = file.read().strip()
+        if not found:
+            found = f"node-{secrets.token_hex(8)}"
+            file.write(f"{found}\n")
+            file.flush()
+            os.fsync(file.fileno())
+    return found

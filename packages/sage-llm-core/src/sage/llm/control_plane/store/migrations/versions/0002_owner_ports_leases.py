@@ -1,0 +1,60 @@
+"""The database's owner; one active engine for a port; leases that name processes as the kernel does.
+
+Revision ID: 0002
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+_ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
+
+
+def upgrade() -> None:
+    """Create the owner's table and the ports' index; begin the leases anew, since nothing holds one now."""
+    op.create_table(
+        "owner",
+        sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("node", sa.String(), nullable=False),
+    )
+    op.execute(  # of engines that were given one port at once, the first keeps it
+        f"UPDATE engines SET requested_port = NULL WHERE {_ACTIVE} AND EXISTS (SELECT 1 FROM engines AS other "  # noqa: S608
+        f"WHERE other.requested_port = engines.requested_port AND other.id <> engines.id AND other.{_ACTIVE} "
+        "AND (other.created_at < engines.created_at OR (other.created_at = engines.created_at AND other.id < engines.id)))"
+    )
+    op.create_index(
+        "ix_engines_active_port",
+        "engines",
+        ["requested_port"],
+        unique=True,
+        sqlite_where=sa.text(_ACTIVE),
+        postgresql_where=sa.text(_ACTIVE),
+    )
+    op.drop_table("leases")
+    op.create_table(
+        "leases",
+        sa.Column("name", sa.String(), primary_key=True),
+        sa.Column("token", sa.String(), nullable=False),
+        sa.Column("host", sa.String(), nullable=False),
+        sa.Column("pid", sa.Integer(), nullable=False),
+        sa.Column("pid_started", sa.String(), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+    )
+
+
+def downgrade() -> None:
+    """Go back to leases of before."""
+    op.drop_index("ix_engines_active_port", "engines")
+    op.drop_table("owner")
+    op.drop_table("leases")
+    op.create_table(
+        "leases",
+        sa.Column("name", sa.String(), primary_key=True),
+        sa.Column("token", sa.String(), nullable=False),
+        sa.Column("node", sa.String(), nullable=False),
+        sa.Column("pid", sa.Integer(), nullable=False),
+        sa.Column("pid_start_time", sa.Float(), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+    )

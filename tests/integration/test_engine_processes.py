@@ -1,0 +1,368 @@
+"""Inference engines as processes, with a server of a few lines in the place of a model's."""
+
+import asyncio
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import BaseModel
+from support import free_port
+
+from sage.common.errors import ConfigError, Conflict, NotFound, Overloaded
+from sage.common.identity import session_members
+from sage.common.paths import get_user_paths
+from sage.common.settings import load_settings
+from sage.llm.control_plane.executors import inference_executor
+from sage.llm.control_plane.launchers.local import LocalLauncher
+from sage.llm.control_plane.manager import ControlPlaneManager
+from sage.llm.control_plane.states import SETTLED, EngineState
+from sage.llm.control_plane.types import EngineKind, EngineView, StartRequest
+
+S = EngineState
+SERVER = """
+import http.server, json, os, signal, socket, subprocess, sys
+options = json.loads(sys.argv[1])
+print("Loading weights: 100%|##########| 9/9", file=sys.stderr, flush=True)
+if options["child"]:
+    subprocess.Popen(["sleep", "60"])
+if options["ignores_sigterm"]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if options["exits"] is not None:
+    print(options["says"], file=sys.stderr, flush=True)
+    sys.exit(options["exits"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"status": "ok", "engine": os.environ["SAGE_ENGINE_ID"]}).encode()
+        self.send_response(200 if options["answers"] else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+server.socket = socket.socket(fileno=int(sys.argv[2]))
+server.serve_forever(0.01)
+"""
+
+
+class Options(BaseModel):
+    answers: bool = True
+    child: bool = False
+    ignores_sigterm: bool = False
+    exits: int | None = None
+    says: str = ""
+
+
+class StubBackend:
+    options: ClassVar[type[BaseModel]] = Options
+    health_path: ClassVar[str] = "/health"
+
+    def argv(self, model: str, port: int, descriptor: int, options: Options) -> tuple[str, ...]:
+        return (sys.executable, "-S", "-c", SERVER, options.model_dump_json(), str(descriptor))
+
+
+@pytest.fixture
+def model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(inference_executor.BACKENDS, EngineKind.LLM, StubBackend())  # type: ignore[arg-type]
+    for name, value in (("RECONCILE", 0.02), ("STOP", 0.5), ("ENGINE_UNRESPONSIVE", 0.5)):
+        monkeypatch.setenv(f"SAGE_{name}_SECONDS", str(value))
+    monkeypatch.setattr(inference_executor, "_HEALTH_SECONDS", 0.2)
+    return str(tiny_model)
+
+
+def run(test: Callable[[ControlPlaneManager], Awaitable[None]]) -> None:
+    async def main() -> None:
+        manager = ControlPlaneManager(load_settings())
+        await manager.open()
+        try:
+            await test(manager)
+        finally:
+            await manager.close()
+
+    asyncio.run(main())
+
+
+async def until(manager: ControlPlaneManager, engine_id: str, *states: EngineState) -> EngineView:
+    deadline = time.monotonic() + 60
+    while (view := await manager.get_engine(engine_id)).state not in states:
+        assert time.monotonic() < deadline, view
+        assert view.state not in SETTLED, view
+        await asyncio.sleep(0.01)
+    return view
+
+
+async def start(manager: ControlPlaneManager, model: str, name: str | None = None, port: int | None = None, **options: Any
+                ) -> EngineView:  # fmt: skip
+    return await manager.start_engine(StartRequest(model=model, name=name, port=port, options=options))
+
+
+async def started(manager: ControlPlaneManager, model: str, name: str | None = None, **options: Any) -> EngineView:
+    return await until(manager, (await start(manager, model, name, **options)).id, S.RUNNING)
+
+
+def test_two_starts_with_one_port_give_one_engine(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        port = free_port()
+        results = await asyncio.gather(*(start(manager, model, port=port) for _ in range(4)), return_exceptions=True)
+        refused = [result for result in results if isinstance(result, Conflict)]
+        assert [error.code for error in refused] == ["port_taken"] * 3
+        (engine,) = [result for result in results if isinstance(result, EngineView)]
+        assert (await until(manager, engine.id, S.RUNNING)).port == port
+        with pytest.raises(Conflict, match=f"Port {port} cannot be used"):
+            await start(manager, model, port=port)
+
+    run(test)
+
+
+def test_a_port_that_another_program_has_is_refused_at_once(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(Conflict, match="Address already in use"):
+            await start(manager, model, port=other.getsockname()[1])
+        assert await manager.list_engines() == []
+
+    run(test)
+
+
+def test_no_other_program_gets_an_engine_s_port_while_it_loads(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await start(manager, model, port=free_port(), answers=False)
+        view = await until(manager, engine.id, S.STARTING)
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with pytest.raises(OSError, match="Address already in use"):
+                other.bind(("127.0.0.1", view.port))
+
+    run(test)
+
+
+def test_the_answer_of_another_engine_or_program_does_not_make_an_engine_ready(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await started(manager, model)
+        record = await manager.find_engine(engine.id, EngineKind.LLM)
+        executor: Any = manager._executors[EngineKind.LLM]
+        assert await executor._answers(record)
+        assert not await executor._answers(dataclasses.replace(record, id="engine-other"))
+
+    run(test)
+
+
+def test_the_running_version_serves_until_the_new_one_runs_and_if_that_fails(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        old = await started(manager, model, "words")
+        failing = await start(manager, model, "words", exits=1)
+        assert (await manager.find_engine("words", EngineKind.LLM)).id == old.id
+        await until(manager, failing.id, S.FAILED)
+        assert (await manager.find_engine("words", EngineKind.LLM)).id == old.id
+        new = await started(manager, model, "words")
+        assert (await manager.find_engine("words", EngineKind.LLM)).id == new.id
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exits": 3, "says": "No model here."}, "The engine's process exited with code 3: No model here."),
+        ({"exits": 3}, "The engine's process exited with code 3."),  # its last line is a progress bar
+        ({"exits": 0, "says": "Goodbye."}, "The engine's process exited with code 0."),
+    ],
+)
+def test_the_reason_told_is_how_the_process_ended_and_its_own_error(
+    model: str, options: dict[str, Any], message: str
+) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await start(manager, model, **options)
+        reason = (await until(manager, engine.id, S.FAILED)).reason
+        assert reason is not None
+        assert (reason.code, reason.message) == ("engine_died", message)
+
+    run(test)
+
+
+def test_a_killed_engine_is_failed_by_its_signal_and_resumes(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await started(manager, model)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        reason = (await until(manager, engine.id, S.FAILED)).reason
+        assert reason is not None
+        assert reason.message == "The engine's process was killed by SIGKILL (out of memory?)."
+        await manager.resume_engine(engine.id)
+        await until(manager, engine.id, S.RUNNING)
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["force", "after SIGTERM was ignored", "its main process is killed"])
+def test_no_process_of_an_engine_is_left_over(model: str, how: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await started(manager, model, child=True, ignores_sigterm=True)
+        assert engine.pid is not None
+        assert len(session_members(engine.pid)) == 2
+        if how == "its main process is killed":
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(manager, engine.id, S.FAILED)
+        else:
+            await manager.stop_engine(engine.id, force=how == "force")
+            await until(manager, engine.id, S.STOPPED)
+        assert session_members(engine.pid) == []
+        await manager.remove_engine(engine.id)
+
+    run(test)
+
+
+def test_a_start_that_takes_too_long_is_failed_when_its_process_is_dead(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_ENGINE_START_SECONDS", "0.3")
+
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await start(manager, model, answers=False)
+        failed = await until(manager, engine.id, S.FAILED)
+        assert failed.reason is not None
+        assert failed.reason.code == "start_timeout"
+        assert failed.pid is None
+        with pytest.raises(NotFound):
+            await manager.find_engine(engine.id, EngineKind.LLM)
+
+    run(test)
+
+
+def test_force_is_written_down_and_done_by_the_next_control_plane_if_this_one_dies(model: str) -> None:
+    async def begin(manager: ControlPlaneManager) -> None:
+        engine = await started(manager, model, "e")
+        for task in manager._tasks:  # it decides nothing any more
+            task.cancel()
+        await manager.stop_engine(engine.id, force=True)
+
+    async def go_on(manager: ControlPlaneManager) -> None:
+        (engine,) = await manager.list_engines()
+        assert (await until(manager, engine.id, S.STOPPED)).pid is None
+        assert [event.after for event in await manager.get_events(engine.id)][-2:] == [S.STOPPING, S.STOPPED]
+
+    run(begin)
+    run(go_on)
+
+
+def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await started(manager, model, "e")
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)
+        while manager.is_responsive(engine.id):
+            await asyncio.sleep(0.02)
+        view = await manager.get_engine(engine.id)
+        assert view.state is S.RUNNING
+        assert view.reason is not None
+        assert view.reason.code == "engine_unresponsive"
+        assert "has not answered for" in view.reason.message
+        with pytest.raises(Overloaded, match="does not respond"):
+            await manager.find_engine("e", EngineKind.LLM)
+        os.kill(engine.pid, signal.SIGCONT)
+        while not manager.is_responsive(engine.id):
+            await asyncio.sleep(0.02)
+        assert (await manager.find_engine("e", EngineKind.LLM)).id == engine.id
+        assert (await manager.get_engine(engine.id)).reason is None
+        os.kill(engine.pid, signal.SIGSTOP)
+        await manager.stop_engine(engine.id)
+        await until(manager, engine.id, S.STOPPED)
+
+    run(test)
+
+
+def test_one_engine_whose_files_cannot_be_read_is_listed_with_the_others(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        first, second = await started(manager, model, "a"), await started(manager, model, "b")
+        process = LocalLauncher.observe
+
+        def unreadable(self: LocalLauncher, path: Path) -> Any:
+            if first.id in str(path):
+                raise OSError(116, "Stale file handle")
+            return process(self, path)
+
+        monkeypatch.setattr(LocalLauncher, "observe", unreadable)
+        views = {view.id: view for view in await manager.list_engines()}
+        assert (views[first.id].state, views[second.id].reason) == (S.RUNNING, None)
+        reason = views[first.id].reason
+        assert reason is not None
+        assert "Stale file handle" in reason.message
+
+    run(test)
+
+
+def test_of_remove_and_resume_at_once_one_wins_and_the_other_is_told(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        for _ in range(5):
+            engine = await started(manager, model)
+            await manager.stop_engine(engine.id)
+            await until(manager, engine.id, S.STOPPED)
+            removed, resumed = await asyncio.gather(
+                manager.remove_engine(engine.id), manager.resume_engine(engine.id), return_exceptions=True
+            )
+            if removed is None:
+                assert isinstance(resumed, NotFound)
+                assert not Path(engine.log_path).exists()
+            else:
+                assert isinstance(removed, Conflict)
+                await until(manager, engine.id, S.RUNNING)
+
+    run(test)
+
+
+def test_a_long_log_is_cut_and_its_offsets_stay_right(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_LOG_LIMIT_MB", "1")
+    monkeypatch.setattr("sage.llm.control_plane.manager._LOGS_SECONDS", 0.02)
+
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await started(manager, model)
+        log, before = Path(engine.log_path), Path(engine.log_path).read_bytes()
+        lines = b"".join(b"line %d\n" % i for i in range(200_000))
+        with log.open("ab") as file:
+            file.write(lines)
+        while log.stat().st_size > 1_000_000:
+            await asyncio.sleep(0.02)
+        assert await manager.get_logs(engine.id, 2) == ["line 199998", "line 199999"]
+        end = len(before) + len(lines)
+        assert await manager.log_offset(engine.id, 100, 10**30) == end
+        assert await manager.log_offset(engine.id, 1) == end - len(b"line 199999\n")
+        assert await manager.log_offset(engine.id, 100, 5) == 5  # what was cut off last is still there
+
+    run(test)
+
+
+def test_another_home_on_the_same_database_is_refused(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SAGE_DATABASE_URL", f"sqlite:///{tmp_path}/shared.db")
+    ControlPlaneManager(load_settings())
+    ControlPlaneManager(load_settings())
+    owner = (get_user_paths().state_dir / "node-id").read_text().strip()
+    monkeypatch.setenv("SAGE_HOME", str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="belongs to another state folder") as caught:
+        ControlPlaneManager(load_settings())
+    assert caught.value.code == "database_in_use"
+    (get_user_paths().state_dir / "node-id").write_text(owner)  # as the hint says
+    ControlPlaneManager(load_settings())
+
+
+def test_the_state_folder_of_before_is_closed_to_others(model: str) -> None:
+    state = get_user_paths().state_dir
+    (state / "engines" / "engine-a").mkdir(parents=True, mode=0o755)
+    (state / "engines" / "engine-a" / "engine.log").write_text("a prompt")
+    (state / "engines.db").touch(0o644)
+    state.chmod(0o755)
+    ControlPlaneManager(load_settings())
+    assert {path.stat().st_mode & 0o077 for path in (state, *state.rglob("*"))} == {0}
+
+
+def test_a_state_folder_that_cannot_be_used_is_told(model: str) -> None:
+    home = get_user_paths().state_dir.parent
+    home.mkdir()
+    (home / "state").write_text("a file")
+    with pytest.raises(ConfigError, match=r"The state folder .* cannot be used"):
+        ControlPlaneManager(load_settings())

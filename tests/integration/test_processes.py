@@ -1,0 +1,193 @@
+"""Processes of their own sessions: recognised, signalled as a whole, told how they ended."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support import wait_for
+
+from sage.common import processes
+from sage.common.errors import Conflict
+from sage.common.identity import ProcessIdentity, session_members
+from sage.common.processes import ProcessSpec, describe_exit, exit_code, holder, leftovers, spawn
+from sage.llm.control_plane.launchers.local import LocalLauncher
+
+LAUNCHER = LocalLauncher()
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Iterator[ProcessSpec]:
+    """A process that sleeps; whatever is left of its session is killed."""
+    spec = ProcessSpec(("sleep", "60"), tmp_path / "sage" / "p.lock", tmp_path / "sage" / "p.log")
+    yield spec
+    LAUNCHER.kill(spec.lock_path)
+
+
+def shell(spec: ProcessSpec, script: str) -> ProcessSpec:
+    return ProcessSpec(("sh", "-c", script), spec.lock_path, spec.log_path)
+
+
+def gone(spec: ProcessSpec) -> bool:
+    return wait_for(lambda: holder(spec.lock_path) is None, "the end of the process")
+
+
+def test_a_lock_lives_as_long_as_its_process(spec: ProcessSpec) -> None:
+    process = spawn(spec)
+    assert holder(spec.lock_path) == process
+    assert (process.memory_bytes() or 0) > 0
+    with pytest.raises(Conflict):
+        spawn(spec)
+    spec.lock_path.write_text("")  # its parent died before it could write down who it is
+    wait_for(lambda: holder(spec.lock_path) == process, "its environment")
+    assert process.send_signal(signal.SIGKILL)
+    gone(spec)
+    assert not process.send_signal(signal.SIGKILL)
+    assert process.memory_bytes() is None
+
+
+def test_a_lock_file_of_an_older_version_is_read(spec: ProcessSpec) -> None:
+    process = spawn(spec)
+    spec.lock_path.write_text(json.dumps({"pid": process.pid, "start_time": 1764100000.12}))
+    wait_for(lambda: holder(spec.lock_path) == process, "its environment")
+
+
+@pytest.mark.parametrize("step_seconds", [3, -3600, 3600])
+def test_a_step_of_the_clock_changes_no_identity(
+    spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch, step_seconds: int
+) -> None:
+    process, me = spawn(spec), ProcessIdentity.of(os.getpid())
+    boot_time = psutil._pslinux.boot_time
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time() + step_seconds)
+    assert holder(spec.lock_path) == process
+    assert process.is_alive()
+    assert me.is_alive()
+    assert ProcessIdentity.of(os.getpid()) == me
+    assert process.send_signal(signal.SIGTERM)
+    gone(spec)
+
+
+def test_another_process_of_the_same_pid_is_not_it_and_a_zombie_is_none() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert not ProcessIdentity.of(child).is_alive()
+    os.waitpid(child, 0)
+    with pytest.raises(ProcessLookupError):
+        ProcessIdentity.of(child)
+    me = ProcessIdentity.of(os.getpid())
+    assert not ProcessIdentity(me.pid, me.started + "0").is_alive()
+    assert not ProcessIdentity.unknown().send_signal(signal.SIGKILL)
+
+
+def test_what_cannot_be_looked_at_for_want_of_descriptors_is_not_called_dead(
+    spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = spawn(spec)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            holder(spec.lock_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            process.is_alive()
+    assert holder(spec.lock_path) == process
+
+
+def test_a_kill_takes_the_children_with_it(spec: ProcessSpec) -> None:
+    process = spawn(shell(spec, "sleep 61 & sleep 62 & sleep 63 & wait"))
+    wait_for(lambda: len(session_members(process.pid)) == 4, "its children")
+    LAUNCHER.kill(spec.lock_path)
+    gone(spec)
+    wait_for(lambda: not session_members(process.pid), "the end of its children")
+
+
+def test_children_of_a_process_that_is_gone_are_found_and_killed(spec: ProcessSpec) -> None:
+    process = spawn(shell(spec, "sleep 61 & exec sleep 62"))
+    wait_for(lambda: len(session_members(process.pid)) == 2, "its child")
+    assert leftovers(spec.lock_path) == []
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: leftovers(spec.lock_path), "the orphan")
+    assert LAUNCHER.has_leftovers(spec.lock_path)
+    LAUNCHER.kill(spec.lock_path)
+    wait_for(lambda: not session_members(process.pid), "the end of the orphan")
+    assert not LAUNCHER.has_leftovers(spec.lock_path)
+    gone(spec)
+
+
+def test_a_process_lives_though_its_lock_file_was_removed(spec: ProcessSpec) -> None:
+    process = spawn(spec)
+    spec.lock_path.unlink()
+    wait_for(lambda: LAUNCHER.observe(spec.lock_path) == process, "its environment")
+    LAUNCHER.kill(spec.lock_path)
+    wait_for(lambda: LAUNCHER.observe(spec.lock_path) is None, "the end of the process")
+
+
+def test_a_suspended_process_that_is_asked_to_stop_does_so(spec: ProcessSpec) -> None:
+    process = spawn(shell(spec, "trap 'echo saved; exit 0' TERM; echo begun; while :; do sleep 0.02; done"))
+    wait_for(lambda: "begun" in spec.log_path.read_text(), "its beginning")
+    os.kill(process.pid, signal.SIGSTOP)
+    LAUNCHER.stop(spec.lock_path)
+    gone(spec)
+    assert "saved" in spec.log_path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("exit 0", "exited with code 0"),
+        ("exit 3", "exited with code 3"),
+        ("kill -9 $$", "was killed by SIGKILL (out of memory?)"),
+        ("kill -TERM $$", "was killed by SIGTERM"),
+    ],
+)
+def test_it_is_told_how_a_process_ended(spec: ProcessSpec, script: str, told: str) -> None:
+    spawn(shell(spec, script))
+    gone(spec)
+    assert describe_exit(exit_code(spec.lock_path)) == told
+    assert describe_exit(None).startswith("ended")
+
+
+def test_a_process_whose_identity_cannot_be_written_down_does_not_live_on(
+    spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def full(descriptor: int, identity: ProcessIdentity) -> None:
+        begun.append(identity)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            spawn(spec)
+    assert not begun[0].is_alive()
+    assert holder(spec.lock_path) is None
+
+
+def test_locks_and_logs_can_be_read_by_their_user_only(spec: ProcessSpec) -> None:
+    spawn(spec)
+    modes = {path.stat().st_mode & 0o777 for path in (spec.lock_path, spec.log_path)}
+    assert modes == {0o600}
+    assert spec.log_path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_descriptor_is_inherited_under_its_number(spec: ProcessSpec) -> None:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        number = listener.fileno()
+        inherited = f"readlink /proc/self/fd/{number}"
+        spawn(ProcessSpec(("sh", "-c", inherited), spec.lock_path, spec.log_path, pass_fds=(number,)))
+        gone(spec)
+        assert spec.log_path.read_text().strip() == str(Path(f"/proc/self/fd/{number}").readlink())
