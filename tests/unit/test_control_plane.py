@@ -72,7 +72,7 @@ FORCE = Wanted.KILLED
         (record(S.STOPPING, Wanted.STOPPED), Observed(alive=False), NEW, Action(state=S.STOPPED)),
         (record(S.STOPPING, Wanted.STOPPED), Observed(alive=True), OLD, Action(Effect.KILL)),
         (record(S.STOPPING, Wanted.STOPPED, **FINETUNE), Observed(alive=True), OLD, Action()),
-        (record(S.STOPPING, FORCE, **FINETUNE), Observed(alive=False, ended=S.FAILED), NEW, Action(state=S.STOPPED)),
+        (record(S.STOPPING, FORCE), Observed(alive=False, reason=DEAD), NEW, Action(state=S.STOPPED)),
         (record(S.STOPPING, FORCE, **FINETUNE), Observed(alive=False, ended=S.COMPLETED), NEW, Action(state=S.COMPLETED)),
         (
             record(S.STOPPING, Wanted.STOPPED, **FINETUNE),
@@ -94,6 +94,15 @@ def test_an_engine_that_never_answers_is_failed_only_when_it_is_dead() -> None:
     assert (action.effect, action.state) == (Effect.NOTHING, S.FAILED)
     assert action.reason is not None
     assert action.reason.code == "start_timeout"
+
+
+def test_a_run_that_was_killed_as_asked_has_failed_and_says_so() -> None:
+    died = Reason(code="worker_died", message="dead", hint="`resume` goes on from checkpoint 5.")
+    observed = Observed(alive=False, ended=S.FAILED, reason=died)
+    action = decide(record(S.STOPPING, FORCE, **FINETUNE), observed, NEW, LIMITS)
+    assert action.state is S.FAILED
+    assert action.reason is not None
+    assert (action.reason.code, action.reason.hint) == ("killed", died.hint)
 
 
 @given(
