@@ -73,7 +73,7 @@ class StubBackend:
 @pytest.fixture
 def model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(inference_executor.BACKENDS, EngineKind.LLM, StubBackend())  # type: ignore[arg-type]
-    for name, value in (("RECONCILE", 0.02), ("STOP", 0.5), ("ENGINE_UNRESPONSIVE", 0.5)):
+    for name, value in (("RECONCILE", 0.02), ("STOP", 0.5)):
         monkeypatch.setenv(f"SAGE_{name}_SECONDS", str(value))
     monkeypatch.setattr(inference_executor, "_HEALTH_SECONDS", 0.2)
     return str(tiny_model)
@@ -281,7 +281,11 @@ def test_a_step_of_the_clock_changes_nothing(model: str, monkeypatch: pytest.Mon
     run(go_on)
 
 
-def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back(model: str) -> None:
+def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAGE_ENGINE_UNRESPONSIVE_SECONDS", "0.5")
+
     async def test(manager: ControlPlaneManager) -> None:
         engine = await started(manager, model, "e")
         assert engine.pid is not None
