@@ -146,20 +146,25 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused_by_what_does_not_fit(
         shutil.rmtree(copy)
 
 
-def test_an_adapter_of_ours_on_other_weights_than_it_was_trained_on_is_served_with_a_warning(
-    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("origin", ["ours", "theirs"])
+def test_an_adapter_on_other_weights_than_its_base_had_is_served_with_a_warning(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, origin: str
 ) -> None:
-    base = tmp_path / "base"
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(models["untied"], base)
-    trained(base, tmp_path / "out", max_steps=1)
+    if origin == "ours":
+        trained(base, adapter, max_steps=1)
+    else:
+        adapter_on(base, adapter)
     with caplog.at_level(logging.WARNING, logger="sage"):
-        served(tmp_path / "out")
+        served(adapter)
+        served(adapter)
         assert not caplog.messages
         weights = load_file(base / "model.safetensors")
         weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-        served(tmp_path / "out")
-    assert "was trained on another base model" in caplog.messages[0]
+        served(adapter)
+    assert "is not the one that the adapter" in caplog.messages[0]
 
 
 def test_a_run_does_not_go_on_from_a_checkpoint_on_another_base(models: dict[str, Path], tmp_path: Path) -> None:
