@@ -302,9 +302,12 @@ def fail_after(generator: Generator, tokens: int, error: BaseException) -> Calla
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(RuntimeError("x"), 500), (MemoryError(), 503), (torch.OutOfMemoryError("x"), 503), (SystemExit(1), 500)],
+    [
+        (RuntimeError("x"), 500), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 503),
+        (MemoryError(), 503), (torch.OutOfMemoryError("x"), 503), (SystemExit(1), 500),
+    ],
     ids=repr,
-)
+)  # fmt: skip
 def test_an_engine_goes_on_whatever_a_generation_raises(
     server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
 ) -> None:
