@@ -11,14 +11,16 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from decoders import FAMILIES
 from fastapi import FastAPI
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from sage.common.errors import ModelError
 from sage.libs.models.chat import ChatFormat
 from sage.llm.workers import embedding, generation
 from sage.llm.workers.generator import Generator, rendered
-from sage.llm.workers.text import TextDecoder
+from sage.llm.workers.scoring import Scorer, prompt_scores
+from sage.llm.workers.text import TextDecoder, TokenBytes
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
@@ -128,6 +130,21 @@ def test_a_prompt_is_scored_as_the_model_itself_scores_it(
                zip(scores["top_logprobs"][1:], scores["tokens"][1:], strict=True))  # fmt: skip
     for token, offset in zip(scores["tokens"], scores["text_offset"], strict=True):
         assert text[offset:].startswith(token)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FAMILIES["mistral with a window"](), MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2)],
+    ids=["window", "state space"],
+)
+def test_a_prompt_is_scored_in_parts_whatever_a_model_remembers(config: Any, generator: Generator) -> None:
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 320, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+    scorer, decoder = Scorer(TokenBytes(generator.tokenizer), 0), TextDecoder(generator.tokenizer)
+    with torch.no_grad():
+        scored = [score.logprob for _, score in prompt_scores(model, ids, scorer, decoder, lambda: None)]
+        whole = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
+    assert scored[1:] == pytest.approx(whole[torch.arange(699), ids[1:]].tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.7])
@@ -285,9 +302,12 @@ def fail_after(generator: Generator, tokens: int, error: BaseException) -> Calla
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(RuntimeError("x"), 500), (MemoryError(), 503), (torch.OutOfMemoryError("x"), 503), (SystemExit(1), 500)],
+    [
+        (RuntimeError("x"), 500), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 503),
+        (MemoryError(), 503), (torch.OutOfMemoryError("x"), 503), (SystemExit(1), 500),
+    ],
     ids=repr,
-)
+)  # fmt: skip
 def test_an_engine_goes_on_whatever_a_generation_raises(
     server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
 ) -> None:
