@@ -1,6 +1,7 @@
 """Random requests after an OpenAPI document, right ones and wrong ones, bounded and with a fixed seed."""
 
 import contextlib
+import copy
 import itertools
 import os
 from collections.abc import Callable
@@ -24,6 +25,15 @@ _CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance
 #: An answer that takes longer than this is taken for a hang.
 _ANSWER_SECONDS = 30
 _ASK_EVERY = 100
+_FEW = {"type": "integer", "minimum": 1, "maximum": 3}
+_SOME_TEXT = {"type": "string", "minLength": 1}
+_MESSAGE = {
+    "type": "object", "required": ["role", "content"], "additionalProperties": False,
+    "properties": {"role": {"enum": ["user", "assistant", "system"]}, "content": _SOME_TEXT},
+}  # fmt: skip
+_MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4}
+#: Fields that are wrong unless another one is there, or a model knows them.
+_DEPENDENT = {"stream_options", "top_logprobs", "best_of", "tools", "logit_bias", "dimensions"}
 _BOUNDED = settings(
     max_examples=8, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
@@ -51,16 +61,29 @@ def fuzz(document: dict[str, Any], base_url: str, cases: int, ask: Callable[[], 
     ask()
 
 
-def answering_quickly(document: dict[str, Any], models: dict[str, str]) -> dict[str, Any]:
-    """Return a document whose inference requests name a model that is served (by path), and ask for few tokens."""
+def inference(document: dict[str, Any], models: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the inference routes' document twice: whole, and narrowed to requests most of which an engine answers.
+
+    Both name a model that is served (by path) and ask for few tokens.
+    """
+    whole = {**document, "paths": {path: document["paths"][path] for path in models}}
     for path, model in models.items():
-        content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-        schema = content["schema"]
-        if "$ref" in schema:
-            schema = content["schema"] = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-        schema["properties"]["model"] = {"const": model}
-        for name in {"max_tokens", "max_completion_tokens"} & set(schema["properties"]):
-            schema["properties"][name] = {"type": "integer", "minimum": 1, "maximum": 3}
-        if "max_tokens" in schema["properties"]:
-            schema["required"] = [*schema["required"], "max_tokens"]
-    return document
+        _narrow(whole, path, model={"const": model}, max_tokens=_FEW, max_completion_tokens=_FEW)
+    narrowed = copy.deepcopy(whole)
+    for path in models:
+        schema = _narrow(narrowed, path, messages=_MESSAGES, prompt=_SOME_TEXT, input=_SOME_TEXT)
+        for name in _DEPENDENT & set(schema["properties"]):
+            del schema["properties"][name]
+    return [whole, narrowed]
+
+
+def _narrow(document: dict[str, Any], path: str, **properties: dict[str, Any]) -> dict[str, Any]:
+    """Replace properties of a route's body, and return its schema."""
+    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    schema = content["schema"]
+    if "$ref" in schema:
+        schema = content["schema"] = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    schema["properties"].update({name: value for name, value in properties.items() if name in schema["properties"]})
+    if "max_tokens" in schema["properties"] and "max_tokens" not in schema["required"]:
+        schema["required"] = [*schema["required"], "max_tokens"]
+    return schema

@@ -42,7 +42,9 @@ async def engine(answer: Handler, health: Handler = healthy, keep_alive_seconds:
 
 
 @contextlib.asynccontextmanager
-async def gateway(engine_port: int | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def gateway(
+    engine_port: int | None = None, is_responsive: Callable[[], bool] = lambda: True, **settings: Any
+) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway, with one engine `tiny` if there is a port; yields a client of it."""
     app = create_app(load_settings().model_copy(update=settings))
     if engine_port:
@@ -52,6 +54,7 @@ async def gateway(engine_port: int | None = None, **settings: Any) -> AsyncItera
             return found
 
         app.state.manager.find_engine = find_engine
+        app.state.manager.is_responsive = lambda _: is_responsive()
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(
         app, port=port, http=BoundedHttp, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1,
@@ -66,10 +69,6 @@ async def gateway(engine_port: int | None = None, **settings: Any) -> AsyncItera
     finally:
         server.should_exit = True
         await serving
-
-
-async def json_answer(content: Any, **options: Any) -> web.Response:
-    return web.json_response(content, **options)
 
 
 async def until(is_true: Callable[[], bool], what: str) -> None:

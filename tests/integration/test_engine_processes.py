@@ -8,9 +8,11 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 from pydantic import BaseModel
 from support import free_port
@@ -249,6 +251,36 @@ def test_force_is_written_down_and_done_by_the_next_control_plane_if_this_one_di
     run(go_on)
 
 
+@pytest.mark.parametrize("step_seconds", [3, -3600, 3600])
+def test_a_step_of_the_clock_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch, step_seconds: int) -> None:
+    monkeypatch.setenv("SAGE_STOP_SECONDS", "600")
+
+    class Stepped(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(seconds=step_seconds)
+
+    async def go_on(manager: ControlPlaneManager) -> None:
+        (before,) = await manager.list_engines()
+        assert before.state is S.RUNNING
+        after = await started(manager, model, "e")
+        assert (await manager.find_engine("e", EngineKind.LLM)).id == after.id
+        assert [engine.id for engine in await manager.list_engines()] == [before.id, after.id]
+        for engine in (before, after):
+            await manager.stop_engine(engine.id)
+            assert (await until(manager, engine.id, S.STOPPED)).pid is None
+
+    async def begin(manager: ControlPlaneManager) -> None:
+        await started(manager, model, "e")
+        boot_time = psutil._pslinux.boot_time
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time() + step_seconds)
+        for module in ("manager", "store.store"):
+            monkeypatch.setattr(f"sage.llm.control_plane.{module}.datetime", Stepped)
+
+    run(begin)
+    run(go_on)
+
+
 def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         engine = await started(manager, model, "e")
@@ -326,13 +358,14 @@ def test_a_long_log_is_cut_and_its_offsets_stay_right(model: str, monkeypatch: p
         lines = b"".join(b"line %d\n" % i for i in range(200_000))
         with log.open("ab") as file:
             file.write(lines)
-        while log.stat().st_size > 1_000_000:
+        while log.stat().st_size:
             await asyncio.sleep(0.02)
         assert await manager.get_logs(engine.id, 2) == ["line 199998", "line 199999"]
         end = len(before) + len(lines)
         assert await manager.log_offset(engine.id, 100, 10**30) == end
         assert await manager.log_offset(engine.id, 1) == end - len(b"line 199999\n")
-        assert await manager.log_offset(engine.id, 100, 5) == 5  # what was cut off last is still there
+        assert await manager.log_offset(engine.id, 100, 5) == end - 500_000  # the first byte that is still there
+        assert sum(path.stat().st_size for path in log.parent.glob("engine.log*")) == 500_000
 
     run(test)
 

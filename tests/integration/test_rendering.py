@@ -29,6 +29,7 @@ CALLING = [
     {"role": "tool", "content": "9", "name": "root", "tool_call_id": "call00001"},
     {"role": "assistant", "content": "nine"},
 ]
+DROPTOOL = QWEN_TEMPLATE.replace("message['content']", "(message['content'] if message['role'] != 'tool' else '')")
 TOOLS = [{"type": "function", "function": {"name": "root", "parameters": {"type": "object", "properties": {}}}}]
 
 
@@ -166,6 +167,7 @@ def test_an_answer_without_the_reasoning_that_the_prompt_begins_is_a_warning_and
     [
         (QWEN_TEMPLATE, Chat([TURNS[0], {**TURNS[1], "reasoning_content": "r"}]), Code.REASONING_LOST),
         (QWEN_TEMPLATE, Chat(CALLING), Code.CALLS_LOST),
+        (DROPTOOL, Chat(CALLING), Code.MESSAGE_LOST),
         (QWEN_TEMPLATE, Chat(TURNS, TOOLS), Code.TOOLS_LOST),
         (QWEN_TEMPLATE.replace("message['content']", "message['content'][:9]"), Chat(TURNS[2:]), Code.ANSWER_LOST),
         (QWEN_TEMPLATE.replace("message['content']", "message['content'][:9]"), Chat(TURNS[:2]), Code.MESSAGE_LOST),

@@ -339,29 +339,30 @@ class Client:
         await self.task
 
 
-@pytest.fixture
-def generated(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the answers that the model was asked for."""
-    lengths: list[int] = []
-    generate = generator.generate
+def test_clients_that_left_the_queue_cost_no_work(
+    server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued, generated = [0], list[int]()
+    check, generate, may_go_on = generator.check_prompt, generator.generate, threading.Event()
+
+    def checked(*arguments: Any) -> None:
+        queued[0] += 1
+        check(*arguments)
 
     def counted(prompt: list[int], sampling: Any, **options: Any) -> None:
-        lengths.append(sampling.max_tokens)
+        generated.append(sampling.max_tokens)
         generate(prompt, sampling, **options)
 
+    monkeypatch.setattr(generator, "check_prompt", checked)
     monkeypatch.setattr(generator, "generate", counted)
-    return lengths
-
-
-def test_clients_that_left_the_queue_cost_no_work(server: Server, generator: Generator, generated: list[int]) -> None:
-    may_go_on = threading.Event()
     hook = generator.model.register_forward_pre_hook(lambda *_: may_go_on.wait(60) and None)
 
     async def scenario() -> Client:
         first = Client(server.app, max_tokens=3)
         impatient = [Client(server.app, max_tokens=400, stream=index % 2 == 0) for index in range(5)]
         last = Client(server.app, max_tokens=2)
-        await asyncio.sleep(0.2)  # they stand in the queue, or they do not: the promise holds either way
+        while queued[0] < 7:
+            await asyncio.sleep(0)
         for client in impatient:
             await client.leave()
         may_go_on.set()

@@ -12,7 +12,7 @@ import typer
 
 from sage.common.errors import Conflict, EngineError, GatewayUnreachable, SageError
 from sage.common.paths import get_user_paths
-from sage.common.processes import ProcessIdentity, ProcessSpec, exit_code, holder, spawn
+from sage.common.processes import ProcessIdentity, ProcessSpec, describe_exit, exit_code, holder, spawn
 from sage.llm.client import SageClient
 
 _START_SECONDS = 30.0
@@ -86,7 +86,7 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
         holding = holder(lock_path())
         if holding is None:
             if process:
-                raise _failed(process, log_bytes)
+                raise _failed(log_bytes)
             log_bytes = _size(log_path())
             with contextlib.suppress(Conflict):  # another command was quicker: its gateway is waited for
                 process = spawn(ProcessSpec(tuple(argv), lock_path(), log_path()))
@@ -100,14 +100,13 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
     )  # fmt: skip
 
 
-def _failed(process: ProcessIdentity, log_bytes: int) -> GatewayUnreachable:
+def _failed(log_bytes: int) -> GatewayUnreachable:
     """Return the reason that a gateway left in its log, of which `log_bytes` are from before."""
     with log_path().open("rb") as log:
         log.seek(log_bytes)
         lines = log.read().decode(errors="replace").splitlines()
     reasons = [line.removeprefix(_REASON) for line in lines if line.startswith(_REASON)]
-    code = exit_code(process)
-    unknown = "it was killed" if code is None or code < 0 else f"it exited with code {code}"
+    unknown = f"it {describe_exit(exit_code(lock_path()))}"
     return GatewayUnreachable(
         code="gateway_failed",
         message=f"The gateway did not start: {reasons[-1] if reasons else f'{unknown}.'}",

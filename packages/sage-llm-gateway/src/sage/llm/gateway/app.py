@@ -24,7 +24,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.proxy = proxy = EngineProxy(settings.engine_unresponsive_seconds)
+        app.state.proxy = proxy = EngineProxy(manager.is_responsive)
         await manager.open()
         yield
         await manager.close()

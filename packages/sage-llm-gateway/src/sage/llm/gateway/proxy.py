@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from starlette.requests import ClientDisconnect, Request
@@ -12,12 +12,14 @@ from starlette.types import Receive, Scope, Send
 from yarl import URL
 
 from sage.common.errors import EngineError, SageError
+from sage.llm.control_plane.selection import unresponsive
 from sage.llm.control_plane.store.store import EngineRecord
 from sage.llm.gateway.errors import out_of_descriptors
 from sage.llm.gateway.relay import failure_event, relayed_events
-from sage.llm.gateway.watch import EngineWatch
+from sage.llm.gateway.watch import IsResponsive, silence, while_responsive
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 #: An engine may think as long as it likes; one that cannot be reached is reported at once.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
 #: What concerns one connection only (RFC 9110, section 7.6.1), and what the server or the client library writes anew.
@@ -34,15 +36,15 @@ _PLAIN = ("Accept-Encoding", "identity")
 class EngineProxy:
     """Connections to all engines, one per request: none is kept that the engine might close as the next request comes."""
 
-    def __init__(self, unresponsive_seconds: float) -> None:
-        """unresponsive_seconds: an engine that is silent for this long, also when asked for its health, is given up."""
+    def __init__(self, is_responsive: IsResponsive) -> None:
+        """is_responsive: whether the engine of an id answers its health checks; one that does not is given up."""
         self._session = aiohttp.ClientSession(
             timeout=_TIMEOUT,
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        self._watch = EngineWatch(self._session, unresponsive_seconds)
+        self._is_responsive = is_responsive
 
     async def close(self) -> None:
         """Close the connections."""
@@ -55,23 +57,32 @@ class EngineProxy:
         Raises EngineError if the engine dies, Overloaded if it hangs, ClientDisconnect.
         """
         try:
-            upstream = await _first(request, self._ask(engine, request, body), self._watch.silence(engine))
+            upstream = await self._first(request, engine, self._ask(engine, request, body))
             if upstream.content_type == "text/event-stream":
-                return _Stream(engine, upstream, self._watch, request.headers["x-request-id"])
+                return _Stream(engine, upstream, self._is_responsive, request.headers["x-request-id"])
             try:
-                content = await _first(request, upstream.read(), self._watch.silence(engine))
+                content = await self._first(request, engine, upstream.read())
             finally:
                 upstream.close()
         except (aiohttp.ClientError, OSError) as error:
-            raise self._failure(engine, error) from error
+            raise _failure(engine, error) from error
         answer = Response(content, upstream.status)
         answer.raw_headers = [*_answer_headers(upstream), (b"content-length", str(len(content)).encode())]
         return answer
 
-    def _failure(self, engine: EngineRecord, error: Exception) -> SageError:
-        if isinstance(error, TimeoutError):  # it did not even take the connection
-            return self._watch.unresponsive(engine)
-        return out_of_descriptors(error) or _died(engine)
+    async def _first(self, request: Request, engine: EngineRecord, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `work`; raises ClientDisconnect if the client leaves, Overloaded if the engine hangs."""
+        working = asyncio.ensure_future(work)
+        others = [asyncio.ensure_future(each) for each in (_left(request), silence(engine.id, self._is_responsive))]
+        try:
+            done, _ = await asyncio.wait([working, *others], return_when=asyncio.FIRST_COMPLETED)
+            if working not in done:
+                next(iter(done)).result()  # raises
+            return await working
+        finally:
+            for task in (working, *others):
+                task.cancel()
+            await asyncio.gather(working, *others, return_exceptions=True)
 
     async def _ask(self, engine: EngineRecord, request: Request, body: bytes) -> aiohttp.ClientResponse:
         query = f"?{request.url.query}" if request.url.query else ""
@@ -87,8 +98,10 @@ class EngineProxy:
 class _Stream(StreamingResponse):
     """A streamed answer; its connection to the engine is closed however it ends, which ends the engine's work on it."""
 
-    def __init__(self, engine: EngineRecord, upstream: aiohttp.ClientResponse, watch: EngineWatch, request_id: str) -> None:
-        super().__init__(self._pieces(engine, watch, request_id), upstream.status)
+    def __init__(
+        self, engine: EngineRecord, upstream: aiohttp.ClientResponse, is_responsive: IsResponsive, request_id: str
+    ) -> None:
+        super().__init__(self._pieces(engine, is_responsive, request_id), upstream.status)
         self.raw_headers = list(_answer_headers(upstream))
         self._upstream = upstream
 
@@ -99,31 +112,18 @@ class _Stream(StreamingResponse):
         finally:
             self._upstream.close()
 
-    async def _pieces(self, engine: EngineRecord, watch: EngineWatch, request_id: str) -> AsyncIterator[bytes]:
+    async def _pieces(self, engine: EngineRecord, is_responsive: IsResponsive, request_id: str) -> AsyncIterator[bytes]:
+        pieces = while_responsive(engine.id, is_responsive, self._upstream.content.iter_any())
         try:
-            async for piece in relayed_events(watch.while_alive(engine, self._upstream.content.iter_any())):
+            async for piece in relayed_events(pieces):
                 yield piece
             return
-        except (aiohttp.ClientError, OSError, EOFError):
-            failure: SageError = _died(engine)
+        except (aiohttp.ClientError, OSError, EOFError) as error:
+            failure = _failure(engine, error)
         except SageError as error:
             failure = error
         logger.warning("%s: %s", request_id, failure.message)
         yield failure_event(failure)
-
-
-async def _first(request: Request, work: Coroutine[Any, Any, Any], watching: Coroutine[Any, Any, Any]) -> Any:
-    """Return the result of `work`, unless the client leaves first, or `watching` raises."""
-    tasks = [asyncio.ensure_future(each) for each in (work, watching, _left(request))]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0] in done:
-            return tasks[0].result()
-        return next(iter(done)).result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _left(request: Request) -> None:
@@ -152,6 +152,12 @@ def _text(value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         return value.decode("latin-1")
+
+
+def _failure(engine: EngineRecord, error: Exception) -> SageError:
+    if isinstance(error, TimeoutError):  # it did not even take the connection
+        return unresponsive(engine.id)
+    return out_of_descriptors(error) or _died(engine)
 
 
 def _died(engine: EngineRecord) -> EngineError:

@@ -36,8 +36,11 @@ def inspect_prompt(
     sample: Sample, asked: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: str, findings: Findings
 ) -> None:
     """Look for what is asked and does not stand in the rendered prompt."""
-    if any(m["role"] in ("system", "user") and m["content"].strip() not in prompt for m in asked):
-        findings.add(Code.MESSAGE_LOST, sample.origin)
+    for message in asked:
+        said = message["content"].strip()
+        # Some templates write results of tools as JSON.
+        if message["role"] != "assistant" and said not in prompt and json.dumps(said)[1:-1] not in prompt:
+            findings.add(Code.MESSAGE_LOST, sample.origin)
     if any(tool.get("function", tool).get("name", "") not in prompt for tool in tools or ()):
         findings.add(Code.TOOLS_LOST, sample.origin)
 

@@ -80,9 +80,7 @@ async def engine_logs(
     """
     if not follow:
         return PlainTextResponse("".join(f"{line}\n" for line in await manager.get_logs(engine_id, tail)))
-    begin = await manager.log_offset(engine_id, tail if offset is None else 0)
-    if offset is not None:
-        begin = min(offset, begin)
+    begin = await manager.log_offset(engine_id, tail, offset)
     lines = _until_removed(manager.follow_logs(engine_id, begin))
     return StreamingResponse(lines, media_type="text/plain", headers={"X-Log-Offset": str(begin)})
 

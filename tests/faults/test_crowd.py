@@ -1,0 +1,23 @@
+"""Many clients that come and go."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+from crowd import Crowd
+from support import list_engines, sage
+
+
+@pytest.mark.long
+def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_breaks_nothing(tiny_model: Path) -> None:
+    sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
+    report = asyncio.run(Crowd(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}", "tiny", seconds=20).run())
+    print(report)
+    assert report.asked > 256
+    assert report.left > 0
+    assert report.answered > 0
+    assert (report.server_errors, report.failed) == (0, 0)
+    assert report.descriptors[1] <= report.descriptors[0] + 24  # the database keeps some connections
+    assert report.memory_bytes[1] < report.memory_bytes[0] + 64e6
+    assert [engine["state"] for engine in list_engines().values()] == ["running"]
