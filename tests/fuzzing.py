@@ -69,7 +69,7 @@ def inference(document: dict[str, Any], models: dict[str, str]) -> list[dict[str
     """
     whole = {**document, "paths": {path: document["paths"][path] for path in models}}
     for path, model in models.items():
-        _narrow(whole, path, model={"const": model}, max_tokens=_FEW, max_completion_tokens=_FEW)
+        _narrow(whole, path, model={"const": model}, n=_FEW, max_tokens=_FEW, max_completion_tokens=_FEW)
     narrowed = copy.deepcopy(whole)
     for path in models:
         schema = _narrow(narrowed, path, messages=_MESSAGES, prompt=_SOME_TEXT, input=_SOME_TEXT)

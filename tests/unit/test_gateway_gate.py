@@ -127,6 +127,11 @@ def test_a_request_without_a_usable_model_is_a_400(content: Any) -> None:
     assert refusal(request("POST", CHAT, json=content)) == (400, "model_required")
 
 
+def test_an_empty_body_is_a_400() -> None:
+    assert refusal(request("POST", CHAT)) == (400, "invalid_json")
+    assert refusal(request("POST", START)) == (400, "config_invalid")
+
+
 def test_text_and_nesting_that_are_allowed_pass() -> None:
     emoji = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d\\ude00 \\\\ud83d"}]}'
     nested = b'{"model": "tiny", "x": ' + b"[" * 99 + b"]" * 99 + b"}"
