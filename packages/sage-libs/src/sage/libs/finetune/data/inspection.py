@@ -17,9 +17,11 @@ _THINK_TAG = re.compile(r"</?think>")
 
 def inspect_fields(sample: Sample, findings: Findings) -> None:
     """Look for fields that nothing reads."""
-    for name in sample.content.ignored:
-        is_flag = "." in name and _FLAG.search(name.rpartition(".")[2])
-        findings.add(Code.FLAG_IGNORED if is_flag else Code.FIELD_IGNORED, sample.origin, name)
+    for name in sample.ignored:
+        code = Code.TOOLS_LOST if name == "tools" else Code.FIELD_IGNORED
+        if "." in name and _FLAG.search(name.rpartition(".")[2]):
+            code = Code.FLAG_IGNORED
+        findings.add(code, sample.origin, name)
 
 
 def inspect_answer(sample: Sample, message: Message, trained: str, findings: Findings) -> None:
