@@ -1,11 +1,15 @@
 """Looking before training: what `dataset check`, `dataset show` and every run say of samples, as the model sees them."""
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import chat_record, write_jsonl
+from support import SAGE, chat_record, list_engines, write_jsonl
 from training import TinyRun
 from typer.testing import CliRunner, Result
 
@@ -92,6 +96,28 @@ def test_check_lists_warnings_and_exits_as_a_run_would(tiny_model: Path, calls_f
     assert dataset("check", calls_file, "--model", tiny_model, "--allow-warnings").exit_code == 0
     told = json.loads(dataset("check", calls_file, "--model", tiny_model, "--json").stdout)
     assert [(f["code"], f["severity"], f["count"]) for f in told["findings"]] == [("calls_lost", "warning", 1)]
+
+
+def test_a_terminal_is_asked_whether_to_train_all_the_same(tiny_model: Path, tmp_path: Path, calls_file: Path) -> None:
+    ours, theirs = pty.openpty()
+    arguments = ["--engine-kind", "finetune", "--dataset", calls_file, "--output", tmp_path / "out", "--max-steps", "1"]
+    command = [*SAGE, "llm", "engine", "start", tiny_model, *arguments]
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, text=True) as started:
+        os.close(theirs)
+        shown = ""
+        while "Train all the same? [y/N]" not in shown:
+            shown += os.read(ours, 4096).decode()
+        assert "leaves out tool calls" in shown
+        os.write(ours, b"y\n")
+        with contextlib.suppress(OSError):  # the terminal is gone with its last process
+            while os.read(ours, 4096):
+                pass
+        assert started.stdout
+        stdout = started.stdout.read()
+    os.close(ours)
+    assert started.returncode == 0
+    [engine] = list_engines().values()
+    assert stdout.split() == [engine["id"]]
 
 
 def test_show_prints_a_sample_as_the_model_sees_it(tiny_model: Path, tmp_path: Path) -> None:

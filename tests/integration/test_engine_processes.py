@@ -8,16 +8,17 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 from pydantic import BaseModel
 from support import free_port
 
-from sage.common.errors import ConfigError, Conflict, NotFound, Overloaded
+from sage.common.errors import Conflict, NotFound, Overloaded
 from sage.common.identity import session_members
-from sage.common.paths import get_user_paths
 from sage.common.settings import load_settings
 from sage.llm.control_plane.executors import inference_executor
 from sage.llm.control_plane.launchers.local import LocalLauncher
@@ -71,7 +72,7 @@ class StubBackend:
 @pytest.fixture
 def model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(inference_executor.BACKENDS, EngineKind.LLM, StubBackend())  # type: ignore[arg-type]
-    for name, value in (("RECONCILE", 0.02), ("STOP", 0.5), ("ENGINE_UNRESPONSIVE", 0.5)):
+    for name, value in (("RECONCILE", 0.02), ("STOP", 0.5)):
         monkeypatch.setenv(f"SAGE_{name}_SECONDS", str(value))
     monkeypatch.setattr(inference_executor, "_HEALTH_SECONDS", 0.2)
     return str(tiny_model)
@@ -249,7 +250,41 @@ def test_force_is_written_down_and_done_by_the_next_control_plane_if_this_one_di
     run(go_on)
 
 
-def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back(model: str) -> None:
+@pytest.mark.parametrize("step_seconds", [3, -3600, 3600])
+def test_a_step_of_the_clock_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch, step_seconds: int) -> None:
+    monkeypatch.setenv("SAGE_STOP_SECONDS", "600")
+
+    class Stepped(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(seconds=step_seconds)
+
+    async def go_on(manager: ControlPlaneManager) -> None:
+        (before,) = await manager.list_engines()
+        assert before.state is S.RUNNING
+        after = await started(manager, model, "e")
+        assert (await manager.find_engine("e", EngineKind.LLM)).id == after.id
+        assert [engine.id for engine in await manager.list_engines()] == [before.id, after.id]
+        for engine in (before, after):
+            await manager.stop_engine(engine.id)
+            assert (await until(manager, engine.id, S.STOPPED)).pid is None
+
+    async def begin(manager: ControlPlaneManager) -> None:
+        await started(manager, model, "e")
+        boot_time = psutil._pslinux.boot_time
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time() + step_seconds)
+        for module in ("manager", "store.store"):
+            monkeypatch.setattr(f"sage.llm.control_plane.{module}.datetime", Stepped)
+
+    run(begin)
+    run(go_on)
+
+
+def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAGE_ENGINE_UNRESPONSIVE_SECONDS", "0.5")
+
     async def test(manager: ControlPlaneManager) -> None:
         engine = await started(manager, model, "e")
         assert engine.pid is not None
@@ -326,43 +361,13 @@ def test_a_long_log_is_cut_and_its_offsets_stay_right(model: str, monkeypatch: p
         lines = b"".join(b"line %d\n" % i for i in range(200_000))
         with log.open("ab") as file:
             file.write(lines)
-        while log.stat().st_size > 1_000_000:
+        while log.stat().st_size:
             await asyncio.sleep(0.02)
         assert await manager.get_logs(engine.id, 2) == ["line 199998", "line 199999"]
         end = len(before) + len(lines)
         assert await manager.log_offset(engine.id, 100, 10**30) == end
         assert await manager.log_offset(engine.id, 1) == end - len(b"line 199999\n")
-        assert await manager.log_offset(engine.id, 100, 5) == 5  # what was cut off last is still there
+        assert await manager.log_offset(engine.id, 100, 5) == end - 500_000  # the first byte that is still there
+        assert sum(path.stat().st_size for path in log.parent.glob("engine.log*")) == 500_000
 
     run(test)
-
-
-def test_another_home_on_the_same_database_is_refused(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SAGE_DATABASE_URL", f"sqlite:///{tmp_path}/shared.db")
-    ControlPlaneManager(load_settings())
-    ControlPlaneManager(load_settings())
-    owner = (get_user_paths().state_dir / "node-id").read_text().strip()
-    monkeypatch.setenv("SAGE_HOME", str(tmp_path / "other"))
-    with pytest.raises(ConfigError, match="belongs to another state folder") as caught:
-        ControlPlaneManager(load_settings())
-    assert caught.value.code == "database_in_use"
-    (get_user_paths().state_dir / "node-id").write_text(owner)  # as the hint says
-    ControlPlaneManager(load_settings())
-
-
-def test_the_state_folder_of_before_is_closed_to_others(model: str) -> None:
-    state = get_user_paths().state_dir
-    (state / "engines" / "engine-a").mkdir(parents=True, mode=0o755)
-    (state / "engines" / "engine-a" / "engine.log").write_text("a prompt")
-    (state / "engines.db").touch(0o644)
-    state.chmod(0o755)
-    ControlPlaneManager(load_settings())
-    assert {path.stat().st_mode & 0o077 for path in (state, *state.rglob("*"))} == {0}
-
-
-def test_a_state_folder_that_cannot_be_used_is_told(model: str) -> None:
-    home = get_user_paths().state_dir.parent
-    home.mkdir()
-    (home / "state").write_text("a file")
-    with pytest.raises(ConfigError, match=r"The state folder .* cannot be used"):
-        ControlPlaneManager(load_settings())

@@ -29,6 +29,7 @@ CALLING = [
     {"role": "tool", "content": "9", "name": "root", "tool_call_id": "call00001"},
     {"role": "assistant", "content": "nine"},
 ]
+DROPTOOL = QWEN_TEMPLATE.replace("message['content']", "(message['content'] if message['role'] != 'tool' else '')")
 TOOLS = [{"type": "function", "function": {"name": "root", "parameters": {"type": "object", "properties": {}}}}]
 
 
@@ -166,10 +167,10 @@ def test_an_answer_without_the_reasoning_that_the_prompt_begins_is_a_warning_and
     [
         (QWEN_TEMPLATE, Chat([TURNS[0], {**TURNS[1], "reasoning_content": "r"}]), Code.REASONING_LOST),
         (QWEN_TEMPLATE, Chat(CALLING), Code.CALLS_LOST),
+        (DROPTOOL, Chat(CALLING), Code.MESSAGE_LOST),
         (QWEN_TEMPLATE, Chat(TURNS, TOOLS), Code.TOOLS_LOST),
         (QWEN_TEMPLATE.replace("message['content']", "message['content'][:9]"), Chat(TURNS[2:]), Code.ANSWER_LOST),
         (QWEN_TEMPLATE.replace("message['content']", "message['content'][:9]"), Chat(TURNS[:2]), Code.MESSAGE_LOST),
-        (QWEN_TEMPLATE, Chat(TURNS, ignored=("messages[].loss_mask",)), Code.FLAG_IGNORED),
     ],
 )  # fmt: skip
 def test_what_the_model_would_not_learn_is_found(tokenizer: Any, template: str, chat: Chat, code: Code) -> None:
@@ -181,6 +182,16 @@ def test_what_the_model_would_not_learn_is_found(tokenizer: Any, template: str, 
         encoder.findings.raise_for_warnings("t.jsonl", "m")
     assert caught.value.code == "dataset_warnings"
     assert "t.jsonl:1" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("ignored", "code"), [("messages[].loss_mask", "flag_ignored"), ("tools", "tools_lost"), ("source", "field_ignored")]
+)
+def test_fields_without_effect_are_found(tokenizer: Any, ignored: str, code: str) -> None:
+    encoder = Encoder(tokenizer, 512)
+    encoder.encode_whole([Sample(Origin(Path("t.jsonl"), 1), "openai", Chat(TURNS), (ignored,))])
+    [finding] = encoder.findings
+    assert (finding.code, finding.details) == (code, [ignored])
 
 
 def test_a_model_without_any_end_token_is_a_warning(tokenizer: Any) -> None:

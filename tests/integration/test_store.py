@@ -148,8 +148,23 @@ def test_a_dataset_that_changes_while_it_is_read_is_refused(tokenizer: Any, trai
 def test_a_folder_gives_each_split_its_own_samples(tokenizer: Any, tmp_path: Path, sage_home: Path) -> None:
     for name, count in (("train", 3), ("valid", 2), ("test", 1)):
         write_jsonl(tmp_path / f"{name}.jsonl", [chat_record(f"{name} {i}", "a") for i in range(count)])
-    assert len(stored(tmp_path, Encoder(tokenizer, 64), silent)) == 3
+    told: list[str] = []
+    assert len(stored(tmp_path, Encoder(tokenizer, 64), told.append)) == 3
     assert len(stored(tmp_path, Encoder(tokenizer, 64), silent, "validation")) == 2
+    assert told == [f"reading train of {tmp_path}; left out: test.jsonl, valid.jsonl"]
+
+
+def test_a_run_trains_on_a_folder_s_train_and_is_scored_on_its_validation(
+    tiny_model: Path, tmp_path: Path, sage_home: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, count in (("train", 3), ("valid", 2), ("test", 1)):
+        write_jsonl(folder / f"{name}.jsonl", [chat_record(f"{name} {i}", "a") for i in range(count)])
+    run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(folder), eval_path=str(folder), max_steps=1)
+    TrainingRun(run.manager.run_directory(run.task_id), StopRequest()).train()
+    [started] = run.events("started")
+    assert (started["samples"], started["heldout_samples"]) == (3, 2)
 
 
 def test_a_stop_while_tokenising_leaves_a_model_that_loads_and_goes_on(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support import SAMPLES, chat_record, write_jsonl
 
 from sage.common.errors import DatasetError
+from sage.libs.finetune.data import loading
 from sage.libs.finetune.data.linting import DatasetReport, check_dataset, read_samples
 from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.preferences import Method, parser_of
@@ -106,6 +107,13 @@ def test_csv_goes_on_behind_a_wrong_row(tmp_path: Path) -> None:
     report = DatasetReport(tmp_path / "t.csv")
     assert [(sample.origin.line, sample.content) for sample in read_samples(report)] == [(2, "two\nlines"), (6, "last")]
     assert [fault.origin.line for fault in report.faults] == [4]
+
+
+def test_a_line_that_never_ends_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_LINE_BYTES", 2**20)
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * 2**20)
+    report = check_dataset(tmp_path / "t.jsonl")
+    assert (report.sample_count, [fault.message for fault in report.faults]) == (1, ["the line is longer than 1 MiB."])
 
 
 def test_what_comes_before_a_fault_of_a_list_is_read(tmp_path: Path) -> None:

@@ -81,8 +81,31 @@ def test_a_completion_may_say_its_prompt_again_and_answers_in_the_prompt_are_con
 
 def test_a_system_message_beside_the_messages_comes_first() -> None:
     system = {"role": "system", "content": "s"}
-    for record in ({"messages": [USER, ANSWER], "system": "s"}, {"messages": [system, USER, ANSWER], "system": "s"}):
-        assert parse_record(record).content.messages == [system, USER, ANSWER]
+    for said in (
+        {"messages": [USER, ANSWER]},
+        {"messages": [system, USER, ANSWER]},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [system, USER], "completion": [USER, ANSWER]},
+    ):
+        assert parse_record({**said, "system": "s"}).content.messages == [system, USER, ANSWER]
+
+
+def test_turns_and_tools_may_be_json_each() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    record = {"messages": [json.dumps(USER), json.dumps(ANSWER)], "tools": [json.dumps(tools[0])]}
+    assert parse_record(record).content == Chat([USER, ANSWER], tools)
+
+
+def test_turns_may_come_as_a_list_for_each_field() -> None:
+    record = {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}
+    assert parse_record(record).content.messages == [USER, ANSWER]
+    uneven = {"conversations": {"from": ["human"], "value": ["q", "a"]}}
+    with pytest.raises(RecordError, match="'conversations' must be a list, found an object"):
+        parse_record(uneven)
+
+
+def test_an_empty_list_of_images_in_a_cell_is_none() -> None:
+    assert parse_record({"prompt": "q", "completion": "a", "images": "[]"}).content.messages == [USER, ANSWER]
 
 
 def test_plain_text_stays_text() -> None:
@@ -116,6 +139,7 @@ def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
         ([1], "a JSON object is expected, found a list"),
         ({"foo": 1}, "no known format has the fields foo"),
         ({"messages": "hello"}, "'messages' must be a list, found text"),
+        ({"messages": "[{'role': 'user', 'content': 'q'}]"}, "'messages' is not valid JSON: Expecting property name"),
         ({"messages": ["hello"]}, "messages[0] must be an object with role and content, found text"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 'messages[0].role is "wizard"'),
         ({"messages": [{"content": "x"}]}, "messages[0].role is null"),

@@ -43,7 +43,7 @@ def test_offsets_stay_right_when_a_log_is_cut(tmp_path: Path) -> None:
             offset = chance.randrange(end)
             assert log.read(offset, 500) == everything[max(start, offset) :][:500]
     assert start > 0
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 30_000
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 25_000  # twice the limit, and what came since
     assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("log.*")} == {0o600}
     assert log.read(0) == everything[start:]
     assert tail_lines(log.path, 150) == everything.decode().splitlines()[-150:]
@@ -75,7 +75,7 @@ def test_what_was_cut_off_before_it_was_followed_is_passed_over(tmp_path: Path) 
         with log.path.open("ab") as file:
             file.write(content)
         log.cut(5)
-    assert asyncio.run(everything_after(log.path, 0)) == b"third\n"
+    assert asyncio.run(everything_after(log.path, 0)) == b"hird\n"
 
 
 def test_following_ends_after_the_last_word(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_following_ends_after_the_last_word(tmp_path: Path) -> None:
         with path.open("a") as log:
             log.write(f"more {asked}\n")  # it says more until it ends, and once more as it ends
         if asked == 2:
-            LogFile(path).cut(5)
+            LogFile(path).cut(12)
         return asked >= 3
 
     async def read() -> bytes:

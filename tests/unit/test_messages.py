@@ -187,10 +187,11 @@ def test_nulls_are_as_if_absent_but_in_arguments() -> None:
         ({"from": "observation", "value": {"count": 4}}, "conversations[1].value must be text, found an object"),
         ({"role": "user", "content": None}, "conversations[1].content must be text, found nothing"),
         ({"role": "user", "content": ["x"]}, "conversations[1].content must be text, found a list"),
-        ({"role": "user", "content": [{"type": "image_url"}]}, "content[0] is of type 'image_url': this trains text only"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, 'content[0] is of type "image_url": this trains text only'),
         ({"role": "user", "content": [{"type": "text", "text": 3}]}, "content[0].text must be text, found a number"),
         ({"role": "user", "content": "\ud83d half"}, "conversations[1].content holds half a character, \\ud83d"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "\ud83d"}}}]}, "holds half"),
+        ({"role": "a long text " * 9, "content": "x"}, "conversations[1].role is text."),
         ({"role": "\ud83d", "content": "x"}, 'conversations[1].role is "\\ud83d"'),
     ],
 )  # fmt: skip

@@ -56,6 +56,8 @@ PAIR = {"prompt": CHAT, "chosen": [GOOD], "rejected": [BAD]}
           "rejected": {"from": "gpt", "value": "b"}, "system": "s"}, [SYSTEM, *CHAT]),
         ({"messages": CHAT, "chosen": GOOD, "rejected": BAD}, CHAT),
         ({"instruction": "a", "input": "", "chosen": "g", "rejected": "b"}, CHAT),
+        ({"prompt": "a", "system": "s", "chosen": "g", "rejected": "b"}, [SYSTEM, *CHAT]),
+        ({"prompt": "a", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD], "messages": [*CHAT, GOOD]}, CHAT),
     ],
 )  # fmt: skip
 def test_a_pair_has_its_prompt_once(record: dict[str, Any], prompt: list[Any]) -> None:

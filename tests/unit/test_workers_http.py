@@ -189,6 +189,8 @@ def test_whatever_a_job_raises_ends_it_and_frees_the_lane(error: BaseException) 
         assert await anext(job) == 1
         with pytest.raises(SageError):
             await anext(job)
+        with pytest.raises(SageError):
+            await lane.call(lambda: fail(job))
         return await pieces_of(lane.submit(lambda job: job.put(2)))
 
     assert asyncio.run(scenario()) == [2]

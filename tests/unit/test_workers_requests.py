@@ -155,6 +155,7 @@ def test_prompts_of_other_shapes_are_refused(prompt: Any) -> None:
 def test_a_completion_is_scored_without_being_continued() -> None:
     made = sampling(CompletionRequest, COMPLETION | {"max_tokens": 0, "echo": True, "logprobs": 5})
     assert (made.max_tokens, made.echo, made.top_logprobs) == (0, True, 5)
+    assert sampling(CompletionRequest, COMPLETION | {"max_tokens": 5, "max_completion_tokens": 3}).max_tokens == 3
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -75,12 +75,14 @@ def test_what_is_streamed_is_the_decoded_whole_in_every_script(tokenizer: Any, t
 
 
 @both
+@settings(deadline=None, derandomize=True)
 @given(text=st.text(max_size=40))
 def test_what_is_streamed_is_the_decoded_whole_whatever_the_text(tokenizer: Any, text: str) -> None:
     ids = encode(tokenizer, text)
     assert "".join(streamed(tokenizer, ids)) == decode(tokenizer, ids)
 
 
+@settings(deadline=None, derandomize=True)
 @given(ids=st.lists(st.integers(0, len(TOKENIZERS["byte-level"]) - 1), max_size=60))
 def test_broken_characters_are_streamed_as_they_are_decoded(ids: list[int]) -> None:
     tokenizer = TOKENIZERS["byte-level"]

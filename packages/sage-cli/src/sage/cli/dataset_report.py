@@ -75,7 +75,8 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
     lines = [
         f"{report.path}: {report.sample_count} samples ({formats}), {report.assistant_turns} assistant turns, "
         f"{len(report.faults) + len(measured.refused)} faults, {len(report.duplicates)} duplicates",
-        *(f"  {again} says the same as line {first.line}" for again, first in report.duplicates[:_SHOWN_DUPLICATES]),
+        *(f"  {again} says the same as {first.place}" for again, first in report.duplicates[:_SHOWN_DUPLICATES]),
+        *(f"  {file} is not read: it belongs to another split" for file in report.skipped_files),
         *(f"{finding.severity}: {finding} {finding.hint}".rstrip() for finding in measured.findings),
     ]
     if measured.problem:
@@ -116,6 +117,8 @@ def _as_dict(report: DatasetReport, measured: Measured) -> dict[str, object]:
         "samples": report.sample_count,
         "formats": dict(report.formats),
         "assistant_turns": report.assistant_turns,
+        "files": [str(file) for file in report.files],
+        "skipped_files": [str(file) for file in report.skipped_files],
         "faults": [_fault(fault) for fault in [*report.faults, *measured.refused]],
         "duplicates": [[again.line, first.line] for again, first in report.duplicates],
         "tokens": tokens,
@@ -125,4 +128,4 @@ def _as_dict(report: DatasetReport, measured: Measured) -> dict[str, object]:
 
 def _fault(fault: Fault) -> dict[str, object]:
     origin = fault.origin
-    return {"path": str(origin.path), "line": origin.line, "message": fault.message, "hint": fault.hint}
+    return {"path": str(origin.path), origin.unit: origin.line, "message": fault.message, "hint": fault.hint}

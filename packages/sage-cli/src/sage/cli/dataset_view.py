@@ -60,7 +60,7 @@ def _text(sequence: Encoded, encoder: Encoder, has_colours: bool) -> Text:
 def _as_dict(sample: Sample, sequences: list[Encoded], encoder: Encoder) -> dict[str, Any]:
     return {
         "path": str(sample.origin.path),
-        "line": sample.origin.line,
+        sample.origin.unit: sample.origin.line,
         "format": sample.format,
         "sequences": [
             {

@@ -5,6 +5,7 @@ two together.
 """
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
@@ -109,12 +110,10 @@ def _parameter(option: TrainingOption) -> inspect.Parameter:
 
 
 def _normalised(given: dict[str, Any]) -> dict[str, Any]:
-    from pathlib import Path
-
     for name in PATH_FIELDS:
         if name in given:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
-            absolute = [str(Path(path).expanduser().absolute()) for path in paths]
+            absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]  # noqa: PTH100, PTH111 - never raises
             given[name] = absolute[0] if len(absolute) == 1 else absolute
     for name in MODULE_FIELDS:
         if _NAMES.fullmatch(given.get(name, "")):  # else `all-linear` or a pattern

@@ -35,8 +35,8 @@ def tail_lines(path: Path, count: int) -> list[str]:
 class LogFile:
     """A log that a process appends to and that is cut when it grows too long, read by offsets that stay right.
 
-    What is cut off is kept, until the next cut, in a file beside it that is named for the offset at which it begins:
-    `engine.log.0` with the first 100 MB, say, and `engine.log` with what follows them.
+    The end of what is cut off is kept, until the next cut, in a file beside it that is named for the offset at which it
+    begins: `engine.log.0` with the first 50 MB, say, and `engine.log` with what follows them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,18 +44,20 @@ class LogFile:
         self.path = path
 
     def cut(self, limit_bytes: int) -> bool:
-        """Set the file's content aside if it is longer than a limit, and begin anew; return whether it was.
+        """If the file is longer than a limit, set so much of its end aside and begin anew; return whether it was.
 
         The process that writes it has it open for appending and goes on at the new end.
         """
-        if _size(self.path) <= limit_bytes:
+        skipped = _size(self.path) - limit_bytes
+        if skipped <= 0:
             return False
         old, base = self._old_part()
         aside = private_file(self.path.with_name(f".{self.path.name}.partial"))
         with self.path.open("rb") as source, aside.open("wb") as target:
+            source.seek(skipped)
             shutil.copyfileobj(source, target, _BLOCK_BYTES * 16)
         os.truncate(self.path, 0)
-        os.replace(aside, self.path.with_name(f"{self.path.name}.{base}"))
+        os.replace(aside, self.path.with_name(f"{self.path.name}.{base + skipped}"))
         if old:
             old.unlink()
         return True

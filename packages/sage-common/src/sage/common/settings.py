@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     stop_seconds: float = Field(20, gt=0, description="An inference engine that ignores SIGTERM is killed after this.")
     engine_unresponsive_seconds: float = Field(30, gt=0, description="Silence after which requests are refused.")
     resume_engines: bool = Field(False, description="Resume engines that died while no gateway ran, as in a power cut.")
-    log_limit_mb: int = Field(100, ge=1, description="An engine's log is cut when it exceeds this, in MB (10^6 bytes).")
+    log_limit_mb: int = Field(100, ge=1, description="Largest log of an engine, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Largest request body, in MB (10^6 bytes).")
     allow_reward_files: bool = Field(False, description="Runs may name Python files with reward functions (grpo).")
     request_wait_seconds: float = Field(60, ge=0, description="A request waits this long for a starting engine.")

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
@@ -44,6 +45,19 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     model = _with_fresh_adapter(base, config) if adapter is None else attach_adapter(base, adapter, is_trainable=True)
     assert isinstance(model, PeftModel)
     return model
+
+
+def loraplus_optimizer(model: Trainable, config: FinetuneConfig) -> torch.optim.Optimizer | None:
+    """Return LoRA+'s optimizer, or None for the Trainer's own."""
+    if config.loraplus_lr_ratio is None:
+        return None
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=config.learning_rate,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
+        loraplus_weight_decay=config.weight_decay,
+    )
 
 
 def width_of(folder: Path) -> int:

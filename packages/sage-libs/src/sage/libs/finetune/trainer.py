@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
@@ -32,7 +31,7 @@ from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.loss import CompletionLoss
 from sage.libs.finetune.memory import free_bytes, refuse_beyond_limit
-from sage.libs.finetune.model import decoder, load_trainable, load_weights, width_of
+from sage.libs.finetune.model import decoder, load_trainable, load_weights, loraplus_optimizer, width_of
 from sage.libs.finetune.noise import EmbeddingNoise
 from sage.libs.finetune.precision import Precision, choose_precision
 from sage.libs.finetune.resuming import begun, best_checkpoint, checkpoint_to_resume
@@ -286,7 +285,7 @@ class TrainingRun:
             data_collator=self.collator,
             loss=self.loss,
             callbacks=[self._callback()],
-            optimizers=(self._loraplus_optimizer(), None),
+            optimizers=(loraplus_optimizer(self.model, config), None),
         )
 
     def _arguments(self) -> dict[str, Any]:
@@ -327,19 +326,6 @@ class TrainingRun:
             heldout=self.heldout,
             measure=self._measure,
             started_fields=self._started_fields,
-        )
-
-    def _loraplus_optimizer(self) -> torch.optim.Optimizer | None:
-        """Return LoRA+'s optimizer, or None for the Trainer's own."""
-        config = self.config
-        if config.loraplus_lr_ratio is None:
-            return None
-        return create_loraplus_optimizer(
-            self.model,
-            torch.optim.AdamW,
-            lr=config.learning_rate,
-            loraplus_lr_ratio=config.loraplus_lr_ratio,
-            loraplus_weight_decay=config.weight_decay,
         )
 
     def _on_adapted(self, message: str, halvings: int, checkpointing: bool) -> None:

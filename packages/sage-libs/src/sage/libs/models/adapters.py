@@ -1,5 +1,6 @@
 """Adapters: put on the base that they were trained on, and merged into it so that it computes the same."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -10,21 +11,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sage.common.errors import ModelError, first_line
+from sage.common.files import replace_file
+from sage.common.paths import get_user_paths, private_folder
 from sage.libs.models.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Return a base with the adapter of a folder; warns if the base is not the one that our training used.
+    """Return a base with the adapter of a folder; warns if the base is known to be another one than it was trained on.
 
     Raises ModelError if the adapter does not fit the base: other shapes, weights without a place, places without weights.
     """
     _warn_of_another_base(base, folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = not is_trainable
+        if getattr(config, "megatron_config", None):
+            raise ValueError("megatron_config names a module to import, which is not supported")
+        config.inference_mode, base_name = not is_trainable, config.base_model_name_or_path
         model = get_peft_model(base, config)
+        config.base_model_name_or_path = base_name  # as the adapter has it, not the folder that it is in here
         result = model.load_adapter(str(folder), model.active_adapter, is_trainable=is_trainable)
     except Exception as error:  # PEFT raises what it likes for a broken config
         raise _unfit(folder, first_line(error)) from error
@@ -69,15 +75,32 @@ def _without_adapter(module: Any) -> Any:
 
 
 def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
+    found = fingerprint(Path(base.name_or_path))
+    if _trained_base(folder, found) != found:
+        logger.warning(
+            "The base model in %s is not the one that the adapter in %s was trained on: its answers may be wrong.",
+            base.name_or_path, folder,
+        )  # fmt: skip
+
+
+def _trained_base(folder: Path, found: str) -> str:
+    """Return the fingerprint of the base that an adapter was trained on; if it is not ours, that of the first base found."""
     try:
         expected = json.loads((folder / "sage_run.json").read_text(encoding="utf-8")).get("base_sha256")
+        if isinstance(expected, str):
+            return expected
     except (OSError, ValueError, AttributeError):
-        return  # not ours, or of an earlier version
-    if expected and expected != fingerprint(Path(base.name_or_path)):
-        logger.warning(
-            "The adapter in %s was trained on another base model than the one in %s: its answers may be wrong.",
-            folder, base.name_or_path,
-        )  # fmt: skip
+        pass  # not ours, or of an earlier version
+    try:
+        weights = (folder / "adapter_model.safetensors").stat()
+        key = hashlib.sha256(f"{folder.resolve()} {weights.st_size} {weights.st_mtime_ns}".encode()).hexdigest()
+        seen = get_user_paths().cache_dir / "adapter_bases" / key
+        if not seen.is_file():
+            replace_file(private_folder(seen.parent) / key, found.encode())
+        return seen.read_text(encoding="utf-8")
+    except OSError as error:
+        logger.info("the base of %s cannot be remembered: %s", folder, error)
+        return found
 
 
 def _unfit(folder: Path, problem: str) -> ModelError:

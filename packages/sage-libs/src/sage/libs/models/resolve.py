@@ -104,8 +104,9 @@ def _resolve(name: str, depth: int) -> ModelSource:
 def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelNotFound:
     shown = name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…"
     if _is_path(name):
-        problem = "there is no such folder" if tried else "the path is not absolute"
-        hint = "Give the path of a folder that holds a model." if tried else "Give an absolute path."
+        is_known = tried or _expanded(name) is None
+        problem = "there is no such folder" if is_known else "the path is not absolute"
+        hint = "Give the path of a folder that holds a model." if is_known else "Give an absolute path."
         message = f"No model '{shown}': {problem}."
     else:
         if packaged:

@@ -293,7 +293,7 @@ class ControlPlaneManager:
 
     async def _bound_logs(self) -> None:
         """Cut the logs of engines and gateway that have grown too long."""
-        limit_bytes = self._settings.log_limit_mb * 1_000_000
+        limit_bytes = self._settings.log_limit_mb * 500_000  # twice: what was cut off last, and what came since
         while True:
             await asyncio.sleep(_LOGS_SECONDS)
             try:

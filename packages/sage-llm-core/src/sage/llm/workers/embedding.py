@@ -32,6 +32,9 @@ class Embedder:
             message = f"{folder} does not load as an embedding model: {error}"
             raise ModelError(code="model_invalid", message=message) from error
         self._tokenizer: Any = self._model.tokenizer
+        if not callable(self._tokenizer):  # a model of static vectors
+            message = f"{folder} is an embedding model without a tokenizer of transformers."
+            raise ModelError(code="model_unsupported", message=message)
         self._max_tokens: int | None = self._model.max_seq_length
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
 

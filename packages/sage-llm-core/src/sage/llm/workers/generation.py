@@ -1,9 +1,7 @@
 """`python -m sage.llm.workers.generation --model M --port P`: chats and completions in OpenAI's shapes."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -43,10 +41,11 @@ class Engine:
     def __init__(self, generator: Generator, default_max_tokens: int) -> None:
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._lane = Lane("Generation")
-        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenising")
+        self._tokenising = Lane("Tokenising")
 
     def close(self) -> None:
         """End all answers, each with an error that tells why."""
+        self._tokenising.close()
         self._lane.close()
 
     async def chat(self, request: ChatRequest, connection: Request) -> Response | dict[str, Any]:
@@ -69,7 +68,7 @@ class Engine:
         shape: Shape,
         encode: Callable[[], list[list[int]]],
     ) -> Response | dict[str, Any]:
-        prompts = await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
+        prompts = await self._tokenising.call(encode)
         for prompt in prompts:
             self._generator.check_prompt(prompt, sampling, "messages" if isinstance(shape, ChatShape) else "prompt")
         shape.prompt_tokens = sum(map(len, prompts))

@@ -240,9 +240,9 @@ def rendered(render: Callable[[], T]) -> T:
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:
-    """Return the layers that a token passes one after the other: the longest list of modules."""
-    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len, default=[])
+    """Return the layers that a token passes one after the other: the list of modules that holds most of the model."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return list(max(lists, key=lambda layers: sum(weight.numel() for weight in layers.parameters()), default=[]))
 
 
 def _invalid(message: str, param: str, hint: str = "") -> ConfigError:

@@ -66,6 +66,18 @@ class Lane:
         self._pool.submit(self._do, job, work)
         return job
 
+    async def call(self, function: Callable[[], T]) -> T:
+        """Return what `function` returns when its turn has come; if it is waited for no more, it is not called."""
+
+        def work(job: Job[T]) -> None:
+            job.put(function())
+
+        job = self.submit(work)
+        try:
+            return await anext(job)
+        finally:
+            job.abandon()
+
     def close(self) -> None:
         """End all jobs, each with an error that tells why."""
         for job in list(self._jobs):

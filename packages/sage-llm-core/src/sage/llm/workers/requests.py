@@ -93,6 +93,7 @@ class GenerationRequest(Body):
 
     model: ModelName
     max_tokens: Annotated[int, Field(ge=1), INTEGRAL] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), INTEGRAL] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=_INT64), INTEGRAL] | None = None
@@ -185,7 +186,6 @@ class ChatRequest(GenerationRequest):
     """OpenAI's request for a chat completion."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1), INTEGRAL] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
@@ -235,7 +235,8 @@ class CompletionRequest(GenerationRequest):
             raise _refusal("max_tokens", "must be at least 1, or 0 with 'echo': true.")
         if self.best_of not in (None, self.n or 1):
             raise _refusal("best_of", "is supported only if it equals n.")
-        limit = default_max_tokens if self.max_tokens is None else self.max_tokens
+        given = (self.max_completion_tokens, self.max_tokens, default_max_tokens)
+        limit = next(tokens for tokens in given if tokens is not None)
         return self._sampling(limit, self.logprobs, echo=bool(self.echo))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -107,9 +108,8 @@ def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
             problem, code, hint = "is required", "missing_value", ""
         case _:
             problem, code, hint = finding["msg"].removeprefix("Value error, "), "invalid_value", ""
-    problem = problem.replace("Input should", "must").replace(
-        " valid dictionary or object to extract fields from", "n object"
-    )
+    problem = re.sub(r"^\w+ should", "must", problem).removesuffix(" after validation, not 0")
+    problem = problem.replace("False", "false").replace("a valid dictionary or object to extract fields from", "an object")
     return ConfigError(code=code, message=f"{name} {problem}.", hint=hint, param=param)
 
 

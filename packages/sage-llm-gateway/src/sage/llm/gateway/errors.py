@@ -60,7 +60,7 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first: dict[str, Any] = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        message = f"{name}: {first['msg']}."
+        message = f"{name}: {first['msg'].removeprefix('Value error, ')}."
         return error_response(ConfigError(code="config_invalid", message=message, param=name))
 
     @app.exception_handler(HTTPException)

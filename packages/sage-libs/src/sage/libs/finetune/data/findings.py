@@ -42,7 +42,7 @@ _MEANING: dict[Code, tuple[Severity, str, str]] = {
     Code.REASONING_LOST: (_W, "the chat template leaves out the answer's reasoning", "Write it into content."),
     Code.CALLS_LOST: (_W, "the chat template leaves out tool calls", "Use a model whose template renders them."),
     Code.TOOLS_LOST: (_W, "the chat template leaves out the tools", "Use a model whose template renders them."),
-    Code.MESSAGE_LOST: (_W, "the chat template leaves out text of a system or user message", "Fix the message."),
+    Code.MESSAGE_LOST: (_W, "the chat template leaves out text of a message before the answer", "Fix the message."),
     Code.NO_END_TOKEN: (_W, "no token that ends the answer is trained: generation would not stop", "Set an eos_token."),
     Code.PROMPT_DIFFERS: (
         _W,

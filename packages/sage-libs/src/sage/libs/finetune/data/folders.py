@@ -144,7 +144,9 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _saved_splits(folder: Path, split: Split) -> Selection:
-    splits = [str(name) for name in _json(folder / "dataset_dict.json").get("splits", [])]
+    splits = [str(name) for name in _json(folder / "dataset_dict.json").get("splits") or []]
+    if not splits:
+        raise unusable(folder, "has a dataset_dict.json that names no splits")
     found = [(_split_of(Path(name)), folder / name) for name in splits]
     chosen = _of_split(folder, found, split)
     if len(chosen.files) > 1:

@@ -11,7 +11,7 @@ from sage.libs.finetune.data.messages import BOOKKEEPING, Conversation, Message,
 from sage.libs.finetune.data.prompts import answer_of, parted, prompt_of, says_something
 from sage.libs.finetune.data.samples import Chat
 from sage.libs.finetune.data.tools import tools_of
-from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of
+from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of, unpacked
 
 Record = Mapping[str, Any]
 Content = Chat | str
@@ -64,7 +64,7 @@ def present_fields(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}
-    if media := [name for name in _MEDIA if present.get(name)]:
+    if media := [name for name in _MEDIA if unpacked(present.get(name))]:
         raise RecordError(f"'{media[0]}' is given: this trains text only.", "Remove the record.")
     return present
 
@@ -81,12 +81,16 @@ def _chat(record: Record, conversation: Conversation) -> Chat:
 
 def conversation_of(record: Record, field: str) -> Conversation:
     """Return the conversation of a field, behind the record's system message if it has one. Raises RecordError."""
-    conversation = read_conversation(record[field], field)
+    return behind_system(read_conversation(record[field], field), record, field)
+
+
+def behind_system(conversation: Conversation, record: Record, where: str) -> Conversation:
+    """Return a conversation behind the system message that its record's field `system` holds. Raises RecordError."""
     system = system_of(record)
     if system and conversation.messages[:1] == system:
         return conversation
     if system and conversation.messages and conversation.messages[0]["role"] == "system":
-        raise RecordError(f"'system' and {field}[0] are two different system messages.", "Keep one of them.")
+        raise RecordError(f"'system' and {where}[0] are two different system messages.", "Keep one of them.")
     return conversation.begun_with(system)
 
 
@@ -126,7 +130,7 @@ def _parse_alpaca(record: Record) -> Content:
 
 
 def _parse_prompt_completion(record: Record) -> Content:
-    prompt = prompt_of(record["prompt"], "prompt")
+    prompt = behind_system(prompt_of(record["prompt"], "prompt"), record, "prompt")
     completion = answer_of(record["completion"], "completion", record["prompt"])
     context, answer = parted(prompt.messages, completion.messages, "completion")
     # What the assistant says in the prompt is context: the completion is what is learnt.
@@ -157,7 +161,7 @@ FORMATS: tuple[Format, ...] = (
         "prompt_completion",
         lambda r: "prompt" in r and "completion" in r,
         _parse_prompt_completion,
-        frozenset({"prompt", "completion", *_TOOLS}),
+        frozenset({"prompt", "completion", "system", *_TOOLS}),
     ),
     Format("text", lambda r: "text" in r, _parse_text, frozenset({"text"})),
 )

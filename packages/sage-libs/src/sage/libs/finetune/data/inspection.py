@@ -17,9 +17,11 @@ _THINK_TAG = re.compile(r"</?think>")
 
 def inspect_fields(sample: Sample, findings: Findings) -> None:
     """Look for fields that nothing reads."""
-    for name in sample.content.ignored:
-        is_flag = "." in name and _FLAG.search(name.rpartition(".")[2])
-        findings.add(Code.FLAG_IGNORED if is_flag else Code.FIELD_IGNORED, sample.origin, name)
+    for name in sample.ignored:
+        code = Code.TOOLS_LOST if name == "tools" else Code.FIELD_IGNORED
+        if "." in name and _FLAG.search(name.rpartition(".")[2]):
+            code = Code.FLAG_IGNORED
+        findings.add(code, sample.origin, name)
 
 
 def inspect_answer(sample: Sample, message: Message, trained: str, findings: Findings) -> None:
@@ -36,8 +38,11 @@ def inspect_prompt(
     sample: Sample, asked: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: str, findings: Findings
 ) -> None:
     """Look for what is asked and does not stand in the rendered prompt."""
-    if any(m["role"] in ("system", "user") and m["content"].strip() not in prompt for m in asked):
-        findings.add(Code.MESSAGE_LOST, sample.origin)
+    for message in asked:
+        said = message["content"].strip()
+        # Some templates write results of tools as JSON.
+        if message["role"] != "assistant" and said not in prompt and json.dumps(said)[1:-1] not in prompt:
+            findings.add(Code.MESSAGE_LOST, sample.origin)
     if any(tool.get("function", tool).get("name", "") not in prompt for tool in tools or ()):
         findings.add(Code.TOOLS_LOST, sample.origin)
 

@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unus
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-#: A cell of a CSV may hold a whole conversation.
+#: A cell of a CSV may hold a whole conversation, and so does a line of a .jsonl; what is longer is no such file.
 _CSV_FIELD_BYTES = 64 * 2**20
+_LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
 _BLANK = re.compile(r"[ \t\n\r]*")
 _SEPARATORS = ((";", "semicolons"), ("\t", "tabs"))
@@ -93,9 +95,13 @@ def _read_text(path: Path, read: Callable[[Path, io.BufferedReader], Iterator[It
 
 
 def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
-    filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    lines = iter(partial(file.readline, _LINE_BYTES), b"")
+    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     for index, (number, line) in enumerate(filled):
         origin = Origin(path, number)
+        if len(line) == _LINE_BYTES:
+            yield Fault(origin, f"the line is longer than {_LINE_BYTES // 2**20} MiB.", _ONE_A_LINE)
+            return
         try:
             record = DECODER.decode(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:

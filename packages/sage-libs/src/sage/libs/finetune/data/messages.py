@@ -1,11 +1,10 @@
 """One conversation, whatever its turns are called: to messages in OpenAI's shape, with what is context only."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sage.libs.finetune.data.tools import called_functions, tool_calls_of
-from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of
+from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, shown, text_of, unpacked
 
 Message = dict[str, Any]
 
@@ -56,7 +55,17 @@ class _Turn(NamedTuple):
 
 def read_conversation(value: Any, where: str) -> Conversation:
     """Return a conversation; where: the field that holds it. Raises RecordError that names the turn and its field."""
-    return _read([(item, f"{where}[{index}]") for index, item in enumerate(list_of(value, where))], f"{where}[].")
+    items = _transposed(value) or list_of(value, where)
+    return _read([(item, f"{where}[{index}]") for index, item in enumerate(items)], f"{where}[].")
+
+
+def _transposed(value: Any) -> list[Any] | None:
+    """Return the turns of a column that has a list for each of their fields, as older releases of `datasets` write it."""
+    if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
+        return None
+    if len({len(column) for column in value.values()}) != 1:
+        return None
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
 
 
 def read_message(value: Any, where: str) -> Conversation:
@@ -85,6 +94,8 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
 
 
 def _turn(item: Any, where: str) -> _Turn:
+    if not isinstance(item, Mapping):
+        item = unpacked(item)  # as `datasets` writes a column of JSON
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with role and content, found {kind_of(item)}.")
     if None in item.values():
@@ -137,8 +148,7 @@ def _one_answer(answer: Message, call: Message, where: str) -> Message:
 def _role(role: Any, where: str) -> str:
     name = _ROLE_ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else role
     if name not in ROLES:
-        said = json.dumps(role, default=str) if role is None or isinstance(role, str) else kind_of(role)
-        raise RecordError(f"{where} is {said}.", f"It must be one of {', '.join(ROLES)}.")
+        raise RecordError(f"{where} is {shown(role)}.", f"It must be one of {', '.join(ROLES)}.")
     return str(name)
 
 
@@ -148,9 +158,9 @@ def _untrained(item: Mapping[str, Any], flags: list[str], where: str) -> bool:
     for name in flags:
         value = item[name]
         if name == "weight" and (isinstance(value, bool) or value not in (0, 1)):
-            raise RecordError(f"{where}.weight is {_shown(value)}.", "It must be 0 (context only) or 1.")
+            raise RecordError(f"{where}.weight is {shown(value)}.", "It must be 0 (context only) or 1.")
         if name != "weight" and not isinstance(value, bool):
-            raise RecordError(f"{where}.{name} is {_shown(value)}.", "It must be true or false (context only).")
+            raise RecordError(f"{where}.{name} is {shown(value)}.", "It must be true or false (context only).")
         said[name] = bool(value)
     if len(set(said.values())) > 1:
         raise RecordError(f"{where}: {' and '.join(said)} contradict each other.", "Keep one of them.")
@@ -166,8 +176,3 @@ def _reasoning(item: Mapping[str, Any], where: str) -> str:
 
 def _says_something(value: Any) -> bool:
     return value not in (None, "", [], {})
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else kind_of(value)

@@ -11,6 +11,7 @@ from sage.libs.finetune.data.formats import (
     Parsed,
     Record,
     alpaca_question,
+    behind_system,
     conversation_of,
     ignored_fields,
     parse_record,
@@ -63,7 +64,8 @@ def _pair(record: Record, method: Method, *tools: str) -> Parsed:
     row: Row = {"prompt": context, **{name: _answer(answer[shared:], name) for name, answer in answers.items()}}
     if row["chosen"] == row["rejected"]:
         raise RecordError("'chosen' and 'rejected' are the same: there is nothing to learn from them.")
-    return _parsed("preference_pair", row, record, ("chosen", "rejected", *fields), tools)
+    # Beside a prompt, `messages` is the better answer's conversation once more.
+    return _parsed("preference_pair", row, record, ("chosen", "rejected", "messages", *fields), tools)
 
 
 def _verdict(record: Record) -> Parsed:
@@ -99,7 +101,7 @@ def _prompt(record: Record) -> Parsed:
 def _asked(record: Record) -> tuple[list[Message], tuple[str, ...]]:
     """Return what stands before the answer, or nothing, and the fields that say so."""
     if "prompt" in record:
-        return prompt_of(record["prompt"], "prompt").messages, ("prompt",)
+        return behind_system(prompt_of(record["prompt"], "prompt"), record, "prompt").messages, ("prompt", "system")
     if field := next((name for name in _CONVERSATIONS if name in record), None):
         return conversation_of(record, field).messages, (field, "system")
     return (alpaca_question(record), (*_ASKED, "system")) if "instruction" in record else ([], ())

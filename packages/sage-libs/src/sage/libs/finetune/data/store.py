@@ -100,6 +100,8 @@ def stored(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split =
     Raises DatasetError if the dataset has faults, leaves nothing to train on, or changes while it is read.
     """
     root = get_user_paths().cache_dir / "tokenized"
+    if skipped := select_files(path, split).skipped:
+        on_progress(f"reading {split} of {path}; left out: {', '.join(str(file.relative_to(path)) for file in skipped)}")
     before = _looks(path, split)
     folder = root / _key(path, encoder, split)
     found = _whole(folder)

@@ -191,9 +191,9 @@ class Encoder:
 
     def _plan(self, sample: Sample) -> list[_Sequence] | None:
         """Return what a sample's sequences are made of, or None if the chat template refuses it."""
+        inspect_fields(sample, self.findings)
         if isinstance(sample.content, str):
             return [self._plain(sample.content)]
-        inspect_fields(sample, self.findings)
         try:
             return list(self._shared(self._answers(sample, sample.content)))
         except Exception as error:  # noqa: BLE001 - jinja and templates raise what they like

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sage.libs.finetune.data.values import (
-    DECODER,
     RecordError,
     check_encodable,
-    json_problem,
+    decoded,
     kind_of,
     list_of,
     unpacked,
@@ -24,6 +23,7 @@ def tools_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     tools = unpacked(record.get(field))
     if not tools:
         return None
+    tools = [unpacked(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RecordError(f"'{field}' must be a list of objects.")
     check_encodable(tools, field)
@@ -55,7 +55,7 @@ def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) ->
 def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
     """Return the calls that a turn of calls holds: an object with name and arguments, or several. Raises RecordError."""
     if isinstance(value, str):
-        value = _decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of them.')
+        value = decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of them.')
     calls = value if isinstance(value, list) else [value]
     if not calls:
         raise RecordError(f"{where} holds no call.")
@@ -84,16 +84,9 @@ def _call(call: Any, where: str, ignored: list[str]) -> Call:
 def _arguments(arguments: Any, where: str) -> dict[str, Any]:
     """Return the arguments as an object: OpenAI sends them as JSON text, chat templates expect the object."""
     if isinstance(arguments, str):
-        arguments = _decoded(arguments, where, "Write them as an object.") if arguments.strip() else {}
+        arguments = decoded(arguments, where, "Write them as an object.") if arguments.strip() else {}
     if arguments is None:
         return {}
     if not isinstance(arguments, Mapping):
         raise RecordError(f"{where} must be an object, found {kind_of(arguments)}.")
     return dict(arguments)
-
-
-def _decoded(text: str, where: str, hint: str) -> Any:
-    try:
-        return DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where} is not valid JSON: {json_problem(error)}.", hint) from error

@@ -4,6 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+#: Messages quote no more of a value: what people train on does not belong into logs.
+_SHOWN_LETTERS = 40
+
 
 class RecordError(ValueError):
     """A record that cannot be trained on; the message names the field, the hint the next step."""
@@ -33,7 +36,7 @@ def unpacked(value: Any) -> Any:
 
     Only for fields that are lists or objects by their format: elsewhere such a text is what the model learns.
     """
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if _is_packed(value):
         try:
             return DECODER.decode(value)
         except (ValueError, RecursionError):
@@ -41,9 +44,22 @@ def unpacked(value: Any) -> Any:
     return value
 
 
+def decoded(text: str, where: str, hint: str) -> Any:
+    """Return the value of a JSON text. Raises RecordError."""
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where} is not valid JSON: {json_problem(error)}.", hint) from error
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+
+
 def list_of(value: Any, where: str) -> list[Any]:
     """Return a list, or the list that a JSON text holds. Raises RecordError."""
-    value = unpacked(value)
+    if _is_packed(value):
+        value = decoded(value, f"'{where}'", "Write it as JSON, with double quotes.")
     if not isinstance(value, list):
         raise RecordError(f"'{where}' must be a list, found {kind_of(value)}.")
     return value
@@ -62,7 +78,7 @@ def text_of(value: Any, where: str) -> str:
 
 def _part_text(part: Mapping[str, Any], where: str) -> str:
     if part["type"] != "text":
-        raise RecordError(f"{where} is of type {part['type']!r}: this trains text only.", "Remove the record.")
+        raise RecordError(f"{where} is of type {shown(part['type'])}: this trains text only.", "Remove the record.")
     if not isinstance(part.get("text"), str):
         raise RecordError(f"{where}.text must be text, found {kind_of(part.get('text'))}.")
     return str(part["text"])
@@ -94,8 +110,15 @@ def without_nulls(value: Any) -> Any:
 
 
 def printable(name: Any) -> str:
-    """Return a field's name as it can be printed anywhere."""
-    return str(name).encode(errors="replace").decode()
+    """Return a field's name as it can be printed anywhere, not too long."""
+    text = str(name).encode(errors="replace").decode()
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
+
+
+def shown(value: Any) -> str:
+    """Return a value as JSON, or what it is in words if that is long."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN_LETTERS else kind_of(value)
 
 
 def kind_of(value: Any) -> str:

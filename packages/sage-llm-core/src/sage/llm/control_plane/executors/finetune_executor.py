@@ -156,9 +156,14 @@ class FinetuneExecutor:
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return where the run is, from its events and its lock."""
-        lock = self._run(engine).lock_path
-        if await asyncio.to_thread(self._launcher.has_leftovers, lock):
+        observed = await self._observe_run(engine)
+        # Asked last: what is gone by now has left all that it leaves.
+        if await asyncio.to_thread(self._launcher.has_leftovers, self._run(engine).lock_path):
             return Observed(alive=True, orphaned=True)
+        return observed
+
+    async def _observe_run(self, engine: EngineRecord) -> Observed:
+        lock = self._run(engine).lock_path
         try:
             run = await asyncio.to_thread(self._manager.status, task_id_of(engine.id))
         except _UNREADABLE as error:  # whether it lives is seen without its events

@@ -82,9 +82,11 @@ class InferenceExecutor:
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return whether the server lives and answers."""
+        process = await asyncio.to_thread(self.process, engine)
+        # Asked last: what is gone by now has left all that it leaves.
         if await asyncio.to_thread(self._launcher.has_leftovers, self._lock_path(engine)):
             return Observed(alive=True, orphaned=True)
-        if await asyncio.to_thread(self.process, engine):
+        if process:
             return Observed(alive=True, ready=await self._answers(engine))
         if engine.state is EngineState.QUEUED:
             return Observed(alive=False)

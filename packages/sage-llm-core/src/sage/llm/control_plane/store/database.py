@@ -45,6 +45,8 @@ def shown(url: URL) -> str:
 
 
 def _told(error: Exception, url: URL) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     first = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0].rstrip(".")
     for secret in (url.password, *(value for values in url.normalized_query.values() for value in values)):
         first = first.replace(str(secret), "***") if secret else first
