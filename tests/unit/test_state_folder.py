@@ -1,13 +1,21 @@
 """A state folder: whose it is, and which database belongs to it."""
 
+import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from support import chat_record, write_jsonl
 
 from sage.common.errors import ConfigError
-from sage.common.paths import get_user_paths
+from sage.common.paths import get_user_paths, private_file
 from sage.common.settings import load_settings
+from sage.libs.finetune import FinetuneManager
+from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
+from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.manager import ControlPlaneManager
+from sage.llm.control_plane.types import EngineKind, StartRequest
 
 
 def test_another_home_on_the_same_database_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -39,3 +47,26 @@ def test_a_state_folder_that_cannot_be_used_is_told() -> None:
     (home / "state").write_text("a file")
     with pytest.raises(ConfigError, match=r"The state folder .* cannot be used"):
         ControlPlaneManager(load_settings())
+
+
+def test_what_a_killed_gateway_prepared_for_an_engine_that_it_did_not_keep_is_discarded(tmp_path: Path) -> None:
+    samples, model = write_jsonl(tmp_path / "s.jsonl", [chat_record("q", "a")]), tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    save_file({"w": np.zeros(1)}, model / "model.safetensors")
+    options = {"dataset_path": str(samples), "output_dir": str(tmp_path / "out")}
+    request = StartRequest(model=str(model), engine_kind=EngineKind.FINETUNE, options=options)
+    mark = private_file(get_user_paths().state_dir / "preparing" / "engine-unkept")
+
+    async def killed_and_started_again() -> None:
+        await FinetuneExecutor(LocalLauncher()).prepare("engine-unkept", request)
+        manager = ControlPlaneManager(load_settings())
+        await manager.open()
+        while mark.exists():
+            await asyncio.sleep(0.01)
+        run = (await manager.start_engine(request)).id
+        await manager.close()
+        assert FinetuneManager().list() == [f"task-{run.removeprefix('engine-')}"]
+        assert not list(mark.parent.iterdir())
+
+    asyncio.run(killed_and_started_again())

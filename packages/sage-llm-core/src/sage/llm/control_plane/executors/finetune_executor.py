@@ -140,6 +140,11 @@ class FinetuneExecutor:
         await FinetuneEngine(config, task_id_of(engine_id)).create()
         return config.model_dump(mode="json")
 
+    async def discard(self, engine_id: str) -> None:
+        """Remove the run's directory, which would hold its output folder for ever."""
+        with contextlib.suppress(NotFound):
+            await asyncio.to_thread(self._manager.delete, task_id_of(engine_id))
+
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, or its dataset has changed."""
         observed = await self.observe(engine)

@@ -49,6 +49,9 @@ class InferenceExecutor:
             _listen(request.port).close()
         return options.model_dump()
 
+    async def discard(self, engine_id: str) -> None:
+        """Nothing was made."""
+
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the port it must have is taken, ModelError if its model has gone."""
         if await asyncio.to_thread(self.process, engine):
