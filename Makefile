@@ -1,7 +1,7 @@
 # Needs Python 3.11 or newer, make and the package index. Everything else goes into .venv.
 PYTHON ?= python3
 # Requests that each fuzz test of `make test-long` sends.
-FUZZ_CASES ?= 5000
+FUZZ_CASES ?= 7000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

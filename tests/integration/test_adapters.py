@@ -93,6 +93,8 @@ def test_training_goes_on_from_an_adapter_on_a_tied_head(models: dict[str, Path]
     touched = {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}
     first, expected = trained(models["tied"], tmp_path / "first", **touched)
     second, _ = trained(tmp_path / "first", tmp_path / "second", max_steps=1, learning_rate=1e-8)
+    names = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "second")]
+    assert names[0]["base_model_name_or_path"] == names[1]["base_model_name_or_path"]
     assert second.heldout.losses[0] == pytest.approx(first.heldout.losses[3], abs=1e-5)
     assert torch.allclose(logits(served(tmp_path / "second")), expected, atol=1e-4)
 
@@ -136,6 +138,7 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused_by_what_does_not_fit(
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"no weight for .*k_proj"),
         ({"r": "four"}, "does not fit its base model"),
         ({"peft_type": "MAGIC"}, "does not fit its base model"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "megatron_config"),
     ):
         copy = tmp_path / "copy"
         shutil.copytree(adapter, copy)

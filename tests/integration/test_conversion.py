@@ -113,3 +113,10 @@ def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"model\.gguf cannot be converted to safetensors"):
         content(gguf(tmp_path / "model", "not a GGUF file"))
+
+
+def test_a_models_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    get_user_paths().models_dir.mkdir(parents=True)
+    (get_user_paths().models_dir / ".converted").touch()
+    with pytest.raises(ModelError, match="cannot be converted"):
+        content(gguf(tmp_path / "model", "one"))

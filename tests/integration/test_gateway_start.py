@@ -63,7 +63,9 @@ def test_a_start_that_fails_says_why_and_the_next_one_is_not_told_the_reason_of_
     assert "database" in refused()
     database.rmdir()
     monkeypatch.setenv("SAGE_DATABASE_URL", "nosuch://sage:hunter2@127.0.0.1:1/sage")
-    assert "nosuch" in refused()
+    reason = refused()
+    assert "nosuch" in reason
+    assert "hunter2" not in reason + log.read_text()
     monkeypatch.delenv("SAGE_DATABASE_URL")
     assert "Traceback" not in log.read_text()
     assert "The gateway runs (PID" in sage("gateway", "start").stdout
@@ -121,10 +123,17 @@ def test_an_engine_that_dies_while_it_talks_is_named_and_the_gateway_is_not_blam
     assert "gateway" not in said.decode().lower()
 
 
+def test_a_gateway_whose_state_cannot_be_written_says_so_without_a_traceback(sage_home: Path, log: Path) -> None:
+    (sage_home / "state/gateway.json").mkdir(parents=True)
+    assert "gateway.json" in refused()
+    assert "Traceback" not in log.read_text()
+
+
 def test_a_key_is_in_no_log_and_no_file_that_others_may_read(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGE_API_KEY", "sk-very-secret")
     sage("gateway", "start")
     list_engines()
     for file in (file for file in sage_home.rglob("*") if file.is_file()):
         mode = stat.S_IMODE(file.stat().st_mode)
+        assert mode & 0o077 == 0, file
         assert b"sk-very-secret" not in file.read_bytes() or (file.name, mode) == ("gateway.json", 0o600)

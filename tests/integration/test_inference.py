@@ -127,7 +127,7 @@ def test_an_engine_that_dies_says_so_and_comes_back(tiny_model: Path, client: op
     client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1)
     os.kill(list_engines()[engine]["pid"], signal.SIGKILL)
     wait_for(lambda: list_engines()[engine]["state"] == "failed", "the failure", seconds=5)
-    assert "The engine's process ended" in list_engines()[engine]["reason"]["message"]
+    assert "was killed by SIGKILL" in list_engines()[engine]["reason"]["message"]
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model=engine, messages=HELLO)
     sage("llm", "engine", "resume", engine)

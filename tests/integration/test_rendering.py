@@ -194,6 +194,14 @@ def test_fields_without_effect_are_found(tokenizer: Any, ignored: str, code: str
     assert (finding.code, finding.details) == (code, [ignored])
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_named(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<beyond>"]})
+    encoder = Encoder(tokenizer, 512, embedding_rows=len(tokenizer) - 1)
+    chats = [Chat(TURNS), Chat([{"role": "user", "content": "<beyond>"}, TURNS[1]])]
+    with pytest.raises(DatasetError, match=r"t\.jsonl:2: the model has no embedding for the token '<beyond>'"):
+        list(encoder.encode(sample(chat, line) for line, chat in enumerate(chats, 1)))
+
+
 def test_a_model_without_any_end_token_is_a_warning(tokenizer: Any) -> None:
     tokenizer.eos_token = None
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"

@@ -3,48 +3,25 @@
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
+from decoders import FAMILIES
 from fastapi import FastAPI
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
+from workers import HELLO, Server, check_document, error_of, events_of, text_of
 
 from sage.common.errors import ModelError
 from sage.libs.models.chat import ChatFormat
-from sage.llm.workers import embedding, generation
+from sage.llm.workers import generation
 from sage.llm.workers.generator import Generator, rendered
-from sage.llm.workers.text import TextDecoder
+from sage.llm.workers.scoring import Scorer, prompt_scores
+from sage.llm.workers.text import TextDecoder, TokenBytes
 
-HELLO = [{"role": "user", "content": "Hello"}]
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
-
-
-@dataclass
-class Server:
-    """An application and the requests that a test sends to it."""
-
-    app: FastAPI
-
-    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        async def send() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://127.0.0.1") as client:
-                return await client.post(path, json={"model": "m", **body}, timeout=60)
-
-        return asyncio.run(send())
-
-    def chat(self, **more: Any) -> httpx.Response:
-        return self.post("/v1/chat/completions", {"messages": HELLO, "max_tokens": 8, "temperature": 0, **more})
-
-    def complete(self, **more: Any) -> httpx.Response:
-        return self.post("/v1/completions", {"prompt": "Hello", "max_tokens": 8, "temperature": 0, **more})
-
-    def embed(self, given: Any, **more: Any) -> httpx.Response:
-        return self.post("/v1/embeddings", {"input": given, **more})
 
 
 @pytest.fixture(scope="module")
@@ -56,35 +33,6 @@ def generator(tiny_model: Path) -> Generator:
 def server(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(generation, "Generator", lambda *_: generator)
     return Server(generation.build("tiny", "fp32", 8))
-
-
-@pytest.fixture(scope="module")
-def embedder() -> embedding.Embedder:
-    return embedding.Embedder("all-minilm-l6-v2")
-
-
-@pytest.fixture
-def embeddings(embedder: embedding.Embedder, monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setattr(embedding, "Embedder", lambda *_: embedder)
-    return Server(embedding.build("minilm"))
-
-
-def text_of(answer: httpx.Response) -> str:
-    assert answer.status_code == 200, answer.text
-    choice = answer.json()["choices"][0]
-    return str(choice["text"] if "text" in choice else choice["message"]["content"])
-
-
-def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    error: dict[str, Any] = answer.json()["error"]
-    return error
-
-
-def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
-    assert lines.count("[DONE]") in (0, 1)
-    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 def reference_logprobs(folder: Path, ids: list[int]) -> torch.Tensor:
@@ -128,6 +76,21 @@ def test_a_prompt_is_scored_as_the_model_itself_scores_it(
                zip(scores["top_logprobs"][1:], scores["tokens"][1:], strict=True))  # fmt: skip
     for token, offset in zip(scores["tokens"], scores["text_offset"], strict=True):
         assert text[offset:].startswith(token)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FAMILIES["mistral with a window"](), MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2)],
+    ids=["window", "state space"],
+)
+def test_a_prompt_is_scored_in_parts_whatever_a_model_remembers(config: Any, generator: Generator) -> None:
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 320, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+    scorer, decoder = Scorer(TokenBytes(generator.tokenizer), 0), TextDecoder(generator.tokenizer)
+    with torch.no_grad():
+        scored = [score.logprob for _, score in prompt_scores(model, ids, scorer, decoder, lambda: None)]
+        whole = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
+    assert scored[1:] == pytest.approx(whole[torch.arange(699), ids[1:]].tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.7])
@@ -285,9 +248,12 @@ def fail_after(generator: Generator, tokens: int, error: BaseException) -> Calla
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(RuntimeError("x"), 500), (MemoryError(), 503), (torch.OutOfMemoryError("x"), 503), (SystemExit(1), 500)],
+    [
+        (RuntimeError("x"), 500), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 503),
+        (MemoryError(), 503), (torch.OutOfMemoryError("x"), 503), (SystemExit(1), 500),
+    ],
     ids=repr,
-)
+)  # fmt: skip
 def test_an_engine_goes_on_whatever_a_generation_raises(
     server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
 ) -> None:
@@ -402,61 +368,5 @@ def test_an_answer_ends_when_its_client_leaves(
     assert layers_passed < 10_000
 
 
-def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: embedding.Embedder) -> None:
-    def vectors(given: Any, **more: Any) -> torch.Tensor:
-        answer = embeddings.embed(given, **more)
-        assert answer.status_code == 200, answer.text
-        return torch.tensor([item["embedding"] for item in answer.json()["data"]])
-
-    texts = ["a cat", "a much longer text about the stock market in 1929", "a kitten"] * 20
-    many = vectors(texts)
-    assert many.shape == (60, 384)
-    torch.testing.assert_close(many[:3], torch.cat([vectors(text) for text in texts[:3]]), atol=1e-5, rtol=0)
-    tokenizer: Any = AutoTokenizer.from_pretrained(embedder._model[0].auto_model.config._name_or_path)
-    ids = tokenizer(texts[:3])["input_ids"]
-    torch.testing.assert_close(vectors(ids), many[:3], atol=1e-5, rtol=0)
-    torch.testing.assert_close(vectors(ids[0]), many[:1], atol=1e-5, rtol=0)
-    assert embeddings.embed(texts[:3]).json()["usage"]["prompt_tokens"] == sum(map(len, ids))
-    shortened = vectors("a cat", dimensions=64)
-    torch.testing.assert_close(shortened, torch.nn.functional.normalize(many[:1, :64]), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("given", "more", "param", "told"),
-    [
-        ("", {}, "input", "input 0 is empty"), (["a", ""], {}, "input", "input 1 is empty"), ([], {}, "input", "input must"),
-        ("word " * 300, {}, "input", "has 302 tokens; this model takes 256"), ([5] * 300, {}, "input", "has 300 tokens"),
-        ("a" * 10**6, {}, "input", "has 1000000 characters"), ([10**6], {}, "input", "does not exist"),
-        ("a", {"dimensions": 385}, "dimensions", "384"), ("a", {"input_type": "query"}, "input_type", "not supported"),
-    ],
-)  # fmt: skip
-def test_embeddings_of_nothing_or_too_much_are_refused(
-    embeddings: Server, given: Any, more: dict[str, Any], param: str, told: str
-) -> None:
-    error = error_of(embeddings.embed(given, **more))
-    assert error["param"] == param
-    assert told in error["message"]
-
-
-def test_embeddings_asked_for_at_once_are_those_asked_for_alone(embeddings: Server) -> None:
-    texts = [f"text {'and more ' * (index % 7)}number {index}" for index in range(40)]
-
-    async def ask_all() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(embeddings.app), base_url="http://127.0.0.1") as client:
-            asked: list[Awaitable[httpx.Response]] = [
-                client.post("/v1/embeddings", json={"model": "m", "input": [text, "short"]}, timeout=60) for text in texts
-            ]
-            return await asyncio.gather(*asked)
-
-    alone = torch.tensor([item["embedding"] for item in embeddings.embed(texts).json()["data"]])
-    for index, answer in enumerate(asyncio.run(ask_all())):
-        torch.testing.assert_close(torch.tensor(answer.json()["data"][0]["embedding"]), alone[index], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["server", "embeddings"])
-def test_the_openapi_document_describes_the_requests(kind: str, request: pytest.FixtureRequest) -> None:
-    schema = request.getfixturevalue(kind).app.openapi()
-    for path, methods in schema["paths"].items():
-        if "post" in methods:
-            assert methods["post"]["requestBody"]["content"].keys() == {"application/json"}, path
-            assert {"200", "400", "413", "415"} <= methods["post"]["responses"].keys()
+def test_the_openapi_document_describes_the_requests(server: Server) -> None:
+    check_document(server.app)

@@ -76,6 +76,11 @@ def test_a_page_under_a_name_of_its_own_is_refused(host: str) -> None:
     assert refusal(request("GET", "/v1/models", headers={"Host": host})) == (403, "host_not_allowed")
 
 
+def test_a_second_host_header_is_looked_at_too() -> None:
+    headers = [("Host", "127.0.0.1"), ("Host", "evil.example")]
+    assert refusal(request("GET", "/v1/models", headers=headers)) == (403, "host_not_allowed")
+
+
 @pytest.mark.parametrize("host", ["localhost:8889", "LOCALHOST", "127.0.0.1", "[::1]:8889"])
 def test_this_machine_s_names_are_served(host: str) -> None:
     assert request("GET", "/v1/models", headers={"Host": host}).status_code == 200
@@ -120,6 +125,11 @@ def test_a_body_that_is_no_usable_json_is_a_400_wherever_it_goes(body: bytes, co
 @pytest.mark.parametrize("content", [[], "text", 1, {"model": 1}, {"model": ""}, {"model": "m" * 513}, {"messages": []}])
 def test_a_request_without_a_usable_model_is_a_400(content: Any) -> None:
     assert refusal(request("POST", CHAT, json=content)) == (400, "model_required")
+
+
+def test_an_empty_body_is_a_400() -> None:
+    assert refusal(request("POST", CHAT)) == (400, "invalid_json")
+    assert refusal(request("POST", START)) == (400, "config_invalid")
 
 
 def test_text_and_nesting_that_are_allowed_pass() -> None:
@@ -197,6 +207,18 @@ def test_a_request_has_an_id_of_its_own_or_the_one_that_it_came_with() -> None:
     assert len(made) == 3
     assert request("GET", "/health", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
     assert request("GET", "/health", headers={"x-request-id": "a b"}).headers["x-request-id"].startswith("req-")
+
+
+def test_the_log_names_requests_by_id_and_holds_neither_prompt_nor_line_breaks(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    request(
+        "POST", CHAT, json={**ASK, "messages": [{"role": "user", "content": "my secret"}]}, headers={"x-request-id": "id-1"}
+    )
+    request("POST", "/a%0Aforged%20line", json={})
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("sage.")]
+    assert lines[0] == f"POST '{CHAT}' (id-1): 404"
+    assert "\n" not in lines[1]
+    assert "my secret" not in caplog.text
 
 
 def test_what_fails_unforeseen_is_an_error_in_our_shape_and_logged_without_the_prompt(

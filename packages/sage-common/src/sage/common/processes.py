@@ -22,7 +22,7 @@ from sage.common.identity import ProcessIdentity, session_members
 from sage.common.paths import private_file, private_folder
 
 __all__ = ["ProcessIdentity", "ProcessSpec", "describe_exit", "exit_code", "find_by_environment", "held_lock", "holder",
-           "leftovers", "spawn", "try_lock", "write_identity"]  # fmt: skip
+           "last_holder", "leftovers", "spawn", "try_lock", "write_identity"]  # fmt: skip
 
 #: Names the inherited descriptor to a child that wants to know that it runs under its lock.
 LOCK_FD_VARIABLE = "SAGE_LOCK_FD"
@@ -159,13 +159,18 @@ def find_by_environment(lock_path: Path) -> ProcessIdentity | None:
     return None
 
 
-def leftovers(lock_path: Path) -> list[int]:
-    """Return the PIDs that a process which is gone has left in its session; none while it lives."""
+def last_holder(lock_path: Path) -> ProcessIdentity | None:
+    """Return who wrote down that it holds the lock, whether it lives or not; None if nobody did."""
     try:
         with lock_path.open("rb") as file:
-            recorded = _read(file.fileno())
+            return _read(file.fileno())
     except FileNotFoundError:
-        return []
+        return None
+
+
+def leftovers(lock_path: Path) -> list[int]:
+    """Return the PIDs that a process which is gone has left in its session; none while it lives."""
+    recorded = last_holder(lock_path)
     if recorded is None or recorded.is_alive():
         return []
     return [pid for pid in session_members(recorded.pid) if _is_of(pid, lock_path)]

@@ -43,7 +43,7 @@ from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.finetune.team import Team
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.fingerprint import fingerprint
-from sage.libs.models.loading import check_vocabulary, load_tokenizer, local_folder
+from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -264,7 +264,8 @@ class TrainingRun:
                 self._warn(str(finding))
 
     def _encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, self.config.max_seq_length, self.config.train_on)
+        config = self.config
+        return Encoder(self.tokenizer, config.max_seq_length, config.train_on, embedding_rows(self.folder))
 
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         if self.config.fast_kernels == "off":

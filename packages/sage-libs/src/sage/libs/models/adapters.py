@@ -26,8 +26,11 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
     _warn_of_another_base(base, folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = not is_trainable
+        if getattr(config, "megatron_config", None):
+            raise ValueError("megatron_config names a module to import, which is not supported")
+        config.inference_mode, base_name = not is_trainable, config.base_model_name_or_path
         model = get_peft_model(base, config)
+        config.base_model_name_or_path = base_name  # as the adapter has it, not the folder that it is in here
         result = model.load_adapter(str(folder), model.active_adapter, is_trainable=is_trainable)
     except Exception as error:  # PEFT raises what it likes for a broken config
         raise _unfit(folder, first_line(error)) from error

@@ -4,12 +4,13 @@
 .converted/<name>-<hash>.sources   which files are known to have it, with size and times: they are not read again
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,28 +32,32 @@ def converted(folder: Path) -> Path:
     """Return bf16 safetensors of the GGUF file in a folder, converted now unless a file of the same content was before."""
     gguf = next(folder.glob("*.gguf"))
     root = get_user_paths().models_dir / ".converted"
-    with held_lock(root / ".lock"):
-        target = _known(root, gguf)
-        if target is None:
-            with gguf.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_DIGITS]
-            target = root / f"{gguf.stem}-{digest}"
-            _remember(target, gguf)
-    with held_lock(root / f".{target.name}.lock"):
-        if not (target / "config.json").is_file():
-            logger.info("converting %s to safetensors, once", gguf)
-            shutil.rmtree(target, ignore_errors=True)
-            _make(target, lambda aside: _convert(gguf, aside), f"{gguf} cannot be converted to safetensors")
+    with _reported(f"{gguf} cannot be converted to safetensors", root):
+        with held_lock(root / ".lock"):
+            target = _known(root, gguf)
+            if target is None:
+                with gguf.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_DIGITS]
+                target = root / f"{gguf.stem}-{digest}"
+                _remember(target, gguf)
+        with held_lock(root / f".{target.name}.lock"):
+            if not (target / "config.json").is_file():
+                logger.info("converting %s to safetensors, once", gguf)
+                shutil.rmtree(target, ignore_errors=True)
+                _make(target, lambda aside: _convert(gguf, aside))
     return target
 
 
 def downloaded(source: ModelSource) -> Path:
     """Return a hub model's folder, downloaded now unless it was before."""
-    target = source.folder
-    with held_lock(get_user_paths().models_dir / ".locks" / f"{source.name.replace('/', '--')}.lock"):
+    target, locks = source.folder, get_user_paths().models_dir / ".locks"
+    with (
+        _reported(f"{source.name} cannot be downloaded", target.parent),
+        held_lock(locks / f"{source.name.replace('/', '--')}.lock"),
+    ):
         if not (target / "config.json").is_file():
             logger.info("downloading %s from the hub", source.name)
-            _make(target, lambda aside: _download(source.name, aside), f"{source.name} cannot be downloaded")
+            _make(target, lambda aside: _download(source.name, aside))
     return target
 
 
@@ -79,26 +84,32 @@ def _sources(path: Path) -> list[list[object]]:
         return []
 
 
-def _make(target: Path, write: Callable[[Path], None], failure: str) -> None:
-    """Make a folder, whole or not at all, under a lock that the caller holds; raises ModelError."""
+def _make(target: Path, write: Callable[[Path], None]) -> None:
+    """Make a folder, whole or not at all, under a lock that the caller holds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-        try:
-            write(aside)
-            fsync_tree(aside)
-            os.replace(aside, target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        fsync_path(target.parent)
+        write(aside)
+        fsync_tree(aside)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    fsync_path(target.parent)
+
+
+@contextlib.contextmanager
+def _reported(failure: str, place: Path) -> Iterator[None]:
+    """Raise ModelError for what goes wrong: a broken file, a full disk, the network; libraries raise what they like."""
+    try:
+        yield
     except SageError:
         raise
-    except Exception as error:  # a broken file, a full disk, the network: transformers and the hub raise what they like
+    except Exception as error:
         raise ModelError(
             code="model_unusable",
             message=f"{failure}: {first_line(error)}.",
-            hint=f"It is written to {target.parent}, which needs enough free space." if "space" in str(error) else "",
+            hint=f"It is written to {place}, which needs enough free space." if "space" in str(error) else "",
             param="model",
         ) from error
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import Conflict, SageError
+from sage.common.errors import Conflict, NotFound, SageError
 from sage.common.identity import ProcessIdentity
 from sage.common.logs import LogFile, tail_lines
-from sage.common.paths import get_user_paths
+from sage.common.paths import get_user_paths, private_file, private_folder
 from sage.common.settings import Settings
 from sage.libs.finetune.manager import random_suffix
 from sage.llm.control_plane.executors.base import Executor
@@ -80,6 +80,7 @@ class ControlPlaneManager:
     async def open(self) -> None:
         """Begin to reconcile; engines that live are adopted, those that died are settled."""
         self._tasks = [asyncio.create_task(self._reconcile()), asyncio.create_task(self._bound_logs())]
+        self._tasks.append(asyncio.create_task(self._discard(list(_preparing_folder().iterdir()))))
 
     async def close(self) -> None:
         """Stop reconciling; the engines live on."""
@@ -94,6 +95,14 @@ class ControlPlaneManager:
         """Check a request, keep it, and return the engine, queued; raises SageError, and then nothing was kept."""
         engine_id = f"engine-{random_suffix()}"
         executor = self._executors[request.engine_kind]
+        # Remains if this process is killed before the engine is in the store; then the next one discards what was made.
+        mark = private_file(_preparing_folder() / engine_id)
+        try:
+            return await self._start(engine_id, request, executor)
+        finally:
+            mark.unlink(missing_ok=True)
+
+    async def _start(self, engine_id: str, request: StartRequest, executor: Executor) -> EngineView:
         options = await executor.prepare(engine_id, request)
         now = datetime.now(UTC)
         record = EngineRecord(
@@ -116,7 +125,7 @@ class ControlPlaneManager:
             await asyncio.to_thread(self._store.add, record, _ACTOR)
         except Exception:
             with contextlib.suppress(SageError, OSError):
-                await executor.remove(record)
+                await executor.discard(engine_id)
             raise
         self._changed.set()
         return await self._view(record)
@@ -271,6 +280,14 @@ class ControlPlaneManager:
             )
         return seen
 
+    async def _discard(self, marks: list[Path]) -> None:
+        for mark in marks:
+            try:
+                await asyncio.to_thread(self._store.get, mark.name)
+            except NotFound:
+                await asyncio.gather(*(executor.discard(mark.name) for executor in self._executors.values()))
+            mark.unlink(missing_ok=True)
+
     async def _reconcile(self) -> None:
         me, host, has_lease = ProcessIdentity.of(os.getpid()), socket.gethostname(), True
         trouble = ""
@@ -303,6 +320,10 @@ class ControlPlaneManager:
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
             except (OSError, SQLAlchemyError) as error:
                 logger.warning("the logs cannot be cut: %s", error)
+
+
+def _preparing_folder() -> Path:
+    return private_folder(get_user_paths().state_dir / "preparing")
 
 
 def _busy(engine_id: str) -> Conflict:

@@ -104,8 +104,10 @@ def _settle(engine: EngineRecord, observed: Observed, timeout: Reason | None) ->
             return Action(state=_S.RUNNING)  # it was quick; the next tick settles it
         case _S.STOPPING, None:
             return Action(state=_S.STOPPED)
-        case _S.STOPPING, _S.FAILED if engine.wanted is Wanted.KILLED:
-            return Action(state=_S.STOPPED)
+        case _S.STOPPING, _S.FAILED if engine.wanted is Wanted.KILLED:  # not stopped: that has a result
+            message = "It was killed, as asked; the steps since its last checkpoint are lost."
+            hint = observed.reason.hint if observed.reason else ""
+            return Action(state=_S.FAILED, reason=Reason(code="killed", message=message, hint=hint))
         case _S.STARTING, None if timeout:
             return Action(state=_S.FAILED, reason=timeout)
         case _S.STARTING | _S.RUNNING | _S.STOPPING, ended:

@@ -68,7 +68,11 @@ class Lane:
 
     async def call(self, function: Callable[[], T]) -> T:
         """Return what `function` returns when its turn has come; if it is waited for no more, it is not called."""
-        job = self.submit(lambda job: job.put(function()))
+
+        def work(job: Job[T]) -> None:
+            job.put(function())
+
+        job = self.submit(work)
         try:
             return await anext(job)
         finally:

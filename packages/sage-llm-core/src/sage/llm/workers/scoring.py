@@ -1,5 +1,6 @@
 """Log-probabilities of tokens, as the model gives them: before temperature, penalties and filters, in fp32."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,13 +45,17 @@ def prompt_scores(
     model: Any, prompt: list[int], scorer: Scorer, decoder: TextDecoder, look: Callable[[], None]
 ) -> Iterator[tuple[str, TokenScore]]:
     """Yield each token of a prompt with the text that it completes; `look` is called between the parts."""
-    cache, before = None, None
-    for start in range(0, len(prompt), _PROMPT_PART_TOKENS):
+    options: dict[str, Any] = {"past_key_values": None, "use_cache": True}
+    length = _PROMPT_PART_TOKENS
+    if "past_key_values" not in inspect.signature(model.forward).parameters:  # state space models: all at once
+        options, length = {"use_cache": False}, len(prompt)
+    before = None
+    for start in range(0, len(prompt), length):
         look()
-        part = prompt[start : start + _PROMPT_PART_TOKENS]
-        ids = torch.tensor([part], device=model.device)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        part = prompt[start : start + length]
+        output = model(input_ids=torch.tensor([part], device=model.device), **options)
+        if options["use_cache"]:
+            options["past_key_values"] = output.past_key_values
         for at, token in enumerate(part):
             score = scorer.score(token, before, decoder.characters)
             before = output.logits[0, at]

@@ -109,7 +109,7 @@ def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
         case _:
             problem, code, hint = finding["msg"].removeprefix("Value error, "), "invalid_value", ""
     problem = re.sub(r"^\w+ should", "must", problem).removesuffix(" after validation, not 0")
-    problem = problem.replace("a valid dictionary or object to extract fields from", "an object")
+    problem = problem.replace("False", "false").replace("a valid dictionary or object to extract fields from", "an object")
     return ConfigError(code=code, message=f"{name} {problem}.", hint=hint, param=param)
 
 

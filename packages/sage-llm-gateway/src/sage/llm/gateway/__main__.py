@@ -30,13 +30,14 @@ def main() -> int:
     """Run until SIGTERM or Ctrl-C; engines live on. The reason why it cannot start is one line on stderr."""
     configure_logging()
     try:
-        app, settings, listener = _prepare()
+        app, listener = _prepare()
     except SageError as error:
         return _fail(str(error), error.exit_code)
+    except OSError as error:
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
     except Exception as error:
         logger.exception("The gateway cannot start")
         return _fail(f"It cannot start ({type(error).__name__}: {error}).", 1)
-    _tell_clients(settings)
     BoundedHttp.limit = connection_limit()
     server = uvicorn.Server(
         uvicorn.Config(
@@ -53,14 +54,16 @@ def _fail(reason: str, exit_code: int) -> int:
     return exit_code
 
 
-def _prepare() -> tuple[FastAPI, Settings, socket.socket]:
+def _prepare() -> tuple[FastAPI, socket.socket]:
     """Take what the gateway needs, the database last: only the one that has the lock and the port may change it."""
     settings = _arguments(load_settings())
     configure_logging(settings.log_level)
     check_exposure(settings)
     _take_lock()
     listener = _listen(settings)
-    return create_app(settings), settings, listener
+    app = create_app(settings)
+    _tell_clients(settings)
+    return app, listener
 
 
 def _arguments(settings: Settings) -> Settings:

@@ -66,7 +66,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         code = _HTTP_CODES.get(error.status_code, "http_error")
-        answer = error_response(Refusal(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}."))
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}."
+        answer = error_response(Refusal(error.status_code, code, message))
         answer.headers.update(error.headers or {})
         return answer
 

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 #: Where in the scope a route finds the body, parsed.
 JSON_BODY = "sage.json_body"
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_LOGGED_CHARS = 200
 #: Streams have no end that HEAD could wait for.
 _STREAMS = ("/logs", "/events")
 
@@ -73,16 +74,15 @@ class _Answer:
     @property
     def request(self) -> str:
         """The request's method, path and id, for the log."""
-        return f"{self._scope['method']} {self._scope['path']} ({self.request_id})"
+        return f"{self._scope['method']} {self._scope['path'][:_LOGGED_CHARS]!r} ({self.request_id})"
 
     async def send(self, message: Message) -> None:
         """Send a message of the answer."""
         if message["type"] == "http.response.start":
             self.has_begun = True
             MutableHeaders(scope=message).setdefault("x-request-id", self.request_id)
-            logger.log(
-                logging.INFO if message["status"] >= 500 else logging.DEBUG, "%s: %d", self.request, message["status"]
-            )
+            is_look = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # the command line polls
+            logger.log(logging.DEBUG if is_look else logging.INFO, "%s: %d", self.request, message["status"])
         await self._send(message)
 
     async def fail(self, error: SageError, receive: Receive) -> None:

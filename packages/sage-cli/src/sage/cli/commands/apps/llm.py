@@ -35,9 +35,9 @@ def chat(
     message: Annotated[
         list[str] | None, typer.Option("--message", "-m", help="Ask this and leave; may be repeated.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0: always the likeliest word.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Length of an answer at most.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 = greedy decoding.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
 ) -> None:
     """Talk to a running engine; /clear forgets what was said, /exit or Ctrl-D leaves."""
     from sage.cli import daemon

@@ -8,7 +8,7 @@ from sage.libs.finetune.data.inspection import inspect_end
 from sage.libs.finetune.data.samples import Chat, Sample
 from sage.libs.finetune.data.tokenizing import Encoder, TrainOn
 from sage.libs.models.chat import ensure_chat_template
-from sage.libs.models.loading import check_vocabulary, load_tokenizer, local_folder
+from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: The answers of a preference row; TRL renders them behind the prompt.
@@ -26,7 +26,7 @@ def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> En
     tokenizer = load_tokenizer(source.folder if has_own_tokenizer else base)
     check_vocabulary(tokenizer, base)
     ensure_chat_template(tokenizer)
-    encoder = Encoder(tokenizer, cutoff, train_on)
+    encoder = Encoder(tokenizer, cutoff, train_on, embedding_rows(base))
     inspect_end(base, encoder.format, encoder.findings)
     return encoder
 

@@ -70,6 +70,7 @@ class Encoder:
     tokenizer: Any
     cutoff: int  #: sequences have at most this many tokens
     train_on: TrainOn = "assistant"
+    embedding_rows: int | None = None  #: the model has no embedding for ids from here on
     truncated: int = 0  #: cut at the cutoff
     dropped: int = 0  #: the cutoff left nothing of them to train on
     untrained: int = 0  #: nothing of them is trained on, whatever the cutoff
@@ -83,13 +84,13 @@ class Encoder:
             ends |= {self.format.answer_end(), self.format.answer_end(calls=True)}
         self._end_ids = sorted(end for end in ends if end is not None)
         self._end_texts = tuple(self.tokenizer.convert_ids_to_tokens(self._end_ids))
-        #: Samples that the chat template refuses.
+        #: Samples that the chat template refuses, or that have tokens which the model does not know.
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
         """Return what, beside the samples, the sequences depend on."""
-        tokenizer = self.tokenizer
-        return [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._end_ids, self.cutoff, self.train_on]
+        vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
+        return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 
     def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
         """Yield the sequences that samples make.
@@ -148,12 +149,12 @@ class Encoder:
         return [_assembled(*each) for each in zip(alone, split, strict=True)]
 
     def raise_for_faults(self) -> None:
-        """Raise DatasetError, with their places, for the samples that the chat template refused."""
+        """Raise DatasetError, with their places, for the samples that the chat template or the model does not take."""
         if self.faults:
             shown = " ".join(str(fault) for fault in self.faults[:_SHOWN_FAULTS])
             more = len(self.faults) - _SHOWN_FAULTS
             message = f"{shown}{f' (and {more} more)' if more > 0 else ''}"
-            hint = "Fix these records, or use a model whose chat template takes them."
+            hint = "Fix these records, or use a model that takes them."
             raise DatasetError(code="dataset_template", message=message, hint=hint, param="dataset_path")
 
     def _checked(self, sample: Sample, sequences: list[Encoded]) -> list[Encoded]:
@@ -163,6 +164,10 @@ class Encoder:
             self.findings.add(Code.NOTHING_TRAINED, sample.origin)
             return []
         for sequence in sequences:
+            if self.embedding_rows and (beyond := max(sequence.ids)) >= self.embedding_rows:
+                token = self.tokenizer.convert_ids_to_tokens(beyond)
+                self.faults.append(Fault(sample.origin, f"the model has no embedding for the token {token!r} ({beyond})."))
+                return []
             inspect_tokens(sample, sequence.ids, sequence.labels, self.tokenizer.bos_token_id, self._end_ids, self.findings)
         match self.train_on:
             case "assistant":

@@ -30,6 +30,9 @@ class Executor(Protocol):
     async def prepare(self, engine_id: str, request: StartRequest) -> dict[str, Any]:
         """Check a request and return the options to keep; raises SageError, and then nothing was done."""
 
+    async def discard(self, engine_id: str) -> None:
+        """Remove what `prepare` made for an engine that was never kept."""
+
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the engine cannot be started again."""
 

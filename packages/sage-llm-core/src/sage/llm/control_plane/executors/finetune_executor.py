@@ -140,6 +140,11 @@ class FinetuneExecutor:
         await FinetuneEngine(config, task_id_of(engine_id)).create()
         return config.model_dump(mode="json")
 
+    async def discard(self, engine_id: str) -> None:
+        """Remove the run's directory, which would hold its output folder for ever."""
+        with contextlib.suppress(NotFound):
+            await asyncio.to_thread(self._manager.delete, task_id_of(engine_id))
+
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, or its dataset has changed."""
         observed = await self.observe(engine)
@@ -156,9 +161,14 @@ class FinetuneExecutor:
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return where the run is, from its events and its lock."""
-        lock = self._run(engine).lock_path
-        if await asyncio.to_thread(self._launcher.has_leftovers, lock):
+        observed = await self._observe_run(engine)
+        # Asked last: what is gone by now has left all that it leaves.
+        if await asyncio.to_thread(self._launcher.has_leftovers, self._run(engine).lock_path):
             return Observed(alive=True, orphaned=True)
+        return observed
+
+    async def _observe_run(self, engine: EngineRecord) -> Observed:
+        lock = self._run(engine).lock_path
         try:
             run = await asyncio.to_thread(self._manager.status, task_id_of(engine.id))
         except _UNREADABLE as error:  # whether it lives is seen without its events

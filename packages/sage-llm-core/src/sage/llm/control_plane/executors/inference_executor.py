@@ -49,6 +49,9 @@ class InferenceExecutor:
             _listen(request.port).close()
         return options.model_dump()
 
+    async def discard(self, engine_id: str) -> None:
+        """Nothing was made."""
+
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the port it must have is taken, ModelError if its model has gone."""
         if await asyncio.to_thread(self.process, engine):
@@ -82,9 +85,11 @@ class InferenceExecutor:
 
     async def observe(self, engine: EngineRecord) -> Observed:
         """Return whether the server lives and answers."""
+        process = await asyncio.to_thread(self.process, engine)
+        # Asked last: what is gone by now has left all that it leaves.
         if await asyncio.to_thread(self._launcher.has_leftovers, self._lock_path(engine)):
             return Observed(alive=True, orphaned=True)
-        if await asyncio.to_thread(self.process, engine):
+        if process:
             return Observed(alive=True, ready=await self._answers(engine))
         if engine.state is EngineState.QUEUED:
             return Observed(alive=False)

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from sage.common.identity import ProcessIdentity
-from sage.common.processes import ProcessSpec, exit_code, find_by_environment, holder, leftovers, spawn
+from sage.common.processes import ProcessSpec, exit_code, find_by_environment, holder, last_holder, leftovers, spawn
 
 
 class LocalLauncher:
@@ -18,7 +18,12 @@ class LocalLauncher:
 
     def observe(self, lock_path: Path) -> ProcessIdentity | None:
         """Return the process that holds a lock, or None if it is gone; one whose lock file was removed still lives."""
-        return holder(lock_path) or (None if lock_path.exists() else find_by_environment(lock_path))
+        if found := holder(lock_path):
+            return found
+        leaving = last_holder(lock_path)  # the kernel drops the locks of a process that ends before the process itself
+        if leaving and leaving.is_alive():
+            return leaving
+        return None if lock_path.exists() else find_by_environment(lock_path)
 
     def has_leftovers(self, lock_path: Path) -> bool:
         """Return whether the process is gone and others of its session are not."""

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from sage.common.errors import ConfigError, NotFound
 from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.types import DEFAULT_MODEL, EngineKind, EngineView
+from sage.llm.gateway.errors import Refusal
 from sage.llm.gateway.gate import JSON_BODY
 from sage.llm.gateway.routes.dependencies import Manager
 from sage.llm.gateway.routing import running_engine
@@ -67,8 +68,10 @@ def _model(name: str, engine: EngineView) -> dict[str, Any]:
 
 
 async def _pass_on(request: Request, manager: Manager, kind: EngineKind) -> Response:
-    model = _model_of(request.scope.pop(JSON_BODY, None))
     body = await request.body()
+    if not body:
+        raise Refusal(400, "invalid_json", "The body is empty.", "Send a JSON object.")
+    model = _model_of(request.scope.pop(JSON_BODY))
     engine = await running_engine(manager, model, kind, request)
     answer: Response = await request.app.state.proxy.forward(engine, request, body)
     return answer
