@@ -71,6 +71,32 @@ def test_a_start_that_fails_says_why_and_the_next_one_is_not_told_the_reason_of_
     assert "The gateway runs (PID" in sage("gateway", "start").stdout
 
 
+def test_a_state_folder_that_cannot_be_used_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SAGE_HOME", str(tmp_path / "file"))
+    for arguments in (("gateway", "start"), ("gateway", "stop"), ("llm", "engine", "list")):
+        told = sage(*arguments, check=2).stderr
+        assert f"The state folder {tmp_path}/file/state cannot be used: Not a directory." in told
+        assert "set SAGE_HOME to another folder" in told
+
+
+def test_the_gateway_of_another_home_is_not_used_unless_a_key_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sage("gateway", "start")
+    theirs = holder_pid()
+    with monkeypatch.context() as user:
+        user.setenv("SAGE_HOME", str(tmp_path / "other-home"))
+        for arguments in (("gateway", "status"), ("llm", "engine", "list")):
+            told = sage(*arguments, check=3).stderr
+            assert f"belongs to another SAGE_HOME (PID {theirs}, user " in told
+            assert "Set SAGE_GATEWAY_PORT" in told
+        assert "Address already in use" in refused()
+        user.setenv("SAGE_API_KEY", "the-key-of-a-shared-one")
+        assert list_engines() == {}
+    assert list_engines() == {}
+
+
 def test_two_starts_at_once_make_one_gateway_and_both_say_where_it_is() -> None:
     starts = [subprocess.Popen([*SAGE, "gateway", "start"], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     said = {start.communicate(timeout=120)[0].replace(" already", "") for start in starts}

@@ -6,12 +6,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import typer
 
 from sage.common.errors import Conflict, EngineError, GatewayUnreachable, SageError
-from sage.common.paths import get_user_paths
+from sage.common.paths import get_user_paths, usable_state_folder
 from sage.common.processes import ProcessIdentity, ProcessSpec, describe_exit, exit_code, holder, spawn
 from sage.llm.client import SageClient
 
@@ -32,9 +34,15 @@ def log_path() -> Path:
     return get_user_paths().state_dir / "gateway.log"
 
 
+def find_process() -> ProcessIdentity | None:
+    """Return this user's gateway, or None. Raises ConfigError if the state folder cannot be used."""
+    with usable_state_folder():
+        return holder(lock_path())
+
+
 def find_client() -> SageClient:
     """Return a client of the gateway that runs, or of where the settings say that one is; does not connect."""
-    process = holder(lock_path())
+    process = find_process()
     with contextlib.suppress(OSError, ValueError, KeyError):
         told = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
         if process and told["pid"] == process.pid:  # not an earlier gateway's; spares reading the settings
@@ -48,7 +56,8 @@ def find_client() -> SageClient:
 def connect() -> SageClient:
     """Return a client of a gateway that answers, starting one on this machine where none does."""
     client = find_client()
-    if answers(client):
+    if health := find_health(client):
+        refuse_foreign(client, health)
         return client
     if urlsplit(client.base_url).hostname not in _LOOPBACK:
         raise GatewayUnreachable(
@@ -59,13 +68,31 @@ def connect() -> SageClient:
     return find_client()
 
 
-def answers(client: SageClient, pid: int = 0) -> bool:
-    """Return whether a SAGE gateway answers; if `pid` is known, whether that one does."""
+def find_health(client: SageClient) -> dict[str, Any] | None:
+    """Return what a SAGE gateway says of itself, or None if none answers."""
     try:
         health = client.health()
     except SageError:
-        return False
-    return health.get("service") == "sage-gateway" and pid in (0, health.get("pid"))
+        return None
+    return health if health.get("service") == "sage-gateway" else None
+
+
+def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
+    """Raise GatewayUnreachable if it is the gateway of another home on this machine: its engines are not this user's.
+
+    Whoever has a key may use it, and one behind a tunnel is no process of this machine.
+    """
+    if client.api_key or find_process():
+        return
+    with contextlib.suppress(psutil.Error, ValueError, TypeError):
+        process = psutil.Process(health.get("pid", 0))
+        if "sage.llm.gateway" in process.cmdline():
+            raise GatewayUnreachable(
+                code="gateway_foreign",
+                message=f"The gateway at {client.base_url} belongs to another SAGE_HOME "
+                f"(PID {process.pid}, user {process.username()}).",
+                hint="Set SAGE_GATEWAY_PORT to a free port for your own; if that one is shared, set SAGE_API_KEY to its key.",
+            )
 
 
 def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
@@ -83,15 +110,15 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
     process: ProcessIdentity | None = None
     log_bytes = 0
     while time.monotonic() < deadline:
-        holding = holder(lock_path())
+        holding = find_process()
         if holding is None:
             if process:
                 raise _failed(log_bytes)
             log_bytes = _size(log_path())
-            with contextlib.suppress(Conflict):  # another command was quicker: its gateway is waited for
+            with contextlib.suppress(Conflict), usable_state_folder():  # another command was quicker: its gateway is waited for
                 process = spawn(ProcessSpec(tuple(argv), lock_path(), log_path()))
                 typer.echo(f"Starting the gateway in the background (log: {log_path()}).", err=True)
-        elif answers(find_client(), holding.pid):
+        elif (health := find_health(find_client())) and holding.pid in (0, health.get("pid")):
             return holding
         time.sleep(_POLL_SECONDS)
     raise GatewayUnreachable(
@@ -123,12 +150,12 @@ def _size(path: Path) -> int:
 
 def stop() -> bool:
     """End the gateway and wait until it has gone; engines live on. False where none ran."""
-    process = holder(lock_path())
+    process = find_process()
     if process is None:
         return False
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + _START_SECONDS
-    while holder(lock_path()):
+    while find_process():
         if time.monotonic() > deadline:
             name = f"PID {process.pid}" if process.pid else "PID unknown"
             end = f"`kill -9 {process.pid}`" if process.pid else f"`fuser -k -KILL {lock_path()}`"

@@ -48,8 +48,8 @@ def failure(engine: EngineView) -> EngineError:
 
 
 def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], bool]) -> EngineView:
-    with ProgressBar(engine_id) as bar, _interrupts_noted() as interrupted:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+    with ProgressBar(engine_id) as bar, interrupts_noted() as interrupted:
+        deadline, is_stopping = time.monotonic() + _PATIENCE_SECONDS, False
         while not interrupted.is_set():
             try:
                 engine = client.get_engine(engine_id)
@@ -58,15 +58,16 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
                     raise
             else:
                 deadline = time.monotonic() + _PATIENCE_SECONDS
+                is_stopping = engine.state is EngineState.STOPPING
                 _show(bar, engine)
                 if is_done(engine):
                     return engine
             interrupted.wait(_POLL_SECONDS)
-    raise _left(engine_id)
+    raise left(engine_id, is_stopping=is_stopping)
 
 
 @contextlib.contextmanager
-def _interrupts_noted() -> Iterator[threading.Event]:
+def interrupts_noted() -> Iterator[threading.Event]:
     """Note Ctrl-C for the length of the block, where as an exception it could be lost in a finalizer; twice is at once."""
     noted = threading.Event()
 
@@ -91,10 +92,11 @@ def _show(bar: ProgressBar, engine: EngineView) -> None:
         bar.show(training.activity or engine.state, training.step, training.total_steps, training.loss, eta)
 
 
-def _left(engine_id: str) -> typer.Exit:
-    typer.echo(
-        f"\n{engine_id} goes on. Watch it: `sage llm engine logs {engine_id} --follow`; "
-        f"stop it: `sage llm engine stop {engine_id}`.",
-        err=True,
-    )
+def left(engine_id: str, *, is_stopping: bool = False) -> typer.Exit:
+    """Return the end of a command that was interrupted, once it has said what becomes of the engine."""
+    told = f"\n{engine_id} goes on. Watch it: `sage llm engine logs {engine_id} --follow`; "
+    told += f"stop it: `sage llm engine stop {engine_id}`."
+    if is_stopping:
+        told = f"\n{engine_id} goes on stopping. Look at it: `sage llm engine status {engine_id}`."
+    typer.echo(told, err=True)
     return typer.Exit(130)

@@ -3,10 +3,13 @@
 import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs.unix import Unix
+
+from sage.common.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,19 @@ def get_user_paths() -> UserPaths:
         return UserPaths(root / "config", root / "data", root / "state", root / "cache")
     xdg = Unix("sage", appauthor=False)
     return UserPaths(xdg.user_config_path, xdg.user_data_path, xdg.user_state_path, xdg.user_cache_path)
+
+
+@contextlib.contextmanager
+def usable_state_folder() -> Iterator[None]:
+    """Raise ConfigError for what the system says of the state folder within the block."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            code="state_folder_unusable",
+            message=f"The state folder {get_user_paths().state_dir} cannot be used: {error.strerror or error}.",
+            hint="Make it writable, free some space, or set SAGE_HOME to another folder.",
+        ) from error
 
 
 def private_folder(path: Path) -> Path:

@@ -4,8 +4,7 @@ import os
 import secrets
 from pathlib import Path
 
-from sage.common.errors import ConfigError
-from sage.common.paths import get_user_paths, tighten
+from sage.common.paths import get_user_paths, tighten, usable_state_folder
 from sage.common.processes import held_lock
 
 
@@ -17,16 +16,10 @@ def node_id_path() -> Path:
 def open_state_folder() -> str:
     """Make state folder and settings their user's only, and return the node's id."""
     paths = get_user_paths()
-    try:
+    with usable_state_folder():
         tighten(paths.config_dir)
         tighten(paths.state_dir)
         return _node_id()
-    except OSError as error:
-        raise ConfigError(
-            code="state_folder_unusable",
-            message=f"The state folder {paths.state_dir} cannot be used: {error.strerror or error}.",
-            hint="Make it writable, or set SAGE_HOME to another folder.",
-        ) from error
 
 
 def _node_id() -> str:

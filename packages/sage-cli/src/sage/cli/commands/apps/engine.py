@@ -83,7 +83,10 @@ def start_engine(
             name=name or (Path(named).name if is_path and kind != Kind.finetune else None),
         )
 
-    engine = begin(options)
+    with waiting.interrupts_noted() as interrupted:  # or an engine could run that nobody was told of
+        engine = begin(options)
+    if interrupted.is_set():
+        raise waiting.left(engine.id)
     if kind == Kind.finetune and wait is not False and is_interactive():
         engine = _confirmed(client, engine, lambda: begin({**options, "allow_warnings": True}))
     if not json:

@@ -16,9 +16,8 @@ def start(
 ) -> None:
     """Start the gateway in the background, if it does not run yet."""
     from sage.cli import daemon
-    from sage.common.processes import holder
 
-    before = holder(daemon.lock_path())
+    before = daemon.find_process()
     process = daemon.start(host, port)
     already = " already" if before == process else ""
     typer.echo(f"The gateway runs{already} (PID {process.pid or 'unknown'}) at {daemon.find_client().base_url}.")
@@ -43,6 +42,7 @@ def status(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     health = client.health()
     if health.get("service") != "sage-gateway":
         raise GatewayUnreachable(code="not_a_gateway", message=f"What answers at {client.base_url} is not a SAGE gateway.")
+    daemon.refuse_foreign(client, health)
     told = {"url": client.base_url, "version": health["version"], "pid": health["pid"], "log": str(daemon.log_path())}
     typer.echo(json.dumps(told) if json_ else "\n".join(f"{name:<8} {value}" for name, value in told.items()))
 
