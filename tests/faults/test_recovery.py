@@ -132,32 +132,33 @@ def test_whatever_is_killed_together_is_told_and_the_run_goes_on_exactly(
 
 
 @pytest.mark.long
-def test_everything_started_twice_at_once_is_there_once_or_refused(
-    tmp_path: Path, sage_home: Path, tiny_model: Path, converted_smollm2_gguf: Path
-) -> None:
-    port = str(free_port())
-    out = ("--output", str(tmp_path / "out"))
-    twice = {
-        "port": ("llm", "engine", "start", str(tiny_model), "--port", port, "--no-wait"),
-        "output": (*finetune(tiny_model), *out),
-        "gguf": ("llm", "engine", "start", str(converted_smollm2_gguf), "--no-wait"),
-    }
-    commands = [[*SAGE, *arguments] for arguments in twice.values() for _ in range(2)]
+def test_everything_started_twice_at_once_is_there_once_or_refused(tmp_path: Path, sage_home: Path, tiny_model: Path) -> None:
+    start = ("llm", "engine", "start")
+    train = (*start, str(tiny_model), "--engine-kind", "finetune", "--dataset", str(SAMPLES), "--max-steps", "3", "--output")
+    one_port = (*start, str(tiny_model), "--port", str(free_port()), "--no-wait")
+    one_output, other_output = ((*train, str(tmp_path / name), "--no-wait") for name in ("out", "other"))
+    one_gguf = (*start, "smollm2-135m-instruct", "--no-wait")
+    commands = [one_port, one_port, one_output, one_output, other_output, one_gguf, one_gguf]
     with ThreadPoolExecutor(len(commands)) as pool:  # each of them also starts the gateway, if it is the first
-        done = list(pool.map(lambda command: subprocess.run(command, capture_output=True, text=True, check=False), commands))
-    told = {name: done[2 * turn : 2 * turn + 2] for turn, name in enumerate(twice)}
-    for name in ("port", "output"):
-        assert sorted(one.returncode for one in told[name]) == [0, 1], told[name]
-        assert "Error: " in "".join(one.stderr for one in told[name])
-    assert [one.returncode for one in told["gguf"]] == [0, 0], told["gguf"]
+        done = list(pool.map(lambda command: sage(*command, check=None), commands))
+    for first, second, code in ((done[0], done[1], "Port"), (done[2], done[3], "output folder")):
+        assert sorted([first.returncode, second.returncode]) == [0, 1], (first, second)
+        assert code in next(one.stderr for one in (first, second) if one.returncode)
+    assert [one.returncode for one in done[4:]] == [0, 0, 0], done[4:]
+
     engines = client().list_engines()
-    assert len(engines) == 4
-    states = [(engine, until(engine, "completed" if engine.kind == "finetune" else "running").state) for engine in engines]
-    expect(sage_home, *states)
+    assert len(engines) == 5
+    ends = {engine.id: "completed" if engine.kind == "finetune" else "running" for engine in engines}
+    for engine in engines:
+        until(engine, ends[engine.id])
+    expect(sage_home, *((engine, ends[engine.id]) for engine in engines))
     assert len(list((sage_home / "data/models/.converted").glob("*/config.json"))) == 1
+    assert len(list((sage_home / "cache/tokenized").glob("*/facts.json"))) == 1
     for engine in engines:
         client().stop_engine(engine.id)
-    expect(sage_home, *[(engine, "completed" if engine.kind == "finetune" else "stopped") for engine in engines])
+    for engine in engines:
+        until(engine, "completed" if engine.kind == "finetune" else "stopped")
+    expect(sage_home, *((engine, client().get_engine(engine.id).state) for engine in engines))
 
 
 @pytest.mark.long
