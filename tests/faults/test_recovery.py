@@ -1,12 +1,14 @@
 """The whole product after a kill, a full disk, a step of the clock: what it says is what is, and nothing is lost."""
 
 import contextlib
+import functools
 import os
 import resource
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from clock import SteppedClock
-from support import SAGE, SAMPLES, free_port, sage, wait_for
+from support import SAMPLES, free_port, sage, wait_for
 from training import TinyRun
 
 from sage.common.errors import SageError
@@ -29,7 +31,13 @@ LIVES = ("starting", "running", "stopping")
 
 
 def client() -> SageClient:
-    return SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}")
+    return _client(os.environ["SAGE_GATEWAY_PORT"])
+
+
+@functools.cache
+def _client(port: str) -> SageClient:
+    """Return the one client of a gateway: each has a connection of its own, and some gateways here take few."""
+    return SageClient(f"http://127.0.0.1:{port}")
 
 
 def processes(home: Path) -> set[int]:
@@ -76,7 +84,9 @@ def expect(home: Path, *engines: tuple[EngineView, str]) -> None:
     wait_for(lambda: httpx.get(f"{client().base_url}/ready").status_code == 200, "the gateway")
     deadline = time.monotonic() + RECOVERY_SECONDS
     for engine, state in engines:
-        wait_for(lambda engine=engine, state=state: is_in(engine, state), f"{engine.id} {state}", deadline - time.monotonic())
+        wait_for(
+            lambda engine=engine, state=state: is_in(engine, state), f"{engine.id} {state}", deadline - time.monotonic()
+        )
     listed = client().list_engines()
     assert {engine.id for engine in listed} == {engine.id for engine, _ in engines}
     for engine in listed:
@@ -132,7 +142,9 @@ def test_whatever_is_killed_together_is_told_and_the_run_goes_on_exactly(
 
 
 @pytest.mark.long
-def test_everything_started_twice_at_once_is_there_once_or_refused(tmp_path: Path, sage_home: Path, tiny_model: Path) -> None:
+def test_everything_started_twice_at_once_is_there_once_or_refused(
+    tmp_path: Path, sage_home: Path, tiny_model: Path
+) -> None:
     start = ("llm", "engine", "start")
     train = (*start, str(tiny_model), "--engine-kind", "finetune", "--dataset", str(SAMPLES), "--max-steps", "3", "--output")
     one_port = (*start, str(tiny_model), "--port", str(free_port()), "--no-wait")
@@ -196,3 +208,88 @@ def test_a_step_of_the_clock_under_all_processes_changes_nothing(tiny_model: Pat
     until(run, "running")
     client().stop_engine(run.id, force=True)
     expect(sage_home, (serving, "stopped"), (run, "stopped"))
+
+
+@pytest.fixture
+def small_disk(sage_home: Path) -> Iterator[Path]:
+    """A file system of its own for the whole home."""
+    sage_home.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(sage_home)], check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield sage_home
+    for pid in processes(sage_home):
+        os.kill(pid, signal.SIGKILL)
+    subprocess.run(["umount", "--lazy", str(sage_home)], check=True)
+
+
+def fill(path: Path) -> None:
+    for size in (65536, 512):
+        with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+            while True:
+                file.write(b"0" * size)
+
+
+@pytest.mark.long
+def test_a_home_on_a_full_disk_is_told_and_nothing_is_lost_when_there_is_space_again(
+    tiny_model: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    options = {"max_steps": 3000, "save_steps": 50, "batch_size": 4, "learning_rate": 1e-2}
+    sage("gateway", "start")
+    serving = client().start_engine(model=str(tiny_model))
+    run = train(tiny_model, tmp_path / "out", **options)
+    serving, run = until(serving, "running"), until(run, "running")
+    wait_for(lambda: (training := client().get_engine(run.id).training) and training.checkpoint_step, "a checkpoint")
+    fill(small_disk / "filler")
+    wait_for(lambda: client().get_engine(run.id).pid is None, "the end of the run")
+    for _ in range(3):  # it lives, it answers, it refuses with a reason
+        with pytest.raises(SageError, match=r"No space left on device|full"):
+            train(tiny_model, tmp_path / "other")
+        ask = {"model": serving.id, "prompt": "Hi", "max_tokens": 1}
+        assert httpx.post(f"{client().base_url}/v1/completions", json=ask, timeout=60).status_code == 200
+    kill_gateway(small_disk)
+    fill(small_disk / "filler")  # what the run had set aside to tell its end with
+    start = sage("gateway", "start", check=None)  # the bytes that are left decide whether it can
+    assert start.returncode == 0 or "No space left on device" in start.stderr
+    assert "Traceback" not in start.stderr
+
+    (small_disk / "filler").unlink()
+    sage("gateway", "start")
+    expect(small_disk, (serving, "running"), (run, "failed"))
+    reason = client().get_engine(run.id).reason
+    assert reason is not None
+    assert "disk" in f"{reason.code} {reason.message}"
+    assert client().get_engine(serving.id).pid == serving.pid
+    client().resume_engine(run.id)
+    until(run, "completed")
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == whole.adapter_bytes()
+
+
+@pytest.mark.long
+def test_a_suspended_gateway_with_few_descriptors_and_many_clients_finds_everything_as_it_is(
+    tiny_model: Path, tmp_path: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ENGINE_UNRESPONSIVE", "STOP"):  # limits that pass while it is suspended
+        monkeypatch.setenv(f"SAGE_{name}_SECONDS", "2")
+    sage("gateway", "start", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    serving, killed = (client().start_engine(model=str(tiny_model)) for _ in range(2))
+    run = train(tiny_model, tmp_path / "out", num_epochs=2000, batch_size=4)
+    serving, killed, run = (until(engine, "running") for engine in (serving, killed, run))
+    gateway = client().health()["pid"]
+    address = ("127.0.0.1", int(os.environ["SAGE_GATEWAY_PORT"]))
+    os.kill(gateway, signal.SIGSTOP)
+    with contextlib.ExitStack() as clients:
+        for _ in range(100):
+            clients.enter_context(contextlib.closing(socket.create_connection(address)))
+        kill(killed.pid)
+        time.sleep(5)  # what is tested is that so long a silence of the gateway's own is nobody else's
+        os.kill(gateway, signal.SIGCONT)
+    expect(sage_home, (serving, "running"), (killed, "failed"), (run, "running"))
+    ask = {"model": serving.id, "prompt": "Hi", "max_tokens": 1}
+    assert httpx.post(f"{client().base_url}/v1/completions", json=ask, timeout=60).status_code == 200
+    os.kill(gateway, signal.SIGSTOP)
+    assert "stopped" in sage("gateway", "stop").stdout
+    sage("gateway", "start")
+    expect(sage_home, (serving, "running"), (killed, "failed"), (run, "running"))
+    client().stop_engine(run.id)
+    until(run, "stopped")

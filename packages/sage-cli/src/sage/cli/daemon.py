@@ -91,7 +91,7 @@ def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
                 code="gateway_foreign",
                 message=f"The gateway at {client.base_url} belongs to another SAGE_HOME "
                 f"(PID {process.pid}, user {process.username()}).",
-                hint="Set SAGE_GATEWAY_PORT to a free port for your own; if that one is shared, set SAGE_API_KEY to its key.",
+                hint="Set SAGE_GATEWAY_PORT to a free port for your own, or SAGE_API_KEY to the key of that one.",
             )
 
 
@@ -115,7 +115,10 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
             if process:
                 raise _failed(log_bytes)
             log_bytes = _size(log_path())
-            with contextlib.suppress(Conflict), usable_state_folder():  # another command was quicker: its gateway is waited for
+            with (
+                contextlib.suppress(Conflict),
+                usable_state_folder(),
+            ):  # another command was quicker: its gateway is waited for
                 process = spawn(ProcessSpec(tuple(argv), lock_path(), log_path()))
                 typer.echo(f"Starting the gateway in the background (log: {log_path()}).", err=True)
         elif (health := find_health(find_client())) and holding.pid in (0, health.get("pid")):
@@ -154,6 +157,7 @@ def stop() -> bool:
     if process is None:
         return False
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)  # it may be suspended
     deadline = time.monotonic() + _START_SECONDS
     while find_process():
         if time.monotonic() > deadline:
