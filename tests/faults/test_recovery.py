@@ -1,0 +1,197 @@
+"""The whole product after a kill, a full disk, a step of the clock: what it says is what is, and nothing is lost."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from clock import SteppedClock
+from support import SAGE, SAMPLES, free_port, sage, wait_for
+from training import TinyRun
+
+from sage.common.errors import SageError
+from sage.common.processes import holder
+from sage.llm.client import SageClient
+from sage.llm.control_plane.types import EngineView, TrainingProgress
+
+pytestmark = pytest.mark.timeout(600)
+#: So soon after the gateway is ready, what it says of its engines is what is.
+RECOVERY_SECONDS = 5.0
+LIVES = ("starting", "running", "stopping")
+
+
+def client() -> SageClient:
+    return SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}")
+
+
+def processes(home: Path) -> set[int]:
+    """Return the PIDs of all processes that were started in a home."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SAGE_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process.pid)
+    return found
+
+
+def kill(*pids: int | None) -> None:
+    for pid in pids:
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids if pid),
+             "the end of the processes")  # fmt: skip
+
+
+def kill_gateway(home: Path) -> None:
+    kill(client().health()["pid"])
+    wait_for(lambda: holder(home / "state/gateway.lock") is None, "the end of the gateway")
+
+
+def train(model: Path, output: Path, **options: object) -> EngineView:
+    values = {"dataset_path": str(SAMPLES), "output_dir": str(output), "batch_size": 1, "precision": "fp32", **options}
+    return client().start_engine(model=str(model), engine_kind="finetune", options=values)
+
+
+def is_in(engine: EngineView, *states: str) -> bool:
+    return client().get_engine(engine.id).state in states
+
+
+def until(engine: EngineView, state: str) -> EngineView:
+    wait_for(lambda: is_in(engine, state, "failed", "completed", "stopped"), f"{engine.id} {state}")
+    found = client().get_engine(engine.id)
+    assert found.state == state, found
+    return found
+
+
+def expect(home: Path, *engines: tuple[EngineView, str]) -> None:
+    """Check that soon after the gateway is ready its engines are in these states, and that all processes are theirs."""
+    wait_for(lambda: httpx.get(f"{client().base_url}/ready").status_code == 200, "the gateway")
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    for engine, state in engines:
+        wait_for(lambda engine=engine, state=state: is_in(engine, state), f"{engine.id} {state}", deadline - time.monotonic())
+    listed = client().list_engines()
+    assert {engine.id for engine in listed} == {engine.id for engine, _ in engines}
+    for engine in listed:
+        assert (engine.pid is not None) == (engine.state in LIVES), engine
+    leaders = {os.getsid(pid) for pid in processes(home)}
+    assert leaders == {client().health()["pid"]} | {engine.pid for engine in listed if engine.pid}
+
+
+@pytest.mark.long
+def test_whatever_is_killed_together_is_told_and_the_run_goes_on_exactly(
+    tiny_model: Path, tmp_path: Path, sage_home: Path
+) -> None:
+    options = {"save_steps": 5, "max_steps": 400, "batch_size": 4}
+    sage("gateway", "start")
+    serving = client().start_engine(model=str(tiny_model))
+    run = train(tiny_model, tmp_path / "out", learning_rate=1e-2, **options)
+    serving, run = until(serving, "running"), until(run, "running")
+
+    def has_saved(run: EngineView, more_than: int) -> bool:
+        training = client().get_engine(run.id).training
+        return bool(training and (training.checkpoint_step or 0) > more_than)
+
+    wait_for(lambda: has_saved(run, 0), "a checkpoint")
+    kill_gateway(sage_home)
+    sage("gateway", "start")
+    expect(sage_home, (serving, "running"), (run, "running"))
+    assert {client().get_engine(engine.id).pid for engine in (serving, run)} == {serving.pid, run.pid}
+
+    kill(client().health()["pid"], client().get_engine(run.id).pid)
+    sage("gateway", "start")
+    expect(sage_home, (serving, "running"), (run, "failed"))
+    told = client().get_engine(run.id)
+    assert told.reason is not None
+    assert "checkpoint" in told.reason.hint
+    assert told.training is not None
+    saved = told.training.checkpoint_step or 0
+    client().resume_engine(run.id)
+    run = until(run, "running")
+    wait_for(lambda: has_saved(run, saved), "another checkpoint")
+
+    kill(client().health()["pid"], serving.pid, run.pid)
+    sage("gateway", "start")
+    expect(sage_home, (serving, "failed"), (run, "failed"))
+    client().resume_engine(run.id)
+    client().resume_engine(serving.id)
+    until(run, "completed")
+    until(serving, "running")
+    expect(sage_home, (serving, "running"), (run, "completed"))
+    client().stop_engine(serving.id)
+    expect(sage_home, (serving, "stopped"), (run, "completed"))
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == whole.adapter_bytes()
+
+
+@pytest.mark.long
+def test_everything_started_twice_at_once_is_there_once_or_refused(
+    tmp_path: Path, sage_home: Path, tiny_model: Path, converted_smollm2_gguf: Path
+) -> None:
+    port = str(free_port())
+    out = ("--output", str(tmp_path / "out"))
+    twice = {
+        "port": ("llm", "engine", "start", str(tiny_model), "--port", port, "--no-wait"),
+        "output": (*finetune(tiny_model), *out),
+        "gguf": ("llm", "engine", "start", str(converted_smollm2_gguf), "--no-wait"),
+    }
+    commands = [[*SAGE, *arguments] for arguments in twice.values() for _ in range(2)]
+    with ThreadPoolExecutor(len(commands)) as pool:  # each of them also starts the gateway, if it is the first
+        done = list(pool.map(lambda command: subprocess.run(command, capture_output=True, text=True, check=False), commands))
+    told = {name: done[2 * turn : 2 * turn + 2] for turn, name in enumerate(twice)}
+    for name in ("port", "output"):
+        assert sorted(one.returncode for one in told[name]) == [0, 1], told[name]
+        assert "Error: " in "".join(one.stderr for one in told[name])
+    assert [one.returncode for one in told["gguf"]] == [0, 0], told["gguf"]
+    engines = client().list_engines()
+    assert len(engines) == 4
+    states = [(engine, until(engine, "completed" if engine.kind == "finetune" else "running").state) for engine in engines]
+    expect(sage_home, *states)
+    assert len(list((sage_home / "data/models/.converted").glob("*/config.json"))) == 1
+    for engine in engines:
+        client().stop_engine(engine.id)
+    expect(sage_home, *[(engine, "completed" if engine.kind == "finetune" else "stopped") for engine in engines])
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not SteppedClock.is_available(), reason="there is no C compiler to build a clock that can be set")
+def test_a_step_of_the_clock_under_all_processes_changes_nothing(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
+    clock = SteppedClock(tmp_path)
+    sage("gateway", "start", env=clock.environment)
+    serving = client().start_engine(model=str(tiny_model))
+    run = train(tiny_model, tmp_path / "out", num_epochs=2000, batch_size=4)
+    serving, run = until(serving, "running"), until(run, "running")
+
+    def training() -> TrainingProgress:
+        found = client().get_engine(run.id).training
+        assert found
+        return found
+
+    for step_seconds in (3, -3, 3600, -3600):
+        clock.set(step_seconds)
+        seen = training().step
+        wait_for(lambda seen=seen: training().step > seen + 20, "training to go on")
+        expect(sage_home, (serving, "running"), (run, "running"))
+        assert {client().get_engine(engine.id).pid for engine in (serving, run)} == {serving.pid, run.pid}
+        assert 0 <= (training().eta_seconds or 0) < 3600
+        ask = {"model": serving.id, "prompt": "Hi", "max_tokens": 1}
+        assert httpx.post(f"{client().base_url}/v1/completions", json=ask, timeout=60).status_code == 200
+        kill_gateway(sage_home)
+        sage("gateway", "start", env=clock.environment)
+        expect(sage_home, (serving, "running"), (run, "running"))
+    for engine in (run, serving):
+        client().stop_engine(engine.id)
+        until(engine, "stopped")
+    expect(sage_home, (serving, "stopped"), (run, "stopped"))
+    clock.set(0)
+    client().resume_engine(run.id)
+    until(run, "running")
+    client().stop_engine(run.id, force=True)
+    expect(sage_home, (serving, "stopped"), (run, "stopped"))
