@@ -76,7 +76,9 @@ def expect(home: Path, *engines: tuple[EngineView, str]) -> None:
     wait_for(lambda: httpx.get(f"{client().base_url}/ready").status_code == 200, "the gateway")
     deadline = time.monotonic() + RECOVERY_SECONDS
     for engine, state in engines:
-        wait_for(lambda engine=engine, state=state: is_in(engine, state), f"{engine.id} {state}", deadline - time.monotonic())
+        wait_for(
+            lambda engine=engine, state=state: is_in(engine, state), f"{engine.id} {state}", deadline - time.monotonic()
+        )
     listed = client().list_engines()
     assert {engine.id for engine in listed} == {engine.id for engine, _ in engines}
     for engine in listed:
