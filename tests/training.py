@@ -29,7 +29,7 @@ class TinyRun:
         self.task_id = self.manager.create(self.config)
 
     def start(self) -> "TinyRun":
-        self.manager.start(self.task_id)
+        self.manager.start_training(self.task_id)
         return self
 
     def trained(self) -> "TinyRun":

@@ -63,6 +63,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_model: Path, tm
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # twenty-one processes import torch
 def test_twenty_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
     options = {"save_steps": 4, "max_steps": 300, "pack_tokens": 256, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}

@@ -92,7 +92,7 @@ def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_m
         ("GET", "/v1/management/engines/engine-none/logs?tail=-1", None, 400, "config_invalid", "tail"),
         ("GET", "/v1/models/nobody", None, 404, "model_not_found", "model"),
         ("GET", "/v1/nothing", None, 404, "not_found", None),
-        ("PUT", "/v1/models", None, 405, "not_found", None),
+        ("PUT", "/v1/models", None, 405, "method_not_allowed", None),
     ]  # fmt: skip
     for method, path, body, status, code, param in cases:
         answer = http.request(method, path, json=body)

@@ -143,7 +143,7 @@ def test_what_cannot_resume_says_why(tiny_model: Path, tmp_path: Path, train_fil
     with pytest.raises(Conflict, match="is running"):
         run.manager.resume(run.task_id)
     with pytest.raises(Conflict, match="is running already"):
-        run.manager.start(run.task_id)
+        run.manager.start_training(run.task_id)
     with pytest.raises(Conflict, match="is running"):
         run.manager.delete(run.task_id)
     run.manager.stop(run.task_id)

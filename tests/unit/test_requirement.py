@@ -42,6 +42,7 @@ def test_the_engine_has_the_interface_of_the_requirement() -> None:
     engine = FinetuneEngine(FinetuneEngineConfig(base_model="m", dataset_path="d", output_dir="o"))
     assert FinetuneEngine.engine_kind == "finetune"
     assert isinstance(engine.manager, FinetuneManager)
+    assert callable(engine.manager.start_training)
     assert (engine.task_id, engine.status) == (None, "not_started")
     for name in ("start", "stop", "get_status", "get_logs"):
         assert inspect.iscoroutinefunction(getattr(engine, name))

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
                 config = load_config(arguments.config)
                 base_model = absolute_name(config.base_model, Path.cwd())
                 task_id = manager.create(config.model_copy(update={"base_model": base_model}))
-                manager.start(task_id)
+                manager.start_training(task_id)
             case "resume":
                 task_id = arguments.task
                 manager.resume(task_id)

@@ -95,7 +95,7 @@ class FinetuneManager:
             raise
         return task_id
 
-    def start(self, task_id: str) -> ProcessIdentity:
+    def start_training(self, task_id: str) -> ProcessIdentity:
         """Start a run's worker in a process of its own; it goes on from the newest checkpoint where there is one.
 
         Raises Conflict where it is running already.
@@ -114,7 +114,7 @@ class FinetuneManager:
         Raises Conflict if there is nothing to resume or the dataset has changed, OutputError if another run has its output.
         """
         self.check_resumable(task_id)
-        return self.start(task_id)
+        return self.start_training(task_id)
 
     def check_resumable(self, task_id: str) -> None:
         """Raise Conflict or OutputError if `resume` would."""

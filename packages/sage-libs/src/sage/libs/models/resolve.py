@@ -106,7 +106,9 @@ def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelN
     if _is_path(name):
         is_known = tried or _expanded(name) is None
         problem = "there is no such folder" if is_known else "the path is not absolute"
-        hint = "Give the path of a folder that holds a model." if is_known else "Give an absolute path."
+        hint = (
+            "Give a folder that holds a model; `sage llm model list` shows names." if is_known else "Give an absolute path."
+        )
         message = f"No model '{shown}': {problem}."
     else:
         if packaged:

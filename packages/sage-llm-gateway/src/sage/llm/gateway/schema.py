@@ -68,6 +68,7 @@ _MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_CHARS}
 _SAMPLING: dict[str, Any] = {
     "model": _MODEL,
     "max_tokens": _number(1, _INT64, "integer"),
+    "max_completion_tokens": _number(1, _INT64, "integer"),
     "temperature": _number(0, 2),
     "top_p": {**_number(0, 1), "exclusiveMinimum": 0},
     "top_k": _number(-1, _INT64 - 1, "integer"),
@@ -105,7 +106,6 @@ _BODIES = {
         ["model", "messages"],
         **_SAMPLING,
         messages=_list(_MESSAGE, minItems=1),
-        max_completion_tokens=_number(1, _INT64, "integer"),
         logprobs=_FLAG,
         top_logprobs=_number(0, 20, "integer"),
         tools={"anyOf": [{"type": "null"}, _list(_TOOL)]},

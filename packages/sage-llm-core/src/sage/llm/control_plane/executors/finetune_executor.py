@@ -80,7 +80,7 @@ class FinetuneEngine:
         if self.task_id is None:
             await self.create()
         assert self.task_id is not None
-        await asyncio.to_thread(self.manager.start, self.task_id)
+        await asyncio.to_thread(self.manager.start_training, self.task_id)
         return await self.get_status()
 
     async def stop(self) -> dict[str, Any]:
