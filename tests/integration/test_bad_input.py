@@ -123,6 +123,13 @@ def test_samples_longer_than_the_cutoff_fail_the_command_itself(tiny_model: Path
     assert "is completed" in done.stderr
 
 
+def test_a_dashboard_s_port_that_another_program_has_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = sage("studio", "--port", str(taken.getsockname()[1]), check=1)
+    assert "The dashboard cannot listen on 127.0.0.1:" in done.stderr
+    assert "Choose another port" in done.stderr
+
+
 def test_a_port_that_another_program_has_is_named() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", int(os.environ["SAGE_GATEWAY_PORT"])))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sage.cli.commands.apps import gateway, llm
-from sage.common.errors import SageError
+from sage.common.errors import Conflict, SageError
 
 app = typer.Typer(
     name="sage",
@@ -23,9 +23,21 @@ app.add_typer(gateway.app, name="gateway", help="The process that owns the engin
 def studio(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the dashboard on loopback.")] = 8890) -> None:
     """Show the dashboard in a browser; Ctrl-C ends it, engines go on."""
     import os
+    import socket
 
     from sage.cli import daemon
 
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
+        except OSError as error:
+            raise Conflict(
+                code="port_taken",
+                message=f"The dashboard cannot listen on 127.0.0.1:{port}: {error.strerror}.",
+                hint="Choose another port with --port.",
+            ) from error
     client = daemon.connect()
     key = {"SAGE_API_KEY": client.api_key} if client.api_key else {}
     argv = [sys.executable, "-m", "sage.studio", "--gateway-url", client.base_url, "--port", str(port)]

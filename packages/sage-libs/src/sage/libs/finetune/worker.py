@@ -3,6 +3,7 @@
 It holds the run's lock, tells the run's events, and leaves by exit code 0 where the run is completed or stopped.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -87,7 +88,7 @@ def _fail(run: RunDirectory, error: Exception) -> None:
     logger.error("%s", "".join(traceback.format_exception(error)))
     run.release_space()
     if fold(RunStatus(), run.read_events()[0]).state is not RunState.FAILED:
-        told = _as_told(error, run.path)
+        told = _as_told(error, run)
         run.append_event("failed", code=told.code, message=told.message, hint=told.hint)
 
 
@@ -101,15 +102,15 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
     Run(run, stop).train()
 
 
-def _as_told(error: Exception, folder: Path) -> SageError:
+def _as_told(error: Exception, run: RunDirectory) -> SageError:
     """Return what a user is told of an error."""
     if isinstance(error, SageError):
         return error
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or shutil.disk_usage(folder).free < _FULL_BYTES or "No space left" in str(error):
+    log = f"Full traceback: {run.log_path}."
+    if _is_full(error, run.path):
         return RunError(
             code="disk_full",
-            message=f"The disk of {folder} is full: the run could not save. Earlier checkpoints are intact.",
+            message=f"The disk of {_fullest(run)} is full: the run could not save. Earlier checkpoints are intact.",
             hint="Free some space, then `resume`.",
         )
     if is_out_of_memory(error):
@@ -118,11 +119,29 @@ def _as_told(error: Exception, folder: Path) -> SageError:
             message=f"Out of memory: {_first_line(error)}",
             hint="Start again with a smaller --batch-size or --max-seq-length.",
         )
+    if isinstance(error, OSError) and error.filename:
+        return RunError(
+            code="file_unusable",
+            message=f"{error.filename} cannot be used: {error.strerror}. Earlier checkpoints are intact.",
+            hint=f"Fix that, then `resume`. {log}",
+        )
     return RunError(
-        code="training_failed",
-        message=f"Training failed: {type(error).__name__}: {_first_line(error)}",
-        hint=f"Full traceback: {folder}/worker.log.",
+        code="training_failed", message=f"Training failed: {type(error).__name__}: {_first_line(error)}", hint=log
     )
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    if isinstance(error, OSError) and error.errno:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return shutil.disk_usage(folder).free < _FULL_BYTES or "No space left" in str(error)
+
+
+def _fullest(run: RunDirectory) -> Path:
+    """Return the folder that a run writes to whose disk has the least free space."""
+    folders = [run.path]
+    with contextlib.suppress(Exception):  # what fails may be just this
+        folders.append(Path(run.read_spec().config.output_dir))
+    return min((folder for folder in folders if folder.is_dir()), key=lambda folder: shutil.disk_usage(folder).free)
 
 
 def _first_line(error: Exception) -> str:
