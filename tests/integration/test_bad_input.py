@@ -50,6 +50,11 @@ def test_a_mistake_is_told_and_nothing_is_started(tiny_model: Path, tmp_path: Pa
         (("llm", "engine", "start", str(tiny_model), "--engine-kind", "nonsense"), 2, "nonsense", "finetune"),
         (("llm", "engine", "start", str(tiny_model), "--name", "sage-default"), 2, "name", "sage-default"),
         (("llm", "engine", "stop", "engine-none"), 1, "No engine 'engine-none'", "engine list"),
+        (("llm", "engine", "stop", "../../models"), 1, "No engine '../../models'", "engine list"),
+        (("llm", "engine", "stop", ""), 1, "No engine ''", "engine list"),
+        ((*finetune(tiny_model, SAMPLES, out)[:-3], "", "--output", str(out)), 2, "dataset_path is empty", "Give a path"),
+        ((*finetune(tiny_model, SAMPLES, out)[:-1], ""), 2, "output_dir is empty", "Give a path"),
+        (("llm", "engine", "start", ""), 2, "The model's name is empty", "Give a name"),
         (("llm", "engine", "status", "engine-none"), 1, "No engine 'engine-none'", "engine list"),
         (("llm", "engine", "logs", "engine-none", "--follow"), 1, "No engine 'engine-none'", "engine list"),
         (("llm", "engine", "resume", "engine-none"), 1, "No engine 'engine-none'", "engine list"),
@@ -69,7 +74,7 @@ def test_a_mistake_is_told_and_nothing_is_started(tiny_model: Path, tmp_path: Pa
         assert done.stdout == "", arguments
     assert list_engines() == {}
     assert not out.exists()
-    assert not (sage_home / "data/models/finetuned").exists()
+    assert list((sage_home / "data/models/finetuned").glob("*")) == []
 
 
 def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_other_settings_another_template_or_other_content_are_tokenised_anew(
     write_jsonl(train_file, [chat_record("another", "dataset")])
     stored(train_file, Encoder(tokenizer, 128), silent)
     assert len(folders(sage_home)) == 5
+
+
+def test_what_is_stored_can_be_read_by_its_user_only(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
+    umask = os.umask(0o002)  # as in a group of several users
+    try:
+        stored(train_file, Encoder(tokenizer, 64), silent)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((sage_home / "cache/tokenized").stat().st_mode) == 0o700
 
 
 def test_what_was_cut_off_is_made_again(tokenizer: Any, sage_home: Path) -> None:

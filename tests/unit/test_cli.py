@@ -11,6 +11,7 @@ from sage.cli.commands.apps import dataset
 from sage.cli.commands.apps.engine import Kind, ending
 from sage.cli.render import bar, engine_lines, engine_table, size
 from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
+from sage.cli.waiting import failure
 from sage.common import errors
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.preferences import Method
@@ -135,3 +136,23 @@ def test_both_clients_have_the_same_methods() -> None:
             typing.get_type_hints(getattr(AsyncSageClient, name)).keys()
             <= typing.get_type_hints(getattr(SageClient, name)).keys()
         )
+
+
+@pytest.mark.parametrize("engine_id", ["", "..", "../models", "engine-a/remove", "engine-a?force=true", "engine-a#"])
+def test_what_is_no_id_reaches_no_other_route(engine_id: str) -> None:
+    for call in (calls.get, calls.resume, calls.remove):
+        with pytest.raises(errors.NotFound, match="No engine"):
+            call(engine_id)
+    assert calls.get("engine-a").path == "/v1/management/engines/engine-a"
+
+
+@pytest.mark.parametrize("hint", ["", "Its log: `sage llm engine logs engine-a`."])
+def test_a_failure_names_its_log_once(hint: str) -> None:
+    told = failure(view(state="failed", reason={"code": "engine_died", "message": "It died.", "hint": hint})).hint
+    assert told == "Its log: `sage llm engine logs engine-a`."
+
+
+@pytest.mark.parametrize("name", PATH_FIELDS)
+def test_an_empty_path_is_not_the_working_folder(name: str) -> None:
+    with pytest.raises(errors.ConfigError, match=f"{name} is empty"):
+        with_training_options(lambda **_: None)(**{name: ""})

@@ -40,13 +40,20 @@ def test_the_environment_overrides_the_file_and_the_file_the_defaults(
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("gateway_port = 0", "gateway_port"), ("gatewayport = 1", "gatewayport: is not a setting"), ("= 1", "Invalid")],
+    [
+        ("gateway_port = 0", "gateway_port"),
+        ("gatewayport = 1", "gatewayport: is not a setting"),
+        ("= 1", "Invalid"),
+        (b"\xff\xfe", "utf-8"),
+    ],
 )
-def test_a_wrong_settings_file_is_named(sage_home: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str) -> None:
+def test_a_wrong_settings_file_is_named(
+    sage_home: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes, said: str
+) -> None:
     monkeypatch.delenv("SAGE_GATEWAY_PORT")
     config = get_user_paths().config_file
     config.parent.mkdir(parents=True)
-    config.write_text(text)
+    config.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as caught:
         load_settings()
     assert said in caught.value.message

@@ -12,6 +12,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from sage.common.errors import ConfigError
+
 
 class TrainingOption(NamedTuple):
     """One option: its name is that of FinetuneConfig's field, or the requirement's shorter one."""
@@ -113,6 +115,8 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
     for name in PATH_FIELDS:
         if name in given:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
+            if "" in paths:  # a variable that is not set, and not the working folder
+                raise ConfigError(code="config_invalid", message=f"{name} is empty.", hint="Give a path.", param=name)
             absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]  # noqa: PTH100, PTH111 - never raises
             given[name] = absolute[0] if len(absolute) == 1 else absolute
     for name in MODULE_FIELDS:

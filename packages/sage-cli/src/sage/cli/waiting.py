@@ -40,10 +40,11 @@ def until_ended(client: SageClient, engine_id: str) -> EngineView:
 def failure(engine: EngineView) -> EngineError:
     """Return the error of an engine that has failed."""
     reason = engine.reason
+    hint, log = reason.hint if reason else "", f"`sage llm engine logs {engine.id}`"
     return EngineError(
         code=reason.code if reason else "failed",
         message=f"{engine.id} failed: {reason.message if reason else 'no reason is known.'}",
-        hint=f"{reason.hint if reason else ''} Its log: `sage llm engine logs {engine.id}`.".strip(),
+        hint=hint if log in hint else f"{hint} Its log: {log}.".strip(),
     )
 
 

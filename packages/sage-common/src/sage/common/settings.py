@@ -85,7 +85,7 @@ def load_settings() -> Settings:
     path = get_user_paths().config_file
     try:
         return Settings()
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _invalid(path, str(error)) from error
     except ValidationError as error:
         raise _invalid(path, config_error(error, "setting", _SECRETS).message) from error

@@ -1,6 +1,7 @@
 """What both clients send and what they make of the answers."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from sage.common.errors import ConfigError, EngineError, GatewayUnreachable, Sag
 #: A start or resume may hash large files first; giving up earlier would invite a second start.
 _LONG_SECONDS = 3600.0
 _PREFIX = "/v1/management"
+_ID = re.compile(r"[\w-]+", re.ASCII)
 _ERRORS_BY_STATUS: dict[int, type[SageError]] = {
     400: errors.ModelError,
     401: errors.Unauthorized,
@@ -44,6 +46,16 @@ def headers(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"}
 
 
+def _of(engine_id: str, route: str = "") -> str:
+    """Return a path of an engine. Raises NotFound for what cannot be an id, and could lead elsewhere."""
+    if not _ID.fullmatch(engine_id):
+        raise errors.NotFound(
+            code="engine_not_found", message=f"No engine '{engine_id[:100]}'.", param="engine_id",
+            hint="`sage llm engine list` shows all engines.",
+        )  # fmt: skip
+    return f"{_PREFIX}/engines/{engine_id}{route}"
+
+
 def start(request: dict[str, Any]) -> Call:
     """Start an engine."""
     return Call("POST", f"{_PREFIX}/engines/start", json=request, timeout_seconds=_LONG_SECONDS)
@@ -56,43 +68,43 @@ def list_all() -> Call:
 
 def get(engine_id: str) -> Call:
     """Read one engine."""
-    return Call("GET", f"{_PREFIX}/engines/{engine_id}")
+    return Call("GET", _of(engine_id))
 
 
 def stop(engine_id: str, *, force: bool) -> Call:
     """Stop an engine."""
-    return Call("DELETE", f"{_PREFIX}/engines/{engine_id}", params={"force": force})
+    return Call("DELETE", _of(engine_id), params={"force": force})
 
 
 def resume(engine_id: str) -> Call:
     """Resume an engine."""
-    return Call("POST", f"{_PREFIX}/engines/{engine_id}/resume", timeout_seconds=_LONG_SECONDS)
+    return Call("POST", _of(engine_id, "/resume"), timeout_seconds=_LONG_SECONDS)
 
 
 def remove(engine_id: str) -> Call:
     """Forget an engine."""
-    return Call("POST", f"{_PREFIX}/engines/{engine_id}/remove", timeout_seconds=_LONG_SECONDS)
+    return Call("POST", _of(engine_id, "/remove"), timeout_seconds=_LONG_SECONDS)
 
 
 def logs(engine_id: str, tail: int) -> Call:
     """Read the end of an engine's log."""
-    return Call("GET", f"{_PREFIX}/engines/{engine_id}/logs", params={"tail": tail})
+    return Call("GET", _of(engine_id, "/logs"), params={"tail": tail})
 
 
 def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call:
     """Stream an engine's log, from its end or from a byte on."""
     where = {"tail": tail} if offset is None else {"offset": offset}
-    return Call("GET", f"{_PREFIX}/engines/{engine_id}/logs", params={"follow": True, **where})
+    return Call("GET", _of(engine_id, "/logs"), params={"follow": True, **where})
 
 
 def events(engine_id: str, *, follow: bool) -> Call:
     """Read an engine's transitions."""
-    return Call("GET", f"{_PREFIX}/engines/{engine_id}/events", params={"follow": follow})
+    return Call("GET", _of(engine_id, "/events"), params={"follow": follow})
 
 
 def training_steps(engine_id: str) -> Call:
     """Read the steps of a training run."""
-    return Call("GET", f"{_PREFIX}/engines/{engine_id}/training")
+    return Call("GET", _of(engine_id, "/training"))
 
 
 def devices() -> Call:

@@ -67,9 +67,7 @@ def start_engine(
     from sage.cli import daemon, waiting
     from sage.libs.models.resolve import absolute_name
 
-    for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
-        if kind == Kind.finetune and field not in options:
-            raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
+    _check_given(model, kind, options)
     named = absolute_name(model, Path.cwd())
     is_path = named != model or named.startswith("/")
     client = daemon.connect()
@@ -95,9 +93,8 @@ def start_engine(
     if wait is not False:
         engine = waiting.until_running(client, engine.id)
         if kind != Kind.finetune:
-            typer.echo(
-                f"Serving '{engine.name}' at {client.base_url}/v1; talk to it: `sage llm chat {engine.name}`.", err=True
-            )
+            talk = f"; talk to it: `sage llm chat {engine.name}`" if kind == Kind.llm else ""
+            typer.echo(f"Serving '{engine.name}' at {client.base_url}/v1{talk}.", err=True)
     if wait:
         engine = waiting.until_ended(client, engine.id)
         typer.echo(ending(engine), err=True)
@@ -105,6 +102,14 @@ def start_engine(
             raise waiting.failure(engine)
     if json:
         typer.echo(engine.model_dump_json(indent=2))
+
+
+def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
+    if not model:  # a variable that is not set, and not the working folder
+        raise ConfigError(code="config_invalid", message="The model's name is empty.", hint="Give a name or a folder.")
+    for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
+        if kind == Kind.finetune and field not in options:
+            raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
 
 
 def is_interactive() -> bool:

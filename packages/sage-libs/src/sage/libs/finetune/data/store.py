@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sage.common.errors import DatasetError
-from sage.common.paths import get_user_paths
+from sage.common.paths import get_user_paths, private_folder
 from sage.libs.finetune.data.folders import Split, select_files
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.loading import dataset_hash
@@ -106,7 +106,7 @@ def stored(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split =
     folder = root / _key(path, encoder, split)
     found = _whole(folder)
     if found is None:
-        root.mkdir(parents=True, exist_ok=True)
+        private_folder(root)
         _remove_unused(root)
         aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
         try:

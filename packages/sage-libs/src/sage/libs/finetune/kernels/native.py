@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from sage.common.paths import get_user_paths
+from sage.common.paths import get_user_paths, private_folder
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 _COMPILE_SECONDS = 60
@@ -45,7 +45,7 @@ def _compiler() -> list[str] | None:
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(target.parent)  # it is run: nobody else may put anything there
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run(
