@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +11,7 @@ import typer
 
 from sage.cli import daemon, waiting
 from sage.cli.commands.apps import engine
+from sage.cli.conversation import Conversation
 from sage.llm.control_plane.types import EngineView
 
 
@@ -31,6 +32,11 @@ class Client:
 
     def get_engine(self, _: str) -> EngineView:
         return self._interrupted()
+
+    def chat_stream(self, _: str, messages: list[Any], **__: Any) -> Iterator[str]:
+        self.asked = [message["content"] for message in messages]
+        yield "Once"
+        raise KeyboardInterrupt
 
     def _interrupted(self) -> EngineView:
         os.kill(os.getpid(), signal.SIGINT)
@@ -58,3 +64,23 @@ def test_an_interrupted_command_says_what_goes_on(
         call(client)
     assert ended.value.exit_code == 130
     assert told in capsys.readouterr().err
+
+
+def test_an_answer_that_was_cut_short_is_no_success_and_a_conversation_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client: Any = Client("running")
+    with pytest.raises(KeyboardInterrupt):
+        Conversation(client, "m", None, {}).ask("Tell me")
+    assert capsys.readouterr().out == "Once\n"
+    typed = iter(["Tell me", "Go on"])
+
+    def read(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    Conversation(client, "m", None, {}).repeat()
+    assert client.asked == ["Tell me", "Once", "Go on"]

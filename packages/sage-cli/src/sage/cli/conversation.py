@@ -21,20 +21,25 @@ class Conversation:
         self._messages = list(self._first)
 
     def ask(self, text: str) -> None:
-        """Say something and print the answer as it comes; Ctrl-C cuts it short."""
+        """Say something and print the answer as it comes; Ctrl-C cuts it short, and is raised when what came is kept."""
         self._messages.append({"role": "user", "content": text})
         answer = ""
         try:
-            with contextlib.suppress(KeyboardInterrupt):
-                for piece in self._client.chat_stream(self._model, self._messages, **self._options):
-                    answer += piece
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+            for piece in self._client.chat_stream(self._model, self._messages, **self._options):
+                answer += piece
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            self._end(answer)
+            raise
         except SageError:
             self._messages.pop()
             if answer:  # the error begins a line of its own
                 sys.stdout.write("\n")
             raise
+        self._end(answer)
+
+    def _end(self, answer: str) -> None:
         sys.stdout.write("\n")
         self._messages.append({"role": "assistant", "content": answer})
 
@@ -62,6 +67,8 @@ class Conversation:
     def _say(self, text: str) -> None:
         try:
             self.ask(text)
+        except KeyboardInterrupt:
+            pass  # it had said enough
         except SageError as error:  # the next question may do better
             typer.echo(f"Error: {error}", err=True)
             if not sys.stdin.isatty():
