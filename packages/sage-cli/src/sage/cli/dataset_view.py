@@ -22,7 +22,9 @@ def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_js
     shown = [(sample, encoder.encode_whole([sample])[0]) for sample in samples]
     encoder.raise_for_faults()
     if not shown:
-        raise DatasetError(code="line_not_found", message="No sample is there.", hint="Omit --line to see the first ones.")
+        raise DatasetError(
+            code="line_not_found", message="There is no such sample.", hint="Omit --line to see the first ones."
+        )
     if as_json:
         console.out(json.dumps([_as_dict(*each, encoder) for each in shown], indent=2), highlight=False)
         return

@@ -112,12 +112,14 @@ def _parameter(option: TrainingOption) -> inspect.Parameter:
 
 
 def _normalised(given: dict[str, Any]) -> dict[str, Any]:
+    from pathlib import Path
+
     for name in PATH_FIELDS:
         if name in given:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
             if "" in paths:  # a variable that is not set, and not the working folder
                 raise ConfigError(code="config_invalid", message=f"{name} is empty.", hint="Give a path.", param=name)
-            absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]  # noqa: PTH100, PTH111 - never raises
+            absolute = [str(Path(os.path.expanduser(path)).absolute()) for path in paths]  # noqa: PTH111 - never raises
             given[name] = absolute[0] if len(absolute) == 1 else absolute
     for name in MODULE_FIELDS:
         if _NAMES.fullmatch(given.get(name, "")):  # else `all-linear` or a pattern
