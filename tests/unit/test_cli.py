@@ -76,6 +76,7 @@ def test_the_listing_shows_state_progress_loss_and_eta() -> None:
         assert word in text
     assert "estimating" in shown(view(training=progress()))
     assert "48547" in shown(view(kind="llm", port=48547))
+    assert "/models/[/b]" in shown(view(name="/models/[/b]"))  # text, and no markup
 
 
 def test_the_status_tells_the_reason_and_the_next_step() -> None:

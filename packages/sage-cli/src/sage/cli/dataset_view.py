@@ -30,14 +30,18 @@ def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_js
         return
     for sample, sequences in shown:
         if not sequences:
-            console.print(f"[bold]{sample.origin}[/] ({sample.format}): nothing is trained on", highlight=False)
+            console.print(_heading(sample, "nothing is trained on"))
         for sequence in sequences:
             cut = max(0, len(sequence.ids) - encoder.cutoff)
             facts = f"{len(sequence.ids)} tokens, {sequence.trained_tokens} trained{f', {cut} cut' if cut else ''}"
-            console.print(f"[bold]{sample.origin}[/] ({sample.format}): {facts}", highlight=False)
-            console.print(_text(sequence, encoder, console.color_system is not None), highlight=False)
+            console.print(_heading(sample, facts))
+            console.print(_text(sequence, encoder, console.color_system is not None))
     for finding in encoder.findings:
-        console.print(f"{finding.severity}: {finding} {finding.hint}".rstrip(), style="yellow", highlight=False)
+        console.print(Text(f"{finding.severity}: {finding} {finding.hint}".rstrip(), style="yellow"))
+
+
+def _heading(sample: Sample, facts: str) -> Text:
+    return Text.assemble((str(sample.origin), "bold"), f" ({sample.format}): {facts}")
 
 
 def _segments(sequence: Encoded, encoder: Encoder) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sage.libs.finetune.progress_bar import duration, eta_text
@@ -33,7 +34,7 @@ def engine_table(engines: Iterable[EngineView]) -> Table:
     for engine in engines:
         style = _STATE_STYLES.get(engine.state, "dim")
         table.add_row(
-            engine.id, engine.kind, engine.name, f"[{style}]{engine.state}[/]", *_training_cells(engine),
+            engine.id, engine.kind, escape(engine.name), f"[{style}]{engine.state}[/]", *_training_cells(engine),
             duration((datetime.now(UTC) - engine.created_at).total_seconds()),
             "" if engine.memory_bytes is None else size(engine.memory_bytes),
             "" if engine.port is None else str(engine.port),

@@ -12,7 +12,7 @@ class ProgressBar:
     """Shown on stderr where that is a terminal, and gone afterwards."""
 
     def __init__(self, title: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[figures]}"))
         console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             *columns, TimeElapsedColumn(), console=console, transient=True, disable=not sys.stderr.isatty()

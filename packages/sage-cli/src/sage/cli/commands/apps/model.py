@@ -19,13 +19,14 @@ def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
         typer.echo(json.dumps([{**vars(model), "path": str(model.path)} for model in models], indent=2))
         return
+    from rich.markup import escape
     from rich.table import Table
 
     from sage.cli import render
 
     table = Table("NAME", "KIND", "SIZE", "PATH", box=None, pad_edge=False, header_style="bold")
     for model in models:
-        table.add_row(model.name, model.kind, render.size(model.size_bytes), str(model.path))
+        table.add_row(escape(model.name), model.kind, render.size(model.size_bytes), escape(str(model.path)))
     render.stdout().print(table)
 
 
