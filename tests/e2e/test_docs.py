@@ -16,6 +16,7 @@ def test_every_page_is_read() -> None:
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("**/*.md")} | {"README.md"} == set(PAGES)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)  # it trains the real model four times
 def test_the_commands_of_the_documentation_work(clone: Path, smollm2: str, sage_home: Path) -> None:
     script = ["set -euo pipefail"]
