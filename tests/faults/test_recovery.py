@@ -242,12 +242,12 @@ def test_a_home_on_a_full_disk_is_told_and_nothing_is_lost_when_there_is_space_a
     fill(small_disk / "filler")
     wait_for(lambda: client().get_engine(run.id).pid is None, "the end of the run")
     for _ in range(3):  # it lives, it answers, it refuses with a reason
+        fill(small_disk / "filler")  # what the run had set aside to tell its end with
         with pytest.raises(SageError, match=r"No space left on device|full"):
             train(tiny_model, tmp_path / "other")
         ask = {"model": serving.id, "prompt": "Hi", "max_tokens": 1}
         assert httpx.post(f"{client().base_url}/v1/completions", json=ask, timeout=60).status_code == 200
     kill_gateway(small_disk)
-    fill(small_disk / "filler")  # what the run had set aside to tell its end with
     start = sage("gateway", "start", check=None)  # the bytes that are left decide whether it can
     assert start.returncode == 0 or "No space left on device" in start.stderr
     assert "Traceback" not in start.stderr
