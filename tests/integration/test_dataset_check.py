@@ -121,7 +121,9 @@ def test_a_terminal_is_asked_whether_to_train_all_the_same(tiny_model: Path, tmp
 
 
 def test_show_prints_a_sample_as_the_model_sees_it(tiny_model: Path, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "[/b].jsonl", [chat_record("q", "\x1b[31mfirst"), chat_record("What?", "日本 second")])
+    file = write_jsonl(
+        tmp_path / "[bold]two.jsonl", [chat_record("q", "\x1b[31mfirst"), chat_record("What?", "日本 second")]
+    )
     shown = dataset("show", file, "--model", tiny_model, "--line", 2).stdout
     assert f"{file}:2 (openai)" in shown
     assert "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n⟦日本 second<|im_end|>⟧" in shown

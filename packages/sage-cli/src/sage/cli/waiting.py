@@ -2,9 +2,9 @@
 
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import typer
 
@@ -51,7 +51,7 @@ def failure(engine: EngineView) -> EngineError:
 def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], bool]) -> EngineView:
     with ProgressBar(engine_id) as bar, interrupts_noted() as interrupted:
         deadline, is_stopping = time.monotonic() + _PATIENCE_SECONDS, False
-        while not interrupted.is_set():
+        while not interrupted.noted:
             try:
                 engine = client.get_engine(engine_id)
             except GatewayUnreachable:
@@ -63,23 +63,30 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
                 _show(bar, engine)
                 if is_done(engine):
                     return engine
-            interrupted.wait(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
     raise left(engine_id, is_stopping=is_stopping)
 
 
+@dataclass
+class Interrupt:
+    """Whether Ctrl-C was pressed; no threading.Event, whose lock the interrupted code may hold: setting it would hang."""
+
+    noted: bool = False
+
+
 @contextlib.contextmanager
-def interrupts_noted() -> Iterator[threading.Event]:
+def interrupts_noted() -> Iterator[Interrupt]:
     """Note Ctrl-C for the length of the block, where as an exception it could be lost in a finalizer; twice is at once."""
-    noted = threading.Event()
+    interrupt = Interrupt()
 
     def note(*_: object) -> None:
-        if noted.is_set():
+        if interrupt.noted:
             raise KeyboardInterrupt
-        noted.set()
+        interrupt.noted = True
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield noted
+        yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
 

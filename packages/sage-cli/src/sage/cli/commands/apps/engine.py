@@ -83,7 +83,7 @@ def start_engine(
 
     with waiting.interrupts_noted() as interrupted:  # or an engine could run that nobody was told of
         engine = begin(options)
-    if interrupted.is_set():
+    if interrupted.noted:
         raise waiting.left(engine.id)
     if kind == Kind.finetune and wait is not False and is_interactive():
         engine = _confirmed(client, engine, lambda: begin({**options, "allow_warnings": True}))
