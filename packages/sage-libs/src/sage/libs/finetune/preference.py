@@ -17,6 +17,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from sage.libs.finetune.data.checking import as_chats
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
+from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels
 from sage.libs.finetune.rewards import load_reward
@@ -45,16 +46,17 @@ class PreferenceRun(TrainingRun):
         for source in config.sources:
             self._tell(f"reading {source.path}")
             report = DatasetReport(source.path)
-            self.rows += [sample.content for sample in read_samples(report, parser_of(config.method))]
+            samples = list(read_samples(report, parser_of(config.method)))
             report.raise_for_faults()
-            self._inspect(report.path)
+            self._inspect(samples, report.path)
+            self.rows += [sample.content for sample in samples]
         self.samples, self.micro_batch = len(self.rows), config.batch_size
         self.heldout = HeldOut(self.run, config, [], self.stop.check)
 
-    def _inspect(self, path: Path) -> None:
+    def _inspect(self, samples: list[Sample], path: Path) -> None:
         """Look at the answers of a dataset as the model would see them."""
         encoder = self._encoder()
-        for sample in as_chats(read_samples(DatasetReport(path), parser_of(self.config.method))):
+        for sample in as_chats(samples):
             encoder.encode_whole([sample])
         encoder.raise_for_faults()
         self._report_findings(encoder.findings, path)

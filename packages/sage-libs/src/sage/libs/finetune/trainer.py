@@ -43,7 +43,7 @@ from sage.libs.finetune.stopping import StopRequest, StopRequested
 from sage.libs.finetune.team import Team
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.fingerprint import fingerprint
-from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder
+from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder, tokenizer_folder
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class TrainingRun:
         source = resolve_model(config.base_model)
         self.folder = folder = local_folder(source.base or source)
         adapter = source.folder if source.kind is ModelKind.ADAPTER else None
-        self.tokenizer = load_tokenizer(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)
+        self.tokenizer = load_tokenizer(tokenizer_folder(source, folder))
         check_vocabulary(self.tokenizer, folder)
         if warning := ensure_chat_template(self.tokenizer):
             self._warn(warning)

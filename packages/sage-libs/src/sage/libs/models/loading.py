@@ -24,6 +24,12 @@ def local_folder(source: ModelSource) -> Path:
     return downloaded(source) if source.kind is ModelKind.HUB else source.folder
 
 
+def tokenizer_folder(source: ModelSource, base: Path) -> Path:
+    """Return the folder with a model's tokenizer: an adapter's own, if it has one, else that of the base."""
+    is_own = source.kind is ModelKind.ADAPTER and (source.folder / "tokenizer.json").is_file()
+    return source.folder if is_own else base
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model's folder; raises ModelError if it has none or a slow one."""
     try:

@@ -13,7 +13,7 @@ from sage.libs.finetune.data.messages import read_conversation
 from sage.libs.finetune.data.values import RecordError
 from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
-from sage.libs.models.loading import load_causal_lm, load_tokenizer
+from sage.libs.models.loading import load_causal_lm, load_tokenizer, tokenizer_folder
 from sage.libs.models.resolve import ModelKind
 from sage.llm.workers.penalties import processors
 from sage.llm.workers.sampling import Piece, Sampling, TokenScore
@@ -39,12 +39,10 @@ class Generator:
         numbers = {"fp32": torch.float32, "bf16": torch.bfloat16}
         default = "bf16" if torch.cuda.is_available() else "fp32"
         model = load_causal_lm(base_folder, numbers[default if dtype == "auto" else dtype])
-        has_own_tokenizer = (source.folder / "tokenizer.json").is_file()
         if source.kind is ModelKind.ADAPTER:
             model = merged(attach_adapter(model, source.folder))
         self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        use_adapters = source.kind is ModelKind.ADAPTER and has_own_tokenizer
-        self.tokenizer: Any = load_tokenizer(source.folder if use_adapters else base_folder)
+        self.tokenizer: Any = load_tokenizer(tokenizer_folder(source, base_folder))
         if warning := ensure_chat_template(self.tokenizer):
             logger.warning("%s", warning)
         self.context_tokens = int(getattr(model.config, "max_position_embeddings", 4096))

@@ -8,8 +8,8 @@ from sage.libs.finetune.data.inspection import inspect_end
 from sage.libs.finetune.data.samples import Chat, Sample
 from sage.libs.finetune.data.tokenizing import Encoder, TrainOn
 from sage.libs.models.chat import ensure_chat_template
-from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder
-from sage.libs.models.resolve import ModelKind, resolve_model
+from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder, tokenizer_folder
+from sage.libs.models.resolve import resolve_model
 
 #: The answers of a preference row; TRL renders them behind the prompt.
 _ANSWERS = ("chosen", "rejected", "completion")
@@ -22,8 +22,7 @@ def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> En
     """
     source = resolve_model(model, Path.cwd())
     base = local_folder(source.base or source)
-    has_own_tokenizer = source.kind is ModelKind.ADAPTER and (source.folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(source.folder if has_own_tokenizer else base)
+    tokenizer = load_tokenizer(tokenizer_folder(source, base))
     check_vocabulary(tokenizer, base)
     ensure_chat_template(tokenizer)
     encoder = Encoder(tokenizer, cutoff, train_on, embedding_rows(base))
