@@ -20,7 +20,7 @@ _KILL_ROUNDS = 10
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process that can be told from a later one of the same PID."""
+    """A process, distinct from a later one with the same PID."""
 
     pid: int
     started: str  #: the boot's id and the ticks since then; compared, never computed with

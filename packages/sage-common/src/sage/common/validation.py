@@ -24,7 +24,7 @@ def validated(model: type[ModelT], values: dict[str, Any], what: str = "option")
 def config_error(error: ValidationError, what: str = "option", secrets: Collection[str] = ()) -> ConfigError:
     """Return the first finding of a ValidationError as a ConfigError; how many more there are stands in its hint.
 
-    The values of the options that `secrets` names are not told.
+    The values of options named in `secrets` are omitted.
     """
     first, *rest = error.errors()
     name = ".".join(str(part) for part in first["loc"]) or what

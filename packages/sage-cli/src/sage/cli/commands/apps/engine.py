@@ -81,7 +81,7 @@ def start_engine(
             name=name or (Path(named).name if is_path and kind != Kind.finetune else None),
         )
 
-    with waiting.interrupts_noted() as interrupted:  # or an engine could run that nobody was told of
+    with waiting.interrupts_noted() as interrupted:  # else an engine could start without its id being printed
         engine = begin(options)
     if interrupted.noted:
         raise waiting.left(engine.id)

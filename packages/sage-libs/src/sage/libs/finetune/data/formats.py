@@ -15,7 +15,7 @@ from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printa
 
 Record = Mapping[str, Any]
 Content = Chat | str
-#: What a text model cannot be told.
+#: Fields that a text model cannot read.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TOOLS = ("tools", "functions")
 _HARMLESS = {*BOOKKEEPING, *_MEDIA}

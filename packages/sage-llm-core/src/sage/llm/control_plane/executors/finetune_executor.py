@@ -224,7 +224,7 @@ class FinetuneExecutor:
         return RunDirectory(self._manager.root / task_id_of(engine.id))
 
     def _why_it_died(self, engine: EngineRecord, run: RunStatus) -> Reason:
-        """Return why a worker that told no error is gone."""
+        """Return why a worker exited without reporting an error."""
         code = self._launcher.exit_code(self._run(engine).lock_path)
         if code is None or code == 0:
             return Reason(code="worker_died", message=run.message or "", hint=run.hint or "")
