@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,24 @@ def test_a_model_larger_than_the_memory_is_refused_before_the_data_is_read(tiny_
 
 
 def limited(run: TinyRun, home: Path, mebibytes: int, *group: Path) -> str:
-    """Train where so little address space is left, or memory in a control group; return what was said."""
+    """Train with so little address space left, or memory in a control group; return what was logged."""
     argv = [sys.executable, "-c", LIMITED, str(run.path), str(mebibytes), *map(str, group)]
     return subprocess.run(argv, env=environment(home), capture_output=True, text=True, check=False).stderr
+
+
+def in_the_least_memory(new_run: Callable[[str], TinyRun], home: Path, *group: Path) -> tuple[TinyRun, int]:
+    """Return the run that completes with the least memory, and its limit in MiB.
+
+    How much the libraries themselves need depends on the processor, so no single limit is right on every machine.
+    Raises AssertionError if a run with less memory fails for another reason than memory, or none completes.
+    """
+    for mebibytes in (32, 44, 60, 80, 108, 146):
+        run = new_run(f"within-{mebibytes}")
+        log = limited(run, home, mebibytes, *group)
+        if run.status.state is RunState.COMPLETED:
+            return run, mebibytes
+        assert group or "memory" in log.lower(), log[-3000:]  # the kernel kills in a control group, without a log
+    raise AssertionError(log[-3000:])
 
 
 @pytest.mark.parametrize("batching", [{"batch_size": 32}, {"pack_tokens": 9000}, {"batch_size": 32, "fast_kernels": "off"}])
@@ -191,9 +206,7 @@ def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
     make_tiny_model(tmp_path / "model", width=256, layers=4)
     options = {**batching, "max_steps": 3}
     roomy = TinyRun(tmp_path / "model", tmp_path / "roomy", **options).trained()
-    run = TinyRun(tmp_path / "model", tmp_path / "tight", **options)
-    said = limited(run, sage_home, 48)
-    assert run.status.state is RunState.COMPLETED, said[-3000:]
+    run, _ = in_the_least_memory(lambda name: TinyRun(tmp_path / "model", tmp_path / name, **options), sage_home)
     assert any("Memory did not suffice: micro-batches are computed in" in text for text in run.status.warnings)
     assert run.status.halvings >= 1
     assert run.losses() == pytest.approx(roomy.losses(), rel=1e-3)
@@ -205,25 +218,24 @@ def test_a_container_s_limit_halves_the_micro_batch_where_it_would_kill(
     tmp_path: Path, sage_home: Path, cgroup: Path
 ) -> None:
     make_tiny_model(tmp_path / "model", width=256, layers=4)
-    run = TinyRun(tmp_path / "model", tmp_path / "tight", batch_size=32, max_steps=3)
-    said = limited(run, sage_home, 90, cgroup)
-    assert run.status.state is RunState.COMPLETED, said[-3000:]
+    options = {"batch_size": 32, "max_steps": 3}
+    run, _ = in_the_least_memory(lambda name: TinyRun(tmp_path / "model", tmp_path / name, **options), sage_home, cgroup)
     assert run.status.halvings >= 1
 
 
-@pytest.mark.parametrize("checkpointing", ["auto", "off"])
-def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path, checkpointing: str) -> None:
-    make_tiny_model(tmp_path / "model", width=768, layers=8)
+def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path) -> None:
+    make_tiny_model(tmp_path / "model", width=768, layers=4)
     data = write_jsonl(tmp_path / "long.jsonl", [chat_record("words " * 150, "answers " * 100)] * 2)
-    options = {"dataset_path": str(data), "batch_size": 2, "max_steps": 2}
-    run = TinyRun(tmp_path / "model", tmp_path / "out", **options, gradient_checkpointing=checkpointing)
-    said = limited(run, sage_home, 64)
-    if checkpointing == "auto":
-        assert run.status.state is RunState.COMPLETED, said[-3000:]
-        assert run.status.checkpointing
-        assert any("activations are computed again instead of kept" in text for text in run.status.warnings)
-    else:
-        assert "Out of memory: a single sample of 512 tokens does not fit." in said
+
+    def run_with(name: str, checkpointing: str) -> TinyRun:
+        options = {"dataset_path": str(data), "batch_size": 2, "max_steps": 2, "gradient_checkpointing": checkpointing}
+        return TinyRun(tmp_path / "model", tmp_path / name, **options)
+
+    run, mebibytes = in_the_least_memory(lambda name: run_with(name, "auto"), sage_home)
+    assert run.status.checkpointing
+    assert any("activations are computed again instead of kept" in text for text in run.status.warnings)
+    log = limited(run_with("kept", "off"), sage_home, mebibytes)
+    assert "Out of memory: a single sample of 512 tokens does not fit." in log
 
 
 def precision(asked: str, width: int = 64, *, use_8bit: bool = True, **begun: bool) -> Precision:
