@@ -10,10 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from train import MODEL, PACK_TOKENS, processor
 
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
-from sage.libs.finetune.batching import Batch
 from sage.libs.finetune.data.tokenizing import IGNORED
-from sage.libs.finetune.stopping import StopRequest
-from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.finetune.training.batching import Batch
+from sage.libs.finetune.training.stopping import StopRequest
+from sage.libs.finetune.training.trainer import TrainingRun
 
 STEPS = 6
 #: The autograd functions of each part; what they call is counted with them.

@@ -28,7 +28,7 @@ from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.tokenizing import Encoder
 from sage.libs.finetune.manager import WORKER_ENVIRONMENT
-from sage.libs.finetune.rundir import Event
+from sage.libs.finetune.run.rundir import Event
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
 

@@ -16,10 +16,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from sage.libs.finetune.batching import PackedCollator, PaddedCollator
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 from sage.libs.finetune.kernels.install import Kernels
-from sage.libs.finetune.loss import CompletionLoss
+from sage.libs.finetune.training.batching import PackedCollator, PaddedCollator
+from sage.libs.finetune.training.loss import CompletionLoss
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 96, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 6,

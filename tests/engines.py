@@ -3,9 +3,8 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from sage.llm.control_plane.states import EngineState
+from sage.llm.client.types import EngineKind, EngineState, Wanted
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import EngineKind, Wanted
 
 
 def record(state: EngineState = EngineState.QUEUED, wanted: Wanted = Wanted.RUNNING, **values: Any) -> EngineRecord:

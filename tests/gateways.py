@@ -12,7 +12,7 @@ from aiohttp import web
 from support import free_port
 
 from sage.common.settings import load_settings
-from sage.llm.control_plane.states import EngineState
+from sage.llm.client.types import EngineState
 from sage.llm.gateway.app import create_app
 from sage.llm.gateway.connections import BoundedHttp
 

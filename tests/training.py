@@ -7,9 +7,9 @@ from typing import Any
 from support import SAMPLES, wait_for
 
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
-from sage.libs.finetune.rundir import Event
-from sage.libs.finetune.status import RunState, RunStatus
-from sage.libs.finetune.stopping import StopRequest
+from sage.libs.finetune.run.rundir import Event
+from sage.libs.finetune.run.status import RunState, RunStatus
+from sage.libs.finetune.training.stopping import StopRequest
 
 ENDED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
 
@@ -36,9 +36,9 @@ class TinyRun:
         """Carry it out in this process, which has imported long ago what a worker takes seconds to import."""
         run, stop = self.manager.run_directory(self.task_id), StopRequest()
         if self.config.method == "sft":
-            from sage.libs.finetune.trainer import TrainingRun as Run
+            from sage.libs.finetune.training.trainer import TrainingRun as Run
         else:
-            from sage.libs.finetune.preference import PreferenceRun as Run
+            from sage.libs.finetune.training.preference import PreferenceRun as Run
         Run(run, stop).train()
         return self.completed()
 

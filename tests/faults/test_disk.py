@@ -11,7 +11,7 @@ import pytest
 from support import SAMPLES, engine_of, list_engines, sage, wait_for
 from training import TinyRun
 
-from sage.libs.finetune.status import RunState
+from sage.libs.finetune.run.status import RunState
 
 TIGHT, ROOMY = "size=700k", "size=64m"
 

@@ -17,7 +17,7 @@ from sage.common.errors import SageError
 from sage.common.identity import session_members
 from sage.common.processes import holder
 from sage.llm.client import SageClient
-from sage.llm.control_plane.types import EngineView
+from sage.llm.client.types import EngineView
 
 
 def client() -> SageClient:

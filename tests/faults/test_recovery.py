@@ -22,7 +22,7 @@ from training import TinyRun
 from sage.common.errors import SageError
 from sage.common.processes import holder
 from sage.llm.client import SageClient
-from sage.llm.control_plane.types import EngineView, TrainingProgress
+from sage.llm.client.types import EngineView, TrainingProgress
 
 pytestmark = pytest.mark.timeout(600)
 #: So soon after the gateway is ready, what it says of its engines is what is.

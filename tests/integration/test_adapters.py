@@ -16,8 +16,8 @@ from training import TinyRun
 from transformers import AutoModelForCausalLM
 
 from sage.common.errors import ModelError
-from sage.libs.finetune.stopping import StopRequest
-from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.finetune.training.stopping import StopRequest
+from sage.libs.finetune.training.trainer import TrainingRun
 from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.loading import load_causal_lm
 from sage.libs.models.resolve import resolve_model

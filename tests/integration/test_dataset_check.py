@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from sage.cli.main import app
 from sage.common.errors import DatasetError
-from sage.libs.finetune.stopping import StopRequest
-from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.finetune.training.stopping import StopRequest
+from sage.libs.finetune.training.trainer import TrainingRun
 
 CALL = {"type": "function", "function": {"name": "root", "arguments": '{"x": 81}'}}
 #: The tiny model's template renders no tool calls.
@@ -67,7 +67,7 @@ def test_a_run_that_would_be_silently_wrong_fails_unless_warnings_are_allowed(
 
 
 def test_preferences_are_looked_at_too(tiny_model: Path, tmp_path: Path) -> None:
-    from sage.libs.finetune.preference import PreferenceRun
+    from sage.libs.finetune.training.preference import PreferenceRun
 
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(pairs), method="dpo")

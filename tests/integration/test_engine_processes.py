@@ -20,11 +20,10 @@ from support import free_port
 from sage.common.errors import Conflict, NotFound, Overloaded
 from sage.common.identity import session_members
 from sage.common.settings import load_settings
+from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView, StartRequest
 from sage.llm.control_plane.executors import inference_executor
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.manager import ControlPlaneManager
-from sage.llm.control_plane.states import SETTLED, EngineState
-from sage.llm.control_plane.types import EngineKind, EngineView, StartRequest
 
 S = EngineState
 SERVER = """

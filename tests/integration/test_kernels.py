@@ -13,10 +13,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from sage.libs.finetune.batching import PackedCollator
 from sage.libs.finetune.kernels.attention import Shape, fused_attention, packed_attention
 from sage.libs.finetune.kernels.install import Kernels, install
-from sage.libs.finetune.loss import completion_loss
+from sage.libs.finetune.training.batching import PackedCollator
+from sage.libs.finetune.training.loss import completion_loss
 
 
 def installed(model: PeftModel, compute_dtype: torch.dtype | None = None) -> Kernels:

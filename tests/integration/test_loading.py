@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from training import TinyRun
 
 from sage.common.errors import ModelError
-from sage.libs.finetune.model import width_of
+from sage.libs.finetune.training.model import width_of
 from sage.libs.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
 
 

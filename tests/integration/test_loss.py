@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from sage.libs.finetune.batching import PackedCollator, PaddedCollator, pack
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
-from sage.libs.finetune.evaluation import heldout_loss
-from sage.libs.finetune.loss import CompletionLoss
-from sage.libs.finetune.stopping import StopRequest, StopRequested
+from sage.libs.finetune.training.batching import PackedCollator, PaddedCollator, pack
+from sage.libs.finetune.training.evaluation import heldout_loss
+from sage.libs.finetune.training.loss import CompletionLoss
+from sage.libs.finetune.training.stopping import StopRequest, StopRequested
 
 SEQUENCES = [
     Encoded([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8]),

@@ -106,7 +106,7 @@ def test_a_conversation_that_ends_in_two_ways_is_a_pair(tiny_model: Path, tmp_pa
 
 
 def test_a_table_of_calls_has_the_arguments_that_were_given() -> None:
-    from sage.libs.finetune.preference import table_of
+    from sage.libs.finetune.training.preference import table_of
 
     def spoken(**message: Any) -> dict[str, Any]:
         return {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "", **message}]}

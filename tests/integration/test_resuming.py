@@ -12,11 +12,11 @@ from training import TinyRun
 
 from sage.common.errors import ConfigError, OutputError, RunError
 from sage.libs.finetune import FinetuneManager
-from sage.libs.finetune.checkpoints import Checkpoint
-from sage.libs.finetune.export import export_result
-from sage.libs.finetune.status import RunState
-from sage.libs.finetune.stopping import StopRequest
-from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.finetune.run.checkpoints import Checkpoint
+from sage.libs.finetune.run.status import RunState
+from sage.libs.finetune.training.export import export_result
+from sage.libs.finetune.training.stopping import StopRequest
+from sage.libs.finetune.training.trainer import TrainingRun
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
 
 

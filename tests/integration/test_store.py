@@ -20,9 +20,9 @@ from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.store import StoredSamples, stored
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder
-from sage.libs.finetune.status import RunState
-from sage.libs.finetune.stopping import StopRequest
-from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.finetune.run.status import RunState
+from sage.libs.finetune.training.stopping import StopRequest
+from sage.libs.finetune.training.trainer import TrainingRun
 from sage.libs.models.loading import load_tokenizer
 
 

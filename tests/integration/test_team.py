@@ -10,7 +10,7 @@ import pytest
 from support import HELDOUT, wait_for
 from training import TinyRun
 
-from sage.libs.finetune.status import RunState
+from sage.libs.finetune.run.status import RunState
 
 OPTIONS: dict[str, Any] = {"max_steps": 8, "save_steps": 100, "lora_dropout": 0.0}
 

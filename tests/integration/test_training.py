@@ -12,7 +12,7 @@ from training import TinyRun
 
 from sage.common.errors import Conflict, DatasetError, NotFound
 from sage.libs.finetune import FinetuneManager
-from sage.libs.finetune.status import RunState
+from sage.libs.finetune.run.status import RunState
 
 VARIANTS = {
     "plain": {},

@@ -19,27 +19,27 @@ from training import TinyRun
 from transformers import AutoModelForCausalLM
 
 from sage.common.errors import ModelError, OutputError
-from sage.libs.finetune import memory, trainer
-from sage.libs.finetune.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
-from sage.libs.finetune.estimate import estimate
 from sage.libs.finetune.kernels import int8
-from sage.libs.finetune.model import decoder
-from sage.libs.finetune.precision import Precision, choose_precision
-from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.status import RunState, RunStatus
-from sage.libs.finetune.stopping import StopRequest
-from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.finetune.run.estimate import estimate
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.status import RunState, RunStatus
+from sage.libs.finetune.training import memory, trainer
+from sage.libs.finetune.training.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
+from sage.libs.finetune.training.model import decoder
+from sage.libs.finetune.training.precision import Precision, choose_precision
+from sage.libs.finetune.training.stopping import StopRequest
+from sage.libs.finetune.training.trainer import TrainingRun
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Trains with so many MiB of address space as are in use once everything is loaded, and these besides.
 LIMITED = """
 import os, resource, sys
 from pathlib import Path
-from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.stopping import StopRequest
-from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.training.stopping import StopRequest
+from sage.libs.finetune.training.trainer import TrainingRun
 import torch
 torch.set_num_threads(1)
 run = TrainingRun(RunDirectory(Path(sys.argv[1])), StopRequest())

@@ -13,11 +13,11 @@ from sage.cli.render import bar, engine_lines, engine_table, size
 from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
 from sage.cli.waiting import failure
 from sage.common import errors
+from sage.common.progress_bar import duration
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.preferences import Method
-from sage.libs.finetune.progress_bar import duration
 from sage.llm.client import AsyncSageClient, SageClient, calls
-from sage.llm.control_plane.types import SUPPORTED_ENGINE_KINDS, EngineView, TrainingProgress
+from sage.llm.client.types import SUPPORTED_ENGINE_KINDS, EngineView, TrainingProgress
 
 
 def test_the_options_of_the_command_line_are_those_of_a_run() -> None:

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage.common.errors import NotFound, Overloaded
+from sage.llm.client.types import DEFAULT_MODEL, SETTLED, EngineKind, EngineState, Reason, Wanted
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.reconciler import Action, Effect, Limits, decide
 from sage.llm.control_plane.selection import select_engine
-from sage.llm.control_plane.states import SETTLED, TRANSITIONS, EngineState, IllegalTransition, check_transition
+from sage.llm.control_plane.states import TRANSITIONS, IllegalTransition, check_transition
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import DEFAULT_MODEL, EngineKind, Reason, Wanted
 from sage.llm.control_plane.watch import Watch
 
 S = EngineState

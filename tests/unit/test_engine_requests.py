@@ -11,14 +11,13 @@ from engines import record
 from pydantic import ValidationError
 
 from sage.common.errors import ConfigError
-from sage.libs.finetune.rundir import RunDirectory
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.llm.client.types import EngineKind, EngineState, StartRequest
 from sage.llm.control_plane import inventory
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.last_words import last_words
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.metrics import engine_metrics
-from sage.llm.control_plane.states import EngineState
-from sage.llm.control_plane.types import EngineKind, StartRequest
 
 
 @pytest.mark.parametrize("model", ["./out", "../out", "~/out", "~nosuchuser/x", "a\\b", ".", ".."])

@@ -10,10 +10,9 @@ from engines import record
 
 from sage.common.errors import ConfigError, Conflict, NotFound
 from sage.common.identity import ProcessIdentity
-from sage.llm.control_plane.states import EngineState
+from sage.llm.client.types import EngineState, Reason, Wanted
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.store import StaleWrite, Store
-from sage.llm.control_plane.types import Reason, Wanted
 
 S = EngineState
 DEAD = Reason(code="engine_died", message="dead")

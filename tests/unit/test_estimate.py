@@ -6,8 +6,8 @@ import pytest
 
 from sage.common.errors import RunError
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.estimate import Estimate, check_room, estimate
-from sage.libs.finetune.memory import free_bytes
+from sage.libs.finetune.run.estimate import Estimate, check_room, estimate
+from sage.libs.finetune.training.memory import free_bytes
 
 #: A vocabulary of 100, two layers of 8 wide with a matrix to 24 and one back.
 SHAPES = {

@@ -12,7 +12,7 @@ import typer
 from sage.cli import daemon, waiting
 from sage.cli.commands.apps import engine
 from sage.cli.conversation import Conversation
-from sage.llm.control_plane.types import EngineView
+from sage.llm.client.types import EngineView
 
 
 class Client:

@@ -11,7 +11,7 @@ from support import SAMPLES
 from sage.common.errors import SageError
 from sage.libs.finetune import worker
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.rundir import RunDirectory, RunSpec
+from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 
 Usage = namedtuple("Usage", "free")
 ROOMY = 10**12

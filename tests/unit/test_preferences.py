@@ -9,7 +9,7 @@ from sage.common.errors import ConfigError
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.preferences import Method, parser_of
 from sage.libs.finetune.data.values import RecordError
-from sage.libs.finetune.rewards import check_reward_file, load_reward
+from sage.libs.finetune.run.rewards import check_reward_file, load_reward
 
 CHAT = [{"role": "user", "content": "a"}]
 

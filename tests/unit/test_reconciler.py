@@ -9,12 +9,11 @@ from engines import record
 from sqlalchemy.exc import OperationalError
 
 from sage.common.errors import SageError
+from sage.llm.client.types import EngineKind, EngineState, Reason, Wanted
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.reconciler import Limits, Reconciler
-from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.store import EngineRecord, StaleWrite, Store
-from sage.llm.control_plane.types import EngineKind, Reason, Wanted
 
 S = EngineState
 LIMITS = Limits(start_seconds=300, stop_seconds=20)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from sage.common.errors import ConfigError, NotFound, OutputError, RunError
-from sage.libs.finetune import checkpoints
-from sage.libs.finetune.checkpoints import Checkpoint, latest_good, list_checkpoints, prune, publish
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.eta import ProgressMeter
-from sage.libs.finetune.output import RUN_FILE, check_claim, claim_output, write_record
-from sage.libs.finetune.rundir import RunDirectory, RunSpec
-from sage.libs.finetune.status import RunState, RunStatus, derive, fold
+from sage.libs.finetune.run import checkpoints
+from sage.libs.finetune.run.checkpoints import Checkpoint, latest_good, list_checkpoints, prune, publish
+from sage.libs.finetune.run.eta import ProgressMeter
+from sage.libs.finetune.run.output import RUN_FILE, check_claim, claim_output, write_record
+from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
+from sage.libs.finetune.run.status import RunState, RunStatus, derive, fold
 
 
 def make_run(path: Path, **options: Any) -> RunDirectory:

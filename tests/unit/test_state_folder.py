@@ -12,10 +12,10 @@ from sage.common.errors import ConfigError
 from sage.common.paths import get_user_paths, private_file
 from sage.common.settings import load_settings
 from sage.libs.finetune import FinetuneManager
+from sage.llm.client.types import EngineKind, StartRequest
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.manager import ControlPlaneManager
-from sage.llm.control_plane.types import EngineKind, StartRequest
 
 
 def test_another_home_on_the_same_database_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sage.libs.finetune.progress_bar import duration, eta_text
-from sage.llm.control_plane.types import EngineView, TrainingProgress
+from sage.common.progress_bar import duration, eta_text
+from sage.llm.client.types import EngineView, TrainingProgress
 
 _BAR_CELLS = 10
 _STATE_STYLES = {"running": "green", "completed": "green", "failed": "red", "starting": "yellow", "stopping": "yellow"}

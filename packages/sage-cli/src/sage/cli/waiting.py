@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import typer
 
 from sage.common.errors import EngineError, GatewayUnreachable
-from sage.libs.finetune.progress_bar import ProgressBar, eta_text
+from sage.common.progress_bar import ProgressBar, eta_text
 from sage.llm.client import SageClient
-from sage.llm.control_plane.states import SETTLED, EngineState
-from sage.llm.control_plane.types import EngineView
+from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
 #: The gateway may be restarted while we wait.

@@ -5,9 +5,9 @@ from typing import Any
 from nicegui import ui
 
 from sage.common.errors import SageError
-from sage.libs.finetune.progress_bar import duration, eta_text
+from sage.common.progress_bar import duration, eta_text
 from sage.llm.client import AsyncSageClient
-from sage.llm.control_plane.types import EngineView, TrainingStep
+from sage.llm.client.types import EngineView, TrainingStep
 
 _REFRESH_SECONDS = 1.0
 _COLUMNS = [

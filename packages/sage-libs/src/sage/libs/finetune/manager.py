@@ -5,29 +5,28 @@ import hashlib
 import importlib.util
 import json
 import os
-import secrets
 import shutil
 import signal
-import string
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sage.common.errors import ConfigError, Conflict, ModelError, NotFound, OutputError
+from sage.common.ids import random_suffix
 from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
 from sage.common.settings import load_settings
-from sage.libs.finetune.checkpoints import Checkpoint
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.preferences import parser_of
-from sage.libs.finetune.output import check_claim, claim_output
-from sage.libs.finetune.rewards import check_reward_file
-from sage.libs.finetune.rundir import Event, RunDirectory, RunSpec
-from sage.libs.finetune.status import ALIVE, RunState, RunStatus, derive, fold
+from sage.libs.finetune.run.checkpoints import Checkpoint
+from sage.libs.finetune.run.output import check_claim, claim_output
+from sage.libs.finetune.run.rewards import check_reward_file
+from sage.libs.finetune.run.rundir import Event, RunDirectory, RunSpec
+from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive, fold
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: A worker has said its last word, but its process still closes; a new one waits this long for it.
@@ -228,8 +227,3 @@ def _check_method(config: FinetuneConfig) -> None:
             param="reward_file",
         )
     check_reward_file(Path(config.reward_file))
-
-
-def random_suffix() -> str:
-    """Return 10 characters of [a-z0-9], as ids of tasks and engines end in."""
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(10))

@@ -19,11 +19,11 @@ from sage.common.errors import RunError, SageError
 from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
-from sage.libs.finetune.memory import is_out_of_memory
-from sage.libs.finetune.output import claim_output
-from sage.libs.finetune.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
-from sage.libs.finetune.status import RunState, RunStatus, fold
-from sage.libs.finetune.stopping import StopRequest
+from sage.libs.finetune.run.output import claim_output
+from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
+from sage.libs.finetune.run.status import RunState, RunStatus, fold
+from sage.libs.finetune.training.memory import is_out_of_memory
+from sage.libs.finetune.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 #: Less than this is free: whatever failed, it failed for want of space.
@@ -96,9 +96,9 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
     # Either imports torch, which takes seconds; signals are caught already.
     if run.read_spec().config.method == "sft":
         sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # from here on they count as not installed
-        from sage.libs.finetune.trainer import TrainingRun as Run
+        from sage.libs.finetune.training.trainer import TrainingRun as Run
     else:
-        from sage.libs.finetune.preference import PreferenceRun as Run
+        from sage.libs.finetune.training.preference import PreferenceRun as Run
     Run(run, stop).train()
 
 

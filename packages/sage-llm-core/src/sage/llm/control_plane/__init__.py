@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sage.llm.control_plane.types import SUPPORTED_ENGINE_KINDS, EngineKind, EngineView, StartRequest
+from sage.llm.client.types import SUPPORTED_ENGINE_KINDS, EngineKind, EngineView, StartRequest
 
 if TYPE_CHECKING:
     from sage.llm.control_plane.manager import ControlPlaneManager

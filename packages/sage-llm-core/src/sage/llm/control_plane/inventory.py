@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from sage.llm.control_plane.types import Device
+from sage.llm.client.types import Device
 
 
 def list_devices() -> list[Device]:

@@ -15,10 +15,22 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import Conflict, NotFound, SageError
 from sage.common.identity import ProcessIdentity
+from sage.common.ids import random_suffix
 from sage.common.logs import LogFile, tail_lines
 from sage.common.paths import get_user_paths, private_file, private_folder
 from sage.common.settings import Settings
-from sage.libs.finetune.manager import random_suffix
+from sage.llm.client.types import (
+    SETTLED,
+    SUPPORTED_ENGINE_KINDS,
+    EngineEvent,
+    EngineKind,
+    EngineState,
+    EngineView,
+    Reason,
+    StartRequest,
+    TrainingStep,
+    Wanted,
+)
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
@@ -27,19 +39,8 @@ from sage.llm.control_plane.logfile import follow
 from sage.llm.control_plane.node import node_id_path, open_state_folder
 from sage.llm.control_plane.reconciler import Limits, Reconciler
 from sage.llm.control_plane.selection import select_engine
-from sage.llm.control_plane.states import SETTLED, EngineState
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.store import LEASE_SECONDS, EngineRecord, StaleWrite, Store
-from sage.llm.control_plane.types import (
-    SUPPORTED_ENGINE_KINDS,
-    EngineEvent,
-    EngineKind,
-    EngineView,
-    Reason,
-    StartRequest,
-    TrainingStep,
-    Wanted,
-)
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from sage.llm.control_plane.states import EngineState
-from sage.llm.control_plane.types import Device, EngineView
+from sage.llm.client.types import Device, EngineState, EngineView
 
 _LABELS = ("engine", "kind", "model")
 #: Name, documentation, field of TrainingProgress.

@@ -14,10 +14,9 @@ from enum import Enum, auto
 from typing import Any
 
 from sage.common.errors import SageError
+from sage.llm.client.types import EngineKind, EngineState, Reason, Wanted
 from sage.llm.control_plane.executors.base import Executor, Observed
-from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.store import EngineRecord, StaleWrite, Store
-from sage.llm.control_plane.types import EngineKind, Reason, Wanted
 from sage.llm.control_plane.watch import Watch
 
 logger = logging.getLogger(__name__)

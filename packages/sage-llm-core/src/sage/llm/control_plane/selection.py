@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from sage.common.errors import NotFound, Overloaded
-from sage.llm.control_plane.states import EngineState
+from sage.llm.client.types import DEFAULT_MODEL, EngineKind, EngineState
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import DEFAULT_MODEL, EngineKind
 
 _SHOWN_CHARACTERS = 100
 

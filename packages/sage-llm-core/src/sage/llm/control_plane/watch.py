@@ -6,7 +6,7 @@ waited for its engines in that minute. After a restart, all durations begin anew
 
 from dataclasses import dataclass
 
-from sage.llm.control_plane.states import EngineState
+from sage.llm.client.types import EngineState
 
 
 @dataclass

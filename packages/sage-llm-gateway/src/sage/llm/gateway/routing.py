@@ -6,10 +6,9 @@ import time
 from starlette.requests import ClientDisconnect, Request
 
 from sage.common.errors import NotFound, Overloaded
+from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.manager import ControlPlaneManager
-from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import EngineKind
 
 _POLL_SECONDS = 0.1
 

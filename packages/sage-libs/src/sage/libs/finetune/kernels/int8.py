@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sage.libs.finetune.kernels.native import library
-from sage.libs.finetune.timing import PROBE_ROWS, least_seconds
+from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
 _SOURCE = Path(__file__).with_name("int8.c")
 _MOST = 127

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sage.common.identity import ProcessIdentity
-from sage.llm.control_plane.states import EngineState
+from sage.llm.client.types import EngineState, Reason, StartRequest, TrainingStep
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import Reason, StartRequest, TrainingStep
 
 
 @dataclass(frozen=True)

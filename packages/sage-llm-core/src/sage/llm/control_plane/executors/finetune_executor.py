@@ -17,15 +17,14 @@ from sage.common.identity import ProcessIdentity
 from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
-from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.status import ALIVE, RunState, RunStatus
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus
+from sage.llm.client.types import EngineState, Reason, StartRequest, TrainingProgress, TrainingStep
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.executors.last_words import last_words
 from sage.llm.control_plane.inventory import gpu_memory_of
 from sage.llm.control_plane.launchers.base import Launcher
-from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.store import EngineRecord
-from sage.llm.control_plane.types import Reason, StartRequest, TrainingProgress, TrainingStep
 
 _POLL_SECONDS = 0.1
 _SETTLED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)

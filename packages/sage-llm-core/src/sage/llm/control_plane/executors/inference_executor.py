@@ -14,15 +14,14 @@ from sage.common.paths import get_user_paths, private_file
 from sage.common.processes import ProcessSpec
 from sage.common.validation import validated
 from sage.libs.models.resolve import resolve_model
+from sage.llm.client.types import EngineKind, EngineState, Reason, StartRequest, TrainingStep
 from sage.llm.control_plane.backends.base import Backend
 from sage.llm.control_plane.backends.embedding import EmbeddingBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.executors.last_words import last_words
 from sage.llm.control_plane.launchers.base import Launcher
-from sage.llm.control_plane.states import EngineState
 from sage.llm.control_plane.store.store import EngineRecord, port_taken
-from sage.llm.control_plane.types import EngineKind, Reason, StartRequest, TrainingStep
 
 BACKENDS: Mapping[EngineKind, Backend] = {
     EngineKind.LLM: TransformersBackend(),

@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 from sage.common.errors import ConfigError, Conflict, NotFound
 from sage.common.identity import ProcessIdentity
-from sage.llm.control_plane.states import SETTLED, EngineState, check_transition
+from sage.llm.client.types import SETTLED, EngineEvent, EngineKind, EngineState, Reason, Wanted
+from sage.llm.control_plane.states import check_transition
 from sage.llm.control_plane.store.tables import EngineRow, EventRow, LeaseRow, OwnerRow
-from sage.llm.control_plane.types import EngineEvent, EngineKind, Reason, Wanted
 
 LEASE_SECONDS = 10.0
 _LEASE = "reconciler"

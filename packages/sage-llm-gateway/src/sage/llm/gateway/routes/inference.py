@@ -6,8 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sage.common.errors import ConfigError, NotFound
-from sage.llm.control_plane.states import EngineState
-from sage.llm.control_plane.types import DEFAULT_MODEL, EngineKind, EngineView
+from sage.llm.client.types import DEFAULT_MODEL, EngineKind, EngineState, EngineView
 from sage.llm.gateway.errors import Refusal
 from sage.llm.gateway.gate import JSON_BODY
 from sage.llm.gateway.routes.dependencies import Manager

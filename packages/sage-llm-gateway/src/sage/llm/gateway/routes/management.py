@@ -10,10 +10,9 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.responses import Response
 
 from sage.common.errors import NotFound
+from sage.llm.client.types import SETTLED, EngineView, StartRequest
 from sage.llm.control_plane.inventory import list_devices
 from sage.llm.control_plane.manager import ControlPlaneManager
-from sage.llm.control_plane.states import SETTLED
-from sage.llm.control_plane.types import EngineView, StartRequest
 from sage.llm.gateway.routes.dependencies import Manager
 
 router = APIRouter(prefix="/v1/management")

@@ -11,8 +11,8 @@ from typing import Any
 from sage.common.errors import OutputError
 from sage.common.files import replace_file
 from sage.common.processes import holder
-from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.status import ALIVE, RunState, RunStatus, derive, fold
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive, fold
 
 RUN_FILE = "sage_run.json"
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from sage.common.errors import ConfigError
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.precision import Precision
+from sage.libs.finetune.training.precision import Precision
 from sage.libs.models.adapters import attach_adapter
 from sage.libs.models.loading import load_causal_lm, model_config
 

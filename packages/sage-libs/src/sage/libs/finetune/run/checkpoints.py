@@ -13,7 +13,7 @@ from pathlib import Path
 from sage.common.errors import ConfigError, NotFound, RunError
 from sage.common.files import fsync_path, fsync_tree
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.rundir import RunDirectory, RunSpec
+from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -10,7 +10,7 @@ import httpx
 from sage.common.errors import GatewayUnreachable
 from sage.llm.client import calls
 from sage.llm.client.calls import Call
-from sage.llm.control_plane.types import Device, EngineEvent, EngineView, TrainingStep
+from sage.llm.client.types import Device, EngineEvent, EngineView, TrainingStep
 
 _CONNECT_SECONDS = 10.0
 #: Streams may be silent for as long as an engine has nothing to say.

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from sage.common.errors import ConfigError
-from sage.libs.finetune.rundir import RANK_VARIABLE, RunDirectory
+from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
 #: Others wait for as long as the leader tokenises or scores.
 _PATIENCE = timedelta(days=30)

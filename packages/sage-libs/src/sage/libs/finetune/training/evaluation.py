@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from sage.libs.finetune.batching import Collator
 from sage.libs.finetune.data.tokenizing import Encoded
-from sage.libs.finetune.loss import CompletionLoss
+from sage.libs.finetune.training.batching import Collator
+from sage.libs.finetune.training.loss import CompletionLoss
 
 
 def heldout_loss(

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sage.common.errors import ModelError, RunError
-from sage.libs.finetune.checkpoints import Checkpoint, latest_good
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.status import RunStatus, fold
+from sage.libs.finetune.run.checkpoints import Checkpoint, latest_good
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.status import RunStatus, fold
 from sage.libs.models.fingerprint import fingerprint
 
 Warn = Callable[[str], None]

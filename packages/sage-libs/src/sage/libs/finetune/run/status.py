@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from sage.libs.finetune.rundir import Event
+from sage.libs.finetune.run.rundir import Event
 
 
 class RunState(StrEnum):

@@ -9,9 +9,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from sage.common.files import fsync_path, fsync_tree
-from sage.libs.finetune.model import Trainable, save_model
-from sage.libs.finetune.output import check_owner, write_record
-from sage.libs.finetune.rundir import RunSpec
+from sage.libs.finetune.run.output import check_owner, write_record
+from sage.libs.finetune.run.rundir import RunSpec
+from sage.libs.finetune.training.model import Trainable, save_model
 from sage.libs.models.fingerprint import fingerprint
 
 _CARD = """\

@@ -12,15 +12,15 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sage.common.errors import RunError
-from sage.libs.finetune.checkpoints import prune, publish
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.eta import ProgressMeter
-from sage.libs.finetune.heldout import HeldOut
-from sage.libs.finetune.loss import CompletionLoss
-from sage.libs.finetune.memory import give_back
-from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.stopping import StopRequest, StopRequested
-from sage.libs.finetune.team import Team
+from sage.libs.finetune.run.checkpoints import prune, publish
+from sage.libs.finetune.run.eta import ProgressMeter
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.training.heldout import HeldOut
+from sage.libs.finetune.training.loss import CompletionLoss
+from sage.libs.finetune.training.memory import give_back
+from sage.libs.finetune.training.stopping import StopRequest, StopRequested
+from sage.libs.finetune.training.team import Team
 
 logger = logging.getLogger(__name__)
 #: Training has diverged where the loss is this many times that of guessing, for so many steps in a row.

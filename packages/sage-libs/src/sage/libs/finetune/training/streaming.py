@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset
 
-from sage.libs.finetune.batching import Pack, pack
 from sage.libs.finetune.data.findings import Findings
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import Encoder
+from sage.libs.finetune.training.batching import Pack, pack
 
 #: Samples are mixed, and packed, among so many that follow each other.
 _MIXED_SAMPLES = 1000

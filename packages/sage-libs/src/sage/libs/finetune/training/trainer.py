@@ -16,31 +16,31 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from sage.common.errors import DatasetError
-from sage.libs.finetune.batching import Collator, PackedCollator, Packs, PaddedCollator, most_tokens, pack
-from sage.libs.finetune.callbacks import RunCallback
 from sage.libs.finetune.data.findings import Code, Findings
 from sage.libs.finetune.data.folders import Split
 from sage.libs.finetune.data.inspection import inspect_end
 from sage.libs.finetune.data.mixing import Mixture, weighed
 from sage.libs.finetune.data.store import StoredSamples, stored
-from sage.libs.finetune.data.streaming import StreamedPacks
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder
-from sage.libs.finetune.estimate import Estimate, check_room, estimate
-from sage.libs.finetune.export import export_result
-from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels, install
-from sage.libs.finetune.loss import CompletionLoss
-from sage.libs.finetune.memory import free_bytes, refuse_beyond_limit
-from sage.libs.finetune.model import decoder, load_trainable, load_weights, loraplus_optimizer, width_of
-from sage.libs.finetune.noise import EmbeddingNoise
-from sage.libs.finetune.precision import Precision, choose_precision
-from sage.libs.finetune.resuming import begun, best_checkpoint, checkpoint_to_resume
-from sage.libs.finetune.rundir import RunDirectory
-from sage.libs.finetune.sampling import answer
-from sage.libs.finetune.status import RunStatus, fold
-from sage.libs.finetune.stepping import AdaptingTrainer
-from sage.libs.finetune.stopping import StopRequest, StopRequested
-from sage.libs.finetune.team import Team
+from sage.libs.finetune.run.estimate import Estimate, check_room, estimate
+from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_to_resume
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.status import RunStatus, fold
+from sage.libs.finetune.training.batching import Collator, PackedCollator, Packs, PaddedCollator, most_tokens, pack
+from sage.libs.finetune.training.callbacks import RunCallback
+from sage.libs.finetune.training.export import export_result
+from sage.libs.finetune.training.heldout import HeldOut
+from sage.libs.finetune.training.loss import CompletionLoss
+from sage.libs.finetune.training.memory import free_bytes, refuse_beyond_limit
+from sage.libs.finetune.training.model import decoder, load_trainable, load_weights, loraplus_optimizer, width_of
+from sage.libs.finetune.training.noise import EmbeddingNoise
+from sage.libs.finetune.training.precision import Precision, choose_precision
+from sage.libs.finetune.training.sampling import answer
+from sage.libs.finetune.training.stepping import AdaptingTrainer
+from sage.libs.finetune.training.stopping import StopRequest, StopRequested
+from sage.libs.finetune.training.streaming import StreamedPacks
+from sage.libs.finetune.training.team import Team
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.fingerprint import fingerprint
 from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder, tokenizer_folder

@@ -8,8 +8,8 @@ import torch
 from sage.common.errors import ConfigError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.kernels import int8
-from sage.libs.finetune.status import RunStatus
-from sage.libs.finetune.timing import PROBE_ROWS, least_seconds
+from sage.libs.finetune.run.status import RunStatus
+from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
 #: bf16 is taken from this gain on: it rounds more, and some processors have its instructions but are slower with them.
 _LEAST_GAIN = 1.25

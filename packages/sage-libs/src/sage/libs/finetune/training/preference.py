@@ -18,10 +18,10 @@ from sage.libs.finetune.data.checking import as_chats
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.data.samples import Sample
-from sage.libs.finetune.heldout import HeldOut
 from sage.libs.finetune.kernels.install import Kernels
-from sage.libs.finetune.rewards import load_reward
-from sage.libs.finetune.trainer import TrainingRun
+from sage.libs.finetune.run.rewards import load_reward
+from sage.libs.finetune.training.heldout import HeldOut
+from sage.libs.finetune.training.trainer import TrainingRun
 
 _TRAINERS = {
     "dpo": (DPOConfig, DPOTrainer),

@@ -7,7 +7,22 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sage.llm.control_plane.states import EngineState
+
+class EngineState(StrEnum):
+    """Where an engine is in its life."""
+
+    QUEUED = "queued"  #: waits for its turn to be started
+    STARTING = "starting"  #: its process exists, it does not answer or train yet
+    RUNNING = "running"  #: it answers, or trains
+    PAUSED = "paused"  #: it gave its memory to another and will be queued again
+    STOPPING = "stopping"  #: it was asked to stop and saves what it has
+    STOPPED = "stopped"  #: it ended because it was asked to
+    COMPLETED = "completed"  #: it did all that it was asked to
+    FAILED = "failed"  #: it ended otherwise; the reason says how
+
+
+#: Nothing happens to an engine in one of these until someone asks.
+SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 
 class EngineKind(StrEnum):

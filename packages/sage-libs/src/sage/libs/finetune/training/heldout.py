@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sage.libs.finetune.batching import Collator
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import Encoded
-from sage.libs.finetune.evaluation import heldout_loss
-from sage.libs.finetune.loss import CompletionLoss
-from sage.libs.finetune.rundir import RunDirectory
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.training.batching import Collator
+from sage.libs.finetune.training.evaluation import heldout_loss
+from sage.libs.finetune.training.loss import CompletionLoss
 
 logger = logging.getLogger(__name__)
 

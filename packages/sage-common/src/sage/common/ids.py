@@ -1,0 +1,11 @@
+"""Ids of what a user creates."""
+
+import secrets
+import string
+
+_ALPHABET = string.ascii_lowercase + string.digits
+
+
+def random_suffix() -> str:
+    """Return 10 random characters of [a-z0-9]: what the ids of tasks, engines and servers end in."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(10))
