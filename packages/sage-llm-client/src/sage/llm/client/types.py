@@ -1,4 +1,4 @@
-"""The values that the control plane, its HTTP surface and its client speak in."""
+"""The types of the wire: what the gateway's HTTP interface takes and returns."""
 
 import re
 from datetime import datetime
@@ -11,14 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 class EngineState(StrEnum):
     """Where an engine is in its life."""
 
-    QUEUED = "queued"  #: waits for its turn to be started
-    STARTING = "starting"  #: its process exists, it does not answer or train yet
-    RUNNING = "running"  #: it answers, or trains
-    PAUSED = "paused"  #: it gave its memory to another and will be queued again
-    STOPPING = "stopping"  #: it was asked to stop and saves what it has
-    STOPPED = "stopped"  #: it ended because it was asked to
-    COMPLETED = "completed"  #: it did all that it was asked to
-    FAILED = "failed"  #: it ended otherwise; the reason says how
+    VALIDATING = "validating"  #: its dataset is being checked
+    QUEUED = "queued"  #: waits to be started
+    STARTING = "starting"  #: its process is being started and is not ready yet
+    RUNNING = "running"  #: serves requests, or trains
+    PAUSED = "paused"  #: gave its memory to another engine
+    STOPPING = "stopping"  #: was asked to stop and is saving its state
+    STOPPED = "stopped"  #: ended because a user asked for it
+    COMPLETED = "completed"  #: training finished
+    FAILED = "failed"  #: ended with an error; see `reason`
 
 
 #: Nothing happens to an engine in one of these until someone asks.
@@ -39,12 +40,20 @@ DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
 
-class Wanted(StrEnum):
-    """What the user asked for last."""
+class DesiredState(StrEnum):
+    """The state that the user asked for."""
 
     RUNNING = "running"
+    PAUSED = "paused"
     STOPPED = "stopped"
-    KILLED = "stopped_by_force"
+
+
+class RestartPolicy(StrEnum):
+    """Which engines are started again without being asked, as in Docker."""
+
+    NO = "no"  #: never
+    ON_FAILURE = "on-failure"  #: if its process exits with an error, is killed, or no longer answers
+    UNLESS_STOPPED = "unless-stopped"  #: in these cases, and after a power cut or reboot
 
 
 class StartRequest(BaseModel):
@@ -56,6 +65,9 @@ class StartRequest(BaseModel):
     engine_kind: EngineKind = EngineKind.LLM
     name: str | None = Field(None, max_length=200, description="Name in requests; default: the model as given.")
     port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free one.")
+    backend: str = Field("auto", max_length=64, description="Program that runs it; auto: the first that can.")
+    restart_policy: RestartPolicy | None = Field(None, description="When it is started again; default: the setting.")
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Your own notes, kept as given.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind; see the documentation.")
 
     @field_validator("model")
@@ -126,28 +138,56 @@ class EngineView(BaseModel):
     kind: EngineKind
     model: str
     name: str
+    backend: str = Field(description="The program that runs it.")
     state: EngineState
+    desired: DesiredState
+    restart_policy: RestartPolicy
+    restarts: int = Field(0, description="How often it was started again since a user last started or resumed it.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
+    node: str = Field(description="The state folder that it belongs to.")
+    server_id: str | None = Field(None, description="The process that hosts it.")
+    address: str | None = Field(None, description="HOST:PORT on which its server listens.")
     port: int | None = None
     pid: int | None = None
     memory_bytes: int | None = None
     created_at: datetime
     state_at: datetime = Field(description="Since when it is in this state.")
+    metadata: dict[str, str] = {}
     task_id: str | None = None
     output_dir: str | None = None
     run_dir: str | None = None
     log_path: str
 
 
+class EnginePage(BaseModel):
+    """One page of a list of engines."""
+
+    object: str = "list"
+    data: list[EngineView]
+    first_id: str | None
+    last_id: str | None = Field(description="`after` of the next page.")
+    has_more: bool
+
+
+class EventKind(StrEnum):
+    """What an event of the change feed reports."""
+
+    CREATED = "created"
+    TRANSITION = "transition"
+    DESIRED = "desired"  #: a user asked for another state
+    REMOVED = "removed"
+
+
 class EngineEvent(BaseModel):
-    """One step in an engine's life."""
+    """One entry of the change feed; `id` is its cursor."""
 
     id: int
     engine_id: str
+    kind: EventKind
     at: datetime
     before: EngineState | None
-    after: EngineState
+    after: EngineState | None
     actor: str
     reason: str
 

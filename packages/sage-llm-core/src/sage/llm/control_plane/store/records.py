@@ -1,0 +1,71 @@
+"""Frozen values of what the store holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write the rows of a node. Every write checks it; a takeover raises the fence."""
+
+    node: str
+    fence: int
+
+
+class ServerState(StrEnum):
+    """Whether a server's process was started. Whether it lives and answers is observed, and not stored."""
+
+    PLANNED = "planned"  #: written before the launch; the process may exist or not
+    LAUNCHED = "launched"  #: written after it
+
+
+@dataclass(frozen=True)
+class ServerRecord:
+    """A process that exists, or is to exist, and hosts one or many engines; the row is removed once the process is gone."""
+
+    id: str  #: `server-` and 10 characters of [a-z0-9]
+    node: str
+    backend: str  #: name in the registry
+    model: str  #: the base that it loads
+    state: ServerState
+    handle: str  #: names the process to the launcher; chosen before the launch
+    address: str | None  #: HOST:PORT that it listens on, known once it is launched
+    devices: tuple[str, ...] | None  #: None: whatever there is
+    reserved_bytes: int | None
+    version: int
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What a user wants to have, and where it is in its life."""
+
+    id: str  #: `engine-` and 10 characters of [a-z0-9]
+    kind: EngineKind
+    model: str
+    name: str
+    backend: str  #: name in the registry; `auto` was resolved when the engine was created
+    options: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    desired: DesiredState
+    force: bool  #: whether `desired` is to be reached by killing
+    restart_policy: RestartPolicy
+    restarts: int  #: since a user last started or resumed it
+    state: EngineState
+    reason: Reason | None
+    figures: Mapping[str, Any] | None  #: TrainingProgress at the moment it settled, so that lists read no files
+    node: str
+    server_id: str | None  #: the last server that hosted it; the row may be gone
+    requested_port: int | None
+    devices: tuple[str, ...] | None  #: None: whatever there is
+    reserved_bytes: int | None
+    version: int  #: raised by every write
+    created_at: datetime
+    state_at: datetime
+    first_event: int  #: orders engines by creation, whatever the clock says
+    last_event: int  #: orders engines by their last change
