@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from yarl import URL
 
 from sage.common.errors import EngineError, SageError
-from sage.llm.control_plane.selection import unresponsive
+from sage.llm.control_plane.routing import unresponsive
 from sage.llm.control_plane.store.store import EngineRecord
 from sage.llm.gateway.errors import out_of_descriptors
 from sage.llm.gateway.relay import failure_event, relayed_events

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from sage.llm.control_plane.selection import unresponsive
+from sage.llm.control_plane.routing import unresponsive
 
 #: Whether the engine of an id answers its health checks.
 IsResponsive = Callable[[str], bool]
