@@ -6,8 +6,12 @@ from typing import Any
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, RestartPolicy
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
+RUNNING = DesiredState.RUNNING
 
-def record(state: EngineState = EngineState.QUEUED, desired: DesiredState = DesiredState.RUNNING, **values: Any) -> EngineRecord:
+
+def record(
+    state: EngineState = EngineState.QUEUED, desired: DesiredState = DesiredState.RUNNING, **values: Any
+) -> EngineRecord:
     """Return an engine of kind llm, named 'm', with the id 'engine-a' and of the node 'n', unless other values are given."""
     now = datetime.now(UTC)
     fields: dict[str, Any] = {
@@ -22,7 +26,7 @@ def record(state: EngineState = EngineState.QUEUED, desired: DesiredState = Desi
 def server(state: ServerState = ServerState.LAUNCHED, **values: Any) -> ServerRecord:
     """Return the server of 'engine-a', unless other values are given."""
     fields: dict[str, Any] = {
-        "id": "server-a", "node": "n", "backend": "transformers", "model": "m", "handle": "/state/engines/engine-a/process.lock",
+        "id": "server-a", "node": "n", "backend": "transformers", "model": "m", "handle": "/engine-a/process.lock",
         "address": "127.0.0.1:9000", "devices": None, "reserved_bytes": None, "version": 1, "created_at": datetime.now(UTC),
         **values,
     }  # fmt: skip

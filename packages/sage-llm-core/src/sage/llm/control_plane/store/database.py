@@ -10,8 +10,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sage.common.errors import ConfigError
 from sage.common.paths import private_file
 
-#: The migrations in `migrations/versions/`, oldest first.
-REVISIONS = ("0001", "0002", "0003")
+_MIGRATIONS = Path(__file__).parent / "migrations"
+#: The migrations by the beginnings of their file names, oldest first.
+REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("0*.py"))
 #: PostgreSQL's lock around migrations.
 _MIGRATION_LOCK = 0x53414745_00000001
 _HINT = "Correct SAGE_DATABASE_URL, or unset it for SQLite in the state folder."
@@ -89,7 +90,7 @@ def _migrate(database: Engine, name: str) -> None:
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(_MIGRATIONS))
     with database.execution_options(writes=True).begin() as connection:  # all of it or nothing, and one at a time
         if database.dialect.name == "postgresql":
             connection.execute(text("SET LOCAL lock_timeout = 0"))

@@ -1,4 +1,9 @@
-"""Leases: who may write the rows of a node, checked in the transaction of every write."""
+"""Leases: who may write the rows of a node, checked in the transaction of every write.
+
+A control plane may be suspended at any moment, so that it continues after another one has taken its lease. Its fence is
+then outdated, and its writes are refused. If it is suspended in the middle of a transaction, the takeover waits:
+PostgreSQL ends the transaction after 3 s; SQLite cannot, and nobody can write until the process continues or exits.
+"""
 
 from contextlib import AbstractContextManager
 

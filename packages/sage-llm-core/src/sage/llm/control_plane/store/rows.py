@@ -44,8 +44,8 @@ def engine_record(row: Row[Any] | Mapping[str, Any]) -> EngineRecord:
     values["restart_policy"] = RestartPolicy(values["restart_policy"])
     values["reason"] = Reason(**values["reason"]) if values["reason"] else None
     values["devices"] = _devices(values["devices"])
-    values["created_at"] = _aware(values["created_at"])
-    values["state_at"] = _aware(values["state_at"])
+    values["created_at"] = _in_utc(values["created_at"])
+    values["state_at"] = _in_utc(values["state_at"])
     return EngineRecord(**values)
 
 
@@ -54,7 +54,7 @@ def server_record(row: Row[Any]) -> ServerRecord:
     values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
     values["state"] = ServerState(values["state"])
     values["devices"] = _devices(values["devices"])
-    values["created_at"] = _aware(values["created_at"])
+    values["created_at"] = _in_utc(values["created_at"])
     return ServerRecord(**values)
 
 
@@ -62,7 +62,7 @@ def engine_event(row: Row[Any]) -> EngineEvent:
     """Return a row of `engine_events` as it goes over the wire."""
     values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
     values["kind"] = EventKind(values["kind"])
-    values["at"] = _aware(values["at"])
+    values["at"] = _in_utc(values["at"])
     return EngineEvent(**values)
 
 
@@ -70,6 +70,6 @@ def _devices(value: list[str] | None) -> tuple[str, ...] | None:
     return None if value is None else tuple(value)
 
 
-def _aware(moment: datetime) -> datetime:
-    """SQLite stores no time zone; all times are UTC."""
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+def _in_utc(moment: datetime) -> datetime:
+    """Return a time in UTC: SQLite stores no zone, PostgreSQL answers in the zone of its session."""
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

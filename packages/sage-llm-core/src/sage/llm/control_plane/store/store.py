@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, text, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from sage.common.errors import Conflict, NotFound
@@ -96,8 +96,7 @@ class Store(LeaseStore):
         """Delete an engine and its events; one event that it was removed stays. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.REMOVED, actor, before=record.state)
-            removed = delete(engines).where(engines.c.id == record.id, engines.c.version == record.version)
-            if not connection.execute(removed).rowcount:
+            if not connection.execute(delete(engines).where(_as_read(record))).rowcount:
                 raise StaleWrite(record.id)
             connection.execute(delete(events).where(events.c.engine_id == record.id, events.c.id < event))
 
@@ -187,7 +186,7 @@ class Store(LeaseStore):
 
     @staticmethod
     def _update(connection: Connection, record: EngineRecord, values: Mapping[str, Any], **more: Any) -> EngineRecord:
-        query = update(engines).where(engines.c.id == record.id, engines.c.version == record.version)
+        query = update(engines).where(_as_read(record))
         changed = query.values(version=record.version + 1, **to_columns(values), **more).returning(engines)
         row = connection.execute(changed).one_or_none()
         if row is None:
@@ -212,6 +211,10 @@ class Store(LeaseStore):
                "actor": actor, "reason": reason}  # fmt: skip
         event_id: int = connection.execute(insert(events).values(row).returning(events.c.id)).scalar_one()
         return event_id
+
+
+def _as_read(record: EngineRecord) -> ColumnElement[bool]:
+    return and_(engines.c.id == record.id, engines.c.node == record.node, engines.c.version == record.version)
 
 
 @contextlib.contextmanager
