@@ -134,6 +134,17 @@ class MigrationPromises:
         store.remove(ended, actor="user", lease=lease)
         assert [event.kind for event in store.events(limit=99, engine_id="engine-ended")] == [EventKind.REMOVED]
 
+    def test_a_migration_that_fails_leaves_the_database_as_it_was(self, database_url: str) -> None:
+        make_old(database_url, "0002", owner="node-a")
+        with create_engine(database_url).begin() as connection:
+            connection.execute(text("UPDATE engines SET kind = 'unknown' WHERE id = 'engine-queued'"))
+        with pytest.raises(KeyError, match="unknown"):
+            open_database(database_url)
+        with create_engine(database_url).connect() as connection:
+            assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "0002"
+            assert connection.scalar(text("SELECT count(*) FROM engines")) == len(_ENGINES)
+            assert connection.scalar(text("SELECT node FROM owner")) == "node-a"
+
     def test_a_database_of_a_newer_version_is_refused_and_left_alone(self, database_url: str) -> None:
         database = open_database(database_url)
         with database.begin() as connection:

@@ -16,6 +16,7 @@ REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versi
 #: PostgreSQL's lock around migrations.
 _MIGRATION_LOCK = 0x53414745_00000001
 _HINT = "Correct SAGE_DATABASE_URL, or unset it for SQLite in the state folder."
+_DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 
 
 def open_database(url: str) -> Engine:
@@ -24,25 +25,41 @@ def open_database(url: str) -> Engine:
     SQLite is opened in WAL mode and synced at every commit; only its user can read the file.
     Raises ConfigError, which shows no password, if the URL is wrong, or the database cannot be reached or is newer.
     """
+    parsed = _parse(url)
+    try:
+        database = _open_sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _open_postgresql(parsed)
+        _migrate(database, shown(parsed))
+    except (SQLAlchemyError, OSError, ImportError, TypeError, ValueError) as error:
+        message = f"The database {shown(parsed)} cannot be opened: {_cause(error, parsed)}."
+        hint = _DRIVER_HINT if isinstance(error, ImportError) else _HINT
+        raise ConfigError(code="database_unusable", message=message, hint=hint) from None
+    return database
+
+
+def _parse(url: str) -> URL:
+    message = "SAGE_DATABASE_URL is not a SQLAlchemy URL (dialect://user:password@host/database)."
     try:
         parsed = make_url(url)
+        if parsed.get_backend_name() in ("sqlite", "postgresql"):
+            return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
+        message = f"SAGE_DATABASE_URL: {parsed.drivername} is not supported; use sqlite or postgresql."
     except (SQLAlchemyError, ValueError):
-        message = "SAGE_DATABASE_URL is not a SQLAlchemy URL (dialect://user:password@host/database)."
-        raise ConfigError(code="database_unusable", message=message, hint=_HINT) from None
-    try:
-        is_sqlite = parsed.get_backend_name() == "sqlite"
-        if is_sqlite and parsed.database and not parsed.database.startswith((":memory:", "file:")):
-            private_file(Path(parsed.database))
-        database = create_engine(parsed, pool_pre_ping=not is_sqlite, hide_parameters=True)
-        if is_sqlite:
-            event.listen(database, "connect", _configure_sqlite)
-            event.listen(database, "begin", _begin_sqlite)
-        elif parsed.get_backend_name() == "postgresql":
-            event.listen(database, "connect", _configure_postgresql)
-        _migrate(database, shown(parsed))
-    except (SQLAlchemyError, OSError, ModuleNotFoundError, TypeError, ValueError) as error:
-        message = f"The database {shown(parsed)} cannot be opened: {_cause(error, parsed)}."
-        raise ConfigError(code="database_unusable", message=message, hint=_HINT) from None
+        pass
+    raise ConfigError(code="database_unusable", message=message, hint=_HINT)
+
+
+def _open_sqlite(url: URL) -> Engine:
+    if url.database and not url.database.startswith((":memory:", "file:")):
+        private_file(Path(url.database))
+    database = create_engine(url, hide_parameters=True)
+    event.listen(database, "connect", _configure_sqlite)
+    event.listen(database, "begin", _begin_sqlite)
+    return database
+
+
+def _open_postgresql(url: URL) -> Engine:
+    database = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    event.listen(database, "connect", _configure_postgresql)
     return database
 
 
@@ -94,6 +111,7 @@ def _migrate(database: Engine, name: str) -> None:
     with database.execution_options(writes=True).begin() as connection:  # all of it or nothing, and one at a time
         if database.dialect.name == "postgresql":
             connection.execute(text("SET LOCAL lock_timeout = 0"))
+            connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
         if _known_revision(connection, name) != REVISIONS[-1]:
             config.attributes["connection"] = connection

@@ -35,16 +35,16 @@ _OLD_EVENTS = sa.table(
 def upgrade() -> None:
     """Read the old tables, replace them, and write their rows into the new ones."""
     connection = op.get_bind()
-    engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES))]
     events = [row._asdict() for row in connection.execute(sa.select(_OLD_EVENTS).order_by(_OLD_EVENTS.c.id))]
+    first = {event["engine_id"]: event["id"] for event in reversed(events)}
+    last = {event["engine_id"]: event["id"] for event in events}
+    engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]  # others were hidden
     node = connection.scalar(sa.text("SELECT node FROM owner"))
     if node is None and engines:  # 0001 named a node by its host; the first start of 0002 would have renamed it
         node = open_state_folder()
     for table in ("engine_events", "engines", "leases", "owner"):
         op.drop_table(table)
     tables = _create_tables()
-    first = {event["engine_id"]: event["id"] for event in reversed(events)}
-    last = {event["engine_id"]: event["id"] for event in events}
     for engine in engines:
         engine |= {"node": node, "first_event": first[engine["id"]], "last_event": last[engine["id"]]}
     with_process = [engine for engine in engines if engine["state"] in ("starting", "running", "stopping")]
