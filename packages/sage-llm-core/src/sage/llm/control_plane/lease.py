@@ -58,11 +58,11 @@ class LeaseKeeper:
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._thread.shutdown()  # waits for a renewal under way
         if self._held:
-            with contextlib.suppress(SQLAlchemyError):
-                await asyncio.to_thread(self._store.release_lease, self._held)
+            with contextlib.suppress(SQLAlchemyError):  # in the one thread, and so after a renewal that is under way
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._store.release_lease, self._held)
             self._held = None
+        self._thread.shutdown(wait=False)
         self._report()
 
     async def _keep(self) -> None:

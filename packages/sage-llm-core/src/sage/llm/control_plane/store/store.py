@@ -26,7 +26,7 @@ _FEED_LOCK = 0x53414745_00000002
 class Store(LeaseStore):
     """The database of the control plane. Each method is one transaction and blocks: call it in a thread.
 
-    What writes takes the lease, and raises LeaseLost if it is no longer valid.
+    Methods that write take the lease, and raise LeaseLost if it is no longer valid.
     """
 
     def add(self, record: EngineRecord, actor: str, lease: Lease) -> EngineRecord:
@@ -52,8 +52,8 @@ class Store(LeaseStore):
         """Take an engine from the state in which it was read to another one, with its event and its server.
 
         put_server: inserted, or replaces the row of its id; drop_server: the id of a row to remove; values: other columns.
-        Raises StaleWrite if the engine was written since, IllegalTransition for a step that does not exist, Conflict
-        if the engine becomes active again and its port was promised to another one meanwhile.
+        Raises StaleWrite if the engine was written since, IllegalTransition if the table of states does not have
+        the transition, Conflict if the engine becomes active again and another one has its port.
         """
         check_transition(record.state, state)
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
