@@ -11,7 +11,7 @@ from support import SAMPLES, free_port, make_tiny_model
 
 from sage.common.processes import held_lock, holder
 
-pytest.register_assert_rewrite("store_promises", "migration_promises")
+pytest.register_assert_rewrite("store_promises", "lease_promises", "migration_promises")
 
 
 @pytest.fixture(autouse=True)

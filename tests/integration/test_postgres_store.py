@@ -6,6 +6,7 @@ from threading import Event
 
 import pytest
 from engines import record
+from lease_promises import LeasePromises
 from migration_promises import MigrationPromises
 from postgres import PostgresServer
 from sqlalchemy import text
@@ -25,6 +26,10 @@ def database_url(postgres: PostgresServer) -> str:
 
 
 class TestStoreOnPostgres(StorePromises):
+    pass
+
+
+class TestLeasesOnPostgres(LeasePromises):
     pass
 
 

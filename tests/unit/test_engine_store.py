@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from engines import record
+from lease_promises import LeasePromises
 from migration_promises import MigrationPromises
 from sqlalchemy import insert
 from store_promises import StorePromises, lease_of
@@ -31,6 +32,10 @@ def database_url(tmp_path: Path) -> str:
 
 
 class TestStoreOnSqlite(StorePromises):
+    pass
+
+
+class TestLeasesOnSqlite(LeasePromises):
     pass
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from engines import record
-from store_promises import expire
+from lease_promises import expire
 
 from sage.llm.control_plane import lease as module
 from sage.llm.control_plane.lease import LeaseKeeper
