@@ -73,7 +73,7 @@ def trained(model: Path, output: Path, **options: Any) -> tuple[TrainingRun, tor
     training = TrainingRun(run.manager.run_directory(run.task_id), StopRequest())
     training.train()
     run.completed()
-    with training.kernels.off() if training.kernels else contextlib.nullcontext():
+    with training.kernels.disabled() if training.kernels else contextlib.nullcontext():
         return training, logits(training.model)
 
 

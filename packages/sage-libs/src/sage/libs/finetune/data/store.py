@@ -32,7 +32,7 @@ from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
 #: Raised whenever the same samples would be read or tokenised otherwise.
 _VERSION = 2
-_TOLD_SAMPLES = 20_000
+_PROGRESS_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
 #: What is being made is written to more often than this, so what is older was left behind.
 _PARTIAL_SECONDS = 24 * 3600.0
@@ -43,7 +43,7 @@ Indexes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Facts:
+class TokenizationStats:
     """What the cutoff did to a dataset."""
 
     samples: int  #: before the cut
@@ -58,21 +58,21 @@ class StoredSamples(Sequence[Encoded]):
     They are read and not mapped into memory: what is mapped counts as the process's own once it was looked at.
     """
 
-    def __init__(self, facts: Facts, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
+    def __init__(self, stats: TokenizationStats, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
         """bounds, tokens: what the files of those names hold; indexes: of the sequences to have, by default all."""
-        self.facts, self._bounds, self._tokens = facts, bounds, tokens
+        self.stats, self._bounds, self._tokens = stats, bounds, tokens
         self._indexes = np.arange(len(bounds) - 1) if indexes is None else indexes
 
     @classmethod
     def of_folder(cls, folder: Path) -> "StoredSamples":
         """Return the sequences of a folder; raises OSError, ValueError or TypeError if it is not whole."""
-        facts = Facts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
+        stats = TokenizationStats(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
         bounds = np.fromfile(folder / "bounds.bin", np.int64)
         tokens = (folder / "tokens.bin").open("rb", buffering=0)
         if not len(bounds) or os.fstat(tokens.fileno()).st_size != 4 * bounds[-1]:
             tokens.close()
             raise ValueError(f"{folder} is not whole")
-        return cls(facts, bounds, tokens)
+        return cls(stats, bounds, tokens)
 
     def __len__(self) -> int:
         return len(self._indexes)
@@ -87,14 +87,14 @@ class StoredSamples(Sequence[Encoded]):
 
     def take(self, indexes: Sequence[int]) -> "StoredSamples":
         """Return some of the sequences, in the order given."""
-        return StoredSamples(self.facts, self._bounds, self._tokens, self._indexes[np.asarray(indexes, np.int64)])
+        return StoredSamples(self.stats, self._bounds, self._tokens, self._indexes[np.asarray(indexes, np.int64)])
 
     def lengths(self) -> list[int]:
         """Return how many tokens each sequence has."""
         return [int(length) for length in np.diff(self._bounds)[self._indexes]]
 
 
-def stored(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split = "train") -> StoredSamples:
+def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split = "train") -> StoredSamples:
     """Return the sequences of a dataset, tokenised now or, from the same content in the same way, before.
 
     Raises DatasetError if the dataset has faults, leaves nothing to train on, or changes while it is read.
@@ -102,23 +102,23 @@ def stored(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split =
     root = get_user_paths().cache_dir / "tokenized"
     if skipped := select_files(path, split).skipped:
         on_progress(f"reading {split} of {path}; left out: {', '.join(str(file.relative_to(path)) for file in skipped)}")
-    before = _looks(path, split)
+    before = _file_stats(path, split)
     folder = root / _key(path, encoder, split)
-    found = _whole(folder)
+    found = _open_if_intact(folder)
     if found is None:
         private_folder(root)
         _remove_unused(root)
         aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
         try:
             _build(DatasetReport(path, split), encoder, aside, on_progress)
-            if _looks(path, split) != before:
+            if _file_stats(path, split) != before:
                 raise DatasetError(
                     code="dataset_changed",
                     message=f"The dataset {path} changed while it was read.",
                     hint="Start the run again once the file is written.",
                     param="dataset_path",
                 )
-            found = _published(aside, folder)
+            found = _publish(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     with contextlib.suppress(OSError):  # it may be removed meanwhile, which does no harm
@@ -126,7 +126,7 @@ def stored(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split =
     return found
 
 
-def _whole(folder: Path) -> StoredSamples | None:
+def _open_if_intact(folder: Path) -> StoredSamples | None:
     try:
         return StoredSamples.of_folder(folder)
     except (OSError, ValueError, TypeError):
@@ -137,15 +137,15 @@ def _build(report: DatasetReport, encoder: Encoder, folder: Path, on_progress: O
     """Fill a folder, down to the disk: a folder that is found by its name must be whole, also after a power cut."""
     bounds = array("q", [0])
     with _synced(folder / "tokens.bin") as tokens:
-        for encoded in encoder.encode(_sound_samples(report, on_progress)):
+        for encoded in encoder.encode(_valid_samples(report, on_progress)):
             ids, labels = np.array(encoded.ids, np.int32), np.array(encoded.labels, np.int32)
             tokens.write(np.where(labels == IGNORED, -1 - ids, ids).tobytes())
             bounds.append(bounds[-1] + len(ids))
     with _synced(folder / "bounds.bin") as file:
         file.write(bounds.tobytes())
     with _synced(folder / "facts.json") as file:
-        facts = Facts(report.sample_count, encoder.truncated, encoder.dropped, encoder.findings.as_dicts())
-        file.write(json.dumps(asdict(facts)).encode())
+        stats = TokenizationStats(report.sample_count, encoder.truncated, encoder.dropped, encoder.findings.as_dicts())
+        file.write(json.dumps(asdict(stats)).encode())
 
 
 @contextlib.contextmanager
@@ -156,13 +156,13 @@ def _synced(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
-def _published(aside: Path, folder: Path) -> StoredSamples:
+def _publish(aside: Path, folder: Path) -> StoredSamples:
     """Give what was made its name, and return it; or what another process made meanwhile."""
     samples = StoredSamples.of_folder(aside)
     try:
         aside.rename(folder)
     except OSError:  # there is one
-        if other := _whole(folder):
+        if other := _open_if_intact(folder):
             return other
         # What is damaged is put aside and not removed in place: whoever reads a name finds a whole folder, or none.
         damaged = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
@@ -173,17 +173,17 @@ def _published(aside: Path, folder: Path) -> StoredSamples:
     return samples
 
 
-def _sound_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
+def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
     """Yield samples as long as there is no fault; at the end, raise DatasetError for the faults there were."""
     for sample in read_samples(report):
-        if report.sample_count % _TOLD_SAMPLES == 0:
+        if report.sample_count % _PROGRESS_SAMPLES == 0:
             on_progress(f"tokenising {report.path}: {report.sample_count:,} samples")
         if not report.faults:
             yield sample
     report.raise_for_faults()
 
 
-def _looks(path: Path, split: Split) -> list[tuple[str, int, int]]:
+def _file_stats(path: Path, split: Split) -> list[tuple[str, int, int]]:
     """Return what tells that a dataset's files have changed, without reading them."""
     stats = [(file, file.stat()) for file in select_files(path, split).files]
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
