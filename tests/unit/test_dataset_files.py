@@ -77,7 +77,7 @@ def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path: Path) -> None:
         ("a.csv", b"text,text\na,b\nc,d\n", ":1: two columns have the same name"),
         ("a.csv", "text\nä\n".encode("utf-16"), ":1: the file is in UTF-16"),
         ("a.json", b'{"a": 1}', "a list of records is expected"),
-        ("a.json", b'{"a": 1}\n{"a": 2}', "name the file .jsonl"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', "rename it to .jsonl"),
         ("a.json", b"\n\na\xff", ":3: not UTF-8 at byte 2"),
         ("a.json", b'[{"text": "a"},\n{"text": }]', ":2: not valid JSON: Expecting value at column 10"),
         ("a.json", b'[{"text": "a"}\n{"text": "b"}]', ":2: not valid JSON: Expecting ',' delimiter at column 1"),
@@ -156,7 +156,7 @@ def test_keys_that_a_row_of_a_table_does_not_have_are_absent(tmp_path: Path) -> 
 
 def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(DatasetError, match="pointer of Git LFS"):
+    with pytest.raises(DatasetError, match="Git LFS pointer"):
         check_dataset(tmp_path / "t.parquet")
 
 
