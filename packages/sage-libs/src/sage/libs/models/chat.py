@@ -57,7 +57,7 @@ class ChatFormat:
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
-        """Render a chat to text, with the generation prompt if `prompt` is set; exceptions of the template are not caught."""
+        """Render a chat to text, with the generation prompt if `prompt` is set. Raises what the template raises."""
         text = self.tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False)
         return str(text)
 
