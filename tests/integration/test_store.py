@@ -180,7 +180,7 @@ def test_a_run_trains_on_a_folder_s_train_and_is_scored_on_its_validation(
 def test_a_stop_while_tokenising_leaves_a_model_that_loads_and_goes_on(
     tiny_model: Path, tmp_path: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_TOLD_SAMPLES", 10)
+    monkeypatch.setattr(store, "_PROGRESS_SAMPLES", 10)
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=2)
     stop = StopRequest()
     stop.request()

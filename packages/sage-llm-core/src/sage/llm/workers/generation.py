@@ -41,11 +41,11 @@ class Engine:
     def __init__(self, generator: Generator, default_max_tokens: int) -> None:
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._lane = Lane("Generation")
-        self._tokenising = Lane("Tokenising")
+        self._tokenization = Lane("Tokenization")
 
     def close(self) -> None:
         """End all answers with an error that the engine is stopping."""
-        self._tokenising.close()
+        self._tokenization.close()
         self._lane.close()
 
     async def chat(self, request: ChatRequest, connection: Request) -> Response | dict[str, Any]:
@@ -68,7 +68,7 @@ class Engine:
         shape: Shape,
         encode: Callable[[], list[list[int]]],
     ) -> Response | dict[str, Any]:
-        prompts = await self._tokenising.call(encode)
+        prompts = await self._tokenization.call(encode)
         for prompt in prompts:
             self._generator.check_prompt(prompt, sampling, "messages" if isinstance(shape, ChatShape) else "prompt")
         shape.prompt_tokens = sum(map(len, prompts))
