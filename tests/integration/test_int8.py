@@ -1,4 +1,4 @@
-"""Products in 8 bits: the C against the same in torch, and a base held so against the whole one."""
+"""Int8 matrix products: the C code against torch, and a quantized base against the original."""
 
 from pathlib import Path
 
@@ -63,8 +63,10 @@ def test_columns_much_larger_than_the_rest_do_not_drown_it() -> None:
     def error(found: Tensor, wanted: Tensor) -> float:
         return float((found - wanted).norm() / wanted.norm())
 
-    smooth, rough = (Int8Matrix(weight, peaks) for peaks in (inputs.abs().amax(0), weight.abs().amax(0)))
-    assert error(smooth.whole(torch.float32), weight) < 0.01
+    smooth, rough = (
+        Int8Matrix(weight, activation_absmax) for activation_absmax in (inputs.abs().amax(0), weight.abs().amax(0))
+    )
+    assert error(smooth.dequantize(torch.float32), weight) < 0.01
     assert error(smooth.forward(inputs), expected) < 0.02
     assert error(rough.forward(inputs), expected) > 0.1
     assert error(smooth.backward(grad), grad @ weight) < 0.02
@@ -99,7 +101,7 @@ def test_in_evaluation_and_for_generation_only_the_weights_are_rounded() -> None
     with torch.no_grad():
         expected = whole(input_ids=ids).logits
         for _ in range(2):
-            with kernels.off():
+            with kernels.disabled():
                 moved = kernels.model(input_ids=ids).logits - expected
             assert 0 < moved.norm() / expected.norm() < 0.02
 
@@ -130,7 +132,7 @@ def test_c_is_compiled_once_and_where_it_cannot_be_that_is_said(
     source.write_text("int half(")
     library, problem = compiled(source)
     assert library is None
-    assert problem.startswith("broken.c does not compile here: ")
+    assert problem.startswith("broken.c cannot be compiled: ")
     source.write_text("int half(int whole) { return whole / 2; }")
     for _ in range(2):
         library, problem = compiled(source)

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from sage.libs.finetune.kernels.attention import Shape, fused_attention, packed_attention
+from sage.libs.finetune.kernels.attention import AttentionShape, fused_attention, packed_attention
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.training.batching import PackedCollator
 from sage.libs.finetune.training.loss import completion_loss
@@ -151,7 +151,7 @@ def test_a_model_that_computes_otherwise_stays_as_it_is(config: PreTrainedConfig
     before = model(ids).logits
     kernels, summary = install(model)
     assert kernels is None
-    assert summary.startswith("plain: ")
+    assert summary.startswith("fallback: ")
     assert reason in summary
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
 
@@ -161,7 +161,7 @@ def test_kernels_step_aside_for_generation() -> None:
     prompt = torch.arange(3, 12)[None]
     before = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     kernels = installed(model)
-    with kernels.off():
+    with kernels.disabled():
         after = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert before.tolist() == after.tolist()
     gradients(model, [samples()], kernels)
@@ -171,14 +171,14 @@ def test_kernels_step_aside_for_generation() -> None:
 def test_a_gpu_s_attention_is_ours(turned: bool) -> None:
     """The path of a GPU, in numbers that a CPU computes in."""
     torch.manual_seed(0)
-    shape, bounds, tokens = Shape(heads=6, key_heads=2, width=16, scaling=0.3), [0, 5, 12, 49], 64
-    angles = torch.rand(tokens, shape.width // 2, dtype=torch.float64).repeat(1, 2)
+    shape, cu_seqlens, tokens = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=16, scaling=0.3), [0, 5, 12, 49], 64
+    angles = torch.rand(tokens, shape.head_dim // 2, dtype=torch.float64).repeat(1, 2)
     rotary = (angles.cos(), angles.sin()) if turned else None
-    given = torch.randn(tokens, (shape.heads + 2 * shape.key_heads) * shape.width, dtype=torch.float64)
+    given = torch.randn(tokens, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=torch.float64)
     results = []
     for attend in (packed_attention, fused_attention):
         columns = given.clone().requires_grad_()
-        outputs = attend(columns, rotary, bounds, shape)
+        outputs = attend(columns, rotary, cu_seqlens, shape)
         outputs.square().sum().backward()
         assert columns.grad is not None
         results.append((outputs.detach(), columns.grad))

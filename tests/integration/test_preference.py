@@ -80,9 +80,9 @@ def test_preferences_are_learnt_on_top_of_answers(
 @pytest.mark.parametrize(
     ("method", "record", "told"),
     [
-        ("dpo", {"prompt": "a", "chosen": "b"}, "rejected is not there"),
-        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
-        ("dpo", {"chosen": "b", "rejected": "c"}, "'prompt' is not there"),
+        ("dpo", {"prompt": "a", "chosen": "b"}, "missing: rejected"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are equal"),
+        ("dpo", {"chosen": "b", "rejected": "c"}, "'prompt' is missing"),
         ("orpo", {"prompt": "a", "chosen": "", "rejected": "c"}, "'chosen' is empty"),
         ("kto", {"prompt": "a", "completion": "b", "label": "perhaps"}, "must be true or false"),
         ("dpo", {"messages": []}, "dpo needs the fields chosen, rejected"),

@@ -18,7 +18,7 @@ from sage.common.errors import DatasetError
 from sage.libs.finetune.data import store
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.samples import Sample
-from sage.libs.finetune.data.store import StoredSamples, stored
+from sage.libs.finetune.data.store import StoredSamples, load_or_tokenize
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder
 from sage.libs.finetune.run.status import RunState
 from sage.libs.finetune.training.stopping import StopRequest
@@ -41,15 +41,15 @@ def silent(_: str) -> None:
 
 def test_what_is_stored_is_what_is_tokenised_and_is_made_once(tokenizer: Any, sage_home: Path) -> None:
     expected = list(Encoder(tokenizer, 64).encode(read_samples(DatasetReport(SAMPLES))))
-    found = stored(SAMPLES, Encoder(tokenizer, 64), silent)
+    found = load_or_tokenize(SAMPLES, Encoder(tokenizer, 64), silent)
     assert list(found) == expected
     assert found.lengths() == [len(sequence.ids) for sequence in expected]
-    assert found.facts.samples == 92
-    assert found.facts.truncated > 0
+    assert found.stats.samples == 92
+    assert found.stats.truncated > 0
     assert list(found.take([5, 1])) == [expected[5], expected[1]]
     assert found.take([5, 1]).take([1]).lengths() == [len(expected[1].ids)]
     again = Encoder(tokenizer, 64)
-    assert list(stored(SAMPLES, again, silent)) == expected
+    assert list(load_or_tokenize(SAMPLES, again, silent)) == expected
     assert not again.lengths
     assert len(folders(sage_home)) == 1
 
@@ -58,36 +58,36 @@ def test_other_settings_another_template_or_other_content_are_tokenised_anew(
     tokenizer: Any, train_file: Path, sage_home: Path
 ) -> None:
     for encoder in (Encoder(tokenizer, 128), Encoder(tokenizer, 64), Encoder(tokenizer, 128, "last_turn")):
-        stored(train_file, encoder, silent)
+        load_or_tokenize(train_file, encoder, silent)
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "sage")
-    stored(train_file, Encoder(tokenizer, 128), silent)
+    load_or_tokenize(train_file, Encoder(tokenizer, 128), silent)
     write_jsonl(train_file, [chat_record("another", "dataset")])
-    stored(train_file, Encoder(tokenizer, 128), silent)
+    load_or_tokenize(train_file, Encoder(tokenizer, 128), silent)
     assert len(folders(sage_home)) == 5
 
 
 def test_what_is_stored_can_be_read_by_its_user_only(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
     umask = os.umask(0o002)  # as in a group of several users
     try:
-        stored(train_file, Encoder(tokenizer, 64), silent)
+        load_or_tokenize(train_file, Encoder(tokenizer, 64), silent)
     finally:
         os.umask(umask)
     assert stat.S_IMODE((sage_home / "cache/tokenized").stat().st_mode) == 0o700
 
 
 def test_what_was_cut_off_is_made_again(tokenizer: Any, sage_home: Path) -> None:
-    whole = list(stored(SAMPLES, Encoder(tokenizer, 128), silent))
+    whole = list(load_or_tokenize(SAMPLES, Encoder(tokenizer, 128), silent))
     [folder] = folders(sage_home)
     tokens = sage_home / "cache/tokenized" / folder / "tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-4])
-    assert list(stored(SAMPLES, Encoder(tokenizer, 128), silent)) == whole
+    assert list(load_or_tokenize(SAMPLES, Encoder(tokenizer, 128), silent)) == whole
 
 
 def test_a_dataset_with_faults_leaves_nothing(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
     with train_file.open("a") as file:
         file.write('{"messages": [\n{"messages": []}\n')
     with pytest.raises(DatasetError, match=r"train\.jsonl:93: not valid JSON.*train\.jsonl:94: no assistant turn"):
-        stored(train_file, Encoder(tokenizer, 128), silent)
+        load_or_tokenize(train_file, Encoder(tokenizer, 128), silent)
     assert folders(sage_home) == []
 
 
@@ -96,19 +96,19 @@ def test_two_first_runs_at_once_share_what_the_faster_made(tokenizer: Any, train
 
     class Slower(Encoder):
         def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
-            made.append(stored(train_file, Encoder(tokenizer, 64), silent))
+            made.append(load_or_tokenize(train_file, Encoder(tokenizer, 64), silent))
             inodes.extend(path.stat().st_ino for path in (sage_home / "cache/tokenized").glob("[!.]*"))
             yield from super().encode(samples)
 
     inodes: list[int] = []
-    slower = stored(train_file, Slower(tokenizer, 64), silent)
+    slower = load_or_tokenize(train_file, Slower(tokenizer, 64), silent)
     [folder] = (sage_home / "cache/tokenized").iterdir()
     assert [folder.stat().st_ino] == inodes, "what another process may be reading stays"
     assert list(slower) == list(made[0])
 
 
 def test_samples_stay_readable_once_their_folder_is_removed(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
-    samples = stored(train_file, Encoder(tokenizer, 64), silent)
+    samples = load_or_tokenize(train_file, Encoder(tokenizer, 64), silent)
     expected = list(samples)
     shutil.rmtree(sage_home / "cache/tokenized")
     assert list(samples.take([2, 1])) == [expected[2], expected[1]]
@@ -125,7 +125,7 @@ def test_what_is_left_behind_is_removed_and_what_vanishes_meanwhile_is_no_error(
         for path in (root / name / "tokens.bin", root / name):
             os.utime(path, times=(0, time.time() - age_days * 24 * 3600))
     (root / "vanished").symlink_to(root / "nowhere")
-    stored(train_file, Encoder(tokenizer, 64), silent)
+    load_or_tokenize(train_file, Encoder(tokenizer, 64), silent)
     assert {".partial-alive", "used"} == ages_days.keys() & set(folders(sage_home))
 
 
@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space"):
-        stored(train_file, Encoder(tokenizer, 64), silent)
+        load_or_tokenize(train_file, Encoder(tokenizer, 64), silent)
     assert folders(sage_home) == []
 
 
@@ -151,7 +151,7 @@ def test_a_dataset_that_changes_while_it_is_read_is_refused(tokenizer: Any, trai
                 file.write(json.dumps(chat_record("one", "more")) + "\n")
 
     with pytest.raises(DatasetError, match="changed while it was read"):
-        stored(train_file, Disturbed(tokenizer, 64), silent)
+        load_or_tokenize(train_file, Disturbed(tokenizer, 64), silent)
     assert folders(sage_home) == []
 
 
@@ -159,8 +159,8 @@ def test_a_folder_gives_each_split_its_own_samples(tokenizer: Any, tmp_path: Pat
     for name, count in (("train", 3), ("valid", 2), ("test", 1)):
         write_jsonl(tmp_path / f"{name}.jsonl", [chat_record(f"{name} {i}", "a") for i in range(count)])
     told: list[str] = []
-    assert len(stored(tmp_path, Encoder(tokenizer, 64), told.append)) == 3
-    assert len(stored(tmp_path, Encoder(tokenizer, 64), silent, "validation")) == 2
+    assert len(load_or_tokenize(tmp_path, Encoder(tokenizer, 64), told.append)) == 3
+    assert len(load_or_tokenize(tmp_path, Encoder(tokenizer, 64), silent, "validation")) == 2
     assert told == [f"reading train of {tmp_path}; left out: test.jsonl, valid.jsonl"]
 
 
@@ -180,7 +180,7 @@ def test_a_run_trains_on_a_folder_s_train_and_is_scored_on_its_validation(
 def test_a_stop_while_tokenising_leaves_a_model_that_loads_and_goes_on(
     tiny_model: Path, tmp_path: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_TOLD_SAMPLES", 10)
+    monkeypatch.setattr(store, "_PROGRESS_SAMPLES", 10)
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=2)
     stop = StopRequest()
     stop.request()

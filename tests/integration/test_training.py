@@ -45,7 +45,7 @@ def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Pa
         assert steps[-1][key] is not None
     assert [event["eta_seconds"] is None for event in steps] == [True] * 9 + [False] * 3
     [started] = run.events("started")
-    assert started["precision"] == "fp32: asked for; whole base"
+    assert started["precision"] == "fp32: set by --precision; base not quantized"
     assert sorted(path.name for path in run.path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
     assert "step 12/12" in "\n".join(run.manager.logs(run.task_id))
 
@@ -73,8 +73,8 @@ def test_a_run_in_8_bits_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path) -
     assert parts.losses() == whole.losses()
     assert parts.adapter_bytes() == whole.adapter_bytes()
     *_, started = parts.events("started")
-    assert started["precision"] == "fp32: as the run was begun; 8-bit base"
-    assert "10 of 10 matrices in 8 bits" in started["kernels"]
+    assert started["precision"] == "fp32: as before the resume; 8-bit base"
+    assert "int8: 10 of 10 weights quantized" in started["kernels"]
     assert len(whole.events("sample")) == 2
     metrics = whole.run_file()["metrics"]
     assert metrics["heldout_loss"] < metrics["heldout_loss_before"]

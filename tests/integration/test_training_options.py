@@ -254,7 +254,7 @@ def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: p
     assert "the processor lacks bf16 instructions" in precision("auto").reason
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     chosen = precision("auto")
-    measured = re.search(r"measured, this processor multiplies bf16 at ([\d.]+) times", chosen.reason)
+    measured = re.search(r"bf16 matrix products measured ([\d.]+) times", chosen.reason)
     assert measured
     assert chosen.bf16 == (float(measured[1]) > 1.25) or measured[1] in ("1.2", "1.3")
     assert chosen.may_shrink == (not chosen.bf16)
@@ -265,7 +265,7 @@ def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: p
 def test_the_base_is_held_in_8_bits_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for gain, is_taken in ((1.2, False), (1.8, True)):
-        monkeypatch.setattr(int8, "gain", lambda *_, gain=gain: (gain, "measured"))
+        monkeypatch.setattr(int8, "measured_speedup", lambda *_, gain=gain: (gain, "measured"))
         assert precision("auto").int8_products == is_taken
         assert not precision("auto", use_8bit=False).int8_products
         assert not precision("fp32").int8_products
@@ -273,9 +273,9 @@ def test_the_base_is_held_in_8_bits_where_that_is_faster(monkeypatch: pytest.Mon
         assert precision("auto", bf16=False, int8_products=True).int8_products
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert int8.gain(64, torch.float32) == (0.0, "the processor lacks instructions for 8-bit products")
+    assert int8.measured_speedup(64, torch.float32) == (0.0, "the processor lacks int8 instructions")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
-    gain, why = int8.gain(64, torch.float32)
+    gain, why = int8.measured_speedup(64, torch.float32)
     assert why
     assert gain >= 0
 
@@ -287,10 +287,10 @@ def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
     needs = estimate(tiny_model, run.config, bf16=False, base_bits=None, int8=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(trainer, "free_bytes", lambda: needs.total_bytes(1))
+    monkeypatch.setattr(trainer, "available_bytes", lambda: needs.total_bytes(1))
     scarce = TinyRun(tiny_model, tmp_path / "scarce", max_steps=2, precision="auto").trained()
     [started] = scarce.events("started")
-    assert started["precision"].startswith("bf16, multiplied in fp32: memory is scarce")
+    assert started["precision"].startswith("bf16, matrix products in fp32: memory is scarce")
     assert (scarce.status.bf16, scarce.status.bf16_products) == (True, False)
     assert scarce.losses() == pytest.approx(run.losses(), rel=1e-2)
     assert any("of a micro-batch of up to" in warning for warning in scarce.status.warnings)
@@ -301,13 +301,13 @@ def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(trainer, "free_bytes", lambda: 2**20)
-    monkeypatch.setattr(trainer, "install", lambda *_, **__: (None, "plain: another model"))
-    monkeypatch.setattr(int8, "gain", lambda *_: (2.0, "measured"))
+    monkeypatch.setattr(trainer, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(trainer, "install", lambda *_, **__: (None, "fallback: another model"))
+    monkeypatch.setattr(int8, "measured_speedup", lambda *_: (2.0, "measured"))
     for asked, bf16 in (("auto", False), ("bf16", True)):
         run = TinyRun(tiny_model, tmp_path / asked, max_steps=1, precision=asked).trained()
         assert (run.status.bf16, run.status.bf16_products, run.status.int8_products) == (bf16, bf16, False)
-        assert "base not in 8 bits: the model's layers do not take it" in run.events("started")[0]["precision"]
+        assert "base not in int8: the model's layers do not support it" in run.events("started")[0]["precision"]
 
 
 def batch(collator: PackedCollator | PaddedCollator) -> Batch:

@@ -77,23 +77,23 @@ def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path: Path) -> None:
         ("a.csv", b"text,text\na,b\nc,d\n", ":1: two columns have the same name"),
         ("a.csv", "text\nä\n".encode("utf-16"), ":1: the file is in UTF-16"),
         ("a.json", b'{"a": 1}', "a list of records is expected"),
-        ("a.json", b'{"a": 1}\n{"a": 2}', "name the file .jsonl"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', "rename it to .jsonl"),
         ("a.json", b"\n\na\xff", ":3: not UTF-8 at byte 2"),
         ("a.json", b'[{"text": "a"},\n{"text": }]', ":2: not valid JSON: Expecting value at column 10"),
         ("a.json", b'[{"text": "a"}\n{"text": "b"}]', ":2: not valid JSON: Expecting ',' delimiter at column 1"),
-        ("a.json", b'[{"text": "a"}]\n[]', ":1: not valid JSON: more follows the list"),
+        ("a.json", b'[{"text": "a"}]\n[]', ":1: not valid JSON: there is text after the list"),
         ("a.json", b'[{"text": "a"}', "not valid JSON"),
-        ("a.json", b'[{"text": "a"}, {"text": NaN}]', ", record 2: not valid JSON: NaN is no JSON value"),
+        ("a.json", b'[{"text": "a"}, {"text": NaN}]', ", record 2: not valid JSON: NaN is not a JSON value"),
         ("a.json", b'[{"text": "a"}, {"text": 3}]', ", record 2: text must be text, found a number"),
         ("a.json", b'[{"text": ' + b"[" * 100_000, ", record 1: not valid JSON: it is nested too deeply"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": Infinity}\n', ":2: not valid JSON: Infinity is no JSON value"),
-        ("a.jsonl", b'\n{"text": "\\ud83d"}\n', ":2: text holds half a character, \\ud83d"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": Infinity}\n', ":2: not valid JSON: Infinity is not a JSON value"),
+        ("a.jsonl", b'\n{"text": "\\ud83d"}\n', ":2: text has half a character (lone surrogate \\ud83d)"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000, ":1: not valid JSON: it is nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ":1: not valid JSON: Exceeds the limit"),
-        ("a.jsonl", b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', ":1: the first record goes on over several lines"),
+        ("a.jsonl", b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', ":1: the first record is written over several lines"),
         ("a.jsonl", b'[{"text": "a"},\n{"text": "b"}]\n', "name it .json."),
-        ("a.parquet", b"PAR1", "record 1: not a whole parquet file"),
-        ("a.arrow", b"ARROW1", "record 1: not a whole arrow file"),
+        ("a.parquet", b"PAR1", "record 1: the parquet file is damaged"),
+        ("a.arrow", b"ARROW1", "record 1: the arrow file is damaged"),
     ],
 )
 def test_a_broken_file_of_any_kind_is_a_fault_with_its_place(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -156,7 +156,7 @@ def test_keys_that_a_row_of_a_table_does_not_have_are_absent(tmp_path: Path) -> 
 
 def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(DatasetError, match="pointer of Git LFS"):
+    with pytest.raises(DatasetError, match="Git LFS pointer"):
         check_dataset(tmp_path / "t.parquet")
 
 
@@ -164,10 +164,10 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
     ("name", "said"),
     [
         ("no.jsonl", "does not exist"),
-        ("x.txt", "is none of"),
+        ("x.txt", "does not end in"),
         ("empty", "without"),
         ("n" * 300 + ".csv", "cannot be read"),
-        ("pipe.csv", "is no regular file"),
+        ("pipe.csv", "is not a regular file"),
     ],
 )
 def test_what_is_no_dataset_is_refused_before_reading(tmp_path: Path, name: str, said: str) -> None:

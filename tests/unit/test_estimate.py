@@ -7,7 +7,7 @@ import pytest
 from sage.common.errors import RunError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.run.estimate import Estimate, check_room, estimate
-from sage.libs.finetune.training.memory import free_bytes
+from sage.libs.finetune.training.memory import available_bytes
 
 #: A vocabulary of 100, two layers of 8 wide with a matrix to 24 and one back.
 SHAPES = {
@@ -84,4 +84,4 @@ def test_a_model_that_cannot_fit_is_refused(model: Path, options: dict[str, obje
 
 
 def test_some_memory_is_free() -> None:
-    assert 2**20 < free_bytes() < 2**50
+    assert 2**20 < available_bytes() < 2**50

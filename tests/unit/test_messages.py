@@ -80,7 +80,7 @@ def test_an_answer_that_only_reasons_is_not_empty() -> None:
 
 def test_two_reasonings_that_differ_are_refused() -> None:
     message = {**ANSWER, "thinking": "x", "reasoning": "y"}
-    assert "reasoning and thinking say different things" in refusal_of({"messages": [USER, message]})
+    assert "reasoning and thinking differ" in refusal_of({"messages": [USER, message]})
     assert chat_of({"messages": [USER, {**message, "reasoning": "x"}]}).messages[1]["reasoning_content"] == "x"
 
 
@@ -140,7 +140,7 @@ def test_a_sentence_and_its_call_are_one_answer() -> None:
     assert chat.messages[1] == {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}
     assert chat.untrained == {1}
     half = {"conversations": [USER, {"from": "gpt", "value": "I look."}, {**call, "loss": False}, USER, ANSWER]}
-    assert "conversations[2] belongs to the answer before it" in refusal_of(half)
+    assert "conversations[2] continues the previous answer" in refusal_of(half)
 
 
 @pytest.mark.parametrize("arguments", ["", " ", None, {}, "{}"])
@@ -175,7 +175,7 @@ def test_nulls_are_as_if_absent_but_in_arguments() -> None:
     ("turn", "said"),
     [
         ({"from": "function_call", "value": "{'name': 'f'}"}, "conversations[1].value is not valid JSON"),
-        ({"from": "function_call", "value": "[]"}, "conversations[1].value holds no call"),
+        ({"from": "function_call", "value": "[]"}, "conversations[1].value has no calls"),
         ({"from": "function_call", "value": [SEAL, 3]}, "conversations[1].value[1] must be an object with name"),
         ({"from": "function_call", "value": {"arguments": {}}}, "conversations[1].value must be an object with name"),
         ({"role": "assistant", "function_call": {"name": "f", "arguments": "x"}},
@@ -187,10 +187,10 @@ def test_nulls_are_as_if_absent_but_in_arguments() -> None:
         ({"from": "observation", "value": {"count": 4}}, "conversations[1].value must be text, found an object"),
         ({"role": "user", "content": None}, "conversations[1].content must be text, found nothing"),
         ({"role": "user", "content": ["x"]}, "conversations[1].content must be text, found a list"),
-        ({"role": "user", "content": [{"type": "image_url"}]}, 'content[0] is of type "image_url": this trains text only'),
+        ({"role": "user", "content": [{"type": "image_url"}]}, 'content[0] has type "image_url": only text'),
         ({"role": "user", "content": [{"type": "text", "text": 3}]}, "content[0].text must be text, found a number"),
-        ({"role": "user", "content": "\ud83d half"}, "conversations[1].content holds half a character, \\ud83d"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "\ud83d"}}}]}, "holds half"),
+        ({"role": "user", "content": "\ud83d half"}, "conversations[1].content has half a character (lone surrogate"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "\ud83d"}}}]}, "has half"),
         ({"role": "a long text " * 9, "content": "x"}, "conversations[1].role is text."),
         ({"role": "\ud83d", "content": "x"}, 'conversations[1].role is "\\ud83d"'),
     ],

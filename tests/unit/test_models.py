@@ -104,7 +104,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_file_at_fault(tmp_path: Path)
     cut = full(tmp_path / "cut")
     content = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(content[:-1])
-    with pytest.raises(ModelError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a complete safetensors file"):
         resolve_model(str(cut))
     for name, make, said in (
         ("pickle", lambda f: (f / "pytorch_model.bin").touch(), "pickles"),
@@ -138,7 +138,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_file_at_fault(tmp_path: Path)
 def test_a_broken_header_is_told_as_the_file_s_trouble(tmp_path: Path, header: bytes) -> None:
     folder = full(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ModelError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a complete safetensors file"):
         resolve_model(str(folder))
 
 

@@ -104,8 +104,8 @@ def test_tools_of_a_pair_reach_trl_as_text() -> None:
 @pytest.mark.parametrize(
     ("method", "record", "said"),
     [
-        ("dpo", {"prompt": "a", "chosen": "g"}, "dpo needs the fields chosen, rejected; rejected is not there"),
-        ("dpo", {"chosen": "g", "rejected": "b"}, "'prompt' is not there"),
+        ("dpo", {"prompt": "a", "chosen": "g"}, "dpo needs the fields chosen, rejected; missing: rejected"),
+        ("dpo", {"chosen": "g", "rejected": "b"}, "'prompt' is missing"),
         (
             "dpo",
             {"prompt": "other", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]},
@@ -113,15 +113,15 @@ def test_tools_of_a_pair_reach_trl_as_text() -> None:
         ),
         ("dpo", {"prompt": "a", "chosen": [GOOD, *CHAT, GOOD], "rejected": [BAD]}, "'chosen' has a user message inside"),
         ("dpo", {"prompt": "a", "chosen": CHAT, "rejected": [*CHAT, BAD]}, "'chosen' is empty"),
-        ("dpo", {"prompt": "a", "chosen": "g", "rejected": "g"}, "are the same"),
+        ("dpo", {"prompt": "a", "chosen": "g", "rejected": "g"}, "are equal"),
         ("dpo", {"prompt": "a", "chosen": {"x": 1}, "rejected": "g"}, "chosen must be text, found an object"),
-        ("dpo", {"prompt": "a", "chosen": "g", "rejected": "b", "images": ["x"]}, "this trains text only"),
-        ("dpo", {"prompt": "a", "chosen": "\ud83d", "rejected": "b"}, "chosen holds half a character"),
-        ("kto", {"prompt": "a", "completion": "g"}, "kto needs the fields completion, label; label is not there"),
-        ("kto", {"prompt": "a", "label": True}, "completion is not there"),
+        ("dpo", {"prompt": "a", "chosen": "g", "rejected": "b", "images": ["x"]}, "only text can be trained on"),
+        ("dpo", {"prompt": "a", "chosen": "\ud83d", "rejected": "b"}, "chosen has half a character"),
+        ("kto", {"prompt": "a", "completion": "g"}, "kto needs the fields completion, label; missing: label"),
+        ("kto", {"prompt": "a", "label": True}, "missing: completion"),
         ("kto", {"messages": CHAT, "label": True}, "'messages' is empty"),
         ("kto", {"prompt": "a", "completion": "g", "label": "good"}, "'label' must be true or false, found text"),
-        ("grpo", {"prompt": "a", "solution": "\ud83d"}, "holds half a character"),
+        ("grpo", {"prompt": "a", "solution": "\ud83d"}, "has half a character"),
         ("grpo", 3, "a JSON object is expected"),
     ],
 )
@@ -137,7 +137,7 @@ def test_columns_of_a_prompt_reach_the_reward_function() -> None:
 
 def test_conversations_that_part_early_are_no_pair() -> None:
     ends = {end: [{"role": "user", "content": end}, {"role": "assistant", "content": "x"}] for end in ("chosen", "rejected")}
-    with pytest.raises(RecordError, match="'prompt' is not there"):
+    with pytest.raises(RecordError, match="'prompt' is missing"):
         parser_of("dpo")(ends)
 
 

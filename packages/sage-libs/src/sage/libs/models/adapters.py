@@ -1,4 +1,4 @@
-"""Adapters: put on the base that they were trained on, and merged into it so that it computes the same."""
+"""Attach adapters to their base model, and merge them into it."""
 
 import hashlib
 import json
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Return a base with the adapter of a folder; warns if the base is known to be another one than it was trained on.
+    """Attach the adapter in a folder to a base; log a warning if it was trained on another base.
 
-    Raises ModelError if the adapter does not fit the base: other shapes, weights without a place, places without weights.
+    Raises ModelError if the adapter does not fit the base: different shapes, missing or unexpected weights.
     """
     _warn_of_another_base(base, folder)
     try:
@@ -30,9 +30,9 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
             raise ValueError("megatron_config names a module to import, which is not supported")
         config.inference_mode, base_name = not is_trainable, config.base_model_name_or_path
         model = get_peft_model(base, config)
-        config.base_model_name_or_path = base_name  # as the adapter has it, not the folder that it is in here
+        config.base_model_name_or_path = base_name  # keep the name in the adapter's config, not the local folder
         result = model.load_adapter(str(folder), model.active_adapter, is_trainable=is_trainable)
-    except Exception as error:  # PEFT raises what it likes for a broken config
+    except Exception as error:  # PEFT raises all kinds of exceptions for a broken config
         raise _unfit(folder, first_line(error)) from error
     if result.unexpected_keys:
         raise _unfit(folder, f"the base has no place for its weight {result.unexpected_keys[0]}")
@@ -43,10 +43,9 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
 
 
 def merged(model: PeftModel) -> Any:
-    """Return the base with its adapter merged into it; as it is if its kind of adapter cannot be merged.
+    """Merge the adapter into its base and return the base; return the model unchanged if it cannot be merged.
 
-    A head that shares its weight with the embeddings gets one of its own first if the adapter touches one of them: merging
-    changes weights in place, and would change both.
+    If the adapter changes a tied lm_head or embedding, the two are untied first, because merging changes weights in place.
     """
     if not hasattr(model.base_model, "merge_and_unload"):
         return model
@@ -78,19 +77,19 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
     found = fingerprint(Path(base.name_or_path))
     if _trained_base(folder, found) != found:
         logger.warning(
-            "The base model in %s is not the one that the adapter in %s was trained on: its answers may be wrong.",
-            base.name_or_path, folder,
+            "The adapter in %s was trained on another base model than %s: its answers may be wrong.",
+            folder, base.name_or_path,
         )  # fmt: skip
 
 
 def _trained_base(folder: Path, found: str) -> str:
-    """Return the fingerprint of the base that an adapter was trained on; if it is not ours, that of the first base found."""
+    """Return the fingerprint of an adapter's base, from sage_run.json, else that of the first base it was used with."""
     try:
         expected = json.loads((folder / "sage_run.json").read_text(encoding="utf-8")).get("base_sha256")
         if isinstance(expected, str):
             return expected
     except (OSError, ValueError, AttributeError):
-        pass  # not ours, or of an earlier version
+        pass  # not trained by SAGE, or by an earlier version
     try:
         weights = (folder / "adapter_model.safetensors").stat()
         key = hashlib.sha256(f"{folder.resolve()} {weights.st_size} {weights.st_mtime_ns}".encode()).hexdigest()

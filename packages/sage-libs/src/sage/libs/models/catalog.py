@@ -1,4 +1,4 @@
-"""The models folder: what is in it, and putting something into it."""
+"""List and import models of the models folder."""
 
 import os
 import re
@@ -26,7 +26,7 @@ class ModelEntry:
 
 
 def list_models() -> list[ModelEntry]:
-    """Return the models that need no network, by name: those in the models folder, and those that packages carry."""
+    """Return the local models, sorted by name: those in the models folder and in installed packages."""
     paths = get_user_paths()
     entries: dict[str, ModelEntry] = {}
     for name, packaged in PACKAGED.items():
@@ -45,9 +45,9 @@ def list_models() -> list[ModelEntry]:
 
 
 def import_model(folder: Path, name: str) -> Path:
-    """Copy a model into the models folder under a name, whole or not at all, and return where it is.
+    """Copy a model atomically into the models folder, and return its path.
 
-    Raises ModelError for a folder that holds none, ConfigError for a name that cannot be, Conflict for one that is taken.
+    Raises ModelError if the folder has no model, ConfigError if the name is invalid, Conflict if it exists.
     """
     if not _NAME.fullmatch(name) or ".." in name or name.startswith(("finetuned", ".")):
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""One chat, one rendering: what a model is trained on is what it is shown when it is served, token for token.
+"""Render chats to tokens, in the same way for training and serving.
 
-Training, evaluation, sample answers and serving all go through `ChatFormat`.
+Training, evaluation, sample answers and serving all use `ChatFormat`, so the tokens are equal.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
-#: Stands for a text when a template is asked where it writes it. Nobody writes it, and no template changes it.
+#: Placeholder to find where a template writes a text. It does not occur in real texts, and no template changes it.
 _PROBE = "Zq7Zq7"
 _CHATML = (
     "{%- if tools %}{{- '<|im_start|>system\n' }}"
@@ -27,7 +27,7 @@ _CHATML = (
 
 
 def ensure_chat_template(tokenizer: Any) -> str | None:
-    """Give a tokenizer without a chat template ChatML; return the warning to show, or None if it had one."""
+    """Set ChatML as the template of a tokenizer without one; return the warning to show, or None if it has a template."""
     if tokenizer.chat_template:
         return None
     known = tokenizer.get_vocab()
@@ -38,7 +38,7 @@ def ensure_chat_template(tokenizer: Any) -> str | None:
 
 
 class ChatFormat:
-    """How a model's chats are written: its template and its tokenizer."""
+    """A model's chat template together with its tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -46,28 +46,25 @@ class ChatFormat:
         self.special_ids |= {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
         plain = self.ids([_PROBE])[0]
         around = list(tokenizer(_PROBE)["input_ids"])
-        #: Tokens that the tokenizer puts before a text by itself: BOS, or none.
+        #: Tokens that the tokenizer adds before a text: BOS, or none.
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether texts tokenised one by one give the tokens of the whole, where no token straddles: not with tokenizers
-        #: that put a space before every text.
+        #: Whether tokenizing parts of a text gives the tokens of the text, if no token spans two parts. False for tokenizers
+        #: that add a space before every text.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without what the tokenizer would add; works on all cores at once."""
+        """Return the token ids of each text, without added special tokens; uses all cores."""
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
-        """Return a chat as text, with the beginning of an answer if `prompt` is set.
-
-        messages: as `sage.libs.finetune.data.formats.message_of` returns them. Raises what the template raises.
-        """
+        """Render a chat to text, with the generation prompt if `prompt` is set. Raises what the template raises."""
         text = self.tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False)
         return str(text)
 
     def render_marked(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[tuple[int, int]]] | None:
-        """Return a chat as text, and what its template marks as answers (`{% generation %}`), in characters.
+        """Render a chat, and return the character ranges that the template marks as answers (`{% generation %}`).
 
-        None if the template marks nothing.
+        Returns None if the template marks nothing.
         """
         template = str(self.tokenizer.get_chat_template(tools=tools))
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -84,20 +81,20 @@ class ChatFormat:
         return texts[0], [(int(begin), int(end)) for begin, end in spans[0]]
 
     def prompt_ids(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """Return the tokens that a model is asked a chat with."""
+        """Return the prompt of a chat as token ids."""
         return self.ids([self.render(messages, tools, prompt=True)])[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the tokens of a plain text: with BOS if the tokenizer puts it there, once, and without an end."""
+        """Return the tokens of a plain text, with one BOS if the tokenizer adds it, and without EOS."""
         return [*self.prefix_of(text), *self.ids([text])[0]]
 
     def prefix_of(self, text: str) -> list[int]:
-        """Return the tokens to put before a plain text, none if it has them."""
+        """Return the tokens to add before a plain text; [] if it begins with BOS already."""
         begins = self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
         return [] if begins else self.prefix
 
     def split_ids(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """Return the token ids of texts that are given in parts; no token straddles two of them."""
+        """Return the token ids of texts given in parts; no token spans two parts."""
         if self.is_concatenative:
             tokens = iter(self.ids([part for parts in texts for part in parts]))
             return [[next(tokens) for _ in parts] for parts in texts]
@@ -110,29 +107,29 @@ class ChatFormat:
             before = wholes[at - 1] if at else []
             if whole[: len(before)] == before:
                 split.append(whole[len(before) :])
-            else:  # behind a line's end there is no space to put
+            else:  # after a line break the tokenizer adds no space
                 line_end, part = self.ids(["\n", f"\n{parts[at]}"])
                 split.append(part[len(line_end) :])
         return split
 
     def opening(self, text: str) -> str:
-        """Return how a chat that the assistant begins, rendered to `text`, begins before the answer's words."""
+        """Return the part of `text` before the answer; text: rendered chat that begins with an assistant message."""
         asked = [{"role": "user", "content": _PROBE}]
         header = self.render(asked, prompt=True).rpartition(_PROBE)[2]
         header = header.removeprefix(self.render(asked).rpartition(_PROBE)[2])
         return text[: text.index(header) + len(header)] if header and header in text else self.header([], None, text)
 
     def header(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """Return how `text`, which `messages` and an answer render to, begins before the words of the answer."""
+        """Return the part of `text` before the answer; text: `messages` and an answer, rendered."""
         probe = self.render([*messages, {"role": "assistant", "content": _PROBE}], tools)
         at = next((i for i, (a, b) in enumerate(zip(probe, text, strict=False)) if a != b), min(len(probe), len(text)))
         return text[:at]
 
     @functools.cache  # noqa: B019 - lives as long as its tokenizer
     def answer_end(self, *, calls: bool = False) -> int | None:
-        """Return the token that ends an answer, or one that calls tools: as the template writes it, else EOS.
+        """Return the token that the template writes after an answer (calls: after tool calls), else EOS.
 
-        A template without such a token leaves it to the next speaker's token to end an answer; then it is that one.
+        If the template writes none, it is the first special token of the next message.
         """
         asked = {"role": "user", "content": "Hi"}
         if calls:
@@ -144,7 +141,7 @@ class ChatFormat:
             answered, then = {"role": "assistant", "content": _PROBE}, asked
         for messages in ([asked, answered], [asked, answered, then]):
             rest = ""
-            with contextlib.suppress(Exception):  # templates raise what they like
+            with contextlib.suppress(Exception):  # templates raise all kinds of exceptions
                 rest = self.render(messages).rpartition(_PROBE)[2]
             if found := next((token for token in self.ids([rest])[0] if token in self.special_ids), None):
                 return found
@@ -152,7 +149,7 @@ class ChatFormat:
         return end
 
     def end_ids(self, configured: int | Sequence[int] | None) -> list[int]:
-        """Return the tokens at which generation stops: those of the model's configuration, EOS, the template's.
+        """Return the tokens at which generation stops: from the model's configuration, the tokenizer and the template.
 
         configured: `eos_token_id` of the model's generation_config.json.
         """

@@ -1,7 +1,7 @@
-"""Models that are made once before they load: GGUF files as safetensors, and hub models on this disk.
+"""Prepare models once before loading: convert GGUF files to safetensors, download models from the hub.
 
 .converted/<name>-<hash>/          safetensors of the GGUF file with that SHA-256
-.converted/<name>-<hash>.sources   which files are known to have it, with size and times: they are not read again
+.converted/<name>-<hash>.sources   files known to have that hash, with size and times, so that they are not read again
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from sage.common.processes import held_lock
 from sage.libs.models.resolve import ModelSource
 
 logger = logging.getLogger(__name__)
-#: What a model needs to be loaded; everything else on the hub stays there.
+#: Files that are needed to load a model; others are not downloaded.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _HASH_DIGITS = 16
 
 
 def converted(folder: Path) -> Path:
-    """Return bf16 safetensors of the GGUF file in a folder, converted now unless a file of the same content was before."""
+    """Return the folder with bf16 safetensors of a GGUF file; convert it unless the same content was converted before."""
     gguf = next(folder.glob("*.gguf"))
     root = get_user_paths().models_dir / ".converted"
     with _reported(f"{gguf} cannot be converted to safetensors", root):
@@ -49,7 +49,7 @@ def converted(folder: Path) -> Path:
 
 
 def downloaded(source: ModelSource) -> Path:
-    """Return a hub model's folder, downloaded now unless it was before."""
+    """Return the folder of a hub model; download it unless it is there."""
     target, locks = source.folder, get_user_paths().models_dir / ".locks"
     with (
         _reported(f"{source.name} cannot be downloaded", target.parent),
@@ -62,7 +62,7 @@ def downloaded(source: ModelSource) -> Path:
 
 
 def _identity(gguf: Path) -> list[object]:
-    """Return what tells a file from one that has taken its place, without reading it."""
+    """Return path, inode, size and times of a file, to detect that it was replaced."""
     found = gguf.stat()
     return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
@@ -85,10 +85,10 @@ def _sources(path: Path) -> list[list[object]]:
 
 
 def _make(target: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder, whole or not at all, under a lock that the caller holds."""
+    """Create a folder atomically; the caller must hold its lock."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
     try:
         write(aside)
         fsync_tree(aside)
@@ -100,7 +100,7 @@ def _make(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _reported(failure: str, place: Path) -> Iterator[None]:
-    """Raise ModelError for what goes wrong: a broken file, a full disk, the network; libraries raise what they like."""
+    """Convert any exception to ModelError; libraries raise all kinds for broken files, full disks and network errors."""
     try:
         yield
     except SageError:
@@ -119,7 +119,7 @@ def _convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
     )
-    # The weights are dense now; what remembers the packed ones would stop save_pretrained.
+    # The weights are dense now, but save_pretrained refuses a model with a quantization config.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

@@ -1,4 +1,4 @@
-"""Whether a base model is still the one that an adapter was trained on, without reading all of its weights."""
+"""Fingerprint of a base model, to check that an adapter was trained on it, without reading all weights."""
 
 import hashlib
 import json
@@ -7,17 +7,17 @@ from pathlib import Path
 from sage.common.errors import ModelError
 from sage.libs.models.resolve import safetensors_header
 
-#: Read of each tensor, from its middle.
+#: Number of bytes read from the middle of each tensor.
 _SAMPLE_BYTES = 256
 #: Entries of config.json that do not change what the model computes.
 _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
 
 
 def fingerprint(folder: Path) -> str:
-    """Return 64 hex digits that tell one base model from another, also from one of the same shape.
+    """Return 64 hex digits that differ between base models, also between models of the same shape.
 
     Covers config.json, the names and shapes of all tensors, and some bytes of each of them.
-    Raises ModelError for a folder that holds no whole model.
+    Raises ModelError if the folder has no complete model.
     """
     digest = hashlib.sha256()
     try:

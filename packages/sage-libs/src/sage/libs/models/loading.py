@@ -1,4 +1,4 @@
-"""Loading weights and tokenizers, always from a local folder, never a pickle, never with remote code."""
+"""Load weights and tokenizers, only from local folders, without pickles and without remote code."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ _MOST_NAMED = 5
 
 
 def local_folder(source: ModelSource) -> Path:
-    """Return a folder that transformers and PEFT load as it stands, making it first if needed.
+    """Return a local folder that transformers and PEFT can load; convert or download the model first if needed.
 
     A GGUF file is converted once to bf16 safetensors in the user's models folder; a hub model is downloaded there.
     Raises ModelError if that fails.
@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model's folder; raises ModelError if it has none or a slow one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # broken files raise what they like, from Rust too
+    except Exception as error:  # broken files raise all kinds of exceptions
         raise ModelError(
             code="tokenizer_missing", message=f"{folder} has no tokenizer that loads: {first_line(error)}.", param="model"
         ) from error
@@ -46,9 +46,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise ModelError if chats and texts can have tokens that the model in a folder has no embedding for.
+    """Raise ModelError if the tokenizer can produce tokens that the model in a folder has no embedding for.
 
-    Special tokens beyond it that neither the chat template nor an end of text uses are let be: Gemma 3 has one for images.
+    Special tokens that neither the chat template nor BOS, EOS or padding uses are allowed: Gemma 3 has one for images.
     """
     rows = embedding_rows(folder)
     special = set(tokenizer.all_special_tokens) | {
@@ -65,13 +65,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise ModelError(
             code="tokenizer_too_large",
             message=f"The tokenizer of {folder} has tokens beyond the {rows:,} rows of the model's embedding: {named}.",
-            hint="Take the tokenizer that belongs to the model, or a model whose embedding was resized for it.",
+            hint="Use the model's own tokenizer, or resize the model's embedding.",
             param="base_model",
         )
 
 
 def embedding_rows(folder: Path) -> int:
-    """Return how many token ids the model in a folder has embeddings for; raises ModelError if its config does not load."""
+    """Return the number of rows of a model's embedding; raises ModelError if its config does not load."""
     return int(model_config(folder).vocab_size)
 
 
@@ -87,7 +87,7 @@ def model_config(folder: Path) -> Any:
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """Return the causal language model of a folder of safetensors; raises ModelError if it does not load whole."""
+    """Load a causal language model from safetensors; raises ModelError if weights are missing or damaged."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
@@ -97,7 +97,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrain
         raise
     except Exception as error:
         raise _invalid(folder, f"does not load: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+    if missing := sorted(info["missing_keys"]):  # transformers would initialize them randomly
         raise _invalid(folder, f"has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
     return model
 

@@ -1,7 +1,7 @@
-"""From a model's name to where its weights are; reads no weights and imports no torch.
+"""Find the weights of a model by its name, without reading weights or importing torch.
 
-An absolute path is a folder; any other name is tried in the user's models folder, as a model that a Python package carries,
-and last as an id on the hub. Paths that are relative need a folder to count from, which only a command has that a user runs.
+An absolute path is a folder. Any other name is looked up in the user's models folder, then in installed Python packages,
+then on the hub. Relative paths are resolved only in commands, which have a working directory.
 """
 
 import importlib.util
@@ -16,31 +16,31 @@ from typing import Any
 from sage.common.errors import ModelError, ModelNotFound
 from sage.common.paths import get_user_paths
 
-#: The base of an adapter may be an adapter's output in turn, but not for ever.
+#: Limit for chains of adapters whose base is an adapter.
 _MAX_DEPTH = 4
 _SHOWN_LETTERS = 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class ModelKind(StrEnum):
-    """What a model's folder holds."""
+    """Kind of a model's files."""
 
     FULL = "full"  #: config.json and safetensors
-    ADAPTER = "adapter"  #: a PEFT adapter; `base` says what it belongs to
+    ADAPTER = "adapter"  #: a PEFT adapter; `base` is its base model
     GGUF = "gguf"  #: one GGUF file
-    HUB = "hub"  #: nothing yet: to be downloaded
+    HUB = "hub"  #: not downloaded yet
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model whose weights come in a package from the Python package index."""
+    """A model whose weights are in a Python package."""
 
     package: str
     module: str
     folder: str  #: inside the module
 
     def path(self) -> Path | None:
-        """Return the folder with the weights, or None where the package is not installed."""
+        """Return the folder with the weights, or None if the package is not installed."""
         spec = importlib.util.find_spec(self.module)
         return Path(spec.origin).parent / self.folder if spec and spec.origin else None
 
@@ -53,26 +53,25 @@ PACKAGED: Mapping[str, Packaged] = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the weights of a model are."""
+    """Location of a model's weights."""
 
-    name: str  #: as it was asked for
+    name: str  #: as requested
     kind: ModelKind
     folder: Path  #: for HUB: where they will be
     base: "ModelSource | None" = None  #: of an ADAPTER
 
 
 def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
-    """Return where the model `name` is.
+    """Find the model `name`.
 
-    base_dir: where relative names are looked up first, for a command that a user runs in a folder. None, as in a service:
-    a folder must be absolute, and any other name is one of the models folder, of a package, or of the hub.
-    Raises ModelNotFound, which lists the folders tried, or ModelError for a folder that cannot be loaded.
+    base_dir: folder in which relative names are looked up first. None, as in a service: only absolute paths are folders.
+    Raises ModelNotFound, which lists the places tried, or ModelError if the folder cannot be loaded.
     """
     return _resolve(absolute_name(name, base_dir) if base_dir else name, depth=0)
 
 
 def absolute_name(name: str, base_dir: Path) -> str:
-    """Return the absolute path of a model that is named by a folder as seen from `base_dir`, and any other name as it is."""
+    """Return the absolute path if `name` is a folder relative to `base_dir`; else return the name unchanged."""
     folder = _expanded(name)
     if folder and (_is_path(name) or _is_folder(base_dir / folder)):
         return str(base_dir.absolute() / folder)
@@ -128,7 +127,7 @@ def _is_path(name: str) -> bool:
 
 
 def _expanded(name: str) -> Path | None:
-    """Return a name as a path, its ~ expanded; None if it cannot be one."""
+    """Return a name as a path with ~ expanded; None if the user does not exist."""
     try:
         return Path(name).expanduser()
     except RuntimeError:  # no such user
@@ -138,14 +137,14 @@ def _expanded(name: str) -> Path | None:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # a name too long, or with a NUL; a folder that may not be entered
+    except (OSError, ValueError):  # name too long or with NUL, or no permission
         return False
 
 
 def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
-    """Return what a model's folder holds, checked as far as that goes without reading the weights.
+    """Return the model in a folder, checked without reading the weights.
 
-    Raises ModelError that names the file at fault.
+    Raises ModelError, which names the wrong file.
     """
     if not os.access(folder, os.R_OK | os.X_OK):
         raise _invalid(folder, "cannot be read (Permission denied)")
@@ -183,7 +182,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
 
 
 def _check_shards(folder: Path) -> None:
-    """Raise ModelError if a file that an index names is not there."""
+    """Raise ModelError if a file that an index lists is missing."""
     for index in folder.glob("*.safetensors.index.json"):
         files = _read_json(index).get("weight_map")
         missing = (
@@ -196,10 +195,9 @@ def _check_shards(folder: Path) -> None:
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """Return what stands before the numbers: `dtype`, `shape` and `data_offsets` of each tensor by its name.
+    """Return the header of a safetensors file: `dtype`, `shape` and `data_offsets` by tensor name.
 
-    Source: the safetensors format: 8 bytes of header length, a JSON header with byte offsets, then the data.
-    Raises ModelError where the file is not whole.
+    Format: 8 bytes of header length, the header in JSON, the data. Raises ModelError if the file is incomplete or damaged.
     """
     try:
         with path.open("rb") as file:
@@ -211,11 +209,11 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + header_bytes + end != size:
-            raise ValueError(f"{8 + header_bytes + end} bytes are expected, {size} are there")
+            raise ValueError(f"{8 + header_bytes + end} bytes expected, found {size}")
     except OSError as error:
         raise _invalid(path, f"cannot be read ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _invalid(path, f"is not a whole safetensors file ({error}); copy or download it again") from error
+        raise _invalid(path, f"is not a complete safetensors file ({error}); copy or download it again") from error
     return header
 
 
@@ -232,14 +230,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hub_has(name: str) -> bool:
-    """Ask the hub, for a name of the form org/name; False too where it cannot be reached."""
+    """Return whether the hub has a model org/name; False if it cannot be reached."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or os.environ.get("HF_HUB_OFFLINE") == "1":
         return False
     from huggingface_hub import HfApi
 
     try:
         HfApi().model_info(name, timeout=5)
-    except Exception:  # noqa: BLE001 - whatever is wrong with the hub, the model is not to be had from it
+    except Exception:  # noqa: BLE001 - every failure means that the model cannot be downloaded
         return False
     return True
 

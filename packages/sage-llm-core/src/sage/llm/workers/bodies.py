@@ -1,4 +1,4 @@
-"""Request bodies: JSON only, bounded in bytes and in nesting, and made of whole characters."""
+"""Request bodies: JSON only, with limits of size and nesting, and valid Unicode."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonRequest(Request):
-    """A request whose body is refused while it is read, not after it filled the memory."""
+    """A request that stops reading its body when it exceeds the size limit."""
 
     async def body(self) -> bytes:
         """Return the body. Raises HTTPException 413 as soon as it exceeds `app.state.max_request_bytes`."""
@@ -35,7 +35,7 @@ class JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """Return the parsed body. Raises HTTPException 400 if it is not JSON, or JSON that no model can be asked with."""
+        """Return the parsed body. Raises HTTPException 400 if it is invalid, nested too deeply, or has lone surrogates."""
         try:
             text = (await self.body()).decode()
             content = json.loads(text, parse_constant=_refuse_constant)
@@ -49,18 +49,18 @@ class JsonRequest(Request):
             try:
                 json.dumps(content, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                _refuse("invalid_unicode", "The body has half of a surrogate pair, which is no character.")
+                _refuse("invalid_unicode", "The body has a lone surrogate (half a character).")
         return content
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body as JsonRequest does, and only as application/json.
+    """A route that reads its body with JsonRequest, and accepts application/json only.
 
-    A web page of another site can send anything else to loopback without the browser asking first.
+    With other content types, a web page of another site can send requests to loopback without a CORS preflight.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        """Return the handler of FastAPI, given a JsonRequest."""
+        """Return FastAPI's handler, called with a JsonRequest."""
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
@@ -93,4 +93,4 @@ def _refuse_nesting() -> NoReturn:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

@@ -14,16 +14,16 @@ from sage.llm.workers.jobs import Job, Lane, unless_gone
 from sage.llm.workers.requests import EmbeddingRequest
 
 _BATCH = 32
-#: Far above any text's; tokenising what cannot fit would only take time.
+#: Far above any real text; longer inputs are rejected without tokenizing them.
 _MAX_CHARACTERS_PER_TOKEN = 100
 Vectors = tuple[list[Tensor], int]
 
 
 class Embedder:
-    """A loaded model with its tokenizer; for one thread at a time."""
+    """A loaded model with its tokenizer; not thread-safe."""
 
     def __init__(self, name: str) -> None:
-        """Load. Raises ModelError."""
+        """Load the model. Raises ModelError."""
         _, folder = server.load_source(name)
         try:
             options = {"use_safetensors": True}
@@ -39,7 +39,7 @@ class Embedder:
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
 
     def embed(self, request: EmbeddingRequest, job: Job[Vectors]) -> None:
-        """Put the vectors in the order of the inputs, and the number of tokens. Raises ConfigError."""
+        """Put the vectors, in the order of the inputs, and the number of tokens. Raises ConfigError."""
         inputs, width = request.input, self._model.get_embedding_dimension()
         if request.dimensions and request.dimensions > width:
             raise _invalid(f"dimensions: this model's vectors have {width}.", "dimensions")
@@ -55,7 +55,7 @@ class Embedder:
         job.put((vectors, sum(lengths)))
 
     def _encode(self, inputs: list[Any]) -> Tensor:
-        """Return (inputs, width); token ids are taken as they are."""
+        """Return (inputs, dimensions); token ids are used as they are."""
         if isinstance(inputs[0], str):
             return self._model.encode(inputs, batch_size=_BATCH, convert_to_tensor=True, show_progress_bar=False)
         features = self._tokenizer.pad({"input_ids": inputs}, return_tensors="pt").to(self._model.device)
@@ -63,7 +63,7 @@ class Embedder:
             return self._model(dict(features))["sentence_embedding"]
 
     def _checked_length(self, index: int, given: str | list[int]) -> int:
-        """Return how many tokens an input has."""
+        """Return the number of tokens of an input. Raises ConfigError if it is empty, too long or has unknown tokens."""
         place = f"input {index}"
         if not given:
             raise _invalid(f"{place} is empty.", "input")
@@ -108,7 +108,7 @@ def build(name: str) -> FastAPI:
 
 
 def _shortened(vector: Tensor, dimensions: int | None) -> Tensor:
-    """Return the first numbers of a vector, with length 1 again, as OpenAI does."""
+    """Return the first components of a vector, normalized again, as OpenAI does."""
     return vector if dimensions is None else torch.nn.functional.normalize(vector[:dimensions], dim=0)
 
 

@@ -1,4 +1,4 @@
-"""What is told and logged about failures that nobody foresaw: never the words of a request."""
+"""Report and log unexpected exceptions without any text of the request."""
 
 import logging
 import traceback
@@ -9,9 +9,9 @@ logger = logging.getLogger(__name__)
 
 
 def internal_error(error: BaseException, doing: str) -> SageError:
-    """Return an error to tell a client, and log where it came from.
+    """Return the error for the client, and log the traceback.
 
-    The message of the exception is left out of both: libraries put what they were given into it.
+    Both omit the message of the exception, because libraries quote their input in it.
     """
     if isinstance(error, SageError):
         return error
@@ -25,6 +25,6 @@ def internal_error(error: BaseException, doing: str) -> SageError:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch raises its own error on a GPU, and a RuntimeError of this text on a CPU."""
+    """Return whether memory ran out; torch raises OutOfMemoryError on a GPU and RuntimeError on a CPU."""
     is_torch_s = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_s

@@ -21,7 +21,7 @@ from sage.llm.workers.shapes import ChatShape, CompletionShape, Shape
 
 
 class EventStream(StreamingResponse):
-    """A streamed answer; its work ends with it, however it ends."""
+    """A streamed answer; when the stream ends for any reason, its job is cancelled."""
 
     def __init__(self, events: AsyncIterator[str], job: Job[Piece]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -36,16 +36,16 @@ class EventStream(StreamingResponse):
 
 
 class Engine:
-    """Answers requests, one at a time, in the order in which they come."""
+    """Answers requests one at a time, in the order of arrival."""
 
     def __init__(self, generator: Generator, default_max_tokens: int) -> None:
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._lane = Lane("Generation")
-        self._tokenising = Lane("Tokenising")
+        self._tokenization = Lane("Tokenization")
 
     def close(self) -> None:
-        """End all answers, each with an error that tells why."""
-        self._tokenising.close()
+        """End all answers with an error that the engine is stopping."""
+        self._tokenization.close()
         self._lane.close()
 
     async def chat(self, request: ChatRequest, connection: Request) -> Response | dict[str, Any]:
@@ -68,7 +68,7 @@ class Engine:
         shape: Shape,
         encode: Callable[[], list[list[int]]],
     ) -> Response | dict[str, Any]:
-        prompts = await self._tokenising.call(encode)
+        prompts = await self._tokenization.call(encode)
         for prompt in prompts:
             self._generator.check_prompt(prompt, sampling, "messages" if isinstance(shape, ChatShape) else "prompt")
         shape.prompt_tokens = sum(map(len, prompts))
@@ -78,7 +78,7 @@ class Engine:
         try:
             if not request.stream:
                 return shape.whole([piece async for piece in job])
-            first = await anext(job)  # what is wrong is told by a status, not inside a stream
+            first = await anext(job)  # report early errors as an HTTP status, not inside the stream
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return EventStream(_events(first, job, shape, with_usage=with_usage), job)
         except BaseException:
@@ -97,7 +97,7 @@ class Engine:
         prompt = rendered(lambda: self._generator.chat_prompt(messages, tools))
         without_tools = rendered(lambda: self._generator.chat_prompt(messages, None)) if tools else []
         if prompt == without_tools:
-            message = "tools: the model's chat template does not tell the model of tools."
+            message = "tools: the model's chat template does not support tools."
             raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param="tools")
         return prompt
 
@@ -148,7 +148,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _characters(value: Any) -> int:
-    """Return how many characters of text a JSON value holds; every message counts for one at least."""
+    """Return the number of characters in a JSON value; every value counts as at least one."""
     if isinstance(value, dict):
         return 1 + sum(len(key) + _characters(part) for key, part in value.items())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Generation: one model, one answer at a time, piece by piece, stopped when nobody listens any more."""
+"""Text generation: one answer at a time, streamed in pieces, cancelled when the client disconnects."""
 
 import logging
 import threading
@@ -24,7 +24,7 @@ from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: A chat template is a program; one that takes longer than this does not end.
+#: Time limit for a chat template, which is a program and may never end.
 RENDER_SECONDS = 10.0
 #: A temperature below this is greedy decoding; logits divided by it would overflow.
 _GREEDY_BELOW = 1e-5
@@ -55,7 +55,7 @@ class Generator:
             layer.register_forward_pre_hook(lambda *_: self._look())
 
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
-        """Return the prompt of a chat. Raises ConfigError where the model's template refuses it."""
+        """Return the prompt of a chat as token ids. Raises ConfigError if the model's template rejects it."""
         try:
             asked = read_conversation(messages, "messages")
         except RecordError as error:
@@ -65,14 +65,14 @@ class Generator:
         try:
             return self.chat_format.prompt_ids(asked.messages, tools or None)
         except Exception as error:  # jinja and templates raise what they like
-            raise _invalid(f"messages: the model's chat template refuses them: {error}", "messages") from error
+            raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the prompt of a plain completion."""
         return self.chat_format.text_ids(text)
 
     def check_characters(self, characters: int, param: str) -> None:
-        """Raise ConfigError if a prompt is too long whatever its tokens are; tokenising it would take too long."""
+        """Raise ConfigError if a prompt is too long for the context with any tokenization, before spending time on it."""
         limit = self.context_tokens * self._characters_per_token
         if characters > limit:
             raise ConfigError(
@@ -84,7 +84,7 @@ class Generator:
             )
 
     def check_prompt(self, prompt: list[int], sampling: Sampling, param: str) -> None:
-        """Raise ConfigError if the model cannot be asked with these tokens."""
+        """Raise ConfigError if the prompt is empty, too long, or has tokens that the model does not have."""
         known = self.model.get_input_embeddings().num_embeddings
         if not prompt:
             raise _invalid(f"{param} is empty; the model needs at least one token.", param)
@@ -105,8 +105,8 @@ class Generator:
     ) -> None:
         """Generate one answer and `put` its pieces, until it ends or `gone` is set.
 
-        One at a time, and for a checked prompt: the caller sees to that. `continues`: the answer goes on where the prompt
-        ends, in the middle of a text, as completions do.
+        The caller must check the prompt and must not run two calls at once. continues: the answer continues the text of
+        the prompt, as in completions.
         """
         self._gone = gone
         try:
@@ -122,7 +122,7 @@ class Generator:
             return
 
     def _echo(self, prompt: list[int], sampling: Sampling, put: Callable[[Piece], None]) -> int:
-        """Put the prompt as a piece of the answer; return its length in characters."""
+        """Put the prompt as the first piece of the answer; return its length in characters."""
         decoder, scores, text = TextDecoder(self.tokenizer), list[TokenScore](), ""
         if sampling.top_logprobs is None:
             text = "".join(map(decoder.push, prompt))
@@ -139,7 +139,7 @@ class Generator:
         ids = torch.tensor([prompt], device=self.model.device)
         limit = min(sampling.max_tokens, self.context_tokens - len(prompt))
         if sampling.seed is None:
-            torch.seed()  # else it would follow from the seed of an earlier request
+            torch.seed()  # otherwise the seed of an earlier request would still have an effect
         else:
             torch.manual_seed(sampling.seed)
         scorer = Scorer(self._token_bytes, sampling.top_logprobs or 0)
@@ -162,7 +162,7 @@ class Generator:
         listener.end()
 
     def _choice(self, sampling: Sampling) -> dict[str, Any]:
-        """Return how transformers is to choose; what neither request nor model says is as if absent."""
+        """Return transformers' sampling options, from the request, else from the model's configuration."""
         configured = self.model.generation_config
 
         def value(name: str, default: float) -> Any:
@@ -176,17 +176,17 @@ class Generator:
         return {**chosen, "top_k": max(0, value("top_k", 0)), "min_p": value("min_p", 0.0) or None}
 
     def _look(self) -> None:
-        """End the generation if nobody listens; asked before every layer, since a long prompt takes its time."""
+        """Raise _Abandoned if the request was cancelled; called before every layer, because long prompts take long."""
         if self._gone.is_set():
             raise _Abandoned
 
 
 class _Abandoned(Exception):
-    """Nobody listens any more."""
+    """The request was cancelled."""
 
 
 class _Listener(StoppingCriteria):
-    """Makes pieces of the tokens while they come, and ends the generation at a stop string."""
+    """Converts generated tokens to pieces, and ends the generation at an end token or a stop string."""
 
     def __init__(
         self, decoder: TextDecoder, sampling: Sampling, end_tokens: list[int], put: Callable[[Piece], None]
@@ -212,7 +212,7 @@ class _Listener(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self._has_ended, dtype=torch.bool, device=input_ids.device)
 
     def end(self) -> None:
-        """Put the rest, with the reason why there is no more."""
+        """Put the last piece, with the finish reason."""
         rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
         reason = "stop" if self._has_ended or self._stops.is_met else "length"
         self._characters += len(rest)
@@ -229,7 +229,7 @@ class _Listener(StoppingCriteria):
 
 
 def rendered(render: Callable[[], T]) -> T:
-    """Return what `render` returns. Raises ModelError if it takes longer than any chat template that ends."""
+    """Call `render` and return its result. Raises ModelError if it takes longer than RENDER_SECONDS."""
     try:
         return within(RENDER_SECONDS, render)
     except TimeLimitExceeded as error:
@@ -238,7 +238,7 @@ def rendered(render: Callable[[], T]) -> T:
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:
-    """Return the layers that a token passes one after the other: the list of modules that holds most of the model."""
+    """Return the transformer layers: the ModuleList with the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return list(max(lists, key=lambda layers: sum(weight.numel() for weight in layers.parameters()), default=[]))
 

@@ -1,4 +1,4 @@
-"""What stands before an inference server: only this machine's programs may ask, and every failure is told as JSON."""
+"""Middleware of inference servers: accepts requests from this machine's programs only, and returns all errors as JSON."""
 
 from urllib.parse import urlsplit
 
@@ -24,10 +24,10 @@ def error_body(error: SageError) -> dict[str, str | None]:
 
 
 class Guard:
-    """Refuses what a web page of another site may have sent, and answers for what nobody foresaw.
+    """Rejects requests that a web page of another site may have sent, and turns unexpected exceptions into responses.
 
-    The servers need no key: they listen on loopback only. A page in the user's browser reaches loopback too, with its own
-    `Origin`, or under a name of its own that it lets point to 127.0.0.1.
+    The servers need no key because they listen on loopback only. But a page in the user's browser can reach loopback too,
+    with its own `Origin`, or with a host name that resolves to 127.0.0.1 (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -52,7 +52,7 @@ class Guard:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception as error:  # noqa: BLE001 # an engine goes on, whatever one request did to it
+        except Exception as error:  # noqa: BLE001 # one failed request must not stop the engine
             told = internal_error(error, f"{scope['method']} {scope['path']}")
             if not has_begun:
                 await error_response(told)(scope, receive, send)

@@ -1,4 +1,4 @@
-"""One model serves one request at a time: a thread with a queue, and requests that can be given up at any moment."""
+"""A thread with a queue that runs one job at a time; jobs can be cancelled at any moment."""
 
 import asyncio
 import threading
@@ -16,25 +16,25 @@ T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client disconnected before the answer was complete."""
 
 
 class Job(Generic[T]):
-    """The work of one request. Its pieces arrive in the event loop; it ends whatever its work raises."""
+    """The work of one request. Pieces are delivered to the event loop; every exception ends the job."""
 
     def __init__(self) -> None:
-        #: Set if nobody wants the rest; the work looks at it often.
+        #: Set when the job is cancelled; the work must check it often.
         self.gone = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[T | SageError | None] = asyncio.Queue()
 
     def put(self, piece: T | SageError | None) -> None:
-        """Hand a piece to the event loop; None ends the answer. For the thread that works."""
+        """Deliver a piece to the event loop; None ends the answer. Called by the worker thread."""
         self._loop.call_soon_threadsafe(self._arrived.put_nowait, piece)
 
     def abandon(self, reason: SageError | None = None) -> None:
-        """End the work; who still waits for its pieces gets `reason`."""
-        if reason:  # before the work ends, or its end would be taken for that of the answer
+        """Cancel the job; if `reason` is given, the consumer of its pieces receives it as an exception."""
+        if reason:  # first, or the end of the work would look like the end of the answer
             self.put(reason)
         self.gone.set()
 
@@ -52,7 +52,7 @@ class Job(Generic[T]):
 
 
 class Lane:
-    """A thread that does one job after the other, in the order in which they came."""
+    """A thread that runs jobs one at a time, in the order of arrival."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -60,14 +60,14 @@ class Lane:
         self._jobs: WeakSet[Job[Any]] = WeakSet()
 
     def submit(self, work: Callable[[Job[T]], None]) -> Job[T]:
-        """Queue work; an abandoned job whose turn comes is dropped."""
+        """Queue work; a job that is cancelled before it starts is skipped."""
         job: Job[T] = Job()
         self._jobs.add(job)
         self._pool.submit(self._do, job, work)
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Return what `function` returns when its turn has come; if it is waited for no more, it is not called."""
+        """Queue a function and return its result; if the caller is cancelled first, the function is not called."""
 
         def work(job: Job[T]) -> None:
             job.put(function())
@@ -79,10 +79,10 @@ class Lane:
             job.abandon()
 
     def close(self) -> None:
-        """End all jobs, each with an error that tells why."""
+        """Cancel all jobs with an error that the engine is stopping."""
         for job in list(self._jobs):
             message = "The engine is being stopped."
-            job.abandon(Overloaded(code="engine_stopping", message=message, hint="Try again when it runs."))
+            job.abandon(Overloaded(code="engine_stopping", message=message, hint="Retry when it runs again."))
 
     def _do(self, job: Job[T], work: Callable[[Job[T]], None]) -> None:
         if job.gone.is_set():
@@ -91,9 +91,9 @@ class Lane:
         try:
             work(job)
             ending = None
-        except BaseException as error:  # noqa: BLE001 # whatever it is, somebody waits, and others wait behind
+        except BaseException as error:  # noqa: BLE001 # a client waits for the result, and other jobs are queued
             ending = internal_error(error, self._name)
-        finally:  # also if there is no memory left to describe the error
+        finally:  # also if there is not enough memory to build the error
             job.put(ending)
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's adjustments of logits that transformers does not have."""
+"""OpenAI's logit adjustments that transformers lacks: logit_bias, frequency and presence penalty."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from sage.llm.workers.sampling import Sampling
 
 
 class LogitBias(LogitsProcessor):
-    """Adds a number to the logits of chosen tokens."""
+    """Adds a bias to the logits of given tokens."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
         self._tokens, self._values = list(biases), list(biases.values())
@@ -22,7 +22,7 @@ class LogitBias(LogitsProcessor):
 
 
 class OccurrencePenalty(LogitsProcessor):
-    """Lowers the logits of tokens that the answer has already: by how often, and for being there at all."""
+    """Lowers the logits of tokens in the answer: frequency penalty per occurrence, presence penalty once."""
 
     def __init__(self, prompt_tokens: int, frequency: float, presence: float) -> None:
         self._prompt_tokens, self._frequency, self._presence = prompt_tokens, frequency, presence
@@ -34,7 +34,7 @@ class OccurrencePenalty(LogitsProcessor):
 
 
 def processors(sampling: Sampling, prompt_tokens: int) -> LogitsProcessorList:
-    """Return what a request asks to do to the logits, in OpenAI's order."""
+    """Return the logits processors of a request, in OpenAI's order."""
     chosen = LogitsProcessorList()
     if sampling.frequency_penalty or sampling.presence_penalty:
         chosen.append(OccurrencePenalty(prompt_tokens, sampling.frequency_penalty, sampling.presence_penalty))

@@ -1,4 +1,4 @@
-"""The requests of OpenAI's API. Each field is honoured, allows only the value that changes nothing, or is refused."""
+"""Requests of OpenAI's API. Each field is either supported, limited to its neutral value, or rejected."""
 
 from typing import Annotated, Any, Literal
 
@@ -61,7 +61,7 @@ LogitBias = dict[
 
 
 class Body(BaseModel):
-    """A JSON object in which null is as if absent, and a field that is not known is refused."""
+    """A JSON object; null fields count as absent, and unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -83,13 +83,13 @@ class StreamOptions(Body):
 
 
 class TextFormat(Body):
-    """The response_format that leaves an answer as it is."""
+    """The only supported response_format."""
 
     type: Literal["text"]
 
 
 class GenerationRequest(Body):
-    """What chats and completions have in common."""
+    """Common fields of chats and completions."""
 
     model: ModelName
     max_tokens: Annotated[int, Field(ge=1), INTEGRAL] | None = None
@@ -137,7 +137,7 @@ class TextPart(Body):
 
 
 class FunctionCall(Body):
-    """What an assistant called."""
+    """A function call of the assistant."""
 
     name: str
     arguments: str | dict[str, Any]
@@ -200,7 +200,7 @@ class ChatRequest(GenerationRequest):
     prompt_cache_key: str | None = None
 
     def sampling(self, default_max_tokens: int) -> Sampling:
-        """Return how to sample. Raises ConfigError if fields contradict each other."""
+        """Return the sampling parameters. Raises ConfigError if fields contradict each other."""
         if self.top_logprobs is not None and not self.logprobs:
             raise _refusal("top_logprobs", "is allowed only with 'logprobs': true.")
         if self.parallel_tool_calls is False and self.tools:
@@ -213,7 +213,7 @@ class ChatRequest(GenerationRequest):
         return [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
 
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """Return the tools that the model is told of; None if it is told of none."""
+        """Return the tools for the chat template, or None."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(exclude_unset=True) for tool in self.tools]
@@ -230,7 +230,7 @@ class CompletionRequest(GenerationRequest):
     suffix: Literal[""] | None = None
 
     def sampling(self, default_max_tokens: int) -> Sampling:
-        """Return how to sample. Raises ConfigError if fields contradict each other."""
+        """Return the sampling parameters. Raises ConfigError if fields contradict each other."""
         if self.max_tokens == 0 and not self.echo:
             raise _refusal("max_tokens", "must be at least 1, or 0 with 'echo': true.")
         if self.best_of not in (None, self.n or 1):

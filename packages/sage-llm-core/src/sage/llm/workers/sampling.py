@@ -1,4 +1,4 @@
-"""How an answer is to be chosen, and the pieces that it comes in."""
+"""Sampling parameters of a request, and the pieces of a streamed answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. None: as the model's generation_config.json says."""
+    """Sampling parameters. None: use the value of the model's generation_config.json."""
 
     max_tokens: int
     temperature: float | None = None  #: 0 = greedy decoding
@@ -25,7 +25,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """What the model gave to one token, before temperature and penalties."""
+    """Log-probability of one token, before temperature and penalties."""
 
     token: bytes  #: UTF-8 if the token is made of whole characters
     logprob: float | None  #: natural logarithm; None for the first token of a prompt
@@ -35,7 +35,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some more of an answer."""
+    """A part of a streamed answer."""
 
     text: str
     scores: tuple[TokenScore, ...] = ()

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, as the model gives them: before temperature, penalties and filters, in fp32."""
+"""Log-probabilities of tokens in fp32, before temperature, penalties and filters."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -10,20 +10,20 @@ from torch import Tensor
 from sage.llm.workers.sampling import TokenScore
 from sage.llm.workers.text import TextDecoder, TokenBytes
 
-#: A prompt is scored in parts of so many tokens: all its logits at once would be gigabytes.
+#: Prompts are scored in parts of this many tokens, because the logits of a whole prompt can take gigabytes.
 _PROMPT_PART_TOKENS = 512
-#: JSON has no infinity; OpenAI tells this for a token that cannot be.
+#: JSON has no infinity; OpenAI uses this value for tokens with probability 0.
 _IMPOSSIBLE = -9999.0
 
 
 class Scorer:
-    """Makes TokenScores of logits."""
+    """Converts logits to TokenScores."""
 
     def __init__(self, token_bytes: TokenBytes, top: int) -> None:
         self._bytes, self._top = token_bytes, top
 
     def score(self, token: int, logits: Tensor | None, text_offset: int) -> TokenScore:
-        """Return the score of `token`; logits: (vocab_size,), None for a token that nothing came before."""
+        """Return the score of `token`; logits: (vocab_size,), None for the first token."""
         if logits is None:
             return TokenScore(self._bytes.of(token), None, (), text_offset)
         logprobs = torch.log_softmax(logits.float(), dim=-1)
@@ -38,7 +38,7 @@ class Scorer:
 
 
 def _finite(value: float) -> float:
-    return max(_IMPOSSIBLE, value)  # in this order also if the model gives no number
+    return max(_IMPOSSIBLE, value)  # this order also replaces NaN
 
 
 def prompt_scores(
@@ -64,7 +64,7 @@ def prompt_scores(
 
 
 class LastLogits:
-    """Keeps the logits that the next token is chosen from, untouched; a context in which a model generates."""
+    """Context manager that keeps the model's last logits, before any processor changes them."""
 
     def __init__(self, model: Any) -> None:
         self._model, self.logits = model, torch.empty(0)

@@ -1,4 +1,4 @@
-"""What both inference servers share: OpenAI's error shape, health, start and end."""
+"""Common parts of both inference servers: error responses in OpenAI's format, health, start, shutdown."""
 
 import argparse
 import os
@@ -26,9 +26,9 @@ from sage.llm.workers.bodies import JsonRoute
 from sage.llm.workers.guard import Guard, error_response
 from sage.llm.workers.jobs import ClientGone
 
-#: Longer than any client's pool keeps a connection: the client closes first, and never writes into a closed one.
+#: Longer than client pools keep a connection: the client closes first, and never writes to a closed connection.
 _KEEP_ALIVE_SECONDS = 75
-#: For answers that end by themselves or are told to when the engine stops.
+#: Time for answers in progress to end when the engine stops.
 _SHUTDOWN_SECONDS = 3
 
 
@@ -42,7 +42,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """An answer that tells of an error."""
+    """An error response."""
 
     error: ErrorDetail
 
@@ -58,7 +58,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(title: str, close: Callable[[], None]) -> FastAPI:
-    """Return an application that answers `/health`, tells errors in OpenAI's shape, and calls `close` when it ends."""
+    """Return an application with `/health` and OpenAI's error format; `close` is called at shutdown."""
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     app.state.close = close
@@ -70,7 +70,7 @@ def create_app(title: str, close: Callable[[], None]) -> FastAPI:
         return {"status": "ok", "engine": os.environ.get("SAGE_ENGINE_ID"), "pid": os.getpid()}
 
     @app.exception_handler(SageError)
-    async def told(_: Request, error: SageError) -> JSONResponse:
+    async def failed(_: Request, error: SageError) -> JSONResponse:
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
@@ -93,7 +93,7 @@ def create_app(title: str, close: Callable[[], None]) -> FastAPI:
 
 
 def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
-    """Return what pydantic found first as an error that names the field; the deepest finding says most."""
+    """Convert pydantic's findings to one error that names the first wrong field; the deepest finding is the most exact."""
     place = findings[0]["loc"][:2]
     finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
     # Names of a union's members stand between those of fields.
@@ -123,19 +123,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_source(name: str) -> tuple[ModelSource, Path]:
-    """Return where a model is, and the folder of its base weights, converted or downloaded where need be."""
+    """Resolve a model; return its source and the folder of its base weights, converted or downloaded if needed."""
     source = resolve_model(name)
     base = source.base if source.kind is ModelKind.ADAPTER and source.base else source
     return source, local_folder(base)
 
 
 def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
-    """Load and serve; what goes wrong in loading is the last line of the log and exit code 1."""
+    """Load the model and serve it; an error while loading is printed as the last line of the log, with exit code 1."""
     configure_logging()
     try:
         app = build()
     except SageError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # one line: the control plane tells it on
+        print(" ".join(str(error).split()), file=sys.stderr)  # one line: the control plane reports the last line of the log
         sys.exit(1)
     config = uvicorn.Config(
         app,
@@ -151,13 +151,13 @@ def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Ends the answers that are under way as soon as it is told to stop, rather than wait for them."""
+    """A server that ends answers in progress at once when it receives a stop signal."""
 
     def __init__(self, config: uvicorn.Config, close: Callable[[], None]) -> None:
         super().__init__(config)
         self._close = close
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note the signal."""
+        """Handle a stop signal."""
         super().handle_exit(sig, frame)
         self._close()

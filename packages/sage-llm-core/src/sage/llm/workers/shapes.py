@@ -1,4 +1,4 @@
-"""The objects of OpenAI's answers: whole or streamed, of a chat or a completion."""
+"""Response objects in OpenAI's format: complete or streamed, for chats and completions."""
 
 import secrets
 import time
@@ -9,7 +9,7 @@ from sage.llm.workers.sampling import Piece, TokenScore
 
 
 class Shape:
-    """Makes the answers to one request. Subclasses say what a chat and a completion look like."""
+    """Builds the response to one request. Subclasses define the format of chats and completions."""
 
     kind: str
     chunk_kind: str
@@ -23,7 +23,7 @@ class Shape:
         self.prompt_tokens = 0
 
     def whole(self, pieces: Iterable[Piece]) -> dict[str, Any]:
-        """Return an answer of all its pieces."""
+        """Return a complete response from all pieces."""
         choices: dict[int, list[Piece]] = {}
         for piece in pieces:
             choices.setdefault(piece.index, []).append(piece)
@@ -40,7 +40,7 @@ class Shape:
         return self._object(self.kind, made, usage=self._usage())
 
     def chunks(self, piece: Piece, *, is_first: bool) -> list[dict[str, Any]]:
-        """Return the chunks that a piece is streamed in; `is_first`: of its choice."""
+        """Return the stream chunks of a piece; is_first: it is the first piece of its choice."""
         self._completion_tokens += piece.completion_tokens
         made = []
         if piece.text or piece.scores or is_first:
@@ -126,7 +126,7 @@ class CompletionShape(Shape):
 
 
 def _by_token(score: TokenScore) -> dict[str, float] | None:
-    """Return the most likely tokens and the one that is there, as OpenAI does; two tokens may be spelled alike."""
+    """Return the most likely tokens and the generated one, as OpenAI does; different tokens may have the same text."""
     if score.logprob is None:
         return None
     found: dict[str, float] = {}
@@ -140,7 +140,7 @@ def _named(token: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _spelled(token: bytes) -> str:
-    """Return a token as text; half a character is spelled in bytes."""
+    """Return a token as text; an incomplete character is written as bytes."""
     try:
         return token.decode()
     except UnicodeDecodeError:

@@ -1,31 +1,31 @@
-"""From tokens to text while they come: whole characters of any script at once, and an end before a stop string."""
+"""Decode a stream of tokens to text, one complete character at a time, and end it before a stop string."""
 
 import re
 from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-#: So many tokens without a whole character are no character any more; what they decode to is given out.
+#: After this many tokens without a complete character, their text is returned as it is.
 _MAX_PENDING_TOKENS = 256
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class TextDecoder:
-    """Decodes one token after the other. What it returned so far is always a prefix of the decoded whole.
+    """Decodes tokens one by one. The text returned so far is always a prefix of the text of all tokens together.
 
-    A token alone does not tell its text: bytes make a character together, and a tokenizer of SentencePiece's kind drops
-    the blank at the beginning of what it decodes. So each token is decoded behind its predecessors, and the difference is
-    its text, held back while it ends in the middle of a character.
+    A single token cannot be decoded on its own: a character can have several byte tokens, and SentencePiece tokenizers
+    drop a space at the beginning. So each token is decoded together with the tokens before it; the difference is its text,
+    which is held back while it ends in the middle of a character.
     """
 
     def __init__(self, tokenizer: Any, context: list[int] | None = None) -> None:
-        """Begin; `context`: tokens before the first one, which are not given out."""
+        """context: tokens before the first one; their text is not returned."""
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
         self._ids: list[int] = []
-        self._known = 0  #: tokens of `_ids` that are there as context only
-        self._shown = ""  #: what was given out of the text of `_ids`, after the context
-        self.characters = 0  #: given out so far
+        self._known = 0  #: number of tokens in `_ids` that are context
+        self._shown = ""  #: text after the context that was returned already
+        self.characters = 0  #: number of characters returned so far
         for token in (context or [])[-8:]:
             self.push(token)
         self.characters = 0
@@ -63,7 +63,7 @@ class TextDecoder:
 
 
 class StopStrings:
-    """Ends a text before the first stop string, holding back what may become the beginning of one."""
+    """Ends a text before the first stop string; holds back text that may be the beginning of one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
@@ -72,7 +72,7 @@ class StopStrings:
         self.is_met = False
 
     def push(self, text: str) -> str:
-        """Return the text that can be given out with some more; nothing after a stop string."""
+        """Add text, and return the part that is certainly before a stop string; "" after a stop string."""
         if self.is_met:
             return ""
         self._held += text
@@ -96,7 +96,7 @@ class StopStrings:
 
 
 class TokenBytes:
-    """The bytes that each token stands for, wherever it stands; `Answer` and ` Answer` are two tokens."""
+    """Bytes of each token, with its leading space: `Answer` and ` Answer` are different tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""A limit of time for Python code that nobody can trust to end, such as a model's chat template."""
+"""Time limit for Python code that may never end, such as a model's chat template."""
 
 import ctypes
 import threading
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class TimeLimitExceeded(BaseException):
-    """Code took too long. No Exception: what is stopped must not take it for an error of its own."""
+    """The code took too long. A BaseException, so that `except Exception` in the stopped code does not catch it."""
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """Return what `function` returns; raise TimeLimitExceeded in it if that takes longer than `seconds`.
+    """Call `function` and return its result; raise TimeLimitExceeded inside it after `seconds`.
 
-    It is raised between two instructions of Python: code that stays inside one call of C is not stopped.
+    It is raised between two Python instructions: a long call into C code is not interrupted.
     """
     thread, turn, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
 

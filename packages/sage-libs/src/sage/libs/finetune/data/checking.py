@@ -1,4 +1,4 @@
-"""Samples as a model would see them, before anything is trained: for `dataset check`, `dataset show` and every run."""
+"""Render samples as a model sees them: for `dataset check`, `dataset show` and the check before each run."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -11,14 +11,14 @@ from sage.libs.models.chat import ensure_chat_template
 from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder, tokenizer_folder
 from sage.libs.models.resolve import resolve_model
 
-#: The answers of a preference row; TRL renders them behind the prompt.
+#: Fields of a preference row with answers; TRL renders them after the prompt.
 _ANSWERS = ("chosen", "rejected", "completion")
 
 
 def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> Encoder:
-    """Return what makes sequences for a model, by name; its findings hold what there is to say of the model already.
+    """Return an encoder for a model by name; its findings already contain those about the model itself.
 
-    Raises SageError if the model or its tokenizer cannot be had.
+    Raises SageError if the model or its tokenizer cannot be loaded.
     """
     source = resolve_model(model, Path.cwd())
     base = local_folder(source.base or source)
@@ -31,7 +31,7 @@ def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> En
 
 
 def as_chats(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Yield samples as chats or text: a preference row is a chat for each of its answers, a bare prompt is none."""
+    """Yield samples as chats or text: one chat per answer of a preference row, none for a prompt without an answer."""
     for sample in samples:
         if isinstance(sample.content, str | Chat):
             yield sample

@@ -1,4 +1,4 @@
-"""What a model would not learn, or would learn wrongly, of samples that can be trained on."""
+"""Findings: content of valid samples that a model would not learn, or would learn wrongly."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -7,19 +7,19 @@ from typing import Any
 
 from sage.common.errors import DatasetError
 
-#: So many places, and so many details, of each finding are kept.
+#: Number of places and of details that are stored per finding.
 _KEPT = 5
 
 
 class Severity(StrEnum):
-    """What a finding means for a run."""
+    """Effect of a finding on a run."""
 
-    WARNING = "warning"  #: what is learnt would silently be wrong: the run fails, unless warnings are allowed
-    NOTE = "note"  #: worth knowing
+    WARNING = "warning"  #: the model would learn something wrong: the run fails unless warnings are allowed
+    NOTE = "note"  #: information only
 
 
 class Code(StrEnum):
-    """What can be found; the values are stable."""
+    """Kinds of findings; the values are stable."""
 
     ANSWER_LOST = "answer_lost"
     REASONING_LOST = "reasoning_lost"
@@ -36,7 +36,7 @@ class Code(StrEnum):
 
 
 _W, _N = Severity.WARNING, Severity.NOTE
-#: Severity, what is said of so many samples, and what to do about it.
+#: Severity, description and hint of each kind.
 _MEANING: dict[Code, tuple[Severity, str, str]] = {
     Code.ANSWER_LOST: (_W, "the chat template leaves out text of the answer", "Use a model whose template keeps it."),
     Code.REASONING_LOST: (_W, "the chat template leaves out the answer's reasoning", "Write it into content."),
@@ -46,8 +46,8 @@ _MEANING: dict[Code, tuple[Severity, str, str]] = {
     Code.NO_END_TOKEN: (_W, "no token that ends the answer is trained: generation would not stop", "Set an eos_token."),
     Code.PROMPT_DIFFERS: (
         _W,
-        "the served model's prompt ends with text that training never shows",
-        "Give the answers the reasoning that the prompt begins.",
+        "the prompt of the served model ends with text that is not in the training data",
+        "Add the reasoning to the answers.",
     ),
     Code.DOUBLE_BOS: (_W, "the sequence begins with two BOS tokens", "Remove BOS from the text."),
     Code.FLAG_IGNORED: (_W, "a field that looks like a weight or flag is ignored", 'Use "weight": 0 to leave a turn out.'),
@@ -63,7 +63,7 @@ _MEANING: dict[Code, tuple[Severity, str, str]] = {
 
 @dataclass
 class Finding:
-    """One kind of finding, with the places of the first samples."""
+    """One kind of finding, with the positions of the first samples."""
 
     code: Code
     count: int = 0  #: samples; 0: it concerns the model
@@ -72,7 +72,7 @@ class Finding:
 
     @property
     def severity(self) -> Severity:
-        """What it means for a run."""
+        """Effect on a run."""
         return _MEANING[self.code][0]
 
     @property
@@ -81,14 +81,14 @@ class Finding:
         return _MEANING[self.code][2]
 
     def __str__(self) -> str:
-        """One sentence for a person."""
+        """The finding as one sentence."""
         details = f" ({', '.join(self.details)})" if self.details else ""
         if not self.count:
             return f"{_MEANING[self.code][1]}{details}."
         more = " …" if self.count > len(self.places) else ""
         samples = "1 sample" if self.count == 1 else f"{self.count} samples"
         first, *others = self.places
-        # Of the other places in the same file, the line alone.
+        # Omit the file name for further places in the same file.
         file = first[: max(first.rfind(":"), first.rfind(" ")) + 1]
         places = ", ".join([first, *(place.removeprefix(file) for place in others)])
         return f"{samples}: {_MEANING[self.code][1]}{details}: {places}{more}."
@@ -108,7 +108,7 @@ class Findings:
         self._found = {finding.code: finding for finding in each}
 
     def add(self, code: Code, place: object, *details: str) -> None:
-        """Note what was found in a sample, once for each code and place."""
+        """Add a finding about a sample; each code and place counts once."""
         finding = self._found.setdefault(code, Finding(code))
         finding.details += [detail for detail in details if detail not in finding.details][: _KEPT - len(finding.details)]
         if str(place) not in finding.places[-1:]:
@@ -117,7 +117,7 @@ class Findings:
                 finding.places.append(str(place))
 
     def add_of_model(self, code: Code, detail: str) -> None:
-        """Note what was found in the model, whatever the samples."""
+        """Add a finding about the model, independent of the samples."""
         self._found[code] = Finding(code, details=[detail])
 
     def __iter__(self) -> Iterator[Finding]:
@@ -129,7 +129,7 @@ class Findings:
 
     @property
     def warnings(self) -> list[Finding]:
-        """What would silently be wrong."""
+        """The findings with severity WARNING."""
         return [finding for finding in self if finding.severity is Severity.WARNING]
 
     def as_dicts(self) -> list[dict[str, Any]]:
@@ -137,13 +137,13 @@ class Findings:
         return [finding.as_dict() for finding in self]
 
     def raise_for_warnings(self, path: object, model: str) -> None:
-        """Raise DatasetError if what would be learnt is silently wrong."""
+        """Raise DatasetError if there are warnings."""
         if warnings := self.warnings:
             hints = " ".join(dict.fromkeys(finding.hint for finding in warnings))
             raise DatasetError(
                 code="dataset_warnings",
-                message=f"Training on {path} would not teach what it says. {' '.join(map(str, warnings))}",
+                message=f"The model would not learn {path} as it is written. {' '.join(map(str, warnings))}",
                 hint=f"{hints} `sage llm dataset show {path} --model {model}` shows what is trained on; "
-                "`--allow-warnings` trains all the same.",
+                "`--allow-warnings` trains anyway.",
                 param="dataset_path",
             )

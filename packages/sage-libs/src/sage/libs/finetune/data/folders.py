@@ -1,6 +1,6 @@
-"""Which files of a dataset are read: of a folder, those of one split, as the usual tools leave them there.
+"""Select the files of a dataset: a file, or the files of one split of a folder, in the layouts of common tools.
 
-Train is trained on, validation may be named for evaluation, and test is taken only if its file is named itself.
+The train split is for training, validation for evaluation; test is read only if its file is given explicitly.
 """
 
 import json
@@ -18,15 +18,15 @@ Split = Literal["train", "validation"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
-#: Words in the names of files and folders, as the hub knows them; test comes first, so that it is never trained on.
+#: Split names in names of files and folders, as on the hub; test is checked first, so that it is never trained on.
 _SPLIT_WORDS = {
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "train": {"train", "training"},
 }
-#: What tools write beside data.
+#: Metadata files of tools.
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-#: A part of a split, as the hub names it.
+#: Name of a shard on the hub.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")
 
 
@@ -35,11 +35,11 @@ class Selection:
     """The files of a dataset."""
 
     files: list[Path]
-    skipped: list[Path] = field(default_factory=list)  #: data too, of other splits
+    skipped: list[Path] = field(default_factory=list)  #: data files of other splits
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix that says how a file is read, in lower case: `.csv`, `.jsonl.gz`; "" for no data."""
+    """Return the suffix that determines the reader, in lower case: `.csv`, `.jsonl.gz`; "" if it is not a data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
@@ -48,7 +48,7 @@ def suffix_of(path: Path) -> str:
 
 
 def select_files(path: Path, split: Split = "train") -> Selection:
-    """Return the files of a dataset to read: itself, or those of a folder.
+    """Return the files to read: the file itself, or those of a folder.
 
     Raises DatasetError if there is none.
     """
@@ -62,9 +62,9 @@ def _file(path: Path) -> Path:
     if not path.exists():
         raise unusable(path, "does not exist")
     if not path.is_file():
-        raise unusable(path, "is no regular file")
+        raise unusable(path, "is not a regular file")
     if not suffix_of(path):
-        raise unusable(path, f"is none of {', '.join(FORMATS)}")
+        raise unusable(path, f"does not end in {', '.join(FORMATS)}")
     return path
 
 
@@ -95,18 +95,18 @@ def _data_files(folder: Path) -> Iterable[Path]:
 
 
 def _is_cache(path: Path) -> bool:
-    """Return whether a file is what `datasets` keeps of computations."""
+    """Return whether a file is a cache file of `datasets`."""
     return path.name.startswith("cache-") and path.suffix == ".arrow"
 
 
 def _split_of(name: Path) -> str:
-    """Return the split that the words of a name stand for, or ""."""
+    """Return the split named in a file or folder name, or ""."""
     words = set(re.split(r"[^a-z]+", str(name).lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), "")
 
 
 def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Selection:
-    """Return the files of a split; of a folder without splits all, and without a train split those that have none."""
+    """Return the files of a split; if the folder does not have it, those without a split."""
     there = {name for name, _ in found}
     wanted = split if split in there or (there != {""} and split != "train") else ""
     files = [file for name, file in found if name == wanted]
@@ -114,7 +114,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
         raise unusable(
             folder,
             f"has files of {' and '.join(sorted(there - {''}))}, but none of {split}",
-            "Name the file that is meant.",
+            "Give the path of the file to use.",
         )
     if wanted:
         files = _of_one_dataset(folder, files, split)
@@ -122,18 +122,18 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files of a split itself, if there are several that are called like it (`train`, `train_sft`)."""
+    """If several datasets have the split in their names (`train`, `train_sft`), return the files of the exact name."""
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:
         return files
     if split not in names:
-        raise unusable(folder, f"has several datasets for {split}: {', '.join(names)}", "Name the files of one.")
+        raise unusable(folder, f"has several datasets for {split}: {', '.join(names)}", "Give the files of one of them.")
     return [file for file, name in shards.items() if name == split]
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """Return the files of a dataset that was written by `datasets.save_to_disk`."""
+    """Return the files of a dataset written by `datasets.save_to_disk`."""
     state = _json(folder / "state.json")
     names = [str(entry.get("filename")) for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
     if not names:
@@ -153,14 +153,14 @@ def _saved_splits(folder: Path, split: Split) -> Selection:
         exact = [saved for saved in chosen.files if saved.name == split]
         if not exact:
             names = ", ".join(saved.name for saved in chosen.files)
-            raise unusable(folder, f"has several datasets for {split}: {names}", "Name the folder of one.")
+            raise unusable(folder, f"has several datasets for {split}: {names}", "Give the folder of one of them.")
         chosen = Selection(exact)
     skipped = [saved for _, saved in found if saved not in chosen.files]
     return Selection([file for saved in chosen.files for file in _saved_files(saved)], skipped)
 
 
 def _configured(folder: Path) -> list[tuple[str, Path]]:
-    """Return the files of each split that the card of a hub repository (README.md) names, or nothing."""
+    """Return the split and path of each file that the README.md of a hub repository lists in `configs`, or []."""
     named = _card(folder).get("configs")
     configs = (
         [config for config in named if isinstance(config, dict) and "data_files" in config]
@@ -172,7 +172,7 @@ def _configured(folder: Path) -> list[tuple[str, Path]]:
     default = [config for config in configs if config.get("default") or config.get("config_name") == "default"] or configs
     if len(default) > 1:
         names = ", ".join(str(config.get("config_name")) for config in configs)
-        raise unusable(folder, f"has several datasets ({names})", "Name the files or the folder of one.")
+        raise unusable(folder, f"has several datasets ({names})", "Give the files or the folder of one of them.")
     data_files = default[0]["data_files"]
     entries = data_files if isinstance(data_files, list) else [data_files]
     found = []
@@ -192,7 +192,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def _card(folder: Path) -> dict[str, Any]:
-    """Return the YAML head of a hub repository's README.md; nothing if there is none that can be read."""
+    """Return the YAML header of a hub repository's README.md, or {} if it is missing or invalid."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         head = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") and text.count("---") > 1 else None
@@ -210,10 +210,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def unusable(path: Path, problem: str, hint: str = "") -> DatasetError:
-    """Return the error of a dataset that cannot be read at all."""
+    """Return the error for a dataset that cannot be read at all."""
     return DatasetError(
         code="dataset_unusable",
         message=f"The dataset {path} {problem}.",
-        hint=hint or f"Give a {', '.join(FORMATS[:-1])} file (.gz and .zst too), or a folder of them.",
+        hint=hint or f"Use a {', '.join(FORMATS[:-1])} file (also .gz and .zst), or a folder of such files.",
         param="dataset_path",
     )

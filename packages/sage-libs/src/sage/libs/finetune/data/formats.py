@@ -1,7 +1,6 @@
-"""Which format a record has, told from its fields, and what chat it stands for.
+"""Detect the format of a record from its fields, and convert it to a chat or a text.
 
-A format is a pair of functions: does this record look like it, and what does it say. To add one, write the pair and
-put it into `FORMATS`.
+A format has two functions: `matches` and `parse`. To add a format, write both and add it to `FORMATS`.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -22,7 +21,7 @@ _HARMLESS = {*BOOKKEEPING, *_MEDIA}
 
 
 class Parsed(NamedTuple):
-    """What a record says."""
+    """A parsed record."""
 
     format: str
     content: Any
@@ -39,7 +38,7 @@ class Format(NamedTuple):
 
 
 def parse_record(record: Any) -> Parsed:
-    """Return what a record says; raises RecordError."""
+    """Parse a record of any format; raises RecordError."""
     present = present_fields(record)
     for candidate in FORMATS:
         if candidate.matches(present):
@@ -52,7 +51,7 @@ def parse_record(record: Any) -> Parsed:
             return Parsed(candidate.name, content, ignored)
     names = ", ".join(sorted(map(printable, present))) or "(none)"
     if {"chosen", "rejected"} <= present.keys():
-        raise RecordError("'chosen' and 'rejected' are for the methods dpo and orpo.", "Name one with --method.")
+        raise RecordError("'chosen' and 'rejected' are for the methods dpo and orpo.", "Select one with --method.")
     raise RecordError(
         f"no known format has the fields {names}.",
         "Use messages (OpenAI), conversations (ShareGPT), instruction and output (Alpaca), prompt and completion, or text.",
@@ -60,17 +59,17 @@ def parse_record(record: Any) -> Parsed:
 
 
 def present_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a record that are not null; raises RecordError for what is no record of texts."""
+    """Return the fields of a record that are not null; raises RecordError if it is not an object or has media."""
     if not isinstance(record, Mapping):
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}
     if media := [name for name in _MEDIA if unpacked(present.get(name))]:
-        raise RecordError(f"'{media[0]}' is given: this trains text only.", "Remove the record.")
+        raise RecordError(f"'{media[0]}' is not supported: only text can be trained on.", "Remove the record.")
     return present
 
 
 def ignored_fields(present: Record, used: Set[str]) -> tuple[str, ...]:
-    """Return the names of a record's fields that have no effect, without those of mere bookkeeping."""
+    """Return the names of a record's fields that have no effect, except ids and the like."""
     unknown = present.keys() - used - _HARMLESS
     return tuple(printable(name) for name in present if name in unknown and present[name] not in ("", [], {}))
 
@@ -80,28 +79,28 @@ def _chat(record: Record, conversation: Conversation) -> Chat:
 
 
 def conversation_of(record: Record, field: str) -> Conversation:
-    """Return the conversation of a field, behind the record's system message if it has one. Raises RecordError."""
+    """Parse the conversation in a field, and add the record's system message if it has one. Raises RecordError."""
     return behind_system(read_conversation(record[field], field), record, field)
 
 
 def behind_system(conversation: Conversation, record: Record, where: str) -> Conversation:
-    """Return a conversation behind the system message that its record's field `system` holds. Raises RecordError."""
+    """Return a conversation with the system message of the record's field `system` first. Raises RecordError."""
     system = system_of(record)
     if system and conversation.messages[:1] == system:
         return conversation
     if system and conversation.messages and conversation.messages[0]["role"] == "system":
         raise RecordError(f"'system' and {where}[0] are two different system messages.", "Keep one of them.")
-    return conversation.begun_with(system)
+    return conversation.with_prefix(system)
 
 
 def system_of(record: Record) -> list[Message]:
-    """Return the system message of a record's field `system`, or nothing. Raises RecordError."""
+    """Return the system message of a record's field `system`, or []. Raises RecordError."""
     text = text_of(record.get("system", ""), "system")
     return [{"role": "system", "content": text}] if text else []
 
 
 def alpaca_question(record: Record) -> list[Message]:
-    """Return what an Alpaca record says before its answer. Raises RecordError."""
+    """Return the messages before the answer of an Alpaca record. Raises RecordError."""
     messages = system_of(record)
     for index, turn in enumerate(list_of(record.get("history") or [], "history")):
         if not isinstance(turn, list) or len(turn) != 2:
@@ -133,7 +132,7 @@ def _parse_prompt_completion(record: Record) -> Content:
     prompt = behind_system(prompt_of(record["prompt"], "prompt"), record, "prompt")
     completion = answer_of(record["completion"], "completion", record["prompt"])
     context, answer = parted(prompt.messages, completion.messages, "completion")
-    # What the assistant says in the prompt is context: the completion is what is learnt.
+    # Assistant messages in the prompt are not trained on.
     spoken = {index for index, message in enumerate(context) if message["role"] == "assistant"}
     moved = len(context) + len(answer) - len(completion.messages)
     untrained = frozenset(spoken | {index + moved for index in completion.untrained})
@@ -147,7 +146,7 @@ def _parse_text(record: Record) -> Content:
     return text
 
 
-#: Tried in this order; the first that matches is the record's format.
+#: In the order of detection: the first match is used.
 FORMATS: tuple[Format, ...] = (
     Format("openai", lambda r: "messages" in r, _parse_messages, frozenset({"messages", "system", *_TOOLS})),
     Format("sharegpt", lambda r: "conversations" in r, _parse_sharegpt, frozenset({"conversations", "system", *_TOOLS})),
@@ -170,9 +169,9 @@ FORMATS: tuple[Format, ...] = (
 def _check_chat(messages: list[Message]) -> None:
     for index, message in enumerate(messages):
         if message["role"] == "system" and index:
-            raise RecordError(f"messages[{index}]: a system message may only come first.")
+            raise RecordError(f"messages[{index}]: a system message must be the first message.")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise RecordError("no assistant turn: there is nothing to learn from it.", "Add the answer, or remove the record.")
+        raise RecordError("no assistant turn: there is nothing to learn.", "Add the answer, or remove the record.")
     if not any(map(says_something, answers)):
-        raise RecordError("every assistant turn is empty.", "Write the answer, or remove the record.")
+        raise RecordError("every assistant turn is empty.", "Add the answer, or remove the record.")

@@ -1,4 +1,4 @@
-"""What a rendered sample lost on its way from the record to the tokens; each function notes what it finds."""
+"""Compare rendered samples with their records; each function adds what was lost to the findings."""
 
 import json
 import re
@@ -10,13 +10,13 @@ from sage.libs.finetune.data.findings import Code, Findings
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.models.chat import ChatFormat, Message
 
-#: Fields that mean more than bookkeeping, by their names.
+#: Names of ignored fields that look like a weight or flag.
 _FLAG = re.compile(r"weight|mask|train|loss|learn|skip|ignore", re.IGNORECASE)
 _THINK_TAG = re.compile(r"</?think>")
 
 
 def inspect_fields(sample: Sample, findings: Findings) -> None:
-    """Look for fields that nothing reads."""
+    """Report fields that have no effect."""
     for name in sample.ignored:
         code = Code.TOOLS_LOST if name == "tools" else Code.FIELD_IGNORED
         if "." in name and _FLAG.search(name.rpartition(".")[2]):
@@ -25,7 +25,7 @@ def inspect_fields(sample: Sample, findings: Findings) -> None:
 
 
 def inspect_answer(sample: Sample, message: Message, trained: str, findings: Findings) -> None:
-    """Look for what an answer says and its trained text does not."""
+    """Report content, reasoning or tool calls of an answer that are missing in its trained text."""
     if any(part.strip() not in trained for part in _THINK_TAG.split(message["content"])):
         findings.add(Code.ANSWER_LOST, sample.origin)
     if message.get("reasoning_content", "").strip() not in trained:
@@ -37,18 +37,18 @@ def inspect_answer(sample: Sample, message: Message, trained: str, findings: Fin
 def inspect_prompt(
     sample: Sample, asked: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: str, findings: Findings
 ) -> None:
-    """Look for what is asked and does not stand in the rendered prompt."""
+    """Report messages and tools that are missing in the rendered prompt."""
     for message in asked:
-        said = message["content"].strip()
-        # Some templates write results of tools as JSON.
-        if message["role"] != "assistant" and said not in prompt and json.dumps(said)[1:-1] not in prompt:
+        content = message["content"].strip()
+        # Some templates write tool results as JSON.
+        if message["role"] != "assistant" and content not in prompt and json.dumps(content)[1:-1] not in prompt:
             findings.add(Code.MESSAGE_LOST, sample.origin)
     if any(tool.get("function", tool).get("name", "") not in prompt for tool in tools or ()):
         findings.add(Code.TOOLS_LOST, sample.origin)
 
 
 def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> None:
-    """Look whether other servers stop at what ends an answer; folder: of the base."""
+    """Report an end token that the model's configuration does not list; other servers would not stop at it."""
     end = chat_format.answer_end()
     listed: list[Any] = []
     for name in ("generation_config.json", "config.json"):
@@ -62,7 +62,7 @@ def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> No
 def inspect_tokens(
     sample: Sample, ids: Sequence[int], labels: Sequence[int], bos: int | None, ends: Sequence[int], findings: Findings
 ) -> None:
-    """Look at a sequence's first and last tokens; ends: the tokens that end an answer."""
+    """Report a second BOS or a missing end token; ends: the tokens that end an answer."""
     if bos is not None and list(ids[:2]) == [bos, bos]:
         findings.add(Code.DOUBLE_BOS, sample.origin)
     if labels[-1] not in ends:

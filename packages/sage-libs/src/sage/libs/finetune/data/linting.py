@@ -1,4 +1,4 @@
-"""Every fault of a dataset, with its line, before anything expensive starts."""
+"""Read a dataset and report all its faults with their positions."""
 
 import itertools
 from collections import Counter
@@ -15,15 +15,15 @@ from sage.libs.finetune.data.loading import read_records
 from sage.libs.finetune.data.samples import Chat, Fault, Origin, Sample
 from sage.libs.finetune.data.values import RecordError
 
-#: What makes a sample of a record, and names its format.
+#: Parses a record; raises RecordError.
 Parse = Callable[[Any], Parsed]
-#: How many faults an error message spells out.
+#: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
 
 
 @dataclass
 class DatasetReport:
-    """What a dataset holds and what is wrong with it."""
+    """Contents and faults of a dataset."""
 
     path: Path
     split: Split = "train"  #: which files of a folder are read
@@ -33,11 +33,11 @@ class DatasetReport:
     faults: list[Fault] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     assistant_turns: int = 0
-    #: Each repeated record with the first one that says the same.
+    #: Each repeated record with the first one of the same content.
     duplicates: list[tuple[Origin, Origin]] = field(default_factory=list)
 
     def raise_for_faults(self) -> None:
-        """Raise DatasetError if anything is wrong, or if there is nothing to train on."""
+        """Raise DatasetError if the dataset has faults or no records."""
         if self.faults:
             shown = " ".join(str(fault) for fault in self.faults[:_SHOWN_FAULTS])
             more = f" (and {len(self.faults) - _SHOWN_FAULTS} more)" if len(self.faults) > _SHOWN_FAULTS else ""
@@ -50,16 +50,16 @@ class DatasetReport:
         if not self.sample_count:
             raise DatasetError(
                 code="dataset_empty",
-                message=f"The dataset {self.path} is empty: it holds no record.",
+                message=f"The dataset {self.path} is empty: it has no records.",
                 hint='Each line is one JSON object, such as {"messages": [...]}.',
                 param="dataset_path",
             )
 
 
 def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator[Sample]:
-    """Yield what a report's dataset holds, one at a time, and note in the report what is found on the way.
+    """Yield the samples of a report's dataset, and add counts and faults to the report.
 
-    Raises DatasetError only where there is no file to read; faults inside stand in the report.
+    Raises DatasetError only if there is no file to read; faults in the data are added to the report.
     """
     selection = select_files(report.path, report.split)
     report.files, report.skipped_files = selection.files, selection.skipped
@@ -86,15 +86,15 @@ def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator
 def check_dataset(
     path: Path, at_most: int | None = None, parse: Parse = parse_record, split: Split = "train"
 ) -> DatasetReport:
-    """Read a dataset, or as many samples of it, and return what it holds.
+    """Read a dataset, or its first `at_most` samples, and return a report.
 
-    Raises DatasetError only where there is no file to read; faults inside stand in the report.
+    Raises DatasetError only if there is no file to read; faults in the data are in the report.
     """
     report = DatasetReport(path, split)
     seen: dict[bytes, Origin] = {}
     for sample in itertools.islice(read_samples(report, parse), at_most):
-        said = blake2b(repr(sample.content).encode(), digest_size=16).digest()
-        first = seen.setdefault(said, sample.origin)
+        digest = blake2b(repr(sample.content).encode(), digest_size=16).digest()
+        first = seen.setdefault(digest, sample.origin)
         if first is not sample.origin:
             report.duplicates.append((sample.origin, first))
     return report

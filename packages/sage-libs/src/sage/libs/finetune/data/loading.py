@@ -1,4 +1,4 @@
-"""Reading dataset files record by record, with the place of each."""
+"""Read dataset files record by record, with the position of each record."""
 
 import codecs
 import csv
@@ -18,7 +18,7 @@ from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unus
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-#: A cell of a CSV may hold a whole conversation, and so does a line of a .jsonl; what is longer is no such file.
+#: Limits for a CSV cell and a .jsonl line, each of which may hold a whole conversation.
 _CSV_FIELD_BYTES = 64 * 2**20
 _LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
@@ -28,12 +28,12 @@ _AS_UTF8 = "Save the file as UTF-8."
 _ONE_A_LINE = "Write each record on one line; if the file is one list, name it .json."
 _LFS_POINTER = b"version https://git-lfs"
 
-#: A record with its place, or the fault found there.
+#: A record with its position, or a fault.
 Item = tuple[Origin, Any] | Fault
 
 
 def dataset_hash(*paths: Path, split: Split = "train") -> str:
-    """Return the SHA-256 of the bytes of datasets, file by file, as 64 hex digits."""
+    """Return a SHA-256 over the contents of all files of datasets, as 64 hex digits."""
     digest = hashlib.sha256()
     for file in (file for path in paths for file in select_files(path, split).files):
         with file.open("rb") as stream:
@@ -42,7 +42,7 @@ def dataset_hash(*paths: Path, split: Split = "train") -> str:
 
 
 def read_records(files: Sequence[Path]) -> Iterator[Item]:
-    """Yield each record of files with its place, or the fault found there.
+    """Yield each record with its position, or a fault.
 
     Raises DatasetError if a file cannot be read at all.
     """
@@ -57,7 +57,7 @@ def _read(path: Path) -> Iterator[Item]:
     with path.open("rb") as file:
         begin = file.read(len(_LFS_POINTER))
     if begin == _LFS_POINTER:
-        raise unusable(path, "is a pointer of Git LFS, not the data", "Run `git lfs pull` in its repository.")
+        raise unusable(path, "is a Git LFS pointer, not the data", "Run `git lfs pull` in its repository.")
     match suffix_of(path).split(".")[1]:
         case "parquet":
             return _read_columns(path, _parquet_batches)
@@ -71,8 +71,8 @@ def _read(path: Path) -> Iterator[Item]:
             return _read_text(path, _read_jsonl)
 
 
-def _opened(path: Path) -> io.BufferedReader:
-    """Return a file's bytes, unpacked."""
+def _open(path: Path) -> io.BufferedReader:
+    """Open a file for reading, decompressed."""
     raw: Any
     match suffix_of(path).rpartition(".")[2]:
         case "gz":
@@ -87,7 +87,7 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 def _read_text(path: Path, read: Callable[[Path, io.BufferedReader], Iterator[Item]]) -> Iterator[Item]:
-    with _opened(path) as file:
+    with _open(path) as file:
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             yield Fault(Origin(path, 1), "the file is in UTF-16.", _AS_UTF8)
         else:
@@ -107,16 +107,16 @@ def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         except UnicodeDecodeError as error:
             yield Fault(origin, f"not UTF-8 at byte {error.start + 1}.", _AS_UTF8)
         except (ValueError, RecursionError) as error:
-            if index == 0 and isinstance(error, json.JSONDecodeError) and _goes_on(line):
-                yield Fault(origin, "the first record goes on over several lines.", _ONE_A_LINE)
+            if index == 0 and isinstance(error, json.JSONDecodeError) and _is_multiline(line):
+                yield Fault(origin, "the first record is written over several lines.", _ONE_A_LINE)
                 return
             yield Fault(origin, f"not valid JSON: {json_problem(error)}.", "Fix or remove the line.")
         else:
             yield origin, record
 
 
-def _goes_on(line: bytes) -> bool:
-    """Return whether a line that is no JSON begins a value of several lines."""
+def _is_multiline(line: bytes) -> bool:
+    """Return whether an invalid JSON line looks like the beginning of a value written over several lines."""
     return line.rstrip()[-1:] in b"[{" or line.lstrip()[:1] == b"["
 
 
@@ -131,13 +131,13 @@ def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         return
     at = _behind_blanks(text, 0)
     if text[at : at + 1] != "[":
-        yield Fault(Origin(path, 1), "a list of records is expected.", "If it has one object a line, name the file .jsonl.")
+        yield Fault(Origin(path, 1), "a list of records is expected.", "If it has one object per line, rename it to .jsonl.")
         return
     yield from _read_list(path, text, at + 1)
 
 
 def _read_list(path: Path, text: str, at: int) -> Iterator[Item]:
-    """Yield the records of a JSON list, from behind its bracket on."""
+    """Yield the records of a JSON list; at: the index after its opening bracket."""
     at = _behind_blanks(text, at)
     is_end = text[at : at + 1] == "]"
     for number in itertools.count(1):
@@ -160,7 +160,7 @@ def _read_list(path: Path, text: str, at: int) -> Iterator[Item]:
         if not is_end:
             at = _behind_blanks(text, at + 1)
     if text[at + 1 :].strip():
-        yield Fault(Origin(path, text.count("\n", 0, at) + 1), "not valid JSON: more follows the list.")
+        yield Fault(Origin(path, text.count("\n", 0, at) + 1), "not valid JSON: there is text after the list.")
 
 
 def _behind_blanks(text: str, at: int) -> int:
@@ -172,7 +172,7 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
     csv.field_size_limit(_CSV_FIELD_BYTES)
     broken: list[int] = []
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(_noting_broken(text, broken), strict=True)
+    rows = csv.reader(_record_broken(text, broken), strict=True)
     header: list[str] | None = None
     while True:
         origin = Origin(path, rows.line_num + 1)
@@ -198,8 +198,8 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
                 yield Fault(origin, f"{len(header)} columns are expected, found {len(row)}.", "Quote cells with commas.")
 
 
-def _noting_broken(lines: Iterable[str], broken: list[int]) -> Iterator[str]:
-    """Yield lines, and note the numbers of those that held bytes that are not UTF-8."""
+def _record_broken(lines: Iterable[str], broken: list[int]) -> Iterator[str]:
+    """Yield lines, and add the numbers of those that are not UTF-8 to `broken`."""
     for number, line in enumerate(lines, 1):
         if not line.isascii() and any("\udc80" <= letter <= "\udcff" for letter in line):
             broken.append(number)
@@ -223,12 +223,12 @@ def _read_columns(path: Path, batches: Callable[[Path], Iterator[Any]]) -> Itera
             is_nested = any(pa.types.is_nested(column.type) for column in batch.schema)
             for record in batch.to_pylist():
                 number += 1
-                # The rows of a column share their keys; one that a row does not have is null there.
+                # All rows of a struct column have the same keys; a key that a row lacks is null.
                 yield Origin(path, number, "record"), without_nulls(record) if is_nested else record
     except (pa.ArrowException, ValueError) as error:
         problem = str(error).splitlines()[0]
         origin = Origin(path, number + 1, "record")
-        yield Fault(origin, f"not a whole {path.suffix[1:].lower()} file from here on: {problem}.", "Write it again.")
+        yield Fault(origin, f"the {path.suffix[1:].lower()} file is damaged from here on: {problem}.", "Write it again.")
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
@@ -244,7 +244,7 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
     with pa.OSFile(str(path)) as source:
         try:
             batches: Iterable[Any] = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:  # the other of Arrow's two shapes of a file
+        except pa.ArrowInvalid:  # Arrow has two formats, stream and file
             source.seek(0)
             file = pa.ipc.open_file(source)
             batches = (file.get_batch(index) for index in range(file.num_record_batches))

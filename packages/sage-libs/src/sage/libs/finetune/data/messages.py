@@ -1,4 +1,4 @@
-"""One conversation, whatever its turns are called: to messages in OpenAI's shape, with what is context only."""
+"""Convert conversations of all dataset formats to messages in OpenAI's format."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,31 +15,31 @@ _ROLE_ALIASES = {
     "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
     "tool_response": "tool", "tool_result": "tool",
 }  # fmt: skip
-#: Turns whose text is a call, or a list of calls, of the assistant.
+#: Roles of turns whose text is a tool call, or a list of tool calls, of the assistant.
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-#: An answer is context only if one of these is 0 (a weight), or false (the others).
+#: Fields that exclude an answer from training: `weight` if it is 0, the others if they are false.
 _FLAGS = ("weight", "loss", "train", "trainable", "training", "train_on_turn")
-#: What the assistant thought, of which a message has one.
+#: Names of the field with the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _INSTEAD_OF_CONTENT = {"tool_calls", "reasoning_content"}
 _CONTENT = {"role", "content", "from", "value"}
 _OF_ASSISTANT = {"tool_calls", "function_call", *_REASONING}
 _DETAILS = {"name", "tool_call_id", *_OF_ASSISTANT, *_FLAGS}
-#: Names of records and messages that say nothing to the model, and that nobody expects it to learn.
+#: Fields without content for the model, such as ids; they are ignored without a finding.
 BOOKKEEPING = frozenset({
     "", "Unnamed: 0", "__index_level_0__", "_id", "conversation_id", "id", "idx", "index", "message_id", "prompt_id", "uuid",
 })  # fmt: skip
 
 
 class Conversation(NamedTuple):
-    """What a list of turns says."""
+    """A parsed list of turns."""
 
     messages: list[Message]
     untrained: frozenset[int]  #: indexes of assistant messages that are context only
     ignored: tuple[str, ...]  #: names of the fields that have no effect
 
-    def begun_with(self, messages: list[Message]) -> "Conversation":
-        """Return the conversation behind some messages."""
+    def with_prefix(self, messages: list[Message]) -> "Conversation":
+        """Return the conversation with messages inserted at the beginning."""
         if not messages:
             return self
         untrained = frozenset(index + len(messages) for index in self.untrained)
@@ -48,19 +48,19 @@ class Conversation(NamedTuple):
 
 class _Turn(NamedTuple):
     message: Message
-    is_call: bool  #: of a turn that holds calls and nothing else
+    is_call: bool  #: the turn has only tool calls
     untrained: bool
     ignored: list[str]
 
 
 def read_conversation(value: Any, where: str) -> Conversation:
-    """Return a conversation; where: the field that holds it. Raises RecordError that names the turn and its field."""
+    """Parse a conversation; where: name of its field. Raises RecordError, which names the turn and its field."""
     items = _transposed(value) or list_of(value, where)
     return _read([(item, f"{where}[{index}]") for index, item in enumerate(items)], f"{where}[].")
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Return the turns of a column that has a list for each of their fields, as older releases of `datasets` write it."""
+    """Return the turns of an object of lists, as older versions of `datasets` write it; None for other values."""
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None
     if len({len(column) for column in value.values()}) != 1:
@@ -69,7 +69,7 @@ def _transposed(value: Any) -> list[Any] | None:
 
 
 def read_message(value: Any, where: str) -> Conversation:
-    """Return a conversation of one message; where: the field that holds it. Raises RecordError."""
+    """Parse a conversation of one message; where: name of its field. Raises RecordError."""
     return _read([(value, where)], f"{where}.")
 
 
@@ -84,8 +84,11 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
         last = len(messages) - 1
         if turn.is_call and messages and messages[last]["role"] == "assistant":
             if turn.untrained != (last in untrained):
-                raise RecordError(f"{place} belongs to the answer before it, and only one of them is context.")
-            messages[last] = _one_answer(messages[last], turn.message, place)
+                raise RecordError(
+                    f"{place} continues the previous answer, but only one of the two is excluded from training.",
+                    "Give both the same weight.",
+                )
+            messages[last] = _merged_answer(messages[last], turn.message, place)
             continue
         messages.append(turn.message)
         if turn.untrained:
@@ -95,7 +98,7 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
 
 def _turn(item: Any, where: str) -> _Turn:
     if not isinstance(item, Mapping):
-        item = unpacked(item)  # as `datasets` writes a column of JSON
+        item = unpacked(item)  # a JSON column of `datasets`
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with role and content, found {kind_of(item)}.")
     if None in item.values():
@@ -117,13 +120,13 @@ def _turn(item: Any, where: str) -> _Turn:
         message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
     flags = [name for name in _FLAGS if name in item]
     untrained = bool(flags) and _untrained(item, flags, where)
-    if role != "assistant" and not untrained:  # that a question is context is so without saying
+    if role != "assistant" and not untrained:  # other roles are never trained on, so excluding them has an effect already
         ignored += flags
     return _Turn(message, is_call, untrained and role == "assistant", ignored)
 
 
 def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored: list[str]) -> None:
-    """Give a message what its turn has besides role and content; what has no effect goes into `ignored`."""
+    """Add the turn's other fields to a message; names of fields without effect are added to `ignored`."""
     unknown = item.keys() - _CONTENT - BOOKKEEPING - _DETAILS
     if message["role"] != "assistant":
         unknown |= item.keys() & _OF_ASSISTANT
@@ -138,10 +141,10 @@ def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored:
     ignored += [name for name in item if name in unknown and _says_something(item[name])]
 
 
-def _one_answer(answer: Message, call: Message, where: str) -> Message:
-    """Return an answer with the calls that follow it: calls in a row, or a sentence and its calls, are one message."""
+def _merged_answer(answer: Message, call: Message, where: str) -> Message:
+    """Return an answer merged with the tool calls that follow it: they are one message in OpenAI's format."""
     if "reasoning_content" in call and answer.get("reasoning_content") != call["reasoning_content"]:
-        raise RecordError(f"{where} belongs to the answer before it, and has reasoning of its own.")
+        raise RecordError(f"{where} continues the previous answer, but has different reasoning.")
     return {**answer, "tool_calls": [*answer.get("tool_calls", []), *call["tool_calls"]]}
 
 
@@ -153,25 +156,25 @@ def _role(role: Any, where: str) -> str:
 
 
 def _untrained(item: Mapping[str, Any], flags: list[str], where: str) -> bool:
-    """Return whether the flags that a turn has say that it is context only."""
-    said = {}
+    """Return whether the flags of a turn exclude it from training."""
+    values = {}
     for name in flags:
         value = item[name]
         if name == "weight" and (isinstance(value, bool) or value not in (0, 1)):
             raise RecordError(f"{where}.weight is {shown(value)}.", "It must be 0 (context only) or 1.")
         if name != "weight" and not isinstance(value, bool):
             raise RecordError(f"{where}.{name} is {shown(value)}.", "It must be true or false (context only).")
-        said[name] = bool(value)
-    if len(set(said.values())) > 1:
-        raise RecordError(f"{where}: {' and '.join(said)} contradict each other.", "Keep one of them.")
-    return False in said.values()
+        values[name] = bool(value)
+    if len(set(values.values())) > 1:
+        raise RecordError(f"{where}: {' and '.join(values)} contradict each other.", "Keep one of them.")
+    return False in values.values()
 
 
 def _reasoning(item: Mapping[str, Any], where: str) -> str:
-    said = {name: text_of(item[name], f"{where}.{name}") for name in _REASONING if name in item}
-    if len(set(said.values())) > 1:
-        raise RecordError(f"{where}: {' and '.join(said)} say different things.", "Keep one of them.")
-    return next(iter(said.values()), "")
+    values = {name: text_of(item[name], f"{where}.{name}") for name in _REASONING if name in item}
+    if len(set(values.values())) > 1:
+        raise RecordError(f"{where}: {' and '.join(values)} differ.", "Keep one of them.")
+    return next(iter(values.values()), "")
 
 
 def _says_something(value: Any) -> bool:

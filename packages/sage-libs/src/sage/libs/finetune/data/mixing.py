@@ -1,4 +1,4 @@
-"""Tokenised datasets as one, each taken as often as it weighs."""
+"""Combine tokenized datasets by their weights."""
 
 import bisect
 import itertools
@@ -11,7 +11,7 @@ from sage.libs.finetune.data.tokenizing import Encoded
 
 
 class Mixture(Sequence[Encoded]):
-    """Datasets one behind the other."""
+    """Several datasets concatenated."""
 
     def __init__(self, parts: Sequence[StoredSamples]) -> None:
         self._parts = parts
@@ -26,14 +26,14 @@ class Mixture(Sequence[Encoded]):
         return self._parts[part][at - (self._ends[part - 1] if part else 0)]
 
     def lengths(self) -> list[int]:
-        """Return how many tokens each sequence has."""
+        """Return the number of tokens of each sequence."""
         return [length for part in self._parts for length in part.lengths()]
 
 
 def weighed(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
-    """Return samples `weight` times over; of the last time, where it is a part, so many at random.
+    """Repeat the samples `weight` times; for the fractional part, add a random selection.
 
-    They are the same in every epoch.
+    The selection depends on the seed only and is the same in every epoch.
     """
     if weight == 1:
         return samples

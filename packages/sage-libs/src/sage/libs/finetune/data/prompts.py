@@ -1,4 +1,4 @@
-"""A prompt and its answers, each a text or messages, and what is said twice in them."""
+"""Parse prompts and answers, each a text or messages, and separate an answer from a repeated prompt."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -9,16 +9,16 @@ from sage.libs.finetune.data.values import RecordError, text_of, unpacked
 
 
 def prompt_of(value: Any, where: str) -> Conversation:
-    """Return a prompt: a text is what the user says, unless it holds messages in JSON. Raises RecordError."""
+    """Parse a prompt: a text is a user message, unless it is a JSON list of messages. Raises RecordError."""
     messages = _packed_messages(value)
     return _turns(value if messages is None else messages, where, "user")
 
 
 def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
-    """Return what answers a prompt; prompt: as the record has it, or None. Raises RecordError.
+    """Parse the answer to a prompt; prompt: the record's value, or None. Raises RecordError.
 
-    A text is what the assistant says, character by character, even if it is JSON. It holds messages only if the prompt
-    does too, or if the first of them say the prompt again, or if there is no prompt elsewhere.
+    A text is an assistant message as it is, even if it is JSON. It is parsed as a JSON list of messages only if the prompt
+    is one too, if its first messages repeat the prompt, or if the record has no prompt.
     """
     messages = _packed_messages(value)
     if messages is None or not (prompt is None or _packed_messages(prompt) or _says_again(messages, prompt)):
@@ -27,9 +27,9 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
 
 
 def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
-    """Return the prompt and the answer of messages that may begin with the prompt once more. Raises RecordError."""
+    """Split messages that may repeat the prompt into prompt and answer. Raises RecordError."""
     prompt, spoken = list(prompt), list(spoken)
-    for begin in (0, 1):  # the second may be behind a system message
+    for begin in (0, 1):  # a repeated prompt may follow a system message
         end = begin + len(prompt)
         if prompt and spoken[begin:end] == prompt and all(message["role"] == "system" for message in spoken[:begin]):
             return spoken[:end], spoken[end:]
@@ -45,7 +45,7 @@ def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> 
 
 
 def says_something(message: Message) -> bool:
-    """Return whether a message has a text, a call or a thought."""
+    """Return whether a message has text, tool calls or reasoning."""
     return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
 
 

@@ -1,4 +1,4 @@
-"""What the data pipeline passes on: where a record stood, what it says, what is wrong with it."""
+"""Values of the data pipeline: the position of a record, its content, its faults."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,32 +7,32 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a record stands: the line of a text file on which it begins, else its number; both count from 1."""
+    """Position of a record: its first line in a text file, else its number; both count from 1."""
 
     path: Path
     line: int
     unit: Literal["line", "record"] = "line"
 
     def __str__(self) -> str:
-        """`file:line`, as editors understand it; or the file and the record."""
+        """`file:line`, or file and record number."""
         return f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}, {self.place}"
 
     @property
     def place(self) -> str:
-        """The place within its file: `line 7` or `record 7`."""
+        """The position within the file: `line 7` or `record 7`."""
         return f"{self.unit} {self.line}"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in a dataset that cannot be trained on."""
+    """An error in a dataset, with its position."""
 
     origin: Origin
     message: str
     hint: str = ""
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """The fault as one line of text."""
         return f"{self.origin}: {self.message}{f' {self.hint}' if self.hint else ''}"
 
 
@@ -54,6 +54,6 @@ class Sample:
 
     origin: Origin
     format: str
-    #: A chat, or plain text of which every token is trained on; else a row as a method of TRL's takes it.
+    #: A Chat; a str, of which every token is trained on; or a row in the format of a TRL trainer.
     content: Any = field(repr=False)
     ignored: tuple[str, ...] = ()  #: names of the record's fields that have no effect

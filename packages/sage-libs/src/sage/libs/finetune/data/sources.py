@@ -1,4 +1,4 @@
-"""Which datasets a run learns from, and how often each is taken."""
+"""Datasets of a run and their weights."""
 
 import math
 import re
@@ -10,16 +10,17 @@ _WEIGHED = re.compile(r"(?P<path>.+)=(?P<weight>(\d+(\.\d+)?|\.\d+)(e[+-]?\d+)?)
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as it was asked for: `FILE`, or `FILE=WEIGHT`."""
+    """A dataset as given by the user: `FILE` or `FILE=WEIGHT`."""
 
     path: Path  #: absolute
-    weight: float = 1.0  #: how many times its samples are taken in an epoch
+    weight: float = 1.0  #: how many times its samples are used per epoch
 
     @classmethod
     def parse(cls, text: str) -> "Source":
-        """Return the source of `FILE` or `FILE=WEIGHT`; relative paths count from the working folder.
+        """Parse `FILE` or `FILE=WEIGHT`; relative paths are resolved from the working directory.
 
-        A file or folder of the whole name wins. Raises ValueError for a weight of zero and for an unknown user's home.
+        If a file or folder with the whole name exists, it is used. Raises ValueError if the weight is 0 or infinite, or the
+        home folder of a user is unknown.
         """
         weighed = None if _exists(absolute(text)) else _WEIGHED.fullmatch(text)
         path, weight = (weighed["path"], float(weighed["weight"])) if weighed else (text, 1.0)
@@ -28,7 +29,7 @@ class Source:
         return cls(absolute(path), weight)
 
     def __str__(self) -> str:
-        """The way back of `parse`, also once the file is gone."""
+        """Text from which `parse` returns the same source, also if the file no longer exists."""
         is_plain = self.weight == 1 and not _WEIGHED.fullmatch(str(self.path))
         return str(self.path) if is_plain else f"{self.path}={repr(self.weight).removesuffix('.0')}"
 
@@ -41,7 +42,7 @@ def _exists(path: Path) -> bool:
 
 
 def absolute(text: str) -> Path:
-    """Return a path that was typed, with `~` for the home folder, as an absolute one.
+    """Return an absolute path, with `~` expanded.
 
     Raises ValueError if there is no such user.
     """

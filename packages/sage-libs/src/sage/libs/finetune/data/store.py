@@ -1,8 +1,8 @@
-"""Tokenised datasets on disk: made once, read sample by sample, so that memory stays flat however many there are.
+"""Tokenized datasets on disk: written once, then read sample by sample, so that memory does not grow with the dataset.
 
-tokens.bin   token ids, one sample behind the other, as 32-bit integers; where the loss is not, t is written as -1 - t
-bounds.bin   where each sample begins and where the last one ends, in tokens, as 64-bit integers
-facts.json   what the cutoff did
+tokens.bin   token ids of all samples, concatenated, as 32-bit integers; an untrained token t is stored as -1 - t
+bounds.bin   index of the first token of each sample, then of the end of the last one, as 64-bit integers
+facts.json   TokenizationStats
 """
 
 import contextlib
@@ -30,49 +30,49 @@ from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Raised whenever the same samples would be read or tokenised otherwise.
+#: Increased with every change of how samples are read or tokenized.
 _VERSION = 2
-_TOLD_SAMPLES = 20_000
+_PROGRESS_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
-#: What is being made is written to more often than this, so what is older was left behind.
+#: A folder in progress is written to more often than this; an older one was left by a process that died.
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIAL = ".partial-"
-#: Called now and then with what is being done; what it raises ends the work.
+#: Called regularly with a description of the progress; an exception from it ends the work.
 OnProgress = Callable[[str], None]
 Indexes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the cutoff did to a dataset."""
+class TokenizationStats:
+    """Counts and findings of tokenizing a dataset."""
 
-    samples: int  #: before the cut
+    samples: int  #: number of samples read
     truncated: int
     dropped: int
     findings: list[dict[str, Any]]  #: as `Findings.as_dicts` returns them
 
 
 class StoredSamples(Sequence[Encoded]):
-    """The sequences of a folder, or some of them; they stay readable if the folder is removed.
+    """The sequences of a folder, or a selection of them; they stay readable after the folder is removed.
 
-    They are read and not mapped into memory: what is mapped counts as the process's own once it was looked at.
+    The file is read and not memory-mapped, because mapped pages count as the process's memory.
     """
 
-    def __init__(self, facts: Facts, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
-        """bounds, tokens: what the files of those names hold; indexes: of the sequences to have, by default all."""
-        self.facts, self._bounds, self._tokens = facts, bounds, tokens
+    def __init__(self, stats: TokenizationStats, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
+        """bounds, tokens: contents of these files.  indexes: the selected sequences; default: all."""
+        self.stats, self._bounds, self._tokens = stats, bounds, tokens
         self._indexes = np.arange(len(bounds) - 1) if indexes is None else indexes
 
     @classmethod
     def of_folder(cls, folder: Path) -> "StoredSamples":
-        """Return the sequences of a folder; raises OSError, ValueError or TypeError if it is not whole."""
-        facts = Facts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
+        """Open the sequences of a folder; raises OSError, ValueError or TypeError if it is incomplete or damaged."""
+        stats = TokenizationStats(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
         bounds = np.fromfile(folder / "bounds.bin", np.int64)
         tokens = (folder / "tokens.bin").open("rb", buffering=0)
         if not len(bounds) or os.fstat(tokens.fileno()).st_size != 4 * bounds[-1]:
             tokens.close()
-            raise ValueError(f"{folder} is not whole")
-        return cls(facts, bounds, tokens)
+            raise ValueError(f"{folder} is incomplete")
+        return cls(stats, bounds, tokens)
 
     def __len__(self) -> int:
         return len(self._indexes)
@@ -86,47 +86,47 @@ class StoredSamples(Sequence[Encoded]):
         return Encoded(np.where(trained, written, -1 - written).tolist(), np.where(trained, written, IGNORED).tolist())
 
     def take(self, indexes: Sequence[int]) -> "StoredSamples":
-        """Return some of the sequences, in the order given."""
-        return StoredSamples(self.facts, self._bounds, self._tokens, self._indexes[np.asarray(indexes, np.int64)])
+        """Return the sequences at these indexes, in the given order."""
+        return StoredSamples(self.stats, self._bounds, self._tokens, self._indexes[np.asarray(indexes, np.int64)])
 
     def lengths(self) -> list[int]:
-        """Return how many tokens each sequence has."""
+        """Return the number of tokens of each sequence."""
         return [int(length) for length in np.diff(self._bounds)[self._indexes]]
 
 
-def stored(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split = "train") -> StoredSamples:
-    """Return the sequences of a dataset, tokenised now or, from the same content in the same way, before.
+def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split = "train") -> StoredSamples:
+    """Return the tokenized dataset from the cache; tokenize it first if content or encoder settings are new.
 
-    Raises DatasetError if the dataset has faults, leaves nothing to train on, or changes while it is read.
+    Raises DatasetError if the dataset has faults, has nothing to train on, or changes while it is read.
     """
     root = get_user_paths().cache_dir / "tokenized"
     if skipped := select_files(path, split).skipped:
         on_progress(f"reading {split} of {path}; left out: {', '.join(str(file.relative_to(path)) for file in skipped)}")
-    before = _looks(path, split)
+    before = _file_stats(path, split)
     folder = root / _key(path, encoder, split)
-    found = _whole(folder)
+    found = _open_if_intact(folder)
     if found is None:
         private_folder(root)
         _remove_unused(root)
         aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
         try:
             _build(DatasetReport(path, split), encoder, aside, on_progress)
-            if _looks(path, split) != before:
+            if _file_stats(path, split) != before:
                 raise DatasetError(
                     code="dataset_changed",
                     message=f"The dataset {path} changed while it was read.",
-                    hint="Start the run again once the file is written.",
+                    hint="Start the run again when the file is complete.",
                     param="dataset_path",
                 )
-            found = _published(aside, folder)
+            found = _publish(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # it may be removed meanwhile, which does no harm
+    with contextlib.suppress(OSError):  # another process may have removed it; the open files stay readable
         os.utime(folder)
     return found
 
 
-def _whole(folder: Path) -> StoredSamples | None:
+def _open_if_intact(folder: Path) -> StoredSamples | None:
     try:
         return StoredSamples.of_folder(folder)
     except (OSError, ValueError, TypeError):
@@ -134,18 +134,18 @@ def _whole(folder: Path) -> StoredSamples | None:
 
 
 def _build(report: DatasetReport, encoder: Encoder, folder: Path, on_progress: OnProgress) -> None:
-    """Fill a folder, down to the disk: a folder that is found by its name must be whole, also after a power cut."""
+    """Write the files of a folder and fsync them: a folder with its final name must be complete, also after a power cut."""
     bounds = array("q", [0])
     with _synced(folder / "tokens.bin") as tokens:
-        for encoded in encoder.encode(_sound_samples(report, on_progress)):
+        for encoded in encoder.encode(_valid_samples(report, on_progress)):
             ids, labels = np.array(encoded.ids, np.int32), np.array(encoded.labels, np.int32)
             tokens.write(np.where(labels == IGNORED, -1 - ids, ids).tobytes())
             bounds.append(bounds[-1] + len(ids))
     with _synced(folder / "bounds.bin") as file:
         file.write(bounds.tobytes())
     with _synced(folder / "facts.json") as file:
-        facts = Facts(report.sample_count, encoder.truncated, encoder.dropped, encoder.findings.as_dicts())
-        file.write(json.dumps(asdict(facts)).encode())
+        stats = TokenizationStats(report.sample_count, encoder.truncated, encoder.dropped, encoder.findings.as_dicts())
+        file.write(json.dumps(asdict(stats)).encode())
 
 
 @contextlib.contextmanager
@@ -156,15 +156,15 @@ def _synced(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
-def _published(aside: Path, folder: Path) -> StoredSamples:
-    """Give what was made its name, and return it; or what another process made meanwhile."""
+def _publish(aside: Path, folder: Path) -> StoredSamples:
+    """Rename the folder to its final name and open it; if another process was faster, open that one's."""
     samples = StoredSamples.of_folder(aside)
     try:
         aside.rename(folder)
-    except OSError:  # there is one
-        if other := _whole(folder):
+    except OSError:  # it exists
+        if other := _open_if_intact(folder):
             return other
-        # What is damaged is put aside and not removed in place: whoever reads a name finds a whole folder, or none.
+        # Rename a damaged folder before removing it, so that readers find a complete folder or none.
         damaged = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
         with contextlib.suppress(OSError):
             folder.rename(damaged)
@@ -173,30 +173,30 @@ def _published(aside: Path, folder: Path) -> StoredSamples:
     return samples
 
 
-def _sound_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
-    """Yield samples as long as there is no fault; at the end, raise DatasetError for the faults there were."""
+def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
+    """Yield samples until the first fault, read on to collect all faults, then raise DatasetError for them."""
     for sample in read_samples(report):
-        if report.sample_count % _TOLD_SAMPLES == 0:
-            on_progress(f"tokenising {report.path}: {report.sample_count:,} samples")
+        if report.sample_count % _PROGRESS_SAMPLES == 0:
+            on_progress(f"tokenizing {report.path}: {report.sample_count:,} samples")
         if not report.faults:
             yield sample
     report.raise_for_faults()
 
 
-def _looks(path: Path, split: Split) -> list[tuple[str, int, int]]:
-    """Return what tells that a dataset's files have changed, without reading them."""
+def _file_stats(path: Path, split: Split) -> list[tuple[str, int, int]]:
+    """Return path, size and modification time of a dataset's files, to detect changes."""
     stats = [(file, file.stat()) for file in select_files(path, split).files]
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
 def _key(path: Path, encoder: Encoder, split: Split) -> str:
-    """Return the name of what a dataset is tokenised to: of its place, its content, and all that the encoder depends on."""
+    """Return the cache key: a hash of the dataset's path and content and of the encoder's settings."""
     what = [_VERSION, version("transformers"), str(path), dataset_hash(path, split=split), encoder.settings()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
 def _remove_unused(root: Path) -> None:
-    """Remove what nobody has used for a month, and what was left half made."""
+    """Remove folders that were not used for a month, and incomplete ones of dead processes."""
     for folder in root.iterdir():
         kept_seconds = _PARTIAL_SECONDS if folder.name.startswith(_PARTIAL) else _KEPT_SECONDS
         with contextlib.suppress(OSError):  # another process removes or publishes it

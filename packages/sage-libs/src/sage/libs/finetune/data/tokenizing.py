@@ -1,10 +1,9 @@
-"""Token ids, and which of them the loss covers: what the assistant says, at every turn, and nothing else.
+"""Tokenize samples and mark which tokens the loss covers: the answers of the assistant, and nothing else.
 
-Each answer is trained as the served model gives it: behind the very tokens of its prompt, and with the token that ends it.
-If the template marks answers itself (`{% generation %}`), its marks are taken. Else the answer is what a rendering with it
-has more than the prompt for it. Answers of one chat share a sequence if each prompt continues, token for token, what came
-before. If not (a template drops old reasoning, a token straddles the beginning of an answer), the answer is a sequence of
-its own.
+Each answer is trained as the served model generates it: after exactly the tokens of its prompt, and with its end token.
+If the template marks answers (`{% generation %}`), these marks are used. Else the answer is the difference between the chat
+rendered with it and its prompt. Answers of one chat share a sequence if each prompt begins with the tokens before it. If
+not (the template removes old reasoning, or a token spans the beginning of an answer), each answer gets its own sequence.
 """
 
 import itertools
@@ -19,34 +18,34 @@ from sage.libs.finetune.data.inspection import inspect_answer, inspect_fields, i
 from sage.libs.finetune.data.samples import Chat, Fault, Sample
 from sage.libs.models.chat import ChatFormat
 
-#: What of a chat the loss covers.
+#: The part of a chat that the loss covers.
 TrainOn = Literal["assistant", "last_turn", "all"]
-#: The label that torch's cross-entropy leaves out.
+#: Label that torch's cross-entropy ignores.
 IGNORED = -100
-#: So many samples are tokenised at once.
+#: Number of samples that are tokenized at once.
 _BATCH = 256
-#: A token that straddles the beginning of an answer shows in so much text on either side.
+#: Characters on either side of the beginning of an answer that are checked for a token that spans it.
 _EDGE_CHARACTERS = 24
-#: How many faults an error message spells out.
+#: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence: `labels` are `ids` where the loss is, IGNORED elsewhere; same length."""
+    """One sequence; labels: equal to `ids` for trained tokens, else IGNORED; same length."""
 
     ids: list[int]
     labels: list[int]
 
     @property
     def trained_tokens(self) -> int:
-        """How many positions the loss covers; the first token is never predicted."""
+        """Number of tokens that the loss covers; the first token is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer as text: what the model is shown, what it shall say, and the token to put behind that."""
+    """An answer as text: its prompt, the text to learn, and the end token to append."""
 
     prompt: str
     text: str
@@ -55,25 +54,25 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Answers of which each prompt continues what came before; what the tokenizer puts before a plain text."""
+    """Answers that share a sequence; prefix: tokens that the tokenizer adds before a plain text."""
 
     answers: list[_Answer]
-    #: Prompt, answer, what follows until the next answer, answer, …
+    #: Alternately the text before an answer (since the last one) and the answer.
     parts: list[str]
     prefix: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Encoder:
-    """Makes sequences of samples, and counts what was lost on the way."""
+    """Converts samples to sequences, and counts what was cut or dropped."""
 
     tokenizer: Any
     cutoff: int  #: sequences have at most this many tokens
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: the model has no embedding for ids from here on
-    truncated: int = 0  #: cut at the cutoff
-    dropped: int = 0  #: the cutoff left nothing of them to train on
-    untrained: int = 0  #: nothing of them is trained on, whatever the cutoff
+    embedding_rows: int | None = None  #: size of the model's embedding; larger ids are faults
+    truncated: int = 0  #: sequences that were cut at the cutoff
+    dropped: int = 0  #: sequences without trained tokens before the cutoff
+    untrained: int = 0  #: samples without trained tokens, independent of the cutoff
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: in tokens, before the cut
     findings: Findings = field(default_factory=Findings)
 
@@ -84,19 +83,18 @@ class Encoder:
             ends |= {self.format.answer_end(), self.format.answer_end(calls=True)}
         self._end_ids = sorted(end for end in ends if end is not None)
         self._end_texts = tuple(self.tokenizer.convert_ids_to_tokens(self._end_ids))
-        #: Samples that the chat template refuses, or that have tokens which the model does not know.
+        #: Samples that the chat template rejects, or with tokens that the model does not have.
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
-        """Return what, beside the samples, the sequences depend on."""
+        """Return everything besides the samples that the sequences depend on."""
         vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 
     def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
-        """Yield the sequences that samples make.
+        """Yield the sequences of samples, cut at the cutoff.
 
-        Raises DatasetError at the end, with their places, for samples that the chat template refuses, and if nothing to
-        train on is left.
+        Raises DatasetError at the end for samples that the chat template rejects, and if nothing is left to train on.
         """
         kept = 0
         remaining = iter(samples)
@@ -115,25 +113,25 @@ class Encoder:
             raise self._nothing_kept()
 
     def encode_whole(self, samples: Sequence[Sample]) -> list[list[Encoded]]:
-        """Return the sequences of each sample, uncut; plain text is learnt whole in any case."""
+        """Return the uncut sequences of each sample."""
         plans = [self._plan(sample) for sample in samples]
         sequences = [sequence for plan in plans for sequence in plan or ()]
-        # One call for all: the tokenizer works on as many cores as there are.
+        # One call for all parts, because the tokenizer then uses all cores.
         ids = iter(self.format.split_ids([sequence.parts for sequence in sequences]))
-        torn = self._torn(sequences)
+        straddled = self._straddled(sequences)
         encoded: list[list[Encoded]] = []
         for sample, plan in zip(samples, plans, strict=True):
             made: list[Encoded] = []
             for sequence in plan or ():
                 parts = next(ids)
-                made += self._one_by_one(sequence) if next(torn) else [_assembled(sequence, parts)]
+                made += self._separately(sequence) if next(straddled) else [_assembled(sequence, parts)]
             encoded.append([] if plan is None else self._checked(sample, made))
         return encoded
 
-    def _torn(self, sequences: list[_Sequence]) -> Iterator[bool]:
-        """Yield for each sequence whether an answer in it, as history of the next one, has other tokens than as an answer.
+    def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
+        """Yield for each sequence whether an answer has different tokens in the history of the next one.
 
-        That is so if a token straddles its beginning. Its end is a token by itself.
+        That is the case if a token spans the beginning of the answer. The end of an answer is always a token of its own.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -143,22 +141,22 @@ class Encoder:
             found = [next(whole_edges) for _ in each]
             yield not all(found)
 
-    def _one_by_one(self, sequence: _Sequence) -> list[Encoded]:
+    def _separately(self, sequence: _Sequence) -> list[Encoded]:
         alone = [_Sequence([answer], [answer.prompt, answer.text]) for answer in sequence.answers]
         split = self.format.split_ids([each.parts for each in alone])
         return [_assembled(*each) for each in zip(alone, split, strict=True)]
 
     def raise_for_faults(self) -> None:
-        """Raise DatasetError, with their places, for the samples that the chat template or the model does not take."""
+        """Raise DatasetError if the chat template or the model rejects samples."""
         if self.faults:
             shown = " ".join(str(fault) for fault in self.faults[:_SHOWN_FAULTS])
             more = len(self.faults) - _SHOWN_FAULTS
             message = f"{shown}{f' (and {more} more)' if more > 0 else ''}"
-            hint = "Fix these records, or use a model that takes them."
+            hint = "Fix these records, or use another model."
             raise DatasetError(code="dataset_template", message=message, hint=hint, param="dataset_path")
 
     def _checked(self, sample: Sample, sequences: list[Encoded]) -> list[Encoded]:
-        """Return what is trained of a sample's sequences, and note what is wrong with them."""
+        """Return a sample's sequences with the labels of `train_on`; add findings and faults."""
         if not any(sequence.trained_tokens for sequence in sequences):
             self.untrained += 1
             self.findings.add(Code.NOTHING_TRAINED, sample.origin)
@@ -195,14 +193,14 @@ class Encoder:
         )
 
     def _plan(self, sample: Sample) -> list[_Sequence] | None:
-        """Return what a sample's sequences are made of, or None if the chat template refuses it."""
+        """Return a sample's sequences as text, or None if the chat template rejects it."""
         inspect_fields(sample, self.findings)
         if isinstance(sample.content, str):
             return [self._plain(sample.content)]
         try:
-            return list(self._shared(self._answers(sample, sample.content)))
+            return list(self._merged_sequences(self._answers(sample, sample.content)))
         except Exception as error:  # noqa: BLE001 - jinja and templates raise what they like
-            self.faults.append(Fault(sample.origin, f"the model's chat template refuses it: {error}"))
+            self.faults.append(Fault(sample.origin, f"the model's chat template rejects it: {error}"))
             return None
 
     def _plain(self, text: str) -> _Sequence:
@@ -218,7 +216,7 @@ class Encoder:
             answers = [self._answer(sample, chat, at) for at in trained]
         else:
             text, spans = marked
-            answers = [self._ended(_Answer(text[:begin], text[begin:end]), text[end:]) for begin, end in spans]
+            answers = [self._with_end(_Answer(text[:begin], text[begin:end]), text[end:]) for begin, end in spans]
             for at in trained if answers else ():
                 inspect_answer(sample, chat.messages[at], "".join(answer.text for answer in answers), self.findings)
         if answers:
@@ -227,19 +225,19 @@ class Encoder:
         return answers
 
     def _answer(self, sample: Sample, chat: Chat, at: int) -> _Answer:
-        """Return the answer `messages[at]` behind the prompt that a served model gets for it."""
+        """Return the answer `messages[at]` with the prompt that a served model gets for it."""
         before, message = chat.messages[:at], chat.messages[at]
         whole = self.format.render([*before, message], chat.tools)
         prompt = self.format.render(before, chat.tools, prompt=True) if before else self.format.opening(whole)
         if whole.startswith(prompt):
-            answer = self._ended(_Answer(prompt, whole[len(prompt) :]), calls=bool(message.get("tool_calls")))
+            answer = self._with_end(_Answer(prompt, whole[len(prompt) :]), calls=bool(message.get("tool_calls")))
         else:
-            answer = self._reopened(sample, chat, at, whole, prompt)
+            answer = self._rewritten(sample, chat, at, whole, prompt)
         inspect_answer(sample, message, answer.text, self.findings)
         return answer
 
-    def _reopened(self, sample: Sample, chat: Chat, at: int, whole: str, prompt: str) -> _Answer:
-        """Return an answer whose prompt says more than the history: it begins the reasoning, which history leaves out."""
+    def _rewritten(self, sample: Sample, chat: Chat, at: int, whole: str, prompt: str) -> _Answer:
+        """Return an answer whose prompt is not a prefix of the rendered chat: it opens reasoning that the history omits."""
         header = self.format.header(chat.messages[:at], chat.tools, whole)
         opening = prompt.removeprefix(header).strip()
         content, reasoning = chat.messages[at]["content"], chat.messages[at].get("reasoning_content")
@@ -247,12 +245,12 @@ class Encoder:
             content = f"{opening}\n{reasoning}\n</think>\n\n{content}"
         if opening and content.startswith(opening):
             text = content.removeprefix(opening)
-            return self._ended(_Answer(prompt, text.lstrip("\n") if prompt.endswith("\n") else text))
+            return self._with_end(_Answer(prompt, text.lstrip("\n") if prompt.endswith("\n") else text))
         self.findings.add(Code.PROMPT_DIFFERS, sample.origin, repr(opening or prompt[-20:]))
-        return self._ended(_Answer(header, whole[len(header) :]))
+        return self._with_end(_Answer(header, whole[len(header) :]))
 
-    def _ended(self, answer: _Answer, rest: str = "", *, calls: bool = False) -> _Answer:
-        """Return an answer up to its end; rest: what the template writes behind it."""
+    def _with_end(self, answer: _Answer, rest: str = "", *, calls: bool = False) -> _Answer:
+        """Return an answer with its end token; rest: the text that the template writes after it."""
         text = answer.text.rstrip()
         if text.endswith(self._end_texts):
             return _Answer(answer.prompt, text)
@@ -261,8 +259,8 @@ class Encoder:
                 return _Answer(answer.prompt, answer.text + end)
         return _Answer(answer.prompt, text, self.format.answer_end(calls=calls))
 
-    def _shared(self, answers: list[_Answer]) -> Iterator[_Sequence]:
-        """Yield sequences of answers of which each prompt continues what came before."""
+    def _merged_sequences(self, answers: list[_Answer]) -> Iterator[_Sequence]:
+        """Merge consecutive answers into one sequence as long as each prompt begins with the text before it."""
         so_far = ""
         sequence = _Sequence([], [])
         for answer in answers:
@@ -282,7 +280,7 @@ def _edge(answer: _Answer) -> tuple[str, str]:
 
 
 def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
-    """Return a sequence; parts: the tokens of its parts."""
+    """Return the encoded sequence; parts: token ids of `sequence.parts`."""
     ids, labels = [*sequence.prefix], [*sequence.prefix]
     for answer, prompt_ids, answer_ids in zip(sequence.answers, parts[::2], parts[1::2], strict=True):
         trained = answer_ids if answer.end is None else [*answer_ids, answer.end]

@@ -1,4 +1,4 @@
-"""Tools, and calls of them, in OpenAI's shape, from the shapes in which they are written down."""
+"""Convert tools and tool calls of all dataset formats to OpenAI's format."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _KNOWN = {"id", "type", "index", "function", "name", "arguments"}
 
 
 def tools_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the tools of a record (`tools`, or `functions` as OpenAI had them first), or None. Raises RecordError."""
+    """Return the tools of a record (`tools`, or OpenAI's older `functions`), or None. Raises RecordError."""
     field = "tools" if unpacked(record.get("tools")) else "functions"
     tools = unpacked(record.get(field))
     if not tools:
@@ -40,9 +40,9 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) -> list[Call]:
-    """Return the calls of an assistant message: of `tool_calls`, or of OpenAI's older `function_call`.
+    """Return the calls of an assistant message, from `tool_calls` or OpenAI's older `function_call`.
 
-    ignored: gets the names of fields that have no effect. Raises RecordError.
+    Names of fields without effect are added to `ignored`. Raises RecordError.
     """
     if "function_call" in message:
         if message.get("tool_calls"):
@@ -53,12 +53,12 @@ def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) ->
 
 
 def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
-    """Return the calls that a turn of calls holds: an object with name and arguments, or several. Raises RecordError."""
+    """Parse one call, an object with name and arguments, or a list of calls. Raises RecordError."""
     if isinstance(value, str):
         value = decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of them.')
     calls = value if isinstance(value, list) else [value]
     if not calls:
-        raise RecordError(f"{where} holds no call.")
+        raise RecordError(f"{where} has no calls.")
     places = [f"{where}[{index}]" for index in range(len(calls))] if isinstance(value, list) else [where]
     return [_call(call, place, ignored) for call, place in zip(calls, places, strict=True)]
 

@@ -1,10 +1,10 @@
-"""Values of records: JSON as the standard has it, texts, lists, and what is wrong with them."""
+"""Check and convert values of records: standard JSON, texts, lists."""
 
 import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-#: Messages quote no more of a value: what people train on does not belong into logs.
+#: Longest quotation of a value in a message: training data must not appear in logs.
 _SHOWN_LETTERS = 40
 
 
@@ -17,24 +17,24 @@ class RecordError(ValueError):
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
-#: Decodes JSON as the standard has it, without NaN and Infinity.
+#: Decodes standard JSON, without NaN and Infinity.
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def json_problem(error: ValueError | RecursionError) -> str:
-    """Return what a decoder's error says, in words for a person."""
+    """Return a short description of a decoder's error."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def unpacked(value: Any) -> Any:
-    """Return what a text holds if it is a JSON list or object, as in a CSV cell; else the value itself.
+    """Decode a text if it is a JSON list or object, as in a CSV cell; else return the value unchanged.
 
-    Only for fields that are lists or objects by their format: elsewhere such a text is what the model learns.
+    Use it only for fields that must be lists or objects: in other fields the model learns such a text as it is.
     """
     if _is_packed(value):
         try:
@@ -45,7 +45,7 @@ def unpacked(value: Any) -> Any:
 
 
 def decoded(text: str, where: str, hint: str) -> Any:
-    """Return the value of a JSON text. Raises RecordError."""
+    """Decode a JSON text. Raises RecordError."""
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
@@ -57,7 +57,7 @@ def _is_packed(value: Any) -> bool:
 
 
 def list_of(value: Any, where: str) -> list[Any]:
-    """Return a list, or the list that a JSON text holds. Raises RecordError."""
+    """Return a list; a JSON text is decoded first. Raises RecordError."""
     if _is_packed(value):
         value = decoded(value, f"'{where}'", "Write it as JSON, with double quotes.")
     if not isinstance(value, list):
@@ -66,7 +66,7 @@ def list_of(value: Any, where: str) -> list[Any]:
 
 
 def text_of(value: Any, where: str) -> str:
-    """Return a text; a list of OpenAI's text parts is one too. Raises RecordError that names the place."""
+    """Return a text; a list of OpenAI's text parts is joined. Raises RecordError, which names the place."""
     if type(value) is str and value.isascii():
         return value
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
@@ -78,25 +78,25 @@ def text_of(value: Any, where: str) -> str:
 
 def _part_text(part: Mapping[str, Any], where: str) -> str:
     if part["type"] != "text":
-        raise RecordError(f"{where} is of type {shown(part['type'])}: this trains text only.", "Remove the record.")
+        raise RecordError(f"{where} has type {shown(part['type'])}: only text can be trained on.", "Remove the record.")
     if not isinstance(part.get("text"), str):
         raise RecordError(f"{where}.text must be text, found {kind_of(part.get('text'))}.")
     return str(part["text"])
 
 
 def encodable(text: str, where: str) -> str:
-    """Return a text that has no half of a character (a lone surrogate). Raises RecordError."""
+    """Return a text unchanged; raises RecordError if it has a lone surrogate (half a character)."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
-            raise RecordError(f"{where} holds half a character, {half}.", "Write the whole character.") from error
+            raise RecordError(f"{where} has half a character (lone surrogate {half}).", "Fix the text.") from error
     return text
 
 
 def check_encodable(value: Any, where: str) -> None:
-    """Raise RecordError if a text anywhere inside holds half of a character."""
+    """Raise RecordError if any text inside a value has a lone surrogate."""
     encodable(json.dumps(value, ensure_ascii=False, default=str), where)
 
 
@@ -110,18 +110,18 @@ def without_nulls(value: Any) -> Any:
 
 
 def printable(name: Any) -> str:
-    """Return a field's name as it can be printed anywhere, not too long."""
+    """Return a field's name, shortened and without lone surrogates."""
     text = str(name).encode(errors="replace").decode()
     return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
 
 
 def shown(value: Any) -> str:
-    """Return a value as JSON, or what it is in words if that is long."""
+    """Return a value as JSON, or its kind if the JSON is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= _SHOWN_LETTERS else kind_of(value)
 
 
 def kind_of(value: Any) -> str:
-    """Return what a JSON value is, in words."""
+    """Return the kind of a JSON value in words."""
     names = {type(None): "nothing", str: "text", list: "a list", dict: "an object", bool: "true or false"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

@@ -1,5 +1,5 @@
-"""The training step's own mathematics: autograd functions with hand-written backwards, in plain torch.
+"""Kernels of the training step: autograd functions with hand-written backward passes, in plain torch.
 
-They compute what transformers and PEFT compute, with less work: no padding, no gradient that nobody needs, no intermediate
-that is cheaper to make again than to keep. `install.py` puts them in place where a model's structure allows.
+They compute the same results as transformers and PEFT with less work: no padding, no unused gradients, and no stored
+activation that is cheaper to recompute. `install.py` installs them if the model's structure is supported.
 """

@@ -1,7 +1,7 @@
-"""Causal attention over packed samples: each attends to itself alone, and no score between two of them is computed.
+"""Causal attention over packed samples: tokens attend within their own sample, and no scores across samples are computed.
 
-Samples are short in fine-tuning, so an explicit softmax over batched matrix products beats a tiled kernel; long ones are
-cut into blocks of queries, which bounds the memory. Grouped heads share their keys without repeating them.
+Samples are short in fine-tuning, so an explicit softmax over batched matrix products is faster than a tiled kernel. Long
+samples are split into blocks of queries, which limits the memory. In grouped-query attention, keys are not repeated.
 """
 
 import functools
@@ -14,92 +14,96 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Name under which transformers' attention interface knows `attention_interface`.
+#: Name under which `attention_interface` is registered in transformers.
 NAME = "sage_packed"
-#: Queries whose scores are computed at once; the probabilities of a sample of one block are kept for the backward.
+#: Queries per block. If a sample has only one block, its attention weights are saved for the backward pass.
 _BLOCK = 256
-#: Samples are filled up to a multiple of this many tokens: matrix products are compiled for each size that they meet.
-_STEP = 32
+#: Samples are padded to a multiple of this many tokens, because oneDNN compiles a matrix product for each new size.
+_LENGTH_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How the columns of a projection are to be read: queries of all heads, then keys, then values."""
+class AttentionShape:
+    """Layout of the columns of a fused projection: queries of all heads, then keys, then values."""
 
-    heads: int
-    key_heads: int
-    width: int  #: of one head
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     scaling: float
-    window: int | None = None  #: how many tokens back a query sees, itself included; None: all
-    compute_dtype: torch.dtype | None = None  #: in which it is computed; None: those of the columns
+    window: int | None = None  #: sliding window in tokens, including the query itself; None: no limit
+    compute_dtype: torch.dtype | None = None  #: None: the dtype of the columns
 
     @property
     def groups(self) -> int:
-        """How many query heads share a key head."""
-        return self.heads // self.key_heads
+        """Number of query heads per key-value head."""
+        return self.num_heads // self.num_kv_heads
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: Sequence[int], shape: Shape
+        ctx: Any, projected: Tensor, rotary: tuple[Tensor, Tensor] | None, cu_seqlens: Sequence[int], shape: AttentionShape
     ) -> Tensor:
         compute_dtype = shape.compute_dtype or projected.dtype
-        outputs = projected.new_empty(projected.shape[0], shape.heads * shape.width)
-        outputs[bounds[-1] :] = 0
+        outputs = projected.new_empty(projected.shape[0], shape.num_heads * shape.head_dim)
+        outputs[cu_seqlens[-1] :] = 0
         kept: list[Tensor | None] = []
-        for start, stop in itertools.pairwise(bounds):
+        for start, stop in itertools.pairwise(cu_seqlens):
             query, key, value = _split(
-                projected[start:stop].to(compute_dtype), _rows(rotary, start, stop, compute_dtype), shape
+                projected[start:stop].to(compute_dtype), _rotary_rows(rotary, start, stop, compute_dtype), shape
             )
             target = _by_head(outputs[start:stop], shape)
             for rows, seen in _blocks(key.shape[1], shape.window):
                 weights = _weights(query, key, rows, seen, shape)
-                block = torch.bmm(weights, value[:, seen]).view(shape.key_heads, shape.groups, -1, shape.width)
+                block = torch.bmm(weights, value[:, seen]).view(shape.num_kv_heads, shape.groups, -1, shape.head_dim)
                 part = target[:, :, rows]
                 part.copy_(block[:, :, : part.shape[2]])
-            kept += _to(projected.dtype, query, key, value, weights if key.shape[1] <= _BLOCK else None)
+            kept += _cast(projected.dtype, query, key, value, weights if key.shape[1] <= _BLOCK else None)
         ctx.save_for_backward(*kept)
-        ctx.rotary, ctx.bounds, ctx.shape = rotary, bounds, shape
+        ctx.rotary, ctx.cu_seqlens, ctx.shape = rotary, cu_seqlens, shape
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        shape, bounds, kept = ctx.shape, ctx.bounds, ctx.saved_tensors
+        shape, cu_seqlens, kept = ctx.shape, ctx.cu_seqlens, ctx.saved_tensors
         compute_dtype = shape.compute_dtype or grad.dtype
-        columns = (shape.heads + 2 * shape.key_heads) * shape.width
+        columns = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         grad_projected = grad.new_empty(grad.shape[0], columns, dtype=compute_dtype)
-        grad_projected[bounds[-1] :] = 0
-        for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            query, key, value, weights = _to(compute_dtype, *kept[4 * index : 4 * index + 4])
+        grad_projected[cu_seqlens[-1] :] = 0
+        for index, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
+            query, key, value, weights = _cast(compute_dtype, *kept[4 * index : 4 * index + 4])
             grads = _sample_backward(_by_head(grad[start:stop], shape), query, key, value, weights, shape)
-            _join(grads, grad_projected[start:stop], _rows(ctx.rotary, start, stop, compute_dtype), shape)
+            _join(grads, grad_projected[start:stop], _rotary_rows(ctx.rotary, start, stop, compute_dtype), shape)
         return grad_projected.to(grad.dtype), None, None, None
 
 
-def packed_attention(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: Sequence[int], shape: Shape) -> Tensor:
-    """Return (tokens, heads * width) for the (tokens, (heads + 2 * key_heads) * width) columns of query, key and value.
+def packed_attention(
+    projected: Tensor, rotary: tuple[Tensor, Tensor] | None, cu_seqlens: Sequence[int], shape: AttentionShape
+) -> Tensor:
+    """Return (tokens, num_heads * head_dim) for projected (tokens, (num_heads + 2 * num_kv_heads) * head_dim).
 
-    rotary: cosines and sines, (tokens, width), by which queries and keys are turned; None: they are already.
-    bounds: where each sample begins, and where the last one ends.
+    rotary: cosines and sines, (tokens, head_dim), to rotate queries and keys; None: they are rotated already.
+    cu_seqlens: the first token of each sample, then the end of the last one.
     """
-    if projected.is_cuda and (shape.window is None or max(map(operator.sub, bounds[1:], bounds)) <= shape.window):
-        return fused_attention(projected, rotary, bounds, shape)
-    return _PackedAttention.apply(projected, rotary, bounds, shape)
+    if projected.is_cuda and (shape.window is None or max(map(operator.sub, cu_seqlens[1:], cu_seqlens)) <= shape.window):
+        return fused_attention(projected, rotary, cu_seqlens, shape)
+    return _PackedAttention.apply(projected, rotary, cu_seqlens, shape)
 
 
-def fused_attention(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bounds: Sequence[int], shape: Shape) -> Tensor:
-    """Return what `packed_attention` does, through torch's own attention: on a GPU a kernel that holds no scores.
+def fused_attention(
+    projected: Tensor, rotary: tuple[Tensor, Tensor] | None, cu_seqlens: Sequence[int], shape: AttentionShape
+) -> Tensor:
+    """Compute `packed_attention` with torch's scaled_dot_product_attention, which stores no scores on a GPU.
 
-    It knows no window.
+    Sliding windows are not supported.
     """
-    columns = projected.view(projected.shape[0], -1, shape.width).transpose(0, 1)
-    turned, value = columns.split([shape.heads + shape.key_heads, shape.key_heads])
+    columns = projected.view(projected.shape[0], -1, shape.head_dim).transpose(0, 1)
+    rotated, value = columns.split([shape.num_heads + shape.num_kv_heads, shape.num_kv_heads])
     if rotary is not None:
-        cosine, sine = (angles[:, : shape.width // 2] for angles in rotary)
-        first, second = turned.chunk(2, dim=-1)
-        turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    query, key = turned.split([shape.heads, shape.key_heads])
+        cosine, sine = (angles[:, : shape.head_dim // 2] for angles in rotary)
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    query, key = rotated.split([shape.num_heads, shape.num_kv_heads])
     outputs = [
         nn.functional.scaled_dot_product_attention(
             *(states[None, :, start:stop] for states in (query, key, value)),
@@ -107,15 +111,15 @@ def fused_attention(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, bou
             scale=shape.scaling,
             enable_gqa=shape.groups > 1,
         )[0]
-        for start, stop in itertools.pairwise(bounds)
+        for start, stop in itertools.pairwise(cu_seqlens)
     ]
     joined = torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
-    return nn.functional.pad(joined, (0, 0, 0, projected.shape[0] - bounds[-1]))
+    return nn.functional.pad(joined, (0, 0, 0, projected.shape[0] - cu_seqlens[-1]))
 
 
 @functools.lru_cache(maxsize=1)
-def bounds_of(cu_seq_lens: Tensor) -> list[int]:
-    """Return where samples begin and the last one ends; every layer asks for one tensor, a GPU is asked for it once."""
+def cu_seqlens_as_list(cu_seq_lens: Tensor) -> list[int]:
+    """Return `cu_seq_lens` as a list; cached, so that all layers of a step share one copy from the GPU."""
     return [int(bound) for bound in cu_seq_lens.tolist()]
 
 
@@ -130,21 +134,21 @@ def attention_interface(
     cu_seq_lens_q: Tensor | None = None,
     **_more: Any,
 ) -> tuple[Tensor, None]:
-    """Packed attention as transformers' attention interface calls it; query, key and value: (1, heads, tokens, width)."""
-    assert cu_seq_lens_q is not None, "the samples' bounds are needed"
-    shape = Shape(query.shape[1], key.shape[1], query.shape[3], scaling or query.shape[3] ** -0.5, sliding_window)
+    """Packed attention with the signature that transformers expects; query, key, value: (1, heads, tokens, head_dim)."""
+    assert cu_seq_lens_q is not None, "cu_seq_lens_q is missing"
+    shape = AttentionShape(query.shape[1], key.shape[1], query.shape[3], scaling or query.shape[3] ** -0.5, sliding_window)
     tokens = query.shape[2]
     projected = torch.cat([states[0].transpose(0, 1).reshape(tokens, -1) for states in (query, key, value)], dim=1)
-    outputs = packed_attention(projected, None, bounds_of(cu_seq_lens_q), shape)
-    return outputs.view(1, tokens, shape.heads, shape.width), None
+    outputs = packed_attention(projected, None, cu_seqlens_as_list(cu_seq_lens_q), shape)
+    return outputs.view(1, tokens, shape.num_heads, shape.head_dim), None
 
 
 def _sample_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor | None, shape: Shape
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor | None, shape: AttentionShape
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of a sample's query, key and value, in their shapes.
+    """Return the gradients of a sample's query, key and value, each in the shape of its tensor.
 
-    grad: (key_heads, groups, tokens, width), without what fills the sample up.
+    grad: (num_kv_heads, groups, tokens, head_dim), without padding.
     """
     filled = torch.zeros_like(query)
     filled[:, :, : grad.shape[2]] = grad
@@ -153,104 +157,109 @@ def _sample_backward(
     grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for rows, seen in _blocks(key.shape[1], shape.window):
         weights = _weights(query, key, rows, seen, shape)
-        arrived, asked = (states[:, :, rows].reshape(shape.key_heads, -1, shape.width) for states in (filled, query))
-        part = _block_backward(arrived, asked, key[:, seen], value[:, seen], weights, shape)
-        grads[0][:, :, rows] = part[0].view(shape.key_heads, shape.groups, -1, shape.width)
+        block_grad, block_query = (
+            states[:, :, rows].reshape(shape.num_kv_heads, -1, shape.head_dim) for states in (filled, query)
+        )
+        part = _block_backward(block_grad, block_query, key[:, seen], value[:, seen], weights, shape)
+        grads[0][:, :, rows] = part[0].view(shape.num_kv_heads, shape.groups, -1, shape.head_dim)
         grads[1][:, seen] += part[1]
         grads[2][:, seen] += part[2]
     return grads
 
 
 def _block_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, shape: Shape
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, shape: AttentionShape
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of a block's queries, (key_heads, groups * queries, width), and of the keys and values seen."""
+    """Return the gradients of queries (num_kv_heads, groups * queries, head_dim) and of their keys and values."""
     grad_weights = torch.bmm(grad, value.mT)
     scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # noqa: SLF001 - has no public name
     scores.mul_(shape.scaling)
     return torch.bmm(scores, key), torch.bmm(scores.mT, query), torch.bmm(weights.mT, grad)
 
 
-def _weights(query: Tensor, key: Tensor, rows: slice, seen: slice, shape: Shape) -> Tensor:
-    """Return the probabilities of a block of queries over the keys they see, (key_heads, groups * queries, keys)."""
-    block = query[:, :, rows].reshape(shape.key_heads, -1, shape.width)
+def _weights(query: Tensor, key: Tensor, rows: slice, seen: slice, shape: AttentionShape) -> Tensor:
+    """Return the attention weights of a block of queries, (num_kv_heads, groups * queries, keys)."""
+    block = query[:, :, rows].reshape(shape.num_kv_heads, -1, shape.head_dim)
     scores = torch.baddbmm(block.new_empty(1), block, key[:, seen].mT, beta=0, alpha=shape.scaling)
     count = rows.stop - rows.start
-    each = scores.view(shape.key_heads, shape.groups, count, -1)
-    each[..., -count:] += _later(query.dtype, query.device)[:count, :count]
+    each = scores.view(shape.num_kv_heads, shape.groups, count, -1)
+    each[..., -count:] += causal_mask(query.dtype, query.device)[:count, :count]
     if shape.window is not None and rows.stop > shape.window:
-        ages = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(seen.start, seen.stop)
-        each.masked_fill_((ages >= shape.window).to(query.device), float("-inf"))
+        distances = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(seen.start, seen.stop)
+        each.masked_fill_((distances >= shape.window).to(query.device), float("-inf"))
     return scores.softmax(-1)
 
 
 @functools.cache
-def _later(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return -inf where a key of a block comes after the query, 0 elsewhere, (_BLOCK, _BLOCK)."""
+def causal_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the causal mask of a block, (_BLOCK, _BLOCK): -inf if the key comes after the query, else 0."""
     return torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 def _blocks(tokens: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of queries, each with the keys that any of them sees."""
+    """Yield slices of queries, each with the slice of keys that these queries attend to."""
     for start in range(0, tokens, _BLOCK):
         stop = min(start + _BLOCK, tokens)
         yield slice(start, stop), slice(max(0, start - window + 1) if window else 0, stop)
 
 
-def _by_head(columns: Tensor, shape: Shape) -> Tensor:
-    """Return a view of (tokens, heads * width) as (key_heads, groups, tokens, width)."""
-    return columns.view(columns.shape[0], shape.key_heads, shape.groups, shape.width).permute(1, 2, 0, 3)
+def _by_head(columns: Tensor, shape: AttentionShape) -> Tensor:
+    """Return a view of (tokens, heads * head_dim) as (num_kv_heads, groups, tokens, head_dim)."""
+    return columns.view(columns.shape[0], shape.num_kv_heads, shape.groups, shape.head_dim).permute(1, 2, 0, 3)
 
 
-def _split(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a sample's query (key_heads, groups, tokens, width), key and value (key_heads, tokens, width), filled up."""
+def _split(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a sample's query (num_kv_heads, groups, tokens, head_dim), key and value (num_kv_heads, tokens, head_dim).
+
+    All three are padded to a multiple of _LENGTH_MULTIPLE tokens.
+    """
     tokens = projected.shape[0]
-    columns = projected.view(tokens, -1, shape.width).transpose(0, 1)
-    filled = projected.new_zeros(columns.shape[0], -(-tokens // _STEP) * _STEP, shape.width)
-    turned = slice(0, -shape.key_heads)
+    columns = projected.view(tokens, -1, shape.head_dim).transpose(0, 1)
+    filled = projected.new_zeros(columns.shape[0], -(-tokens // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, shape.head_dim)
+    rotated = slice(0, -shape.num_kv_heads)
     if rotary is None:
         filled[:, :tokens] = columns
     else:
-        _turn(columns[turned], *rotary, filled[turned, :tokens])
-        filled[-shape.key_heads :, :tokens] = columns[-shape.key_heads :]
-    query, key, value = filled.split([shape.heads, shape.key_heads, shape.key_heads])
-    return query.view(shape.key_heads, shape.groups, -1, shape.width), key, value
+        apply_rotary(columns[rotated], *rotary, filled[rotated, :tokens])
+        filled[-shape.num_kv_heads :, :tokens] = columns[-shape.num_kv_heads :]
+    query, key, value = filled.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads])
+    return query.view(shape.num_kv_heads, shape.groups, -1, shape.head_dim), key, value
 
 
 def _join(
-    grads: tuple[Tensor, Tensor, Tensor], projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: Shape
+    grads: tuple[Tensor, Tensor, Tensor], projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: AttentionShape
 ) -> None:
-    """Write the gradients of query, key and value into those of the columns: the way back of `_split`."""
+    """Write the gradients of query, key and value into the gradient of the columns; the backward pass of `_split`."""
     tokens = projected.shape[0]
-    columns = projected.view(tokens, -1, shape.width).transpose(0, 1)
-    query, key, value = (grad.reshape(-1, grads[1].shape[1], shape.width)[:, :tokens] for grad in grads)
-    columns[-shape.key_heads :] = value
-    for states, at in ((query, slice(0, shape.heads)), (key, slice(shape.heads, -shape.key_heads))):
+    columns = projected.view(tokens, -1, shape.head_dim).transpose(0, 1)
+    query, key, value = (grad.reshape(-1, grads[1].shape[1], shape.head_dim)[:, :tokens] for grad in grads)
+    columns[-shape.num_kv_heads :] = value
+    for states, at in ((query, slice(0, shape.num_heads)), (key, slice(shape.num_heads, -shape.num_kv_heads))):
         if rotary is None:
             columns[at] = states
         else:
             cosine, sine = rotary
-            _turn(states, cosine, -sine, columns[at])
+            apply_rotary(states, cosine, -sine, columns[at])
 
 
-def _turn(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> Tensor:
-    """Write (heads, tokens, width) turned by (tokens, width // 2) angles into `out`, and return it.
+def apply_rotary(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> Tensor:
+    """Rotate states (heads, tokens, head_dim) by the angles (tokens, head_dim // 2), write the result to `out`, return it.
 
-    Source: Su et al. 2021, "RoFormer", in the layout of transformers: the halves of a head are the pairs' members.
+    Source: Su et al. 2021, "RoFormer", in the layout of transformers: dimension i is paired with i + head_dim / 2.
     """
     first, second = states.chunk(2, dim=-1)
-    turned_first, turned_second = out.chunk(2, dim=-1)
-    torch.mul(first, cosine, out=turned_first).addcmul_(second, sine, value=-1)
-    torch.mul(second, cosine, out=turned_second).addcmul_(first, sine)
+    rotated_first, rotated_second = out.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=rotated_first).addcmul_(second, sine, value=-1)
+    torch.mul(second, cosine, out=rotated_second).addcmul_(first, sine)
     return out
 
 
-def _to(dtype: torch.dtype, *states: Any) -> list[Any]:
-    """Return states in a dtype; what is not there stays so."""
+def _cast(dtype: torch.dtype, *states: Any) -> list[Any]:
+    """Return the tensors in a dtype; None stays None."""
     return [None if each is None else each.to(dtype) for each in states]
 
 
-def _rows(
+def _rotary_rows(
     rotary: tuple[Tensor, Tensor] | None, start: int, stop: int, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
     if rotary is None:

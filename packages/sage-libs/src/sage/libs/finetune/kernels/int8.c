@@ -1,4 +1,4 @@
-/* The two passes around a product of 8-bit integers; int8.py says what for, and has the same in torch.
+/* Quantization before and rescaling after an int8 matrix product; int8.py has the same functions in torch.
 
 Numbers are bf16 (is_wide 0) or fp32 (is_wide 1). */
 #include <stdint.h>
@@ -14,12 +14,12 @@ static inline __attribute__((always_inline)) float load(const void *from, long a
 static inline __attribute__((always_inline)) void store(void *to, long at, float number, int is_wide) {
     word value = {.number = number};
     if (is_wide) ((float *)to)[at] = number;
-    else ((uint16_t *)to)[at] = (value.bits + 0x7fff + ((value.bits >> 16) & 1)) >> 16; /* to the nearest, ties to even */
+    else ((uint16_t *)to)[at] = (value.bits + 0x7fff + ((value.bits >> 16) & 1)) >> 16; /* round to nearest, ties to even */
 }
 
 static inline __attribute__((always_inline)) float quantize_row(
     const void *row, int is_wide, const float *factors, long columns, int8_t *integers) {
-    /* Without its sign a float is ordered as an integer, infinity and what is no number above all others. */
+    /* Without the sign bit, floats compare like integers; infinity and NaN are the largest. */
     uint32_t most = 0;
     for (long i = 0; i < columns; i++) {
         word value = {.number = load(row, i, is_wide) * factors[i]};
@@ -43,7 +43,7 @@ static inline __attribute__((always_inline)) void scale_row(
     }
 }
 
-/* Rows of `columns` numbers, `stride` apart, times the factors of their columns, as integers and a scale for each row. */
+/* Multiply each column by its factor, then quantize each row to int8 with one scale. `stride`: distance between rows. */
 void quantize(
     const void *numbers, int is_wide, const float *factors, long rows, long columns, long stride,
     int8_t *integers, float *scales) {
@@ -55,7 +55,7 @@ void quantize(
     }
 }
 
-/* Sums of products, times the scales of their rows and the factors of their columns, into `numbers` or added to them. */
+/* Multiply int32 sums by row scales and column factors; write the result to `numbers`, or add it if `adds`. */
 void rescale(
     const int32_t *sums, const float *scales, const float *factors, long rows, long columns,
     void *numbers, int is_wide, int adds) {

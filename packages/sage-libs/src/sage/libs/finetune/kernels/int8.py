@@ -1,9 +1,9 @@
-"""Products with a frozen matrix in 8-bit integers, in both directions from one copy of it.
+"""Int8 matrix products with a frozen weight; the forward and the backward pass share one int8 copy of it.
 
-The other operand is made 8 bits wide row by row, each with a scale of its own. Where some of its columns are much larger
-than others, a factor for each column moves a part of that into the matrix, so that what is small beside it is not lost.
+The other operand is quantized row by row, with one scale per row. If some of its columns are much larger than others, a
+factor per column moves part of that difference into the weight, so that small columns keep their precision.
 Sources: Xiao et al. 2023, "SmoothQuant", for the factors; Wortsman et al. 2023, "Stable and low-precision training for
-large-scale vision-language models" (SwitchBack), for 8 bits on the way back as well.
+large-scale vision-language models" (SwitchBack), for int8 in the backward pass.
 """
 
 import ctypes
@@ -18,56 +18,56 @@ from sage.libs.finetune.kernels.native import library
 from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
 _SOURCE = Path(__file__).with_name("int8.c")
-_MOST = 127
-#: Instructions of processors that multiply 8-bit integers faster than floats.
+_INT8_MAX = 127
+#: Processor instructions with which int8 products are faster than products of floats.
 _INSTRUCTIONS = ("avx512_vnni", "amx_int8", "avx_vnni")
-_held = threading.local()
+_scratch = threading.local()
 
 
 class Int8Matrix:
-    """A matrix of (outputs, inputs) in 8 bits: integers[o, i] * scales[o] * factors[i]."""
+    """An int8 weight of shape (outputs, inputs): integers[o, i] * scales[o] * factors[i]."""
 
-    def __init__(self, weight: Tensor, peaks: Tensor) -> None:
-        """weight: (outputs, inputs).  peaks: (inputs,), the largest values met in what it is multiplied with."""
-        wide, least = weight.float(), torch.finfo(torch.float32).tiny
-        across = wide.abs().amax(0)
-        self._factors = (across.clamp_min(least) / peaks.float().clamp_min(least)).sqrt_()
-        self._factors[(across == 0) | (peaks == 0)] = 1.0
+    def __init__(self, weight: Tensor, activation_absmax: Tensor) -> None:
+        """weight: (outputs, inputs).  activation_absmax: (inputs,), the largest absolute value of each input."""
+        wide, tiny = weight.float(), torch.finfo(torch.float32).tiny
+        weight_absmax = wide.abs().amax(0)
+        self._factors = (weight_absmax.clamp_min(tiny) / activation_absmax.float().clamp_min(tiny)).sqrt_()
+        self._factors[(weight_absmax == 0) | (activation_absmax == 0)] = 1.0
         wide = wide / self._factors
-        self._scales = wide.abs().amax(1).clamp_min_(least) / _MOST
+        self._scales = wide.abs().amax(1).clamp_min_(tiny) / _INT8_MAX
         self._integers = (wide / self._scales[:, None]).round_().to(torch.int8)
 
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix, as it is held, in numbers of `dtype`."""
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in `dtype`."""
         return self._integers.to(dtype).mul_(self._scales[:, None]).mul_(self._factors)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return inputs @ matrix.t(), (rows, outputs), in the dtype of (rows, inputs): bf16 or fp32."""
         integers, scales = quantize(inputs, self._factors)
         outputs = inputs.new_empty(inputs.shape[0], self._integers.shape[0])
-        return rescale(_sums(integers, self._integers.t()), scales, self._scales, outputs)
+        return rescale(_int_matmul(integers, self._integers.t()), scales, self._scales, outputs)
 
     def backward(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return grad @ matrix, (rows, inputs), in the dtype of (rows, outputs), or `onto` with it added in place."""
+        """Return grad @ matrix, (rows, inputs), in the dtype of grad; if `onto` is given, add to it in place."""
         integers, scales = quantize(grad, self._scales)
         adds = onto is not None
         outputs = grad.new_empty(grad.shape[0], self._integers.shape[1]) if onto is None else onto
-        return rescale(_sums(integers, self._integers), scales, self._factors, outputs, adds=adds)
+        return rescale(_int_matmul(integers, self._integers), scales, self._factors, outputs, adds=adds)
 
 
 def quantize(numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (rows, columns) numbers times the factors of their columns as integers, and the scale of each row.
+    """Multiply (rows, columns) by the column factors and quantize; return int8 values and one scale per row.
 
-    A row that holds what is no number gets a scale that is none either.
+    If a row contains NaN, its scale is NaN.
     """
     native, _ = library(_SOURCE)
     if native is None:
         wide = numbers.float() * factors
         largest = wide.abs().amax(1)
-        inverse = torch.where(largest == 0, 0.0, _MOST / largest)
+        inverse = torch.where(largest == 0, 0.0, _INT8_MAX / largest)
         wide *= inverse[:, None]
         integers = (wide + torch.where(wide < 0, -0.5, 0.5)).nan_to_num_().to(torch.int8)
-        return integers, largest / _MOST
+        return integers, largest / _INT8_MAX
     if numbers.stride(1) != 1:
         numbers = numbers.contiguous()
     rows, columns = numbers.shape
@@ -80,7 +80,7 @@ def quantize(numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, adds: bool = False) -> Tensor:
-    """Return `numbers` with (rows, columns) sums times their rows' scales and columns' factors in it, or added to it."""
+    """Multiply int32 sums (rows, columns) by row scales and column factors; write to `numbers`, or add if `adds`."""
     native, _ = library(_SOURCE)
     if native is None:
         scaled = sums.float().mul_(scales[:, None]).mul_(factors)
@@ -91,28 +91,28 @@ def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, a
     return numbers
 
 
-def gain(width: int, dtype: torch.dtype) -> tuple[float, str]:
-    """Return how much faster 8-bit products are here than those in `dtype`, 0 where they cannot be, and why."""
+def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
+    """Return how many times faster int8 products are than products in `dtype`, 0 if not supported, and a reason."""
     capabilities = torch.cpu.get_capabilities()
     if not any(capabilities.get(name) for name in _INSTRUCTIONS):
-        return 0.0, "the processor lacks instructions for 8-bit products"
+        return 0.0, "the processor lacks int8 instructions"
     native, problem = library(_SOURCE)
     if native is None:
         return 0.0, problem
     numbers, weight = torch.ones(PROBE_ROWS, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
     matrix = Int8Matrix(weight, torch.ones(width))
-    times = least_seconds(lambda: numbers @ weight.t()) / least_seconds(lambda: matrix.forward(numbers))
-    return times, f"measured, products in 8 bits are {times:.1f} times as fast"
+    speedup = least_seconds(lambda: numbers @ weight.t()) / least_seconds(lambda: matrix.forward(numbers))
+    return speedup, f"int8 matrix products measured {speedup:.1f} times as fast"
 
 
-def _sums(integers: Tensor, matrix: Tensor) -> Tensor:
-    """Return integers @ matrix, int32, in memory that the next call uses again: so it stays in the processor's cache."""
+def _int_matmul(integers: Tensor, matrix: Tensor) -> Tensor:
+    """Return integers @ matrix as int32; the buffer is reused by the next call, so it stays in the processor's cache."""
     shape = integers.shape[0], matrix.shape[1]
-    held: Tensor | None = getattr(_held, "sums", None)
-    if held is None or held.numel() < math.prod(shape):
-        held = _held.sums = torch.empty(math.prod(shape), dtype=torch.int32)
-    out = held[: math.prod(shape)].view(shape)
-    torch._int_mm(integers, matrix, out=out)  # noqa: SLF001 - torch has no other name for it
+    buffer: Tensor | None = getattr(_scratch, "sums", None)
+    if buffer is None or buffer.numel() < math.prod(shape):
+        buffer = _scratch.sums = torch.empty(math.prod(shape), dtype=torch.int32)
+    out = buffer[: math.prod(shape)].view(shape)
+    torch._int_mm(integers, matrix, out=out)  # noqa: SLF001 - has no public name
     return out
 
 

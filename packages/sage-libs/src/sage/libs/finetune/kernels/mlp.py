@@ -1,4 +1,4 @@
-"""A gated feed-forward block as one function that keeps gate and up, and makes the rest again."""
+"""A gated feed-forward block as one autograd function that saves gate and up and recomputes the rest."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sage.libs.finetune.kernels.lora import Projections, is_fusible
-from sage.libs.finetune.kernels.norm import remade, source_of
+from sage.libs.finetune.kernels.norm import recompute, saved
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Activation:
     """An activation with its derivative."""
 
     value: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]  #: from the gradient of its value and its input
+    backward: Callable[[Tensor, Tensor], Tensor]  #: (gradient of the output, input) -> gradient of the input
 
 
 _SILU = Activation(nn.functional.silu, torch.ops.aten.silu_backward)
@@ -24,7 +24,7 @@ _GELU_TANH = Activation(
     lambda x: nn.functional.gelu(x, approximate="tanh"),
     lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
 )
-#: By the class that transformers' ACT2FN has for them.
+#: By class name in transformers' ACT2FN.
 _ACTIVATIONS = {"SiLU": _SILU, "SiLUActivation": _SILU, "GELUTanh": _GELU_TANH, "PytorchGELUTanh": _GELU_TANH}
 
 MakeProjections: TypeAlias = Callable[[Sequence[nn.Module]], Projections]
@@ -57,30 +57,30 @@ class _GatedMlp(torch.autograd.Function):
         mlp, needs = ctx.mlp, ctx.needs_input_grad[0]
         gate_stack, up_stack, down_stack = ctx.stacked
         gate, up, gate_inner, up_inner, down_inner, *source = ctx.saved_tensors
-        inputs = remade(source)
+        inputs = recompute(source)
         active = mlp.activation.value(gate)
-        hidden, of_down = mlp.down.backward(grad, active * up, down_stack, down_inner)
-        hidden = hidden.to(gate.dtype)
-        grad_inputs, of_up = mlp.up.backward(active.mul_(hidden), inputs, up_stack, up_inner, needs_inputs=needs)
-        opened = mlp.activation.backward(hidden.mul_(up), gate)
-        grad_inputs, of_gate = mlp.gate.backward(
-            opened, inputs, gate_stack, gate_inner, onto=grad_inputs, needs_inputs=needs
+        grad_hidden, grads_down = mlp.down.backward(grad, active * up, down_stack, down_inner)
+        grad_hidden = grad_hidden.to(gate.dtype)
+        grad_inputs, grads_up = mlp.up.backward(active.mul_(grad_hidden), inputs, up_stack, up_inner, needs_inputs=needs)
+        grad_gate = mlp.activation.backward(grad_hidden.mul_(up), gate)
+        grad_inputs, grads_gate = mlp.gate.backward(
+            grad_gate, inputs, gate_stack, gate_inner, onto=grad_inputs, needs_inputs=needs
         )
         grad_inputs = grad_inputs if grad_inputs is None else grad_inputs.to(inputs.dtype)
-        return grad_inputs, None, None, None, *of_gate, *of_up, *of_down
+        return grad_inputs, None, None, None, *grads_gate, *grads_up, *grads_down
 
 
 class GatedMlp:
-    """down(activation(gate(x)) * up(x)), each with its adapter."""
+    """down(activation(gate(x)) * up(x)), each layer with its adapters."""
 
     def __init__(self, layers: Sequence[nn.Module], activation: Activation, make: MakeProjections) -> None:
-        """layers: gate, up and down.  make: what makes the Projections of layers."""
+        """layers: gate, up and down.  make: builds the Projections of layers."""
         self.gate, self.up, self.down = (make([layer]) for layer in layers)
         self.activation = activation
 
     @classmethod
     def of(cls, module: nn.Module, make: MakeProjections = Projections) -> "GatedMlp | None":
-        """Return the block of a module of transformers', or None where its structure is another."""
+        """Return the block for a transformers module, or None if its structure is not supported."""
         names = {name for name, _ in module.named_children()}
         if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             return None
@@ -91,9 +91,9 @@ class GatedMlp:
         return cls(layers, activation, make)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the block's output for (…, width), in the same shape."""
+        """Return the block's output for inputs (…, hidden_size), in the same shape."""
         gate, up, down = (part.parameters() for part in (self.gate, self.up, self.down))
         flat = inputs.reshape(-1, inputs.shape[-1])
         counts = len(gate), len(gate) + len(up)
-        outputs: Tensor = _GatedMlp.apply(flat, source_of(inputs), self, counts, *gate, *up, *down)
+        outputs: Tensor = _GatedMlp.apply(flat, saved(inputs), self, counts, *gate, *up, *down)
         return outputs.view(*inputs.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""What torch has no single pass for, in C: compiled once for the processor at hand, and kept with what can be made again."""
+"""Compile the C kernels: once per processor, stored in the cache folder."""
 
 import ctypes
 import functools
@@ -18,7 +18,7 @@ _COMPILE_SECONDS = 60
 
 @functools.cache
 def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
-    """Return what a file of C compiles to, or None and why there is none."""
+    """Compile a C file and load it; return the library, or None and the reason."""
     compiler = _compiler()
     if compiler is None:
         return None, "there is no C compiler (cc)"
@@ -31,8 +31,8 @@ def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
             _compile(compiler, source, target)
         return ctypes.CDLL(str(target)), ""
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return None, f"{source.name} does not compile here: {said[0] if said else type(error).__name__}"
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return None, f"{source.name} cannot be compiled: {lines[0] if lines else type(error).__name__}"
 
 
 def _compiler() -> list[str] | None:
@@ -45,18 +45,18 @@ def _compiler() -> list[str] | None:
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    private_folder(target.parent)  # it is run: nobody else may put anything there
+    private_folder(target.parent)  # its files are executed: other users must not be able to write there
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run(
             [*compiler, *_FLAGS, str(source), "-o", str(made)],
             check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS,
         )  # fmt: skip
-        made.replace(target)  # at once: other processes may be at the same
+        made.replace(target)  # atomic: another process may compile the same file
 
 
 def _processor() -> str:
-    """Return what a processor can do, as far as the system tells: a home may be shared by several machines."""
+    """Return the processor's model and features; several machines may share one home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Root mean square normalisation whose weight is frozen; only its input is kept, also by what takes its output."""
+"""RMSNorm with a frozen weight; only its input is saved, and later layers recompute its output from that."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class Normed(NamedTuple):
-    """What the output of a norm is made from again, so that nobody needs to keep it."""
+    """The tensors from which a norm's output is recomputed, so that no layer has to save the output itself."""
 
     inputs: Tensor
     scale: Tensor  #: (…, 1): one over the root mean square of each row
     weight: Tensor
 
     def outputs(self) -> Tensor:
-        """Return the norm's output, to the last bit."""
+        """Return the norm's output, bit for bit."""
         return (self.inputs * self.scale).mul_(self.weight).to(self.inputs.dtype)
 
 
@@ -30,14 +30,14 @@ class _RmsNorm(torch.autograd.Function):
         inputs, scale, weight = ctx.saved_tensors
         normed = inputs * scale
         grad = grad * weight
-        along = (grad * normed).mean(-1, keepdim=True)
-        return grad.sub_(normed.mul_(along)).mul_(scale).to(inputs.dtype), None
+        projection = (grad * normed).mean(-1, keepdim=True)
+        return grad.sub_(normed.mul_(projection)).mul_(scale).to(inputs.dtype), None
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return inputs / rms(inputs) * weight over the last dimension, in the dtype of the inputs.
 
-    weight: (width,), at least fp32, in which all is computed; it gets no gradient.
+    weight: (hidden_size,), at least fp32, which is also the compute dtype; it gets no gradient.
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
     kept = inputs.detach()
@@ -47,21 +47,21 @@ def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     return outputs
 
 
-def source_of(states: Tensor) -> tuple[Tensor, ...]:
-    """Return what to keep of states for `remade`: where they are, as they came, the output of `rms_norm`, its source."""
+def saved(states: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors to save for `recompute`: those of a `Normed` if states come from `rms_norm`, else the states."""
     return getattr(states, "normed", (states.detach(),))
 
 
-def remade(source: Sequence[Tensor]) -> Tensor:
-    """Return the states of which `source_of` is given, to the last bit, as (rows, width)."""
+def recompute(source: Sequence[Tensor]) -> Tensor:
+    """Return the states from the result of `saved`, bit for bit, as (rows, hidden_size)."""
     states = Normed(*source).outputs() if len(source) > 1 else source[0]
     return states.reshape(-1, states.shape[-1])
 
 
-def norm_of(module: nn.Module) -> tuple[Tensor, float] | None:
-    """Return weight and eps of a frozen RMSNorm of transformers', or None where a module is none that is known.
+def frozen_rms_norm(module: nn.Module) -> tuple[Tensor, float] | None:
+    """Return weight and eps of a frozen RMSNorm of transformers, or None if the module is not a supported RMSNorm.
 
-    Gemma's weights count from one.
+    Gemma stores weight - 1.
     """
     kind = type(module).__name__
     weight = getattr(module, "weight", None)

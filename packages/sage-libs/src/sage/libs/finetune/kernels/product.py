@@ -1,22 +1,23 @@
-"""Matrix products cut so that the processor reads as little as it can."""
+"""Matrix products in chunks that fit the processor's cache."""
 
 import functools
 
 import torch
 from torch import Tensor
 
-#: Share of the second-level cache that the rows of one piece may fill, all threads' caches taken together.
+#: Share of the L2 caches of all threads together that the rows of one chunk may fill.
 _CACHE_SHARE = 0.3
-#: A product with the whole vocabulary is fastest in pieces that stay in the processor's cache: of so many rows, or, where a
-#: part of the head is first made wider, of so many tokens of the vocabulary.
-_ROWS, _PART = 192, 4096
+#: Chunk sizes of products with lm_head that stay in the processor's cache: rows, or, if lm_head has to be cast to the
+
+#: compute dtype first, vocabulary entries.
+_CHUNK_ROWS, _CHUNK_VOCAB = 192, 4096
 
 
 def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Return left @ right, or `onto` with it added in place.
+    """Return left @ right; if `onto` is given, add it to `onto` in place and return that.
 
-    left: (rows, inner).  right: (inner, columns).  In bf16 on a CPU, where the result is narrower than `left`, some rows are
-    computed at a time: oneDNN reads them once for each strip of columns, from the cache if they fit in there.
+    left: (rows, inner).  right: (inner, columns).  In bf16 on a CPU, if the result is narrower than `left`, the rows are
+    computed in chunks: oneDNN reads them once per strip of columns, from the cache if they fit.
     """
     pieces = _pieces(left, right)
     if pieces == 1:
@@ -30,22 +31,22 @@ def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
     return out
 
 
-def to_vocabulary(states: Tensor, head: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Return states @ head.t(), (rows, vocab), in the dtype of both and computed in `compute_dtype`."""
+def lm_head_logits(states: Tensor, lm_head: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Return states @ lm_head.t(), (rows, vocab), computed in `compute_dtype`, in the dtype of the states."""
     if states.dtype is compute_dtype:
-        return states @ head.t()
-    wide, out = states.to(compute_dtype), states.new_empty(len(states), len(head))
-    for columns, part in zip(out.split(_PART, dim=1), head.split(_PART), strict=True):
+        return states @ lm_head.t()
+    wide, out = states.to(compute_dtype), states.new_empty(len(states), len(lm_head))
+    for columns, part in zip(out.split(_CHUNK_VOCAB, dim=1), lm_head.split(_CHUNK_VOCAB), strict=True):
         columns.copy_(wide @ part.to(compute_dtype).t())
     return out
 
 
-def from_vocabulary(shares: Tensor, head: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Return shares @ head, (rows, width), in `compute_dtype`."""
-    if shares.dtype is compute_dtype:
-        return torch.cat([piece @ head for piece in shares.split(_ROWS)])
-    out = shares.new_zeros(len(shares), head.shape[1], dtype=compute_dtype)
-    for columns, part in zip(shares.split(_PART, dim=1), head.split(_PART), strict=True):
+def lm_head_backward(grad_logits: Tensor, lm_head: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Return grad_logits @ lm_head, (rows, hidden_size), in `compute_dtype`."""
+    if grad_logits.dtype is compute_dtype:
+        return torch.cat([piece @ lm_head for piece in grad_logits.split(_CHUNK_ROWS)])
+    out = grad_logits.new_zeros(len(grad_logits), lm_head.shape[1], dtype=compute_dtype)
+    for columns, part in zip(grad_logits.split(_CHUNK_VOCAB, dim=1), lm_head.split(_CHUNK_VOCAB), strict=True):
         out.addmm_(columns.to(compute_dtype), part.to(compute_dtype))
     return out
 

@@ -1,4 +1,4 @@
-"""Micro-batches: samples one behind the other where the model takes them so, else padded to the longest among them."""
+"""Micro-batches: samples packed into one sequence if the kernels are installed, else padded to the longest sample."""
 
 import bisect
 import heapq
@@ -13,24 +13,24 @@ from torch.nn import functional
 
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 
-#: Samples that are computed together; one item of the Trainer's dataset.
+#: Samples that stay in one micro-batch; one item of the Trainer's dataset.
 Pack = tuple[Encoded, ...]
 Batch = dict[str, Tensor]
-#: A packed micro-batch has a multiple of this many tokens.
+#: A packed micro-batch is padded to a multiple of this many tokens.
 _TOKENS_STEP = 64
 
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """One sequence behind the other, as the kernels take them, and no more than 63 tokens to fill the last row of 64.
+    """Concatenates sequences, as the kernels expect them, with at most 63 tokens of padding at the end.
 
-    Matrix products are compiled for each size that they meet (oneDNN: 3 ms and 1 MB each), so sizes are kept few.
+    oneDNN compiles a matrix product for each new size (3 ms and 1 MB each); the padding keeps the number of sizes small.
     """
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
         """Return input_ids, position_ids, attention_mask and labels, (1, tokens), and cu_seq_lens_q, (samples + 1,): int64.
 
-        cu_seq_lens_q: where each sample begins, and where the last one ends; the names are those of transformers.
+        cu_seq_lens_q: the first token of each sample, then the end of the last one; the keys are transformers' names.
         """
         sequences = list(_flat(packs))
         lengths = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)])
@@ -50,14 +50,14 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """One sequence a row, as every model takes them."""
+    """One sequence per row; works with every model."""
 
     pad_token_id: int
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
         """Return input_ids, attention_mask and labels, each (samples, longest), int64.
 
-        The first label of a row is IGNORED: nothing predicts the first token.
+        The first label of a row is IGNORED: the first token is never predicted.
         """
         sequences = list(_flat(packs))
         shape = (len(sequences), max(len(sequence.ids) for sequence in sequences))
@@ -76,7 +76,7 @@ Collator = PackedCollator | PaddedCollator
 
 
 def cut(batch: Batch, times: int) -> list[Batch]:
-    """Return a micro-batch as up to 2 ** times smaller ones with the same samples, in order; no sample is cut."""
+    """Split a micro-batch into up to 2 ** times smaller ones with the same samples in the same order."""
     samples = samples_in(batch)
     if not times or samples == 1:
         return [batch]
@@ -85,12 +85,12 @@ def cut(batch: Batch, times: int) -> list[Batch]:
 
 
 def samples_in(batch: Batch) -> int:
-    """Return how many samples a micro-batch has."""
+    """Return the number of samples in a micro-batch."""
     return len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["input_ids"])
 
 
 def _packed_halves(batch: Batch) -> Iterator[Batch]:
-    """Cut between the two samples that are nearest to the middle."""
+    """Split at the sample boundary nearest to the middle."""
     bounds = batch["cu_seq_lens_q"]
     at = 1 + int((bounds[1:-1] - bounds[-1] / 2).abs().argmin())
     for own in (bounds[: at + 1], bounds[at:]):
@@ -111,7 +111,7 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
 
 
 class Packs(Sequence[Pack]):
-    """Samples in groups, each read when it is asked for."""
+    """Samples in groups; each is read from disk when it is accessed."""
 
     def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
         """groups: indexes of the samples of each pack; None: each sample is a pack of its own."""
@@ -126,22 +126,21 @@ class Packs(Sequence[Pack]):
 
 
 def most_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, micro_batch: int) -> int:
-    """Return how many tokens a micro-batch has at the most; groups: as those of Packs."""
+    """Return the largest possible number of tokens in a micro-batch; groups: as in Packs."""
     sums = lengths if groups is None else [sum(lengths[index] for index in group) for group in groups]
     return sum(heapq.nlargest(micro_batch, sums))
 
 
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
-    """Return the indexes of samples in packs of at most `tokens` tokens; one that is longer has a pack of its own.
+    """Return packs of sample indexes with at most `tokens` tokens each; a longer sample gets its own pack.
 
-    They are taken in a random order, and each goes where it leaves the least room (best fit), so that packs are full and
-    samples of all lengths meet.
+    Best-fit packing of the samples in random order, so that packs are full and mix samples of all lengths.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - a reproducible order, not a secret
     packs: list[list[int]] = []
-    rooms: list[int] = []  # how many tokens are left in packs, ascending, each number once
-    by_room: dict[int, list[int]] = {}  # which packs those are
+    rooms: list[int] = []  # distinct numbers of free tokens in packs, ascending
+    by_room: dict[int, list[int]] = {}  # the packs with that many free tokens
     for index in order:
         length = lengths[index]
         at = bisect.bisect_left(rooms, length)

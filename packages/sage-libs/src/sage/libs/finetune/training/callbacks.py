@@ -18,7 +18,7 @@ from sage.libs.finetune.run.eta import ProgressMeter
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.training.heldout import HeldOut
 from sage.libs.finetune.training.loss import CompletionLoss
-from sage.libs.finetune.training.memory import give_back
+from sage.libs.finetune.training.memory import trim_heap
 from sage.libs.finetune.training.stopping import StopRequest, StopRequested
 from sage.libs.finetune.training.team import Team
 
@@ -72,7 +72,7 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Save every so often, at the end and before a stop."""
         if state.global_step % _TIDY_STEPS == 0:
-            give_back()
+            trim_heap()
         control.should_training_stop |= self.team.agree(self.stop.requested)
         at_end = control.should_training_stop or state.global_step >= state.max_steps
         control.should_save = at_end or state.global_step % self.config.save_steps == 0

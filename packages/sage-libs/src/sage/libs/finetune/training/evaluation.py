@@ -1,4 +1,4 @@
-"""Held-out loss: the mean over all completion tokens, each weighing the same."""
+"""Held-out loss: the mean over all completion tokens, all with the same weight."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,14 +18,14 @@ def heldout_loss(
     batch_size: int,
     on_batch: Callable[[], None],
 ) -> float:
-    """Return the mean completion loss of a model over sequences, in nats per token, in the model's own precision.
+    """Return the mean completion loss over sequences, in nats per token, computed in the model's precision.
 
-    `on_batch` is called before each batch; what it raises ends the evaluation.
+    on_batch: called before each batch; an exception from it ends the evaluation.
     """
     was_training = model.training
     model.eval()
     loss_sum, token_count = 0.0, 0
-    stored = getattr(sequences, "lengths", None)  # known without reading the samples themselves
+    stored = getattr(sequences, "lengths", None)  # StoredSamples: does not read the samples
     lengths = stored() if stored else [len(sequence.ids) for sequence in sequences]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     try:

@@ -1,4 +1,4 @@
-"""The held-out samples of a run: what they scored so far, and what follows from it."""
+"""Held-out loss of a run: measuring it, the best step, early stopping."""
 
 import logging
 import time
@@ -16,23 +16,23 @@ logger = logging.getLogger(__name__)
 
 
 class HeldOut:
-    """Scores the held-out samples; scores of an earlier process of the run are read from its events."""
+    """Measures the held-out loss; losses measured by earlier processes of the run are read from its events."""
 
     def __init__(
         self, run: RunDirectory, config: FinetuneConfig, samples: Sequence[Encoded], check: Callable[[], None]
     ) -> None:
-        """samples: may be none; check: called before each batch, what it raises ends the scoring."""
+        """samples: may be empty.  check: called before each batch; an exception from it ends the measurement."""
         self.run, self.config, self.samples, self._check = run, config, samples, check
         scored = [event for event in run.read_events()[0] if event["event"] == "eval"]
         self.losses: dict[int, float] = {event["step"]: event["loss"] for event in scored}  #: nats per token, by step
         self._seconds: float = scored[-1].get("seconds", 0.0) if scored else 0.0
 
-    def go_on_from(self, step: int) -> None:
-        """Forget what was measured after the step that a run goes on from; it will be measured again."""
+    def discard_after(self, step: int) -> None:
+        """Discard losses measured after `step`, at which the run resumes; they will be measured again."""
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
 
     def measure(self, step: int, model: Any, collator: Collator, loss_function: CompletionLoss) -> float | None:
-        """Return the loss after a step, in the model's own precision, measured at most once; None without samples."""
+        """Return the held-out loss after a step, measured once and then cached; None if there are no samples."""
         if not self.samples:
             return None
         if step not in self.losses:
@@ -45,23 +45,23 @@ class HeldOut:
         return self.losses[step]
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step is followed by a measurement."""
+        """Return whether the loss is to be measured after a step."""
         return self.config.eval_steps is not None and step % self.config.eval_steps == 0
 
     @property
     def best_step(self) -> int | None:
-        """The step after the first with the lowest loss so far, the earliest of several."""
+        """The step with the lowest loss so far, the earliest if several are equal; step 0 does not count."""
         trained = {step: loss for step, loss in self.losses.items() if step}
         return min(trained, key=lambda step: (trained[step], step), default=None)
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the loss has not become better for as long as the run is patient."""
+        """Whether the loss has not improved for `early_stopping_patience` measurements."""
         patience, best = self.config.early_stopping_patience, self.best_step
         return patience is not None and best is not None and sum(step > best for step in self.losses) >= patience
 
     def seconds_left(self, step: int, total_steps: int) -> float:
-        """Return how long the measurements after a step will take."""
+        """Return an estimate of the time of all measurements after `step`."""
         between = (total_steps // self.config.eval_steps - step // self.config.eval_steps) if self.config.eval_steps else 0
         at_end = 0 if self.is_due(total_steps) else 1
         return (between + at_end) * self._seconds

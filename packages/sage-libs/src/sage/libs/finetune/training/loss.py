@@ -7,20 +7,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from sage.libs.finetune.data.tokenizing import IGNORED
-from sage.libs.finetune.kernels.product import from_vocabulary, to_vocabulary
+from sage.libs.finetune.kernels.product import lm_head_backward, lm_head_logits
 
-#: Tokens whose logits are held at once.
+#: Tokens per chunk: only the logits of one chunk are in memory.
 _CHUNK = 384
-#: Matrix products are compiled for each size that they meet, so a chunk has a multiple of this many rows.
+#: Chunks are padded to a multiple of this many rows, because oneDNN compiles a matrix product for each new size.
 _ROWS_STEP = 64
-#: A probability that is zero in the numbers used counts as e to the power of this.
-_LEAST_LOG = -100.0
+#: Lower bound of a log probability, for probabilities that round to zero.
+_MIN_LOG_PROB = -100.0
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, compute_dtype: torch.dtype
+        ctx: Any, hidden: Tensor, lm_head: Tensor, targets: Tensor, compute_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total, correct = hidden.new_zeros((), dtype=wide), targets.new_zeros(())
@@ -29,14 +29,14 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + _CHUNK)
             count = len(targets[rows])
             states = functional.pad(hidden[rows], (0, 0, 0, -count % _ROWS_STEP))
-            shares = to_vocabulary(states, head, compute_dtype).softmax(-1)
-            aims = torch.arange(count, device=targets.device), targets[rows]
-            said = shares[aims]
-            correct += (said >= _largest(shares[:count])).sum()
-            total -= said.to(wide).log().clamp_min(_LEAST_LOG).sum()
+            probs = lm_head_logits(states, lm_head, compute_dtype).softmax(-1)
+            targeted = torch.arange(count, device=targets.device), targets[rows]
+            target_probs = probs[targeted]
+            correct += (target_probs >= _row_max(probs[:count])).sum()
+            total -= target_probs.to(wide).log().clamp_min(_MIN_LOG_PROB).sum()
             if grad is not None:
-                shares[aims] -= 1
-                grad[rows] = from_vocabulary(shares, head, compute_dtype)[:count]
+                probs[targeted] -= 1
+                grad[rows] = lm_head_backward(probs, lm_head, compute_dtype)[:count]
         ctx.grad = grad
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -46,54 +46,54 @@ class _ChunkedLoss(torch.autograd.Function):
         return ctx.grad * grad.to(ctx.grad.dtype), None, None, None
 
 
-def _largest(shares: Tensor) -> Tensor:
-    """Return the largest probability of each row; as integers they have the same order, and are compared faster."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[shares.element_size()]
-    return shares.view(integers).amax(-1).view(shares.dtype)
+def _row_max(probs: Tensor) -> Tensor:
+    """Return the largest probability of each row; compared as integers, which have the same order and are faster."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[probs.element_size()]
+    return probs.view(integers).amax(-1).view(probs.dtype)
 
 
 def completion_loss(
-    hidden: Tensor, head: Tensor, targets: Tensor, compute_dtype: torch.dtype | None = None
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, compute_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of completion tokens in nats, and how many of them were predicted rightly.
+    """Return the summed cross-entropy of completion tokens in nats, and the number of correctly predicted tokens.
 
-    hidden: (tokens, width), only positions that are trained on.  head: (vocab, width), frozen.  targets: (tokens,), int64.
-    compute_dtype: of products; by default that of hidden and head.
-    The gradient is formed in the forward pass, chunk by chunk, so that never more than 384 * vocab logits are held.
-    Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", section 3, done here in plain torch.
+    hidden: (tokens, hidden_size), trained positions only. lm_head: (vocab, hidden_size), frozen. targets: (tokens,), int64.
+    compute_dtype: dtype of products; default: that of hidden and lm_head.
+    The gradient is computed chunk by chunk in the forward pass, so at most 384 * vocab logits are in memory.
+    Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", section 3, here in plain torch.
     """
-    return _ChunkedLoss.apply(hidden, head, targets, compute_dtype or hidden.dtype)
+    return _ChunkedLoss.apply(hidden, lm_head, targets, compute_dtype or hidden.dtype)
 
 
 class CompletionLoss:
-    """The Trainer's loss function; counts on the side what the progress events tell."""
+    """The Trainer's loss function; it also counts trained and correctly predicted tokens for the progress events."""
 
-    def __init__(self, head: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
-        """head: (vocab, width) of a model whose `logits` are the hidden states before it; None: they are logits.
+    def __init__(self, lm_head: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
+        """lm_head: (vocab, hidden_size) if the model returns last hidden states as `logits`; None if it returns logits.
 
-        compute_dtype: of products with it; by default its own.
+        compute_dtype: dtype of products with lm_head; default: that of lm_head.
         """
-        self._head, self._compute_dtype = head, compute_dtype
-        self.counts = 0, 0  #: tokens trained on since the last `take_counts`, and those of them that were predicted rightly
+        self._lm_head, self._compute_dtype = lm_head, compute_dtype
+        self.counts = 0, 0  #: trained tokens and correctly predicted tokens since the last `take_counts`
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Return the summed loss of a micro-batch over the trained tokens of the whole optimizer step, in nats.
+        """Return the summed loss of a micro-batch divided by the number of trained tokens in the optimizer step, in nats.
 
-        outputs.logits: (samples, length, vocab or width).  labels: (samples, length), IGNORED where nothing is learnt.
-        So each token of a step weighs the same, however the step is cut into micro-batches.
+        outputs.logits: (samples, length, vocab or hidden_size).  labels: (samples, length), IGNORED for untrained tokens.
+        Each token of a step has the same weight, no matter how the step is split into micro-batches.
         """
         targets = labels[:, 1:]
         trained = targets != IGNORED
         states, targets = outputs.logits[:, :-1][trained], targets[trained]
-        if self._head is None:
+        if self._lm_head is None:
             loss = functional.cross_entropy(states.float(), targets, reduction="sum")
             correct = (states.detach().argmax(-1) == targets).sum()
         else:
-            loss, correct = completion_loss(states, self._head, targets, self._compute_dtype)
+            loss, correct = completion_loss(states, self._lm_head, targets, self._compute_dtype)
         self.counts = self.counts[0] + targets.numel(), self.counts[1] + int(correct)
         return loss / (num_items_in_batch or targets.numel())
 
     def take_counts(self) -> list[int]:
-        """Return the counts, and begin them anew."""
+        """Return the counts and reset them to zero."""
         counts, self.counts = self.counts, (0, 0)
         return [*counts]

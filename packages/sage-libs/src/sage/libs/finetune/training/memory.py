@@ -1,4 +1,4 @@
-"""What to do where memory does not suffice."""
+"""Detecting and handling lack of memory."""
 
 import ctypes
 import resource
@@ -7,47 +7,53 @@ from pathlib import Path
 
 import psutil
 
-#: How allocators say it: CUDA's, torch's on the CPU, C++'s, oneDNN's.
-_WORDS = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive", "could not create a memory")
-#: Of a limit, so much is left to what is not allocated by us: file pages, the kernel's own.
+#: Messages of allocators: CUDA, torch on the CPU, C++, oneDNN.
+_MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "could not create a primitive",
+    "could not create a memory",
+)
+#: Part of a memory limit reserved for file pages and kernel memory.
 _MARGIN_BYTES = 32 * 2**20
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory was asked for that is not there."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS)
+    """Return whether an error means that an allocation failed."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _MESSAGES)
 
 
-def give_back() -> None:
-    """Give the system the pages that nothing is left of; else the heap keeps them, and grows by what lies in between."""
+def trim_heap() -> None:
+    """Return free heap pages to the operating system; otherwise the heap keeps them and grows by fragmentation."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)
 
 
-def free_bytes() -> int:
-    """Return the main memory that this process can still have, of the container and of the machine with its swap."""
-    return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_rooms(_own_cgroups())])
+def available_bytes() -> int:
+    """Return how much more memory this process can allocate: the least of the machine (with swap) and its containers."""
+    return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_available(_own_cgroups())])
 
 
 def refuse_beyond_limit() -> None:
-    """From now on have memory refused that the container or the machine does not have, where it would kill the process.
+    """Limit this process to the memory of the container or machine, so that allocations beyond it fail.
 
-    What is refused is an error, and a training step can do with less; a killed process cannot. Linux only.
+    A training step can recover from a failed allocation, but not from the out-of-memory killer. Linux only.
     """
     if not _CGROUPS.is_dir():
         return
     held = psutil.Process().memory_info()
-    rooms = [psutil.virtual_memory().total - held.rss, *_rooms(_own_cgroups())]
+    available = [psutil.virtual_memory().total - held.rss, *_available(_own_cgroups())]
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    limit_bytes = held.data + max(min(rooms) - _MARGIN_BYTES, 0)
+    limit_bytes = held.data + max(min(available) - _MARGIN_BYTES, 0)
     resource.setrlimit(
         resource.RLIMIT_DATA, (limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard), hard)
     )
 
 
 def _own_cgroups() -> Iterator[Path]:
-    """Yield the folders of the memory control groups that this process is in, innermost first; none without Linux."""
+    """Yield the folders of this process's memory control groups, innermost first; empty if not on Linux."""
     if not _CGROUPS.is_dir():
         return
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
@@ -59,10 +65,10 @@ def _own_cgroups() -> Iterator[Path]:
         yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(root) and folder.is_dir())
 
 
-def _rooms(groups: Iterator[Path]) -> Iterator[int]:
-    """Yield what each group's limit leaves, in bytes; pages of files are not counted, they give way.
+def _available(groups: Iterator[Path]) -> Iterator[int]:
+    """Yield the free bytes within each group's limit; file pages do not count as used, since the kernel can drop them.
 
-    A group without a limit says `max` in version 2 of control groups, and a number beyond any machine in version 1.
+    A group without a limit has `max` in version 2 of control groups, and a huge number in version 1.
     """
     for group in groups:
         for limit_name, used_name in (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")):

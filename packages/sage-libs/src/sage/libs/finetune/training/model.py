@@ -1,4 +1,4 @@
-"""The model that is trained: a frozen base with PEFT's adapters, or all of a model."""
+"""The model to train: a frozen base with PEFT adapters, or a model with all weights trainable."""
 
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,27 +16,27 @@ from sage.libs.finetune.training.precision import Precision
 from sage.libs.models.adapters import attach_adapter
 from sage.libs.models.loading import load_causal_lm, model_config
 
-#: What is trained: adapters in PEFT's model, or a model of transformers' as a whole.
+#: PeftModel: only adapters are trained. PreTrainedModel: full fine-tuning.
 Trainable: TypeAlias = PeftModel | PreTrainedModel
 
 
 def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, adapter: Path | None = None) -> Trainable:
-    """Return the base of a folder with adapters in fp32, which alone are trained: fresh ones, or those of another folder.
+    """Load the base in `folder` and add trainable adapters in fp32: new ones, or those in the folder `adapter`.
 
-    In full fine-tuning, return the model of the folder in fp32, with all of its weights trained.
+    For full fine-tuning, load the model in fp32 with all weights trainable.
     Raises ModelError if base or adapter does not load, ConfigError if the target modules are not in the base.
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    # On its device before anything takes hold of its weights: kernels see them as parts of larger ones.
+    # Move it to its device first: the kernels later replace the weights by views of larger matrices.
     place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
     if not torch.cuda.is_available():
-        # Loaded weights are views of the mapped file, all of which counts as the process's own until none is left.
+        # Loaded weights are views of a memory-mapped file, which counts as this process's memory while one view exists.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # In evaluation bitsandbytes packs 4-bit weights for a product that has no gradient, and does not unpack them.
+        # In evaluation mode bitsandbytes repacks 4-bit weights for a product without a gradient and never undoes it.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -48,7 +48,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
 
 
 def loraplus_optimizer(model: Trainable, config: FinetuneConfig) -> torch.optim.Optimizer | None:
-    """Return LoRA+'s optimizer, or None for the Trainer's own."""
+    """Return the LoRA+ optimizer, or None to use the Trainer's default."""
     if config.loraplus_lr_ratio is None:
         return None
     return create_loraplus_optimizer(
@@ -61,19 +61,19 @@ def loraplus_optimizer(model: Trainable, config: FinetuneConfig) -> torch.optim.
 
 
 def width_of(folder: Path) -> int:
-    """Return how wide the layers of the model in a folder are; raises ModelError if its config does not load."""
+    """Return the hidden size of the model in a folder; raises ModelError if its config does not load."""
     return int(getattr(model_config(folder), "hidden_size", 768))
 
 
 def decoder(model: Trainable) -> PreTrainedModel:
-    """Return transformers' own model, without what PEFT puts around it."""
+    """Return the transformers model inside PEFT's wrapper."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
 
 
 def load_weights(model: Trainable, checkpoint: Path) -> None:
-    """Put what a checkpoint holds in place of what was trained."""
+    """Replace the trained weights by those of a checkpoint."""
     if isinstance(model, PeftModel):
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
@@ -82,7 +82,7 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:
-    """Write the adapter, or the whole model, which from then on is in the numbers of the one that it was trained from."""
+    """Write the adapter, or after full fine-tuning the model, cast in place to the dtype of the source model."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
         return
@@ -96,7 +96,7 @@ def _quantised(precision: Precision, dtype: torch.dtype) -> dict[str, Any]:
         case 8:
             return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
         case 4:
-            # Dettmers et al. 2023, "QLoRA": NF4, with the scales quantised as well.
+            # Dettmers et al. 2023, "QLoRA": NF4 with double quantization.
             four = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
@@ -125,7 +125,7 @@ def _with_fresh_adapter(base: PreTrainedModel, config: FinetuneConfig) -> Any:
     except ValueError as error:
         raise ConfigError(
             code="target_modules_unknown",
-            message=f"target_modules={config.target_modules!r} does not fit the model: {error}",
-            hint="'all-linear' fits every model.",
+            message=f"target_modules={config.target_modules!r} does not match the model: {error}",
+            hint="'all-linear' works with every model.",
             param="target_modules",
         ) from error

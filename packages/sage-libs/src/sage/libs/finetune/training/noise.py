@@ -1,4 +1,4 @@
-"""NEFTune: noise on the embeddings of what is trained on, so that a small dataset is learnt less by heart.
+"""NEFTune: noise on the token embeddings during training, against overfitting on small datasets.
 
 Source: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning": uniform within
 ±alpha / sqrt(length * width).
@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 
 
 class EmbeddingNoise:
-    """Adds the noise while a model trains; the length is each sample's own, however samples share a micro-batch."""
+    """Adds noise in training mode, scaled by each sample's own length, also if samples are packed or padded."""
 
     def __init__(self, model: PreTrainedModel, alpha: float) -> None:
-        """model: transformers' own; alpha: 5 to 15 in the paper."""
+        """model: transformers' model, not PEFT's wrapper.  alpha: 5 to 15 in the paper."""
         self._alpha, self._lengths = alpha, torch.empty(0)
         model.register_forward_pre_hook(self._note_lengths, with_kwargs=True)
         model.get_input_embeddings().register_forward_hook(self._add)
 
     def _note_lengths(self, _module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-        """Note the length of the sample of each position, in a shape that fits (samples, length)."""
+        """Store the sample length for each position, in a shape that broadcasts to (samples, length)."""
         bounds, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
         if bounds is not None:
             own = bounds.diff()

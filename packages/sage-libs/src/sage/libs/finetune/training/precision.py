@@ -1,4 +1,4 @@
-"""In which numbers a run computes."""
+"""Choice of the number formats of a run: fp32, bf16, int8."""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -11,57 +11,57 @@ from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.run.status import RunStatus
 from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
-#: bf16 is taken from this gain on: it rounds more, and some processors have its instructions but are slower with them.
+#: Least speedup for which bf16 or int8 is used: both round more, and some processors support bf16 but are slower with it.
 _LEAST_GAIN = 1.25
 _PROBE_WIDTH = 768
 
 
 @dataclass(frozen=True)
 class Precision:
-    """In which numbers a run computes, and why."""
+    """The number formats of a run, and the reasons for them."""
 
-    bf16: bool  #: base and what is kept for the way back are in bf16, else in fp32; the adapters always are in fp32
-    bf16_products: bool  #: and so are matrix products; else their operands are first made fp32
-    base_bits: int | None  #: of the base's weights where bitsandbytes holds them, 8 or 4
-    int8_products: bool  #: whether layers are held in 8 bits by our own step and, in training, multiplied so
+    bf16: bool  #: base and saved activations are in bf16, else in fp32; adapters are always in fp32
+    bf16_products: bool  #: matrix products are computed in bf16; else their operands are cast to fp32 first
+    base_bits: int | None  #: 8 or 4 if bitsandbytes quantizes the base, else None
+    int8_products: bool  #: SAGE's kernels quantize the frozen layers to int8 and use int8 products in training
     why: str
-    held: str  #: in what the base is held, and why
-    may_shrink: bool = False  #: whether base and activations may go to bf16 where memory is scarce, for some of the speed
+    held: str  #: format of the base, and the reason
+    may_shrink: bool = False  #: base and activations may change to bf16 if memory is scarce, at some cost in speed
 
     @property
     def reason(self) -> str:
-        """The choice and why, for people."""
-        products = "" if self.bf16_products == self.bf16 else ", multiplied in fp32"
+        """The choice and its reasons, for logs."""
+        products = "" if self.bf16_products == self.bf16 else ", matrix products in fp32"
         return f"{'bf16' if self.bf16 else 'fp32'}{products}: {self.why}; {self.held}"
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The numbers that matrix products are computed in."""
+        """The dtype of matrix products."""
         return torch.bfloat16 if self.bf16_products else torch.float32
 
     def shrunk(self) -> "Precision":
-        """Return it with base and activations in bf16."""
-        return replace(self, bf16=True, may_shrink=False, why=f"memory is scarce, and {self.why}")
+        """Return a copy with base and activations in bf16."""
+        return replace(self, bf16=True, may_shrink=False, why=f"memory is scarce; {self.why}")
 
     def without_kernels(self, config: FinetuneConfig) -> "Precision":
-        """Return what is left of it for a model that does not take our step: one kind of numbers for everything."""
-        whole = self.without_int8()
+        """Return a copy for a model that does not support the kernels: the same dtype for storage and products."""
+        dense = self.without_int8()
         if self.bf16 == self.bf16_products:
-            return whole
-        return replace(whole, bf16_products=True) if config.precision == "bf16" else replace(whole, bf16=False)
+            return dense
+        return replace(dense, bf16_products=True) if config.precision == "bf16" else replace(dense, bf16=False)
 
     def without_int8(self) -> "Precision":
-        """Return it for a model whose layers stay whole."""
+        """Return a copy for a model whose layers are not quantized."""
         if not self.int8_products:
             return self
-        return replace(self, int8_products=False, held="base not in 8 bits: the model's layers do not take it")
+        return replace(self, int8_products=False, held="base not in int8: the model's layers do not support it")
 
 
 def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Precision:
-    """Return the numbers that this machine computes fastest in, as far as the run leaves it open.
+    """Return the number formats that are fastest on this machine, within what the config allows.
 
-    begun: what is known of the run; one that goes on keeps the numbers that it was begun with.
-    width: of the model's layers.
+    begun: status of the run; a resumed run keeps its number formats.
+    width: hidden size of the model.
     """
     base_bits, held = _base(config)
     is_ours = config.method == "sft" and config.finetuning_type == "lora" and config.fast_kernels == "auto"
@@ -70,9 +70,9 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
     if begun.bf16 is not None:
         is_int8 = bool(begun.int8_products)
         held = "8-bit base" if is_int8 else held
-        return Precision(begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "as the run was begun", held)
+        return Precision(begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "as before the resume", held)
     if asked is False or (asked and not may_mix):
-        return Precision(asked, asked, base_bits, False, "asked for", held)
+        return Precision(asked, asked, base_bits, False, "set by --precision", held)
     products, measured = _fastest()
     bf16 = products if asked is None else asked
     is_int8 = False
@@ -82,36 +82,36 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
 
 
 def _base(config: FinetuneConfig) -> tuple[int | None, str]:
-    """Return in how many bits bitsandbytes holds the base, None for not at all, and why.
+    """Return the number of bits to which bitsandbytes quantizes the base (None: not used), and the reason.
 
-    Raises ConfigError where it was asked for and cannot be.
+    Raises ConfigError if bitsandbytes is required but not installed.
     """
     if config.finetuning_type == "full" or config.quantization == "none" or not (config.quantization or config.use_8bit):
-        return None, "whole base"
+        return None, "base not quantized"
     is_installed = importlib.util.find_spec("bitsandbytes") is not None
     if config.quantization:
         if not is_installed:
             raise ConfigError(
                 code="bitsandbytes_missing",
                 message=f"quantization={config.quantization} needs bitsandbytes, which is not installed.",
-                hint="Install it beside SAGE (`pip install bitsandbytes`), or leave --quantization away.",
+                hint="Install it in SAGE's environment (`pip install bitsandbytes`), or omit --quantization.",
                 param="quantization",
             )
         return int(config.quantization[0]), f"{config.quantization} base (bitsandbytes)"
     if not torch.cuda.is_available():
-        return None, "whole base"
-    return (8, "8-bit base (bitsandbytes)") if is_installed else (None, "base not in 8 bits: bitsandbytes is not installed")
+        return None, "base not quantized"
+    return (8, "8-bit base (bitsandbytes)") if is_installed else (None, "base not in int8: bitsandbytes is not installed")
 
 
 def _int8(dtype: torch.dtype, width: int) -> tuple[bool, str]:
-    """Return whether layers of this width are faster in 8 bits than in `dtype`, and why."""
-    gain, why = int8.gain(width, dtype)
+    """Return whether int8 is faster than `dtype` for layers of this hidden size, and the reason."""
+    gain, why = int8.measured_speedup(width, dtype)
     is_faster = gain >= _LEAST_GAIN
-    return is_faster, f"{'8-bit base' if is_faster else 'base not in 8 bits'}: {why}"
+    return is_faster, f"{'8-bit base' if is_faster else 'base not in int8'}: {why}"
 
 
 def _fastest() -> tuple[bool, str]:
-    """Return whether bf16 is the faster choice here, and why."""
+    """Return whether bf16 is faster than fp32 on this machine, and the reason."""
     if torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported()
         return has_bf16, f"the GPU {'has' if has_bf16 else 'lacks'} bf16 instructions"
@@ -119,10 +119,10 @@ def _fastest() -> tuple[bool, str]:
     if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         return False, "the processor lacks bf16 instructions"
     gain = _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
-    return gain >= _LEAST_GAIN, f"measured, this processor multiplies bf16 at {gain:.1f} times the speed of fp32"
+    return gain >= _LEAST_GAIN, f"bf16 matrix products measured {gain:.1f} times as fast as fp32"
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the least time of some matrix products of a layer's size, about a millisecond each."""
+    """Return the shortest time of several matrix products of a layer's size (about 1 ms each)."""
     left, right = torch.ones(PROBE_ROWS, _PROBE_WIDTH, dtype=dtype), torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
     return least_seconds(lambda: left @ right.t())

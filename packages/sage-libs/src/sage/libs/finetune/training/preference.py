@@ -1,6 +1,6 @@
-"""Runs by TRL's methods: DPO, ORPO and KTO learn from what people prefer, GRPO from what a reward function says.
+"""Training with TRL's methods: DPO, ORPO and KTO learn from preferences, GRPO from a reward function.
 
-The loop, the losses and the sampling are TRL's; model, checkpoints, events, stop and result are those of every run.
+TRL provides training loop, losses and sampling; model, checkpoints, events, stop and result are the same as in other runs.
 """
 
 import os
@@ -32,12 +32,12 @@ _TRAINERS = {
 
 
 def table_of(rows: list[dict[str, Any]]) -> Dataset:
-    """Return rows as TRL takes them; a message has the keys that it has, without nulls for those of other messages."""
+    """Return rows as a TRL dataset; no null values are added for keys that only other messages have."""
     return Dataset.from_list(rows, on_mixed_types="use_json")
 
 
 class PreferenceRun(TrainingRun):
-    """A run whose trainer is TRL's."""
+    """A run with one of TRL's trainers."""
 
     def _load_data(self) -> None:
         disable_progress_bars()
@@ -54,7 +54,7 @@ class PreferenceRun(TrainingRun):
         self.heldout = HeldOut(self.run, config, [], self.stop.check)
 
     def _inspect(self, samples: list[Sample], path: Path) -> None:
-        """Look at the answers of a dataset as the model would see them."""
+        """Render the answers of a dataset with the chat template and report what the model would not learn."""
         encoder = self._encoder()
         for sample in as_chats(samples):
             encoder.encode_whole([sample])
@@ -62,7 +62,7 @@ class PreferenceRun(TrainingRun):
         self._report_findings(encoder.findings, path)
 
     def _install_kernels(self) -> tuple[Kernels | None, str]:
-        return None, f"plain: {self.config.method} is TRL's own"
+        return None, f"fallback: {self.config.method} uses TRL's training step"
 
     def _trainer(self) -> Trainer:
         config = self.config
@@ -90,5 +90,5 @@ class PreferenceRun(TrainingRun):
         )
 
     def _total_steps(self) -> int:
-        """Return how many optimizer steps the run has, as its Trainer said; 0 before it has begun."""
+        """Return the run's number of optimizer steps as reported by the Trainer; 0 before training starts."""
         return self._status().total_steps or 0

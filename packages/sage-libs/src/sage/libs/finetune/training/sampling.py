@@ -1,4 +1,4 @@
-"""What a model in training answers."""
+"""Sample answers of a model during training."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _ANSWER_TOKENS = 64
 
 
 def answer(model: Any, chat_format: ChatFormat, prompt: str) -> str:
-    """Return the likeliest answer of a model to a question, at most 64 tokens long; the model stays as it was."""
+    """Generate an answer with greedy decoding, at most 64 tokens; restores the model's training mode."""
     ids = torch.tensor([chat_format.prompt_ids([{"role": "user", "content": prompt}])], device=model.device)
     was_training = model.training
     model.eval()

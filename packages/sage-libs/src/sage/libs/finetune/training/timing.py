@@ -1,15 +1,15 @@
-"""How long a short call takes here."""
+"""Timing of short calls."""
 
 import time
 from collections.abc import Callable
 
 _REPEATS = 7
-#: Rows of a matrix product that is timed.
+#: Number of rows of the matrix products that are timed.
 PROBE_ROWS = 512
 
 
 def least_seconds(call: Callable[[], object]) -> float:
-    """Return the least time of some calls."""
+    """Return the shortest time of several calls."""
     best = float("inf")
     for _ in range(_REPEATS):
         began = time.perf_counter()

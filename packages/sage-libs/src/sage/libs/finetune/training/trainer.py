@@ -20,7 +20,7 @@ from sage.libs.finetune.data.findings import Code, Findings
 from sage.libs.finetune.data.folders import Split
 from sage.libs.finetune.data.inspection import inspect_end
 from sage.libs.finetune.data.mixing import Mixture, weighed
-from sage.libs.finetune.data.store import StoredSamples, stored
+from sage.libs.finetune.data.store import StoredSamples, load_or_tokenize
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.run.estimate import Estimate, check_room, estimate
@@ -32,7 +32,7 @@ from sage.libs.finetune.training.callbacks import RunCallback
 from sage.libs.finetune.training.export import export_result
 from sage.libs.finetune.training.heldout import HeldOut
 from sage.libs.finetune.training.loss import CompletionLoss
-from sage.libs.finetune.training.memory import free_bytes, refuse_beyond_limit
+from sage.libs.finetune.training.memory import available_bytes, refuse_beyond_limit
 from sage.libs.finetune.training.model import decoder, load_trainable, load_weights, loraplus_optimizer, width_of
 from sage.libs.finetune.training.noise import EmbeddingNoise
 from sage.libs.finetune.training.precision import Precision, choose_precision
@@ -95,7 +95,7 @@ class TrainingRun:
         if torch.cuda.is_available():
             self.held_bytes, self.room_bytes = 0, torch.cuda.mem_get_info()[0]
         else:
-            self.held_bytes, self.room_bytes = psutil.Process().memory_info().rss, free_bytes() // self.team.size
+            self.held_bytes, self.room_bytes = psutil.Process().memory_info().rss, available_bytes() // self.team.size
         least = self.precision.shrunk() if self.precision.may_shrink else self.precision
         check_room(self._needs(least), self.room_bytes, self.config)
 
@@ -178,7 +178,7 @@ class TrainingRun:
     def _lead(self) -> None:
         checkpoint = self.checkpoint
         step = checkpoint.step if checkpoint else 0
-        self.heldout.go_on_from(step)
+        self.heldout.discard_after(step)
         is_loaded = checkpoint is None
         try:
             self.stop.check()
@@ -244,14 +244,14 @@ class TrainingRun:
 
     def _encode(self, path: Path, split: Split = "train") -> StoredSamples:
         self._tell(f"reading {path}")
-        samples = stored(path, self._encoder(), self._tell_unless_stopped, split)
-        if samples.facts.truncated:
+        samples = load_or_tokenize(path, self._encoder(), self._tell_unless_stopped, split)
+        if samples.stats.truncated:
             self._warn(
-                f"{samples.facts.truncated} of {samples.facts.samples} samples in {path} are longer than "
-                f"{self.config.max_seq_length} tokens and were cut; {samples.facts.dropped} had no answer left and were "
+                f"{samples.stats.truncated} of {samples.stats.samples} samples in {path} are longer than "
+                f"{self.config.max_seq_length} tokens and were cut; {samples.stats.dropped} had no answer left and were "
                 "dropped."
             )
-        self._report_findings(Findings(samples.facts.findings), path)
+        self._report_findings(Findings(samples.stats.findings), path)
         return samples
 
     def _report_findings(self, findings: Findings, path: Path) -> None:
@@ -269,7 +269,7 @@ class TrainingRun:
 
     def _install_kernels(self) -> tuple[Kernels | None, str]:
         if self.config.fast_kernels == "off":
-            return None, "plain: fast_kernels is off"
+            return None, "fallback: fast_kernels is off"
         return install(decoder(self.model), self.precision.compute_dtype, int8=self.precision.int8_products)
 
     def _trainer(self) -> Trainer:
@@ -367,7 +367,7 @@ class TrainingRun:
             self._tell("measuring the held-out loss")
         measured = self.heldout.measure(step, self.model, self.collator, self._new_loss())
         if is_new:
-            with self.kernels.off() if self.kernels else contextlib.nullcontext():
+            with self.kernels.disabled() if self.kernels else contextlib.nullcontext():
                 for prompt in self.config.sample_prompts or ():
                     self.stop.check()
                     text = answer(self.model, self.chat_format, prompt)
