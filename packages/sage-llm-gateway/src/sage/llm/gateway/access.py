@@ -44,7 +44,7 @@ def check_access(path: str, headers: Headers, key: str | None) -> None:
 
 
 def _refuse_pages(headers: Headers) -> None:
-    """Refuse requests of web pages: from a foreign origin, or under a host name that was pointed to loopback (DNS rebinding)."""
+    """Refuse requests of web pages: of a foreign origin, or under a host name that points to loopback (DNS rebinding)."""
     hint = "Without SAGE_API_KEY the gateway answers to localhost only."
     if any(_host_name(f"//{host}") not in LOOPBACK for host in headers.getlist("host")):
         raise Refusal(403, "host_not_allowed", "The Host header does not name this machine.", hint)

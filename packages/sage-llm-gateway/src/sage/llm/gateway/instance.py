@@ -6,6 +6,7 @@ import logging
 import os
 
 from sage.common.errors import Conflict
+from sage.common.files import replace_file
 from sage.common.paths import get_user_paths
 from sage.common.processes import LOCK_FD_VARIABLE, holder, try_lock, write_identity
 from sage.common.settings import Settings
@@ -31,12 +32,8 @@ def take_lock() -> None:
 
 def publish_address(settings: Settings) -> None:
     """Write address and key where only this user can read them: the command line uses this gateway from now on."""
-    path = get_user_paths().state_dir / "gateway.json"
-    new_path = path.with_name(f".gateway.json.{os.getpid()}")
-    new_path.unlink(missing_ok=True)
-    with os.fdopen(os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump({"pid": os.getpid(), "url": settings.gateway_url, "api_key": key_of(settings)}, file)
-    new_path.replace(path)
+    address = {"pid": os.getpid(), "url": settings.gateway_url, "api_key": key_of(settings)}
+    replace_file(get_user_paths().state_dir / "gateway.json", json.dumps(address).encode(), 0o600)
 
 
 async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:

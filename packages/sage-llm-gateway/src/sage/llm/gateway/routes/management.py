@@ -47,7 +47,8 @@ async def list_engines(
     )
 
 
-@router.get("/events", responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
+@router.get("/events", response_model=EventPage,
+            responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})  # fmt: skip
 async def list_changes(
     manager: Manager,
     after: Cursor = 0,
