@@ -45,13 +45,15 @@ async def gateway(
     engine_port: int | None = None,
     is_responsive: Callable[[], bool] = lambda: True,
     model_name: str | None = None,
+    standby: bool = False,
     **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway, with one engine `tiny` if there is a port; yields a client of it.
 
     model_name: what the engine is called by its server.
     """
-    app = create_app(load_settings().model_copy(update=settings))
+    port = free_port()
+    app = create_app(load_settings().model_copy(update={"gateway_port": port, **settings}), standby=standby)
     if engine_port:
 
         async def running(*_: object) -> Upstream:
@@ -59,7 +61,6 @@ async def gateway(
 
         app.state.manager.running = running
         app.state.manager.is_responsive = lambda _: is_responsive()
-    port = free_port()
     server = uvicorn.Server(uvicorn.Config(
         app, port=port, http=BoundedHttp, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1,
     ))  # fmt: skip
