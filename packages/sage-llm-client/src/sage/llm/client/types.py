@@ -161,11 +161,11 @@ class EngineEvent(BaseModel):
 
 
 class EventPage(BaseModel):
-    """A part of the change feed."""
+    """One page of the change feed."""
 
     object: str = "list"
     data: list[EngineEvent]
-    last_id: int = Field(description="`after` of the next request.")
+    last_id: int = Field(description="Cursor: `after` of the next page.")
     has_more: bool
 
 
