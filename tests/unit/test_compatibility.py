@@ -46,7 +46,9 @@ def _without_prose(value: Any) -> Any:
         return [_without_prose(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _without_prose(item) for key, item in value.items() if key not in _PROSE or not isinstance(item, str | list)}
+    return {
+        key: _without_prose(item) for key, item in value.items() if key not in _PROSE or not isinstance(item, str | list)
+    }
 
 
 def breaks(old: Any, new: Any, path: str = "", is_request: bool = False) -> list[str]:

@@ -39,10 +39,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         (431, "The headers are too large."),
         (500, "The disk, the database or the gateway failed."),
         (502, "The engine exited before its answer was complete."),
-        (
-            503,
-            "The engine is starting or does not respond, there are too many requests, or this is a standby; see Retry-After.",
-        ),
+        (503, "The engine is starting or does not respond, this is a standby, or there are too many requests."),
     )
 }
 
