@@ -85,6 +85,11 @@ class Prober:
             if target.observed and target.observed_at_seconds >= oldest_seconds
         }
 
+    def last(self, engine_id: str) -> Observed | None:
+        """Return what was seen last of an engine, however long ago."""
+        target = self._targets.get(engine_id)
+        return target.observed if target else None
+
     def trouble(self, engine_id: str) -> str:
         """Return why the last probe of an engine failed; empty if it did not."""
         target = self._targets.get(engine_id)
@@ -129,7 +134,7 @@ class Prober:
                 raise OSError(f"the process of {server.id} cannot be observed")
             async with self._silent if target.is_silent else self._answering, asyncio.timeout(self._timeout_seconds):
                 observed = await self._executors[engine.kind].probe(engine, server, process)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged, and tried again
             self._fail(target, error)
         else:
             self._keep(target, observed)

@@ -1,6 +1,5 @@
 """The one loop that brings what is the case closer to what users asked for: read, look, plan, act."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence

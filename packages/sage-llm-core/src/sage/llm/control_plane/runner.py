@@ -79,6 +79,7 @@ class Runner:
             async with self._slots:
                 await self._act(action, observed, server)
         except StaleWrite:
+            self.restarting.pop(engine_id, None)
             logger.debug("%s was written by another process; the next plan starts from that", engine_id)
         except Exception as error:
             if self._troubles.get(engine_id) != repr(error):  # once for as long as it stays the same
