@@ -160,13 +160,14 @@ async def _next_event(lines: Any) -> dict[str, Any]:
 
 
 def test_pause_is_a_501_that_says_so() -> None:
-    stored(1)
+    async def main() -> None:
+        store, lease = stored(1)
+        store.release_lease(lease)
+        async with gateway() as client:
+            answer = await client.post(f"{ENGINES}/{_id(0)}/pause")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (501, "not_implemented")
 
-    async def test(client: httpx.AsyncClient) -> None:
-        answer = await client.post(f"{ENGINES}/{_id(0)}/pause")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (501, "not_implemented")
-
-    ask(test)
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_ready_reports_role_and_counts() -> None:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import NotFound, Overloaded, SageError
+from sage.common.errors import NotFound, NotImplementedYet, Overloaded, SageError
 from sage.common.ids import random_suffix
 from sage.common.logs import LogFile, tail_lines
 from sage.common.paths import get_user_paths
@@ -41,7 +41,7 @@ from sage.llm.control_plane.plan import Limits
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import NotImplementedYet, busy, ended, not_resumable, other_node, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, other_node, standby, still_running
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
 from sage.llm.control_plane.store.database import open_database
@@ -196,7 +196,7 @@ class ControlPlaneManager:
                 return self._view(engine, None)
         raise busy(engine_id)
 
-    async def pause_engine(self, engine_id: str) -> None:
+    async def pause_engine(self, engine_id: str) -> EngineView:
         """Raise NotImplementedYet, or NotFound if there is no such engine."""
         await self._own(engine_id)
         raise NotImplementedYet(
@@ -334,7 +334,6 @@ class ControlPlaneManager:
         Raises NotFound if there is none, Overloaded if it is not ready in time or is settled first.
         """
         deadline_seconds = time.monotonic() + wait_seconds
-        changed = self._routing.wait_for_change()
         route = self.find(model, kind)
         engine_id = route.engine_id
         while route.state is not EngineState.RUNNING:
@@ -343,8 +342,7 @@ class ControlPlaneManager:
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
                                  hint="Retry in some seconds.")  # fmt: skip
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed, left_seconds)
-            changed = self._routing.wait_for_change()
+                await asyncio.wait_for(self._routing.wait_for_change(), left_seconds)
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
