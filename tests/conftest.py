@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from postgres import PostgresServer, postgres_server
 from support import SAMPLES, free_port, make_tiny_model
 
 from sage.common.processes import held_lock, holder
+
+pytest.register_assert_rewrite("store_promises", "lease_promises", "migration_promises")
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "config.json").exists():
             make_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A real PostgreSQL; each test creates a database of its own there."""
+    with postgres_server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -3,15 +3,31 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from sage.llm.client.types import EngineKind, EngineState, Wanted
-from sage.llm.control_plane.store.store import EngineRecord
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, RestartPolicy
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+
+RUNNING = DesiredState.RUNNING
 
 
-def record(state: EngineState = EngineState.QUEUED, wanted: Wanted = Wanted.RUNNING, **values: Any) -> EngineRecord:
-    """Return an engine of kind llm, named 'm', with the id 'engine-a', if not told otherwise."""
+def record(
+    state: EngineState = EngineState.QUEUED, desired: DesiredState = DesiredState.RUNNING, **values: Any
+) -> EngineRecord:
+    """Return an engine of kind llm, named 'm', with the id 'engine-a' and of the node 'n', unless other values are given."""
     now = datetime.now(UTC)
     fields: dict[str, Any] = {
-        "id": "engine-a", "kind": EngineKind.LLM, "model": "m", "name": "m", "options": {}, "reason": None, "node": "n",
-        "port": None, "requested_port": None, "version": 1, "created_at": now, "state_at": now, **values,
+        "id": "engine-a", "kind": EngineKind.LLM, "model": "m", "name": "m", "backend": "transformers", "options": {},
+        "metadata": {}, "force": False, "restart_policy": RestartPolicy.NO, "restarts": 0, "reason": None, "figures": None,
+        "node": "n", "server_id": None, "requested_port": None, "devices": None, "reserved_bytes": None, "version": 1,
+        "created_at": now, "state_at": now, "first_event": 0, "last_event": 0, **values,
     }  # fmt: skip
-    return EngineRecord(state=state, wanted=wanted, **fields)
+    return EngineRecord(state=state, desired=desired, **fields)
+
+
+def server(state: ServerState = ServerState.LAUNCHED, **values: Any) -> ServerRecord:
+    """Return the server of 'engine-a', unless other values are given."""
+    fields: dict[str, Any] = {
+        "id": "server-a", "node": "n", "backend": "transformers", "model": "m", "handle": "/engine-a/process.lock",
+        "address": "127.0.0.1:9000", "devices": None, "reserved_bytes": None, "version": 1, "created_at": datetime.now(UTC),
+        **values,
+    }  # fmt: skip
+    return ServerRecord(state=state, **fields)

@@ -1,4 +1,4 @@
-"""What the gateway passes between client and engine, and what it says if the engine dies, hangs or closes connections."""
+"""What the gateway forwards between client and engine, and its errors if the engine dies, hangs or closes connections."""
 
 import asyncio
 import gzip
@@ -66,6 +66,66 @@ def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
             assert (got.status_code, got.json()) == (429, {"detail": "later"})
             assert (got.headers["retry-after"], got.headers["x-model"]) == ("7", "tiny")
             assert got.headers.get_list("x-request-id") == ["from-engine"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("padding", ["", "long " * 300_000])
+def test_an_engine_that_its_server_names_otherwise_is_asked_under_that_name(padding: str) -> None:
+    seen: dict[str, Any] = {}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        seen.update(await request.json(), length=request.content_length)
+        if seen["stream"]:
+            return await stream_of(request, b'data: {"model": "base:adapter-1"}\n\n', b"data: [DONE]\n\n")
+        return web.json_response({"model": "base:adapter-1"})
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port, model_name="adapter-1") as client:
+            for streams in (False, True):
+                messages = [{"role": "user", "content": f"Grüße{padding}"}]
+                sent = {"model": "tiny", "seed": 2**70, "messages": messages, "stream": streams}
+                got = await client.post(CHAT, json=sent)
+                assert seen.pop("length") > len(padding)
+                assert seen == {**sent, "model": "adapter-1"}
+                assert '"base:adapter-1"' in got.text  # as OpenAI's: the model that answered, not the alias that was asked
+
+    run(main())
+
+
+def test_a_body_is_forwarded_unchanged_if_the_names_are_equal() -> None:
+    seen: list[bytes] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(await request.read())
+        return web.json_response({})
+
+    async def main() -> None:
+        body = json.dumps(ASK, indent=5).encode()
+        async with engine(answer) as port, gateway(port, model_name="tiny") as client:
+            await client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+        assert seen == [body]
+
+    run(main())
+
+
+def test_a_client_that_leaves_while_its_engine_is_starting_is_no_longer_waited_for() -> None:
+    async def main() -> None:
+        async with gateway() as client:
+            waiting, ended = asyncio.Event(), asyncio.Event()
+
+            async def running(*_: object) -> None:
+                waiting.set()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    ended.set()
+
+            client.app.state.manager.running = running  # type: ignore[attr-defined]
+            asking = asyncio.create_task(client.post(CHAT, json=ASK))
+            await waiting.wait()
+            asking.cancel()
+            await ended.wait()
 
     run(main())
 

@@ -1,4 +1,4 @@
-"""Which node this is: one state folder, whatever the machine is called."""
+"""The id of this node: a node is one state folder, whatever the machine is called."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ def node_id_path() -> Path:
 
 
 def open_state_folder() -> str:
-    """Make state folder and settings their user's only, and return the node's id."""
+    """Restrict the state and settings folders to their user, and return the node's id. Raises ConfigError."""
     paths = get_user_paths()
     with usable_state_folder():
         tighten(paths.config_dir)
@@ -23,7 +23,7 @@ def open_state_folder() -> str:
 
 
 def _node_id() -> str:
-    """Return the id of this state folder, made once."""
+    """Return the id of this state folder, created once."""
     path = node_id_path()
     with held_lock(path), path.open("r+", encoding="utf-8") as file:
         found = file.read().strip()

@@ -5,24 +5,25 @@ from collections.abc import Mapping
 from sage.llm.client.types import EngineState
 
 _S = EngineState
-#: Every legal step; anything else is a bug and raises IllegalTransition.
+#: Every legal transition; anything else is a bug and raises IllegalTransition.
 TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
+    _S.VALIDATING: frozenset({_S.QUEUED, _S.STOPPED, _S.FAILED}),
     _S.QUEUED: frozenset({_S.STARTING, _S.STOPPED, _S.FAILED}),
     _S.STARTING: frozenset({_S.RUNNING, _S.STOPPING, _S.STOPPED, _S.FAILED}),
     _S.RUNNING: frozenset({_S.PAUSED, _S.STOPPING, _S.STOPPED, _S.COMPLETED, _S.FAILED}),
     _S.PAUSED: frozenset({_S.QUEUED, _S.STOPPING, _S.STOPPED, _S.FAILED}),
     _S.STOPPING: frozenset({_S.STOPPED, _S.COMPLETED, _S.FAILED}),
-    _S.STOPPED: frozenset({_S.QUEUED}),
+    _S.STOPPED: frozenset({_S.VALIDATING}),
     _S.COMPLETED: frozenset(),
-    _S.FAILED: frozenset({_S.QUEUED}),
+    _S.FAILED: frozenset({_S.VALIDATING, _S.QUEUED}),  # queued: a restart by policy
 }
 
 
 class IllegalTransition(RuntimeError):
-    """A step that the table does not have."""
+    """A transition that the table does not have."""
 
 
 def check_transition(before: EngineState, after: EngineState) -> None:
-    """Raise IllegalTransition where the table does not have the step."""
+    """Raise IllegalTransition if the table does not have the transition."""
     if after not in TRANSITIONS[before]:
         raise IllegalTransition(f"{before} → {after}")

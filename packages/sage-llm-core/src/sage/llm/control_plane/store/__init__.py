@@ -1,1 +1,1 @@
-"""What the control plane was told and what it did, in a database."""
+"""The database of the control plane: engines, servers, events, nodes and leases."""

@@ -1,50 +1,74 @@
 """Opening the database: connection settings and migrations."""
 
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import ConfigError
 from sage.common.paths import private_file
 
-#: The migrations in `migrations/versions/`, oldest first.
-REVISIONS = ("0001", "0002")
+_MIGRATIONS = Path(__file__).parent / "migrations"
+#: The migrations by the beginnings of their file names, oldest first.
+REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("0*.py"))
+#: PostgreSQL's lock around migrations.
+_MIGRATION_LOCK = 0x53414745_00000001
 _HINT = "Correct SAGE_DATABASE_URL, or unset it for SQLite in the state folder."
+_DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 
 
 def open_database(url: str) -> Engine:
-    """Return a connected engine whose schema is of today.
+    """Open a database, bring its schema up to date, and return its SQLAlchemy engine.
 
-    SQLite is opened in WAL mode, synced at every commit, with foreign keys on; only its user can read the file.
-    Raises ConfigError, which tells no password, if the URL is wrong, or the database cannot be reached or is newer.
+    SQLite is opened in WAL mode and synced at every commit; only its user can read the file.
+    Raises ConfigError, which shows no password, if the URL is wrong, or the database cannot be reached or is newer.
     """
+    parsed = _parse(url)
+    try:
+        database = _open_sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _open_postgresql(parsed)
+        _migrate(database, shown(parsed))
+    except (SQLAlchemyError, OSError, ImportError, TypeError, ValueError) as error:
+        message = f"The database {shown(parsed)} cannot be opened: {_cause(error, parsed)}."
+        hint = _DRIVER_HINT if isinstance(error, ImportError) else _HINT
+        raise ConfigError(code="database_unusable", message=message, hint=hint) from None
+    return database
+
+
+def _parse(url: str) -> URL:
+    message = "SAGE_DATABASE_URL is not a SQLAlchemy URL (dialect://user:password@host/database)."
     try:
         parsed = make_url(url)
+        if parsed.get_backend_name() in ("sqlite", "postgresql"):
+            return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
+        message = f"SAGE_DATABASE_URL: {parsed.drivername} is not supported; use sqlite or postgresql."
     except (SQLAlchemyError, ValueError):
-        message = "SAGE_DATABASE_URL is not a SQLAlchemy URL (dialect://user:password@host/database)."
-        raise ConfigError(code="database_unusable", message=message, hint=_HINT) from None
-    try:
-        is_sqlite = parsed.get_backend_name() == "sqlite"
-        if is_sqlite and parsed.database and not parsed.database.startswith((":memory:", "file:")):
-            private_file(Path(parsed.database))
-        database = create_engine(parsed, pool_pre_ping=not is_sqlite, hide_parameters=True)
-        if is_sqlite:
-            event.listen(database, "connect", _configure_sqlite)
-        _migrate(database, shown(parsed))
-    except (SQLAlchemyError, OSError, ModuleNotFoundError, TypeError, ValueError) as error:
-        message = f"The database {shown(parsed)} cannot be opened: {_told(error, parsed)}."
-        raise ConfigError(code="database_unusable", message=message, hint=_HINT) from None
+        pass
+    raise ConfigError(code="database_unusable", message=message, hint=_HINT)
+
+
+def _open_sqlite(url: URL) -> Engine:
+    if url.database and not url.database.startswith((":memory:", "file:")):
+        private_file(Path(url.database))
+    database = create_engine(url, hide_parameters=True)
+    event.listen(database, "connect", _configure_sqlite)
+    event.listen(database, "begin", _begin_sqlite)
+    return database
+
+
+def _open_postgresql(url: URL) -> Engine:
+    database = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    event.listen(database, "connect", _configure_postgresql)
     return database
 
 
 def shown(url: URL) -> str:
-    """Return a URL without user, password and options, as it may be told."""
+    """Return a URL without user, password and options, as messages may show it."""
     return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
 
 
-def _told(error: Exception, url: URL) -> str:
+def _cause(error: Exception, url: URL) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -53,42 +77,56 @@ def _told(error: Exception, url: URL) -> str:
     return first
 
 
-def _configure_sqlite(connection: object, _: object) -> None:
-    cursor = connection.cursor()  # type: ignore[attr-defined]
-    for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+def _configure_sqlite(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # the driver begins no transactions by itself
+    cursor = connection.cursor()
+    for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
+def _begin_sqlite(connection: Connection) -> None:
+    """Let a transaction that writes wait for the others at its beginning, so that what it reads stays true."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
+
+
+def _configure_postgresql(connection: Any, _: object) -> None:
+    """Limit how long a suspended control plane can hold its locks, and how long another one waits for them."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET idle_in_transaction_session_timeout = '3s'")
+        cursor.execute("SET lock_timeout = '5s'")
+    connection.commit()
+
+
 def _migrate(database: Engine, name: str) -> None:
     with database.connect() as connection:
-        revision = _revision(connection)
-    if revision == REVISIONS[-1]:  # the usual case, without importing Alembic, which takes its time
+        revision = _known_revision(connection, name)
+    if revision == REVISIONS[-1]:  # the usual case, without importing Alembic, which is slow
         return
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    with database.execution_options(writes=True).begin() as connection:  # all of it or nothing, and one at a time
+        if database.dialect.name == "postgresql":
+            connection.execute(text("SET LOCAL lock_timeout = 0"))
+            connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+        if _known_revision(connection, name) != REVISIONS[-1]:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+
+def _known_revision(connection: Connection, name: str) -> str | None:
+    """Return the schema's revision, None for an empty database; raises ConfigError if it is newer."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     if revision is not None and revision not in REVISIONS:
         raise ConfigError(
             code="database_newer",
             message=f"The database {name} has schema {revision}, and this version of SAGE knows {REVISIONS[-1]} at most.",
             hint="Upgrade SAGE, or give it another database with SAGE_DATABASE_URL.",
         )
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with database.begin() as connection:
-        if database.dialect.name == "sqlite":  # whole or not at all, and one after the other
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-
-def _revision(connection: Connection) -> str | None:
-    try:
-        return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    except ProgrammingError:
-        return None
-    except OperationalError as error:
-        if "no such table" in str(error):
-            return None
-        raise
+    return revision

@@ -17,8 +17,18 @@ class Lease:
     fence: int
 
 
+@dataclass(frozen=True)
+class LeaderInfo:
+    """The control plane that holds the lease of a node."""
+
+    holder: str  #: its token, different for each start of a control plane
+    host: str
+    pid: int
+    url: str  #: where its gateway answers; empty if it has none
+
+
 class ServerState(StrEnum):
-    """Whether a server's process was started. Whether it lives and answers is observed, and not stored."""
+    """Whether a server's process was started. Whether it is alive and answers is observed, and not stored."""
 
     PLANNED = "planned"  #: written before the launch; the process may exist or not
     LAUNCHED = "launched"  #: written after it
@@ -31,13 +41,13 @@ class ServerRecord:
     id: str  #: `server-` and 10 characters of [a-z0-9]
     node: str
     backend: str  #: name in the registry
-    model: str  #: the base that it loads
+    model: str  #: the base model that it loads
     state: ServerState
-    handle: str  #: names the process to the launcher; chosen before the launch
+    handle: str  #: identifies the process for the launcher; chosen before the launch
     address: str | None  #: HOST:PORT that it listens on, known once it is launched
-    devices: tuple[str, ...] | None  #: None: whatever there is
+    devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
-    version: int
+    version: int  #: raised by every write
     created_at: datetime
 
 
@@ -53,19 +63,19 @@ class EngineRecord:
     options: Mapping[str, Any]
     metadata: Mapping[str, str]
     desired: DesiredState
-    force: bool  #: whether `desired` is to be reached by killing
+    force: bool  #: whether to kill the process to reach `desired`
     restart_policy: RestartPolicy
     restarts: int  #: since a user last started or resumed it
     state: EngineState
     reason: Reason | None
-    figures: Mapping[str, Any] | None  #: TrainingProgress at the moment it settled, so that lists read no files
+    figures: Mapping[str, Any] | None  #: TrainingProgress when it settled, so that lists read no files
     node: str
     server_id: str | None  #: the last server that hosted it; the row may be gone
     requested_port: int | None
-    devices: tuple[str, ...] | None  #: None: whatever there is
+    devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
     version: int  #: raised by every write
     created_at: datetime
     state_at: datetime
     first_event: int  #: orders engines by creation, whatever the clock says
-    last_event: int  #: orders engines by their last change
+    last_event: int  #: orders engines by their last transition, whatever the clock says

@@ -1,226 +1,225 @@
-"""Queries: everything the control plane asks of its database and tells it."""
+"""Engines, servers and the change feed: everything that the control plane asks of its database."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
-from sqlalchemy import CursorResult, Engine, Result, Select, delete, exists, func, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
-from sage.common.errors import ConfigError, Conflict, NotFound
-from sage.common.identity import ProcessIdentity
-from sage.llm.client.types import SETTLED, EngineEvent, EngineKind, EngineState, Reason, Wanted
+from sage.common.errors import Conflict, NotFound
+from sage.llm.client.types import DesiredState, EngineEvent, EngineKind, EngineState, EventKind, Reason
 from sage.llm.control_plane.states import check_transition
-from sage.llm.control_plane.store.tables import EngineRow, EventRow, LeaseRow, OwnerRow
+from sage.llm.control_plane.store.clock import clock
+from sage.llm.control_plane.store.leases import LEASE_SECONDS, LeaseLost, LeaseStore, StaleWrite
+from sage.llm.control_plane.store.pages import page_query, position
+from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
+from sage.llm.control_plane.store.rows import engine_event, engine_record, server_record, to_columns
+from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
-LEASE_SECONDS = 10.0
-_LEASE = "reconciler"
+__all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
-
-class StaleWrite(Exception):
-    """Someone else has written since; read again and decide anew."""
-
-
-@dataclass(frozen=True)
-class EngineRecord:
-    """One engine as the store has it."""
-
-    id: str
-    kind: EngineKind
-    model: str
-    name: str
-    options: Mapping[str, Any]
-    wanted: Wanted
-    state: EngineState
-    reason: Reason | None
-    node: str
-    port: int | None
-    requested_port: int | None
-    version: int
-    created_at: datetime
-    state_at: datetime
-    last_event: int = 0  #: orders engines by their last transition, whatever the clock says; 0 if it was not asked for
-
-    @classmethod
-    def of(cls, row: EngineRow, last_event: int = 0) -> "EngineRecord":
-        """Return a row as a frozen value."""
-        return cls(
-            id=row.id,
-            kind=EngineKind(row.kind),
-            model=row.model,
-            name=row.name,
-            options=row.options,
-            wanted=Wanted(row.wanted),
-            state=EngineState(row.state),
-            reason=Reason(**row.reason) if row.reason else None,
-            node=row.node,
-            port=row.port,
-            requested_port=row.requested_port,
-            version=row.version,
-            created_at=_aware(row.created_at),
-            state_at=_aware(row.state_at),
-            last_event=last_event,
-        )
+#: PostgreSQL's lock around new events: it makes the order of ids the order of commits.
+_FEED_LOCK = 0x53414745_00000002
 
 
-class Store:
-    """Engines, their events and the lease. Each method is one transaction."""
+class Store(LeaseStore):
+    """The database of the control plane. Each method is one transaction and blocks: call it in a thread.
 
-    def __init__(self, database: Engine) -> None:
-        self._database = database
+    Methods that write take the lease, and raise LeaseLost if it is no longer valid.
+    """
 
-    def claim(self, node: str, hint: str) -> None:
-        """Make the database this node's. Raises ConfigError with the hint if it is another one's."""
-        try:
-            with Session(self._database) as session, session.begin():
-                if session.get(OwnerRow, 0) is None:
-                    session.add(OwnerRow(slot=0, node=node))
-                    session.execute(update(EngineRow).values(node=node))  # written when a node was a host's name
-        except IntegrityError:  # two came first at once
-            pass
-        with Session(self._database) as session:
-            owner = session.get_one(OwnerRow, 0).node
-        if owner != node:
-            raise ConfigError(
-                code="database_in_use",
-                message=f"The database belongs to another state folder ({owner}; this one is {node}).",
-                hint=hint.format(owner=owner),
-                param="database_url",
-            )
+    def add(self, record: EngineRecord, actor: str, lease: Lease) -> EngineRecord:
+        """Insert a new engine; its times, version and events are set here. Raises Conflict if its port is taken."""
+        values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
+        with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
+            event = self._event(connection, record.id, EventKind.CREATED, actor, after=record.state)
+            values |= {"first_event": event, "last_event": event}
+            return engine_record(connection.execute(insert(engines).values(values).returning(engines)).one())
 
-    def add(self, record: EngineRecord, actor: str) -> None:
-        """Keep a new engine. Raises Conflict if its port was promised to another one."""
-        values = {**vars(record), "reason": None, "options": dict(record.options)}
-        del values["last_event"]
-        with _one_engine_a_port(record), Session(self._database) as session, session.begin():
-            session.add(EngineRow(**values))
-            session.flush()
-            session.add(_event(record.id, None, record.state, actor, ""))
-
-    def get(self, engine_id: str) -> EngineRecord:
-        """Return an engine; raises NotFound."""
-        with Session(self._database) as session:
-            row = session.get(EngineRow, engine_id)
-            if row is None:
-                raise NotFound(
-                    code="engine_not_found",
-                    message=f"No engine '{engine_id}'.",
-                    hint="`sage llm engine list` shows all engines.",
-                    param="engine_id",
-                )
-            return EngineRecord.of(row)
-
-    def list(self, *, active_only: bool = False) -> Sequence[EngineRecord]:
-        """Return all engines, oldest first, or only those that something may happen to."""
-        last = func.max(EventRow.id)
-        query: Select[EngineRow, int] = select(EngineRow, last).join(EventRow).group_by(EngineRow.id)
-        query = query.order_by(func.min(EventRow.id))  # not by time: clocks are set back
-        if active_only:
-            query = query.where(EngineRow.state.not_in(SETTLED))
-        with Session(self._database) as session:
-            return [EngineRecord.of(row, last_event) for row, last_event in session.execute(query)]
-
-    def move(
+    def transition(
         self,
         record: EngineRecord,
         state: EngineState,
+        *,
         actor: str,
+        lease: Lease,
         reason: Reason | None = None,
-        lease: str | None = None,
+        put_server: ServerRecord | None = None,
+        drop_server: str | None = None,
         **values: Any,
     ) -> EngineRecord:
-        """Take an engine from the state it was read in to another, with its event, or raise StaleWrite.
+        """Take an engine from the state in which it was read to another one, with its event and its server.
 
-        lease: write only if this lease is still held. Raises IllegalTransition if the table of states does not have the
-        step, Conflict if the engine is queued again and its port was promised to another one meanwhile.
+        put_server: inserted, or replaces the row of its id; drop_server: the id of a row to remove; values: other columns.
+        Raises StaleWrite if the engine was written since, IllegalTransition if the table of states does not have
+        the transition, Conflict if the engine becomes active again and another one has its port.
         """
         check_transition(record.state, state)
-        told = reason.model_dump() if reason else None
-        with _one_engine_a_port(record), Session(self._database) as session, session.begin():
-            self._write(session, record, lease, state=state, reason=told, state_at=datetime.now(UTC), **values)
-            session.add(_event(record.id, record.state, state, actor, reason.message if reason else ""))
-        return self.get(record.id)
+        with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
+            message = reason.message if reason else ""
+            event = self._event(
+                connection, record.id, EventKind.TRANSITION, actor, before=record.state, after=state, reason=message
+            )
+            moved = self._update(
+                connection, record, {**values, "state": state, "reason": reason}, state_at=clock(), last_event=event
+            )
+            gone = [server_id for server_id in (drop_server, put_server and put_server.id) if server_id]
+            if gone:
+                connection.execute(delete(servers).where(servers.c.id.in_(gone), servers.c.node == record.node))
+            if put_server:
+                row = to_columns(vars(put_server)) | {"created_at": clock()}
+                connection.execute(insert(servers).values(row))
+            return moved
 
-    def want(self, record: EngineRecord, wanted: Wanted) -> EngineRecord:
-        """Write down what the user wants of an engine, or raise StaleWrite."""
-        with Session(self._database) as session, session.begin():
-            self._write(session, record, wanted=wanted)
-        return self.get(record.id)
+    def set_desired(
+        self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease
+    ) -> EngineRecord:
+        """Write the state that the user asked for. Raises StaleWrite if the engine was written since."""
+        with self._fenced(lease, record.node) as connection:
+            self._event(connection, record.id, EventKind.DESIRED, actor, reason=f"{desired}{' by force' if force else ''}")
+            return self._update(connection, record, {"desired": desired, "force": force})
 
-    def remove(self, record: EngineRecord) -> None:
-        """Forget an engine and its events, or raise StaleWrite."""
-        with Session(self._database) as session, session.begin():
-            self._write(session, record)
-            session.execute(delete(EventRow).where(EventRow.engine_id == record.id))
-            session.execute(delete(EngineRow).where(EngineRow.id == record.id))
+    def update_server(self, server: ServerRecord, *, lease: Lease, **values: Any) -> ServerRecord:
+        """Change columns of a server. Raises StaleWrite if it was written or removed since."""
+        query = update(servers).where(
+            servers.c.id == server.id, servers.c.node == lease.node, servers.c.version == server.version
+        )
+        with self._fenced(lease, server.node) as connection:
+            changed = query.values(version=server.version + 1, **to_columns(values)).returning(servers)
+            row = connection.execute(changed).one_or_none()
+            if row is None:
+                raise StaleWrite(server.id)
+            return server_record(row)
 
-    def events(self, engine_id: str, after: int = 0) -> Sequence[EngineEvent]:
-        """Return an engine's transitions behind the one of id `after`, oldest first."""
-        query = select(EventRow).where(EventRow.engine_id == engine_id, EventRow.id > after).order_by(EventRow.id)
-        with Session(self._database) as session:
-            return [
-                EngineEvent(
-                    id=row.id,
-                    engine_id=row.engine_id,
-                    at=_aware(row.at),
-                    before=EngineState(row.before) if row.before else None,
-                    after=EngineState(row.after),
-                    actor=row.actor,
-                    reason=row.reason,
-                )
-                for row in session.scalars(query)
-            ]
+    def remove(self, record: EngineRecord, *, actor: str, lease: Lease) -> None:
+        """Delete an engine and its events; one event that it was removed stays. Raises StaleWrite."""
+        with self._fenced(lease, record.node) as connection:
+            event = self._event(connection, record.id, EventKind.REMOVED, actor, before=record.state)
+            if not connection.execute(delete(engines).where(_as_read(record))).rowcount:
+                raise StaleWrite(record.id)
+            connection.execute(delete(events).where(events.c.engine_id == record.id, events.c.id < event))
 
-    def hold_lease(self, token: str, host: str, me: ProcessIdentity) -> bool:
-        """Take or renew the right to reconcile; False if another living control plane has it.
+    def get(self, engine_id: str) -> EngineRecord:
+        """Return an engine; raises NotFound."""
+        with self._read() as connection:
+            row = connection.execute(select(engines).where(engines.c.id == engine_id)).one_or_none()
+        if row is None:
+            raise NotFound(
+                code="engine_not_found",
+                message=f"No engine '{engine_id}'.",
+                hint="`sage llm engine list` shows all engines.",
+                param="engine_id",
+            )
+        return engine_record(row)
 
-        A holder on this host has it for as long as its process lives, one on another host until it no longer renews it.
+    def page(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        states: Collection[EngineState] | None = None,
+        kinds: Collection[EngineKind] | None = None,
+        node: str | None = None,
+        newest_first: bool = False,
+    ) -> tuple[list[EngineRecord], bool]:
+        """Return at most `limit` engines in the order of their creation, and whether there are more.
+
+        after: the id of the last engine of the page before. Raises ConfigError if there is no such engine.
         """
-        now = datetime.now(UTC)
-        mine = {
-            "token": token, "host": host, "pid": me.pid, "pid_started": me.started,
-            "expires_at": now + timedelta(seconds=LEASE_SECONDS),
-        }  # fmt: skip
-        try:
-            with Session(self._database) as session, session.begin():
-                row = session.get(LeaseRow, _LEASE, with_for_update=True)
-                if row is None:
-                    session.add(LeaseRow(name=_LEASE, **mine))
-                    return True
-                is_alive = (
-                    ProcessIdentity(row.pid, row.pid_started).is_alive()
-                    if row.host == host
-                    else now < _aware(row.expires_at) < now + timedelta(seconds=2 * LEASE_SECONDS)  # else a clock was set
-                )
-                if row.token != token and is_alive:
-                    return False
-                taken = session.execute(
-                    update(LeaseRow).where(LeaseRow.name == _LEASE, LeaseRow.token == row.token).values(**mine)
-                )
-                return _wrote(taken)
-        except IntegrityError:  # two came first at once
-            return False
+        with self._read() as connection:
+            behind = position(connection, after) if after else None
+            query = page_query(limit + 1, behind, states, kinds, node, newest_first)
+            found = [engine_record(row) for row in connection.execute(query)]
+        return found[:limit], len(found) > limit
 
-    def release_lease(self, token: str) -> None:
-        """Give the right back."""
-        with Session(self._database) as session, session.begin():
-            session.execute(delete(LeaseRow).where(LeaseRow.token == token))
+    def active(self, node: str) -> list[EngineRecord]:
+        """Return the engines of a node that are not settled, oldest first."""
+        query = select(engines).where(engines.c.node == node, ACTIVE).order_by(engines.c.first_event)
+        with self._read() as connection:
+            return [engine_record(row) for row in connection.execute(query)]
+
+    def servers(self, node: str) -> list[ServerRecord]:
+        """Return the servers of a node."""
+        with self._read() as connection:
+            return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
+
+    def hosted(self, engine_ids: Collection[str]) -> list[tuple[EngineRecord, ServerRecord | None]]:
+        """Return those of the engines that exist, each with its server if that has a row."""
+        with self._read() as connection:
+            found = [engine_record(row) for row in connection.execute(select(engines).where(engines.c.id.in_(engine_ids)))]
+            ids = {engine.server_id for engine in found}
+            rows = connection.execute(select(servers).where(servers.c.id.in_(ids)))
+            by_id: Mapping[str | None, ServerRecord] = {row.id: server_record(row) for row in rows}
+        return [(engine, by_id.get(engine.server_id)) for engine in found]
+
+    def count(self) -> Mapping[tuple[EngineKind, EngineState], int]:
+        """Return how many engines of all nodes there are of each kind in each state."""
+        query = select(engines.c.kind, engines.c.state, func.count()).group_by(engines.c.state, engines.c.kind)
+        with self._read() as connection:
+            return {(EngineKind(kind), EngineState(state)): number for kind, state, number in connection.execute(query)}
+
+    def events(self, after: int = 0, *, limit: int, engine_id: str | None = None) -> list[EngineEvent]:
+        """Return events with ids above `after`, oldest first: the change feed.
+
+        An id that a reader has passed is final: no event appears below it later.
+        """
+        query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
+        if engine_id is not None:
+            query = query.where(events.c.engine_id == engine_id)
+        with self._read() as connection:
+            return [engine_event(row) for row in connection.execute(query)]
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 if there is none."""
+        with self._read() as connection:
+            return connection.scalar(select(func.max(events.c.id))) or 0
+
+    @contextlib.contextmanager
+    def _fenced(self, lease: Lease, node: str) -> Iterator[Connection]:
+        """Open a transaction in which the lease is valid until its end."""
+        if lease.node != node:
+            raise LeaseLost(f"the lease of {lease.node} does not allow a write to {node}")
+        with self._write() as connection:
+            self._check_lease(connection, lease)
+            yield connection
 
     @staticmethod
-    def _write(session: Session, record: EngineRecord, lease: str | None = None, **values: Any) -> None:
-        query = update(EngineRow).where(EngineRow.id == record.id, EngineRow.version == record.version)
-        if lease is not None:
-            query = query.where(exists().where(LeaseRow.token == lease))
-        if not _wrote(session.execute(query.values(version=record.version + 1, **values))):
+    def _update(connection: Connection, record: EngineRecord, values: Mapping[str, Any], **more: Any) -> EngineRecord:
+        query = update(engines).where(_as_read(record))
+        changed = query.values(version=record.version + 1, **to_columns(values), **more).returning(engines)
+        row = connection.execute(changed).one_or_none()
+        if row is None:
             raise StaleWrite(record.id)
+        return engine_record(row)
+
+    @staticmethod
+    def _event(
+        connection: Connection,
+        engine_id: str,
+        kind: EventKind,
+        actor: str,
+        *,
+        before: EngineState | None = None,
+        after: EngineState | None = None,
+        reason: str = "",
+    ) -> int:
+        """Append an event and return its id."""
+        if connection.dialect.name == "postgresql":
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_FEED_LOCK})"))
+        row = {"engine_id": engine_id, "kind": kind, "at": clock(), "before": before, "after": after,
+               "actor": actor, "reason": reason}  # fmt: skip
+        event_id: int = connection.execute(insert(events).values(row).returning(events.c.id)).scalar_one()
+        return event_id
+
+
+def _as_read(record: EngineRecord) -> ColumnElement[bool]:
+    return and_(engines.c.id == record.id, engines.c.node == record.node, engines.c.version == record.version)
 
 
 @contextlib.contextmanager
 def _one_engine_a_port(record: EngineRecord) -> Iterator[None]:
-    """Tell the database's refusal of a second engine with one port."""
+    """Turn the database's refusal of a second active engine with the same port into a Conflict."""
     try:
         yield
     except IntegrityError as error:
@@ -237,16 +236,3 @@ def port_taken(port: int | None, why: str) -> Conflict:
         hint="Use another --port, or omit it for a free one.",
         param="port",
     )
-
-
-def _wrote(result: Result[Any]) -> bool:
-    return bool(cast("CursorResult[Any]", result).rowcount)
-
-
-def _event(engine_id: str, before: EngineState | None, after: EngineState, actor: str, reason: str) -> EventRow:
-    return EventRow(engine_id=engine_id, at=datetime.now(UTC), before=before, after=after, actor=actor, reason=reason)
-
-
-def _aware(moment: datetime) -> datetime:
-    """SQLite forgets the zone; all we write is UTC."""
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

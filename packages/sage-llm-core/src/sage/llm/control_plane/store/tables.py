@@ -1,76 +1,104 @@
 """The tables. A change here needs a migration in `migrations/versions/`."""
 
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import JSON, DateTime, ForeignKey, Index, Text, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import JSON, BigInteger, Boolean, Column, DateTime, Index, Integer, MetaData, String, Table, Text, text
 
-_ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
+#: States in which something may still happen to an engine. Literal text: a query uses a partial index only if it repeats it.
+ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
 
+metadata = MetaData()
+_Json = JSON(none_as_null=True)
+_Time: DateTime = DateTime(timezone=True)
 
-class Base(DeclarativeBase):
-    """The schema."""
+engines = Table(
+    "engines",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("backend", String, nullable=False),
+    Column("options", _Json, nullable=False),
+    Column("metadata", _Json, nullable=False),
+    Column("desired", String, nullable=False),
+    Column("force", Boolean, nullable=False),
+    Column("restart_policy", String, nullable=False),
+    Column("restarts", Integer, nullable=False),
+    Column("state", String, nullable=False),
+    Column("reason", _Json),
+    Column("figures", _Json),
+    Column("node", String, nullable=False),
+    Column("server_id", String),
+    Column("requested_port", Integer),
+    Column("devices", _Json),
+    Column("reserved_bytes", BigInteger),
+    Column("version", Integer, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("state_at", _Time, nullable=False),
+    Column("first_event", BigInteger, nullable=False),
+    Column("last_event", BigInteger, nullable=False),
+    # One port is promised to one active engine of a node.
+    Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
+    Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
+    # Pages: each filter is a few ranges of one of these, in the order of the page.
+    Index("ix_engines_order", "first_event", unique=True),
+    Index("ix_engines_state_kind", "state", "kind", "first_event"),
+    Index("ix_engines_node_state_kind", "node", "state", "kind", "first_event"),
+)
 
+servers = Table(
+    "servers",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("node", String, nullable=False, index=True),
+    Column("backend", String, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("state", String, nullable=False),
+    Column("handle", Text, nullable=False),
+    Column("address", String),
+    Column("devices", _Json),
+    Column("reserved_bytes", BigInteger),
+    Column("version", Integer, nullable=False),
+    Column("created_at", _Time, nullable=False),
+)
 
-class EngineRow(Base):
-    """One engine."""
+#: The change feed. Ids grow in the order of commits and are never used twice.
+events = Table(
+    "engine_events",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("engine_id", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("at", _Time, nullable=False),
+    Column("before", String),
+    Column("after", String),
+    Column("actor", String, nullable=False),
+    Column("reason", Text, nullable=False),
+    Index("ix_engine_events_engine", "engine_id", "id"),
+    sqlite_autoincrement=True,
+)
 
-    __tablename__ = "engines"
-    #: No two engines that something may happen to were promised one port.
-    __table_args__ = (
-        Index("ix_engines_active_port", "requested_port", unique=True, sqlite_where=_ACTIVE, postgresql_where=_ACTIVE),
-    )
+#: The state folders that use this database.
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("host", String, nullable=False),
+)
 
-    id: Mapped[str] = mapped_column(primary_key=True)
-    kind: Mapped[str]
-    model: Mapped[str] = mapped_column(Text)
-    name: Mapped[str] = mapped_column(Text, index=True)
-    options: Mapped[dict[str, Any]] = mapped_column(JSON)
-    wanted: Mapped[str]
-    state: Mapped[str] = mapped_column(index=True)
-    reason: Mapped[dict[str, str] | None] = mapped_column(JSON)
-    node: Mapped[str]
-    port: Mapped[int | None]
-    requested_port: Mapped[int | None]
-    #: Raised by every write; a write that read an older one changes nothing.
-    version: Mapped[int]
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-    state_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-
-
-class EventRow(Base):
-    """One transition of one engine."""
-
-    __tablename__ = "engine_events"
-
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    engine_id: Mapped[str] = mapped_column(ForeignKey("engines.id", ondelete="CASCADE"), index=True)
-    at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-    before: Mapped[str | None]
-    after: Mapped[str]
-    actor: Mapped[str]
-    reason: Mapped[str] = mapped_column(Text)
-
-
-class OwnerRow(Base):
-    """The one node whose engines these are."""
-
-    __tablename__ = "owner"
-
-    slot: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  #: always 0
-    node: Mapped[str]
-
-
-class LeaseRow(Base):
-    """Who may reconcile."""
-
-    __tablename__ = "leases"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    token: Mapped[str]
-    host: Mapped[str]
-    pid: Mapped[int]
-    pid_started: Mapped[str]
-    #: Counts for another host's process only: whether one of this host lives can be seen.
-    expires_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+#: One row for each node, never deleted, so that the fence never falls.
+leases = Table(
+    "leases",
+    metadata,
+    Column("node", String, primary_key=True),
+    Column("fence", BigInteger, nullable=False),
+    Column("holder", String),  # NULL: nobody holds it
+    Column("host", String, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("pid_started", String, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("expires_at", _Time, nullable=False),
+)
+#: When the lease of a new node expired.
+NEVER_HELD = datetime.fromisoformat("2000-01-01T00:00:00+00:00")

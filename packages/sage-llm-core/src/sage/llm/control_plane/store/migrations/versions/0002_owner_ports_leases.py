@@ -1,4 +1,4 @@
-"""The database's owner; one active engine for a port; leases that name processes as the kernel does.
+"""The owner of the database; one active engine for a port; leases with the kernel's identity of a process.
 
 Revision ID: 0002
 """
@@ -13,13 +13,13 @@ _ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
 
 
 def upgrade() -> None:
-    """Create the owner's table and the ports' index; begin the leases anew, since nothing holds one now."""
+    """Create the owner's table and the index of ports; replace the leases, since nothing holds one now."""
     op.create_table(
         "owner",
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),
         sa.Column("node", sa.String(), nullable=False),
     )
-    op.execute(  # of engines that were given one port at once, the first keeps it
+    op.execute(  # of several active engines with one port, the oldest keeps it
         f"UPDATE engines SET requested_port = NULL WHERE {_ACTIVE} AND EXISTS (SELECT 1 FROM engines AS other "  # noqa: S608
         f"WHERE other.requested_port = engines.requested_port AND other.id <> engines.id AND other.{_ACTIVE} "
         "AND (other.created_at < engines.created_at OR (other.created_at = engines.created_at AND other.id < engines.id)))"
@@ -45,7 +45,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Go back to leases of before."""
+    """Restore the leases of 0001."""
     op.drop_index("ix_engines_active_port", "engines")
     op.drop_table("owner")
     op.drop_table("leases")

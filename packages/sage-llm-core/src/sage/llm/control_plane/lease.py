@@ -1,0 +1,95 @@
+"""LeaseKeeper: takes the lease of a node and renews it, beside everything else that the control plane does."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from sage.common.identity import ProcessIdentity
+from sage.llm.control_plane.store.leases import LeaseStore
+from sage.llm.control_plane.store.records import Lease
+
+logger = logging.getLogger(__name__)
+#: In lease lengths: how often it is renewed, how often a standby tries to take it, and for how long it is used.
+_RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
+#: Counts the time in which the machine was suspended, if the system has such a clock.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+class LeaseKeeper:
+    """Holds the lease of a node whenever it can; `lease` is None while another control plane has it."""
+
+    def __init__(
+        self, store: LeaseStore, node: str, url: str, on_change: Callable[[Lease | None], None] = lambda _: None
+    ) -> None:
+        """url: where the gateway of this control plane answers; on_change: called in the event loop with `lease`."""
+        self.holder = secrets.token_hex(8)
+        self.on_change = on_change
+        self._store, self._node, self._url = store, node, url
+        self._held: Lease | None = None
+        self._reported: Lease | None = None
+        self._renewed_seconds = 0.0
+        self._trouble = ""
+        self._task: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "lease")  # of its own: no other work delays a renewal
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease, None if it is not held, or was renewed too long ago: after a suspension, it is renewed first."""
+        is_fresh = time.clock_gettime(_CLOCK) - self._renewed_seconds < _USE * self._store.lease_seconds
+        return self._held if is_fresh else None
+
+    async def open(self) -> None:
+        """Register the node, try to take the lease, and keep trying and renewing until `close`."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._store.register_node, self._node, socket.gethostname())
+        await self._step()
+        self._task = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """Give the lease back."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._held:
+            with contextlib.suppress(SQLAlchemyError):  # in the one thread, and so after a renewal that is under way
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._store.release_lease, self._held)
+            self._held = None
+        self._thread.shutdown(wait=False)
+        self._report()
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep((_RENEW if self._held else _LOOK) * self._store.lease_seconds)
+            await self._step()
+
+    async def _step(self) -> None:
+        """Renew the lease, or try to take it; an unreachable database is tried again."""
+        began_seconds = time.clock_gettime(_CLOCK)
+        try:
+            self._held = await asyncio.get_running_loop().run_in_executor(self._thread, self._renew_or_acquire, self._held)
+            self._renewed_seconds, self._trouble = began_seconds, ""
+        except Exception as error:
+            if repr(error) != self._trouble:
+                logger.warning("the lease cannot be renewed, retrying", exc_info=error)
+            self._trouble = repr(error)
+        self._report()
+
+    def _renew_or_acquire(self, held: Lease | None) -> Lease | None:
+        if held and self._store.renew_lease(held, self.holder):
+            return held
+        me = ProcessIdentity.of(os.getpid())
+        return self._store.acquire_lease(self._node, self.holder, socket.gethostname(), me, self._url)
+
+    def _report(self) -> None:
+        lease = self.lease
+        if lease != self._reported:
+            self._reported = lease
+            self.on_change(lease)

@@ -1,0 +1,214 @@
+"""The routing table: from the model that a request names to the server that answers it, in memory."""
+
+import asyncio
+import logging
+from bisect import bisect_left, insort
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import islice
+
+from sage.common.errors import NotFound, Overloaded
+from sage.llm.client.types import DEFAULT_MODEL, SETTLED, EngineKind, EngineState
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.store import Store
+
+logger = logging.getLogger(__name__)
+_FOLLOW_SECONDS = 0.5
+_EVENTS_AT_ONCE = 500
+_SHOWN_CHARACTERS = 100
+_SHOWN_NAMES = 20
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where a request is sent."""
+
+    address: str  #: HOST:PORT
+    model_name: str | None  #: what the server calls the engine; None: the request is forwarded unchanged
+    engine_id: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """What routing knows of an engine that is not settled."""
+
+    engine_id: str
+    name: str
+    model: str
+    kind: EngineKind
+    state: EngineState
+    first_event: int
+    last_event: int
+    version: int
+    created_at: datetime
+    address: str | None
+    model_name: str | None
+
+
+@dataclass
+class _Group:
+    """The engines that one key means, as (order, engine id), the preferred one last."""
+
+    running: list[tuple[int, str]] = field(default_factory=list)
+    starting: list[tuple[int, str]] = field(default_factory=list)
+
+
+class RoutingTable:
+    """The engines of a node that are not settled, kept current by transitions and the change feed.
+
+    A look-up costs the same whatever the number of engines. Used in one event loop.
+    """
+
+    def __init__(self, node: str, model_name: Callable[[EngineRecord], str | None] = lambda _: None) -> None:
+        """model_name: what an engine is called by its server."""
+        self._node, self._model_name = node, model_name
+        self._routes: dict[str, Route] = {}
+        self._groups: dict[tuple[EngineKind, str], _Group] = {}
+        self._changed = asyncio.Event()
+
+    def apply(self, engine: EngineRecord, server: ServerRecord | None) -> None:
+        """Take in an engine as it was read or written; an older version than the one known changes nothing."""
+        known = self._routes.get(engine.id)
+        if engine.node != self._node or (known and engine.version < known.version):
+            return
+        self._drop(engine.id)
+        if engine.state not in SETTLED:
+            self._routes[engine.id] = route = Route(
+                engine_id=engine.id,
+                name=engine.name,
+                model=engine.model,
+                kind=engine.kind,
+                state=engine.state,
+                first_event=engine.first_event,
+                last_event=engine.last_event,
+                version=engine.version,
+                created_at=engine.created_at,
+                address=server.address if server else None,
+                model_name=self._model_name(engine),
+            )
+            for entries, order in self._entries(route):
+                insort(entries, (order, engine.id))
+        self._notify()
+
+    def forget(self, engine_id: str) -> None:
+        """Remove an engine that no longer exists."""
+        self._drop(engine_id)
+        self._notify()
+
+    def get(self, engine_id: str) -> Route | None:
+        """Return the route of an engine; None if it is settled or unknown."""
+        return self._routes.get(engine_id)
+
+    def routes(self, kind: EngineKind) -> list[Route]:
+        """Return the routes of a kind, the running engines first, newest first."""
+        return list(self._newest_first(kind))
+
+    def find(self, model: str, kind: EngineKind, is_responsive: Callable[[str], bool]) -> Route:
+        """Return the engine that a request for `model` means, by id, name or model.
+
+        A running engine that responds comes first, the newest of several; else the newest that is being started, for
+        which the request waits. Raises Overloaded if the only ones that run do not respond, NotFound if there is none.
+        """
+        group = self._groups.get((kind, model), _NO_ENGINES)
+        for _, engine_id in reversed(group.running):
+            if is_responsive(engine_id):
+                return self._routes[engine_id]
+        if group.starting:
+            return self._routes[group.starting[-1][1]]
+        if group.running:
+            raise unresponsive(group.running[-1][1])
+        wanted = "MODEL" if model == DEFAULT_MODEL else _shortened(model)
+        raise NotFound(
+            code="model_not_found",
+            message=f"No engine of kind {kind} serves the model '{_shortened(model)}'; there are: {self._names(kind)}.",
+            hint=f"Start one: `sage llm engine start {wanted} --engine-kind {kind}`.",
+            param="model",
+        )
+
+    def wait_for_change(self) -> Awaitable[object]:
+        """Return what ends with the next change after this call, even if it is awaited only later."""
+        return self._changed.wait()
+
+    async def load(self, store: Store) -> int:
+        """Read all active engines, and return the cursor from which `follow` goes on."""
+        cursor = await asyncio.to_thread(store.last_event)
+        servers = {server.id: server for server in await asyncio.to_thread(store.servers, self._node)}
+        for engine in await asyncio.to_thread(store.active, self._node):
+            self.apply(engine, servers.get(engine.server_id or ""))
+        return cursor
+
+    async def follow(self, store: Store, cursor: int) -> None:
+        """Take in what other processes write, from a cursor on; never returns."""
+        while True:
+            try:
+                cursor = await self._take_in(store, cursor)
+            except Exception as error:
+                logger.warning("the change feed cannot be read, retrying", exc_info=error)
+            await asyncio.sleep(_FOLLOW_SECONDS)
+
+    async def _take_in(self, store: Store, cursor: int) -> int:
+        while events := await asyncio.to_thread(store.events, cursor, limit=_EVENTS_AT_ONCE):
+            changed = {event.engine_id for event in events}
+            found = await asyncio.to_thread(store.hosted, changed)
+            for engine, server in found:
+                self.apply(engine, server)
+            for engine_id in changed - {engine.id for engine, _ in found}:
+                self.forget(engine_id)
+            cursor = events[-1].id
+        return cursor
+
+    def _drop(self, engine_id: str) -> None:
+        if route := self._routes.pop(engine_id, None):
+            for entries, order in self._entries(route):
+                del entries[bisect_left(entries, (order, engine_id))]
+            for key in _keys(route):
+                group = self._groups[route.kind, key]
+                if not group.running and not group.starting:
+                    del self._groups[route.kind, key]
+
+    def _entries(self, route: Route) -> Iterator[tuple[list[tuple[int, str]], int]]:
+        """Yield each list that a route belongs to, with its order there."""
+        if route.state is EngineState.STOPPING:
+            return
+        for key in _keys(route):
+            group = self._groups.setdefault((route.kind, key), _Group())
+            if route.state is not EngineState.RUNNING:
+                yield group.starting, route.first_event
+            else:  # sage-default is the engine that was started last, a name the engine that was created last
+                yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
+
+    def _newest_first(self, kind: EngineKind) -> Iterator[Route]:
+        group = self._groups.get((kind, DEFAULT_MODEL), _NO_ENGINES)
+        for entries in (group.running, group.starting):
+            yield from (self._routes[engine_id] for _, engine_id in reversed(entries))
+
+    def _names(self, kind: EngineKind) -> str:
+        """Return the names that a request could give, not all if there are many."""
+        names = list(dict.fromkeys(route.name for route in islice(self._newest_first(kind), _SHOWN_NAMES + 1)))
+        shown = [*names[:_SHOWN_NAMES], "…"] if len(names) > _SHOWN_NAMES else names
+        return ", ".join(shown) or "none"
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+_NO_ENGINES = _Group()
+
+
+def _keys(route: Route) -> set[str]:
+    return {route.engine_id, route.name, route.model, DEFAULT_MODEL}
+
+
+def unresponsive(engine_id: str) -> Overloaded:
+    """Return the refusal of a request to an engine that is alive and does not answer."""
+    return Overloaded(
+        code="engine_unresponsive",
+        message=f"{engine_id} is running, but does not respond.",
+        hint=f"Retry later, or restart it: `sage llm engine stop --force {engine_id}`, then `resume`.",
+    )
+
+
+def _shortened(model: str) -> str:
+    return model if len(model) <= _SHOWN_CHARACTERS else f"{model[:_SHOWN_CHARACTERS]}…"

@@ -1,0 +1,29 @@
+"""The database's clock in SQL: one for all control planes that share a database."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import DateTime, literal
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+
+class clock(FunctionElement[datetime]):  # noqa: N801 - named as SQL functions are
+    """The time of the database at this statement, plus some seconds."""
+
+    type = DateTime(timezone=True)
+    inherit_cache = True
+
+    def __init__(self, plus_seconds: float = 0.0) -> None:
+        super().__init__(literal(float(plus_seconds)))
+
+
+@compiles(clock, "sqlite")
+def _sqlite(element: clock, compiler: Any, **options: Any) -> str:
+    """Write it as SQLAlchemy writes times: with six digits of a second."""
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({compiler.process(element.clauses, **options)}) || ' seconds')"
+
+
+@compiles(clock, "postgresql")
+def _postgresql(element: clock, compiler: Any, **options: Any) -> str:
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"

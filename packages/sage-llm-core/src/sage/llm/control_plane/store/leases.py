@@ -1,0 +1,114 @@
+"""Leases: who may write the rows of a node, checked in the transaction of every write.
+
+A control plane may be suspended at any moment, so that it continues after another one has taken its lease. Its fence is
+then outdated, and its writes are refused. If it is suspended in the middle of a transaction, the takeover waits:
+PostgreSQL ends the transaction after 3 s; SQLite cannot, and nobody can write until the process continues or exits.
+"""
+
+from contextlib import AbstractContextManager
+
+from sqlalchemy import ColumnElement, Connection, Engine, and_, select, update
+from sqlalchemy.dialects.postgresql import insert as insert_postgresql
+from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+
+from sage.common.identity import ProcessIdentity
+from sage.llm.control_plane.store.clock import clock
+from sage.llm.control_plane.store.records import LeaderInfo, Lease
+from sage.llm.control_plane.store.tables import NEVER_HELD, leases, nodes
+
+LEASE_SECONDS = 8.0
+
+
+class StaleWrite(Exception):
+    """Another writer was faster: read again and decide anew. Nothing was changed."""
+
+
+class LeaseLost(StaleWrite):
+    """The lease has expired, or another control plane took it over. Nothing was changed."""
+
+
+class LeaseStore:
+    """Nodes and their leases. Each method is one transaction."""
+
+    def __init__(self, database: Engine, lease_seconds: float = LEASE_SECONDS) -> None:
+        self._database = database
+        self._writer = database.execution_options(writes=True)
+        self.lease_seconds = lease_seconds
+
+    def register_node(self, node: str, host: str) -> None:
+        """Make a node known, with a lease that nobody holds yet."""
+        insert = insert_sqlite if self._database.dialect.name == "sqlite" else insert_postgresql
+        lease = {"fence": 0, "host": "", "pid": 0, "pid_started": "", "url": "", "expires_at": NEVER_HELD}
+        with self._write() as connection:
+            statement = insert(nodes).values(id=node, host=host)
+            connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"host": host}))
+            connection.execute(insert(leases).values(node=node, **lease).on_conflict_do_nothing())
+
+    def acquire_lease(self, node: str, holder: str, host: str, me: ProcessIdentity, url: str = "") -> Lease | None:
+        """Take the lease and raise its fence; None if another living control plane holds it.
+
+        holder: a token of this control plane; url: where its gateway answers.
+        A lease can be taken if it is free, has expired, or its holder was a process of this host and has exited.
+        """
+        with self._read() as connection:  # a standby looks every second: this writes nothing
+            query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
+            row = connection.execute(query.where(leases.c.node == node)).one()
+        has_exited = row.host == host and not ProcessIdentity(row.pid, row.pid_started).is_alive()
+        if row.holder not in (None, holder) and row.is_valid and not has_exited:
+            return None
+        taken = update(leases).where(leases.c.node == node, leases.c.fence == row.fence)
+        if row.holder not in (None, holder) and not has_exited:  # it may have been renewed since it was read
+            taken = taken.where(~_is_valid(self.lease_seconds))
+        taken = taken.values(
+            fence=row.fence + 1,
+            holder=holder,
+            host=host,
+            pid=me.pid,
+            pid_started=me.started,
+            url=url,
+            expires_at=clock(self.lease_seconds),
+        )
+        with self._write() as connection:
+            return Lease(node, row.fence + 1) if connection.execute(taken).rowcount else None
+
+    def renew_lease(self, lease: Lease, holder: str) -> bool:
+        """Extend the lease, also one that has expired if nobody took it; False if another control plane did."""
+        renewed = update(leases).where(_is_of(lease), leases.c.holder == holder).values(expires_at=clock(self.lease_seconds))
+        with self._write() as connection:
+            return bool(connection.execute(renewed).rowcount)
+
+    def release_lease(self, lease: Lease) -> None:
+        """Give the lease back, so that another control plane can take it at once."""
+        with self._write() as connection:
+            connection.execute(update(leases).where(_is_of(lease)).values(holder=None, expires_at=NEVER_HELD))
+
+    def leader(self, node: str) -> LeaderInfo | None:
+        """Return who holds the lease of a node; None if it is free or has expired."""
+        with self._read() as connection:
+            query = select(leases).where(leases.c.node == node, leases.c.holder.is_not(None), _is_valid(self.lease_seconds))
+            row = connection.execute(query).one_or_none()
+        return LeaderInfo(row.holder, row.host, row.pid, row.url) if row else None
+
+    def _check_lease(self, connection: Connection, lease: Lease) -> None:
+        """Raise LeaseLost if the lease is not valid; on success, nobody can take it before this transaction ends.
+
+        SQLite has one writer at a time. On PostgreSQL the shared lock of the row makes a takeover wait.
+        """
+        query = select(leases.c.fence).where(_is_of(lease), _is_valid(self.lease_seconds)).with_for_update(read=True)
+        if connection.execute(query).first() is None:
+            raise LeaseLost(f"{lease.node} is no longer held with fence {lease.fence}")
+
+    def _read(self) -> AbstractContextManager[Connection]:
+        return self._database.begin()
+
+    def _write(self) -> AbstractContextManager[Connection]:
+        return self._writer.begin()
+
+
+def _is_of(lease: Lease) -> ColumnElement[bool]:
+    return and_(leases.c.node == lease.node, leases.c.fence == lease.fence)
+
+
+def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
+    """Has not expired; an expiry that no renewal can have written comes from before the clock was set back."""
+    return and_(leases.c.expires_at > clock(), leases.c.expires_at <= clock(2 * lease_seconds))

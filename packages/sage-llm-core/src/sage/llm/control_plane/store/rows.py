@@ -1,0 +1,75 @@
+"""From frozen values to rows and back."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Row
+
+from sage.llm.client.types import (
+    DesiredState,
+    EngineEvent,
+    EngineKind,
+    EngineState,
+    EventKind,
+    Reason,
+    RestartPolicy,
+)
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+
+
+def to_columns(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of a record as their columns hold them."""
+    return {name: _to_column(value) for name, value in values.items()}
+
+
+def _to_column(value: Any) -> Any:
+    match value:
+        case Reason():
+            return value.model_dump()
+        case Mapping():
+            return dict(value)
+        case tuple():
+            return list(value)
+        case _:
+            return value
+
+
+def engine_record(row: Row[Any] | Mapping[str, Any]) -> EngineRecord:
+    """Return a row of `engines` as a frozen value."""
+    values: dict[str, Any] = dict(row if isinstance(row, Mapping) else row._mapping)  # noqa: SLF001 - its public name
+    values["kind"] = EngineKind(values["kind"])
+    values["state"] = EngineState(values["state"])
+    values["desired"] = DesiredState(values["desired"])
+    values["restart_policy"] = RestartPolicy(values["restart_policy"])
+    values["reason"] = Reason(**values["reason"]) if values["reason"] else None
+    values["devices"] = _devices(values["devices"])
+    values["created_at"] = _in_utc(values["created_at"])
+    values["state_at"] = _in_utc(values["state_at"])
+    return EngineRecord(**values)
+
+
+def server_record(row: Row[Any]) -> ServerRecord:
+    """Return a row of `servers` as a frozen value."""
+    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
+    values["state"] = ServerState(values["state"])
+    values["devices"] = _devices(values["devices"])
+    values["created_at"] = _in_utc(values["created_at"])
+    return ServerRecord(**values)
+
+
+def engine_event(row: Row[Any]) -> EngineEvent:
+    """Return a row of `engine_events` as it goes over the wire."""
+    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
+    values["kind"] = EventKind(values["kind"])
+    values["at"] = _in_utc(values["at"])
+    return EngineEvent(**values)
+
+
+def _devices(value: list[str] | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value)
+
+
+def _in_utc(moment: datetime) -> datetime:
+    """Return a time in UTC: SQLite stores no zone, PostgreSQL answers in the zone of its session."""
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

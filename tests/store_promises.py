@@ -1,0 +1,240 @@
+"""What the store promises on every database; the tests of each database inherit them."""
+
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import product
+
+import pytest
+from engines import record, server
+
+from sage.common.errors import ConfigError, Conflict, NotFound
+from sage.common.identity import ProcessIdentity
+from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, EventKind, Reason
+from sage.llm.control_plane.states import IllegalTransition
+from sage.llm.control_plane.store.database import open_database
+from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerState
+from sage.llm.control_plane.store.store import StaleWrite, Store
+
+S, K = EngineState, EngineKind
+DIED = Reason(code="engine_died", message="It exited with code 1.")
+ME = ProcessIdentity.of(1)
+EXITED = ProcessIdentity(1, "an earlier boot/5")
+
+
+def lease_of(store: Store, node: str = "n", holder: str = "holder") -> Lease:
+    store.register_node(node, "host")
+    lease = store.acquire_lease(node, holder, "host", ME)
+    assert lease
+    return lease
+
+
+def _settled(store: Store, lease: Lease, state: EngineState, **values: object) -> EngineRecord:
+    return store.add(record(state, **values), "user", lease)
+
+
+class Stored:
+    @pytest.fixture
+    def store(self, database_url: str) -> Store:
+        return Store(open_database(database_url))
+
+    @pytest.fixture
+    def lease(self, store: Store) -> Lease:
+        return lease_of(store)
+
+
+class StorePromises(Stored):
+    def test_a_record_is_read_as_it_was_written(self, store: Store, lease: Lease) -> None:
+        values = {"options": {"a": [1, None]}, "metadata": {"team": "x"}, "figures": {"loss": 1.5}, "devices": ("cuda:0",),
+                  "reserved_bytes": 80_000_000_000, "requested_port": 9000, "force": True, "reason": DIED}  # fmt: skip
+        given = record(S.VALIDATING, **values)
+        added = store.add(given, "user", lease)
+        assert added == store.get("engine-a")
+        unset = {"created_at": given.created_at, "state_at": given.state_at, "first_event": 0, "last_event": 0}
+        assert replace(added, **unset) == given
+        assert added.first_event == added.last_event == store.last_event()
+
+    def test_times_are_those_of_the_database_and_in_utc(self, store: Store, lease: Lease) -> None:
+        added = store.add(record(created_at=datetime(2000, 1, 1, tzinfo=UTC)), "user", lease)
+        assert abs(added.created_at - datetime.now(UTC)) < timedelta(minutes=1)
+        assert added.created_at.utcoffset() == timedelta(0)
+        assert abs(store.events(limit=1)[0].at - added.created_at) < timedelta(minutes=1)
+
+    def test_every_transition_is_kept_with_its_reason_and_actor(self, store: Store, lease: Lease) -> None:
+        engine = store.add(record(), "user", lease)
+        engine = store.transition(engine, S.STARTING, actor="reconciler", lease=lease, restarts=1)
+        engine = store.transition(engine, S.FAILED, actor="reconciler", lease=lease, reason=DIED, figures={"step": 3})
+        assert engine == store.get("engine-a")
+        assert (engine.state, engine.reason, engine.restarts, engine.figures) == (S.FAILED, DIED, 1, {"step": 3})
+        assert [(e.kind, e.before, e.after, e.actor, e.reason) for e in store.events(limit=9)] == [
+            (EventKind.CREATED, None, S.QUEUED, "user", ""),
+            (EventKind.TRANSITION, S.QUEUED, S.STARTING, "reconciler", ""),
+            (EventKind.TRANSITION, S.STARTING, S.FAILED, "reconciler", DIED.message),
+        ]
+        assert engine.last_event == store.last_event()
+        assert store.active("n") == []
+        engine = store.transition(engine, S.VALIDATING, actor="user", lease=lease)
+        assert (engine.reason, store.active("n")) == (None, [engine])
+
+    def test_an_illegal_transition_is_refused(self, store: Store, lease: Lease) -> None:
+        engine = store.add(record(), "user", lease)
+        with pytest.raises(IllegalTransition, match="queued → completed"):
+            store.transition(engine, S.COMPLETED, actor="reconciler", lease=lease)
+        assert store.get("engine-a") == engine
+
+    def test_a_server_appears_and_goes_with_the_transition_of_its_engine(self, store: Store, lease: Lease) -> None:
+        engine = store.add(record(), "user", lease)
+        planned = server(ServerState.PLANNED, address=None)
+        engine = store.transition(engine, S.STARTING, actor="r", lease=lease, put_server=planned, server_id="server-a")
+        [stored] = store.servers("n")
+        assert stored == replace(planned, created_at=stored.created_at)
+        launched = store.update_server(stored, lease=lease, state=ServerState.LAUNCHED, address="127.0.0.1:1")
+        assert (launched.version, launched.address, store.servers("n")) == (2, "127.0.0.1:1", [launched])
+        assert store.hosted(["engine-a", "engine-unknown"]) == [(engine, launched)]
+        with pytest.raises(StaleWrite):
+            store.update_server(stored, lease=lease, address="127.0.0.1:2")
+        engine = store.transition(engine, S.FAILED, actor="r", lease=lease, drop_server="server-a")
+        assert store.servers("n") == []
+        assert store.hosted(["engine-a"]) == [(engine, None)]
+
+    def test_what_the_user_asked_for_is_kept_and_reported_by_the_feed(self, store: Store, lease: Lease) -> None:
+        engine = store.add(record(), "user", lease)
+        asked = store.set_desired(engine, DesiredState.STOPPED, force=True, actor="user", lease=lease)
+        assert (asked.desired, asked.force, asked.state, asked.version) == (DesiredState.STOPPED, True, S.QUEUED, 2)
+        event = store.events(engine.last_event, limit=1)[0]
+        assert (event.kind, event.reason, asked.last_event) == (EventKind.DESIRED, "stopped by force", engine.last_event)
+
+    def test_a_write_based_on_an_outdated_read_changes_nothing(self, store: Store, lease: Lease) -> None:
+        stale = store.add(record(), "user", lease)
+        current = store.set_desired(stale, DesiredState.STOPPED, force=False, actor="user", lease=lease)
+        before = store.last_event()
+        with pytest.raises(StaleWrite):
+            store.transition(stale, S.STARTING, actor="r", lease=lease, put_server=server())
+        with pytest.raises(StaleWrite):
+            store.set_desired(stale, DesiredState.RUNNING, force=False, actor="user", lease=lease)
+        with pytest.raises(StaleWrite):
+            store.remove(stale, actor="user", lease=lease)
+        assert (store.get("engine-a"), store.servers("n"), store.last_event()) == (current, [], before)
+
+    def test_of_a_removed_engine_one_event_stays(self, store: Store, lease: Lease) -> None:
+        store.remove(_settled(store, lease, S.STOPPED), actor="user", lease=lease)
+        with pytest.raises(NotFound, match="No engine 'engine-a'"):
+            store.get("engine-a")
+        assert [(e.kind, e.before, e.actor) for e in store.events(limit=9)] == [(EventKind.REMOVED, S.STOPPED, "user")]
+
+    def test_an_active_engine_has_its_port_alone_on_its_node(self, store: Store, lease: Lease) -> None:
+        first = store.add(record(requested_port=9000), "user", lease)
+        with pytest.raises(Conflict) as caught:
+            store.add(record(id="engine-b", requested_port=9000), "user", lease)
+        assert (caught.value.code, caught.value.param) == ("port_taken", "port")
+        stopped = store.transition(first, S.STOPPED, actor="r", lease=lease)
+        store.add(record(id="engine-b", requested_port=9000), "user", lease)
+        with pytest.raises(Conflict, match="Port 9000 cannot be used"):
+            store.transition(stopped, S.VALIDATING, actor="user", lease=lease)
+        assert store.get("engine-a").state is S.STOPPED
+        other = lease_of(store, "other")
+        store.add(record(id="engine-c", node="other", requested_port=9000), "user", other)
+        store.add(record(id="engine-d"), "user", lease)
+        store.add(record(id="engine-e"), "user", lease)  # without a port there is no conflict
+
+    def test_of_many_starts_with_one_port_at_once_one_is_accepted(self, store: Store, lease: Lease) -> None:
+        def add(number: int) -> bool:
+            try:
+                store.add(record(id=f"engine-{number}", requested_port=9000), "user", lease)
+            except Conflict:
+                return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(add, range(8))) == 1
+        assert len(store.active("n")) == 1
+
+    def test_an_error_of_the_database_shows_no_values(self, store: Store, lease: Lease) -> None:
+        store.add(record(options={"api": "hunter2"}), "user", lease)
+        with pytest.raises(Exception, match=r"(?i)unique") as caught:
+            store.add(record(options={"api": "hunter2"}), "user", lease)
+        assert "hunter2" not in str(caught.value)
+
+    def test_engines_are_in_the_order_of_their_creation(self, store: Store, lease: Lease) -> None:
+        store.add(record(id="engine-b"), "user", lease)
+        store.add(record(id="engine-a"), "user", lease)
+        store.transition(store.get("engine-b"), S.STARTING, actor="r", lease=lease)
+        first, second = store.active("n")
+        assert (first.id, second.id) == ("engine-b", "engine-a")
+        assert first.last_event > second.last_event
+
+    def test_pages_of_every_filter_and_order_list_each_engine_once(self, store: Store, lease: Lease) -> None:
+        other = lease_of(store, "other")
+        for number, (state, kind) in enumerate(product(S, K)):
+            node, held = ("n", lease) if number % 3 else ("other", other)
+            store.add(record(state, kind=kind, id=f"engine-{number}", node=node), "user", held)
+        every = store.page(limit=100)[0]
+        assert [engine.id for engine in every] == [f"engine-{number}" for number in range(len(S) * len(K))]
+        for states, kinds, node, newest_first in product(
+            (None, SETTLED, [S.RUNNING], []), (None, [K.LLM, K.FINETUNE]), (None, "n"), (False, True)
+        ):
+            expected = [
+                engine.id
+                for engine in (reversed(every) if newest_first else every)
+                if (states is None or engine.state in states)
+                and (kinds is None or engine.kind in kinds)
+                and (node is None or engine.node == node)
+            ]
+            listed: list[str] = []
+            has_more = True
+            while has_more:
+                found, has_more = store.page(
+                    limit=4, after=listed[-1] if listed else None, states=states, kinds=kinds, node=node,
+                    newest_first=newest_first,
+                )  # fmt: skip
+                listed += [engine.id for engine in found]
+                assert len(found) == 4 or not has_more
+            assert listed == expected
+
+    def test_a_page_after_an_unknown_engine_is_refused(self, store: Store) -> None:
+        with pytest.raises(ConfigError, match="after: no engine 'engine-x'") as caught:
+            store.page(limit=1, after="engine-x")
+        assert (caught.value.code, caught.value.param) == ("cursor_unknown", "after")
+
+    def test_engines_are_counted_by_kind_and_state(self, store: Store, lease: Lease) -> None:
+        assert store.count() == {}
+        for number, state in enumerate((S.RUNNING, S.RUNNING, S.FAILED)):
+            store.add(record(state, id=f"engine-{number}"), "user", lease)
+        assert store.count() == {(K.LLM, S.RUNNING): 2, (K.LLM, S.FAILED): 1}
+
+    def test_the_feed_goes_on_behind_a_cursor_and_can_be_that_of_one_engine(self, store: Store, lease: Lease) -> None:
+        assert (store.last_event(), store.events(limit=9)) == (0, [])
+        engine = store.add(record(), "user", lease)
+        store.add(record(id="engine-b"), "user", lease)
+        store.transition(engine, S.STARTING, actor="r", lease=lease)
+        first, *_ = everything = store.events(limit=9)
+        assert [event.engine_id for event in everything] == ["engine-a", "engine-b", "engine-a"]
+        assert store.events(first.id, limit=1) == [everything[1]]
+        assert store.events(limit=9, engine_id="engine-a") == [everything[0], everything[2]]
+        assert store.events(first.id, limit=9, engine_id="engine-a") == [everything[2]]
+        assert store.last_event() == everything[-1].id
+
+    def test_the_id_of_an_event_is_never_used_again(self, store: Store, lease: Lease) -> None:
+        store.remove(_settled(store, lease, S.STOPPED), actor="user", lease=lease)
+        removed = store.last_event()
+        assert store.add(record(), "user", lease).first_event > removed
+
+    def test_a_reader_of_the_feed_misses_no_event_of_concurrent_writers(self, store: Store, lease: Lease) -> None:
+        other = lease_of(store, "other")
+
+        def write(writer: int) -> None:
+            node, held = ("n", lease) if writer % 2 else ("other", other)
+            engine = store.add(record(id=f"engine-{writer}", node=node), "user", held)
+            for number in range(15):
+                engine = store.set_desired(engine, DesiredState.RUNNING, force=number % 2 == 0, actor="u", lease=held)
+
+        seen: list[int] = []
+        with ThreadPoolExecutor(4) as pool:
+            writers = [pool.submit(write, writer) for writer in range(4)]
+            while wait(writers, timeout=0.005).not_done:
+                seen += [event.id for event in store.events(seen[-1] if seen else 0, limit=3)]
+            for writer in writers:
+                writer.result()
+        seen += [event.id for event in store.events(seen[-1], limit=1000)]
+        assert seen == [event.id for event in store.events(limit=1000)]
+        assert len(seen) == 4 * 16
