@@ -66,7 +66,7 @@ class World:
     async def validate(self, engine: EngineRecord) -> None:
         self.validations.get(engine.id, lambda: None)()
 
-    async def plan_server(self, engine: EngineRecord) -> ServerRecord:
+    def plan_server(self, engine: EngineRecord) -> ServerRecord:
         suffix = engine.id.removeprefix("engine-")
         return server(ServerState.PLANNED, id=f"server-{suffix}", handle=engine.id, address=None)
 
