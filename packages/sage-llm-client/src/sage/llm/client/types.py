@@ -7,6 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from sage.common.training import TrainingProgress as TrainingProgress
+from sage.common.training import TrainingStep as TrainingStep
+
 
 class EngineState(StrEnum):
     """Where an engine is in its life."""
@@ -93,41 +96,6 @@ class Reason(BaseModel):
     code: str
     message: str
     hint: str = ""
-
-
-class TrainingProgress(BaseModel):
-    """Where a fine-tuning engine is. None: not known (yet)."""
-
-    step: int
-    total_steps: int | None
-    progress: float | None = Field(description="Share of the steps that is done, 0 to 1.")
-    epoch: float | None
-    loss: float | None = Field(description="Of the last step, nats per token.")
-    token_accuracy: float | None
-    reward: float | None
-    reward_accuracy: float | None
-    learning_rate: float | None
-    grad_norm: float | None
-    tokens_per_second: float | None
-    eta_seconds: float | None = Field(description="None while it is being estimated.")
-    checkpoint_step: int | None
-    heldout_loss_before: float | None
-    heldout_loss: float | None
-    activity: str | None = Field(description="What it does before the first step and after the last.")
-    warnings: list[str] = []
-
-
-class TrainingStep(BaseModel):
-    """One optimizer step of a run, as it told it."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float | None
-    token_accuracy: float | None
-    reward: float | None = None
-    reward_accuracy: float | None = None
-    tokens_per_second: float | None
 
 
 class EngineView(BaseModel):

@@ -1,0 +1,231 @@
+"""The typed model of a training run: the figures of a step, the run's events, and its progress.
+
+A figure of a step is declared once, as a field of `StepMetrics`, and measured in one place, the training callback.
+Events, status, progress, the training series, Prometheus metrics, the command line and the dashboard embed the model or
+iterate over `FIGURES`:
+
+    for figure in FIGURES:
+        value = getattr(progress, figure.name)  # of a TrainingProgress, TrainingStep or StepEvent
+        if value is not None:
+            print(figure.title, figure.text(value))
+
+The events are what a run directory's `events.jsonl` holds, see docs/internals/run-directory.md.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeAlias, cast
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+
+def _figure(title: str, unit: str, format_spec: str, description: str) -> Any:
+    """Declare a figure of a step; unit: empty for a plain number; format_spec: as in `format(value, format_spec)`."""
+    return Field(None, title=title, description=description, json_schema_extra={"unit": unit, "format_spec": format_spec})
+
+
+class StepMetrics(BaseModel):
+    """The figures of one optimizer step. None: not known, or the method has no such figure."""
+
+    model_config = ConfigDict(frozen=True)
+
+    epoch: float | None = _figure("Epoch", "", ".2f", "Passes over the dataset so far.")
+    loss: float | None = _figure("Loss", "nats per token", ".4f", "Training loss of the step.")
+    token_accuracy: float | None = _figure("Token accuracy", "ratio", ".1%", "Share of trained tokens predicted correctly.")
+    reward: float | None = _figure("Reward", "", ".3f", "Mean reward of the step's completions (grpo).")
+    reward_accuracy: float | None = _figure(
+        "Reward accuracy", "ratio", ".1%", "Share of pairs in which the chosen answer has the higher reward (dpo, orpo)."
+    )
+    learning_rate: float | None = _figure("Learning rate", "", ".3g", "Learning rate of the step.")
+    grad_norm: float | None = _figure("Gradient norm", "", ".3g", "Norm of the gradient before clipping.")
+    tokens_per_second: float | None = _figure(
+        "Tokens per second", "tokens per second", ".0f", "Training throughput over the last 20 steps."
+    )
+    memory_bytes: int | None = _figure("Memory", "bytes", ".0f", "GPU memory of the process, or main memory without a GPU.")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How a field of `StepMetrics` is presented."""
+
+    name: str  #: of the field
+    title: str
+    unit: str  #: `ratio` for a number from 0 to 1; empty for a plain number
+    description: str
+    format_spec: str
+
+    def text(self, value: float) -> str:
+        """Return a value for people; bytes as GB, ratios in percent."""
+        return f"{value / 1e9:.1f} GB" if self.unit == "bytes" else format(value, self.format_spec)
+
+
+def _declared(name: str) -> Figure:
+    field = StepMetrics.model_fields[name]
+    extra = cast(dict[str, str], field.json_schema_extra)
+    return Figure(name, field.title or name, extra["unit"], field.description or "", extra["format_spec"])
+
+
+#: Every figure of a step, in the order in which it is shown.
+FIGURES: tuple[Figure, ...] = tuple(_declared(name) for name in StepMetrics.model_fields)
+
+
+class TrainingStep(StepMetrics):
+    """One optimizer step of a run, as the training series returns it."""
+
+    step: int
+
+
+class TrainingProgress(StepMetrics):
+    """Where a run is, with the figures of its last step. None: not known (yet)."""
+
+    step: int = Field(description="Optimizer steps done.")
+    total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
+    progress: float | None = Field(None, description="Share of the steps that is done, 0 to 1.")
+    eta_seconds: float | None = Field(None, description="Seconds until the run is completed; None while being estimated.")
+    checkpoint_step: int | None = Field(None, description="Step of the newest checkpoint.")
+    heldout_loss_before: float | None = Field(None, description="Held-out loss before the first step, nats per token.")
+    heldout_loss: float | None = Field(None, description="Newest held-out loss, nats per token.")
+    activity: str | None = Field(None, description="What the run does before the first step and after the last one.")
+    warnings: list[str] = []
+
+
+class RunEvent(BaseModel):
+    """A line of `events.jsonl`. Unknown fields are ignored when it is read."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+    event: str = Field(description="Kind of the event.")
+    time: datetime | None = Field(None, description="When it was appended, UTC.")
+
+
+class LaunchedEvent(RunEvent):
+    """A worker process was started."""
+
+    event: Literal["launched"] = "launched"
+
+
+class ProgressEvent(RunEvent):
+    """The run says what it does before the first step or after the last one."""
+
+    event: Literal["progress"] = "progress"
+    message: str = Field(description="What it does, for people.")
+
+
+class WarningEvent(RunEvent):
+    """Something that a user should know, though the run continues."""
+
+    event: Literal["warning"] = "warning"
+    message: str = Field(description="What happened, for people.")
+    halvings: int | None = Field(None, description="From now on micro-batches are computed in up to 2^halvings parts.")
+    activation_checkpointing: bool | None = Field(
+        None,
+        description="Whether activations are recomputed from now on. Named `checkpointing` by version 0.1.0.",
+        validation_alias=AliasChoices("activation_checkpointing", "checkpointing"),
+    )
+
+
+class StartedEvent(RunEvent):
+    """Training begins, or continues from a checkpoint."""
+
+    event: Literal["started"] = "started"
+    step: int = Field(description="Steps done before; 0 at the beginning.")
+    total_steps: int = Field(description="Optimizer steps of the whole run.")
+    samples: int | None = Field(None, description="Training samples; not known while streaming.")
+    heldout_samples: int | None = Field(None, description="Held-out samples.")
+    trainable_parameters: int | None = Field(None, description="Parameters that are trained.")
+    base_sha256: str | None = Field(None, description="Fingerprint of the base model; a resumed run must have the same.")
+    bf16: bool | None = Field(None, description="Whether base and activations are in bf16, else in fp32.")
+    bf16_products: bool | None = Field(None, description="Whether matrix products are in bf16; default: as `bf16`.")
+    int8_products: bool = Field(False, description="Whether layers are held, and multiplied, in 8 bits by our own step.")
+    precision: str | None = Field(None, description="The precision and why it was chosen, for people.")
+    kernels: str | None = Field(None, description="Which training step is used and why, for people.")
+    estimated_memory_bytes: int | None = Field(None, description="Memory that the run is expected to need.")
+    versions: dict[str, str] = Field({}, description="Versions of the libraries that compute.")
+
+
+class StepEvent(StepMetrics, RunEvent):
+    """An optimizer step was done; a resumed run may do the steps after its checkpoint again."""
+
+    event: Literal["step"] = "step"
+    step: int = Field(description="Number of the step, from 1.")
+    total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
+    eta_seconds: float | None = Field(None, description="Seconds until the run is completed; not known for 10 steps.")
+
+
+class CheckpointEvent(RunEvent):
+    """A checkpoint is complete and on the disk."""
+
+    event: Literal["checkpoint"] = "checkpoint"
+    step: int = Field(description="Step after which it was taken.")
+    path: str | None = Field(None, description="Folder of the checkpoint.")
+
+
+class EvalEvent(RunEvent):
+    """The held-out samples were scored."""
+
+    event: Literal["eval"] = "eval"
+    step: int = Field(description="Step after which they were scored; 0: before training.")
+    loss: float = Field(description="Mean over all trained tokens, nats per token.")
+    samples: int | None = Field(None, description="Held-out samples.")
+    seconds: float = Field(0.0, description="How long it took.")
+
+
+class SampleEvent(RunEvent):
+    """The model was asked one of `sample_prompts`."""
+
+    event: Literal["sample"] = "sample"
+    step: int = Field(description="Step after which it was asked.")
+    prompt: str = Field(description="The prompt.")
+    answer: str = Field(description="Greedy answer, 64 tokens at most.")
+
+
+class StoppedEvent(RunEvent):
+    """The run was asked to stop, and has written a checkpoint and the result so far."""
+
+    event: Literal["stopped"] = "stopped"
+    step: int = Field(description="Last step done.")
+    output_dir: str | None = Field(None, description="Folder of the result so far.")
+
+
+class FinishedEvent(RunEvent):
+    """The run is completed, and its result is written."""
+
+    event: Literal["finished"] = "finished"
+    step: int | None = Field(None, description="Step whose weights are the result.")
+    output_dir: str | None = Field(None, description="Folder of the result.")
+    heldout_loss: float | None = Field(None, description="Held-out loss of the result, nats per token.")
+
+
+class FailedEvent(RunEvent):
+    """The run ended with an error that it could report."""
+
+    event: Literal["failed"] = "failed"
+    code: str = Field(description="Stable code of the error.")
+    message: str = Field(description="What happened, for people.")
+    hint: str | None = Field(None, description="What to do next.")
+
+
+#: Every event, told apart by its field `event`.
+AnyRunEvent: TypeAlias = (
+    LaunchedEvent
+    | ProgressEvent
+    | WarningEvent
+    | StartedEvent
+    | StepEvent
+    | CheckpointEvent
+    | EvalEvent
+    | SampleEvent
+    | StoppedEvent
+    | FinishedEvent
+    | FailedEvent
+)
+
+_ADAPTER: TypeAdapter[AnyRunEvent] = TypeAdapter(Annotated[AnyRunEvent, Field(discriminator="event")])
+
+
+def parse_event(line: bytes) -> AnyRunEvent | None:
+    """Return the event of a line, or None if it is damaged, lacks a field, or is of a kind that this version lacks."""
+    try:
+        return _ADAPTER.validate_json(line)
+    except ValidationError:
+        return None
