@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sage.llm.control_plane.selection import select_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import Conflict, NotFound, SageError
@@ -38,7 +39,6 @@ from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.logfile import follow
 from sage.llm.control_plane.node import node_id_path, open_state_folder
 from sage.llm.control_plane.reconciler import Limits, Reconciler
-from sage.llm.control_plane.selection import select_engine
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.store import LEASE_SECONDS, EngineRecord, StaleWrite, Store
 

@@ -1,63 +1,100 @@
-"""The executor: what the reconciler needs of an engine kind."""
+"""The executor interface: what the control plane needs to know about a kind of engine."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from sage.common.identity import ProcessIdentity
-from sage.llm.client.types import EngineState, Reason, StartRequest, TrainingStep
-from sage.llm.control_plane.store.store import EngineRecord
+from sage.common.processes import ProcessSpec
+from sage.common.training import TrainingProgress, TrainingStep
+from sage.llm.client.types import EngineState, Reason, StartRequest
+from sage.llm.control_plane.launchers.base import ProcessObservation
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a request is kept as, once it was checked."""
+
+    backend: str  #: name in the registry, never `auto`
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reserved_bytes: int | None = None  #: memory that it is expected to need; None: not known
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What is, whatever the store says."""
+    """What an engine was observed to be, whatever the store says."""
 
     alive: bool  #: it has a process
-    ready: bool = False  #: it answers, or trains
-    ended: EngineState | None = None  #: it settled by itself, and in which state
-    reason: Reason | None = None  #: of `ended`, or of a death
-    orphaned: bool = False  #: its process is gone, children of that are not
+    ready: bool = False  #: it answers requests, or trains
+    ended: EngineState | None = None  #: the state in which it reported its end
+    reason: Reason | None = None  #: of `ended`, or why its process exited
+    orphaned: bool = False  #: its process is gone, but processes that it started are not
+    process: ProcessObservation | None = None
+    training: TrainingProgress | None = None
 
 
 class Executor(Protocol):
-    """Runs engines of a kind. Nothing here waits for an engine to get somewhere.
+    """Checks, runs and observes engines of some kinds. Every method returns soon, or can be cancelled.
 
-    OSError from `observe`, `port` and `request_stop` means that it is not known what is: the reconciler looks again.
+    OSError means that something is not known: the caller retries.
     """
 
-    async def prepare(self, engine_id: str, request: StartRequest) -> dict[str, Any]:
-        """Check a request and return the options to keep; raises SageError, and then nothing was done."""
+    async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
+        """Check a request, in milliseconds and without effect; raises SageError."""
+
+    async def validate(self, engine: EngineRecord) -> None:
+        """Check what takes longer, such as the dataset, and create what the engine needs; raises SageError.
+
+        Runs before each start that a user asks for, and may be repeated.
+        """
 
     async def discard(self, engine_id: str) -> None:
-        """Remove what `prepare` made for an engine that was never kept."""
+        """Remove what `validate` created for an engine that is not kept."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict if the engine cannot be started again."""
+        """Raise SageError if the engine cannot be started again; fast."""
 
-    async def launch(self, engine: EngineRecord) -> int | None:
-        """Start the engine's process; return the port it will answer on, if any."""
+    def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec:
+        """Return the process to launch; blocking. Call it only to launch the process: a training run records it."""
 
-    async def port(self, engine: EngineRecord) -> int | None:
-        """Return the port of a process that lives, if it has any."""
+    def plan_server(self, engine: EngineRecord) -> ServerRecord:
+        """Return the server to launch for an engine."""
 
-    async def observe(self, engine: EngineRecord) -> Observed:
-        """Return what is."""
+    async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
+        """Return the state of an engine whose process was just observed; raises OSError if it is not known."""
 
-    async def request_stop(self, engine: EngineRecord, *, force: bool) -> None:
-        """Ask the process to end (`force`: kill it, and its children)."""
+    def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
+        """Return the fields of EngineView that only the executor knows; blocking."""
 
-    def process(self, engine: EngineRecord) -> ProcessIdentity | None:
-        """Return the engine's process, or None."""
-
-    async def describe(self, engine: EngineRecord) -> dict[str, Any]:
-        """Return the fields of EngineView that only the executor knows."""
-
-    async def training_steps(self, engine: EngineRecord) -> list[TrainingStep]:
-        """Return the steps of a training run, one for each; none for what does not train."""
+    async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
+        """Return the steps of a training run after step `after`, downsampled to at most `max_points`."""
 
     def log_path(self, engine: EngineRecord) -> Path:
-        """Return where the engine's log is."""
+        """Return the path of the engine's log."""
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove what the engine keeps on disk; a result that it gave away stays."""
+        """Remove the engine's files; the result of a training run stays."""
+
+
+def planned_server(engine: EngineRecord, handle: str) -> ServerRecord:
+    """Return the server that hosts one engine; ids of both end alike."""
+    return ServerRecord(
+        id=f"server-{suffix_of(engine.id)}",
+        node=engine.node,
+        backend=engine.backend,
+        model=engine.model,
+        state=ServerState.PLANNED,
+        handle=handle,
+        address=None,
+        devices=engine.devices,
+        reserved_bytes=engine.reserved_bytes,
+        version=1,
+        created_at=datetime.now(UTC),
+    )
+
+
+def suffix_of(record_id: str) -> str:
+    """Return the end of an id, which an engine shares with its server and its training run."""
+    return record_id.partition("-")[2]

@@ -1,29 +1,53 @@
-"""The launcher: what the control plane needs of the place where a process runs."""
+"""The launcher interface: what the control plane needs from the place where processes run."""
 
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
-from sage.common.identity import ProcessIdentity
 from sage.common.processes import ProcessSpec
+
+#: Arguments of ProcessSpec.argv that `launch` replaces by the port, and by the descriptor of the listening socket.
+PORT_ARGUMENT, DESCRIPTOR_ARGUMENT = "{port}", "{descriptor}"
+
+
+class Signal(StrEnum):
+    """How a process is asked to end."""
+
+    STOP = "stop"  #: SIGTERM to the process, which saves its state first; a suspended process is continued
+    KILL = "kill"  #: SIGKILL to the process and its whole session
+
+
+@dataclass(frozen=True)
+class ProcessObservation:
+    """A process as it was observed."""
+
+    alive: bool
+    leftovers: bool = False  #: the process is gone, but other processes of its session are not
+    address: str | None = None  #: HOST:PORT on which it listens
+    pid: int | None = None  #: None if it is gone or its PID is not known
+    memory_bytes: int | None = None  #: resident memory of its session
+    exit_code: int | None = None  #: negative: a signal; None if it is alive or its exit code is not known
 
 
 class Launcher(Protocol):
-    """A place where processes run; they outlive the control plane. A process is named by the lock that it holds."""
+    """A place where processes run; they outlive the control plane."""
 
-    def launch(self, spec: ProcessSpec) -> ProcessIdentity:
-        """Start a process under its lock; raises Conflict if that is held, OSError if it cannot be started."""
+    def handle(self, spec: ProcessSpec) -> str:
+        """Return the name of a process for `observe` and `signal`; known before the launch, and without effect."""
 
-    def observe(self, lock_path: Path) -> ProcessIdentity | None:
-        """Return the process that holds a lock, or None if it is gone; raises OSError if that cannot be found out."""
+    async def check_port(self, port: int) -> None:
+        """Raise Conflict if a process could not listen on a port."""
 
-    def has_leftovers(self, lock_path: Path) -> bool:
-        """Return whether the process is gone and others of its session are not."""
+    async def launch(self, spec: ProcessSpec) -> str | None:
+        """Start a process and return its address, or None if `spec.port` is None.
 
-    def stop(self, lock_path: Path) -> None:
-        """Ask a process to end."""
+        The launcher listens first and hands the socket over, so that no other program can get the port in between.
+        Raises Conflict if the process already runs or its port is taken, OSError if it cannot be started.
+        """
 
-    def kill(self, lock_path: Path) -> None:
-        """End a process with its whole session, whatever is left of it."""
+    async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
+        """Return what is observed; handles of processes that could not be observed are missing."""
 
-    def exit_code(self, lock_path: Path) -> int | None:
-        """Return how a process ended (negative: a signal), or None if that is not known."""
+    async def signal(self, handle: str, signal: Signal) -> None:
+        """Send a signal; a process that is gone is ignored. Raises OSError if the process cannot be observed."""
