@@ -91,8 +91,10 @@ def _observe(locks: Collection[Path]) -> Mapping[str, ProcessObservation]:
     observations = {}
     for lock, process in processes.items():
         with _omitted_if_unknown(lock):
-            members = sessions.get(process.pid, [process.pid]) if process and process.pid else []
-            observations[str(lock)] = _living(lock, process, members) if process else _dead(lock)
+            if process is None or (process != last_holder(lock) and leftovers(lock)):  # a child may have inherited the lock
+                observations[str(lock)] = _dead(lock)
+            else:
+                observations[str(lock)] = _living(lock, process, sessions.get(process.pid, [process.pid]))
     return observations
 
 
@@ -105,7 +107,7 @@ def _omitted_if_unknown(lock: Path) -> Iterator[None]:
 
 
 def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> ProcessObservation:
-    address, memory_bytes = None, resident_bytes(members) or None
+    address, memory_bytes = None, resident_bytes(members if process.pid else ()) or None
     with contextlib.suppress(FileNotFoundError, ValueError):  # it does not listen, or the file is not complete yet
         address = _address(int(_port_path(lock).read_text()))
     return ProcessObservation(alive=True, address=address, pid=process.pid or None, memory_bytes=memory_bytes)
