@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
-from sage.llm.control_plane.selection import select_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import NotFound, Overloaded, SageError
@@ -32,7 +31,6 @@ from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
 from sage.llm.control_plane.launchers.local import LocalLauncher
-<<<<<<< HEAD
 from sage.llm.control_plane.lease import LeaseKeeper
 from sage.llm.control_plane.node import open_state_folder
 from sage.llm.control_plane.plan import Limits
@@ -43,11 +41,6 @@ from sage.llm.control_plane.reconciler import Reconciler
 from sage.llm.control_plane.refusals import NotImplementedYet, busy, ended, not_resumable, standby, still_running
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
-=======
-from sage.llm.control_plane.logfile import follow
-from sage.llm.control_plane.node import node_id_path, open_state_folder
-from sage.llm.control_plane.reconciler import Limits, Reconciler
->>>>>>> 32583666627872484d7532ece667a1b9085ed68b
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
@@ -61,7 +54,6 @@ _ACTOR = "user"
 #: A write that met another one is retried this often.
 _ATTEMPTS = 5
 _STORE_THREADS = 8
-_LIST_PAGE = 1000
 #: Between two checks of the lengths of logs.
 _LOGS_SECONDS = 10.0
 
