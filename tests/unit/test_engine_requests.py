@@ -14,8 +14,8 @@ from sage.common.errors import ConfigError
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.llm.client.types import EngineKind, EngineState, StartRequest
 from sage.llm.control_plane import inventory
-from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.exit_message import exit_message
+from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.metrics import engine_metrics
 
