@@ -246,7 +246,6 @@ class ControlPlaneManager(EngineReads):
         Raises NotFound if there is none, Overloaded if it is not ready in time or is settled first.
         """
         deadline_seconds = time.monotonic() + wait_seconds
-        changed = self._routing.wait_for_change()
         route = self.find(model, kind)
         engine_id = route.engine_id
         while route.state is not EngineState.RUNNING:
@@ -255,8 +254,7 @@ class ControlPlaneManager(EngineReads):
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
                                  hint="Retry in some seconds.")  # fmt: skip
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed, left_seconds)
-            changed = self._routing.wait_for_change()
+                await asyncio.wait_for(self._routing.wait_for_change(), left_seconds)
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
