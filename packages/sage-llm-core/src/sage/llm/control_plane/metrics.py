@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from sage.common.training import FIGURES
 from sage.llm.client.types import Device, EngineKind, EngineState, EngineView
 
 _LABELS = ("engine", "kind", "model")
@@ -11,10 +12,9 @@ _LABELS = ("engine", "kind", "model")
 _TRAINING = (
     ("sage_training_progress_ratio", "Share of the optimizer steps that is done.", "progress"),
     ("sage_training_step", "Optimizer steps done.", "step"),
-    ("sage_training_loss", "Loss of the last step in nats per token.", "loss"),
-    ("sage_training_heldout_loss", "Held-out loss at the end in nats per token.", "heldout_loss"),
-    ("sage_training_tokens_per_second", "Tokens computed a second.", "tokens_per_second"),
+    ("sage_training_heldout_loss", "Newest held-out loss, nats per token.", "heldout_loss"),
     ("sage_training_eta_seconds", "Seconds until the run is completed.", "eta_seconds"),
+    *((f"sage_training_{figure.name}", figure.description, figure.name) for figure in FIGURES),
 )
 
 
