@@ -187,7 +187,10 @@ def test_a_standby_answers_reads_and_refuses_writes_with_the_address_of_the_acti
             assert (await active.get("/ready")).json()["role"] == "active"
             assert (await standby.get("/ready")).json()["role"] == "standby"
             assert (await standby.get(ENGINES)).json()["data"] == []
-            answers = [await standby.delete(f"{ENGINES}/{_id(0)}"), await standby.post(f"{ENGINES}/start", json={"model": "m"})]
+            answers = [
+                await standby.delete(f"{ENGINES}/{_id(0)}"),
+                await standby.post(f"{ENGINES}/start", json={"model": "m"}),
+            ]
             for answer in answers:
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "standby")
                 assert str(active.base_url) in answer.json()["error"]["message"]
