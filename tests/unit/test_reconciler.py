@@ -1,7 +1,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.runner import Runner
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
-from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
+from sage.llm.control_plane.store.store import StaleWrite, Store
 
 S = EngineState
 LIMITS = Limits(start_seconds=300, stop_seconds=20)
@@ -66,7 +66,7 @@ class World:
     async def validate(self, engine: EngineRecord) -> None:
         self.validations.get(engine.id, lambda: None)()
 
-    async def plan_server(self, engine: EngineRecord) -> ServerRecord:
+    def plan_server(self, engine: EngineRecord) -> ServerRecord:
         suffix = engine.id.removeprefix("engine-")
         return server(ServerState.PLANNED, id=f"server-{suffix}", handle=engine.id, address=None)
 
@@ -139,12 +139,12 @@ class Loop:
 
 
 @pytest.fixture
-def loop(tmp_path: Path) -> Iterator[Loop]:
+def loop(tmp_path: Path) -> Loop:
     store = Store(open_database(f"sqlite:///{tmp_path}/state/engines.db"), lease_seconds=600)
     store.register_node("n", "host")
     lease = store.acquire_lease("n", "me", "host", ProcessIdentity.unknown())
     assert lease is not None
-    yield Loop(store, lease)
+    return Loop(store, lease)
 
 
 def test_an_engine_is_validated_launched_and_running_and_each_step_is_written_before_the_next(loop: Loop) -> None:
@@ -326,9 +326,6 @@ def test_without_the_lease_engines_are_observed_and_nothing_is_done(loop: Loop) 
         loop.held = Lease("n", loop.lease.fence - 1)  # another control plane has taken over
         await loop.ticked()
         assert (loop.state(), loop.state("engine-b")) == (S.QUEUED, S.RUNNING)
-        with pytest.raises(LeaseLost):
-            loop.runner._lease = lambda: None
-            loop.runner._held_lease()
 
     loop.run(test)
     assert (loop.world.launched, loop.world.signals) == ([], [])
@@ -389,10 +386,10 @@ def test_an_engine_that_died_while_no_control_plane_ran_is_restarted_unless_it_w
     loop.world.alive.clear()
 
     async def test(loop: Loop) -> None:
-        await loop.until(lambda: (loop.state() is (S.RUNNING if loop.world.launched else S.FAILED) and not is_restarted)
-                         or loop.world.launched == ["engine-a"])  # fmt: skip
+        await loop.until(lambda: loop.state() is (S.RUNNING if is_restarted else S.FAILED))
         await loop.until(lambda: loop.state("engine-b") is S.FAILED)
         if is_restarted:
+            await loop.until(lambda: loop.world.launched == ["engine-a"])
             await loop.until(lambda: loop.state() is S.RUNNING)
 
     loop.run(test)
