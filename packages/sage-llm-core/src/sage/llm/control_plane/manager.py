@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import NotFound, Overloaded, SageError
+from sage.common.errors import NotFound, NotImplementedYet, Overloaded, SageError
 from sage.common.ids import random_suffix
 from sage.common.logs import LogFile
 from sage.common.paths import get_user_paths
@@ -38,7 +38,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import NotImplementedYet, busy, ended, not_resumable, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, standby, still_running
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
 from sage.llm.control_plane.store.database import open_database
@@ -192,7 +192,7 @@ class ControlPlaneManager(EngineReads):
                 return await self._view(engine, None)
         raise busy(engine_id)
 
-    async def pause_engine(self, engine_id: str) -> None:
+    async def pause_engine(self, engine_id: str) -> EngineView:
         """Raise NotImplementedYet, or NotFound if there is no such engine."""
         await self._own(engine_id)
         raise NotImplementedYet(

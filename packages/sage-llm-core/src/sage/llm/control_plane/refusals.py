@@ -1,16 +1,8 @@
 """Why the control plane refuses what a user asked for."""
 
-from typing import ClassVar
-
-from sage.common.errors import Conflict, Overloaded, SageError
+from sage.common.errors import Conflict, Overloaded
 from sage.llm.client.types import EngineState, Reason
 from sage.llm.control_plane.store.records import EngineRecord, LeaderInfo
-
-
-class NotImplementedYet(SageError):
-    """A part of the interface that exists only later."""
-
-    http_status: ClassVar[int] = 501
 
 
 def busy(engine_id: str) -> Conflict:
