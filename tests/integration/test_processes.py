@@ -1,6 +1,8 @@
-"""Processes of their own sessions: recognised, signalled as a whole, told how they ended."""
+"""Detached processes and the local launcher: launched, observed, signalled as whole sessions."""
 
+import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -17,9 +19,20 @@ from sage.common import processes
 from sage.common.errors import Conflict
 from sage.common.identity import ProcessIdentity, session_members
 from sage.common.processes import ProcessSpec, describe_exit, exit_code, holder, leftovers, spawn
+from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT, ProcessObservation, Signal
 from sage.llm.control_plane.launchers.local import LocalLauncher
 
 LAUNCHER = LocalLauncher()
+
+
+def observe(*specs: ProcessSpec) -> list[ProcessObservation]:
+    handles = [LAUNCHER.handle(spec) for spec in specs]
+    found = asyncio.run(LAUNCHER.observe(handles))
+    return [found[handle] for handle in handles]
+
+
+def send(spec: ProcessSpec, kind: Signal) -> None:
+    asyncio.run(LAUNCHER.signal(LAUNCHER.handle(spec), kind))
 
 
 @pytest.fixture
@@ -27,7 +40,7 @@ def spec(tmp_path: Path) -> Iterator[ProcessSpec]:
     """A process that sleeps; whatever is left of its session is killed."""
     spec = ProcessSpec(("sleep", "60"), tmp_path / "sage" / "p.lock", tmp_path / "sage" / "p.log")
     yield spec
-    LAUNCHER.kill(spec.lock_path)
+    send(spec, Signal.KILL)
 
 
 def shell(spec: ProcessSpec, script: str) -> ProcessSpec:
@@ -109,7 +122,7 @@ def test_what_cannot_be_looked_at_for_want_of_descriptors_is_not_called_dead(
 def test_a_kill_takes_the_children_with_it(spec: ProcessSpec) -> None:
     process = spawn(shell(spec, "sleep 61 & sleep 62 & sleep 63 & wait"))
     wait_for(lambda: len(session_members(process.pid)) == 4, "its children")
-    LAUNCHER.kill(spec.lock_path)
+    send(spec, Signal.KILL)
     gone(spec)
     wait_for(lambda: not session_members(process.pid), "the end of its children")
 
@@ -120,26 +133,27 @@ def test_children_of_a_process_that_is_gone_are_found_and_killed(spec: ProcessSp
     assert leftovers(spec.lock_path) == []
     os.kill(process.pid, signal.SIGKILL)
     wait_for(lambda: leftovers(spec.lock_path), "the orphan")
-    assert LAUNCHER.has_leftovers(spec.lock_path)
-    LAUNCHER.kill(spec.lock_path)
+    (found,) = observe(spec)
+    assert (found.alive, found.leftovers) == (False, True)
+    send(spec, Signal.KILL)
     wait_for(lambda: not session_members(process.pid), "the end of the orphan")
-    assert not LAUNCHER.has_leftovers(spec.lock_path)
+    assert not observe(spec)[0].leftovers
     gone(spec)
 
 
-def test_a_process_lives_though_its_lock_file_was_removed(spec: ProcessSpec) -> None:
+def test_a_process_is_observed_although_its_lock_file_was_removed(spec: ProcessSpec) -> None:
     process = spawn(spec)
     spec.lock_path.unlink()
-    wait_for(lambda: LAUNCHER.observe(spec.lock_path) == process, "its environment")
-    LAUNCHER.kill(spec.lock_path)
-    wait_for(lambda: LAUNCHER.observe(spec.lock_path) is None, "the end of the process")
+    wait_for(lambda: observe(spec)[0].pid == process.pid, "its environment")
+    send(spec, Signal.KILL)
+    wait_for(lambda: not observe(spec)[0].alive, "the end of the process")
 
 
 def test_a_suspended_process_that_is_asked_to_stop_does_so(spec: ProcessSpec) -> None:
     process = spawn(shell(spec, "trap 'echo saved; exit 0' TERM; echo begun; while :; do sleep 0.02; done"))
     wait_for(lambda: "begun" in spec.log_path.read_text(), "its beginning")
     os.kill(process.pid, signal.SIGSTOP)
-    LAUNCHER.stop(spec.lock_path)
+    send(spec, Signal.STOP)
     gone(spec)
     assert "saved" in spec.log_path.read_text()
 
@@ -153,11 +167,13 @@ def test_a_suspended_process_that_is_asked_to_stop_does_so(spec: ProcessSpec) ->
         ("kill -TERM $$", "was killed by SIGTERM"),
     ],
 )
-def test_it_is_told_how_a_process_ended(spec: ProcessSpec, script: str, told: str) -> None:
+def test_the_exit_code_or_signal_of_a_process_is_known(spec: ProcessSpec, script: str, told: str) -> None:
     spawn(shell(spec, script))
     gone(spec)
     assert describe_exit(exit_code(spec.lock_path)) == told
-    assert describe_exit(None).startswith("ended")
+    assert describe_exit(observe(spec)[0].exit_code) == told
+    assert spec.lock_path not in processes._children
+    assert describe_exit(None).startswith("exited")
 
 
 def test_a_process_whose_identity_cannot_be_written_down_does_not_live_on(
@@ -191,3 +207,104 @@ def test_a_descriptor_is_inherited_under_its_number(spec: ProcessSpec) -> None:
         spawn(ProcessSpec(("sh", "-c", inherited), spec.lock_path, spec.log_path, pass_fds=(number,)))
         gone(spec)
         assert spec.log_path.read_text().strip() == str(Path(f"/proc/self/fd/{number}").readlink())
+
+
+def server(spec: ProcessSpec, port: int = 0) -> ProcessSpec:
+    """A process that prints its port and whether the descriptor that it was given is a socket."""
+    argv = ("sh", "-c", 'echo "$0 $(readlink /proc/self/fd/$1)"; exec sleep 60', PORT_ARGUMENT, DESCRIPTOR_ARGUMENT)
+    return dataclasses.replace(spec, argv=argv, port=port)
+
+
+def launch(spec: ProcessSpec) -> str | None:
+    return asyncio.run(LAUNCHER.launch(spec))
+
+
+def test_a_process_is_handed_a_socket_on_which_the_launcher_listens_already(spec: ProcessSpec) -> None:
+    address = launch(server(spec))
+    assert address is not None
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port))):
+        pass
+    wait_for(lambda: spec.log_path.read_text().startswith(f"{port} socket:"), "its port and socket")
+    assert observe(spec)[0].address == address
+    with pytest.raises(Conflict):
+        asyncio.run(LAUNCHER.check_port(int(port)))
+
+
+def test_the_address_is_known_to_a_launcher_that_did_not_start_the_process(spec: ProcessSpec) -> None:
+    address, handle = launch(server(spec)), LAUNCHER.handle(spec)
+    assert asyncio.run(LocalLauncher().observe([handle]))[handle].address == address
+
+
+def test_a_second_launch_neither_starts_a_process_nor_changes_the_address(spec: ProcessSpec) -> None:
+    address = launch(server(spec))
+    (before,) = observe(spec)
+    with pytest.raises(Conflict, match="already runs"):
+        launch(server(spec))
+    assert observe(spec)[0].pid == before.pid
+    assert observe(spec)[0].address == address
+
+
+def test_a_port_that_is_taken_starts_nothing(spec: ProcessSpec) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(Conflict, match="cannot be used"):
+        launch(server(spec, other.getsockname()[1]))
+    assert not observe(spec)[0].alive
+
+
+def test_a_process_that_does_not_listen_has_no_address(spec: ProcessSpec) -> None:
+    assert launch(spec) is None
+    (found,) = observe(spec)
+    assert (found.alive, found.address, found.leftovers, found.exit_code) == (True, None, False, None)
+    assert (found.memory_bytes or 0) > 0
+
+
+def test_the_memory_of_a_process_includes_its_children(spec: ProcessSpec) -> None:
+    process = spawn(shell(spec, "sleep 61 & sleep 62 & wait"))
+    wait_for(lambda: len(session_members(process.pid)) == 3, "its children")
+    own = psutil.Process(process.pid).memory_info().rss
+    assert (observe(spec)[0].memory_bytes or 0) > own
+
+
+def test_many_processes_are_observed_with_one_look_at_all_processes(
+    tmp_path: Path, spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = spawn(spec)
+    spec.lock_path.unlink()
+    others = [ProcessSpec(("true",), tmp_path / f"{number}.lock", tmp_path / "log") for number in range(50)]
+    listings: list[int] = []
+    pids = psutil.pids
+    monkeypatch.setattr(psutil, "pids", lambda: listings.append(0) or pids())
+    found = observe(spec, *others)
+    assert found[0].pid == alive.pid
+    assert not any(other.alive for other in found[1:])
+    assert len(listings) <= 2  # by environment, and by session
+
+
+def test_a_process_that_cannot_be_observed_is_missing_and_hides_no_other(
+    tmp_path: Path, spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn(spec)
+    stale, opened = tmp_path / "stale.lock", os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == stale:
+            raise OSError(116, "Stale file handle")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    found = asyncio.run(LAUNCHER.observe([str(stale), str(spec.lock_path)]))
+    assert found.keys() == {str(spec.lock_path)}
+
+
+def test_without_free_descriptors_nothing_is_observed_and_nothing_is_called_dead(
+    spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn(spec)
+    spec.lock_path.unlink()
+
+    def refuse() -> Any:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(psutil, "pids", refuse)
+        assert asyncio.run(LAUNCHER.observe([str(spec.lock_path)])) == {}

@@ -15,7 +15,7 @@ from sage.libs.finetune.run.rundir import RunDirectory
 from sage.llm.client.types import EngineKind, EngineState, StartRequest
 from sage.llm.control_plane import inventory
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
-from sage.llm.control_plane.executors.last_words import last_words
+from sage.llm.control_plane.executors.exit_message import exit_message
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.metrics import engine_metrics
 
@@ -72,7 +72,7 @@ def test_an_end_is_told_by_code_or_signal_and_never_by_a_progress_bar(
     tmp_path: Path, code: int | None, log: str, told: str
 ) -> None:
     (tmp_path / "log").write_text(log)
-    assert last_words("It", code, tmp_path / "log") == told
+    assert exit_message("It", code, tmp_path / "log") == told
 
 
 def run_with(events: list[Any]) -> tuple[FinetuneExecutor, Any]:

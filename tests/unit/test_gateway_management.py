@@ -187,8 +187,11 @@ def test_a_standby_answers_reads_and_refuses_writes_with_the_address_of_the_acti
             assert (await active.get("/ready")).json()["role"] == "active"
             assert (await standby.get("/ready")).json()["role"] == "standby"
             assert (await standby.get(ENGINES)).json()["data"] == []
-            for request in (standby.delete(f"{ENGINES}/{_id(0)}"), standby.post(f"{ENGINES}/start", json={"model": "m"})):
-                answer = await request
+            answers = [
+                await standby.delete(f"{ENGINES}/{_id(0)}"),
+                await standby.post(f"{ENGINES}/start", json={"model": "m"}),
+            ]
+            for answer in answers:
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "standby")
                 assert str(active.base_url) in answer.json()["error"]["message"]
                 assert int(answer.headers["retry-after"]) > 0
@@ -197,7 +200,8 @@ def test_a_standby_answers_reads_and_refuses_writes_with_the_address_of_the_acti
 
 
 def test_an_engine_of_another_node_is_read_and_not_changed() -> None:
-    store, _ = stored(0)
+    store, own_lease = stored(0)
+    store.release_lease(own_lease)
     store.register_node("node-b", "host-b")
     lease = store.acquire_lease("node-b", "another", "host-b", ProcessIdentity.of(1))
     assert lease
@@ -206,8 +210,7 @@ def test_an_engine_of_another_node_is_read_and_not_changed() -> None:
     async def main() -> None:
         async with gateway() as client:
             assert (await client.get(f"{ENGINES}/{_id(0)}")).json()["node"] == "node-b"
-            for request in (client.post(f"{ENGINES}/{_id(0)}/resume"), client.get(f"{ENGINES}/{_id(0)}/logs")):
-                answer = await request
+            for answer in (await client.post(f"{ENGINES}/{_id(0)}/resume"), await client.get(f"{ENGINES}/{_id(0)}/logs")):
                 assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_node")
                 assert "node-b" in answer.json()["error"]["message"]
 

@@ -1,10 +1,12 @@
-"""Which process is meant: a PID with the moment of its start, as the kernel counts it and no clock can change it."""
+"""Identity of a process: its PID with its start time in kernel ticks, which no change of the clock affects."""
 
 import contextlib
 import functools
 import os
 import signal
 import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,9 @@ import psutil
 
 #: Stands for a process that lives and whose PID is not known.
 _UNKNOWN_PID = 0
-#: Field 22 of /proc/PID/stat, and field 3, counted from the one behind the name, which may hold anything.
+#: Fields 22 and 3 of /proc/PID/stat, counted from the one after the process name, which may contain any character.
 _START_TICKS, _STATE = 19, 0
-#: A session that is being killed may still fork; so many rounds at most.
+#: A session may fork while it is being killed; it is scanned at most this many times.
 _KILL_ROUNDS = 10
 
 
@@ -23,11 +25,11 @@ class ProcessIdentity:
     """A process, distinct from a later one with the same PID."""
 
     pid: int
-    started: str  #: the boot's id and the ticks since then; compared, never computed with
+    started: str  #: id of the boot and ticks since then; only ever compared
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity":
-        """Return the identity of a process, also of one that ended and was not collected; raises ProcessLookupError."""
+        """Return the identity of a process, which may be a zombie; raises ProcessLookupError if there is none."""
         found = _look(pid)
         if found is None:
             raise ProcessLookupError(pid)
@@ -35,22 +37,22 @@ class ProcessIdentity:
 
     @classmethod
     def unknown(cls) -> "ProcessIdentity":
-        """Return what stands for a process that lives, but cannot be signalled."""
+        """Return the identity of a process that lives but whose PID is not known; it cannot be signalled."""
         return cls(_UNKNOWN_PID, "")
 
     def is_alive(self) -> bool:
-        """Return whether it runs; a zombie does not, and another process of its PID is not it."""
+        """Return whether the process runs; False for a zombie, and for a later process with the same PID."""
         found = _look(self.pid) if self.pid != _UNKNOWN_PID else None
         return found is not None and found.started == self.started and not found.is_zombie
 
     def process(self) -> psutil.Process | None:
-        """Return the process, or None if it is gone or its PID belongs to another one now."""
+        """Return the process, or None if it is gone or its PID was reused."""
         with contextlib.suppress(psutil.Error):
             return psutil.Process(self.pid) if self.is_alive() else None
         return None
 
     def send_signal(self, signal_number: int) -> bool:
-        """Send a signal; False if the process is gone. SIGKILL takes its whole session with it, if it leads one."""
+        """Send a signal; return False if the process is gone. SIGKILL goes to its whole session if it leads one."""
         if not self.is_alive():
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -73,12 +75,31 @@ class ProcessIdentity:
 
 
 def session_members(session_id: int) -> list[int]:
-    """Return the PIDs of a session's processes."""
-    return [pid for pid in psutil.pids() if pid and _is_member(pid, session_id)]
+    """Return the PIDs of a session's processes, without zombies."""
+    return [pid for pid in all_sessions().get(session_id, ()) if _is_running(pid)]
+
+
+def all_sessions() -> Mapping[int, list[int]]:
+    """Return the PIDs of every session, zombies included: one pass over all processes."""
+    sessions: dict[int, list[int]] = defaultdict(list)
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if pid:
+                sessions[os.getsid(pid)].append(pid)
+    return sessions
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Return the resident memory of processes; those that are gone count as 0."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            total += psutil.Process(pid).memory_info().rss
+    return total
 
 
 def kill_session(session_id: int) -> None:
-    """Kill every process of a session, those included that are forked meanwhile."""
+    """Send SIGKILL to every process of a session, including those forked in the meantime."""
     for _ in range(_KILL_ROUNDS):
         members = session_members(session_id)
         for pid in members:
@@ -88,12 +109,9 @@ def kill_session(session_id: int) -> None:
             return
 
 
-def _is_member(pid: int, session_id: int) -> bool:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if os.getsid(pid) == session_id:
-            found = _look(pid)
-            return found is not None and not found.is_zombie
-    return False
+def _is_running(pid: int) -> bool:
+    found = _look(pid)
+    return found is not None and not found.is_zombie
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ class _Found:
 
 
 def _look(pid: int) -> _Found | None:
-    """Return what the kernel says of a process, or None if there is none; raises OSError if it cannot be asked."""
+    """Return start and state of a process, or None if there is none; raises OSError if they cannot be read."""
     if sys.platform != "linux":
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)
@@ -118,7 +136,7 @@ def _look(pid: int) -> _Found | None:
 
 @functools.cache
 def boot_id() -> str:
-    """Return what tells this boot of the machine from every other; empty if the system does not say."""
+    """Return the id of the current boot of the machine; empty if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

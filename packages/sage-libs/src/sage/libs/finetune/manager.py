@@ -95,17 +95,21 @@ class FinetuneManager:
         return task_id
 
     def start_training(self, task_id: str) -> ProcessIdentity:
-        """Start a run's worker in a process of its own; it goes on from the newest checkpoint where there is one.
+        """Start a run's worker; it continues from the newest checkpoint if there is one.
 
-        Raises Conflict where it is running already.
+        Raises Conflict if it runs already.
         """
+        return spawn(self.process_spec(task_id))
+
+    def process_spec(self, task_id: str) -> ProcessSpec:
+        """Return the worker process to start, and append the event `launched`; raises Conflict if the run has a process."""
         run = self.run_directory(task_id)
         if not self._has_left(task_id):
             raise Conflict(code="already_running", message=f"{task_id} is running already.")
         run.append_event("launched")
         argv = (sys.executable, "-m", "sage.libs.finetune.worker", str(run.path))
         environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
-        return spawn(ProcessSpec(argv, run.lock_path, run.log_path, environment, holds_sigterm=True))
+        return ProcessSpec(argv, run.lock_path, run.log_path, environment, holds_sigterm=True)
 
     def resume(self, task_id: str) -> ProcessIdentity:
         """Start a run again that was stopped or failed.
@@ -117,6 +121,20 @@ class FinetuneManager:
 
     def check_resumable(self, task_id: str) -> None:
         """Raise Conflict or OutputError if `resume` would."""
+        self.check_resumable_quick(task_id)
+        spec = self.run_directory(task_id).read_spec()
+        if _data_hash(spec.config) != spec.dataset_sha256:
+            files = [str(dataset.path) for dataset in spec.config.sources]
+            files += [spec.config.reward_file] if spec.config.reward_file else []
+            raise Conflict(
+                code="dataset_changed",
+                message=f"What {task_id} learns from has changed since it began, so it cannot go on exactly: "
+                f"{', '.join(files)}.",
+                hint="Put the old data back, or start a new run.",
+            )
+
+    def check_resumable_quick(self, task_id: str) -> None:
+        """Raise Conflict or OutputError if the run cannot be resumed, whatever its dataset is."""
         state, spec = self.status(task_id).state, self.run_directory(task_id).read_spec()
         if state is RunState.COMPLETED:
             raise Conflict(
@@ -127,15 +145,6 @@ class FinetuneManager:
         if state in ALIVE:
             raise Conflict(code="not_resumable", message=f"{task_id} is running.", hint="There is nothing to resume.")
         check_claim(Path(spec.config.output_dir), task_id)
-        if _data_hash(spec.config) != spec.dataset_sha256:
-            files = [str(dataset.path) for dataset in spec.config.sources]
-            files += [spec.config.reward_file] if spec.config.reward_file else []
-            raise Conflict(
-                code="dataset_changed",
-                message=f"What {task_id} learns from has changed since it began, so it cannot go on exactly: "
-                f"{', '.join(files)}.",
-                hint="Put the old data back, or start a new run.",
-            )
 
     def stop(self, task_id: str, *, force: bool = False) -> bool:
         """Ask a run to save and end (`force`: kill it); return at once, False where no process was there to ask."""

@@ -5,43 +5,40 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import NotFound, NotImplementedYet, Overloaded, SageError
 from sage.common.ids import random_suffix
-from sage.common.logs import LogFile, tail_lines
+from sage.common.logs import LogFile
 from sage.common.paths import get_user_paths
 from sage.common.settings import Settings
 from sage.llm.client.types import (
     SETTLED,
     SUPPORTED_ENGINE_KINDS,
     DesiredState,
-    EngineEvent,
     EngineKind,
-    EnginePage,
     EngineState,
     EngineView,
     RestartPolicy,
     StartRequest,
-    TrainingStep,
 )
+from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
-from sage.llm.control_plane.logfile import follow
 from sage.llm.control_plane.node import open_state_folder
 from sage.llm.control_plane.plan import Limits
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import busy, ended, not_resumable, other_node, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, standby, still_running
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
 from sage.llm.control_plane.store.database import open_database
@@ -57,12 +54,11 @@ _ACTOR = "user"
 #: A write that met another one is retried this often.
 _ATTEMPTS = 5
 _STORE_THREADS = 8
-_LIST_PAGE = 1000
 #: Between two checks of the lengths of logs.
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager:
+class ControlPlaneManager(EngineReads):
     """Starts, stops, resumes and describes engines of this node; background tasks probe and reconcile.
 
     Of several control planes of one node, the one with the lease is active. The others are standby: they serve reads and
@@ -77,17 +73,17 @@ class ControlPlaneManager:
         self._settings, self._is_standby_expected = settings, standby
         self._node = open_state_folder()
         launcher = LocalLauncher()
-        self._launcher = launcher
+        self._launcher, inference = launcher, InferenceExecutor(launcher)
         self._executors: Mapping[EngineKind, Executor] = {
-            EngineKind.LLM: InferenceExecutor(EngineKind.LLM, launcher),
-            EngineKind.EMBEDDING: InferenceExecutor(EngineKind.EMBEDDING, launcher),
+            EngineKind.LLM: inference,
+            EngineKind.EMBEDDING: inference,
             EngineKind.FINETUNE: FinetuneExecutor(launcher),
         }
         self._store = Store(open_database(settings.store_url))
         self._pool = Pool("store", _STORE_THREADS)
         self._woken = asyncio.Event()
         self._keeper = LeaseKeeper(self._store, self._node, settings.gateway_url, self._on_lease)
-        self._routing = RoutingTable(self._node, lambda engine: self._executors[engine.kind].model_name(engine))
+        self._routing = RoutingTable(self._node, _model_name)
         self._prober = Prober(self._executors, launcher, self._woken.set)
         self._runner = Runner(
             self._store, self._pool, self._executors, launcher, self._routing, lambda: self._keeper.lease, self._woken.set
@@ -141,7 +137,7 @@ class ControlPlaneManager:
             model=request.model,
             name=request.name or request.model,
             backend=prepared.backend,
-            options=prepared.options,
+            options=dict(prepared.options),
             metadata=request.metadata,
             desired=DesiredState.RUNNING,
             force=False,
@@ -154,7 +150,7 @@ class ControlPlaneManager:
             server_id=None,
             requested_port=request.port,
             devices=None,
-            reserved_bytes=None,
+            reserved_bytes=prepared.reserved_bytes,
             version=1,
             created_at=now,
             state_at=now,
@@ -163,20 +159,20 @@ class ControlPlaneManager:
         )
         engine = await self._write(self._store.add, record, _ACTOR)
         self._routing.apply(engine, None)
-        return self._view(engine, None)
+        return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
         """Ask for an engine to be stopped (force: killed), and return it at once; a settled one is returned as it is."""
         for _ in range(_ATTEMPTS):
             engine, server = await self._own(engine_id)
             if engine.state in SETTLED:
-                return self._view(engine, server)
+                return await self._view(engine, server)
             is_forced = force or (engine.force and engine.desired is DesiredState.STOPPED)
             if (engine.desired, engine.force) == (DesiredState.STOPPED, is_forced):
-                return self._view(engine, server)
+                return await self._view(engine, server)
             with contextlib.suppress(StaleWrite):
                 stop = functools.partial(self._store.set_desired, engine, DesiredState.STOPPED, force=is_forced)
-                return self._view(await self._write(stop, actor=_ACTOR), server)
+                return await self._view(await self._write(stop, actor=_ACTOR), server)
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
@@ -193,7 +189,7 @@ class ControlPlaneManager:
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=_ACTOR, restarts=0)
                 engine = await self._write(resume, desired=DesiredState.RUNNING, force=False)
                 self._routing.apply(engine, None)
-                return self._view(engine, None)
+                return await self._view(engine, None)
         raise busy(engine_id)
 
     async def pause_engine(self, engine_id: str) -> EngineView:
@@ -217,7 +213,7 @@ class ControlPlaneManager:
                 raise still_running(engine_id, f"is {engine.state}", "Stop it first: `sage llm engine stop {}`.")
             if self._runner.validator.is_running(engine_id):
                 raise still_running(engine_id, "is still being validated", "Retry in some seconds.")
-            handle = (await executor.plan_server(engine)).handle
+            handle = executor.plan_server(engine).handle
             process = (await self._launcher.observe([handle])).get(handle)
             if process is None or process.alive:
                 raise still_running(engine_id, "still has a process", "Retry; `sage llm engine resume {}` adopts it.")
@@ -230,90 +226,6 @@ class ControlPlaneManager:
                     logger.warning("%s was removed, but its files were not: %s", engine_id, error)
                 return
         raise busy(engine_id)
-
-    async def page_engines(
-        self,
-        *,
-        limit: int,
-        after: str | None = None,
-        states: Collection[EngineState] | None = None,
-        kinds: Collection[EngineKind] | None = None,
-        newest_first: bool = False,
-    ) -> EnginePage:
-        """Return a page of the engines of all nodes, in the order of their creation; after: `last_id` of the page before."""
-        found, has_more = await self._pool.run(
-            self._store.page, limit=limit, after=after, states=states, kinds=kinds, newest_first=newest_first
-        )
-        servers = await self._servers(found)
-        views = await asyncio.to_thread(
-            lambda: [self._view(engine, servers.get(engine.server_id or "")) for engine in found]
-        )
-        first_id, last_id = (views[0].id, views[-1].id) if views else (None, None)
-        return EnginePage(data=views, first_id=first_id, last_id=last_id, has_more=has_more)
-
-    async def list_engines(self) -> list[EngineView]:
-        """Return all engines, oldest first."""
-        views: list[EngineView] = []
-        after: str | None = None
-        while True:
-            page = await self.page_engines(limit=_LIST_PAGE, after=after)
-            views += page.data
-            if not page.has_more:
-                return views
-            after = page.last_id
-
-    async def list_active(self) -> list[EngineView]:
-        """Return the engines of this node that are not settled, oldest first."""
-        engines = await self._pool.run(self._store.active, self._node)
-        servers = await self._servers(engines)
-        return [self._view(engine, servers.get(engine.server_id or "")) for engine in engines]
-
-    async def counts(self) -> Mapping[tuple[EngineKind, EngineState], int]:
-        """Return how many engines of each kind there are in each state."""
-        return await self._pool.run(self._store.count)
-
-    async def get_engine(self, engine_id: str) -> EngineView:
-        """Return an engine; raises NotFound."""
-        engine, server = await self._hosted(engine_id)
-        return await asyncio.to_thread(self._view, engine, server)
-
-    async def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
-        """Return the last lines of an engine's log."""
-        return await asyncio.to_thread(tail_lines, await self._log_path(engine_id), tail)
-
-    async def follow_logs(self, engine_id: str, offset: int) -> AsyncIterator[bytes]:
-        """Yield an engine's log from a byte on, and what is added, until the engine is settled."""
-
-        async def has_ended() -> bool:
-            return (await self._pool.run(self._store.get, engine_id)).state in SETTLED
-
-        async for chunk in follow(await self._log_path(engine_id), offset, has_ended):
-            yield chunk
-
-    async def log_offset(self, engine_id: str, tail: int, offset: int | None = None) -> int:
-        """Return the byte of an engine's log at which its last `tail` lines begin, or `offset` if the log has that byte.
-
-        An offset beyond the end means the end, and one of what was cut off means the first byte that is still there.
-        """
-        log = LogFile(await self._log_path(engine_id))
-        if offset is None:
-            return await asyncio.to_thread(log.tail_offset, tail)
-        start, end = await asyncio.to_thread(log.range)
-        return min(max(offset, start), end)
-
-    async def get_events(self, engine_id: str, after: int = 0) -> list[EngineEvent]:
-        """Return an engine's events with ids above `after`, oldest first; raises NotFound."""
-        await self._pool.run(self._store.get, engine_id)
-        return await self._pool.run(self._store.events, after, limit=_LIST_PAGE, engine_id=engine_id)
-
-    async def changes(self, after: int, limit: int) -> list[EngineEvent]:
-        """Return events of all engines with ids above `after`, oldest first."""
-        return await self._pool.run(self._store.events, after, limit=limit)
-
-    async def get_training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the optimizer steps of a run behind step `after`, downsampled to `max_points`; none if it does not train."""
-        engine, _ = await self._local(engine_id)
-        return await self._executors[engine.kind].training_steps(engine, after, max_points)
 
     def find(self, model: str, kind: EngineKind) -> Route:
         """Return the engine that a request for `model` means; it may still be starting. Uses memory only.
@@ -355,10 +267,6 @@ class ControlPlaneManager:
         kinds = (EngineKind.LLM, EngineKind.EMBEDDING)
         return [route for kind in kinds for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
-    def is_responsive(self, engine_id: str) -> bool:
-        """Return whether an engine has answered its health checks lately."""
-        return self._reconciler.silent_seconds(engine_id) < self._settings.engine_unresponsive_seconds
-
     def _on_lease(self, lease: Lease | None) -> None:
         logger.info("this control plane is %s", f"active (fence {lease.fence})" if lease else "standby")
         self._woken.set()
@@ -378,40 +286,10 @@ class ControlPlaneManager:
         self._woken.set()
         return written
 
-    async def _hosted(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine with its server; raises NotFound."""
-        found = await self._pool.run(self._store.hosted, [engine_id])
-        return found[0] if found else (await self._pool.run(self._store.get, engine_id), None)
-
-    async def _local(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine of this node with its server; raises NotFound or Conflict."""
-        engine, server = await self._hosted(engine_id)
-        if engine.node != self._node:
-            raise other_node(engine)
-        return engine, server
-
     async def _own(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
         """Return an engine that this control plane may write; raises NotFound, Conflict, or Overloaded on a standby."""
         await self._lease()
         return await self._local(engine_id)
-
-    async def _servers(self, engines: Collection[EngineRecord]) -> Mapping[str, ServerRecord]:
-        """Return the servers of engines by id."""
-        ids = [engine.id for engine in engines if engine.state not in SETTLED]
-        found = await self._pool.run(self._store.hosted, ids) if ids else []
-        return {server.id: server for _, server in found if server}
-
-    async def _log_path(self, engine_id: str) -> Path:
-        engine, _ = await self._local(engine_id)
-        return self._executors[engine.kind].log_path(engine)
-
-    def _view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
-        silent_seconds = 0.0 if self.is_responsive(engine.id) else self._reconciler.silent_seconds(engine.id)
-        if engine.state in SETTLED:
-            return self._views.view(engine, None, None)
-        return self._views.view(
-            engine, server, self._prober.last(engine.id), self._prober.trouble(engine.id), silent_seconds
-        )
 
     async def _reconcile(self) -> None:
         while True:
@@ -434,3 +312,8 @@ class ControlPlaneManager:
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
             except (OSError, SQLAlchemyError) as error:
                 logger.warning("the logs cannot be cut: %s", error)
+
+
+def _model_name(engine: EngineRecord) -> str | None:
+    """Return what an engine is called by its server; None: as requests call it."""
+    return None if engine.kind is EngineKind.FINETUNE else registry.serving(engine.backend).model_name(engine)

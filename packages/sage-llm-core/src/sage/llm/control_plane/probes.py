@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 #: Between two probes of an engine: while it starts or stops, and in any other state.
 _FAST_SECONDS, _SLOW_SECONDS = 0.2, 1.0
 _TIMEOUT_SECONDS = 5.0
-#: Probes at once, of engines that answered the last one and of those that did not.
+#: Probes at once in each lane, so that servers that hang delay only others that hang.
 _MAX_PROBES = 64
 _CHANGING = (EngineState.STARTING, EngineState.STOPPING)
 
@@ -34,9 +34,16 @@ class _Target:
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
-    is_silent: bool = False  #: its last probe brought no answer
+    is_answering: bool = False  #: its last probe had an answer
     trouble: str = ""
     task: asyncio.Task[None] | None = None
+
+    @property
+    def lane(self) -> str:
+        """Which other engines its probes wait for."""
+        if self.engine.state in _CHANGING:
+            return "changing"
+        return "answering" if self.is_answering else "silent"
 
 
 class Prober:
@@ -53,7 +60,7 @@ class Prober:
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
-        self._answering, self._silent = asyncio.Semaphore(_MAX_PROBES), asyncio.Semaphore(_MAX_PROBES)
+        self._lanes = {lane: asyncio.Semaphore(_MAX_PROBES) for lane in ("changing", "answering", "silent")}
         self._looks: set[asyncio.Task[Mapping[str, ProcessObservation]]] = set()
         self._changed = asyncio.Event()
 
@@ -132,7 +139,7 @@ class Prober:
             process = (await asyncio.shield(look)).get(server.handle)
             if process is None:
                 raise OSError(f"the process of {server.id} cannot be observed")
-            async with self._silent if target.is_silent else self._answering, asyncio.timeout(self._timeout_seconds):
+            async with self._lanes[target.lane], asyncio.timeout(self._timeout_seconds):
                 observed = await self._executors[engine.kind].probe(engine, server, process)
         except Exception as error:  # noqa: BLE001 - logged, and tried again
             self._fail(target, error)
@@ -142,13 +149,13 @@ class Prober:
     def _keep(self, target: _Target, observed: Observed) -> None:
         before, target.observed = target.observed, observed
         target.observed_at_seconds, target.trouble = time.monotonic(), ""
-        target.is_silent = target.engine.state is EngineState.RUNNING and not observed.ready
+        target.is_answering = observed.ready
         if before is None or _outline(before) != _outline(observed):
             self._on_change()
 
     def _fail(self, target: _Target, error: Exception) -> None:
         """Keep the last observation, which grows old; log an error once for as long as it stays the same."""
-        target.is_silent = True
+        target.is_answering = False
         trouble = f"{type(error).__name__}: {error}"
         if target.trouble != trouble:
             target.trouble = trouble

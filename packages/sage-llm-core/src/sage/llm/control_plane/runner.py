@@ -105,7 +105,7 @@ class Runner:
         """Write the plan of a server, start its process, and write its address; adopt the process if it exists."""
         executor = self._executors[engine.kind]
         if server is None:
-            server = await executor.plan_server(engine)
+            server = executor.plan_server(engine)
             engine = await self._write(engine, EngineState.STARTING, put_server=server, server_id=server.id)
             self._routing.apply(engine, server)
         process = (await self._launcher.observe([server.handle])).get(server.handle)

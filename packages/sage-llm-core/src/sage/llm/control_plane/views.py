@@ -38,8 +38,11 @@ class Views:
         fields: dict[str, Any] = {"reason": engine.reason}
         if is_local:
             fields |= self._fields(engine, observed)
-        if observed and observed.process:
-            fields |= {"pid": observed.process.pid, "memory_bytes": observed.process.memory_bytes}
+        if observed:
+            if observed.process:
+                fields |= {"pid": observed.process.pid, "memory_bytes": observed.process.memory_bytes}
+            if observed.alive and observed.reason:  # its process is alive, and its files cannot be read
+                fields["reason"] = observed.reason
         if trouble:
             fields["reason"] = Reason(code="engine_unreadable", message=f"The engine cannot be observed: {trouble}.")
         if silent_seconds:

@@ -1,1 +1,1 @@
-"""Inference servers: how each is started."""
+"""Backends: the programs that run engines."""

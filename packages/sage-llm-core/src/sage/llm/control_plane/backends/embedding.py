@@ -1,9 +1,15 @@
-"""Our own small server around sentence-transformers."""
+"""SAGE's own server around sentence-transformers."""
 
 import sys
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
+
+from sage.libs.models.resolve import ModelKind, ModelSource
+from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.backends.base import Capabilities, parameter_count
+from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
+from sage.llm.control_plane.store.records import EngineRecord
 
 
 class EmbeddingOptions(BaseModel):
@@ -15,10 +21,23 @@ class EmbeddingOptions(BaseModel):
 class EmbeddingBackend:
     """Serves `/v1/embeddings`."""
 
+    name: ClassVar[str] = "embedding"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        frozenset({EngineKind.EMBEDDING}), frozenset({ModelKind.FULL, ModelKind.HUB})
+    )
     options: ClassVar[type[BaseModel]] = EmbeddingOptions
+    interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
     health_path: ClassVar[str] = "/health"
 
-    def argv(self, model: str, port: int, descriptor: int, options: EmbeddingOptions) -> tuple[str, ...]:
-        """Return the command that serves `model` on the inherited socket `descriptor`, which listens at `port`."""
-        where = ("--port", str(port), "--fd", str(descriptor))
-        return (sys.executable, "-m", "sage.llm.workers.embedding", "--model", model, *where)
+    def argv(self, model: str, options: EmbeddingOptions) -> tuple[str, ...]:
+        """Return the command that serves `model` on a socket of the launcher's."""
+        listen = ("--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT)
+        return (*self.interpreter, "-m", "sage.llm.workers.embedding", "--model", model, *listen)
+
+    def model_name(self, engine: EngineRecord) -> None:
+        """Return None: the server accepts any name."""
+
+    def memory_bytes(self, model: ModelSource, options: EmbeddingOptions) -> int | None:
+        """Return the size of the weights in memory, in fp32."""
+        parameters = parameter_count(model)
+        return parameters and parameters * 4

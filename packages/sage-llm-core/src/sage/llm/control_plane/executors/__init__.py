@@ -1,1 +1,1 @@
-"""One executor for each way of running an engine."""
+"""Executors: how engines of each kind are checked, run and observed."""

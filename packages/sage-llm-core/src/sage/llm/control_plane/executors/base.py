@@ -1,49 +1,100 @@
-"""The executor: what the reconciler and the manager need of an engine kind."""
+"""The executor interface: what the control plane needs to know about a kind of engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from sage.common.processes import ProcessSpec
-from sage.common.training import TrainingProgress
-from sage.llm.client.types import EngineState, Reason, StartRequest, TrainingStep
+from sage.common.training import TrainingProgress, TrainingStep
+from sage.llm.client.types import EngineState, Reason, StartRequest
 from sage.llm.control_plane.launchers.base import ProcessObservation
-from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What is the case, whatever the store says."""
-
-    alive: bool  #: it has a process
-    ready: bool = False  #: it answers, or trains
-    ended: EngineState | None = None  #: it settled by itself, and in which state
-    reason: Reason | None = None  #: of `ended`, or of a death
-    orphaned: bool = False  #: its process has exited, children of it have not
-    process: ProcessObservation | None = None
-    training: TrainingProgress | None = None
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that passed the fast checks."""
+    """What a request is kept as, once it was checked."""
 
-    backend: str
-    options: dict[str, Any]
+    backend: str  #: name in the registry, never `auto`
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reserved_bytes: int | None = None  #: memory that it is expected to need; None: not known
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an engine was observed to be, whatever the store says."""
+
+    alive: bool  #: it has a process
+    ready: bool = False  #: it answers requests, or trains
+    ended: EngineState | None = None  #: the state in which it reported its end
+    reason: Reason | None = None  #: of `ended`, or why its process exited
+    orphaned: bool = False  #: its process is gone, but processes that it started are not
+    process: ProcessObservation | None = None
+    training: TrainingProgress | None = None
 
 
 class Executor(Protocol):
-    """Runs engines of a kind."""
+    """Checks, runs and observes engines of some kinds. Every method returns soon, or can be cancelled.
 
-    async def prepare(self, engine_id: str, request: StartRequest) -> Prepared: ...
-    async def validate(self, engine: EngineRecord) -> None: ...
-    async def discard(self, engine_id: str) -> None: ...
-    async def check_resumable(self, engine: EngineRecord) -> None: ...
-    def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec: ...
-    async def plan_server(self, engine: EngineRecord) -> ServerRecord: ...
-    async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed: ...
-    def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]: ...
-    async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]: ...
-    def log_path(self, engine: EngineRecord) -> Path: ...
-    async def remove(self, engine: EngineRecord) -> None: ...
+    OSError means that something is not known: the caller retries.
+    """
+
+    async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
+        """Check a request, in milliseconds and without effect; raises SageError."""
+
+    async def validate(self, engine: EngineRecord) -> None:
+        """Check what takes longer, such as the dataset, and create what the engine needs; raises SageError.
+
+        Runs before each start that a user asks for, and may be repeated.
+        """
+
+    async def discard(self, engine_id: str) -> None:
+        """Remove what `validate` created for an engine that is not kept."""
+
+    async def check_resumable(self, engine: EngineRecord) -> None:
+        """Raise SageError if the engine cannot be started again; fast."""
+
+    def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec:
+        """Return the process to launch; blocking. Call it only to launch the process: a training run records it."""
+
+    def plan_server(self, engine: EngineRecord) -> ServerRecord:
+        """Return the server to launch for an engine."""
+
+    async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
+        """Return the state of an engine whose process was just observed; raises OSError if it is not known."""
+
+    def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
+        """Return the fields of EngineView that only the executor knows; blocking."""
+
+    async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
+        """Return the steps of a training run after step `after`, downsampled to at most `max_points`."""
+
+    def log_path(self, engine: EngineRecord) -> Path:
+        """Return the path of the engine's log."""
+
+    async def remove(self, engine: EngineRecord) -> None:
+        """Remove the engine's files; the result of a training run stays."""
+
+
+def planned_server(engine: EngineRecord, handle: str) -> ServerRecord:
+    """Return the server that hosts one engine; ids of both end alike."""
+    return ServerRecord(
+        id=f"server-{suffix_of(engine.id)}",
+        node=engine.node,
+        backend=engine.backend,
+        model=engine.model,
+        state=ServerState.PLANNED,
+        handle=handle,
+        address=None,
+        devices=engine.devices,
+        reserved_bytes=engine.reserved_bytes,
+        version=1,
+        created_at=datetime.now(UTC),
+    )
+
+
+def suffix_of(record_id: str) -> str:
+    """Return the end of an id, which an engine shares with its server and its training run."""
+    return record_id.partition("-")[2]

@@ -1,1 +1,1 @@
-"""Where a process runs."""
+"""Launchers: how processes are started, observed and signalled."""

@@ -1,48 +1,163 @@
-"""Detached processes on this machine."""
+"""The local launcher: detached processes on this machine, which listen on the loopback interface.
 
+A handle is the path of the lock that the process holds. The port of a process is in the file `port` beside its lock.
+"""
+
+import asyncio
 import contextlib
+import logging
 import os
 import signal
+import socket
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from sage.common.identity import ProcessIdentity
-from sage.common.processes import ProcessSpec, exit_code, find_by_environment, holder, last_holder, leftovers, spawn
+from sage.common.identity import ProcessIdentity, all_sessions, resident_bytes
+from sage.common.paths import private_file
+from sage.common.processes import (
+    ProcessSpec,
+    claimed_lock,
+    exit_code,
+    find_by_environment,
+    holder,
+    last_holder,
+    leftovers,
+    start,
+)
+from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT, ProcessObservation, Signal
+from sage.llm.control_plane.store.store import port_taken
+
+logger = logging.getLogger(__name__)
+_HOST = "127.0.0.1"
 
 
 class LocalLauncher:
-    """Starts processes in sessions of their own on this machine."""
+    """Starts, observes and signals processes on this machine, each in a session of its own."""
 
-    def launch(self, spec: ProcessSpec) -> ProcessIdentity:
-        """Start a process under its lock; raises Conflict if that is held, OSError if it cannot be started."""
-        return spawn(spec)
+    def __init__(self) -> None:
+        # Threads of its own: to observe must not wait for other blocking work, such as hashing datasets.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="launcher")
 
-    def observe(self, lock_path: Path) -> ProcessIdentity | None:
-        """Return the process that holds a lock, or None if it is gone; one whose lock file was removed still lives."""
-        if found := holder(lock_path):
-            return found
-        leaving = last_holder(lock_path)  # the kernel drops the locks of a process that ends before the process itself
-        if leaving and leaving.is_alive():
-            return leaving
-        return None if lock_path.exists() else find_by_environment(lock_path)
+    def handle(self, spec: ProcessSpec) -> str:
+        """Return the path of the process's lock."""
+        return str(spec.lock_path)
 
-    def has_leftovers(self, lock_path: Path) -> bool:
-        """Return whether the process is gone and others of its session are not."""
-        return bool(leftovers(lock_path))
+    async def check_port(self, port: int) -> None:
+        """Raise Conflict if the port is taken or may not be used."""
+        _listen(port).close()
 
-    def stop(self, lock_path: Path) -> None:
-        """Send SIGTERM to the process, not to its session: it saves first. One that was suspended goes on to do so."""
-        if process := self.observe(lock_path):
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGCONT)
+    async def launch(self, spec: ProcessSpec) -> str | None:
+        """Start a process under its lock and return its address; raises Conflict or OSError."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _launch, spec)
 
-    def kill(self, lock_path: Path) -> None:
-        """Send SIGKILL to the process and to its session, or to what is left of it."""
-        if process := self.observe(lock_path):
+    async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
+        """Return what is observed, in one thread call; handles that could not be observed are missing."""
+        locks = [Path(handle) for handle in handles]
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _observe, locks)
+
+    async def signal(self, handle: str, signal: Signal) -> None:
+        """Send SIGTERM to the process, or SIGKILL to its whole session and to what is left of it."""
+        await asyncio.get_running_loop().run_in_executor(self._threads, _signal, Path(handle), signal)
+
+
+def _launch(spec: ProcessSpec) -> str | None:
+    with claimed_lock(spec.lock_path) as lock:
+        if spec.port is None:
+            start(spec, lock)
+            return None
+        with _listen(spec.port) as listener:
+            port, descriptor = int(listener.getsockname()[1]), listener.fileno()
+            private_file(_port_path(spec.lock_path)).write_text(str(port))
+            values = {PORT_ARGUMENT: str(port), DESCRIPTOR_ARGUMENT: str(descriptor)}
+            argv = tuple(values.get(argument, argument) for argument in spec.argv)
+            start(replace(spec, argv=argv, pass_fds=(*spec.pass_fds, descriptor)), lock)
+    return _address(port)
+
+
+def _observe(locks: Collection[Path]) -> Mapping[str, ProcessObservation]:
+    processes: dict[Path, ProcessIdentity | None] = {}
+    for lock in locks:
+        with _omitted_if_unknown(lock):
+            processes[lock] = _process(lock)
+    without_file = {lock for lock, process in processes.items() if process is None and not lock.exists()}
+    try:
+        processes |= find_by_environment(without_file)
+        sessions = all_sessions() if any(processes.values()) else {}
+    except OSError as error:
+        logger.warning("processes could not be observed: %s", error)
+        return {}
+    observations = {}
+    for lock, process in processes.items():
+        with _omitted_if_unknown(lock):
+            if process is None or (process != last_holder(lock) and leftovers(lock)):  # a child may have inherited the lock
+                observations[str(lock)] = _dead(lock)
+            else:
+                observations[str(lock)] = _living(lock, process, sessions.get(process.pid, [process.pid]))
+    return observations
+
+
+@contextlib.contextmanager
+def _omitted_if_unknown(lock: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("the process of %s could not be observed: %s", lock, error)
+
+
+def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> ProcessObservation:
+    address, memory_bytes = None, resident_bytes(members if process.pid else ()) or None
+    with contextlib.suppress(FileNotFoundError, ValueError):  # it does not listen, or the file is not complete yet
+        address = _address(int(_port_path(lock).read_text()))
+    return ProcessObservation(alive=True, address=address, pid=process.pid or None, memory_bytes=memory_bytes)
+
+
+def _dead(lock: Path) -> ProcessObservation:
+    code = exit_code(lock)
+    # The session is looked at last: a process that is gone by now starts no other ones.
+    return ProcessObservation(alive=False, leftovers=bool(leftovers(lock)), exit_code=code)
+
+
+def _signal(lock: Path, kind: Signal) -> None:
+    process = _process(lock)
+    if process is None and not lock.exists():
+        process = find_by_environment([lock]).get(lock)
+    if kind is Signal.STOP and process:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+    elif kind is Signal.KILL:
+        if process:
             process.send_signal(signal.SIGKILL)
-        for pid in leftovers(lock_path):
+        for pid in leftovers(lock):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def exit_code(self, lock_path: Path) -> int | None:
-        """Return how a process ended, if this very process started it."""
-        return exit_code(lock_path)
+
+def _process(lock: Path) -> ProcessIdentity | None:
+    """Return the process of a lock, or None if it is gone, or if it lives and its lock file was removed."""
+    if found := holder(lock):
+        return found
+    ending = last_holder(lock)  # the kernel releases the locks of a process before the process is gone
+    return ending if ending and ending.is_alive() else None
+
+
+def _listen(port: int) -> socket.socket:
+    """Return a listening socket, on a free port if `port` is 0; raises Conflict."""
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((_HOST, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        raise port_taken(port, error.strerror or str(error)) from error
+    return listener
+
+
+def _port_path(lock: Path) -> Path:
+    return lock.with_name("port")
+
+
+def _address(port: int) -> str:
+    return f"{_HOST}:{port}"

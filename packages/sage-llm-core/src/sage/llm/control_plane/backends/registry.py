@@ -1,0 +1,47 @@
+"""The backends by name, and the choice of one for an engine."""
+
+from sage.common.errors import ConfigError
+from sage.libs.models.resolve import ModelSource
+from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.backends.base import Backend, ServingBackend
+from sage.llm.control_plane.backends.embedding import EmbeddingBackend
+from sage.llm.control_plane.backends.trainer import TrainerBackend
+from sage.llm.control_plane.backends.transformers import TransformersBackend
+
+#: `auto` takes the first that can run the engine.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend())
+}
+
+
+def resolve(name: str, kind: EngineKind, model: ModelSource) -> Backend:
+    """Return the backend `name`, or for `auto` the first that can run a model as an engine of a kind.
+
+    Raises ConfigError, which lists the backends of the kind, if there is none of that name or it cannot run the engine.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise _refused(f"There is no backend '{name}'.", kind)
+    candidates = BACKENDS.values() if name == "auto" else [BACKENDS[name]]
+    of_kind = [backend for backend in candidates if kind in backend.capabilities.kinds]
+    if not of_kind:
+        raise _refused(f"The backend '{name}' does not run engines of kind {kind}.", kind)
+    for backend in of_kind:
+        if model.kind in backend.capabilities.formats:
+            return backend
+    formats = sorted({str(model_format) for backend in of_kind for model_format in backend.capabilities.formats})
+    problem = f"{model.name} is a model in the format '{model.kind}'; engines of kind {kind} need {' or '.join(formats)}."
+    raise _refused(problem, kind)
+
+
+def serving(name: str) -> ServingBackend:
+    """Return the inference server `name`."""
+    backend = BACKENDS[name]
+    assert isinstance(backend, ServingBackend)
+    return backend
+
+
+def _refused(problem: str, kind: EngineKind) -> ConfigError:
+    names = ", ".join(name for name, backend in BACKENDS.items() if kind in backend.capabilities.kinds)
+    return ConfigError(
+        code="backend_unusable", message=problem, hint=f"Backends for kind {kind}: auto, {names}.", param="backend"
+    )

@@ -1,0 +1,50 @@
+"""From the reference to a dataset in a request to the file or folder that holds it."""
+
+from pathlib import Path
+from typing import Protocol
+
+from sage.common.errors import ConfigError
+from sage.libs.finetune.data.folders import unusable
+
+#: What the ids of uploaded files begin with.
+FILE_ID = "file-"
+
+
+class DatasetResolver(Protocol):
+    """Resolves references to datasets."""
+
+    def resolve(self, reference: str) -> Path:
+        """Return the file or folder that holds a dataset.
+
+        Raises ConfigError for a reference that cannot be resolved, DatasetError if there is no such file or folder.
+        """
+
+
+class LocalDatasets:
+    """Datasets on this machine, by absolute path."""
+
+    def resolve(self, reference: str) -> Path:
+        """Return the path, if there is something."""
+        if reference.startswith(FILE_ID):
+            raise ConfigError(
+                code="file_ids_unsupported",
+                message=f"'{reference[:200]}' is the id of an uploaded file, and files cannot be uploaded yet.",
+                hint="Give the absolute path of a file or folder on the gateway's machine.",
+                param="dataset_path",
+            )
+        check_absolute("dataset_path", reference)
+        path = Path(reference)
+        if not path.exists():
+            raise unusable(path, "does not exist")
+        return path
+
+
+def check_absolute(option: str, path: str) -> None:
+    """Raise ConfigError if a path is relative: the gateway works in another folder than its clients."""
+    if not path.startswith("/"):
+        raise ConfigError(
+            code="path_not_absolute",
+            message=f"{option}: '{path[:200]}' is not an absolute path, and the gateway works in another folder.",
+            hint=f"Give the absolute path of '{option}'.",
+            param=option,
+        )

@@ -1,0 +1,26 @@
+"""Why a process exited: its exit code or signal, and the error that it logged last."""
+
+import re
+from pathlib import Path
+
+from sage.common.logs import LogFile
+from sage.common.processes import describe_exit
+
+#: An error is in the last line; that much is read of a log.
+_TAIL_BYTES = 4096
+#: A progress bar, a warning, or a log line below ERROR: not the reason of an exit.
+_NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWarning|FutureWarning)\b")
+
+
+def exit_message(what: str, code: int | None, log_path: Path) -> str:
+    """Return a sentence on how `what` exited; the log is read only if the process exited with an error of its own."""
+    sentence = f"{what} {describe_exit(code)}"
+    error = "" if code is not None and code <= 0 else _last_error(log_path)
+    return f"{sentence}: {error}" if error else f"{sentence}."
+
+
+def _last_error(log_path: Path) -> str:
+    log = LogFile(log_path)
+    text = log.read(max(0, log.range()[1] - _TAIL_BYTES)).decode(errors="replace").strip()
+    last = text.rpartition("\n")[2].rpartition("\r")[2].strip()
+    return "" if _NO_ERROR.search(last) else last
