@@ -132,7 +132,7 @@ def test_the_async_client_does_all_that_the_sync_one_does(tiny_model: Path, tmp_
             engine = await client.start_engine(model=str(tiny_model), engine_kind="finetune", options=options)
             lines = [line async for line in client.follow_logs(engine.id)]
             assert any("step 3/3" in line for line in lines)
-            states = [event.after async for event in client.events(engine.id, follow=True)]
+            states = [event.after async for event in client.follow_events(engine.id)]
             assert states == ["queued", "starting", "running", "completed"]
             assert [e.id for e in await client.list_engines()] == [engine.id]
             assert (await client.get_logs(engine.id, tail=1)) == lines[-1:]
@@ -171,7 +171,7 @@ def test_there_is_one_gateway_and_it_is_found_again() -> None:
     assert "url" in sage("gateway", "status").stdout
     assert "startup complete" in sage("gateway", "logs").stdout
     assert "stopped" in sage("gateway", "stop").stdout
-    assert "No gateway ran" in sage("gateway", "stop").stdout
+    assert "No gateway was running" in sage("gateway", "stop").stdout
     assert "does not answer" in sage("gateway", "status", check=3).stderr
     other = str(free_port())
     sage("gateway", "start", "--port", other)
