@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -12,7 +11,7 @@ from aiohttp import web
 from support import free_port
 
 from sage.common.settings import load_settings
-from sage.llm.client.types import EngineState
+from sage.llm.control_plane.routing import Upstream
 from sage.llm.gateway.app import create_app
 from sage.llm.gateway.connections import BoundedHttp
 
@@ -27,8 +26,8 @@ async def healthy(_: web.Request) -> web.Response:
 
 @contextlib.asynccontextmanager
 async def engine(answer: Handler, health: Handler = healthy, keep_alive_seconds: float = 75) -> AsyncIterator[int]:
-    """An engine that answers as it is told; yields its port."""
-    app = web.Application()
+    """An engine with a given answer; yields its port."""
+    app = web.Application(client_max_size=2**24)
     app.router.add_get("/health", health)
     app.router.add_post("/v1/{route:.*}", answer)
     runner = web.AppRunner(app, keepalive_timeout=keep_alive_seconds, shutdown_timeout=0.1, handler_cancellation=True)
@@ -43,19 +42,25 @@ async def engine(answer: Handler, health: Handler = healthy, keep_alive_seconds:
 
 @contextlib.asynccontextmanager
 async def gateway(
-    engine_port: int | None = None, is_responsive: Callable[[], bool] = lambda: True, **settings: Any
+    engine_port: int | None = None,
+    is_responsive: Callable[[], bool] = lambda: True,
+    model_name: str | None = None,
+    standby: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A gateway, with one engine `tiny` if there is a port; yields a client of it."""
-    app = create_app(load_settings().model_copy(update=settings))
-    if engine_port:
-        found = SimpleNamespace(id="engine-a", name="tiny", port=engine_port, state=EngineState.RUNNING)
+    """A gateway, with one engine `tiny` if there is a port; yields a client of it.
 
-        async def find_engine(*_: object) -> SimpleNamespace:
-            return found
-
-        app.state.manager.find_engine = find_engine
-        app.state.manager.is_responsive = lambda _: is_responsive()
+    model_name: what the engine is called by its server.
+    """
     port = free_port()
+    app = create_app(load_settings().model_copy(update={"gateway_port": port, **settings}), standby=standby)
+    if engine_port:
+
+        async def running(*_: object) -> Upstream:
+            return Upstream(f"127.0.0.1:{engine_port}", model_name, "engine-a")
+
+        app.state.manager.running = running
+        app.state.manager.is_responsive = lambda _: is_responsive()
     server = uvicorn.Server(uvicorn.Config(
         app, port=port, http=BoundedHttp, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1,
     ))  # fmt: skip
@@ -65,6 +70,7 @@ async def gateway(
         await asyncio.sleep(0.01)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+            client.app = app  # type: ignore[attr-defined]
             yield client
     finally:
         server.should_exit = True

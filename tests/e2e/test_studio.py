@@ -34,14 +34,16 @@ def browser(tmp_path: Path) -> Iterator[WebDriver]:
     driver.quit()
 
 
-def test_a_run_is_watched_and_stopped_in_the_browser(browser: WebDriver, tmp_path: Path) -> None:
+def test_a_run_is_followed_and_stopped_in_the_browser(browser: WebDriver, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", width=384, layers=12)
     run = engine_of(sage(
         "llm", "engine", "start", str(tmp_path / "model"), "--engine-kind", "finetune", "--dataset", str(SAMPLES),
         "--output", str(tmp_path / "out"), "--num-epochs", "50",
     ))  # fmt: skip
     port = free_port()
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}  # or NiceGUI plays a test
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
+    }  # else NiceGUI runs in its test mode
     studio = subprocess.Popen([*SAGE, "studio", "--port", str(port)], env=env)
     try:
         wait_for(lambda: _answers(port), "the dashboard")
@@ -53,15 +55,15 @@ def test_a_run_is_watched_and_stopped_in_the_browser(browser: WebDriver, tmp_pat
         wait_for(lambda: run in text() and "running" in text(), "the run in the table")
         wait_for(lambda: " %" in text(), "its progress")
         browser.find_element(By.CSS_SELECTOR, "tbody .q-checkbox").click()
-        wait_for(lambda: "tokens/s" in text(), "what is known of it")
+        wait_for(lambda: "Tokens per second: " in text(), "its figures")
         wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, "canvas, svg path[stroke]"), "the loss curve")
         browser.save_screenshot(str(tmp_path / "studio.png"))
         next(b for b in browser.find_elements(By.TAG_NAME, "button") if b.text.lower() == "stop").click()
         wait_for(lambda: "is stopped" in text(), "the stop")
         assert "is stopped at step" in sage("llm", "engine", "stop", run).stdout
         sage("gateway", "stop")
-        wait_for(lambda: "does not answer" in text(), "the trouble on the page")
-        browser.save_screenshot(str(tmp_path / "trouble.png"))
+        wait_for(lambda: "does not answer" in text(), "the error on the page")
+        browser.save_screenshot(str(tmp_path / "error.png"))
     finally:
         studio.terminate()
         studio.wait(timeout=20)

@@ -103,7 +103,7 @@ def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_m
         answer = http.request(method, path, json=body)
         assert answer.status_code == status, (path, answer.text)
         error = answer.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
+        assert set(error) == {"message", "type", "param", "code", "hint"}
         assert (error["code"], error["param"]) == (code, param), path
         assert error["message"]
     assert http.get("/v1/management/engines").json() == {"object": "list", "data": []}

@@ -1,4 +1,4 @@
-"""Starting the gateway where it cannot start, twice at once, and with few descriptors."""
+"""Starts of the gateway: with what it cannot use, several at once, as a standby, and with few descriptors."""
 
 import contextlib
 import json
@@ -8,13 +8,14 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from support import SAGE, engine_of, list_engines, sage, wait_for
+from support import SAGE, engine_of, free_port, list_engines, sage, wait_for
 
 from sage.common.processes import holder
 
@@ -38,18 +39,18 @@ def port_in_use() -> Iterator[None]:
         yield
 
 
-def test_a_wrong_setting_is_told_by_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_start_reports_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGE_RECONCILE_SECONDS", "0")
     for _ in range(2):
         assert "reconcile_seconds" in refused(exit_code=2)
 
 
-def test_an_empty_key_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_key_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGE_API_KEY", "")
     assert "everyone" in refused("--host", "0.0.0.0")
 
 
-def test_a_start_that_fails_says_why_and_the_next_one_is_not_told_the_reason_of_the_last(
+def test_a_failed_start_reports_its_own_reason_and_not_that_of_an_earlier_one(
     sage_home: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with port_in_use():
@@ -71,7 +72,7 @@ def test_a_start_that_fails_says_why_and_the_next_one_is_not_told_the_reason_of_
     assert "The gateway runs (PID" in sage("gateway", "start").stdout
 
 
-def test_a_state_folder_that_cannot_be_used_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_state_folder_is_reported_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SAGE_HOME", str(tmp_path / "file"))
     for arguments in (("gateway", "start"), ("gateway", "stop"), ("llm", "engine", "list")):
@@ -103,6 +104,49 @@ def test_two_starts_at_once_make_one_gateway_and_both_say_where_it_is() -> None:
     assert [start.returncode for start in starts] == [0, 0, 0]
     assert len(said) == 1
     assert said.pop().startswith("The gateway runs (PID ")
+
+
+@contextlib.contextmanager
+def standby_gateway() -> Iterator[tuple[int, httpx.Client]]:
+    """A second gateway of this home; yields its PID and a client of it."""
+    port = free_port()
+    argv = [sys.executable, "-m", "sage.llm.gateway", "--standby", "--port", str(port)]
+    with subprocess.Popen(argv) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        try:
+            wait_for(lambda: _role(client) is not None, "the standby's answer")
+            yield process.pid, client
+        finally:
+            process.terminate()
+
+
+def _role(client: httpx.Client) -> str | None:
+    with contextlib.suppress(httpx.HTTPError):
+        return str(client.get("/ready").json()["role"])
+    return None
+
+
+def test_a_second_gateway_of_one_home_is_refused_unless_it_is_a_standby() -> None:
+    sage("gateway", "start")
+    argv = [sys.executable, "-m", "sage.llm.gateway", "--port", str(free_port())]
+    second = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert second.returncode == 1
+    assert f"A gateway is already running (PID {holder_pid()})." in second.stderr
+    active_pid = holder_pid()
+    with standby_gateway() as (_, standby):
+        assert _role(standby) == "standby"
+        assert holder_pid() == active_pid
+
+
+def test_a_standby_takes_over_if_the_active_gateway_is_killed_and_the_command_line_finds_it(sage_home: Path) -> None:
+    sage("gateway", "start")
+    with standby_gateway() as (pid, standby):
+        os.kill(holder_pid(), signal.SIGKILL)
+        wait_for(lambda: _role(standby) == "active", "the takeover", seconds=20)
+        lock = sage_home / "state/gateway.lock"
+        wait_for(lambda: (process := holder(lock)) is not None and process.pid == pid, "the lock", seconds=20)
+        wait_for(lambda: holder_pid() == pid, "the published address", seconds=20)
+        assert stat.S_IMODE((sage_home / "state/gateway.json").stat().st_mode) == 0o600
+        assert list_engines() == {}
 
 
 def test_a_gateway_with_few_descriptors_refuses_what_is_too_much_and_goes_on(tiny_model: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the gateway refuses before any engine is asked, and in which words."""
+"""Requests that the gateway refuses before any engine is asked, and its answers to them."""
 
 import asyncio
 import functools
@@ -17,7 +17,7 @@ from sage.common.settings import Settings, load_settings
 from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.app import create_app
-from sage.llm.gateway.bodies import Body, BodyBudget
+from sage.llm.gateway.gate import LARGE_BYTES, Body, BodyBudget
 from sage.llm.workers.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 
 LONE_SURROGATE = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d"}]}'
@@ -44,7 +44,8 @@ def _app(_home: str, **settings: Any) -> FastAPI:
 def refusal(answer: httpx.Response) -> tuple[int, str]:
     """Return status and code, once it is certain that the error has OpenAI's shape."""
     error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    assert set(error) == {"message", "type", "param", "code", "hint"}
+    assert error["message"].endswith(error["hint"])
     assert answer.headers["x-request-id"]
     return answer.status_code, error["code"]
 
@@ -120,6 +121,22 @@ def test_bodies_come_as_json_only(media_type: str) -> None:
 def test_a_body_that_is_no_usable_json_is_a_400_wherever_it_goes(body: bytes, code: str) -> None:
     for path in (CHAT, "/v1/completions", "/v1/embeddings", START, "/v1/management/engines"):
         assert refusal(request("POST", path, content=body, headers=JSON)) == (400, code)
+
+
+def test_a_large_body_is_checked_as_a_small_one_without_blocking_other_requests() -> None:
+    async def main() -> None:
+        transport = httpx.ASGITransport(_app(os.environ["SAGE_HOME"]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8889") as client:
+            padding = b" " * LARGE_BYTES + b'{"model": "tiny", "x": [' + b"[1]," * 2_000_000
+            large = asyncio.create_task(client.post(CHAT, content=padding + b"NaN]}", headers=JSON))
+            looks = 0
+            while not large.done():
+                assert (await client.get("/health")).status_code == 200
+                looks += 1
+            assert refusal(large.result()) == (400, "invalid_json")
+            assert looks > 1
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("content", [[], "text", 1, {"model": 1}, {"model": ""}, {"model": "m" * 513}, {"messages": []}])
@@ -227,7 +244,7 @@ def test_what_fails_unforeseen_is_an_error_in_our_shape_and_logged_without_the_p
     async def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(ControlPlaneManager, "find_engine", fail)
+    monkeypatch.setattr(ControlPlaneManager, "running", fail)
     answer = request("POST", CHAT, json={**ASK, "messages": [{"role": "user", "content": "my secret"}]})
     assert refusal(answer) == (500, "internal_error")
     assert answer.headers["x-request-id"] in caplog.text
@@ -239,7 +256,7 @@ def test_no_descriptor_left_is_a_503_that_says_when_to_come_back(monkeypatch: py
     async def fail(*_: object) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(ControlPlaneManager, "find_engine", fail)
+    monkeypatch.setattr(ControlPlaneManager, "running", fail)
     answer = request("POST", CHAT, json=ASK)
     assert refusal(answer) == (503, "too_many_connections")
     assert int(answer.headers["retry-after"]) > 0

@@ -1,4 +1,4 @@
-"""What the gateway passes between client and engine, and what it says if the engine dies, hangs or closes connections."""
+"""What the gateway forwards between client and engine, and its errors if the engine dies, hangs or closes connections."""
 
 import asyncio
 import gzip
@@ -13,7 +13,9 @@ from aiohttp import web
 from gateways import ASK, CHAT, engine, gateway, until
 
 from sage.common.errors import EngineError, GatewayUnreachable
-from sage.llm.client import AsyncSageClient, calls
+from sage.llm.client import AsyncSageClient
+from sage.llm.client.answers import unreachable
+from sage.llm.client.streams import ChatReader
 
 EVENT = b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\n'
 
@@ -66,6 +68,66 @@ def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
             assert (got.status_code, got.json()) == (429, {"detail": "later"})
             assert (got.headers["retry-after"], got.headers["x-model"]) == ("7", "tiny")
             assert got.headers.get_list("x-request-id") == ["from-engine"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("padding", ["", "long " * 300_000])
+def test_an_engine_that_its_server_names_otherwise_is_asked_under_that_name(padding: str) -> None:
+    seen: dict[str, Any] = {}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        seen.update(await request.json(), length=request.content_length)
+        if seen["stream"]:
+            return await stream_of(request, b'data: {"model": "base:adapter-1"}\n\n', b"data: [DONE]\n\n")
+        return web.json_response({"model": "base:adapter-1"})
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port, model_name="adapter-1") as client:
+            for streams in (False, True):
+                messages = [{"role": "user", "content": f"Grüße{padding}"}]
+                sent = {"model": "tiny", "seed": 2**70, "messages": messages, "stream": streams}
+                got = await client.post(CHAT, json=sent)
+                assert seen.pop("length") > len(padding)
+                assert seen == {**sent, "model": "adapter-1"}
+                assert '"base:adapter-1"' in got.text  # as OpenAI's: the model that answered, not the alias that was asked
+
+    run(main())
+
+
+def test_a_body_is_forwarded_unchanged_if_the_names_are_equal() -> None:
+    seen: list[bytes] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(await request.read())
+        return web.json_response({})
+
+    async def main() -> None:
+        body = json.dumps(ASK, indent=5).encode()
+        async with engine(answer) as port, gateway(port, model_name="tiny") as client:
+            await client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+        assert seen == [body]
+
+    run(main())
+
+
+def test_a_client_that_leaves_while_its_engine_is_starting_is_no_longer_waited_for() -> None:
+    async def main() -> None:
+        async with gateway() as client:
+            waiting, ended = asyncio.Event(), asyncio.Event()
+
+            async def running(*_: object) -> None:
+                waiting.set()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    ended.set()
+
+            client.app.state.manager.running = running  # type: ignore[attr-defined]
+            asking = asyncio.create_task(client.post(CHAT, json=ASK))
+            await waiting.wait()
+            asking.cancel()
+            await ended.wait()
 
     run(main())
 
@@ -238,17 +300,16 @@ def test_an_engine_that_hangs_is_a_503_or_an_error_event_and_no_endless_wait(str
 
 
 def test_a_stream_without_its_end_is_an_error_for_our_client() -> None:
-    stream = calls.ChatStream()
-    assert stream.piece('data: {"choices": [{"delta": {"content": "Hi"}}]}') == "Hi"
-    assert stream.piece("") == stream.piece('data: {"choices": []}') == ""
+    stream = ChatReader()
+    assert stream.feed(b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n') == ["Hi"]
+    assert stream.feed(b'\ndata: {"choices": []}\n') == []
     with pytest.raises(EngineError, match="before it was complete"):
         stream.finish()
-    assert stream.piece("data: [DONE]") == ""
+    assert stream.feed(b"data: [DONE]\n") == []
     stream.finish()
 
 
-def test_a_start_is_waited_for_longer_than_other_answers_and_a_late_answer_invites_no_second_start() -> None:
-    assert (calls.start({}).timeout_seconds or 0) >= 3600
-    late = calls.unreachable("http://127.0.0.1:1", httpx.ReadTimeout("late"))
+def test_a_late_answer_invites_no_second_start() -> None:
+    late = unreachable("http://127.0.0.1:1", httpx.ReadTimeout("late"))
     assert isinstance(late, GatewayUnreachable)
     assert "sage llm engine list" in late.hint

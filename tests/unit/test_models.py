@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from sage.common.errors import ConfigError, Conflict, ModelError, ModelNotFound
+from sage.common.model_names import absolute_name
 from sage.common.paths import get_user_paths
 from sage.libs.models.catalog import import_model, list_models
 from sage.libs.models.fingerprint import fingerprint
-from sage.libs.models.resolve import ModelKind, absolute_name, resolve_model
+from sage.libs.models.resolve import ModelKind, resolve_model
 
 
 def safetensors(path: Path, data: bytes = b"1234") -> None:

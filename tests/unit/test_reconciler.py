@@ -1,236 +1,412 @@
 import asyncio
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import record
+from engines import record, server
 from sqlalchemy.exc import OperationalError
 
 from sage.common.errors import SageError
-from sage.llm.client.types import EngineKind, EngineState, Reason, Wanted
+from sage.common.identity import ProcessIdentity
+from sage.common.processes import ProcessSpec
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
 from sage.llm.control_plane.executors.base import Observed
-from sage.llm.control_plane.reconciler import Limits, Reconciler
+from sage.llm.control_plane.launchers.base import ProcessObservation, Signal
+from sage.llm.control_plane.plan import Limits
+from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.reconciler import Reconciler
+from sage.llm.control_plane.routing import RoutingTable
+from sage.llm.control_plane.runner import Runner
 from sage.llm.control_plane.store.database import open_database
-from sage.llm.control_plane.store.store import EngineRecord, StaleWrite, Store
+from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
+from sage.llm.control_plane.store.store import StaleWrite, Store
 
 S = EngineState
 LIMITS = Limits(start_seconds=300, stop_seconds=20)
 DEAD = Reason(code="engine_died", message="dead")
+TIMEOUT_SECONDS = 20.0
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(open_database(f"sqlite:///{tmp_path}/state/engines.db"))
+class World:
+    """Stands in for processes in the tests of the loop itself: launcher and executor at once."""
 
-
-class Executor:
-    """Stands in for processes in the tests of the loop itself; observes and fails as it is told."""
-
-    def __init__(self, launch_error: Exception | None = None) -> None:
-        self.launch_error, self.launched, self.stopped = launch_error, 0, list[bool]()
-        self.seen: Callable[[], Observed] = lambda: Observed(alive=False)
+    def __init__(self) -> None:
+        self.launch_error: Exception | None = None
+        self.launched: list[str] = []
+        self.signals: list[tuple[str, Signal]] = []
+        self.alive: set[str] = set()  #: handles
+        self.unknown: set[str] = set()  #: handles that cannot be observed
+        self.hung: set[str] = set()  #: engines whose probes never end
+        self.silent: set[str] = set()  #: engines that do not answer
+        self.validations: dict[str, Callable[[], None]] = {}
         self.release = asyncio.Event()
         self.release.set()
 
-    async def observe(self, engine: EngineRecord) -> Observed:
-        return self.seen()
-
-    async def launch(self, engine: EngineRecord) -> int | None:
-        self.launched += 1
+    async def launch(self, spec: ProcessSpec) -> str:
+        handle = str(spec.lock_path)
+        self.launched.append(handle)
         await self.release.wait()
         if self.launch_error:
             raise self.launch_error
-        return 77
+        self.alive.add(handle)
+        return "127.0.0.1:77"
 
-    async def port(self, engine: EngineRecord) -> int | None:
-        return 78
+    async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
+        known = set(handles) - self.unknown
+        return {handle: ProcessObservation(handle in self.alive, address="127.0.0.1:78") for handle in known}
 
-    async def request_stop(self, engine: EngineRecord, *, force: bool) -> None:
-        self.stopped.append(force)
+    async def signal(self, handle: str, signal: Signal) -> None:
+        self.signals.append((handle, signal))
+        self.alive.discard(handle)
+
+    async def validate(self, engine: EngineRecord) -> None:
+        self.validations.get(engine.id, lambda: None)()
+
+    def plan_server(self, engine: EngineRecord) -> ServerRecord:
+        suffix = engine.id.removeprefix("engine-")
+        return server(ServerState.PLANNED, id=f"server-{suffix}", handle=engine.id, address=None)
+
+    def spec(self, engine: EngineRecord, _: ServerRecord) -> ProcessSpec:
+        return ProcessSpec((), lock_path=Path(engine.id), log_path=Path("log"))
+
+    async def probe(self, engine: EngineRecord, _: ServerRecord, process: ProcessObservation) -> Observed:
+        if engine.id in self.hung:
+            await asyncio.Event().wait()
+        is_ready = process.alive and engine.id not in self.silent
+        return Observed(process.alive, ready=is_ready, reason=None if process.alive else DEAD, process=process)
 
 
-def fails(error: Exception) -> Any:
-    def function(*_: Any, **__: Any) -> Any:
-        raise error
+class Loop:
+    """A control plane of these parts, and the store that it writes."""
 
-    return function
+    def __init__(self, store: Store, lease: Lease, limits: Limits = LIMITS, probe_timeout_seconds: float = 0.2) -> None:
+        self.store, self.lease, self.limits = store, lease, limits
+        self.world: Any = World()
+        self.held: Lease | None = lease
+        self.probe_timeout_seconds = probe_timeout_seconds
+
+    def add(self, *engines: EngineRecord) -> None:
+        """Add engines; those in a state that has a process get one, with a server."""
+        for engine in engines:
+            added = self.store.add(engine if engine.state in (S.VALIDATING, S.QUEUED) else record(id=engine.id), "user",
+                                   self.lease)  # fmt: skip
+            if engine.state not in (S.VALIDATING, S.QUEUED):
+                with self.store._database.begin() as connection:
+                    connection.exec_driver_sql("DELETE FROM engines WHERE id = ?", (engine.id,))
+                suffix = engine.id.removeprefix("engine-")
+                host = server(id=f"server-{suffix}", handle=engine.id)
+                queued = dataclasses.replace(engine, state=S.QUEUED, server_id=host.id)
+                added = self.store.add(queued, "user", self.lease)
+                added = self.store.transition(added, S.STARTING, actor="test", lease=self.lease, put_server=host)
+                self.world.alive.add(engine.id)
+                for state in {S.RUNNING: [S.RUNNING], S.STOPPING: [S.STOPPING]}.get(engine.state, []):
+                    added = self.store.transition(added, state, actor="test", lease=self.lease)
+
+    def state(self, engine_id: str = "engine-a") -> EngineState:
+        return self.store.get(engine_id).state
+
+    def run(self, test: Callable[["Loop"], Awaitable[None]]) -> None:
+        async def main() -> None:
+            pool, executors = Pool("store", 4), dict.fromkeys(EngineKind, self.world)
+            self.prober = Prober(executors, self.world, lambda: None, self.probe_timeout_seconds)
+            self.runner = Runner(self.store, pool, executors, self.world, RoutingTable("n"), lambda: self.held)
+            self.reconciler = Reconciler(self.store, pool, "n", self.prober, self.runner, self.limits)
+            probing = asyncio.create_task(self.prober.run())
+            try:
+                await test(self)
+            finally:
+                probing.cancel()
+                await self.runner.close()
+                await self.prober.close()
+
+        asyncio.run(main())
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        deadline_seconds = time.monotonic() + TIMEOUT_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline_seconds
+            await self.reconciler.tick(is_active=self.held is not None)
+            await asyncio.sleep(0.01)
+
+    async def ticked(self, ticks: int = 3) -> None:
+        for _ in range(ticks):
+            await self.reconciler.tick(is_active=True)
+            await self.runner.idle()
 
 
-async def ticked(reconciler: Reconciler, ticks: int = 1) -> None:
-    for _ in range(ticks):
-        await reconciler.tick()
-        await reconciler.close()  # also steps that take longer than a tick
+@pytest.fixture
+def loop(tmp_path: Path) -> Loop:
+    store = Store(open_database(f"sqlite:///{tmp_path}/state/engines.db"), lease_seconds=600)
+    store.register_node("n", "host")
+    lease = store.acquire_lease("n", "me", "host", ProcessIdentity.unknown())
+    assert lease is not None
+    return Loop(store, lease)
+
+
+def test_an_engine_is_validated_launched_and_running_and_each_step_is_written_before_the_next(loop: Loop) -> None:
+    loop.add(record(S.VALIDATING))
+
+    async def test(loop: Loop) -> None:
+        await loop.until(lambda: loop.state() is S.RUNNING)
+
+    loop.run(test)
+    assert [event.after for event in loop.store.events(limit=9)] == [S.VALIDATING, S.QUEUED, S.STARTING, S.RUNNING]
+    (host,) = loop.store.servers("n")
+    assert (host.state, host.address) == (ServerState.LAUNCHED, "127.0.0.1:77")
 
 
 @pytest.mark.parametrize("error", [SageError(code="c", message="no model"), OSError("no space")])
-def test_an_engine_that_cannot_be_launched_fails_with_the_reason_and_the_others_go_on(
-    store: Store, error: Exception
+def test_an_engine_that_cannot_be_launched_fails_with_the_reason_and_its_server_is_removed(
+    loop: Loop, error: Exception
 ) -> None:
-    store.add(record(), "user")
-    store.add(dataclasses.replace(record(), id="engine-b", kind=EngineKind.EMBEDDING), "user")
-    executors: Any = {EngineKind.LLM: Executor(error), EngineKind.EMBEDDING: Executor()}
-    asyncio.run(ticked(Reconciler(store, executors, LIMITS)))
-    assert store.get("engine-a").state is S.FAILED
-    assert str(error) in (store.get("engine-a").reason or DEAD).message
-    assert (store.get("engine-b").state, store.get("engine-b").port) == (S.STARTING, 77)
+    loop.add(record(), record(id="engine-b"))
+
+    async def test(loop: Loop) -> None:
+        loop.world.launch_error = error
+        await loop.until(lambda: loop.state() is S.FAILED)
+
+    loop.run(test)
+    assert str(error) in (loop.store.get("engine-a").reason or DEAD).message
+    assert loop.store.servers("n") == []
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(24, "Too many open files"), OSError(116, "Stale file handle"), ZeroDivisionError()]
-)
-@pytest.mark.parametrize("state", [S.QUEUED, S.STARTING, S.RUNNING, S.STOPPING])
-def test_what_cannot_be_observed_is_not_known_and_nothing_is_written(
-    store: Store, state: EngineState, error: Exception, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("state", [S.STARTING, S.RUNNING, S.STOPPING])
+def test_an_engine_that_cannot_be_observed_is_not_known_and_nothing_is_written(
+    loop: Loop, state: EngineState, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.add(record(state), "user")
-    executor = Executor()
-    executor.seen = fails(error)
-    asyncio.run(ticked(Reconciler(store, {EngineKind.LLM: executor}, LIMITS), ticks=3))  # type: ignore[dict-item]
-    assert store.get("engine-a").state is state
-    assert len(store.events("engine-a")) == 1
-    assert executor.launched == 0
-    assert len(caplog.records) == 1  # told once, not at every look
+    loop.add(record(state))
+    last = loop.store.last_event()
+
+    async def test(loop: Loop) -> None:
+        loop.world.unknown.add("engine-a")
+        await loop.until(lambda: "cannot be observed" in loop.prober.trouble("engine-a"))
+        await loop.ticked(5)
+        assert loop.store.last_event() == last
+        assert loop.world.launched == []
+        assert sum("cannot be observed" in entry.message for entry in caplog.records) == 1  # once, not at every probe
+        loop.world.unknown.clear()
+        loop.world.alive.clear()
+        await loop.until(lambda: loop.state() in (S.FAILED, S.STOPPED))
+
+    loop.run(test)
 
 
-def test_an_engine_that_could_not_be_observed_for_a_while_goes_on(store: Store) -> None:
-    store.add(record(S.RUNNING), "user")
-    executor = Executor()
+def test_the_process_of_a_planned_server_is_observed_before_it_is_launched(loop: Loop) -> None:
+    loop.add(record())
 
-    async def main() -> None:
-        reconciler = Reconciler(store, {EngineKind.LLM: executor}, LIMITS)  # type: ignore[dict-item]
-        executor.seen = fails(OSError(5, "Input/output error"))
-        await ticked(reconciler)
-        executor.seen = lambda: Observed(alive=True, ready=True)
-        await ticked(reconciler)
-        store.want(store.get("engine-a"), Wanted.STOPPED)
-        await ticked(reconciler)
+    async def test(loop: Loop) -> None:
+        loop.world.unknown.add("engine-a")
+        await loop.ticked()
+        assert loop.state() is S.STARTING
+        assert loop.world.launched == []
+        loop.world.unknown.clear()
+        await loop.until(lambda: loop.state() is S.RUNNING)
 
-    asyncio.run(main())
-    assert store.get("engine-a").state is S.STOPPING
-    assert executor.stopped == [False]
+    loop.run(test)
+    assert loop.world.launched == ["engine-a"]
 
 
-def test_an_error_of_stopping_does_not_fail_the_engine(store: Store) -> None:
-    store.add(record(S.RUNNING, Wanted.STOPPED), "user")
-    executor = Executor()
-    executor.seen = lambda: Observed(alive=True)
-    executor.request_stop = fails(PermissionError())  # type: ignore[method-assign]
-    asyncio.run(ticked(Reconciler(store, {EngineKind.LLM: executor}, LIMITS)))  # type: ignore[dict-item]
-    assert store.get("engine-a").state is S.RUNNING
+def test_a_launch_that_was_not_written_is_adopted(loop: Loop) -> None:
+    loop.add(record())
+    loop.world.alive.add("engine-a")
+
+    async def test(loop: Loop) -> None:
+        await loop.until(lambda: loop.state() is S.RUNNING)
+
+    loop.run(test)
+    assert loop.world.launched == []
+    assert [host.address for host in loop.store.servers("n")] == ["127.0.0.1:78"]
 
 
 @pytest.mark.parametrize("error", [OperationalError("", {}, Exception("database or disk is full")), StaleWrite("engine-a")])
-@pytest.mark.parametrize("launch_error", [None, OSError("no space")])
-def test_a_write_that_fails_neither_stops_the_tick_nor_starts_an_engine_twice(
-    store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception, launch_error: Exception | None
+@pytest.mark.parametrize("method", ["transition", "update_server"])
+def test_a_write_that_fails_stops_nobody_else_and_launches_no_engine_twice(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, error: Exception, method: str
 ) -> None:
-    store.add(record(), "user")
-    store.add(record(id="engine-b", kind=EngineKind.EMBEDDING), "user")
-    broken, other = Executor(launch_error), Executor()
-    other.seen = lambda: Observed(alive=other.launched > 0)
-    executors: Any = {EngineKind.LLM: broken, EngineKind.EMBEDDING: other}
-    move = store.move
+    loop.add(record(), record(id="engine-b"))
+    write = getattr(loop.store, method)
 
-    def move_b_only(engine: EngineRecord, *arguments: Any, **values: Any) -> EngineRecord:
-        if engine.id == "engine-a":
+    def write_b_only(of: EngineRecord | ServerRecord, *arguments: Any, **values: Any) -> Any:
+        if of.id.endswith("-a"):
             raise error
-        return move(engine, *arguments, **values)
+        return write(of, *arguments, **values)
 
-    async def main() -> None:
-        reconciler = Reconciler(store, executors, LIMITS)
+    async def test(loop: Loop) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(store, "move", move_b_only)
-            await ticked(reconciler, ticks=1 if launch_error else 3)
-        assert store.get("engine-a").state is S.QUEUED
-        assert store.get("engine-b").state is S.STARTING
-        broken.launch_error = None
-        await ticked(reconciler)
+            patched.setattr(loop.store, method, write_b_only)
+            await loop.until(lambda: loop.state("engine-b") is S.RUNNING)
+            await loop.ticked()
+        assert loop.state() is (S.QUEUED if method == "transition" else S.STARTING)
+        await loop.until(lambda: loop.state() is S.RUNNING)
 
-    asyncio.run(main())
-    assert (store.get("engine-a").state, store.get("engine-a").port) == (S.STARTING, 77)
-    assert broken.launched == (2 if launch_error else 1)
+    loop.run(test)
+    assert sorted(loop.world.launched) == ["engine-a", "engine-b"]
 
 
-def test_a_slow_start_is_not_begun_again_and_holds_up_nobody(store: Store) -> None:
-    store.add(record(), "user")
-    slow, other = Executor(), Executor()
-    executors: Any = {EngineKind.LLM: slow, EngineKind.EMBEDDING: other}
+def test_a_slow_launch_is_not_begun_again_and_delays_nobody(loop: Loop) -> None:
+    loop.add(record(), record(S.RUNNING, id="engine-b", desired=DesiredState.STOPPED))
 
-    async def main() -> None:
-        slow.release.clear()
-        reconciler = Reconciler(store, executors, LIMITS)
-        await reconciler.tick()
-        store.add(record(id="engine-b", kind=EngineKind.EMBEDDING), "user")
-        await reconciler.tick()
-        while store.get("engine-b").state is not S.STARTING:
-            await reconciler.tick()
-        assert slow.launched == 1
-        slow.release.set()
-        await reconciler.close()
+    async def test(loop: Loop) -> None:
+        loop.world.release.clear()
+        await loop.until(lambda: loop.state("engine-b") is S.STOPPED)
+        assert loop.world.launched == ["engine-a"]
+        loop.world.release.set()
+        await loop.until(lambda: loop.state() is S.RUNNING)
 
-    asyncio.run(main())
-    assert store.get("engine-a").state is S.STARTING
+    loop.run(test)
+    assert loop.world.launched == ["engine-a"]
 
 
-def test_a_launch_that_was_not_written_down_is_adopted(store: Store) -> None:
-    store.add(record(), "user")
-    executor = Executor()
-    executor.seen = lambda: Observed(alive=True)
-    asyncio.run(ticked(Reconciler(store, {EngineKind.LLM: executor}, LIMITS)))  # type: ignore[dict-item]
-    assert (store.get("engine-a").state, store.get("engine-a").port, executor.launched) == (S.STARTING, 78, 0)
+def test_a_hundred_hung_probes_do_not_delay_the_start_of_a_healthy_engine(loop: Loop) -> None:
+    hung = [record(S.RUNNING, id=f"engine-{i}") for i in range(100)]
+    loop.add(*hung)
+    loop.probe_timeout_seconds = 600
+
+    async def test(loop: Loop) -> None:
+        loop.world.hung |= {engine.id for engine in hung}
+        await loop.ticked()
+        await asyncio.sleep(0.3)  # every hung engine is being probed
+        loop.add(record())
+        await loop.until(lambda: loop.state() is S.RUNNING)
+        assert {loop.state(engine.id) for engine in hung} == {S.RUNNING}
+
+    loop.run(test)
 
 
-def test_a_running_engine_that_does_not_answer_is_silent_and_keeps_its_state(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+def test_a_stop_is_sent_once_and_an_error_of_it_does_not_fail_the_engine(loop: Loop) -> None:
+    loop.add(record(S.RUNNING, DesiredState.STOPPED))
+    send = loop.world.signal
+
+    async def refused(handle: str, signal: Signal) -> None:
+        raise PermissionError
+
+    async def ignored(handle: str, signal: Signal) -> None:
+        loop.world.signals.append((handle, signal))
+
+    async def test(loop: Loop) -> None:
+        loop.world.signal = refused
+        await loop.until(lambda: loop.state() is S.STOPPING)
+        await loop.ticked()
+        loop.world.signal = ignored
+        await loop.ticked(10)
+        assert loop.world.signals == [("engine-a", Signal.STOP)]
+        assert loop.state() is S.STOPPING
+        loop.world.signal = send
+        loop.world.alive.clear()
+        await loop.until(lambda: loop.state() is S.STOPPED)
+
+    loop.run(test)
+
+
+def test_a_running_engine_that_does_not_answer_is_silent_and_keeps_its_state(loop: Loop) -> None:
+    loop.add(record(S.RUNNING))
+
+    async def test(loop: Loop) -> None:
+        loop.world.silent.add("engine-a")
+        await loop.until(lambda: loop.reconciler.silent_seconds("engine-a") > 0.1)
+        assert loop.state() is S.RUNNING
+        loop.world.silent.clear()
+        await loop.until(lambda: loop.reconciler.silent_seconds("engine-a") == 0)
+
+    loop.run(test)
+
+
+def test_without_the_lease_engines_are_observed_and_nothing_is_done(loop: Loop) -> None:
+    loop.add(record(), record(S.RUNNING, id="engine-b", desired=DesiredState.STOPPED))
+
+    async def test(loop: Loop) -> None:
+        loop.held = None
+        await loop.until(lambda: "engine-b" in loop.prober.observed())
+        await loop.ticked()  # even if the loop has not noticed yet
+        assert (loop.state(), loop.state("engine-b")) == (S.QUEUED, S.RUNNING)
+        loop.held = Lease("n", loop.lease.fence - 1)  # another control plane has taken over
+        await loop.ticked()
+        assert (loop.state(), loop.state("engine-b")) == (S.QUEUED, S.RUNNING)
+
+    loop.run(test)
+    assert (loop.world.launched, loop.world.signals) == ([], [])
+
+
+def test_the_validation_of_one_engine_delays_nobody_and_a_stop_cancels_it(loop: Loop) -> None:
+    loop.add(record(S.VALIDATING, kind=EngineKind.FINETUNE), record(S.VALIDATING, id="engine-b"))
+    is_released = False
+
+    def hashes() -> None:
+        while not is_released:
+            time.sleep(0.01)
+
+    async def test(loop: Loop) -> None:
+        nonlocal is_released
+        loop.world.validations["engine-a"] = hashes
+        await loop.until(lambda: loop.state("engine-b") is S.RUNNING)
+        assert loop.state() is S.VALIDATING
+        loop.store.set_desired(loop.store.get("engine-a"), DesiredState.STOPPED, force=False, actor="user", lease=loop.lease)
+        await loop.until(lambda: loop.state() is S.STOPPED)
+        assert loop.runner.validator.is_running("engine-a")  # so that its files are not removed meanwhile
+        is_released = True
+        await loop.until(lambda: not loop.runner.validator.is_running("engine-a"))
+        assert loop.state() is S.STOPPED
+
+    loop.run(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(SageError(code="c", message="no data"), "c"), (OSError("no space"), "validation_failed")]
+)
+def test_an_engine_that_is_not_valid_fails_with_the_reason(loop: Loop, error: Exception, code: str) -> None:
+    loop.add(record(S.VALIDATING))
+
+    def fails() -> None:
+        raise error
+
+    async def test(loop: Loop) -> None:
+        loop.world.validations["engine-a"] = fails
+        await loop.until(lambda: loop.state() is S.FAILED)
+
+    loop.run(test)
+    reason = loop.store.get("engine-a").reason
+    assert reason is not None
+    assert reason.code == code
+    assert str(error) in reason.message
+
+
+@pytest.mark.parametrize(
+    ("policy", "is_restarted"),
+    [(RestartPolicy.NO, False), (RestartPolicy.ON_FAILURE, False), (RestartPolicy.UNLESS_STOPPED, True)],
+)
+def test_an_engine_that_died_while_no_control_plane_ran_is_restarted_unless_it_was_stopped(
+    loop: Loop, policy: RestartPolicy, is_restarted: bool
 ) -> None:
-    store.add(record(S.RUNNING), "user")
-    executor = Executor()
-    now = 0.0
-    monkeypatch.setattr("sage.llm.control_plane.reconciler.time.monotonic", lambda: now)
+    loop.add(record(S.RUNNING, restart_policy=policy))
+    loop.add(record(S.RUNNING, DesiredState.STOPPED, id="engine-b", restart_policy=policy))
+    loop.world.alive.clear()
 
-    async def main() -> None:
-        nonlocal now
-        reconciler = Reconciler(store, {EngineKind.LLM: executor}, LIMITS)  # type: ignore[dict-item]
-        executor.seen = lambda: Observed(alive=True)
-        for _ in range(9):
-            now += 4
-            await ticked(reconciler)
-        assert reconciler.silent_seconds("engine-a") == 32
-        executor.seen = lambda: Observed(alive=True, ready=True)
-        await ticked(reconciler)
-        assert reconciler.silent_seconds("engine-a") == 0
+    async def test(loop: Loop) -> None:
+        await loop.until(lambda: loop.state() is (S.RUNNING if is_restarted else S.FAILED))
+        await loop.until(lambda: loop.state("engine-b") is S.FAILED)
+        if is_restarted:
+            await loop.until(lambda: loop.world.launched == ["engine-a"])
+            await loop.until(lambda: loop.state() is S.RUNNING)
 
-    asyncio.run(main())
-    assert store.get("engine-a").state is S.RUNNING
+    loop.run(test)
+    assert loop.store.get("engine-a").restarts == int(is_restarted)
 
 
-def test_whoever_has_lost_the_lease_writes_nothing(store: Store) -> None:
-    store.add(record(), "user")
-    executors: Any = {EngineKind.LLM: Executor()}
-    asyncio.run(ticked(Reconciler(store, executors, LIMITS, lease="lost")))
-    assert store.get("engine-a").state is S.QUEUED
+def test_a_restart_waits_longer_each_time(loop: Loop) -> None:
+    loop.add(record(S.RUNNING, restart_policy=RestartPolicy.ON_FAILURE, restarts=2))
 
+    async def test(loop: Loop) -> None:
+        await loop.until(lambda: "engine-a" in loop.prober.observed())
+        await loop.ticked()
+        loop.world.alive.clear()
+        await loop.until(lambda: loop.state() is S.QUEUED)
+        assert loop.store.get("engine-a").restarts == 3
+        assert loop.store.get("engine-a").reason == DEAD
+        await loop.ticked()
+        assert loop.world.launched == []
 
-@pytest.mark.parametrize(("resume", "wanted"), [(True, Wanted.RUNNING), (True, Wanted.STOPPED), (False, Wanted.RUNNING)])
-@pytest.mark.parametrize("state", [S.STARTING, S.RUNNING])
-def test_what_died_while_nobody_looked_is_resumed_if_that_is_set(
-    store: Store, state: EngineState, resume: bool, wanted: Wanted
-) -> None:
-    store.add(record(state, wanted), "user")
-    executor = Executor()
-    limits = dataclasses.replace(LIMITS, resume=resume)
-    executor.seen = lambda: Observed(alive=executor.launched > 0, reason=DEAD)
-
-    async def main() -> None:
-        reconciler = Reconciler(store, {EngineKind.LLM: executor}, limits)  # type: ignore[dict-item]
-        await ticked(reconciler)
-        is_resumed = resume and wanted is Wanted.RUNNING
-        assert store.get("engine-a").state is (S.QUEUED if is_resumed else S.FAILED)
-        await ticked(reconciler)
-        executor.seen = lambda: Observed(alive=False, reason=DEAD)
-        await ticked(reconciler)  # one that dies under its eyes is not started again and again
-        assert (store.get("engine-a").state, executor.launched) == (S.FAILED, int(is_resumed))
-
-    asyncio.run(main())
+    loop.run(test)

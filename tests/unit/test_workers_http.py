@@ -48,7 +48,7 @@ def ask(app: FastAPI, method: str = "POST", path: str = "/echo", **request: Any)
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
     error: dict[str, Any] = answer.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
+    assert error.keys() == {"message", "type", "param", "code", "hint"}
     return error
 
 

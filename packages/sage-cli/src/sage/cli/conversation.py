@@ -1,4 +1,4 @@
-"""Talking to a model in a terminal."""
+"""A chat with a model in a terminal."""
 
 import contextlib
 import sys
@@ -13,7 +13,7 @@ _PROMPT = ">>> "
 
 
 class Conversation:
-    """What was said so far, and how it goes on."""
+    """The messages of a chat so far; sends the next one."""
 
     def __init__(self, client: SageClient, model: str, system: str | None, options: dict[str, Any]) -> None:
         self._client, self._model, self._options = client, model, options
@@ -21,7 +21,10 @@ class Conversation:
         self._messages = list(self._first)
 
     def ask(self, text: str) -> None:
-        """Say something and print the answer as it comes; Ctrl-C cuts it short, and is raised when what came is kept."""
+        """Send a message and print the answer as it arrives.
+
+        Ctrl-C ends the answer: the part that has arrived is kept, then KeyboardInterrupt is raised.
+        """
         self._messages.append({"role": "user", "content": text})
         answer = ""
         try:
@@ -34,7 +37,7 @@ class Conversation:
             raise
         except SageError:
             self._messages.pop()
-            if answer:  # the error begins a line of its own
+            if answer:  # the error message starts on a new line
                 sys.stdout.write("\n")
             raise
         self._end(answer)
@@ -44,11 +47,11 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": answer})
 
     def repeat(self) -> None:
-        """Ask what the user types, until they leave."""
+        """Send what the user types, until /exit or the end of the input."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives `input` a history
         if sys.stdin.isatty():
-            typer.echo(f"Talking to {self._model}. /clear forgets, /exit leaves.", err=True)
+            typer.echo(f"Chat with {self._model}. /clear starts a new conversation, /exit exits.", err=True)
         while True:
             try:
                 text = input(_PROMPT if sys.stdin.isatty() else "").strip()
@@ -62,14 +65,14 @@ class Conversation:
                 case "":
                     pass
                 case _:
-                    self._say(text)
+                    self._ask_and_continue(text)
 
-    def _say(self, text: str) -> None:
+    def _ask_and_continue(self, text: str) -> None:
         try:
             self.ask(text)
         except KeyboardInterrupt:
-            pass  # it had said enough
-        except SageError as error:  # the next question may do better
+            pass  # the user ended the answer, not the conversation
+        except SageError as error:  # the next message may succeed
             typer.echo(f"Error: {error}", err=True)
             if not sys.stdin.isatty():
                 raise

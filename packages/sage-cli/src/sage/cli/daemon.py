@@ -1,4 +1,4 @@
-"""Finding the gateway, and starting it if there is none."""
+"""Finds the gateway, and starts it if none is running."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import psutil
 import typer
 
+from sage.cli import extras
 from sage.common.errors import Conflict, EngineError, GatewayUnreachable, SageError
 from sage.common.paths import get_user_paths, usable_state_folder
 from sage.common.processes import ProcessIdentity, ProcessSpec, describe_exit, exit_code, holder, spawn
@@ -19,18 +20,18 @@ from sage.llm.client import SageClient
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.05
-#: How the gateway's log marks the reason why it did not start.
+#: Prefix of the line in the gateway's log that says why it did not start.
 _REASON = "sage gateway: "
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def lock_path() -> Path:
-    """Return the lock that this user's gateway holds."""
+    """Return the path of the lock that this user's gateway holds."""
     return get_user_paths().state_dir / "gateway.lock"
 
 
 def log_path() -> Path:
-    """Return the log of a gateway in the background."""
+    """Return the path of the log of a gateway in the background."""
     return get_user_paths().state_dir / "gateway.log"
 
 
@@ -41,12 +42,12 @@ def find_process() -> ProcessIdentity | None:
 
 
 def find_client() -> SageClient:
-    """Return a client of the gateway that runs, or of where the settings say that one is; does not connect."""
+    """Return a client of the running gateway, else of the address in the settings; does not connect."""
     process = find_process()
     with contextlib.suppress(OSError, ValueError, KeyError):
-        told = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        if process and told["pid"] == process.pid:  # not an earlier gateway's; spares reading the settings
-            return SageClient(told["url"], told["api_key"])
+        saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
+        if process and saved["pid"] == process.pid:  # else it was written by an earlier gateway
+            return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings
 
     settings = load_settings()
@@ -54,7 +55,7 @@ def find_client() -> SageClient:
 
 
 def connect() -> SageClient:
-    """Return a client of a gateway that answers, starting one on this machine where none does."""
+    """Return a client of a gateway that answers; starts one on this machine if none does."""
     client = find_client()
     if health := find_health(client):
         refuse_foreign(client, health)
@@ -62,14 +63,14 @@ def connect() -> SageClient:
     if urlsplit(client.base_url).hostname not in _LOOPBACK:
         raise GatewayUnreachable(
             code="gateway_unreachable", message=f"The gateway at {client.base_url} does not answer.",
-            hint="It is on another machine: start it there, or correct SAGE_GATEWAY_HOST.",
+            hint="It is on another machine: start it there, or change SAGE_GATEWAY_HOST.",
         )  # fmt: skip
     start()
     return find_client()
 
 
 def find_health(client: SageClient) -> dict[str, Any] | None:
-    """Return what a SAGE gateway says of itself, or None if none answers."""
+    """Return the health of the gateway, or None if no SAGE gateway answers."""
     try:
         health = client.health()
     except SageError:
@@ -78,9 +79,9 @@ def find_health(client: SageClient) -> dict[str, Any] | None:
 
 
 def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
-    """Raise GatewayUnreachable if it is the gateway of another home on this machine: its engines are not this user's.
+    """Raise GatewayUnreachable if it is the gateway of another SAGE_HOME on this machine: its engines are not this user's.
 
-    Whoever has a key may use it, and one behind a tunnel is no process of this machine.
+    Not if the user has its key, or if it is not a process of this machine (reached through a tunnel).
     """
     if client.api_key or find_process():
         return
@@ -91,18 +92,19 @@ def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
                 code="gateway_foreign",
                 message=f"The gateway at {client.base_url} belongs to another SAGE_HOME "
                 f"(PID {process.pid}, user {process.username()}).",
-                hint="Set SAGE_GATEWAY_PORT to a free port for your own, or SAGE_API_KEY to the key of that one.",
+                hint="Set SAGE_GATEWAY_PORT to a free port to start your own, or SAGE_API_KEY to the key of that gateway.",
             )
 
 
 def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
-    """Start the gateway in the background, unless it runs, and wait until it answers.
+    """Start the gateway in the background, unless it is running, and wait until it answers.
 
-    Raises ConfigError if a setting is wrong, GatewayUnreachable with the reason if the gateway does not come up.
+    Raises ConfigError if a setting is wrong, GatewayUnreachable with the reason if the gateway does not start.
     """
     from sage.common.settings import load_settings
 
-    load_settings()  # the gateway would say the same, but only in its log
+    extras.require("sage.llm.gateway", "A gateway on this machine")
+    load_settings()  # the gateway would report the same error, but only in its log
     argv = [sys.executable, "-m", "sage.llm.gateway"]
     argv += ["--host", host] if host else []
     argv += ["--port", str(port)] if port else []
@@ -118,7 +120,7 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
             with (
                 contextlib.suppress(Conflict),
                 usable_state_folder(),
-            ):  # another command was quicker: its gateway is waited for
+            ):  # Conflict: another command starts it at this moment; wait for that gateway
                 process = spawn(ProcessSpec(tuple(argv), lock_path(), log_path()))
                 typer.echo(f"Starting the gateway in the background (log: {log_path()}).", err=True)
         elif (health := find_health(find_client())) and holding.pid in (0, health.get("pid")):
@@ -131,7 +133,7 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
 
 
 def _failed(log_bytes: int) -> GatewayUnreachable:
-    """Return the reason that a gateway left in its log, of which `log_bytes` are from before."""
+    """Return the error with the reason from the gateway's log; log_bytes: size of the log before it was started."""
     with log_path().open("rb") as log:
         log.seek(log_bytes)
         lines = log.read().decode(errors="replace").splitlines()
@@ -152,7 +154,7 @@ def _size(path: Path) -> int:
 
 
 def stop() -> bool:
-    """End the gateway and wait until it has gone; engines live on. False where none ran."""
+    """Stop the gateway and wait until it has exited; engines continue to run. False if none was running."""
     process = find_process()
     if process is None:
         return False
@@ -164,8 +166,8 @@ def stop() -> bool:
             name = f"PID {process.pid}" if process.pid else "PID unknown"
             end = f"`kill -9 {process.pid}`" if process.pid else f"`fuser -k -KILL {lock_path()}`"
             raise EngineError(
-                code="gateway_stuck", message=f"The gateway ({name}) does not end.",
-                hint=f"{end} ends it; its engines live on.",
+                code="gateway_stuck", message=f"The gateway ({name}) does not exit.",
+                hint=f"Run {end} to kill it; its engines continue to run.",
             )  # fmt: skip
         time.sleep(_POLL_SECONDS)
     return True

@@ -1,4 +1,4 @@
-"""What `dataset check` prints: counts, token lengths, what the cutoff does, duplicates."""
+"""The report of `dataset check`: counts, token lengths, samples that the cutoff affects, duplicates."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ _SHOWN_DUPLICATES = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """Token figures, or why there are none."""
+    """Token counts, or the reason why there are none."""
 
     tokenizer: str
     cutoff_tokens: int
@@ -38,14 +38,14 @@ class Measured:
 
 
 def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_on: Any) -> Measured:
-    """Render the samples for a model, count tokens and note what it would not learn.
+    """Render the samples for a model, count tokens and collect what would not be learnt.
 
-    If the model cannot be had, the report says so and stands without.
+    If the model cannot be loaded, the result has the reason in `problem`.
     """
     if not report.sample_count:
         return Measured(model, cutoff, [], problem="there is no sample")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # libraries talk while they convert a model
+        with contextlib.redirect_stderr(io.StringIO()):  # libraries print while they convert a model
             from sage.libs.finetune.data.checking import as_chats, load_encoder
 
             encoder = load_encoder(model, cutoff, train_on)
@@ -59,24 +59,24 @@ def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_
         counts["trained_tokens"] = sum(sequence.trained_tokens for sequence in encoder.encode(samples))
     except DatasetError as error:
         if encoder.faults:
-            problem = f"its chat template refuses {len(encoder.faults)} samples"
+            problem = f"its chat template rejects {len(encoder.faults)} samples"
             return Measured(model, cutoff, [], problem=problem, **counts)
         if not encoder.lengths and not encoder.untrained:
-            return Measured(model, cutoff, [], problem="there are no answers in bare prompts")
+            return Measured(model, cutoff, [], problem="the samples are prompts without answers")
         return Measured(model, cutoff, [], problem=error.message, error=error, **counts)
     return Measured(model, cutoff, list(encoder.lengths), truncated=encoder.truncated, dropped=encoder.dropped, **counts)
 
 
 def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str:
-    """Return the report as text for a person, or as JSON."""
+    """Return the report as text, or as JSON."""
     if as_json:
         return json.dumps(_as_dict(report, measured), indent=2)
     formats = ", ".join(f"{count} {name}" for name, count in report.formats.items()) or "none"
     lines = [
         f"{report.path}: {report.sample_count} samples ({formats}), {report.assistant_turns} assistant turns, "
         f"{len(report.faults) + len(measured.refused)} faults, {len(report.duplicates)} duplicates",
-        *(f"  {again} says the same as {first.place}" for again, first in report.duplicates[:_SHOWN_DUPLICATES]),
-        *(f"  {file} is not read: it belongs to another split" for file in report.skipped_files),
+        *(f"  {again} has the same content as {first.place}" for again, first in report.duplicates[:_SHOWN_DUPLICATES]),
+        *(f"  {file} is not used: it belongs to another split" for file in report.skipped_files),
         *(f"{finding.severity}: {finding} {finding.hint}".rstrip() for finding in measured.findings),
     ]
     if measured.problem:
@@ -87,7 +87,7 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
         f"tokens by {measured.tokenizer}: {total} in all, {measured.trained_tokens} trained on; "
         f"shortest {min(measured.lengths)}, longest {max(measured.lengths)}, mean {total / len(measured.lengths):.0f}",
         *_histogram(measured.lengths),
-        f"cutoff {measured.cutoff_tokens}: {measured.truncated} samples are cut, {measured.dropped} lose their answer",
+        f"cutoff {measured.cutoff_tokens}: {measured.truncated} samples are cut, {measured.dropped} lose their whole answer",
     ])  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What `dataset show` prints: samples as the model sees them, trained tokens in colour."""
+"""The output of `dataset show`: samples as the model sees them, trained tokens in colour."""
 
 import itertools
 import json
@@ -12,13 +12,13 @@ from sage.common.errors import DatasetError
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Style of trained, untrained and cut text, and what encloses it if there are no colours.
+#: Style of trained, untrained and cut text, and the brackets around it if there are no colours.
 _LOOKS = {"trained": ("bold green", "⟦", "⟧"), "untrained": ("", "", ""), "cut": ("red strike", "⟨cut: ", "⟩")}
 _SPECIAL_STYLE = "reverse"
 
 
 def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_json: bool) -> None:
-    """Print samples, each with its sequences. Raises DatasetError for one that the chat template refuses."""
+    """Print samples, each with its sequences. Raises DatasetError for one that the chat template rejects."""
     shown = [(sample, encoder.encode_whole([sample])[0]) for sample in samples]
     encoder.raise_for_faults()
     if not shown:
@@ -30,7 +30,7 @@ def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_js
         return
     for sample, sequences in shown:
         if not sequences:
-            console.print(_heading(sample, "nothing is trained on"))
+            console.print(_heading(sample, "no token is trained"))
         for sequence in sequences:
             cut = max(0, len(sequence.ids) - encoder.cutoff)
             facts = f"{len(sequence.ids)} tokens, {sequence.trained_tokens} trained{f', {cut} cut' if cut else ''}"
@@ -45,7 +45,7 @@ def _heading(sample: Sample, facts: str) -> Text:
 
 
 def _segments(sequence: Encoded, encoder: Encoder) -> list[tuple[str, str]]:
-    """Return a sequence's text in runs of one kind."""
+    """Return a sequence's text, split at each change between trained, untrained and cut."""
     kinds = ["untrained" if label == IGNORED else "trained" for label in sequence.labels[: encoder.cutoff]]
     kinds += ["cut"] * (len(sequence.ids) - len(kinds))
     runs = itertools.groupby(zip(kinds, sequence.ids, strict=True), key=lambda pair: pair[0])
@@ -54,10 +54,10 @@ def _segments(sequence: Encoded, encoder: Encoder) -> list[tuple[str, str]]:
 
 def _text(sequence: Encoded, encoder: Encoder, has_colours: bool) -> Text:
     text = Text()
-    for kind, said in _segments(sequence, encoder):
+    for kind, content in _segments(sequence, encoder):
         style, begin, end = _LOOKS[kind]
-        # What is in a dataset must not steer the terminal.
-        visible = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in said)
+        # Control characters of a dataset must not reach the terminal.
+        visible = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in content)
         text.append(visible if has_colours else f"{begin}{visible}{end}", style)
     text.highlight_words(encoder.tokenizer.all_special_tokens, _SPECIAL_STYLE)
     return text

@@ -1,7 +1,7 @@
 """`sage`: the entry point."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,18 +15,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(llm.app, name="llm", help="Engines, models, datasets, and talking to them.")
-app.add_typer(gateway.app, name="gateway", help="The process that owns the engines and answers HTTP.")
+app.add_typer(llm.app, name="llm", help="Engines, models, datasets and chat.")
+app.add_typer(gateway.app, name="gateway", help="The process that manages the engines and serves HTTP.")
 
 
 @app.command("studio")
-def studio(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the dashboard on loopback.")] = 8890) -> None:
-    """Show the dashboard in a browser; Ctrl-C ends it, engines go on."""
+def studio(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the dashboard on 127.0.0.1.")] = 8890) -> None:
+    """Start the dashboard; Ctrl-C ends it, and engines continue to run."""
     import os
     import socket
 
-    from sage.cli import daemon
+    from sage.cli import daemon, extras
 
+    extras.require("sage.studio", "The dashboard")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -42,6 +43,20 @@ def studio(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the
     key = {"SAGE_API_KEY": client.api_key} if client.api_key else {}
     argv = [sys.executable, "-m", "sage.studio", "--gateway-url", client.base_url, "--port", str(port)]
     os.execve(sys.executable, argv, {**os.environ, **key})
+
+
+@app.command("gpu")
+def gpu(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show the memory and load of the GPUs, and the main memory."""
+    from sage.cli import daemon, render
+
+    devices = daemon.connect().devices()
+    if json_:
+        import json
+
+        typer.echo(json.dumps([device.model_dump(mode="json") for device in devices], indent=2))
+    else:
+        render.stdout().print(render.device_table(devices))
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,22 +77,32 @@ def _options(
 
 
 def main() -> None:
-    """Run a command. A mistake is one message on stderr and an exit code: 1 failed, 2 wrong usage, 3 no gateway."""
+    """Run a command. An error is one message on stderr and an exit code: 1 failed, 2 wrong usage, 3 no gateway."""
     try:
         app()
     except SageError as error:
-        typer.echo(f"Error: {error.message}", err=True)
-        if error.hint:
-            typer.echo(f"  {error.hint}", err=True)
-        sys.exit(error.exit_code)
+        _exit(error)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("sage."):
+            raise
+        from sage.cli.extras import missing
+
+        _exit(missing(error.name or "", "This command"))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of the pipe has exited, such as `head`
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
         typer.echo(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}.", err=True)
         sys.exit(1)
+
+
+def _exit(error: SageError) -> NoReturn:
+    typer.echo(f"Error: {error.message}", err=True)
+    if error.hint:
+        typer.echo(f"  {error.hint}", err=True)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

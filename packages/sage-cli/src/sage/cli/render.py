@@ -1,4 +1,4 @@
-"""How engines look in a terminal."""
+"""Engines, events and devices as text for a terminal."""
 
 import sys
 from collections.abc import Iterable
@@ -9,21 +9,29 @@ from rich.markup import escape
 from rich.table import Table
 
 from sage.common.progress_bar import duration, eta_text
-from sage.llm.client.types import EngineView, TrainingProgress
+from sage.common.training import FIGURES, TrainingProgress
+from sage.llm.client.types import Device, EngineEvent, EngineKind, EngineView, EventKind
 
 _BAR_CELLS = 10
-_STATE_STYLES = {"running": "green", "completed": "green", "failed": "red", "starting": "yellow", "stopping": "yellow"}
-#: Wide enough that nothing is cut where a program reads along.
+_STATE_STYLES = {
+    "running": "green",
+    "completed": "green",
+    "failed": "red",
+    "validating": "yellow",
+    "starting": "yellow",
+    "stopping": "yellow",
+}
+#: Width for pipes: large, so that nothing is cut.
 _PIPE_COLUMNS = 240
 
 
 def stdout() -> Console:
-    """Return the console for data: as wide as the terminal, never cut in a pipe."""
+    """Return the console for data: as wide as the terminal, and wide enough for any line in a pipe."""
     return Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
 
 
 def engine_table(engines: Iterable[EngineView]) -> Table:
-    """Return the listing."""
+    """Return the table of engines."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("ENGINE", "KIND", "MODEL", "STATE", "PROGRESS", "LOSS", "ETA", "AGE", "MEMORY", "PORT"):
         numeric = name in ("LOSS", "ETA", "AGE", "MEMORY", "PORT")
@@ -43,32 +51,67 @@ def engine_table(engines: Iterable[EngineView]) -> Table:
 
 
 def engine_lines(engine: EngineView) -> list[str]:
-    """Return all that is known of one engine, a fact a line."""
+    """Return the details of one engine, one per line."""
     facts: list[tuple[str, object]] = [
         ("engine", engine.id), ("kind", engine.kind), ("model", engine.model), ("name", engine.name),
         ("state", engine.state), ("reason", engine.reason and f"{engine.reason.message} {engine.reason.hint}".strip()),
+        ("desired", engine.desired.value), ("backend", engine.backend),
+        ("restart policy", engine.restart_policy), ("restarts", engine.restarts or None),
         ("port", engine.port), ("pid", engine.pid),
         ("memory", None if engine.memory_bytes is None else size(engine.memory_bytes)),
     ]  # fmt: skip
     if engine.training:
         facts += _training_facts(engine.training, is_active=engine.state == "running")
+    facts += [("metadata", f"{key}={value}") for key, value in engine.metadata.items()]
     facts += [("output", engine.output_dir), ("run", engine.run_dir), ("log", engine.log_path)]
     return [f"{name:<18} {value}" for name, value in facts if value is not None]
 
 
+def ending(engine: EngineView) -> str:
+    """Return one sentence about how an engine ended, and where its result and checkpoint are."""
+    training = engine.training
+    if engine.kind is not EngineKind.FINETUNE or training is None:
+        return f"{engine.id} is {engine.state}."
+    saved = f", checkpoint {engine.run_dir}/checkpoint-{training.checkpoint_step}" if training.checkpoint_step else ""
+    if engine.state == "failed":
+        return f"{engine.id} is failed{saved}."
+    steps = f" at step {training.step} of {training.total_steps}" if training.total_steps else ""
+    before, after = training.heldout_loss_before, training.heldout_loss
+    heldout = f" Held-out loss {before:.4f} → {after:.4f}." if before is not None and after is not None else ""
+    return f"{engine.id} is {engine.state}{steps}: result in {engine.output_dir}{saved}.{heldout}"
+
+
+def event_line(event: EngineEvent) -> str:
+    """Return an event of an engine."""
+    is_transition = event.kind in (EventKind.CREATED, EventKind.TRANSITION)
+    what = f"{event.before or '·'} → {event.after}" if is_transition else str(event.kind)
+    return f"{event.at:%Y-%m-%d %H:%M:%S}  {what:<22} {event.actor:<10} {event.reason}".rstrip()
+
+
+def device_table(devices: Iterable[Device]) -> Table:
+    """Return the table of devices."""
+    table = Table("DEVICE", "NAME", box=None, pad_edge=False, header_style="bold")
+    for name in ("USED", "TOTAL", "LOAD"):
+        table.add_column(name, justify="right")
+    for device in devices:
+        load = device.utilization_percent
+        table.add_row(
+            f"{device.kind}:{device.index}", escape(device.name), size(device.memory_used_bytes),
+            size(device.memory_total_bytes), "" if load is None else f"{load:.0f}%",
+        )  # fmt: skip
+    return table
+
+
 def _training_facts(training: TrainingProgress, *, is_active: bool) -> list[tuple[str, object]]:
     t = training
+    values = ((figure, getattr(t, figure.name)) for figure in FIGURES)
     return [
         ("activity", t.activity),
         ("step", f"{t.step} of {t.total_steps}" if t.total_steps else None),
         ("progress", bar(t.progress) if t.progress is not None else None),
-        ("loss", _number(t.loss, 4)),
-        ("token accuracy", None if t.token_accuracy is None else f"{100 * t.token_accuracy:.1f} %"),
-        ("reward", None if t.reward is None else f"{t.reward:.3f}"),
-        ("better answer likelier", None if t.reward_accuracy is None else f"{100 * t.reward_accuracy:.1f} % of pairs"),
+        *((figure.title.lower(), figure.text(value)) for figure, value in values if value is not None),
         ("held-out before", _number(t.heldout_loss_before, 4)),
         ("held-out after", _number(t.heldout_loss, 4)),
-        ("tokens per second", _number(t.tokens_per_second, 0)),
         ("eta", eta_text(t.eta_seconds) if is_active else None),
         ("checkpoint", None if t.checkpoint_step is None else f"step {t.checkpoint_step}"),
         *(("warning", warning) for warning in t.warnings),
@@ -82,7 +125,7 @@ def bar(share: float) -> str:
 
 
 def size(size_bytes: float) -> str:
-    """Return a size as a person says it."""
+    """Return a size with a unit."""
     for unit in ("B", "KB", "MB"):
         if size_bytes < 1000:
             return f"{size_bytes:.0f}{unit}"

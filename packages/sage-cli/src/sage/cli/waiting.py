@@ -1,4 +1,4 @@
-"""Waiting for an engine, with something to look at."""
+"""Waiting for an engine, with a progress bar."""
 
 import contextlib
 import signal
@@ -8,18 +8,27 @@ from dataclasses import dataclass
 
 import typer
 
-from sage.common.errors import EngineError, GatewayUnreachable
+from sage.common.error_codes import error_class
+from sage.common.errors import GatewayUnreachable, SageError
 from sage.common.progress_bar import ProgressBar, eta_text
 from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: The gateway may be restarted while we wait.
+#: The gateway may restart while a command waits.
 _PATIENCE_SECONDS = 60.0
 
 
+def until_validated(client: SageClient, engine_id: str) -> EngineView:
+    """Wait until an engine's dataset or model has been checked. Raises the error that the check found."""
+    engine = _watch(client, engine_id, lambda e: e.state is not EngineState.VALIDATING)
+    if engine.state is EngineState.FAILED:
+        raise failure(engine)
+    return engine
+
+
 def until_running(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine answers or trains; raises EngineError where it ends otherwise."""
+    """Wait until an engine serves or trains, or has settled. Raises SageError if it failed."""
     engine = until_begun(client, engine_id)
     if engine.state is EngineState.FAILED:
         raise failure(engine)
@@ -27,29 +36,32 @@ def until_running(client: SageClient, engine_id: str) -> EngineView:
 
 
 def until_begun(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine answers or trains, or has ended."""
+    """Wait until an engine serves or trains, or has settled in any state."""
     return _watch(client, engine_id, lambda e: e.state is EngineState.RUNNING or e.state in SETTLED)
 
 
-def until_ended(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine has ended, however it does."""
+def until_settled(client: SageClient, engine_id: str) -> EngineView:
+    """Wait until an engine has settled in any state."""
     return _watch(client, engine_id, lambda e: e.state in SETTLED)
 
 
-def failure(engine: EngineView) -> EngineError:
-    """Return the error of an engine that has failed."""
-    reason = engine.reason
-    hint, log = reason.hint if reason else "", f"`sage llm engine logs {engine.id}`"
-    return EngineError(
-        code=reason.code if reason else "failed",
-        message=f"{engine.id} failed: {reason.message if reason else 'no reason is known.'}",
-        hint=hint if log in hint else f"{hint} Its log: {log}.".strip(),
+def failure(engine: EngineView) -> SageError:
+    """Return the error of a failed engine, of the class that its code has: it decides the exit code."""
+    code = engine.reason.code if engine.reason else "unknown"
+    hint = engine.reason.hint if engine.reason else ""
+    kind, log = error_class(code), f"`sage llm engine logs {engine.id}`"
+    is_complete = log in hint or (hint and kind.http_status == 400)  # a rejected request has no log of interest
+    return kind(
+        code=code,
+        message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",
+        hint=hint if is_complete else f"{hint} Its log: {log}.".strip(),
     )
 
 
 def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], bool]) -> EngineView:
+    state = None
     with ProgressBar(engine_id) as bar, interrupts_noted() as interrupted:
-        deadline, is_stopping = time.monotonic() + _PATIENCE_SECONDS, False
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         while not interrupted.noted:
             try:
                 engine = client.get_engine(engine_id)
@@ -58,24 +70,27 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
                     raise
             else:
                 deadline = time.monotonic() + _PATIENCE_SECONDS
-                is_stopping = engine.state is EngineState.STOPPING
+                state = engine.state
                 _show(bar, engine)
                 if is_done(engine):
                     return engine
             time.sleep(_POLL_SECONDS)
-    raise left(engine_id, is_stopping=is_stopping)
+    raise interrupted_exit(engine_id, state)
 
 
 @dataclass
 class Interrupt:
-    """Whether Ctrl-C was pressed; no threading.Event, whose lock the interrupted code may hold: setting it would hang."""
+    """Whether Ctrl-C was pressed. Not a threading.Event: setting it hangs if the interrupted code holds its lock."""
 
     noted: bool = False
 
 
 @contextlib.contextmanager
 def interrupts_noted() -> Iterator[Interrupt]:
-    """Note Ctrl-C for the length of the block, where as an exception it could be lost in a finalizer; twice is at once."""
+    """Note Ctrl-C during the block instead of raising it, since an exception can be lost in a finalizer.
+
+    The second Ctrl-C raises KeyboardInterrupt.
+    """
     interrupt = Interrupt()
 
     def note(*_: object) -> None:
@@ -99,11 +114,9 @@ def _show(bar: ProgressBar, engine: EngineView) -> None:
         bar.show(training.activity or engine.state, training.step, training.total_steps, training.loss, eta)
 
 
-def left(engine_id: str, *, is_stopping: bool = False) -> typer.Exit:
-    """Return the end of a command that was interrupted, once it has said what becomes of the engine."""
-    told = f"\n{engine_id} goes on. Watch it: `sage llm engine logs {engine_id} --follow`; "
-    told += f"stop it: `sage llm engine stop {engine_id}`."
-    if is_stopping:
-        told = f"\n{engine_id} goes on stopping. Look at it: `sage llm engine status {engine_id}`."
-    typer.echo(told, err=True)
+def interrupted_exit(engine_id: str, state: EngineState | None) -> typer.Exit:
+    """Print what happens to the engine after Ctrl-C, and return the exit of the command."""
+    text = f"\n{engine_id} is still {state or 'active'}. Show it: `sage llm engine status {engine_id}`"
+    stop = "" if state is EngineState.STOPPING else f"; stop it: `sage llm engine stop {engine_id}`"
+    typer.echo(f"{text}{stop}.", err=True)
     return typer.Exit(130)

@@ -8,20 +8,24 @@ SageError
 ├── OutputError           the output folder cannot be used
 ├── NotFound              no engine, task or route of that name
 ├── Conflict              the thing exists, but not in a state that allows this
-├── RunError              a training run cannot go on
+├── NotImplementedYet     documented, and not available in this version
+├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
-├── Overloaded            not now; try again
+├── Overloaded            not now; retry later
 ├── Unauthorized          the API key is missing or wrong
 └── GatewayUnreachable    no gateway answers
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+#: After how many seconds a client retries if it gets an `Overloaded`.
+RETRY_AFTER_SECONDS = 5
 
 
 class SageError(Exception):
-    """A mistake or misfortune told in one sentence, with a code for programs and a next step for people."""
+    """An error described in one sentence, with a code for programs and a next step for people."""
 
-    http_status: ClassVar[int] = 500
+    http_status: int = 500
     exit_code: ClassVar[int] = 1
     #: OpenAI's word for the class of error.
     type: ClassVar[str] = "api_error"
@@ -34,6 +38,15 @@ class SageError(Exception):
     def __str__(self) -> str:
         """Message and hint, as a person reads them."""
         return f"{self.message} {self.hint}".strip()
+
+    def body(self) -> dict[str, Any]:
+        """Return the error as HTTP answers and streams carry it: OpenAI's shape, and the hint once more as its own field.
+
+        `message` includes the hint, because most clients show nothing else.
+        """
+        return {
+            "error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code, "hint": self.hint}
+        }
 
 
 class _BadRequest(SageError):
@@ -77,8 +90,14 @@ class Conflict(_BadRequest):
     http_status = 409
 
 
+class NotImplementedYet(SageError):
+    """The call is documented, and not available in this version."""
+
+    http_status = 501
+
+
 class RunError(SageError):
-    """A training run cannot go on; what it saved is kept."""
+    """A training run cannot continue; its checkpoints are kept."""
 
 
 class EngineError(SageError):
@@ -88,7 +107,7 @@ class EngineError(SageError):
 
 
 class Overloaded(SageError):
-    """Not now: the caller should try again."""
+    """Not now: the caller should retry later."""
 
     http_status = 503
     type = "service_unavailable_error"

@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -34,7 +34,9 @@ class Settings(BaseSettings):
     engine_start_seconds: float = Field(300, gt=0, description="An inference engine must answer within this.")
     stop_seconds: float = Field(20, gt=0, description="An inference engine that ignores SIGTERM is killed after this.")
     engine_unresponsive_seconds: float = Field(30, gt=0, description="Silence after which requests are refused.")
-    resume_engines: bool = Field(False, description="Resume engines that died while no gateway ran, as in a power cut.")
+    restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
+        "no", description="Which engines restart by themselves: no, on-failure (exit, kill), unless-stopped (power cut too)."
+    )
     log_limit_mb: int = Field(100, ge=1, description="Largest log of an engine, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Largest request body, in MB (10^6 bytes).")
     allow_reward_files: bool = Field(False, description="Runs may name Python files with reward functions (grpo).")

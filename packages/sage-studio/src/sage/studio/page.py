@@ -1,4 +1,4 @@
-"""The page: all engines, and the loss curve of the run that is chosen."""
+"""The page: the engines, and the loss curve of the selected run."""
 
 from typing import Any
 
@@ -6,10 +6,17 @@ from nicegui import ui
 
 from sage.common.errors import SageError
 from sage.common.progress_bar import duration, eta_text
+from sage.common.training import FIGURES, TrainingProgress, TrainingStep
 from sage.llm.client import AsyncSageClient
-from sage.llm.client.types import EngineView, TrainingStep
+from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _REFRESH_SECONDS = 1.0
+_LIVING = [state for state in EngineState if state not in SETTLED]
+#: Settled engines that are shown, the newest ones.
+_SETTLED_SHOWN = 100
+_MAX_EVENTS = 1000
+#: Points of the loss curve.
+_MAX_POINTS = 1000
 _COLUMNS = [
     {"name": name, "label": label, "field": name, "align": align}
     for name, label, align in (
@@ -20,63 +27,96 @@ _COLUMNS = [
 
 
 class EnginesPage:
-    """One browser tab."""
+    """One browser tab. Each second it reads the living engines, the change feed, and the new steps of the selected run."""
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client
         self._engines: dict[str, EngineView] = {}
+        self._settled: list[EngineView] = []
+        self._cursor: int | None = None
+        self._curve = LossCurve(client)
         ui.page_title("SAGE")
         with ui.row().classes("items-center w-full"):
             ui.label("Engines").classes("text-h5")
             ui.space()
             ui.button("Stop", on_click=self._stop).props("outline")
             ui.button("Resume", on_click=self._resume).props("outline")
-        self._trouble = ui.label().classes("text-negative")
+        self._error = ui.label().classes("text-negative")
         self._table = ui.table(columns=_COLUMNS, rows=[], row_key="id", selection="single").classes("w-full")
         self._table.on_select(self.refresh)
-        self._about = ui.label().classes("text-subtitle1")
+        self._summary = ui.label().classes("text-subtitle1")
         self._chart = ui.echart(_loss_chart([])).classes("w-full h-80")
         self._chart.set_visibility(False)
         ui.timer(_REFRESH_SECONDS, self.refresh)
 
     async def refresh(self) -> None:
-        """Read the engines again; what goes wrong stands on the page until it is right."""
+        """Read what is new; an error is shown until the next refresh succeeds."""
         try:
-            engines = await self._client.list_engines()
-            self._engines = {engine.id: engine for engine in engines}
-            self._table.update_rows([_row(engine) for engine in engines], clear_selection=False)
-            await self._show_chosen()
-            self._trouble.text = ""
+            if await self._has_changed():
+                page = await self._client.page_engines(limit=_SETTLED_SHOWN, states=sorted(SETTLED), order="desc")
+                self._settled = page.data[::-1]
+            living = await self._client.list_engines(states=_LIVING)
+            self._engines = {engine.id: engine for engine in (*self._settled, *living)}
+            self._table.update_rows([_row(engine) for engine in self._engines.values()], clear_selection=False)
+            await self._show_selected()
+            self._error.text = ""
         except SageError as error:
-            self._trouble.text = str(error)
+            self._error.text = str(error)
 
-    async def _show_chosen(self) -> None:
-        engine = self._chosen()
-        steps = await self._client.training_steps(engine.id) if engine else []
-        self._about.text = _about(engine) if engine else "Choose an engine to see more of it."
+    async def _has_changed(self) -> bool:
+        """Read the change feed up to its end, and return whether it has new events; true at first."""
+        has_changed, cursor = self._cursor is None, self._cursor or 0
+        while True:
+            page = await self._client.changes(cursor, _MAX_EVENTS)
+            has_changed, cursor = has_changed or bool(page.data), page.last_id
+            if not page.has_more:
+                self._cursor = cursor
+                return has_changed
+
+    async def _show_selected(self) -> None:
+        engine = self._selected()
+        steps = await self._curve.read(engine.id) if engine else []
+        self._summary.text = _summary(engine) if engine else "Select an engine to see its details."
         self._chart.set_visibility(bool(steps))
         if steps:
             self._chart.options.update(_loss_chart(steps))
             self._chart.update()
 
     async def _stop(self) -> None:
-        if engine := self._chosen():
-            await self._tell(self._client.stop_engine(engine.id))
+        if engine := self._selected():
+            await self._notify(self._client.stop_engine(engine.id))
 
     async def _resume(self) -> None:
-        if engine := self._chosen():
-            await self._tell(self._client.resume_engine(engine.id))
+        if engine := self._selected():
+            await self._notify(self._client.resume_engine(engine.id))
 
-    async def _tell(self, call: Any) -> None:
+    async def _notify(self, call: Any) -> None:
         try:
             engine = await call
             ui.notify(f"{engine.id}: {engine.state}")
         except SageError as error:
             ui.notify(str(error), type="negative")
 
-    def _chosen(self) -> EngineView | None:
+    def _selected(self) -> EngineView | None:
         selected = self._table.selected
         return self._engines.get(selected[0]["id"]) if selected else None
+
+
+class LossCurve:
+    """The steps of one run; once read, only the new ones are."""
+
+    def __init__(self, client: AsyncSageClient) -> None:
+        self._client = client
+        self._engine_id = ""
+        self._steps: list[TrainingStep] = []
+
+    async def read(self, engine_id: str) -> list[TrainingStep]:
+        """Return the steps of a run, oldest first, thinned out if there are many."""
+        if engine_id != self._engine_id or len(self._steps) > 2 * _MAX_POINTS:
+            self._engine_id, self._steps = engine_id, []
+        after = self._steps[-1].step if self._steps else 0
+        self._steps += await self._client.training_steps(engine_id, after, _MAX_POINTS)
+        return self._steps
 
 
 def _row(engine: EngineView) -> dict[str, str]:
@@ -94,17 +134,24 @@ def _row(engine: EngineView) -> dict[str, str]:
     }
 
 
-def _about(engine: EngineView) -> str:
+def _summary(engine: EngineView) -> str:
     facts = [f"{engine.id} is {engine.state}"]
     if engine.reason:
         facts.append(f"{engine.reason.message} {engine.reason.hint}")
-    if engine.training and engine.training.total_steps:
-        facts.append(f"step {engine.training.step} of {engine.training.total_steps}")
-        if engine.training.tokens_per_second:
-            facts.append(f"{engine.training.tokens_per_second:.0f} tokens/s")
-        if engine.training.eta_seconds:
-            facts.append(f"{duration(engine.training.eta_seconds)} left")
+    if engine.training:
+        facts += _figures(engine.training)
     return " · ".join(facts)
+
+
+def _figures(training: TrainingProgress) -> list[str]:
+    """Return step, time left and every known figure of the last step."""
+    texts = [f"step {training.step} of {training.total_steps}"] if training.total_steps else []
+    texts += [
+        f"{figure.title}: {figure.text(value)}"
+        for figure in FIGURES
+        if (value := getattr(training, figure.name)) is not None
+    ]
+    return [*texts, f"{duration(training.eta_seconds)} left"] if training.eta_seconds else texts
 
 
 def _loss_chart(steps: list[TrainingStep]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 from sage.common.errors import RunError, SageError
+from sage.common.model_names import absolute_name
 from sage.common.progress_bar import ProgressBar, eta_text
 from sage.libs.finetune.config import load_config
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus
-from sage.libs.models.resolve import absolute_name
 
 _POLL_SECONDS = 0.2
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sage.common.errors import ModelError, ModelNotFound
+from sage.common.model_names import absolute_name, expanded, is_folder, is_path
 from sage.common.paths import get_user_paths
 
 #: The base of an adapter may be an adapter's output in turn, but not for ever.
@@ -71,26 +72,18 @@ def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
     return _resolve(absolute_name(name, base_dir) if base_dir else name, depth=0)
 
 
-def absolute_name(name: str, base_dir: Path) -> str:
-    """Return the absolute path of a model that is named by a folder as seen from `base_dir`, and any other name as it is."""
-    folder = _expanded(name)
-    if folder and (_is_path(name) or _is_folder(base_dir / folder)):
-        return str(base_dir.absolute() / folder)
-    return name
-
-
 def _resolve(name: str, depth: int) -> ModelSource:
     if depth > _MAX_DEPTH:
         raise ModelError(code="model_invalid", message=f"'{name}' is an adapter of an adapter of an adapter…")
     if not name.strip():
         raise ModelNotFound(code="model_not_found", message="The name of the model is empty.")
     places = []
-    if (folder := _expanded(name)) and folder.is_absolute():
+    if (folder := expanded(name)) and folder.is_absolute():
         places.append(folder)
-    elif not _is_path(name) and ".." not in Path(name).parts:
+    elif not is_path(name) and ".." not in Path(name).parts:
         places.append(get_user_paths().models_dir / name)
     for place in places:
-        if _is_folder(place):
+        if is_folder(place):
             return inspect_folder(place, name, depth)
     packaged = PACKAGED.get(name.lower())
     packaged_path = packaged.path() if packaged else None
@@ -103,8 +96,8 @@ def _resolve(name: str, depth: int) -> ModelSource:
 
 def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelNotFound:
     shown = name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…"
-    if _is_path(name):
-        is_known = tried or _expanded(name) is None
+    if is_path(name):
+        is_known = tried or expanded(name) is None
         problem = "there is no such folder" if is_known else "the path is not absolute"
         hint = (
             "Give a folder that holds a model; `sage llm model list` shows names." if is_known else "Give an absolute path."
@@ -120,26 +113,6 @@ def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelN
             "A folder elsewhere needs its absolute path."
         )
     return ModelNotFound(code="model_not_found", message=message, hint=hint, param="model")
-
-
-def _is_path(name: str) -> bool:
-    """Return whether a name can only be a path."""
-    return name in (".", "..") or name.startswith(("/", "./", "../", "~"))
-
-
-def _expanded(name: str) -> Path | None:
-    """Return a name as a path, its ~ expanded; None if it cannot be one."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # no such user
-        return None
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a name too long, or with a NUL; a folder that may not be entered
-        return False
 
 
 def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:

@@ -1,44 +1,48 @@
-"""What both clients send and what they make of the answers."""
+"""The gateway's routes: the request that both clients send for each method, and the reader of its answer."""
 
-import json
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import httpx
 
-from sage.common import errors
-from sage.common.errors import ConfigError, EngineError, GatewayUnreachable, SageError
+from sage.common.errors import ConfigError, NotFound
+from sage.llm.client.answers import as_list, as_model, parse
+from sage.llm.client.types import (
+    Device,
+    EngineKind,
+    EnginePage,
+    EngineState,
+    EngineView,
+    EventPage,
+    TrainingStep,
+)
 
-#: A start or resume may hash large files first; giving up earlier would invite a second start.
+T = TypeVar("T")
+Order = Literal["asc", "desc"]
+#: A removal deletes checkpoints, and a start on a busy machine takes long; giving up earlier would invite a second one.
 _LONG_SECONDS = 3600.0
+#: Engines per request when all are listed; the most that the gateway gives.
+PAGE_LIMIT = 1000
 _PREFIX = "/v1/management"
 _ID = re.compile(r"[\w-]+", re.ASCII)
-_ERRORS_BY_STATUS: dict[int, type[SageError]] = {
-    400: errors.ModelError,
-    401: errors.Unauthorized,
-    404: errors.NotFound,
-    409: errors.Conflict,
-    502: EngineError,
-    503: errors.Overloaded,
-}
-#: Codes of wrong usage, which a command line tells by exit code 2.
-_USAGE_CODES = ("config_invalid", "target_modules_unknown")
 
 
 @dataclass(frozen=True)
-class Call:
-    """One HTTP request."""
+class Call(Generic[T]):
+    """One HTTP request, and how its answer is read."""
 
     method: str
     path: str
+    read: Callable[[httpx.Response], T]
     json: dict[str, Any] | None = None
     params: dict[str, Any] = field(default_factory=dict)
     timeout_seconds: float | None = None  #: None: the client's own
 
 
 def headers(api_key: str | None) -> dict[str, str]:
-    """Return the headers of every request. Raises ConfigError if the key cannot travel in one."""
+    """Return the headers of every request. Raises ConfigError if the key cannot be sent in one."""
     if not api_key:
         return {}
     if not (api_key.isascii() and api_key.isprintable()):
@@ -46,154 +50,107 @@ def headers(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"}
 
 
-def _of(engine_id: str, route: str = "") -> str:
-    """Return a path of an engine. Raises NotFound for what cannot be an id, and could lead elsewhere."""
+def _engine(engine_id: str, route: str = "") -> str:
+    """Return a path of an engine. Raises NotFound for text that cannot be an id and could lead to another route."""
     if not _ID.fullmatch(engine_id):
-        raise errors.NotFound(
+        raise NotFound(
             code="engine_not_found", message=f"No engine '{engine_id[:100]}'.", param="engine_id",
-            hint="`sage llm engine list` shows all engines.",
+            hint="`sage llm engine list --all` shows all engines.",
         )  # fmt: skip
     return f"{_PREFIX}/engines/{engine_id}{route}"
 
 
-def start(request: dict[str, Any]) -> Call:
+def start(request: dict[str, Any]) -> Call[EngineView]:
     """Start an engine."""
-    return Call("POST", f"{_PREFIX}/engines/start", json=request, timeout_seconds=_LONG_SECONDS)
+    return Call(
+        "POST", f"{_PREFIX}/engines/start", as_model(EngineView), json=request, timeout_seconds=_LONG_SECONDS
+    )  # fmt: skip
 
 
-def list_all() -> Call:
-    """List the engines."""
-    return Call("GET", f"{_PREFIX}/engines")
+def page(
+    limit: int, after: str | None, states: Collection[EngineState], kinds: Collection[EngineKind], order: Order
+) -> Call[EnginePage]:
+    """List one page of engines."""
+    filters = {"after": after, "state": ",".join(states), "kind": ",".join(kinds)}
+    params = {"limit": limit, "order": order, **{name: value for name, value in filters.items() if value}}
+    return Call("GET", f"{_PREFIX}/engines", as_model(EnginePage), params=params)
 
 
-def get(engine_id: str) -> Call:
+def get(engine_id: str) -> Call[EngineView]:
     """Read one engine."""
-    return Call("GET", _of(engine_id))
+    return Call("GET", _engine(engine_id), as_model(EngineView))
 
 
-def stop(engine_id: str, *, force: bool) -> Call:
+def stop(engine_id: str, *, force: bool) -> Call[EngineView]:
     """Stop an engine."""
-    return Call("DELETE", _of(engine_id), params={"force": force})
+    return Call("DELETE", _engine(engine_id), as_model(EngineView), params={"force": force})
 
 
-def resume(engine_id: str) -> Call:
+def pause(engine_id: str) -> Call[EngineView]:
+    """Pause an engine."""
+    return Call("POST", _engine(engine_id, "/pause"), as_model(EngineView))
+
+
+def resume(engine_id: str) -> Call[EngineView]:
     """Resume an engine."""
-    return Call("POST", _of(engine_id, "/resume"), timeout_seconds=_LONG_SECONDS)
+    return Call("POST", _engine(engine_id, "/resume"), as_model(EngineView), timeout_seconds=_LONG_SECONDS)
 
 
-def remove(engine_id: str) -> Call:
-    """Forget an engine."""
-    return Call("POST", _of(engine_id, "/remove"), timeout_seconds=_LONG_SECONDS)
+def remove(engine_id: str) -> Call[None]:
+    """Delete a settled engine."""
+    return Call("POST", _engine(engine_id, "/remove"), lambda _: None, timeout_seconds=_LONG_SECONDS)
 
 
-def logs(engine_id: str, tail: int) -> Call:
+def logs(engine_id: str, tail: int) -> Call[list[str]]:
     """Read the end of an engine's log."""
-    return Call("GET", _of(engine_id, "/logs"), params={"tail": tail})
+    return Call("GET", _engine(engine_id, "/logs"), lambda r: r.text.split("\n")[:-1], params={"tail": tail})
 
 
-def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call:
-    """Stream an engine's log, from its end or from a byte on."""
-    where = {"tail": tail} if offset is None else {"offset": offset}
-    return Call("GET", _of(engine_id, "/logs"), params={"follow": True, **where})
+def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
+    """Stream an engine's log, from its last lines or from a byte on."""
+    begin = {"tail": tail} if offset is None else {"offset": offset}
+    return Call("GET", _engine(engine_id, "/logs"), lambda _: None, params={"follow": True, **begin})
 
 
-def events(engine_id: str, *, follow: bool) -> Call:
-    """Read an engine's transitions."""
-    return Call("GET", _of(engine_id, "/events"), params={"follow": follow})
+def events(engine_id: str, *, follow: bool) -> Call[None]:
+    """Stream the events of one engine: those so far, or also new ones until it has settled."""
+    return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
 
 
-def training_steps(engine_id: str) -> Call:
+def changes(after: int, limit: int) -> Call[EventPage]:
+    """Read the change feed."""
+    return Call("GET", f"{_PREFIX}/events", as_model(EventPage), params={"after": after, "limit": limit})
+
+
+def follow_changes(after: int) -> Call[None]:
+    """Stream the change feed."""
+    return Call("GET", f"{_PREFIX}/events", lambda _: None, params={"after": after, "follow": True})
+
+
+def training_steps(engine_id: str, after: int, max_points: int | None) -> Call[list[TrainingStep]]:
     """Read the steps of a training run."""
-    return Call("GET", _of(engine_id, "/training"))
+    params = {"after": after, **({} if max_points is None else {"max_points": max_points})}
+    return Call("GET", _engine(engine_id, "/training"), as_list(TrainingStep), params=params)
 
 
-def devices() -> Call:
+def devices() -> Call[list[Device]]:
     """Read the devices."""
-    return Call("GET", f"{_PREFIX}/gpu")
+    return Call("GET", f"{_PREFIX}/gpu", as_list(Device))
 
 
-def health() -> Call:
-    """Ask whether the gateway lives."""
-    return Call("GET", "/health")
+def health(timeout_seconds: float) -> Call[dict[str, Any]]:
+    """Ask whether the gateway is alive."""
+    return Call("GET", "/health", lambda r: dict(parse(r.text)), timeout_seconds=timeout_seconds)
 
 
-def models() -> Call:
+def models() -> Call[list[str]]:
     """List the models that requests can name."""
-    return Call("GET", "/v1/models")
+    return Call("GET", "/v1/models", lambda r: [item["id"] for item in parse(r.text)["data"]])
 
 
-def chat(model: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Call:
+def chat(model: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Call[str]:
     """Ask a model for the next message."""
-    return Call("POST", "/v1/chat/completions", json={"model": model, "messages": messages, **options})
-
-
-class ChatStream:
-    """Reads the lines of a streamed chat."""
-
-    def __init__(self) -> None:
-        self._is_done = False
-
-    def piece(self, line: str) -> str:
-        """Return the text that a line adds; raises EngineError if it reports a failure."""
-        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if not data.startswith("{"):
-            self._is_done |= data == "[DONE]"
-            return ""
-        content = _parsed(data)
-        if error := content.get("error"):
-            raise EngineError(code=error.get("code") or "unknown", message=error["message"])
-        choices = content["choices"]
-        return str(choices[0]["delta"].get("content") or "") if choices else ""
-
-    def finish(self) -> None:
-        """Raise EngineError if the answer was cut."""
-        if not self._is_done:
-            raise EngineError(
-                code="stream_cut",
-                message="The answer ended before it was complete.",
-                hint="`sage llm engine list` shows whether its engine still runs.",
-            )
-
-
-def content_of(response: httpx.Response) -> Any:
-    """Return what an answer says. Raises the SageError that it reports, or GatewayUnreachable if it is not a gateway's."""
-    raise_for_error(response)
-    return _parsed(response.text)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        message = "What answered is not a SAGE gateway: its answer is not JSON."
-        raise GatewayUnreachable(code="not_a_gateway", message=message) from error
-
-
-def raise_for_error(response: httpx.Response) -> None:
-    """Raise the SageError that an answer tells of, if it does. The body must have been read."""
-    if response.is_success:
-        return
-    try:
-        told = response.json()["error"]
-        code, message, param = told.get("code") or "unknown", told["message"], told.get("param")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        code, message, param = "unknown", f"The gateway answered {response.status_code}.", None
-    kind = _ERRORS_BY_STATUS.get(response.status_code, SageError)
-    if code in _USAGE_CODES:
-        kind = ConfigError
-    raise kind(code=code, message=message, param=param)
-
-
-def unreachable(base_url: str, error: httpx.HTTPError) -> GatewayUnreachable:
-    """Return the error for a gateway that does not answer."""
-    if isinstance(error, httpx.ReadTimeout):
-        return GatewayUnreachable(
-            code="gateway_slow",
-            message=f"The gateway at {base_url} took the request and has not answered in time.",
-            hint="It may still carry it out: look at `sage llm engine list` before you try again.",
-        )
-    return GatewayUnreachable(
-        code="gateway_unreachable",
-        message=f"The gateway at {base_url} does not answer ({type(error).__name__}).",
-        hint="`sage gateway start` starts it; `sage gateway status` says where it is.",
-    )
+    return Call(
+        "POST", "/v1/chat/completions", lambda r: str(parse(r.text)["choices"][0]["message"]["content"] or ""),
+        json={"model": model, "messages": messages, **options},
+    )  # fmt: skip

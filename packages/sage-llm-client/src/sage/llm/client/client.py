@@ -1,28 +1,38 @@
-"""SageClient and AsyncSageClient: the same methods, one to call and one to await."""
+"""SageClient: the gateway's HTTP interface as methods. AsyncSageClient has the same methods for asyncio."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
 
 import httpx
 
 from sage.common.errors import GatewayUnreachable
-from sage.llm.client import calls
-from sage.llm.client.calls import Call
-from sage.llm.client.types import Device, EngineEvent, EngineView, TrainingStep
+from sage.llm.client import answers, calls, streams
+from sage.llm.client.calls import Call, Order
+from sage.llm.client.types import (
+    Device,
+    EngineEvent,
+    EngineKind,
+    EnginePage,
+    EngineState,
+    EngineView,
+    EventPage,
+    TrainingStep,
+)
 
-_CONNECT_SECONDS = 10.0
-#: Streams may be silent for as long as an engine has nothing to say.
-_STREAM_TIMEOUT = httpx.Timeout(_CONNECT_SECONDS, read=None)
-_RECONNECT_SECONDS = 0.3
+T = TypeVar("T")
+CONNECT_SECONDS = 10.0
+#: A stream is silent as long as its engine writes nothing.
+STREAM_TIMEOUT = httpx.Timeout(CONNECT_SECONDS, read=None)
+RECONNECT_SECONDS = 0.3
 
 
 class SageClient:
-    """Talks to a gateway. Every method raises SageError: what the gateway told, or GatewayUnreachable."""
+    """Client of a gateway. Every method raises SageError: the error that the gateway reports, or GatewayUnreachable."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: where the gateway is; timeout_seconds: for one answer, except streams, starts and removals."""
+        """base_url: address of the gateway; timeout_seconds: for one answer, except streams, starts and removals."""
         self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.Client(
             base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
@@ -37,221 +47,157 @@ class SageClient:
         self._http.close()
 
     def start_engine(self, **request: Any) -> EngineView:
-        """Start an engine; the fields are those of StartRequest."""
-        return EngineView.model_validate(self._json(calls.start(request)))
+        """Start an engine; the fields are those of StartRequest. It is returned in the state `validating`."""
+        return self._send(calls.start(request))
 
-    def list_engines(self) -> list[EngineView]:
-        """Return all engines, oldest first."""
-        return [EngineView.model_validate(item) for item in self._json(calls.list_all())["data"]]
+    def page_engines(
+        self,
+        *,
+        limit: int = 100,
+        after: str | None = None,
+        states: Collection[EngineState] = (),
+        kinds: Collection[EngineKind] = (),
+        order: Order = "asc",
+    ) -> EnginePage:
+        """Return one page of the engines; after: `last_id` of the page before; no states or kinds: all of them."""
+        return self._send(calls.page(limit, after, states, kinds, order))
+
+    def iter_engines(
+        self, *, states: Collection[EngineState] = (), kinds: Collection[EngineKind] = (), order: Order = "asc"
+    ) -> Iterator[EngineView]:
+        """Yield all engines, page by page."""
+        after: str | None = None
+        while True:
+            page = self.page_engines(limit=calls.PAGE_LIMIT, after=after, states=states, kinds=kinds, order=order)
+            yield from page.data
+            if not page.has_more:
+                return
+            after = page.last_id
+
+    def list_engines(
+        self, *, states: Collection[EngineState] = (), kinds: Collection[EngineKind] = (), order: Order = "asc"
+    ) -> list[EngineView]:
+        """Return all engines, oldest first unless `order` is `desc`."""
+        return list(self.iter_engines(states=states, kinds=kinds, order=order))
 
     def get_engine(self, engine_id: str) -> EngineView:
         """Return one engine."""
-        return EngineView.model_validate(self._json(calls.get(engine_id)))
+        return self._send(calls.get(engine_id))
 
     def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
         """Ask an engine to stop; returns at once."""
-        return EngineView.model_validate(self._json(calls.stop(engine_id, force=force)))
+        return self._send(calls.stop(engine_id, force=force))
+
+    def pause_engine(self, engine_id: str) -> EngineView:
+        """Ask an engine to pause. Raises SageError `not_implemented`: this version cannot pause engines."""
+        return self._send(calls.pause(engine_id))
 
     def resume_engine(self, engine_id: str) -> EngineView:
-        """Queue a stopped or failed engine again."""
-        return EngineView.model_validate(self._json(calls.resume(engine_id)))
+        """Start a stopped or failed engine again, a training run from its last checkpoint."""
+        return self._send(calls.resume(engine_id))
 
     def remove_engine(self, engine_id: str) -> None:
-        """Forget an engine that has ended."""
-        self._json(calls.remove(engine_id))
+        """Delete a settled engine, with its log and checkpoints."""
+        self._send(calls.remove(engine_id))
 
     def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
         """Return the last lines of an engine's log."""
-        with self._stream(calls.logs(engine_id, tail)) as response:
-            return list(response.iter_lines())
+        return self._send(calls.logs(engine_id, tail))
 
-    def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> Iterator[bytes]:
-        """Yield the last lines of an engine's log and what is added, as bytes, until it has ended.
+    def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> Iterator[str]:
+        """Yield the last lines of an engine's log, then each new one until the engine has settled.
 
-        Where the gateway goes away, it is waited for as long as `patience_seconds`, and nothing is lost or repeated.
+        If the gateway restarts, the stream continues at the same byte; patience_seconds: how long it may be away.
         """
-        offset: int | None = None
-        deadline = time.monotonic() + patience_seconds
-        while True:
-            try:
-                with self._stream(calls.follow_logs(engine_id, tail, offset)) as response:
-                    offset = int(response.headers["X-Log-Offset"])
-                    for chunk in response.iter_raw():
-                        deadline = time.monotonic() + patience_seconds
-                        offset += len(chunk)
-                        yield chunk
-                return
-            except GatewayUnreachable:
-                if offset is None or time.monotonic() > deadline:
-                    raise
-                time.sleep(_RECONNECT_SECONDS)
+        reader = streams.LogReader()
+        yield from self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds)
 
-    def events(self, engine_id: str, *, follow: bool = False) -> Iterator[EngineEvent]:
-        """Yield an engine's transitions; with `follow`, each new one until it has ended."""
-        with self._stream(calls.events(engine_id, follow=follow)) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: "):
-                    yield EngineEvent.model_validate_json(line.removeprefix("data: "))
+    def get_events(self, engine_id: str) -> list[EngineEvent]:
+        """Return the events of one engine so far, oldest first."""
+        reader = streams.EventReader()
+        return list(self._follow(lambda: calls.events(engine_id, follow=False), reader, 0))
 
-    def training_steps(self, engine_id: str) -> list[TrainingStep]:
-        """Return the optimizer steps of a training run, oldest first."""
-        return [TrainingStep.model_validate(item) for item in self._json(calls.training_steps(engine_id))["data"]]
+    def follow_events(self, engine_id: str, patience_seconds: float = 60) -> Iterator[EngineEvent]:
+        """Yield the events of one engine, then each new one until it has settled."""
+        reader = streams.EventReader()
+        yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
+
+    def changes(self, after: int = 0, limit: int = 100) -> EventPage:
+        """Return the events of all engines after a cursor, which is the id of an event."""
+        return self._send(calls.changes(after, limit))
+
+    def follow_changes(self, after: int = 0, patience_seconds: float = 60) -> Iterator[EngineEvent]:
+        """Yield the events of all engines after a cursor, then each new one, without an end."""
+        reader = streams.EventReader(after, endless=True)
+        yield from self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds)
+
+    def training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
+        """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points`."""
+        return self._send(calls.training_steps(engine_id, after, max_points))
 
     def devices(self) -> list[Device]:
-        """Return GPUs and main memory."""
-        return [Device.model_validate(item) for item in self._json(calls.devices())["data"]]
+        """Return the GPUs and the main memory."""
+        return self._send(calls.devices())
 
     def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and process; whatever has its port and says nothing is not waited for."""
-        return dict(self._json(calls.health(), timeout_seconds))
+        """Return the gateway's version and process; short time-out, since any program may listen on its port."""
+        return self._send(calls.health(timeout_seconds))
 
     def models(self) -> list[str]:
         """Return the names that requests can use."""
-        return [item["id"] for item in self._json(calls.models())["data"]]
+        return self._send(calls.models())
 
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> str:
         """Return a model's answer."""
-        answer = self._json(calls.chat(model, messages, options))
-        return str(answer["choices"][0]["message"]["content"] or "")
+        return self._send(calls.chat(model, messages, options))
 
     def chat_stream(self, model: str, messages: list[dict[str, Any]], **options: Any) -> Iterator[str]:
         """Yield a model's answer piece by piece."""
+        reader = streams.ChatReader()
         with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
-            reader = calls.ChatStream()
-            yield from map(reader.piece, response.iter_lines())
+            for chunk in response.iter_bytes():
+                yield from reader.feed(chunk)
             reader.finish()
 
-    def _json(self, call: Call, timeout_seconds: float | None = None) -> Any:
-        seconds = timeout_seconds or call.timeout_seconds or self._timeout_seconds
-        timeout = httpx.Timeout(min(seconds, _CONNECT_SECONDS), read=seconds)
+    def _send(self, call: Call[T]) -> T:
+        seconds = call.timeout_seconds or self._timeout_seconds
+        timeout = httpx.Timeout(min(seconds, CONNECT_SECONDS), read=seconds)
         try:
             response = self._http.request(call.method, call.path, json=call.json, params=call.params, timeout=timeout)
         except httpx.HTTPError as error:
-            raise calls.unreachable(self.base_url, error) from error
-        return calls.content_of(response)
+            raise answers.unreachable(self.base_url, error) from error
+        return answers.read(response, call.read)
 
     @contextmanager
-    def _stream(self, call: Call) -> Iterator[httpx.Response]:
+    def _stream(self, call: Call[Any]) -> Iterator[httpx.Response]:
         try:
             with self._http.stream(
-                call.method, call.path, json=call.json, params=call.params, timeout=_STREAM_TIMEOUT
+                call.method, call.path, json=call.json, params=call.params, timeout=STREAM_TIMEOUT
             ) as response:
                 if response.is_error:
                     response.read()
-                    calls.raise_for_error(response)
+                    answers.raise_for_error(response)
                 yield response
         except httpx.HTTPError as error:
-            raise calls.unreachable(self.base_url, error) from error
+            raise answers.unreachable(self.base_url, error) from error
 
-
-class AsyncSageClient:
-    """Talks to a gateway from asyncio. Every method raises SageError."""
-
-    def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: where the gateway is; timeout_seconds: for one answer, except streams, starts and removals."""
-        self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
-        self._http = httpx.AsyncClient(
-            base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
-        )
-
-    async def __aenter__(self) -> Self:
-        """Use it as a context manager."""
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def start_engine(self, **request: Any) -> EngineView:
-        """Start an engine; the fields are those of StartRequest."""
-        return EngineView.model_validate(await self._json(calls.start(request)))
-
-    async def list_engines(self) -> list[EngineView]:
-        """Return all engines, oldest first."""
-        return [EngineView.model_validate(item) for item in (await self._json(calls.list_all()))["data"]]
-
-    async def get_engine(self, engine_id: str) -> EngineView:
-        """Return one engine."""
-        return EngineView.model_validate(await self._json(calls.get(engine_id)))
-
-    async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Ask an engine to stop; returns at once."""
-        return EngineView.model_validate(await self._json(calls.stop(engine_id, force=force)))
-
-    async def resume_engine(self, engine_id: str) -> EngineView:
-        """Queue a stopped or failed engine again."""
-        return EngineView.model_validate(await self._json(calls.resume(engine_id)))
-
-    async def remove_engine(self, engine_id: str) -> None:
-        """Forget an engine that has ended."""
-        await self._json(calls.remove(engine_id))
-
-    async def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
-        """Return the last lines of an engine's log."""
-        async with self._stream(calls.logs(engine_id, tail)) as response:
-            return [line async for line in response.aiter_lines()]
-
-    async def follow_logs(self, engine_id: str, tail: int = 100) -> AsyncIterator[str]:
-        """Yield the last lines of an engine's log and each new one until it has ended."""
-        async with self._stream(calls.follow_logs(engine_id, tail, None)) as response:
-            async for line in response.aiter_lines():
-                yield line
-
-    async def events(self, engine_id: str, *, follow: bool = False) -> AsyncIterator[EngineEvent]:
-        """Yield an engine's transitions; with `follow`, each new one until it has ended."""
-        async with self._stream(calls.events(engine_id, follow=follow)) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: "):
-                    yield EngineEvent.model_validate_json(line.removeprefix("data: "))
-
-    async def training_steps(self, engine_id: str) -> list[TrainingStep]:
-        """Return the optimizer steps of a training run, oldest first."""
-        told = await self._json(calls.training_steps(engine_id))
-        return [TrainingStep.model_validate(item) for item in told["data"]]
-
-    async def devices(self) -> list[Device]:
-        """Return GPUs and main memory."""
-        return [Device.model_validate(item) for item in (await self._json(calls.devices()))["data"]]
-
-    async def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and process; whatever has its port and says nothing is not waited for."""
-        return dict(await self._json(calls.health(), timeout_seconds))
-
-    async def models(self) -> list[str]:
-        """Return the names that requests can use."""
-        return [item["id"] for item in (await self._json(calls.models()))["data"]]
-
-    async def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Return a model's answer."""
-        answer = await self._json(calls.chat(model, messages, options))
-        return str(answer["choices"][0]["message"]["content"] or "")
-
-    async def chat_stream(self, model: str, messages: list[dict[str, Any]], **options: Any) -> AsyncIterator[str]:
-        """Yield a model's answer piece by piece."""
-        async with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
-            reader = calls.ChatStream()
-            async for line in response.aiter_lines():
-                yield reader.piece(line)
-            reader.finish()
-
-    async def _json(self, call: Call, timeout_seconds: float | None = None) -> Any:
-        seconds = timeout_seconds or call.timeout_seconds or self._timeout_seconds
-        timeout = httpx.Timeout(min(seconds, _CONNECT_SECONDS), read=seconds)
-        try:
-            response = await self._http.request(call.method, call.path, json=call.json, params=call.params, timeout=timeout)
-        except httpx.HTTPError as error:
-            raise calls.unreachable(self.base_url, error) from error
-        return calls.content_of(response)
-
-    @asynccontextmanager
-    async def _stream(self, call: Call) -> AsyncIterator[httpx.Response]:
-        try:
-            async with self._http.stream(
-                call.method, call.path, json=call.json, params=call.params, timeout=_STREAM_TIMEOUT
-            ) as response:
-                if response.is_error:
-                    await response.aread()
-                    calls.raise_for_error(response)
-                yield response
-        except httpx.HTTPError as error:
-            raise calls.unreachable(self.base_url, error) from error
+    def _follow(
+        self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
+    ) -> Iterator[T]:
+        """Yield the items of a stream; if it breaks off, open it again with the `call` for the reader's position."""
+        patience = streams.Patience(patience_seconds)
+        while True:
+            try:
+                with self._stream(call()) as response:
+                    reader.begin(response.headers)
+                    patience.reset()
+                    for chunk in response.iter_bytes():
+                        for item in reader.feed(chunk):
+                            yield item
+                for item in reader.finish():
+                    yield item
+                return
+            except GatewayUnreachable:
+                if patience.is_over(reader):
+                    raise
+                time.sleep(RECONNECT_SECONDS)

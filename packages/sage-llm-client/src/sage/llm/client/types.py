@@ -160,6 +160,15 @@ class EngineEvent(BaseModel):
     reason: str
 
 
+class EventPage(BaseModel):
+    """One page of the change feed."""
+
+    object: str = "list"
+    data: list[EngineEvent]
+    last_id: int = Field(description="Cursor: `after` of the next page.")
+    has_more: bool
+
+
 class Device(BaseModel):
     """Memory that engines share: a GPU, or the main memory of a node."""
 

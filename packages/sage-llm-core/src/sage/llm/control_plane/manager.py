@@ -1,321 +1,312 @@
-"""ControlPlaneManager: the face of the control plane."""
+"""ControlPlaneManager: the facade of the control plane."""
 
 import asyncio
 import contextlib
+import functools
 import logging
-import os
-import secrets
-import socket
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
-from sage.llm.control_plane.selection import select_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import Conflict, NotFound, SageError
-from sage.common.identity import ProcessIdentity
+from sage.common.errors import NotFound, NotImplementedYet, Overloaded, SageError
 from sage.common.ids import random_suffix
-from sage.common.logs import LogFile, tail_lines
-from sage.common.paths import get_user_paths, private_file, private_folder
+from sage.common.logs import LogFile
+from sage.common.paths import get_user_paths
 from sage.common.settings import Settings
 from sage.llm.client.types import (
     SETTLED,
     SUPPORTED_ENGINE_KINDS,
-    EngineEvent,
+    DesiredState,
     EngineKind,
     EngineState,
     EngineView,
-    Reason,
+    RestartPolicy,
     StartRequest,
-    TrainingStep,
-    Wanted,
 )
+from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
 from sage.llm.control_plane.launchers.local import LocalLauncher
-from sage.llm.control_plane.logfile import follow
-from sage.llm.control_plane.node import node_id_path, open_state_folder
-from sage.llm.control_plane.reconciler import Limits, Reconciler
+from sage.llm.control_plane.lease import LeaseKeeper
+from sage.llm.control_plane.node import open_state_folder
+from sage.llm.control_plane.plan import Limits
+from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.reads import EngineReads
+from sage.llm.control_plane.reconciler import Reconciler
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, standby, still_running
+from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
+from sage.llm.control_plane.runner import Runner
 from sage.llm.control_plane.store.database import open_database
-from sage.llm.control_plane.store.store import LEASE_SECONDS, EngineRecord, StaleWrite, Store
+from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
+from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
+from sage.llm.control_plane.views import Views
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _ACTOR = "user"
-#: A write that met another one is decided anew this often.
+#: A write that met another one is retried this often.
 _ATTEMPTS = 5
-#: How often it is looked whether a log is to be cut.
+_STORE_THREADS = 8
+#: Between two checks of the lengths of logs.
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager:
-    """Starts, stops, resumes and describes engines; a background task reconciles."""
+class ControlPlaneManager(EngineReads):
+    """Starts, stops, resumes and describes engines of this node; background tasks probe and reconcile.
 
-    def __init__(self, settings: Settings) -> None:
-        """Open the state folder and the database. Raises ConfigError if either cannot be used."""
-        self._settings = settings
+    Of several control planes of one node, the one with the lease is active. The others are standby: they serve reads and
+    inference, and take over.
+    """
+
+    def __init__(self, settings: Settings, *, standby: bool = False) -> None:
+        """Open the state folder and the database. Raises ConfigError if either cannot be used.
+
+        standby: it is expected that another control plane of this node is active.
+        """
+        self._settings, self._is_standby_expected = settings, standby
         self._node = open_state_folder()
         launcher = LocalLauncher()
+        self._launcher, inference = launcher, InferenceExecutor(launcher)
         self._executors: Mapping[EngineKind, Executor] = {
-            EngineKind.LLM: InferenceExecutor(EngineKind.LLM, launcher),
-            EngineKind.EMBEDDING: InferenceExecutor(EngineKind.EMBEDDING, launcher),
+            EngineKind.LLM: inference,
+            EngineKind.EMBEDDING: inference,
             EngineKind.FINETUNE: FinetuneExecutor(launcher),
         }
         self._store = Store(open_database(settings.store_url))
-        self._store.claim(
-            self._node,
-            "Set SAGE_HOME to that folder, or give each its own SAGE_DATABASE_URL. "
-            f"If that folder is gone, write '{{owner}}' into {node_id_path()} to take its engines over.",
+        self._pool = Pool("store", _STORE_THREADS)
+        self._woken = asyncio.Event()
+        self._keeper = LeaseKeeper(self._store, self._node, settings.gateway_url, self._on_lease)
+        self._routing = RoutingTable(self._node, _model_name)
+        self._prober = Prober(self._executors, launcher, self._woken.set)
+        self._runner = Runner(
+            self._store, self._pool, self._executors, launcher, self._routing, lambda: self._keeper.lease, self._woken.set
         )
-        look_seconds = 5 + 2 * settings.reconcile_seconds
-        limits = Limits(settings.engine_start_seconds, settings.stop_seconds, look_seconds, settings.resume_engines)
-        self._token = secrets.token_hex(8)
-        self._reconciler = Reconciler(self._store, self._executors, limits, self._token)
-        self._changed = asyncio.Event()
+        limits = Limits(
+            settings.engine_start_seconds,
+            settings.stop_seconds,
+            settings.engine_unresponsive_seconds,
+            look_seconds=5 + 2 * settings.reconcile_seconds,
+        )
+        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits)
+        self._views = Views(self._node, self._executors)
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def role(self) -> Literal["active", "standby"]:
+        """Whether this control plane reconciles its node."""
+        return "active" if self._keeper.lease else "standby"
+
     async def open(self) -> None:
-        """Begin to reconcile; engines that live are adopted, those that died are settled."""
-        self._tasks = [asyncio.create_task(self._reconcile()), asyncio.create_task(self._bound_logs())]
-        self._tasks.append(asyncio.create_task(self._discard(list(_preparing_folder().iterdir()))))
+        """Try to take the lease, and begin to probe and reconcile: engines that live are adopted, dead ones are settled."""
+        await self._keeper.open()
+        cursor = await self._routing.load(self._store)
+        if self.role == "standby" and not self._is_standby_expected:
+            logger.warning("another control plane of this node is active; this one takes over when that one exits")
+        work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs())
+        self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
-        """Stop reconciling; the engines live on."""
+        """Stop reconciling and give the lease back; the engines live on."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._reconciler.close()
-        with contextlib.suppress(SQLAlchemyError):
-            await asyncio.to_thread(self._store.release_lease, self._token)
+        await self._runner.close()
+        await self._prober.close()
+        await self._keeper.close()
+        self._pool.close()
 
     async def start_engine(self, request: StartRequest) -> EngineView:
-        """Check a request, keep it, and return the engine, queued; raises SageError, and then nothing was kept."""
-        engine_id = f"engine-{random_suffix()}"
-        executor = self._executors[request.engine_kind]
-        # Remains if this process is killed before the engine is in the store; then the next one discards what was made.
-        mark = private_file(_preparing_folder() / engine_id)
-        try:
-            return await self._start(engine_id, request, executor)
-        finally:
-            mark.unlink(missing_ok=True)
+        """Check what can be checked fast, write the engine, and return it in state validating.
 
-    async def _start(self, engine_id: str, request: StartRequest, executor: Executor) -> EngineView:
-        options = await executor.prepare(engine_id, request)
+        Raises SageError if a check fails; then nothing was written.
+        """
+        await self._lease()
+        engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
+        prepared = await executor.prepare(engine_id, request)
         now = datetime.now(UTC)
         record = EngineRecord(
             id=engine_id,
             kind=request.engine_kind,
             model=request.model,
             name=request.name or request.model,
-            options=options,
-            wanted=Wanted.RUNNING,
-            state=EngineState.QUEUED,
+            backend=prepared.backend,
+            options=dict(prepared.options),
+            metadata=request.metadata,
+            desired=DesiredState.RUNNING,
+            force=False,
+            restart_policy=request.restart_policy or RestartPolicy(self._settings.restart_policy),
+            restarts=0,
+            state=EngineState.VALIDATING,
             reason=None,
+            figures=None,
             node=self._node,
-            port=None,
+            server_id=None,
             requested_port=request.port,
+            devices=None,
+            reserved_bytes=prepared.reserved_bytes,
             version=1,
             created_at=now,
             state_at=now,
+            first_event=0,
+            last_event=0,
         )
-        try:
-            await asyncio.to_thread(self._store.add, record, _ACTOR)
-        except Exception:
-            with contextlib.suppress(SageError, OSError):
-                await executor.discard(engine_id)
-            raise
-        self._changed.set()
-        return await self._view(record)
+        engine = await self._write(self._store.add, record, _ACTOR)
+        self._routing.apply(engine, None)
+        return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Ask an engine to stop and return it at once; one that has ended already is returned as it is."""
+        """Ask for an engine to be stopped (force: killed), and return it at once; a settled one is returned as it is."""
         for _ in range(_ATTEMPTS):
-            engine = await asyncio.to_thread(self._store.get, engine_id)
+            engine, server = await self._own(engine_id)
             if engine.state in SETTLED:
-                return await self._view(engine)
-            wanted = Wanted.KILLED if force or engine.wanted is Wanted.KILLED else Wanted.STOPPED
+                return await self._view(engine, server)
+            is_forced = force or (engine.force and engine.desired is DesiredState.STOPPED)
+            if (engine.desired, engine.force) == (DesiredState.STOPPED, is_forced):
+                return await self._view(engine, server)
             with contextlib.suppress(StaleWrite):
-                engine = await asyncio.to_thread(self._store.want, engine, wanted)
-                self._changed.set()
-                return await self._view(engine)
-        raise _busy(engine_id)
+                stop = functools.partial(self._store.set_desired, engine, DesiredState.STOPPED, force=is_forced)
+                return await self._view(await self._write(stop, actor=_ACTOR), server)
+        raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Queue an engine again that was stopped or has failed.
+        """Validate and queue an engine again that was stopped or has failed.
 
-        Raises Conflict if it runs, is completed, or cannot go on.
+        Raises Conflict if it is active or completed, or cannot be resumed.
         """
         for _ in range(_ATTEMPTS):
-            engine = await asyncio.to_thread(self._store.get, engine_id)
+            engine, _server = await self._own(engine_id)
             if engine.state not in (EngineState.STOPPED, EngineState.FAILED):
-                raise Conflict(
-                    code="not_resumable",
-                    message=f"{engine_id} is {engine.state}: only what is stopped or failed can be resumed.",
-                    hint=f"`sage llm engine status {engine_id}` shows it.",
-                )
+                raise not_resumable(engine_id, engine.state)
             await self._executors[engine.kind].check_resumable(engine)
             with contextlib.suppress(StaleWrite):
-                engine = await asyncio.to_thread(self._store.move, engine, EngineState.QUEUED, _ACTOR, wanted=Wanted.RUNNING)
-                self._changed.set()
-                return await self._view(engine)
-        raise _busy(engine_id)
+                resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=_ACTOR, restarts=0)
+                engine = await self._write(resume, desired=DesiredState.RUNNING, force=False)
+                self._routing.apply(engine, None)
+                return await self._view(engine, None)
+        raise busy(engine_id)
+
+    async def pause_engine(self, engine_id: str) -> EngineView:
+        """Raise NotImplementedYet, or NotFound if there is no such engine."""
+        await self._own(engine_id)
+        raise NotImplementedYet(
+            code="not_implemented",
+            message="Engines cannot be paused yet.",
+            hint=f"To free the memory of {engine_id}: `sage llm engine stop {engine_id}`, and `resume` later.",
+        )
 
     async def remove_engine(self, engine_id: str) -> None:
-        """Forget an engine that has ended, with its run directory or log; what it wrote to its output folder stays.
+        """Remove a settled engine with its run directory or log; its output folder stays.
 
-        Raises Conflict if it has not ended. A resume at the same time wins, or finds no engine.
+        Raises Conflict if it is not settled. Of a removal and a resume at the same time, one wins.
         """
         for _ in range(_ATTEMPTS):
-            engine = await asyncio.to_thread(self._store.get, engine_id)
+            engine, _server = await self._own(engine_id)
             executor = self._executors[engine.kind]
             if engine.state not in SETTLED:
-                raise _still_running(engine_id, f"is {engine.state}", "Stop it first: `sage llm engine stop {}`.")
-            if await asyncio.to_thread(executor.process, engine):
-                raise _still_running(engine_id, "still has a process", "Try again; `sage llm engine resume {}` adopts it.")
+                raise still_running(engine_id, f"is {engine.state}", "Stop it first: `sage llm engine stop {}`.")
+            if self._runner.validator.is_running(engine_id):
+                raise still_running(engine_id, "is still being validated", "Retry in some seconds.")
+            handle = executor.plan_server(engine).handle
+            process = (await self._launcher.observe([handle])).get(handle)
+            if process is None or process.alive:
+                raise still_running(engine_id, "still has a process", "Retry; `sage llm engine resume {}` adopts it.")
             with contextlib.suppress(StaleWrite):
-                await asyncio.to_thread(self._store.remove, engine)
+                await self._write(self._store.remove, engine, actor=_ACTOR)
+                self._routing.forget(engine_id)
                 try:
                     await executor.remove(engine)
                 except (SageError, OSError) as error:
-                    logger.warning("%s was removed, and its files were not: %s", engine_id, error)
+                    logger.warning("%s was removed, but its files were not: %s", engine_id, error)
                 return
-        raise _busy(engine_id)
+        raise busy(engine_id)
 
-    async def list_engines(self) -> list[EngineView]:
-        """Return all engines, oldest first."""
-        engines = await asyncio.to_thread(self._store.list)
-        return list(await asyncio.gather(*(self._view(engine) for engine in engines)))
+    def find(self, model: str, kind: EngineKind) -> Route:
+        """Return the engine that a request for `model` means; it may still be starting. Uses memory only.
 
-    async def get_engine(self, engine_id: str) -> EngineView:
-        """Return an engine; raises NotFound."""
-        return await self._view(await asyncio.to_thread(self._store.get, engine_id))
-
-    async def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
-        """Return the last lines of an engine's log."""
-        return await asyncio.to_thread(tail_lines, await self._log_path(engine_id), tail)
-
-    async def follow_logs(self, engine_id: str, offset: int) -> AsyncIterator[bytes]:
-        """Yield an engine's log from a byte on, and what is added, until the engine has ended."""
-
-        async def has_ended() -> bool:
-            return (await asyncio.to_thread(self._store.get, engine_id)).state in SETTLED
-
-        async for chunk in follow(await self._log_path(engine_id), offset, has_ended):
-            yield chunk
-
-    async def log_offset(self, engine_id: str, tail: int, offset: int | None = None) -> int:
-        """Return the byte of an engine's log at which its last `tail` lines begin, or `offset` if the log has that byte.
-
-        An offset beyond the end means the end, and one of what is no longer there the first byte that is.
+        Raises NotFound, or Overloaded if the only one does not respond.
         """
-        log = LogFile(await self._log_path(engine_id))
-        if offset is None:
-            return await asyncio.to_thread(log.tail_offset, tail)
-        start, end = await asyncio.to_thread(log.range)
-        return min(max(offset, start), end)
+        return self._routing.find(model, kind, self.is_responsive)
 
-    async def get_events(self, engine_id: str, after: int = 0) -> list[EngineEvent]:
-        """Return an engine's transitions behind the one of id `after`; raises NotFound."""
-        await asyncio.to_thread(self._store.get, engine_id)
-        return list(await asyncio.to_thread(self._store.events, engine_id, after))
+    def upstream(self, route: Route) -> Upstream:
+        """Return where requests for a running engine are sent."""
+        if route.address is None:
+            raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
+        return Upstream(route.address, route.model_name, route.engine_id)
 
-    async def get_training_steps(self, engine_id: str) -> list[TrainingStep]:
-        """Return the optimizer steps of a training run, oldest first; none for an engine that does not train."""
-        engine = await asyncio.to_thread(self._store.get, engine_id)
-        return await self._executors[engine.kind].training_steps(engine)
+    async def running(self, model: str, kind: EngineKind, wait_seconds: float) -> Upstream:
+        """Return where a request for `model` is sent; if its engine is starting, wait for it.
 
-    async def find_engine(self, model: str, kind: EngineKind) -> EngineRecord:
-        """Return the engine that a request for `model` means, by id, name or model; it may still be starting.
-
-        Raises NotFound, which names those that there are, or Overloaded if the only one does not respond.
+        Raises NotFound if there is none, Overloaded if it is not ready in time or is settled first.
         """
-        engines = await asyncio.to_thread(self._store.list, active_only=True)
-        return select_engine(engines, model, kind, self.is_responsive)
-
-    def is_responsive(self, engine_id: str) -> bool:
-        """Return whether an engine has answered its health checks lately; a request to one that has not may be given up."""
-        return self._reconciler.silent_seconds(engine_id) < self._settings.engine_unresponsive_seconds
-
-    async def _log_path(self, engine_id: str) -> Path:
-        engine = await asyncio.to_thread(self._store.get, engine_id)
-        return self._executors[engine.kind].log_path(engine)
-
-    async def _view(self, engine: EngineRecord) -> EngineView:
-        executor = self._executors[engine.kind]
-        seen = await self._seen(engine, executor)
-        return EngineView(
-            id=engine.id,
-            kind=engine.kind,
-            model=engine.model,
-            name=engine.name,
-            state=engine.state,
-            port=engine.port if engine.state not in SETTLED else None,
-            created_at=engine.created_at,
-            state_at=engine.state_at,
-            log_path=str(executor.log_path(engine)),
-            **seen,
-        )
-
-    async def _seen(self, engine: EngineRecord, executor: Executor) -> dict[str, Any]:
-        """Return the fields of a view that are not in the store."""
-        seen: dict[str, Any] = {"reason": engine.reason}
-        try:
-            if process := await asyncio.to_thread(executor.process, engine):
-                seen |= {"pid": process.pid or None, "memory_bytes": await asyncio.to_thread(process.memory_bytes)}
-            seen |= await executor.describe(engine)
-        except Exception as error:
-            logger.debug("%s cannot be described", engine.id, exc_info=error)
-            seen["reason"] = engine.reason or Reason(
-                code="engine_unreadable", message=f"Its files cannot be read: {type(error).__name__}: {error}."
-            )
-        if engine.state is EngineState.RUNNING and not self.is_responsive(engine.id):
-            seconds = self._reconciler.silent_seconds(engine.id)
-            seen["reason"] = Reason(
-                code="engine_unresponsive",
-                message=f"It has not answered for {seconds:.0f} s; requests to it are refused until it does.",
-                hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume`.",
-            )
-        return seen
-
-    async def _discard(self, marks: list[Path]) -> None:
-        for mark in marks:
+        deadline_seconds = time.monotonic() + wait_seconds
+        route = self.find(model, kind)
+        engine_id = route.engine_id
+        while route.state is not EngineState.RUNNING:
+            left_seconds = deadline_seconds - time.monotonic()
+            if left_seconds <= 0:
+                raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
+                                 hint="Retry in some seconds.")  # fmt: skip
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._routing.wait_for_change(), left_seconds)
             try:
-                await asyncio.to_thread(self._store.get, mark.name)
+                route = self.find(engine_id, kind)
             except NotFound:
-                await asyncio.gather(*(executor.discard(mark.name) for executor in self._executors.values()))
-            mark.unlink(missing_ok=True)
+                engine = await self._pool.run(self._store.get, engine_id)
+                raise ended(engine_id, model, engine.state, engine.reason) from None
+        return self.upstream(route)
+
+    def served(self) -> list[Route]:
+        """Return the running engines that answer requests. Uses memory only."""
+        kinds = (EngineKind.LLM, EngineKind.EMBEDDING)
+        return [route for kind in kinds for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
+
+    def _on_lease(self, lease: Lease | None) -> None:
+        logger.info("this control plane is %s", f"active (fence {lease.fence})" if lease else "standby")
+        self._woken.set()
+
+    async def _lease(self) -> Lease:
+        """Return the lease; raises Overloaded, which names the active control plane, if this one is standby."""
+        if lease := self._keeper.lease:
+            return lease
+        raise standby(await self._pool.run(self._store.leader, self._node))
+
+    async def _write(self, write: Callable[..., T], *args: object, **values: object) -> T:
+        """Call a mutator of the store under the lease, and wake the loop. Raises StaleWrite."""
+        try:
+            written = await self._pool.run(write, *args, lease=await self._lease(), **values)
+        except LeaseLost:
+            raise standby(await self._pool.run(self._store.leader, self._node)) from None
+        self._woken.set()
+        return written
+
+    async def _own(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
+        """Return an engine that this control plane may write; raises NotFound, Conflict, or Overloaded on a standby."""
+        await self._lease()
+        return await self._local(engine_id)
 
     async def _reconcile(self) -> None:
-        me, host, has_lease = ProcessIdentity.of(os.getpid()), socket.gethostname(), True
-        trouble = ""
         while True:
-            self._changed.clear()
-            try:
-                had, has_lease = has_lease, await asyncio.to_thread(self._store.hold_lease, self._token, host, me)
-                trouble = ""
-            except Exception as error:
-                had = has_lease = False
-                if repr(error) != trouble:
-                    logger.warning("the database cannot be written; the next tick tries again", exc_info=error)
-                trouble = repr(error)
-            if has_lease:
-                await self._reconciler.tick()
-            elif had:
-                logger.warning("another control plane reconciles this database; waiting up to %.0f s", LEASE_SECONDS)
+            self._woken.clear()
+            await self._reconciler.tick(is_active=self._keeper.lease is not None)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._settings.reconcile_seconds)
+                await asyncio.wait_for(self._woken.wait(), self._settings.reconcile_seconds)
 
     async def _bound_logs(self) -> None:
         """Cut the logs of engines and gateway that have grown too long."""
-        limit_bytes = self._settings.log_limit_mb * 500_000  # twice: what was cut off last, and what came since
+        limit_bytes = self._settings.log_limit_mb * 500_000  # half: what was cut off is kept beside it
         while True:
             await asyncio.sleep(_LOGS_SECONDS)
+            if self._keeper.lease is None:
+                continue
             try:
-                engines = await asyncio.to_thread(self._store.list, active_only=True)
+                engines = await self._pool.run(self._store.active, self._node)
                 paths = [self._executors[engine.kind].log_path(engine) for engine in engines]
                 for path in (*paths, get_user_paths().state_dir / "gateway.log"):
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
@@ -323,13 +314,6 @@ class ControlPlaneManager:
                 logger.warning("the logs cannot be cut: %s", error)
 
 
-def _preparing_folder() -> Path:
-    return private_folder(get_user_paths().state_dir / "preparing")
-
-
-def _busy(engine_id: str) -> Conflict:
-    return Conflict(code="busy", message=f"{engine_id} is being changed by others.", hint="Try again.")
-
-
-def _still_running(engine_id: str, problem: str, hint: str) -> Conflict:
-    return Conflict(code="still_running", message=f"{engine_id} {problem}.", hint=hint.format(engine_id))
+def _model_name(engine: EngineRecord) -> str | None:
+    """Return what an engine is called by its server; None: as requests call it."""
+    return None if engine.kind is EngineKind.FINETUNE else registry.serving(engine.backend).model_name(engine)

@@ -5,6 +5,7 @@ import logging
 from bisect import bisect_left, insort
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice
 
 from sage.common.errors import NotFound, Overloaded
@@ -40,6 +41,7 @@ class Route:
     first_event: int
     last_event: int
     version: int
+    created_at: datetime
     address: str | None
     model_name: str | None
 
@@ -81,6 +83,7 @@ class RoutingTable:
                 first_event=engine.first_event,
                 last_event=engine.last_event,
                 version=engine.version,
+                created_at=engine.created_at,
                 address=server.address if server else None,
                 model_name=self._model_name(engine),
             )

@@ -13,7 +13,6 @@ from starlette.types import Receive, Scope, Send
 from sage.common.errors import ConfigError, SageError
 from sage.llm.workers import server
 from sage.llm.workers.generator import Generator, rendered
-from sage.llm.workers.guard import error_body
 from sage.llm.workers.jobs import Job, Lane, unless_gone
 from sage.llm.workers.requests import ChatRequest, CompletionRequest
 from sage.llm.workers.sampling import Piece, Sampling
@@ -136,7 +135,7 @@ async def _events(first: Piece, job: Job[Piece], shape: Shape, *, with_usage: bo
                 yield _event(chunk)
             index = piece.index
     except SageError as error:
-        yield _event({"error": error_body(error)})
+        yield _event(error.body())
         return
     if with_usage:
         yield _event(shape.usage_chunk())

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sage.common.errors import ConfigError, SageError
+from sage.common.errors import RETRY_AFTER_SECONDS, ConfigError, SageError
 from sage.llm.workers.failures import internal_error
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -14,13 +14,8 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 def error_response(error: SageError, status: int | None = None) -> JSONResponse:
     """Return an error in OpenAI's shape."""
-    headers = {"Retry-After": "5"} if error.http_status == 503 else None
-    return JSONResponse({"error": error_body(error)}, status_code=status or error.http_status, headers=headers)
-
-
-def error_body(error: SageError) -> dict[str, str | None]:
-    """Return what an error tells, as answers and streams carry it."""
-    return {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.http_status == 503 else None
+    return JSONResponse(error.body(), status_code=status or error.http_status, headers=headers)
 
 
 class Guard:

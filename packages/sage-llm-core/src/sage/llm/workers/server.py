@@ -39,6 +39,7 @@ class ErrorDetail(BaseModel):
     type: str
     param: str | None
     code: str
+    hint: str
 
 
 class ErrorAnswer(BaseModel):

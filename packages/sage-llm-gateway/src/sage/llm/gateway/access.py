@@ -1,4 +1,4 @@
-"""Who may use the gateway: whoever has the key, or without a key the programs of this machine, but no web page."""
+"""Access control: with a key, clients that send it; without a key, programs of this machine, but no web page."""
 
 import hmac
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ _OPEN_PATHS = frozenset({"/health"})
 
 
 def key_of(settings: Settings) -> str | None:
-    """Return the key that requests must carry; an empty one is none."""
+    """Return the key that requests must carry; None if it is unset or empty."""
     return (settings.api_key.get_secret_value() if settings.api_key else "") or None
 
 
@@ -23,14 +23,14 @@ def check_exposure(settings: Settings) -> None:
     if settings.gateway_host not in LOOPBACK and key_of(settings) is None:
         raise ConfigError(
             code="api_key_needed",
-            message=f"The gateway would listen on {settings.gateway_host} for everyone: whoever reaches it can run engines.",
+            message=f"Without a key, everyone who reaches {settings.gateway_host} could run engines.",
             hint="Set SAGE_API_KEY, or listen on 127.0.0.1.",
             param="gateway_host",
         )
 
 
 def check_access(path: str, headers: Headers, key: str | None) -> None:
-    """Raise Unauthorized or Refusal if a request may not come in."""
+    """Raise Unauthorized or Refusal if a request is not allowed."""
     if key is None:
         _refuse_pages(headers)
     elif path not in _OPEN_PATHS:
@@ -44,7 +44,7 @@ def check_access(path: str, headers: Headers, key: str | None) -> None:
 
 
 def _refuse_pages(headers: Headers) -> None:
-    """Refuse what a page in the user's browser sends: from its own origin, or under a name that it made up for loopback."""
+    """Refuse requests of web pages: of a foreign origin, or under a host name that points to loopback (DNS rebinding)."""
     hint = "Without SAGE_API_KEY the gateway answers to localhost only."
     if any(_host_name(f"//{host}") not in LOOPBACK for host in headers.getlist("host")):
         raise Refusal(403, "host_not_allowed", "The Host header does not name this machine.", hint)

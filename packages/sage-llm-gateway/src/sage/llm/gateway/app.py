@@ -1,5 +1,6 @@
 """The application: routes over one ControlPlaneManager."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,23 +11,27 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.gateway import errors, schema
 from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.gate import Gate
+from sage.llm.gateway.instance import follow_role
 from sage.llm.gateway.proxy import EngineProxy
 from sage.llm.gateway.routes import health, inference, management
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, *, standby: bool = False) -> FastAPI:
     """Return the gateway, its database opened.
 
+    standby: another gateway of the same state folder is expected to be the active one.
     Raises ConfigError if the settings would open it to everyone, or if the database cannot be used.
     """
     check_exposure(settings)
-    manager = ControlPlaneManager(settings)
+    manager = ControlPlaneManager(settings, standby=standby)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.proxy = proxy = EngineProxy(manager.is_responsive)
         await manager.open()
+        following = asyncio.create_task(follow_role(manager, settings, standby=standby))
         yield
+        following.cancel()
         await manager.close()
         await proxy.close()
 

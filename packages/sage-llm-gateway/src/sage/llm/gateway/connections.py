@@ -1,4 +1,4 @@
-"""Bounds on the connections of clients, which uvicorn does not have: how many, how long a head, how slow a head."""
+"""Limits on client connections that uvicorn lacks: their number, and the size and duration of a request's head."""
 
 import asyncio
 import json
@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from sage.common.errors import Overloaded, SageError
-from sage.llm.gateway.errors import RETRY_AFTER_SECONDS, Refusal, error_body
+from sage.common.errors import RETRY_AFTER_SECONDS, Overloaded, SageError
+from sage.llm.gateway.errors import Refusal
 
 _MOST_DESCRIPTORS = 65_536
 #: For the database, logs, locks, devices and the processes that are being started.
@@ -17,12 +17,12 @@ _RESERVED_DESCRIPTORS = 40
 _HEAD_BYTES = 65_536
 _HEAD_SECONDS = 30
 _LINGER_SECONDS = 2
-#: Clients beyond the limit that are told so; what is beyond them is closed without a word.
+#: Clients beyond the limit that get a 503; the connections of any further ones are closed without an answer.
 _SPARE_CONNECTIONS = 8
 
 
 def connection_limit() -> int:
-    """Raise this process's limit of file descriptors as far as it may, and return how many clients that allows.
+    """Raise this process's limit of file descriptors to the maximum, and return how many clients it allows.
 
     A request takes two descriptors: the client's connection and the one to the engine.
     """
@@ -35,7 +35,7 @@ def connection_limit() -> int:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """HTTP/1.1 for one client; what breaks a bound is answered in OpenAI's shape, and its connection closed."""
+    """HTTP/1.1 for one client; if it exceeds a limit, it gets an error in OpenAI's shape, and its connection is closed."""
 
     limit: ClassVar[int] = 1000  #: connections at once
 
@@ -46,13 +46,13 @@ class BoundedHttp(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, unless there are too many."""
+        """Accept a connection, unless there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self.limit + _SPARE_CONNECTIONS:
             transport.abort()
         elif len(self.connections) > self.limit:
             message = f"The gateway has {self.limit} connections already."
-            self._refuse(Overloaded(code="too_many_connections", message=message, hint="Try again in some seconds."))
+            self._refuse(Overloaded(code="too_many_connections", message=message, hint="Retry in some seconds."))
         else:
             self._time_head()
 
@@ -62,7 +62,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came."""
+        """Parse received bytes."""
         if self.transport.is_closing() or self._is_refused:
             return
         super().data_received(data)
@@ -87,7 +87,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP."""
+        """Refuse a request that is not valid HTTP."""
         self._refuse(self._reason or Refusal(400, "invalid_http", msg))
 
     def _time_head(self) -> None:
@@ -100,13 +100,13 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_timer = None
 
     def _refuse(self, error: SageError) -> None:
-        status = HTTPStatus(error.status if isinstance(error, Refusal) else error.http_status)
-        body = json.dumps(error_body(error)).encode()
+        status = HTTPStatus(error.http_status)
+        body = json.dumps(error.body()).encode()
         head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
         if isinstance(error, Overloaded):
             head += f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        # What the client still sends is read: closing before would reset the connection and lose the answer.
+        # Read what the client still sends: closing earlier would reset the connection and lose the answer.
         self.transport.write_eof()
         self._is_refused = True
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -1,4 +1,4 @@
-"""Every error in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as HTTP answers in OpenAI's shape; `SageError.body` builds the content."""
 
 import errno
 from typing import Any
@@ -9,48 +9,41 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 
-from sage.common.errors import ConfigError, Overloaded, SageError
+from sage.common.errors import RETRY_AFTER_SECONDS, ConfigError, Overloaded, SageError
 
-RETRY_AFTER_SECONDS = 5
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class Refusal(SageError):
-    """A request that is refused for its HTTP form, with a status of its own."""
+    """A request that is refused because of its HTTP form, with a status of its own."""
 
     type = "invalid_request_error"
 
     def __init__(self, status: int, code: str, message: str, hint: str = "") -> None:
         """status: of the answer; the others as in SageError."""
         super().__init__(code=code, message=message, hint=hint)
-        self.status = status
-
-
-def error_body(error: SageError) -> dict[str, Any]:
-    """Return an error as OpenAI's clients read it."""
-    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+        self.http_status = status
 
 
 def error_response(error: SageError) -> JSONResponse:
-    """Return an error as it goes over the wire."""
-    status = error.status if isinstance(error, Refusal) else error.http_status
+    """Return the answer that reports an error."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if isinstance(error, Overloaded) else None
-    return JSONResponse(error_body(error), status_code=status, headers=headers)
+    return JSONResponse(error.body(), status_code=error.http_status, headers=headers)
 
 
 def out_of_descriptors(error: BaseException) -> Overloaded | None:
-    """Return the error for a gateway that has used up its file descriptors, or None if that is not the cause."""
+    """Return the error to report if the gateway has no file descriptor left, None for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return Overloaded(
             code="too_many_connections",
             message="The gateway has no file descriptor left for this request.",
-            hint="Try again in some seconds; `ulimit -n` sets how many it may have.",
+            hint="Retry in some seconds; `ulimit -n` sets how many it may have.",
         )
     return None
 
 
 def install(app: FastAPI) -> None:
-    """Make an application report its errors in this shape. What it does not foresee is left to the gate."""
+    """Make an application report its errors in this shape. Unexpected exceptions are left to the gate."""
 
     @app.exception_handler(SageError)
     async def expected(_: Request, error: SageError) -> JSONResponse:
@@ -80,7 +73,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(SQLAlchemyError)
     async def database(_: Request, error: SQLAlchemyError) -> JSONResponse:
-        message = f"The engines' database refused: {str(getattr(error, 'orig', None) or error).splitlines()[0]}."
+        message = f"The engines' database reported an error: {str(getattr(error, 'orig', None) or error).splitlines()[0]}."
         hint = "Nothing was changed; free disk space or fix the database, then retry."
         kind = Overloaded if isinstance(error, OperationalError) else SageError
         return error_response(kind(code="database_error", message=message, hint=hint))

@@ -1,68 +1,78 @@
-"""What every request passes before a route sees it, and every answer on its way back."""
+"""The middleware before all routes: access, request ids, bodies within limits and as valid JSON, unexpected errors."""
 
+import asyncio
+import json
 import logging
 import re
 import secrets
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn, Self
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sage.common.errors import SageError
+from sage.common.errors import Overloaded, SageError
 from sage.common.settings import Settings
 from sage.llm.gateway.access import check_access, key_of
-from sage.llm.gateway.bodies import BodyBudget, parse_json
 from sage.llm.gateway.errors import Refusal, error_response, out_of_descriptors
 
 logger = logging.getLogger(__name__)
-#: Where in the scope a route finds the body, parsed.
+#: Key of the parsed body in a request's scope.
 JSON_BODY = "sage.json_body"
+#: Larger bodies are parsed in a thread.
+LARGE_BYTES = 1_000_000
+_MAX_DEPTH = 100
+#: All bodies held at once, as a multiple of the largest one allowed.
+_HELD_BODIES = 8
+#: A client that sends nothing for this long has lost its connection.
+_SILENCE_SECONDS = 60
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _LOGGED_CHARS = 200
-#: Streams have no end that HEAD could wait for.
+#: HEAD is not answered by GET for these: a stream may have no end.
 _STREAMS = ("/logs", "/events")
 
 
 class Gate:
-    """Checks access and body, names the request, and answers for what fails unforeseen."""
+    """Checks access and body, gives the request an id, and reports unexpected errors."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._key = app, key_of(settings)
         self._budget = BodyBudget(settings.max_request_mb * 1_000_000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Forward a request to the routes, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         answer = _Answer(scope, send)
         try:
-            await self._pass(scope, receive, answer)
+            await self._forward(scope, receive, answer)
         except ClientDisconnect:
             return
         except SageError as error:
             await answer.fail(error, receive)
         except Exception as error:  # noqa: BLE001 - the last place that can answer
-            await answer.fail(_unforeseen(error, answer), receive)
+            await answer.fail(_unexpected(error, answer), receive)
 
-    async def _pass(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _forward(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         headers = Headers(scope=scope)
         check_access(scope["path"], headers, self._key)
         if scope["method"] == "HEAD" and not scope["path"].endswith(_STREAMS):
-            scope = {**scope, "method": "GET"}  # the server leaves the body out
+            scope = {**scope, "method": "GET"}  # the server omits the body
         with self._budget.body() as body:
             if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 await body.read(headers, receive)
                 if body.content:
                     _check_type(headers)
-                    scope[JSON_BODY] = parse_json(body.content)
+                    scope[JSON_BODY] = await parsed(body.content)
                 receive = _replayed(body.content, receive)
             await self._app(scope, receive, answer.send)
 
 
 class _Answer:
-    """The way back: every answer carries the request's id."""
+    """The answer to one request; it carries the request's id."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
@@ -81,18 +91,18 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.has_begun = True
             MutableHeaders(scope=message).setdefault("x-request-id", self.request_id)
-            is_look = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # the command line polls
-            logger.log(logging.DEBUG if is_look else logging.INFO, "%s: %d", self.request, message["status"])
+            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # the command line polls
+            logger.log(logging.DEBUG if is_read else logging.INFO, "%s: %d", self.request, message["status"])
         await self._send(message)
 
     async def fail(self, error: SageError, receive: Receive) -> None:
-        """Answer with an error, unless an answer is on its way already: then end it short, which its reader notices."""
+        """Answer with an error; if an answer has begun, break it off, so that the client notices."""
         if self.has_begun:
             raise error
         await error_response(error)(self._scope, receive, self.send)
 
 
-def _unforeseen(error: Exception, answer: _Answer) -> SageError:
+def _unexpected(error: Exception, answer: _Answer) -> SageError:
     if overloaded := out_of_descriptors(error):
         return overloaded
     logger.error("%s failed", answer.request, exc_info=error)
@@ -108,10 +118,119 @@ def _check_type(headers: Headers) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives a body that was read once more, then what comes after it."""
+    """Return a `receive` that yields a body that was read already, then what follows it."""
     pending: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
         return pending.pop() if pending else await receive()
 
     return replay
+
+
+class BodyBudget:
+    """The memory for request bodies, shared by all requests."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """max_bytes: largest body allowed."""
+        self.max_bytes = max_bytes
+        self.left_bytes = _HELD_BODIES * max_bytes
+
+    def body(self) -> "Body":
+        """Return an empty body; the end of its `with` block releases its memory."""
+        return Body(self)
+
+
+class Body:
+    """One request's body, within the budget."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget, self._held_bytes = budget, 0
+        self.content = b""
+
+    def __enter__(self) -> Self:
+        """Begin with nothing."""
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        """Release the memory."""
+        self._budget.left_bytes += self._held_bytes
+        self._held_bytes = 0
+
+    async def read(self, headers: Headers, receive: Receive) -> None:
+        """Read the whole body. Raises Refusal (too large, too slow), Overloaded, or ClientDisconnect."""
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._budget.max_bytes:
+            raise self._too_large()
+        chunks: list[bytes] = []
+        more = True
+        while more:
+            try:
+                message = await asyncio.wait_for(receive(), _SILENCE_SECONDS)
+            except TimeoutError as error:
+                text = f"No byte of the body arrived for {_SILENCE_SECONDS} s."
+                raise Refusal(408, "request_timeout", text) from error
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunks.append(message.get("body", b""))
+            self._hold(len(chunks[-1]))
+            more = message.get("more_body", False)
+        self.content = b"".join(chunks)
+
+    def _hold(self, count_bytes: int) -> None:
+        if self._held_bytes + count_bytes > self._budget.max_bytes:
+            raise self._too_large()
+        if count_bytes > self._budget.left_bytes:
+            raise Overloaded(code="too_many_requests", message="Other requests with large bodies are being answered.",
+                             hint="Retry in some seconds.")  # fmt: skip
+        self._held_bytes += count_bytes
+        self._budget.left_bytes -= count_bytes
+
+    def _too_large(self) -> Refusal:
+        limit_mb = self._budget.max_bytes // 1_000_000
+        return Refusal(413, "request_too_large", f"The body is larger than {limit_mb} MB.",
+                       "Send less, or raise the setting max_request_mb.")  # fmt: skip
+
+
+async def parsed(body: bytes) -> Any:
+    """Return the content of a JSON body, parsed in a thread if it is large. Raises Refusal as `_parse` does."""
+    return await asyncio.to_thread(_parse, body) if len(body) > LARGE_BYTES else _parse(body)
+
+
+def _parse(body: bytes) -> Any:
+    """Raises Refusal if it is not JSON, nested too deeply, or holds half of a surrogate pair, which UTF-8 cannot encode."""
+    try:
+        text = body.decode()
+        content = json.loads(text, parse_constant=_no_number)
+        if _SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise _too_deep() from error
+    except UnicodeEncodeError as error:
+        message = "The body holds half of a surrogate pair (a broken emoji, for example)."
+        raise Refusal(400, "invalid_unicode", message, "Send both halves, or none.") from error
+    except ValueError as error:
+        raise Refusal(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
+    if _is_deeper(content, _MAX_DEPTH):
+        raise _too_deep()
+    return content
+
+
+def _too_deep() -> Refusal:
+    return Refusal(400, "json_too_deep", f"The body is nested more than {_MAX_DEPTH} levels deep.")
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_deeper(content: Any, limit: int) -> bool:
+    level = [content]
+    for _ in range(limit + 1):
+        level = [
+            child
+            for parent in level if isinstance(parent, (dict, list))
+            for child in (parent.values() if isinstance(parent, dict) else parent) if isinstance(child, (dict, list))
+        ]  # fmt: skip
+        if not level:
+            return False
+    return True

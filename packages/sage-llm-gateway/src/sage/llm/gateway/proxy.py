@@ -1,9 +1,10 @@
-"""Passing a request on to an engine and its answer back, as it comes."""
+"""EngineProxy: forwards a request to an engine and relays its answer, with an error event if a stream breaks off."""
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, NoReturn, TypeVar
 
 import aiohttp
 from starlette.requests import ClientDisconnect, Request
@@ -12,32 +13,34 @@ from starlette.types import Receive, Scope, Send
 from yarl import URL
 
 from sage.common.errors import EngineError, SageError
-from sage.llm.control_plane.routing import unresponsive
-from sage.llm.control_plane.store.store import EngineRecord
+from sage.llm.control_plane.routing import Upstream, unresponsive
 from sage.llm.gateway.errors import out_of_descriptors
-from sage.llm.gateway.relay import failure_event, relayed_events
-from sage.llm.gateway.watch import IsResponsive, silence, while_responsive
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: An engine may think as long as it likes; one that cannot be reached is reported at once.
+#: Whether the engine of an id answers its health checks.
+IsResponsive = Callable[[str], bool]
+#: How often a waiting request checks that its engine responds.
+_CHECK_SECONDS = 0.5
+#: There is no limit on the time that an engine takes; one that cannot be reached is reported at once.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
-#: What concerns one connection only (RFC 9110, section 7.6.1), and what the server or the client library writes anew.
+#: Headers of one connection only (RFC 9110, section 7.6.1), and those that the server or the client library sets itself.
 _HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade", "content-length", "date", "server", "expect",
 })  # fmt: skip
-#: What is between the client and the gateway: its key, its cookies, where it comes from.
-_OURS = frozenset({"authorization", "cookie", "host", "origin", "referer", "accept-encoding"})
-#: Nothing is compressed on the way from an engine of this machine.
-_PLAIN = ("Accept-Encoding", "identity")
+#: Headers that are meant for the gateway: key, cookies, origin of the client.
+_GATEWAY_ONLY = frozenset({"authorization", "cookie", "host", "origin", "referer", "accept-encoding"})
+_NOT_COMPRESSED = ("Accept-Encoding", "identity")
+_DONE = (b"data: [DONE]", b"data:[DONE]")
+_ERROR = b'"error"'
 
 
 class EngineProxy:
-    """Connections to all engines, one per request: none is kept that the engine might close as the next request comes."""
+    """Connections to all engines, a new one for each request: an idle one could be closed just as it is used again."""
 
     def __init__(self, is_responsive: IsResponsive) -> None:
-        """is_responsive: whether the engine of an id answers its health checks; one that does not is given up."""
+        """is_responsive: requests to an engine that stops responding are given up."""
         self._session = aiohttp.ClientSession(
             timeout=_TIMEOUT,
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -50,83 +53,144 @@ class EngineProxy:
         """Close the connections."""
         await self._session.close()
 
-    async def forward(self, engine: EngineRecord, request: Request, body: bytes) -> Response:
-        """Return the engine's answer, streamed if it streams.
+    async def forward(self, upstream: Upstream, model: str, request: Request, body: bytes) -> Response:
+        """Return the engine's answer, streamed if it streams; its `model` is what the server says.
 
-        If the client disconnects first, the upstream request is cancelled.
-        Raises EngineError if the engine dies, Overloaded if it hangs, ClientDisconnect.
+        model: as the client named it, for messages. If the client disconnects first, the upstream request is cancelled.
+        Raises EngineError if the engine exits, Overloaded if it does not respond, ClientDisconnect.
         """
+        exchange = _Exchange(upstream.engine_id, model, self._is_responsive)
         try:
-            upstream = await self._first(request, engine, self._ask(engine, request, body))
-            if upstream.content_type == "text/event-stream":
-                return _Stream(engine, upstream, self._is_responsive, request.headers["x-request-id"])
+            answer = await first_of(self._post(upstream, request, body), disconnected(request), exchange.unresponsive())
+            if answer.content_type == "text/event-stream":
+                return _Stream(answer, exchange, request.headers["x-request-id"])
             try:
-                content = await self._first(request, engine, upstream.read())
+                content = await first_of(answer.read(), disconnected(request), exchange.unresponsive())
             finally:
-                upstream.close()
+                answer.close()
         except (aiohttp.ClientError, OSError) as error:
-            raise _failure(engine, error) from error
-        answer = Response(content, upstream.status)
-        answer.raw_headers = [*_answer_headers(upstream), (b"content-length", str(len(content)).encode())]
-        return answer
+            raise exchange.failure(error) from error
+        response = Response(content, answer.status)
+        response.raw_headers = [*_answer_headers(answer), (b"content-length", str(len(content)).encode())]
+        return response
 
-    async def _first(self, request: Request, engine: EngineRecord, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of `work`; raises ClientDisconnect if the client leaves, Overloaded if the engine hangs."""
-        working = asyncio.ensure_future(work)
-        others = [asyncio.ensure_future(each) for each in (_left(request), silence(engine.id, self._is_responsive))]
-        try:
-            done, _ = await asyncio.wait([working, *others], return_when=asyncio.FIRST_COMPLETED)
-            if working not in done:
-                next(iter(done)).result()  # raises
-            return await working
-        finally:
-            for task in (working, *others):
-                task.cancel()
-            await asyncio.gather(working, *others, return_exceptions=True)
-
-    async def _ask(self, engine: EngineRecord, request: Request, body: bytes) -> aiohttp.ClientResponse:
+    async def _post(self, upstream: Upstream, request: Request, body: bytes) -> aiohttp.ClientResponse:
         query = f"?{request.url.query}" if request.url.query else ""
         return await self._session.post(
-            URL(f"http://127.0.0.1:{engine.port}{request.url.path}{query}", encoded=True),
+            URL(f"http://{upstream.address}{request.url.path}{query}", encoded=True),
             data=body,
-            headers=[*_request_headers(request), _PLAIN],
+            headers=[*_request_headers(request), _NOT_COMPRESSED],
             skip_auto_headers=("User-Agent",),
             allow_redirects=False,
         )
 
 
-class _Stream(StreamingResponse):
-    """A streamed answer; its connection to the engine is closed however it ends, which ends the engine's work on it."""
+class _Exchange:
+    """One request at one engine: whether the engine still responds, and how its failures are reported."""
 
-    def __init__(
-        self, engine: EngineRecord, upstream: aiohttp.ClientResponse, is_responsive: IsResponsive, request_id: str
-    ) -> None:
-        super().__init__(self._pieces(engine, is_responsive, request_id), upstream.status)
-        self.raw_headers = list(_answer_headers(upstream))
-        self._upstream = upstream
+    def __init__(self, engine_id: str, model: str, is_responsive: IsResponsive) -> None:
+        self._engine_id, self._model, self._is_responsive = engine_id, model, is_responsive
+
+    async def unresponsive(self) -> NoReturn:
+        """Wait until the engine does not respond, then raise Overloaded."""
+        while self._is_responsive(self._engine_id):  # noqa: ASYNC110 - a look-up in memory
+            await asyncio.sleep(_CHECK_SECONDS)
+        raise unresponsive(self._engine_id)
+
+    async def while_responsive(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Yield the pieces. Raises Overloaded if the engine stops responding."""
+        watching = asyncio.ensure_future(self.unresponsive())
+        piece: asyncio.Future[bytes | None] | None = None
+        try:
+            while True:
+                piece = asyncio.ensure_future(anext(pieces, None))
+                await asyncio.wait({piece, watching}, return_when=asyncio.FIRST_COMPLETED)
+                if not piece.done():
+                    watching.result()  # raises
+                content = await piece
+                if content is None:
+                    return
+                yield content
+        finally:
+            watching.cancel()
+            if piece:
+                piece.cancel()
+
+    def failure(self, error: Exception) -> SageError:
+        """Return the error to report if the connection to the engine failed."""
+        if isinstance(error, SageError):
+            return error
+        if isinstance(error, TimeoutError):  # the connection was not even accepted
+            return unresponsive(self._engine_id)
+        return out_of_descriptors(error) or EngineError(
+            code="engine_died",
+            message=f"{self._engine_id} ('{self._model}') exited before its answer was complete.",
+            hint=f"`sage llm engine status {self._engine_id}` shows why.",
+        )
+
+
+class _Stream(StreamingResponse):
+    """A streamed answer. However it ends, the connection to the engine is closed, and so the engine stops its work."""
+
+    def __init__(self, answer: aiohttp.ClientResponse, exchange: _Exchange, request_id: str) -> None:
+        super().__init__(_relayed(answer, exchange, request_id), answer.status)
+        self.raw_headers = list(_answer_headers(answer))
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the pieces."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._upstream.close()
+            self._answer.close()
 
-    async def _pieces(self, engine: EngineRecord, is_responsive: IsResponsive, request_id: str) -> AsyncIterator[bytes]:
-        pieces = while_responsive(engine.id, is_responsive, self._upstream.content.iter_any())
-        try:
-            async for piece in relayed_events(pieces):
-                yield piece
-            return
-        except (aiohttp.ClientError, OSError, EOFError) as error:
-            failure = _failure(engine, error)
-        except SageError as error:
-            failure = error
+
+async def _relayed(answer: aiohttp.ClientResponse, exchange: _Exchange, request_id: str) -> AsyncIterator[bytes]:
+    try:
+        async for lines in _whole_lines(exchange.while_responsive(answer.content.iter_any())):
+            yield lines
+    except (aiohttp.ClientError, OSError, EOFError, SageError) as error:
+        failure = exchange.failure(error)
         logger.warning("%s: %s", request_id, failure.message)
-        yield failure_event(failure)
+        yield b"\n\ndata: " + json.dumps(failure.body()).encode() + b"\n\n"  # the empty line ends an incomplete event
 
 
-async def _left(request: Request) -> None:
+async def _whole_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the pieces of an event stream, cut at line ends.
+
+    Raises EOFError if the stream ends neither with [DONE] nor with an error; an incomplete last line is dropped then, so
+    that an error event can follow.
+    """
+    rest, last_line = b"", b""
+    async for piece in pieces:
+        lines, newline, rest = (rest + piece).rpartition(b"\n")
+        if newline:
+            last_line = next((line for line in reversed(lines.splitlines()) if line.strip()), last_line)
+            yield lines + newline
+    last_line = rest.strip() or last_line
+    if not last_line.startswith(_DONE) and _ERROR not in last_line[:20]:
+        raise EOFError("the stream ended early")
+    if rest:
+        yield rest
+
+
+async def first_of(work: Coroutine[Any, Any, T], *watchers: Coroutine[Any, Any, NoReturn]) -> T:
+    """Return the result of `work`, or raise what a watcher raises before it is done."""
+    working = asyncio.ensure_future(work)
+    others = [asyncio.ensure_future(watcher) for watcher in watchers]
+    try:
+        done, _ = await asyncio.wait([working, *others], return_when=asyncio.FIRST_COMPLETED)
+        if working not in done:
+            next(iter(done)).result()  # raises
+        return await working
+    finally:
+        for task in (working, *others):
+            task.cancel()
+        await asyncio.gather(working, *others, return_exceptions=True)
+
+
+async def disconnected(request: Request) -> NoReturn:
+    """Wait until the client disconnects, then raise ClientDisconnect. The request's body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     raise ClientDisconnect
@@ -136,13 +200,13 @@ def _request_headers(request: Request) -> Iterable[tuple[str, str]]:
     named = {name.strip().lower() for value in request.headers.getlist("connection") for name in value.split(",")}
     for raw_name, raw_value in request.headers.raw:
         name = raw_name.decode("latin-1").lower()
-        if name not in _HOP_BY_HOP | _OURS | named:
+        if name not in _HOP_BY_HOP | _GATEWAY_ONLY | named:
             yield name, _text(raw_value)
 
 
-def _answer_headers(upstream: aiohttp.ClientResponse) -> Iterable[tuple[bytes, bytes]]:
-    named = {name.strip().lower() for value in upstream.headers.getall("Connection", []) for name in value.split(",")}
-    for name, value in upstream.raw_headers:
+def _answer_headers(answer: aiohttp.ClientResponse) -> Iterable[tuple[bytes, bytes]]:
+    named = {name.strip().lower() for value in answer.headers.getall("Connection", []) for name in value.split(",")}
+    for name, value in answer.raw_headers:
         if name.decode("latin-1").lower() not in _HOP_BY_HOP | named:
             yield name.lower(), value
 
@@ -152,17 +216,3 @@ def _text(value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         return value.decode("latin-1")
-
-
-def _failure(engine: EngineRecord, error: Exception) -> SageError:
-    if isinstance(error, TimeoutError):  # it did not even take the connection
-        return unresponsive(engine.id)
-    return out_of_descriptors(error) or _died(engine)
-
-
-def _died(engine: EngineRecord) -> EngineError:
-    return EngineError(
-        code="engine_died",
-        message=f"{engine.id} ('{engine.name}') ended before its answer was complete.",
-        hint=f"`sage llm engine status {engine.id}` says why.",
-    )

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond what the routes' types say: bodies of inference requests, and errors."""
+"""Parts of the OpenAPI document that the routes' types do not give: bodies of inference requests, and errors."""
 
 from typing import Any
 
@@ -12,12 +12,13 @@ _ERROR: dict[str, Any] = {
     "properties": {
         "error": {
             "type": "object",
-            "required": ["message", "type", "param", "code"],
+            "required": ["message", "type", "param", "code", "hint"],
             "properties": {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
                 "code": {"type": "string"},
+                "hint": {"type": "string"},
             },
         }
     },
@@ -26,19 +27,19 @@ _ERROR: dict[str, Any] = {
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": description, "content": {"application/json": {"schema": _ERROR}}}
     for status, description in (
-        (400, "The request is wrong; `param` names the field."),
+        (400, "The request is invalid; `param` names the field."),
         (401, "The API key is missing or wrong."),
         (403, "The request comes from a web page of another site."),
-        (404, "There is no such engine, model or route."),
-        (405, "The route does not know this method."),
+        (404, "No such engine, model or route."),
+        (405, "The route does not support this method."),
         (408, "The body did not arrive in time."),
         (409, "The engine is not in a state that allows this."),
         (413, "The body is larger than the setting max_request_mb."),
         (415, "The body is not application/json."),
         (431, "The headers are too large."),
         (500, "The disk, the database or the gateway failed."),
-        (502, "The engine died before its answer was complete."),
-        (503, "Not now: the engine is starting or hangs, or there are too many requests. Retry-After says when."),
+        (502, "The engine exited before its answer was complete."),
+        (503, "The engine is starting or does not respond, this is a standby, or there are too many requests."),
     )
 }
 
@@ -140,7 +141,7 @@ _BODIES = {
 
 
 def inference_schema(body: str) -> dict[str, Any]:
-    """Return the decorator's arguments that document a route which passes its body on to an engine."""
+    """Return the decorator's arguments that document a route which forwards its body to an engine."""
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if body != "EmbeddingRequest":
         content["text/event-stream"] = {"schema": {"type": "string"}}
@@ -152,7 +153,7 @@ def inference_schema(body: str) -> dict[str, Any]:
 
 
 def install(app: FastAPI) -> None:
-    """Make the document of an application leave out 422, which it never answers."""
+    """Omit 422 from the document of an application, which never answers with it."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """How a run learns; as the library has it, which is not imported here."""
+    """The training methods. Copied so that `--help` does not import the library; a test compares them."""
 
     sft = "sft"
     dpo = "dpo"
@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """What of a chat the loss covers; as the library has it."""
+    """The parts of a chat that the loss covers, copied as well."""
 
     assistant = "assistant"
     last_turn = "last_turn"
@@ -29,7 +29,7 @@ app = typer.Typer(no_args_is_help=True)
 DatasetFile = Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a folder of them.")]
 Model = Annotated[str, typer.Option(help="Model whose tokenizer and chat template to use.")]
 Cutoff = Annotated[int, typer.Option(min=8, help="Cutoff of the run, in tokens.")]
-TrainedOn = Annotated[TrainOn, typer.Option(help="What the loss covers.")]
+TrainedOn = Annotated[TrainOn, typer.Option(help="Parts of a chat that the loss covers.")]
 LearntBy = Annotated[Method, typer.Option(help="Training method of the run.")]
 
 
@@ -40,10 +40,10 @@ def check(
     max_seq_length: Cutoff = 512,
     train_on: TrainedOn = TrainOn.assistant,
     method: LearntBy = Method.sft,
-    allow_warnings: Annotated[bool, typer.Option("--allow-warnings", help="Exit with 0 in spite of warnings.")] = False,
+    allow_warnings: Annotated[bool, typer.Option("--allow-warnings", help="Exit with code 0 despite warnings.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List every fault and warning with its line, and what the dataset holds; exit code 1 if a run would refuse it."""
+    """List all errors and warnings with their lines, and count samples; exit code 1 if a run would reject the dataset."""
     from sage.cli.dataset_report import describe, measure
     from sage.libs.finetune.data.linting import check_dataset
     from sage.libs.finetune.data.preferences import parser_of
@@ -66,7 +66,7 @@ def show(
     file: DatasetFile,
     model: Model = "smollm2-135m-instruct",
     line: Annotated[int | None, typer.Option(min=1, help="Line (or record) to show.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many samples to show.")] = 3,
+    limit: Annotated[int, typer.Option(min=1, help="Number of samples to show.")] = 3,
     max_seq_length: Cutoff = 512,
     train_on: TrainedOn = TrainOn.assistant,
     method: LearntBy = Method.sft,
@@ -82,7 +82,7 @@ def show(
     from sage.libs.finetune.data.linting import DatasetReport, read_samples
     from sage.libs.finetune.data.preferences import parser_of
 
-    with contextlib.redirect_stderr(io.StringIO()):  # libraries talk while they convert a model
+    with contextlib.redirect_stderr(io.StringIO()):  # libraries print while they convert a model
         encoder = load_encoder(model, max_seq_length, train_on.value)
     report = DatasetReport(file)
     samples = as_chats(read_samples(report, parser_of(method.value)))

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -15,150 +14,126 @@ app = typer.Typer(no_args_is_help=True)
 
 EngineId = Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGINE")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Wait = Annotated[
+    bool | None,
+    typer.Option(
+        "--wait/--no-wait",
+        help="Wait until it has settled, or only until it has been validated; default: until it serves or trains.",
+    ),
+]
 _WATCH_SECONDS = 1.0
 
 
 class Kind(StrEnum):
-    """The engine kinds; a test holds them to SUPPORTED_ENGINE_KINDS."""
+    """The engine kinds. Copied so that `--help` does not import the client; a test compares them."""
 
     llm = "llm"
     embedding = "embedding"
     finetune = "finetune"
 
 
+class State(StrEnum):
+    """The engine states, copied as well."""
+
+    validating = "validating"
+    queued = "queued"
+    starting = "starting"
+    running = "running"
+    paused = "paused"
+    stopping = "stopping"
+    stopped = "stopped"
+    completed = "completed"
+    failed = "failed"
+
+
+class Policy(StrEnum):
+    """The restart policies, copied as well."""
+
+    no = "no"
+    on_failure = "on-failure"
+    unless_stopped = "unless-stopped"
+
+
 @app.command("start")
 @with_training_options
 def start(
     model: Annotated[str, typer.Argument(help="Folder, name in the models folder, or hub id.")],
-    engine_kind: Annotated[Kind, typer.Option(help="What the engine does.")] = Kind.llm,
+    engine_kind: Annotated[Kind, typer.Option(help="Kind of engine.")] = Kind.llm,
     name: Annotated[str | None, typer.Option(help="Name in requests; default: the model as given.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the engine; default: a free one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="llm: auto, fp32 or bf16.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="llm: length of an answer, unless a request says.")] = None,
-    wait: Annotated[
-        bool | None,
-        typer.Option("--wait/--no-wait", help="Stay until the end, or return at once; default: until it works."),
+    port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the first that can.")] = None,
+    restart_policy: Annotated[
+        Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting.")
     ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="llm: auto, fp32 or bf16.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="llm: maximum length of an answer if the request does not give one.")
+    ] = None,
+    wait: Wait = None,
     json_: Json = False,
     **training: Any,
 ) -> None:
-    """Start an engine; its id is all that stands on stdout.
+    """Start an engine and print its id.
 
-    Returns when the engine answers, or when its training has begun; where that fails, with exit code 1.
+    Waits until the engine serves or trains. Exit code 2 if an option is wrong, 1 if the engine fails.
     """
+    from sage.cli.starting import start_engine
+
     options = {key: value for key, value in (("dtype", dtype), ("max_tokens", max_tokens)) if value is not None}
-    start_engine(model, engine_kind.value, {**options, **training}, name=name, port=port, wait=wait, json=json_)
+    request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value}
+    given = {key: value for key, value in request.items() if value is not None}
+    notes = {"metadata": dict(map(_pair, metadata))} if metadata else {}
+    start_engine(model, engine_kind.value, {**options, **training}, request={**given, **notes}, wait=wait, json=json_)
 
 
-def start_engine(
-    model: str,
-    kind: str,
-    options: dict[str, Any],
-    *,
-    name: str | None = None,
-    port: int | None = None,
-    wait: bool | None = None,
-    json: bool = False,
-    announce: str = "{id}",
-) -> None:
-    """Start an engine, say its id, and wait as long as asked."""
-    from pathlib import Path
-
-    from sage.cli import daemon, waiting
-    from sage.libs.models.resolve import absolute_name
-
-    _check_given(model, kind, options)
-    named = absolute_name(model, Path.cwd())
-    is_path = named != model or named.startswith("/")
-    client = daemon.connect()
-
-    def begin(options: dict[str, Any]) -> Any:
-        return client.start_engine(
-            model=str(Path(named).resolve()) if is_path else model,
-            engine_kind=kind,
-            options=options,
-            port=port,
-            name=name or (Path(named).name if is_path and kind != Kind.finetune else None),
-        )
-
-    with waiting.interrupts_noted() as interrupted:  # else an engine could start without its id being printed
-        engine = begin(options)
-    if interrupted.noted:
-        raise waiting.left(engine.id)
-    if kind == Kind.finetune and wait is not False and is_interactive():
-        engine = _confirmed(client, engine, lambda: begin({**options, "allow_warnings": True}))
-    if not json:
-        typer.echo(announce.format(id=engine.id))
-        sys.stdout.flush()
-    if wait is not False:
-        engine = waiting.until_running(client, engine.id)
-        if kind != Kind.finetune:
-            talk = f"; talk to it: `sage llm chat {engine.name}`" if kind == Kind.llm else ""
-            typer.echo(f"Serving '{engine.name}' at {client.base_url}/v1{talk}.", err=True)
-    if wait:
-        engine = waiting.until_ended(client, engine.id)
-        typer.echo(ending(engine), err=True)
-        if engine.state == "failed":
-            raise waiting.failure(engine)
-    if json:
-        typer.echo(engine.model_dump_json(indent=2))
-
-
-def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
-    if not model:  # a variable that is not set, and not the working folder
-        raise ConfigError(code="config_invalid", message="The model's name is empty.", hint="Give a name or a folder.")
-    for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
-        if kind == Kind.finetune and field not in options:
-            raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
-
-
-def is_interactive() -> bool:
-    """Return whether a person can be asked."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def _confirmed(client: Any, engine: Any, begin_again: Callable[[], Any]) -> Any:
-    """Return the engine, or another one if its dataset has warnings and the user wants to train all the same."""
-    from sage.cli import waiting
-
-    engine = waiting.until_begun(client, engine.id)
-    if engine.state != "failed" or not engine.reason or engine.reason.code != "dataset_warnings":
-        return engine
-    typer.echo(f"{engine.reason.message}\n  {engine.reason.hint}", err=True)
-    if not typer.confirm("Train all the same?", err=True):
-        return engine
-    client.remove_engine(engine.id)
-    return begin_again()
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise ConfigError(
+            code="config_invalid", message=f"--metadata '{text}' is not KEY=VALUE.", hint="Example: --metadata team=search",
+            param="metadata",
+        )  # fmt: skip
+    return key, value
 
 
 @app.command("list")
 def list_(
     json_: Json = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh it until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh the list until Ctrl-C.")] = False,
+    all_: Annotated[bool, typer.Option("--all", "-a", help="Show all settled engines.")] = False,
+    limit: Annotated[int, typer.Option(min=0, max=1000, help="Maximum number of settled engines.")] = 20,
+    state: Annotated[list[State] | None, typer.Option(help="Only engines in this state; may be repeated.")] = None,
+    kind: Annotated[list[Kind] | None, typer.Option(help="Only engines of this kind; may be repeated.")] = None,
 ) -> None:
-    """List all engines."""
-    from sage.cli import daemon, render
+    """List the active engines and the newest settled ones (stopped, completed or failed)."""
+    from sage.cli import daemon, listing, render
 
     client = daemon.connect()
+    selection = listing.Selection(states=tuple(state or ()), kinds=tuple(kind or ()), settled_limit=None if all_ else limit)
+    engines, has_more = listing.select(client, selection)
     if json_:
         import json
 
-        typer.echo(json.dumps([engine.model_dump(mode="json") for engine in client.list_engines()], indent=2))
-        return
-    if not watch:
-        render.stdout().print(render.engine_table(client.list_engines()))
-        return
-    from rich.live import Live
+        typer.echo(json.dumps([engine.model_dump(mode="json") for engine in engines], indent=2))
+    elif watch:
+        from rich.live import Live
 
-    with Live(render.engine_table(client.list_engines()), console=render.stdout(), auto_refresh=False) as live:
-        while True:
-            time.sleep(_WATCH_SECONDS)
-            live.update(render.engine_table(client.list_engines()), refresh=True)
+        with Live(render.engine_table(engines), console=render.stdout(), auto_refresh=False) as live:
+            while True:
+                time.sleep(_WATCH_SECONDS)
+                live.update(render.engine_table(listing.select(client, selection)[0]), refresh=True)
+    else:
+        render.stdout().print(render.engine_table(engines))
+    if has_more:
+        typer.echo("There are older settled engines; --all shows them.", err=True)
 
 
 @app.command("status")
 def status(engine_id: EngineId, json_: Json = False) -> None:
-    """Show all that is known of an engine."""
+    """Show the details of an engine."""
     from sage.cli import daemon, render
 
     engine = daemon.connect().get_engine(engine_id)
@@ -168,47 +143,42 @@ def status(engine_id: EngineId, json_: Json = False) -> None:
 @app.command("logs")
 def logs(
     engine_id: EngineId,
-    tail: Annotated[int, typer.Option(min=0, help="How many of the last lines.")] = 100,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the engine has ended.")] = False,
+    tail: Annotated[int, typer.Option(min=0, help="Number of lines to print, from the end.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the engine has settled.")] = False,
 ) -> None:
     """Print an engine's log."""
     from sage.cli import daemon
 
     client = daemon.connect()
-    if follow:
-        for chunk in client.follow_logs(engine_id, tail):
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.flush()
-        return
-    for line in client.get_logs(engine_id, tail):
+    for line in client.follow_logs(engine_id, tail) if follow else client.get_logs(engine_id, tail):
         typer.echo(line)
+        if follow:
+            sys.stdout.flush()
 
 
 @app.command("events")
 def events(
     engine_id: EngineId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the engine has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new events until the engine has settled.")] = False,
     json_: Json = False,
 ) -> None:
-    """Print an engine's life: every state with its time, actor and reason."""
-    from sage.cli import daemon
+    """Print an engine's events: each state with its time, actor and reason."""
+    from sage.cli import daemon, render
 
-    for event in daemon.connect().events(engine_id, follow=follow):
-        if json_:
-            typer.echo(event.model_dump_json())
-        else:
-            step = f"{event.before or '·'} → {event.after}"
-            typer.echo(f"{event.at:%Y-%m-%d %H:%M:%S}  {step:<22} {event.actor:<10} {event.reason}".rstrip())
+    client = daemon.connect()
+    for event in client.follow_events(engine_id) if follow else client.get_events(engine_id):
+        typer.echo(event.model_dump_json() if json_ else render.event_line(event))
 
 
 @app.command("stop")
 def stop(
     engine_id: EngineId,
-    force: Annotated[bool, typer.Option(help="Kill it: nothing since the last checkpoint is saved.")] = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until all is saved.")] = True,
+    force: Annotated[bool, typer.Option(help="Kill it; training since the last checkpoint is lost.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has stopped.")] = True,
 ) -> None:
-    """Stop an engine; a training run saves a checkpoint and leaves a model that loads."""
+    """Stop an engine; a training run saves a checkpoint and a model that can be loaded."""
     from sage.cli import daemon, waiting
+    from sage.cli.render import ending
 
     client = daemon.connect()
     before = client.get_engine(engine_id)
@@ -217,50 +187,41 @@ def stop(
         typer.echo(f"{engine_id} was {before.state} already. {ending(engine)}")
         return
     if wait:
-        engine = waiting.until_ended(client, engine_id)
+        engine = waiting.until_settled(client, engine_id)
         typer.echo(ending(engine))
         if engine.state == "failed" and not force:
             raise waiting.failure(engine)
 
 
+@app.command("pause")
+def pause(engine_id: EngineId) -> None:
+    """Pause an engine (not available in this version)."""
+    from sage.cli import daemon
+
+    daemon.connect().pause_engine(engine_id)
+
+
 @app.command("resume")
-def resume(
-    engine_id: EngineId,
-    wait: Annotated[
-        bool | None,
-        typer.Option("--wait/--no-wait", help="Stay until the end, or return at once; default: until it works."),
-    ] = None,
-) -> None:
-    """Go on with an engine that was stopped or has failed, exactly where it was saved."""
+def resume(engine_id: EngineId, wait: Wait = None) -> None:
+    """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
     from sage.cli import daemon, waiting
+    from sage.cli.render import ending
 
     client = daemon.connect()
     engine = client.resume_engine(engine_id)
     typer.echo(engine.id)
+    sys.stdout.flush()
+    waiting.until_validated(client, engine_id)
     if wait is not False:
         waiting.until_running(client, engine_id)
     if wait:
-        typer.echo(ending(waiting.until_ended(client, engine_id)), err=True)
+        typer.echo(ending(waiting.until_settled(client, engine_id)), err=True)
 
 
 @app.command("remove")
 def remove(engine_id: EngineId) -> None:
-    """Forget an engine that has ended, with its log and checkpoints; its output folder stays."""
+    """Delete a settled engine with its log and checkpoints; its output folder is kept."""
     from sage.cli import daemon
 
     daemon.connect().remove_engine(engine_id)
     typer.echo(f"{engine_id} is removed.", err=True)
-
-
-def ending(engine: Any) -> str:
-    """Return in a sentence how an engine ended and what it left."""
-    training = engine.training
-    if training is None:
-        return f"{engine.id} is {engine.state}."
-    saved = f", checkpoint {engine.run_dir}/checkpoint-{training.checkpoint_step}" if training.checkpoint_step else ""
-    if engine.state == "failed":
-        return f"{engine.id} is failed{saved}."
-    steps = f" at step {training.step} of {training.total_steps}" if training.total_steps else ""
-    before, after = training.heldout_loss_before, training.heldout_loss
-    heldout = f" Held-out loss {before:.4f} → {after:.4f}." if before is not None and after is not None else ""
-    return f"{engine.id} is {engine.state}{steps}: result in {engine.output_dir}{saved}.{heldout}"

@@ -11,10 +11,10 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command("start")
 def start(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; default: loopback.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on; default: 8889.")] = None,
 ) -> None:
-    """Start the gateway in the background, if it does not run yet."""
+    """Start the gateway in the background, unless it is running."""
     from sage.cli import daemon
 
     before = daemon.find_process()
@@ -25,15 +25,15 @@ def start(
 
 @app.command("stop")
 def stop() -> None:
-    """End the gateway; engines and training runs go on without it."""
+    """Stop the gateway; engines and training runs continue without it."""
     from sage.cli import daemon
 
-    typer.echo("The gateway is stopped; engines go on." if daemon.stop() else "No gateway ran.")
+    typer.echo("The gateway is stopped; engines continue to run." if daemon.stop() else "No gateway was running.")
 
 
 @app.command("status")
 def status(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Say where the gateway is; exit code 3 if none answers."""
+    """Show the gateway's address and process; exit code 3 if none answers."""
     import json
 
     from sage.cli import daemon
@@ -41,15 +41,19 @@ def status(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     client = daemon.find_client()
     health = client.health()
     if health.get("service") != "sage-gateway":
-        raise GatewayUnreachable(code="not_a_gateway", message=f"What answers at {client.base_url} is not a SAGE gateway.")
+        raise GatewayUnreachable(
+            code="not_a_gateway",
+            message=f"The program at {client.base_url} is not a SAGE gateway.",
+            hint="Set SAGE_GATEWAY_PORT to another port.",
+        )
     daemon.refuse_foreign(client, health)
-    told = {"url": client.base_url, "version": health["version"], "pid": health["pid"], "log": str(daemon.log_path())}
-    typer.echo(json.dumps(told) if json_ else "\n".join(f"{name:<8} {value}" for name, value in told.items()))
+    facts = {"url": client.base_url, "version": health["version"], "pid": health["pid"], "log": str(daemon.log_path())}
+    typer.echo(json.dumps(facts) if json_ else "\n".join(f"{name:<8} {value}" for name, value in facts.items()))
 
 
 @app.command("logs")
-def logs(tail: Annotated[int, typer.Option(min=0, help="How many of the last lines.")] = 100) -> None:
-    """Print the log of the gateway in the background."""
+def logs(tail: Annotated[int, typer.Option(min=0, help="Number of lines to print, from the end.")] = 100) -> None:
+    """Print the log of the gateway that runs in the background."""
     from sage.cli import daemon
     from sage.common.logs import tail_lines
 

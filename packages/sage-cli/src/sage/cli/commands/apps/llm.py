@@ -8,7 +8,7 @@ from sage.cli.commands.apps import dataset, engine, model
 from sage.cli.training_options import with_training_options
 
 app = typer.Typer(no_args_is_help=True)
-app.add_typer(engine.app, name="engine", help="Start, watch, stop and resume engines.")
+app.add_typer(engine.app, name="engine", help="Start, list, stop and resume engines.")
 app.add_typer(model.app, name="model", help="Models on this machine.")
 app.add_typer(dataset.app, name="dataset", help="Datasets.")
 
@@ -17,29 +17,28 @@ app.add_typer(dataset.app, name="dataset", help="Datasets.")
 @with_training_options
 def fine_tune(
     base_model: Annotated[str, typer.Option(help="Folder, name in the models folder, or hub id.")],
-    wait: Annotated[
-        bool | None,
-        typer.Option("--wait/--no-wait", help="Stay until the end, or return at once; default: until it works."),
-    ] = None,
+    wait: engine.Wait = None,
     **training: Any,
 ) -> None:
-    """Fine-tune a model: the same as `engine start --engine-kind finetune`."""
-    announce = "Fine-tune engine started: {id}"
-    engine.start_engine(base_model, "finetune", training, wait=wait, announce=announce)
+    """Fine-tune a model, as `engine start --engine-kind finetune` does."""
+    from sage.cli.starting import start_engine
+
+    start_engine(base_model, "finetune", training, wait=wait, announce="Fine-tune engine started: {id}")
     typer.echo("Use `sage llm engine list` to monitor progress.", err=True)
 
 
 @app.command("chat")
 def chat(
-    model: Annotated[str, typer.Argument(help="Name of a served model.")] = "sage-default",
+    model: Annotated[str, typer.Argument(help="Name of a running engine.")] = "sage-default",
     message: Annotated[
-        list[str] | None, typer.Option("--message", "-m", help="Ask this and leave; may be repeated.")
+        list[str] | None,
+        typer.Option("--message", "-m", help="Send this message, print the answer and exit; may be repeated."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 = greedy decoding.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = None,
 ) -> None:
-    """Talk to a running engine; /clear forgets what was said, /exit or Ctrl-D leaves."""
+    """Chat with a running engine; /clear starts a new conversation, /exit or Ctrl-D exits."""
     from sage.cli import daemon
     from sage.cli.conversation import Conversation
 

@@ -10,7 +10,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command("list")
 def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the models that can be named: those in the models folder, and those that packages carry."""
+    """List the models that have a name: those in the models folder and those of installed packages."""
     from sage.libs.models.catalog import list_models
 
     models = list_models()
@@ -32,10 +32,10 @@ def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Folder with a model in safetensors or GGUF, or an adapter.")],
-    name: Annotated[str | None, typer.Option(help="Name to give it, such as org/name; default: the folder's.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of a model (safetensors or GGUF) or an adapter.")],
+    name: Annotated[str | None, typer.Option(help="New name, such as org/name; default: the folder's name.")] = None,
 ) -> None:
-    """Copy a model into the models folder, checked, whole or not at all."""
+    """Check a model and copy it into the models folder."""
     from sage.libs.models.catalog import import_model
 
     target = import_model(folder, name or folder.absolute().name)

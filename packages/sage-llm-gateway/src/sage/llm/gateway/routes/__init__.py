@@ -1,1 +1,1 @@
-"""The HTTP surface, thin over the control plane."""
+"""The routes, each a thin layer over the control plane."""

@@ -1,4 +1,4 @@
-"""What the routes share."""
+"""Arguments that routes get from the application."""
 
 from typing import Annotated
 

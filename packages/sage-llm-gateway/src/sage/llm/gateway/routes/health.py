@@ -1,6 +1,8 @@
 """Probes and metrics."""
 
+import asyncio
 import os
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -20,28 +22,35 @@ router = APIRouter()
 
 @router.get("/health")
 def health() -> dict[str, Any]:
-    """Say that the process lives."""
+    """Report that the process is alive."""
     return {"status": "ok", "service": "sage-gateway", "version": version("sage-llm-gateway"), "pid": os.getpid()}
 
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Say that the store answers."""
-    return {"status": "ready", "engines": len(await manager.list_engines())}
+    """Report that the store answers, whether this gateway is the active one of its node, and how many engines there are."""
+    counts = await manager.counts()
+    states: Counter[str] = Counter()
+    for (_, state), number in counts.items():
+        states[state] += number
+    return {"status": "ready", "role": manager.role, "engines": states.total(), "states": dict(states)}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(manager: Manager) -> PlainTextResponse:
-    """Return the engines' figures in Prometheus's text format."""
+    """Return the figures of engines and devices in Prometheus's text format."""
+    devices = await asyncio.to_thread(list_devices)
     registry = CollectorRegistry()
-    registry.register(_Once(list(engine_metrics(await manager.list_engines(), list_devices()))))
+    registry.register(_Once(list(engine_metrics(await manager.list_active(), devices))))
     return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 
 class _Once(Collector):
+    """Yields the metrics that were read for one scrape."""
+
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what was read for this scrape."""
+        """Yield the metrics."""
         yield from self._metrics

@@ -1,42 +1,70 @@
 """Engines over HTTP."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, TypeVar
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Query, status
+from fastapi import APIRouter, Header, Query, status
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.responses import Response
 
-from sage.common.errors import NotFound
-from sage.llm.client.types import SETTLED, EngineView, StartRequest
+from sage.common.errors import ConfigError
+from sage.llm.client.types import EngineKind, EnginePage, EngineState, EngineView, EventPage, StartRequest
 from sage.llm.control_plane.inventory import list_devices
-from sage.llm.control_plane.manager import ControlPlaneManager
+from sage.llm.gateway.event_streams import EventStream, all_changes, engine_transitions, until_removed
 from sage.llm.gateway.routes.dependencies import Manager
 
 router = APIRouter(prefix="/v1/management")
-_POLL_SECONDS = 0.3
-T = TypeVar("T")
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events."""
-
-    media_type = "text/event-stream"
+_MAX_INT = 2**63
+E = TypeVar("E", bound=StrEnum)
+#: A position in the change feed: the id of the last event that was read.
+Cursor = Annotated[int, Query(ge=0, lt=_MAX_INT)]
 
 
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
 @router.post("/engines", status_code=status.HTTP_201_CREATED)
 async def start_engine(request: StartRequest, manager: Manager) -> EngineView:
-    """Check a request and queue its engine."""
+    """Create an engine; its dataset or model is checked in the state `validating`, after this answer."""
     return await manager.start_engine(request)
 
 
 @router.get("/engines")
-async def list_engines(manager: Manager) -> dict[str, Any]:
-    """Return all engines, oldest first."""
-    return {"object": "list", "data": await manager.list_engines()}
+async def list_engines(
+    manager: Manager,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str | None, Query(max_length=100, description="`last_id` of the page before.")] = None,
+    state: Annotated[str | None, Query(max_length=200, description="States, separated by commas.")] = None,
+    kind: Annotated[str | None, Query(max_length=200, description="Kinds, separated by commas.")] = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first.")] = "asc",
+) -> EnginePage:
+    """Return one page of the engines."""
+    return await manager.page_engines(
+        limit=limit,
+        after=after,
+        states=_members(EngineState, state, "state"),
+        kinds=_members(EngineKind, kind, "kind"),
+        newest_first=order == "desc",
+    )
+
+
+@router.get("/events", response_model=EventPage,
+            responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})  # fmt: skip
+async def list_changes(
+    manager: Manager,
+    after: Cursor = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    follow: bool = False,
+    last_event_id: Annotated[int | None, Header(ge=0, lt=_MAX_INT)] = None,
+) -> EventPage | EventStream:
+    """Return the events of all engines after a cursor; `follow` streams them as server-sent events, without an end.
+
+    The id of a server-sent event is its cursor; `Last-Event-ID`, which clients send when they reconnect, precedes `after`.
+    """
+    if follow:
+        return EventStream(all_changes(manager, after if last_event_id is None else last_event_id))
+    events = await manager.changes(after, limit + 1)
+    data = events[:limit]
+    return EventPage(data=data, last_id=data[-1].id if data else after, has_more=len(events) > limit)
 
 
 @router.get("/engines/{engine_id}")
@@ -47,19 +75,26 @@ async def get_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.delete("/engines/{engine_id}", status_code=status.HTTP_202_ACCEPTED)
 async def stop_engine(engine_id: str, manager: Manager, force: bool = False) -> EngineView:
-    """Ask an engine to save what it has and end; `force` kills it."""
+    """Ask an engine to save its state and exit; `force` kills it."""
     return await manager.stop_engine(engine_id, force=force)
+
+
+@router.post("/engines/{engine_id}/pause", status_code=status.HTTP_202_ACCEPTED,
+             responses={501: {"description": "Pausing is not available in this version."}})  # fmt: skip
+async def pause_engine(engine_id: str, manager: Manager) -> EngineView:
+    """Ask an engine to give its memory to others until it is resumed."""
+    return await manager.pause_engine(engine_id)
 
 
 @router.post("/engines/{engine_id}/resume", status_code=status.HTTP_202_ACCEPTED)
 async def resume_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Queue a stopped or failed engine again."""
+    """Start a stopped or failed engine again, a training run from its last checkpoint."""
     return await manager.resume_engine(engine_id)
 
 
 @router.post("/engines/{engine_id}/remove")
 async def remove_engine(engine_id: str, manager: Manager) -> dict[str, Any]:
-    """Forget an engine that has ended, with its run directory or log."""
+    """Delete a settled engine, with its run directory or log."""
     await manager.remove_engine(engine_id)
     return {"id": engine_id, "object": "engine", "deleted": True}
 
@@ -70,53 +105,50 @@ async def engine_logs(
     manager: Manager,
     tail: Annotated[int, Query(ge=0, le=100_000)] = 100,
     follow: bool = False,
-    offset: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
+    offset: Annotated[int | None, Query(ge=0, lt=_MAX_INT)] = None,
 ) -> Response:
-    """Return the last lines of an engine's log; `follow` streams what comes until it has ended.
+    """Return the last lines of an engine's log; `follow` streams new lines until the engine has settled.
 
-    A stream says in X-Log-Offset at which byte of the log it begins, so that one that broke can go on from `offset`;
-    an offset behind the end means the end.
+    The header X-Log-Offset of a stream is the byte of the log at which it begins, so that a client can continue from
+    `offset` if the stream breaks off; an offset beyond the end means the end.
     """
     if not follow:
         return PlainTextResponse("".join(f"{line}\n" for line in await manager.get_logs(engine_id, tail)))
     begin = await manager.log_offset(engine_id, tail, offset)
-    lines = _until_removed(manager.follow_logs(engine_id, begin))
+    lines = until_removed(manager.follow_logs(engine_id, begin))
     return StreamingResponse(lines, media_type="text/plain", headers={"X-Log-Offset": str(begin)})
 
 
 @router.get("/engines/{engine_id}/events", response_class=EventStream)
 async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> EventStream:
-    """Stream an engine's transitions as server-sent events until it has ended; all of the past ones come first."""
+    """Stream an engine's events as server-sent events until it has settled, beginning with all past ones."""
     await manager.get_engine(engine_id)
-    return EventStream(_until_removed(_events(manager, engine_id, follow)))
+    return EventStream(until_removed(engine_transitions(manager, engine_id, follow)))
 
 
 @router.get("/engines/{engine_id}/training")
-async def training_steps(engine_id: str, manager: Manager) -> dict[str, Any]:
-    """Return the optimizer steps of a training run, oldest first."""
-    return {"object": "list", "data": await manager.get_training_steps(engine_id)}
+async def training_steps(
+    engine_id: str,
+    manager: Manager,
+    after: Annotated[int, Query(ge=0, lt=_MAX_INT, description="Only steps after this one.")] = 0,
+    max_points: Annotated[int | None, Query(ge=2, le=100_000, description="At most this many, evenly chosen.")] = None,
+) -> dict[str, Any]:
+    """Return optimizer steps of a training run, oldest first."""
+    return {"object": "list", "data": await manager.get_training_steps(engine_id, after, max_points)}
 
 
 @router.get("/gpu")
 async def gpu() -> dict[str, Any]:
-    """Return the memory there is: GPUs first, main memory last."""
+    """Return the devices and their memory: GPUs first, main memory last."""
     return {"object": "list", "data": await asyncio.to_thread(list_devices)}
 
 
-async def _until_removed(pieces: AsyncIterator[T]) -> AsyncIterator[T]:
-    """Yield the pieces of a stream; it ends if its engine is removed."""
-    with contextlib.suppress(NotFound):
-        async for piece in pieces:
-            yield piece
-
-
-async def _events(manager: ControlPlaneManager, engine_id: str, follow: bool) -> AsyncIterator[str]:
-    last = 0
-    while True:
-        has_ended = (await manager.get_engine(engine_id)).state in SETTLED  # before reading: its end is still sent
-        for event in await manager.get_events(engine_id, last):
-            last = event.id
-            yield f"id: {event.id}\nevent: transition\ndata: {event.model_dump_json()}\n\n"
-        if has_ended or not follow:
-            return
-        await asyncio.sleep(_POLL_SECONDS)
+def _members(members: type[E], text: str | None, param: str) -> list[E] | None:
+    """Return the members that a comma-separated filter names, None if there is no filter."""
+    if text is None:
+        return None
+    try:
+        return [members(name.strip()) for name in text.split(",")]
+    except ValueError as error:
+        message = f"{param}: {error}; valid: {', '.join(members)}."
+        raise ConfigError(code="config_invalid", message=message, param=param) from error

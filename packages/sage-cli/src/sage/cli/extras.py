@@ -1,0 +1,24 @@
+"""What the command line needs beside itself for commands that work on this machine."""
+
+import importlib.util
+
+from sage.common.errors import ConfigError
+
+
+def require(module: str, purpose: str) -> None:
+    """Raise ConfigError if a module is not installed; purpose: the subject of the message."""
+    try:
+        is_installed = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not installed either
+        is_installed = False
+    if not is_installed:
+        raise missing(module, purpose)
+
+
+def missing(module: str, purpose: str) -> ConfigError:
+    """Return the error for a command that cannot run without a module."""
+    return ConfigError(
+        code="package_missing",
+        message=f"{purpose} needs {module}, which is not installed.",
+        hint="Install it: pip install 'sage-cli[local]'.",
+    )

@@ -1,0 +1,96 @@
+"""Starting an engine from the command line: `engine start` and `fine-tune`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sage.cli import daemon, waiting
+from sage.cli.render import ending
+from sage.common.errors import ConfigError
+from sage.common.model_names import absolute_name
+from sage.llm.client import SageClient
+from sage.llm.client.types import EngineKind, EngineState, EngineView
+
+
+def start_engine(
+    model: str,
+    kind: str,
+    options: dict[str, Any],
+    *,
+    request: dict[str, Any] | None = None,
+    wait: bool | None = None,
+    json: bool = False,
+    announce: str = "{id}",
+) -> None:
+    """Start an engine, print its id, and wait.
+
+    request: other fields of StartRequest.  wait: False: until it has been validated, None: until it serves or trains,
+    True: until it has settled.  announce: the line with the id.
+    """
+    _check_given(model, kind, options)
+    fields = {**_named(model, kind), "engine_kind": kind, **(request or {})}
+    client = daemon.connect()
+
+    def begin(options: dict[str, Any]) -> EngineView:
+        with waiting.interrupts_noted() as interrupted:  # else an engine could start without its id being printed
+            engine = client.start_engine(**fields, options=options)
+        if interrupted.noted:
+            raise waiting.interrupted_exit(engine.id, engine.state)
+        return engine
+
+    engine = begin(options)
+    if kind == EngineKind.FINETUNE and is_interactive() and not options.get("allow_warnings"):
+        engine = _confirmed(client, engine, lambda: begin({**options, "allow_warnings": True}))
+    if not json:
+        typer.echo(announce.format(id=engine.id))
+        sys.stdout.flush()
+    engine = waiting.until_validated(client, engine.id)
+    if wait is not False:
+        engine = waiting.until_running(client, engine.id)
+        if kind != EngineKind.FINETUNE:
+            chat = f". Chat with it: `sage llm chat {engine.name}`" if kind == EngineKind.LLM else ""
+            typer.echo(f"Serving '{engine.name}' at {client.base_url}/v1{chat}.", err=True)
+    if wait:
+        engine = waiting.until_settled(client, engine.id)
+        typer.echo(ending(engine), err=True)
+        if engine.state is EngineState.FAILED:
+            raise waiting.failure(engine)
+    if json:
+        typer.echo(engine.model_dump_json(indent=2))
+
+
+def is_interactive() -> bool:
+    """Return whether the user can be asked a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
+    if not model:  # from a variable that is not set; it does not mean the working directory
+        raise ConfigError(code="config_invalid", message="The model's name is empty.", hint="Give a name or a folder.")
+    for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
+        if kind == EngineKind.FINETUNE and field not in options:
+            raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
+
+
+def _named(model: str, kind: str) -> dict[str, str]:
+    """Return the fields `model` and, if the model is a folder that will be served, `name`."""
+    name = absolute_name(model, Path.cwd())
+    if not name.startswith("/"):
+        return {"model": model}
+    served = {} if kind == EngineKind.FINETUNE else {"name": Path(name).name}
+    return {"model": str(Path(name).resolve()), **served}
+
+
+def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
+    """Return the engine, or a new one if its dataset has warnings and the user wants to train despite them."""
+    engine = waiting.until_begun(client, engine.id)
+    if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
+        return engine
+    typer.echo(f"{engine.reason.message}\n  {engine.reason.hint}", err=True)
+    if not typer.confirm("Train despite the warnings?", err=True):
+        return engine
+    client.remove_engine(engine.id)
+    return begin_again()

@@ -1,0 +1,62 @@
+"""From an error's code back to its class, for errors that arrive over HTTP or as the reason of a failed engine."""
+
+from collections.abc import Mapping
+
+from sage.common import errors
+from sage.common.errors import SageError
+
+#: The codes of each class that HTTP status and type do not tell apart. A test compares them with the code that raises them.
+_CODES: Mapping[type[SageError], str] = {
+    errors.ConfigError: """
+        api_key_invalid api_key_needed bitsandbytes_missing checkpoint_mismatch config_invalid config_missing
+        context_length_exceeded database_in_use database_newer database_unusable host_not_allowed invalid_value
+        model_required option_missing origin_not_allowed path_not_absolute reward_file_unusable reward_files_off
+        settings_invalid state_folder_unusable target_modules_unknown too_few_gpus trl_missing unsupported_value
+        cursor_unknown package_missing backend_unknown""",
+    errors.DatasetError: """
+        dataset_changed dataset_empty dataset_invalid dataset_template dataset_too_long dataset_unusable
+        dataset_warnings line_not_found nothing_to_train""",
+    errors.ModelError: """
+        adapter_unfit base_changed base_is_adapter model_invalid model_unsupported model_unusable template_too_slow
+        tokenizer_missing tokenizer_slow tokenizer_too_large""",
+    errors.ModelNotFound: "base_model_not_found model_not_found",
+    errors.NotFound: "checkpoint_not_found engine_not_found task_not_found model_not_found",
+    errors.OutputError: "output_unusable",
+    errors.Conflict: """
+        already_running busy dataset_changed gateway_running model_exists no_port not_resumable not_started other_node
+        port_taken still_running""",
+    errors.RunError: """
+        checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
+        training_failed""",
+    errors.EngineError: "engine_died engine_unreadable killed launch_failed run_unreadable start_timeout worker_died",
+    errors.Overloaded: """
+        database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby
+        too_many_connections too_many_requests""",
+    errors.Unauthorized: "invalid_api_key",
+}
+_CLASSES: Mapping[str, list[type[SageError]]] = {
+    code: [kind for kind, codes in _CODES.items() if code in codes.split()]
+    for codes in _CODES.values()
+    for code in codes.split()
+}
+_BY_STATUS: Mapping[int, type[SageError]] = {
+    kind.http_status: kind
+    for kind in (errors.Unauthorized, errors.NotFound, errors.Conflict, errors.EngineError, errors.Overloaded)
+}
+
+
+def codes_of(kind: type[SageError]) -> frozenset[str]:
+    """Return the codes that are registered for a class."""
+    return frozenset(_CODES.get(kind, "").split())
+
+
+def error_class(code: str, http_status: int | None = None) -> type[SageError]:
+    """Return the class of the error with this code.
+
+    http_status: decides between classes that share a code, and for a code of a later version that is not known here.
+    """
+    kinds = _CLASSES.get(code, [])
+    same_status = [kind for kind in kinds if kind.http_status == http_status]
+    if found := same_status or kinds:
+        return found[0]
+    return _BY_STATUS.get(http_status or 0, SageError)

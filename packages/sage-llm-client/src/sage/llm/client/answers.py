@@ -1,0 +1,87 @@
+"""Reading the gateway's answers: their content, or the error that they report."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from sage.common.error_codes import error_class
+from sage.common.errors import GatewayUnreachable, SageError
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(text: str) -> Any:
+    """Return the value of a JSON text. Raises GatewayUnreachable if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise not_a_gateway("the answer is not JSON") from error
+
+
+def as_model(model: type[M]) -> Callable[[httpx.Response], M]:
+    """Return a reader of answers that hold one `model`."""
+    return lambda response: model.model_validate(parse(response.text))
+
+
+def as_list(model: type[M]) -> Callable[[httpx.Response], list[M]]:
+    """Return a reader of answers that hold a list of `model` in `data`."""
+    return lambda response: [model.model_validate(item) for item in parse(response.text)["data"]]
+
+
+def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
+    """Return what `reader` makes of an answer.
+
+    Raises the SageError that the answer reports, or GatewayUnreachable if it has not the form of a gateway's answer.
+    """
+    raise_for_error(response)
+    try:
+        return reader(response)
+    except (ValueError, KeyError, TypeError, IndexError) as error:  # pydantic's ValidationError is a ValueError
+        raise not_a_gateway("the answer has an unexpected form") from error
+
+
+def raise_for_error(response: httpx.Response) -> None:
+    """Raise the SageError that an answer reports, if it does. The body must have been read."""
+    if response.is_success:
+        return
+    try:
+        error = response.json()["error"]
+        raise rebuild_error(error, response.status_code)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = f"The gateway answered with HTTP status {response.status_code} and no reason."
+        raise error_class("unknown", response.status_code)(code="unknown", message=message) from None
+
+
+def rebuild_error(error: dict[str, Any], http_status: int | None = None) -> SageError:
+    """Return the error of an OpenAI error object, of the class that its code has."""
+    code, hint = error.get("code") or "unknown", error.get("hint") or ""
+    message = error["message"].removesuffix(hint).rstrip()  # it includes the hint, for other clients
+    return error_class(code, http_status)(code=code, message=message, hint=hint, param=error.get("param"))
+
+
+def not_a_gateway(problem: str) -> GatewayUnreachable:
+    """Return the error for an answer that no gateway of this version sends."""
+    return GatewayUnreachable(
+        code="not_a_gateway",
+        message=f"This is not a SAGE gateway, or one of another version: {problem}.",
+        hint="`sage gateway status` shows its address; SAGE_GATEWAY_HOST and SAGE_GATEWAY_PORT set it.",
+    )
+
+
+def unreachable(base_url: str, error: httpx.HTTPError) -> GatewayUnreachable:
+    """Return the error for a gateway that does not answer."""
+    if isinstance(error, httpx.ReadTimeout):
+        return GatewayUnreachable(
+            code="gateway_slow",
+            message=f"The gateway at {base_url} accepted the request and did not answer in time.",
+            hint="The request may still be carried out: check `sage llm engine list` before you retry.",
+        )
+    return GatewayUnreachable(
+        code="gateway_unreachable",
+        message=f"The gateway at {base_url} does not answer ({type(error).__name__}).",
+        hint="`sage gateway start` starts it; `sage gateway status` shows its address.",
+    )

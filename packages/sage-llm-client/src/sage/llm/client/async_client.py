@@ -1,0 +1,205 @@
+"""AsyncSageClient: the methods of SageClient for asyncio; a test compares their signatures."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from sage.common.errors import GatewayUnreachable
+from sage.llm.client import answers, calls, streams
+from sage.llm.client.calls import Call, Order
+from sage.llm.client.client import CONNECT_SECONDS, RECONNECT_SECONDS, STREAM_TIMEOUT
+from sage.llm.client.types import (
+    Device,
+    EngineEvent,
+    EngineKind,
+    EnginePage,
+    EngineState,
+    EngineView,
+    EventPage,
+    TrainingStep,
+)
+
+T = TypeVar("T")
+
+
+class AsyncSageClient:
+    """Client of a gateway for asyncio. Every method raises SageError, as those of SageClient."""
+
+    def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
+        """base_url: address of the gateway; timeout_seconds: for one answer, except streams, starts and removals."""
+        self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
+        self._http = httpx.AsyncClient(
+            base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
+        )
+
+    async def __aenter__(self) -> Self:
+        """Use it as a context manager."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def start_engine(self, **request: Any) -> EngineView:
+        """Start an engine; the fields are those of StartRequest. It is returned in the state `validating`."""
+        return await self._send(calls.start(request))
+
+    async def page_engines(
+        self,
+        *,
+        limit: int = 100,
+        after: str | None = None,
+        states: Collection[EngineState] = (),
+        kinds: Collection[EngineKind] = (),
+        order: Order = "asc",
+    ) -> EnginePage:
+        """Return one page of the engines; after: `last_id` of the page before; no states or kinds: all of them."""
+        return await self._send(calls.page(limit, after, states, kinds, order))
+
+    async def iter_engines(
+        self, *, states: Collection[EngineState] = (), kinds: Collection[EngineKind] = (), order: Order = "asc"
+    ) -> AsyncIterator[EngineView]:
+        """Yield all engines, page by page."""
+        after: str | None = None
+        while True:
+            page = await self.page_engines(limit=calls.PAGE_LIMIT, after=after, states=states, kinds=kinds, order=order)
+            for engine in page.data:
+                yield engine
+            if not page.has_more:
+                return
+            after = page.last_id
+
+    async def list_engines(
+        self, *, states: Collection[EngineState] = (), kinds: Collection[EngineKind] = (), order: Order = "asc"
+    ) -> list[EngineView]:
+        """Return all engines, oldest first unless `order` is `desc`."""
+        return [engine async for engine in self.iter_engines(states=states, kinds=kinds, order=order)]
+
+    async def get_engine(self, engine_id: str) -> EngineView:
+        """Return one engine."""
+        return await self._send(calls.get(engine_id))
+
+    async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
+        """Ask an engine to stop; returns at once."""
+        return await self._send(calls.stop(engine_id, force=force))
+
+    async def pause_engine(self, engine_id: str) -> EngineView:
+        """Ask an engine to pause. Raises SageError `not_implemented`: this version cannot pause engines."""
+        return await self._send(calls.pause(engine_id))
+
+    async def resume_engine(self, engine_id: str) -> EngineView:
+        """Start a stopped or failed engine again, a training run from its last checkpoint."""
+        return await self._send(calls.resume(engine_id))
+
+    async def remove_engine(self, engine_id: str) -> None:
+        """Delete a settled engine, with its log and checkpoints."""
+        await self._send(calls.remove(engine_id))
+
+    async def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
+        """Return the last lines of an engine's log."""
+        return await self._send(calls.logs(engine_id, tail))
+
+    async def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> AsyncIterator[str]:
+        """Yield the last lines of an engine's log, then each new one until the engine has settled.
+
+        If the gateway restarts, the stream continues at the same byte; patience_seconds: how long it may be away.
+        """
+        reader = streams.LogReader()
+        async for line in self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds):
+            yield line
+
+    async def get_events(self, engine_id: str) -> list[EngineEvent]:
+        """Return the events of one engine so far, oldest first."""
+        reader = streams.EventReader()
+        return [event async for event in self._follow(lambda: calls.events(engine_id, follow=False), reader, 0)]
+
+    async def follow_events(self, engine_id: str, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
+        """Yield the events of one engine, then each new one until it has settled."""
+        reader = streams.EventReader()
+        async for event in self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds):
+            yield event
+
+    async def changes(self, after: int = 0, limit: int = 100) -> EventPage:
+        """Return the events of all engines after a cursor, which is the id of an event."""
+        return await self._send(calls.changes(after, limit))
+
+    async def follow_changes(self, after: int = 0, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
+        """Yield the events of all engines after a cursor, then each new one, without an end."""
+        reader = streams.EventReader(after, endless=True)
+        async for event in self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds):
+            yield event
+
+    async def training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
+        """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points`."""
+        return await self._send(calls.training_steps(engine_id, after, max_points))
+
+    async def devices(self) -> list[Device]:
+        """Return the GPUs and the main memory."""
+        return await self._send(calls.devices())
+
+    async def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
+        """Return the gateway's version and process; short time-out, since any program may listen on its port."""
+        return await self._send(calls.health(timeout_seconds))
+
+    async def models(self) -> list[str]:
+        """Return the names that requests can use."""
+        return await self._send(calls.models())
+
+    async def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Return a model's answer."""
+        return await self._send(calls.chat(model, messages, options))
+
+    async def chat_stream(self, model: str, messages: list[dict[str, Any]], **options: Any) -> AsyncIterator[str]:
+        """Yield a model's answer piece by piece."""
+        reader = streams.ChatReader()
+        async with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
+            async for chunk in response.aiter_bytes():
+                for piece in reader.feed(chunk):
+                    yield piece
+            reader.finish()
+
+    async def _send(self, call: Call[T]) -> T:
+        seconds = call.timeout_seconds or self._timeout_seconds
+        timeout = httpx.Timeout(min(seconds, CONNECT_SECONDS), read=seconds)
+        try:
+            response = await self._http.request(call.method, call.path, json=call.json, params=call.params, timeout=timeout)
+        except httpx.HTTPError as error:
+            raise answers.unreachable(self.base_url, error) from error
+        return answers.read(response, call.read)
+
+    @asynccontextmanager
+    async def _stream(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
+        try:
+            async with self._http.stream(
+                call.method, call.path, json=call.json, params=call.params, timeout=STREAM_TIMEOUT
+            ) as response:
+                if response.is_error:
+                    await response.aread()
+                    answers.raise_for_error(response)
+                yield response
+        except httpx.HTTPError as error:
+            raise answers.unreachable(self.base_url, error) from error
+
+    async def _follow(
+        self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
+    ) -> AsyncIterator[T]:
+        """Yield the items of a stream; if it breaks off, open it again with the `call` for the reader's position."""
+        patience = streams.Patience(patience_seconds)
+        while True:
+            try:
+                async with self._stream(call()) as response:
+                    reader.begin(response.headers)
+                    patience.reset()
+                    async for chunk in response.aiter_bytes():
+                        for item in reader.feed(chunk):
+                            yield item
+                for item in reader.finish():
+                    yield item
+                return
+            except GatewayUnreachable:
+                if patience.is_over(reader):
+                    raise
+                await asyncio.sleep(RECONNECT_SECONDS)

@@ -1,0 +1,175 @@
+"""The prober: looks at processes beside the reconciler, and keeps what it saw last of each, with its age.
+
+A probe that hangs or fails delays no other one: its engine is "not known" once the last observation is too old.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from sage.llm.client.types import EngineKind, EngineState
+from sage.llm.control_plane.executors.base import Executor, Observed
+from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+
+logger = logging.getLogger(__name__)
+#: Between two probes of an engine: while it starts or stops, and in any other state.
+_FAST_SECONDS, _SLOW_SECONDS = 0.2, 1.0
+_TIMEOUT_SECONDS = 5.0
+#: Probes at once in each lane, so that servers that hang delay only others that hang.
+_MAX_PROBES = 64
+_CHANGING = (EngineState.STARTING, EngineState.STOPPING)
+
+
+@dataclass
+class _Target:
+    """An engine to probe, and what was seen of it last."""
+
+    engine: EngineRecord
+    server: ServerRecord
+    observed: Observed | None = None
+    observed_at_seconds: float = 0.0
+    due_seconds: float = 0.0
+    is_answering: bool = False  #: its last probe had an answer
+    trouble: str = ""
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def lane(self) -> str:
+        """Which other engines its probes wait for."""
+        if self.engine.state in _CHANGING:
+            return "changing"
+        return "answering" if self.is_answering else "silent"
+
+
+class Prober:
+    """Probes every engine that has a server."""
+
+    def __init__(
+        self,
+        executors: Mapping[EngineKind, Executor],
+        launcher: Launcher,
+        on_change: Callable[[], None],
+        timeout_seconds: float = _TIMEOUT_SECONDS,
+    ) -> None:
+        """on_change: called if an engine is seen to live, answer, end or die that did not before."""
+        self._executors, self._launcher, self._on_change = executors, launcher, on_change
+        self._timeout_seconds = timeout_seconds
+        self._targets: dict[str, _Target] = {}
+        self._lanes = {lane: asyncio.Semaphore(_MAX_PROBES) for lane in ("changing", "answering", "silent")}
+        self._looks: set[asyncio.Task[Mapping[str, ProcessObservation]]] = set()
+        self._changed = asyncio.Event()
+
+    def watch(self, engines: Iterable[EngineRecord], servers: Mapping[str, ServerRecord]) -> None:
+        """Set which engines are probed. What was seen of a server before it was launched anew does not count."""
+        targets = {}
+        for engine in engines:
+            if server := servers.get(engine.server_id or ""):
+                known = self._targets.get(engine.id)
+                if known is None or known.server != server:
+                    self._cancel(known)
+                    known = _Target(engine, server)
+                    self._changed.set()
+                elif known.engine.state is not engine.state:
+                    known.due_seconds = 0.0
+                    self._changed.set()
+                known.engine = engine
+                targets[engine.id] = known
+        for engine_id in self._targets.keys() - targets.keys():
+            self._cancel(self._targets[engine_id])
+        self._targets = targets
+
+    def observed(self) -> dict[str, Observed]:
+        """Return what was seen of each engine; those of which nothing was seen lately are missing."""
+        oldest_seconds = time.monotonic() - _SLOW_SECONDS - 2 * self._timeout_seconds
+        return {
+            engine_id: target.observed
+            for engine_id, target in self._targets.items()
+            if target.observed and target.observed_at_seconds >= oldest_seconds
+        }
+
+    def last(self, engine_id: str) -> Observed | None:
+        """Return what was seen last of an engine, however long ago."""
+        target = self._targets.get(engine_id)
+        return target.observed if target else None
+
+    def trouble(self, engine_id: str) -> str:
+        """Return why the last probe of an engine failed; empty if it did not."""
+        target = self._targets.get(engine_id)
+        return target.trouble if target else ""
+
+    async def run(self) -> None:
+        """Probe until cancelled."""
+        while True:
+            self._changed.clear()
+            now_seconds = time.monotonic()
+            due = [target for target in self._targets.values() if not target.task and target.due_seconds <= now_seconds]
+            if due:
+                self._begin(due)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _FAST_SECONDS)
+
+    async def close(self) -> None:
+        """Cancel all probes."""
+        tasks = [*self._looks, *(target.task for target in self._targets.values() if target.task)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, due: list[_Target]) -> None:
+        """Observe all processes that are due in one call of the launcher, then probe each by itself."""
+        look = asyncio.create_task(self._observe({target.server.handle for target in due}))
+        self._looks.add(look)
+        look.add_done_callback(self._looks.discard)
+        for target in due:
+            target.task = asyncio.create_task(self._probe(target, look))
+            target.task.add_done_callback(functools.partial(self._done, target))
+
+    async def _observe(self, handles: set[str]) -> Mapping[str, ProcessObservation]:
+        async with asyncio.timeout(self._timeout_seconds):
+            return await self._launcher.observe(handles)
+
+    async def _probe(self, target: _Target, look: asyncio.Task[Mapping[str, ProcessObservation]]) -> None:
+        engine, server = target.engine, target.server
+        try:
+            process = (await asyncio.shield(look)).get(server.handle)
+            if process is None:
+                raise OSError(f"the process of {server.id} cannot be observed")
+            async with self._lanes[target.lane], asyncio.timeout(self._timeout_seconds):
+                observed = await self._executors[engine.kind].probe(engine, server, process)
+        except Exception as error:  # noqa: BLE001 - logged, and tried again
+            self._fail(target, error)
+        else:
+            self._keep(target, observed)
+
+    def _keep(self, target: _Target, observed: Observed) -> None:
+        before, target.observed = target.observed, observed
+        target.observed_at_seconds, target.trouble = time.monotonic(), ""
+        target.is_answering = observed.ready
+        if before is None or _outline(before) != _outline(observed):
+            self._on_change()
+
+    def _fail(self, target: _Target, error: Exception) -> None:
+        """Keep the last observation, which grows old; log an error once for as long as it stays the same."""
+        target.is_answering = False
+        trouble = f"{type(error).__name__}: {error}"
+        if target.trouble != trouble:
+            target.trouble = trouble
+            logger.warning("%s cannot be observed, retrying", target.engine.id, exc_info=error)
+
+    def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
+        target.task = None
+        target.due_seconds = time.monotonic() + (_FAST_SECONDS if target.engine.state in _CHANGING else _SLOW_SECONDS)
+
+    @staticmethod
+    def _cancel(target: _Target | None) -> None:
+        if target and target.task:
+            target.task.cancel()
+
+
+def _outline(observed: Observed) -> tuple[object, ...]:
+    return observed.alive, observed.ready, observed.ended, observed.orphaned

@@ -1,0 +1,156 @@
+"""What can be read of engines, on the active control plane and on a standby: pages, logs, events, training steps."""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Mapping
+from pathlib import Path
+
+from sage.common.logs import LogFile, tail_lines
+from sage.common.settings import Settings
+from sage.common.training import TrainingStep
+from sage.llm.client.types import SETTLED, EngineEvent, EngineKind, EnginePage, EngineState, EngineView
+from sage.llm.control_plane.executors.base import Executor
+from sage.llm.control_plane.logfile import follow
+from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.reconciler import Reconciler
+from sage.llm.control_plane.refusals import other_node
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.store import Store
+from sage.llm.control_plane.views import Views
+
+_LIST_PAGE = 1000
+
+
+class EngineReads:
+    """The reading part of ControlPlaneManager, which sets these attributes."""
+
+    _settings: Settings
+    _node: str
+    _executors: Mapping[EngineKind, Executor]
+    _store: Store
+    _pool: Pool
+    _prober: Prober
+    _reconciler: Reconciler
+    _views: Views
+
+    async def page_engines(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        states: Collection[EngineState] | None = None,
+        kinds: Collection[EngineKind] | None = None,
+        newest_first: bool = False,
+    ) -> EnginePage:
+        """Return a page of the engines of all nodes, in the order of their creation; after: `last_id` of the page before."""
+        found, has_more = await self._pool.run(
+            self._store.page, limit=limit, after=after, states=states, kinds=kinds, newest_first=newest_first
+        )
+        servers = await self._servers(found)
+        views = await asyncio.to_thread(self._view_all, found, servers)
+        first_id, last_id = (views[0].id, views[-1].id) if views else (None, None)
+        return EnginePage(data=views, first_id=first_id, last_id=last_id, has_more=has_more)
+
+    async def list_engines(self) -> list[EngineView]:
+        """Return all engines, oldest first."""
+        views: list[EngineView] = []
+        after: str | None = None
+        while True:
+            page = await self.page_engines(limit=_LIST_PAGE, after=after)
+            views += page.data
+            if not page.has_more:
+                return views
+            after = page.last_id
+
+    async def list_active(self) -> list[EngineView]:
+        """Return the engines of this node that are not settled, oldest first."""
+        engines = await self._pool.run(self._store.active, self._node)
+        servers = await self._servers(engines)
+        return await asyncio.to_thread(self._view_all, engines, servers)
+
+    async def counts(self) -> Mapping[tuple[EngineKind, EngineState], int]:
+        """Return how many engines of each kind there are in each state."""
+        return await self._pool.run(self._store.count)
+
+    async def get_engine(self, engine_id: str) -> EngineView:
+        """Return an engine; raises NotFound."""
+        engine, server = await self._hosted(engine_id)
+        return await self._view(engine, server)
+
+    async def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
+        """Return the last lines of an engine's log."""
+        return await asyncio.to_thread(tail_lines, await self._log_path(engine_id), tail)
+
+    async def follow_logs(self, engine_id: str, offset: int) -> AsyncIterator[bytes]:
+        """Yield an engine's log from a byte on, and what is added, until the engine is settled."""
+
+        async def has_ended() -> bool:
+            return (await self._pool.run(self._store.get, engine_id)).state in SETTLED
+
+        async for chunk in follow(await self._log_path(engine_id), offset, has_ended):
+            yield chunk
+
+    async def log_offset(self, engine_id: str, tail: int, offset: int | None = None) -> int:
+        """Return the byte of an engine's log at which its last `tail` lines begin, or `offset` if the log has that byte.
+
+        An offset beyond the end means the end, and one of what was cut off means the first byte that is still there.
+        """
+        log = LogFile(await self._log_path(engine_id))
+        if offset is None:
+            return await asyncio.to_thread(log.tail_offset, tail)
+        start, end = await asyncio.to_thread(log.range)
+        return min(max(offset, start), end)
+
+    async def get_events(self, engine_id: str, after: int = 0) -> list[EngineEvent]:
+        """Return an engine's events with ids above `after`, oldest first; raises NotFound."""
+        await self._pool.run(self._store.get, engine_id)
+        return await self._pool.run(self._store.events, after, limit=_LIST_PAGE, engine_id=engine_id)
+
+    async def changes(self, after: int, limit: int) -> list[EngineEvent]:
+        """Return events of all engines with ids above `after`, oldest first."""
+        return await self._pool.run(self._store.events, after, limit=limit)
+
+    async def get_training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
+        """Return the optimizer steps of a run behind step `after`, downsampled to `max_points`."""
+        engine, _ = await self._local(engine_id)
+        return await self._executors[engine.kind].training_steps(engine, after, max_points)
+
+    async def _hosted(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
+        """Return an engine with its server; raises NotFound."""
+        found = await self._pool.run(self._store.hosted, [engine_id])
+        return found[0] if found else (await self._pool.run(self._store.get, engine_id), None)
+
+    async def _local(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
+        """Return an engine of this node with its server; raises NotFound or Conflict."""
+        engine, server = await self._hosted(engine_id)
+        if engine.node != self._node:
+            raise other_node(engine)
+        return engine, server
+
+    async def _servers(self, engines: Collection[EngineRecord]) -> Mapping[str, ServerRecord]:
+        """Return the servers of engines by id."""
+        ids = [engine.id for engine in engines if engine.state not in SETTLED]
+        found = await self._pool.run(self._store.hosted, ids) if ids else []
+        return {server.id: server for _, server in found if server}
+
+    async def _log_path(self, engine_id: str) -> Path:
+        engine, _ = await self._local(engine_id)
+        return self._executors[engine.kind].log_path(engine)
+
+    def _view_all(self, engines: Collection[EngineRecord], servers: Mapping[str, ServerRecord]) -> list[EngineView]:
+        return [self._blocking_view(engine, servers.get(engine.server_id or "")) for engine in engines]
+
+    async def _view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
+        return await asyncio.to_thread(self._blocking_view, engine, server)
+
+    def _blocking_view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
+        if engine.state in SETTLED:
+            return self._views.view(engine, None, None)
+        silent_seconds = 0.0 if self.is_responsive(engine.id) else self._reconciler.silent_seconds(engine.id)
+        return self._views.view(
+            engine, server, self._prober.last(engine.id), self._prober.trouble(engine.id), silent_seconds
+        )
+
+    def is_responsive(self, engine_id: str) -> bool:
+        """Return whether an engine has answered its health checks lately."""
+        return self._reconciler.silent_seconds(engine_id) < self._settings.engine_unresponsive_seconds

@@ -1,0 +1,172 @@
+"""The runner: carries actions out, a bounded number at once, one an engine at a time, each guarded by itself."""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sage.common.errors import SageError
+from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
+from sage.llm.control_plane.executors.base import Executor, Observed
+from sage.llm.control_plane.launchers.base import Launcher, Signal
+from sage.llm.control_plane.plan import Action, Launch, SendSignal, Transition, Validate
+from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.routing import RoutingTable
+from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
+from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
+from sage.llm.control_plane.validation import Validator
+
+logger = logging.getLogger(__name__)
+_ACTOR = "reconciler"
+_MAX_ACTIONS = 16
+#: Actions under way have this long to be written down before the control plane is closed.
+_CLOSE_SECONDS = 10.0
+
+
+class Runner:
+    """Acts on the world and writes it down. Nothing is done or written unless the lease is held."""
+
+    def __init__(
+        self,
+        store: Store,
+        pool: Pool,
+        executors: Mapping[EngineKind, Executor],
+        launcher: Launcher,
+        routing: RoutingTable,
+        lease: Callable[[], Lease | None],
+        on_done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """pool: for calls of the store; on_done: called after each action that changed something."""
+        self._store, self._pool, self._executors, self._launcher = store, pool, executors, launcher
+        self._routing, self._lease, self._on_done = routing, lease, on_done
+        self.validator = Validator(executors, on_done)
+        #: Engines that failed and are to be queued again; in memory until that is written.
+        self.restarting: dict[str, EngineRecord] = {}
+        self.signalled: set[str] = set()  #: engines that were sent the signal to stop, until the reconciler takes note
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(_MAX_ACTIONS)
+        self._troubles: dict[str, str] = {}
+
+    def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
+        """Begin an action, unless one of its engine is under way; observed, server: of the engine."""
+        engine = action.engine
+        if isinstance(action, Validate):
+            self.validator.begin(engine)
+        elif engine.id not in self._tasks:
+            task = asyncio.create_task(self._guarded(action, observed, server))
+            self._tasks[engine.id] = task
+            task.add_done_callback(functools.partial(self._done, engine.id))
+
+    async def idle(self, timeout_seconds: float | None = _CLOSE_SECONDS) -> None:
+        """Wait for the actions under way."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=timeout_seconds)
+
+    async def close(self) -> None:
+        """Wait for the actions under way; validations are given up."""
+        await self.idle()
+        await self.validator.close()
+
+    def forget_all_but(self, active: set[str]) -> None:
+        """Drop what is remembered of other engines than these."""
+        for engine_id in self._troubles.keys() - active:
+            del self._troubles[engine_id]
+
+    async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
+        engine_id = action.engine.id
+        try:
+            async with self._slots:
+                await self._act(action, observed, server)
+        except StaleWrite:
+            self.restarting.pop(engine_id, None)
+            logger.debug("%s was written by another process; the next plan starts from that", engine_id)
+        except Exception as error:
+            if self._troubles.get(engine_id) != repr(error):  # once for as long as it stays the same
+                self._troubles[engine_id] = repr(error)
+                logger.warning("%s: an action failed, retrying", engine_id, exc_info=error)
+        else:
+            self._troubles.pop(engine_id, None)
+            self._on_done()
+
+    async def _act(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
+        match action:
+            case Launch(engine, planned):
+                await self._launch(engine, planned)
+            case SendSignal(engine, target, signal):
+                self._held_lease()
+                await self._launcher.signal(target.handle, signal)
+                if signal is Signal.STOP:
+                    self.signalled.add(engine.id)
+            case Transition(engine, state, reason, restarts):
+                await self._transition(engine, state, reason, server, observed, restarts)
+
+    async def _launch(self, engine: EngineRecord, server: ServerRecord | None) -> None:
+        """Write the plan of a server, start its process, and write its address; adopt the process if it exists."""
+        executor = self._executors[engine.kind]
+        if server is None:
+            server = executor.plan_server(engine)
+            engine = await self._write(engine, EngineState.STARTING, put_server=server, server_id=server.id)
+            self._routing.apply(engine, server)
+        process = (await self._launcher.observe([server.handle])).get(server.handle)
+        if process is None:
+            raise OSError(f"the process of {server.id} cannot be observed")
+        if process.leftovers:
+            await self._launcher.signal(server.handle, Signal.KILL)
+            raise OSError(f"processes of {server.id} of before were still running, and were killed")
+        address = process.address
+        if not process.alive:
+            self._held_lease()
+            try:
+                spec = await asyncio.to_thread(executor.spec, engine, server)
+                address = await self._launcher.launch(spec)
+            except (SageError, OSError) as error:
+                await self._transition(engine, EngineState.FAILED, _reason(error), server)
+                return
+        launched = functools.partial(self._store.update_server, server, lease=self._held_lease())
+        server = await self._pool.run(launched, state=ServerState.LAUNCHED, address=address)
+        self._routing.apply(engine, server)
+
+    async def _transition(
+        self,
+        engine: EngineRecord,
+        state: EngineState,
+        reason: Reason | None,
+        server: ServerRecord | None,
+        observed: Observed | None = None,
+        restarts: int | None = None,
+    ) -> None:
+        values: dict[str, Any] = {}
+        if state in SETTLED:
+            values = {"drop_server": server.id if server else None}
+            if observed and observed.training:
+                values["figures"] = observed.training.model_dump(mode="json")
+            if restarts is not None:
+                values["restarts"] = restarts
+        engine = await self._write(engine, state, reason=reason, **values)
+        self._routing.apply(engine, None if state in SETTLED else server)
+        self.restarting.pop(engine.id, None)
+        if restarts is not None:
+            self.restarting[engine.id] = engine
+
+    async def _write(self, engine: EngineRecord, state: EngineState, **values: Any) -> EngineRecord:
+        write = functools.partial(self._store.transition, engine, state, actor=_ACTOR, lease=self._held_lease())
+        written = await self._pool.run(write, **values)
+        reason = values.get("reason")
+        logger.info("%s: %s → %s%s", engine.id, engine.state, state, f": {reason.message}" if reason else "")
+        return written
+
+    def _held_lease(self) -> Lease:
+        lease = self._lease()
+        if lease is None:
+            raise LeaseLost("the lease is not held")
+        return lease
+
+    def _done(self, engine_id: str, _: asyncio.Task[None]) -> None:
+        self._tasks.pop(engine_id, None)
+
+
+def _reason(error: SageError | OSError) -> Reason:
+    if isinstance(error, SageError):
+        return Reason(code=error.code, message=error.message, hint=error.hint)
+    return Reason(code="launch_failed", message=f"The engine could not be started: {error}.")

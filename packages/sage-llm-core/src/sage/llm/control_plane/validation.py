@@ -1,0 +1,67 @@
+"""Validation: what takes long is checked outside of requests, in threads and event loops of its own."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Mapping
+
+from sage.common.errors import SageError
+from sage.llm.client.types import EngineKind, Reason
+from sage.llm.control_plane.executors.base import Executor
+from sage.llm.control_plane.plan import Validation
+from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.store.records import EngineRecord
+
+logger = logging.getLogger(__name__)
+#: Of one kind at once: hashing large datasets delays no engine of another kind.
+_MAX_VALIDATIONS = 2
+
+
+class Validator:
+    """Validates engines and keeps the results until they are written."""
+
+    def __init__(self, executors: Mapping[EngineKind, Executor], on_done: Callable[[], None]) -> None:
+        """on_done: called after each validation."""
+        self._executors, self._on_done = executors, on_done
+        self._pools = {kind: Pool(f"validate-{kind}", _MAX_VALIDATIONS) for kind in executors}
+        self._tasks: dict[str, asyncio.Task[Reason | None]] = {}
+
+    def begin(self, engine: EngineRecord) -> None:
+        """Begin to validate an engine, unless that is under way."""
+        if engine.id not in self._tasks:
+            self._tasks[engine.id] = task = asyncio.create_task(self._validate(engine))
+            task.add_done_callback(lambda _: self._on_done())
+
+    def is_running(self, engine_id: str) -> bool:
+        """Return whether files of the engine may still be written."""
+        task = self._tasks.get(engine_id)
+        return task is not None and not task.done()
+
+    def results(self, engines: Collection[str]) -> dict[str, Validation]:
+        """Return where the validations of these engines are; the results of all others are forgotten."""
+        for engine_id in self._tasks.keys() - set(engines):
+            if self._tasks[engine_id].done():
+                del self._tasks[engine_id]
+        return {
+            engine_id: Validation(task.done(), task.result() if task.done() else None)
+            for engine_id, task in self._tasks.items()
+        }
+
+    async def close(self) -> None:
+        """Give up what is under way; the next control plane validates again."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        for pool in self._pools.values():
+            pool.close()
+
+    async def _validate(self, engine: EngineRecord) -> Reason | None:
+        """Return why an engine cannot be started, or None."""
+        try:
+            # In an event loop of its own: the threads that the executor uses there are used by nobody else.
+            await self._pools[engine.kind].run(asyncio.run, self._executors[engine.kind].validate(engine))
+        except SageError as error:
+            return Reason(code=error.code, message=error.message, hint=error.hint)
+        except Exception as error:
+            logger.warning("%s cannot be validated", engine.id, exc_info=error)
+            return Reason(code="validation_failed", message=f"The engine cannot be checked: {error}.")
+        return None

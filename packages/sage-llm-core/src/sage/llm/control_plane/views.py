@@ -1,0 +1,106 @@
+"""From what the store and the prober know of an engine to what a user sees."""
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from sage.llm.client.types import SETTLED, EngineKind, EngineView, Reason
+from sage.llm.control_plane.executors.base import Executor, Observed
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+
+logger = logging.getLogger(__name__)
+#: Settled engines whose figures are not in the store (of older versions) and were read from their files.
+_MAX_READ = 10_000
+
+
+class Views:
+    """Makes views. Blocks only for settled engines of older versions, whose files are read once."""
+
+    def __init__(self, node: str, executors: Mapping[EngineKind, Executor]) -> None:
+        self._node, self._executors = node, executors
+        self._read = lru_cache(_MAX_READ)(self._read_fields)
+
+    def view(
+        self,
+        engine: EngineRecord,
+        server: ServerRecord | None,
+        observed: Observed | None,
+        trouble: str = "",
+        silent_seconds: float = 0.0,
+    ) -> EngineView:
+        """Return the view of an engine.
+
+        trouble: why it cannot be observed; silent_seconds: how long it has not answered, 0 if that is not to be reported.
+        """
+        is_local, is_settled = engine.node == self._node, engine.state in SETTLED
+        address = server.address if server and not is_settled else None
+        fields: dict[str, Any] = {"reason": engine.reason}
+        if is_local:
+            fields |= self._fields(engine, observed)
+        if observed:
+            if observed.process:
+                fields |= {"pid": observed.process.pid, "memory_bytes": observed.process.memory_bytes}
+            if observed.alive and observed.reason:  # its process is alive, and its files cannot be read
+                fields["reason"] = observed.reason
+        if trouble:
+            fields["reason"] = Reason(code="engine_unreadable", message=f"The engine cannot be observed: {trouble}.")
+        if silent_seconds:
+            fields["reason"] = _unresponsive(engine, silent_seconds)
+        return EngineView(
+            id=engine.id,
+            kind=engine.kind,
+            model=engine.model,
+            name=engine.name,
+            backend=engine.backend,
+            state=engine.state,
+            desired=engine.desired,
+            restart_policy=engine.restart_policy,
+            restarts=engine.restarts,
+            node=engine.node,
+            server_id=engine.server_id if not is_settled else None,
+            address=address,
+            port=int(address.rpartition(":")[2]) if address else None,
+            created_at=engine.created_at,
+            state_at=engine.state_at,
+            metadata=dict(engine.metadata),
+            log_path=str(self._executors[engine.kind].log_path(engine)) if is_local else "",
+            **fields,
+        )
+
+    def _fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
+        """Return the fields that only the executor knows; a reason in their place if they cannot be read."""
+        try:
+            if engine.state in SETTLED and engine.figures is None:
+                return self._read(_Key(engine))
+            return self._executors[engine.kind].view_fields(engine, observed)
+        except Exception as error:
+            logger.debug("%s cannot be described", engine.id, exc_info=error)
+            message = f"The engine's files cannot be read: {type(error).__name__}: {error}."
+            return {"reason": engine.reason or Reason(code="engine_unreadable", message=message)}
+
+    def _read_fields(self, key: "_Key") -> Mapping[str, Any]:
+        return self._executors[key.engine.kind].view_fields(key.engine, None)
+
+
+class _Key:
+    """An engine at one of its versions, as a key of the cache."""
+
+    def __init__(self, engine: EngineRecord) -> None:
+        self.engine = engine
+
+    def __hash__(self) -> int:
+        return hash((self.engine.id, self.engine.version))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Key):
+            return NotImplemented
+        return (self.engine.id, self.engine.version) == (other.engine.id, other.engine.version)
+
+
+def _unresponsive(engine: EngineRecord, silent_seconds: float) -> Reason:
+    return Reason(
+        code="engine_unresponsive",
+        message=f"It has not answered for {silent_seconds:.0f} s; requests to it are refused until it does.",
+        hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume`.",
+    )

@@ -1,0 +1,57 @@
+"""Events of engines as server-sent events."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+from fastapi.responses import StreamingResponse
+
+from sage.common.errors import NotFound
+from sage.llm.client.types import SETTLED, EngineEvent
+from sage.llm.control_plane.manager import ControlPlaneManager
+
+_POLL_SECONDS = 0.3
+_EVENTS_AT_ONCE = 500
+T = TypeVar("T")
+
+
+class EventStream(StreamingResponse):
+    """An answer of server-sent events."""
+
+    media_type = "text/event-stream"
+
+
+async def all_changes(manager: ControlPlaneManager, cursor: int) -> AsyncIterator[str]:
+    """Yield the events of all engines after a cursor, and each further one; never ends."""
+    while True:
+        events = await manager.changes(cursor, _EVENTS_AT_ONCE)
+        for event in events:
+            yield _sse(event)
+            cursor = event.id
+        if len(events) < _EVENTS_AT_ONCE:
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follow: bool) -> AsyncIterator[str]:
+    """Yield the past events of an engine; with `follow`, also each further one until it has settled."""
+    cursor = 0
+    while True:
+        has_ended = (await manager.get_engine(engine_id)).state in SETTLED  # read first, so that its last event is sent
+        for event in await manager.get_events(engine_id, cursor):
+            cursor = event.id
+            yield _sse(event)
+        if has_ended or not follow:
+            return
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def until_removed(pieces: AsyncIterator[T]) -> AsyncIterator[T]:
+    """Yield the pieces of a stream; it ends if its engine is removed."""
+    with contextlib.suppress(NotFound):
+        async for piece in pieces:
+            yield piece
+
+
+def _sse(event: EngineEvent) -> str:
+    return f"id: {event.id}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n"

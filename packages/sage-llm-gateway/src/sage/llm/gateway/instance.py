@@ -1,0 +1,59 @@
+"""One gateway per state folder: its lock, and the file in which the command line finds the active one."""
+
+import asyncio
+import json
+import logging
+import os
+
+from sage.common.errors import Conflict
+from sage.common.files import replace_file
+from sage.common.paths import get_user_paths
+from sage.common.processes import LOCK_FD_VARIABLE, holder, try_lock, write_identity
+from sage.common.settings import Settings
+from sage.llm.control_plane.manager import ControlPlaneManager
+from sage.llm.gateway.access import key_of
+
+logger = logging.getLogger(__name__)
+_STANDBY_SECONDS = 1.0
+
+
+def take_lock() -> None:
+    """Take this user's gateway lock and keep it until the process exits. Raises Conflict if a gateway is running."""
+    if LOCK_FD_VARIABLE in os.environ:  # inherited, and already held
+        return
+    if not _try_lock():
+        process = holder(get_user_paths().state_dir / "gateway.lock")
+        raise Conflict(
+            code="gateway_running",
+            message=f"A gateway is already running (PID {process.pid if process and process.pid else 'unknown'}).",
+            hint="`sage gateway status` shows it, `sage gateway stop` ends it; `--standby` starts a second one beside it.",
+        )
+
+
+def publish_address(settings: Settings) -> None:
+    """Write address and key where only this user can read them: the command line uses this gateway from now on."""
+    address = {"pid": os.getpid(), "url": settings.gateway_url, "api_key": key_of(settings)}
+    replace_file(get_user_paths().state_dir / "gateway.json", json.dumps(address).encode(), 0o600)
+
+
+async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:
+    """Publish the address whenever this gateway becomes the active one; a standby also takes the lock once it is free."""
+    has_lock, was_active = not standby, not standby
+    while True:
+        is_active = manager.role == "active"
+        try:
+            has_lock = has_lock or await asyncio.to_thread(_try_lock)
+            if is_active and not was_active:
+                publish_address(settings)
+                logger.info("this gateway is the active one now")
+            was_active = is_active
+        except OSError as error:
+            logger.warning("the takeover is not published, retrying: %s", error)
+        await asyncio.sleep(_STANDBY_SECONDS)
+
+
+def _try_lock() -> bool:
+    descriptor = try_lock(get_user_paths().state_dir / "gateway.lock")
+    if descriptor is not None:
+        write_identity(descriptor)
+    return descriptor is not None
