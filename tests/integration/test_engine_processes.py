@@ -17,11 +17,15 @@ import pytest
 from pydantic import BaseModel
 from support import free_port
 
-from sage.common.errors import Conflict, NotFound, Overloaded
+from sage.common.errors import Conflict, NotFound, Overloaded, SageError
 from sage.common.identity import session_members
 from sage.common.settings import load_settings
-from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView, StartRequest
+from sage.libs.models.resolve import ModelSource
+from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView, RestartPolicy, StartRequest
+from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.backends.transformers import TransformersBackend
 from sage.llm.control_plane.executors import inference_executor
+from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, ProcessObservation
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.manager import ControlPlaneManager
 
@@ -60,17 +64,19 @@ class Options(BaseModel):
     says: str = ""
 
 
-class StubBackend:
+class StubBackend(TransformersBackend):
     options: ClassVar[type[BaseModel]] = Options
-    health_path: ClassVar[str] = "/health"
 
-    def argv(self, model: str, port: int, descriptor: int, options: Options) -> tuple[str, ...]:
-        return (sys.executable, "-S", "-c", SERVER, options.model_dump_json(), str(descriptor))
+    def argv(self, model: str, options: Any) -> tuple[str, ...]:
+        return (sys.executable, "-S", "-c", SERVER, options.model_dump_json(), DESCRIPTOR_ARGUMENT)
+
+    def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
+        return None
 
 
 @pytest.fixture
 def model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(inference_executor.BACKENDS, EngineKind.LLM, StubBackend())  # type: ignore[arg-type]
+    monkeypatch.setitem(registry.BACKENDS, "transformers", StubBackend())
     for name, value in (("RECONCILE", 0.02), ("STOP", 0.5)):
         monkeypatch.setenv(f"SAGE_{name}_SECONDS", str(value))
     monkeypatch.setattr(inference_executor, "_HEALTH_SECONDS", 0.2)
@@ -133,7 +139,9 @@ def test_a_port_that_another_program_has_is_refused_at_once(model: str) -> None:
 def test_no_other_program_gets_an_engine_s_port_while_it_loads(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         engine = await start(manager, model, port=free_port(), answers=False)
-        view = await until(manager, engine.id, S.STARTING)
+        await until(manager, engine.id, S.STARTING)
+        while (view := await manager.get_engine(engine.id)).port is None:
+            await asyncio.sleep(0.01)
         with socket.socket() as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with pytest.raises(OSError, match="Address already in use"):
@@ -145,10 +153,11 @@ def test_no_other_program_gets_an_engine_s_port_while_it_loads(model: str) -> No
 def test_the_answer_of_another_engine_or_program_does_not_make_an_engine_ready(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         engine = await started(manager, model)
-        record = await manager.find_engine(engine.id, EngineKind.LLM)
-        executor: Any = manager._executors[EngineKind.LLM]
-        assert await executor._answers(record)
-        assert not await executor._answers(dataclasses.replace(record, id="engine-other"))
+        record = manager._store.get(engine.id)
+        (server,) = manager._store.servers(record.node)
+        executor, alive = manager._executors[EngineKind.LLM], ProcessObservation(alive=True)
+        assert (await executor.probe(record, server, alive)).ready
+        assert not (await executor.probe(record, dataclasses.replace(server, id="server-other"), alive)).ready
 
     run(test)
 
@@ -157,11 +166,11 @@ def test_the_running_version_serves_until_the_new_one_runs_and_if_that_fails(mod
     async def test(manager: ControlPlaneManager) -> None:
         old = await started(manager, model, "words")
         failing = await start(manager, model, "words", exits=1)
-        assert (await manager.find_engine("words", EngineKind.LLM)).id == old.id
+        assert manager.find("words", EngineKind.LLM).engine_id == old.id
         await until(manager, failing.id, S.FAILED)
-        assert (await manager.find_engine("words", EngineKind.LLM)).id == old.id
+        assert manager.find("words", EngineKind.LLM).engine_id == old.id
         new = await started(manager, model, "words")
-        assert (await manager.find_engine("words", EngineKind.LLM)).id == new.id
+        assert manager.find("words", EngineKind.LLM).engine_id == new.id
 
     run(test)
 
@@ -228,7 +237,7 @@ def test_a_start_that_takes_too_long_is_failed_when_its_process_is_dead(model: s
         assert failed.reason.code == "start_timeout"
         assert failed.pid is None
         with pytest.raises(NotFound):
-            await manager.find_engine(engine.id, EngineKind.LLM)
+            manager.find(engine.id, EngineKind.LLM)
 
     run(test)
 
@@ -262,7 +271,7 @@ def test_a_step_of_the_clock_changes_nothing(model: str, monkeypatch: pytest.Mon
         (before,) = await manager.list_engines()
         assert before.state is S.RUNNING
         after = await started(manager, model, "e")
-        assert (await manager.find_engine("e", EngineKind.LLM)).id == after.id
+        assert manager.find("e", EngineKind.LLM).engine_id == after.id
         assert [engine.id for engine in await manager.list_engines()] == [before.id, after.id]
         for engine in (before, after):
             await manager.stop_engine(engine.id)
@@ -272,8 +281,7 @@ def test_a_step_of_the_clock_changes_nothing(model: str, monkeypatch: pytest.Mon
         await started(manager, model, "e")
         boot_time = psutil._pslinux.boot_time
         monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time() + step_seconds)
-        for module in ("manager", "store.store"):
-            monkeypatch.setattr(f"sage.llm.control_plane.{module}.datetime", Stepped)
+        monkeypatch.setattr("sage.llm.control_plane.manager.datetime", Stepped)
 
     run(begin)
     run(go_on)
@@ -296,11 +304,11 @@ def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back
         assert view.reason.code == "engine_unresponsive"
         assert "has not answered for" in view.reason.message
         with pytest.raises(Overloaded, match="does not respond"):
-            await manager.find_engine("e", EngineKind.LLM)
+            manager.find("e", EngineKind.LLM)
         os.kill(engine.pid, signal.SIGCONT)
         while not manager.is_responsive(engine.id):
             await asyncio.sleep(0.02)
-        assert (await manager.find_engine("e", EngineKind.LLM)).id == engine.id
+        assert manager.find("e", EngineKind.LLM).engine_id == engine.id
         assert (await manager.get_engine(engine.id)).reason is None
         os.kill(engine.pid, signal.SIGSTOP)
         await manager.stop_engine(engine.id)
@@ -309,24 +317,25 @@ def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back
     run(test)
 
 
-def test_one_engine_whose_files_cannot_be_read_is_listed_with_the_others(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_cannot_be_observed_is_listed_with_the_others(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         first, second = await started(manager, model, "a"), await started(manager, model, "b")
-        process = LocalLauncher.observe
+        observe = LocalLauncher.observe
 
-        def unreadable(self: LocalLauncher, path: Path) -> Any:
-            if first.id in str(path):
-                raise OSError(116, "Stale file handle")
-            return process(self, path)
+        async def without_first(self: LocalLauncher, handles: Any) -> Any:
+            found = await observe(self, handles)
+            return {handle: process for handle, process in found.items() if first.id not in handle}
 
-        monkeypatch.setattr(LocalLauncher, "observe", unreadable)
+        monkeypatch.setattr(LocalLauncher, "observe", without_first)
+        deadline = time.monotonic() + 60
+        while (await manager.get_engine(first.id)).reason is None:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
         views = {view.id: view for view in await manager.list_engines()}
         assert (views[first.id].state, views[second.id].reason) == (S.RUNNING, None)
         reason = views[first.id].reason
         assert reason is not None
-        assert "Stale file handle" in reason.message
+        assert "cannot be observed" in reason.message
 
     run(test)
 
@@ -360,7 +369,7 @@ def test_a_long_log_is_cut_and_its_offsets_stay_right(model: str, monkeypatch: p
         lines = b"".join(b"line %d\n" % i for i in range(200_000))
         with log.open("ab") as file:
             file.write(lines)
-        while log.stat().st_size:
+        while log.stat().st_size or not list(log.parent.glob("engine.log.*")):
             await asyncio.sleep(0.02)
         assert await manager.get_logs(engine.id, 2) == ["line 199998", "line 199999"]
         end = len(before) + len(lines)
@@ -368,5 +377,80 @@ def test_a_long_log_is_cut_and_its_offsets_stay_right(model: str, monkeypatch: p
         assert await manager.log_offset(engine.id, 1) == end - len(b"line 199999\n")
         assert await manager.log_offset(engine.id, 100, 5) == end - 500_000  # the first byte that is still there
         assert sum(path.stat().st_size for path in log.parent.glob("engine.log*")) == 500_000
+
+    run(test)
+
+
+def test_a_hung_server_is_killed_and_restarted_if_its_policy_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_ENGINE_UNRESPONSIVE_SECONDS", "0.5")
+
+    async def test(manager: ControlPlaneManager) -> None:
+        request = StartRequest(model=model, restart_policy=RestartPolicy.ON_FAILURE)
+        engine = await until(manager, (await manager.start_engine(request)).id, S.RUNNING)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)
+        while (view := await manager.get_engine(engine.id)).restarts == 0:
+            await asyncio.sleep(0.02)
+        while view.state is not S.RUNNING:
+            await asyncio.sleep(0.02)
+            view = await manager.get_engine(engine.id)
+        assert view.pid != engine.pid
+        reasons = [event.reason for event in await manager.get_events(engine.id) if event.after is S.FAILED]
+        assert len(reasons) == 1
+        assert "did not answer for" in reasons[0]
+
+    run(test)
+
+
+def test_a_standby_serves_reads_and_inference_refuses_writes_and_takes_over(model: str) -> None:
+    async def test(active: ControlPlaneManager) -> None:
+        standby = ControlPlaneManager(load_settings(), standby=True)
+        await standby.open()
+        try:
+            engine = await started(active, model, "e")
+            assert (active.role, standby.role) == ("active", "standby")
+            upstream = await standby.running("e", EngineKind.LLM, wait_seconds=30)
+            assert (upstream.engine_id, upstream.address) == (engine.id, engine.address)
+            assert [view.state for view in await standby.list_engines()] == [S.RUNNING]
+            for write in (standby.stop_engine, standby.resume_engine, standby.remove_engine, standby.pause_engine):
+                with pytest.raises(Overloaded, match="is standby; http") as caught:
+                    await write(engine.id)
+                assert caught.value.code == "standby"
+            await active.close()
+            while standby.role == "standby":
+                await asyncio.sleep(0.02)
+            await standby.stop_engine(engine.id)
+            assert (await until(standby, engine.id, S.STOPPED)).pid is None
+        finally:
+            await standby.close()
+
+    run(test)
+
+
+def test_a_request_waits_for_a_starting_engine_and_learns_why_it_failed(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await start(manager, model, "e")
+        upstream = await manager.running("e", EngineKind.LLM, wait_seconds=30)
+        assert upstream.engine_id == engine.id
+        assert [route.engine_id for route in manager.served()] == [engine.id]
+        await start(manager, model, "f", exits=3, says="No model here.")
+        with pytest.raises(Overloaded, match="No model here"):
+            await manager.running("f", EngineKind.LLM, wait_seconds=30)
+        await start(manager, model, "g", answers=False)
+        with pytest.raises(Overloaded, match="is still"):
+            await manager.running("g", EngineKind.LLM, wait_seconds=0.1)
+
+    run(test)
+
+
+def test_pause_is_refused_as_not_implemented_and_counts_need_no_list(model: str) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        engine = await started(manager, model)
+        with pytest.raises(SageError) as caught:
+            await manager.pause_engine(engine.id)
+        assert (caught.value.code, caught.value.http_status) == ("not_implemented", 501)
+        assert await manager.counts() == {(EngineKind.LLM, S.RUNNING): 1}
+        page = await manager.page_engines(limit=1, states=[S.RUNNING])
+        assert ([view.id for view in page.data], page.last_id, page.has_more) == ([engine.id], engine.id, False)
 
     run(test)

@@ -1,36 +1,44 @@
-"""The engines' figures under Prometheus names, read anew at every scrape."""
+"""Figures of engines and devices under Prometheus names, made anew at every scrape."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from sage.llm.client.types import Device, EngineState, EngineView
+from sage.common.training import FIGURES
+from sage.llm.client.types import Device, EngineKind, EngineState, EngineView
 
 _LABELS = ("engine", "kind", "model")
 #: Name, documentation, field of TrainingProgress.
 _TRAINING = (
     ("sage_training_progress_ratio", "Share of the optimizer steps that is done.", "progress"),
     ("sage_training_step", "Optimizer steps done.", "step"),
-    ("sage_training_loss", "Loss of the last step in nats per token.", "loss"),
-    ("sage_training_heldout_loss", "Held-out loss at the end in nats per token.", "heldout_loss"),
-    ("sage_training_tokens_per_second", "Tokens computed a second.", "tokens_per_second"),
+    ("sage_training_heldout_loss", "Newest held-out loss, nats per token.", "heldout_loss"),
     ("sage_training_eta_seconds", "Seconds until the run is completed.", "eta_seconds"),
+    *((f"sage_training_{figure.name}", figure.description, figure.name) for figure in FIGURES),
 )
 
 
-def engine_metrics(engines: list[EngineView], devices: Iterable[Device]) -> Iterator[Metric]:
-    """Yield the metrics of engines and devices."""
-    state = GaugeMetricFamily("sage_engine_state", "1 for the state that an engine is in.", labels=(*_LABELS, "state"))
-    memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that an engine's processes hold.", labels=_LABELS)
-    for engine in engines:
+def engine_metrics(
+    counts: Mapping[tuple[EngineKind, EngineState], int], active: list[EngineView], devices: Iterable[Device]
+) -> Iterator[Metric]:
+    """Yield the metrics of engines and devices.
+
+    counts: of all engines; active: those that are not settled, which alone have metrics of their own.
+    """
+    number = GaugeMetricFamily("sage_engines", "Engines of a kind in a state.", labels=("kind", "state"))
+    for kind in EngineKind:
         for candidate in EngineState:
-            state.add_metric([*_labels(engine), candidate], float(engine.state is candidate))
+            number.add_metric([kind, candidate], counts.get((kind, candidate), 0))
+    state = GaugeMetricFamily("sage_engine_state", "1 for the state of an active engine.", labels=(*_LABELS, "state"))
+    memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that an engine's processes hold.", labels=_LABELS)
+    for engine in active:
+        state.add_metric([*_labels(engine), engine.state], 1)
         if engine.memory_bytes is not None:
             memory.add_metric(_labels(engine), engine.memory_bytes)
-    yield from (state, memory)
+    yield from (number, state, memory)
     for name, documentation, field in _TRAINING:
         family = GaugeMetricFamily(name, documentation, labels=_LABELS)
-        for engine in engines:
+        for engine in active:
             value = getattr(engine.training, field) if engine.training else None
             if value is not None:
                 family.add_metric(_labels(engine), value)

@@ -102,13 +102,13 @@ class FinetuneExecutor:
         await self.discard(engine.id)
 
     def _prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        model = resolve_model(request.model)
-        backend = registry.resolve(request.backend, request.engine_kind, model)
         config = validated(FinetuneConfig, self._absolute(request.options) | {"base_model": request.model})
         for source in config.sources:
             self._datasets.resolve(str(source.path))
         if config.eval_path:
             self._datasets.resolve(config.eval_path)
+        model = resolve_model(request.model)
+        backend = registry.resolve(request.backend, request.engine_kind, model)
         check_claim(Path(config.output_dir), task_id_of(engine_id))
         return Prepared(backend.name, config.model_dump(mode="json"), backend.memory_bytes(model, config))
 
