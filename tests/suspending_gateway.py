@@ -4,6 +4,7 @@ POINT names where: `add` and `transition`, before a transaction that begins with
 behind the check of the lease; `never`. Each of them concerns the second engine that is created.
 """
 
+import inspect
 import itertools
 import os
 import signal
@@ -33,15 +34,16 @@ _POINTS: dict[str, tuple[str, Callable[..., bool]]] = {
 
 def _suspend_once(point: str) -> None:
     name, is_meant = _POINTS[point]
-    original: Callable[..., Any] = getattr(Store, name)
+    original: Any = inspect.getattr_static(Store, name)
+    is_static = isinstance(original, staticmethod)
 
-    def suspending(store: Store, *arguments: Any, **values: Any) -> Any:
-        if is_meant(*arguments, **values):
+    def suspending(*arguments: Any, **values: Any) -> Any:
+        if is_meant(*(arguments if is_static else arguments[1:]), **values):
             setattr(Store, name, original)
             os.kill(os.getpid(), signal.SIGSTOP)
-        return original(store, *arguments, **values)
+        return original(*arguments, **values)
 
-    setattr(Store, name, suspending)
+    setattr(Store, name, staticmethod(suspending) if is_static else suspending)
 
 
 if __name__ == "__main__":
