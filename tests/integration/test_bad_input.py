@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_come_back(tiny_model: Path,
     waiting.send_signal(signal.SIGINT)
     _, said = waiting.communicate(timeout=30)
     assert waiting.returncode == 130
-    assert f"{engine} goes on" in said
+    assert f"{engine} is still running" in said
     assert list_engines()[engine]["state"] == "running"
     done = sage("llm", "engine", "stop", engine, "--force")
     assert "is failed" in done.stdout

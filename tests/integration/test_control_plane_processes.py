@@ -75,7 +75,7 @@ def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path,
     assert done.stdout.split() == [engine]
     assert "is completed at step 184 of 184" in done.stderr
     again = sage("llm", "engine", "resume", engine, check=1)
-    assert "is completed: only what is stopped or failed can be resumed" in again.stderr
+    assert "is completed: only stopped and failed engines can be resumed" in again.stderr
     assert "was completed already" in sage("llm", "engine", "stop", engine).stdout
 
 
@@ -132,7 +132,7 @@ def test_the_async_client_does_all_that_the_sync_one_does(tiny_model: Path, tmp_
             engine = await client.start_engine(model=str(tiny_model), engine_kind="finetune", options=options)
             lines = [line async for line in client.follow_logs(engine.id)]
             assert any("step 3/3" in line for line in lines)
-            states = [event.after async for event in client.events(engine.id, follow=True)]
+            states = [event.after async for event in client.follow_events(engine.id)]
             assert states == ["queued", "starting", "running", "completed"]
             assert [e.id for e in await client.list_engines()] == [engine.id]
             assert (await client.get_logs(engine.id, tail=1)) == lines[-1:]
@@ -171,19 +171,20 @@ def test_there_is_one_gateway_and_it_is_found_again() -> None:
     assert "url" in sage("gateway", "status").stdout
     assert "startup complete" in sage("gateway", "logs").stdout
     assert "stopped" in sage("gateway", "stop").stdout
-    assert "No gateway ran" in sage("gateway", "stop").stdout
+    assert "No gateway was running" in sage("gateway", "stop").stdout
     assert "does not answer" in sage("gateway", "status", check=3).stderr
     other = str(free_port())
     sage("gateway", "start", "--port", other)
     assert json.loads(sage("gateway", "status", "--json").stdout)["url"].endswith(other)
 
 
-def test_an_engine_whose_launch_was_not_written_down_is_adopted(tiny_model: Path, sage_home: Path) -> None:
+def test_an_engine_whose_launch_was_not_written_is_adopted(tiny_model: Path, sage_home: Path) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     before = list_engines()[engine]
     kill_gateway()
     with sqlite3.connect(sage_home / "state/engines.db") as database:  # as it was when the launch began
-        database.execute("UPDATE engines SET state = 'queued', port = NULL")
+        database.execute("UPDATE engines SET state = 'queued', server_id = NULL")
+        database.execute("DELETE FROM servers")
     sage("gateway", "start")
     wait_for(lambda: list_engines()[engine]["state"] == "running", "the adoption")
     after = list_engines()[engine]

@@ -1,23 +1,29 @@
-import json
 import typing
-from datetime import UTC, datetime
 from typing import Any
 
-import httpx
 import pytest
+from engine_views import engine_view, training_progress
 from rich.console import Console
 
-from sage.cli.commands.apps import dataset
-from sage.cli.commands.apps.engine import Kind, ending
-from sage.cli.render import bar, engine_lines, engine_table, size
+from sage.cli.commands.apps import dataset, engine
+from sage.cli.listing import Selection, select
+from sage.cli.render import bar, device_table, ending, engine_lines, engine_table, event_line, size
 from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
 from sage.cli.waiting import failure
 from sage.common import errors
 from sage.common.progress_bar import duration
+from sage.common.training import FIGURES
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.preferences import Method
-from sage.llm.client import AsyncSageClient, SageClient, calls
-from sage.llm.client.types import SUPPORTED_ENGINE_KINDS, EngineView, TrainingProgress
+from sage.llm.client.types import (
+    SUPPORTED_ENGINE_KINDS,
+    Device,
+    EngineEvent,
+    EnginePage,
+    EngineState,
+    EngineView,
+    RestartPolicy,
+)
 
 
 def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
@@ -27,7 +33,9 @@ def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
         if not fields[option.field].is_required():
             assert option.default == fields[option.field].default, option.field
     assert set(PATH_FIELDS) <= set(fields)
-    assert [kind.value for kind in Kind] == SUPPORTED_ENGINE_KINDS
+    assert [kind.value for kind in engine.Kind] == SUPPORTED_ENGINE_KINDS
+    assert [state.value for state in engine.State] == [state.value for state in EngineState]
+    assert [policy.value for policy in engine.Policy] == [policy.value for policy in RestartPolicy]
     assert [method.value for method in dataset.Method] == list(typing.get_args(Method))
 
 
@@ -41,28 +49,6 @@ def test_names_of_modules_are_a_list_with_or_without_spaces_and_patterns_stay() 
         assert given["target_modules"] == name
 
 
-def view(**values: Any) -> EngineView:
-    now = datetime.now(UTC)
-    fields: dict[str, Any] = {
-        "id": "engine-a",
-        "kind": "finetune",
-        "model": "m",
-        "name": "m",
-        "state": "running",
-        "created_at": now,
-        "state_at": now,
-        "log_path": "/log",
-        "output_dir": "/out",
-        "run_dir": "/run",
-    }
-    return EngineView(**{**fields, **values})  # fmt: skip
-
-
-def progress(**values: Any) -> TrainingProgress:
-    fields = dict.fromkeys(TrainingProgress.model_fields)
-    return TrainingProgress(**{**fields, "step": 5, "total_steps": 10, "progress": 0.5, "warnings": [], **values})
-
-
 def shown(*engines: EngineView) -> str:
     console = Console(width=200)
     with console.capture() as capture:
@@ -71,27 +57,27 @@ def shown(*engines: EngineView) -> str:
 
 
 def test_the_listing_shows_state_progress_loss_and_eta() -> None:
-    text = shown(view(training=progress(loss=1.23456, eta_seconds=90.0), memory_bytes=1_500_000_000))
+    text = shown(engine_view(training=training_progress(loss=1.23456, eta_seconds=90.0), memory_bytes=1_500_000_000))
     for word in ("engine-a", "finetune", "running", "█████░░░░░  50%", "1.2346", "1m30s", "1.5GB"):
         assert word in text
-    assert "estimating" in shown(view(training=progress()))
-    assert "48547" in shown(view(kind="llm", port=48547))
-    assert "/models/[/b]" in shown(view(name="/models/[/b]"))  # text, and no markup
+    assert "estimating" in shown(engine_view(training=training_progress()))
+    assert "48547" in shown(engine_view(kind="llm", port=48547))
+    assert "/models/[/b]" in shown(engine_view(name="/models/[/b]"))  # text, and no markup
 
 
 def test_the_status_tells_the_reason_and_the_next_step() -> None:
     reason = {"code": "c", "message": "It died.", "hint": "Resume it."}
-    lines = "\n".join(engine_lines(view(state="failed", reason=reason, training=progress(warnings=["cut"]))))
+    lines = "\n".join(engine_lines(engine_view(state="failed", reason=reason, training=training_progress(warnings=["cut"]))))
     assert "It died. Resume it." in lines
     assert "warning            cut" in lines
 
 
 def test_an_ending_says_where_everything_is() -> None:
-    training = progress(checkpoint_step=5, heldout_loss_before=3.0, heldout_loss=1.0)
-    assert ending(view(state="stopped", training=training)) == (
+    training = training_progress(checkpoint_step=5, heldout_loss_before=3.0, heldout_loss=1.0)
+    assert ending(engine_view(state="stopped", training=training)) == (
         "engine-a is stopped at step 5 of 10: result in /out, checkpoint /run/checkpoint-5. Held-out loss 3.0000 → 1.0000."
     )
-    assert ending(view(state="stopped", kind="llm")) == "engine-a is stopped."
+    assert ending(engine_view(state="stopped", kind="llm")) == "engine-a is stopped."
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (59.4, "59s"), (61, "1m01s"), (3600, "1h00m"), (90000, "1d01h")])
@@ -105,51 +91,9 @@ def test_sizes_and_shares_are_said_as_people_do() -> None:
     assert bar(1) == "██████████ 100%"
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "kind", "exit_code"),
-    [
-        (400, "dataset_invalid", errors.ModelError, 1), (400, "config_invalid", errors.ConfigError, 2),
-        (401, "invalid_api_key", errors.Unauthorized, 1), (404, "engine_not_found", errors.NotFound, 1),
-        (409, "not_resumable", errors.Conflict, 1), (503, "engine_starting", errors.Overloaded, 1),
-        (500, "internal_error", errors.SageError, 1),
-    ],
-)  # fmt: skip
-def test_an_error_over_the_wire_is_the_same_error_here(status: int, code: str, kind: type, exit_code: int) -> None:
-    body = {"error": {"message": "What. Do.", "type": "t", "param": None, "code": code}}
-    with pytest.raises(kind) as caught:
-        calls.raise_for_error(httpx.Response(status, content=json.dumps(body)))
-    assert isinstance(caught.value, errors.SageError)
-    assert (caught.value.code, caught.value.exit_code) == (code, exit_code)
-
-
-def test_an_answer_that_is_no_gateway_s_is_an_error_too() -> None:
-    with pytest.raises(errors.SageError, match="answered 500"):
-        calls.raise_for_error(httpx.Response(500, content="<html>"))
-
-
-def test_both_clients_have_the_same_methods() -> None:
-    def methods(client: type) -> set[str]:
-        return {name for name in vars(client) if not name.startswith("_")}
-
-    assert methods(AsyncSageClient) == methods(SageClient)
-    for name in methods(AsyncSageClient):
-        assert (
-            typing.get_type_hints(getattr(AsyncSageClient, name)).keys()
-            <= typing.get_type_hints(getattr(SageClient, name)).keys()
-        )
-
-
-@pytest.mark.parametrize("engine_id", ["", "..", "../models", "engine-a/remove", "engine-a?force=true", "engine-a#"])
-def test_what_is_no_id_reaches_no_other_route(engine_id: str) -> None:
-    for call in (calls.get, calls.resume, calls.remove):
-        with pytest.raises(errors.NotFound, match="No engine"):
-            call(engine_id)
-    assert calls.get("engine-a").path == "/v1/management/engines/engine-a"
-
-
 @pytest.mark.parametrize("hint", ["", "Its log: `sage llm engine logs engine-a`."])
 def test_a_failure_names_its_log_once(hint: str) -> None:
-    told = failure(view(state="failed", reason={"code": "engine_died", "message": "It died.", "hint": hint})).hint
+    told = failure(engine_view(state="failed", reason={"code": "engine_died", "message": "It died.", "hint": hint})).hint
     assert told == "Its log: `sage llm engine logs engine-a`."
 
 
@@ -157,3 +101,74 @@ def test_a_failure_names_its_log_once(hint: str) -> None:
 def test_an_empty_path_is_not_the_working_folder(name: str) -> None:
     with pytest.raises(errors.ConfigError, match=f"{name} is empty"):
         with_training_options(lambda **_: None)(**{name: ""})
+
+
+def test_every_figure_of_a_step_is_shown() -> None:
+    lines = engine_lines(
+        engine_view(training=training_progress(**{figure.name: 0.5 for figure in FIGURES if figure.unit != "bytes"}))
+    )
+    for figure in FIGURES:
+        assert figure.unit == "bytes" or f"{figure.title.lower():<18} {figure.text(0.5)}" in lines
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [("config_invalid", 2), ("dataset_invalid", 1), ("worker_died", 1)])
+def test_a_failed_engine_exits_with_the_code_of_its_error(code: str, exit_code: int) -> None:
+    error = failure(engine_view(state="failed", reason={"code": code, "message": "No.", "hint": "Fix it."}))
+    assert (error.code, error.exit_code) == (code, exit_code)
+    assert error.hint.startswith("Fix it.")
+
+
+def test_an_event_that_is_no_transition_is_shown_with_its_kind() -> None:
+    fields = {"id": 1, "engine_id": "engine-a", "at": "2026-01-01T00:00:00Z", "actor": "user", "reason": ""}
+    created = EngineEvent.model_validate({**fields, "kind": "created", "before": None, "after": "validating"})
+    desired = EngineEvent.model_validate({**fields, "kind": "desired", "before": None, "after": None})
+    assert "· → validating" in event_line(created)
+    assert "desired" in event_line(desired)
+
+
+def test_devices_are_shown_with_their_memory() -> None:
+    device = Device(node="n", kind="gpu", index=0, name="X", memory_total_bytes=2_000_000_000, memory_used_bytes=5_000_000)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(device_table([device]))
+    assert capture.get().split()[-4:] == ["gpu:0", "X", "5MB", "2.0GB"]
+
+
+class Pages:
+    """A client with four engines, of which two are settled."""
+
+    engines = tuple(
+        engine_view(id=f"engine-{i}", state=state, created_at=f"2026-01-0{i + 1}T00:00:00Z")
+        for i, state in enumerate(("completed", "running", "failed", "queued"))
+    )
+
+    def list_engines(self, *, states: Any = (), kinds: Any = ()) -> list[EngineView]:
+        return [e for e in self.engines if not states or e.state in states]
+
+    def page_engines(self, *, limit: int, states: Any, kinds: Any, order: str) -> EnginePage:
+        assert order == "desc"
+        found = self.list_engines(states=states)[::-1]
+        return EnginePage(data=found[:limit], first_id=None, last_id=None, has_more=len(found) > limit)
+
+
+@pytest.mark.parametrize(
+    ("selection", "ids", "has_more"),
+    [
+        (Selection(), "0123", False),
+        (Selection(settled_limit=1), "123", True),
+        (Selection(settled_limit=0), "13", True),
+        (Selection(settled_limit=None), "0123", False),
+        (Selection(states=("running", "completed")), "01", False),
+        (Selection(states=("queued",)), "3", False),
+    ],
+)
+def test_the_list_has_all_active_engines_and_the_newest_settled_ones(selection: Selection, ids: str, has_more: bool) -> None:
+    client: Any = Pages()
+    engines, more = select(client, selection)
+    assert ("".join(e.id.removeprefix("engine-") for e in engines), more) == (ids, has_more)
+
+
+def test_metadata_is_pairs() -> None:
+    assert engine._pair("a=b=c") == ("a", "b=c")
+    with pytest.raises(errors.ConfigError, match="KEY=VALUE"):
+        engine._pair("a")

@@ -302,7 +302,7 @@ def test_what_a_gpu_does_not_know_fails_neither_the_list_nor_the_metrics(monkeyp
     assert [(device.name, device.utilization_percent) for device in devices[:2]] == [("GPU 0", 50.0), ("GPU 1", None)]
     assert devices[2].kind == "cpu"
     assert inventory.gpu_memory_of(1) is None
-    assert list(engine_metrics([], devices))
+    assert list(engine_metrics({}, [], devices))
 
 
 def test_no_gpu_is_listed_if_the_driver_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,20 @@
-"""Ctrl-C while a command waits: whoever presses it is told what goes on without them."""
+"""Ctrl-C while a command waits: it says what continues to run."""
 
 import os
 import signal
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import typer
+from engine_views import engine_view
 
-from sage.cli import daemon, waiting
-from sage.cli.commands.apps import engine
+from sage.cli import daemon, starting, waiting
 from sage.cli.conversation import Conversation
 from sage.llm.client.types import EngineView
+
+SHOW = "Show it: `sage llm engine status engine-a`"
+STOP = "stop it: `sage llm engine stop engine-a`"
 
 
 class Client:
@@ -21,11 +23,7 @@ class Client:
     base_url = "http://127.0.0.1:1"
 
     def __init__(self, state: str) -> None:
-        now = datetime.now(UTC)
-        self._view = EngineView.model_validate({
-            "id": "engine-a", "kind": "llm", "model": "m", "name": "m", "state": state, "created_at": now, "state_at": now,
-            "log_path": "/log",
-        })  # fmt: skip
+        self._view = engine_view(kind="llm", state=state)
 
     def start_engine(self, **_: Any) -> EngineView:
         return self._interrupted()
@@ -44,17 +42,22 @@ class Client:
 
 
 @pytest.mark.parametrize(
-    ("state", "call", "told"),
+    ("state", "call", "message"),
     [
-        ("queued", lambda client: engine.start_engine("m", "llm", {}), "engine-a goes on. Watch it"),
-        ("starting", lambda client: waiting.until_running(client, "engine-a"), "engine-a goes on. Watch it"),
-        ("stopping", lambda client: waiting.until_ended(client, "engine-a"), "engine-a goes on stopping. Look at it"),
+        (
+            "validating",
+            lambda client: starting.start_engine("m", "llm", {}),
+            f"still validating. {SHOW}; {STOP}.",
+        ),
+        ("validating", lambda client: waiting.until_validated(client, "engine-a"), f"still validating. {SHOW}; {STOP}."),
+        ("starting", lambda client: waiting.until_running(client, "engine-a"), f"still starting. {SHOW}; {STOP}."),
+        ("stopping", lambda client: waiting.until_settled(client, "engine-a"), f"still stopping. {SHOW}."),
     ],
 )
-def test_an_interrupted_command_says_what_goes_on(
+def test_an_interrupted_command_says_what_the_engine_does_and_how_to_stop_it(
     state: str,
     call: Callable[[Any], object],
-    told: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -63,7 +66,7 @@ def test_an_interrupted_command_says_what_goes_on(
     with pytest.raises(typer.Exit) as ended:
         call(client)
     assert ended.value.exit_code == 130
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_answer_that_was_cut_short_is_no_success_and_a_conversation_goes_on(

@@ -12,7 +12,8 @@ _CODES: Mapping[type[SageError], str] = {
         context_length_exceeded database_in_use database_newer database_unusable host_not_allowed invalid_value
         model_required option_missing origin_not_allowed path_not_absolute reward_file_unusable reward_files_off
         settings_invalid state_folder_unusable target_modules_unknown too_few_gpus trl_missing unsupported_value
-        cursor_unknown package_missing backend_unknown""",
+        cursor_unknown package_missing backend_unusable
+        file_ids_unsupported""",
     errors.DatasetError: """
         dataset_changed dataset_empty dataset_invalid dataset_template dataset_too_long dataset_unusable
         dataset_warnings line_not_found nothing_to_train""",
@@ -28,11 +29,14 @@ _CODES: Mapping[type[SageError], str] = {
     errors.RunError: """
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
         training_failed""",
-    errors.EngineError: "engine_died engine_unreadable killed launch_failed run_unreadable start_timeout worker_died",
+    errors.EngineError: """
+        engine_died engine_unreadable gateway_stuck killed launch_failed run_unreadable start_timeout stream_cut
+        worker_died""",
     errors.Overloaded: """
         database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby
         too_many_connections too_many_requests""",
     errors.Unauthorized: "invalid_api_key",
+    errors.NotImplementedYet: "not_implemented",
 }
 _CLASSES: Mapping[str, list[type[SageError]]] = {
     code: [kind for kind, codes in _CODES.items() if code in codes.split()]
@@ -41,7 +45,14 @@ _CLASSES: Mapping[str, list[type[SageError]]] = {
 }
 _BY_STATUS: Mapping[int, type[SageError]] = {
     kind.http_status: kind
-    for kind in (errors.Unauthorized, errors.NotFound, errors.Conflict, errors.EngineError, errors.Overloaded)
+    for kind in (
+        errors.Unauthorized,
+        errors.NotFound,
+        errors.Conflict,
+        errors.EngineError,
+        errors.Overloaded,
+        errors.NotImplementedYet,
+    )
 }
 
 

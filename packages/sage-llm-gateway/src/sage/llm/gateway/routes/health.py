@@ -41,7 +41,7 @@ async def metrics(manager: Manager) -> PlainTextResponse:
     """Return the figures of engines and devices in Prometheus's text format."""
     devices = await asyncio.to_thread(list_devices)
     registry = CollectorRegistry()
-    registry.register(_Once(list(engine_metrics(await manager.list_active(), devices))))
+    registry.register(_Once(list(engine_metrics(await manager.counts(), await manager.list_active(), devices))))
     return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 
