@@ -270,6 +270,7 @@ def test_many_processes_are_observed_with_one_look_at_all_processes(
 ) -> None:
     alive = spawn(spec)
     spec.lock_path.unlink()
+    wait_for(lambda: observe(spec)[0].alive, "its environment")
     others = [ProcessSpec(("true",), tmp_path / f"{number}.lock", tmp_path / "log") for number in range(50)]
     listings: list[int] = []
     pids = psutil.pids

@@ -160,12 +160,13 @@ def test_what_needs_no_reading_of_data_is_refused_at_once(
     assert caught.value.code == code
 
 
-def test_a_run_takes_no_port_and_only_its_own_backend(weights: Path) -> None:
+def test_a_run_takes_no_port_and_only_its_own_backend(weights: Path, dataset: str, tmp_path: Path) -> None:
     finetune = FinetuneExecutor(LocalLauncher())
     request = StartRequest(model=str(weights), engine_kind=EngineKind.FINETUNE, port=9000)
     with pytest.raises(Conflict, match="no port"):
         asyncio.run(finetune.prepare("engine-a", request))
-    request = StartRequest(model=str(weights), engine_kind=EngineKind.FINETUNE, backend="transformers")
+    options = {"dataset_path": dataset, "output_dir": str(tmp_path / "out")}
+    request = StartRequest(model=str(weights), engine_kind=EngineKind.FINETUNE, backend="transformers", options=options)
     with pytest.raises(ConfigError, match="does not run engines of kind finetune"):
         asyncio.run(finetune.prepare("engine-a", request))
 
