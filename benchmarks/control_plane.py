@@ -1,7 +1,7 @@
-"""The control plane with 10,000 settled engines and 200 living ones: what a list, a request, a tick and an idle minute cost.
+"""What a list, a request, a tick and idling cost the control plane with 10,000 settled engines and 200 living ones.
 
-The processes of the living engines are stand-ins (see crowded_home.py). Beside the list stands a bare route of the same framework
-that returns as much JSON, in the same run. Prints a table and writes it to `benchmarks/results/control_plane.md`.
+The processes of the living engines are stand-ins (crowded_home.py). The list is compared with a bare route of the same
+framework that returns the same JSON, in the same run. Prints a table and writes it to `benchmarks/results/control_plane.md`.
 """
 
 import argparse
@@ -15,27 +15,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import uvicorn
-from crowded_home import MODEL, Crowd, crowded_home
+from crowded_home import MODEL, Crowd, crowded_home, engine_record, server_record
 from fastapi import FastAPI
 from pydantic import BaseModel
 from train import processor
 
 from sage.common.settings import load_settings
 from sage.libs.models.resolve import ModelKind, ModelSource
-from sage.llm.client.types import DesiredState, EngineKind, EngineState, RestartPolicy, StartRequest
+from sage.llm.client.types import EngineKind, EngineState, StartRequest
 from sage.llm.control_plane.backends.base import Capabilities
 from sage.llm.control_plane.backends.registry import BACKENDS
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
 from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.control_plane.plan import Limits, Snapshot, plan
-from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.watch import Watch
 
 RESULTS = Path(__file__).parent / "results/control_plane.md"
@@ -157,8 +156,9 @@ def idle_bytes(pid: int, home: Path, seconds: float) -> Iterator[tuple[str, str]
         before, last = expiry, written
         time.sleep(0.02)
     between = sum(size for at, size in writes if all(abs(at - renewal) > 0.3 for renewal in renewed_at))
-    yield f"bytes that an idle gateway writes in {seconds:.0f} s, {len(renewed_at)} renewals of the lease included", (
-        f"{sum(size for _, size in writes):,}"
+    yield (
+        f"bytes that an idle gateway writes in {seconds:.0f} s, {len(renewed_at)} renewals of the lease included",
+        (f"{sum(size for _, size in writes):,}"),
     )
     yield "… between the renewals", f"{between:,}"
 
@@ -202,11 +202,13 @@ async def start_seconds() -> float:
     async with _manager() as manager:
         await asyncio.sleep(8)  # the others are known to be silent by now
         began = time.perf_counter()
-        engine = await manager.start_engine(StartRequest(model=MODEL, engine_kind=EngineKind.LLM, backend="quick", name="quick"))
+        engine = await manager.start_engine(
+            StartRequest(model=MODEL, engine_kind=EngineKind.LLM, backend="quick", name="quick")
+        )
         await manager.running(engine.id, EngineKind.LLM, 120)
         seconds = time.perf_counter() - began
         await manager.stop_engine(engine.id, force=True)
-        while (await manager.get_engine(engine.id)).state is not EngineState.STOPPED:
+        while (await manager.get_engine(engine.id)).state is not EngineState.STOPPED:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         return seconds
 
@@ -224,23 +226,8 @@ async def _median_ms(work: Callable[[], Awaitable[object]], times: int, pause_se
 
 def plan_ms(living: int) -> float:
     """Return how long `plan` takes for so many living engines, in milliseconds."""
-    now = datetime.now(UTC)
-    servers = {
-        f"server-{number}": ServerRecord(
-            id=f"server-{number}", node="n", backend="transformers", model="m", state=ServerState.LAUNCHED, handle="h",
-            address=None, devices=None, reserved_bytes=None, version=1, created_at=now,
-        )
-        for number in range(living)
-    }  # fmt: skip
-    found = [
-        EngineRecord(
-            id=f"engine-{number}", kind=EngineKind.LLM, model="m", name="m", backend="transformers", options={}, metadata={},
-            desired=DesiredState.RUNNING, force=False, restart_policy=RestartPolicy.NO, restarts=0, state=EngineState.RUNNING,
-            reason=None, figures=None, node="n", server_id=f"server-{number}", requested_port=None, devices=None,
-            reserved_bytes=None, version=1, created_at=now, state_at=now, first_event=number, last_event=number,
-        )
-        for number in range(living)
-    ]  # fmt: skip
+    found = [engine_record("n", number, f"engine-s{number}", EngineState.RUNNING) for number in range(living)]
+    servers = {engine.server_id: server_record(engine, {}) for engine in found if engine.server_id}
     observed = {engine.id: Observed(alive=True, ready=True) for engine in found}
     watches = {engine.id: Watch(engine.state) for engine in found}
     snapshot = Snapshot(found, servers, observed, watches, {}, Limits(300, 20))
@@ -282,8 +269,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "SAGE_LOG_LEVEL": "ERROR"}
-    lines = [f"{processor()}, {os.cpu_count()} cores; medians; stand-ins for the processes of engines.", "", "| what | cost |", "|---|---|"]
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as root:  # on a disk: /tmp may be memory, which is not counted
+    lines = [
+        f"{processor()}, {os.cpu_count()} cores; medians; stand-ins for the processes of engines.",
+        "",
+        "| what | cost |",
+        "|---|---|",
+    ]
+    scratch = Path(".bench")  # on a disk: /tmp may be memory, which is not counted
+    scratch.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch.absolute()) as root:
         for name, figure in measure(Path(root), arguments.settled, arguments.idle_seconds):
             lines.append(f"| {name} | {figure} |")
             print(f"{figure:>24}  {name}", flush=True)

@@ -66,12 +66,12 @@ def crowded_home(home: Path, crowd: Crowd) -> Iterator[None]:
         standin.stdin.write(f"{json.dumps(job)}\n")
         standin.stdin.flush()
         addresses = json.loads(standin.stdout.readline())
-        records = [_engine(node, number, _id("e", number), EngineState.STOPPED) for number in range(crowd.settled)]
+        records = [engine_record(node, number, _id("e", number), EngineState.STOPPED) for number in range(crowd.settled)]
         records += [
-            _engine(node, crowd.settled + number, engine_id, EngineState.RUNNING)
+            engine_record(node, crowd.settled + number, engine_id, EngineState.RUNNING)
             for number, engine_id in enumerate([*serving, *training])
         ]
-        rows = [to_columns(vars(_server(record, addresses))) for record in records if record.server_id]
+        rows = [to_columns(vars(server_record(record, addresses))) for record in records if record.server_id]
         with database.execution_options(writes=True).begin() as connection:
             _insert(connection, events, [_event(record) for record in records])
             _insert(connection, engines, [to_columns(vars(record)) for record in records])
@@ -97,7 +97,8 @@ def _run(engine_id: str) -> Path:
     return get_user_paths().finetuned_dir / engine_id.replace("engine", "task")
 
 
-def _engine(node: str, number: int, engine_id: str, state: EngineState) -> EngineRecord:
+def engine_record(node: str, number: int, engine_id: str, state: EngineState) -> EngineRecord:
+    """Return an engine, running or stopped, as the store holds it."""
     is_training = engine_id.startswith("engine-t")
     now = datetime.now(UTC)
     return EngineRecord(
@@ -111,10 +112,15 @@ def _engine(node: str, number: int, engine_id: str, state: EngineState) -> Engin
     )  # fmt: skip
 
 
-def _server(engine: EngineRecord, addresses: dict[str, str]) -> ServerRecord:
+def server_record(engine: EngineRecord, addresses: dict[str, str]) -> ServerRecord:
+    """Return the server of a running engine."""
     assert engine.server_id
     is_training = engine.kind is EngineKind.FINETUNE
-    lock = _run(engine.id) / "worker.lock" if is_training else get_user_paths().state_dir / "engines" / engine.id / "process.lock"
+    lock = (
+        _run(engine.id) / "worker.lock"
+        if is_training
+        else get_user_paths().state_dir / "engines" / engine.id / "process.lock"
+    )
     return ServerRecord(
         id=engine.server_id, node=engine.node, backend=engine.backend, model=engine.model, state=ServerState.LAUNCHED,
         handle=str(lock), address=addresses.get(engine.id), devices=None, reserved_bytes=None, version=1,

@@ -1,10 +1,11 @@
 """Versions of SAGE that users have, from the repository's own history, and what they leave on the disk.
 
-`python tests/landed.py COMMIT` makes `tests/data/landed-COMMIT.tar.xz` anew: the home of a user of that version, its gateway killed.
+`python tests/landed.py COMMIT` makes `tests/data/landed-COMMIT.tar.xz`: the home of a user of that version after a crash.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,6 @@ import sysconfig
 import tarfile
 import tempfile
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ class LandedGateway:
         self._http.close()
         self._process.kill()
         self._process.wait()
+
+
+def losses(home: Path, task_id: str) -> dict[int, float]:
+    """Return the loss of every step of a run; of a step that was done twice, the later one."""
+    events = (home / "data/models/finetuned" / task_id / "events.jsonl").read_text().splitlines()
+    return {event["step"]: event["loss"] for event in map(json.loads, events) if event["event"] == "step"}
 
 
 def unpack(name: str, root: Path) -> Path:

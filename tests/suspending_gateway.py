@@ -1,7 +1,7 @@
 """`python tests/suspending_gateway.py LEASE_SECONDS POINT`: a gateway that suspends itself once, in the middle of a write.
 
-POINT names where: `add` and `transition`, before a transaction that begins with what was read before; `commit`, inside of one,
-behind the check of the lease; `never`. Each of them concerns the second engine that is created.
+POINT: `add` or `transition`: before the transaction, after everything that it depends on was read; `commit`: inside the
+transaction, after the lease was checked; `never`. Each concerns the second engine that is created.
 """
 
 import inspect

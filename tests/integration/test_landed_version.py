@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from landed import LandedGateway, install
+from landed import LandedGateway, install, losses
 from support import free_port, list_engines, sage, wait_for
-from test_upgrade import losses
 
 from sage.llm.client import SageClient
 

@@ -1,20 +1,13 @@
 """A home that an earlier version left behind: today's opens, migrates and resumes it."""
 
-import json
 from pathlib import Path
 
 import pytest
-from landed import unpack
+from landed import losses, unpack
 from support import list_engines, sage, wait_for
 
-#: The first landed version (its database has migration 0001 only), and the last one before engines and servers were two tables.
+#: Their databases have the migrations up to 0001 and 0002.
 VERSIONS = ("327c568", "19fceff")
-
-
-def losses(home: Path, task: str) -> dict[int, float]:
-    """Return the loss of every step of a run."""
-    events = (home / "data/models/finetuned" / task / "events.jsonl").read_text().splitlines()
-    return {event["step"]: event["loss"] for event in map(json.loads, events) if event["event"] == "step"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
