@@ -18,7 +18,7 @@ engines=()
 trap leave EXIT
 rm -rf "$adapter"
 
-ask() { # ask MODEL FILE: one answer a line, always the likeliest words
+ask() { # ask MODEL FILE: one answer a line, with greedy decoding
   for question in "${questions[@]}"; do
     sage llm chat "$1" --message "$question" --temperature 0 --max-tokens 60 | tr '\n' ' '
     echo
