@@ -58,6 +58,7 @@ coverage: setup
 
 bench: setup
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/control_plane.py
 
 # Installs its peers into .bench. DATA: samples and the peers' scripts.
 DATA ?= ../shared/bench

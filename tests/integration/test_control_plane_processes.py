@@ -75,7 +75,7 @@ def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path,
     assert done.stdout.split() == [engine]
     assert "is completed at step 184 of 184" in done.stderr
     again = sage("llm", "engine", "resume", engine, check=1)
-    assert "is completed: only what is stopped or failed can be resumed" in again.stderr
+    assert "is completed: only stopped and failed engines can be resumed" in again.stderr
     assert "was completed already" in sage("llm", "engine", "stop", engine).stdout
 
 
@@ -178,12 +178,13 @@ def test_there_is_one_gateway_and_it_is_found_again() -> None:
     assert json.loads(sage("gateway", "status", "--json").stdout)["url"].endswith(other)
 
 
-def test_an_engine_whose_launch_was_not_written_down_is_adopted(tiny_model: Path, sage_home: Path) -> None:
+def test_an_engine_whose_launch_was_not_written_is_adopted(tiny_model: Path, sage_home: Path) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     before = list_engines()[engine]
     kill_gateway()
     with sqlite3.connect(sage_home / "state/engines.db") as database:  # as it was when the launch began
-        database.execute("UPDATE engines SET state = 'queued', port = NULL")
+        database.execute("UPDATE engines SET state = 'queued', server_id = NULL")
+        database.execute("DELETE FROM servers")
     sage("gateway", "start")
     wait_for(lambda: list_engines()[engine]["state"] == "running", "the adoption")
     after = list_engines()[engine]

@@ -112,6 +112,17 @@ def test_engines_that_ended_were_removed_or_are_of_another_node_are_not_routed()
     assert (table.routes(K.LLM), table.get("ended"), table.get("removed")) == ([], None, None)
 
 
+def test_the_only_engine_can_stop_and_is_no_longer_routed() -> None:
+    table = table_of(("engine-a", S.RUNNING))
+    for version, state in ((2, S.STOPPING), (3, S.STOPPING), (4, S.STOPPED)):
+        table.apply(record(state, version=version), None)
+        with pytest.raises(NotFound):
+            find(table, "m")
+    table.apply(record(S.STOPPING), None)
+    table.forget("engine-a")
+    assert table.get("engine-a") is None
+
+
 def test_the_routes_of_a_kind_are_listed_the_running_ones_first() -> None:
     table = table_of(("a", S.RUNNING), ("b", S.STARTING), ("c", S.RUNNING), ("d", S.STOPPING))
     assert [route.engine_id for route in table.routes(K.LLM)] == ["c", "a", "b"]

@@ -163,8 +163,8 @@ class RoutingTable:
             for entries, order in self._entries(route):
                 del entries[bisect_left(entries, (order, engine_id))]
             for key in _keys(route):
-                group = self._groups[route.kind, key]
-                if not group.running and not group.starting:
+                group = self._groups.get((route.kind, key))  # an engine that stops may be in none
+                if group and not group.running and not group.starting:
                     del self._groups[route.kind, key]
 
     def _entries(self, route: Route) -> Iterator[tuple[list[tuple[int, str]], int]]:

@@ -25,6 +25,7 @@ from sage.llm.control_plane.executors.exit_message import exit_message
 from sage.llm.control_plane.executors.finetune_engine import FinetuneEngine, FinetuneEngineConfig
 from sage.llm.control_plane.executors.runs import SETTLED, UNREADABLE, failure_of, progress_of, steps_of, unreadable
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
+from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 __all__ = ["FinetuneEngine", "FinetuneEngineConfig", "FinetuneExecutor"]
@@ -42,6 +43,7 @@ class FinetuneExecutor:
         self._manager = FinetuneManager()
         self._launcher = launcher
         self._datasets = datasets or LocalDatasets()
+        self._reading = Pool("read-runs", 2)
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
         """Check the options, and that the files and the model that they name exist; raises SageError."""
@@ -77,7 +79,7 @@ class FinetuneExecutor:
         """Read the state of the run from its events."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
-        return await asyncio.to_thread(self._probe, engine, server, process)
+        return await self._reading.run(self._probe, engine, server, process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return the run's folders and progress; reads files only if no progress was kept."""

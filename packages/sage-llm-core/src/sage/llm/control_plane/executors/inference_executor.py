@@ -31,7 +31,8 @@ class InferenceExecutor:
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
         # Without a limit: servers that do not answer must not keep others from being asked. The prober has its own.
-        limits = httpx.Limits(max_connections=None)
+        # No idle connections: httpx looks at every one of them at each request.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:

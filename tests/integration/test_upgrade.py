@@ -1,0 +1,41 @@
+"""A home that an earlier version left behind: today's opens, migrates and resumes it."""
+
+from pathlib import Path
+
+import pytest
+from landed import losses, unpack
+from support import list_engines, sage, wait_for
+
+#: Their databases have the migrations up to 0001 and 0002.
+VERSIONS = ("327c568", "19fceff")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_home_of_a_landed_version_opens_migrates_and_resumes(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = unpack(f"landed-{version}.tar.xz", tmp_path / "landed")
+    monkeypatch.setenv("SAGE_HOME", str(home))
+    sage("gateway", "start")
+    try:
+        engines = list_engines()
+        runs = {engine["state"]: engine for engine in engines.values() if engine["kind"] == "finetune"}
+        served = {engine["state"]: engine for engine in engines.values() if engine["kind"] == "llm"}
+        whole, part = runs["completed"], runs["stopped"]
+        assert 0 < part["training"]["step"] < whole["training"]["step"] == 100
+        stopped = served.pop("stopped")
+        (killed,) = served.values()
+        wait_for(lambda: list_engines()[killed["id"]]["state"] == "failed", "the engine that was killed")
+
+        sage("llm", "engine", "resume", part["id"], "--wait")
+        uninterrupted, resumed = losses(home, whole["task_id"]), losses(home, part["task_id"])
+        assert list(resumed) == list(uninterrupted)
+        # The archive was made on another machine, and processors differ in the last bits of a sum.
+        assert resumed == pytest.approx(uninterrupted, rel=1e-3)
+
+        sage("llm", "engine", "resume", stopped["id"])
+        wait_for(lambda: list_engines()[stopped["id"]]["state"] == "running", "the engine that was stopped")
+    finally:
+        for engine in list_engines().values():
+            sage("llm", "engine", "stop", engine["id"], "--force", check=None)
+        sage("gateway", "stop")

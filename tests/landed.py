@@ -1,0 +1,179 @@
+"""Versions of SAGE that users have, from the repository's own history, and what they leave on the disk.
+
+`python tests/landed.py COMMIT` makes `tests/data/landed-COMMIT.tar.xz`: the home of a user of that version after a crash.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import venv
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support import ROOT, SAMPLES, free_port, make_tiny_model, wait_for
+
+DATA = Path(__file__).parent / "data"
+#: The folder in which an archive was made; its paths are rewritten when it is unpacked.
+_ORIGIN = Path("/tmp/sage-landed")
+_ENDED = ("stopped", "completed", "failed")
+#: Of a run that can be stopped in time and resumed: a step takes milliseconds.
+RUN_OPTIONS = {
+    "batch_size": 1, "max_steps": 400, "learning_rate": 1e-3, "precision": "fp32", "save_steps": 400, "keep_checkpoints": 1,
+    "lora_rank": 2,
+}  # fmt: skip
+
+
+def install(commit: str, folder: Path) -> Path:
+    """Install a landed version into an environment of its own and return its interpreter; skips if history lacks the commit.
+
+    Dependencies are those of the running interpreter: only SAGE's own packages are of that version.
+    """
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit, "packages"], capture_output=True, check=False)
+    if archive.returncode != 0:
+        pytest.skip(f"commit {commit} is not in this clone: {archive.stderr.decode(errors='replace').strip()}")
+    source = folder / "source"
+    source.mkdir(parents=True)
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
+    environment = folder / "environment"
+    venv.create(environment, symlinks=True)
+    # A .pth file inside a folder that is named here is not read, so the version under test stays invisible.
+    paths = [*sorted((source / "packages").glob("*/src")), Path(sysconfig.get_path("purelib"))]
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "landed.pth").write_text("".join(f"{path}\n" for path in paths))
+    return environment / "bin" / "python"
+
+
+class LandedGateway:
+    """The gateway of a landed version, spoken to as its users did: by plain HTTP."""
+
+    def __init__(self, python: Path, home: Path, port: int) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SAGE_", "PYTHONPATH"))}
+        environment = {**kept, "SAGE_HOME": str(home), "SAGE_GATEWAY_PORT": str(port), "SAGE_RECONCILE_SECONDS": "0.1"}
+        home.mkdir(parents=True, exist_ok=True)
+        with (home / "landed-gateway.log").open("ab") as log:
+            command = [str(python), "-m", "sage.llm.gateway"]
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=120)
+        wait_for(self._is_up, "the landed version's gateway")
+
+    def _is_up(self) -> bool:
+        assert self._process.poll() is None, "the landed version's gateway exited"
+        with contextlib.suppress(httpx.TransportError):
+            return self._http.get("/health").is_success
+        return False
+
+    def start(self, model: Path, kind: str = "llm", **options: Any) -> str:
+        """Start an engine and return its id."""
+        body = {"model": str(model), "engine_kind": kind, "options": options}
+        answer = self._http.post("/v1/management/engines/start", json=body)
+        assert answer.is_success, answer.text
+        return str(answer.json()["id"])
+
+    def train(self, model: Path, output: Path, **options: Any) -> str:
+        """Start a run on our samples and return its engine's id."""
+        return self.start(model, "finetune", dataset_path=str(SAMPLES), output_dir=str(output), **{**RUN_OPTIONS, **options})
+
+    def engine(self, engine_id: str) -> dict[str, Any]:
+        """Return an engine as that version describes it."""
+        return dict(self._http.get(f"/v1/management/engines/{engine_id}").json())
+
+    def until(self, engine_id: str, *states: str) -> dict[str, Any]:
+        """Wait until an engine is in one of these states, and return it."""
+
+        def found() -> dict[str, Any] | None:
+            engine = self.engine(engine_id)
+            return engine if engine["state"] in states else None
+
+        return wait_for(found, f"{engine_id}: {' or '.join(states)}")
+
+    def stop_after(self, engine_id: str, step: int) -> None:
+        """Stop a run that has done so many steps; it has a checkpoint then."""
+        wait_for(lambda: ((self.engine(engine_id).get("training") or {}).get("step") or 0) >= step, f"step {step}")
+        self.stop(engine_id)
+
+    def stop(self, engine_id: str) -> None:
+        """Stop an engine, and wait for its end."""
+        assert self._http.delete(f"/v1/management/engines/{engine_id}").is_success
+        assert self.until(engine_id, *_ENDED)["state"] == "stopped"
+
+    def kill(self) -> None:
+        """Kill the gateway; its engines live on."""
+        self._http.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def losses(home: Path, task_id: str) -> dict[int, float]:
+    """Return the loss of every step of a run; of a step that was done twice, the later one."""
+    events = (home / "data/models/finetuned" / task_id / "events.jsonl").read_text().splitlines()
+    return {event["step"]: event["loss"] for event in map(json.loads, events) if event["event"] == "step"}
+
+
+def unpack(name: str, root: Path) -> Path:
+    """Unpack an archive of `DATA` and return the home in it; absolute paths are rewritten to where it lies now."""
+    root.mkdir()
+    with tarfile.open(DATA / name) as archive:
+        archive.extractall(root, filter="data")
+    home = root / "home"
+    for path in [*home.rglob("spec.json"), *home.rglob("events.jsonl"), *(root / "out").rglob("*.json")]:
+        path.write_text(path.read_text().replace(str(_ORIGIN), str(root)))
+    with contextlib.closing(sqlite3.connect(home / "state/engines.db")) as database, database:
+        for column in ("model", "name", "options", "reason"):
+            database.execute(f"UPDATE engines SET {column} = replace({column}, ?, ?)", (str(_ORIGIN), str(root)))
+    return home
+
+
+def _make(commit: str) -> None:
+    """Make an archive: a run that completed, the same one stopped half-way, a stopped engine and one that was running."""
+    shutil.rmtree(_ORIGIN, ignore_errors=True)
+    home, model = _ORIGIN / "home", _ORIGIN / "model"
+    data = _ORIGIN / "train.jsonl"
+    make_tiny_model(model, width=16, layers=1, tie_word_embeddings=True)
+    data.write_text("".join(SAMPLES.read_text().splitlines(keepends=True)[:24]))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.callback((gateway := LandedGateway(install(commit, Path(folder)), home, free_port())).kill)
+        options = {"dataset_path": str(data), "max_steps": 100, "save_steps": 50}
+        completed = gateway.start(model, "finetune", output_dir=str(_ORIGIN / "out/whole"), **{**RUN_OPTIONS, **options})
+        gateway.until(completed, "completed")
+        stopped = gateway.start(model, "finetune", output_dir=str(_ORIGIN / "out/part"), **{**RUN_OPTIONS, **options})
+        gateway.stop_after(stopped, 1)
+        served, living = gateway.start(model), gateway.start(model)
+        gateway.until(served, "running")
+        gateway.stop(served)
+        stack.callback(os.kill, gateway.until(living, "running")["pid"], signal.SIGKILL)
+        gateway.kill()
+    with contextlib.closing(sqlite3.connect(home / "state/engines.db")) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for pattern in ("*.lock", "*.log", ".reserve", "gateway.json", "checkpoint-100/*"):
+        for waste in home.rglob(pattern):
+            waste.unlink()
+    shutil.rmtree(home / "cache", ignore_errors=True)
+    shutil.rmtree(_ORIGIN / "out/whole")
+    with tarfile.open(DATA / f"landed-{commit}.tar.xz", "w:xz") as archive:
+        for path in sorted(_ORIGIN.iterdir()):
+            archive.add(path, path.name, filter=_anonymous)
+    shutil.rmtree(_ORIGIN)
+
+
+def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("commit")
+    _make(options.parse_args().commit)
+    sys.exit(0)
