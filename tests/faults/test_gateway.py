@@ -48,7 +48,9 @@ def test_a_gateway_that_could_not_look_finds_everything_as_it_is(tiny_model: Pat
         for _ in range(20):
             clients.enter_context(socket.create_connection(address))
         log = sage_home / "state/gateway.log"
-        wait_for(lambda: "tries again" in log.read_text() and "Too many open files" in log.read_text(), "a look that fails")
+        wait_for(
+            lambda: "cannot be observed" in log.read_text() and "Too many open files" in log.read_text(), "a failed probe"
+        )
     resource.prlimit(gateway, resource.RLIMIT_NOFILE, before)
     assert is_in(trained, "running")
     assert is_in(killed, "running")

@@ -15,25 +15,14 @@ def finetune(model: str | Path, dataset: Path, output: Path, *options: str) -> t
             "--output", str(output), *options)  # fmt: skip
 
 
-def test_a_mistake_is_told_and_nothing_is_started(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
-    good = [chat_record(f"q{i}", "a") for i in range(20)]
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text("\n".join([*map(json.dumps, good[:16]), "{nonsense", *map(json.dumps, good[17:])]))
-    wizard = write_jsonl(tmp_path / "wizard.jsonl", [{"messages": [{"role": "wizard", "content": "x"}]}])
-    silent = write_jsonl(tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
-    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
     out, foreign = tmp_path / "out", tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").touch()
     cases: list[tuple[tuple[str, ...], int, str, str]] = [
-        (finetune(tiny_model, tmp_path / "none.jsonl", out), 1, "none.jsonl does not exist", "Give a .jsonl"),
-        (finetune(tiny_model, empty, out), 1, "empty.jsonl is empty", "Each line is one JSON object"),
-        (finetune(tiny_model, broken, out), 1, "broken.jsonl:17: not valid JSON", "lists every fault"),
-        (finetune(tiny_model, wizard, out), 1, 'wizard.jsonl:1: messages[0].role is "wizard"', "one of system, user"),
-        (finetune(tiny_model, silent, out), 1, "silent.jsonl:1: no assistant turn", "Add the answer"),
+        (finetune(tiny_model, tmp_path / "none.jsonl", out), 1, "none.jsonl does not exist", "Use a .jsonl"),
         (finetune("org/unknown", SAMPLES, out), 1, "No model 'org/unknown': tried", "model list"),
         (finetune("./unknown", SAMPLES, out), 1, "No model", "model list"),
-        (finetune(tiny_model, SAMPLES, Path("/proc/out")), 1, "/proc/out cannot be written", "--output"),
         (finetune(tiny_model, SAMPLES, foreign), 1, "is not empty: it holds thesis.tex", "--output"),
         (
             finetune(tiny_model, SAMPLES, out, "--lora-rank", "0"),
@@ -43,7 +32,6 @@ def test_a_mistake_is_told_and_nothing_is_started(tiny_model: Path, tmp_path: Pa
         ),
         (finetune(tiny_model, SAMPLES, out, "--learning-rate", "-1"), 2, "learning_rate: input should be", "got -1"),
         (finetune(tiny_model, SAMPLES, out, "--precision", "fp8"), 2, "precision: input should be 'auto'", "fp32"),
-        (finetune(tiny_model, SAMPLES, out, "--eval", str(empty)), 1, "empty.jsonl is empty", "Each line"),
         (("llm", "engine", "start", str(tiny_model), "--engine-kind", "finetune"), 2, "needs --dataset", ""),
         (("llm", "engine", "start", str(tiny_model), "--dataset", str(SAMPLES)), 2, "dataset_path: is not an option", ""),
         (("llm", "engine", "start", "org/unknown"), 1, "No model 'org/unknown'", "model import"),
@@ -62,7 +50,7 @@ def test_a_mistake_is_told_and_nothing_is_started(tiny_model: Path, tmp_path: Pa
         (("llm", "chat", "nobody", "--message", "hi"), 1, "serves the model 'nobody'", "engine start nobody"),
         (("llm", "chat", "--message", "hi"), 1, "serves the model 'sage-default'", "engine start MODEL"),
         (("llm", "model", "import", str(tmp_path / "none")), 1, "is not a folder", ""),
-        (("llm", "dataset", "check", str(tmp_path / "none.jsonl")), 1, "does not exist", "Give a .jsonl"),
+        (("llm", "dataset", "check", str(tmp_path / "none.jsonl")), 1, "does not exist", "Use a .jsonl"),
         (("llm", "nonsense"), 2, "No such command 'nonsense'", ""),
     ]
     for arguments, exit_code, said, hint in cases:
@@ -73,6 +61,37 @@ def test_a_mistake_is_told_and_nothing_is_started(tiny_model: Path, tmp_path: Pa
         assert "Traceback" not in told, arguments
         assert done.stdout == "", arguments
     assert list_engines() == {}
+    assert not out.exists()
+    assert list((sage_home / "data/models/finetuned").glob("*")) == []
+
+
+def test_a_dataset_that_cannot_be_trained_on_fails_the_engine_before_anything_is_started(
+    tiny_model: Path, tmp_path: Path, sage_home: Path
+) -> None:
+    good = [chat_record(f"q{i}", "a") for i in range(20)]
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join([*map(json.dumps, good[:16]), "{nonsense", *map(json.dumps, good[17:])]))
+    wizard = write_jsonl(tmp_path / "wizard.jsonl", [{"messages": [{"role": "wizard", "content": "x"}]}])
+    silent = write_jsonl(tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    out = tmp_path / "out"
+    cases: list[tuple[tuple[str, ...], str, str]] = [
+        (finetune(tiny_model, empty, out), "empty.jsonl is empty", "Each line is one JSON object"),
+        (finetune(tiny_model, broken, out), "broken.jsonl:17: not valid JSON", "lists every fault"),
+        (finetune(tiny_model, wizard, out), 'wizard.jsonl:1: messages[0].role is "wizard"', "one of system, user"),
+        (finetune(tiny_model, silent, out), "silent.jsonl:1: no assistant turn", "Add the answer"),
+        (finetune(tiny_model, SAMPLES, out, "--eval", str(empty)), "empty.jsonl is empty", "Each line"),
+        (finetune(tiny_model, SAMPLES, Path("/proc/out")), "/proc/out cannot be written", "--output"),
+    ]
+    for arguments, message, hint in cases:
+        done = sage(*arguments, check=1)
+        stderr = " ".join(done.stderr.split())
+        assert message in stderr, arguments
+        assert hint in stderr, arguments
+        assert "Traceback" not in stderr, arguments
+        engine = list_engines()[engine_of(done)]
+        assert (engine["state"], engine["pid"]) == ("failed", None)
+        assert message in engine["reason"]["message"]
     assert not out.exists()
     assert list((sage_home / "data/models/finetuned").glob("*")) == []
 
@@ -106,7 +125,9 @@ def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_m
         assert set(error) == {"message", "type", "param", "code", "hint"}
         assert (error["code"], error["param"]) == (code, param), path
         assert error["message"]
-    assert http.get("/v1/management/engines").json() == {"object": "list", "data": []}
+    assert http.get("/v1/management/engines").json() == {
+        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False,
+    }  # fmt: skip
     assert http.get("/ready").json()["status"] == "ready"
     assert http.get("/v1/management/gpu").json()["data"][-1]["name"] == "main memory"
 
@@ -170,7 +191,7 @@ def test_a_dataset_is_checked_with_all_its_faults_and_figures(tiny_model: Path, 
     done = sage("llm", "dataset", "check", str(bad), "--model", str(tiny_model), check=1)
     assert "bad.jsonl:3: no known format" in done.stdout
     assert "bad.jsonl:4: a JSON object is expected" in done.stdout
-    assert "says the same as line 1" in done.stdout
+    assert "has the same content as line 1" in done.stdout
     done = sage("llm", "dataset", "check", str(bad), "--model", "org/unknown", check=1)
     assert "tokens were not counted with org/unknown: No model" in done.stdout
     long = write_jsonl(tmp_path / "long.jsonl", [chat_record("many words " * 50, "a")])

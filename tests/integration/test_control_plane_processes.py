@@ -92,7 +92,7 @@ def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path)
     assert engine in table
     assert "100%" in table
     metrics = httpx.get(f"{url()}/metrics").text
-    assert f'sage_training_progress_ratio{{engine="{engine}"' in metrics
+    assert 'sage_engines{kind="finetune",state="completed"} 1.0' in metrics
     assert 'sage_device_memory_total_bytes{index="0",kind="cpu"' in metrics
     assert "completed" in httpx.get(f"{url()}/v1/management/engines/{engine}/events").text
     sage("llm", "engine", "remove", engine)
@@ -133,7 +133,7 @@ def test_the_async_client_does_all_that_the_sync_one_does(tiny_model: Path, tmp_
             lines = [line async for line in client.follow_logs(engine.id)]
             assert any("step 3/3" in line for line in lines)
             states = [event.after async for event in client.follow_events(engine.id)]
-            assert states == ["queued", "starting", "running", "completed"]
+            assert states == ["validating", "queued", "starting", "running", "completed"]
             assert [e.id for e in await client.list_engines()] == [engine.id]
             assert (await client.get_logs(engine.id, tail=1)) == lines[-1:]
             assert (await client.stop_engine(engine.id)).state == "completed"

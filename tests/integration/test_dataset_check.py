@@ -105,7 +105,7 @@ def test_a_terminal_is_asked_whether_to_train_all_the_same(tiny_model: Path, tmp
     with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, text=True) as started:
         os.close(theirs)
         shown = ""
-        while "Train all the same? [y/N]" not in shown:
+        while "Train despite the warnings? [y/N]" not in shown:
             shown += os.read(ours, 4096).decode()
         assert "leaves out tool calls" in shown
         os.write(ours, b"y\n")

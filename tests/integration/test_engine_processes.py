@@ -409,6 +409,8 @@ def test_a_standby_serves_reads_and_inference_refuses_writes_and_takes_over(mode
         try:
             engine = await started(active, model, "e")
             assert (active.role, standby.role) == ("active", "standby")
+            while not any(route.engine_id == engine.id for route in standby.served()):  # it reads the change feed
+                await asyncio.sleep(0.02)
             upstream = await standby.running("e", EngineKind.LLM, wait_seconds=30)
             assert (upstream.engine_id, upstream.address) == (engine.id, engine.address)
             assert [view.state for view in await standby.list_engines()] == [S.RUNNING]

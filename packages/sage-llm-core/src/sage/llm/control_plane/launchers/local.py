@@ -31,6 +31,8 @@ from sage.llm.control_plane.store.store import port_taken
 
 logger = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
+#: The last error of each process that cannot be observed.
+_reported: dict[Path, str] = {}
 
 
 class LocalLauncher:
@@ -102,8 +104,11 @@ def _observe(locks: Collection[Path]) -> Mapping[str, ProcessObservation]:
 def _omitted_if_unknown(lock: Path) -> Iterator[None]:
     try:
         yield
+        _reported.pop(lock, None)
     except OSError as error:
-        logger.warning("the process of %s could not be observed: %s", lock, error)
+        if _reported.get(lock) != str(error):  # once for as long as it stays the same
+            _reported[lock] = str(error)
+            logger.warning("the process of %s cannot be observed: %s", lock, error)
 
 
 def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> ProcessObservation:
