@@ -1,18 +1,18 @@
-"""How long a run still takes, from how long its steps took."""
+"""The time that a run still needs, estimated from the time of its steps."""
 
 from collections import deque
 
-#: Before this many steps a run says that it is estimating.
+#: Steps before there is an estimate.
 _MIN_STEPS = 10
-#: Speed is told over this many steps.
+#: Throughput is measured over this many steps.
 _WINDOW_STEPS = 20
 
 
 class ProgressMeter:
-    """Measures steps; the first of a process is left out, it warms up."""
+    """Measures steps; the first one of a process is not counted, since it warms up."""
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
-        """remaining_steps: still to be done; closing_seconds: what is done besides, so far as it is known."""
+        """remaining_steps: still to be done; closing_seconds: known time of the work besides the steps."""
         self._remaining = remaining_steps
         self.closing_seconds = closing_seconds
         self._steps = 0
@@ -29,13 +29,13 @@ class ProgressMeter:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens computed a second over the last steps; None where they are not counted."""
+        """Tokens per second over the last steps; None if tokens are not counted."""
         tokens = sum(tokens for tokens, _ in self._window)
         return tokens / max(sum(seconds for _, seconds in self._window), 1e-9) if tokens else None
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds to the end, or None while too few steps are known."""
+        """Seconds until the end, or None until enough steps are done."""
         if self._steps < _MIN_STEPS:
             return None
         return self._remaining * self._seconds / (self._steps - 1) + self.closing_seconds

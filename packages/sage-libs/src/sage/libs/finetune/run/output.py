@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, checked before anything is written into it."""
+"""The output folder of a run: which run owns it, checked before anything is written into it."""
 
 import contextlib
 import fcntl
@@ -12,15 +12,16 @@ from sage.common.errors import OutputError
 from sage.common.files import replace_file
 from sage.common.processes import holder
 from sage.libs.finetune.run.rundir import RunDirectory
-from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive, fold
+from sage.libs.finetune.run.status import ALIVE, RunState, derive
+from sage.libs.finetune.run.summary import read_status
 
 RUN_FILE = "sage_run.json"
 
 
 def claim_output(output: Path, task_id: str, run: Path) -> None:
-    """Make the output folder and write down which run it belongs to; of several runs that claim it at once, one gets it.
+    """Create the output folder and record which run owns it; if several runs claim it at once, one succeeds.
 
-    A run holds its claim from its creation until it has ended without a result, and may claim again at any time.
+    A run owns it from its creation until it has ended without a result, and may claim it again at any time.
     Raises OutputError if it cannot be written, holds someone else's files, or belongs to another run.
     """
     output = output.resolve()
@@ -38,27 +39,27 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
 
 
 def check_claim(output: Path, task_id: str) -> None:
-    """Raise OutputError if the output folder belongs to another run or to nobody's files."""
+    """Raise OutputError if the output folder belongs to another run, or holds files of no run."""
     owner = read_run_file(output.resolve())
     if owner.get("task_id") != task_id and output.is_dir():
         _check_free(output.resolve(), owner)
 
 
 def check_owner(output: Path, task_id: str) -> None:
-    """Raise OutputError if the output folder has become another run's."""
+    """Raise OutputError if the output folder belongs to another run by now."""
     if (owner := read_run_file(output).get("task_id", task_id)) != task_id:
         raise _refused(output, f"belongs to {owner} now")
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Write what a run leaves beside its result; raises OutputError if the folder has become another run's."""
+    """Write the record of a run beside its result; raises OutputError if the folder belongs to another run by now."""
     with _locked(output):
         check_owner(output, record["task_id"])
         _write(output, record)
 
 
 def read_run_file(output: Path) -> dict[str, Any]:
-    """Return what a run left in its output folder, or {} if there is nothing."""
+    """Return the record that a run wrote into its output folder, or {} if there is none."""
     try:
         content = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -72,7 +73,7 @@ def _write(output: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder itself, which leaves no file; without one where a network file system has none."""
+    """Hold a lock on the folder itself, which leaves no file; some network file systems have no locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
@@ -90,16 +91,15 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
         raise _refused(output, f"holds the result of {owner.get('task_id')}")
     if others:
         raise _refused(output, f"is not empty: it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}")
-    if owner and (doing := _claim_of(RunDirectory(Path(str(owner.get("run")))))):
-        raise _refused(output, f"{doing} {owner.get('task_id')}")
+    if owner and (use := _claim_of(RunDirectory(Path(str(owner.get("run")))))):
+        raise _refused(output, f"{use} {owner.get('task_id')}")
 
 
 def _claim_of(run: RunDirectory) -> str:
-    """Return how a run holds its output folder, nothing if it has ended; one that said so only closes its process."""
+    """Return how a run uses its output folder, as part of a sentence; empty if it has ended."""
     if not run.spec_path.is_file():
         return ""
-    events, _ = run.read_events()
-    state = derive(fold(RunStatus(), events), alive=holder(run.lock_path) is not None).state
+    state = derive(read_status(run), alive=holder(run.lock_path) is not None).state
     if state is RunState.CREATED:
         return "is claimed by a run that has not started yet:"
     return "is being written by" if state in ALIVE else ""

@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint, verified, and the base model that it was trained on."""
+"""The checkpoint that a run continues from, verified, and a check that the base model is still the same."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,21 +7,22 @@ from sage.common.errors import ModelError, RunError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.run.checkpoints import Checkpoint, latest_good
 from sage.libs.finetune.run.rundir import RunDirectory
-from sage.libs.finetune.run.status import RunStatus, fold
+from sage.libs.finetune.run.status import RunStatus
+from sage.libs.finetune.run.summary import read_status
 from sage.libs.models.fingerprint import fingerprint
 
 Warn = Callable[[str], None]
 
 
 def checkpoint_to_resume(run: RunDirectory, config: FinetuneConfig, base: Path, warn: Warn) -> Checkpoint | None:
-    """Return the checkpoint that a run goes on from: its own newest, else the one that it was given; None at the beginning.
+    """Return the checkpoint to continue from: the run's newest, else the given one; None to start from the beginning.
 
-    base: the folder of the base model.
-    Raises RunError if the given one is damaged, ModelError if the base is not the one that it was trained on.
+    base: folder of the base model.
+    Raises RunError if the given checkpoint is damaged, ModelError if it was trained on another base.
     """
     checkpoint, problems = latest_good(run.path)
     for problem in problems:
-        warn(f"A damaged checkpoint is passed over: {problem}")
+        warn(f"Skipped a damaged checkpoint: {problem}")
     if checkpoint is None and config.resume_from_checkpoint:
         checkpoint = Checkpoint.of(Path(config.resume_from_checkpoint))
         checkpoint.verify()
@@ -29,7 +30,7 @@ def checkpoint_to_resume(run: RunDirectory, config: FinetuneConfig, base: Path, 
     if trained_on not in (None, fingerprint(base)):
         raise ModelError(
             code="base_changed",
-            message=f"The base model in {base} has changed since the run began, so it cannot go on exactly.",
+            message=f"The base model in {base} has changed since the run began, so it cannot continue exactly.",
             hint="Put the old model back, or start a new run.",
             param="base_model",
         )
@@ -37,16 +38,16 @@ def checkpoint_to_resume(run: RunDirectory, config: FinetuneConfig, base: Path, 
 
 
 def begun(run: RunDirectory, config: FinetuneConfig) -> RunStatus:
-    """Return what is known of a run, or, before its first step, of the one whose checkpoint it goes on from."""
-    status = fold(RunStatus(), run.read_events()[0])
+    """Return the status of a run, or, before its first step, of the run whose checkpoint it continues from."""
+    status = read_status(run)
     if status.bf16 is None and config.resume_from_checkpoint:
         origin = RunDirectory(Path(config.resume_from_checkpoint).resolve().parent)
-        return fold(RunStatus(), origin.read_events()[0])
+        return read_status(origin)
     return status
 
 
 def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | None:
-    """Return the checkpoint with the best score, or None, with a warning, if it is damaged."""
+    """Return the checkpoint of a step, or None, with a warning, if it is damaged."""
     best = Checkpoint(run.path / f"checkpoint-{step}", step)
     try:
         best.verify()

@@ -1,12 +1,25 @@
 """Where a run is, derived from its events and its lock and from nothing else."""
 
-import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from sage.libs.finetune.run.rundir import Event
+from sage.common.training import (
+    AnyRunEvent,
+    CheckpointEvent,
+    EvalEvent,
+    FailedEvent,
+    FinishedEvent,
+    LaunchedEvent,
+    ProgressEvent,
+    StartedEvent,
+    StepEvent,
+    StepMetrics,
+    StoppedEvent,
+    TrainingProgress,
+    WarningEvent,
+)
 
 
 class RunState(StrEnum):
@@ -17,10 +30,10 @@ class RunState(StrEnum):
     RUNNING = "running"  #: it trains
     STOPPED = "stopped"  #: it was asked to stop and saved what it had
     COMPLETED = "completed"  #: the result is in the output folder
-    FAILED = "failed"  #: it ended otherwise; `message` says how
+    FAILED = "failed"  #: it ended with an error; `message` describes it
 
 
-#: A run in one of these has a process, or has died.
+#: A run in one of these has a process, or its process died.
 ALIVE = (RunState.STARTING, RunState.RUNNING)
 
 
@@ -31,19 +44,8 @@ class RunStatus:
     state: RunState = RunState.CREATED
     step: int = 0
     total_steps: int | None = None
-    bf16: bool | None = None  #: whether the base is in bf16, else in fp32
-    bf16_products: bool | None = None  #: whether matrix products are, too
-    int8_products: bool | None = None  #: whether layers are held in 8 bits by our own step, and multiplied so
-    epoch: float | None = None
-    loss: float | None = None  #: of the last step, nats per token
-    token_accuracy: float | None = None
-    reward: float | None = None  #: mean over the step's answers, by the reward function (grpo)
-    reward_accuracy: float | None = None  #: share of pairs of which the better answer is the likelier (dpo, orpo)
-    learning_rate: float | None = None
-    grad_norm: float | None = None
-    tokens_per_second: float | None = None
+    metrics: StepMetrics = field(default_factory=StepMetrics)  #: of the last step
     eta_seconds: float | None = None  #: None while it is being estimated
-    memory_bytes: int | None = None
     checkpoint_step: int | None = None  #: the newest checkpoint
     heldout_loss_before: float | None = None
     heldout_loss: float | None = None
@@ -52,85 +54,98 @@ class RunStatus:
     hint: str | None = None
     warnings: tuple[str, ...] = ()
     base_sha256: str | None = None  #: fingerprint of the base model
-    halvings: int = 0  #: micro-batches are cut in two this many times, for want of memory
-    checkpointing: bool = False  #: activations are computed again, for want of memory
+    bf16: bool | None = None  #: whether the base is in bf16, else in fp32
+    bf16_products: bool | None = None  #: whether matrix products are, too
+    int8_products: bool | None = None  #: whether our own step holds and multiplies layers in 8 bits
+    halvings: int = 0  #: micro-batches are cut in two this many times to save memory
+    activation_checkpointing: bool = False  #: activations are recomputed to save memory
 
     @property
     def progress(self) -> float | None:
         """Share of the steps that is done, 0 to 1."""
         return self.step / self.total_steps if self.total_steps else None
 
+    def training_progress(self) -> TrainingProgress:
+        """Return what users see of it."""
+        return TrainingProgress(
+            **dict(self.metrics),
+            step=self.step,
+            total_steps=self.total_steps,
+            progress=self.progress,
+            eta_seconds=self.eta_seconds,
+            checkpoint_step=self.checkpoint_step,
+            heldout_loss_before=self.heldout_loss_before,
+            heldout_loss=self.heldout_loss,
+            activity=self.message if self.state in ALIVE else None,
+            warnings=list(self.warnings),
+        )
 
-_STEP_FIELDS = (
-    "step", "total_steps", "epoch", "loss", "token_accuracy", "reward", "reward_accuracy", "learning_rate", "grad_norm",
-    "tokens_per_second", "eta_seconds", "memory_bytes",
-)  # fmt: skip
 
-
-def fold(status: RunStatus, events: Iterable[Event]) -> RunStatus:
-    """Return the status after more events; one that lacks what it should say changes nothing."""
+def fold(status: RunStatus, events: Iterable[AnyRunEvent]) -> RunStatus:
+    """Return the status after more events."""
     for event in events:
-        with contextlib.suppress(KeyError, TypeError):
-            status = _apply(status, event)
+        status = replace(status, **_changes(status, event))
     return status
 
 
 def derive(status: RunStatus, *, alive: bool) -> RunStatus:
-    """Return the status as it really is: a run that should be going but has no process has failed."""
+    """Return the actual status: a run that should be running but has no process has failed."""
     if alive or status.state not in ALIVE:
         return status
-    saved = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "its beginning"
+    start = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "its beginning"
     return replace(
         status,
         state=RunState.FAILED,
         eta_seconds=None,
         code="worker_died",
         message=f"The training process exited at step {status.step} without reporting an error (killed, or out of memory).",
-        hint=f"`resume` goes on from {saved}.",
+        hint=f"`resume` continues from {start}.",
     )
 
 
-def _apply(status: RunStatus, event: Event) -> RunStatus:
-    match event["event"]:
-        case "launched":
-            return replace(status, state=RunState.STARTING, code=None, message=None, hint=None, eta_seconds=None)
-        case "started":
-            bf16 = event.get("bf16")
-            numbers = {"bf16": bf16, "bf16_products": event.get("bf16_products", bf16)}
-            numbers["int8_products"] = event.get("int8_products", False)
-            begun = {"step": event["step"], "total_steps": event["total_steps"], **numbers}
-            base = event.get("base_sha256") or status.base_sha256
-            saved = min(status.checkpoint_step or 0, event["step"]) or None  # newer ones were damaged
-            return replace(status, state=RunState.RUNNING, message=None, base_sha256=base, checkpoint_step=saved, **begun)
-        case "step":
-            figures: dict[str, Any] = {key: event.get(key) for key in _STEP_FIELDS}
-            return replace(status, message=None, **figures)
-        case "checkpoint":
-            return replace(status, checkpoint_step=event["step"])
-        case "eval" if event["step"] == 0:
-            return replace(status, heldout_loss_before=event["loss"])
-        case "eval":
-            return replace(status, heldout_loss=event["loss"])
-        case "warning":
-            # A resumed run says again what it said before.
-            warnings = tuple(dict.fromkeys((*status.warnings, event["message"])))
-            adapted = {key: event[key] for key in ("halvings", "checkpointing") if key in event}
-            return replace(status, warnings=warnings, **adapted)
-        case "progress":
-            return replace(status, message=event["message"])
-        case "stopped":
-            return replace(status, state=RunState.STOPPED, step=event["step"], eta_seconds=None)
-        case "finished":
-            loss = event.get("heldout_loss") or status.heldout_loss
-            return replace(status, state=RunState.COMPLETED, eta_seconds=0.0, message=None, heldout_loss=loss)
-        case "failed":
-            return replace(
-                status,
-                state=RunState.FAILED,
-                eta_seconds=None,
-                code=event["code"],
-                message=event["message"],
-                hint=event.get("hint"),
-            )
+def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
+    """Return the fields of a status that an event changes."""
+    match event:
+        case LaunchedEvent():
+            return {"state": RunState.STARTING, "code": None, "message": None, "hint": None, "eta_seconds": None}
+        case StartedEvent():
+            return _started(status, event)
+        case StepEvent():
+            metrics = StepMetrics.model_construct(**{name: getattr(event, name) for name in StepMetrics.model_fields})
+            figures = {"step": event.step, "total_steps": event.total_steps, "eta_seconds": event.eta_seconds}
+            return {"message": None, "metrics": metrics, **figures}
+        case CheckpointEvent():
+            return {"checkpoint_step": event.step}
+        case EvalEvent():
+            return {"heldout_loss" if event.step else "heldout_loss_before": event.loss}
+        case WarningEvent():
+            adapted = {"halvings": event.halvings, "activation_checkpointing": event.activation_checkpointing}
+            # A resumed run repeats its warnings.
+            warnings = tuple(dict.fromkeys((*status.warnings, event.message)))
+            return {"warnings": warnings, **{name: value for name, value in adapted.items() if value is not None}}
+        case ProgressEvent():
+            return {"message": event.message}
+        case StoppedEvent():
+            return {"state": RunState.STOPPED, "step": event.step, "eta_seconds": None}
+        case FinishedEvent():
+            loss = event.heldout_loss or status.heldout_loss
+            return {"state": RunState.COMPLETED, "eta_seconds": 0.0, "message": None, "heldout_loss": loss}
+        case FailedEvent():
+            reason = {"code": event.code, "message": event.message, "hint": event.hint}
+            return {"state": RunState.FAILED, "eta_seconds": None, **reason}
         case _:
-            return status
+            return {}
+
+
+def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:
+    return {
+        "state": RunState.RUNNING,
+        "message": None,
+        "step": event.step,
+        "total_steps": event.total_steps,
+        "base_sha256": event.base_sha256 or status.base_sha256,
+        "checkpoint_step": min(status.checkpoint_step or 0, event.step) or None,  # newer ones were damaged
+        "bf16": event.bf16,
+        "bf16_products": event.bf16 if event.bf16_products is None else event.bf16_products,
+        "int8_products": event.int8_products,
+    }

@@ -1,0 +1,60 @@
+"""The status of a run, read without reading an event twice: the worker saves it at each checkpoint and at the end."""
+
+import zlib
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
+
+from sage.common.files import replace_file
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.status import RunStatus, fold
+
+#: So much of `events.jsonl` before the offset of a summary is compared, so that an edited file is read from its beginning.
+_COMPARED_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The status after the events up to a byte offset of `events.jsonl`."""
+
+    offset: int = 0
+    crc32: int = 0  #: of the last 512 bytes before the offset
+    status: RunStatus = field(default_factory=RunStatus)
+
+
+_SUMMARY = TypeAdapter(Summary)
+
+
+def read_status(run: RunDirectory) -> RunStatus:
+    """Return the status of a run by its events; `derive` adds what its lock says."""
+    return catch_up(run, read_summary(run)).status
+
+
+def read_summary(run: RunDirectory) -> Summary:
+    """Return the saved summary, or an empty one if there is none that fits the events."""
+    try:
+        summary = _SUMMARY.validate_json(run.summary_path.read_bytes())
+        return summary if summary.crc32 == _crc32(run, summary.offset) else Summary()
+    except (OSError, ValueError):
+        return Summary()
+
+
+def catch_up(run: RunDirectory, summary: Summary) -> Summary:
+    """Return a summary that includes the events appended since."""
+    status, offset = summary.status, summary.offset
+    for event, end in run.read_events(offset):
+        status, offset = fold(status, [event]), end
+    return Summary(offset, summary.crc32, status)
+
+
+def write_summary(run: RunDirectory) -> None:
+    """Save the status of a run beside its events."""
+    summary = catch_up(run, read_summary(run))
+    saved = Summary(summary.offset, _crc32(run, summary.offset), summary.status)
+    replace_file(run.summary_path, _SUMMARY.dump_json(saved), mode=0o600)
+
+
+def _crc32(run: RunDirectory, offset: int) -> int:
+    with run.events_path.open("rb") as file:
+        file.seek(max(0, offset - _COMPARED_BYTES))
+        return zlib.crc32(file.read(min(offset, _COMPARED_BYTES)))
