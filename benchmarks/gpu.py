@@ -63,7 +63,7 @@ def ours(model: Path, data: Path, work: Path, tokens: int, steps: int) -> dict[s
     )  # fmt: skip
     task = manager.create(config)
     measured([sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)])
-    events = [event for event in manager.events(task)[0] if event["event"] == "step"]
+    events = [event.model_dump(mode="json") for event, _ in manager.events(task) if event.event == "step"]
     speeds = [event["tokens_per_second"] for event in events[len(events) // 3 :]]
     return {"tokens_per_second": statistics.median(speeds), "peak_bytes": max(event["memory_bytes"] for event in events)}
 

@@ -135,7 +135,7 @@ def trained(
     """Carry out a run in a worker process; return its wall time, its peak memory and the run's events."""
     worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
     seconds, peak_bytes, _ = measured(worker, {**WORKER_ENVIRONMENT, **environment})
-    events, _ = manager.events(task)
+    events = [event.model_dump(mode="json") for event, _ in manager.events(task)]
     assert events[-1]["event"] == "finished", manager.logs(task, 5)
     return seconds, peak_bytes, events
 

@@ -7,7 +7,6 @@ from typing import Any
 from support import SAMPLES, wait_for
 
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
-from sage.libs.finetune.run.rundir import Event
 from sage.libs.finetune.run.status import RunState, RunStatus
 from sage.libs.finetune.training.stopping import StopRequest
 
@@ -75,8 +74,9 @@ class TinyRun:
         assert status.state is RunState.COMPLETED, "\n".join([str(status.message), *self.manager.logs(self.task_id)])
         return self
 
-    def events(self, kind: str) -> list[Event]:
-        return [event for event in self.manager.events(self.task_id)[0] if event["event"] == kind]
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        events = (event for event, _ in self.manager.events(self.task_id))
+        return [event.model_dump(mode="json") for event in events if event.event == kind]
 
     def losses(self) -> dict[int, float]:
         """Return the loss of every step; of a step that was done twice, the later one."""

@@ -11,6 +11,7 @@ from support import HELDOUT, chat_record, write_jsonl
 from training import TinyRun
 
 from sage.common.errors import ConfigError, OutputError, RunError
+from sage.common.training import FailedEvent
 from sage.libs.finetune import FinetuneManager
 from sage.libs.finetune.run.checkpoints import Checkpoint
 from sage.libs.finetune.run.status import RunState
@@ -118,7 +119,7 @@ def test_a_preference_run_from_a_checkpoint_trains_what_is_left(tiny_model: Path
 def test_a_resumed_run_does_not_write_into_an_output_that_became_another_run_s(tiny_model: Path, tmp_path: Path) -> None:
     first = TinyRun(tiny_model, tmp_path / "out", max_steps=1)
     directory = first.manager.run_directory(first.task_id)
-    directory.append_event("failed", code="c", message="it never began")
+    directory.append_event(FailedEvent(code="c", message="it never began"))
     second = TinyRun(tiny_model, tmp_path / "out", max_steps=1)
     with pytest.raises(OutputError, match=f"has not started yet: {second.task_id}"):
         first.manager.resume(first.task_id)

@@ -11,6 +11,7 @@ from support import HELDOUT, SAMPLES, chat_record, environment, wait_for, write_
 from training import TinyRun
 
 from sage.common.errors import Conflict, DatasetError, NotFound
+from sage.common.training import StartedEvent
 from sage.libs.finetune import FinetuneManager
 from sage.libs.finetune.run.status import RunState
 
@@ -66,7 +67,7 @@ def test_a_run_in_8_bits_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path) -
     def begun(name: str) -> TinyRun:
         run = TinyRun(tiny_model, tmp_path / name, pack_tokens=300, eval_path=str(HELDOUT), sample_prompts=["Hello"])
         numbers = {"bf16": False, "bf16_products": False, "int8_products": True}
-        run.manager.run_directory(run.task_id).append_event("started", step=0, total_steps=12, **numbers)
+        run.manager.run_directory(run.task_id).append_event(StartedEvent(step=0, total_steps=12, **numbers))
         return run
 
     whole, parts = begun("whole").trained(), begun("parts").stopped_at(3).resumed()
@@ -216,7 +217,7 @@ def test_runs_without_the_control_plane_stop_on_ctrl_c_and_go_on(tiny_model: Pat
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert f"`resume {task_id}` goes on" in said
+    assert f"`resume {task_id}` continues" in said
     process = standalone(sage_home, "resume", task_id)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0

@@ -207,7 +207,7 @@ def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
     options = {**batching, "max_steps": 3}
     roomy = TinyRun(tmp_path / "model", tmp_path / "roomy", **options).trained()
     run, _ = in_the_least_memory(lambda name: TinyRun(tmp_path / "model", tmp_path / name, **options), sage_home)
-    assert any("Memory did not suffice: micro-batches are computed in" in text for text in run.status.warnings)
+    assert any("Out of memory: computing micro-batches in" in text for text in run.status.warnings)
     assert run.status.halvings >= 1
     assert run.losses() == pytest.approx(roomy.losses(), rel=1e-3)
     accuracies = [[event["token_accuracy"] for event in each.events("step")] for each in (run, roomy)]
@@ -232,8 +232,8 @@ def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path) 
         return TinyRun(tmp_path / "model", tmp_path / name, **options)
 
     run, mebibytes = in_the_least_memory(lambda name: run_with(name, "auto"), sage_home)
-    assert run.status.checkpointing
-    assert any("activations are computed again instead of kept" in text for text in run.status.warnings)
+    assert run.status.activation_checkpointing
+    assert any("enabling gradient checkpointing" in text for text in run.status.warnings)
     log = limited(run_with("kept", "off"), sage_home, mebibytes)
     assert "Out of memory: a single sample of 512 tokens does not fit." in log
 

@@ -174,7 +174,7 @@ def test_a_malformed_step_hides_no_other() -> None:
 
 @pytest.mark.parametrize(
     ("after", "max_points", "expected"),
-    [(0, None, list(range(1, 11))), (0, 3, [1, 5, 10]), (8, 3, [9, 10]), (0, 1, [10]), (10, 5, [])],
+    [(0, None, list(range(1, 11))), (0, 3, [1, 10]), (8, 3, [9, 10]), (0, 1, [10]), (10, 5, [])],
 )
 def test_steps_are_thinned_to_a_number_of_points_with_the_first_and_the_last(
     after: int, max_points: int | None, expected: list[int]

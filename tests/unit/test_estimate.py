@@ -6,7 +6,7 @@ import pytest
 
 from sage.common.errors import RunError
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.run.estimate import Estimate, check_room, estimate
+from sage.libs.finetune.run.estimate import Estimate, check_memory, estimate
 from sage.libs.finetune.training.memory import available_bytes
 
 #: A vocabulary of 100, two layers of 8 wide with a matrix to 24 and one back.
@@ -62,8 +62,8 @@ def test_what_does_not_fit_is_told_with_what_would(model: Path) -> None:
     run = needs(model)
     room_bytes = run.total_bytes(5000)
     assert run.fitting_tokens(room_bytes) == 5000
-    assert "fit" not in run.told(5000, room_bytes)
-    assert "of a micro-batch of up to 6,000 tokens, about 5,000 fit at once" in run.told(6000, room_bytes)
+    assert "fit" not in run.describe(5000, room_bytes)
+    assert "of a micro-batch of up to 6,000 tokens, about 5,000 fit at once" in run.describe(6000, room_bytes)
     assert run.fitting_tokens(run.base_bytes) == 0
 
 
@@ -77,9 +77,9 @@ def test_a_model_that_cannot_fit_is_refused(model: Path, options: dict[str, obje
     config = FinetuneConfig.model_validate(
         {"base_model": str(model), "dataset_path": "d.jsonl", "output_dir": "out", **options}
     )
-    check_room(run, run.least_bytes, config)
+    check_memory(run, run.least_bytes, config)
     with pytest.raises(RunError, match=r"takes 0\.0 GB of memory") as caught:
-        check_room(run, run.least_bytes - 1, config)
+        check_memory(run, run.least_bytes - 1, config)
     assert way in str(caught.value.hint)
 
 

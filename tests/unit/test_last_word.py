@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def told(error: Exception, run: RunDirectory) -> SageError:
-    return worker._as_told(error, run)
+    return worker._reported(error, run)
 
 
 @pytest.mark.parametrize("full", ["run", "out"])

@@ -1,5 +1,6 @@
 import json
 import stat
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,25 @@ from typing import Any
 import pytest
 
 from sage.common.errors import ConfigError, NotFound, OutputError, RunError
+from sage.common.training import (
+    FIGURES,
+    AnyRunEvent,
+    FailedEvent,
+    LaunchedEvent,
+    StartedEvent,
+    StepEvent,
+    StoppedEvent,
+    parse_event,
+)  # fmt: skip
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.run import checkpoints
 from sage.libs.finetune.run.checkpoints import Checkpoint, latest_good, list_checkpoints, prune, publish
 from sage.libs.finetune.run.eta import ProgressMeter
 from sage.libs.finetune.run.output import RUN_FILE, check_claim, claim_output, write_record
 from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
+from sage.libs.finetune.run.series import StepSeries
 from sage.libs.finetune.run.status import RunState, RunStatus, derive, fold
+from sage.libs.finetune.run.summary import read_status, read_summary, write_summary
 
 
 def make_run(path: Path, **options: Any) -> RunDirectory:
@@ -36,33 +49,85 @@ def test_a_run_directory_is_its_user_s_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
 
 
+def parsed(events: Iterable[dict[str, object]]) -> list[AnyRunEvent]:
+    return [event for fields in events if (event := parse_event(json.dumps(fields).encode()))]
+
+
+def kinds(events: Iterable[tuple[AnyRunEvent, int]]) -> list[str]:
+    return [event.event for event, _ in events]
+
+
 def test_an_event_that_lacks_something_changes_nothing() -> None:
     events = [{"event": "launched"}, STARTED, {"event": "checkpoint"}, {"event": "failed", "message": None}, STEP]
-    status = fold(RunStatus(), events)
+    status = fold(RunStatus(), parsed(events))
     assert (status.state, status.step, status.checkpoint_step) == (RunState.RUNNING, 4, None)
 
 
 def test_a_torn_last_line_is_passed_over_and_the_next_event_is_whole(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
-    run.append_event("launched")
+    run.append_event(LaunchedEvent())
     with run.events_path.open("ab") as file:
         file.write(b'{"event": "step", "st')
-    events, offset = run.read_events()
-    assert [event["event"] for event in events] == ["launched"]
-    run.append_event("stopped", step=1)
-    events, _ = run.read_events(offset)
-    assert [event["event"] for event in events] == ["stopped"]
+    [(launched, offset)] = run.read_events()
+    assert launched.event == "launched"
+    run.append_event(StoppedEvent(step=1))
+    assert kinds(run.read_events(offset)) == ["stopped"]
 
 
 def test_events_are_read_from_where_the_reader_was(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
-    assert run.read_events() == ([], 0)
-    run.append_event("launched")
-    _, offset = run.read_events()
-    run.append_event("failed", code="c", message="m")
-    events, end = run.read_events(offset)
-    assert [event["event"] for event in events] == ["failed"]
-    assert run.read_events(end) == ([], end)
+    assert list(run.read_events()) == []
+    run.append_event(LaunchedEvent())
+    [(_, offset)] = run.read_events()
+    run.append_event(FailedEvent(code="c", message="m"))
+    [(failed, end)] = run.read_events(offset)
+    assert failed.event == "failed"
+    assert list(run.read_events(end)) == []
+
+
+def test_a_status_is_read_from_the_summary_on_and_from_the_beginning_if_the_events_are_others(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "task-a")
+    for event in (LaunchedEvent(), StartedEvent(step=0, total_steps=3), StepEvent(step=1, total_steps=3, loss=2.0)):
+        run.append_event(event)
+    write_summary(run)
+    saved = read_summary(run)
+    assert saved.offset == run.events_path.stat().st_size
+    run.append_event(StepEvent(step=2, total_steps=3, loss=1.5))
+    assert saved.status.step == 1
+    status = read_status(run)
+    assert (status.step, status.metrics.loss, status.state) == (2, 1.5, RunState.RUNNING)
+    run.events_path.write_bytes(run.events_path.read_bytes().replace(b"2.0", b"9.0"))  # changed before the offset
+    assert read_summary(run).offset == 0
+    assert read_status(run) == status
+    run.summary_path.write_text("{")
+    assert read_status(run) == status
+
+
+def test_a_series_of_steps_reads_only_what_is_new_and_keeps_first_last_and_extremes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "task-a")
+    series = StepSeries(run, kept_steps=50)
+    losses = {step: 5.0 - step / 100 + (3.0 if step == 77 else 0.0) for step in range(1, 401)}
+    for step, loss in losses.items():
+        run.append_event(StepEvent(step=step, total_steps=400, loss=loss))
+    steps = series.read()
+    assert len(steps) <= 100
+    assert (steps[0].step, steps[-1].step) == (1, 400)
+    few = series.read(after=50, max_points=10)
+    assert len(few) <= 10
+    assert few[0].step > 50
+    assert few[-1].step == 400
+    assert max(step.loss or 0.0 for step in steps) == losses[77]
+    run.append_event(StepEvent(step=400, total_steps=400, loss=0.5))  # done again after a kill
+    assert [step.loss for step in series.read(after=399)] == [0.5]
+    run.events_path.rename(tmp_path / "moved")
+    assert len(series.read()) == len(steps)  # nothing that was read is read again
+
+
+def test_a_figure_of_a_step_is_declared_once_and_reaches_status_and_progress() -> None:
+    [event] = parsed([{**STEP, "grad_norm": 0.25, "memory_bytes": 7}])
+    progress = fold(RunStatus(), [event]).training_progress()
+    for figure in FIGURES:
+        assert getattr(progress, figure.name) == getattr(event, figure.name), figure.name
 
 
 STARTED = {"event": "started", "step": 0, "total_steps": 10}
@@ -85,12 +150,12 @@ STEP = {"event": "step", "step": 4, "total_steps": 10, "loss": 1.5, "eta_seconds
     ],
 )
 def test_the_state_follows_from_events_and_lock(events: list[dict[str, object]], alive: bool, state: RunState) -> None:
-    assert derive(fold(RunStatus(), events), alive=alive).state is state
+    assert derive(fold(RunStatus(), parsed(events)), alive=alive).state is state
 
 
 def test_a_dead_run_says_where_it_goes_on() -> None:
     events = [{"event": "launched"}, STARTED, STEP, {"event": "checkpoint", "step": 3}]
-    status = derive(fold(RunStatus(), events), alive=False)
+    status = derive(fold(RunStatus(), parsed(events)), alive=False)
     assert status.code == "worker_died"
     assert "checkpoint 3" in (status.hint or "")
     assert status.progress == 0.4
@@ -99,13 +164,13 @@ def test_a_dead_run_says_where_it_goes_on() -> None:
 def test_a_run_that_went_on_from_an_older_checkpoint_names_that_one() -> None:
     saved = [{"event": "checkpoint", "step": 3}, {"event": "checkpoint", "step": 6}]
     events = [STARTED, *saved, {"event": "launched"}, {**STARTED, "step": 3}, STEP]
-    assert "checkpoint 3" in (derive(fold(RunStatus(), events), alive=False).hint or "")
+    assert "checkpoint 3" in (derive(fold(RunStatus(), parsed(events)), alive=False).hint or "")
 
 
 def test_held_out_losses_before_and_after_are_told_apart_and_warnings_once() -> None:
     warning = {"event": "warning", "message": "w"}
     events = [{"event": "eval", "step": 0, "loss": 3.0}, {"event": "eval", "step": 9, "loss": 1.0}, warning, warning]
-    status = fold(RunStatus(), events)
+    status = fold(RunStatus(), parsed(events))
     assert (status.heldout_loss_before, status.heldout_loss, status.warnings) == (3.0, 1.0, ("w",))
 
 
@@ -282,8 +347,8 @@ def test_a_run_that_waits_holds_its_output_folder_by_every_path(tmp_path: Path) 
         assert "is claimed by a run that has not started yet: task-a" in (claim(tmp_path / path, "task-b", tmp_path) or "")
         with pytest.raises(OutputError):
             check_claim(tmp_path / path, "task-b")
-    run.append_event("launched")
-    run.append_event("failed", code="c", message="m")
+    run.append_event(LaunchedEvent())
+    run.append_event(FailedEvent(code="c", message="m"))
     assert claim(tmp_path / "link", "task-b", tmp_path) is None
     with pytest.raises(OutputError, match="belongs to task-b now"):
         write_record(tmp_path / "out", {"task_id": "task-a"})

@@ -1,6 +1,6 @@
 """`python -m sage.libs.finetune`: runs without the control plane, in the foreground, for notebooks and batch jobs.
 
-Ctrl-C or SIGTERM saves a checkpoint and the result so far; `resume` goes on.
+Ctrl-C or SIGTERM saves a checkpoint and the result so far; `resume` continues.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from sage.common.errors import RunError, SageError
 from sage.common.model_names import absolute_name
 from sage.common.progress_bar import ProgressBar, eta_text
+from sage.common.settings import load_settings
 from sage.libs.finetune.config import load_config
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     resume.add_argument("task", help="the run's id, as `train` printed it")
     commands.add_parser("list", help="list the runs")
     arguments = parser.parse_args(argv)
-    manager = FinetuneManager()
+    manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
     try:
         match arguments.command:
             case "train":
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _follow(manager: FinetuneManager, task_id: str) -> RunStatus:
-    """Show a run until it has ended; a signal to us is passed on to it."""
+    """Show a run until it has ended; SIGTERM and SIGINT stop it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: manager.stop(task_id))
     with ProgressBar(task_id) as bar:
@@ -63,7 +64,11 @@ def _follow(manager: FinetuneManager, task_id: str) -> RunStatus:
             if status.state not in ALIVE:
                 return status
             bar.show(
-                status.message or status.state, status.step, status.total_steps, status.loss, eta_text(status.eta_seconds)
+                status.message or status.state,
+                status.step,
+                status.total_steps,
+                status.metrics.loss,
+                eta_text(status.eta_seconds),
             )
             with contextlib.suppress(InterruptedError):
                 time.sleep(_POLL_SECONDS)
@@ -76,7 +81,7 @@ def _finish(manager: FinetuneManager, task_id: str, status: RunStatus) -> int:
             print(f"Completed: the result is in {output}.", file=sys.stderr)
             return 0
         case RunState.STOPPED:
-            print(f"Stopped at step {status.step}; `resume {task_id}` goes on.", file=sys.stderr)
+            print(f"Stopped at step {status.step}; `resume {task_id}` continues.", file=sys.stderr)
             return 0
         case _:
             raise RunError(code=status.code or "failed", message=status.message or "The run failed.", hint=status.hint or "")

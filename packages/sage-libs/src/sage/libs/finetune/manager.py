@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sage.common.ids import random_suffix
 from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
-from sage.common.settings import load_settings
+from sage.common.training import AnyRunEvent, LaunchedEvent, TrainingStep
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.linting import check_dataset
 from sage.libs.finetune.data.loading import dataset_hash
@@ -25,14 +26,18 @@ from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.run.checkpoints import Checkpoint
 from sage.libs.finetune.run.output import check_claim, claim_output
 from sage.libs.finetune.run.rewards import check_reward_file
-from sage.libs.finetune.run.rundir import Event, RunDirectory, RunSpec
-from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive, fold
+from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
+from sage.libs.finetune.run.series import StepSeries
+from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive
+from sage.libs.finetune.run.summary import Summary, catch_up, read_summary
 from sage.libs.models.resolve import ModelKind, resolve_model
 
-#: A worker has said its last word, but its process still closes; a new one waits this long for it.
+#: A worker that has reported its end may take this long to exit; a new one waits for it.
 _EXIT_SECONDS = 10.0
 #: A run is refused at once for what is wrong among so many samples.
 _CHECKED_SAMPLES = 20_000
+#: Runs whose steps are held in memory, for readers who ask again and again.
+_KEPT_SERIES = 16
 #: By glibc's defaults a tensor of some megabytes goes back to the kernel once it is freed, and its pages are cleared one by
 #: one for the next; kept, a step on the CPU takes 5 % less time, and the run needs no more memory at its peak.
 _MALLOC = "arena_max=1", "mmap_threshold=268435456", "trim_threshold=1073741824"
@@ -46,10 +51,15 @@ WORKER_ENVIRONMENT = {
 class FinetuneManager:
     """Creates, starts, stops and reads runs below one folder."""
 
-    def __init__(self, root: Path | None = None) -> None:
-        """root: the folder of run directories; by default the user's `models/finetuned`."""
+    def __init__(self, root: Path | None = None, *, allow_reward_files: bool = False) -> None:
+        """Keep runs below `root`, by default the user's `models/finetuned`.
+
+        allow_reward_files: whether runs may name Python files with reward functions, which are executed here.
+        """
         self.root = root or get_user_paths().finetuned_dir
-        self._folded: dict[str, tuple[int, RunStatus]] = {}
+        self._allow_reward_files = allow_reward_files
+        self._status_cache: dict[str, Summary] = {}
+        self._series: dict[str, StepSeries] = {}  #: of the runs whose steps were read last, the newest at the end
 
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
         """Check everything that can be checked without loading a model, then write a run's directory; return its id.
@@ -59,7 +69,7 @@ class FinetuneManager:
         """
         parse = parser_of(config.method)
         if config.method != "sft":
-            _check_method(config)
+            _check_method(config, self._allow_reward_files)
         for dataset in config.sources:
             check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks the rest
         if config.eval_path:
@@ -104,9 +114,9 @@ class FinetuneManager:
     def process_spec(self, task_id: str) -> ProcessSpec:
         """Return the worker process to start, and append the event `launched`; raises Conflict if the run has a process."""
         run = self.run_directory(task_id)
-        if not self._has_left(task_id):
+        if not self._wait_for_exit(task_id):
             raise Conflict(code="already_running", message=f"{task_id} is running already.")
-        run.append_event("launched")
+        run.append_event(LaunchedEvent())
         argv = (sys.executable, "-m", "sage.libs.finetune.worker", str(run.path))
         environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
         return ProcessSpec(argv, run.lock_path, run.log_path, environment, holds_sigterm=True)
@@ -128,9 +138,9 @@ class FinetuneManager:
             files += [spec.config.reward_file] if spec.config.reward_file else []
             raise Conflict(
                 code="dataset_changed",
-                message=f"What {task_id} learns from has changed since it began, so it cannot go on exactly: "
+                message=f"The data of {task_id} has changed since it began, so it cannot be resumed exactly: "
                 f"{', '.join(files)}.",
-                hint="Put the old data back, or start a new run.",
+                hint="Restore the old data, or start a new run.",
             )
 
     def check_resumable_quick(self, task_id: str) -> None:
@@ -147,27 +157,33 @@ class FinetuneManager:
         check_claim(Path(spec.config.output_dir), task_id)
 
     def stop(self, task_id: str, *, force: bool = False) -> bool:
-        """Ask a run to save and end (`force`: kill it); return at once, False where no process was there to ask."""
+        """Ask a run to save and end (`force`: kill it); return at once; False if it has no process."""
         process = self.process(task_id)
         return process.send_signal(signal.SIGKILL if force else signal.SIGTERM) if process else False
 
     def status(self, task_id: str) -> RunStatus:
         """Return where a run is."""
         run = self.run_directory(task_id)
-        alive = holder(run.lock_path) is not None  # before the events: what died in between had its last word
-        offset, status = self._folded.get(task_id, (0, RunStatus()))
-        events, offset = run.read_events(offset)
-        status = fold(status, events)
-        self._folded[task_id] = (offset, status)
-        return derive(status, alive=alive)
+        alive = holder(run.lock_path) is not None  # before the events: a process that exits in between has reported its end
+        summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
+        self._status_cache[task_id] = summary
+        return derive(summary.status, alive=alive)
 
     def process(self, task_id: str) -> ProcessIdentity | None:
-        """Return the process of a run, or None where there is none."""
+        """Return the process of a run, or None if there is none."""
         return holder(RunDirectory(self.root / task_id).lock_path)
 
-    def events(self, task_id: str, offset: int = 0) -> tuple[list[Event], int]:
-        """Return a run's events from a byte offset on, and the offset behind them."""
+    def events(self, task_id: str, offset: int = 0) -> Iterator[tuple[AnyRunEvent, int]]:
+        """Yield a run's events from a byte offset on, each with the offset behind it."""
         return self.run_directory(task_id).read_events(offset)
+
+    def training_steps(self, task_id: str, after: int = 0, max_points: int | None = None) -> Sequence[TrainingStep]:
+        """Return a run's steps after step `after`, downsampled to at most `max_points`; reads only what is new."""
+        series = self._series.pop(task_id, None) or StepSeries(self.run_directory(task_id))
+        while len(self._series) >= _KEPT_SERIES:
+            self._series.pop(next(iter(self._series)), None)
+        self._series[task_id] = series
+        return series.read(after, max_points)
 
     def logs(self, task_id: str, tail: int = 100) -> list[str]:
         """Return the last lines of a run's log."""
@@ -183,13 +199,14 @@ class FinetuneManager:
 
     def delete(self, task_id: str) -> None:
         """Remove a run's directory with its checkpoints; the output folder stays. Raises Conflict while it runs."""
-        if not self._has_left(task_id):
+        if not self._wait_for_exit(task_id):
             raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop it first.")
         shutil.rmtree(self.run_directory(task_id).path)
-        self._folded.pop(task_id, None)
+        self._status_cache.pop(task_id, None)
+        self._series.pop(task_id, None)
 
-    def _has_left(self, task_id: str) -> bool:
-        """Return whether a run has no process, once one that has said its last word has had time to close."""
+    def _wait_for_exit(self, task_id: str) -> bool:
+        """Return whether a run has no process; one that has reported its end is given time to exit."""
         deadline = time.monotonic() + _EXIT_SECONDS
         while self.process(task_id):
             if self.status(task_id).state in ALIVE or time.monotonic() > deadline:
@@ -209,7 +226,7 @@ class FinetuneManager:
 
 
 def _data_hash(config: FinetuneConfig) -> str:
-    """Return the SHA-256 of what a run learns from; raises DatasetError or ConfigError where it is not there."""
+    """Return the SHA-256 of what a run learns from; raises DatasetError or ConfigError if it does not exist."""
     datasets = dataset_hash(*(dataset.path for dataset in config.sources))
     if not config.reward_file:
         return datasets
@@ -217,8 +234,8 @@ def _data_hash(config: FinetuneConfig) -> str:
     return hashlib.sha256(datasets.encode() + Path(config.reward_file).read_bytes()).hexdigest()
 
 
-def _check_method(config: FinetuneConfig) -> None:
-    """Raise ConfigError where a method of TRL's cannot be carried out here."""
+def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
+    """Raise ConfigError if a method of TRL cannot be used here."""
     if importlib.util.find_spec("trl") is None:
         raise ConfigError(
             code="trl_missing",
@@ -228,10 +245,10 @@ def _check_method(config: FinetuneConfig) -> None:
         )
     if not config.reward_file:
         return
-    if not load_settings().allow_reward_files:
+    if not allow_reward_files:
         raise ConfigError(
             code="reward_files_off",
-            message="Reward files are off: they are code, which whoever may start engines could then run here.",
+            message="Reward files are disabled: they are Python code, which everyone who may start engines could run here.",
             hint="SAGE_ALLOW_REWARD_FILES=true in the gateway's environment allows them; so does config.toml.",
             param="reward_file",
         )

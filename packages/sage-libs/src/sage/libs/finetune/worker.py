@@ -1,6 +1,6 @@
 """`python -m sage.libs.finetune.worker RUN_DIR`: one run, one process.
 
-It holds the run's lock, tells the run's events, and leaves by exit code 0 where the run is completed or stopped.
+It holds the run's lock, appends the run's events, and exits with code 0 if the run is completed or stopped.
 """
 
 import contextlib
@@ -19,18 +19,20 @@ from sage.common.errors import RunError, SageError
 from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
+from sage.common.training import FailedEvent, LaunchedEvent
 from sage.libs.finetune.run.output import claim_output
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
-from sage.libs.finetune.run.status import RunState, RunStatus, fold
+from sage.libs.finetune.run.status import RunState
+from sage.libs.finetune.run.summary import read_status, write_summary
 from sage.libs.finetune.training.memory import is_out_of_memory
 from sage.libs.finetune.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
-#: Less than this is free: whatever failed, it failed for want of space.
+#: If less than this is free, an error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: transformers imports these where it finds them; nothing of them is used here, and they take a second and 120 MB.
+#: transformers imports these if they are installed; they are not used here, and take a second and 120 MB.
 _UNUSED = ("datasets", "pandas", "scipy", "sklearn")
-#: A leader that is gone has been missed by then.
+#: By then it is known whether the main process has exited.
 _LEADER_SECONDS = 1.0
 
 
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
             print(f"{run.path} has a worker already.", file=sys.stderr)
             return 1
         write_identity(descriptor)
-        run.append_event("launched")
+        run.append_event(LaunchedEvent())
     configure_logging()
     warnings.simplefilter("ignore", FutureWarning)  # between libraries, nothing that a user could do
     stop = StopRequest()
@@ -60,14 +62,16 @@ def main(argv: list[str]) -> int:
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
-    except Exception as error:  # noqa: BLE001 - the run's last word, whatever it was
+        with contextlib.suppress(OSError):  # it only makes reading faster
+            write_summary(run)
+    except Exception as error:  # noqa: BLE001 - reported as the end of the run, whatever it is
         _fail(run, error)
         return 1
     return 0
 
 
 def _follow(run: RunDirectory) -> int:
-    """Do the steps of a run that another process leads; its end is ours."""
+    """Train as one of several processes of a run; exit when the main process exits."""
     configure_logging("WARNING")
     warnings.simplefilter("ignore", FutureWarning)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -75,7 +79,7 @@ def _follow(run: RunDirectory) -> int:
     leader = os.getppid()
     try:
         _train(SilentRunDirectory(run.path), StopRequest())
-    except Exception as error:  # noqa: BLE001 - the run's last word, whatever it was
+    except Exception as error:  # noqa: BLE001 - reported as the end of the run, whatever it is
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:
             _fail(run, error)
@@ -84,12 +88,12 @@ def _follow(run: RunDirectory) -> int:
 
 
 def _fail(run: RunDirectory, error: Exception) -> None:
-    """Say why a run has failed, unless another of its processes has said so."""
+    """Report why a run has failed, unless another of its processes has done so."""
     logger.error("%s", "".join(traceback.format_exception(error)))
     run.release_space()
-    if fold(RunStatus(), run.read_events()[0]).state is not RunState.FAILED:
-        told = _as_told(error, run)
-        run.append_event("failed", code=told.code, message=told.message, hint=told.hint)
+    if read_status(run).state is not RunState.FAILED:
+        reported = _reported(error, run)
+        run.append_event(FailedEvent(code=reported.code, message=reported.message, hint=reported.hint))
 
 
 def _train(run: RunDirectory, stop: StopRequest) -> None:
@@ -102,8 +106,8 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
     Run(run, stop).train()
 
 
-def _as_told(error: Exception, run: RunDirectory) -> SageError:
-    """Return what a user is told of an error."""
+def _reported(error: Exception, run: RunDirectory) -> SageError:
+    """Return an error as it is reported to the user."""
     if isinstance(error, SageError):
         return error
     log = f"Full traceback: {run.log_path}."

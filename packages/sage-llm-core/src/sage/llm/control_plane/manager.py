@@ -77,7 +77,7 @@ class ControlPlaneManager(EngineReads):
         self._executors: Mapping[EngineKind, Executor] = {
             EngineKind.LLM: inference,
             EngineKind.EMBEDDING: inference,
-            EngineKind.FINETUNE: FinetuneExecutor(launcher),
+            EngineKind.FINETUNE: FinetuneExecutor(launcher, allow_reward_files=settings.allow_reward_files),
         }
         self._store = Store(open_database(settings.store_url))
         self._pool = Pool("store", _STORE_THREADS)

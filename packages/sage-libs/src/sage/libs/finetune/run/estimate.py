@@ -42,19 +42,19 @@ class Estimate:
         in_step = tokens * self.token_bytes + min(tokens, _LOSS_TOKENS) * self.logits_bytes
         return max(self.loading_bytes, self.held_bytes + in_step)
 
-    def fitting_tokens(self, room_bytes: int) -> int:
+    def fitting_tokens(self, available_bytes: int) -> int:
         """Return how many tokens a micro-batch may have to stay within so many bytes; 0: none fits."""
-        return max(0, room_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
+        return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
-    def told(self, tokens: int, room_bytes: int) -> str:
-        """Return for people what micro-batches of up to so many tokens need, and what would fit where that does not."""
+    def describe(self, tokens: int, available_bytes: int) -> str:
+        """Return the need of micro-batches of up to so many tokens as a sentence, and what fits if they do not."""
         needed_bytes = self.total_bytes(tokens)
-        told = f"the run needs about {gigabytes(needed_bytes)}, and {gigabytes(room_bytes)} are free"
-        if needed_bytes <= room_bytes:
-            return told
+        text = f"the run needs about {gigabytes(needed_bytes)}, and {gigabytes(available_bytes)} are free"
+        if needed_bytes <= available_bytes:
+            return text
         return (
-            f"{told}: of a micro-batch of up to {tokens:,} tokens, about {self.fitting_tokens(room_bytes):,} fit at once; "
-            "it is computed in parts where memory does not suffice"
+            f"{text}: of a micro-batch of up to {tokens:,} tokens, about {self.fitting_tokens(available_bytes):,} fit "
+            "at once, so it is computed in parts if needed"
         )
 
 
@@ -84,9 +84,9 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
     return Estimate(base_bytes, trained * _TRAINED_BYTES, ends * size, int(rows * size * _LOSS_COPIES), loading_bytes)
 
 
-def check_room(needs: Estimate, room_bytes: int, config: FinetuneConfig) -> None:
+def check_memory(needs: Estimate, available_bytes: int, config: FinetuneConfig) -> None:
     """Raise RunError where not even the smallest micro-batch can fit into so many bytes."""
-    if needs.least_bytes <= room_bytes:
+    if needs.least_bytes <= available_bytes:
         return
     ways = ["take a smaller model"]
     if config.finetuning_type == "full":
@@ -96,7 +96,7 @@ def check_room(needs: Estimate, room_bytes: int, config: FinetuneConfig) -> None
     raise RunError(
         code="model_too_large",
         message=f"The model, with what is trained of it, takes {gigabytes(needs.least_bytes)} of memory, "
-        f"and {gigabytes(room_bytes)} are free.",
+        f"and {gigabytes(available_bytes)} are free.",
         hint=f"Free some memory, then `resume`; or {', or '.join(ways)}.",
     )
 

@@ -44,9 +44,11 @@ class StepSeries:
 
 
 def downsample(steps: Sequence[TrainingStep], max_points: int) -> list[TrainingStep]:
-    """Return at most `max_points` steps, at least 2: first, last, and lowest and highest loss of equal ranges between."""
+    """Return at most `max_points` steps: last, first, and the lowest and highest loss of equal ranges between them."""
     if len(steps) <= max_points:
         return list(steps)
+    if max_points == 1:
+        return [steps[-1]]
     ranges = max(0, max_points - 2) // 2
     first, last = steps[0], steps[-1]
     chosen = [first]

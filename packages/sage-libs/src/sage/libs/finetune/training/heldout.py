@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sage.common.training import EvalEvent
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import Encoded
 from sage.libs.finetune.run.rundir import RunDirectory
@@ -23,9 +24,9 @@ class HeldOut:
     ) -> None:
         """samples: may be empty.  check: called before each batch; an exception from it ends the measurement."""
         self.run, self.config, self.samples, self._check = run, config, samples, check
-        scored = [event for event in run.read_events()[0] if event["event"] == "eval"]
-        self.losses: dict[int, float] = {event["step"]: event["loss"] for event in scored}  #: nats per token, by step
-        self._seconds: float = scored[-1].get("seconds", 0.0) if scored else 0.0
+        scored = [event for event, _ in run.read_events() if isinstance(event, EvalEvent)]
+        self.losses: dict[int, float] = {event.step: event.loss for event in scored}  #: nats per token, by step
+        self._seconds = scored[-1].seconds if scored else 0.0
 
     def discard_after(self, step: int) -> None:
         """Discard losses measured after `step`, at which the run resumes; they will be measured again."""
@@ -39,7 +40,7 @@ class HeldOut:
             began = time.monotonic()
             loss = heldout_loss(model, self.samples, collator, loss_function, self.config.batch_size, self._check)
             self._seconds = time.monotonic() - began
-            self.run.append_event("eval", step=step, loss=loss, samples=len(self.samples), seconds=self._seconds)
+            self.run.append_event(EvalEvent(step=step, loss=loss, samples=len(self.samples), seconds=self._seconds))
             logger.info("held-out loss %.4f at step %d", loss, step)
             self.losses[step] = loss
         return self.losses[step]

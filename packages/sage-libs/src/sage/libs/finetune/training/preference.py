@@ -44,7 +44,7 @@ class PreferenceRun(TrainingRun):
         config = self.config
         self.rows: list[dict[str, Any]] = []
         for source in config.sources:
-            self._tell(f"reading {source.path}")
+            self._report(f"reading {source.path}")
             report = DatasetReport(source.path)
             samples = list(read_samples(report, parser_of(config.method)))
             report.raise_for_faults()

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptingTrainer(Trainer):
-    """Computes a micro-batch in parts once it does not fit; what a step learns from, and in which order, stays the same.
+    """Computes a micro-batch in parts if it does not fit; the samples of a step and their order stay the same.
 
     The loss is a sum over tokens, divided by those of the whole step, so parts of any size add up to the same gradient.
     """
@@ -33,7 +33,7 @@ class AdaptingTrainer(Trainer):
     ) -> None:
         """halvings: micro-batches are cut in two this many times; checkpointing: `on`, `off`, or `auto`: once needed.
 
-        on_adapted: told in words what was changed, the halvings, and whether activations are computed again.
+        on_adapted: called with a message, the halvings, and whether activations are recomputed.
         """
         super().__init__(compute_loss_func=loss, **options)
         self._loss = loss
@@ -63,7 +63,7 @@ class AdaptingTrainer(Trainer):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                told = (str(error).splitlines() or ["out of memory"])[0]
+                cause = (str(error).splitlines() or ["out of memory"])[0]
             else:
                 for parameter, gradient in zip(parameters, before, strict=True):
                     if gradient is not None:
@@ -72,17 +72,17 @@ class AdaptingTrainer(Trainer):
             self._loss.counts = counts
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
-            self._adapt(part, told)
+            self._adapt(part, cause)
 
-    def _adapt(self, part: dict[str, Any], told: str) -> None:
-        """Ask for less memory from now on; raises RunError where a single sample does not fit however it is computed."""
+    def _adapt(self, part: dict[str, Any], cause: str) -> None:
+        """Use less memory from now on; raises RunError if a single sample does not fit even so."""
         tokens = part["input_ids"].shape[1]
         if samples_in(part) > 1:
             self._halvings += 1
-            done = f"micro-batches are computed in up to {2**self._halvings} parts from here on; steps stay the same"
+            done = f"computing micro-batches in up to {2**self._halvings} parts; the steps stay the same"
         elif self._may_checkpoint:
             self._checkpoint()
-            done = "activations are computed again instead of kept from here on, which is slower"
+            done = "enabling gradient checkpointing, which is slower"
         else:
             raise RunError(
                 code="out_of_memory",
@@ -91,8 +91,8 @@ class AdaptingTrainer(Trainer):
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        logger.info("%s", told)
-        self._on_adapted(f"Memory did not suffice: {done}.", self._halvings, self._checkpoints)
+        logger.info("%s", cause)
+        self._on_adapted(f"Out of memory: {done}.", self._halvings, self._checkpoints)
 
     def _checkpoint(self) -> None:
         self._may_checkpoint, self._checkpoints = False, True

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from sage.common.errors import ConfigError
+from sage.common.training import FailedEvent
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
 #: Others wait for as long as the leader tokenises or scores.
@@ -44,18 +45,18 @@ class Team:
             )
         if size > 1 and not torch.cuda.is_available():
             torch.set_num_threads(max(1, torch.get_num_threads() // size))
-        if size > 1 and self.leads:
+        if size > 1 and self.is_main_process:
             self._start_others()
         elif size > 1:
             leader = os.getppid()
             self._watch(lambda: os._exit(1) if os.getppid() != leader else None)
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that decides."""
         return self.rank == 0
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the leader's value in every process; each of them must ask."""
         if self.size == 1:
             return value
@@ -71,7 +72,7 @@ class Team:
         distributed.all_reduce(sums, group=self._group())
         return [int(value) for value in sums]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return once every process is here."""
         if self.size > 1:
             distributed.barrier(group=self._group())
@@ -114,8 +115,8 @@ class Team:
             if code in (None, 0) or not self._others:
                 continue
             if code and code < 0:  # else it has said itself why
-                told = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
-                self._run.append_event("failed", code="worker_died", message=told, hint="`resume` goes on.")
+                message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
+                self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues."))
             self.close()
             os._exit(1)
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from sage.common.errors import DatasetError
+from sage.common.training import FinishedEvent, ProgressEvent, SampleEvent, StoppedEvent, WarningEvent
 from sage.libs.finetune.data.findings import Code, Findings
 from sage.libs.finetune.data.folders import Split
 from sage.libs.finetune.data.inspection import inspect_end
@@ -23,10 +24,11 @@ from sage.libs.finetune.data.mixing import Mixture, weighed
 from sage.libs.finetune.data.store import StoredSamples, load_or_tokenize
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder
 from sage.libs.finetune.kernels.install import Kernels, install
-from sage.libs.finetune.run.estimate import Estimate, check_room, estimate
+from sage.libs.finetune.run.estimate import Estimate, check_memory, estimate
 from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_to_resume
 from sage.libs.finetune.run.rundir import RunDirectory
-from sage.libs.finetune.run.status import RunStatus, fold
+from sage.libs.finetune.run.status import RunStatus
+from sage.libs.finetune.run.summary import read_status
 from sage.libs.finetune.training.batching import Collator, PackedCollator, Packs, PaddedCollator, most_tokens, pack
 from sage.libs.finetune.training.callbacks import RunCallback
 from sage.libs.finetune.training.export import export_result
@@ -63,7 +65,7 @@ class TrainingRun:
         self.team = Team(run, config.num_processes)
         self.estimated_bytes: int | None = None
         self._reported: set[tuple[Path, Code]] = set()
-        self._tell("loading the tokenizer")
+        self._report("loading the tokenizer")
         source = resolve_model(config.base_model)
         self.folder = folder = local_folder(source.base or source)
         adapter = source.folder if source.kind is ModelKind.ADAPTER else None
@@ -74,30 +76,30 @@ class TrainingRun:
         self.chat_format = ChatFormat(self.tokenizer)
         inspect_end(folder, self.chat_format, found := Findings())
         self._report_findings(found, folder)
-        if self.team.leads:
+        if self.team.is_main_process:
             self.checkpoint = checkpoint_to_resume(run, config, folder, self._warn)
             self.precision = choose_precision(config, begun(run, config), width_of(folder))
             self._check_memory()
             self._load_data()
             self._fit_memory()
-        self._tell("loading the model")
-        self.precision = self.team.agree(self.team.leads and self.precision)
-        if not self.team.leads:  # what the leader has tokenised
+        self._report("loading the model")
+        self.precision = self.team.broadcast(self.team.is_main_process and self.precision)
+        if not self.team.is_main_process:  # what the leader has tokenised
             self._load_data()
         self._load_model(folder, adapter)
-        if self.team.leads:
-            self._foretell_memory()
+        if self.team.is_main_process:
+            self._report_estimate()
         if adapter:
-            self._tell(f"going on with the adapter in {adapter}: its rank, scaling and modules stay what they are")
+            self._report(f"training continues from the adapter in {adapter}, with its rank, scaling and modules")
 
     def _check_memory(self) -> None:
         """Refuse a model that cannot fit before anything is done for it."""
         if torch.cuda.is_available():
-            self.held_bytes, self.room_bytes = 0, torch.cuda.mem_get_info()[0]
+            self.held_bytes, self.available_bytes = 0, torch.cuda.mem_get_info()[0]
         else:
-            self.held_bytes, self.room_bytes = psutil.Process().memory_info().rss, available_bytes() // self.team.size
+            self.held_bytes, self.available_bytes = psutil.Process().memory_info().rss, available_bytes() // self.team.size
         least = self.precision.shrunk() if self.precision.may_shrink else self.precision
-        check_room(self._needs(least), self.room_bytes, self.config)
+        check_memory(self._needs(least), self.available_bytes, self.config)
 
     def _needs(self, precision: Precision) -> Estimate:
         bf16, base_bits, int8 = precision.bf16, precision.base_bits, precision.int8_products
@@ -106,17 +108,17 @@ class TrainingRun:
     def _fit_memory(self) -> None:
         """Take smaller numbers where the run would else not fit, and may."""
         self.needs = self._needs(self.precision)
-        if self.precision.may_shrink and self.needs.total_bytes(self.most_tokens) > self.room_bytes:
+        if self.precision.may_shrink and self.needs.total_bytes(self.most_tokens) > self.available_bytes:
             self.precision = self.precision.shrunk()
             self.needs = self._needs(self.precision)
 
-    def _foretell_memory(self) -> None:
+    def _report_estimate(self) -> None:
         """Say what the run will need, where its step is our own, whose needs are known."""
         if self.kernels and self.config.gradient_checkpointing != "on":
             needed_bytes = self.needs.total_bytes(self.most_tokens)
             self.estimated_bytes = self.held_bytes + needed_bytes
-            say = self._tell if needed_bytes <= self.room_bytes else self._warn
-            say(self.needs.told(self.most_tokens, self.room_bytes))
+            say = self._report if needed_bytes <= self.available_bytes else self._warn
+            say(self.needs.describe(self.most_tokens, self.available_bytes))
 
     def _load_data(self) -> None:
         config = self.config
@@ -164,7 +166,7 @@ class TrainingRun:
 
     def train(self) -> None:
         """Train to the end or to the next stop, and write the result; the run's last event says which it was."""
-        if not self.team.leads:
+        if not self.team.is_main_process:
             self._train(None)
             return
         try:
@@ -195,7 +197,7 @@ class TrainingRun:
             if checkpoint and not is_loaded:
                 load_weights(self.model, checkpoint.path)
             self._export(step, None)
-            self.run.append_event("stopped", step=step, output_dir=self.config.output_dir)
+            self.run.append_event(StoppedEvent(step=step, output_dir=self.config.output_dir))
             logger.info("stopped at step %d; the result so far is in %s", step, self.config.output_dir)
             return
         if step < self._total_steps():
@@ -207,7 +209,7 @@ class TrainingRun:
             step = best
         loss = self.heldout.losses.get(step)
         self._export(step, loss)
-        self.run.append_event("finished", step=step, output_dir=self.config.output_dir, heldout_loss=loss)
+        self.run.append_event(FinishedEvent(step=step, output_dir=self.config.output_dir, heldout_loss=loss))
         logger.info("finished; the result of step %d is in %s", step, self.config.output_dir)
 
     def _train(self, checkpoint: str | None) -> int:
@@ -216,7 +218,7 @@ class TrainingRun:
         if not torch.cuda.is_available() and self.team.size == 1:  # CUDA sets aside addresses far beyond what it fills
             refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # prints a dict a step; ours is the log
-        checkpoint = self.team.agree(checkpoint)
+        checkpoint = self.team.broadcast(checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
         # The held-out loss is measured in the model's own precision, as it was before the first step.
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -236,15 +238,15 @@ class TrainingRun:
         if not len(train):
             raise DatasetError(
                 code="dataset_empty",
-                message="By their weights, no sample is taken of the datasets.",
+                message="The dataset weights select no samples.",
                 hint="Weigh one of them higher.",
                 param="dataset_path",
             )
         return train, self._encode(Path(config.eval_path), "validation") if config.eval_path else Mixture(heldout)
 
     def _encode(self, path: Path, split: Split = "train") -> StoredSamples:
-        self._tell(f"reading {path}")
-        samples = load_or_tokenize(path, self._encoder(), self._tell_unless_stopped, split)
+        self._report(f"reading {path}")
+        samples = load_or_tokenize(path, self._encoder(), self._report_unless_stopped, split)
         if samples.stats.truncated:
             self._warn(
                 f"{samples.stats.truncated} of {samples.stats.samples} samples in {path} are longer than "
@@ -278,7 +280,7 @@ class TrainingRun:
         arguments = TrainingArguments(**self._arguments(), bf16=self.precision.bf16 and self.kernels is None)
         return AdaptingTrainer(
             halvings=status.halvings,
-            checkpointing="on" if status.checkpointing else config.gradient_checkpointing,
+            checkpointing="on" if status.activation_checkpointing else config.gradient_checkpointing,
             on_adapted=self._on_adapted,
             model=self.model,
             args=arguments,
@@ -323,17 +325,17 @@ class TrainingRun:
             self.loss,
             self.stop,
             self.team,
-            trusted={self.checkpoint.step} if self.team.leads and self.checkpoint else set(),
+            trusted={self.checkpoint.step} if self.team.is_main_process and self.checkpoint else set(),
             heldout=self.heldout,
             measure=self._measure,
             started_fields=self._started_fields,
         )
 
     def _on_adapted(self, message: str, halvings: int, checkpointing: bool) -> None:
-        self.run.append_event("warning", message=message, halvings=halvings, checkpointing=checkpointing)
+        self.run.append_event(WarningEvent(message=message, halvings=halvings, activation_checkpointing=checkpointing))
         logger.warning("%s", message)
 
-    def _started_fields(self, state: TrainerState) -> dict[str, object]:
+    def _started_fields(self, state: TrainerState) -> dict[str, Any]:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {
             "samples": self.samples,
@@ -364,14 +366,14 @@ class TrainingRun:
     def _measure(self, step: int) -> float | None:
         is_new = bool(self.heldout.samples) and step not in self.heldout.losses
         if is_new:
-            self._tell("measuring the held-out loss")
+            self._report("measuring the held-out loss")
         measured = self.heldout.measure(step, self.model, self.collator, self._new_loss())
         if is_new:
             with self.kernels.disabled() if self.kernels else contextlib.nullcontext():
                 for prompt in self.config.sample_prompts or ():
                     self.stop.check()
                     text = answer(self.model, self.chat_format, prompt)
-                    self.run.append_event("sample", step=step, prompt=prompt, answer=text)
+                    self.run.append_event(SampleEvent(step=step, prompt=prompt, answer=text))
                     logger.info("step %d: %s -> %s", step, prompt, text)
         return measured
 
@@ -381,16 +383,16 @@ class TrainingRun:
         export_result(self.model, self.tokenizer, self.spec, self.run.path, self.folder, metrics)
 
     def _status(self) -> RunStatus:
-        return fold(RunStatus(), self.run.read_events()[0])
+        return read_status(self.run)
 
-    def _tell(self, message: str) -> None:
-        self.run.append_event("progress", message=message)
+    def _report(self, message: str) -> None:
+        self.run.append_event(ProgressEvent(message=message))
         logger.info("%s", message)
 
-    def _tell_unless_stopped(self, message: str) -> None:
+    def _report_unless_stopped(self, message: str) -> None:
         self.stop.check()
-        self._tell(message)
+        self._report(message)
 
     def _warn(self, message: str) -> None:
-        self.run.append_event("warning", message=message)
+        self.run.append_event(WarningEvent(message=message))
         logger.warning("%s", message)

@@ -6,12 +6,13 @@ from typing import Any
 
 from sage.common.errors import Conflict
 from sage.common.processes import ProcessSpec
+from sage.common.settings import load_settings
 from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import ALIVE
-from sage.llm.control_plane.executors.runs import failure_of, progress_of
+from sage.llm.control_plane.executors.runs import failure_of
 from sage.llm.control_plane.inventory import gpu_memory_of
 from sage.llm.control_plane.launchers.base import Launcher, Signal
 from sage.llm.control_plane.launchers.local import LocalLauncher
@@ -49,7 +50,7 @@ class FinetuneEngine:
     ) -> None:
         """config: the short form, or FinetuneConfig with every option; task_id: of a run that exists; launcher: local."""
         self.config = config
-        self.manager = FinetuneManager()
+        self.manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
         self.task_id: str | None = task_id
         self.status = "not_started"
         self._launcher = launcher or LocalLauncher()
@@ -92,7 +93,7 @@ class FinetuneEngine:
         return {
             "task_id": self.task_id,
             "status": run.state,
-            **progress_of(run).model_dump(),
+            **run.training_progress().model_dump(),
             "gpu_memory_bytes": gpu_memory_of(process.pid) if process and process.pid else None,
             "reason": failure_of(run),
         }

@@ -23,7 +23,7 @@ from sage.llm.control_plane.datasets import FILE_ID, DatasetResolver, LocalDatas
 from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, suffix_of
 from sage.llm.control_plane.executors.exit_message import exit_message
 from sage.llm.control_plane.executors.finetune_engine import FinetuneEngine, FinetuneEngineConfig
-from sage.llm.control_plane.executors.runs import SETTLED, UNREADABLE, failure_of, progress_of, steps_of, unreadable
+from sage.llm.control_plane.executors.runs import SETTLED, UNREADABLE, failure_of, unreadable
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
@@ -38,9 +38,11 @@ _PATHS = ("output_dir", "resume_from_checkpoint", "reward_file")
 class FinetuneExecutor:
     """Runs training by `FinetuneManager`; the ids of an engine and of its run end alike."""
 
-    def __init__(self, launcher: Launcher, datasets: DatasetResolver | None = None) -> None:
+    def __init__(
+        self, launcher: Launcher, datasets: DatasetResolver | None = None, *, allow_reward_files: bool = False
+    ) -> None:
         """datasets: by default, those on this machine."""
-        self._manager = FinetuneManager()
+        self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
         self._datasets = datasets or LocalDatasets()
         self._reading = Pool("read-runs", 2)
@@ -92,8 +94,8 @@ class FinetuneExecutor:
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return the run's steps after step `after`, downsampled to at most `max_points`."""
-        events, _ = await asyncio.to_thread(self._manager.events, task_id_of(engine.id))
-        return steps_of(events, after, max_points)
+        steps = await self._reading.run(self._manager.training_steps, task_id_of(engine.id), after, max_points)
+        return list(steps)
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the worker's log."""
@@ -143,7 +145,7 @@ class FinetuneExecutor:
             run = self._manager.status(task_id_of(engine.id))
         except UNREADABLE as error:  # the process is known without its events
             return Observed(alive=process.alive, ready=process.alive, reason=unreadable(error), process=process)
-        training = progress_of(run)
+        training = run.training_progress()
         # Before the launch, the events are those of an earlier one; only a completed run is never launched again.
         is_earlier = server.state is ServerState.PLANNED and not process.alive and run.state is not RunState.COMPLETED
         if run.state in SETTLED and not is_earlier:
@@ -168,7 +170,7 @@ class FinetuneExecutor:
         if engine.figures is not None and engine.state in SETTLED_ENGINE:
             return TrainingProgress.model_validate(engine.figures)
         with contextlib.suppress(*UNREADABLE):
-            return progress_of(self._manager.status(task_id_of(engine.id)))
+            return self._manager.status(task_id_of(engine.id)).training_progress()
         return None
 
     async def _is_alive(self, engine: EngineRecord) -> bool:
