@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import product
+from typing import Any
 
 import pytest
 from engines import record, server
@@ -96,6 +97,34 @@ class StorePromises(Stored):
         engine = store.transition(engine, S.FAILED, actor="r", lease=lease, drop_server="server-a")
         assert store.servers("n") == []
         assert store.hosted(["engine-a"]) == [(engine, None)]
+
+    def test_a_restart_is_one_write_with_two_events(
+        self, store: Store, lease: Lease, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(connection: object, engine_id: str, *args: object, after: EngineState, **values: object) -> int:
+            if after is S.QUEUED:
+                raise OSError("killed between the two events")
+            return write_event(connection, engine_id, *args, after=after, **values)
+
+        queued = store.add(record(server_id="server-a"), "user", lease)
+        starting = store.transition(queued, S.STARTING, actor="r", lease=lease, put_server=server())
+        values: dict[str, Any] = {"reason": Reason(code="c", message="died"), "drop_server": "server-a", "restarts": 1}
+        with pytest.raises(StaleWrite):
+            store.restart(queued, actor="r", lease=lease, **values)
+        with pytest.raises(IllegalTransition):
+            store.restart(replace(starting, state=S.COMPLETED), actor="r", lease=lease, **values)
+        write_event: Any = Store._event
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "_event", staticmethod(broken))
+            with pytest.raises(OSError, match="between"):
+                store.restart(starting, actor="r", lease=lease, **values)
+        assert store.get("engine-a") == starting
+        assert len(store.servers("n")) == 1
+        again = store.restart(starting, actor="r", lease=lease, figures={"loss": 1.0}, **values)
+        assert again == store.get("engine-a")
+        assert (again.state, again.restarts, again.reason, again.figures) == (S.QUEUED, 1, values["reason"], {"loss": 1.0})
+        assert store.servers("n") == []
+        assert [event.after for event in store.events(limit=9)][2:] == [S.FAILED, S.QUEUED]
 
     def test_what_the_user_asked_for_is_kept_and_reported_by_the_feed(self, store: Store, lease: Lease) -> None:
         engine = store.add(record(), "user", lease)

@@ -149,6 +149,19 @@ def test_a_standby_takes_over_if_the_active_gateway_is_killed_and_the_command_li
         assert list_engines() == {}
 
 
+def test_the_command_line_uses_the_standby_that_took_over_from_a_suspended_gateway() -> None:
+    sage("gateway", "start")
+    suspended = holder_pid()
+    with standby_gateway() as (pid, standby):
+        os.kill(suspended, signal.SIGSTOP)
+        try:
+            wait_for(lambda: _role(standby) == "active", "the takeover", seconds=20)
+            wait_for(lambda: holder_pid() == pid, "the published address", seconds=20)
+            assert list_engines() == {}
+        finally:
+            os.kill(suspended, signal.SIGCONT)
+
+
 def test_a_gateway_with_few_descriptors_refuses_what_is_too_much_and_goes_on(tiny_model: Path) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     sage("gateway", "stop")

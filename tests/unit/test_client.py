@@ -56,6 +56,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("follow_events", lambda c: c.follow_events("engine-a"), lambda r: [e.id for e in r] == [1, 2, 3, 4, 5]),
     ("changes", lambda c: c.changes(0, 5), lambda r: r.last_id == 1),
     ("follow_changes", lambda c: first(5, c.follow_changes(0)), lambda r: [e.id for e in r] == [1, 2, 3, 4, 5]),
+    ("follow from now on", lambda c: first(4, c.follow_changes("latest")), lambda r: [e.id for e in r] == [2, 3, 4, 5]),
     ("training_steps", lambda c: c.training_steps("engine-a", 1, 5), lambda r: r[0].loss == 2),
     ("devices", lambda c: c.devices(), lambda r: r[0].kind == "cpu"),
     ("health", lambda c: c.health(), lambda r: r["service"] == "sage-gateway"),
@@ -183,6 +184,10 @@ def test_a_log_that_is_continued_loses_and_repeats_no_byte() -> None:
     reader.begin({"X-Log-Offset": "104"})
     assert reader.feed(b"two\nthr") == ["two"]
     assert (reader.finish(), reader.offset) == (["thr"], 108)
+
+
+def test_comments_that_keep_a_stream_alive_are_passed_over() -> None:
+    assert [event.id for event in streams.EventReader().feed(f": keep-alive\n\n{sse(1)}: keep-alive\n\n".encode())] == [1]
 
 
 def test_an_event_that_is_sent_again_is_read_once() -> None:

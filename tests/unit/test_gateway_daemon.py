@@ -1,11 +1,37 @@
-"""Messages of the command line about a gateway in the background."""
+"""How the command line finds a gateway in the background, and its messages about it."""
 
+import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from sage.cli import daemon
 from sage.common.errors import EngineError
+from sage.common.identity import ProcessIdentity
+from sage.common.paths import get_user_paths
+from sage.common.settings import load_settings
+from sage.llm.gateway.instance import publish_address
+
+
+def test_a_former_standby_that_is_active_is_found_though_the_suspended_gateway_holds_the_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    get_user_paths().state_dir.mkdir(parents=True)
+    publish_address(load_settings().model_copy(update={"gateway_port": 4711}))
+    suspended = ProcessIdentity(os.getppid(), "")
+    monkeypatch.setattr(daemon, "holder", lambda _: suspended)
+    assert daemon.find_client().base_url == "http://127.0.0.1:4711"
+
+
+@pytest.mark.parametrize("changed", [{"started": "an earlier boot/5"}, {"pid": 2**22 + 1}, {"pid": "x"}, {"started": None}])
+def test_an_address_that_no_living_gateway_has_published_is_not_used(changed: dict[str, object], sage_home: Path) -> None:
+    get_user_paths().state_dir.mkdir(parents=True)
+    publish_address(load_settings().model_copy(update={"gateway_port": 4711}))
+    saved = sage_home / "state/gateway.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | changed))
+    assert daemon.find_client().base_url == load_settings().gateway_url
 
 
 @pytest.mark.parametrize(("pid", "advice"), [(0, "fuser"), (4711, "kill -9 4711")])

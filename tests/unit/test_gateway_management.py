@@ -98,6 +98,7 @@ def test_filters_name_states_and_kinds_separated_by_commas() -> None:
         (f"{ENGINES}?order=newest", "order"),
         (f"{ENGINES}?after=engine-unknown", "after"),
         (f"{EVENTS}?after=-1", "after"),
+        (f"{EVENTS}?after=newest", "after"),
         (f"{EVENTS}?limit=1001", "limit"),
         (f"{ENGINES}/engine-a/training?after=-1", "after"),
         (f"{ENGINES}/engine-a/training?max_points=1", "max_points"),
@@ -148,6 +149,34 @@ def test_the_followed_change_feed_continues_from_the_last_event_id_and_sends_wha
                 await asyncio.to_thread(store.remove, removed, actor="user", lease=lease)
                 event = await _next_event(lines)
                 assert (event["engine_id"], event["kind"]) == (_id(0), "removed")
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_reader_from_now_on_asks_for_the_newest_cursor() -> None:
+    store, _ = stored(3)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        newest = (await client.get(f"{EVENTS}?after=latest&limit=1")).json()
+        assert newest == {"object": "list", "data": [], "last_id": store.last_event(), "has_more": False}
+
+    ask(test)
+
+
+def test_a_stream_from_now_on_begins_with_the_next_event_and_is_kept_alive_by_comments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sage.llm.gateway.event_streams._KEEP_ALIVE_SECONDS", 0.01)
+
+    async def main() -> None:
+        store, lease = stored(3)
+        async with gateway() as client, client.stream("GET", f"{EVENTS}?follow=true&after=latest") as answer:
+            lines = (line async for line in answer.aiter_lines() if line)
+            assert await anext(lines) == ": keep-alive"
+            await asyncio.to_thread(store.remove, store.get(_id(0)), actor="user", lease=lease)
+            events = (line async for line in lines if not line.startswith(":"))
+            event = await _next_event(events)
+            assert (event["engine_id"], event["kind"]) == (_id(0), "removed")
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

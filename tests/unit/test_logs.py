@@ -1,5 +1,7 @@
 import asyncio
+import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,26 @@ def test_offsets_stay_right_when_a_log_is_cut(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("log.*")} == {0o600}
     assert log.read(0) == everything[start:]
     assert tail_lines(log.path, 150) == everything.decode().splitlines()[-150:]
+
+
+def test_a_reader_during_a_cut_sees_the_whole_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, seen, replace = LogFile(tmp_path / "log"), list[object](), os.replace
+    log.path.write_bytes(b"one\ntwo\nthree\n")
+
+    def look() -> None:
+        seen.extend((log.range(), log.read(4), tail_lines(log.path, 2)))
+
+    reader = threading.Thread(target=look)
+
+    def replaced(*paths: Path) -> None:
+        reader.start()  # the file is empty, and what was cut off is not in place yet
+        reader.join(0.2)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    assert log.cut(10)
+    reader.join()
+    assert seen == [(4, 14), b"two\nthree\n", ["two", "three"]]
 
 
 def test_a_log_below_the_limit_is_left_alone(tmp_path: Path) -> None:

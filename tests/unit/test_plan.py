@@ -1,6 +1,7 @@
 import dataclasses
+import itertools
 import random
-import timeit
+import sys
 from typing import Any
 
 import pytest
@@ -175,10 +176,6 @@ def test_a_worker_that_exited_without_a_report_is_restarted_and_one_that_was_sto
     assert action.restarts is None
 
 
-def test_a_failure_that_was_written_with_a_restart_is_queued() -> None:
-    assert outline(planned(record(S.FAILED, restarts=1), None)) == S.QUEUED
-
-
 def test_a_hung_server_is_killed_and_restarted_only_if_its_policy_says_so() -> None:
     hung = Watch(S.RUNNING, silent_seconds=61, seen_alive=True)
     engine = of(S.RUNNING, restart_policy=RestartPolicy.ON_FAILURE)
@@ -245,10 +242,16 @@ def test_no_plan_has_an_illegal_transition_or_settles_an_engine_that_may_have_a_
 
 
 def test_the_plan_grows_no_faster_than_the_number_of_engines() -> None:
-    def seconds(count: int) -> float:
+    def calls(count: int) -> int:
         engines = [of(random.Random(i).choice([S.RUNNING, S.STARTING]), id=f"engine-{i}") for i in range(count)]
         seen, watches = dict.fromkeys((e.id for e in engines), LIVES), dict.fromkeys((e.id for e in engines), NEW)
         snapshot = Snapshot(engines, {"server-a": server()}, seen, watches, {}, LIMITS)
-        return min(timeit.repeat(lambda: plan(snapshot), number=1, repeat=5))
+        counted = itertools.count()
+        sys.setprofile(lambda *_: next(counted))
+        try:
+            plan(snapshot)
+        finally:
+            sys.setprofile(None)
+        return next(counted)
 
-    assert seconds(8000) < 8 * 4 * seconds(1000)  # quadratic would be 64 times
+    assert calls(8000) < 8.1 * calls(1000)  # quadratic would be 64 times

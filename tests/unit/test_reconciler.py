@@ -12,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 from sage.common.errors import SageError
 from sage.common.identity import ProcessIdentity
 from sage.common.processes import ProcessSpec
+from sage.common.training import TrainingProgress
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import ProcessObservation, Signal
@@ -42,6 +43,7 @@ class World:
         self.unknown: set[str] = set()  #: handles that cannot be observed
         self.hung: set[str] = set()  #: engines whose probes never end
         self.silent: set[str] = set()  #: engines that do not answer
+        self.training: dict[str, TrainingProgress] = {}
         self.validations: dict[str, Callable[[], None]] = {}
         self.release = asyncio.Event()
         self.release.set()
@@ -77,7 +79,8 @@ class World:
         if engine.id in self.hung:
             await asyncio.Event().wait()
         is_ready = process.alive and engine.id not in self.silent
-        return Observed(process.alive, ready=is_ready, reason=None if process.alive else DEAD, process=process)
+        reason, training = None if process.alive else DEAD, self.training.get(engine.id)
+        return Observed(process.alive, ready=is_ready, reason=reason, process=process, training=training)
 
 
 class Loop:
@@ -352,6 +355,36 @@ def test_the_validation_of_one_engine_delays_nobody_and_a_stop_cancels_it(loop: 
         assert loop.state() is S.STOPPED
 
     loop.run(test)
+
+
+@pytest.mark.parametrize("state", [S.VALIDATING, S.QUEUED])
+def test_an_engine_without_a_process_that_is_killed_is_stopped_and_is_never_launched(loop: Loop, state: EngineState) -> None:
+    loop.add(record(state, DesiredState.STOPPED, force=True))
+
+    async def test(loop: Loop) -> None:
+        await loop.until(lambda: loop.state() is S.STOPPED)
+        await loop.ticked()
+
+    loop.run(test)
+    assert loop.state() is S.STOPPED
+    assert (loop.world.launched, loop.world.signals) == ([], [])
+
+
+@pytest.mark.parametrize("policy", [RestartPolicy.NO, RestartPolicy.UNLESS_STOPPED])
+def test_the_figures_of_a_run_are_written_with_the_transition_that_settles_it(loop: Loop, policy: RestartPolicy) -> None:
+    loop.add(record(S.RUNNING, kind=EngineKind.FINETUNE, restart_policy=policy))
+    before = loop.store.get("engine-a")
+    loop.world.training["engine-a"] = TrainingProgress(step=7)
+    loop.world.alive.clear()
+
+    async def test(loop: Loop) -> None:
+        await loop.until(lambda: loop.state() is not S.RUNNING)
+
+    loop.run(test)
+    after = loop.store.get("engine-a")
+    assert after.figures is not None
+    assert after.figures["step"] == 7
+    assert after.version == before.version + (1 if policy is RestartPolicy.NO else 2)
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,9 @@ def find_process() -> ProcessIdentity | None:
 
 def find_client() -> SageClient:
     """Return a client of the running gateway, else of the address in the settings; does not connect."""
-    process = find_process()
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        if process and saved["pid"] == process.pid:  # else it was written by an earlier gateway
+        if ProcessIdentity(saved["pid"], saved["started"]).is_alive():  # maybe a former standby, which has not the lock
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings
 

@@ -1,9 +1,12 @@
 """Logging: one line an event, with time, level and place, to stderr; and reading what was logged."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from sage.common.paths import private_file
@@ -56,20 +59,22 @@ class LogFile:
         with self.path.open("rb") as source, aside.open("wb") as target:
             source.seek(skipped)
             shutil.copyfileobj(source, target, _BLOCK_BYTES * 16)
-        os.truncate(self.path, 0)
-        os.replace(aside, self.path.with_name(f"{self.path.name}.{base + skipped}"))
-        if old:
-            old.unlink()
+        with self._locked(fcntl.LOCK_EX):
+            os.truncate(self.path, 0)
+            os.replace(aside, self.path.with_name(f"{self.path.name}.{base + skipped}"))
+            if old:
+                old.unlink()
         return True
 
     def range(self) -> tuple[int, int]:
         """Return the offsets of the first byte that is still there and of the end."""
-        old, base = self._old_part()
-        return (base - _size(old) if old else base), base + _size(self.path)
+        with self._locked(fcntl.LOCK_SH):
+            old, base = self._old_part()
+            return (base - _size(old) if old else base), base + _size(self.path)
 
     def read(self, offset: int, limit_bytes: int | None = None) -> bytes:
         """Return what stands from an offset on, or from the first byte that is still there."""
-        while True:
+        with self._locked(fcntl.LOCK_SH):
             old, base = self._old_part()
             content = b""
             if old and offset < base:
@@ -77,8 +82,7 @@ class LogFile:
             if limit_bytes is None or len(content) < limit_bytes:
                 rest = None if limit_bytes is None else limit_bytes - len(content)
                 content += _read(self.path, max(0, offset - base), rest)
-            if self._old_part() == (old, base):  # else it was cut meanwhile
-                return content
+            return content
 
     def tail_offset(self, lines: int) -> int:
         """Return the offset at which the last `lines` lines begin."""
@@ -96,6 +100,15 @@ class LogFile:
                 return begin + position + 1
             at, lines = begin, lines - breaks
         return at
+
+    @contextlib.contextmanager
+    def _locked(self, operation: int) -> Iterator[None]:
+        """Lock the log: readers share it, and a cut has it alone, so that they see both of its files before or after."""
+        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS wants a writable file for an exclusive lock
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(FileNotFoundError):
+                fcntl.flock(stack.enter_context(self.path.open(mode)), operation)
+            yield
 
     def _old_part(self) -> tuple[Path | None, int]:
         """Return the file with what was cut off last, and the offset at which the current one begins."""

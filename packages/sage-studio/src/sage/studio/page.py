@@ -65,12 +65,11 @@ class EnginesPage:
 
     async def _has_changed(self) -> bool:
         """Read the change feed up to its end, and return whether it has new events; true at first."""
-        has_changed, cursor = self._cursor is None, self._cursor or 0
+        has_changed = self._cursor is None
         while True:
-            page = await self._client.changes(cursor, _MAX_EVENTS)
-            has_changed, cursor = has_changed or bool(page.data), page.last_id
+            page = await self._client.changes("latest" if self._cursor is None else self._cursor, _MAX_EVENTS)
+            has_changed, self._cursor = has_changed or bool(page.data), page.last_id
             if not page.has_more:
-                self._cursor = cursor
                 return has_changed
 
     async def _show_selected(self) -> None:

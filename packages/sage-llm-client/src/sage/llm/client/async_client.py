@@ -9,7 +9,7 @@ import httpx
 
 from sage.common.errors import GatewayUnreachable
 from sage.llm.client import answers, calls, streams
-from sage.llm.client.calls import Call, Order
+from sage.llm.client.calls import Call, Cursor, Order
 from sage.llm.client.client import CONNECT_SECONDS, RECONNECT_SECONDS, STREAM_TIMEOUT
 from sage.llm.client.types import (
     Device,
@@ -122,13 +122,14 @@ class AsyncSageClient:
         async for event in self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds):
             yield event
 
-    async def changes(self, after: int = 0, limit: int = 100) -> EventPage:
-        """Return the events of all engines after a cursor, which is the id of an event."""
+    async def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
+        """Return the events of all engines after a cursor: the id of an event, or "latest", after which there is none."""
         return await self._send(calls.changes(after, limit))
 
-    async def follow_changes(self, after: int = 0, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
+    async def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
         """Yield the events of all engines after a cursor, then each new one, without an end."""
-        reader = streams.EventReader(after, endless=True)
+        cursor = (await self.changes(after)).last_id if after == "latest" else after
+        reader = streams.EventReader(cursor, endless=True)
         async for event in self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds):
             yield event
 

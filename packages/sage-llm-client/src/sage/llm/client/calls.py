@@ -21,6 +21,8 @@ from sage.llm.client.types import (
 
 T = TypeVar("T")
 Order = Literal["asc", "desc"]
+#: A position in the change feed: the id of an event, or that of the newest one.
+Cursor = int | Literal["latest"]
 #: A removal deletes checkpoints, and a start on a busy machine takes long; giving up earlier would invite a second one.
 _LONG_SECONDS = 3600.0
 #: Engines per request when all are listed; the most that the gateway gives.
@@ -117,7 +119,7 @@ def events(engine_id: str, *, follow: bool) -> Call[None]:
     return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
 
 
-def changes(after: int, limit: int) -> Call[EventPage]:
+def changes(after: Cursor, limit: int) -> Call[EventPage]:
     """Read the change feed."""
     return Call("GET", f"{_PREFIX}/events", as_model(EventPage), params={"after": after, "limit": limit})
 

@@ -9,7 +9,7 @@ import httpx
 
 from sage.common.errors import GatewayUnreachable
 from sage.llm.client import answers, calls, streams
-from sage.llm.client.calls import Call, Order
+from sage.llm.client.calls import Call, Cursor, Order
 from sage.llm.client.types import (
     Device,
     EngineEvent,
@@ -122,13 +122,14 @@ class SageClient:
         reader = streams.EventReader()
         yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
 
-    def changes(self, after: int = 0, limit: int = 100) -> EventPage:
-        """Return the events of all engines after a cursor, which is the id of an event."""
+    def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
+        """Return the events of all engines after a cursor: the id of an event, or "latest", after which there is none."""
         return self._send(calls.changes(after, limit))
 
-    def follow_changes(self, after: int = 0, patience_seconds: float = 60) -> Iterator[EngineEvent]:
+    def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> Iterator[EngineEvent]:
         """Yield the events of all engines after a cursor, then each new one, without an end."""
-        reader = streams.EventReader(after, endless=True)
+        cursor = self.changes(after).last_id if after == "latest" else after
+        reader = streams.EventReader(cursor, endless=True)
         yield from self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds)
 
     def training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:

@@ -39,7 +39,7 @@ class Validation:
 class Snapshot:
     """Everything that the plan depends on."""
 
-    engines: Sequence[EngineRecord]  #: those that are not settled, and failed ones that are to be restarted; oldest first
+    engines: Sequence[EngineRecord]  #: those that are not settled, oldest first
     servers: Mapping[str, ServerRecord]  #: by id
     observed: Mapping[str, Observed]  #: by engine id; missing: not known, so that nothing is done which presumes a death
     watches: Mapping[str, Watch]  #: by engine id
@@ -78,7 +78,7 @@ class Transition:
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: of a failure: the number of the restart that follows; None: it stays failed
+    restarts: int | None = None  #: of a failure: it is queued again in the same write, as restart n; None: it stays failed
 
 
 #: What is observed of an engine that has a state with a process, and no server.
@@ -105,8 +105,6 @@ def _next(engine: EngineRecord, snapshot: Snapshot) -> Action | None:
             return Launch(engine, None) if is_wanted and is_due else None
         case _S.STARTING if server and server.state is ServerState.PLANNED and is_wanted:
             return Launch(engine, server)
-        case _S.FAILED:  # written, but not restarted yet
-            return Transition(engine, _S.QUEUED, engine.reason) if is_wanted else None
         case _S.PAUSED if server is None:
             return Transition(engine, _S.STOPPED) if engine.desired is DesiredState.STOPPED else None
         case _ if server is None:

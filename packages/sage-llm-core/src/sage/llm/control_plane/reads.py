@@ -110,6 +110,10 @@ class EngineReads:
         """Return events of all engines with ids above `after`, oldest first."""
         return await self._pool.run(self._store.events, after, limit=limit)
 
+    async def last_change(self) -> int:
+        """Return the id of the newest event of all engines, 0 if there is none."""
+        return await self._pool.run(self._store.last_event)
+
     async def get_training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
         """Return the optimizer steps of a run behind step `after`, downsampled to `max_points`."""
         engine, _ = await self._local(engine_id)

@@ -42,13 +42,10 @@ class Reconciler:
         observed = self._prober.observed()
         self._look(engines, observed)
         if not is_active:
-            self._runner.restarting.clear()
             return
-        active = {engine.id for engine in engines}
-        restarting = [engine for engine in self._runner.restarting.values() if engine.id not in active]
         validating = [engine.id for engine in engines if engine.state is EngineState.VALIDATING]
         results = self._runner.validator.results(validating)
-        snapshot = Snapshot((*engines, *restarting), servers, observed, self._watches, results, self._limits)
+        snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits)
         for action in plan(snapshot):
             engine = action.engine
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))

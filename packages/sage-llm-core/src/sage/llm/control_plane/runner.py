@@ -41,8 +41,6 @@ class Runner:
         self._store, self._pool, self._executors, self._launcher = store, pool, executors, launcher
         self._routing, self._lease, self._on_done = routing, lease, on_done
         self.validator = Validator(executors, on_done)
-        #: Engines that failed and are to be queued again; in memory until that is written.
-        self.restarting: dict[str, EngineRecord] = {}
         self.signalled: set[str] = set()  #: engines that were sent the signal to stop, until the reconciler takes note
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
@@ -79,7 +77,6 @@ class Runner:
             async with self._slots:
                 await self._act(action, observed, server)
         except StaleWrite:
-            self.restarting.pop(engine_id, None)
             logger.debug("%s was written by another process; the next plan starts from that", engine_id)
         except Exception as error:
             if self._troubles.get(engine_id) != repr(error):  # once for as long as it stays the same
@@ -141,13 +138,11 @@ class Runner:
             values = {"drop_server": server.id if server else None}
             if observed and observed.training:
                 values["figures"] = observed.training.model_dump(mode="json")
-            if restarts is not None:
-                values["restarts"] = restarts
-        engine = await self._write(engine, state, reason=reason, **values)
+        if restarts is None:
+            engine = await self._write(engine, state, reason=reason, **values)
+        else:
+            engine = await self._restart(engine, restarts, reason, **values)
         self._routing.apply(engine, None if state in SETTLED else server)
-        self.restarting.pop(engine.id, None)
-        if restarts is not None:
-            self.restarting[engine.id] = engine
 
     async def _write(self, engine: EngineRecord, state: EngineState, **values: Any) -> EngineRecord:
         write = functools.partial(self._store.transition, engine, state, actor=_ACTOR, lease=self._held_lease())
@@ -155,6 +150,13 @@ class Runner:
         reason = values.get("reason")
         logger.info("%s: %s → %s%s", engine.id, engine.state, state, f": {reason.message}" if reason else "")
         return written
+
+    async def _restart(self, engine: EngineRecord, restarts: int, reason: Reason | None, **values: Any) -> EngineRecord:
+        restart = functools.partial(self._store.restart, engine, actor=_ACTOR, lease=self._held_lease())
+        queued = await self._pool.run(restart, restarts=restarts, reason=reason, **values)
+        logger.info("%s: %s → %s → %s (restart %d): %s", engine.id, engine.state, EngineState.FAILED, queued.state, restarts,
+                    reason.message if reason else "")  # fmt: skip
+        return queued
 
     def _held_lease(self) -> Lease:
         lease = self._lease()

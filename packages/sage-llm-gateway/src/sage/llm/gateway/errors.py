@@ -52,7 +52,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first: dict[str, Any] = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        place, *names = first["loc"]
+        parts = names[:1] if place == "query" else names  # what follows is the member of a union
+        name = ".".join(str(part) for part in parts) or "body"
         message = f"{name}: {first['msg'].removeprefix('Value error, ')}."
         return error_response(ConfigError(code="config_invalid", message=message, param=name))
 

@@ -13,13 +13,37 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 
 _POLL_SECONDS = 0.3
 _EVENTS_AT_ONCE = 500
+#: A comment is sent after this much silence, so that no proxy in between closes the connection.
+_KEEP_ALIVE_SECONDS = 15.0
 T = TypeVar("T")
 
 
 class EventStream(StreamingResponse):
-    """An answer of server-sent events."""
+    """An answer of server-sent events, kept alive by comments."""
 
     media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], status_code: int = 200) -> None:
+        super().__init__(_kept_alive(events), status_code)
+
+
+async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield the events, and a comment whenever there has been none for a while."""
+    following: asyncio.Future[str | None] | None = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(anext(events, None))
+            await asyncio.wait({following}, timeout=_KEEP_ALIVE_SECONDS)
+            if not following.done():
+                yield ": keep-alive\n\n"
+                continue
+            event, following = following.result(), None
+            if event is None:
+                return
+            yield event
+    finally:
+        if following:
+            following.cancel()
 
 
 async def all_changes(manager: ControlPlaneManager, cursor: int) -> AsyncIterator[str]:

@@ -12,10 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sage.common.errors import Overloaded, SageError
+from sage.common.errors import ConfigError, Overloaded, SageError
 from sage.common.settings import Settings
+from sage.llm.client.types import DEFAULT_MODEL
 from sage.llm.gateway.access import check_access, key_of
 from sage.llm.gateway.errors import Refusal, error_response, out_of_descriptors
+from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
 logger = logging.getLogger(__name__)
 #: Key of the parsed body in a request's scope.
@@ -125,6 +127,19 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return pending.pop() if pending else await receive()
 
     return replay
+
+
+def requested_model(scope: Scope) -> str:
+    """Return the `model` that a request's body names. Raises Refusal if it has no body, ConfigError if it names none."""
+    if JSON_BODY not in scope:
+        raise Refusal(400, "invalid_json", "The body is empty.", "Send a JSON object.")
+    content = scope[JSON_BODY]
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, str) or not 0 < len(model) <= MAX_MODEL_CHARS:
+        message = f"'model' is required and must be text of 1 to {MAX_MODEL_CHARS} characters."
+        hint = f"'{DEFAULT_MODEL}' means the engine that was started last."
+        raise ConfigError(code="model_required", message=message, hint=hint, param="model")
+    return model
 
 
 class BodyBudget:

@@ -8,7 +8,7 @@ import os
 from sage.common.errors import Conflict
 from sage.common.files import replace_file
 from sage.common.paths import get_user_paths
-from sage.common.processes import LOCK_FD_VARIABLE, holder, try_lock, write_identity
+from sage.common.processes import LOCK_FD_VARIABLE, ProcessIdentity, holder, try_lock, write_identity
 from sage.common.settings import Settings
 from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.gateway.access import key_of
@@ -32,7 +32,7 @@ def take_lock() -> None:
 
 def publish_address(settings: Settings) -> None:
     """Write address and key where only this user can read them: the command line uses this gateway from now on."""
-    address = {"pid": os.getpid(), "url": settings.gateway_url, "api_key": key_of(settings)}
+    address = {**vars(ProcessIdentity.of(os.getpid())), "url": settings.gateway_url, "api_key": key_of(settings)}
     replace_file(get_user_paths().state_dir / "gateway.json", json.dumps(address).encode(), 0o600)
 
 

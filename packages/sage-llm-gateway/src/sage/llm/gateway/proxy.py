@@ -15,6 +15,7 @@ from yarl import URL
 from sage.common.errors import EngineError, SageError
 from sage.llm.control_plane.routing import Upstream, unresponsive
 from sage.llm.gateway.errors import out_of_descriptors
+from sage.llm.gateway.gate import JSON_BODY, LARGE_BYTES
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,12 +54,14 @@ class EngineProxy:
         """Close the connections."""
         await self._session.close()
 
-    async def forward(self, upstream: Upstream, model: str, request: Request, body: bytes) -> Response:
+    async def forward(self, upstream: Upstream, model: str, request: Request) -> Response:
         """Return the engine's answer, streamed if it streams; its `model` is what the server says.
 
-        model: as the client named it, for messages. If the client disconnects first, the upstream request is cancelled.
+        model: as the client named it; the engine is sent its server's name for it, and else the body as it is. If the
+        client disconnects first, the upstream request is cancelled.
         Raises EngineError if the engine exits, Overloaded if it does not respond, ClientDisconnect.
         """
+        body = await _take_body(request, None if upstream.model_name == model else upstream.model_name)
         exchange = _Exchange(upstream.engine_id, model, self._is_responsive)
         try:
             answer = await first_of(self._post(upstream, request, body), disconnected(request), exchange.unresponsive())
@@ -194,6 +197,23 @@ async def disconnected(request: Request) -> NoReturn:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     raise ClientDisconnect
+
+
+async def _take_body(request: Request, model_name: str | None) -> bytes:
+    """Return the body that the gate has read, its model renamed if a name is given.
+
+    The parsed body leaves the request: it is several times as large, and not needed while the engine answers.
+    """
+    body, content = await request.body(), request.scope.pop(JSON_BODY)
+    if model_name is None:
+        return body
+    renamed = {**content, "model": model_name}
+    return await asyncio.to_thread(_encoded, renamed) if len(body) > LARGE_BYTES else _encoded(renamed)
+
+
+def _encoded(content: dict[str, Any]) -> bytes:
+    """Return JSON; not by orjson, which refuses integers beyond 64 bits instead of leaving that to the engine."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _request_headers(request: Request) -> Iterable[tuple[str, str]]:

@@ -55,15 +55,8 @@ class Store(LeaseStore):
         Raises StaleWrite if the engine was written since, IllegalTransition if the table of states does not have
         the transition, Conflict if the engine becomes active again and another one has its port.
         """
-        check_transition(record.state, state)
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
-            message = reason.message if reason else ""
-            event = self._event(
-                connection, record.id, EventKind.TRANSITION, actor, before=record.state, after=state, reason=message
-            )
-            moved = self._update(
-                connection, record, {**values, "state": state, "reason": reason}, state_at=clock(), last_event=event
-            )
+            moved = self._move(connection, record, state, actor, reason, **values)
             gone = [server_id for server_id in (drop_server, put_server and put_server.id) if server_id]
             if gone:
                 connection.execute(delete(servers).where(servers.c.id.in_(gone), servers.c.node == record.node))
@@ -71,6 +64,26 @@ class Store(LeaseStore):
                 row = to_columns(vars(put_server)) | {"created_at": clock()}
                 connection.execute(insert(servers).values(row))
             return moved
+
+    def restart(
+        self,
+        record: EngineRecord,
+        *,
+        actor: str,
+        lease: Lease,
+        reason: Reason | None,
+        drop_server: str | None,
+        restarts: int,
+        **values: Any,
+    ) -> EngineRecord:
+        """Write that an engine has failed and is queued again, as two events of one transaction; return it as queued.
+
+        restarts: the number of this restart. Raises as `transition` does.
+        """
+        with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
+            failed = self._move(connection, record, EngineState.FAILED, actor, reason, restarts=restarts, **values)
+            connection.execute(delete(servers).where(servers.c.id == drop_server, servers.c.node == record.node))
+            return self._move(connection, failed, EngineState.QUEUED, actor, reason)
 
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease
@@ -183,6 +196,25 @@ class Store(LeaseStore):
         with self._write() as connection:
             self._check_lease(connection, lease)
             yield connection
+
+    def _move(
+        self,
+        connection: Connection,
+        record: EngineRecord,
+        state: EngineState,
+        actor: str,
+        reason: Reason | None,
+        **values: Any,
+    ) -> EngineRecord:
+        """Write a new state with its event."""
+        check_transition(record.state, state)
+        message = reason.message if reason else ""
+        event = self._event(
+            connection, record.id, EventKind.TRANSITION, actor, before=record.state, after=state, reason=message
+        )
+        return self._update(
+            connection, record, {**values, "state": state, "reason": reason}, state_at=clock(), last_event=event
+        )
 
     @staticmethod
     def _update(connection: Connection, record: EngineRecord, values: Mapping[str, Any], **more: Any) -> EngineRecord:

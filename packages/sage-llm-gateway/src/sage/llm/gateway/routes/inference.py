@@ -1,20 +1,17 @@
 """OpenAI-compatible inference, forwarded to the engines."""
 
-import asyncio
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sage.common.errors import ConfigError, NotFound
+from sage.common.errors import NotFound
 from sage.llm.client.types import DEFAULT_MODEL, EngineKind
 from sage.llm.control_plane.routing import Route
-from sage.llm.gateway.errors import Refusal
-from sage.llm.gateway.gate import JSON_BODY, LARGE_BYTES
+from sage.llm.gateway.gate import requested_model
 from sage.llm.gateway.proxy import disconnected, first_of
 from sage.llm.gateway.routes.dependencies import Manager
-from sage.llm.gateway.schema import MAX_MODEL_CHARS, inference_schema
+from sage.llm.gateway.schema import inference_schema
 
 router = APIRouter(prefix="/v1")
 
@@ -64,32 +61,10 @@ def _model(name: str, route: Route) -> dict[str, Any]:
 
 
 async def _forward(request: Request, manager: Manager, kind: EngineKind) -> Response:
-    """Route a request by its `model`, waiting if the engine is starting, and forward it under its server's name for it."""
-    body = await request.body()
-    if not body:
-        raise Refusal(400, "invalid_json", "The body is empty.", "Send a JSON object.")
-    model = _model_of(request.scope[JSON_BODY])
+    """Forward a request to the engine that its `model` names, waiting if the engine is starting."""
+    model = requested_model(request.scope)
     wait_seconds = request.app.state.settings.request_wait_seconds
+    await request.body()  # so that `disconnected` waits for what follows the body
     upstream = await first_of(manager.running(model, kind, wait_seconds), disconnected(request))
-    content = request.scope.pop(JSON_BODY)
-    if upstream.model_name not in (None, model):
-        renamed = {**content, "model": upstream.model_name}
-        body = await asyncio.to_thread(_encoded, renamed) if len(body) > LARGE_BYTES else _encoded(renamed)
-        del renamed
-    del content  # several times as large as the body, and not needed while the engine answers
-    answer: Response = await request.app.state.proxy.forward(upstream, model, request, body)
+    answer: Response = await request.app.state.proxy.forward(upstream, model, request)
     return answer
-
-
-def _encoded(content: dict[str, Any]) -> bytes:
-    """Return JSON; not by orjson, which refuses integers beyond 64 bits instead of leaving that to the engine."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _model_of(content: Any) -> str:
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, str) or not 0 < len(model) <= MAX_MODEL_CHARS:
-        message = f"'model' is required and must be text of 1 to {MAX_MODEL_CHARS} characters."
-        hint = f"'{DEFAULT_MODEL}' means the engine that was started last."
-        raise ConfigError(code="model_required", message=message, hint=hint, param="model")
-    return model

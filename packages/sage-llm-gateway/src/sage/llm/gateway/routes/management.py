@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Header, Query, status
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import Field
 from starlette.responses import Response
 
 from sage.common.errors import ConfigError
@@ -17,8 +18,8 @@ from sage.llm.gateway.routes.dependencies import Manager
 router = APIRouter(prefix="/v1/management")
 _MAX_INT = 2**63
 E = TypeVar("E", bound=StrEnum)
-#: A position in the change feed: the id of the last event that was read.
-Cursor = Annotated[int, Query(ge=0, lt=_MAX_INT)]
+#: A position in the change feed: the id of the last event that was read, or `latest`.
+Cursor = Annotated[Annotated[int, Field(ge=0, lt=_MAX_INT)] | Literal["latest"], Query()]
 
 
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
@@ -58,13 +59,17 @@ async def list_changes(
 ) -> EventPage | EventStream:
     """Return the events of all engines after a cursor; `follow` streams them as server-sent events, without an end.
 
+    `after=latest` means the newest event: the answer has no events, and its `last_id` is the cursor to continue from.
     The id of a server-sent event is its cursor; `Last-Event-ID`, which clients send when they reconnect, precedes `after`.
     """
+    if follow and last_event_id is not None:
+        after = last_event_id
+    cursor = await manager.last_change() if after == "latest" else after
     if follow:
-        return EventStream(all_changes(manager, after if last_event_id is None else last_event_id))
-    events = await manager.changes(after, limit + 1)
+        return EventStream(all_changes(manager, cursor))
+    events = await manager.changes(cursor, limit + 1)
     data = events[:limit]
-    return EventPage(data=data, last_id=data[-1].id if data else after, has_more=len(events) > limit)
+    return EventPage(data=data, last_id=data[-1].id if data else cursor, has_more=len(events) > limit)
 
 
 @router.get("/engines/{engine_id}")
