@@ -1,6 +1,7 @@
 import json
 import stat
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sage.common.training import (
     parse_event,
 )  # fmt: skip
 from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.run import checkpoints
 from sage.libs.finetune.run.checkpoints import Checkpoint, latest_good, list_checkpoints, prune, publish
 from sage.libs.finetune.run.eta import ProgressMeter
@@ -123,6 +125,31 @@ def test_a_series_of_steps_reads_only_what_is_new_and_keeps_first_last_and_extre
     assert len(series.read()) == len(steps)  # nothing that was read is read again
 
 
+def test_readers_who_ask_at_once_read_each_event_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = FinetuneManager(tmp_path)
+    run = make_run(tmp_path / "task-a")
+    for step in range(1, 201):
+        run.append_event(StepEvent(step=step, total_steps=200, loss=1.0))
+    read: list[int] = []
+    original = RunDirectory.read_events
+
+    def counted(self: RunDirectory, offset: int = 0) -> Iterator[tuple[AnyRunEvent, int]]:
+        for event, end in original(self, offset):
+            read.append(end)
+            yield event, end
+
+    monkeypatch.setattr(RunDirectory, "read_events", counted)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            series = list(pool.map(lambda _: manager.training_steps("task-a", max_points=20), range(64)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all((steps[0].step, steps[-1].step) == (1, 200) for steps in series)
+    assert len(read) == len(set(read)) == 200
+
+
 def test_a_figure_of_a_step_is_declared_once_and_reaches_status_and_progress() -> None:
     [event] = parsed([{**STEP, "grad_norm": 0.25, "memory_bytes": 7}])
     progress = fold(RunStatus(), [event]).training_progress()
@@ -172,6 +199,12 @@ def test_held_out_losses_before_and_after_are_told_apart_and_warnings_once() -> 
     events = [{"event": "eval", "step": 0, "loss": 3.0}, {"event": "eval", "step": 9, "loss": 1.0}, warning, warning]
     status = fold(RunStatus(), parsed(events))
     assert (status.heldout_loss_before, status.heldout_loss, status.warnings) == (3.0, 1.0, ("w",))
+
+
+def test_a_warning_of_version_0_1_0_is_read_by_its_old_field() -> None:
+    old = {"event": "warning", "message": "w", "halvings": 2, "checkpointing": True}
+    status = fold(RunStatus(), parsed([old]))
+    assert (status.halvings, status.activation_checkpointing) == (2, True)
 
 
 def written(run: Path, step: int) -> Path:

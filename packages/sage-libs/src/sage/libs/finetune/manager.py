@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -60,6 +61,7 @@ class FinetuneManager:
         self._allow_reward_files = allow_reward_files
         self._status_cache: dict[str, Summary] = {}
         self._series: dict[str, StepSeries] = {}  #: of the runs whose steps were read last, the newest at the end
+        self._series_lock = threading.Lock()
 
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
         """Check everything that can be checked without loading a model, then write a run's directory; return its id.
@@ -179,10 +181,12 @@ class FinetuneManager:
 
     def training_steps(self, task_id: str, after: int = 0, max_points: int | None = None) -> Sequence[TrainingStep]:
         """Return a run's steps after step `after`, downsampled to at most `max_points`; reads only what is new."""
-        series = self._series.pop(task_id, None) or StepSeries(self.run_directory(task_id))
-        while len(self._series) >= _KEPT_SERIES:
-            self._series.pop(next(iter(self._series)), None)
-        self._series[task_id] = series
+        run = self.run_directory(task_id)
+        with self._series_lock:  # threads that ask at once share one series
+            series = self._series.pop(task_id, None) or StepSeries(run)
+            while len(self._series) >= _KEPT_SERIES:
+                del self._series[next(iter(self._series))]
+            self._series[task_id] = series
         return series.read(after, max_points)
 
     def logs(self, task_id: str, tail: int = 100) -> list[str]:
@@ -203,7 +207,8 @@ class FinetuneManager:
             raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop it first.")
         shutil.rmtree(self.run_directory(task_id).path)
         self._status_cache.pop(task_id, None)
-        self._series.pop(task_id, None)
+        with self._series_lock:
+            self._series.pop(task_id, None)
 
     def _wait_for_exit(self, task_id: str) -> bool:
         """Return whether a run has no process; one that has reported its end is given time to exit."""

@@ -36,9 +36,7 @@ class StepSeries:
     def _add(self, event: StepEvent) -> None:
         if self._steps and event.step <= self._steps[-1].step:  # done again after a kill
             del self._steps[bisect.bisect_left(self._steps, event.step, key=_number) :]
-        self._steps.append(
-            TrainingStep.model_construct(**{name: getattr(event, name) for name in TrainingStep.model_fields})
-        )
+        self._steps.append(TrainingStep.model_validate(vars(event)))
         if len(self._steps) > 2 * self._kept_steps:
             self._steps = downsample(self._steps, self._kept_steps)
 

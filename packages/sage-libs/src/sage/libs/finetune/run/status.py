@@ -83,9 +83,14 @@ class RunStatus:
 
 def fold(status: RunStatus, events: Iterable[AnyRunEvent]) -> RunStatus:
     """Return the status after more events."""
+    step: StepEvent | None = None  # applied late: the next step overwrites all that it changes, and most events are steps
     for event in events:
+        if isinstance(event, StepEvent):
+            step = event
+            continue
+        status, step = _with_step(status, step), None
         status = replace(status, **_changes(status, event))
-    return status
+    return _with_step(status, step)
 
 
 def derive(status: RunStatus, *, alive: bool) -> RunStatus:
@@ -110,10 +115,6 @@ def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
             return {"state": RunState.STARTING, "code": None, "message": None, "hint": None, "eta_seconds": None}
         case StartedEvent():
             return _started(status, event)
-        case StepEvent():
-            metrics = StepMetrics.model_construct(**{name: getattr(event, name) for name in StepMetrics.model_fields})
-            figures = {"step": event.step, "total_steps": event.total_steps, "eta_seconds": event.eta_seconds}
-            return {"message": None, "metrics": metrics, **figures}
         case CheckpointEvent():
             return {"checkpoint_step": event.step}
         case EvalEvent():
@@ -135,6 +136,19 @@ def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
             return {"state": RunState.FAILED, "eta_seconds": None, **reason}
         case _:
             return {}
+
+
+def _with_step(status: RunStatus, event: StepEvent | None) -> RunStatus:
+    if event is None:
+        return status
+    return replace(
+        status,
+        step=event.step,
+        total_steps=event.total_steps,
+        eta_seconds=event.eta_seconds,
+        metrics=StepMetrics.model_validate(vars(event)),
+        message=None,
+    )
 
 
 def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The status of a run, read without reading an event twice: the worker saves it at each checkpoint and at the end."""
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
 from sage.common.files import replace_file
+from sage.common.training import AnyRunEvent
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunStatus, fold
 
@@ -41,9 +43,15 @@ def read_summary(run: RunDirectory) -> Summary:
 
 def catch_up(run: RunDirectory, summary: Summary) -> Summary:
     """Return a summary that includes the events appended since."""
-    status, offset = summary.status, summary.offset
-    for event, end in run.read_events(offset):
-        status, offset = fold(status, [event]), end
+    offset = summary.offset
+
+    def appended() -> Iterator[AnyRunEvent]:
+        nonlocal offset
+        for event, end in run.read_events(offset):
+            offset = end
+            yield event
+
+    status = fold(summary.status, appended())
     return Summary(offset, summary.crc32, status)
 
 

@@ -46,6 +46,7 @@ class FinetuneExecutor:
         self._launcher = launcher
         self._datasets = datasets or LocalDatasets()
         self._reading = Pool("read-runs", 2)
+        self._reading_steps = Pool("read-steps", 1)  # a million steps take seconds, and delay no probe
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
         """Check the options, and that the files and the model that they name exist; raises SageError."""
@@ -94,7 +95,7 @@ class FinetuneExecutor:
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return the run's steps after step `after`, downsampled to at most `max_points`."""
-        steps = await self._reading.run(self._manager.training_steps, task_id_of(engine.id), after, max_points)
+        steps = await self._reading_steps.run(self._manager.training_steps, task_id_of(engine.id), after, max_points)
         return list(steps)
 
     def log_path(self, engine: EngineRecord) -> Path:
