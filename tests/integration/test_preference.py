@@ -129,7 +129,7 @@ def test_reward_files_are_off_unless_allowed_and_are_checked(
         TinyRun(tiny_model, tmp_path / "out", **options["grpo"])
     reward.write_text("def reward(prompts, completions, **_):\n    return [1.0]\n")
     status = TinyRun(tiny_model, tmp_path / "out", **options["grpo"]).start().until_ended()
-    assert "gave 1 numbers for 4 completions" in str(status.message)
+    assert "returned 1 numbers for 4 completions" in str(status.message)
     run = TinyRun(tiny_model, tmp_path / "out3", **options["grpo"])
     run.manager.check_resumable(run.task_id)
     reward.write_text(reward.read_text() + "# or otherwise\n")

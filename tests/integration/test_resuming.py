@@ -1,4 +1,4 @@
-"""Where a run goes on, and what it refuses to go on from."""
+"""The checkpoint that a run continues from, and checkpoints that it refuses."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from sage.libs.models.loading import load_causal_lm, load_tokenizer
 
 
 def unfinished(run: TinyRun, *, since: int, scores: dict[int, float] | None = None) -> TinyRun:
-    """Let a run look as if it had been killed after a checkpoint; scores: held-out losses that it shall have had."""
+    """Make a run look as if it was killed after a checkpoint; scores: held-out losses to record for it."""
     path, kept = run.path / "events.jsonl", []
     for line in path.read_text().splitlines():
         event = json.loads(line)
@@ -61,7 +61,7 @@ def test_a_stop_after_a_damaged_checkpoint_names_and_writes_the_older_one(tiny_m
     ]  # fmt: skip
 
 
-def test_with_one_checkpoint_kept_a_damaged_one_costs_no_intact_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_with_one_checkpoint_kept_a_damaged_one_removes_no_intact_one(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", save_steps=4, keep_checkpoints=2).trained()
     losses = run.losses()
     unfinished(run, since=8)
@@ -75,7 +75,7 @@ def test_with_one_checkpoint_kept_a_damaged_one_costs_no_intact_one(tiny_model: 
     Checkpoint.of(run.path / "checkpoint-12").verify()
 
 
-def test_a_damaged_best_checkpoint_is_told_and_not_loaded(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_damaged_best_checkpoint_is_reported_and_not_loaded(tiny_model: Path, tmp_path: Path) -> None:
     options = {"eval_path": str(HELDOUT), "eval_steps": 4, "save_steps": 4, "keep_best": True, "keep_checkpoints": 9}
     run = TinyRun(tiny_model, tmp_path / "out", **options).trained()
     best = 4
@@ -86,7 +86,7 @@ def test_a_damaged_best_checkpoint_is_told_and_not_loaded(tiny_model: Path, tmp_
     assert any(f"not of step {best}" in warning for warning in run.status.warnings)
 
 
-def test_another_course_or_a_damaged_checkpoint_is_refused_before_the_model_is_loaded(
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_before_the_model_is_loaded(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     whole = TinyRun(tiny_model, tmp_path / "whole", save_steps=5, keep_checkpoints=9).trained()
@@ -107,7 +107,7 @@ def test_another_course_or_a_damaged_checkpoint_is_refused_before_the_model_is_l
         run.trained()
 
 
-def test_a_preference_run_from_a_checkpoint_trains_what_is_left(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_preference_run_from_a_checkpoint_trains_the_remaining_steps(tiny_model: Path, tmp_path: Path) -> None:
     pair = {"prompt": "Who are you?", "chosen": "I am SAGE.", "rejected": "No."}
     data = write_jsonl(tmp_path / "pairs.jsonl", [pair] * 8)
     options = {"method": "dpo", "dataset_path": str(data), "max_steps": 4, "batch_size": 2, "save_steps": 2}
@@ -116,7 +116,7 @@ def test_a_preference_run_from_a_checkpoint_trains_what_is_left(tiny_model: Path
     assert list(run.losses()) == [3, 4]
 
 
-def test_a_resumed_run_does_not_write_into_an_output_that_became_another_run_s(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_write_into_an_output_that_another_run_has_claimed(tiny_model: Path, tmp_path: Path) -> None:
     first = TinyRun(tiny_model, tmp_path / "out", max_steps=1)
     directory = first.manager.run_directory(first.task_id)
     directory.append_event(FailedEvent(code="c", message="it never began"))
@@ -145,7 +145,7 @@ def test_a_result_with_several_chat_templates_is_written_again(tiny_model: Path,
     assert not (run.output / ".partial").exists()
 
 
-def test_half_a_checkpoint_of_a_killed_process_is_removed(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_of_a_killed_process_is_removed(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1)
     (run.path / "staging" / "checkpoint-7").mkdir(parents=True)
     run.start().completed()

@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_told_with_what_would(model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "way"),
     [({}, "--quantization 4bit"), ({"finetuning_type": "full", "lora_rank": 8}, "train an adapter"),
-     ({"quantization": "4bit"}, "take a smaller model")],
+     ({"quantization": "4bit"}, "use a smaller model")],
 )  # fmt: skip
 def test_a_model_that_cannot_fit_is_refused(model: Path, options: dict[str, object], way: str) -> None:
     run = needs(model, **options)
@@ -78,7 +78,7 @@ def test_a_model_that_cannot_fit_is_refused(model: Path, options: dict[str, obje
         {"base_model": str(model), "dataset_path": "d.jsonl", "output_dir": "out", **options}
     )
     check_memory(run, run.least_bytes, config)
-    with pytest.raises(RunError, match=r"takes 0\.0 GB of memory") as caught:
+    with pytest.raises(RunError, match=r"need 0\.0 GB of memory") as caught:
         check_memory(run, run.least_bytes - 1, config)
     assert way in str(caught.value.hint)
 

@@ -1,4 +1,4 @@
-"""What a run says when it fails: which file or disk, and what to do."""
+"""Errors that a run reports when it fails: they name the file or disk, and the next step."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def told(error: Exception, run: RunDirectory) -> SageError:
+def reported(error: Exception, run: RunDirectory) -> SageError:
     return worker._reported(error, run)
 
 
@@ -36,12 +36,12 @@ def test_a_full_disk_is_named_whichever_it_is(
     error: Exception, full: str, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker.shutil, "disk_usage", lambda path: Usage(17 * 2**20 if path.name == full else ROOMY))
-    assert told(error, run).code == "disk_full"
-    assert f"The disk of {tmp_path / full} is full" in told(error, run).message
+    assert reported(error, run).code == "disk_full"
+    assert f"The disk of {tmp_path / full} is full" in reported(error, run).message
 
 
 def test_a_file_that_cannot_be_used_is_named_with_the_next_step(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.shutil, "disk_usage", lambda _: Usage(0))  # it is not for want of space
-    error = told(OSError(errno.EROFS, os.strerror(errno.EROFS), "/out/.partial"), run)
+    monkeypatch.setattr(worker.shutil, "disk_usage", lambda _: Usage(0))  # not the cause
+    error = reported(OSError(errno.EROFS, os.strerror(errno.EROFS), "/out/.partial"), run)
     assert error.message.startswith("/out/.partial cannot be used: Read-only file system.")
     assert "then `resume`" in error.hint

@@ -46,7 +46,7 @@ def test_a_spec_is_written_once_and_read_back(tmp_path: Path) -> None:
     assert run.read_spec() == spec
 
 
-def test_a_run_directory_is_its_user_s_alone(tmp_path: Path) -> None:
+def test_only_its_user_can_read_a_run_directory(tmp_path: Path) -> None:
     run = make_run(tmp_path / "finetuned" / "task-a")
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
 
@@ -59,13 +59,13 @@ def kinds(events: Iterable[tuple[AnyRunEvent, int]]) -> list[str]:
     return [event.event for event, _ in events]
 
 
-def test_an_event_that_lacks_something_changes_nothing() -> None:
+def test_an_event_that_lacks_a_field_is_skipped() -> None:
     events = [{"event": "launched"}, STARTED, {"event": "checkpoint"}, {"event": "failed", "message": None}, STEP]
     status = fold(RunStatus(), parsed(events))
     assert (status.state, status.step, status.checkpoint_step) == (RunState.RUNNING, 4, None)
 
 
-def test_a_torn_last_line_is_passed_over_and_the_next_event_is_whole(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_skipped_and_the_next_event_begins_a_new_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
     run.append_event(LaunchedEvent())
     with run.events_path.open("ab") as file:
@@ -76,7 +76,7 @@ def test_a_torn_last_line_is_passed_over_and_the_next_event_is_whole(tmp_path: P
     assert kinds(run.read_events(offset)) == ["stopped"]
 
 
-def test_events_are_read_from_where_the_reader_was(tmp_path: Path) -> None:
+def test_events_are_read_from_an_offset(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
     assert list(run.read_events()) == []
     run.append_event(LaunchedEvent())
@@ -87,7 +87,7 @@ def test_events_are_read_from_where_the_reader_was(tmp_path: Path) -> None:
     assert list(run.read_events(end)) == []
 
 
-def test_a_status_is_read_from_the_summary_on_and_from_the_beginning_if_the_events_are_others(tmp_path: Path) -> None:
+def test_a_status_starts_from_the_summary_unless_the_events_before_it_were_changed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
     for event in (LaunchedEvent(), StartedEvent(step=0, total_steps=3), StepEvent(step=1, total_steps=3, loss=2.0)):
         run.append_event(event)
@@ -180,7 +180,7 @@ def test_the_state_follows_from_events_and_lock(events: list[dict[str, object]],
     assert derive(fold(RunStatus(), parsed(events)), alive=alive).state is state
 
 
-def test_a_dead_run_says_where_it_goes_on() -> None:
+def test_a_dead_run_names_the_checkpoint_that_it_continues_from() -> None:
     events = [{"event": "launched"}, STARTED, STEP, {"event": "checkpoint", "step": 3}]
     status = derive(fold(RunStatus(), parsed(events)), alive=False)
     assert status.code == "worker_died"
@@ -188,13 +188,13 @@ def test_a_dead_run_says_where_it_goes_on() -> None:
     assert status.progress == 0.4
 
 
-def test_a_run_that_went_on_from_an_older_checkpoint_names_that_one() -> None:
+def test_a_run_that_continued_from_an_older_checkpoint_names_that_one() -> None:
     saved = [{"event": "checkpoint", "step": 3}, {"event": "checkpoint", "step": 6}]
     events = [STARTED, *saved, {"event": "launched"}, {**STARTED, "step": 3}, STEP]
     assert "checkpoint 3" in (derive(fold(RunStatus(), parsed(events)), alive=False).hint or "")
 
 
-def test_held_out_losses_before_and_after_are_told_apart_and_warnings_once() -> None:
+def test_held_out_losses_before_and_after_are_separate_and_a_repeated_warning_is_listed_once() -> None:
     warning = {"event": "warning", "message": "w"}
     events = [{"event": "eval", "step": 0, "loss": 3.0}, {"event": "eval", "step": 9, "loss": 1.0}, warning, warning]
     status = fold(RunStatus(), parsed(events))
@@ -214,7 +214,7 @@ def written(run: Path, step: int) -> Path:
     return folder
 
 
-def test_a_checkpoint_is_there_only_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_checkpoint_exists_only_if_it_is_complete(tmp_path: Path) -> None:
     folder = written(tmp_path, 5)
     assert list_checkpoints(tmp_path) == []
     publish(folder, tmp_path, 5)
@@ -226,7 +226,7 @@ def damage(checkpoint: Checkpoint) -> None:
     (checkpoint.path / "weights").write_bytes(b"x")
 
 
-def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_told_once(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_reported_once(tmp_path: Path) -> None:
     publish(written(tmp_path, 5), tmp_path, 5)
     newer = publish(written(tmp_path, 10), tmp_path, 10)
     damage(newer)
@@ -253,7 +253,9 @@ def test_a_checkpoint_without_a_file_or_with_a_broken_manifest_is_damaged(tmp_pa
     assert caught.value.code == "checkpoint_damaged"
 
 
-def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_does_not_count_as_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish(written(tmp_path, 5), tmp_path, 5)
 
     def no_descriptors(*_: Any, **__: Any) -> None:
@@ -277,7 +279,7 @@ def test_pruning_never_removes_the_last_intact_checkpoint(tmp_path: Path, keep: 
     assert [c.step for c in list_checkpoints(tmp_path)] == [2, 3][-keep:]
 
 
-def test_a_checkpoint_of_a_step_that_is_there_already_replaces_only_a_damaged_one(tmp_path: Path) -> None:
+def test_a_second_checkpoint_of_a_step_replaces_the_first_one_only_if_that_is_damaged(tmp_path: Path) -> None:
     first = publish(written(tmp_path, 5), tmp_path, 5)
     inode = first.path.stat().st_ino
     assert publish(written(tmp_path, 5), tmp_path, 5).path.stat().st_ino == inode
@@ -292,7 +294,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [c.step for c in list_checkpoints(tmp_path)] == [9, 10]
 
 
-def test_a_checkpoint_that_cannot_be_written_costs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(written(tmp_path, 5), tmp_path, 5)
     newer = written(tmp_path, 10)
 
@@ -311,17 +313,17 @@ def saved_by(run: RunDirectory, step: int, total_steps: int) -> Checkpoint:
     return publish(folder, run.path, step)
 
 
-def course_of(checkpoint: Checkpoint, data: str = "0" * 64, **options: Any) -> None:
+def continue_from(checkpoint: Checkpoint, data: str = "0" * 64, **options: Any) -> None:
     values = {"base_model": "m", "dataset_path": "/d.jsonl", "output_dir": "/other", "num_epochs": 2, **options}
-    checkpoint.check_same_course(FinetuneConfig(**values), data, lambda name: Path("/models", name.lower()))
+    checkpoint.check_can_continue(FinetuneConfig(**values), data, lambda name: Path("/models", name.lower()))
 
 
-def test_a_checkpoint_serves_runs_of_the_same_course_only(tmp_path: Path) -> None:
+def test_only_a_run_with_the_same_options_and_data_continues_from_a_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a", num_epochs=2, save_steps=2)
     checkpoint = saved_by(run, 4, 10)
-    course_of(checkpoint)
-    course_of(checkpoint, base_model="M", dataset_path="/copy.jsonl", keep_checkpoints=9)
-    course_of(checkpoint, max_steps=10)
+    continue_from(checkpoint)
+    continue_from(checkpoint, base_model="M", dataset_path="/copy.jsonl", keep_checkpoints=9)
+    continue_from(checkpoint, max_steps=10)
     for options, named in (
         ({"data": "1" * 64}, "dataset_path"),
         ({"dataset_path": "/d.jsonl=2"}, "dataset_path"),
@@ -333,7 +335,7 @@ def test_a_checkpoint_serves_runs_of_the_same_course_only(tmp_path: Path) -> Non
         ({"eval_split": 0.1}, "eval_split"),
     ):
         with pytest.raises(ConfigError, match=named) as caught:
-            course_of(checkpoint, **options)  # type: ignore[arg-type]
+            continue_from(checkpoint, **options)  # type: ignore[arg-type]
         assert caught.value.code == "checkpoint_mismatch"
         assert "output folder of that run" in caught.value.hint
 
@@ -341,16 +343,16 @@ def test_a_checkpoint_serves_runs_of_the_same_course_only(tmp_path: Path) -> Non
 def test_a_checkpoint_at_the_end_of_its_run_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a", num_epochs=2)
     with pytest.raises(ConfigError, match="at step 10 of 10: no step is left"):
-        course_of(saved_by(run, 10, 10))
+        continue_from(saved_by(run, 10, 10))
 
 
-def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_no_run_wrote_is_refused_as_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
     with pytest.raises(NotFound, match="is not a checkpoint of a run"):
         Checkpoint.of(tmp_path / "checkpoint-5")
     alone = publish(written(tmp_path, 7), tmp_path, 7)
     with pytest.raises(ConfigError, match="is not in its run's directory"):
-        course_of(Checkpoint.of(alone.path))
+        continue_from(Checkpoint.of(alone.path))
 
 
 def claim(output: Path, task: str, run: Path) -> str | None:
@@ -361,7 +363,7 @@ def claim(output: Path, task: str, run: Path) -> str | None:
     return None
 
 
-def test_of_runs_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path) -> None:
+def test_if_several_runs_claim_a_folder_at_once_one_gets_it(tmp_path: Path) -> None:
     tasks = [f"task-{number}" for number in range(16)]
     runs = {task: make_run(tmp_path / "runs" / task).path for task in tasks}
     with ThreadPoolExecutor(16) as pool:
@@ -372,7 +374,7 @@ def test_of_runs_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path) -> None
     assert stat.S_IMODE((tmp_path / "out" / RUN_FILE).stat().st_mode) == 0o600
 
 
-def test_a_run_that_waits_holds_its_output_folder_by_every_path(tmp_path: Path) -> None:
+def test_a_run_that_waits_keeps_its_output_folder_under_every_path(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs" / "task-a")
     claim_output(tmp_path / "out", "task-a", run.path)
     (tmp_path / "link").symlink_to(tmp_path / "out")
@@ -395,7 +397,7 @@ def test_an_output_folder_is_claimed_and_claimed_again_by_the_same_run(tmp_path:
     assert json.loads((tmp_path / "out" / RUN_FILE).read_text())["task_id"] == "task-b"
 
 
-def test_someone_else_s_files_and_another_run_s_result_are_not_written_over(tmp_path: Path) -> None:
+def test_foreign_files_and_the_result_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(OutputError, match=r"is not empty: it holds thesis\.tex"):

@@ -25,9 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit code: 0 completed or stopped, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m sage.libs.finetune", description="Fine-tune in the foreground.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train by a YAML file")
+    train = commands.add_parser("train", help="train with the options of a YAML file")
     train.add_argument("--config", type=Path, required=True, help="options of FinetuneConfig, as YAML")
-    resume = commands.add_parser("resume", help="go on with a run that was stopped or failed")
+    resume = commands.add_parser("resume", help="continue a run that was stopped or failed")
     resume.add_argument("task", help="the run's id, as `train` printed it")
     commands.add_parser("list", help="list the runs")
     arguments = parser.parse_args(argv)

@@ -35,14 +35,14 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: A worker that has reported its end may take this long to exit; a new one waits for it.
 _EXIT_SECONDS = 10.0
-#: A run is refused at once for what is wrong among so many samples.
+#: `create` checks so many samples of each dataset; the worker checks the rest.
 _CHECKED_SAMPLES = 20_000
-#: Runs whose steps are held in memory, for readers who ask again and again.
+#: Runs whose steps are kept in memory, so that a reader who polls causes no second reading.
 _KEPT_SERIES = 16
-#: By glibc's defaults a tensor of some megabytes goes back to the kernel once it is freed, and its pages are cleared one by
-#: one for the next; kept, a step on the CPU takes 5 % less time, and the run needs no more memory at its peak.
+#: By default glibc returns a freed tensor of some megabytes to the kernel, which clears the pages of the next one again.
+#: With these settings a step on the CPU takes 5 % less time, and peak memory is the same.
 _MALLOC = "arena_max=1", "mmap_threshold=268435456", "trim_threshold=1073741824"
-#: What a worker's environment has, where the user's does not say otherwise.
+#: Environment variables of a worker, unless the user has set them.
 WORKER_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in _MALLOC),
@@ -64,10 +64,10 @@ class FinetuneManager:
         self._series_lock = threading.Lock()
 
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
-        """Check everything that can be checked without loading a model, then write a run's directory; return its id.
+        """Check everything that can be checked without loading a model, then create the run directory; return the run's id.
 
-        Raises DatasetError, ModelError, OutputError, or ConfigError if a given checkpoint is of another run; then nothing
-        was written.
+        Raises DatasetError, ModelError, OutputError, or ConfigError if a given checkpoint is of another run; nothing is
+        written then.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
@@ -97,7 +97,7 @@ class FinetuneManager:
         spec = RunSpec(task_id, config, _data_hash(config), datetime.now(UTC).isoformat())
         if config.resume_from_checkpoint:
             checkpoint = Checkpoint.of(Path(config.resume_from_checkpoint))
-            checkpoint.check_same_course(config, spec.dataset_sha256, lambda name: resolve_model(name).folder)
+            checkpoint.check_can_continue(config, spec.dataset_sha256, lambda name: resolve_model(name).folder)
         run.create(spec)
         try:
             claim_output(output, task_id, run.path)
@@ -197,7 +197,7 @@ class FinetuneManager:
         """Return the ids of all runs, oldest first."""
         begun: list[tuple[float, str]] = []
         for spec in self.root.glob("*/spec.json"):
-            with contextlib.suppress(FileNotFoundError):  # it is removed at this moment
+            with contextlib.suppress(FileNotFoundError):  # it has just been removed
                 begun.append((spec.stat().st_mtime, spec.parent.name))
         return [name for _, name in sorted(begun)]
 
@@ -231,7 +231,7 @@ class FinetuneManager:
 
 
 def _data_hash(config: FinetuneConfig) -> str:
-    """Return the SHA-256 of what a run learns from; raises DatasetError or ConfigError if it does not exist."""
+    """Return the SHA-256 of the training data and the reward file; raises DatasetError or ConfigError if one is missing."""
     datasets = dataset_hash(*(dataset.path for dataset in config.sources))
     if not config.reward_file:
         return datasets

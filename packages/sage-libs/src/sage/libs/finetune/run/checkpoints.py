@@ -18,10 +18,10 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
-#: What the file system says of a file that is gone or unreadable for good; other errors pass, and damage nothing.
+#: Errors of a file that is missing or unreadable for good; after other errors, reading may succeed later.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that change neither what is learnt nor in which order; two runs that differ in others take different courses.
-_FREE = frozenset({
+#: Options that may differ from those of the run whose checkpoint is loaded: they change neither the weights nor the order.
+_CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
     "keep_best", "gradient_checkpointing",
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a folder; raises NotFound if it is none of ours."""
+        """Return the checkpoint in a folder; raises NotFound if it is not one that a run wrote."""
         try:
             return cls(folder, int(json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["step"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -70,21 +70,23 @@ class Checkpoint:
             raise _damaged(f"{self.path}/trainer_state.json is not readable.") from error
 
     def set_aside(self) -> None:
-        """Rename a damaged checkpoint, so that it is never loaded, counted or named again."""
+        """Rename a damaged checkpoint, so that it is never loaded or counted again."""
         target = self.path.with_name(_DAMAGED + self.path.name)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self.path, target)
         fsync_path(self.path.parent)
 
-    def check_same_course(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
-        """Raise ConfigError unless a run of this config and data would go on exactly, with steps left to train.
+    def check_can_continue(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
+        """Raise ConfigError unless a run with this config and data can continue exactly, with steps left to train.
 
-        base: from a base model's name to its folder.
+        base: returns the folder of a base model, given its name.
         """
         origin = self._origin()
         found, wanted = origin.config, config
         differing = [
-            name for name in type(config).model_fields if name not in _FREE and getattr(found, name) != getattr(wanted, name)
+            name
+            for name in type(config).model_fields
+            if name not in _CHANGEABLE and getattr(found, name) != getattr(wanted, name)
         ]
         if found.base_model != wanted.base_model and base(found.base_model) != base(wanted.base_model):
             differing.append("base_model")
@@ -102,17 +104,17 @@ class Checkpoint:
             raise _mismatch(f"{self.path} is at step {self.step} of {total_steps}: no step is left to train")
 
     def _origin(self) -> RunSpec:
-        """Return what the run was asked to do whose checkpoint this is."""
+        """Return the spec of the run that wrote this checkpoint."""
         try:
             return RunDirectory(self.path.resolve().parent).read_spec()
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _mismatch(f"{self.path} is not in its run's directory, which says what it was trained on") from error
+            raise _mismatch(f"{self.path} is not in its run's directory, whose spec.json is needed") from error
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Turn a folder that was written aside into `checkpoint-<step>` of a run: summed, synced, renamed.
+    """Turn a staged folder into `checkpoint-<step>` of a run: add checksums, sync, rename.
 
-    A checkpoint of that step that is there and intact stays: it holds the same.
+    If the run has an intact checkpoint of that step, that one is kept: its content is the same.
     """
     files = {str(f.relative_to(written)): _sha256(f) for f in sorted(written.rglob("*")) if f.is_file()}
     (written / _MANIFEST).write_text(json.dumps({"step": step, "files_sha256": files}, indent=1), encoding="utf-8")
@@ -138,7 +140,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that verifies, and what was wrong with newer ones, which are set aside."""
+    """Return the newest intact checkpoint, and the problems of newer ones, which are set aside."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):
@@ -149,9 +151,9 @@ def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collection[int] = ()) -> list[str]:
-    """Remove all but the `keep` newest intact checkpoints and the best one; return what was wrong with others on the way.
+    """Remove all but the `keep` newest intact checkpoints and the best one; return the problems of damaged ones.
 
-    trusted: steps whose checkpoints this process has written or verified itself.
+    trusted: steps whose checkpoints this process wrote or has verified.
     """
     kept, problems = 0, list[str]()
     for checkpoint in reversed(list_checkpoints(run)):
@@ -166,7 +168,7 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
 
 
 def _problem(checkpoint: Checkpoint) -> str:
-    """Return what is wrong with a checkpoint, which then is set aside; nothing if it is intact."""
+    """Return the problem of a damaged checkpoint and set it aside; empty if it is intact."""
     try:
         checkpoint.verify()
     except RunError as error:
@@ -184,7 +186,7 @@ def _damaged(message: str) -> RunError:
 def _mismatch(message: str) -> ConfigError:
     return ConfigError(
         code="checkpoint_mismatch",
-        message=f"{message}, so this run cannot go on from it.",
+        message=f"{message}, so this run cannot continue from it.",
         hint="To train on other data or for other steps, omit resume_from_checkpoint and give the output folder of that run "
         "as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
         param="resume_from_checkpoint",

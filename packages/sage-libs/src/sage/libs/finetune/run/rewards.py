@@ -1,6 +1,6 @@
-"""A reward function in a Python file of the user's own, as GRPO asks it for its verdict.
+"""A reward function for GRPO, defined in a Python file of the user.
 
-def reward(prompts, completions, **columns): a number for each completion; columns: the other fields of the records.
+`def reward(prompts, completions, **columns)` returns a number for each completion; columns: the other fields of the records.
 """
 
 import ast
@@ -15,7 +15,7 @@ _NAME = "reward"
 
 
 def check_reward_file(path: Path) -> None:
-    """Raise ConfigError where a file defines no reward function; runs nothing of it."""
+    """Raise ConfigError if a file defines no reward function; the file is parsed, not executed."""
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except OSError as error:
@@ -27,23 +27,23 @@ def check_reward_file(path: Path) -> None:
 
 
 def load_reward(path: Path) -> Callable[..., list[float]]:
-    """Return the reward function of a file, which is run for it.
+    """Execute a file and return its reward function, wrapped for TRL.
 
-    The function takes conversations as TRL has them; what it gets is the text of each prompt's last message and answer.
+    TRL passes conversations; the file's function gets the text of each prompt's last message and of each completion.
     """
     spec = importlib.util.spec_from_file_location("sage_reward", path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    given = getattr(module, _NAME)
+    function = getattr(module, _NAME)
 
     def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        texts = [[said[-1]["content"] for said in conversations] for conversations in (prompts, completions)]
-        verdicts = [float(verdict) for verdict in given(*texts, **columns)]
-        if len(verdicts) != len(completions):
-            raise ValueError(f"{path}: {_NAME} gave {len(verdicts)} numbers for {len(completions)} completions")
-        return verdicts
+        texts = [[messages[-1]["content"] for messages in conversations] for conversations in (prompts, completions)]
+        rewards = [float(number) for number in function(*texts, **columns)]
+        if len(rewards) != len(completions):
+            raise ValueError(f"{path}: {_NAME} returned {len(rewards)} numbers for {len(completions)} completions")
+        return rewards
 
     return reward
 
@@ -52,6 +52,6 @@ def _unusable(path: Path, problem: str) -> ConfigError:
     return ConfigError(
         code="reward_file_unusable",
         message=f"The reward file {path} {problem}.",
-        hint=f"It defines `def {_NAME}(prompts, completions, **columns)`, which returns a number for each completion.",
+        hint=f"Define `def {_NAME}(prompts, completions, **columns)`, which returns a number for each completion.",
         param="reward_file",
     )

@@ -83,7 +83,7 @@ class RunStatus:
 
 def fold(status: RunStatus, events: Iterable[AnyRunEvent]) -> RunStatus:
     """Return the status after more events."""
-    step: StepEvent | None = None  # applied late: the next step overwrites all that it changes, and most events are steps
+    step: StepEvent | None = None  # of several in a row only the last one counts
     for event in events:
         if isinstance(event, StepEvent):
             step = event
