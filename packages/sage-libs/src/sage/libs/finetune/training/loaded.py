@@ -39,6 +39,11 @@ def install_kernels(model: Any, precision: Precision) -> tuple[Kernels | None, s
     return install(decoder(model), precision.compute_dtype, int8=precision.int8_products)
 
 
+def no_kernels(reason: str) -> Install:
+    """Return what installs no kernels, for a reason."""
+    return lambda *_: (None, f"fallback: {reason}")
+
+
 def load_model(base: BaseFiles, config: FinetuneConfig, precision: Precision, install: Install) -> LoadedModel:
     """Load the weights, attach the adapter, install the kernels; raises ModelError or ConfigError.
 

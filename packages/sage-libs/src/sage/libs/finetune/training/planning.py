@@ -1,6 +1,5 @@
 """The second phase: precision and memory, decided before the data is read."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,22 +17,19 @@ class MemoryPlan:
     """The precision of a run, what it needs, and what there is."""
 
     precision: Precision
+    needs: Estimate  #: in that precision
     held_bytes: int  #: by this process already, before data and model
     available_bytes: int
-    estimate_for: Callable[[Precision], Estimate]
-
-    @property
-    def needs(self) -> Estimate:
-        """The memory that the run needs in its precision."""
-        return self.estimate_for(self.precision)
+    smaller: tuple[Precision, Estimate] | None  #: what may be used instead if memory is scarce
 
     def fitted(self, most_tokens: int) -> "MemoryPlan":
         """Return a plan with smaller number formats if the run would otherwise not fit, and may use them.
 
         most_tokens: in the largest micro-batch.
         """
-        if self.precision.may_shrink and self.needs.total_bytes(most_tokens) > self.available_bytes:
-            return replace(self, precision=self.precision.shrunk())
+        if self.smaller and self.needs.total_bytes(most_tokens) > self.available_bytes:
+            precision, needs = self.smaller
+            return replace(self, precision=precision, needs=needs, smaller=None)
         return self
 
 
@@ -48,5 +44,7 @@ def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, proces
         bf16, base_bits, int8 = precision.bf16, precision.base_bits, precision.int8_products
         return estimate(base, config, bf16=bf16, base_bits=base_bits, int8=int8)
 
-    check_memory(estimate_for(precision.shrunk() if precision.may_shrink else precision), available, config)
-    return MemoryPlan(precision, held, available, estimate_for)
+    needs, shrunk = estimate_for(precision), precision.shrunk()
+    smaller = (shrunk, estimate_for(shrunk)) if precision.may_shrink else None
+    check_memory(smaller[1] if smaller else needs, available, config)
+    return MemoryPlan(precision, needs, held, available, smaller)

@@ -19,11 +19,10 @@ from sage.libs.finetune.data.checking import as_chats
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.data.samples import Sample
-from sage.libs.finetune.kernels.install import Kernels
 from sage.libs.finetune.run.rewards import load_reward
 from sage.libs.finetune.run.summary import read_status
 from sage.libs.finetune.training.dataset import TrainingData
-from sage.libs.finetune.training.precision import Precision
+from sage.libs.finetune.training.loaded import Install, no_kernels
 from sage.libs.finetune.training.trainer import TrainingRun
 
 _TRAINERS = {
@@ -62,8 +61,8 @@ class PreferenceRun(TrainingRun):
         encoder.raise_for_faults()
         self.report.findings(encoder.findings, path)
 
-    def _install_kernels(self, model: Any, precision: Precision) -> tuple[Kernels | None, str]:
-        return None, f"fallback: {self.config.method} uses TRL's training step"
+    def _installer(self) -> Install:
+        return no_kernels(f"{self.config.method} uses TRL's training step")
 
     def _trainer(self) -> Trainer:
         config = self.config

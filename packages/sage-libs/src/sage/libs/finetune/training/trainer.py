@@ -12,7 +12,6 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from sage.common.training import FinishedEvent, SampleEvent, StoppedEvent
-from sage.libs.finetune.kernels.install import Kernels
 from sage.libs.finetune.run.checkpoints import Checkpoint
 from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_to_resume
 from sage.libs.finetune.run.rundir import RunDirectory
@@ -23,7 +22,7 @@ from sage.libs.finetune.training.callbacks import RunCallback
 from sage.libs.finetune.training.dataset import TrainingData, load_data
 from sage.libs.finetune.training.export import export_result
 from sage.libs.finetune.training.heldout import HeldOut
-from sage.libs.finetune.training.loaded import install_kernels, load_model
+from sage.libs.finetune.training.loaded import Install, install_kernels, load_model, no_kernels
 from sage.libs.finetune.training.memory import refuse_beyond_limit
 from sage.libs.finetune.training.model import load_weights, loraplus_optimizer, width_of
 from sage.libs.finetune.training.planning import MemoryPlan, plan_memory
@@ -55,8 +54,9 @@ class TrainingRun:
         self.checkpoint: Checkpoint | None = None
         plan: MemoryPlan | None = None
         if self.team.is_main_process:
-            self.checkpoint = checkpoint_to_resume(run, config, self.base.folder, self.report.warn)
-            precision = choose_precision(config, begun(run, config), width_of(self.base.folder))
+            origin = config.resume_from_checkpoint
+            self.checkpoint = checkpoint_to_resume(run, origin, self.base.folder, self.report.warn)
+            precision = choose_precision(config, begun(run, origin), width_of(self.base.folder))
             plan = plan_memory(self.base.folder, config, precision, self.team.size)
             self.data = self._load_data()
             plan = plan.fitted(self.data.most_tokens)
@@ -64,8 +64,11 @@ class TrainingRun:
         chosen: Precision = self.team.broadcast(plan and plan.precision)
         if not self.team.is_main_process:  # read from what the main process has tokenized
             self.data = self._load_data()
-        self.heldout = HeldOut(run, config, self.data.heldout, stop.check)
-        self.loaded = load_model(self.base, config, chosen, self._install_kernels)
+        self.heldout = HeldOut(
+            run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
+            patience=config.early_stopping_patience,
+        )  # fmt: skip
+        self.loaded = load_model(self.base, config, chosen, self._installer())
         self.loss = self.loaded.new_loss()
         self.estimated_bytes = self._report_estimate(plan) if plan else None
         if self.base.adapter:
@@ -85,12 +88,11 @@ class TrainingRun:
 
     def _load_data(self) -> TrainingData:
         config = self.config
-        return load_data(config, lambda: self.base.encoder(config.max_seq_length, config.train_on), self.report)
+        length, train_on = config.max_seq_length, config.train_on
+        return load_data(config, lambda: self.base.encoder(length, train_on), self.report)
 
-    def _install_kernels(self, model: Any, precision: Precision) -> tuple[Kernels | None, str]:
-        if self.config.fast_kernels == "off":
-            return None, "fallback: fast_kernels is off"
-        return install_kernels(model, precision)
+    def _installer(self) -> Install:
+        return install_kernels if self.config.fast_kernels == "auto" else no_kernels("fast_kernels is off")
 
     def train(self) -> None:
         """Train to the end or until a stop is requested, and write the result; the last event says which it was."""
@@ -166,7 +168,10 @@ class TrainingRun:
             data_collator=self.loaded.collator,
             loss=self.loss,
             callbacks=[self._callback()],
-            optimizers=(loraplus_optimizer(self.loaded.model, config), None),
+            optimizers=(
+                loraplus_optimizer(self.loaded.model, config.loraplus_lr_ratio, config.learning_rate, config.weight_decay),
+                None,
+            ),
         )
 
     def _arguments(self) -> dict[str, Any]:
@@ -199,10 +204,12 @@ class TrainingRun:
     def _callback(self) -> RunCallback:
         return RunCallback(
             self.run,
-            self.config,
             self.loss,
             self.stop,
             self.team,
+            save_steps=self.config.save_steps,
+            keep_checkpoints=self.config.keep_checkpoints,
+            keep_best=self.config.keep_best,
             trusted={self.checkpoint.step} if self.team.is_main_process and self.checkpoint else set(),
             heldout=self.heldout,
             measure=self._measure,
