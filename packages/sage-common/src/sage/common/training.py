@@ -205,7 +205,7 @@ class FailedEvent(RunEvent):
     hint: str | None = Field(None, description="What to do next.")
 
 
-#: Every event, told apart by its field `event`.
+#: Every event; the field `event` says which.
 AnyRunEvent: TypeAlias = (
     LaunchedEvent
     | ProgressEvent

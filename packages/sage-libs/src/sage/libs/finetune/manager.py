@@ -41,7 +41,7 @@ _KEPT_SERIES = 16
 #: By glibc's defaults a tensor of some megabytes goes back to the kernel once it is freed, and its pages are cleared one by
 #: one for the next; kept, a step on the CPU takes 5 % less time, and the run needs no more memory at its peak.
 _MALLOC = "arena_max=1", "mmap_threshold=268435456", "trim_threshold=1073741824"
-#: What a worker's environment has, where the user's does not say otherwise.
+#: Environment variables of a worker, unless the user sets them.
 WORKER_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in _MALLOC),

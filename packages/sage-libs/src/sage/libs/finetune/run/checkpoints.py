@@ -18,9 +18,9 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
-#: What the file system says of a file that is gone or unreadable for good; other errors pass, and damage nothing.
+#: Errors of a file that is permanently missing or unreadable; other errors are temporary and mean no damage.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that change neither what is learnt nor in which order; two runs that differ in others take different courses.
+#: Options that change neither the samples nor their order nor the mathematics; with any other difference runs diverge.
 _FREE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a folder; raises NotFound if it is none of ours."""
+        """Return the checkpoint in a folder; raises NotFound if it is not one of SAGE."""
         try:
             return cls(folder, int(json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["step"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -70,14 +70,14 @@ class Checkpoint:
             raise _damaged(f"{self.path}/trainer_state.json is not readable.") from error
 
     def set_aside(self) -> None:
-        """Rename a damaged checkpoint, so that it is never loaded, counted or named again."""
+        """Rename a damaged checkpoint, so that it is ignored from now on."""
         target = self.path.with_name(_DAMAGED + self.path.name)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self.path, target)
         fsync_path(self.path.parent)
 
     def check_same_course(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
-        """Raise ConfigError unless a run of this config and data would go on exactly, with steps left to train.
+        """Raise ConfigError unless a run of this config and data would continue exactly, with steps left to train.
 
         base: from a base model's name to its folder.
         """
@@ -102,7 +102,7 @@ class Checkpoint:
             raise _mismatch(f"{self.path} is at step {self.step} of {total_steps}: no step is left to train")
 
     def _origin(self) -> RunSpec:
-        """Return what the run was asked to do whose checkpoint this is."""
+        """Return the spec of the run that wrote this checkpoint."""
         try:
             return RunDirectory(self.path.resolve().parent).read_spec()
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -110,7 +110,7 @@ class Checkpoint:
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Turn a folder that was written aside into `checkpoint-<step>` of a run: summed, synced, renamed.
+    """Publish a staged folder as `checkpoint-<step>` of a run: checksummed, synced, renamed.
 
     A checkpoint of that step that is there and intact stays: it holds the same.
     """
@@ -138,7 +138,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that verifies, and what was wrong with newer ones, which are set aside."""
+    """Return the newest intact checkpoint, and the problems of newer ones, which are renamed."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):
@@ -149,7 +149,7 @@ def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collection[int] = ()) -> list[str]:
-    """Remove all but the `keep` newest intact checkpoints and the best one; return what was wrong with others on the way.
+    """Remove all but the `keep` newest intact checkpoints and the best one; return the problems of damaged ones.
 
     trusted: steps whose checkpoints this process has written or verified itself.
     """
@@ -166,7 +166,7 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
 
 
 def _problem(checkpoint: Checkpoint) -> str:
-    """Return what is wrong with a checkpoint, which then is set aside; nothing if it is intact."""
+    """Return the problem of a damaged checkpoint, after renaming it; empty if it is intact."""
     try:
         checkpoint.verify()
     except RunError as error:

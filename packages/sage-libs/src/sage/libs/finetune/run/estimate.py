@@ -1,4 +1,4 @@
-"""The memory that a run needs, told before its model is loaded: the headers of the weights' files suffice. No torch."""
+"""Estimate of the memory that a run needs, from the headers of the weight files; no torch."""
 
 import math
 import re

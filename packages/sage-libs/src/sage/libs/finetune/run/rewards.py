@@ -1,4 +1,4 @@
-"""A reward function in a Python file of the user's own, as GRPO asks it for its verdict.
+"""The reward function of GRPO, in a Python file of the user.
 
 def reward(prompts, completions, **columns): a number for each completion; columns: the other fields of the records.
 """
@@ -15,7 +15,7 @@ _NAME = "reward"
 
 
 def check_reward_file(path: Path) -> None:
-    """Raise ConfigError where a file defines no reward function; runs nothing of it."""
+    """Raise ConfigError if a file defines no reward function; the file is not executed."""
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except OSError as error:
@@ -27,7 +27,7 @@ def check_reward_file(path: Path) -> None:
 
 
 def load_reward(path: Path) -> Callable[..., list[float]]:
-    """Return the reward function of a file, which is run for it.
+    """Execute a file and return its reward function.
 
     The function takes conversations as TRL has them; what it gets is the text of each prompt's last message and answer.
     """
