@@ -48,7 +48,7 @@ class FinetuneConfig(BaseModel):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
     use_dora: bool = Field(False, description="Train magnitude and direction separately (DoRA); slower.")
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, le=1000, description="Learning rate of the adapter's B as a multiple of A's (LoRA+)."
+        None, ge=1, le=1000, description="Learning rate of LoRA matrix B as a multiple of that of matrix A (LoRA+)."
     )
     method: Method = Field("sft", description="sft: from answers; dpo, orpo, kto: from preferences; grpo: from rewards.")
     beta: float | None = Field(None, ge=0, le=10, description="Strength of the KL or preference term; default: TRL's.")
@@ -92,7 +92,7 @@ class FinetuneConfig(BaseModel):
         None, ge=1, description="Stop after this many evaluations without improvement."
     )
     sample_prompts: list[str] | None = Field(None, description="Prompts to generate from at each evaluation.")
-    keep_best: bool = Field(False, description="Export the step with the lowest held-out loss, not the last one.")
+    keep_best: bool = Field(False, description="Export the weights of the step with the lowest held-out loss.")
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -106,7 +106,7 @@ class FinetuneConfig(BaseModel):
         "auto", description="Recompute activations instead of storing them; auto: if out of memory."
     )
     use_8bit: bool = Field(
-        True, description="Quantize the base to 8 bits: on CUDA by bitsandbytes, on a CPU if that is faster."
+        True, description="Quantize the base model to 8 bits: always on CUDA, on a CPU only if it makes training faster."
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
         None, description="Format of the frozen base, on devices that bitsandbytes supports; overrides use_8bit."
