@@ -119,7 +119,7 @@ class WarningEvent(RunEvent):
     halvings: int | None = Field(None, description="From now on micro-batches are computed in up to 2^halvings parts.")
     activation_checkpointing: bool | None = Field(
         None,
-        description="Whether gradient checkpointing is on from this event on. Version 0.1.0 named the field `checkpointing`.",
+        description="Whether gradient checkpointing is on from now on; version 0.1.0 named this `checkpointing`.",
         validation_alias=AliasChoices("activation_checkpointing", "checkpointing"),
     )
 

@@ -184,9 +184,9 @@ def _damaged(message: str) -> RunError:
 def _mismatch(message: str) -> ConfigError:
     return ConfigError(
         code="checkpoint_mismatch",
-        message=f"{message}, so this run cannot go on from it.",
-        hint="To train on other data or for other steps, omit resume_from_checkpoint and give the output folder of that run "
-        "as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
+        message=f"{message}, so this run cannot continue from it.",
+        hint="To train on other data or for another number of steps, omit resume_from_checkpoint and use "
+        "the output folder of the checkpoint's run as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
         param="resume_from_checkpoint",
     )
 
