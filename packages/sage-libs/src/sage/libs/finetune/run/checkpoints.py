@@ -185,8 +185,8 @@ def _mismatch(message: str) -> ConfigError:
     return ConfigError(
         code="checkpoint_mismatch",
         message=f"{message}, so this run cannot continue from it.",
-        hint="To train on other data or for another number of steps, omit resume_from_checkpoint and use "
-        "the output folder of the checkpoint's run as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
+        hint="To train on other data or for another number of steps, omit resume_from_checkpoint and use the "
+        "output folder of the checkpoint's run as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
         param="resume_from_checkpoint",
     )
 
