@@ -29,7 +29,7 @@ PARTS = {
 
 def products(run: TrainingRun, batch: Batch) -> dict[str, float]:
     """Return the floating-point operations of a step's matrix products with frozen weights and of its attention."""
-    config = run.model.get_base_model().config
+    config = run.loaded.model.get_base_model().config
     tokens, layers, width = batch["input_ids"].numel(), config.num_hidden_layers, config.hidden_size
     head_width = width // config.num_attention_heads
     trained = int((batch["labels"] != IGNORED).sum())
@@ -68,13 +68,13 @@ def main() -> None:
         precision=arguments.precision,
     )  # fmt: skip
     run = TrainingRun(manager.run_directory(manager.create(config)), StopRequest())
-    run.model.train()
-    optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=1e-4)
-    batches = [run.collator([pack]) for pack in islice(run.packs, STEPS)]
+    run.loaded.model.train()
+    optimizer = torch.optim.AdamW([p for p in run.loaded.model.parameters() if p.requires_grad], lr=1e-4)
+    batches = [run.loaded.collator([pack]) for pack in islice(run.data.packs, STEPS)]
 
     def step(batch: Batch) -> None:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        run.loss(run.model(**inputs, use_cache=False), batch["labels"], 100).backward()
+        run.loss(run.loaded.model(**inputs, use_cache=False), batch["labels"], 100).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -89,11 +89,12 @@ def main() -> None:
             step(batch)
     spent = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
     whole = sum(spent.get(name, 0.0) for names in PARTS.values() for name in names)
-    peak = peak_flops(run.precision.compute_dtype)
+    peak = peak_flops(run.loaded.precision.compute_dtype)
     needed = [products(run, batch) for batch in batches]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     print(
-        f"{processor()}; {run.precision.reason}; {tokens / seconds:.0f} tokens/s; products reach {peak / 1e9:.0f} GFLOP/s\n"
+        f"{processor()}; {run.loaded.precision.reason}; {tokens / seconds:.0f} tokens/s; "
+        f"products reach {peak / 1e9:.0f} GFLOP/s\n"
     )
     print("| part | share | its products at that speed |\n|---|---|---|")
     for part, names in PARTS.items():

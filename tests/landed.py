@@ -124,7 +124,7 @@ def unpack(name: str, root: Path) -> Path:
     """Unpack an archive of `DATA` and return the home in it; absolute paths are rewritten to where it lies now."""
     root.mkdir()
     with tarfile.open(DATA / name) as archive:
-        archive.extractall(root, filter="data")
+        archive.extractall(root)
     home = root / "home"
     for path in [*home.rglob("spec.json"), *home.rglob("events.jsonl"), *(root / "out").rglob("*.json")]:
         path.write_text(path.read_text().replace(str(_ORIGIN), str(root)))

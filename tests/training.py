@@ -6,6 +6,7 @@ from typing import Any
 
 from support import SAMPLES, wait_for
 
+from sage.common.settings import load_settings
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.finetune.run.status import RunState, RunStatus
 from sage.libs.finetune.training.stopping import StopRequest
@@ -24,7 +25,7 @@ class TinyRun:
         }  # fmt: skip
         self.config = FinetuneConfig(base_model=str(model), output_dir=str(output), **values)
         self.output = output
-        self.manager = FinetuneManager()
+        self.manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
         self.task_id = self.manager.create(self.config)
 
     def start(self) -> "TinyRun":

@@ -73,8 +73,8 @@ def trained(model: Path, output: Path, **options: Any) -> tuple[TrainingRun, tor
     training = TrainingRun(run.manager.run_directory(run.task_id), StopRequest())
     training.train()
     run.completed()
-    with training.kernels.disabled() if training.kernels else contextlib.nullcontext():
-        return training, logits(training.model)
+    with training.loaded.kernels.disabled() if training.loaded.kernels else contextlib.nullcontext():
+        return training, logits(training.loaded.model)
 
 
 @pytest.mark.parametrize("head", ["tied", "untied"])

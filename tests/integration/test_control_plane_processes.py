@@ -70,7 +70,7 @@ def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path,
     wait_for(lambda: list_engines()[engine]["state"] == "failed", "the failure", seconds=5)
     told = sage("llm", "engine", "status", engine).stdout
     assert "the training process was killed by SIGKILL (out of memory?)" in told
-    assert "goes on from checkpoint" in told
+    assert "continues from checkpoint" in told
     done = sage("llm", "engine", "resume", engine, "--wait")
     assert done.stdout.split() == [engine]
     assert "is completed at step 184 of 184" in done.stderr

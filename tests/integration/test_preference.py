@@ -136,5 +136,5 @@ def test_reward_files_are_off_unless_allowed_and_are_checked(
     with pytest.raises(Conflict, match=r"has changed since it began.*reward\.py"):
         run.manager.check_resumable(run.task_id)
     monkeypatch.delenv("SAGE_ALLOW_REWARD_FILES")
-    with pytest.raises(ConfigError, match="Reward files are off"):
+    with pytest.raises(ConfigError, match="Reward files are disabled"):
         TinyRun(tiny_model, tmp_path / "out2", **options["grpo"])

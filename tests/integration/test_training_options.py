@@ -25,7 +25,7 @@ from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.run.estimate import estimate
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunState, RunStatus
-from sage.libs.finetune.training import memory, trainer
+from sage.libs.finetune.training import loaded, memory, planning
 from sage.libs.finetune.training.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.training.model import decoder
 from sage.libs.finetune.training.precision import Precision, choose_precision
@@ -287,7 +287,7 @@ def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
     needs = estimate(tiny_model, run.config, bf16=False, base_bits=None, int8=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(trainer, "available_bytes", lambda: needs.total_bytes(1))
+    monkeypatch.setattr(planning, "available_bytes", lambda: needs.total_bytes(1))
     scarce = TinyRun(tiny_model, tmp_path / "scarce", max_steps=2, precision="auto").trained()
     [started] = scarce.events("started")
     assert started["precision"].startswith("bf16, matrix products in fp32: memory is scarce")
@@ -301,8 +301,8 @@ def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(trainer, "available_bytes", lambda: 2**20)
-    monkeypatch.setattr(trainer, "install", lambda *_, **__: (None, "fallback: another model"))
+    monkeypatch.setattr(planning, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(loaded, "install", lambda *_, **__: (None, "fallback: another model"))
     monkeypatch.setattr(int8, "measured_speedup", lambda *_: (2.0, "measured"))
     for asked, bf16 in (("auto", False), ("bf16", True)):
         run = TinyRun(tiny_model, tmp_path / asked, max_steps=1, precision=asked).trained()
@@ -372,7 +372,7 @@ def test_several_datasets_are_taken_as_often_as_they_weigh(tiny_model: Path, tmp
     assert started["samples"] == round(len(SAMPLES.read_text().splitlines()) / 2) + 25
     assert "`few.jsonl`" in (run.output / "README.md").read_text()
     run = TinyRun(tiny_model, tmp_path / "none", dataset_path=[f"{few}=0.01"]).start()
-    assert "no sample is taken" in str(run.until_ended().message)
+    assert "select no samples" in str(run.until_ended().message)
 
 
 def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tm
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=f"{few}=3", eval_split=0.2)
     training = TrainingRun(RunDirectory(run.path), StopRequest())
     held = [tuple(sample.ids) for sample in training.heldout.samples]
-    learnt = [tuple(sample.ids) for pack in training.packs for sample in pack]
+    learnt = [tuple(sample.ids) for pack in training.data.packs for sample in pack]
     assert (len(set(held)), len(held), len(set(learnt)), len(learnt)) == (2, 2, 8, 24)
     assert not {*held} & {*learnt}
 
@@ -389,20 +389,20 @@ def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tm
 def test_noise_on_embeddings_is_of_each_sample_s_own_length(tiny_model: Path, tmp_path: Path, fast_kernels: str) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", neftune_noise_alpha=5, fast_kernels=fast_kernels)
     training = TrainingRun(RunDirectory(run.path), StopRequest())
-    table = decoder(training.model).get_input_embeddings()
+    table = decoder(training.loaded.model).get_input_embeddings()
     added: list[torch.Tensor] = []
     table.register_forward_hook(lambda module, asked, given: added.append(given - module.weight[asked[0]]))
     samples = [Encoded([5] * length, [5] * length) for length in (8, 200)]
-    batch = training.collator([(sample,) for sample in samples])
+    batch = training.loaded.collator([(sample,) for sample in samples])
     labels = batch.pop("labels")
-    training.model.train()
-    training.model(**batch, use_cache=False)
+    training.loaded.model.train()
+    training.loaded.model(**batch, use_cache=False)
     noise = added[0][labels != IGNORED].abs()
     for part, length in ((noise[:7], 8), (noise[7:], 200)):
         limit = 5 / (length * table.embedding_dim) ** 0.5
         assert 0.9 * limit < float(part.max()) <= limit * 1.001
-    training.model.eval()
-    training.model(**batch, use_cache=False)
+    training.loaded.model.eval()
+    training.loaded.model(**batch, use_cache=False)
     assert not added[1].any()
 
 

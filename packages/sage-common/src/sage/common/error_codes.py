@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from sage.common import errors
 from sage.common.errors import SageError
 
-#: The codes of each class that HTTP status and type do not tell apart. A test compares them with the code that raises them.
+#: The codes of each class that shares its HTTP status and type with another one. A test compares them with the code.
 _CODES: Mapping[type[SageError], str] = {
     errors.ConfigError: """
         api_key_invalid api_key_needed bitsandbytes_missing checkpoint_mismatch config_invalid config_missing

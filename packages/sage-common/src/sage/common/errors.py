@@ -31,7 +31,7 @@ class SageError(Exception):
     type: ClassVar[str] = "api_error"
 
     def __init__(self, *, code: str, message: str, hint: str = "", param: str | None = None) -> None:
-        """code: stable snake_case; message: what and where; hint: what to do; param: the option at fault."""
+        """code: stable snake_case; message: what and where; hint: what to do; param: the option that is wrong."""
         super().__init__(message)
         self.code, self.message, self.hint, self.param = code, message, hint, param
 
@@ -40,7 +40,7 @@ class SageError(Exception):
         return f"{self.message} {self.hint}".strip()
 
     def body(self) -> dict[str, Any]:
-        """Return the error as HTTP answers and streams carry it: OpenAI's shape, and the hint once more as its own field.
+        """Return the error as HTTP answers and streams carry it: OpenAI's shape, and the hint also as a field of its own.
 
         `message` includes the hint, because most clients show nothing else.
         """

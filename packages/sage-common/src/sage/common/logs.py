@@ -49,7 +49,7 @@ class LogFile:
     def cut(self, limit_bytes: int) -> bool:
         """If the file is longer than a limit, set so much of its end aside and begin anew; return whether it was.
 
-        The process that writes it has it open for appending and goes on at the new end.
+        The process that writes it has it open for appending and continues at the new end.
         """
         skipped = _size(self.path) - limit_bytes
         if skipped <= 0:

@@ -30,9 +30,9 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(None, description="Key that every request must carry; needed off loopback.")
     database_url: str | None = Field(None, repr=False, description="SQLAlchemy URL of the engines' store; default: SQLite.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least severe line logged.")
-    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Time between two looks at the engines.")
-    engine_start_seconds: float = Field(300, gt=0, description="An inference engine must answer within this.")
-    stop_seconds: float = Field(20, gt=0, description="An inference engine that ignores SIGTERM is killed after this.")
+    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Longest time between two reconciliations.")
+    engine_start_seconds: float = Field(300, gt=0, description="Seconds within which a new inference engine must answer.")
+    stop_seconds: float = Field(20, gt=0, description="Seconds from SIGTERM to SIGKILL of an inference engine.")
     engine_unresponsive_seconds: float = Field(30, gt=0, description="Silence after which requests are refused.")
     restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
         "no", description="Which engines restart by themselves: no, on-failure (exit, kill), unless-stopped (power cut too)."

@@ -119,7 +119,7 @@ class WarningEvent(RunEvent):
     halvings: int | None = Field(None, description="From now on micro-batches are computed in up to 2^halvings parts.")
     activation_checkpointing: bool | None = Field(
         None,
-        description="Whether activations are recomputed from now on. Named `checkpointing` by version 0.1.0.",
+        description="Whether gradient checkpointing is on from now on; version 0.1.0 named this `checkpointing`.",
         validation_alias=AliasChoices("activation_checkpointing", "checkpointing"),
     )
 
@@ -134,7 +134,7 @@ class StartedEvent(RunEvent):
     heldout_samples: int | None = Field(None, description="Held-out samples.")
     trainable_parameters: int | None = Field(None, description="Parameters that are trained.")
     base_sha256: str | None = Field(None, description="Fingerprint of the base model; a resumed run must have the same.")
-    bf16: bool | None = Field(None, description="Whether base and activations are in bf16, else in fp32.")
+    bf16: bool | None = Field(None, description="Whether base model and activations are in bf16; otherwise fp32.")
     bf16_products: bool | None = Field(None, description="Whether matrix products are in bf16; default: as `bf16`.")
     int8_products: bool = Field(False, description="Whether layers are held, and multiplied, in 8 bits by our own step.")
     precision: str | None = Field(None, description="The precision and why it was chosen, for people.")
@@ -205,7 +205,7 @@ class FailedEvent(RunEvent):
     hint: str | None = Field(None, description="What to do next.")
 
 
-#: Every event, told apart by its field `event`.
+#: Every event; the field `event` says which.
 AnyRunEvent: TypeAlias = (
     LaunchedEvent
     | ProgressEvent

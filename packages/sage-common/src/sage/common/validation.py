@@ -1,4 +1,4 @@
-"""pydantic's findings, told in one sentence that names the option."""
+"""Validation errors of pydantic as one sentence that names the option."""
 
 from collections.abc import Collection
 from typing import Any, TypeVar

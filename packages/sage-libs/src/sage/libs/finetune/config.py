@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked to do."""
+"""The options of a fine-tuning run."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -29,44 +29,44 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     base_model: str = Field(
-        min_length=1, description="Folder, name in the models folder, or hub id; an adapter is trained on."
+        min_length=1, description="Folder, name in the models folder, or hub id; an adapter is trained further."
     )
     dataset_path: str | list[str] = Field(
         min_length=1,
-        description="File (.jsonl .json .csv .parquet .arrow) or a folder; or several; FILE=WEIGHT takes it so many times.",
+        description="File (.jsonl .json .csv .parquet .arrow) or folder, or several; FILE=WEIGHT repeats its samples.",
     )
-    output_dir: str = Field(min_length=1, description="Folder that gets the result; must be new, empty or ours.")
+    output_dir: str = Field(min_length=1, description="Folder for the result; new, empty, or an earlier result.")
     finetuning_type: Literal["lora", "full"] = Field(
-        "lora", description="lora: an adapter, the base stays as it is; full: every weight, for small models."
+        "lora", description="lora: train an adapter, the base is frozen; full: train every weight, for small models."
     )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter's matrices.")
     lora_alpha: int = Field(16, ge=1, le=4096, description="The adapter's output is scaled by alpha / rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped in training.")
     target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
-    exclude_modules: str | list[str] | None = Field(None, description="Layers that get none, of those.")
-    modules_to_save: list[str] | None = Field(None, description="Modules trained whole and saved with the adapter.")
+    exclude_modules: str | list[str] | None = Field(None, description="Layers excluded from target_modules.")
+    modules_to_save: list[str] | None = Field(None, description="Modules trained in full and saved with the adapter.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
-    use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA); slower.")
+    use_dora: bool = Field(False, description="Train magnitude and direction separately (DoRA); slower.")
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, le=1000, description="Learning rate of the adapter's B as a multiple of A's (LoRA+)."
+        None, ge=1, le=1000, description="Learning rate of LoRA matrix B as a multiple of that of matrix A (LoRA+)."
     )
     method: Method = Field("sft", description="sft: from answers; dpo, orpo, kto: from preferences; grpo: from rewards.")
-    beta: float | None = Field(None, ge=0, le=10, description="How near to its start the model is kept; TRL's default.")
+    beta: float | None = Field(None, ge=0, le=10, description="Strength of the KL or preference term; default: TRL's.")
     reward_file: str | None = Field(
         None, description="Python file with `reward(prompts, completions, **columns)`, for grpo."
     )
-    num_generations: int = Field(4, ge=2, le=256, description="Answers to each prompt that grpo compares.")
-    max_completion_length: int = Field(256, ge=1, description="Length of such an answer at most, in tokens.")
+    num_generations: int = Field(4, ge=2, le=256, description="Answers per prompt that grpo compares.")
+    max_completion_length: int = Field(256, ge=1, description="Maximum length of such an answer, in tokens.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="Course of the learning rate after the warm-up."
+        "cosine", description="Schedule of the learning rate after the warm-up."
     )
     warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises to its peak.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     neftune_noise_alpha: float | None = Field(
         None, gt=0, le=100, description="Noise on the embeddings in training (NEFTune); 5 is usual."
     )
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
     train_on: Literal["assistant", "last_turn", "all"] = Field(
         "assistant", description="What the loss covers: every answer, each chat's last answer, or all tokens."
     )
@@ -80,43 +80,43 @@ class FinetuneConfig(BaseModel):
     num_processes: int = Field(1, ge=1, le=64, description="Processes that train together, each on a GPU of its own.")
     max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
     allow_warnings: bool = Field(
-        False, description="Train even if the dataset check warns that what is learnt would silently be wrong."
+        False, description="Train even if the dataset check warns that the model would learn something else."
     )
-    streaming: bool = Field(False, description="Tokenise samples as they are needed, in the order of the files.")
+    streaming: bool = Field(False, description="Tokenize samples as they are needed, in the order of the files.")
     eval_path: str | None = Field(
-        None, description="Held-out samples, scored before the first step and at the end; of a folder, validation."
+        None, description="Held-out samples, evaluated before the first step and at the end; a file or folder."
     )
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset held out instead of eval_path.")
-    eval_steps: int | None = Field(None, ge=1, description="Score the held-out samples every so many steps as well.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations on the held-out samples.")
     early_stopping_patience: int | None = Field(
-        None, ge=1, description="End after this many scores in a row that are no better than the best one."
+        None, ge=1, description="Stop after this many evaluations without improvement."
     )
-    sample_prompts: list[str] | None = Field(None, description="Questions that the model answers at every score.")
-    keep_best: bool = Field(False, description="The result is what had the best score, not the last step's.")
+    sample_prompts: list[str] | None = Field(None, description="Prompts to generate from at each evaluation.")
+    keep_best: bool = Field(False, description="Export the weights of the step with the lowest held-out loss.")
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Numbers of base and activations; adapters are in fp32; auto: what is faster here, and fits.",
+        description="Number format of base and activations; adapters are in fp32; auto: the fastest that fits.",
     )
     fast_kernels: Literal["auto", "off"] = Field(
-        "auto", description="auto: our own training step where the model's structure allows; off: transformers' and PEFT's."
+        "auto", description="auto: SAGE's training step if the model supports it; off: transformers' and PEFT's."
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
-        "auto", description="Compute activations again instead of keeping them; auto: once memory does not suffice."
+        "auto", description="Recompute activations instead of storing them; auto: if out of memory."
     )
     use_8bit: bool = Field(
-        True, description="Hold the base in 8 bits: on CUDA by bitsandbytes, on a CPU where that is faster."
+        True, description="Quantize the base model to 8 bits: always on CUDA, on a CPU only if it makes training faster."
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
-        None, description="How the frozen base is held, on any device that bitsandbytes knows; overrides use_8bit."
+        None, description="Format of the frozen base, on devices that bitsandbytes supports; overrides use_8bit."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter, the order of the data and dropout.")
-    resume_from_checkpoint: str | None = Field(None, description="A run's checkpoint folder to go on from.")
+    resume_from_checkpoint: str | None = Field(None, description="Checkpoint folder of a run to continue from.")
 
     @property
     def sources(self) -> list[Source]:
-        """The datasets to learn from."""
+        """The training datasets."""
         texts = self.dataset_path if isinstance(self.dataset_path, list) else [self.dataset_path]
         return [Source.parse(text) for text in texts]
 

@@ -42,7 +42,7 @@ _KEPT_SERIES = 16
 #: By default glibc returns a freed tensor of some megabytes to the kernel, which clears the pages of the next one again.
 #: With these settings a step on the CPU takes 5 % less time, and peak memory is the same.
 _MALLOC = "arena_max=1", "mmap_threshold=268435456", "trim_threshold=1073741824"
-#: Environment variables of a worker, unless the user has set them.
+#: Environment variables of a worker, unless the user sets them.
 WORKER_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in _MALLOC),

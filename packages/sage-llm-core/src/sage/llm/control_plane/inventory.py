@@ -27,7 +27,7 @@ def list_devices() -> list[Device]:
 
 
 def gpu_memory_of(pid: int) -> int | None:
-    """Return the GPU memory that a process and its children hold, over all GPUs, or None where they hold none."""
+    """Return the GPU memory that a process and its children hold, over all GPUs, or None if they hold none."""
     nvml = _nvml()
     if nvml is None:
         return None

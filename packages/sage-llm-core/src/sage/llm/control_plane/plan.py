@@ -153,7 +153,7 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot) 
 
 
 def _stop(engine: EngineRecord, signal: SendSignal) -> Action:
-    """Write first that the engine stops; the signal follows with the next plan, whoever makes it."""
+    """Write first that the engine stops; the signal follows with the next plan, even if another control plane makes it."""
     return signal if engine.state is _S.STOPPING else Transition(engine, _S.STOPPING)
 
 

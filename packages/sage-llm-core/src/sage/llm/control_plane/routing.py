@@ -131,7 +131,7 @@ class RoutingTable:
         return self._changed.wait()
 
     async def load(self, store: Store) -> int:
-        """Read all active engines, and return the cursor from which `follow` goes on."""
+        """Read all active engines, and return the cursor from which `follow` continues."""
         cursor = await asyncio.to_thread(store.last_event)
         servers = {server.id: server for server in await asyncio.to_thread(store.servers, self._node)}
         for engine in await asyncio.to_thread(store.active, self._node):

@@ -48,9 +48,9 @@ class Guard:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:  # noqa: BLE001 # one failed request must not stop the engine
-            told = internal_error(error, f"{scope['method']} {scope['path']}")
+            reported = internal_error(error, f"{scope['method']} {scope['path']}")
             if not has_begun:
-                await error_response(told)(scope, receive, send)
+                await error_response(reported)(scope, receive, send)
 
 
 def _refusal(headers: Headers) -> ConfigError | None:

@@ -18,10 +18,10 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
-#: Errors of a file that is missing or unreadable for good; after other errors, reading may succeed later.
+#: Errors of a file that is permanently missing or unreadable; other errors are temporary and mean no damage.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that may differ from those of the run whose checkpoint is loaded: they change neither the weights nor the order.
-_CHANGEABLE = frozenset({
+#: Options that change neither the samples nor their order nor the mathematics; with any other difference runs diverge.
+_FREE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
     "keep_best", "gradient_checkpointing",
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a folder; raises NotFound if it is not one that a run wrote."""
+        """Return the checkpoint in a folder; raises NotFound if it is not one of SAGE."""
         try:
             return cls(folder, int(json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["step"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -70,14 +70,14 @@ class Checkpoint:
             raise _damaged(f"{self.path}/trainer_state.json is not readable.") from error
 
     def set_aside(self) -> None:
-        """Rename a damaged checkpoint, so that it is never loaded or counted again."""
+        """Rename a damaged checkpoint, so that it is ignored from now on."""
         target = self.path.with_name(_DAMAGED + self.path.name)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self.path, target)
         fsync_path(self.path.parent)
 
-    def check_can_continue(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
-        """Raise ConfigError unless a run with this config and data can continue exactly, with steps left to train.
+    def check_same_course(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
+        """Raise ConfigError unless a run of this config and data would continue exactly, with steps left to train.
 
         base: returns the folder of a base model, given its name.
         """
@@ -112,7 +112,7 @@ class Checkpoint:
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Turn a staged folder into `checkpoint-<step>` of a run: add checksums, sync, rename.
+    """Publish a staged folder as `checkpoint-<step>` of a run: checksummed, synced, renamed.
 
     If the run has an intact checkpoint of that step, that one is kept: its content is the same.
     """
@@ -140,7 +140,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint, and the problems of newer ones, which are set aside."""
+    """Return the newest intact checkpoint, and the problems of newer ones, which are renamed."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):
@@ -168,7 +168,7 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
 
 
 def _problem(checkpoint: Checkpoint) -> str:
-    """Return the problem of a damaged checkpoint and set it aside; empty if it is intact."""
+    """Return the problem of a damaged checkpoint, after renaming it; empty if it is intact."""
     try:
         checkpoint.verify()
     except RunError as error:
@@ -187,8 +187,8 @@ def _mismatch(message: str) -> ConfigError:
     return ConfigError(
         code="checkpoint_mismatch",
         message=f"{message}, so this run cannot continue from it.",
-        hint="To train on other data or for other steps, omit resume_from_checkpoint and give the output folder of that run "
-        "as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
+        hint="To train on other data or for another number of steps, omit resume_from_checkpoint and use the "
+        "output folder of the checkpoint's run as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
         param="resume_from_checkpoint",
     )
 

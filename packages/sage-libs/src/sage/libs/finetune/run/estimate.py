@@ -1,4 +1,4 @@
-"""The memory that a run needs, estimated from the headers of the weight files before the model is loaded. No torch."""
+"""Estimate of the memory that a run needs, from the headers of the weight files; no torch."""
 
 import math
 import re

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sage.common.errors import ModelError, RunError
-from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.run.checkpoints import Checkpoint, latest_good
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunStatus
@@ -14,19 +13,19 @@ from sage.libs.models.fingerprint import fingerprint
 Warn = Callable[[str], None]
 
 
-def checkpoint_to_resume(run: RunDirectory, config: FinetuneConfig, base: Path, warn: Warn) -> Checkpoint | None:
+def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn: Warn) -> Checkpoint | None:
     """Return the checkpoint to continue from: the run's newest, else the given one; None to start from the beginning.
 
-    base: folder of the base model.
+    given: folder of a checkpoint of another run.  base: folder of the base model.
     Raises RunError if the given checkpoint is damaged, ModelError if it was trained on another base.
     """
     checkpoint, problems = latest_good(run.path)
     for problem in problems:
         warn(f"Skipped a damaged checkpoint: {problem}")
-    if checkpoint is None and config.resume_from_checkpoint:
-        checkpoint = Checkpoint.of(Path(config.resume_from_checkpoint))
+    if checkpoint is None and given:
+        checkpoint = Checkpoint.of(Path(given))
         checkpoint.verify()
-    trained_on = begun(run, config).base_sha256 if checkpoint else None
+    trained_on = begun(run, given).base_sha256 if checkpoint else None
     if trained_on not in (None, fingerprint(base)):
         raise ModelError(
             code="base_changed",
@@ -37,11 +36,11 @@ def checkpoint_to_resume(run: RunDirectory, config: FinetuneConfig, base: Path, 
     return checkpoint
 
 
-def begun(run: RunDirectory, config: FinetuneConfig) -> RunStatus:
+def begun(run: RunDirectory, given: str | None) -> RunStatus:
     """Return the status of a run, or, before its first step, of the run whose checkpoint it continues from."""
     status = read_status(run)
-    if status.bf16 is None and config.resume_from_checkpoint:
-        origin = RunDirectory(Path(config.resume_from_checkpoint).resolve().parent)
+    if status.bf16 is None and given:
+        origin = RunDirectory(Path(given).resolve().parent)
         return read_status(origin)
     return status
 

@@ -1,4 +1,4 @@
-"""A reward function for GRPO, defined in a Python file of the user.
+"""The reward function of GRPO, in a Python file of the user.
 
 `def reward(prompts, completions, **columns)` returns a number for each completion; columns: the other fields of the records.
 """
@@ -15,7 +15,7 @@ _NAME = "reward"
 
 
 def check_reward_file(path: Path) -> None:
-    """Raise ConfigError if a file defines no reward function; the file is parsed, not executed."""
+    """Raise ConfigError if a file defines no reward function; the file is not executed."""
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except OSError as error:
@@ -27,7 +27,7 @@ def check_reward_file(path: Path) -> None:
 
 
 def load_reward(path: Path) -> Callable[..., list[float]]:
-    """Execute a file and return its reward function, wrapped for TRL.
+    """Execute a file and return its reward function.
 
     TRL passes conversations; the file's function gets the text of each prompt's last message and of each completion.
     """

@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sage.common.errors import RunError
 from sage.common.training import CheckpointEvent, StartedEvent, StepEvent, WarningEvent
-from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.run.checkpoints import prune, publish
 from sage.libs.finetune.run.eta import ProgressMeter
 from sage.libs.finetune.run.rundir import RunDirectory
@@ -37,11 +36,13 @@ class RunCallback(TrainerCallback):
     def __init__(
         self,
         run: RunDirectory,
-        config: FinetuneConfig,
         loss: CompletionLoss,
         stop: StopRequest,
         team: Team,
         *,
+        save_steps: int,
+        keep_checkpoints: int,
+        keep_best: bool,
         trusted: set[int],
         heldout: HeldOut,
         measure: Callable[[int], float | None],
@@ -49,11 +50,13 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Take what the callback needs.
 
+        save_steps: between two checkpoints; keep_checkpoints: how many are kept, and with `keep_best` also the best one.
         trusted: steps whose checkpoints this process has verified; those that it writes are added.
         measure: scores the held-out samples after a step; started_fields: reported when training begins.
         """
         self.trusted = trusted
-        self.run, self.config, self.loss, self.stop, self.team = run, config, loss, stop, team
+        self.run, self.loss, self.stop, self.team = run, loss, stop, team
+        self._save_steps, self._keep_checkpoints, self._keep_best = save_steps, keep_checkpoints, keep_best
         self.heldout, self.measure, self.started_fields = heldout, measure, started_fields
 
     def on_train_begin(
@@ -77,7 +80,7 @@ class RunCallback(TrainerCallback):
             trim_heap()
         control.should_training_stop |= self.team.broadcast(self.stop.requested)
         at_end = control.should_training_stop or state.global_step >= state.max_steps
-        control.should_save = at_end or state.global_step % self.config.save_steps == 0
+        control.should_save = at_end or state.global_step % self._save_steps == 0
         return control
 
     def on_log(
@@ -151,7 +154,7 @@ class RunCallback(TrainerCallback):
                 ends = True
             else:
                 ends = self.heldout.is_exhausted
-            saves = ends or (self.config.keep_best and self.heldout.best_step == step)
+            saves = ends or (self._keep_best and self.heldout.best_step == step)
         ends, saves = self.team.broadcast((ends, saves))
         control.should_training_stop |= ends
         control.should_save |= saves or control.should_training_stop
@@ -172,8 +175,8 @@ class RunCallback(TrainerCallback):
         self.run.append_event(CheckpointEvent(step=checkpoint.step, path=str(checkpoint.path)))
         write_summary(self.run)
         logger.info("checkpoint %s", checkpoint.path)
-        best = self.heldout.best_step if self.config.keep_best else None
-        for problem in prune(self.run.path, self.config.keep_checkpoints, best, self.trusted):
+        best = self.heldout.best_step if self._keep_best else None
+        for problem in prune(self.run.path, self._keep_checkpoints, best, self.trusted):
             self.run.append_event(WarningEvent(message=f"A damaged checkpoint is ignored: {problem}"))
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: adapter or model, tokenizer, model card, and how it came about."""
+"""The result of a run in its output folder: adapter or model, tokenizer, model card, and the recipe."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ tags: [{tag}, sage]
 def export_result(
     model: Trainable, tokenizer: PreTrainedTokenizerBase, spec: RunSpec, run: Path, source: Path, metrics: dict[str, Any]
 ) -> None:
-    """Write what was trained, as it is now, into the run's output folder; each file appears whole.
+    """Write the trained weights as they are now into the output folder; each file is complete or absent.
 
     source: the folder of the model that it was trained from.
     metrics: what stands in `sage_run.json` beside the recipe; step and total_steps, and the held-out losses if known.

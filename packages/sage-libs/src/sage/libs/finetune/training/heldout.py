@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sage.common.training import EvalEvent
-from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import Encoded
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.training.batching import Collator
@@ -20,10 +19,23 @@ class HeldOut:
     """Measures the held-out loss; losses measured by earlier processes of the run are read from its events."""
 
     def __init__(
-        self, run: RunDirectory, config: FinetuneConfig, samples: Sequence[Encoded], check: Callable[[], None]
+        self,
+        run: RunDirectory,
+        samples: Sequence[Encoded],
+        check: Callable[[], None],
+        *,
+        batch_size: int,
+        eval_steps: int | None,
+        patience: int | None,
     ) -> None:
-        """samples: may be empty.  check: called before each batch; an exception from it ends the measurement."""
-        self.run, self.config, self.samples, self._check = run, config, samples, check
+        """Read earlier measurements.
+
+        samples: may be empty.  check: called before each batch; an exception from it ends the measurement.
+        eval_steps: between two measurements; None: only before and after training.
+        patience: measurements without improvement before the run is ended; None: it is not.
+        """
+        self.run, self.samples, self._check = run, samples, check
+        self._batch_size, self._eval_steps, self._patience = batch_size, eval_steps, patience
         scored = [event for event, _ in run.read_events() if isinstance(event, EvalEvent)]
         self.losses: dict[int, float] = {event.step: event.loss for event in scored}  #: nats per token, by step
         self._seconds = scored[-1].seconds if scored else 0.0
@@ -38,7 +50,7 @@ class HeldOut:
             return None
         if step not in self.losses:
             began = time.monotonic()
-            loss = heldout_loss(model, self.samples, collator, loss_function, self.config.batch_size, self._check)
+            loss = heldout_loss(model, self.samples, collator, loss_function, self._batch_size, self._check)
             self._seconds = time.monotonic() - began
             self.run.append_event(EvalEvent(step=step, loss=loss, samples=len(self.samples), seconds=self._seconds))
             logger.info("held-out loss %.4f at step %d", loss, step)
@@ -47,7 +59,7 @@ class HeldOut:
 
     def is_due(self, step: int) -> bool:
         """Return whether the loss is to be measured after a step."""
-        return self.config.eval_steps is not None and step % self.config.eval_steps == 0
+        return self._eval_steps is not None and step % self._eval_steps == 0
 
     @property
     def best_step(self) -> int | None:
@@ -58,11 +70,11 @@ class HeldOut:
     @property
     def is_exhausted(self) -> bool:
         """Whether the loss has not improved for `early_stopping_patience` measurements."""
-        patience, best = self.config.early_stopping_patience, self.best_step
+        patience, best = self._patience, self.best_step
         return patience is not None and best is not None and sum(step > best for step in self.losses) >= patience
 
     def seconds_left(self, step: int, total_steps: int) -> float:
         """Return an estimate of the time of all measurements after `step`."""
-        between = (total_steps // self.config.eval_steps - step // self.config.eval_steps) if self.config.eval_steps else 0
+        between = (total_steps // self._eval_steps - step // self._eval_steps) if self._eval_steps else 0
         at_end = 0 if self.is_due(total_steps) else 1
         return (between + at_end) * self._seconds

@@ -47,16 +47,14 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     return model
 
 
-def loraplus_optimizer(model: Trainable, config: FinetuneConfig) -> torch.optim.Optimizer | None:
-    """Return the LoRA+ optimizer, or None to use the Trainer's default."""
-    if config.loraplus_lr_ratio is None:
+def loraplus_optimizer(
+    model: Trainable, lr_ratio: float | None, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer | None:
+    """Return the LoRA+ optimizer, whose learning rate for B is `lr_ratio` times that for A; None if there is no ratio."""
+    if lr_ratio is None:
         return None
     return create_loraplus_optimizer(
-        model,
-        torch.optim.AdamW,
-        lr=config.learning_rate,
-        loraplus_lr_ratio=config.loraplus_lr_ratio,
-        loraplus_weight_decay=config.weight_decay,
+        model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=lr_ratio, loraplus_weight_decay=weight_decay
     )
 
 

@@ -43,12 +43,15 @@ class Precision:
         """Return a copy with base and activations in bf16."""
         return replace(self, bf16=True, may_shrink=False, why=f"memory is scarce; {self.why}")
 
-    def without_kernels(self, config: FinetuneConfig) -> "Precision":
-        """Return a copy for a model that does not support the kernels: the same dtype for storage and products."""
+    def without_kernels(self, asked: str) -> "Precision":
+        """Return a copy for a model that does not support the kernels: the same dtype for storage and products.
+
+        asked: the precision that the user asked for.
+        """
         dense = self.without_int8()
         if self.bf16 == self.bf16_products:
             return dense
-        return replace(dense, bf16_products=True) if config.precision == "bf16" else replace(dense, bf16=False)
+        return replace(dense, bf16_products=True) if asked == "bf16" else replace(dense, bf16=False)
 
     def without_int8(self) -> "Precision":
         """Return a copy for a model whose layers are not quantized."""

@@ -4,6 +4,7 @@ TRL provides training loop, losses and sampling; model, checkpoints, events, sto
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from sage.libs.finetune.data.checking import as_chats
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.data.samples import Sample
-from sage.libs.finetune.kernels.install import Kernels
 from sage.libs.finetune.run.rewards import load_reward
-from sage.libs.finetune.training.heldout import HeldOut
+from sage.libs.finetune.run.summary import read_status
+from sage.libs.finetune.training.dataset import TrainingData
+from sage.libs.finetune.training.loaded import Install, no_kernels
 from sage.libs.finetune.training.trainer import TrainingRun
 
 _TRAINERS = {
@@ -31,44 +33,42 @@ _TRAINERS = {
 }
 
 
-def table_of(rows: list[dict[str, Any]]) -> Dataset:
+def table_of(rows: Sequence[Any]) -> Dataset:
     """Return rows as a TRL dataset; no null values are added for keys that only other messages have."""
-    return Dataset.from_list(rows, on_mixed_types="use_json")
+    return Dataset.from_list(list(rows), on_mixed_types="use_json")
 
 
 class PreferenceRun(TrainingRun):
     """A run with one of TRL's trainers."""
 
-    def _load_data(self) -> None:
+    def _load_data(self) -> TrainingData:
         disable_progress_bars()
-        config = self.config
-        self.rows: list[dict[str, Any]] = []
+        config, rows = self.config, []
         for source in config.sources:
-            self._report(f"reading {source.path}")
+            self.report.progress(f"reading {source.path}")
             report = DatasetReport(source.path)
             samples = list(read_samples(report, parser_of(config.method)))
             report.raise_for_faults()
             self._inspect(samples, report.path)
-            self.rows += [sample.content for sample in samples]
-        self.samples, self.micro_batch = len(self.rows), config.batch_size
-        self.heldout = HeldOut(self.run, config, [], self.stop.check)
+            rows += [sample.content for sample in samples]
+        return TrainingData(rows, len(rows), [], config.batch_size, config.batch_size * config.max_seq_length)
 
     def _inspect(self, samples: list[Sample], path: Path) -> None:
         """Render the answers of a dataset with the chat template and report what the model would not learn."""
-        encoder = self._encoder()
+        encoder = self.base.encoder(self.config.max_seq_length, self.config.train_on)
         for sample in as_chats(samples):
             encoder.encode_whole([sample])
         encoder.raise_for_faults()
-        self._report_findings(encoder.findings, path)
+        self.report.findings(encoder.findings, path)
 
-    def _install_kernels(self) -> tuple[Kernels | None, str]:
-        return None, f"fallback: {self.config.method} uses TRL's training step"
+    def _installer(self) -> Install:
+        return no_kernels(f"{self.config.method} uses TRL's training step")
 
     def _trainer(self) -> Trainer:
         config = self.config
         options: dict[str, Any] = {
             **self._arguments(),
-            "bf16": self.precision.bf16,
+            "bf16": self.loaded.precision.bf16,
             "gradient_checkpointing": config.gradient_checkpointing == "on",
             **({} if config.beta is None else {"beta": config.beta}),
         }
@@ -81,14 +81,14 @@ class PreferenceRun(TrainingRun):
             options["max_length"] = config.max_seq_length
         arguments, trainer = _TRAINERS[config.method]
         return trainer(
-            model=self.model,
+            model=self.loaded.model,
             args=arguments(**options),
-            train_dataset=table_of(self.rows),
-            processing_class=self.tokenizer,
+            train_dataset=table_of(self.data.packs),
+            processing_class=self.base.tokenizer,
             callbacks=[self._callback()],
             **more,
         )
 
     def _total_steps(self) -> int:
         """Return the run's number of optimizer steps as reported by the Trainer; 0 before training starts."""
-        return self._status().total_steps or 0
+        return read_status(self.run).total_steps or 0

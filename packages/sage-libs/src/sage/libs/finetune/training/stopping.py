@@ -1,10 +1,10 @@
-"""A request to stop, as the operating system delivers it: SIGTERM or Ctrl-C, once, kept until there is time for it."""
+"""A request to stop, by SIGTERM or Ctrl-C, kept until the next safe point."""
 
 import signal
 
 
 class StopRequested(Exception):
-    """Work outside the training loop was cut short."""
+    """Work outside the training loop was interrupted by a request to stop."""
 
 
 class StopRequest:
@@ -14,16 +14,16 @@ class StopRequest:
         self.requested = False
 
     def install(self) -> None:
-        """From now on SIGTERM and SIGINT only set the request, those included that were held back so far."""
+        """Make SIGTERM and SIGINT set the request, including signals that were blocked so far."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.request())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def request(self) -> None:
-        """Ask for a stop."""
+        """Request a stop."""
         self.requested = True
 
     def check(self) -> None:
-        """Raise StopRequested where a stop is asked for."""
+        """Raise StopRequested if a stop was requested."""
         if self.requested:
             raise StopRequested

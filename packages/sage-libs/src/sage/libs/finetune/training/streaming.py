@@ -1,4 +1,4 @@
-"""Samples read and tokenised as they are needed: a run begins at once, and nothing is kept on the disk."""
+"""Samples that are read and tokenized as needed: training begins at once, and nothing is cached on the disk."""
 
 import itertools
 import random
@@ -13,18 +13,18 @@ from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import Encoder
 from sage.libs.finetune.training.batching import Pack, pack
 
-#: Samples are mixed, and packed, among so many that follow each other.
+#: Size of the buffer in which samples are shuffled and packed.
 _MIXED_SAMPLES = 1000
 
 
 class StreamedPacks(IterableDataset[Pack]):
-    """Datasets one behind the other, over and over; a second pass over it yields the same, which is how a run resumes."""
+    """Datasets one after another, repeated forever; iterating again yields the same samples, so that a run can resume."""
 
     def __init__(
         self, paths: Sequence[Path], new_encoder: Callable[[], Encoder], pack_tokens: int | None, seed: int,
         report: Callable[[Findings, Path], None],
     ) -> None:  # fmt: skip
-        """pack_tokens: how many tokens a pack has at most; None: each sample is a pack of its own.
+        """pack_tokens: maximum number of tokens of a pack; None: one sample a pack.
 
         report: called with what was found so far; what it raises ends the run.
         """
@@ -32,7 +32,7 @@ class StreamedPacks(IterableDataset[Pack]):
         self._report = report
 
     def __iter__(self) -> Iterator[Pack]:
-        """Yield packs without end; raises DatasetError at the first fault."""
+        """Yield packs forever; raises DatasetError at the first fault."""
         seeds = random.Random(self._seed)  # noqa: S311 - a reproducible order, not a secret
         while True:
             encoder = self._new_encoder()
@@ -41,7 +41,7 @@ class StreamedPacks(IterableDataset[Pack]):
                 encoder.raise_for_faults()
                 self._report(encoder.findings, self._paths[0])
                 lengths = [len(sequence.ids) for sequence in chunk]
-                # Of one token a pack takes nothing besides its first.
+                # The first token of a sequence is not predicted.
                 for group in pack(lengths, self._pack_tokens or 1, seeds.getrandbits(32)):
                     yield tuple(chunk[index] for index in group)
 

@@ -1,8 +1,7 @@
-"""Processes that train together, each on a device of its own; the first one leads.
+"""Processes that train together, each on its own device.
 
-The leader is the run's worker: it alone holds the lock, hears signals, scores, and writes events and results. It starts the
-others, which do nothing but the steps. What torch and accelerate need to know of them stands in the environment, as from
-their own launchers.
+The main process is the run's worker: it alone holds the lock, handles signals, evaluates, and writes events and results. It
+starts the others, which only compute steps. torch and accelerate read the environment that their own launchers would set.
 """
 
 import os
@@ -24,7 +23,7 @@ from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
-#: Others wait for as long as the leader tokenises or scores.
+#: The others wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
 _LOOK_SECONDS = 0.5
 
@@ -33,7 +32,7 @@ class Team:
     """The processes of a run, seen from one of them. A team of one does nothing."""
 
     def __init__(self, run: RunDirectory, size: int) -> None:
-        """Raises ConfigError where there are too few GPUs."""
+        """Raises ConfigError if there are too few GPUs."""
         self.rank, self.size = int(os.environ.get(RANK_VARIABLE, "0")), size
         self._run, self._others, self._control = run, list[subprocess.Popen[bytes]](), None
         if torch.cuda.is_available() and size > torch.cuda.device_count():
@@ -48,16 +47,16 @@ class Team:
         if size > 1 and self.is_main_process:
             self._start_others()
         elif size > 1:
-            leader = os.getppid()
-            self._watch(lambda: os._exit(1) if os.getppid() != leader else None)
+            main_process = os.getppid()
+            self._watch(lambda: os._exit(1) if os.getppid() != main_process else None)
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that decides."""
+        """Whether this is the main process."""
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Return the leader's value in every process; each of them must ask."""
+        """Return the main process's value in every process; each of them must call this."""
         if self.size == 1:
             return value
         values = [value]
@@ -65,7 +64,7 @@ class Team:
         return values[0]
 
     def total(self, values: list[int]) -> list[int]:
-        """Return the sums over all processes; each of them must ask."""
+        """Return the sums over all processes; each of them must call this."""
         if self.size == 1:
             return values
         sums = torch.tensor(values)
@@ -73,25 +72,25 @@ class Team:
         return [int(value) for value in sums]
 
     def barrier(self) -> None:
-        """Return once every process is here."""
+        """Return once every process has called this."""
         if self.size > 1:
             distributed.barrier(group=self._group())
 
     def check(self) -> None:
-        """End this process where one of the others is gone, and say so."""
+        """Report a failure and exit if one of the other processes has exited."""
         if self._others:
             time.sleep(_LOOK_SECONDS)
             self._check_others()
 
     def close(self) -> None:
-        """End the others."""
+        """Kill the other processes."""
         others, self._others = self._others, []
         for process in others:
             process.kill()
             process.wait()
 
     def _group(self) -> Any:
-        """Return the group for messages, made once all are there; tensors of the model have another one."""
+        """Return the process group for messages, created once; tensors of the model use another one."""
         if self._control is None:
             PartialState(cpu=not torch.cuda.is_available())
             self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -109,12 +108,12 @@ class Team:
         self._watch(self._check_others)
 
     def _check_others(self) -> None:
-        """Fail where one of the others has gone: the steps wait for it for ever."""
+        """Fail if one of the others has exited: the steps would wait for it forever."""
         for process in self._others:
             code = process.poll()
             if code in (None, 0) or not self._others:
                 continue
-            if code and code < 0:  # else it has said itself why
+            if code and code < 0:  # otherwise it has reported the reason itself
                 message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
                 self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues."))
             self.close()

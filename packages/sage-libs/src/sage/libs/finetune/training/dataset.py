@@ -1,0 +1,92 @@
+"""The third phase: the data, read, split, mixed and packed."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import DatasetError
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.data.findings import Findings
+from sage.libs.finetune.data.folders import Split
+from sage.libs.finetune.data.mixing import Mixture, weighed
+from sage.libs.finetune.data.store import StoredSamples, load_or_tokenize
+from sage.libs.finetune.data.tokenizing import Encoded, Encoder
+from sage.libs.finetune.training.batching import Packs, most_tokens, pack
+from sage.libs.finetune.training.reporting import Reporter
+from sage.libs.finetune.training.stopping import StopRequested
+from sage.libs.finetune.training.streaming import StreamedPacks
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from and is evaluated on."""
+
+    packs: Packs | StreamedPacks | Sequence[Any]  #: the last: rows for TRL
+    samples: int | None  #: for training; None: not known while streaming
+    heldout: Sequence[Encoded]
+    micro_batch: int  #: packs in one
+    most_tokens: int  #: in the largest micro-batch
+
+
+def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:
+    """Return the data of a run; without any if the run is asked to stop meanwhile. Raises DatasetError."""
+    micro_batch = 1 if config.pack_tokens else config.batch_size
+    limit_tokens = config.pack_tokens or config.batch_size * config.max_seq_length
+    reader = _Reader(new_encoder, report, config.max_seq_length)
+    heldout: Sequence[Encoded] = []
+    try:
+        if config.streaming:
+            heldout = reader.read(Path(config.eval_path), "validation") if config.eval_path else []
+            paths = [source.path for source in config.sources]
+            streamed = StreamedPacks(paths, new_encoder, config.pack_tokens, config.seed, report.findings)
+            return TrainingData(streamed, None, heldout, micro_batch, limit_tokens)
+        train, heldout = _split(config, reader)
+        lengths = train.lengths()
+        groups = pack(lengths, config.pack_tokens, config.seed) if config.pack_tokens else None
+        most = most_tokens(lengths, groups, micro_batch)
+        return TrainingData(Packs(train, groups), len(train), heldout, micro_batch, most)
+    except StopRequested:  # the result is the model as it is
+        return TrainingData(Packs([]), 0, heldout, micro_batch, limit_tokens)
+
+
+def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence[Encoded]]:
+    """Return samples for training and held-out ones, which are split off before anything is weighed."""
+    parts, heldout = [], []
+    for source in config.sources:
+        samples = reader.read(source.path)
+        order = list(range(len(samples)))
+        random.Random(config.seed).shuffle(order)  # noqa: S311 - a reproducible split, not a secret
+        count = round(len(samples) * config.eval_split)
+        heldout.append(samples.take(sorted(order[:count])))
+        parts.append(weighed(samples.take(sorted(order[count:])), source.weight, config.seed))
+    train = Mixture(parts)
+    if not len(train):
+        raise DatasetError(
+            code="dataset_empty",
+            message="The dataset weights select no samples.",
+            hint="Increase one of the weights.",
+            param="dataset_path",
+        )
+    return train, reader.read(Path(config.eval_path), "validation") if config.eval_path else Mixture(heldout)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads tokenized datasets and reports what was found in them."""
+
+    new_encoder: Callable[[], Encoder]
+    report: Reporter
+    max_seq_length: int
+
+    def read(self, path: Path, split: Split = "train") -> StoredSamples:
+        self.report.progress(f"reading {path}")
+        samples = load_or_tokenize(path, self.new_encoder(), self.report.progress_unless_stopped, split)
+        if samples.stats.truncated:
+            self.report.warn(
+                f"{samples.stats.truncated} of {samples.stats.samples} samples in {path} are longer than "
+                f"{self.max_seq_length} tokens and were cut; {samples.stats.dropped} had no answer left and were dropped."
+            )
+        self.report.findings(Findings(samples.stats.findings), path)
+        return samples

@@ -1,0 +1,70 @@
+"""The fourth phase: the model with its adapter and kernels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import set_seed
+
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.kernels.install import Kernels, install
+from sage.libs.finetune.training.base import BaseFiles
+from sage.libs.finetune.training.batching import Collator, PackedCollator, PaddedCollator
+from sage.libs.finetune.training.loss import CompletionLoss
+from sage.libs.finetune.training.model import decoder, load_trainable
+from sage.libs.finetune.training.noise import EmbeddingNoise
+from sage.libs.finetune.training.precision import Precision
+
+#: Installs the kernels in a model: returns them, or None, and why.
+Install = Callable[[Any, Precision], tuple[Kernels | None, str]]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can be trained."""
+
+    model: Any
+    kernels: Kernels | None
+    step_summary: str  #: which training step is used, and why
+    precision: Precision
+    collator: Collator
+
+    def new_loss(self) -> CompletionLoss:
+        """Return a loss function of the model, with its own counts."""
+        return CompletionLoss(self.kernels.head.weight, self.kernels.compute_dtype) if self.kernels else CompletionLoss()
+
+
+def install_kernels(model: Any, precision: Precision) -> tuple[Kernels | None, str]:
+    """Install SAGE's kernels in a model, if it supports them."""
+    return install(decoder(model), precision.compute_dtype, int8=precision.int8_products)
+
+
+def no_kernels(reason: str) -> Install:
+    """Return what installs no kernels, for a reason."""
+    return lambda *_: (None, f"fallback: {reason}")
+
+
+def load_model(base: BaseFiles, config: FinetuneConfig, precision: Precision, install: Install) -> LoadedModel:
+    """Load the weights, attach the adapter, install the kernels; raises ModelError or ConfigError.
+
+    The returned precision is that of the model, which may not support the given one.
+    """
+    model, kernels, summary = _load_weights(base, config, precision, install)
+    if not kernels:
+        was_bf16, precision = precision.bf16, precision.without_kernels(config.precision)
+        if precision.bf16 != was_bf16:
+            model, kernels, summary = _load_weights(base, config, precision, install)
+    elif not kernels.int8_matrices:
+        precision = precision.without_int8()
+    if config.neftune_noise_alpha is not None:
+        EmbeddingNoise(decoder(model), config.neftune_noise_alpha)
+    collator: Collator = PackedCollator() if kernels else PaddedCollator(int(base.tokenizer.pad_token_id or 0))
+    return LoadedModel(model, kernels, summary, precision, collator)
+
+
+def _load_weights(
+    base: BaseFiles, config: FinetuneConfig, precision: Precision, install: Install
+) -> tuple[Any, Kernels | None, str]:
+    set_seed(config.seed)  # directly before the adapter's weights are drawn
+    model = load_trainable(base.folder, config, precision, base.adapter)
+    return (model, *install(model, precision))
