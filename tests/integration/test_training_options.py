@@ -174,7 +174,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_the_data_is_read(tiny_
     run = TinyRun(huge, tmp_path / "out").start()
     status = run.until_ended()
     assert (status.state, status.code) == (RunState.FAILED, "model_too_large")
-    assert re.search(r"takes 1[\d.]+ GB of memory, and [\d.]+ GB are free", str(status.message))
+    assert re.search(r"need 1[\d.]+ GB of memory, and [\d.]+ GB are free", str(status.message))
     assert not any("reading" in event["message"] for event in run.events("progress"))
 
 

@@ -337,7 +337,7 @@ def test_only_a_run_with_the_same_options_and_data_continues_from_a_checkpoint(t
         with pytest.raises(ConfigError, match=named) as caught:
             continue_from(checkpoint, **options)  # type: ignore[arg-type]
         assert caught.value.code == "checkpoint_mismatch"
-        assert "output folder of that run" in caught.value.hint
+        assert "output folder of the checkpoint's run" in caught.value.hint
 
 
 def test_a_checkpoint_at_the_end_of_its_run_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ _DAMAGED = "damaged-"
 #: Errors of a file that is permanently missing or unreadable; other errors are temporary and mean no damage.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 #: Options that change neither the samples nor their order nor the mathematics; with any other difference runs diverge.
-_FREE = frozenset({
+_CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
     "keep_best", "gradient_checkpointing",
@@ -76,7 +76,7 @@ class Checkpoint:
         os.replace(self.path, target)
         fsync_path(self.path.parent)
 
-    def check_same_course(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
+    def check_can_continue(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
         """Raise ConfigError unless a run of this config and data would continue exactly, with steps left to train.
 
         base: returns the folder of a base model, given its name.
