@@ -1,6 +1,6 @@
-"""The control plane: which engines should run, which do, and what to do next.
+"""The control plane: compares the engines that should run with those that do, and acts on the difference.
 
-`ControlPlaneManager` is the face; it is imported on first use, since a client needs the types and not the store.
+`ControlPlaneManager` is its facade. It is imported on first use, because a client needs only the types, not the store.
 """
 
 from typing import TYPE_CHECKING, Any

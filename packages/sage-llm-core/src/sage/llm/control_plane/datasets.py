@@ -1,4 +1,4 @@
-"""From the reference to a dataset in a request to the file or folder that holds it."""
+"""Resolves the reference to a dataset in a request to the file or folder that holds the dataset."""
 
 from pathlib import Path
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 from sage.common.errors import ConfigError
 from sage.libs.finetune.data.folders import unusable
 
-#: What the ids of uploaded files begin with.
+#: Prefix of the ids of uploaded files.
 FILE_ID = "file-"
 
 
@@ -16,7 +16,7 @@ class DatasetResolver(Protocol):
     def resolve(self, reference: str) -> Path:
         """Return the file or folder that holds a dataset.
 
-        Raises ConfigError for a reference that cannot be resolved, DatasetError if there is no such file or folder.
+        Raises ConfigError if the reference cannot be resolved, DatasetError if the file or folder does not exist.
         """
 
 
@@ -24,7 +24,7 @@ class LocalDatasets:
     """Datasets on this machine, by absolute path."""
 
     def resolve(self, reference: str) -> Path:
-        """Return the path, if there is something."""
+        """Return the path; raises DatasetError if it does not exist."""
         if reference.startswith(FILE_ID):
             raise ConfigError(
                 code="file_ids_unsupported",
@@ -40,7 +40,7 @@ class LocalDatasets:
 
 
 def check_absolute(option: str, path: str) -> None:
-    """Raise ConfigError if a path is relative: the gateway works in another folder than its clients."""
+    """Raise ConfigError if a path is relative, because the working folder of the gateway is not that of its clients."""
     if not path.startswith("/"):
         raise ConfigError(
             code="path_not_absolute",

@@ -51,24 +51,24 @@ __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _ACTOR = "user"
-#: A write that met another one is retried this often.
+#: Maximum attempts for a write that conflicts with a concurrent write.
 _ATTEMPTS = 5
 _STORE_THREADS = 8
-#: Between two checks of the lengths of logs.
+#: Seconds between two checks of the log sizes.
 _LOGS_SECONDS = 10.0
 
 
 class ControlPlaneManager(EngineReads):
-    """Starts, stops, resumes and describes engines of this node; background tasks probe and reconcile.
+    """Starts, stops, resumes and describes engines of this node; background tasks probe and reconcile them.
 
-    Of several control planes of one node, the one with the lease is active. The others are standby: they serve reads and
-    inference, and take over.
+    If one node has several control planes, the one that holds the lease is active. The others are standby: they serve
+    reads and inference, and one of them takes over when the lease becomes free.
     """
 
     def __init__(self, settings: Settings, *, standby: bool = False) -> None:
         """Open the state folder and the database. Raises ConfigError if either cannot be used.
 
-        standby: it is expected that another control plane of this node is active.
+        standby: do not warn if another control plane of this node is active.
         """
         self._settings, self._is_standby_expected = settings, standby
         self._node = open_state_folder()
@@ -104,7 +104,7 @@ class ControlPlaneManager(EngineReads):
         return "active" if self._keeper.lease else "standby"
 
     async def open(self) -> None:
-        """Try to take the lease, and begin to probe and reconcile: engines that live are adopted, dead ones are settled."""
+        """Try to take the lease, and begin to probe and reconcile: living engines are adopted, dead ones are settled."""
         await self._keeper.open()
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
@@ -113,7 +113,7 @@ class ControlPlaneManager(EngineReads):
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
-        """Stop reconciling and give the lease back; the engines live on."""
+        """Stop reconciling and give the lease back; the engines keep running."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -123,9 +123,9 @@ class ControlPlaneManager(EngineReads):
         self._pool.close()
 
     async def start_engine(self, request: StartRequest) -> EngineView:
-        """Check what can be checked fast, write the engine, and return it in state validating.
+        """Run the fast checks, store the engine, and return it in state `validating`.
 
-        Raises SageError if a check fails; then nothing was written.
+        Raises SageError if a check fails; then nothing is stored.
         """
         await self._lease()
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
@@ -162,7 +162,7 @@ class ControlPlaneManager(EngineReads):
         return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Ask for an engine to be stopped (force: killed), and return it at once; a settled one is returned as it is."""
+        """Request that an engine stops (force: is killed), and return it at once; a settled engine is returned unchanged."""
         for _ in range(_ATTEMPTS):
             engine, server = await self._own(engine_id)
             if engine.state in SETTLED:
@@ -176,9 +176,9 @@ class ControlPlaneManager(EngineReads):
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Validate and queue an engine again that was stopped or has failed.
+        """Validate and queue again an engine that was stopped or failed.
 
-        Raises Conflict if it is active or completed, or cannot be resumed.
+        Raises Conflict if the engine is active or completed, or cannot be resumed.
         """
         for _ in range(_ATTEMPTS):
             engine, _server = await self._own(engine_id)
@@ -193,7 +193,7 @@ class ControlPlaneManager(EngineReads):
         raise busy(engine_id)
 
     async def pause_engine(self, engine_id: str) -> EngineView:
-        """Raise NotImplementedYet, or NotFound if there is no such engine."""
+        """Raise NotImplementedYet, or NotFound if the engine does not exist."""
         await self._own(engine_id)
         raise NotImplementedYet(
             code="not_implemented",
@@ -204,7 +204,7 @@ class ControlPlaneManager(EngineReads):
     async def remove_engine(self, engine_id: str) -> None:
         """Remove a settled engine with its run directory or log; its output folder stays.
 
-        Raises Conflict if it is not settled. Of a removal and a resume at the same time, one wins.
+        Raises Conflict if it is not settled. If a removal and a resume run at the same time, only one succeeds.
         """
         for _ in range(_ATTEMPTS):
             engine, _server = await self._own(engine_id)
@@ -228,22 +228,22 @@ class ControlPlaneManager(EngineReads):
         raise busy(engine_id)
 
     def find(self, model: str, kind: EngineKind) -> Route:
-        """Return the engine that a request for `model` means; it may still be starting. Uses memory only.
+        """Return the route of the engine for a request for `model`; the engine may still be starting. Reads memory only.
 
-        Raises NotFound, or Overloaded if the only one does not respond.
+        Raises NotFound if no engine matches, Overloaded if all matching engines are running and none responds.
         """
         return self._routing.find(model, kind, self.is_responsive)
 
     def upstream(self, route: Route) -> Upstream:
-        """Return where requests for a running engine are sent."""
+        """Return the server to which requests for a running engine are sent."""
         if route.address is None:
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
         return Upstream(route.address, route.model_name, route.engine_id)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float) -> Upstream:
-        """Return where a request for `model` is sent; if its engine is starting, wait for it.
+        """Return the server to which a request for `model` is sent; if its engine is starting, wait until it is running.
 
-        Raises NotFound if there is none, Overloaded if it is not ready in time or is settled first.
+        Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or is settled before that.
         """
         deadline_seconds = time.monotonic() + wait_seconds
         route = self.find(model, kind)
@@ -263,7 +263,7 @@ class ControlPlaneManager(EngineReads):
         return self.upstream(route)
 
     def served(self) -> list[Route]:
-        """Return the running engines that answer requests. Uses memory only."""
+        """Return the routes of the running inference engines. Reads memory only."""
         kinds = (EngineKind.LLM, EngineKind.EMBEDDING)
         return [route for kind in kinds for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
@@ -272,13 +272,13 @@ class ControlPlaneManager(EngineReads):
         self._woken.set()
 
     async def _lease(self) -> Lease:
-        """Return the lease; raises Overloaded, which names the active control plane, if this one is standby."""
+        """Return the lease. If this control plane is standby, raises Overloaded, which names the active one."""
         if lease := self._keeper.lease:
             return lease
         raise standby(await self._pool.run(self._store.leader, self._node))
 
     async def _write(self, write: Callable[..., T], *args: object, **values: object) -> T:
-        """Call a mutator of the store under the lease, and wake the loop. Raises StaleWrite."""
+        """Call a writing method of the store under the lease, and wake the reconciler. Raises StaleWrite."""
         try:
             written = await self._pool.run(write, *args, lease=await self._lease(), **values)
         except LeaseLost:
@@ -299,8 +299,9 @@ class ControlPlaneManager(EngineReads):
                 await asyncio.wait_for(self._woken.wait(), self._settings.reconcile_seconds)
 
     async def _bound_logs(self) -> None:
-        """Cut the logs of engines and gateway that have grown too long."""
-        limit_bytes = self._settings.log_limit_mb * 500_000  # half: what was cut off is kept beside it
+        """Cut the logs of the engines and the gateway if they exceed the limit."""
+        # Half of the limit, because the part that is cut off is kept in a second file.
+        limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)
             if self._keeper.lease is None:
@@ -315,5 +316,5 @@ class ControlPlaneManager(EngineReads):
 
 
 def _model_name(engine: EngineRecord) -> str | None:
-    """Return what an engine is called by its server; None: as requests call it."""
+    """Return the model name that the engine's server expects; None: the server accepts the name in the request."""
     return None if engine.kind is EngineKind.FINETUNE else registry.serving(engine.backend).model_name(engine)

@@ -1,4 +1,4 @@
-"""Figures of engines and devices under Prometheus names, made anew at every scrape."""
+"""Prometheus metrics of engines and devices, computed at each scrape."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -23,7 +23,7 @@ def engine_metrics(
 ) -> Iterator[Metric]:
     """Yield the metrics of engines and devices.
 
-    counts: of all engines; active: those that are not settled, which alone have metrics of their own.
+    counts: numbers of all engines; active: the engines that are not settled. Only these have individual metrics.
     """
     number = GaugeMetricFamily("sage_engines", "Engines of a kind in a state.", labels=("kind", "state"))
     for kind in EngineKind:

@@ -1,6 +1,7 @@
-"""The prober: looks at processes beside the reconciler, and keeps what it saw last of each, with its age.
+"""The prober: observes engines concurrently with the reconciler, and keeps the last observation of each and its time.
 
-A probe that hangs or fails delays no other one: its engine is "not known" once the last observation is too old.
+A probe that hangs or fails does not delay other probes. If the last observation of an engine is too old, the condition
+of the engine counts as not known.
 """
 
 import asyncio
@@ -17,30 +18,30 @@ from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 
 logger = logging.getLogger(__name__)
-#: Between two probes of an engine: while it starts or stops, and in any other state.
+#: Seconds between two probes of an engine: while it starts or stops, and in any other state.
 _FAST_SECONDS, _SLOW_SECONDS = 0.2, 1.0
 _TIMEOUT_SECONDS = 5.0
-#: Probes at once in each lane, so that servers that hang delay only others that hang.
+#: Maximum concurrent probes per lane. Because of the lanes, servers that hang delay only other servers that hang.
 _MAX_PROBES = 64
 _CHANGING = (EngineState.STARTING, EngineState.STOPPING)
 
 
 @dataclass
 class _Target:
-    """An engine to probe, and what was seen of it last."""
+    """An engine to probe, with its last observation."""
 
     engine: EngineRecord
     server: ServerRecord
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
-    is_answering: bool = False  #: its last probe had an answer
+    is_answering: bool = False  #: the engine answered its last probe
     trouble: str = ""
     task: asyncio.Task[None] | None = None
 
     @property
     def lane(self) -> str:
-        """Which other engines its probes wait for."""
+        """The lane of its probes; a probe waits only for other probes of its lane."""
         if self.engine.state in _CHANGING:
             return "changing"
         return "answering" if self.is_answering else "silent"
@@ -56,7 +57,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if an engine is seen to live, answer, end or die that did not before."""
+        """on_change: called if `alive`, `ready`, `ended` or `orphaned` of an engine differs from its last observation."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -65,7 +66,7 @@ class Prober:
         self._changed = asyncio.Event()
 
     def watch(self, engines: Iterable[EngineRecord], servers: Mapping[str, ServerRecord]) -> None:
-        """Set which engines are probed. What was seen of a server before it was launched anew does not count."""
+        """Set the engines to probe. If the server of an engine has changed, its earlier observations are discarded."""
         targets = {}
         for engine in engines:
             if server := servers.get(engine.server_id or ""):
@@ -84,7 +85,7 @@ class Prober:
         self._targets = targets
 
     def observed(self) -> dict[str, Observed]:
-        """Return what was seen of each engine; those of which nothing was seen lately are missing."""
+        """Return the last observation of each engine; engines without a recent observation are missing."""
         oldest_seconds = time.monotonic() - _SLOW_SECONDS - 2 * self._timeout_seconds
         return {
             engine_id: target.observed
@@ -93,12 +94,12 @@ class Prober:
         }
 
     def last(self, engine_id: str) -> Observed | None:
-        """Return what was seen last of an engine, however long ago."""
+        """Return the last observation of an engine, even if it is old; None if there is none."""
         target = self._targets.get(engine_id)
         return target.observed if target else None
 
     def trouble(self, engine_id: str) -> str:
-        """Return why the last probe of an engine failed; empty if it did not."""
+        """Return why the last probe of an engine failed; empty if it succeeded."""
         target = self._targets.get(engine_id)
         return target.trouble if target else ""
 
@@ -121,7 +122,7 @@ class Prober:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(self, due: list[_Target]) -> None:
-        """Observe all processes that are due in one call of the launcher, then probe each by itself."""
+        """Observe all due processes in one call of the launcher, then probe each engine separately."""
         look = asyncio.create_task(self._observe({target.server.handle for target in due}))
         self._looks.add(look)
         look.add_done_callback(self._looks.discard)
@@ -154,7 +155,7 @@ class Prober:
             self._on_change()
 
     def _fail(self, target: _Target, error: Exception) -> None:
-        """Keep the last observation, which grows old; log an error once for as long as it stays the same."""
+        """Keep the last observation with its time; log a repeated error only once."""
         target.is_answering = False
         trouble = f"{type(error).__name__}: {error}"
         if target.trouble != trouble:

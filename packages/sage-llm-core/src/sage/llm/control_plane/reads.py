@@ -1,4 +1,4 @@
-"""What can be read of engines, on the active control plane and on a standby: pages, logs, events, training steps."""
+"""Reads of engines, on the active control plane and on a standby: pages, logs, events, training steps."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -22,7 +22,7 @@ _LIST_PAGE = 1000
 
 
 class EngineReads:
-    """The reading part of ControlPlaneManager, which sets these attributes."""
+    """The methods of ControlPlaneManager that only read; ControlPlaneManager sets these attributes."""
 
     _settings: Settings
     _node: str
@@ -42,7 +42,7 @@ class EngineReads:
         kinds: Collection[EngineKind] | None = None,
         newest_first: bool = False,
     ) -> EnginePage:
-        """Return a page of the engines of all nodes, in the order of their creation; after: `last_id` of the page before."""
+        """Return one page of the engines of all nodes, in order of creation; after: `last_id` of the previous page."""
         found, has_more = await self._pool.run(
             self._store.page, limit=limit, after=after, states=states, kinds=kinds, newest_first=newest_first
         )
@@ -69,7 +69,7 @@ class EngineReads:
         return await asyncio.to_thread(self._view_all, engines, servers)
 
     async def counts(self) -> Mapping[tuple[EngineKind, EngineState], int]:
-        """Return how many engines of each kind there are in each state."""
+        """Return the number of engines of each kind in each state."""
         return await self._pool.run(self._store.count)
 
     async def get_engine(self, engine_id: str) -> EngineView:
@@ -82,7 +82,7 @@ class EngineReads:
         return await asyncio.to_thread(tail_lines, await self._log_path(engine_id), tail)
 
     async def follow_logs(self, engine_id: str, offset: int) -> AsyncIterator[bytes]:
-        """Yield an engine's log from a byte on, and what is added, until the engine is settled."""
+        """Yield an engine's log from byte `offset`, then each new part, until the engine is settled."""
 
         async def has_ended() -> bool:
             return (await self._pool.run(self._store.get, engine_id)).state in SETTLED
@@ -91,9 +91,9 @@ class EngineReads:
             yield chunk
 
     async def log_offset(self, engine_id: str, tail: int, offset: int | None = None) -> int:
-        """Return the byte of an engine's log at which its last `tail` lines begin, or `offset` if the log has that byte.
+        """Return the offset at which the last `tail` lines of an engine's log begin; if `offset` is given, return that.
 
-        An offset beyond the end means the end, and one of what was cut off means the first byte that is still there.
+        If `offset` is beyond the end, return the end. If that byte was cut off, return the first byte that still exists.
         """
         log = LogFile(await self._log_path(engine_id))
         if offset is None:
@@ -115,7 +115,7 @@ class EngineReads:
         return await self._pool.run(self._store.last_event)
 
     async def get_training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the optimizer steps of a run behind step `after`, downsampled to `max_points`."""
+        """Return the optimizer steps of a run after step `after`, downsampled to at most `max_points`."""
         engine, _ = await self._local(engine_id)
         return await self._executors[engine.kind].training_steps(engine, after, max_points)
 
@@ -132,7 +132,7 @@ class EngineReads:
         return engine, server
 
     async def _servers(self, engines: Collection[EngineRecord]) -> Mapping[str, ServerRecord]:
-        """Return the servers of engines by id."""
+        """Return the servers of those engines that are not settled, by server id."""
         ids = [engine.id for engine in engines if engine.state not in SETTLED]
         found = await self._pool.run(self._store.hosted, ids) if ids else []
         return {server.id: server for _, server in found if server}
@@ -156,5 +156,5 @@ class EngineReads:
         )
 
     def is_responsive(self, engine_id: str) -> bool:
-        """Return whether an engine has answered its health checks lately."""
+        """Return whether an engine has been silent for less than `engine_unresponsive_seconds`."""
         return self._reconciler.silent_seconds(engine_id) < self._settings.engine_unresponsive_seconds

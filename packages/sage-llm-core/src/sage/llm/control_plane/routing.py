@@ -1,4 +1,4 @@
-"""The routing table: from the model that a request names to the server that answers it, in memory."""
+"""The routing table: finds, in memory, the server for the model that a request names."""
 
 import asyncio
 import logging
@@ -22,16 +22,16 @@ _SHOWN_NAMES = 20
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where a request is sent."""
+    """The server to which a request is sent."""
 
     address: str  #: HOST:PORT
-    model_name: str | None  #: what the server calls the engine; None: the request is forwarded unchanged
+    model_name: str | None  #: the model name that the server expects; None: the request is forwarded unchanged
     engine_id: str
 
 
 @dataclass(frozen=True)
 class Route:
-    """What routing knows of an engine that is not settled."""
+    """The data that routing needs about an engine that is not settled."""
 
     engine_id: str
     name: str
@@ -48,7 +48,7 @@ class Route:
 
 @dataclass
 class _Group:
-    """The engines that one key means, as (order, engine id), the preferred one last."""
+    """The engines that match one key, as (order, engine id); the preferred engine is last."""
 
     running: list[tuple[int, str]] = field(default_factory=list)
     starting: list[tuple[int, str]] = field(default_factory=list)
@@ -57,18 +57,18 @@ class _Group:
 class RoutingTable:
     """The engines of a node that are not settled, kept current by transitions and the change feed.
 
-    A look-up costs the same whatever the number of engines. Used in one event loop.
+    The cost of a look-up does not depend on the number of engines. Use the table in one event loop only.
     """
 
     def __init__(self, node: str, model_name: Callable[[EngineRecord], str | None] = lambda _: None) -> None:
-        """model_name: what an engine is called by its server."""
+        """model_name: returns the model name that an engine's server expects; None: it accepts the name in the request."""
         self._node, self._model_name = node, model_name
         self._routes: dict[str, Route] = {}
         self._groups: dict[tuple[EngineKind, str], _Group] = {}
         self._changed = asyncio.Event()
 
     def apply(self, engine: EngineRecord, server: ServerRecord | None) -> None:
-        """Take in an engine as it was read or written; an older version than the one known changes nothing."""
+        """Update the route of an engine that was read or written; a version older than the known one is ignored."""
         known = self._routes.get(engine.id)
         if engine.node != self._node or (known and engine.version < known.version):
             return
@@ -101,14 +101,15 @@ class RoutingTable:
         return self._routes.get(engine_id)
 
     def routes(self, kind: EngineKind) -> list[Route]:
-        """Return the routes of a kind, the running engines first, newest first."""
+        """Return the routes of a kind: running engines before starting ones, each newest first."""
         return list(self._newest_first(kind))
 
     def find(self, model: str, kind: EngineKind, is_responsive: Callable[[str], bool]) -> Route:
-        """Return the engine that a request for `model` means, by id, name or model.
+        """Return the engine for a request; `model` is an engine's id, name or model, or `sage-default`.
 
-        A running engine that responds comes first, the newest of several; else the newest that is being started, for
-        which the request waits. Raises Overloaded if the only ones that run do not respond, NotFound if there is none.
+        If several engines match, the newest running engine that responds is returned. If none responds, the newest
+        starting engine is returned, and the request waits for it. Raises Overloaded if all matching engines are running
+        and none responds, NotFound if no engine matches.
         """
         group = self._groups.get((kind, model), _NO_ENGINES)
         for _, engine_id in reversed(group.running):
@@ -127,7 +128,7 @@ class RoutingTable:
         )
 
     def wait_for_change(self) -> Awaitable[object]:
-        """Return what ends with the next change after this call, even if it is awaited only later."""
+        """Return an awaitable that completes at the next change after this call, even if it is awaited later."""
         return self._changed.wait()
 
     async def load(self, store: Store) -> int:
@@ -139,7 +140,7 @@ class RoutingTable:
         return cursor
 
     async def follow(self, store: Store, cursor: int) -> None:
-        """Take in what other processes write, from a cursor on; never returns."""
+        """Apply the changes that other processes write after `cursor`; never returns."""
         while True:
             try:
                 cursor = await self._take_in(store, cursor)
@@ -163,7 +164,7 @@ class RoutingTable:
             for entries, order in self._entries(route):
                 del entries[bisect_left(entries, (order, engine_id))]
             for key in _keys(route):
-                group = self._groups.get((route.kind, key))  # an engine that stops may be in none
+                group = self._groups.get((route.kind, key))  # may be None: a stopping engine is in no group
                 if group and not group.running and not group.starting:
                     del self._groups[route.kind, key]
 
@@ -175,7 +176,7 @@ class RoutingTable:
             group = self._groups.setdefault((route.kind, key), _Group())
             if route.state is not EngineState.RUNNING:
                 yield group.starting, route.first_event
-            else:  # sage-default is the engine that was started last, a name the engine that was created last
+            else:  # `sage-default` prefers the engine started last, any other key the one created last
                 yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
 
     def _newest_first(self, kind: EngineKind) -> Iterator[Route]:
@@ -184,7 +185,7 @@ class RoutingTable:
             yield from (self._routes[engine_id] for _, engine_id in reversed(entries))
 
     def _names(self, kind: EngineKind) -> str:
-        """Return the names that a request could give, not all if there are many."""
+        """Return the engine names that a request can use, at most `_SHOWN_NAMES` of them."""
         names = list(dict.fromkeys(route.name for route in islice(self._newest_first(kind), _SHOWN_NAMES + 1)))
         shown = [*names[:_SHOWN_NAMES], "…"] if len(names) > _SHOWN_NAMES else names
         return ", ".join(shown) or "none"
@@ -202,7 +203,7 @@ def _keys(route: Route) -> set[str]:
 
 
 def unresponsive(engine_id: str) -> Overloaded:
-    """Return the refusal of a request to an engine that is alive and does not answer."""
+    """Return the error for a request to an engine that is alive but does not answer."""
     return Overloaded(
         code="engine_unresponsive",
         message=f"{engine_id} is running, but does not respond.",

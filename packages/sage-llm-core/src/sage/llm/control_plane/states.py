@@ -1,4 +1,4 @@
-"""The life of an engine, as data."""
+"""The states of an engine and the transitions between them."""
 
 from collections.abc import Mapping
 
@@ -15,15 +15,15 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
     _S.STOPPING: frozenset({_S.STOPPED, _S.COMPLETED, _S.FAILED}),
     _S.STOPPED: frozenset({_S.VALIDATING}),
     _S.COMPLETED: frozenset(),
-    _S.FAILED: frozenset({_S.VALIDATING, _S.QUEUED}),  # queued: a restart by policy
+    _S.FAILED: frozenset({_S.VALIDATING, _S.QUEUED}),  # QUEUED: restarted by its restart policy
 }
 
 
 class IllegalTransition(RuntimeError):
-    """A transition that the table does not have."""
+    """The table does not contain this transition."""
 
 
 def check_transition(before: EngineState, after: EngineState) -> None:
-    """Raise IllegalTransition if the table does not have the transition."""
+    """Raise IllegalTransition if the table does not contain the transition."""
     if after not in TRANSITIONS[before]:
         raise IllegalTransition(f"{before} → {after}")

@@ -1,6 +1,6 @@
-"""How long an engine has been in its state, silent, or ended with its process alive, by a clock that nobody can set.
+"""Durations of an engine by the monotonic clock: in its state, without an answer, and alive after its work has ended.
 
-The time between two looks counts up to a limit only, so that the time in which the control plane itself was suspended
+The time between two observations counts only up to a limit, so that the time in which the control plane was suspended
 does not count. If the control plane restarts, all durations begin at zero.
 """
 
@@ -13,20 +13,20 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 @dataclass
 class Watch:
-    """What is measured of one engine, from look to look."""
+    """The durations of one engine, updated at each observation."""
 
     state: EngineState
-    looked_at_seconds: float = 0.0  #: of time.monotonic()
-    state_seconds: float = 0.0  #: in its state
-    silent_seconds: float = 0.0  #: running without an answer to its health check
-    ended_seconds: float = 0.0  #: alive, though its work has ended
+    looked_at_seconds: float = 0.0  #: time.monotonic() at the last observation
+    state_seconds: float = 0.0  #: time in its state
+    silent_seconds: float = 0.0  #: time running without an answer to its health check
+    ended_seconds: float = 0.0  #: time alive after its work has ended
     seen_alive: bool = False  #: this control plane has seen its process
-    is_stop_sent: bool = False  #: this control plane has sent the signal to stop in this state
+    is_stop_sent: bool = False  #: this control plane sent the stop signal since the engine entered its state
 
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:
-        """Add the time since the last look, at most `limit_seconds`, to what was and still is the case.
+        """Add the time since the last call, at most `limit_seconds`, to each duration whose condition still holds.
 
-        observed: None if it is not known what is the case; then the durations of silence and end stay as they are.
+        observed: None if the engine could not be observed; then `silent_seconds` and `ended_seconds` do not grow.
         """
         passed_seconds = min(now_seconds - self.looked_at_seconds, limit_seconds)
         self.looked_at_seconds = now_seconds

@@ -1,4 +1,4 @@
-"""The executor interface: what the control plane needs to know about a kind of engine."""
+"""The executor interface: the operations on a kind of engine that the control plane needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,22 +15,22 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a request is kept as, once it was checked."""
+    """The values of a checked request, which are stored in the engine."""
 
     backend: str  #: name in the registry, never `auto`
     options: Mapping[str, Any] = field(default_factory=dict)
-    reserved_bytes: int | None = None  #: memory that it is expected to need; None: not known
+    reserved_bytes: int | None = None  #: memory that the engine is expected to need; None: not known
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What an engine was observed to be, whatever the store says."""
+    """The observed condition of an engine, independent of the state in the store."""
 
-    alive: bool  #: it has a process
-    ready: bool = False  #: it answers requests, or trains
-    ended: EngineState | None = None  #: the state in which it reported its end
-    reason: Reason | None = None  #: of `ended`, or why its process exited
-    orphaned: bool = False  #: its process is gone, but processes that it started are not
+    alive: bool  #: the engine has a process
+    ready: bool = False  #: the engine answers requests, or trains
+    ended: EngineState | None = None  #: the state that the engine reported when it ended
+    reason: Reason | None = None  #: the reason of `ended`, or of the exit of its process
+    orphaned: bool = False  #: its process is gone, but processes that it started are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
 
@@ -38,32 +38,32 @@ class Observed:
 class Executor(Protocol):
     """Checks, runs and observes engines of some kinds. Every method returns soon, or can be cancelled.
 
-    OSError means that something is not known: the caller retries.
+    If a method raises OSError, the result is not known, and the caller retries.
     """
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check a request, in milliseconds and without effect; raises SageError."""
+        """Check a request in milliseconds and without side effects; raises SageError."""
 
     async def validate(self, engine: EngineRecord) -> None:
-        """Check what takes longer, such as the dataset, and create what the engine needs; raises SageError.
+        """Run the slow checks, such as those of the dataset, and create the files of the engine; raises SageError.
 
-        Runs before each start that a user asks for, and may be repeated.
+        It is called before each start that a user requests, possibly more than once.
         """
 
     async def discard(self, engine_id: str) -> None:
-        """Remove what `validate` created for an engine that is not kept."""
+        """Remove the files that `validate` created for an engine that is not kept."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise SageError if the engine cannot be started again; fast."""
 
     def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec:
-        """Return the process to launch; blocking. Call it only to launch the process: a training run records it."""
+        """Return the process to launch; blocking. Call it only to launch the process: a training run records the launch."""
 
     def plan_server(self, engine: EngineRecord) -> ServerRecord:
         """Return the server to launch for an engine."""
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Return the state of an engine whose process was just observed; raises OSError if it is not known."""
+        """Return the condition of an engine whose process was just observed; raises OSError if it is not known."""
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return the fields of EngineView that only the executor knows; blocking."""
@@ -79,7 +79,7 @@ class Executor(Protocol):
 
 
 def planned_server(engine: EngineRecord, handle: str) -> ServerRecord:
-    """Return the server that hosts one engine; ids of both end alike."""
+    """Return the planned server of one engine; the ids of both have the same suffix."""
     return ServerRecord(
         id=f"server-{suffix_of(engine.id)}",
         node=engine.node,
@@ -96,5 +96,5 @@ def planned_server(engine: EngineRecord, handle: str) -> ServerRecord:
 
 
 def suffix_of(record_id: str) -> str:
-    """Return the end of an id, which an engine shares with its server and its training run."""
+    """Return the suffix of an id; an engine, its server and its training run have the same suffix."""
     return record_id.partition("-")[2]

@@ -6,14 +6,14 @@ from pathlib import Path
 from sage.common.logs import LogFile
 from sage.common.processes import describe_exit
 
-#: An error is in the last line; that much is read of a log.
+#: Bytes read at the end of a log; an error is expected in the last line.
 _TAIL_BYTES = 4096
-#: A progress bar, a warning, or a log line below ERROR: not the reason of an exit.
+#: Matches a line that does not explain an exit: a progress bar, a warning, or a log line below ERROR.
 _NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWarning|FutureWarning)\b")
 
 
 def exit_message(what: str, code: int | None, log_path: Path) -> str:
-    """Return a sentence on how `what` exited; the log is read only if the process exited with an error of its own."""
+    """Return a sentence on how `what` exited; the log is read only if the exit code is positive or not known."""
     sentence = f"{what} {describe_exit(code)}"
     error = "" if code is not None and code <= 0 else _last_error(log_path)
     return f"{sentence}: {error}" if error else f"{sentence}."

@@ -48,7 +48,7 @@ class FinetuneEngine:
         task_id: str | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        """config: the short form, or FinetuneConfig with every option; task_id: of a run that exists; launcher: local."""
+        """config: the short form, or FinetuneConfig for all options; task_id: an existing run; launcher: default: local."""
         self.config = config
         self.manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
         self.task_id: str | None = task_id
@@ -56,9 +56,9 @@ class FinetuneEngine:
         self._launcher = launcher or LocalLauncher()
 
     async def create(self) -> str:
-        """Check everything that needs no model, write the run's directory, and return the task's id.
+        """Run the checks that do not load the model, create the run directory, and return the task id.
 
-        Raises ConfigError, DatasetError, ModelError or OutputError; then nothing was created.
+        Raises ConfigError, DatasetError, ModelError or OutputError; then nothing is created.
         """
         config = self.config
         if not isinstance(config, FinetuneConfig):
@@ -67,13 +67,13 @@ class FinetuneEngine:
         return self.task_id
 
     async def start(self) -> dict[str, Any]:
-        """Start the run, or resume it from its newest checkpoint; return task_id and status."""
+        """Start the run, or resume it from its newest checkpoint; return the same values as `get_status`."""
         task_id = self.task_id or await self.create()
         await self._launcher.launch(await asyncio.to_thread(self.manager.process_spec, task_id))
         return await self.get_status()
 
     async def stop(self) -> dict[str, Any]:
-        """Stop training, wait until checkpoint and adapter are saved, and return the status.
+        """Stop training, wait until the checkpoint and the adapter are saved, and return the status.
 
         A run that has ended is not changed.
         """
@@ -85,7 +85,7 @@ class FinetuneEngine:
         return status
 
     async def get_status(self) -> dict[str, Any]:
-        """Return status, progress, loss, ETA and memory; None: not known yet."""
+        """Return status, progress, loss, ETA and memory; a value of None is not known yet."""
         handle = self._handle()
         run = await asyncio.to_thread(self.manager.status, self._task())
         self.status = run.state.value

@@ -1,4 +1,4 @@
-"""Engines of kind finetune: training runs, each in a process of its own."""
+"""Engines of kind finetune: training runs, each in its own process."""
 
 import asyncio
 import contextlib
@@ -30,18 +30,18 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 __all__ = ["FinetuneEngine", "FinetuneEngineConfig", "FinetuneExecutor"]
 
-#: Options that name a dataset, and those that name another file or folder.
+#: Options that name a dataset, and options that name another file or folder.
 _DATASETS = ("dataset_path", "eval_path")
 _PATHS = ("output_dir", "resume_from_checkpoint", "reward_file")
 
 
 class FinetuneExecutor:
-    """Runs training by `FinetuneManager`; the ids of an engine and of its run end alike."""
+    """Runs training with `FinetuneManager`; an engine and its run have ids with the same suffix."""
 
     def __init__(
         self, launcher: Launcher, datasets: DatasetResolver | None = None, *, allow_reward_files: bool = False
     ) -> None:
-        """datasets: by default, those on this machine."""
+        """datasets: by default, the datasets on this machine."""
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
         self._datasets = datasets or LocalDatasets()
@@ -55,27 +55,27 @@ class FinetuneExecutor:
         return await asyncio.to_thread(self._prepare, engine_id, request)
 
     async def validate(self, engine: EngineRecord) -> None:
-        """Check and hash the dataset and create the run directory, or check that the run can be resumed."""
+        """Check and hash the dataset and create the run directory; if the run exists, check that it can be resumed."""
         if not await self._is_alive(engine):
             await asyncio.to_thread(self._validate, engine)
 
     async def discard(self, engine_id: str) -> None:
-        """Remove the run directory, if there is one, so that another run can have its output folder."""
+        """Remove the run directory if it exists, so that another run can use its output folder."""
         with contextlib.suppress(NotFound):
             await asyncio.to_thread(self._manager.delete, task_id_of(engine_id))
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, OutputError if its output folder belongs to another run."""
-        was_launched = engine.server_id is not None  # else its validation may have failed before there was a run directory
+        was_launched = engine.server_id is not None  # if not, its validation may have failed before it had a run directory
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
     def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec:
-        """Return the worker process, and record in the run's events that it is launched."""
+        """Return the worker process, and record its launch in the run's events."""
         return self._manager.process_spec(task_id_of(engine.id))
 
     def plan_server(self, engine: EngineRecord) -> ServerRecord:
-        """Return the server that stands for the run's worker."""
+        """Return the server that represents the run's worker."""
         return planned_server(engine, self._handle(engine))
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
@@ -85,7 +85,7 @@ class FinetuneExecutor:
         return await self._reading.run(self._probe, engine, server, process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return the run's folders and progress; reads files only if no progress was kept."""
+        """Return the run's folders and progress; reads files only if the progress was neither observed nor stored."""
         return {
             "task_id": task_id_of(engine.id),
             "output_dir": engine.options["output_dir"],
@@ -118,7 +118,7 @@ class FinetuneExecutor:
         return Prepared(backend.name, config.model_dump(mode="json"), backend.memory_bytes(model, config))
 
     def _absolute(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options with the ids of datasets as paths; raises ConfigError if a path is relative."""
+        """Return the options with dataset ids replaced by paths; raises ConfigError if a path is relative."""
         given = {name: options[name] for name in (*_DATASETS, *_PATHS) if options.get(name)}
         checked = {
             name: [self._path(name, path) for path in paths] if isinstance(paths, list) else self._path(name, paths)
@@ -128,7 +128,7 @@ class FinetuneExecutor:
 
     def _path(self, option: str, given: Any) -> Any:
         if not isinstance(given, str):
-            return given  # the validation reports it
+            return given  # `validated` reports the wrong type
         if option in _DATASETS and given.startswith(FILE_ID):
             return str(self._datasets.resolve(given))
         check_absolute(option, given)
@@ -144,16 +144,17 @@ class FinetuneExecutor:
     def _probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
         try:
             run = self._manager.status(task_id_of(engine.id))
-        except UNREADABLE as error:  # the process is known without its events
+        except UNREADABLE as error:  # the events cannot be read, so report only the state of the process
             return Observed(alive=process.alive, ready=process.alive, reason=unreadable(error), process=process)
         training = run.training_progress()
-        # Before the launch, the events are those of an earlier one; only a completed run is never launched again.
+        # Until the process is launched, the events belong to the previous launch.
+        # A completed run is the exception: it is never launched again.
         is_earlier = server.state is ServerState.PLANNED and not process.alive and run.state is not RunState.COMPLETED
         if run.state in SETTLED and not is_earlier:
             reason = self._exit_reason(engine, run, process) if run.code == "worker_died" else failure_of(run)
             ended = EngineState(run.state.value)
             return Observed(alive=process.alive, ended=ended, reason=reason, process=process, training=training)
-        # The lock was looked at again with the events: a process that was launched since then is alive.
+        # Reading the events also checked the lock again, so a process launched after `process` was observed counts as alive.
         alive = process.alive or run.state in ALIVE
         return Observed(alive=alive, ready=run.state is RunState.RUNNING, process=process, training=training)
 
@@ -188,5 +189,5 @@ class FinetuneExecutor:
 
 
 def task_id_of(engine_id: str) -> str:
-    """Return the id of an engine's run."""
+    """Return the task id of an engine's run."""
     return f"task-{suffix_of(engine_id)}"

@@ -21,17 +21,17 @@ from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 _HEALTH_SECONDS = 2.0
-#: Names a server to itself, by the engine that it was created for; its health check repeats it.
+#: Environment variable with the id of the engine that a server was created for; its health check returns that id.
 _ENGINE_VARIABLE = "SAGE_ENGINE_ID"
 
 
 class InferenceExecutor:
-    """Runs inference servers, each by its backend."""
+    """Runs inference servers with the commands of their backends."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
-        # Without a limit: servers that do not answer must not keep others from being asked. The prober has its own.
-        # No idle connections: httpx looks at every one of them at each request.
+        # No limit of connections: servers that do not answer must not block requests to others. The prober has a limit.
+        # No idle connections: httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
 
@@ -43,23 +43,23 @@ class InferenceExecutor:
         return prepared
 
     async def validate(self, engine: EngineRecord) -> None:
-        """Check that the model is there; raises ModelError."""
+        """Check that the model exists; raises ModelError."""
         await asyncio.to_thread(resolve_model, engine.model)
 
     async def discard(self, engine_id: str) -> None:
         """Do nothing: `validate` creates nothing."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict if the port that the engine must have is taken, ModelError if its model is gone."""
+        """Raise Conflict if the requested port of the engine is taken, ModelError if its model no longer exists."""
         handle = self._handle(engine.id)
         if (process := (await self._launcher.observe([handle])).get(handle)) and process.alive:
-            return  # it is adopted
+            return  # the living process is adopted
         await asyncio.to_thread(resolve_model, engine.model)
         if engine.requested_port:
             await self._launcher.check_port(engine.requested_port)
 
     def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec:
-        """Return the command of the backend, in the folder of the engine that the server was created for."""
+        """Return the backend's process; its files are in the folder of the engine that the server was created for."""
         backend = registry.serving(engine.backend)
         options = validated(backend.options, dict(engine.options))
         folder = _folder(server.id if server else engine.id)
@@ -72,11 +72,11 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord) -> ServerRecord:
-        """Return a server of its own for the engine."""
+        """Return a new server that hosts only this engine."""
         return planned_server(engine, self._handle(engine.id))
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Ask the server for its health, or find out why it exited."""
+        """Request the server's health, or find out why the server exited."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:
@@ -92,26 +92,26 @@ class InferenceExecutor:
         return Observed(alive=False, reason=reason, process=process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return nothing: it has no fields beyond those of every engine."""
+        """Return no fields: an inference engine has only the fields of every engine."""
         return {}
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
-        """Return nothing: it does not train."""
+        """Return no steps: an inference engine does not train."""
         return []
 
     def log_path(self, engine: EngineRecord) -> Path:
-        """Return the log of its server."""
+        """Return the path of the log of the engine's server."""
         return _folder(engine.server_id or engine.id) / "engine.log"
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove lock, port and log."""
+        """Remove the files of the engine: its lock, port and log."""
         await asyncio.to_thread(shutil.rmtree, _folder(engine.id), ignore_errors=True)
 
     async def _answers(self, server: ServerRecord, address: str) -> bool:
         try:
             answer = await self._http.get(f"http://{address}{registry.serving(server.backend).health_path}")
             is_it = answer.status_code == httpx.codes.OK and answer.json()["engine"] == _folder(server.id).name
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):  # no answer, or the one of another program
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):  # no answer, or an answer of another program
             return False
         return is_it
 

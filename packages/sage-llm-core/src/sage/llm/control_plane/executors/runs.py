@@ -4,9 +4,9 @@ from sage.common.errors import NotFound
 from sage.libs.finetune.run.status import RunState, RunStatus
 from sage.llm.client.types import Reason
 
-#: A run in one of these has ended.
+#: The states in which a run has ended.
 SETTLED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
-#: Raised by reading a run whose files are missing or hold something else than events.
+#: Exceptions that occur if the files of a run are missing or contain anything other than events.
 UNREADABLE = (NotFound, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -18,7 +18,7 @@ def failure_of(run: RunStatus) -> Reason | None:
 
 
 def unreadable(error: Exception) -> Reason:
-    """Return the reason of a run whose files cannot be read."""
+    """Return the reason to report for a run whose files cannot be read."""
     if isinstance(error, NotFound):
         return Reason(code=error.code, message=error.message, hint=error.hint)
     return Reason(

@@ -1,6 +1,6 @@
 """The local launcher: detached processes on this machine, which listen on the loopback interface.
 
-A handle is the path of the lock that the process holds. The port of a process is in the file `port` beside its lock.
+A handle is the path of the lock that the process holds. The file `port` in the same folder contains its port.
 """
 
 import asyncio
@@ -36,10 +36,10 @@ _reported: dict[Path, str] = {}
 
 
 class LocalLauncher:
-    """Starts, observes and signals processes on this machine, each in a session of its own."""
+    """Starts, observes and signals processes on this machine; each process has its own session."""
 
     def __init__(self) -> None:
-        # Threads of its own: to observe must not wait for other blocking work, such as hashing datasets.
+        # Dedicated threads: an observation must not wait for other blocking work, such as hashing datasets.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="launcher")
 
     def handle(self, spec: ProcessSpec) -> str:
@@ -55,12 +55,12 @@ class LocalLauncher:
         return await asyncio.get_running_loop().run_in_executor(self._threads, _launch, spec)
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
-        """Return what is observed, in one thread call; handles that could not be observed are missing."""
+        """Observe all processes in one thread call; the handle of a process that could not be observed is missing."""
         locks = [Path(handle) for handle in handles]
         return await asyncio.get_running_loop().run_in_executor(self._threads, _observe, locks)
 
     async def signal(self, handle: str, signal: Signal) -> None:
-        """Send SIGTERM to the process, or SIGKILL to its whole session and to what is left of it."""
+        """Send SIGTERM to the process, or SIGKILL to the process and the remaining processes of its session."""
         await asyncio.get_running_loop().run_in_executor(self._threads, _signal, Path(handle), signal)
 
 
@@ -106,21 +106,21 @@ def _omitted_if_unknown(lock: Path) -> Iterator[None]:
         yield
         _reported.pop(lock, None)
     except OSError as error:
-        if _reported.get(lock) != str(error):  # once for as long as it stays the same
+        if _reported.get(lock) != str(error):  # log a repeated error only once
             _reported[lock] = str(error)
             logger.warning("the process of %s cannot be observed: %s", lock, error)
 
 
 def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> ProcessObservation:
     address, memory_bytes = None, resident_bytes(members if process.pid else ()) or None
-    with contextlib.suppress(FileNotFoundError, ValueError):  # it does not listen, or the file is not complete yet
+    with contextlib.suppress(FileNotFoundError, ValueError):  # the process does not listen, or the file is not complete yet
         address = _address(int(_port_path(lock).read_text()))
     return ProcessObservation(alive=True, address=address, pid=process.pid or None, memory_bytes=memory_bytes)
 
 
 def _dead(lock: Path) -> ProcessObservation:
     code = exit_code(lock)
-    # The session is looked at last: a process that is gone by now starts no other ones.
+    # Check the session last: the process is gone by now, so it starts no further processes.
     return ProcessObservation(alive=False, leftovers=bool(leftovers(lock)), exit_code=code)
 
 
@@ -140,7 +140,7 @@ def _signal(lock: Path, kind: Signal) -> None:
 
 
 def _process(lock: Path) -> ProcessIdentity | None:
-    """Return the process of a lock, or None if it is gone, or if it lives and its lock file was removed."""
+    """Return the process of a lock; None if the process is gone, or if it is alive but its lock file was removed."""
     if found := holder(lock):
         return found
     ending = last_holder(lock)  # the kernel releases the locks of a process before the process is gone
