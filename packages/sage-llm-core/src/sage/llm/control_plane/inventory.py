@@ -1,4 +1,4 @@
-"""What memory there is: the GPUs of this node and its main memory."""
+"""The devices of this node: its GPUs and its main memory."""
 
 import contextlib
 import functools
@@ -47,9 +47,9 @@ def _gpus(node: str) -> Iterator[Device]:
         return
     for index, handle in _handles(nvml):
         utilization = None
-        with contextlib.suppress(nvml.NVMLError):  # not known of a GPU that is divided (MIG) or virtual
+        with contextlib.suppress(nvml.NVMLError):  # not known if the GPU is divided (MIG) or virtual
             utilization = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-        with contextlib.suppress(nvml.NVMLError):  # a device whose memory is not known cannot be shared
+        with contextlib.suppress(nvml.NVMLError):  # omit a device whose memory is not known: it cannot be shared
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             yield Device(
                 node=node,
@@ -63,7 +63,7 @@ def _gpus(node: str) -> Iterator[Device]:
 
 
 def _handles(nvml: Any) -> Iterator[tuple[int, Any]]:
-    """Yield index and handle of the GPUs that answer."""
+    """Yield the index and the handle of each GPU that answers."""
     count = 0
     with contextlib.suppress(nvml.NVMLError):
         count = nvml.nvmlDeviceGetCount()

@@ -1,4 +1,4 @@
-"""LeaseKeeper: takes the lease of a node and renews it, beside everything else that the control plane does."""
+"""LeaseKeeper: takes the lease of a node and renews it, independently of the other work of the control plane."""
 
 import asyncio
 import contextlib
@@ -17,19 +17,19 @@ from sage.llm.control_plane.store.leases import LeaseStore
 from sage.llm.control_plane.store.records import Lease
 
 logger = logging.getLogger(__name__)
-#: In lease lengths: how often it is renewed, how often a standby tries to take it, and for how long it is used.
+#: Fractions of the lease time: between renewals, between attempts of a standby to take it, of use after a renewal.
 _RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
-#: Counts the time in which the machine was suspended, if the system has such a clock.
+#: A clock that also counts the time in which the machine was suspended, if the system has one.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class LeaseKeeper:
-    """Holds the lease of a node whenever it can; `lease` is None while another control plane has it."""
+    """Holds the lease of a node whenever it can; `lease` is None while another control plane holds it."""
 
     def __init__(
         self, store: LeaseStore, node: str, url: str, on_change: Callable[[Lease | None], None] = lambda _: None
     ) -> None:
-        """url: where the gateway of this control plane answers; on_change: called in the event loop with `lease`."""
+        """url: URL of this control plane's gateway; on_change: called in the event loop with the new `lease`."""
         self.holder = secrets.token_hex(8)
         self.on_change = on_change
         self._store, self._node, self._url = store, node, url
@@ -38,11 +38,11 @@ class LeaseKeeper:
         self._renewed_seconds = 0.0
         self._trouble = ""
         self._task: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "lease")  # of its own: no other work delays a renewal
+        self._thread = ThreadPoolExecutor(1, "lease")  # dedicated: no other work delays a renewal
 
     @property
     def lease(self) -> Lease | None:
-        """The lease, None if it is not held, or was renewed too long ago: after a suspension, it is renewed first."""
+        """The lease; None if it is not held, or if the last renewal is too long ago, as after a suspension."""
         is_fresh = time.clock_gettime(_CLOCK) - self._renewed_seconds < _USE * self._store.lease_seconds
         return self._held if is_fresh else None
 
@@ -59,7 +59,7 @@ class LeaseKeeper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._held:
-            with contextlib.suppress(SQLAlchemyError):  # in the one thread, and so after a renewal that is under way
+            with contextlib.suppress(SQLAlchemyError):  # same thread: after a renewal that is running
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._store.release_lease, self._held)
             self._held = None
         self._thread.shutdown(wait=False)
@@ -71,7 +71,7 @@ class LeaseKeeper:
             await self._step()
 
     async def _step(self) -> None:
-        """Renew the lease, or try to take it; an unreachable database is tried again."""
+        """Renew the lease, or try to take it; if the database fails, the next step tries again."""
         began_seconds = time.clock_gettime(_CLOCK)
         try:
             self._held = await asyncio.get_running_loop().run_in_executor(self._thread, self._renew_or_acquire, self._held)

@@ -1,4 +1,4 @@
-"""Following a log that grows, and may be cut meanwhile."""
+"""Follows a log that grows, and that may be cut at the same time."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,14 +11,14 @@ _CHUNK_BYTES = 1024 * 1024
 
 
 async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-    """Yield what a log holds from an offset on, and what is added, until `has_ended` and all was read.
+    """Yield the bytes of a log from `offset`, then each new part, until `has_ended` is true and all bytes were read.
 
-    An offset of what is no longer there means the first byte that is, and one beyond the end means the end.
+    If the byte at `offset` was cut off, begin at the first byte that still exists; if it is beyond the end, at the end.
     """
     log = LogFile(path)
     offset = min(offset, (await asyncio.to_thread(log.range))[1])
     while True:
-        ended = await has_ended()  # before reading: what is written last is still read
+        ended = await has_ended()  # before the read, so that the last bytes are still read
         offset = max(offset, (await asyncio.to_thread(log.range))[0])
         chunk = await asyncio.to_thread(log.read, offset, _CHUNK_BYTES)
         offset += len(chunk)

@@ -1,4 +1,4 @@
-"""The id of this node: a node is one state folder, whatever the machine is called."""
+"""The id of this node. A node is one state folder; its id does not depend on the name of the machine."""
 
 import os
 import secrets
@@ -23,7 +23,7 @@ def open_state_folder() -> str:
 
 
 def _node_id() -> str:
-    """Return the id of this state folder, created once."""
+    """Return the id of this state folder; create the id if it does not exist."""
     path = node_id_path()
     with held_lock(path), path.open("r+", encoding="utf-8") as file:
         found = file.read().strip()

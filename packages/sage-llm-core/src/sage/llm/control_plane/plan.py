@@ -1,7 +1,7 @@
-"""The plan: from everything that is known to the actions that bring it closer to what users asked for; pure.
+"""The plan: a pure function that returns the actions which bring engines closer to their desired states.
 
-It is level-triggered: each call starts from the store and the newest observations, so that it does not matter what was
-missed, or how often an action is planned again.
+It is level-triggered: each call uses only the store and the newest observations. Therefore a missed change, or an action
+that is planned again, does no harm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,17 @@ _S = EngineState
 
 @dataclass(frozen=True)
 class Limits:
-    """How long things may take. A training run may take as long as it needs."""
+    """Limits of time. A training run may take as long as it needs to start, train and stop."""
 
     start_seconds: float  #: for an inference engine to answer
     stop_seconds: float  #: for an inference engine to exit after SIGTERM
-    unresponsive_seconds: float = 30.0  #: silence after which requests are refused; twice of it, and it may be restarted
-    look_seconds: float = 5.0  #: between two looks, no more time than this counts
+    unresponsive_seconds: float = 30.0  #: silence after which requests are refused; after twice the time, a restart
+    look_seconds: float = 5.0  #: maximum time that counts between two observations
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The result of validating an engine, or the news that it is under way."""
+    """The progress of the validation of an engine, and its result."""
 
     is_done: bool
     reason: Reason | None = None  #: why the engine cannot be started; None: it can
@@ -37,11 +37,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that the plan depends on."""
+    """The input of the plan."""
 
     engines: Sequence[EngineRecord]  #: those that are not settled, oldest first
     servers: Mapping[str, ServerRecord]  #: by id
-    observed: Mapping[str, Observed]  #: by engine id; missing: not known, so that nothing is done which presumes a death
+    observed: Mapping[str, Observed]  #: by engine id; missing: not known: do not assume that its process is dead
     watches: Mapping[str, Watch]  #: by engine id
     validations: Mapping[str, Validation]  #: by engine id; missing: not begun
     limits: Limits
@@ -49,7 +49,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Validate:
-    """Check what takes long, outside of any request."""
+    """Run the slow checks of an engine, outside of requests."""
 
     engine: EngineRecord
 
@@ -73,15 +73,15 @@ class SendSignal:
 
 @dataclass(frozen=True)
 class Transition:
-    """Write a new state; to a settled state or to `queued`, the row of the server is removed with it."""
+    """Write a new state. If the engine is settled or queued again, the row of its server is removed in the same write."""
 
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: of a failure: it is queued again in the same write, as restart n; None: it stays failed
+    restarts: int | None = None  #: of a failure: number of the restart, queued in the same write; None: no restart
 
 
-#: What is observed of an engine that has a state with a process, and no server.
+#: The observation of an engine whose state requires a process, but which has no server.
 _NO_SERVER = Observed(alive=False, reason=Reason(code="server_lost", message="The engine has no process."))
 
 Action = Validate | Launch | SendSignal | Transition
@@ -126,11 +126,11 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot) 
     observed, watch, limits = snapshot.observed.get(engine.id), snapshot.watches[engine.id], snapshot.limits
     kill = SendSignal(engine, server, Signal.KILL)
     is_killed = engine.force and engine.desired is DesiredState.STOPPED
-    if observed is None:  # killing presumes nothing
+    if observed is None:  # a kill is correct whether the process is alive or not
         return _stop(engine, kill) if is_killed else None
     if observed.orphaned:
         return kill
-    if observed.ended and observed.alive:  # its process is about to exit; the result is written when it has
+    if observed.ended and observed.alive:  # the process is about to exit; write the result afterwards
         return kill if is_killed or watch.ended_seconds > limits.stop_seconds else None
     if observed.ended or not observed.alive:
         return _settle(engine, observed, snapshot)
@@ -145,7 +145,7 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot) 
         case _S.STARTING if observed.ready:
             return Transition(engine, _S.RUNNING)
         case _S.STARTING if is_inference and watch.state_seconds > limits.start_seconds:
-            return kill  # `_settle` writes the reason once it is dead
+            return kill  # `_settle` writes the reason once the process is dead
         case _S.RUNNING if _is_hung(engine, watch, limits):
             return kill
         case _:
@@ -153,7 +153,7 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot) 
 
 
 def _stop(engine: EngineRecord, signal: SendSignal) -> Action:
-    """Write first that the engine stops; the signal follows with the next plan, even if another control plane makes it."""
+    """Write `stopping` before the signal; the next plan, even of another control plane, then sends the signal."""
     return signal if engine.state is _S.STOPPING else Transition(engine, _S.STOPPING)
 
 
@@ -162,12 +162,12 @@ def _settle(engine: EngineRecord, observed: Observed, snapshot: Snapshot) -> Act
     watch, limits = snapshot.watches[engine.id], snapshot.limits
     match engine.state, observed.ended:
         case _S.STARTING, _S.COMPLETED:
-            return Transition(engine, _S.RUNNING)  # it was quick; the next plan settles it
+            return Transition(engine, _S.RUNNING)  # it completed before it was observed running; the next plan settles it
         case _S.PAUSED, _S.COMPLETED:
             return Transition(engine, _S.STOPPING)
         case _S.STOPPING, None:
             return Transition(engine, _S.STOPPED)
-        case _S.STOPPING, _S.FAILED if engine.force:  # not stopped: that state has a result
+        case _S.STOPPING, _S.FAILED if engine.force:  # not STOPPED, because a stopped run has a result
             message = "It was killed, as requested; the steps since its last checkpoint are lost."
             hint = observed.reason.hint if observed.reason else ""
             return Transition(engine, _S.FAILED, Reason(code="killed", message=message, hint=hint))
@@ -180,13 +180,13 @@ def _settle(engine: EngineRecord, observed: Observed, snapshot: Snapshot) -> Act
 
 
 def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
-    """Return whether a running engine is restarted because it no longer answers."""
+    """Return whether a running engine must be restarted because it no longer answers."""
     is_allowed = engine.restart_policy is not RestartPolicy.NO and engine.desired is DesiredState.RUNNING
     return is_allowed and watch.silent_seconds > 2 * limits.unresponsive_seconds
 
 
 def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reason | None:
-    """Return why the control plane killed an engine; None if it exited otherwise."""
+    """Return why the control plane killed an engine; None if the engine exited for another reason."""
     is_inference = engine.kind is not EngineKind.FINETUNE
     if engine.state is _S.STARTING and is_inference and watch.state_seconds > limits.start_seconds:
         message = f"The engine did not answer within {limits.start_seconds:.0f} s and was killed."

@@ -1,4 +1,4 @@
-"""Thread pools: each kind of blocking work has its own, so that none waits for another kind."""
+"""Thread pools: each kind of blocking work has its own pool, so that it does not wait for other kinds."""
 
 import asyncio
 import functools
@@ -22,5 +22,5 @@ class Pool:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     def close(self) -> None:
-        """Start no further call; those that run go on."""
+        """Start no further calls; running calls continue."""
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The one loop that brings what is the case closer to what users asked for: read, look, plan, act."""
+"""The loop that brings engines closer to their desired states: read the store, observe, plan, act."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reconciler:
-    """Each tick reads the store, hands the prober its engines, and runs the plan if this control plane has the lease."""
+    """Each tick reads the store, passes the engines to the prober, and runs the plan if this control plane is active."""
 
     def __init__(self, store: Store, pool: Pool, node: str, prober: Prober, runner: Runner, limits: Limits) -> None:
         """pool: for calls of the store."""
@@ -28,7 +28,7 @@ class Reconciler:
         self._trouble = ""
 
     async def tick(self, *, is_active: bool) -> None:
-        """Begin the next actions if `is_active`, else look only; raises nothing."""
+        """Update the durations and, if `is_active`, begin the next actions; raises nothing."""
         try:
             engines = await self._pool.run(self._store.active, self._node)
             servers = {server.id: server for server in await self._pool.run(self._store.servers, self._node)}
@@ -51,7 +51,7 @@ class Reconciler:
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
 
     def silent_seconds(self, engine_id: str) -> float:
-        """Return how long a running inference engine has not answered; 0 if it answers, or is not known."""
+        """Return how long a running inference engine has not answered; 0 if it answers, or if it is not known."""
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
 

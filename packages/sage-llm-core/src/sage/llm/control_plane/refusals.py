@@ -1,4 +1,4 @@
-"""Why the control plane refuses what a user asked for."""
+"""The errors with which the control plane refuses requests."""
 
 from sage.common.errors import Conflict, Overloaded
 from sage.llm.client.types import EngineState, Reason
@@ -6,17 +6,17 @@ from sage.llm.control_plane.store.records import EngineRecord, LeaderInfo
 
 
 def busy(engine_id: str) -> Conflict:
-    """Return the refusal of a write that met other writes again and again."""
+    """Return the error for a write that conflicted with other writes at every attempt."""
     return Conflict(code="busy", message=f"{engine_id} is being changed by other requests.", hint="Retry.")
 
 
 def still_running(engine_id: str, problem: str, hint: str) -> Conflict:
-    """Return the refusal to remove an engine; `{}` in the hint stands for its id."""
+    """Return the error for an engine that cannot be removed yet; `{}` in the hint stands for its id."""
     return Conflict(code="still_running", message=f"{engine_id} {problem}.", hint=hint.format(engine_id))
 
 
 def not_resumable(engine_id: str, state: EngineState) -> Conflict:
-    """Return the refusal to resume an engine."""
+    """Return the error for an engine that cannot be resumed."""
     return Conflict(
         code="not_resumable",
         message=f"{engine_id} is {state}: only stopped and failed engines can be resumed.",
@@ -25,7 +25,7 @@ def not_resumable(engine_id: str, state: EngineState) -> Conflict:
 
 
 def other_node(engine: EngineRecord) -> Conflict:
-    """Return the refusal of a request about an engine that another node owns."""
+    """Return the error for a request about an engine of another node."""
     return Conflict(
         code="other_node",
         message=f"{engine.id} belongs to {engine.node}, another node of this database.",
@@ -34,14 +34,14 @@ def other_node(engine: EngineRecord) -> Conflict:
 
 
 def standby(leader: LeaderInfo | None) -> Overloaded:
-    """Return the refusal of a write by a control plane that does not have the lease."""
+    """Return the error for a write by a control plane that does not hold the lease."""
     where = f"; {leader.url} is active" if leader and leader.url else ""
     hint = f"Send the request to {leader.url}." if leader and leader.url else "Retry in some seconds."
     return Overloaded(code="standby", message=f"This gateway is standby{where}.", hint=hint)
 
 
 def ended(engine_id: str, model: str, state: EngineState, reason: Reason | None) -> Overloaded:
-    """Return the refusal of a request whose engine was settled before it was ready."""
+    """Return the error for a request whose engine was settled before it was ready."""
     why = f": {reason.message}" if reason else ""
     return Overloaded(
         code="engine_ended",

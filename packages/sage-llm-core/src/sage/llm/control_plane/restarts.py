@@ -1,4 +1,4 @@
-"""Restarts by policy: which engines are started again without being asked, when, and how often."""
+"""Restarts by policy: which engines are restarted automatically, when, and how often."""
 
 from sage.llm.client.types import DesiredState, EngineState, RestartPolicy
 from sage.llm.control_plane.executors.base import Observed
@@ -7,21 +7,21 @@ from sage.llm.control_plane.watch import Watch
 
 MAX_RESTARTS = 5
 _MAX_BACKOFF_SECONDS = 60.0
-#: An engine that ran for this long starts counting its restarts anew.
+#: If an engine has run for this time, the count of its restarts begins at zero again.
 _HEALTHY_SECONDS = 600.0
-#: A run that exited without reporting an error: it may go well the next time.
+#: Code of a run that exited without reporting an error; a restart may succeed.
 _EXITED_WITHOUT_REPORT = "worker_died"
 
 
 def backoff_seconds(restarts: int) -> float:
-    """Return how long an engine waits before its n-th restart: 1, 2, 4, … seconds; 0 for a first start."""
+    """Return the seconds that an engine waits before its n-th restart: 1, 2, 4, …; 0 for a first start."""
     return min(2.0 ** (restarts - 1), _MAX_BACKOFF_SECONDS) if restarts else 0.0
 
 
 def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int | None:
-    """Return the number of the restart that an engine is given whose process has exited; None: it stays failed.
+    """Return the number of the next restart of an engine whose process has exited; None if the engine stays failed.
 
-    A run that reported its own failure (a loss that is not finite, bad data) would fail again.
+    A run that reported its failure (a loss that is not finite, bad data) stays failed, because it would fail again.
     """
     has_reported = (
         observed.ended is EngineState.FAILED and observed.reason and observed.reason.code != _EXITED_WITHOUT_REPORT
@@ -31,7 +31,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
     match engine.restart_policy:
         case RestartPolicy.NO:
             return None
-        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # found dead: it was not seen to fail
+        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # it was dead when first observed
             return None
     is_healthy = engine.state is EngineState.RUNNING and watch.state_seconds >= _HEALTHY_SECONDS
     restarts = 0 if is_healthy else engine.restarts

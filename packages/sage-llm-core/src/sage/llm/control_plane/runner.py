@@ -1,4 +1,4 @@
-"""The runner: carries actions out, a bounded number at once, one an engine at a time, each guarded by itself."""
+"""The runner executes actions: a limited number at a time, one per engine; a failed action does not stop the others."""
 
 import asyncio
 import functools
@@ -20,12 +20,12 @@ from sage.llm.control_plane.validation import Validator
 logger = logging.getLogger(__name__)
 _ACTOR = "reconciler"
 _MAX_ACTIONS = 16
-#: Actions under way have this long to be written down before the control plane is closed.
+#: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
 
 
 class Runner:
-    """Acts on the world and writes it down. Nothing is done or written unless the lease is held."""
+    """Executes actions and stores their results, but only while the lease is held."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class Runner:
         self._store, self._pool, self._executors, self._launcher = store, pool, executors, launcher
         self._routing, self._lease, self._on_done = routing, lease, on_done
         self.validator = Validator(executors, on_done)
-        self.signalled: set[str] = set()  #: engines that were sent the signal to stop, until the reconciler takes note
+        self.signalled: set[str] = set()  #: engines that were sent the stop signal; the reconciler reads and clears it
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
         self._troubles: dict[str, str] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Begin an action, unless one of its engine is under way; observed, server: of the engine."""
+        """Begin an action, unless another action of its engine is running; observed, server: those of the engine."""
         engine = action.engine
         if isinstance(action, Validate):
             self.validator.begin(engine)
@@ -57,17 +57,17 @@ class Runner:
             task.add_done_callback(functools.partial(self._done, engine.id))
 
     async def idle(self, timeout_seconds: float | None = _CLOSE_SECONDS) -> None:
-        """Wait for the actions under way."""
+        """Wait for the running actions."""
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=timeout_seconds)
 
     async def close(self) -> None:
-        """Wait for the actions under way; validations are given up."""
+        """Wait for the running actions, and cancel the validations."""
         await self.idle()
         await self.validator.close()
 
     def forget_all_but(self, active: set[str]) -> None:
-        """Drop what is remembered of other engines than these."""
+        """Delete the remembered errors of all engines that are not in `active`."""
         for engine_id in self._troubles.keys() - active:
             del self._troubles[engine_id]
 
@@ -79,7 +79,7 @@ class Runner:
         except StaleWrite:
             logger.debug("%s was written by another process; the next plan starts from that", engine_id)
         except Exception as error:
-            if self._troubles.get(engine_id) != repr(error):  # once for as long as it stays the same
+            if self._troubles.get(engine_id) != repr(error):  # log a repeated error only once
                 self._troubles[engine_id] = repr(error)
                 logger.warning("%s: an action failed, retrying", engine_id, exc_info=error)
         else:
@@ -99,7 +99,7 @@ class Runner:
                 await self._transition(engine, state, reason, server, observed, restarts)
 
     async def _launch(self, engine: EngineRecord, server: ServerRecord | None) -> None:
-        """Write the plan of a server, start its process, and write its address; adopt the process if it exists."""
+        """Store the planned server, start its process, and store its address; adopt the process if it exists."""
         executor = self._executors[engine.kind]
         if server is None:
             server = executor.plan_server(engine)

@@ -1,4 +1,4 @@
-"""Validation: what takes long is checked outside of requests, in threads and event loops of its own."""
+"""Validation: slow checks run outside of requests, in separate threads and event loops."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.store.records import EngineRecord
 
 logger = logging.getLogger(__name__)
-#: Of one kind at once: hashing large datasets delays no engine of another kind.
+#: Maximum concurrent validations per kind of engine, so that hashing large datasets does not delay other kinds.
 _MAX_VALIDATIONS = 2
 
 
@@ -26,18 +26,18 @@ class Validator:
         self._tasks: dict[str, asyncio.Task[Reason | None]] = {}
 
     def begin(self, engine: EngineRecord) -> None:
-        """Begin to validate an engine, unless that is under way."""
+        """Begin to validate an engine, unless its validation has already begun."""
         if engine.id not in self._tasks:
             self._tasks[engine.id] = task = asyncio.create_task(self._validate(engine))
             task.add_done_callback(lambda _: self._on_done())
 
     def is_running(self, engine_id: str) -> bool:
-        """Return whether files of the engine may still be written."""
+        """Return whether the validation of an engine is running, which may write files of the engine."""
         task = self._tasks.get(engine_id)
         return task is not None and not task.done()
 
     def results(self, engines: Collection[str]) -> dict[str, Validation]:
-        """Return where the validations of these engines are; the results of all others are forgotten."""
+        """Return the progress and results of validations; finished ones of engines that are not in `engines` are deleted."""
         for engine_id in self._tasks.keys() - set(engines):
             if self._tasks[engine_id].done():
                 del self._tasks[engine_id]
@@ -47,7 +47,7 @@ class Validator:
         }
 
     async def close(self) -> None:
-        """Give up what is under way; the next control plane validates again."""
+        """Cancel the running validations; the next control plane validates these engines again."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -57,7 +57,7 @@ class Validator:
     async def _validate(self, engine: EngineRecord) -> Reason | None:
         """Return why an engine cannot be started, or None."""
         try:
-            # In an event loop of its own: the threads that the executor uses there are used by nobody else.
+            # In a separate event loop, so that only this validation uses the threads of that loop.
             await self._pools[engine.kind].run(asyncio.run, self._executors[engine.kind].validate(engine))
         except SageError as error:
             return Reason(code=error.code, message=error.message, hint=error.hint)

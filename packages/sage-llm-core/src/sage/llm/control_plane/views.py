@@ -1,4 +1,4 @@
-"""From what the store and the prober know of an engine to what a user sees."""
+"""Creates the view of an engine that a user sees, from the data of the store and the prober."""
 
 import logging
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 
 logger = logging.getLogger(__name__)
-#: Settled engines whose figures are not in the store (of older versions) and were read from their files.
+#: Maximum cached engines that an older version settled: their figures are read from files, as the store has none.
 _MAX_READ = 10_000
 
 
 class Views:
-    """Makes views. Blocks only for settled engines of older versions, whose files are read once."""
+    """Creates views. Blocks only for engines that an older version settled, whose files are read once."""
 
     def __init__(self, node: str, executors: Mapping[EngineKind, Executor]) -> None:
         self._node, self._executors = node, executors
@@ -31,7 +31,7 @@ class Views:
     ) -> EngineView:
         """Return the view of an engine.
 
-        trouble: why it cannot be observed; silent_seconds: how long it has not answered, 0 if that is not to be reported.
+        trouble: why it cannot be observed; silent_seconds: time without an answer; if 0, the view does not report it.
         """
         is_local, is_settled = engine.node == self._node, engine.state in SETTLED
         address = server.address if server and not is_settled else None
@@ -41,7 +41,7 @@ class Views:
         if observed:
             if observed.process:
                 fields |= {"pid": observed.process.pid, "memory_bytes": observed.process.memory_bytes}
-            if observed.alive and observed.reason:  # its process is alive, and its files cannot be read
+            if observed.alive and observed.reason:  # its process is alive, but its files cannot be read
                 fields["reason"] = observed.reason
         if trouble:
             fields["reason"] = Reason(code="engine_unreadable", message=f"The engine cannot be observed: {trouble}.")
@@ -69,7 +69,7 @@ class Views:
         )
 
     def _fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return the fields that only the executor knows; a reason in their place if they cannot be read."""
+        """Return the fields that only the executor knows; if they cannot be read, return only a reason."""
         try:
             if engine.state in SETTLED and engine.figures is None:
                 return self._read(_Key(engine))
@@ -84,7 +84,7 @@ class Views:
 
 
 class _Key:
-    """An engine at one of its versions, as a key of the cache."""
+    """A key of the cache: an engine in one of its versions."""
 
     def __init__(self, engine: EngineRecord) -> None:
         self.engine = engine

@@ -1,6 +1,6 @@
 """The backend interface: a program that runs engines.
 
-To add one: write a class here that has the attributes of `ServingBackend`, and add it to `BACKENDS` of `registry.py`.
+To add a backend, write a class in this folder with the attributes of `ServingBackend`, and list it in `BACKENDS` (registry.py).
 """
 
 import math
@@ -16,13 +16,13 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do."""
+    """The capabilities of a backend."""
 
     kinds: frozenset[EngineKind]
-    formats: frozenset[ModelKind]  #: that it can load
+    formats: frozenset[ModelKind]  #: model formats that it can load
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     hot_adapters: bool = False  #: adapters can be loaded and unloaded while it runs
-    sleep: bool = False  #: it can release its memory and take it again without a restart
+    sleep: bool = False  #: it can release its memory and allocate it again without a restart
 
 
 class Backend(Protocol):
@@ -30,31 +30,31 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    #: What a user may set.
+    #: The options that a user may set.
     options: ClassVar[type[BaseModel]]
-    #: The beginning of its command; `sys.executable` for a program in SAGE's own environment.
+    #: The first part of its command; `sys.executable` for a program in SAGE's own environment.
     interpreter: ClassVar[tuple[str, ...]]
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the memory that it is expected to need, or None if that is not known."""
+        """Return the memory that the engine is expected to need, or None if it is not known."""
 
 
 @runtime_checkable
 class ServingBackend(Backend, Protocol):
-    """An inference server that speaks OpenAI's HTTP."""
+    """An inference server with OpenAI's HTTP interface."""
 
-    #: Once the server is ready, this path answers 200 and a JSON object whose `engine` is SAGE_ENGINE_ID of its environment.
+    #: Once the server is ready, this path answers 200 and a JSON object; its `engine` is the variable SAGE_ENGINE_ID.
     health_path: ClassVar[str]
 
     def argv(self, model: str, options: Any) -> tuple[str, ...]:
-        """Return the command, with PORT_ARGUMENT or DESCRIPTOR_ARGUMENT for what the launcher fills in."""
+        """Return the command; the launcher replaces PORT_ARGUMENT and DESCRIPTOR_ARGUMENT in it."""
 
     def model_name(self, engine: EngineRecord) -> str | None:
-        """Return the engine's name in requests to its server; None: requests are forwarded unchanged."""
+        """Return the model name that the engine's server expects; None: requests are forwarded unchanged."""
 
 
 def parameter_count(model: ModelSource) -> int | None:
-    """Return the number of a model's parameters, by the headers of its weights, with those of its base; None if unknown."""
+    """Return the number of parameters of a model and its base, from the headers of the weights; None if not known."""
     files = sorted(model.folder.glob("*.safetensors"))
     base = parameter_count(model.base) if model.base else 0
     if not files or base is None:

@@ -1,4 +1,4 @@
-"""SAGE's own server around sentence-transformers."""
+"""The backend for SAGE's own server, which uses sentence-transformers."""
 
 import sys
 from typing import ClassVar
@@ -13,7 +13,7 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 class EmbeddingOptions(BaseModel):
-    """What a user may set for an embedding engine."""
+    """The options of an embedding engine."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,7 +30,7 @@ class EmbeddingBackend:
     health_path: ClassVar[str] = "/health"
 
     def argv(self, model: str, options: EmbeddingOptions) -> tuple[str, ...]:
-        """Return the command that serves `model` on a socket of the launcher's."""
+        """Return the command that serves `model` on the socket that the launcher passes."""
         listen = ("--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT)
         return (*self.interpreter, "-m", "sage.llm.workers.embedding", "--model", model, *listen)
 

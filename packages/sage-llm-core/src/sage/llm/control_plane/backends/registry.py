@@ -1,4 +1,4 @@
-"""The backends by name, and the choice of one for an engine."""
+"""The backends by name, and the choice of a backend for an engine."""
 
 from sage.common.errors import ConfigError
 from sage.libs.models.resolve import ModelSource
@@ -8,16 +8,16 @@ from sage.llm.control_plane.backends.embedding import EmbeddingBackend
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
 
-#: `auto` takes the first that can run the engine.
+#: `auto` means the first backend that can run the engine.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend())
 }
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource) -> Backend:
-    """Return the backend `name`, or for `auto` the first that can run a model as an engine of a kind.
+    """Return the backend `name`; for `auto`, return the first backend that can run `model` as an engine of `kind`.
 
-    Raises ConfigError, which lists the backends of the kind, if there is none of that name or it cannot run the engine.
+    Raises ConfigError, which lists the backends of the kind, if no backend has the name or none can run the engine.
     """
     if name != "auto" and name not in BACKENDS:
         raise _refused(f"There is no backend '{name}'.", kind)

@@ -1,4 +1,4 @@
-"""SAGE's own trainer: a run in a process of its own, which `FinetuneManager` describes."""
+"""The backend for SAGE's own trainer: each run has its own process, which `FinetuneManager` describes."""
 
 import sys
 from typing import ClassVar
@@ -21,7 +21,7 @@ class TrainerBackend:
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
 
     def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
-        """Return what the longest micro-batch needs; the base is counted unquantized, so less may suffice."""
+        """Return the memory for the longest micro-batch with an unquantized base; a quantized base needs less."""
         folder = (model.base or model).folder
         if not any(folder.glob("*.safetensors")):
             return None

@@ -1,4 +1,4 @@
-"""SAGE's own server around transformers' `generate`: every model and every processor."""
+"""The backend for SAGE's own server, which uses transformers' `generate`: it supports every model and every processor."""
 
 import sys
 from typing import ClassVar, Literal
@@ -13,7 +13,7 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 class TransformersOptions(BaseModel):
-    """What a user may set for an llm engine."""
+    """The options of an llm engine."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -31,7 +31,7 @@ class TransformersBackend:
     health_path: ClassVar[str] = "/health"
 
     def argv(self, model: str, options: TransformersOptions) -> tuple[str, ...]:
-        """Return the command that serves `model` on a socket of the launcher's."""
+        """Return the command that serves `model` on the socket that the launcher passes."""
         return (
             *self.interpreter, "-m", "sage.llm.workers.generation", "--model", model, "--port", PORT_ARGUMENT,
             "--fd", DESCRIPTOR_ARGUMENT, "--dtype", options.dtype, "--max-tokens", str(options.max_tokens),

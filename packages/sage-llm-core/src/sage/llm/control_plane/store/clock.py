@@ -1,4 +1,4 @@
-"""The database's clock in SQL: one for all control planes that share a database."""
+"""The database's clock in SQL, which all control planes that share the database use."""
 
 from datetime import datetime
 from typing import Any
@@ -20,7 +20,7 @@ class clock(FunctionElement[datetime]):  # noqa: N801 - named as SQL functions a
 
 @compiles(clock, "sqlite")
 def _sqlite(element: clock, compiler: Any, **options: Any) -> str:
-    """Write it as SQLAlchemy writes times: with six digits of a second."""
+    """Format the time as SQLAlchemy does, with six decimal places of the seconds."""
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({compiler.process(element.clauses, **options)}) || ' seconds')"
 
 

@@ -11,9 +11,9 @@ from sage.common.errors import ConfigError
 from sage.common.paths import private_file
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
-#: The migrations by the beginnings of their file names, oldest first.
+#: The revisions, oldest first: the prefixes of the file names of the migrations.
 REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("0*.py"))
-#: PostgreSQL's lock around migrations.
+#: Key of PostgreSQL's advisory lock for migrations.
 _MIGRATION_LOCK = 0x53414745_00000001
 _HINT = "Correct SAGE_DATABASE_URL, or unset it for SQLite in the state folder."
 _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
@@ -23,7 +23,7 @@ def open_database(url: str) -> Engine:
     """Open a database, bring its schema up to date, and return its SQLAlchemy engine.
 
     SQLite is opened in WAL mode and synced at every commit; only its user can read the file.
-    Raises ConfigError, which shows no password, if the URL is wrong, or the database cannot be reached or is newer.
+    Raises ConfigError, which shows no password, if the URL is wrong, the database cannot be reached, or its schema is newer.
     """
     parsed = _parse(url)
     try:
@@ -78,7 +78,7 @@ def _cause(error: Exception, url: URL) -> str:
 
 
 def _configure_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # the driver begins no transactions by itself
+    connection.isolation_level = None  # the driver must not begin transactions itself
     cursor = connection.cursor()
     for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
@@ -86,7 +86,7 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Let a transaction that writes wait for the others at its beginning, so that what it reads stays true."""
+    """Lock the database when a writing transaction begins, so that no other writer changes the rows that it reads."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
@@ -101,14 +101,14 @@ def _configure_postgresql(connection: Any, _: object) -> None:
 def _migrate(database: Engine, name: str) -> None:
     with database.connect() as connection:
         revision = _known_revision(connection, name)
-    if revision == REVISIONS[-1]:  # the usual case, without importing Alembic, which is slow
+    if revision == REVISIONS[-1]:  # the usual case: do not import Alembic, which is slow
         return
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
-    with database.execution_options(writes=True).begin() as connection:  # all of it or nothing, and one at a time
+    with database.execution_options(writes=True).begin() as connection:  # all migrations or none, by one process at a time
         if database.dialect.name == "postgresql":
             connection.execute(text("SET LOCAL lock_timeout = 0"))
             connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))

@@ -1,8 +1,8 @@
-"""Leases: who may write the rows of a node, checked in the transaction of every write.
+"""Leases: the right to write the rows of a node, checked in the transaction of every write.
 
-A control plane may be suspended at any moment, so that it continues after another one has taken its lease. Its fence is
-then outdated, and its writes are refused. If it is suspended in the middle of a transaction, the takeover waits:
-PostgreSQL ends the transaction after 3 s; SQLite cannot, and nobody can write until the process continues or exits.
+A control plane may be suspended, and continue after another control plane has taken its lease. Its fence is then
+outdated, and its writes are refused. If it is suspended in the middle of a transaction, the takeover waits. PostgreSQL
+ends the transaction after 3 s; SQLite cannot end it, so that nobody can write until the process continues or exits.
 """
 
 from contextlib import AbstractContextManager
@@ -20,7 +20,7 @@ LEASE_SECONDS = 8.0
 
 
 class StaleWrite(Exception):
-    """Another writer was faster: read again and decide anew. Nothing was changed."""
+    """The row was written since it was read: read it and decide again. Nothing was changed."""
 
 
 class LeaseLost(StaleWrite):
@@ -36,7 +36,7 @@ class LeaseStore:
         self.lease_seconds = lease_seconds
 
     def register_node(self, node: str, host: str) -> None:
-        """Make a node known, with a lease that nobody holds yet."""
+        """Insert a node with a lease that nobody holds; if the node exists, only update its host."""
         insert = insert_sqlite if self._database.dialect.name == "sqlite" else insert_postgresql
         lease = {"fence": 0, "host": "", "pid": 0, "pid_started": "", "url": "", "expires_at": NEVER_HELD}
         with self._write() as connection:
@@ -47,17 +47,17 @@ class LeaseStore:
     def acquire_lease(self, node: str, holder: str, host: str, me: ProcessIdentity, url: str = "") -> Lease | None:
         """Take the lease and raise its fence; None if another living control plane holds it.
 
-        holder: a token of this control plane; url: where its gateway answers.
-        A lease can be taken if it is free, has expired, or its holder was a process of this host and has exited.
+        holder: a token of this control plane; url: URL of its gateway.
+        The lease can be taken if it is free or expired, or if its holder was a process of this host and has exited.
         """
-        with self._read() as connection:  # a standby looks every second: this writes nothing
+        with self._read() as connection:  # only read: a standby calls this every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
             row = connection.execute(query.where(leases.c.node == node)).one()
         has_exited = row.host == host and not ProcessIdentity(row.pid, row.pid_started).is_alive()
         if row.holder not in (None, holder) and row.is_valid and not has_exited:
             return None
         taken = update(leases).where(leases.c.node == node, leases.c.fence == row.fence)
-        if row.holder not in (None, holder) and not has_exited:  # it may have been renewed since it was read
+        if row.holder not in (None, holder) and not has_exited:  # it may have been renewed after the read
             taken = taken.where(~_is_valid(self.lease_seconds))
         taken = taken.values(
             fence=row.fence + 1,
@@ -72,7 +72,7 @@ class LeaseStore:
             return Lease(node, row.fence + 1) if connection.execute(taken).rowcount else None
 
     def renew_lease(self, lease: Lease, holder: str) -> bool:
-        """Extend the lease, also one that has expired if nobody took it; False if another control plane did."""
+        """Extend the lease, even if it has expired; return False if another control plane took it or it was released."""
         renewed = update(leases).where(_is_of(lease), leases.c.holder == holder).values(expires_at=clock(self.lease_seconds))
         with self._write() as connection:
             return bool(connection.execute(renewed).rowcount)
@@ -83,7 +83,7 @@ class LeaseStore:
             connection.execute(update(leases).where(_is_of(lease)).values(holder=None, expires_at=NEVER_HELD))
 
     def leader(self, node: str) -> LeaderInfo | None:
-        """Return who holds the lease of a node; None if it is free or has expired."""
+        """Return the holder of the lease of a node; None if the lease is free or has expired."""
         with self._read() as connection:
             query = select(leases).where(leases.c.node == node, leases.c.holder.is_not(None), _is_valid(self.lease_seconds))
             row = connection.execute(query).one_or_none()
@@ -110,5 +110,8 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 
 
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
-    """Has not expired; an expiry that no renewal can have written comes from before the clock was set back."""
+    """Return the condition that a lease has not expired.
+
+    If the expiry is too far in the future, it was written before the clock was set back, and the lease is not valid.
+    """
     return and_(leases.c.expires_at > clock(), leases.c.expires_at <= clock(2 * lease_seconds))

@@ -1,4 +1,4 @@
-"""Pages of engines: a query whose cost depends on the size of the page, and not on the number of engines."""
+"""Pages of engines: a query whose cost depends on the size of the page, not on the number of engines."""
 
 from collections.abc import Collection
 from itertools import product
@@ -14,7 +14,7 @@ _ORDER = engines.c.first_event
 
 
 def position(connection: Connection, engine_id: str) -> int:
-    """Return where an engine is in the order of all; raises ConfigError if there is none of that id."""
+    """Return the position of an engine in the order of creation; raises ConfigError if no engine has the id."""
     found = connection.scalar(select(_ORDER).where(engines.c.id == engine_id))
     if found is None:
         raise ConfigError(
@@ -34,7 +34,7 @@ def page_query(
     node: str | None,
     newest_first: bool,
 ) -> Select[Any]:
-    """Return the query of one page: with filters, the first of each state and kind are read in order, and merged."""
+    """Return the query of one page. With filters, it merges the first engines of each combination of state and kind."""
     order = _ORDER.desc() if newest_first else _ORDER.asc()
 
     def in_order(query: Select[Any]) -> Select[Any]:

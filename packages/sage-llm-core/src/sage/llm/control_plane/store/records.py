@@ -1,4 +1,4 @@
-"""Frozen values of what the store holds."""
+"""The rows of the store as frozen values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason,
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write the rows of a node. Every write checks it; a takeover raises the fence."""
+    """The right to write the rows of a node. Every write checks the lease; a takeover increments the fence."""
 
     node: str
     fence: int
@@ -24,19 +24,19 @@ class LeaderInfo:
     holder: str  #: its token, different for each start of a control plane
     host: str
     pid: int
-    url: str  #: where its gateway answers; empty if it has none
+    url: str  #: URL of its gateway; empty if it has none
 
 
 class ServerState(StrEnum):
-    """Whether a server's process was started. Whether it is alive and answers is observed, and not stored."""
+    """Whether the process of a server was started. Whether it is alive and answers is only observed, not stored."""
 
     PLANNED = "planned"  #: written before the launch; the process may exist or not
-    LAUNCHED = "launched"  #: written after it
+    LAUNCHED = "launched"  #: written after the launch
 
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """A process that exists, or is to exist, and hosts one or many engines; the row is removed once the process is gone."""
+    """A process, planned or launched, that hosts one or more engines; the row is removed once the process is gone."""
 
     id: str  #: `server-` and 10 characters of [a-z0-9]
     node: str
@@ -47,13 +47,13 @@ class ServerRecord:
     address: str | None  #: HOST:PORT that it listens on, known once it is launched
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
-    version: int  #: raised by every write
+    version: int  #: incremented by every write
     created_at: datetime
 
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """What a user wants to have, and where it is in its life."""
+    """An engine: the request of the user, and the current state."""
 
     id: str  #: `engine-` and 10 characters of [a-z0-9]
     kind: EngineKind
@@ -65,17 +65,17 @@ class EngineRecord:
     desired: DesiredState
     force: bool  #: whether to kill the process to reach `desired`
     restart_policy: RestartPolicy
-    restarts: int  #: since a user last started or resumed it
+    restarts: int  #: number of restarts since a user last started or resumed it
     state: EngineState
     reason: Reason | None
-    figures: Mapping[str, Any] | None  #: TrainingProgress when it settled, so that lists read no files
+    figures: Mapping[str, Any] | None  #: its final TrainingProgress, so that lists need not read files
     node: str
     server_id: str | None  #: the last server that hosted it; the row may be gone
     requested_port: int | None
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
-    version: int  #: raised by every write
+    version: int  #: incremented by every write
     created_at: datetime
     state_at: datetime
-    first_event: int  #: orders engines by creation, whatever the clock says
-    last_event: int  #: orders engines by their last transition, whatever the clock says
+    first_event: int  #: orders engines by creation, independent of the clock
+    last_event: int  #: orders engines by their last transition, independent of the clock

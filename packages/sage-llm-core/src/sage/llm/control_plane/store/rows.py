@@ -1,4 +1,4 @@
-"""From frozen values to rows and back."""
+"""Converts frozen values to rows, and rows to frozen values."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 
 def to_columns(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of a record as their columns hold them."""
+    """Return the fields of a record as values of their columns."""
     return {name: _to_column(value) for name, value in values.items()}
 
 
@@ -59,7 +59,7 @@ def server_record(row: Row[Any]) -> ServerRecord:
 
 
 def engine_event(row: Row[Any]) -> EngineEvent:
-    """Return a row of `engine_events` as it goes over the wire."""
+    """Return a row of `engine_events` in the form that the gateway sends."""
     values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
     values["kind"] = EventKind(values["kind"])
     values["at"] = _in_utc(values["at"])
@@ -71,5 +71,5 @@ def _devices(value: list[str] | None) -> tuple[str, ...] | None:
 
 
 def _in_utc(moment: datetime) -> datetime:
-    """Return a time in UTC: SQLite stores no zone, PostgreSQL answers in the zone of its session."""
+    """Return a time in UTC: SQLite stores no time zone, and PostgreSQL returns the zone of its session."""
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

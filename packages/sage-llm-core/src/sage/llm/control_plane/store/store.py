@@ -1,4 +1,4 @@
-"""Engines, servers and the change feed: everything that the control plane asks of its database."""
+"""The database operations of the control plane: engines, servers and the change feed."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
@@ -19,18 +19,18 @@ from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
-#: PostgreSQL's lock around new events: it makes the order of ids the order of commits.
+#: Key of PostgreSQL's advisory lock for new events; because of the lock, ids increase in the order of commits.
 _FEED_LOCK = 0x53414745_00000002
 
 
 class Store(LeaseStore):
     """The database of the control plane. Each method is one transaction and blocks: call it in a thread.
 
-    Methods that write take the lease, and raise LeaseLost if it is no longer valid.
+    Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
     """
 
     def add(self, record: EngineRecord, actor: str, lease: Lease) -> EngineRecord:
-        """Insert a new engine; its times, version and events are set here. Raises Conflict if its port is taken."""
+        """Insert a new engine, with its times, version and event ids set here. Raises Conflict if its port is taken."""
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.CREATED, actor, after=record.state)
@@ -49,11 +49,11 @@ class Store(LeaseStore):
         drop_server: str | None = None,
         **values: Any,
     ) -> EngineRecord:
-        """Take an engine from the state in which it was read to another one, with its event and its server.
+        """Change the state of an engine as it was read to `state`, and write the event and the server as well.
 
-        put_server: inserted, or replaces the row of its id; drop_server: the id of a row to remove; values: other columns.
-        Raises StaleWrite if the engine was written since, IllegalTransition if the table of states does not have
-        the transition, Conflict if the engine becomes active again and another one has its port.
+        put_server: a server to insert or replace; drop_server: the id of a server to remove; values: other columns.
+        Raises StaleWrite if the engine was written since it was read, IllegalTransition if the table of states does not
+        contain the transition, Conflict if the engine becomes active again and another engine has its port.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             moved = self._move(connection, record, state, actor, reason, **values)
@@ -76,9 +76,9 @@ class Store(LeaseStore):
         restarts: int,
         **values: Any,
     ) -> EngineRecord:
-        """Write that an engine has failed and is queued again, as two events of one transaction; return it as queued.
+        """Mark an engine as failed and queue it again, with two events in one transaction; return the queued engine.
 
-        restarts: the number of this restart. Raises as `transition` does.
+        restarts: the number of this restart. Raises the same errors as `transition`.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             failed = self._move(connection, record, EngineState.FAILED, actor, reason, restarts=restarts, **values)
@@ -88,13 +88,13 @@ class Store(LeaseStore):
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease
     ) -> EngineRecord:
-        """Write the state that the user asked for. Raises StaleWrite if the engine was written since."""
+        """Write the state that the user requested. Raises StaleWrite if the engine was written since it was read."""
         with self._fenced(lease, record.node) as connection:
             self._event(connection, record.id, EventKind.DESIRED, actor, reason=f"{desired}{' by force' if force else ''}")
             return self._update(connection, record, {"desired": desired, "force": force})
 
     def update_server(self, server: ServerRecord, *, lease: Lease, **values: Any) -> ServerRecord:
-        """Change columns of a server. Raises StaleWrite if it was written or removed since."""
+        """Change columns of a server. Raises StaleWrite if it was written or removed since it was read."""
         query = update(servers).where(
             servers.c.id == server.id, servers.c.node == lease.node, servers.c.version == server.version
         )
@@ -106,7 +106,7 @@ class Store(LeaseStore):
             return server_record(row)
 
     def remove(self, record: EngineRecord, *, actor: str, lease: Lease) -> None:
-        """Delete an engine and its events; one event that it was removed stays. Raises StaleWrite."""
+        """Delete an engine and its events; only the event of the removal stays. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.REMOVED, actor, before=record.state)
             if not connection.execute(delete(engines).where(_as_read(record))).rowcount:
@@ -136,9 +136,9 @@ class Store(LeaseStore):
         node: str | None = None,
         newest_first: bool = False,
     ) -> tuple[list[EngineRecord], bool]:
-        """Return at most `limit` engines in the order of their creation, and whether there are more.
+        """Return at most `limit` engines in order of creation, and whether there are more.
 
-        after: the id of the last engine of the page before. Raises ConfigError if there is no such engine.
+        after: the id of the last engine of the previous page. Raises ConfigError if that engine does not exist.
         """
         with self._read() as connection:
             behind = position(connection, after) if after else None
@@ -158,7 +158,7 @@ class Store(LeaseStore):
             return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
 
     def hosted(self, engine_ids: Collection[str]) -> list[tuple[EngineRecord, ServerRecord | None]]:
-        """Return those of the engines that exist, each with its server if that has a row."""
+        """Return the existing engines among `engine_ids`, each with its server, or with None if the server has no row."""
         with self._read() as connection:
             found = [engine_record(row) for row in connection.execute(select(engines).where(engines.c.id.in_(engine_ids)))]
             ids = {engine.server_id for engine in found}
@@ -167,7 +167,7 @@ class Store(LeaseStore):
         return [(engine, by_id.get(engine.server_id)) for engine in found]
 
     def count(self) -> Mapping[tuple[EngineKind, EngineState], int]:
-        """Return how many engines of all nodes there are of each kind in each state."""
+        """Return the number of engines of each kind in each state, over all nodes."""
         query = select(engines.c.kind, engines.c.state, func.count()).group_by(engines.c.state, engines.c.kind)
         with self._read() as connection:
             return {(EngineKind(kind), EngineState(state)): number for kind, state, number in connection.execute(query)}
@@ -175,7 +175,7 @@ class Store(LeaseStore):
     def events(self, after: int = 0, *, limit: int, engine_id: str | None = None) -> list[EngineEvent]:
         """Return events with ids above `after`, oldest first: the change feed.
 
-        An id that a reader has passed is final: no event appears below it later.
+        Once an event can be read, no event with a lower id appears later.
         """
         query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
         if engine_id is not None:
@@ -190,7 +190,7 @@ class Store(LeaseStore):
 
     @contextlib.contextmanager
     def _fenced(self, lease: Lease, node: str) -> Iterator[Connection]:
-        """Open a transaction in which the lease is valid until its end."""
+        """Open a transaction; the lease stays valid until the transaction ends. Raises LeaseLost."""
         if lease.node != node:
             raise LeaseLost(f"the lease of {lease.node} does not allow a write to {node}")
         with self._write() as connection:
@@ -251,7 +251,7 @@ def _as_read(record: EngineRecord) -> ColumnElement[bool]:
 
 @contextlib.contextmanager
 def _one_engine_a_port(record: EngineRecord) -> Iterator[None]:
-    """Turn the database's refusal of a second active engine with the same port into a Conflict."""
+    """Raise Conflict if the database refuses a second active engine with the same port."""
     try:
         yield
     except IntegrityError as error:
@@ -261,7 +261,7 @@ def _one_engine_a_port(record: EngineRecord) -> Iterator[None]:
 
 
 def port_taken(port: int | None, why: str) -> Conflict:
-    """Return the refusal of a port."""
+    """Return the error for a port that cannot be used."""
     return Conflict(
         code="port_taken",
         message=f"Port {port} cannot be used: {why}.",

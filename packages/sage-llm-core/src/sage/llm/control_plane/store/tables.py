@@ -4,7 +4,7 @@ from datetime import datetime
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, DateTime, Index, Integer, MetaData, String, Table, Text, text
 
-#: States in which something may still happen to an engine. Literal text: a query uses a partial index only if it repeats it.
+#: The engine is not settled. Literal text, because a query uses a partial index only if it contains the same condition.
 ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
 
 metadata = MetaData()
@@ -38,10 +38,10 @@ engines = Table(
     Column("state_at", _Time, nullable=False),
     Column("first_event", BigInteger, nullable=False),
     Column("last_event", BigInteger, nullable=False),
-    # One port is promised to one active engine of a node.
+    # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
-    # Pages: each filter is a few ranges of one of these, in the order of the page.
+    # For pages: each filter reads a few ranges of one of these indexes, in the order of the page.
     Index("ix_engines_order", "first_event", unique=True),
     Index("ix_engines_state_kind", "state", "kind", "first_event"),
     Index("ix_engines_node_state_kind", "node", "state", "kind", "first_event"),
@@ -63,7 +63,7 @@ servers = Table(
     Column("created_at", _Time, nullable=False),
 )
 
-#: The change feed. Ids grow in the order of commits and are never used twice.
+#: The change feed. Ids increase in the order of commits and are never reused.
 events = Table(
     "engine_events",
     metadata,
@@ -79,7 +79,7 @@ events = Table(
     sqlite_autoincrement=True,
 )
 
-#: The state folders that use this database.
+#: The nodes that use this database; a node is a state folder.
 nodes = Table(
     "nodes",
     metadata,
@@ -87,7 +87,7 @@ nodes = Table(
     Column("host", String, nullable=False),
 )
 
-#: One row for each node, never deleted, so that the fence never falls.
+#: One row for each node, which is never deleted, so that the fence never decreases.
 leases = Table(
     "leases",
     metadata,
@@ -100,5 +100,5 @@ leases = Table(
     Column("url", Text, nullable=False),
     Column("expires_at", _Time, nullable=False),
 )
-#: When the lease of a new node expired.
+#: The expiry, in the past, of a lease that nobody holds.
 NEVER_HELD = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
