@@ -15,7 +15,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def parse(text: str) -> Any:
-    """Return the value of a JSON text. Raises GatewayUnreachable if it is none."""
+    """Return the value of a JSON text. Raises GatewayUnreachable if the text is not JSON."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -33,9 +33,9 @@ def as_list(model: type[M]) -> Callable[[httpx.Response], list[M]]:
 
 
 def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
-    """Return what `reader` makes of an answer.
+    """Return the content of an answer, which `reader` reads.
 
-    Raises the SageError that the answer reports, or GatewayUnreachable if it has not the form of a gateway's answer.
+    Raises the SageError that the answer reports, or GatewayUnreachable if it does not have the form of a gateway's answer.
     """
     raise_for_error(response)
     try:
@@ -45,7 +45,7 @@ def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
 
 
 def raise_for_error(response: httpx.Response) -> None:
-    """Raise the SageError that an answer reports, if it does. The body must have been read."""
+    """If an answer reports an error, raise it as a SageError. Read the body of the answer before."""
     if response.is_success:
         return
     try:
@@ -57,9 +57,9 @@ def raise_for_error(response: httpx.Response) -> None:
 
 
 def rebuild_error(error: dict[str, Any], http_status: int | None = None) -> SageError:
-    """Return the error of an OpenAI error object, of the class that its code has."""
+    """Return the SageError for an OpenAI error object; the error's code determines the class."""
     code, hint = error.get("code") or "unknown", error.get("hint") or ""
-    message = error["message"].removesuffix(hint).rstrip()  # it includes the hint, for other clients
+    message = error["message"].removesuffix(hint).rstrip()  # the message includes the hint, for other clients
     return error_class(code, http_status)(code=code, message=message, hint=hint, param=error.get("param"))
 
 

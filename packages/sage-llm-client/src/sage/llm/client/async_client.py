@@ -26,17 +26,17 @@ T = TypeVar("T")
 
 
 class AsyncSageClient:
-    """Client of a gateway for asyncio. Every method raises SageError, as those of SageClient."""
+    """Client of a gateway for asyncio. Every method raises the same errors as that of SageClient."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: address of the gateway; timeout_seconds: for one answer, except streams, starts and removals."""
+        """base_url: the gateway; timeout_seconds: for one answer, except for streams, starts, resumes and removals."""
         self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.AsyncClient(
             base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
         )
 
     async def __aenter__(self) -> Self:
-        """Use it as a context manager."""
+        """Return the client, for use as a context manager."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -56,7 +56,7 @@ class AsyncSageClient:
         kinds: Collection[EngineKind] = (),
         order: Order = "asc",
     ) -> EnginePage:
-        """Return one page of the engines; after: `last_id` of the page before; no states or kinds: all of them."""
+        """Return one page of the engines; after: `last_id` of the previous page; no states or kinds: no filter."""
         return await self._send(calls.page(limit, after, states, kinds, order))
 
     async def iter_engines(
@@ -91,7 +91,7 @@ class AsyncSageClient:
         return await self._send(calls.pause(engine_id))
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Start a stopped or failed engine again, a training run from its last checkpoint."""
+        """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
         return await self._send(calls.resume(engine_id))
 
     async def remove_engine(self, engine_id: str) -> None:
@@ -105,7 +105,7 @@ class AsyncSageClient:
     async def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> AsyncIterator[str]:
         """Yield the last lines of an engine's log, then each new one until the engine has settled.
 
-        If the gateway restarts, the stream continues at the same byte; patience_seconds: how long it may be away.
+        If the gateway restarts, the stream continues at the same byte; patience_seconds: how long it may be unreachable.
         """
         reader = streams.LogReader()
         async for line in self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds):
@@ -123,11 +123,11 @@ class AsyncSageClient:
             yield event
 
     async def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
-        """Return the events of all engines after a cursor: the id of an event, or "latest", after which there is none."""
+        """Return the events of all engines after a cursor: an event id, or "latest", which returns only the newest id."""
         return await self._send(calls.changes(after, limit))
 
     async def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
-        """Yield the events of all engines after a cursor, then each new one, without an end."""
+        """Yield the events of all engines after a cursor, then each new one; never ends."""
         cursor = (await self.changes(after)).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
         async for event in self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds):
@@ -142,11 +142,11 @@ class AsyncSageClient:
         return await self._send(calls.devices())
 
     async def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and process; short time-out, since any program may listen on its port."""
+        """Return the gateway's version and process; short time-out, because another program may listen on its port."""
         return await self._send(calls.health(timeout_seconds))
 
     async def models(self) -> list[str]:
-        """Return the names that requests can use."""
+        """Return the model names that requests can use."""
         return await self._send(calls.models())
 
     async def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -187,7 +187,7 @@ class AsyncSageClient:
     async def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> AsyncIterator[T]:
-        """Yield the items of a stream; if it breaks off, open it again with the `call` for the reader's position."""
+        """Yield the items of a stream; if it breaks off, open it again at the reader's position, with a new `call()`."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

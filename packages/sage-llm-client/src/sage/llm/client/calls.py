@@ -21,11 +21,11 @@ from sage.llm.client.types import (
 
 T = TypeVar("T")
 Order = Literal["asc", "desc"]
-#: A position in the change feed: the id of an event, or that of the newest one.
+#: A position in the change feed: the id of an event, or "latest" for the id of the newest event.
 Cursor = int | Literal["latest"]
-#: A removal deletes checkpoints, and a start on a busy machine takes long; giving up earlier would invite a second one.
+#: For starts, resumes and removals, which can take long: after a shorter time-out, users would send a second request.
 _LONG_SECONDS = 3600.0
-#: Engines per request when all are listed; the most that the gateway gives.
+#: Engines per request if all are listed; the maximum that the gateway allows.
 PAGE_LIMIT = 1000
 _PREFIX = "/v1/management"
 _ID = re.compile(r"[\w-]+", re.ASCII)
@@ -33,18 +33,18 @@ _ID = re.compile(r"[\w-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One HTTP request, and how its answer is read."""
+    """One HTTP request, and the function that reads its answer."""
 
     method: str
     path: str
     read: Callable[[httpx.Response], T]
     json: dict[str, Any] | None = None
     params: dict[str, Any] = field(default_factory=dict)
-    timeout_seconds: float | None = None  #: None: the client's own
+    timeout_seconds: float | None = None  #: None: the time-out of the client
 
 
 def headers(api_key: str | None) -> dict[str, str]:
-    """Return the headers of every request. Raises ConfigError if the key cannot be sent in one."""
+    """Return the headers of every request. Raises ConfigError if the key cannot be sent in a header."""
     if not api_key:
         return {}
     if not (api_key.isascii() and api_key.isprintable()):
@@ -53,7 +53,7 @@ def headers(api_key: str | None) -> dict[str, str]:
 
 
 def _engine(engine_id: str, route: str = "") -> str:
-    """Return a path of an engine. Raises NotFound for text that cannot be an id and could lead to another route."""
+    """Return the path of an engine's route. Raises NotFound if the text is not an id, as it could name another route."""
     if not _ID.fullmatch(engine_id):
         raise NotFound(
             code="engine_not_found", message=f"No engine '{engine_id[:100]}'.", param="engine_id",
@@ -109,13 +109,13 @@ def logs(engine_id: str, tail: int) -> Call[list[str]]:
 
 
 def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
-    """Stream an engine's log, from its last lines or from a byte on."""
+    """Stream an engine's log, from its last `tail` lines or from `offset`."""
     begin = {"tail": tail} if offset is None else {"offset": offset}
     return Call("GET", _engine(engine_id, "/logs"), lambda _: None, params={"follow": True, **begin})
 
 
 def events(engine_id: str, *, follow: bool) -> Call[None]:
-    """Stream the events of one engine: those so far, or also new ones until it has settled."""
+    """Stream the present events of one engine; with `follow`, also new ones until the engine has settled."""
     return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
 
 

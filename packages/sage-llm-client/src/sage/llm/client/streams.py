@@ -1,4 +1,4 @@
-"""Readers of the gateway's streams. They are given bytes, so that both clients use the same."""
+"""Readers of the gateway's streams. They do no I/O, so that the sync and the async client can share them."""
 
 import json
 import time
@@ -18,23 +18,23 @@ class Lines:
     """Splits bytes into lines of text."""
 
     def __init__(self) -> None:
-        self.rest = b""  #: the beginning of a line whose end has not come yet
+        self.rest = b""  #: the received part of the last, incomplete line
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the lines that are complete now, without their ends."""
+        """Return the lines that are complete now, without line ends."""
         *complete, self.rest = (self.rest + chunk).split(b"\n")
         return [line.decode(errors="replace") for line in complete]
 
 
 class StreamReader(Generic[T]):
-    """Reads one stream that may break off and be continued."""
+    """Reads one stream, which may break off and be continued by a new request."""
 
     def __init__(self) -> None:
         self._lines = Lines()
         self.has_begun = False
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Note that the stream has begun, for the first time or again."""
+        """Prepare for the bytes of a stream that was just opened, for the first time or again."""
         self.has_begun, self._lines = True, Lines()
 
     def feed(self, chunk: bytes) -> list[T]:
@@ -42,17 +42,17 @@ class StreamReader(Generic[T]):
         raise NotImplementedError
 
     def finish(self) -> list[T]:
-        """Return the items after the end of the stream. Raises GatewayUnreachable if it should not have ended."""
+        """Return the last items at the end of the stream. Raises GatewayUnreachable if the stream must not end."""
         return []
 
 
 class LogReader(StreamReader[str]):
     """Reads the lines of a log."""
 
-    offset: int | None = None  #: byte of the log that comes next, behind the last complete line
+    offset: int | None = None  #: offset in the log after the last complete line
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Read at which byte the stream begins."""
+        """Read the offset in the log at which the stream begins."""
         super().begin(headers)
         try:
             self.offset = int(headers["X-Log-Offset"])
@@ -67,15 +67,15 @@ class LogReader(StreamReader[str]):
         return lines
 
     def finish(self) -> list[str]:
-        """Return the last line if it has no end."""
+        """Return the last line if it has no line end."""
         return [self._lines.rest.decode(errors="replace")] if self._lines.rest else []
 
 
 class EventReader(StreamReader[EngineEvent]):
-    """Reads server-sent events of engines, each of them once."""
+    """Reads server-sent events of engines, and returns each event once."""
 
     def __init__(self, cursor: int = 0, *, endless: bool = False) -> None:
-        """cursor: id of the last event that was read before; endless: only the gateway's exit ends the stream."""
+        """cursor: id of the last event that was already read; endless: only the gateway's exit ends the stream."""
         super().__init__()
         self.cursor, self._endless = cursor, endless
 
@@ -91,7 +91,7 @@ class EventReader(StreamReader[EngineEvent]):
         return found
 
     def finish(self) -> list[EngineEvent]:
-        """Raise GatewayUnreachable if the stream should not have ended."""
+        """Raise GatewayUnreachable if the stream must not end."""
         if self._endless:
             raise GatewayUnreachable(code="stream_cut", message="The gateway ended the change feed.")
         return []
@@ -108,7 +108,7 @@ class Patience:
     """Decides whether a stream that broke off is opened again."""
 
     def __init__(self, seconds: float) -> None:
-        """seconds: for how long the gateway may be away."""
+        """seconds: how long the gateway may be unreachable."""
         self._seconds = seconds
         self._lost_at: float | None = None
 

@@ -1,4 +1,4 @@
-"""The types of the wire: what the gateway's HTTP interface takes and returns."""
+"""The types of the gateway's HTTP interface: its requests and answers."""
 
 import re
 from datetime import datetime
@@ -12,7 +12,7 @@ from sage.common.training import TrainingStep as TrainingStep
 
 
 class EngineState(StrEnum):
-    """Where an engine is in its life."""
+    """The state of an engine."""
 
     VALIDATING = "validating"  #: its dataset is being checked
     QUEUED = "queued"  #: waits to be started
@@ -20,17 +20,17 @@ class EngineState(StrEnum):
     RUNNING = "running"  #: serves requests, or trains
     PAUSED = "paused"  #: gave its memory to another engine
     STOPPING = "stopping"  #: was asked to stop and is saving its state
-    STOPPED = "stopped"  #: ended because a user asked for it
+    STOPPED = "stopped"  #: ended because a user requested it
     COMPLETED = "completed"  #: training finished
     FAILED = "failed"  #: ended with an error; see `reason`
 
 
-#: Nothing happens to an engine in one of these until someone asks.
+#: States in which nothing happens to an engine until a user requests it.
 SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 
 class EngineKind(StrEnum):
-    """What an engine does."""
+    """The task of an engine."""
 
     LLM = "llm"  #: answers chats and completions
     EMBEDDING = "embedding"  #: turns texts into vectors
@@ -38,13 +38,13 @@ class EngineKind(StrEnum):
 
 
 SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
-#: In a request: the most recently started running engine of the kind.
+#: Model name in a request; means the running engine of the kind that was started last.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
 
 class DesiredState(StrEnum):
-    """The state that the user asked for."""
+    """The state that the user requested."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -52,7 +52,7 @@ class DesiredState(StrEnum):
 
 
 class RestartPolicy(StrEnum):
-    """Which engines are started again without being asked, as in Docker."""
+    """When an engine is restarted automatically, as in Docker."""
 
     NO = "no"  #: never
     ON_FAILURE = "on-failure"  #: if its process exits with an error, is killed, or no longer answers
@@ -139,11 +139,11 @@ class EnginePage(BaseModel):
 
 
 class EventKind(StrEnum):
-    """What an event of the change feed reports."""
+    """The change that an event of the change feed reports."""
 
     CREATED = "created"
     TRANSITION = "transition"
-    DESIRED = "desired"  #: a user asked for another state
+    DESIRED = "desired"  #: a user requested another state
     REMOVED = "removed"
 
 

@@ -1,6 +1,6 @@
 """The backend interface: a program that runs engines.
 
-To add a backend, write a class in this folder with the attributes of `ServingBackend`, and list it in `BACKENDS` (registry.py).
+To add a backend, write a class in this folder with the attributes of `ServingBackend`, and list it in `BACKENDS`.
 """
 
 import math

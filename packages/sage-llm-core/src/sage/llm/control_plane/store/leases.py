@@ -110,7 +110,7 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 
 
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
-    """Return the condition that a lease has not expired.
+    """Return the condition that a lease is valid, that is, has not expired.
 
     If the expiry is too far in the future, it was written before the clock was set back, and the lease is not valid.
     """
