@@ -95,7 +95,7 @@ class Generator:
         if len(prompt) + min(1, sampling.max_tokens) > self.context_tokens:
             raise ConfigError(
                 code="context_length_exceeded",
-                message=f"The prompt has {len(prompt)} tokens; the model's limit is {self.context_tokens}.",
+                message=f"The prompt has {len(prompt)} tokens; the model's context has {self.context_tokens}.",
                 hint="Shorten it.",
                 param=param,
             )
