@@ -28,7 +28,6 @@ from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.tokenizing import Encoder
 from sage.libs.finetune.manager import WORKER_ENVIRONMENT
-from sage.libs.finetune.run.rundir import Event
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
 
@@ -131,7 +130,7 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
 
 def trained(
     manager: FinetuneManager, task: str, environment: Mapping[str, str] = MappingProxyType({})
-) -> tuple[float, int, list[Event]]:
+) -> tuple[float, int, list[dict[str, Any]]]:
     """Carry out a run in a worker process; return its wall time, its peak memory and the run's events."""
     worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
     seconds, peak_bytes, _ = measured(worker, {**WORKER_ENVIRONMENT, **environment})
