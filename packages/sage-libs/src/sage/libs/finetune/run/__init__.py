@@ -1,1 +1,1 @@
-"""A run on the disk: what it shall do, what happened, and what it saved. Nothing here imports torch."""
+"""A run's files on disk: its spec, its events and its checkpoints. These modules do not import torch."""

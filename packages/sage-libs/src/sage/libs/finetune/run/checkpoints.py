@@ -18,9 +18,9 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
-#: Errors of a file that is permanently missing or unreadable; other errors are temporary and mean no damage.
+#: Errors which show that a file is missing or unreadable for good; after any other error the checkpoint may be intact.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that change neither the samples nor their order nor the mathematics; with any other difference runs diverge.
+#: Options that may differ when a run continues from a checkpoint; a difference in any other option changes the result.
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a folder; raises NotFound if it is not one of SAGE."""
+        """Return the checkpoint in a folder; raises NotFound if SAGE did not write the folder."""
         try:
             return cls(folder, int(json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["step"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -63,7 +63,7 @@ class Checkpoint:
             raise _damaged(f"{self.path / _MANIFEST} is not readable.") from error
 
     def total_steps(self) -> int:
-        """Return how many steps its run has."""
+        """Return the total number of steps of the checkpoint's run."""
         try:
             return int(json.loads((self.path / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"])
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -77,9 +77,9 @@ class Checkpoint:
         fsync_path(self.path.parent)
 
     def check_can_continue(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
-        """Raise ConfigError unless a run of this config and data would continue exactly, with steps left to train.
+        """Raise ConfigError if a run with this config and data cannot continue the checkpoint's run exactly.
 
-        base: returns the folder of a base model, given its name.
+        It also raises ConfigError if no steps are left to train.  base: returns the folder of a base model, given its name.
         """
         origin = self._origin()
         found, wanted = origin.config, config
@@ -114,7 +114,7 @@ class Checkpoint:
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
     """Publish a staged folder as `checkpoint-<step>` of a run: checksummed, synced, renamed.
 
-    If the run has an intact checkpoint of that step, that one is kept: its content is the same.
+    If an intact checkpoint of this step exists already, it is kept, because its content is the same.
     """
     files = {str(f.relative_to(written)): _sha256(f) for f in sorted(written.rglob("*")) if f.is_file()}
     (written / _MANIFEST).write_text(json.dumps({"step": step, "files_sha256": files}, indent=1), encoding="utf-8")
@@ -140,7 +140,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint, and the problems of newer ones, which are renamed."""
+    """Return the newest intact checkpoint; rename newer, damaged ones, and return their problems."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):

@@ -1,4 +1,4 @@
-"""Estimate of the memory that a run needs, from the headers of the weight files; no torch."""
+"""Estimate the memory that a run needs, from the headers of the weight files; does not import torch."""
 
 import math
 import re
@@ -9,27 +9,27 @@ from sage.common.errors import RunError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.models.resolve import safetensors_header
 
-#: A trained parameter, its gradient and AdamW's two moments, each in fp32.
+#: Bytes of a trained parameter, its gradient and AdamW's two moments, each in fp32.
 _TRAINED_BYTES = 16
-#: Bytes of a weight that is quantized to so many bits, with its share of the scales.
+#: Bytes of a quantized weight, including its share of the scales, by number of bits.
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
-#: Tokens whose logits our loss holds at once, and in how many copies: logits, probabilities, part of their gradient.
+#: Number of tokens whose logits our loss holds at once, and number of copies: logits, probabilities, part of their gradient.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2.5
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of a run in bytes, without Python and its libraries."""
+    """The memory of a run in bytes, without the memory of Python and its libraries."""
 
     base_bytes: int  #: frozen weights, in the precision in which they are held
     trained_bytes: int  #: trained parameters with gradients and optimizer state
     token_bytes: int  #: activations that our training step saves for the backward pass, for each token
     logits_bytes: int  #: logits of one token, in all copies that our loss holds
-    loading_bytes: int  #: a base that our training step quantizes to 8 bits is loaded in full precision first
+    loading_bytes: int  #: peak while loading a base that is quantized to 8 bits: it is loaded in full precision first
 
     @property
     def held_bytes(self) -> int:
-        """Memory that is held from the first step to the last."""
+        """Memory that is in use from the first step to the last."""
         return self.base_bytes + self.trained_bytes
 
     @property
@@ -38,16 +38,16 @@ class Estimate:
         return max(self.loading_bytes, self.held_bytes)
 
     def total_bytes(self, tokens: int) -> int:
-        """Return the peak memory with micro-batches of so many tokens."""
+        """Return the peak memory with micro-batches of `tokens` tokens."""
         in_step = tokens * self.token_bytes + min(tokens, _LOSS_TOKENS) * self.logits_bytes
         return max(self.loading_bytes, self.held_bytes + in_step)
 
     def fitting_tokens(self, available_bytes: int) -> int:
-        """Return the largest micro-batch, in tokens, that fits into so many bytes; 0: none does."""
+        """Return the size in tokens of the largest micro-batch that fits into `available_bytes`, 0 if none fits."""
         return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
     def describe(self, tokens: int, available_bytes: int) -> str:
-        """Return a sentence: the memory needed with micro-batches of so many tokens, and what fits if that is too much."""
+        """Return a message with the memory needed for micro-batches of `tokens` tokens, and the size that fits if it is less."""
         needed_bytes = self.total_bytes(tokens)
         text = f"the run needs about {gigabytes(needed_bytes)}, and {gigabytes(available_bytes)} are free"
         if needed_bytes <= available_bytes:
@@ -62,8 +62,8 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
     """Return the memory that a run needs on the model in a folder of safetensors.
 
     bf16, base_bits, int8: the precision in which the base is held, as in `Precision`.
-    For each token our step saves about the inputs and outputs of each matrix. From 128 to 8,192 tokens, with ranks 8 to 128,
-    the total with the process itself is within 8 % of the measured peak in fp32, and 15 % below it in bf16.
+    The activations of a token are estimated as the inputs and outputs of each matrix. From 128 to 8,192 tokens, with ranks 8
+    to 128, the total with the process itself is within 8 % of the measured peak in fp32, and 15 % below it in bf16.
     """
     shapes = {
         name: entry["shape"]
@@ -71,7 +71,7 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
         for name, entry in safetensors_header(file).items()
     }
     matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-    in_layers = {name: shape for name, shape in matrices.items() if re.search(r"\.\d+\.", name)}  # not embeddings and head
+    in_layers = {name: shape for name, shape in matrices.items() if re.search(r"\.\d+\.", name)}  # without embeddings and lm_head
     numbers, layer_numbers = (sum(map(math.prod, each.values())) for each in (shapes, in_layers))
     ends = sum(sum(shape[-2:]) for shape in in_layers.values())
     rows = max((shape[0] for name, shape in matrices.items() if name not in in_layers), default=0)
@@ -85,7 +85,7 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
 
 
 def check_memory(needs: Estimate, available_bytes: int, config: FinetuneConfig) -> None:
-    """Raise RunError if not even the smallest micro-batch fits into so many bytes."""
+    """Raise RunError if even the smallest micro-batch does not fit into `available_bytes`."""
     if needs.least_bytes <= available_bytes:
         return
     ways = ["use a smaller model"]
@@ -102,5 +102,5 @@ def check_memory(needs: Estimate, available_bytes: int, config: FinetuneConfig) 
 
 
 def gigabytes(count: int) -> str:
-    """Return bytes for people."""
+    """Format a number of bytes in gigabytes."""
     return f"{count / 1e9:.1f} GB"

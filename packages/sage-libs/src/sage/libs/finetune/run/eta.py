@@ -1,18 +1,18 @@
-"""The time that a run still needs, estimated from the time of its steps."""
+"""Estimate the remaining time of a run from the duration of its steps."""
 
 from collections import deque
 
-#: Steps before there is an estimate.
+#: Number of steps needed for an estimate.
 _MIN_STEPS = 10
-#: Throughput is measured over this many steps.
+#: Number of latest steps over which throughput is measured.
 _WINDOW_STEPS = 20
 
 
 class ProgressMeter:
-    """Measures steps; the first one of a process is not counted, since it warms up."""
+    """Measures throughput and remaining time; the time of a process's first step is ignored, because it includes warm-up."""
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
-        """remaining_steps: still to be done; closing_seconds: known time of the work besides the steps."""
+        """remaining_steps: steps left to train; closing_seconds: expected time of all work other than steps."""
         self._remaining = remaining_steps
         self.closing_seconds = closing_seconds
         self._steps = 0
@@ -29,13 +29,13 @@ class ProgressMeter:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens per second over the last steps; None if tokens are not counted."""
+        """Tokens per second over the latest steps; None if tokens are not counted."""
         tokens = sum(tokens for tokens, _ in self._window)
         return tokens / max(sum(seconds for _, seconds in self._window), 1e-9) if tokens else None
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until the end, or None until enough steps are done."""
+        """Seconds until the run ends; None before enough steps are done."""
         if self._steps < _MIN_STEPS:
             return None
         return self._remaining * self._seconds / (self._steps - 1) + self.closing_seconds

@@ -1,4 +1,4 @@
-"""The output folder of a run: which run owns it, checked before anything is written into it."""
+"""Ownership of a run's output folder, checked before anything is written into it."""
 
 import contextlib
 import fcntl
@@ -19,10 +19,10 @@ RUN_FILE = "sage_run.json"
 
 
 def claim_output(output: Path, task_id: str, run: Path) -> None:
-    """Create the output folder and record which run owns it; if several runs claim it at once, one succeeds.
+    """Create the output folder and record its owner; if several runs claim it at the same time, only one succeeds.
 
-    A run owns it from its creation until it has ended without a result, and may claim it again at any time.
-    Raises OutputError if it cannot be written, holds someone else's files, or belongs to another run.
+    A run owns the folder as soon as the run is created, and loses it if the run ends without a result. The owner may claim
+    it again. Raises OutputError if the folder cannot be written, contains files of no run, or belongs to another run.
     """
     output = output.resolve()
     try:
@@ -39,20 +39,20 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
 
 
 def check_claim(output: Path, task_id: str) -> None:
-    """Raise OutputError if the output folder belongs to another run, or holds files of no run."""
+    """Raise OutputError if the output folder belongs to another run, or contains files of no run."""
     owner = read_run_file(output.resolve())
     if owner.get("task_id") != task_id and output.is_dir():
         _check_free(output.resolve(), owner)
 
 
 def check_owner(output: Path, task_id: str) -> None:
-    """Raise OutputError if the output folder belongs to another run by now."""
+    """Raise OutputError if another run owns the output folder now."""
     if (owner := read_run_file(output).get("task_id", task_id)) != task_id:
         raise _refused(output, f"belongs to {owner} now")
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Write the record of a run beside its result; raises OutputError if the folder belongs to another run by now."""
+    """Write the record of a run beside its result; raises OutputError if another run owns the folder now."""
     with _locked(output):
         check_owner(output, record["task_id"])
         _write(output, record)
@@ -73,7 +73,7 @@ def _write(output: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder itself, which leaves no file; some network file systems have no locks."""
+    """Lock the folder itself, so that no lock file is left; without a lock on file systems that do not support locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
 
 
 def _claim_of(run: RunDirectory) -> str:
-    """Return how a run uses its output folder, as part of a sentence; empty if it has ended."""
+    """Return how a run uses its output folder, as part of a sentence; empty if the run has ended or does not exist."""
     if not run.spec_path.is_file():
         return ""
     state = derive(read_status(run), alive=holder(run.lock_path) is not None).state

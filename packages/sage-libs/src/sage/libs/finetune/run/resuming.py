@@ -1,4 +1,4 @@
-"""The checkpoint that a run continues from, verified, and a check that the base model is still the same."""
+"""Find and verify the checkpoint that a run continues from, and check that the base model has not changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
 
 
 def begun(run: RunDirectory, given: str | None) -> RunStatus:
-    """Return the status of a run, or, before its first step, of the run whose checkpoint it continues from."""
+    """Return the status of a run; before it trains, return that of the run whose checkpoint it continues from."""
     status = read_status(run)
     if status.bf16 is None and given:
         origin = RunDirectory(Path(given).resolve().parent)
@@ -46,7 +46,7 @@ def begun(run: RunDirectory, given: str | None) -> RunStatus:
 
 
 def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | None:
-    """Return the checkpoint of a step, or None, with a warning, if it is damaged."""
+    """Return the checkpoint of a step; if it is damaged, warn and return None."""
     best = Checkpoint(run.path / f"checkpoint-{step}", step)
     try:
         best.verify()

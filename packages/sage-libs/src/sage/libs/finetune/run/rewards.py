@@ -1,6 +1,6 @@
-"""The reward function of GRPO, in a Python file of the user.
+"""The reward function of GRPO, which the user writes in a Python file.
 
-`def reward(prompts, completions, **columns)` returns a number for each completion; columns: the other fields of the records.
+`def reward(prompts, completions, **columns)` returns one number per completion; columns: the other fields of the records.
 """
 
 import ast
@@ -29,7 +29,7 @@ def check_reward_file(path: Path) -> None:
 def load_reward(path: Path) -> Callable[..., list[float]]:
     """Execute a file and return its reward function.
 
-    TRL passes conversations; the file's function gets the text of each prompt's last message and of each completion.
+    TRL passes conversations; the user's function receives the text of each prompt's last message and of each completion.
     """
     spec = importlib.util.spec_from_file_location("sage_reward", path)
     assert spec

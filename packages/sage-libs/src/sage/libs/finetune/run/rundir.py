@@ -1,4 +1,4 @@
-"""The run directory: all that the worker and its manager share. Its schema is in docs/internals/run-directory.md."""
+"""The run directory: all data that a worker and its manager share. Its schema is in docs/internals/run-directory.md."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from sage.common.paths import private_folder
 from sage.common.training import AnyRunEvent, parse_event
 from sage.libs.finetune.config import FinetuneConfig
 
-#: Rank of a worker process if several train together; the main process has none.
+#: Environment variable with the rank of a process if several processes train together; the main process does not have it.
 RANK_VARIABLE = "SAGE_WORKER_RANK"
-#: Events that are on the disk before the run continues; a step that a power cut takes is done again.
+#: Events that are synced to disk before the run continues; a step event lost in a power failure is trained again.
 _DURABLE = ("launched", "started", "checkpoint", "stopped", "finished", "failed")
-#: Kept free, so that a run on a full disk can still report why it ends.
+#: Size of a file that is removed if the disk is full, so that the run can still report why it ends.
 _RESERVE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a run was asked to do, and the hash of its data."""
+    """The requested configuration of a run, and the hash of its data."""
 
     task_id: str
     config: FinetuneConfig
@@ -32,7 +32,7 @@ class RunSpec:
 
 
 class RunDirectory:
-    """One run's folder."""
+    """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
         """path: the folder; it need not exist yet."""
@@ -46,7 +46,7 @@ class RunDirectory:
         self._reserve_path = path / ".reserve"
 
     def create(self, spec: RunSpec) -> None:
-        """Create the folder with its spec, all or nothing; do nothing if it exists."""
+        """Create the folder with its spec atomically; do nothing if it exists."""
         if self.spec_path.exists():
             return
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -59,12 +59,12 @@ class RunDirectory:
         fsync_path(self.path.parent)
 
     def read_spec(self) -> RunSpec:
-        """Return what the run was asked to do."""
+        """Return the spec that the run was created with."""
         content = json.loads(self.spec_path.read_text(encoding="utf-8"))
         return RunSpec(**{**content, "config": FinetuneConfig.model_validate(content["config"])})
 
     def append_event(self, event: AnyRunEvent) -> None:
-        """Append one event with the time; one write, so that a crash can tear the last line only, which readers skip."""
+        """Append one event with the time, in one write: a crash can damage only the last line, and readers skip that."""
         fields = event.model_copy(update={"time": datetime.now(UTC)}).model_dump(mode="json", exclude_none=True)
         line = json.dumps(fields, ensure_ascii=False).encode() + b"\n"
         with self.events_path.open("ab+") as file:
@@ -76,7 +76,7 @@ class RunDirectory:
                 os.fsync(file.fileno())
 
     def read_events(self, offset: int = 0) -> Iterator[tuple[AnyRunEvent, int]]:
-        """Yield the complete events from a byte offset on, each with the offset behind it; damaged lines are skipped."""
+        """Yield the complete events after a byte offset, each with the offset of its end; damaged lines are skipped."""
         try:
             file = self.events_path.open("rb")
         except FileNotFoundError:
@@ -89,7 +89,7 @@ class RunDirectory:
                     yield event, offset
 
     def reserve_space(self) -> None:
-        """Reserve a little of the disk."""
+        """Reserve some disk space for the last events."""
         if not self._reserve_path.exists():
             self._reserve_path.write_bytes(b"\0" * _RESERVE_BYTES)
 
@@ -98,7 +98,7 @@ class RunDirectory:
         shutil.rmtree(self.staging_path, ignore_errors=True)
 
     def release_space(self) -> None:
-        """Release the reserved space, so that the run can report why it ends."""
+        """Free the reserved disk space, so that the run can report why it ends."""
         self._reserve_path.unlink(missing_ok=True)
 
     @staticmethod
@@ -107,7 +107,7 @@ class RunDirectory:
 
 
 class SilentRunDirectory(RunDirectory):
-    """The folder as processes of a run see it that are not the main one: they report nothing."""
+    """The run directory in processes other than the main one: they append no events."""
 
     def append_event(self, event: AnyRunEvent) -> None:
         """Do nothing."""

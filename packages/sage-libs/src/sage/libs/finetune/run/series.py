@@ -1,4 +1,4 @@
-"""The steps of a run as a series that is read incrementally and kept in bounded memory."""
+"""The steps of a run, read incrementally and kept in bounded memory."""
 
 import bisect
 import threading
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from sage.common.training import StepEvent, TrainingStep
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: A longer run is thinned to this many steps each time twice as many are held.
+#: If twice this many steps are in memory, they are downsampled to this many.
 KEPT_STEPS = 5_000
 
 
 class StepSeries:
-    """The steps of one run; each call reads only what was appended to its events since the last one."""
+    """The steps of one run; each call reads only the events that were appended since the previous call."""
 
     def __init__(self, run: RunDirectory, kept_steps: int = KEPT_STEPS) -> None:
         self._run, self._kept_steps = run, kept_steps
@@ -21,9 +21,9 @@ class StepSeries:
         self._lock = threading.Lock()
 
     def read(self, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the steps after a step, at most `max_points` of them; first and last are always among them.
+        """Return the steps after step `after`, downsampled to at most `max_points`; the first and the last are kept.
 
-        Every step of a run of up to 10,000; of a longer one 5,000 to 10,000, evenly spread.
+        By default all steps of a run of up to 10,000 steps are kept, and 5,000 to 10,000 of a longer run.
         """
         with self._lock:
             for event, end in self._run.read_events(self._offset):
@@ -34,7 +34,7 @@ class StepSeries:
         return found if max_points is None else downsample(found, max_points)
 
     def _add(self, event: StepEvent) -> None:
-        if self._steps and event.step <= self._steps[-1].step:  # done again after a kill
+        if self._steps and event.step <= self._steps[-1].step:  # trained again after a crash
             del self._steps[bisect.bisect_left(self._steps, event.step, key=_number) :]
         self._steps.append(TrainingStep.model_validate(vars(event)))
         if len(self._steps) > 2 * self._kept_steps:
@@ -42,7 +42,7 @@ class StepSeries:
 
 
 def downsample(steps: Sequence[TrainingStep], max_points: int) -> list[TrainingStep]:
-    """Return at most `max_points` steps: last, first, and the lowest and highest loss of equal ranges between them."""
+    """Return at most `max_points` steps: the first, the last, and of equal ranges between them the lowest and highest loss."""
     if len(steps) <= max_points:
         return list(steps)
     if max_points == 1:

@@ -1,4 +1,4 @@
-"""Where a run is, derived from its events and its lock and from nothing else."""
+"""The status of a run, derived only from its events and its lock."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -23,23 +23,23 @@ from sage.common.training import (
 
 
 class RunState(StrEnum):
-    """Where a run is in its life."""
+    """State of a run."""
 
-    CREATED = "created"  #: its directory exists, nothing was started
-    STARTING = "starting"  #: its worker loads data and model
-    RUNNING = "running"  #: it trains
-    STOPPED = "stopped"  #: it was asked to stop and saved what it had
+    CREATED = "created"  #: its directory exists; no process was started yet
+    STARTING = "starting"  #: its worker loads the data and the model
+    RUNNING = "running"  #: its worker trains
+    STOPPED = "stopped"  #: it stopped on request, after saving a checkpoint
     COMPLETED = "completed"  #: the result is in the output folder
     FAILED = "failed"  #: it ended with an error; `message` describes it
 
 
-#: A run in one of these has a process, or its process died.
+#: States of a run that should have a process; if it has none, the process has crashed.
 ALIVE = (RunState.STARTING, RunState.RUNNING)
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What is known of a run. None: not known yet."""
+    """Status of a run; a field is None if its value is not known yet."""
 
     state: RunState = RunState.CREATED
     step: int = 0
@@ -54,19 +54,19 @@ class RunStatus:
     hint: str | None = None
     warnings: tuple[str, ...] = ()
     base_sha256: str | None = None  #: fingerprint of the base model
-    bf16: bool | None = None  #: whether the base is in bf16, else in fp32
-    bf16_products: bool | None = None  #: whether matrix products are, too
-    int8_products: bool | None = None  #: whether our own step holds and multiplies layers in 8 bits
-    halvings: int = 0  #: micro-batches are cut in two this many times to save memory
+    bf16: bool | None = None  #: whether the base is held in bf16; if not, in fp32
+    bf16_products: bool | None = None  #: whether matrix products are computed in bf16
+    int8_products: bool | None = None  #: whether SAGE's training step quantizes layers to int8 and uses int8 products
+    halvings: int = 0  #: number of times that micro-batches are cut in half to save memory
     activation_checkpointing: bool = False  #: activations are recomputed to save memory
 
     @property
     def progress(self) -> float | None:
-        """Share of the steps that is done, 0 to 1."""
+        """Completed share of the steps, 0 to 1."""
         return self.step / self.total_steps if self.total_steps else None
 
     def training_progress(self) -> TrainingProgress:
-        """Return what users see of it."""
+        """Return the progress that is shown to users."""
         return TrainingProgress(
             **dict(self.metrics),
             step=self.step,
@@ -82,8 +82,8 @@ class RunStatus:
 
 
 def fold(status: RunStatus, events: Iterable[AnyRunEvent]) -> RunStatus:
-    """Return the status after more events."""
-    step: StepEvent | None = None  # of several in a row only the last one counts
+    """Return the status after applying more events."""
+    step: StepEvent | None = None  # of consecutive step events, only the last one is applied
     for event in events:
         if isinstance(event, StepEvent):
             step = event
@@ -109,7 +109,7 @@ def derive(status: RunStatus, *, alive: bool) -> RunStatus:
 
 
 def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
-    """Return the fields of a status that an event changes."""
+    """Return the new values of the fields that an event changes."""
     match event:
         case LaunchedEvent():
             return {"state": RunState.STARTING, "code": None, "message": None, "hint": None, "eta_seconds": None}

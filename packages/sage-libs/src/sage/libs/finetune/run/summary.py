@@ -1,4 +1,4 @@
-"""The status of a run, read without reading an event twice: the worker saves it at each checkpoint and at the end."""
+"""Saved status of a run, so that readers parse only later events; the worker saves it at each checkpoint and at the end."""
 
 import zlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from sage.common.training import AnyRunEvent
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunStatus, fold
 
-#: So much of `events.jsonl` before the offset of a summary is compared, so that an edited file is read from its beginning.
+#: Bytes of `events.jsonl` before a summary's offset that are compared; if they differ, the file is read from its beginning.
 _COMPARED_BYTES = 512
 
 
@@ -20,7 +20,7 @@ class Summary:
     """The status after the events up to a byte offset of `events.jsonl`."""
 
     offset: int = 0
-    crc32: int = 0  #: of the last 512 bytes before the offset
+    crc32: int = 0  #: checksum of the last 512 bytes before the offset
     status: RunStatus = field(default_factory=RunStatus)
 
 
@@ -28,12 +28,12 @@ _SUMMARY = TypeAdapter(Summary)
 
 
 def read_status(run: RunDirectory) -> RunStatus:
-    """Return the status of a run by its events; `derive` adds what its lock says."""
+    """Return the status according to the run's events; `derive` also considers its lock."""
     return catch_up(run, read_summary(run)).status
 
 
 def read_summary(run: RunDirectory) -> Summary:
-    """Return the saved summary, or an empty one if there is none that fits the events."""
+    """Return the saved summary, or an empty one if none is saved or it does not match the events."""
     try:
         summary = _SUMMARY.validate_json(run.summary_path.read_bytes())
         return summary if summary.crc32 == _crc32(run, summary.offset) else Summary()
@@ -42,7 +42,7 @@ def read_summary(run: RunDirectory) -> Summary:
 
 
 def catch_up(run: RunDirectory, summary: Summary) -> Summary:
-    """Return a summary that includes the events appended since."""
+    """Return a summary that includes the events appended after `summary`."""
     offset = summary.offset
 
     def appended() -> Iterator[AnyRunEvent]:
