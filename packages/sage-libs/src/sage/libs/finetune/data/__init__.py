@@ -1,1 +1,1 @@
-"""From files of any common format to token ids with a mask of what is trained on."""
+"""Read datasets in any common format, and convert them to token ids and labels."""

@@ -16,7 +16,7 @@ _ANSWERS = ("chosen", "rejected", "completion")
 
 
 def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> Encoder:
-    """Return an encoder for a model by name; its findings already contain those about the model itself.
+    """Return an encoder for the model `model`; its findings already include those about the model itself.
 
     Raises SageError if the model or its tokenizer cannot be loaded.
     """

@@ -66,22 +66,22 @@ class Finding:
     """One kind of finding, with the positions of the first samples."""
 
     code: Code
-    count: int = 0  #: samples; 0: it concerns the model
+    count: int = 0  #: number of samples; 0 if the finding is about the model
     places: list[str] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
 
     @property
     def severity(self) -> Severity:
-        """Effect on a run."""
+        """Severity of this kind of finding."""
         return _MEANING[self.code][0]
 
     @property
     def hint(self) -> str:
-        """The next step, or ""."""
+        """What the user can do, or ""."""
         return _MEANING[self.code][2]
 
     def __str__(self) -> str:
-        """The finding as one sentence."""
+        """Return the finding as one sentence."""
         details = f" ({', '.join(self.details)})" if self.details else ""
         if not self.count:
             return f"{_MEANING[self.code][1]}{details}."
@@ -94,7 +94,7 @@ class Finding:
         return f"{samples}: {_MEANING[self.code][1]}{details}: {places}{more}."
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the finding for JSON."""
         kept = {"count": self.count, "places": self.places, "details": self.details}
         return {"code": self.code, "severity": self.severity, "message": str(self), "hint": self.hint, **kept}
 
@@ -103,12 +103,12 @@ class Findings:
     """All findings of a dataset, by code."""
 
     def __init__(self, found: Iterable[dict[str, Any]] = ()) -> None:
-        """found: as `as_dicts` returns them."""
+        """found: findings as returned by `as_dicts`."""
         each = (Finding(Code(f["code"]), f["count"], [*f["places"]], [*f["details"]]) for f in found)
         self._found = {finding.code: finding for finding in each}
 
     def add(self, code: Code, place: object, *details: str) -> None:
-        """Add a finding about a sample; each code and place counts once."""
+        """Add a finding about a sample; repeated findings with the same code and place count once."""
         finding = self._found.setdefault(code, Finding(code))
         finding.details += [detail for detail in details if detail not in finding.details][: _KEPT - len(finding.details)]
         if str(place) not in finding.places[-1:]:
@@ -133,7 +133,7 @@ class Findings:
         return [finding for finding in self if finding.severity is Severity.WARNING]
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """Return them for JSON."""
+        """Return the findings for JSON."""
         return [finding.as_dict() for finding in self]
 
     def raise_for_warnings(self, path: object, model: str) -> None:

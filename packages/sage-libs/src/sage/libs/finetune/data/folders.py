@@ -18,13 +18,13 @@ Split = Literal["train", "validation"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
-#: Split names in names of files and folders, as on the hub; test is checked first, so that it is never trained on.
+#: Words in names of files and folders that denote a split, as on the hub; test comes first, so that it is never trained on.
 _SPLIT_WORDS = {
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "train": {"train", "training"},
 }
-#: Metadata files of tools.
+#: Metadata files written by tools; they contain no data.
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 #: Name of a shard on the hub.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")
@@ -48,9 +48,9 @@ def suffix_of(path: Path) -> str:
 
 
 def select_files(path: Path, split: Split = "train") -> Selection:
-    """Return the files to read: the file itself, or those of a folder.
+    """Return the files to read: the file itself, or the files of one split of a folder.
 
-    Raises DatasetError if there is none.
+    Raises DatasetError if there are none.
     """
     try:
         return _folder_files(path, split) if path.is_dir() else Selection([_file(path)])
@@ -84,7 +84,7 @@ def _folder_files(folder: Path, split: Split) -> Selection:
 
 
 def _data_files(folder: Path) -> Iterable[Path]:
-    """Yield the data files of a folder, of its `data` and of its folders that are named after splits."""
+    """Yield the data files in a folder, in its subfolder `data` and in its subfolders named after splits."""
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name in _NO_DATA or _is_cache(path):
             continue
@@ -106,7 +106,7 @@ def _split_of(name: Path) -> str:
 
 
 def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Selection:
-    """Return the files of a split; if the folder does not have it, those without a split."""
+    """Return the files of a split; if the folder has none of them, return the files that name no split."""
     there = {name for name, _ in found}
     wanted = split if split in there or (there != {""} and split != "train") else ""
     files = [file for name, file in found if name == wanted]
@@ -122,7 +122,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """If several datasets have the split in their names (`train`, `train_sft`), return the files of the exact name."""
+    """Return the files named exactly `split` if the folder has several datasets of this split (`train`, `train_sft`)."""
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:
@@ -210,7 +210,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def unusable(path: Path, problem: str, hint: str = "") -> DatasetError:
-    """Return the error for a dataset that cannot be read at all."""
+    """Return the error to raise if a dataset cannot be read at all."""
     return DatasetError(
         code="dataset_unusable",
         message=f"The dataset {path} {problem}.",

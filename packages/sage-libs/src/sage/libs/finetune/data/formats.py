@@ -34,7 +34,7 @@ class Format(NamedTuple):
     name: str
     matches: Callable[[Record], bool]
     parse: Callable[[Record], Content]
-    fields: frozenset[str]  #: those that have an effect
+    fields: frozenset[str]  #: names of the fields that have an effect
 
 
 def parse_record(record: Any) -> Parsed:
@@ -69,7 +69,7 @@ def present_fields(record: Any) -> dict[str, Any]:
 
 
 def ignored_fields(present: Record, used: Set[str]) -> tuple[str, ...]:
-    """Return the names of a record's fields that have no effect, except ids and the like."""
+    """Return the names of a record's fields that have no effect, without bookkeeping fields such as ids."""
     unknown = present.keys() - used - _HARMLESS
     return tuple(printable(name) for name in present if name in unknown and present[name] not in ("", [], {}))
 

@@ -1,4 +1,4 @@
-"""Compare rendered samples with their records; each function adds what was lost to the findings."""
+"""Compare rendered samples with their records; each function adds a finding if content was lost."""
 
 import json
 import re

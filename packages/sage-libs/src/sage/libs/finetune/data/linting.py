@@ -27,13 +27,13 @@ class DatasetReport:
 
     path: Path
     split: Split = "train"  #: which files of a folder are read
-    files: list[Path] = field(default_factory=list)  #: those that are read
-    skipped_files: list[Path] = field(default_factory=list)  #: data of other splits
+    files: list[Path] = field(default_factory=list)  #: the files that are read
+    skipped_files: list[Path] = field(default_factory=list)  #: data files of other splits
     sample_count: int = 0
     faults: list[Fault] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     assistant_turns: int = 0
-    #: Each repeated record with the first one of the same content.
+    #: Each repeated record, with the first record that has the same content.
     duplicates: list[tuple[Origin, Origin]] = field(default_factory=list)
 
     def raise_for_faults(self) -> None:

@@ -9,7 +9,7 @@ from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printa
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
-#: Other names that the field uses for the four roles.
+#: Other common names of the four roles.
 _ROLE_ALIASES = {
     "developer": "system", "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
     "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",

@@ -21,7 +21,7 @@ class Mixture(Sequence[Encoded]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one sequence; no slices."""
+        """Return one sequence; slices are not supported."""
         part = bisect.bisect_right(self._ends, at)
         return self._parts[part][at - (self._ends[part - 1] if part else 0)]
 
@@ -31,7 +31,7 @@ class Mixture(Sequence[Encoded]):
 
 
 def weighed(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
-    """Repeat the samples `weight` times; for the fractional part, add a random selection.
+    """Repeat the samples `weight` times; for the fractional part of `weight`, add a random selection of samples.
 
     The selection depends on the seed only and is the same in every epoch.
     """

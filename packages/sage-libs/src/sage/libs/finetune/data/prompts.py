@@ -17,8 +17,8 @@ def prompt_of(value: Any, where: str) -> Conversation:
 def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
     """Parse the answer to a prompt; prompt: the record's value, or None. Raises RecordError.
 
-    A text is an assistant message as it is, even if it is JSON. It is parsed as a JSON list of messages only if the prompt
-    is one too, if its first messages repeat the prompt, or if the record has no prompt.
+    A text becomes one assistant message, even if it is JSON. It is parsed as a JSON list of messages only if the prompt is
+    such a list too, if its first messages repeat the prompt, or if the record has no prompt.
     """
     messages = _packed_messages(value)
     if messages is None or not (prompt is None or _packed_messages(prompt) or _says_again(messages, prompt)):

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Origin:
-    """Position of a record: its first line in a text file, else its number; both count from 1."""
+    """Position of a record: the number of its first line in a text file, else the record's number; both count from 1."""
 
     path: Path
     line: int
     unit: Literal["line", "record"] = "line"
 
     def __str__(self) -> str:
-        """`file:line`, or file and record number."""
+        """Return `file:line`, or file and record number."""
         return f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}, {self.place}"
 
     @property
@@ -32,13 +32,13 @@ class Fault:
     hint: str = ""
 
     def __str__(self) -> str:
-        """The fault as one line of text."""
+        """Return the fault as one line of text."""
         return f"{self.origin}: {self.message}{f' {self.hint}' if self.hint else ''}"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: messages in OpenAI's shape, tools in OpenAI's shape."""
+    """A conversation: messages and tools in OpenAI's format."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -54,6 +54,6 @@ class Sample:
 
     origin: Origin
     format: str
-    #: A Chat; a str, of which every token is trained on; or a row in the format of a TRL trainer.
+    #: A Chat; a str, whose tokens are all trained on; or a row in the format of a TRL trainer.
     content: Any = field(repr=False)
     ignored: tuple[str, ...] = ()  #: names of the record's fields that have no effect

@@ -19,8 +19,8 @@ class Source:
     def parse(cls, text: str) -> "Source":
         """Parse `FILE` or `FILE=WEIGHT`; relative paths are resolved from the working directory.
 
-        If a file or folder with the whole name exists, it is used. Raises ValueError if the weight is 0 or infinite, or the
-        home folder of a user is unknown.
+        If a file or folder named `text` exists, `text` is taken as a path without a weight. Raises ValueError if the weight
+        is 0 or infinite, or if a user's home folder is unknown.
         """
         weighed = None if _exists(absolute(text)) else _WEIGHED.fullmatch(text)
         path, weight = (weighed["path"], float(weighed["weight"])) if weighed else (text, 1.0)
@@ -29,7 +29,7 @@ class Source:
         return cls(absolute(path), weight)
 
     def __str__(self) -> str:
-        """Text from which `parse` returns the same source, also if the file no longer exists."""
+        """Return a text from which `parse` returns the same source, even if the file no longer exists."""
         is_plain = self.weight == 1 and not _WEIGHED.fullmatch(str(self.path))
         return str(self.path) if is_plain else f"{self.path}={repr(self.weight).removesuffix('.0')}"
 
@@ -37,7 +37,7 @@ class Source:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that is too long, say
+    except OSError:  # for example, the name is too long
         return False
 
 

@@ -30,30 +30,30 @@ from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Increased with every change of how samples are read or tokenized.
+#: Increment it with every change in how samples are read or tokenized.
 _VERSION = 2
 _PROGRESS_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
-#: A folder in progress is written to more often than this; an older one was left by a process that died.
+#: An incomplete folder without a write for this long was left by a crashed process.
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIAL = ".partial-"
-#: Called regularly with a description of the progress; an exception from it ends the work.
+#: Called regularly with a description of the progress; an exception that it raises ends the work.
 OnProgress = Callable[[str], None]
 Indexes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class TokenizationStats:
-    """Counts and findings of tokenizing a dataset."""
+    """Counts and findings collected while a dataset was tokenized."""
 
     samples: int  #: number of samples read
     truncated: int
     dropped: int
-    findings: list[dict[str, Any]]  #: as `Findings.as_dicts` returns them
+    findings: list[dict[str, Any]]  #: as returned by `Findings.as_dicts`
 
 
 class StoredSamples(Sequence[Encoded]):
-    """The sequences of a folder, or a selection of them; they stay readable after the folder is removed.
+    """The sequences in a folder, or a selection of them; they stay readable after the folder is removed.
 
     The file is read and not memory-mapped, because mapped pages count as the process's memory.
     """
@@ -78,7 +78,7 @@ class StoredSamples(Sequence[Encoded]):
         return len(self._indexes)
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one sequence; no slices."""
+        """Return one sequence; slices are not supported."""
         index = self._indexes[at]
         begin, end = (int(bound) for bound in self._bounds[index : index + 2])
         written = np.frombuffer(os.pread(self._tokens.fileno(), 4 * (end - begin), 4 * begin), np.int32)
@@ -157,11 +157,11 @@ def _synced(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _publish(aside: Path, folder: Path) -> StoredSamples:
-    """Rename the folder to its final name and open it; if another process was faster, open that one's."""
+    """Rename the folder to its final name and open it; if another process has published the folder already, open that."""
     samples = StoredSamples.of_folder(aside)
     try:
         aside.rename(folder)
-    except OSError:  # it exists
+    except OSError:  # the folder exists
         if other := _open_if_intact(folder):
             return other
         # Rename a damaged folder before removing it, so that readers find a complete folder or none.
@@ -174,7 +174,7 @@ def _publish(aside: Path, folder: Path) -> StoredSamples:
 
 
 def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
-    """Yield samples until the first fault, read on to collect all faults, then raise DatasetError for them."""
+    """Yield samples until the first fault, then read the rest to collect all faults, and raise DatasetError."""
     for sample in read_samples(report):
         if report.sample_count % _PROGRESS_SAMPLES == 0:
             on_progress(f"tokenizing {report.path}: {report.sample_count:,} samples")
@@ -190,13 +190,13 @@ def _file_stats(path: Path, split: Split) -> list[tuple[str, int, int]]:
 
 
 def _key(path: Path, encoder: Encoder, split: Split) -> str:
-    """Return the cache key: a hash of the dataset's path and content and of the encoder's settings."""
+    """Return the cache key: a hash of the dataset's path, its content, and the encoder's settings."""
     what = [_VERSION, version("transformers"), str(path), dataset_hash(path, split=split), encoder.settings()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
 def _remove_unused(root: Path) -> None:
-    """Remove folders that were not used for a month, and incomplete ones of dead processes."""
+    """Remove folders that were not used for a month, and incomplete folders that crashed processes left."""
     for folder in root.iterdir():
         kept_seconds = _PARTIAL_SECONDS if folder.name.startswith(_PARTIAL) else _KEPT_SECONDS
         with contextlib.suppress(OSError):  # another process removes or publishes it

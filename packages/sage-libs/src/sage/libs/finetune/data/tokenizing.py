@@ -1,9 +1,10 @@
-"""Tokenize samples and mark which tokens the loss covers: the answers of the assistant, and nothing else.
+"""Tokenize samples and mark the tokens that the loss covers: only the answers of the assistant.
 
 Each answer is trained as the served model generates it: after exactly the tokens of its prompt, and with its end token.
-If the template marks answers (`{% generation %}`), these marks are used. Else the answer is the difference between the chat
-rendered with it and its prompt. Answers of one chat share a sequence if each prompt begins with the tokens before it. If
-not (the template removes old reasoning, or a token spans the beginning of an answer), each answer gets its own sequence.
+If the template marks answers (`{% generation %}`), these marks are used. Otherwise an answer is the text that follows its
+prompt in the rendered chat. Answers of one chat share a sequence if the prompt of each answer begins with all tokens before
+that prompt. Otherwise (the template removes old reasoning, or a token spans the beginning of an answer), each answer gets
+its own sequence.
 """
 
 import itertools
@@ -32,14 +33,14 @@ _SHOWN_FAULTS = 3
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence; labels: equal to `ids` for trained tokens, else IGNORED; same length."""
+    """One sequence; labels: as long as `ids`, equal to `ids` for trained tokens, IGNORED for the others."""
 
     ids: list[int]
     labels: list[int]
 
     @property
     def trained_tokens(self) -> int:
-        """Number of tokens that the loss covers; the first token is never predicted."""
+        """Number of tokens that the loss covers, without the first token, which is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -54,17 +55,17 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Answers that share a sequence; prefix: tokens that the tokenizer adds before a plain text."""
+    """Answers that share a sequence; prefix: the tokens that the tokenizer adds before a plain text."""
 
     answers: list[_Answer]
-    #: Alternately the text before an answer (since the last one) and the answer.
+    #: Alternately the text between the previous answer and this one, and the answer.
     parts: list[str]
     prefix: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Encoder:
-    """Converts samples to sequences, and counts what was cut or dropped."""
+    """Converts samples to sequences, and counts cut and dropped sequences."""
 
     tokenizer: Any
     cutoff: int  #: sequences have at most this many tokens
@@ -83,18 +84,18 @@ class Encoder:
             ends |= {self.format.answer_end(), self.format.answer_end(calls=True)}
         self._end_ids = sorted(end for end in ends if end is not None)
         self._end_texts = tuple(self.tokenizer.convert_ids_to_tokens(self._end_ids))
-        #: Samples that the chat template rejects, or with tokens that the model does not have.
+        #: Samples that the chat template rejects, or that contain tokens without an embedding in the model.
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
-        """Return everything besides the samples that the sequences depend on."""
+        """Return all values, except the samples, that the sequences depend on."""
         vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 
     def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
         """Yield the sequences of samples, cut at the cutoff.
 
-        Raises DatasetError at the end for samples that the chat template rejects, and if nothing is left to train on.
+        Raises DatasetError at the end if the chat template rejected samples, or if nothing is left to train on.
         """
         kept = 0
         remaining = iter(samples)
@@ -129,9 +130,9 @@ class Encoder:
         return encoded
 
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
-        """Yield for each sequence whether an answer has different tokens in the history of the next one.
+        """Yield for each sequence whether an answer has different tokens as part of the next answer's prompt.
 
-        That is the case if a token spans the beginning of the answer. The end of an answer is always a token of its own.
+        That happens if a token spans the beginning of the answer. The end of an answer is always a separate token.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -199,7 +200,7 @@ class Encoder:
             return [self._plain(sample.content)]
         try:
             return list(self._merged_sequences(self._answers(sample, sample.content)))
-        except Exception as error:  # noqa: BLE001 - jinja and templates raise what they like
+        except Exception as error:  # noqa: BLE001 - templates raise all kinds of exceptions
             self.faults.append(Fault(sample.origin, f"the model's chat template rejects it: {error}"))
             return None
 
@@ -290,7 +291,7 @@ def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
 
 
 def _last_turn(encoded: Encoded) -> Encoded:
-    """Return the sequence with the loss on its last answer only."""
+    """Return the sequence with only its last answer trained."""
     trained = [label != IGNORED for label in encoded.labels]
     end = len(trained) - trained[::-1].index(True)
     begin = next((at for at in range(end, 0, -1) if not trained[at - 1]), 0)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-#: Longest quotation of a value in a message: training data must not appear in logs.
+#: Maximum number of characters of a value that a message quotes: training data must not appear in logs.
 _SHOWN_LETTERS = 40
 
 
@@ -32,9 +32,9 @@ def json_problem(error: ValueError | RecursionError) -> str:
 
 
 def unpacked(value: Any) -> Any:
-    """Decode a text if it is a JSON list or object, as in a CSV cell; else return the value unchanged.
+    """Decode a text that is a JSON list or object, for example from a CSV cell; return any other value unchanged.
 
-    Use it only for fields that must be lists or objects: in other fields the model learns such a text as it is.
+    Use it only for fields that must be lists or objects: in other fields, JSON text must be trained on unchanged.
     """
     if _is_packed(value):
         try:
@@ -57,7 +57,7 @@ def _is_packed(value: Any) -> bool:
 
 
 def list_of(value: Any, where: str) -> list[Any]:
-    """Return a list; a JSON text is decoded first. Raises RecordError."""
+    """Return a list, decoded if it is given as JSON text. Raises RecordError."""
     if _is_packed(value):
         value = decoded(value, f"'{where}'", "Write it as JSON, with double quotes.")
     if not isinstance(value, list):
@@ -66,7 +66,7 @@ def list_of(value: Any, where: str) -> list[Any]:
 
 
 def text_of(value: Any, where: str) -> str:
-    """Return a text; a list of OpenAI's text parts is joined. Raises RecordError, which names the place."""
+    """Return a text; join a list of OpenAI's text parts. Raises RecordError, which names the place."""
     if type(value) is str and value.isascii():
         return value
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):

@@ -47,7 +47,7 @@ class Estimate:
         return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
     def describe(self, tokens: int, available_bytes: int) -> str:
-        """Return a message with the memory needed for micro-batches of `tokens` tokens, and the size that fits if it is less."""
+        """Return a message: the memory for micro-batches of `tokens` tokens, and the size that fits if it is too much."""
         needed_bytes = self.total_bytes(tokens)
         text = f"the run needs about {gigabytes(needed_bytes)}, and {gigabytes(available_bytes)} are free"
         if needed_bytes <= available_bytes:
@@ -71,7 +71,7 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
         for name, entry in safetensors_header(file).items()
     }
     matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-    in_layers = {name: shape for name, shape in matrices.items() if re.search(r"\.\d+\.", name)}  # without embeddings and lm_head
+    in_layers = {name: shape for name, shape in matrices.items() if re.search(r"\.\d+\.", name)}  # layers only
     numbers, layer_numbers = (sum(map(math.prod, each.values())) for each in (shapes, in_layers))
     ends = sum(sum(shape[-2:]) for shape in in_layers.values())
     rows = max((shape[0] for name, shape in matrices.items() if name not in in_layers), default=0)

@@ -42,7 +42,7 @@ class StepSeries:
 
 
 def downsample(steps: Sequence[TrainingStep], max_points: int) -> list[TrainingStep]:
-    """Return at most `max_points` steps: the first, the last, and of equal ranges between them the lowest and highest loss."""
+    """Return at most `max_points` steps: the first, the last, and the lowest and highest loss of each range between."""
     if len(steps) <= max_points:
         return list(steps)
     if max_points == 1:
