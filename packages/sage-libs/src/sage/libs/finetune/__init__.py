@@ -1,7 +1,7 @@
 """Fine-tuning: runs, their data, the trainer, and the worker process.
 
-`FinetuneManager` and `FinetuneConfig` are the interface; neither imports torch. They are imported on first use, since a
-command line that only shows progress needs neither.
+`FinetuneManager` and `FinetuneConfig` are the interface; neither imports torch. They are imported on first use, because a
+command that only shows progress needs neither.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _follow(manager: FinetuneManager, task_id: str) -> RunStatus:
-    """Show a run until it has ended; SIGTERM and SIGINT stop it."""
+    """Show a run's progress until it ends; SIGTERM and SIGINT stop the run."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: manager.stop(task_id))
     with ProgressBar(task_id) as bar:

@@ -1,4 +1,4 @@
-"""The options of a fine-tuning run."""
+"""Options of a fine-tuning run."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from sage.common.validation import validated
 from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.data.sources import Source, absolute
 
-#: What says something about adapters, or about a base that stays as it is.
+#: Options of adapters and of a frozen base; full fine-tuning does not accept them.
 _OF_LORA = (
     "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora",
     "use_dora", "loraplus_lr_ratio", "quantization",
 )  # fmt: skip
-#: What belongs to learning from answers.
+#: Options of supervised fine-tuning; the methods of TRL do not accept them.
 _OF_SFT = (
     "train_on", "pack_tokens", "eval_path", "eval_split", "eval_steps", "early_stopping_patience", "sample_prompts",
     "keep_best", "streaming", "neftune_noise_alpha", "loraplus_lr_ratio", "num_processes",
@@ -24,7 +24,7 @@ _OF_SFT = (
 
 
 class FinetuneConfig(BaseModel):
-    """One run. The same values, data, machine and versions give the same losses."""
+    """Configuration of a run. The same configuration, data, machine and software versions give the same losses."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -121,7 +121,7 @@ class FinetuneConfig(BaseModel):
         return [Source.parse(text) for text in texts]
 
     def _given(self, names: tuple[str, ...]) -> list[str]:
-        """Return which of these options are not at their defaults."""
+        """Return those of the options `names` that differ from their defaults."""
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     @field_validator("dataset_path")
@@ -172,9 +172,9 @@ class FinetuneConfig(BaseModel):
 
 
 def load_config(path: Path) -> FinetuneConfig:
-    """Return the run described by a YAML file; relative paths in it count from the working folder.
+    """Return the configuration in a YAML file; relative paths in it are resolved from the working directory.
 
-    Raises ConfigError that names the file, or the option and what is allowed for it.
+    Raises ConfigError, which names the file, or the invalid option and its allowed values.
     """
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""FinetuneManager: runs, from creation to result. Keeps nothing in memory that it could not read again; no torch."""
+"""Create, start, stop and read runs. All state is on disk, and memory holds only caches; does not import torch."""
 
 import contextlib
 import hashlib
@@ -33,13 +33,13 @@ from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive
 from sage.libs.finetune.run.summary import Summary, catch_up, read_summary
 from sage.libs.models.resolve import ModelKind, resolve_model
 
-#: A worker that has reported its end may take this long to exit; a new one waits for it.
+#: Maximum time in which a worker exits after reporting the end of its run; a new worker waits for that.
 _EXIT_SECONDS = 10.0
-#: `create` checks so many samples of each dataset; the worker checks the rest.
+#: Number of samples of each dataset that `create` checks; the worker checks all of them.
 _CHECKED_SAMPLES = 20_000
-#: Runs whose steps are kept in memory, so that a reader who polls causes no second reading.
+#: Maximum number of runs whose steps are cached, so that repeated requests do not read the same events again.
 _KEPT_SERIES = 16
-#: By default glibc returns a freed tensor of some megabytes to the kernel, which clears the pages of the next one again.
+#: By default glibc returns the memory of large freed tensors to the kernel, which must clear the pages of the next tensor.
 #: With these settings a step on the CPU takes 5 % less time, and peak memory is the same.
 _MALLOC = "arena_max=1", "mmap_threshold=268435456", "trim_threshold=1073741824"
 #: Environment variables of a worker, unless the user sets them.
@@ -55,19 +55,19 @@ class FinetuneManager:
     def __init__(self, root: Path | None = None, *, allow_reward_files: bool = False) -> None:
         """Keep runs below `root`, by default the user's `models/finetuned`.
 
-        allow_reward_files: whether runs may name Python files with reward functions, which are executed here.
+        allow_reward_files: whether runs may use reward functions in Python files; these files are executed on this machine.
         """
         self.root = root or get_user_paths().finetuned_dir
         self._allow_reward_files = allow_reward_files
         self._status_cache: dict[str, Summary] = {}
-        self._series: dict[str, StepSeries] = {}  #: of the runs whose steps were read last, the newest at the end
+        self._series: dict[str, StepSeries] = {}  #: by run, the most recently used last
         self._series_lock = threading.Lock()
 
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
         """Check everything that can be checked without loading a model, then create the run directory; return the run's id.
 
-        Raises DatasetError, ModelError, OutputError, or ConfigError if a given checkpoint is of another run; nothing is
-        written then.
+        Raises DatasetError, ModelError or OutputError, or ConfigError if the checkpoint to continue from does not match. If
+        it raises an error, nothing was written.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
@@ -109,7 +109,7 @@ class FinetuneManager:
     def start_training(self, task_id: str) -> ProcessIdentity:
         """Start a run's worker; it continues from the newest checkpoint if there is one.
 
-        Raises Conflict if it runs already.
+        Raises Conflict if the run is running already.
         """
         return spawn(self.process_spec(task_id))
 
@@ -124,15 +124,16 @@ class FinetuneManager:
         return ProcessSpec(argv, run.lock_path, run.log_path, environment, holds_sigterm=True)
 
     def resume(self, task_id: str) -> ProcessIdentity:
-        """Start a run again that was stopped or failed.
+        """Start a stopped or failed run again.
 
-        Raises Conflict if there is nothing to resume or the dataset has changed, OutputError if another run has its output.
+        Raises Conflict if the run is running or completed or if its data has changed, OutputError if its output folder
+        belongs to another run.
         """
         self.check_resumable(task_id)
         return self.start_training(task_id)
 
     def check_resumable(self, task_id: str) -> None:
-        """Raise Conflict or OutputError if `resume` would."""
+        """Raise Conflict or OutputError if the run cannot be resumed."""
         self.check_resumable_quick(task_id)
         spec = self.run_directory(task_id).read_spec()
         if _data_hash(spec.config) != spec.dataset_sha256:
@@ -146,7 +147,7 @@ class FinetuneManager:
             )
 
     def check_resumable_quick(self, task_id: str) -> None:
-        """Raise Conflict or OutputError if the run cannot be resumed, whatever its dataset is."""
+        """Raise Conflict or OutputError if the run cannot be resumed, without checking whether its data has changed."""
         state, spec = self.status(task_id).state, self.run_directory(task_id).read_spec()
         if state is RunState.COMPLETED:
             raise Conflict(
@@ -159,14 +160,14 @@ class FinetuneManager:
         check_claim(Path(spec.config.output_dir), task_id)
 
     def stop(self, task_id: str, *, force: bool = False) -> bool:
-        """Ask a run to save and end (`force`: kill it); return at once; False if it has no process."""
+        """Ask a run to save a checkpoint and exit (`force`: kill it), without waiting; return False if it has no process."""
         process = self.process(task_id)
         return process.send_signal(signal.SIGKILL if force else signal.SIGTERM) if process else False
 
     def status(self, task_id: str) -> RunStatus:
-        """Return where a run is."""
+        """Return the status of a run."""
         run = self.run_directory(task_id)
-        alive = holder(run.lock_path) is not None  # before the events: a process that exits in between has reported its end
+        alive = holder(run.lock_path) is not None  # before the events: a process that exits later has reported its end
         summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
         self._status_cache[task_id] = summary
         return derive(summary.status, alive=alive)
@@ -176,13 +177,13 @@ class FinetuneManager:
         return holder(RunDirectory(self.root / task_id).lock_path)
 
     def events(self, task_id: str, offset: int = 0) -> Iterator[tuple[AnyRunEvent, int]]:
-        """Yield a run's events from a byte offset on, each with the offset behind it."""
+        """Yield a run's events after a byte offset, each with the offset of its end."""
         return self.run_directory(task_id).read_events(offset)
 
     def training_steps(self, task_id: str, after: int = 0, max_points: int | None = None) -> Sequence[TrainingStep]:
-        """Return a run's steps after step `after`, downsampled to at most `max_points`; reads only what is new."""
+        """Return a run's steps after step `after`, downsampled to at most `max_points`; reads only new events."""
         run = self.run_directory(task_id)
-        with self._series_lock:  # threads that ask at once share one series
+        with self._series_lock:  # concurrent requests share one series
             series = self._series.pop(task_id, None) or StepSeries(run)
             while len(self._series) >= _KEPT_SERIES:
                 del self._series[next(iter(self._series))]
@@ -197,7 +198,7 @@ class FinetuneManager:
         """Return the ids of all runs, oldest first."""
         begun: list[tuple[float, str]] = []
         for spec in self.root.glob("*/spec.json"):
-            with contextlib.suppress(FileNotFoundError):  # it has just been removed
+            with contextlib.suppress(FileNotFoundError):  # the run was removed just now
                 begun.append((spec.stat().st_mtime, spec.parent.name))
         return [name for _, name in sorted(begun)]
 
@@ -211,7 +212,7 @@ class FinetuneManager:
             self._series.pop(task_id, None)
 
     def _wait_for_exit(self, task_id: str) -> bool:
-        """Return whether a run has no process; one that has reported its end is given time to exit."""
+        """Return whether a run has no process; if it has reported its end, wait until its process has exited."""
         deadline = time.monotonic() + _EXIT_SECONDS
         while self.process(task_id):
             if self.status(task_id).state in ALIVE or time.monotonic() > deadline:
@@ -240,7 +241,7 @@ def _data_hash(config: FinetuneConfig) -> str:
 
 
 def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
-    """Raise ConfigError if a method of TRL cannot be used here."""
+    """Raise ConfigError if TRL is not installed, or if the reward file is invalid or not allowed."""
     if importlib.util.find_spec("trl") is None:
         raise ConfigError(
             code="trl_missing",

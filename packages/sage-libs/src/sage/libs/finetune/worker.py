@@ -1,4 +1,4 @@
-"""`python -m sage.libs.finetune.worker RUN_DIR`: one run, one process.
+"""`python -m sage.libs.finetune.worker RUN_DIR`: the process that executes one run.
 
 It holds the run's lock, appends the run's events, and exits with code 0 if the run is completed or stopped.
 """
@@ -28,16 +28,16 @@ from sage.libs.finetune.training.memory import is_out_of_memory
 from sage.libs.finetune.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
-#: If less than this is free, an error is reported as a full disk.
+#: If less disk space than this is free, an error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
 #: transformers imports these if they are installed; they are not used here, and take a second and 120 MB.
 _UNUSED = ("datasets", "pandas", "scipy", "sklearn")
-#: By then it is known whether the main process has exited.
+#: After this delay a failed process checks whether the main process has exited.
 _LEADER_SECONDS = 1.0
 
 
 def main(argv: list[str]) -> int:
-    """Carry out the run in the folder given."""
+    """Execute the run in the given folder; return the exit code."""
     if len(argv) != 1 or not (Path(argv[0]) / "spec.json").is_file():
         print("usage: python -m sage.libs.finetune.worker RUN_DIR (a folder with spec.json)", file=sys.stderr)
         return 2
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         write_identity(descriptor)
         run.append_event(LaunchedEvent())
     configure_logging()
-    warnings.simplefilter("ignore", FutureWarning)  # between libraries, nothing that a user could do
+    warnings.simplefilter("ignore", FutureWarning)  # about uses in libraries, which users cannot change
     stop = StopRequest()
     stop.install()
     try:
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
-        with contextlib.suppress(OSError):  # it only makes reading faster
+        with contextlib.suppress(OSError):  # the summary only makes reading faster
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - reported as the end of the run, whatever it is
         _fail(run, error)
@@ -88,7 +88,7 @@ def _follow(run: RunDirectory) -> int:
 
 
 def _fail(run: RunDirectory, error: Exception) -> None:
-    """Report why a run has failed, unless another of its processes has done so."""
+    """Report why a run has failed, unless another process of the run has reported it."""
     logger.error("%s", "".join(traceback.format_exception(error)))
     run.release_space()
     if read_status(run).state is not RunState.FAILED:
@@ -97,9 +97,9 @@ def _fail(run: RunDirectory, error: Exception) -> None:
 
 
 def _train(run: RunDirectory, stop: StopRequest) -> None:
-    # Either imports torch, which takes seconds; signals are caught already.
+    # Both modules import torch, which takes seconds; signals are handled by now.
     if run.read_spec().config.method == "sft":
-        sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # from here on they count as not installed
+        sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # from now on, importing them fails
         from sage.libs.finetune.training.trainer import TrainingRun as Run
     else:
         from sage.libs.finetune.training.preference import PreferenceRun as Run
@@ -107,7 +107,7 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
 
 
 def _reported(error: Exception, run: RunDirectory) -> SageError:
-    """Return an error as it is reported to the user."""
+    """Return the error to report to the user."""
     if isinstance(error, SageError):
         return error
     log = f"Full traceback: {run.log_path}."
@@ -141,9 +141,9 @@ def _is_full(error: Exception, folder: Path) -> bool:
 
 
 def _fullest(run: RunDirectory) -> Path:
-    """Return the folder that a run writes to whose disk has the least free space."""
+    """Return which of the folders that a run writes to has the least free disk space."""
     folders = [run.path]
-    with contextlib.suppress(Exception):  # what fails may be just this
+    with contextlib.suppress(Exception):  # reading the spec may be what failed
         folders.append(Path(run.read_spec().config.output_dir))
     return min((folder for folder in folders if folder.is_dir()), key=lambda folder: shutil.disk_usage(folder).free)
 

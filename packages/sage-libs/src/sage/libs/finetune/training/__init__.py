@@ -1,1 +1,1 @@
-"""What runs in the worker's process. It imports torch; nothing outside of it and `worker.py` imports it."""
+"""Modules of the worker process. They import torch, so only `worker.py` may import them."""

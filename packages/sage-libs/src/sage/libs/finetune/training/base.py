@@ -1,4 +1,4 @@
-"""The first phase: the base model's files and its tokenizer, before any weights are read."""
+"""The first phase: find the base model's files and load its tokenizer, before any weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A base model on the disk."""
+    """A base model on disk, with its tokenizer."""
 
     folder: Path  #: safetensors and config
     adapter: Path | None  #: the adapter that is trained further
@@ -23,7 +23,7 @@ class BaseFiles:
     chat_format: ChatFormat
 
     def encoder(self, max_seq_length: int, train_on: TrainOn) -> Encoder:
-        """Return a new encoder of samples."""
+        """Return a new encoder for samples."""
         return Encoder(self.tokenizer, max_seq_length, train_on, embedding_rows(self.folder))
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 
-#: Samples that stay in one micro-batch; one item of the Trainer's dataset.
+#: Samples that are always in the same micro-batch; one item of the Trainer's dataset.
 Pack = tuple[Encoded, ...]
 Batch = dict[str, Tensor]
 #: A packed micro-batch is padded to a multiple of this many tokens.
@@ -30,7 +30,7 @@ class PackedCollator:
     def __call__(self, packs: Sequence[Pack]) -> Batch:
         """Return input_ids, position_ids, attention_mask and labels, (1, tokens), and cu_seq_lens_q, (samples + 1,): int64.
 
-        cu_seq_lens_q: the first token of each sample, then the end of the last one; the keys are transformers' names.
+        cu_seq_lens_q: index of the first token of each sample, then the end of the last one. The names are transformers'.
         """
         sequences = list(_flat(packs))
         lengths = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)])
@@ -50,7 +50,7 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """One sequence per row; works with every model."""
+    """Puts each sequence in its own row, padded to the longest; works with every model."""
 
     pad_token_id: int
 
@@ -111,17 +111,17 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
 
 
 class Packs(Sequence[Pack]):
-    """Samples in groups; each is read from disk when it is accessed."""
+    """Samples grouped into packs; each sample is read from disk when it is accessed."""
 
     def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
-        """groups: indexes of the samples of each pack; None: each sample is a pack of its own."""
+        """groups: indexes of the samples of each pack; None: one sample per pack."""
         self._samples, self._groups = samples, groups
 
     def __len__(self) -> int:
         return len(self._samples if self._groups is None else self._groups)
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one pack; no slices."""
+        """Return one pack; slices are not supported."""
         return tuple(self._samples[index] for index in ((at,) if self._groups is None else self._groups[at]))
 
 
@@ -137,10 +137,10 @@ def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
     Best-fit packing of the samples in random order, so that packs are full and mix samples of all lengths.
     """
     order = list(range(len(lengths)))
-    random.Random(seed).shuffle(order)  # noqa: S311 - a reproducible order, not a secret
+    random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, no secret
     packs: list[list[int]] = []
     rooms: list[int] = []  # distinct numbers of free tokens in packs, ascending
-    by_room: dict[int, list[int]] = {}  # the packs with that many free tokens
+    by_room: dict[int, list[int]] = {}  # packs by their number of free tokens
     for index in order:
         length = lengths[index]
         at = bisect.bisect_left(rooms, length)

@@ -1,4 +1,4 @@
-"""Events of the Trainer: progress, checkpoints, stopping on request."""
+"""Callbacks of the Trainer: progress, checkpoints, stopping on request."""
 
 import logging
 import math
@@ -24,14 +24,14 @@ from sage.libs.finetune.training.stopping import StopRequest, StopRequested
 from sage.libs.finetune.training.team import Team
 
 logger = logging.getLogger(__name__)
-#: Training has diverged if the loss is above this multiple of ln(vocabulary), the loss of a guess, for so many steps.
+#: Training has diverged if the loss exceeds this multiple of ln(vocabulary), the loss of guessing, for this many steps.
 _DIVERGED, _DIVERGED_STEPS = 1.5, 10
-#: Freed memory is returned every so many steps: each step would cost 4 % of the time, every eighth saves 6 % of memory.
+#: Steps between two calls of `trim_heap`: a call at each step costs 4 % of the time, at each eighth it saves 6 % of memory.
 _TRIM_STEPS = 8
 
 
 class RunCallback(TrainerCallback):
-    """Reports the Trainer's progress to the run directory, and tells the Trainer when to save and when to stop."""
+    """Reports the Trainer's progress to the run directory, and decides when the Trainer saves and stops."""
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class RunCallback(TrainerCallback):
         measure: Callable[[int], float | None],
         started_fields: Callable[[TrainerState], dict[str, Any]],
     ) -> None:
-        """Take what the callback needs.
+        """Store the arguments.
 
-        save_steps: between two checkpoints; keep_checkpoints: how many are kept, and with `keep_best` also the best one.
-        trusted: steps whose checkpoints this process has verified; those that it writes are added.
-        measure: scores the held-out samples after a step; started_fields: reported when training begins.
+        save_steps: steps between two checkpoints.  keep_checkpoints: number of newest checkpoints to keep; `keep_best` also
+        keeps the best one.  trusted: steps whose checkpoints this process has verified; those that it writes are added.
+        measure: returns the held-out loss after a step.  started_fields: returns fields of the event `started`.
         """
         self.trusted = trusted
         self.run, self.loss, self.stop, self.team = run, loss, stop, team
@@ -62,7 +62,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
     ) -> TrainerControl:
-        """Report that training begins or continues."""
+        """Report that training begins, or continues from a checkpoint."""
         self.guessing_loss, self.diverged_steps = math.log(model.get_input_embeddings().weight.shape[0]), 0
         self.meter = ProgressMeter(state.max_steps - state.global_step)
         self.last = time.monotonic()
@@ -75,7 +75,7 @@ class RunCallback(TrainerCallback):
         return control
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        """Save every so often, at the end and before a stop."""
+        """Save a checkpoint every `save_steps` steps, at the end, and before a stop."""
         if state.global_step % _TRIM_STEPS == 0:
             trim_heap()
         control.should_training_stop |= self.team.broadcast(self.stop.requested)
@@ -91,9 +91,9 @@ class RunCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> TrainerControl:
-        """Append the event of one step, and evaluate if that is due; raises RunError if training has diverged."""
-        state.log_history.clear()  # else it grows by an entry a step, and is part of every checkpoint
-        if not logs or "loss" not in logs:  # the Trainer's closing summary
+        """Append the event of one step, and evaluate if an evaluation is due; raises RunError if training has diverged."""
+        state.log_history.clear()  # otherwise it grows with each step, and every checkpoint contains it
+        if not logs or "loss" not in logs:  # the Trainer's summary at the end
             return control
         now = time.monotonic()
         trained, correct = self.team.total(self.loss.take_counts())
@@ -145,7 +145,7 @@ class RunCallback(TrainerCallback):
         return control
 
     def _score(self, step: int, control: TrainerControl) -> None:
-        """Score the held-out samples; save the best step, and the last one if early stopping ends the run."""
+        """Measure the held-out loss; request a checkpoint if this is the best step to keep, or if the run ends here."""
         ends = saves = False
         if self.team.is_main_process:
             try:
@@ -160,7 +160,7 @@ class RunCallback(TrainerCallback):
         control.should_save |= saves or control.should_training_stop
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        """Publish the checkpoint that the Trainer has staged."""
+        """Publish the checkpoint that the Trainer has written to the staging folder."""
         assert args.output_dir
         self.team.barrier()  # every process has written its part
         if self.team.is_main_process:
@@ -181,7 +181,7 @@ class RunCallback(TrainerCallback):
 
 
 def _memory_bytes() -> int:
-    """Return what this process holds now: of the GPU if there is one, else of main memory."""
+    """Return the memory that this process uses now: GPU memory if there is a GPU, else main memory."""
     if torch.cuda.is_available():
         return torch.cuda.memory_reserved()
     return int(psutil.Process().memory_info().rss)

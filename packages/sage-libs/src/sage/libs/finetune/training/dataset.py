@@ -1,4 +1,4 @@
-"""The third phase: the data, read, split, mixed and packed."""
+"""The third phase: read, split, mix and pack the data."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ from sage.libs.finetune.training.streaming import StreamedPacks
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from and is evaluated on."""
+    """The training data and the held-out data of a run."""
 
-    packs: Packs | StreamedPacks | Sequence[Any]  #: the last: rows for TRL
-    samples: int | None  #: for training; None: not known while streaming
+    packs: Packs | StreamedPacks | Sequence[Any]  #: a plain sequence contains rows for TRL
+    samples: int | None  #: number of training samples; None while streaming, because it is not known
     heldout: Sequence[Encoded]
-    micro_batch: int  #: packs in one
-    most_tokens: int  #: in the largest micro-batch
+    micro_batch: int  #: packs per micro-batch
+    most_tokens: int  #: tokens in the largest micro-batch
 
 
 def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:
-    """Return the data of a run; without any if the run is asked to stop meanwhile. Raises DatasetError."""
+    """Return the data of a run; no packs if a stop is requested while data is loaded. Raises DatasetError."""
     micro_batch = 1 if config.pack_tokens else config.batch_size
     limit_tokens = config.pack_tokens or config.batch_size * config.max_seq_length
     reader = _Reader(new_encoder, report, config.max_seq_length)
@@ -47,17 +47,17 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
         groups = pack(lengths, config.pack_tokens, config.seed) if config.pack_tokens else None
         most = most_tokens(lengths, groups, micro_batch)
         return TrainingData(Packs(train, groups), len(train), heldout, micro_batch, most)
-    except StopRequested:  # the result is the model as it is
+    except StopRequested:  # nothing is trained: the result is the unchanged model
         return TrainingData(Packs([]), 0, heldout, micro_batch, limit_tokens)
 
 
 def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence[Encoded]]:
-    """Return samples for training and held-out ones, which are split off before anything is weighed."""
+    """Return the training samples and the held-out samples, which are separated before dataset weights are applied."""
     parts, heldout = [], []
     for source in config.sources:
         samples = reader.read(source.path)
         order = list(range(len(samples)))
-        random.Random(config.seed).shuffle(order)  # noqa: S311 - a reproducible split, not a secret
+        random.Random(config.seed).shuffle(order)  # noqa: S311 - reproducible, no secret
         count = round(len(samples) * config.eval_split)
         heldout.append(samples.take(sorted(order[:count])))
         parts.append(weighed(samples.take(sorted(order[count:])), source.weight, config.seed))
@@ -74,7 +74,7 @@ def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads tokenized datasets and reports what was found in them."""
+    """Reads tokenized datasets and reports their findings."""
 
     new_encoder: Callable[[], Encoder]
     report: Reporter

@@ -1,4 +1,4 @@
-"""Held-out loss: the mean over all completion tokens, all with the same weight."""
+"""Held-out loss: the mean over all completion tokens, each with the same weight."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def heldout_loss(
 ) -> float:
     """Return the mean completion loss over sequences, in nats per token, computed in the model's precision.
 
-    on_batch: called before each batch; an exception from it ends the evaluation.
+    on_batch: called before each batch; an exception that it raises ends the evaluation.
     """
     was_training = model.training
     model.eval()

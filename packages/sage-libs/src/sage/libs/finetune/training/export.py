@@ -1,4 +1,4 @@
-"""The result of a run in its output folder: adapter or model, tokenizer, model card, and the recipe."""
+"""Write the result of a run to its output folder: adapter or model, tokenizer, model card, and `sage_run.json`."""
 
 import os
 import shutil
@@ -33,10 +33,10 @@ tags: [{tag}, sage]
 def export_result(
     model: Trainable, tokenizer: PreTrainedTokenizerBase, spec: RunSpec, run: Path, source: Path, metrics: dict[str, Any]
 ) -> None:
-    """Write the trained weights as they are now into the output folder; each file is complete or absent.
+    """Write the current trained weights to the output folder; each file is complete or absent.
 
-    source: the folder of the model that it was trained from.
-    metrics: what stands in `sage_run.json` beside the recipe; step and total_steps, and the held-out losses if known.
+    source: folder of the base model.
+    metrics: written to `sage_run.json` with the configuration: step, total_steps, and the held-out losses if known.
     """
     output = Path(spec.config.output_dir)
     check_owner(output, spec.task_id)

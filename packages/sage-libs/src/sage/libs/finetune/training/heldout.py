@@ -1,4 +1,4 @@
-"""Held-out loss of a run: measuring it, the best step, early stopping."""
+"""Measure the held-out loss of a run, find the best step, and decide on early stopping."""
 
 import logging
 import time
@@ -28,11 +28,11 @@ class HeldOut:
         eval_steps: int | None,
         patience: int | None,
     ) -> None:
-        """Read earlier measurements.
+        """Read earlier measurements from the run's events.
 
-        samples: may be empty.  check: called before each batch; an exception from it ends the measurement.
-        eval_steps: between two measurements; None: only before and after training.
-        patience: measurements without improvement before the run is ended; None: it is not.
+        samples: may be empty.  check: called before each batch; an exception that it raises ends the measurement.
+        eval_steps: steps between two measurements; None: measure only before and after training.
+        patience: number of measurements without improvement after which the run ends; None: no early stopping.
         """
         self.run, self.samples, self._check = run, samples, check
         self._batch_size, self._eval_steps, self._patience = batch_size, eval_steps, patience
@@ -45,7 +45,7 @@ class HeldOut:
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
 
     def measure(self, step: int, model: Any, collator: Collator, loss_function: CompletionLoss) -> float | None:
-        """Return the held-out loss after a step, measured once and then cached; None if there are no samples."""
+        """Return the held-out loss after a step, measured unless it is known already; None if there are no samples."""
         if not self.samples:
             return None
         if step not in self.losses:
@@ -58,12 +58,12 @@ class HeldOut:
         return self.losses[step]
 
     def is_due(self, step: int) -> bool:
-        """Return whether the loss is to be measured after a step."""
+        """Return whether the loss must be measured after a step."""
         return self._eval_steps is not None and step % self._eval_steps == 0
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest loss so far, the earliest if several are equal; step 0 does not count."""
+        """The step with the lowest loss so far, the earliest if several are equal; step 0 is ignored."""
         trained = {step: loss for step, loss in self.losses.items() if step}
         return min(trained, key=lambda step: (trained[step], step), default=None)
 
@@ -74,7 +74,7 @@ class HeldOut:
         return patience is not None and best is not None and sum(step > best for step in self.losses) >= patience
 
     def seconds_left(self, step: int, total_steps: int) -> float:
-        """Return an estimate of the time of all measurements after `step`."""
+        """Return the estimated time of all measurements after `step`."""
         between = (total_steps // self._eval_steps - step // self._eval_steps) if self._eval_steps else 0
         at_end = 0 if self.is_due(total_steps) else 1
         return (between + at_end) * self._seconds

@@ -1,4 +1,4 @@
-"""The fourth phase: the model with its adapter and kernels."""
+"""The fourth phase: load the model, attach its adapter and install the kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from sage.libs.finetune.training.model import decoder, load_trainable
 from sage.libs.finetune.training.noise import EmbeddingNoise
 from sage.libs.finetune.training.precision import Precision
 
-#: Installs the kernels in a model: returns them, or None, and why.
+#: A function that installs kernels in a model; it returns the kernels (None if it installed none) and an explanation.
 Install = Callable[[Any, Precision], tuple[Kernels | None, str]]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can be trained."""
+    """A model that is ready for training."""
 
     model: Any
     kernels: Kernels | None
-    step_summary: str  #: which training step is used, and why
+    step_summary: str  #: the training step that is used, and the reason
     precision: Precision
     collator: Collator
 
     def new_loss(self) -> CompletionLoss:
-        """Return a loss function of the model, with its own counts."""
+        """Return a new loss function for the model; its counts start at zero."""
         return CompletionLoss(self.kernels.head.weight, self.kernels.compute_dtype) if self.kernels else CompletionLoss()
 
 
@@ -40,14 +40,14 @@ def install_kernels(model: Any, precision: Precision) -> tuple[Kernels | None, s
 
 
 def no_kernels(reason: str) -> Install:
-    """Return what installs no kernels, for a reason."""
+    """Return an Install function that installs no kernels and returns `reason`."""
     return lambda *_: (None, f"fallback: {reason}")
 
 
 def load_model(base: BaseFiles, config: FinetuneConfig, precision: Precision, install: Install) -> LoadedModel:
     """Load the weights, attach the adapter, install the kernels; raises ModelError or ConfigError.
 
-    The returned precision is that of the model, which may not support the given one.
+    The precision in the result may differ from the given one, if the model does not support that.
     """
     model, kernels, summary = _load_weights(base, config, precision, install)
     if not kernels:
@@ -65,6 +65,6 @@ def load_model(base: BaseFiles, config: FinetuneConfig, precision: Precision, in
 def _load_weights(
     base: BaseFiles, config: FinetuneConfig, precision: Precision, install: Install
 ) -> tuple[Any, Kernels | None, str]:
-    set_seed(config.seed)  # directly before the adapter's weights are drawn
+    set_seed(config.seed)  # directly before the adapter's weights are initialized
     model = load_trainable(base.folder, config, precision, base.adapter)
     return (model, *install(model, precision))

@@ -47,7 +47,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _row_max(probs: Tensor) -> Tensor:
-    """Return the largest probability of each row; compared as integers, which have the same order and are faster."""
+    """Return the largest probability of each row; comparing the bits as integers gives the same order and is faster."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[probs.element_size()]
     return probs.view(integers).amax(-1).view(probs.dtype)
 

@@ -1,4 +1,4 @@
-"""Detecting and handling lack of memory."""
+"""Detect and handle a lack of memory."""
 
 import ctypes
 import resource
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-#: Messages of allocators: CUDA, torch on the CPU, C++, oneDNN.
+#: Error messages of the allocators of CUDA, torch on the CPU, C++ and oneDNN.
 _MESSAGES = (
     "out of memory",
     "can't allocate memory",
@@ -26,13 +26,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def trim_heap() -> None:
-    """Return free heap pages to the operating system; otherwise the heap keeps them and grows by fragmentation."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+    """Return free heap pages to the operating system; otherwise the heap grows because of fragmentation."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only in glibc
         trim(0)
 
 
 def available_bytes() -> int:
-    """Return how much more memory this process can allocate: the least of the machine (with swap) and its containers."""
+    """Return how much more memory this process can allocate: the minimum over the machine (with swap) and its containers."""
     return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_available(_own_cgroups())])
 
 
@@ -58,7 +58,7 @@ def _own_cgroups() -> Iterator[Path]:
         return
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):  # version 2 names none
+        if controllers not in ("", "memory"):  # the field is empty in version 2
             continue
         root = _CGROUPS / controllers
         inner = root / path.lstrip("/")

@@ -16,27 +16,27 @@ from sage.libs.finetune.training.precision import Precision
 from sage.libs.models.adapters import attach_adapter
 from sage.libs.models.loading import load_causal_lm, model_config
 
-#: PeftModel: only adapters are trained. PreTrainedModel: full fine-tuning.
+#: PeftModel if only adapters are trained, PreTrainedModel for full fine-tuning.
 Trainable: TypeAlias = PeftModel | PreTrainedModel
 
 
 def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, adapter: Path | None = None) -> Trainable:
-    """Load the base in `folder` and add trainable adapters in fp32: new ones, or those in the folder `adapter`.
+    """Load the base in `folder` and add a trainable adapter in fp32: a new one, or the one in the folder `adapter`.
 
     For full fine-tuning, load the model in fp32 with all weights trainable.
     Raises ModelError if base or adapter does not load, ConfigError if the target modules are not in the base.
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    # Move it to its device first: the kernels later replace the weights by views of larger matrices.
+    # Load it directly onto its device: the kernels later replace the weights by views of larger matrices.
     place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
     if not torch.cuda.is_available():
-        # Loaded weights are views of a memory-mapped file, which counts as this process's memory while one view exists.
+        # Loaded weights are views of a memory-mapped file, which counts as this process's memory as long as a view exists.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # In evaluation mode bitsandbytes repacks 4-bit weights for a product without a gradient and never undoes it.
+        # In evaluation mode bitsandbytes repacks 4-bit weights for products without gradients, and does not undo that.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -71,7 +71,7 @@ def decoder(model: Trainable) -> PreTrainedModel:
 
 
 def load_weights(model: Trainable, checkpoint: Path) -> None:
-    """Replace the trained weights by those of a checkpoint."""
+    """Replace the trained weights by the weights in a checkpoint."""
     if isinstance(model, PeftModel):
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
@@ -80,7 +80,7 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:
-    """Write the adapter, or after full fine-tuning the model, cast in place to the dtype of the source model."""
+    """Write the adapter; after full fine-tuning, cast the model in place to the dtype of the source model and write it."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
         return

@@ -1,4 +1,4 @@
-"""NEFTune: noise on the token embeddings during training, against overfitting on small datasets.
+"""NEFTune: add noise to the token embeddings during training, to reduce overfitting on small datasets.
 
 Source: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning": uniform within
 ±alpha / sqrt(length * width).
@@ -15,7 +15,7 @@ class EmbeddingNoise:
     """Adds noise in training mode, scaled by each sample's own length, also if samples are packed or padded."""
 
     def __init__(self, model: PreTrainedModel, alpha: float) -> None:
-        """model: transformers' model, not PEFT's wrapper.  alpha: 5 to 15 in the paper."""
+        """model: transformers' model, not PEFT's wrapper.  alpha: strength of the noise; 5 to 15 in the paper."""
         self._alpha, self._lengths = alpha, torch.empty(0)
         model.register_forward_pre_hook(self._note_lengths, with_kwargs=True)
         model.get_input_embeddings().register_forward_hook(self._add)

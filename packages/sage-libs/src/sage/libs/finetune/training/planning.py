@@ -1,4 +1,4 @@
-"""The second phase: precision and memory, decided before the data is read."""
+"""The second phase: choose the precision and estimate the memory, before the data is read."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +14,18 @@ from sage.libs.finetune.training.precision import Precision
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The precision of a run, what it needs, and what there is."""
+    """The precision of a run, the memory that it needs, and the available memory."""
 
     precision: Precision
-    needs: Estimate  #: in that precision
-    held_bytes: int  #: by this process already, before data and model
+    needs: Estimate  #: memory needed in this precision
+    held_bytes: int  #: memory that this process uses before data and model are loaded
     available_bytes: int
-    smaller: tuple[Precision, Estimate] | None  #: what may be used instead if memory is scarce
+    smaller: tuple[Precision, Estimate] | None  #: a precision that needs less memory, if the run may use one
 
     def fitted(self, most_tokens: int) -> "MemoryPlan":
-        """Return a plan with smaller number formats if the run would otherwise not fit, and may use them.
+        """Return a plan that uses `smaller`, if the run does not fit otherwise and `smaller` is set.
 
-        most_tokens: in the largest micro-batch.
+        most_tokens: number of tokens in the largest micro-batch.
         """
         if self.smaller and self.needs.total_bytes(most_tokens) > self.available_bytes:
             precision, needs = self.smaller
@@ -34,7 +34,7 @@ class MemoryPlan:
 
 
 def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, processes: int) -> MemoryPlan:
-    """Return the plan; raises RunError if even the weights cannot fit."""
+    """Return the plan; raises RunError if even the weights do not fit into the available memory."""
     if torch.cuda.is_available():
         held, available = 0, torch.cuda.mem_get_info()[0]
     else:

@@ -1,4 +1,4 @@
-"""Choice of the number formats of a run: fp32, bf16, int8."""
+"""Choose the number formats of a run: fp32, bf16, int8."""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.run.status import RunStatus
 from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
-#: Least speedup for which bf16 or int8 is used: both round more, and some processors support bf16 but are slower with it.
+#: Minimum speedup for which bf16 or int8 is used: both round more, and some processors support bf16 but are slower with it.
 _LEAST_GAIN = 1.25
 _PROBE_WIDTH = 768
 
@@ -20,17 +20,17 @@ _PROBE_WIDTH = 768
 class Precision:
     """The number formats of a run, and the reasons for them."""
 
-    bf16: bool  #: base and saved activations are in bf16, else in fp32; adapters are always in fp32
-    bf16_products: bool  #: matrix products are computed in bf16; else their operands are cast to fp32 first
+    bf16: bool  #: base and saved activations are in bf16; if not, in fp32; adapters are always in fp32
+    bf16_products: bool  #: matrix products are computed in bf16; if not, their operands are cast to fp32 first
     base_bits: int | None  #: 8 or 4 if bitsandbytes quantizes the base, else None
     int8_products: bool  #: SAGE's kernels quantize the frozen layers to int8 and use int8 products in training
     why: str
     held: str  #: format of the base, and the reason
-    may_shrink: bool = False  #: base and activations may change to bf16 if memory is scarce, at some cost in speed
+    may_shrink: bool = False  #: base and activations may change to bf16 if memory is scarce, which is slower
 
     @property
     def reason(self) -> str:
-        """The choice and its reasons, for logs."""
+        """The chosen formats and the reasons for them, for logs."""
         products = "" if self.bf16_products == self.bf16 else ", matrix products in fp32"
         return f"{'bf16' if self.bf16 else 'fp32'}{products}: {self.why}; {self.held}"
 
@@ -107,14 +107,14 @@ def _base(config: FinetuneConfig) -> tuple[int | None, str]:
 
 
 def _int8(dtype: torch.dtype, width: int) -> tuple[bool, str]:
-    """Return whether int8 is faster than `dtype` for layers of this hidden size, and the reason."""
+    """Return whether int8 is fast enough for layers with hidden size `width`, and the reason."""
     gain, why = int8.measured_speedup(width, dtype)
     is_faster = gain >= _LEAST_GAIN
     return is_faster, f"{'8-bit base' if is_faster else 'base not in int8'}: {why}"
 
 
 def _fastest() -> tuple[bool, str]:
-    """Return whether bf16 is faster than fp32 on this machine, and the reason."""
+    """Return whether bf16 is fast enough on this machine to be used instead of fp32, and the reason."""
     if torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported()
         return has_bf16, f"the GPU {'has' if has_bf16 else 'lacks'} bf16 instructions"
@@ -126,6 +126,6 @@ def _fastest() -> tuple[bool, str]:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the shortest time of several matrix products of a layer's size (about 1 ms each)."""
+    """Return the shortest time of several matrix products with the size of a layer (about 1 ms each)."""
     left, right = torch.ones(PROBE_ROWS, _PROBE_WIDTH, dtype=dtype), torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
     return least_seconds(lambda: left @ right.t())

@@ -1,6 +1,6 @@
-"""Training with TRL's methods: DPO, ORPO and KTO learn from preferences, GRPO from a reward function.
+"""Train with TRL's methods: DPO, ORPO and KTO learn from preferences, GRPO from a reward function.
 
-TRL provides training loop, losses and sampling; model, checkpoints, events, stop and result are the same as in other runs.
+TRL provides the training loop, losses and sampling; model, checkpoints, events, stopping and result are as in other runs.
 """
 
 import os
@@ -34,7 +34,7 @@ _TRAINERS = {
 
 
 def table_of(rows: Sequence[Any]) -> Dataset:
-    """Return rows as a TRL dataset; no null values are added for keys that only other messages have."""
+    """Return rows as a dataset for TRL, without adding null values for keys that only other messages have."""
     return Dataset.from_list(list(rows), on_mixed_types="use_json")
 
 
@@ -54,7 +54,7 @@ class PreferenceRun(TrainingRun):
         return TrainingData(rows, len(rows), [], config.batch_size, config.batch_size * config.max_seq_length)
 
     def _inspect(self, samples: list[Sample], path: Path) -> None:
-        """Render the answers of a dataset with the chat template and report what the model would not learn."""
+        """Render the answers of a dataset with the chat template, and report content that the model would not learn."""
         encoder = self.base.encoder(self.config.max_seq_length, self.config.train_on)
         for sample in as_chats(samples):
             encoder.encode_whole([sample])
@@ -90,5 +90,5 @@ class PreferenceRun(TrainingRun):
         )
 
     def _total_steps(self) -> int:
-        """Return the run's number of optimizer steps as reported by the Trainer; 0 before training starts."""
+        """Return the run's total number of optimizer steps as reported by the Trainer; 0 before training starts."""
         return read_status(self.run).total_steps or 0

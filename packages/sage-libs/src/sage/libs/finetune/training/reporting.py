@@ -1,4 +1,4 @@
-"""Progress and warnings of a run, to its events and its log."""
+"""Report progress and warnings of a run in its events and its log."""
 
 import logging
 from pathlib import Path
@@ -15,32 +15,32 @@ class Reporter:
     """Appends progress and warnings to a run's events, and logs them."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest, checked_model: str | None) -> None:
-        """checked_model: the model that the samples are checked for; None: the user allows their warnings."""
+        """checked_model: name of the model that samples are checked for; None if the user allows warnings."""
         self._run, self._stop, self._checked_model = run, stop, checked_model
         self._reported: set[tuple[Path, Code]] = set()
 
     def progress(self, message: str) -> None:
-        """Report what the run does."""
+        """Report the run's current activity."""
         self._run.append_event(ProgressEvent(message=message))
         logger.info("%s", message)
 
     def progress_unless_stopped(self, message: str) -> None:
-        """Report what the run does; raises StopRequested if it was asked to stop."""
+        """Report the run's current activity; raises StopRequested if a stop was requested."""
         self._stop.check()
         self.progress(message)
 
     def warn(self, message: str) -> None:
-        """Report something that a user should know."""
+        """Report a warning to the user."""
         self._run.append_event(WarningEvent(message=message))
         logger.warning("%s", message)
 
     def adapted(self, message: str, halvings: int, checkpointing: bool) -> None:
-        """Report that the steps use less memory from now on; a resumed run begins with these values."""
+        """Report that steps use less memory from now on; a resumed run starts with the same values."""
         self._run.append_event(WarningEvent(message=message, halvings=halvings, activation_checkpointing=checkpointing))
         logger.warning("%s", message)
 
     def findings(self, findings: Findings, path: Path) -> None:
-        """Report the findings of a dataset or model, each once; raises DatasetError if the run would learn wrongly."""
+        """Report each finding of a dataset or model once; raises DatasetError if there are warnings that are not allowed."""
         if self._checked_model is not None:
             findings.raise_for_warnings(path, self._checked_model)
         for finding in findings:

@@ -1,14 +1,14 @@
-"""A request to stop, by SIGTERM or Ctrl-C, kept until the next safe point."""
+"""A request to stop (SIGTERM or Ctrl-C), handled at the next safe point."""
 
 import signal
 
 
 class StopRequested(Exception):
-    """Work outside the training loop was interrupted by a request to stop."""
+    """Raised outside the training loop if a stop was requested."""
 
 
 class StopRequest:
-    """Set by a signal, read at the next safe point."""
+    """A flag that a signal sets and that is checked at the next safe point."""
 
     def __init__(self) -> None:
         self.requested = False

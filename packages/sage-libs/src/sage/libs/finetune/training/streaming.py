@@ -1,4 +1,4 @@
-"""Samples that are read and tokenized as needed: training begins at once, and nothing is cached on the disk."""
+"""Read and tokenize samples during training, so that training begins immediately and nothing is cached on disk."""
 
 import itertools
 import random
@@ -18,22 +18,22 @@ _MIXED_SAMPLES = 1000
 
 
 class StreamedPacks(IterableDataset[Pack]):
-    """Datasets one after another, repeated forever; iterating again yields the same samples, so that a run can resume."""
+    """Yields packs of several datasets in turn, forever; each iteration has the same order, so that a run can resume."""
 
     def __init__(
         self, paths: Sequence[Path], new_encoder: Callable[[], Encoder], pack_tokens: int | None, seed: int,
         report: Callable[[Findings, Path], None],
     ) -> None:  # fmt: skip
-        """pack_tokens: maximum number of tokens of a pack; None: one sample a pack.
+        """pack_tokens: maximum number of tokens of a pack; None: one sample per pack.
 
-        report: called with what was found so far; what it raises ends the run.
+        report: called with the findings so far; an exception that it raises ends the run.
         """
         self._paths, self._new_encoder, self._pack_tokens, self._seed = paths, new_encoder, pack_tokens, seed
         self._report = report
 
     def __iter__(self) -> Iterator[Pack]:
         """Yield packs forever; raises DatasetError at the first fault."""
-        seeds = random.Random(self._seed)  # noqa: S311 - a reproducible order, not a secret
+        seeds = random.Random(self._seed)  # noqa: S311 - reproducible, no secret
         while True:
             encoder = self._new_encoder()
             encoded = encoder.encode(sample for path in self._paths for sample in _sound(path))
@@ -41,7 +41,7 @@ class StreamedPacks(IterableDataset[Pack]):
                 encoder.raise_for_faults()
                 self._report(encoder.findings, self._paths[0])
                 lengths = [len(sequence.ids) for sequence in chunk]
-                # The first token of a sequence is not predicted.
+                # The first token of a sequence is never predicted.
                 for group in pack(lengths, self._pack_tokens or 1, seeds.getrandbits(32)):
                     yield tuple(chunk[index] for index in group)
 

@@ -1,7 +1,7 @@
 """Processes that train together, each on its own device.
 
-The main process is the run's worker: it alone holds the lock, handles signals, evaluates, and writes events and results. It
-starts the others, which only compute steps. torch and accelerate read the environment that their own launchers would set.
+The main process is the run's worker: only it holds the lock, handles signals, evaluates, and writes events and results. It
+starts the other processes, which only compute steps, and sets the environment variables that torch's launcher would set.
 """
 
 import os
@@ -23,16 +23,16 @@ from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
-#: The others wait while the main process tokenizes or evaluates.
+#: Timeout of messages; long, because the other processes wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
 _LOOK_SECONDS = 0.5
 
 
 class Team:
-    """The processes of a run, seen from one of them. A team of one does nothing."""
+    """The processes of a run, as one of them uses it; with one process, its methods have no effect."""
 
     def __init__(self, run: RunDirectory, size: int) -> None:
-        """Raises ConfigError if there are too few GPUs."""
+        """In the main process, start the others; raises ConfigError if there are too few GPUs."""
         self.rank, self.size = int(os.environ.get(RANK_VARIABLE, "0")), size
         self._run, self._others, self._control = run, list[subprocess.Popen[bytes]](), None
         if torch.cuda.is_available() and size > torch.cuda.device_count():
@@ -56,7 +56,7 @@ class Team:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Return the main process's value in every process; each of them must call this."""
+        """Return the main process's value in every process; every process must call it."""
         if self.size == 1:
             return value
         values = [value]
@@ -64,7 +64,7 @@ class Team:
         return values[0]
 
     def total(self, values: list[int]) -> list[int]:
-        """Return the sums over all processes; each of them must call this."""
+        """Return each value summed over all processes; every process must call it."""
         if self.size == 1:
             return values
         sums = torch.tensor(values)
@@ -72,7 +72,7 @@ class Team:
         return [int(value) for value in sums]
 
     def barrier(self) -> None:
-        """Return once every process has called this."""
+        """Wait until every process has called it."""
         if self.size > 1:
             distributed.barrier(group=self._group())
 
@@ -90,7 +90,7 @@ class Team:
             process.wait()
 
     def _group(self) -> Any:
-        """Return the process group for messages, created once; tensors of the model use another one."""
+        """Return the process group for messages, created on first use; tensors of the model use another group."""
         if self._control is None:
             PartialState(cpu=not torch.cuda.is_available())
             self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -108,12 +108,12 @@ class Team:
         self._watch(self._check_others)
 
     def _check_others(self) -> None:
-        """Fail if one of the others has exited: the steps would wait for it forever."""
+        """Report a failure and exit if another process has exited, because the next step would wait for it forever."""
         for process in self._others:
             code = process.poll()
             if code in (None, 0) or not self._others:
                 continue
-            if code and code < 0:  # otherwise it has reported the reason itself
+            if code and code < 0:  # otherwise the process has reported the error itself
                 message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
                 self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues."))
             self.close()

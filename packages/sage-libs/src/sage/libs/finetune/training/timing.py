@@ -1,4 +1,4 @@
-"""Timing of short calls."""
+"""Measure the time of short calls."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A training run from its files to its result, phase by phase."""
+"""A training run, from loading its files to writing its result, in phases."""
 
 import contextlib
 import logging
@@ -39,7 +39,7 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingRun:
-    """One run: its phases return frozen values, in the order in which they can fail cheaply."""
+    """One run. Its phases return frozen values; those that can fail after little work come first."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest) -> None:
         """Load data and model. Raises DatasetError, ModelError, RunError or ConfigError."""
@@ -62,7 +62,7 @@ class TrainingRun:
             plan = plan.fitted(self.data.most_tokens)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
-        if not self.team.is_main_process:  # read from what the main process has tokenized
+        if not self.team.is_main_process:  # read the dataset that the main process has tokenized
             self.data = self._load_data()
         self.heldout = HeldOut(
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
@@ -77,7 +77,7 @@ class TrainingRun:
             )
 
     def _report_estimate(self, plan: MemoryPlan) -> int | None:
-        """Report what the run will need, and return it in bytes; None if it does not use SAGE's training step."""
+        """Report and return the estimated memory in bytes; return None if the run does not use SAGE's training step."""
         if not self.loaded.kernels or self.config.gradient_checkpointing == "on":
             return None
         needs, most_tokens = plan.needs, self.data.most_tokens
@@ -95,14 +95,14 @@ class TrainingRun:
         return install_kernels if self.config.fast_kernels == "auto" else no_kernels("fast_kernels is off")
 
     def train(self) -> None:
-        """Train to the end or until a stop is requested, and write the result; the last event says which it was."""
+        """Train to the end or until a stop is requested, write the result, and append `finished` or `stopped`."""
         if not self.team.is_main_process:
             self._train(None)
             return
         try:
             self._lead()
         except Exception:
-            self.team.check()  # the cause may be that another process has exited
+            self.team.check()  # the cause may be the exit of another process
             raise
         finally:
             self.team.close()
@@ -115,7 +115,7 @@ class TrainingRun:
         try:
             self.stop.check()
             self._measure(0)
-            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # the Trainer would continue
+            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # the Trainer would train on
                 load_weights(self.loaded.model, checkpoint.path)
                 is_loaded = True
             else:
@@ -143,11 +143,11 @@ class TrainingRun:
         logger.info("finished; the result of step %d is in %s", step, self.config.output_dir)
 
     def _train(self, checkpoint: str | None) -> int:
-        """Train from a checkpoint, or from the beginning; return the step at which it ended."""
+        """Train from a checkpoint or from the beginning; return the last step."""
         trainer = self._trainer()
         if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves far more address space than it uses
             refuse_beyond_limit()
-        trainer.remove_callback(PrinterCallback)  # prints a dict a step; RunCallback logs
+        trainer.remove_callback(PrinterCallback)  # prints a dict per step; RunCallback logs it
         checkpoint = self.team.broadcast(checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
         # The held-out loss is measured in the model's own precision, as it was before the first step.
@@ -156,7 +156,7 @@ class TrainingRun:
 
     def _trainer(self) -> Trainer:
         config, status = self.config, read_status(self.run)
-        # The kernels cast themselves.
+        # The kernels cast tensors themselves.
         arguments = TrainingArguments(**self._arguments(), bf16=self.loaded.precision.bf16 and self.loaded.kernels is None)
         return AdaptingTrainer(
             halvings=status.halvings,
@@ -175,7 +175,7 @@ class TrainingRun:
         )
 
     def _arguments(self) -> dict[str, Any]:
-        """Return the arguments of every Trainer."""
+        """Return the arguments that all Trainers have in common."""
         config = self.config
         return {
             "output_dir": str(self.run.staging_path),
@@ -233,7 +233,7 @@ class TrainingRun:
         }
 
     def _total_steps(self) -> int:
-        """Return how many optimizer steps the run has, as the Trainer counts them."""
+        """Return the total number of optimizer steps, as the Trainer counts them."""
         if self.config.max_steps:
             return self.config.max_steps
         assert isinstance(self.data.packs, Packs)
