@@ -1,1 +1,1 @@
-"""Models by name: which local folder a name means, and how it is loaded."""
+"""Resolve model names to local folders, and load models from them."""

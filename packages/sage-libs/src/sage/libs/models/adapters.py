@@ -83,13 +83,13 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
 
 
 def _trained_base(folder: Path, found: str) -> str:
-    """Return the fingerprint of an adapter's base, from sage_run.json, else that of the first base it was used with."""
+    """Return the fingerprint of an adapter's base: from sage_run.json, else of the first base that it was used with."""
     try:
         expected = json.loads((folder / "sage_run.json").read_text(encoding="utf-8")).get("base_sha256")
         if isinstance(expected, str):
             return expected
     except (OSError, ValueError, AttributeError):
-        pass  # not trained by SAGE, or by an earlier version
+        pass  # trained by another tool, or by an earlier version of SAGE
     try:
         weights = (folder / "adapter_model.safetensors").stat()
         key = hashlib.sha256(f"{folder.resolve()} {weights.st_size} {weights.st_mtime_ns}".encode()).hexdigest()

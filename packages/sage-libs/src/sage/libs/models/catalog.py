@@ -17,7 +17,7 @@ _NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)?")
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model that can be named."""
+    """A local model that can be used by name."""
 
     name: str
     kind: str
@@ -38,7 +38,7 @@ def list_models() -> list[ModelEntry]:
             continue
         try:
             source = inspect_folder(folder, name)
-        except SageError:  # an organisation's folder, or not a model
+        except SageError:  # the folder of an organisation, or not a model
             continue
         entries[name] = ModelEntry(name, source.kind, _size_bytes(folder), folder)
     return sorted(entries.values(), key=lambda entry: entry.name)
@@ -47,7 +47,7 @@ def list_models() -> list[ModelEntry]:
 def import_model(folder: Path, name: str) -> Path:
     """Copy a model atomically into the models folder, and return its path.
 
-    Raises ModelError if the folder has no model, ConfigError if the name is invalid, Conflict if it exists.
+    Raises ModelError if the folder has no model, ConfigError if the name is invalid, Conflict if the name is in use.
     """
     if not _NAME.fullmatch(name) or ".." in name or name.startswith(("finetuned", ".")):
         raise ConfigError(

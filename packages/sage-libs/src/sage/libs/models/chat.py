@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
-#: Placeholder to find where a template writes a text. It does not occur in real texts, and no template changes it.
+#: Placeholder text that shows where a template writes a text. Real texts do not contain it, and no template changes it.
 _PROBE = "Zq7Zq7"
 _CHATML = (
     "{%- if tools %}{{- '<|im_start|>system\n' }}"
@@ -46,18 +46,18 @@ class ChatFormat:
         self.special_ids |= {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
         plain = self.ids([_PROBE])[0]
         around = list(tokenizer(_PROBE)["input_ids"])
-        #: Tokens that the tokenizer adds before a text: BOS, or none.
+        #: Tokens that the tokenizer adds before a text: BOS, or no token.
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether tokenizing parts of a text gives the tokens of the text, if no token spans two parts. False for tokenizers
-        #: that add a space before every text.
+        #: Whether the tokens of the parts of a text, concatenated, are the tokens of the text, if no token spans two parts.
+        #: False for tokenizers that add a space before every text.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without added special tokens; uses all cores."""
+        """Return the token ids of each text, without adding special tokens; uses all cores."""
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
-        """Render a chat to text, with the generation prompt if `prompt` is set. Raises what the template raises."""
+        """Render a chat to text, with the generation prompt if `prompt` is set. Exceptions of the template propagate."""
         text = self.tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False)
         return str(text)
 
@@ -113,23 +113,23 @@ class ChatFormat:
         return split
 
     def opening(self, text: str) -> str:
-        """Return the part of `text` before the answer; text: rendered chat that begins with an assistant message."""
+        """Return the part of `text` before the answer; text: a rendered chat that begins with an assistant message."""
         asked = [{"role": "user", "content": _PROBE}]
         header = self.render(asked, prompt=True).rpartition(_PROBE)[2]
         header = header.removeprefix(self.render(asked).rpartition(_PROBE)[2])
         return text[: text.index(header) + len(header)] if header and header in text else self.header([], None, text)
 
     def header(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """Return the part of `text` before the answer; text: `messages` and an answer, rendered."""
+        """Return the part of `text` before the answer; text: a rendered chat of `messages` and an answer."""
         probe = self.render([*messages, {"role": "assistant", "content": _PROBE}], tools)
         at = next((i for i, (a, b) in enumerate(zip(probe, text, strict=False)) if a != b), min(len(probe), len(text)))
         return text[:at]
 
     @functools.cache  # noqa: B019 - lives as long as its tokenizer
     def answer_end(self, *, calls: bool = False) -> int | None:
-        """Return the token that the template writes after an answer (calls: after tool calls), else EOS.
+        """Return the token that the template writes after an answer (calls: after tool calls).
 
-        If the template writes none, it is the first special token of the next message.
+        If the template writes no such token, return the first special token of the next message, else EOS.
         """
         asked = {"role": "user", "content": "Hi"}
         if calls:
@@ -149,7 +149,7 @@ class ChatFormat:
         return end
 
     def end_ids(self, configured: int | Sequence[int] | None) -> list[int]:
-        """Return the tokens at which generation stops: from the model's configuration, the tokenizer and the template.
+        """Return the tokens that end generation: those of the model's configuration, the tokenizer and the template.
 
         configured: `eos_token_id` of the model's generation_config.json.
         """

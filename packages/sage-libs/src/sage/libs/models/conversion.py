@@ -1,7 +1,7 @@
 """Prepare models once before loading: convert GGUF files to safetensors, download models from the hub.
 
 .converted/<name>-<hash>/          safetensors of the GGUF file with that SHA-256
-.converted/<name>-<hash>.sources   files known to have that hash, with size and times, so that they are not read again
+.converted/<name>-<hash>.sources   files known to have this hash, with size and times, so that they are not hashed again
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from sage.common.processes import held_lock
 from sage.libs.models.resolve import ModelSource
 
 logger = logging.getLogger(__name__)
-#: Files that are needed to load a model; others are not downloaded.
+#: Files that are needed to load a model; other files are not downloaded.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _HASH_DIGITS = 16
 
 
 def converted(folder: Path) -> Path:
-    """Return the folder with bf16 safetensors of a GGUF file; convert it unless the same content was converted before."""
+    """Return a folder with bf16 safetensors of a GGUF file; convert the file unless its content was converted before."""
     gguf = next(folder.glob("*.gguf"))
     root = get_user_paths().models_dir / ".converted"
     with _reported(f"{gguf} cannot be converted to safetensors", root):
@@ -49,7 +49,7 @@ def converted(folder: Path) -> Path:
 
 
 def downloaded(source: ModelSource) -> Path:
-    """Return the folder of a hub model; download it unless it is there."""
+    """Return the folder of a hub model; download the model if the folder does not exist."""
     target, locks = source.folder, get_user_paths().models_dir / ".locks"
     with (
         _reported(f"{source.name} cannot be downloaded", target.parent),
@@ -62,7 +62,7 @@ def downloaded(source: ModelSource) -> Path:
 
 
 def _identity(gguf: Path) -> list[object]:
-    """Return path, inode, size and times of a file, to detect that it was replaced."""
+    """Return path, inode, size and times of a file, to detect whether it was replaced."""
     found = gguf.stat()
     return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
@@ -100,7 +100,7 @@ def _make(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _reported(failure: str, place: Path) -> Iterator[None]:
-    """Convert any exception to ModelError; libraries raise all kinds for broken files, full disks and network errors."""
+    """Convert any exception to ModelError: libraries raise many kinds for broken files, full disks and network errors."""
     try:
         yield
     except SageError:

@@ -1,4 +1,4 @@
-"""Fingerprint of a base model, to check that an adapter was trained on it, without reading all weights."""
+"""Compute a fingerprint of a base model without reading all weights, to check whether an adapter was trained on it."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
 
 
 def fingerprint(folder: Path) -> str:
-    """Return 64 hex digits that differ between base models, also between models of the same shape.
+    """Return 64 hex digits that differ between base models, even if the models have the same shape.
 
-    Covers config.json, the names and shapes of all tensors, and some bytes of each of them.
+    The digits depend on config.json, the names and shapes of all tensors, and some bytes of each tensor.
     Raises ModelError if the folder has no complete model.
     """
     digest = hashlib.sha256()

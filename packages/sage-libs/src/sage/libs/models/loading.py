@@ -25,13 +25,13 @@ def local_folder(source: ModelSource) -> Path:
 
 
 def tokenizer_folder(source: ModelSource, base: Path) -> Path:
-    """Return the folder with a model's tokenizer: an adapter's own, if it has one, else that of the base."""
+    """Return the folder with a model's tokenizer: the adapter's folder if it has a tokenizer, else the base's folder."""
     is_own = source.kind is ModelKind.ADAPTER and (source.folder / "tokenizer.json").is_file()
     return source.folder if is_own else base
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model's folder; raises ModelError if it has none or a slow one."""
+    """Return the tokenizer in a model's folder; raises ModelError if there is none, or only a slow one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # broken files raise all kinds of exceptions
@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Raise ModelError if the tokenizer can produce tokens that the model in a folder has no embedding for.
 
-    Special tokens that neither the chat template nor BOS, EOS or padding uses are allowed: Gemma 3 has one for images.
+    Special tokens are allowed if neither the chat template nor BOS, EOS or padding uses them: Gemma 3 has one for images.
     """
     rows = embedding_rows(folder)
     special = set(tokenizer.all_special_tokens) | {

@@ -17,7 +17,7 @@ from sage.common.errors import ModelError, ModelNotFound
 from sage.common.model_names import absolute_name, expanded, is_folder, is_path
 from sage.common.paths import get_user_paths
 
-#: Limit for chains of adapters whose base is an adapter.
+#: Maximum length of a chain of adapters, each of which is the base of the previous one.
 _MAX_DEPTH = 4
 _SHOWN_LETTERS = 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -38,7 +38,7 @@ class Packaged:
 
     package: str
     module: str
-    folder: str  #: inside the module
+    folder: str  #: path inside the module
 
     def path(self) -> Path | None:
         """Return the folder with the weights, or None if the package is not installed."""
@@ -58,15 +58,15 @@ class ModelSource:
 
     name: str  #: as requested
     kind: ModelKind
-    folder: Path  #: for HUB: where they will be
-    base: "ModelSource | None" = None  #: of an ADAPTER
+    folder: Path  #: for HUB: the folder to download to
+    base: "ModelSource | None" = None  #: only for ADAPTER: its base model
 
 
 def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
     """Find the model `name`.
 
-    base_dir: folder in which relative names are looked up first. None, as in a service: only absolute paths are folders.
-    Raises ModelNotFound, which lists the places tried, or ModelError if the folder cannot be loaded.
+    base_dir: folder in which relative names are looked up first. If None (in a service), only absolute paths are folders.
+    Raises ModelNotFound, which lists the searched places, or ModelError if the folder cannot be loaded.
     """
     return _resolve(absolute_name(name, base_dir) if base_dir else name, depth=0)
 
@@ -115,9 +115,9 @@ def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelN
 
 
 def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
-    """Return the model in a folder, checked without reading the weights.
+    """Check the model in a folder, without reading its weights, and return it.
 
-    Raises ModelError, which names the wrong file.
+    Raises ModelError, which names the missing or invalid file.
     """
     if not os.access(folder, os.R_OK | os.X_OK):
         raise _invalid(folder, "cannot be read (Permission denied)")

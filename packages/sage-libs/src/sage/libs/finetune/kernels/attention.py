@@ -1,4 +1,4 @@
-"""Causal attention over packed samples: tokens attend within their own sample, and no scores across samples are computed.
+"""Causal attention over packed samples: tokens attend only to their own sample, and no other scores are computed.
 
 Samples are short in fine-tuning, so an explicit softmax over batched matrix products is faster than a tiled kernel. Long
 samples are split into blocks of queries, which limits the memory. In grouped-query attention, keys are not repeated.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 #: Name under which `attention_interface` is registered in transformers.
 NAME = "sage_packed"
-#: Queries per block. If a sample has only one block, its attention weights are saved for the backward pass.
+#: Number of queries per block. If a sample has only one block, its attention weights are saved for the backward pass.
 _BLOCK = 256
 #: Samples are padded to a multiple of this many tokens, because oneDNN compiles a matrix product for each new size.
 _LENGTH_MULTIPLE = 32
@@ -31,7 +31,7 @@ class AttentionShape:
     head_dim: int
     scaling: float
     window: int | None = None  #: sliding window in tokens, including the query itself; None: no limit
-    compute_dtype: torch.dtype | None = None  #: None: the dtype of the columns
+    compute_dtype: torch.dtype | None = None  #: None: use the dtype of the columns
 
     @property
     def groups(self) -> int:
@@ -82,8 +82,8 @@ def packed_attention(
 ) -> Tensor:
     """Return (tokens, num_heads * head_dim) for projected (tokens, (num_heads + 2 * num_kv_heads) * head_dim).
 
-    rotary: cosines and sines, (tokens, head_dim), to rotate queries and keys; None: they are rotated already.
-    cu_seqlens: the first token of each sample, then the end of the last one.
+    rotary: cosines and sines, (tokens, head_dim), to rotate queries and keys; None: queries and keys are rotated already.
+    cu_seqlens: index of the first token of each sample, then the end of the last one.
     """
     if projected.is_cuda and (shape.window is None or max(map(operator.sub, cu_seqlens[1:], cu_seqlens)) <= shape.window):
         return fused_attention(projected, rotary, cu_seqlens, shape)
@@ -134,7 +134,7 @@ def attention_interface(
     cu_seq_lens_q: Tensor | None = None,
     **_more: Any,
 ) -> tuple[Tensor, None]:
-    """Packed attention with the signature that transformers expects; query, key, value: (1, heads, tokens, head_dim)."""
+    """Compute `packed_attention` with the signature of transformers; query, key, value: (1, heads, tokens, head_dim)."""
     assert cu_seq_lens_q is not None, "cu_seq_lens_q is missing"
     shape = AttentionShape(query.shape[1], key.shape[1], query.shape[3], scaling or query.shape[3] ** -0.5, sliding_window)
     tokens = query.shape[2]
@@ -255,7 +255,7 @@ def apply_rotary(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> T
 
 
 def _cast(dtype: torch.dtype, *states: Any) -> list[Any]:
-    """Return the tensors in a dtype; None stays None."""
+    """Return the tensors converted to a dtype; None stays None."""
     return [None if each is None else each.to(dtype) for each in states]
 
 

@@ -17,8 +17,8 @@ from sage.libs.finetune.kernels.lora import Projections, is_fusible, project
 from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import frozen_rms_norm, rms_norm
 
-#: Largest accepted standard deviation of the difference in logits, relative to that of the logits. Rounding stays below:
-#: for random tokens, transformers' bf16 logits differ from its fp32 logits by 0.08; those of an unrelated function by 1.
+#: Largest accepted standard deviation of the difference in logits, relative to that of the logits. Rounding errors are
+#: smaller: for random tokens, transformers' bf16 logits differ from its fp32 logits by 0.08. Unrelated logits differ by 1.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25}
 _PROBE_LENGTHS = (7, 12)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -36,10 +36,10 @@ AttentionInterface.register(attention.NAME, attention.attention_interface)
 
 
 class Kernels:
-    """The kernels installed in a model, which then takes packed samples and returns last hidden states as `logits`."""
+    """The kernels installed in a model. The model then accepts packed samples and returns last hidden states as `logits`."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
-        """Install the kernels without checking the result; use `install` to have it checked."""
+        """Install the kernels without checking the result; `install` also checks it."""
         self.model, self.compute_dtype = model, compute_dtype
         self.head = model.get_output_embeddings()
         self._implementation = model.config._attn_implementation  # noqa: SLF001 - transformers has no getter
@@ -64,7 +64,7 @@ class Kernels:
             self._install()
 
     def record_inputs(self) -> None:
-        """Record the inputs of each matrix until `quantize` is called."""
+        """Record the inputs of each matrix, until `quantize` is called."""
         for projections in self._projections:
             projections.record_inputs()
 
@@ -93,7 +93,7 @@ class Kernels:
 def install(
     model: PreTrainedModel, compute_dtype: torch.dtype | None = None, *, int8: bool = False
 ) -> tuple[Kernels | None, str]:
-    """Install the kernels in a model with its adapters; return them, or None if it is not supported, and a summary.
+    """Install the kernels in a model with its adapters; return them and a summary, or None and the reason.
 
     model: transformers' model, not PEFT's wrapper.  compute_dtype: dtype of matrix products; default: the model's.
     int8: whether to quantize the frozen weights to int8, except those whose error is too large.

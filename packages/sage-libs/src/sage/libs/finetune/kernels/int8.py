@@ -1,7 +1,7 @@
-"""Int8 matrix products with a frozen weight; the forward and the backward pass share one int8 copy of it.
+"""Int8 matrix products with a frozen weight; the forward and the backward pass use the same int8 copy.
 
-The other operand is quantized row by row, with one scale per row. If some of its columns are much larger than others, a
-factor per column moves part of that difference into the weight, so that small columns keep their precision.
+The other operand is quantized with one scale per row. If some of its columns are much larger than others, a factor per
+column moves part of that difference into the weight, so that small columns keep their precision.
 Sources: Xiao et al. 2023, "SmoothQuant", for the factors; Wortsman et al. 2023, "Stable and low-precision training for
 large-scale vision-language models" (SwitchBack), for int8 in the backward pass.
 """
@@ -92,7 +92,7 @@ def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, a
 
 
 def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
-    """Return how many times faster int8 products are than products in `dtype`, 0 if not supported, and a reason."""
+    """Return the speedup of int8 products over products in `dtype`, 0 if int8 is not supported, and an explanation."""
     capabilities = torch.cpu.get_capabilities()
     if not any(capabilities.get(name) for name in _INSTRUCTIONS):
         return 0.0, "the processor lacks int8 instructions"
@@ -106,7 +106,7 @@ def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _int_matmul(integers: Tensor, matrix: Tensor) -> Tensor:
-    """Return integers @ matrix as int32; the buffer is reused by the next call, so it stays in the processor's cache."""
+    """Return integers @ matrix as int32, in a buffer that the next call overwrites, so that it stays in the cache."""
     shape = integers.shape[0], matrix.shape[1]
     buffer: Tensor | None = getattr(_scratch, "sums", None)
     if buffer is None or buffer.numel() < math.prod(shape):

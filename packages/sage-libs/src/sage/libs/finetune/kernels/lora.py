@@ -1,7 +1,7 @@
-"""Linear layers that share an input, with their LoRA adapters, as one matrix product.
+"""Compute linear layers that share an input, with their LoRA adapters, as one matrix product.
 
 PEFT's modules are not changed: their parameters are read at every call and receive gradients. The frozen weights receive
-none. Only the inputs are saved for the backward pass.
+no gradients. Only the inputs are saved for the backward pass.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": y = W x + alpha / rank * B A x.
 """
 
@@ -17,13 +17,13 @@ from sage.libs.finetune.kernels.int8 import Int8Matrix
 from sage.libs.finetune.kernels.norm import recompute, saved
 from sage.libs.finetune.kernels.product import product
 
-#: Largest relative error of a product with which a weight is quantized. In SmolLM2 the errors are 1 to 3 %.
+#: A weight is quantized only if the relative error of its product is at most this. In SmolLM2 the errors are 1 to 3 %.
 _INT8_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: the columns of the product that it adds to, and its rows in the stacked A."""
+    """Position of one adapter: the columns of the product that it is added to, and its rows in the stacked A."""
 
     columns: slice
     rows: slice
@@ -40,7 +40,7 @@ class StackedAdapters:
 
 
 class Projections:
-    """Linear layers with the same input; their weights become views of one matrix, so no weight is stored twice."""
+    """Linear layers with the same input. Their weights become views of one matrix, so that no weight is stored twice."""
 
     def __init__(self, layers: Sequence[nn.Module], compute_dtype: torch.dtype | None = None) -> None:
         """layers: each must satisfy `is_fusible`.  compute_dtype: dtype of products; default: that of the weights."""
@@ -58,7 +58,7 @@ class Projections:
             self.bias = torch.cat([zeros(base.out_features) if base.bias is None else base.bias.data for base in bases])
 
     def record_inputs(self) -> None:
-        """Record all inputs until `quantize` is called."""
+        """Record all inputs, until `quantize` is called."""
         self._recorded = []
 
     def quantize(self) -> float | None:
@@ -87,7 +87,7 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Dequantize the weights into the layers, for transformers' own forward, until `free_dense_weights`."""
+        """Dequantize the weights into the layers for transformers' own forward; `free_dense_weights` frees them again."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 
@@ -96,7 +96,7 @@ class Projections:
         return [matrix for _, a, b, _ in self._active() for matrix in (a, b)]
 
     def stack(self, parameters: Sequence[Tensor]) -> StackedAdapters | None:
-        """Return the adapters stacked, or None if there are none; parameters: the result of `parameters()`."""
+        """Stack the adapters; return None if there are none.  parameters: the result of `parameters()`."""
         if not parameters:
             return None
         lora_a = torch.cat(list(parameters[0::2])).to(self.compute_dtype)
@@ -193,7 +193,7 @@ class _Project(torch.autograd.Function):
 
 
 def project(inputs: Tensor, projections: Projections) -> Tensor:
-    """Return the product of (…, inputs) with all layers, (tokens, outputs)."""
+    """Return the outputs of all layers for inputs (…, inputs), as (tokens, outputs)."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return _Project.apply(flat, saved(inputs), projections, *projections.parameters())
 

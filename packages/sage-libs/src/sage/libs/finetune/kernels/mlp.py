@@ -1,4 +1,4 @@
-"""A gated feed-forward block as one autograd function that saves gate and up and recomputes the rest."""
+"""A gated feed-forward block as one autograd function, which saves gate and up and recomputes the other activations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _GELU_TANH = Activation(
     lambda x: nn.functional.gelu(x, approximate="tanh"),
     lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
 )
-#: By class name in transformers' ACT2FN.
+#: Supported activations by their class name in transformers' ACT2FN.
 _ACTIVATIONS = {"SiLU": _SILU, "SiLUActivation": _SILU, "GELUTanh": _GELU_TANH, "PytorchGELUTanh": _GELU_TANH}
 
 MakeProjections: TypeAlias = Callable[[Sequence[nn.Module]], Projections]
@@ -80,7 +80,7 @@ class GatedMlp:
 
     @classmethod
     def of(cls, module: nn.Module, make: MakeProjections = Projections) -> "GatedMlp | None":
-        """Return the block for a transformers module, or None if its structure is not supported."""
+        """Return the block that computes a module of transformers, or None if its structure is not supported."""
         names = {name for name, _ in module.named_children()}
         if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             return None

@@ -1,4 +1,4 @@
-"""Compile the C kernels: once per processor, stored in the cache folder."""
+"""Compile the C kernels once per type of processor, and store them in the cache folder."""
 
 import ctypes
 import functools
@@ -45,7 +45,7 @@ def _compiler() -> list[str] | None:
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    private_folder(target.parent)  # its files are executed: other users must not be able to write there
+    private_folder(target.parent)  # other users must not write to it, because its files are executed
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run(

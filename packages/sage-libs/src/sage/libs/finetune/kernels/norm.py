@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight; only its input is saved, and later layers recompute its output from that."""
+"""RMSNorm with a frozen weight; only its input is saved, and later layers recompute its output from the input."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class Normed(NamedTuple):
-    """The tensors from which a norm's output is recomputed, so that no layer has to save the output itself."""
+    """The tensors from which a norm's output is recomputed, so that no layer has to save the output."""
 
     inputs: Tensor
-    scale: Tensor  #: (…, 1): one over the root mean square of each row
+    scale: Tensor  #: (…, 1): 1 / root mean square of each row
     weight: Tensor
 
     def outputs(self) -> Tensor:
-        """Return the norm's output, bit for bit."""
+        """Return exactly the norm's output."""
         return (self.inputs * self.scale).mul_(self.weight).to(self.inputs.dtype)
 
 
@@ -48,12 +48,12 @@ def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def saved(states: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors to save for `recompute`: those of a `Normed` if states come from `rms_norm`, else the states."""
+    """Return the tensors to save for `recompute`: a `Normed` if the states come from `rms_norm`, else the states."""
     return getattr(states, "normed", (states.detach(),))
 
 
 def recompute(source: Sequence[Tensor]) -> Tensor:
-    """Return the states from the result of `saved`, bit for bit, as (rows, hidden_size)."""
+    """Return exactly the states whose `saved` tensors are `source`, as (rows, hidden_size)."""
     states = Normed(*source).outputs() if len(source) > 1 else source[0]
     return states.reshape(-1, states.shape[-1])
 
@@ -61,7 +61,7 @@ def recompute(source: Sequence[Tensor]) -> Tensor:
 def frozen_rms_norm(module: nn.Module) -> tuple[Tensor, float] | None:
     """Return weight and eps of a frozen RMSNorm of transformers, or None if the module is not a supported RMSNorm.
 
-    Gemma stores weight - 1.
+    Gemma stores weight - 1, so 1 is added.
     """
     kind = type(module).__name__
     weight = getattr(module, "weight", None)

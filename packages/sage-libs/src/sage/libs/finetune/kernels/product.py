@@ -14,10 +14,10 @@ _CHUNK_ROWS, _CHUNK_VOCAB = 192, 4096
 
 
 def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Return left @ right; if `onto` is given, add it to `onto` in place and return that.
+    """Return left @ right; if `onto` is given, add the product to `onto` in place and return `onto`.
 
     left: (rows, inner).  right: (inner, columns).  In bf16 on a CPU, if the result is narrower than `left`, the rows are
-    computed in chunks: oneDNN reads them once per strip of columns, from the cache if they fit.
+    computed in chunks that fit the cache, because oneDNN reads them once per strip of columns.
     """
     pieces = _pieces(left, right)
     if pieces == 1:
@@ -32,7 +32,7 @@ def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
 
 
 def lm_head_logits(states: Tensor, lm_head: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Return states @ lm_head.t(), (rows, vocab), computed in `compute_dtype`, in the dtype of the states."""
+    """Compute states @ lm_head.t(), (rows, vocab), in `compute_dtype`, and return it in the dtype of the states."""
     if states.dtype is compute_dtype:
         return states @ lm_head.t()
     wide, out = states.to(compute_dtype), states.new_empty(len(states), len(lm_head))
