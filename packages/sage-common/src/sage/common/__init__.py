@@ -1,1 +1,1 @@
-"""What every part of SAGE shares: paths, settings, errors, logging, process locks."""
+"""Code that all parts of SAGE share: paths, settings, errors, logging, process locks."""

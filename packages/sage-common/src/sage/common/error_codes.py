@@ -1,11 +1,11 @@
-"""From an error's code back to its class, for errors that arrive over HTTP or as the reason of a failed engine."""
+"""Find the class of an error by its code, for errors received over HTTP or stored as the reason of a failed engine."""
 
 from collections.abc import Mapping
 
 from sage.common import errors
 from sage.common.errors import SageError
 
-#: The codes of each class that shares its HTTP status and type with another one. A test compares them with the code.
+#: Codes of each class whose HTTP status and type are not unique. A test checks that they match the raised errors.
 _CODES: Mapping[type[SageError], str] = {
     errors.ConfigError: """
         api_key_invalid api_key_needed bitsandbytes_missing checkpoint_mismatch config_invalid config_missing
@@ -62,9 +62,9 @@ def codes_of(kind: type[SageError]) -> frozenset[str]:
 
 
 def error_class(code: str, http_status: int | None = None) -> type[SageError]:
-    """Return the class of the error with this code.
+    """Return the class of the errors that have this code.
 
-    http_status: decides between classes that share a code, and for a code of a later version that is not known here.
+    http_status: selects the class if several classes use the code, or if the code is unknown (from a later version).
     """
     kinds = _CLASSES.get(code, [])
     same_status = [kind for kind in kinds if kind.http_status == http_status]

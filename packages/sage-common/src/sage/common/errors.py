@@ -1,48 +1,48 @@
-"""Every error that a user can meet.
+"""All errors that SAGE reports to users.
 
 SageError
-├── ConfigError           an option or setting is wrong: nothing was started
+├── ConfigError           an option or setting is invalid: nothing was started
 ├── DatasetError          a dataset cannot be trained on
 ├── ModelError            a model cannot be used
-│   └── ModelNotFound     no folder, no package and no hub has it
+│   └── ModelNotFound     neither a folder, a package nor the hub has the model
 ├── OutputError           the output folder cannot be used
-├── NotFound              no engine, task or route of that name
-├── Conflict              the thing exists, but not in a state that allows this
-├── NotImplementedYet     documented, and not available in this version
+├── NotFound              no engine, task or route has this name
+├── Conflict              the current state does not allow the operation
+├── NotImplementedYet     documented, but not available in this version
 ├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
-├── Overloaded            not now; retry later
+├── Overloaded            too many requests or not ready; retry later
 ├── Unauthorized          the API key is missing or wrong
 └── GatewayUnreachable    no gateway answers
 """
 
 from typing import Any, ClassVar
 
-#: After how many seconds a client retries if it gets an `Overloaded`.
+#: Seconds after which a client retries if it receives `Overloaded`.
 RETRY_AFTER_SECONDS = 5
 
 
 class SageError(Exception):
-    """An error described in one sentence, with a code for programs and a next step for people."""
+    """An error with a message for people, a code for programs, and a hint about what to do next."""
 
     http_status: int = 500
     exit_code: ClassVar[int] = 1
-    #: OpenAI's word for the class of error.
+    #: OpenAI's name for this class of errors.
     type: ClassVar[str] = "api_error"
 
     def __init__(self, *, code: str, message: str, hint: str = "", param: str | None = None) -> None:
-        """code: stable snake_case; message: what and where; hint: what to do; param: the option that is wrong."""
+        """code: stable, in snake_case; message: what happened, and where; hint: what to do; param: the invalid option."""
         super().__init__(message)
         self.code, self.message, self.hint, self.param = code, message, hint, param
 
     def __str__(self) -> str:
-        """Message and hint, as a person reads them."""
+        """Return message and hint as one text."""
         return f"{self.message} {self.hint}".strip()
 
     def body(self) -> dict[str, Any]:
-        """Return the error as HTTP answers and streams carry it: OpenAI's shape, and the hint also as a field of its own.
+        """Return the body of the error in HTTP responses and streams: OpenAI's format with an additional field `hint`.
 
-        `message` includes the hint, because most clients show nothing else.
+        `message` includes the hint too, because most clients show only the message.
         """
         return {
             "error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code, "hint": self.hint}
@@ -55,7 +55,7 @@ class _BadRequest(SageError):
 
 
 class ConfigError(_BadRequest):
-    """An option or setting is wrong."""
+    """An option or setting is invalid."""
 
     exit_code = 2
 
@@ -69,7 +69,7 @@ class ModelError(_BadRequest):
 
 
 class ModelNotFound(ModelError):
-    """No folder, no package and no hub has the model."""
+    """Neither a folder, a package nor the hub has the model."""
 
     http_status = 404
 
@@ -79,19 +79,19 @@ class OutputError(_BadRequest):
 
 
 class NotFound(_BadRequest):
-    """There is nothing of that name."""
+    """No object has this name or id."""
 
     http_status = 404
 
 
 class Conflict(_BadRequest):
-    """The thing exists, but not in a state that allows this."""
+    """The current state of the object does not allow the operation."""
 
     http_status = 409
 
 
 class NotImplementedYet(SageError):
-    """The call is documented, and not available in this version."""
+    """The operation is documented, but not available in this version."""
 
     http_status = 501
 
@@ -107,7 +107,7 @@ class EngineError(SageError):
 
 
 class Overloaded(SageError):
-    """Not now: the caller should retry later."""
+    """The request cannot be served now; the caller should retry later."""
 
     http_status = 503
     type = "service_unavailable_error"
@@ -127,7 +127,7 @@ class GatewayUnreachable(SageError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the line of a library's error that says what is wrong, without its full stop."""
+    """Return the most informative line of a library's error message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch names the tensor in the next line
     return lines[is_heading].rstrip(".")

@@ -1,4 +1,4 @@
-"""Identity of a process: its PID with its start time in kernel ticks, which no change of the clock affects."""
+"""Identity of a process: its PID and its start time in kernel ticks, which do not depend on the system clock."""
 
 import contextlib
 import functools
@@ -12,24 +12,24 @@ from pathlib import Path
 
 import psutil
 
-#: Stands for a process that lives and whose PID is not known.
+#: PID of a process that is alive, but whose real PID is not known.
 _UNKNOWN_PID = 0
 #: Fields 22 and 3 of /proc/PID/stat, counted from the one after the process name, which may contain any character.
 _START_TICKS, _STATE = 19, 0
-#: A session may fork while it is being killed; it is scanned at most this many times.
+#: Maximum number of scans of a session that is being killed; its processes may fork meanwhile.
 _KILL_ROUNDS = 10
 
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, distinct from a later one with the same PID."""
+    """Identifies a process; a later process with the same PID has a different identity."""
 
     pid: int
-    started: str  #: id of the boot and ticks since then; only ever compared
+    started: str  #: boot id and ticks since boot; used only for comparison
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity":
-        """Return the identity of a process, which may be a zombie; raises ProcessLookupError if there is none."""
+        """Return the identity of a process, which may be a zombie; raises ProcessLookupError if it does not exist."""
         found = _look(pid)
         if found is None:
             raise ProcessLookupError(pid)
@@ -37,11 +37,11 @@ class ProcessIdentity:
 
     @classmethod
     def unknown(cls) -> "ProcessIdentity":
-        """Return the identity of a process that lives but whose PID is not known; it cannot be signalled."""
+        """Return the identity of a process that is alive but has an unknown PID; no signals can be sent to it."""
         return cls(_UNKNOWN_PID, "")
 
     def is_alive(self) -> bool:
-        """Return whether the process runs; False for a zombie, and for a later process with the same PID."""
+        """Return whether the process is running; False for a zombie and for a later process with the same PID."""
         found = _look(self.pid) if self.pid != _UNKNOWN_PID else None
         return found is not None and found.started == self.started and not found.is_zombie
 
@@ -52,7 +52,7 @@ class ProcessIdentity:
         return None
 
     def send_signal(self, signal_number: int) -> bool:
-        """Send a signal; return False if the process is gone. SIGKILL goes to its whole session if it leads one."""
+        """Send a signal; return False if the process is gone. SIGKILL is sent to the whole session of a session leader."""
         if not self.is_alive():
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -63,7 +63,7 @@ class ProcessIdentity:
         return True
 
     def memory_bytes(self) -> int | None:
-        """Resident memory of the process and its children, or None if it is gone."""
+        """Return the resident memory of the process and its children, or None if the process is gone."""
         process = self.process()
         if process is None:
             return None
@@ -80,7 +80,7 @@ def session_members(session_id: int) -> list[int]:
 
 
 def all_sessions() -> Mapping[int, list[int]]:
-    """Return the PIDs of every session, zombies included: one pass over all processes."""
+    """Return the PIDs of each session, including zombies, from one pass over all processes."""
     sessions: dict[int, list[int]] = defaultdict(list)
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -90,7 +90,7 @@ def all_sessions() -> Mapping[int, list[int]]:
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
-    """Return the resident memory of processes; those that are gone count as 0."""
+    """Return the total resident memory of processes; processes that are gone count as 0."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):
@@ -121,7 +121,7 @@ class _Found:
 
 
 def _look(pid: int) -> _Found | None:
-    """Return start and state of a process, or None if there is none; raises OSError if they cannot be read."""
+    """Return start time and state of a process, or None if it does not exist; raises OSError if they cannot be read."""
     if sys.platform != "linux":
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)
@@ -136,7 +136,7 @@ def _look(pid: int) -> _Found | None:
 
 @functools.cache
 def boot_id() -> str:
-    """Return the id of the current boot of the machine; empty if the system has none."""
+    """Return the id of the current boot; empty if the system does not provide one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Ids of what a user creates."""
+"""Random parts of ids."""
 
 import secrets
 import string
@@ -7,5 +7,5 @@ _ALPHABET = string.ascii_lowercase + string.digits
 
 
 def random_suffix() -> str:
-    """Return 10 random characters of [a-z0-9]: what the ids of tasks, engines and servers end in."""
+    """Return 10 random characters of [a-z0-9], used as the suffix of the ids of tasks, engines and servers."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(10))

@@ -1,4 +1,4 @@
-"""Logging: one line an event, with time, level and place, to stderr; and reading what was logged."""
+"""Configure logging to stderr (one line per event: time, level, logger, message), and read log files."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ _BLOCK_BYTES = 64 * 1024
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Send the log of this process to stderr; a detached process has a file there."""
+    """Write the log of this process to stderr, which is a file if the process is detached."""
     logging.basicConfig(
         level=level,
         stream=sys.stderr,
@@ -28,7 +28,7 @@ def configure_logging(level: str = "INFO") -> None:
 
 
 def tail_lines(path: Path, count: int) -> list[str]:
-    """Return the last lines of a log as a terminal would show them; none if there is no log yet."""
+    """Return the last lines of a log as a terminal would show them; [] if the log does not exist yet."""
     log = LogFile(path)
     text = log.read(log.tail_offset(count)).decode(errors="replace")
     lines = text.removesuffix("\n").split("\n") if text else []
@@ -36,20 +36,21 @@ def tail_lines(path: Path, count: int) -> list[str]:
 
 
 class LogFile:
-    """A log that a process appends to and that is cut when it grows too long, read by offsets that stay right.
+    """A log that a process appends to and that can be cut to limit its size; byte offsets stay valid after a cut.
 
-    The end of what is cut off is kept, until the next cut, in a file beside it that is named for the offset at which it
-    begins: `engine.log.0` with the first 50 MB, say, and `engine.log` with what follows them.
+    A cut keeps the last part of the log, until the next cut, in a second file whose suffix is the offset of its first byte.
+    For example, `engine.log.0` contains the first 50 MB of the log, and `engine.log` the rest.
     """
 
     def __init__(self, path: Path) -> None:
-        """path: the file that is appended to; it need not exist yet."""
+        """path: the log file; it need not exist yet."""
         self.path = path
 
     def cut(self, limit_bytes: int) -> bool:
-        """If the file is longer than a limit, set so much of its end aside and begin anew; return whether it was.
+        """Cut the file if it is longer than `limit_bytes`, and return whether it was cut.
 
-        The process that writes it has it open for appending and continues at the new end.
+        Its last `limit_bytes` bytes are moved to the second file, and the file is truncated. The process that writes to it
+        has it open for appending, so it continues at the beginning of the empty file.
         """
         skipped = _size(self.path) - limit_bytes
         if skipped <= 0:
@@ -67,13 +68,13 @@ class LogFile:
         return True
 
     def range(self) -> tuple[int, int]:
-        """Return the offsets of the first byte that is still there and of the end."""
+        """Return the offset of the first byte that is still available, and the offset of the end."""
         with self._locked(fcntl.LOCK_SH):
             old, base = self._old_part()
             return (base - _size(old) if old else base), base + _size(self.path)
 
     def read(self, offset: int, limit_bytes: int | None = None) -> bytes:
-        """Return what stands from an offset on, or from the first byte that is still there."""
+        """Return the content that follows an offset; if the offset was cut off, start at the first available byte."""
         with self._locked(fcntl.LOCK_SH):
             old, base = self._old_part()
             content = b""
@@ -85,7 +86,7 @@ class LogFile:
             return content
 
     def tail_offset(self, lines: int) -> int:
-        """Return the offset at which the last `lines` lines begin."""
+        """Return the offset of the last `lines` lines."""
         start, end = self.range()
         at = end
         while at > start and lines:
@@ -103,15 +104,15 @@ class LogFile:
 
     @contextlib.contextmanager
     def _locked(self, operation: int) -> Iterator[None]:
-        """Lock the log: readers share it, and a cut has it alone, so that they see both of its files before or after."""
-        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS wants a writable file for an exclusive lock
+        """Lock the log: readers share the lock, a cut holds it exclusively, so that no reader sees a partial cut."""
+        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS requires a writable file for an exclusive lock
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):
                 fcntl.flock(stack.enter_context(self.path.open(mode)), operation)
             yield
 
     def _old_part(self) -> tuple[Path | None, int]:
-        """Return the file with what was cut off last, and the offset at which the current one begins."""
+        """Return the second file, or None, and the offset of the first byte of the current file."""
         begins = {}
         for path in self.path.parent.glob(f"{self.path.name}.*"):
             if (number := path.name.removeprefix(f"{self.path.name}.")).isdecimal():

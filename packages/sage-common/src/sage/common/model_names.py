@@ -1,10 +1,10 @@
-"""Whether a model's name is a path. The command line needs it without the libraries that load models."""
+"""Find out whether a model's name is a path; the command line does this without importing libraries that load models."""
 
 from pathlib import Path
 
 
 def absolute_name(name: str, base_dir: Path) -> str:
-    """Return the absolute path of a model that is named by a folder relative to `base_dir`, and any other name unchanged."""
+    """Return the absolute path for a name that is a path or a folder below `base_dir`; return any other name unchanged."""
     folder = expanded(name)
     if folder and (is_path(name) or is_folder(base_dir / folder)):
         return str(base_dir.absolute() / folder)
@@ -17,16 +17,16 @@ def is_path(name: str) -> bool:
 
 
 def expanded(name: str) -> Path | None:
-    """Return a name as a path with its ~ expanded; None if it cannot be one."""
+    """Return a name as a path with `~` expanded; None if the name cannot be a path."""
     try:
         return Path(name).expanduser()
-    except RuntimeError:  # no such user
+    except RuntimeError:  # the user does not exist
         return None
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether there is a folder; False for names that no folder can have or that may not be looked up."""
+    """Return whether a path is a folder; False if the name is invalid or its parent folder may not be read."""
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # a name too long, or with a NUL; a folder that may not be entered
+    except (OSError, ValueError):  # the name is too long or contains NUL, or the parent folder may not be read
         return False

@@ -1,4 +1,4 @@
-"""Where SAGE keeps its files: the XDG folders, or one folder of the user's choice."""
+"""The folders in which SAGE stores its files: the XDG folders, or folders below SAGE_HOME."""
 
 import contextlib
 import os
@@ -14,21 +14,21 @@ from sage.common.errors import ConfigError
 
 @dataclass(frozen=True)
 class UserPaths:
-    """The folders of one user. None of them is created by looking at them."""
+    """The folders of one user. Reading these attributes creates no folder."""
 
     config_dir: Path  #: settings: `config.toml`
-    data_dir: Path  #: what must never be lost: models, run directories
+    data_dir: Path  #: data that must never be lost: models, run directories
     state_dir: Path  #: the engines' database, locks and logs
-    cache_dir: Path  #: what can be made again
+    cache_dir: Path  #: data that can be created again
 
     @property
     def models_dir(self) -> Path:
-        """Models by name: `<org>/<name>`, and run directories below `finetuned/`."""
+        """Folder of the models, by name (`<org>/<name>`), and of the run directories (`finetuned/`)."""
         return self.data_dir / "models"
 
     @property
     def finetuned_dir(self) -> Path:
-        """One run directory per fine-tuning task."""
+        """Folder with one run directory per fine-tuning task."""
         return self.models_dir / "finetuned"
 
     @property
@@ -38,9 +38,9 @@ class UserPaths:
 
 
 def get_user_paths() -> UserPaths:
-    """Return this user's folders: below `SAGE_HOME` where that is set, else the XDG ones.
+    """Return this user's folders: below `SAGE_HOME` if that is set, else the XDG folders.
 
-    Source: XDG Base Directory Specification 0.8, on every platform, so that one manual fits all.
+    Source: XDG Base Directory Specification 0.8; used on every platform, so that the documentation is valid for all.
     """
     home = os.environ.get("SAGE_HOME")
     if home:
@@ -52,7 +52,7 @@ def get_user_paths() -> UserPaths:
 
 @contextlib.contextmanager
 def usable_state_folder() -> Iterator[None]:
-    """Raise ConfigError for what the system says of the state folder within the block."""
+    """Convert an OSError in the `with` block to ConfigError: the state folder cannot be used."""
     try:
         yield
     except OSError as error:
@@ -64,9 +64,9 @@ def usable_state_folder() -> Iterator[None]:
 
 
 def private_folder(path: Path) -> Path:
-    """Create a folder, with the missing ones above it, that only its user may enter; tighten it if it exists.
+    """Create a folder that only its user may access, and missing parents; if it exists, remove the access of other users.
 
-    Only for SAGE's own folders: a folder that a user named keeps its mode.
+    Use it only for SAGE's own folders: a folder chosen by the user keeps its mode.
     """
     if not path.parent.is_dir():
         private_folder(path.parent)
@@ -76,7 +76,7 @@ def private_folder(path: Path) -> Path:
 
 
 def private_file(path: Path) -> Path:
-    """Create a file that only its user may read, with the folders that are missing; tighten it if it exists."""
+    """Create a file that only its user may access, and missing folders; if it exists, remove the access of other users."""
     if not path.parent.is_dir():
         private_folder(path.parent)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -91,7 +91,7 @@ def _tighten(path: Path, mode: int) -> None:
 
 
 def tighten(folder: Path) -> None:
-    """Let only its user enter a folder of SAGE's and read what is in it, if it exists; for folders of before."""
+    """Remove the access of other users to a folder and its content, if it exists; earlier versions of SAGE allowed it."""
     if folder.is_dir():
         for path in (folder, *folder.rglob("*")):
             with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""Detached processes: each is started under a file lock and found again after its parent is gone.
+"""Detached processes: each is started under a file lock, by which it is found again after its parent has exited.
 
-A process is alive as long as its lock is held. The kernel releases a lock when its last holder ends, however it ends, and a
-lock cannot be reused as a PID can. The child inherits the locked descriptor, so it needs no code for this.
+A process is alive as long as its lock is held. The kernel releases a lock when the last process that holds it ends for any
+reason, and unlike a PID, a lock is not reused. The child inherits the locked descriptor, so it needs no code for this.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ __all__ = ["ProcessIdentity", "ProcessSpec", "claimed_lock", "describe_exit", "e
 LOCK_FD_VARIABLE = "SAGE_LOCK_FD"
 _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 
-#: `holder` takes a shared lock for an instant; `try_lock` retries for longer than that.
+#: Time for which `try_lock` retries, because `holder` takes a shared lock for a moment.
 _PROBE_SECONDS = 0.1
-#: A process releases its lock before its parent can collect its exit code; this much earlier at most.
+#: Maximum time between the release of a process's lock and the moment at which its parent can collect its exit code.
 _COLLECT_SECONDS = 1.0
-#: Exit codes of the last processes that ended are kept.
+#: Maximum number of exit codes that are kept.
 _EXIT_CODES = 1000
 
-#: The children of this process that have not been collected, by their lock.
+#: Children of this process whose exit codes have not been collected yet, by lock.
 _children: dict[Path, "subprocess.Popen[bytes]"] = {}
 _exit_codes: dict[Path, int] = {}
 
@@ -45,11 +45,11 @@ class ProcessSpec:
     """A process to start."""
 
     argv: tuple[str, ...]
-    lock_path: Path  #: locked while the process lives
+    lock_path: Path  #: locked as long as the process is alive
     log_path: Path  #: its stdout and stderr are appended here
     env: Mapping[str, str] = field(default_factory=dict)  #: added to the parent's environment
-    holds_sigterm: bool = False  #: block SIGTERM until the process unblocks it, so that an early one is not lost
-    pass_fds: tuple[int, ...] = ()  #: descriptors to inherit, under the same numbers
+    holds_sigterm: bool = False  #: block SIGTERM until the process unblocks it, so that an early SIGTERM is not lost
+    pass_fds: tuple[int, ...] = ()  #: descriptors that the process inherits, with the same numbers
     port: int | None = None  #: port to listen on, 0 for any free one; None: the process does not listen
 
 
@@ -71,21 +71,21 @@ def try_lock(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def held_lock(path: Path) -> Iterator[None]:
-    """Wait for the lock and hold it within the block; for short work that must not run twice at once."""
+    """Wait for the lock and hold it within the `with` block; for short work that must not run concurrently."""
     with private_file(path).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def write_identity(descriptor: int) -> ProcessIdentity:
-    """Write this process's identity into a lock file that it holds."""
+    """Write this process's identity into a lock file whose lock it holds."""
     identity = ProcessIdentity.of(os.getpid())
     _write(descriptor, identity)
     return identity
 
 
 def spawn(spec: ProcessSpec) -> ProcessIdentity:
-    """Start a detached process under its lock, in a session of its own.
+    """Start a detached process under its lock, in a new session.
 
     Raises Conflict if a process already runs under that lock, OSError if the process cannot be started.
     """
@@ -95,14 +95,14 @@ def spawn(spec: ProcessSpec) -> ProcessIdentity:
 
 @contextlib.contextmanager
 def claimed_lock(path: Path) -> Iterator[int]:
-    """Hold the lock of a process to be started; raises Conflict if a process already runs under it."""
+    """Hold the lock for a process that is to be started; raises Conflict if a process already runs under the lock."""
     descriptor = try_lock(path)
     if descriptor is None:
         raise Conflict(code="already_running", message=f"A process already runs under {path}.")
     try:
         yield descriptor
     finally:
-        os.close(descriptor)  # a process that was started has inherited the lock
+        os.close(descriptor)  # if a process was started, it has inherited the lock
 
 
 def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
@@ -122,7 +122,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
     try:
         identity = ProcessIdentity.of(child.pid)
         _write(lock, identity)
-    except BaseException:  # such as a full disk: a process that nobody can find must not live on
+    except BaseException:  # such as a full disk: kill the process, because nobody could find it
         child.kill()
         child.wait()
         raise
@@ -133,7 +133,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
 
 @contextlib.contextmanager
 def _blocked_sigterm(block: bool) -> Iterator[None]:
-    """Block SIGTERM in this thread; a child inherits this."""
+    """Block SIGTERM in this thread if `block` is set; a child process inherits the blocking."""
     if not block:
         yield
         return
@@ -145,8 +145,8 @@ def _blocked_sigterm(block: bool) -> Iterator[None]:
 
 
 def holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process that holds the lock, or None if it is free; the PID is 0 if the process cannot be found."""
-    _collect(lock_path)  # or the child would stay a zombie
+    """Return the process that holds the lock, or None if the lock is free; the PID is 0 if the process is not found."""
+    _collect(lock_path)  # otherwise the child would stay a zombie
     try:
         descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -164,10 +164,10 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
-    """Return the processes that were started under locks, found by their environment in one pass over all processes.
+    """Return the processes that were started under these locks, found by their environment variables.
 
-    Slow, but it needs no lock file: it also finds a process whose parent died before writing the lock file, or whose lock
-    file was removed. Of several processes under one lock, the oldest is returned.
+    Reading the variables of all processes is slow, but needs no lock file: a process is also found if its parent crashed
+    before writing the lock file, or if the file was removed. Of several processes under one lock, the oldest is returned.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
     for pid in psutil.pids() if wanted else ():
@@ -179,7 +179,7 @@ def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessId
 
 
 def last_holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process that last wrote its identity into the lock file, alive or not; None if none did."""
+    """Return the process whose identity is in the lock file, whether it is alive or not; None if there is none."""
     try:
         with lock_path.open("rb") as file:
             return _read(file.fileno())
@@ -188,7 +188,7 @@ def last_holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def leftovers(lock_path: Path) -> list[int]:
-    """Return the PIDs that a process which is gone has left in its session; none while it lives."""
+    """Return the PIDs of the processes that an exited process has left in its session; [] as long as it is alive."""
     recorded = last_holder(lock_path)
     if recorded is None or recorded.is_alive():
         return []
@@ -196,9 +196,9 @@ def leftovers(lock_path: Path) -> list[int]:
 
 
 def exit_code(lock_path: Path) -> int | None:
-    """Return the exit code of the last process under a lock (negative: a signal).
+    """Return the exit code of the last process under a lock (negative if a signal killed it).
 
-    None if the process lives, was started by another process, or ended long ago.
+    The result is None if the process is alive, was started by another process, or exited long ago.
     """
     if child := _children.get(lock_path):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -208,7 +208,7 @@ def exit_code(lock_path: Path) -> int | None:
 
 
 def _collect(lock_path: Path) -> None:
-    """Keep the exit code of a child that has ended, and forget the child."""
+    """Store the exit code of a child that has exited, and remove the child from `_children`."""
     child = _children.get(lock_path)
     if child is None or (code := child.poll()) is None:
         return
@@ -219,7 +219,7 @@ def _collect(lock_path: Path) -> None:
 
 
 def describe_exit(code: int | None) -> str:
-    """Return how a process ended, as the rest of a sentence."""
+    """Return a description of how a process ended, as part of a sentence."""
     if code is None:
         return "exited (its exit code is unknown, since another gateway had started it)"
     if code >= 0:
@@ -229,8 +229,8 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    """Return the lock that a process was started under, from its environment; empty if there is none."""
-    with contextlib.suppress(psutil.Error):  # not OSError: without free descriptors nothing is known
+    """Return the path of the lock that a process was started under, from its environment; empty if it has none."""
+    with contextlib.suppress(psutil.Error):  # not OSError: if no descriptor is free, the lock is unknown
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 
@@ -241,7 +241,7 @@ def _write(descriptor: int, identity: ProcessIdentity) -> None:
 
 
 def _read(descriptor: int) -> ProcessIdentity | None:
-    """Return the identity in a lock file; None for an empty file and for one of an older version."""
+    """Return the identity in a lock file; None if the file is empty or was written by an older version."""
     try:
         content = json.loads(os.pread(descriptor, 1024, 0))
         return ProcessIdentity(int(content["pid"]), str(content["started"]))

@@ -1,4 +1,4 @@
-"""A run as a bar in a terminal, for every command that waits for one."""
+"""Progress bar for the commands that wait for a run."""
 
 import sys
 from types import TracebackType
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class ProgressBar:
-    """Shown on stderr where that is a terminal, and gone afterwards."""
+    """Progress bar on stderr, shown only if that is a terminal, and removed at the end."""
 
     def __init__(self, title: str) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[figures]}"))
@@ -20,22 +20,22 @@ class ProgressBar:
         self._task = self._progress.add_task(title, total=None, figures="")
 
     def __enter__(self) -> Self:
-        """Show it."""
+        """Show the bar."""
         self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._progress.stop()
 
     def show(self, what: str, step: int, total_steps: int | None, loss: float | None, eta: str) -> None:
-        """Show where the run is; before the first step only what it does."""
+        """Update the bar; before the first step, it shows only `what`, the current activity."""
         figures = f"{step}/{total_steps}  loss {loss:.4f}  ETA {eta}" if step and loss is not None else ""
         self._progress.update(self._task, description=what, completed=step, total=total_steps, figures=figures)
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a person says it, in two units at the most."""
+    """Format a duration with at most two units, such as 3h05m."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if seconds < 60:
         return f"{seconds:.0f}s"
@@ -47,5 +47,5 @@ def duration(seconds: float) -> str:
 
 
 def eta_text(eta_seconds: float | None) -> str:
-    """Return the time that a run still needs, or that it is being estimated."""
+    """Format the remaining time of a run."""
     return "estimating" if eta_seconds is None else duration(eta_seconds)

@@ -1,4 +1,4 @@
-"""What a user can set once: environment variables `SAGE_…` over `config.toml` over the defaults."""
+"""Settings: environment variables `SAGE_…` override `config.toml`, which overrides the defaults."""
 
 import tomllib
 from pathlib import Path
@@ -16,12 +16,12 @@ from sage.common.errors import ConfigError
 from sage.common.paths import get_user_paths
 from sage.common.validation import config_error
 
-#: What these hold is never printed.
+#: Settings whose values are never printed.
 _SECRETS = frozenset({"api_key", "database_url"})
 
 
 class Settings(BaseSettings):
-    """All settings. Each is `SAGE_<NAME>` in the environment and `<name>` in `config.toml`; empty text means unset."""
+    """All settings: `SAGE_<NAME>` in the environment or `<name>` in `config.toml`; an empty value means unset."""
 
     model_config = SettingsConfigDict(env_prefix="SAGE_", env_ignore_empty=True, extra="forbid", frozen=True)
 
@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     @classmethod
     def _usable_key(cls, key: SecretStr | None) -> SecretStr | None:
         text = key.get_secret_value() if key else "key"
-        if not text.isascii() or not text.isprintable() or " " in text:  # it travels in an HTTP header
+        if not text.isascii() or not text.isprintable() or " " in text:  # it is sent in an HTTP header
             raise ValueError("must be printable ASCII characters without blanks")
         return key
 
@@ -64,25 +64,25 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments over environment over file."""
+        """Return the sources of settings in order of precedence: arguments, environment, file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, get_user_paths().config_file)
 
     @property
     def gateway_url(self) -> str:
-        """Base URL a client on this machine uses."""
+        """Base URL of the gateway for clients on this machine."""
         host = "127.0.0.1" if self.gateway_host in ("0.0.0.0", "::", "") else self.gateway_host  # noqa: S104
         return f"http://{f'[{host}]' if ':' in host else host}:{self.gateway_port}"
 
     @property
     def store_url(self) -> str:
-        """SQLAlchemy URL of the store."""
+        """SQLAlchemy URL of the database."""
         return self.database_url or f"sqlite:///{get_user_paths().state_dir / 'engines.db'}"
 
 
 def load_settings() -> Settings:
-    """Return the settings in force.
+    """Return the current settings.
 
-    Raises ConfigError that names the file or variable and what is wrong with it.
+    Raises ConfigError, which names the file or variable and the problem.
     """
     path = get_user_paths().config_file
     try:

@@ -1,15 +1,15 @@
-"""The typed model of a training run: the figures of a step, the run's events, and its progress.
+"""Types of a training run: the figures of a step, the run's events, and its progress.
 
-A figure of a step is declared once, as a field of `StepMetrics`, and measured in one place, the training callback.
-Events, status, progress, the training series, Prometheus metrics, the command line and the dashboard embed the model or
-iterate over `FIGURES`:
+A figure of a step is declared only as a field of `StepMetrics`, and measured only in the training callback. Events, status,
+progress, the training series, Prometheus metrics, the command line and the dashboard embed `StepMetrics` or iterate over
+`FIGURES`:
 
     for figure in FIGURES:
         value = getattr(progress, figure.name)  # of a TrainingProgress, TrainingStep or StepEvent
         if value is not None:
             print(figure.title, figure.text(value))
 
-The events are what a run directory's `events.jsonl` holds, see docs/internals/run-directory.md.
+The events are the lines of a run directory's `events.jsonl`; see docs/internals/run-directory.md.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def _figure(title: str, unit: str, format_spec: str, description: str) -> Any:
 
 
 class StepMetrics(BaseModel):
-    """The figures of one optimizer step. None: not known, or the method has no such figure."""
+    """The figures of one optimizer step. None: the value is not known, or the method does not have this figure."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,14 +48,14 @@ class StepMetrics(BaseModel):
 class Figure:
     """How a field of `StepMetrics` is presented."""
 
-    name: str  #: of the field
+    name: str  #: name of the field
     title: str
     unit: str  #: `ratio` for a number from 0 to 1; empty for a plain number
     description: str
     format_spec: str
 
     def text(self, value: float) -> str:
-        """Return a value for people; bytes as GB, ratios in percent."""
+        """Format a value for people: bytes in GB, ratios in percent."""
         return f"{value / 1e9:.1f} GB" if self.unit == "bytes" else format(value, self.format_spec)
 
 
@@ -65,7 +65,7 @@ def _declared(name: str) -> Figure:
     return Figure(name, field.title or name, extra["unit"], field.description or "", extra["format_spec"])
 
 
-#: Every figure of a step, in the order in which it is shown.
+#: All figures of a step, in the order in which they are shown.
 FIGURES: tuple[Figure, ...] = tuple(_declared(name) for name in StepMetrics.model_fields)
 
 
@@ -76,7 +76,7 @@ class TrainingStep(StepMetrics):
 
 
 class TrainingProgress(StepMetrics):
-    """Where a run is, with the figures of its last step. None: not known (yet)."""
+    """Progress of a run, with the figures of its last step. None: the value is not known (yet)."""
 
     step: int = Field(description="Optimizer steps done.")
     total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
@@ -90,7 +90,7 @@ class TrainingProgress(StepMetrics):
 
 
 class RunEvent(BaseModel):
-    """A line of `events.jsonl`. Unknown fields are ignored when it is read."""
+    """A line of `events.jsonl`. Readers ignore unknown fields."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
@@ -105,14 +105,14 @@ class LaunchedEvent(RunEvent):
 
 
 class ProgressEvent(RunEvent):
-    """The run says what it does before the first step or after the last one."""
+    """The run reported its current activity, before the first step or after the last one."""
 
     event: Literal["progress"] = "progress"
     message: str = Field(description="What it does, for people.")
 
 
 class WarningEvent(RunEvent):
-    """Something that a user should know, though the run continues."""
+    """The run reported a warning to the user, and continues."""
 
     event: Literal["warning"] = "warning"
     message: str = Field(description="What happened, for people.")
@@ -125,7 +125,7 @@ class WarningEvent(RunEvent):
 
 
 class StartedEvent(RunEvent):
-    """Training begins, or continues from a checkpoint."""
+    """Training began, or continued from a checkpoint."""
 
     event: Literal["started"] = "started"
     step: int = Field(description="Steps done before; 0 at the beginning.")
@@ -144,7 +144,7 @@ class StartedEvent(RunEvent):
 
 
 class StepEvent(StepMetrics, RunEvent):
-    """An optimizer step was done; a resumed run may do the steps after its checkpoint again."""
+    """An optimizer step was completed; a resumed run repeats the steps after its checkpoint."""
 
     event: Literal["step"] = "step"
     step: int = Field(description="Number of the step, from 1.")
@@ -153,7 +153,7 @@ class StepEvent(StepMetrics, RunEvent):
 
 
 class CheckpointEvent(RunEvent):
-    """A checkpoint is complete and on the disk."""
+    """A checkpoint was completed and synced to disk."""
 
     event: Literal["checkpoint"] = "checkpoint"
     step: int = Field(description="Step after which it was taken.")
@@ -161,7 +161,7 @@ class CheckpointEvent(RunEvent):
 
 
 class EvalEvent(RunEvent):
-    """The held-out samples were scored."""
+    """The loss of the held-out samples was measured."""
 
     event: Literal["eval"] = "eval"
     step: int = Field(description="Step after which they were scored; 0: before training.")
@@ -171,7 +171,7 @@ class EvalEvent(RunEvent):
 
 
 class SampleEvent(RunEvent):
-    """The model was asked one of `sample_prompts`."""
+    """The model generated an answer to one of `sample_prompts`."""
 
     event: Literal["sample"] = "sample"
     step: int = Field(description="Step after which it was asked.")
@@ -180,7 +180,7 @@ class SampleEvent(RunEvent):
 
 
 class StoppedEvent(RunEvent):
-    """The run was asked to stop, and has written a checkpoint and the result so far."""
+    """The run stopped on request, after writing a checkpoint and the result so far."""
 
     event: Literal["stopped"] = "stopped"
     step: int = Field(description="Last step done.")
@@ -188,7 +188,7 @@ class StoppedEvent(RunEvent):
 
 
 class FinishedEvent(RunEvent):
-    """The run is completed, and its result is written."""
+    """The run was completed, and its result was written."""
 
     event: Literal["finished"] = "finished"
     step: int | None = Field(None, description="Step whose weights are the result.")
@@ -197,7 +197,7 @@ class FinishedEvent(RunEvent):
 
 
 class FailedEvent(RunEvent):
-    """The run ended with an error that it could report."""
+    """The run failed and reported an error."""
 
     event: Literal["failed"] = "failed"
     code: str = Field(description="Stable code of the error.")
@@ -205,7 +205,7 @@ class FailedEvent(RunEvent):
     hint: str | None = Field(None, description="What to do next.")
 
 
-#: Every event; the field `event` says which.
+#: Any event; the field `event` is the kind.
 AnyRunEvent: TypeAlias = (
     LaunchedEvent
     | ProgressEvent
@@ -224,7 +224,7 @@ _ADAPTER: TypeAdapter[AnyRunEvent] = TypeAdapter(Annotated[AnyRunEvent, Field(di
 
 
 def parse_event(line: bytes) -> AnyRunEvent | None:
-    """Return the event of a line, or None if it is damaged, lacks a field, or is of a kind that this version lacks."""
+    """Return the event in a line, or None if the line is damaged, a field is missing, or the kind is unknown."""
     try:
         return _ADAPTER.validate_json(line)
     except ValidationError:

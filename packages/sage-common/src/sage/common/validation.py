@@ -1,4 +1,4 @@
-"""Validation errors of pydantic as one sentence that names the option."""
+"""Convert validation errors of pydantic to a one-sentence message that names the option."""
 
 from collections.abc import Collection
 from typing import Any, TypeVar
@@ -11,9 +11,9 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def validated(model: type[ModelT], values: dict[str, Any], what: str = "option") -> ModelT:
-    """Return `model` made of `values`.
+    """Return an instance of `model` with `values`.
 
-    Raises ConfigError that names the first wrong option, what was given and what is allowed.
+    Raises ConfigError, which names the first invalid option, the given value and the allowed values.
     """
     try:
         return model.model_validate(values)
@@ -22,7 +22,7 @@ def validated(model: type[ModelT], values: dict[str, Any], what: str = "option")
 
 
 def config_error(error: ValidationError, what: str = "option", secrets: Collection[str] = ()) -> ConfigError:
-    """Return the first finding of a ValidationError as a ConfigError; how many more there are stands in its hint.
+    """Return a ConfigError for the first problem of a ValidationError; its hint lists the options with further problems.
 
     The values of options named in `secrets` are omitted.
     """
