@@ -1,4 +1,4 @@
-"""`python -m sage.studio --gateway-url URL --port PORT`: the dashboard, on loopback."""
+"""`python -m sage.studio --gateway-url URL --port PORT`: serve the dashboard on the loopback address."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from sage.studio.page import EnginesPage
 
 
 def main() -> None:
-    """Serve the page until Ctrl-C. The gateway's key is taken from SAGE_API_KEY."""
+    """Serve the page until Ctrl-C. The API key of the gateway is read from SAGE_API_KEY."""
     parser = argparse.ArgumentParser(prog="python -m sage.studio", description="The SAGE dashboard.")
     parser.add_argument("--gateway-url", default="http://127.0.0.1:8889")
     parser.add_argument("--port", type=int, default=8890)

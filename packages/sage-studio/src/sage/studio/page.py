@@ -1,4 +1,4 @@
-"""The page: the engines, and the loss curve of the selected run."""
+"""The page of the dashboard: the engines, and the loss curve of the selected run."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _REFRESH_SECONDS = 1.0
 _LIVING = [state for state in EngineState if state not in SETTLED]
-#: Settled engines that are shown, the newest ones.
+#: Maximum number of settled engines that are shown, the newest ones.
 _SETTLED_SHOWN = 100
 _MAX_EVENTS = 1000
-#: Points of the loss curve.
+#: Maximum number of points of the loss curve that are requested at once.
 _MAX_POINTS = 1000
 _COLUMNS = [
     {"name": name, "label": label, "field": name, "align": align}
@@ -27,7 +27,7 @@ _COLUMNS = [
 
 
 class EnginesPage:
-    """One browser tab. Each second it reads the living engines, the change feed, and the new steps of the selected run."""
+    """One browser tab. Each second it reads the active engines, the change feed, and the new steps of the selected run."""
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client
@@ -50,7 +50,7 @@ class EnginesPage:
         ui.timer(_REFRESH_SECONDS, self.refresh)
 
     async def refresh(self) -> None:
-        """Read what is new; an error is shown until the next refresh succeeds."""
+        """Read all changes and show them; an error is shown until the next refresh succeeds."""
         try:
             if await self._has_changed():
                 page = await self._client.page_engines(limit=_SETTLED_SHOWN, states=sorted(SETTLED), order="desc")
@@ -102,7 +102,7 @@ class EnginesPage:
 
 
 class LossCurve:
-    """The steps of one run; once read, only the new ones are."""
+    """The steps of one run; after the first call, `read` requests only new steps."""
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client
@@ -110,7 +110,7 @@ class LossCurve:
         self._steps: list[TrainingStep] = []
 
     async def read(self, engine_id: str) -> list[TrainingStep]:
-        """Return the steps of a run, oldest first, thinned out if there are many."""
+        """Return the steps of a run, oldest first, downsampled if there are many."""
         if engine_id != self._engine_id or len(self._steps) > 2 * _MAX_POINTS:
             self._engine_id, self._steps = engine_id, []
         after = self._steps[-1].step if self._steps else 0
@@ -143,7 +143,7 @@ def _summary(engine: EngineView) -> str:
 
 
 def _figures(training: TrainingProgress) -> list[str]:
-    """Return step, time left and every known figure of the last step."""
+    """Return the step, all known figures of the last step, and the remaining time."""
     texts = [f"step {training.step} of {training.total_steps}"] if training.total_steps else []
     texts += [
         f"{figure.title}: {figure.text(value)}"

@@ -9,7 +9,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 
 class clock(FunctionElement[datetime]):  # noqa: N801 - named as SQL functions are
-    """The time of the database at this statement, plus some seconds."""
+    """The current time of the database, plus some seconds."""
 
     type = DateTime(timezone=True)
     inherit_cache = True

@@ -1,4 +1,4 @@
-"""Opening the database: connection settings and migrations."""
+"""Open the database: connection settings and migrations."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def open_database(url: str) -> Engine:
     """Open a database, bring its schema up to date, and return its SQLAlchemy engine.
 
     SQLite is opened in WAL mode and synced at every commit; only its user can read the file.
-    Raises ConfigError, which shows no password, if the URL is wrong, the database cannot be reached, or its schema is newer.
+    Raises ConfigError (without the password) if the URL is wrong, the database is unreachable, or its schema is newer.
     """
     parsed = _parse(url)
     try:
@@ -64,7 +64,7 @@ def _open_postgresql(url: URL) -> Engine:
 
 
 def shown(url: URL) -> str:
-    """Return a URL without user, password and options, as messages may show it."""
+    """Return a URL for messages, without user, password and options."""
     return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
 
 

@@ -20,7 +20,7 @@ LEASE_SECONDS = 8.0
 
 
 class StaleWrite(Exception):
-    """The row was written since it was read: read it and decide again. Nothing was changed."""
+    """The row was written since it was read. Nothing was changed: read the row and decide again."""
 
 
 class LeaseLost(StaleWrite):
@@ -45,7 +45,7 @@ class LeaseStore:
             connection.execute(insert(leases).values(node=node, **lease).on_conflict_do_nothing())
 
     def acquire_lease(self, node: str, holder: str, host: str, me: ProcessIdentity, url: str = "") -> Lease | None:
-        """Take the lease and raise its fence; None if another living control plane holds it.
+        """Take the lease and increment its fence; return None if another active control plane holds it.
 
         holder: a token of this control plane; url: URL of its gateway.
         The lease can be taken if it is free or expired, or if its holder was a process of this host and has exited.
@@ -57,7 +57,7 @@ class LeaseStore:
         if row.holder not in (None, holder) and row.is_valid and not has_exited:
             return None
         taken = update(leases).where(leases.c.node == node, leases.c.fence == row.fence)
-        if row.holder not in (None, holder) and not has_exited:  # it may have been renewed after the read
+        if row.holder not in (None, holder) and not has_exited:  # the lease may have been renewed after the read
             taken = taken.where(~_is_valid(self.lease_seconds))
         taken = taken.values(
             fence=row.fence + 1,
@@ -78,7 +78,7 @@ class LeaseStore:
             return bool(connection.execute(renewed).rowcount)
 
     def release_lease(self, lease: Lease) -> None:
-        """Give the lease back, so that another control plane can take it at once."""
+        """Release the lease, so that another control plane can take it immediately."""
         with self._write() as connection:
             connection.execute(update(leases).where(_is_of(lease)).values(holder=None, expires_at=NEVER_HELD))
 

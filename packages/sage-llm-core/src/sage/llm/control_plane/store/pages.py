@@ -1,4 +1,4 @@
-"""Pages of engines: a query whose cost depends on the size of the page, not on the number of engines."""
+"""Queries for pages of engines; their cost depends on the size of the page, not on the number of engines."""
 
 from collections.abc import Collection
 from itertools import product

@@ -1,4 +1,4 @@
-"""Converts frozen values to rows, and rows to frozen values."""
+"""Convert frozen values to rows, and rows to frozen values."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime

@@ -30,7 +30,7 @@ class Store(LeaseStore):
     """
 
     def add(self, record: EngineRecord, actor: str, lease: Lease) -> EngineRecord:
-        """Insert a new engine, with its times, version and event ids set here. Raises Conflict if its port is taken."""
+        """Insert a new engine, and set its times, version and event ids. Raises Conflict if its port is taken."""
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.CREATED, actor, after=record.state)
@@ -49,7 +49,7 @@ class Store(LeaseStore):
         drop_server: str | None = None,
         **values: Any,
     ) -> EngineRecord:
-        """Change the state of an engine as it was read to `state`, and write the event and the server as well.
+        """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
         put_server: a server to insert or replace; drop_server: the id of a server to remove; values: other columns.
         Raises StaleWrite if the engine was written since it was read, IllegalTransition if the table of states does not
@@ -261,7 +261,7 @@ def _one_engine_a_port(record: EngineRecord) -> Iterator[None]:
 
 
 def port_taken(port: int | None, why: str) -> Conflict:
-    """Return the error for a port that cannot be used."""
+    """Return the error to raise if a port cannot be used."""
     return Conflict(
         code="port_taken",
         message=f"Port {port} cannot be used: {why}.",

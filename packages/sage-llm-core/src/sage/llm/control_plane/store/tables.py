@@ -4,7 +4,7 @@ from datetime import datetime
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, DateTime, Index, Integer, MetaData, String, Table, Text, text
 
-#: The engine is not settled. Literal text, because a query uses a partial index only if it contains the same condition.
+#: Condition "not settled". It is literal text, because a query uses a partial index only if it has the same condition.
 ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
 
 metadata = MetaData()

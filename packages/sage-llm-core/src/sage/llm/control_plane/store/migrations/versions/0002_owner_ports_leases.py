@@ -1,4 +1,4 @@
-"""The owner of the database; one active engine for a port; leases with the kernel's identity of a process.
+"""Add the owner of the database, one active engine per port, and leases with the process identity.
 
 Revision ID: 0002
 """
@@ -13,7 +13,7 @@ _ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
 
 
 def upgrade() -> None:
-    """Create the owner's table and the index of ports; replace the leases, since nothing holds one now."""
+    """Create the owner's table and the index of ports; replace the leases, because nobody holds one during a migration."""
     op.create_table(
         "owner",
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),

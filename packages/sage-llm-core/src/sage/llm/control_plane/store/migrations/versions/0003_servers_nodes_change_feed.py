@@ -1,4 +1,4 @@
-"""Servers beside engines; nodes, each with a lease; events that outlive their engines.
+"""Add servers, nodes with one lease each, and events that are kept after their engines are removed.
 
 Revision ID: 0003
 """
@@ -38,7 +38,7 @@ def upgrade() -> None:
     events = [row._asdict() for row in connection.execute(sa.select(_OLD_EVENTS).order_by(_OLD_EVENTS.c.id))]
     first = {event["engine_id"]: event["id"] for event in reversed(events)}
     last = {event["engine_id"]: event["id"] for event in events}
-    engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]  # others were hidden
+    engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]  # skip hidden rows
     node = connection.scalar(sa.text("SELECT node FROM owner"))
     if node is None and engines:  # 0001 named a node by its host; the first start of 0002 would have renamed it
         node = open_state_folder()
