@@ -1,1 +1,1 @@
-"""The command line: everything it does goes through the gateway's HTTP."""
+"""The command line; it controls engines only over the gateway's HTTP interface."""

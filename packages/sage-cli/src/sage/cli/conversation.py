@@ -13,7 +13,7 @@ _PROMPT = ">>> "
 
 
 class Conversation:
-    """The messages of a chat so far; sends the next one."""
+    """A chat: its messages so far, and methods to send the next one."""
 
     def __init__(self, client: SageClient, model: str, system: str | None, options: dict[str, Any]) -> None:
         self._client, self._model, self._options = client, model, options
@@ -23,7 +23,7 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Send a message and print the answer as it arrives.
 
-        Ctrl-C ends the answer: the part that has arrived is kept, then KeyboardInterrupt is raised.
+        Ctrl-C ends the answer: the part received so far is kept, and KeyboardInterrupt is raised.
         """
         self._messages.append({"role": "user", "content": text})
         answer = ""
@@ -47,7 +47,7 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": answer})
 
     def repeat(self) -> None:
-        """Send what the user types, until /exit or the end of the input."""
+        """Send each message that the user types, until /exit or the end of the input."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives `input` a history
         if sys.stdin.isatty():

@@ -1,4 +1,4 @@
-"""Finds the gateway, and starts it if none is running."""
+"""Find the gateway, and start it if none is running."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from sage.llm.client import SageClient
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.05
-#: Prefix of the line in the gateway's log that says why it did not start.
+#: Prefix of the line in the gateway's log with the reason why it did not start.
 _REASON = "sage gateway: "
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -31,7 +31,7 @@ def lock_path() -> Path:
 
 
 def log_path() -> Path:
-    """Return the path of the log of a gateway in the background."""
+    """Return the path of the log that a gateway in the background writes."""
     return get_user_paths().state_dir / "gateway.log"
 
 
@@ -42,10 +42,10 @@ def find_process() -> ProcessIdentity | None:
 
 
 def find_client() -> SageClient:
-    """Return a client of the running gateway, else of the address in the settings; does not connect."""
+    """Return a client of the running gateway, or if none runs, of the address in the settings; does not connect."""
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        if ProcessIdentity(saved["pid"], saved["started"]).is_alive():  # maybe a former standby, which has not the lock
+        if ProcessIdentity(saved["pid"], saved["started"]).is_alive():  # perhaps a standby, which does not hold the lock
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings
 
@@ -54,7 +54,7 @@ def find_client() -> SageClient:
 
 
 def connect() -> SageClient:
-    """Return a client of a gateway that answers; starts one on this machine if none does."""
+    """Return a client of a gateway that answers; if none answers, start one on this machine."""
     client = find_client()
     if health := find_health(client):
         refuse_foreign(client, health)
@@ -78,9 +78,9 @@ def find_health(client: SageClient) -> dict[str, Any] | None:
 
 
 def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
-    """Raise GatewayUnreachable if it is the gateway of another SAGE_HOME on this machine: its engines are not this user's.
+    """Raise GatewayUnreachable if the gateway belongs to another SAGE_HOME on this machine, so to other engines.
 
-    Not if the user has its key, or if it is not a process of this machine (reached through a tunnel).
+    It is accepted if the user has its API key, or if it is not a process of this machine (reached through a tunnel).
     """
     if client.api_key or find_process():
         return
@@ -132,7 +132,7 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
 
 
 def _failed(log_bytes: int) -> GatewayUnreachable:
-    """Return the error with the reason from the gateway's log; log_bytes: size of the log before it was started."""
+    """Return an error with the reason from the gateway's log; log_bytes: size of the log before the gateway was started."""
     with log_path().open("rb") as log:
         log.seek(log_bytes)
         lines = log.read().decode(errors="replace").splitlines()
@@ -153,12 +153,12 @@ def _size(path: Path) -> int:
 
 
 def stop() -> bool:
-    """Stop the gateway and wait until it has exited; engines continue to run. False if none was running."""
+    """Stop the gateway and wait until it has exited; engines continue to run. Return False if no gateway was running."""
     process = find_process()
     if process is None:
         return False
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)  # it may be suspended
+    process.send_signal(signal.SIGCONT)  # the gateway may be suspended
     deadline = time.monotonic() + _START_SECONDS
     while find_process():
         if time.monotonic() > deadline:

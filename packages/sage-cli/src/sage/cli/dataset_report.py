@@ -18,7 +18,7 @@ _SHOWN_DUPLICATES = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """Token counts, or the reason why there are none."""
+    """Token counts, or the reason why they could not be measured."""
 
     tokenizer: str
     cutoff_tokens: int
@@ -38,7 +38,7 @@ class Measured:
 
 
 def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_on: Any) -> Measured:
-    """Render the samples for a model, count tokens and collect what would not be learnt.
+    """Render the samples for a model, count tokens, and collect findings about content that the model would not learn.
 
     If the model cannot be loaded, the result has the reason in `problem`.
     """

@@ -18,7 +18,7 @@ _SPECIAL_STYLE = "reverse"
 
 
 def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_json: bool) -> None:
-    """Print samples, each with its sequences. Raises DatasetError for one that the chat template rejects."""
+    """Print samples, each with its sequences. Raises DatasetError if the chat template rejects a sample."""
     shown = [(sample, encoder.encode_whole([sample])[0]) for sample in samples]
     encoder.raise_for_faults()
     if not shown:
@@ -45,7 +45,7 @@ def _heading(sample: Sample, facts: str) -> Text:
 
 
 def _segments(sequence: Encoded, encoder: Encoder) -> list[tuple[str, str]]:
-    """Return a sequence's text, split at each change between trained, untrained and cut."""
+    """Return a sequence's text as segments, each of which is trained, untrained or cut."""
     kinds = ["untrained" if label == IGNORED else "trained" for label in sequence.labels[: encoder.cutoff]]
     kinds += ["cut"] * (len(sequence.ids) - len(kinds))
     runs = itertools.groupby(zip(kinds, sequence.ids, strict=True), key=lambda pair: pair[0])

@@ -1,4 +1,4 @@
-"""What the command line needs beside itself for commands that work on this machine."""
+"""Check for optional packages, which commands that work on this machine need."""
 
 import importlib.util
 
@@ -9,14 +9,14 @@ def require(module: str, purpose: str) -> None:
     """Raise ConfigError if a module is not installed; purpose: the subject of the message."""
     try:
         is_installed = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not installed either
+    except ModuleNotFoundError:  # the parent package is not installed either
         is_installed = False
     if not is_installed:
         raise missing(module, purpose)
 
 
 def missing(module: str, purpose: str) -> ConfigError:
-    """Return the error for a command that cannot run without a module."""
+    """Return the error to raise if a command needs a module that is not installed."""
     return ConfigError(
         code="package_missing",
         message=f"{purpose} needs {module}, which is not installed.",

@@ -1,4 +1,4 @@
-"""Which engines `sage llm engine list` shows."""
+"""Select the engines that `sage llm engine list` shows."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Selection:
 
 
 def select(client: SageClient, selection: Selection) -> tuple[list[EngineView], bool]:
-    """Return the selected engines, oldest first, and whether settled ones were left out."""
+    """Return the selected engines, oldest first, and whether settled engines were omitted."""
     states = [EngineState(state) for state in selection.states] or list(EngineState)
     kinds = [EngineKind(kind) for kind in selection.kinds]
     if selection.settled_limit is None:
@@ -28,6 +28,6 @@ def select(client: SageClient, selection: Selection) -> tuple[list[EngineView], 
         page = client.page_engines(limit=max(selection.settled_limit, 1), states=settled, kinds=kinds, order="desc")
         shown = page.data[: selection.settled_limit]
         has_more = page.has_more or len(shown) < len(page.data)
-        settled_ids = {engine.id for engine in shown}  # one may have settled between the two requests
+        settled_ids = {engine.id for engine in shown}  # an engine may have settled between the two requests
         engines = sorted([*(e for e in engines if e.id not in settled_ids), *shown], key=lambda e: e.created_at)
     return engines, has_more

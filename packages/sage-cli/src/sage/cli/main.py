@@ -1,4 +1,4 @@
-"""`sage`: the entry point."""
+"""Entry point of the command `sage`."""
 
 import sys
 from typing import Annotated, NoReturn
@@ -77,7 +77,7 @@ def _options(
 
 
 def main() -> None:
-    """Run a command. An error is one message on stderr and an exit code: 1 failed, 2 wrong usage, 3 no gateway."""
+    """Run a command. An error is printed to stderr; the exit code is 1 (failed), 2 (wrong usage) or 3 (no gateway)."""
     try:
         app()
     except SageError as error:

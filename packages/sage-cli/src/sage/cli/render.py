@@ -21,12 +21,12 @@ _STATE_STYLES = {
     "starting": "yellow",
     "stopping": "yellow",
 }
-#: Width for pipes: large, so that nothing is cut.
+#: Width of output to pipes: large, so that no line is cut.
 _PIPE_COLUMNS = 240
 
 
 def stdout() -> Console:
-    """Return the console for data: as wide as the terminal, and wide enough for any line in a pipe."""
+    """Return the console for stdout: as wide as the terminal, or in a pipe wide enough for any line."""
     return Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
 
 
@@ -68,7 +68,7 @@ def engine_lines(engine: EngineView) -> list[str]:
 
 
 def ending(engine: EngineView) -> str:
-    """Return one sentence about how an engine ended, and where its result and checkpoint are."""
+    """Return a sentence that says how an engine ended and where its result and checkpoint are."""
     training = engine.training
     if engine.kind is not EngineKind.FINETUNE or training is None:
         return f"{engine.id} is {engine.state}."
@@ -82,7 +82,7 @@ def ending(engine: EngineView) -> str:
 
 
 def event_line(event: EngineEvent) -> str:
-    """Return an event of an engine."""
+    """Return an event of an engine as one line."""
     is_transition = event.kind in (EventKind.CREATED, EventKind.TRANSITION)
     what = f"{event.before or '·'} → {event.after}" if is_transition else str(event.kind)
     return f"{event.at:%Y-%m-%d %H:%M:%S}  {what:<22} {event.actor:<10} {event.reason}".rstrip()
@@ -119,13 +119,13 @@ def _training_facts(training: TrainingProgress, *, is_active: bool) -> list[tupl
 
 
 def bar(share: float) -> str:
-    """Return a share as a bar and a percentage."""
+    """Format a share as a bar and a percentage."""
     filled = round(share * _BAR_CELLS)
     return f"{'█' * filled}{'░' * (_BAR_CELLS - filled)} {100 * share:3.0f}%"
 
 
 def size(size_bytes: float) -> str:
-    """Return a size with a unit."""
+    """Format a size with a unit."""
     for unit in ("B", "KB", "MB"):
         if size_bytes < 1000:
             return f"{size_bytes:.0f}{unit}"

@@ -1,4 +1,4 @@
-"""Starting an engine from the command line: `engine start` and `fine-tune`."""
+"""Start an engine from the command line, for `engine start` and `fine-tune`."""
 
 import sys
 from collections.abc import Callable
@@ -27,15 +27,15 @@ def start_engine(
 ) -> None:
     """Start an engine, print its id, and wait.
 
-    request: other fields of StartRequest.  wait: False: until it has been validated, None: until it serves or trains,
-    True: until it has settled.  announce: the line with the id.
+    request: other fields of StartRequest.  wait: False: wait until it has been validated; None: until it serves or trains;
+    True: until it has settled.  announce: format of the line with the id.
     """
     _check_given(model, kind, options)
     fields = {**_named(model, kind), "engine_kind": kind, **(request or {})}
     client = daemon.connect()
 
     def begin(options: dict[str, Any]) -> EngineView:
-        with waiting.interrupts_noted() as interrupted:  # else an engine could start without its id being printed
+        with waiting.interrupts_noted() as interrupted:  # otherwise the engine could start, but its id would not be printed
             engine = client.start_engine(**fields, options=options)
         if interrupted.noted:
             raise waiting.interrupted_exit(engine.id, engine.state)
@@ -68,7 +68,7 @@ def is_interactive() -> bool:
 
 
 def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
-    if not model:  # from a variable that is not set; it does not mean the working directory
+    if not model:  # for example, an unset shell variable; it does not mean the working directory
         raise ConfigError(code="config_invalid", message="The model's name is empty.", hint="Give a name or a folder.")
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == EngineKind.FINETUNE and field not in options:

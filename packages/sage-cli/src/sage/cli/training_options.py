@@ -1,6 +1,6 @@
 """The options of a fine-tuning run, for all commands that start one.
 
-They are a table of their own, so that `sage --help` does not import FinetuneConfig; a test compares the two.
+They are repeated in a table, so that `sage --help` does not import FinetuneConfig; a test compares the two.
 """
 
 import inspect
@@ -19,12 +19,12 @@ class TrainingOption(NamedTuple):
 
     field: str
     type: type
-    default: object  #: shown in the help only; FinetuneConfig sets it
+    default: object  #: only shown in the help; FinetuneConfig sets the default
     help: str
-    flag: str | None = None  #: default: from the name of the field
+    flag: str | None = None  #: name of the flag; None: derived from the name of the field
 
 
-#: Fields that are paths, made absolute here, because the gateway's working directory is another one.
+#: Fields that are paths; they are made absolute here, because the gateway has a different working directory.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
 #: Fields that are names of a model's modules.
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -92,7 +92,7 @@ OPTIONS = (
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a run to a command that ends in `**training`; it gets only those that the user gives."""
+    """Add the options of a run to a command; its parameter `**training` receives those that the user gives."""
 
     def run(**values: Any) -> None:
         names = {option.field for option in OPTIONS}
@@ -124,11 +124,11 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
     for name in PATH_FIELDS:
         if name in given:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
-            if "" in paths:  # from a variable that is not set; it does not mean the working directory
+            if "" in paths:  # for example, an unset shell variable; it does not mean the working directory
                 raise ConfigError(code="config_invalid", message=f"{name} is empty.", hint="Give a path.", param=name)
             absolute = [str(Path(os.path.expanduser(path)).absolute()) for path in paths]  # noqa: PTH111 - never raises
             given[name] = absolute[0] if len(absolute) == 1 else absolute
     for name in MODULE_FIELDS:
-        if _NAMES.fullmatch(given.get(name, "")):  # else it is `all-linear` or a pattern
+        if _NAMES.fullmatch(given.get(name, "")):  # otherwise it is `all-linear` or a pattern
             given[name] = [module.strip() for module in given[name].split(",")]
     return given

@@ -1,4 +1,4 @@
-"""Waiting for an engine, with a progress bar."""
+"""Wait for an engine, with a progress bar."""
 
 import contextlib
 import signal
@@ -15,7 +15,7 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: The gateway may restart while a command waits.
+#: Time for which a command tolerates an unreachable gateway, because it may be restarting.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -46,11 +46,11 @@ def until_settled(client: SageClient, engine_id: str) -> EngineView:
 
 
 def failure(engine: EngineView) -> SageError:
-    """Return the error of a failed engine, of the class that its code has: it decides the exit code."""
+    """Return the error of a failed engine; its class, which decides the exit code, is found by its code."""
     code = engine.reason.code if engine.reason else "unknown"
     hint = engine.reason.hint if engine.reason else ""
     kind, log = error_class(code), f"`sage llm engine logs {engine.id}`"
-    is_complete = log in hint or (hint and kind.http_status == 400)  # a rejected request has no log of interest
+    is_complete = log in hint or (hint and kind.http_status == 400)  # the log of a rejected request is of no interest
     return kind(
         code=code,
         message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",
@@ -87,7 +87,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def interrupts_noted() -> Iterator[Interrupt]:
-    """Note Ctrl-C during the block instead of raising it, since an exception can be lost in a finalizer.
+    """Record Ctrl-C during the `with` block instead of raising KeyboardInterrupt, which can be lost in a finalizer.
 
     The second Ctrl-C raises KeyboardInterrupt.
     """
@@ -115,7 +115,7 @@ def _show(bar: ProgressBar, engine: EngineView) -> None:
 
 
 def interrupted_exit(engine_id: str, state: EngineState | None) -> typer.Exit:
-    """Print what happens to the engine after Ctrl-C, and return the exit of the command."""
+    """Print the engine's state and the commands to show or stop it; return the exit of the command after Ctrl-C."""
     text = f"\n{engine_id} is still {state or 'active'}. Show it: `sage llm engine status {engine_id}`"
     stop = "" if state is EngineState.STOPPING else f"; stop it: `sage llm engine stop {engine_id}`"
     typer.echo(f"{text}{stop}.", err=True)

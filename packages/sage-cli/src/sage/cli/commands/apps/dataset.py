@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """The parts of a chat that the loss covers, copied as well."""
+    """The parts of a chat that the loss covers; copied for the same reason."""
 
     assistant = "assistant"
     last_turn = "last_turn"

@@ -33,7 +33,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """The engine states, copied as well."""
+    """The engine states; copied for the same reason."""
 
     validating = "validating"
     queued = "queued"
@@ -47,7 +47,7 @@ class State(StrEnum):
 
 
 class Policy(StrEnum):
-    """The restart policies, copied as well."""
+    """The restart policies; copied for the same reason."""
 
     no = "no"
     on_failure = "on-failure"
