@@ -1,4 +1,4 @@
-"""Backends by name, datasets by reference, and what an engine's process is launched with."""
+"""Backends by name, datasets by reference, and the launch specification of an engine's process."""
 
 import asyncio
 import dataclasses
@@ -76,7 +76,7 @@ def test_a_backend_that_cannot_run_an_engine_is_refused_with_the_names_of_those_
     )
 
 
-def test_a_further_backend_needs_an_entry_and_no_other_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_backend_needs_only_an_entry_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(TransformersBackend):
         name = "other"
         capabilities = Capabilities(frozenset({EngineKind.LLM}), frozenset({ModelKind.GGUF}), hot_adapters=True)
@@ -88,7 +88,7 @@ def test_a_further_backend_needs_an_entry_and_no_other_change(monkeypatch: pytes
     assert spec.argv[0] == Other.interpreter[0]
 
 
-def test_every_inference_server_is_given_the_socket_of_the_launcher() -> None:
+def test_every_inference_server_inherits_the_socket_of_the_launcher() -> None:
     for backend in registry.BACKENDS.values():
         if isinstance(backend, ServingBackend):
             argv = backend.argv("m", backend.options())
@@ -148,7 +148,7 @@ def test_preparing_a_run_creates_nothing(weights: Path, dataset: str, tmp_path: 
         ({"output_dir": "/proc/version"}, "output_unusable"),
     ],
 )
-def test_what_needs_no_reading_of_data_is_refused_at_once(
+def test_errors_that_need_no_reading_of_data_are_raised_at_once(
     weights: Path, dataset: str, tmp_path: Path, options: dict[str, Any], code: str
 ) -> None:
     if "output_dir" in options:
@@ -160,7 +160,7 @@ def test_what_needs_no_reading_of_data_is_refused_at_once(
     assert caught.value.code == code
 
 
-def test_a_run_takes_no_port_and_only_its_own_backend(weights: Path, dataset: str, tmp_path: Path) -> None:
+def test_a_run_accepts_no_port_and_only_its_own_backend(weights: Path, dataset: str, tmp_path: Path) -> None:
     finetune = FinetuneExecutor(LocalLauncher())
     request = StartRequest(model=str(weights), engine_kind=EngineKind.FINETUNE, port=9000)
     with pytest.raises(Conflict, match="no port"):
@@ -173,7 +173,7 @@ def test_a_run_takes_no_port_and_only_its_own_backend(weights: Path, dataset: st
 
 @pytest.fixture
 def run(weights: Path, dataset: str, tmp_path: Path) -> EngineRecord:
-    """A fine-tuning engine as it is in the store once it was prepared."""
+    """A fine-tuning engine as stored after its preparation."""
     prepared = prepare(weights, dataset, tmp_path / "out")
     return record(
         id="engine-a", kind=EngineKind.FINETUNE, model=str(weights), backend=prepared.backend, options=prepared.options
@@ -216,7 +216,7 @@ def test_a_run_whose_dataset_has_changed_is_not_resumed(run: EngineRecord, datas
     assert caught.value.code == "dataset_changed"
 
 
-def test_a_run_that_was_started_before_and_whose_folder_is_gone_is_not_begun_anew(run: EngineRecord) -> None:
+def test_a_run_whose_folder_was_removed_is_not_created_again(run: EngineRecord) -> None:
     finetune = FinetuneExecutor(LocalLauncher())
     launched = dataclasses.replace(run, server_id="server-a")
     for check in (finetune.check_resumable, finetune.validate):

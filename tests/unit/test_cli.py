@@ -39,7 +39,7 @@ def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
     assert [method.value for method in dataset.Method] == list(typing.get_args(Method))
 
 
-def test_names_of_modules_are_a_list_with_or_without_spaces_and_patterns_stay() -> None:
+def test_module_names_become_a_list_with_or_without_spaces_and_patterns_are_unchanged() -> None:
     given: dict[str, Any] = {}
     command = with_training_options(lambda **training: given.update(training))
     command(target_modules="q_proj, v_proj", exclude_modules="lm_head", modules_to_save="norm,embed_tokens")
@@ -56,7 +56,7 @@ def shown(*engines: EngineView) -> str:
     return capture.get()
 
 
-def test_the_listing_shows_state_progress_loss_and_eta() -> None:
+def test_the_list_shows_state_progress_loss_and_eta() -> None:
     text = shown(engine_view(training=training_progress(loss=1.23456, eta_seconds=90.0), memory_bytes=1_500_000_000))
     for word in ("engine-a", "finetune", "running", "█████░░░░░  50%", "1.2346", "1m30s", "1.5GB"):
         assert word in text
@@ -65,14 +65,14 @@ def test_the_listing_shows_state_progress_loss_and_eta() -> None:
     assert "/models/[/b]" in shown(engine_view(name="/models/[/b]"))  # text, and no markup
 
 
-def test_the_status_tells_the_reason_and_the_next_step() -> None:
+def test_the_status_shows_the_reason_and_the_next_step() -> None:
     reason = {"code": "c", "message": "It died.", "hint": "Resume it."}
     lines = "\n".join(engine_lines(engine_view(state="failed", reason=reason, training=training_progress(warnings=["cut"]))))
     assert "It died. Resume it." in lines
     assert "warning            cut" in lines
 
 
-def test_an_ending_says_where_everything_is() -> None:
+def test_the_final_message_names_the_result_and_the_checkpoint() -> None:
     training = training_progress(checkpoint_step=5, heldout_loss_before=3.0, heldout_loss=1.0)
     assert ending(engine_view(state="stopped", training=training)) == (
         "engine-a is stopped at step 5 of 10: result in /out, checkpoint /run/checkpoint-5. Held-out loss 3.0000 → 1.0000."
@@ -81,11 +81,11 @@ def test_an_ending_says_where_everything_is() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (59.4, "59s"), (61, "1m01s"), (3600, "1h00m"), (90000, "1d01h")])
-def test_times_are_said_in_two_units(seconds: float, text: str) -> None:
+def test_durations_are_formatted_with_at_most_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_sizes_and_shares_are_said_as_people_do() -> None:
+def test_sizes_and_shares_are_formatted_with_units() -> None:
     assert [size(n) for n in (5, 5_000, 5_000_000, 5_000_000_000)] == ["5B", "5KB", "5MB", "5.0GB"]
     assert bar(0) == "░░░░░░░░░░   0%"
     assert bar(1) == "██████████ 100%"
@@ -98,7 +98,7 @@ def test_a_failure_names_its_log_once(hint: str) -> None:
 
 
 @pytest.mark.parametrize("name", PATH_FIELDS)
-def test_an_empty_path_is_not_the_working_folder(name: str) -> None:
+def test_an_empty_path_does_not_mean_the_working_directory(name: str) -> None:
     with pytest.raises(errors.ConfigError, match=f"{name} is empty"):
         with_training_options(lambda **_: None)(**{name: ""})
 
@@ -118,7 +118,7 @@ def test_a_failed_engine_exits_with_the_code_of_its_error(code: str, exit_code: 
     assert error.hint.startswith("Fix it.")
 
 
-def test_an_event_that_is_no_transition_is_shown_with_its_kind() -> None:
+def test_an_event_other_than_a_transition_is_shown_with_its_kind() -> None:
     fields = {"id": 1, "engine_id": "engine-a", "at": "2026-01-01T00:00:00Z", "actor": "user", "reason": ""}
     created = EngineEvent.model_validate({**fields, "kind": "created", "before": None, "after": "validating"})
     desired = EngineEvent.model_validate({**fields, "kind": "desired", "before": None, "after": None})
@@ -168,7 +168,7 @@ def test_the_list_has_all_active_engines_and_the_newest_settled_ones(selection: 
     assert ("".join(e.id.removeprefix("engine-") for e in engines), more) == (ids, has_more)
 
 
-def test_metadata_is_pairs() -> None:
+def test_metadata_must_be_given_as_key_value_pairs() -> None:
     assert engine._pair("a=b=c") == ("a", "b=c")
     with pytest.raises(errors.ConfigError, match="KEY=VALUE"):
         engine._pair("a")

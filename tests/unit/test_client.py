@@ -39,7 +39,7 @@ def first(count: int, items: Any) -> Any:
     return [next(items) for _ in range(count)]
 
 
-#: Every method: its call, and what the server's answer means.
+#: Every method: its call, and the value that it returns for the server's answer.
 CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("start_engine", lambda c: c.start_engine(model="m"), lambda r: r.id == "engine-a"),
     ("page_engines", lambda c: c.page_engines(limit=5, kinds=[EngineKind.LLM]), lambda r: r.has_more),
@@ -121,7 +121,7 @@ def test_filters_and_cursors_are_sent_as_the_gateway_reads_them(gateway: tuple[s
 
 
 @pytest.mark.parametrize("engine_id", ["", "..", "../models", "engine-a/remove", "engine-a?force=true", "engine-a#"])
-def test_text_that_is_not_an_id_reaches_no_other_route(engine_id: str) -> None:
+def test_a_text_that_is_not_an_id_does_not_reach_another_route(engine_id: str) -> None:
     for call in (calls.get, calls.resume, calls.remove):
         with pytest.raises(errors.NotFound, match="No engine"):
             call(engine_id)
@@ -141,14 +141,14 @@ def test_text_that_is_not_an_id_reaches_no_other_route(engine_id: str) -> None:
         (errors.SageError(code="internal_error", message="Bad."), 1),
     ],
 )
-def test_an_error_over_http_is_the_same_error_here(error: errors.SageError, exit_code: int) -> None:
+def test_an_error_over_http_is_raised_as_the_same_error(error: errors.SageError, exit_code: int) -> None:
     with pytest.raises(errors.SageError) as caught:
         answers.raise_for_error(httpx.Response(error.http_status, content=json.dumps(error.body())))
     same = caught.value
     assert (type(same), vars(same), same.exit_code) == (type(error), vars(error), exit_code)
 
 
-def test_an_error_of_another_program_is_an_error_too() -> None:
+def test_an_error_response_of_another_program_raises_an_error() -> None:
     for content in ("<html>", "[]", '{"error": "no"}', '{"error": {}}'):
         with pytest.raises(errors.SageError, match="HTTP status 500"):
             answers.raise_for_error(httpx.Response(500, content=content))
@@ -186,11 +186,11 @@ def test_a_log_that_is_continued_loses_and_repeats_no_byte() -> None:
     assert (reader.finish(), reader.offset) == (["thr"], 108)
 
 
-def test_comments_that_keep_a_stream_alive_are_passed_over() -> None:
+def test_keep_alive_comments_of_a_stream_are_skipped() -> None:
     assert [event.id for event in streams.EventReader().feed(f": keep-alive\n\n{sse(1)}: keep-alive\n\n".encode())] == [1]
 
 
-def test_an_event_that_is_sent_again_is_read_once() -> None:
+def test_an_event_that_is_sent_twice_is_returned_once() -> None:
     reader = streams.EventReader()
     read: list[EngineEvent] = []
     for ids in ((1, 2), (1, 2, 3)):
@@ -199,7 +199,7 @@ def test_an_event_that_is_sent_again_is_read_once() -> None:
     assert [event.id for event in read] == [1, 2, 3]
 
 
-def test_the_wheels_of_the_command_line_require_no_database_and_no_training() -> None:
+def test_the_wheels_of_the_command_line_require_neither_a_database_nor_training_libraries() -> None:
     def required(name: str) -> set[str]:
         project = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]
         direct = {re.split(r"[\s\[=<>~!;]", line)[0] for line in project["dependencies"]}

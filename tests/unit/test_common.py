@@ -18,7 +18,7 @@ def test_paths_follow_the_xdg_folders(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert get_user_paths().finetuned_dir == tmp_path / "data/sage/models/finetuned"
 
 
-def test_one_variable_moves_everything(sage_home: Path) -> None:
+def test_sage_home_moves_all_folders(sage_home: Path) -> None:
     paths = get_user_paths()
     for folder in (paths.config_dir, paths.data_dir, paths.state_dir, paths.cache_dir, paths.models_dir):
         assert folder.is_relative_to(sage_home)
@@ -47,7 +47,7 @@ def test_the_environment_overrides_the_file_and_the_file_the_defaults(
         (b"\xff\xfe", "utf-8"),
     ],
 )
-def test_a_wrong_settings_file_is_named(
+def test_an_invalid_settings_file_is_named_in_the_error(
     sage_home: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes, said: str
 ) -> None:
     monkeypatch.delenv("SAGE_GATEWAY_PORT")
@@ -60,7 +60,7 @@ def test_a_wrong_settings_file_is_named(
     assert str(config) in caught.value.hint
 
 
-def test_an_address_for_everyone_is_reached_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_listens_on_all_addresses_is_reached_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGE_GATEWAY_HOST", "0.0.0.0")
     assert load_settings().gateway_url.startswith("http://127.0.0.1:")
     monkeypatch.setenv("SAGE_GATEWAY_HOST", "::1")
@@ -78,7 +78,7 @@ def test_every_error_has_a_status_and_an_exit_code() -> None:
 
 
 @pytest.mark.parametrize("name", ["API_KEY", "DATABASE_URL", "GATEWAY_HOST", "LOG_LEVEL"])
-def test_a_setting_that_is_empty_text_is_as_if_unset(sage_home: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_setting_with_an_empty_value_is_unset(sage_home: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     expected = load_settings()
     monkeypatch.setenv(f"SAGE_{name}", "")
     config = get_user_paths().config_file
@@ -87,7 +87,7 @@ def test_a_setting_that_is_empty_text_is_as_if_unset(sage_home: Path, monkeypatc
     assert load_settings() == expected
 
 
-def test_an_empty_variable_does_not_take_the_file_s_key_away(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_does_not_override_the_key_in_the_file(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = get_user_paths().config_file
     config.parent.mkdir(parents=True)
     config.write_text('api_key = "from-file"\n')
@@ -98,7 +98,7 @@ def test_an_empty_variable_does_not_take_the_file_s_key_away(sage_home: Path, mo
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "two words", " ", "tab\there", "line\n"])
-def test_a_key_that_no_header_can_carry_is_refused_and_not_printed(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_a_key_that_is_invalid_in_a_header_is_rejected_and_not_printed(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("SAGE_API_KEY", key)
     with pytest.raises(ConfigError, match="api_key: must be printable ASCII") as caught:
         load_settings()
@@ -118,7 +118,7 @@ def test_no_secret_is_printed_with_the_settings(sage_home: Path, monkeypatch: py
     assert "hunter2" not in str(caught.value)
 
 
-def test_own_folders_and_files_are_their_user_s_only_and_folders_of_others_keep_their_mode(tmp_path: Path) -> None:
+def test_only_their_user_can_access_sage_s_folders_and_other_folders_keep_their_mode(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     state = tmp_path / "sage" / "state"
     state.parent.mkdir(mode=0o755)

@@ -1,4 +1,4 @@
-"""The HTTP interface keeps what it promised: docs/compatibility.md.
+"""The HTTP interface stays compatible as docs/compatibility.md promises.
 
 `python tests/unit/test_compatibility.py` writes the snapshot anew, after a change that is meant to be kept from now on.
 """
@@ -19,7 +19,7 @@ _PROSE = {"title", "description", "summary", "operationId", "tags"}
 
 
 def interface() -> dict[str, Any]:
-    """Return the promised part of the OpenAPI document, and the schemas of what the answers hold."""
+    """Return the stable part of the OpenAPI document, and the schemas of the responses."""
     document = create_app(load_settings()).openapi()
     answers = (EngineView, EnginePage, EngineEvent, TrainingStep)
     paths = {path: item for path, item in document["paths"].items() if path.startswith("/v1/management/")}
@@ -35,13 +35,13 @@ def interface() -> dict[str, Any]:
 
 
 def _split_errors(operation: dict[str, Any]) -> dict[str, Any]:
-    """Remove the errors from a route's answers, and return them: they are the same for all routes."""
+    """Remove the error responses of a route, and return them: they are the same for all routes."""
     answers = operation["responses"]
     return {status: answers.pop(status) for status in list(answers) if status[0] in "45"}
 
 
 def _without_prose(value: Any) -> Any:
-    """Omit descriptions of schemas and routes; a property may be called `title` all the same."""
+    """Remove descriptions of schemas and routes, but keep properties that are named `title`."""
     if isinstance(value, list):
         return [_without_prose(item) for item in value]
     if not isinstance(value, dict):
@@ -52,7 +52,7 @@ def _without_prose(value: Any) -> Any:
 
 
 def breaks(old: Any, new: Any, path: str = "", is_request: bool = False) -> list[str]:
-    """Return what of `old` does not hold in `new`; additions are allowed, except that a request must not need more."""
+    """Return the parts of `old` that `new` breaks; additions are allowed, except new required fields of a request."""
     if isinstance(old, dict) and isinstance(new, dict):
         missing = [f"{path}/{key} was removed" for key in old if key not in new]
         needed = [f"{path}/{key} was added" for key in new if key in ("enum", "const", "pattern") and key not in old]

@@ -10,7 +10,7 @@ S = EngineState
 LIVES = Observed(alive=True)
 
 
-def test_every_state_has_its_row_and_only_settled_ones_may_end_there() -> None:
+def test_every_state_has_a_row_and_only_settled_states_are_final() -> None:
     assert set(TRANSITIONS) == set(EngineState)
     for state, after in TRANSITIONS.items():
         assert after or state is S.COMPLETED
@@ -25,7 +25,7 @@ def test_the_time_in_which_the_control_plane_itself_was_suspended_does_not_count
     assert (watch.state_seconds, watch.silent_seconds) == (7, 0)
 
 
-def test_silence_is_measured_while_an_engine_runs_and_is_seen_and_ends_with_an_answer() -> None:
+def test_silence_is_measured_while_an_engine_is_observed_running_and_ends_with_an_answer() -> None:
     engine, watch = record(S.RUNNING), Watch(S.RUNNING)
     for now_seconds, observed, silent_seconds in (
         (1.0, LIVES, 1),

@@ -16,7 +16,7 @@ from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.preferences import Method, parser_of
 
 
-def test_our_own_samples_have_no_fault() -> None:
+def test_the_example_datasets_have_no_faults() -> None:
     report = check_dataset(SAMPLES)
     report.raise_for_faults()
     assert report.sample_count >= 80
@@ -33,13 +33,13 @@ def test_line_17_of_broken_json_is_named(tmp_path: Path) -> None:
     assert "dataset check" in caught.value.hint
 
 
-def test_every_fault_is_reported_and_blank_lines_are_none(tmp_path: Path) -> None:
+def test_every_fault_is_reported_and_blank_lines_are_not_faults(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'\n{"text": "ok"}\n{"x": 1}\n\xff\n[]\n')
     assert [fault.origin.line for fault in check_dataset(path).faults] == [3, 4, 5]
 
 
-def test_many_faults_are_counted_and_three_are_told(tmp_path: Path) -> None:
+def test_the_message_counts_all_faults_and_lists_three(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"x": 1}] * 9)
     with pytest.raises(DatasetError, match=r"and 6 more"):
         check_dataset(path).raise_for_faults()
@@ -51,7 +51,7 @@ def test_duplicates_are_found(tmp_path: Path) -> None:
     assert (again.line, first.line) == (3, 1)
 
 
-def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path: Path) -> None:
+def test_csv_json_and_parquet_give_the_same_samples_as_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('prompt,completion\n"q, with comma","a\nof two lines"\n')
     (tmp_path / "b.json").write_text(json.dumps([chat_record("q, with comma", "a\nof two lines")]))
     table = pa.table({"instruction": ["q, with comma"], "output": ["a\nof two lines"], "input": [None]})
@@ -96,27 +96,29 @@ def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path: Path) -> None:
         ("a.arrow", b"ARROW1", "record 1: the arrow file is damaged"),
     ],
 )
-def test_a_broken_file_of_any_kind_is_a_fault_with_its_place(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_a_broken_file_of_any_kind_is_reported_with_its_position(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     [fault] = check_dataset(tmp_path / name).faults
     assert said in str(fault)
 
 
-def test_csv_goes_on_behind_a_wrong_row(tmp_path: Path) -> None:
+def test_csv_is_read_on_after_an_invalid_row(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b'text\n"two\nlines"\n\xff\n\nlast\n')
     report = DatasetReport(tmp_path / "t.csv")
     assert [(sample.origin.line, sample.content) for sample in read_samples(report)] == [(2, "two\nlines"), (6, "last")]
     assert [fault.origin.line for fault in report.faults] == [4]
 
 
-def test_a_line_that_never_ends_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_an_end_is_not_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_LINE_BYTES", 2**20)
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * 2**20)
     report = check_dataset(tmp_path / "t.jsonl")
     assert (report.sample_count, [fault.message for fault in report.faults]) == (1, ["the line is longer than 1 MiB."])
 
 
-def test_what_comes_before_a_fault_of_a_list_is_read(tmp_path: Path) -> None:
+def test_records_before_a_fault_in_a_list_are_read(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(' [ {"text": "a"} , {"text": "b"} , ]')
     report = check_dataset(tmp_path / "t.json")
     assert (report.sample_count, len(report.faults)) == (2, 1)
@@ -126,7 +128,7 @@ def test_what_comes_before_a_fault_of_a_list_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.jsonl.gz", "t.jsonl.zst", "T.JSONL.GZ", "t.json.gz", "t.csv.zst"])
-def test_compressed_files_are_read_and_a_cut_one_is_refused(tmp_path: Path, name: str) -> None:
+def test_compressed_files_are_read_and_a_truncated_one_is_rejected(tmp_path: Path, name: str) -> None:
     kind = {".jsonl": '{"text": "ä"}\n' * 3, ".json": '[{"text": "ä"}]', ".csv": "text\nä\n"}
     content = kind[Path(name.lower()).with_suffix("").suffix].encode()
     path = tmp_path / name
@@ -138,7 +140,7 @@ def test_compressed_files_are_read_and_a_cut_one_is_refused(tmp_path: Path, name
         list(read_samples(DatasetReport(path)))
 
 
-def test_keys_that_a_row_of_a_table_does_not_have_are_absent(tmp_path: Path) -> None:
+def test_keys_that_a_row_of_a_table_lacks_are_missing_in_its_record(tmp_path: Path) -> None:
     call = {"function": {"name": "f", "arguments": {"x": 1}}}
     other = {"id": "i", "type": "function", "function": {"name": "g", "arguments": {"y": 2}}}
     rows = [
@@ -154,7 +156,7 @@ def test_keys_that_a_row_of_a_table_does_not_have_are_absent(tmp_path: Path) -> 
     assert second.tools == [{"type": "function", "function": {"name": "g", "parameters": {"properties": {"y": 2}}}}]
 
 
-def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(DatasetError, match="Git LFS pointer"):
         check_dataset(tmp_path / "t.parquet")
@@ -170,7 +172,7 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path) -> None:
         ("pipe.csv", "is not a regular file"),
     ],
 )
-def test_what_is_no_dataset_is_refused_before_reading(tmp_path: Path, name: str, said: str) -> None:
+def test_a_path_that_is_not_a_dataset_is_rejected_before_reading(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "x.txt").touch()
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.csv")
@@ -178,13 +180,13 @@ def test_what_is_no_dataset_is_refused_before_reading(tmp_path: Path, name: str,
         check_dataset(tmp_path / name)
 
 
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+def test_an_empty_file_is_rejected(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "empty.jsonl", [])
     with pytest.raises(DatasetError, match="is empty"):
         check_dataset(path).raise_for_faults()
 
 
-def test_the_hash_follows_the_bytes(tmp_path: Path) -> None:
+def test_the_hash_depends_on_the_content_of_the_files(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": "a"}])
     before = dataset_hash(path)
     assert dataset_hash(path) == before
@@ -209,9 +211,7 @@ RECORDS = st.recursive(LEAVES, lambda s: st.lists(s) | st.dictionaries(st.sample
 
 @settings(max_examples=300)
 @given(RECORDS, st.sampled_from(["sft", "dpo", "orpo", "kto", "grpo"]))
-def test_no_record_whatever_breaks_the_check(
-    tmp_path_factory: pytest.TempPathFactory, record: object, method: Method
-) -> None:
+def test_no_record_crashes_the_check(tmp_path_factory: pytest.TempPathFactory, record: object, method: Method) -> None:
     path = write_jsonl(tmp_path_factory.mktemp("fuzz") / "t.jsonl", [record])
     report = check_dataset(path, parse=parser_of(method))
     assert report.sample_count + len(report.faults) == 1

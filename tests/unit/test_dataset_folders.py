@@ -1,4 +1,4 @@
-"""Folders as tools leave them: train is trained on, validation may be named for evaluation, test is never taken."""
+"""Folders written by common tools: train is for training, validation for evaluation, and test is never used."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def names_of(folder: Path, split: Literal["train", "validation"] = "train") -> l
         (["parts.jsonl", "dataset_info.json", "._parts.jsonl", ".cache/train.jsonl"], ["parts.jsonl"], ["parts.jsonl"]),
     ],
 )  # fmt: skip
-def test_the_files_of_a_split_are_taken(
+def test_the_files_of_a_split_are_selected(
     tmp_path: Path, files: list[str], train: list[str] | None, validation: list[str] | None
 ) -> None:
     laid_out(tmp_path, *files)
@@ -71,14 +71,14 @@ def test_the_files_of_a_split_are_taken(
             assert names_of(tmp_path, split) == expected
 
 
-def test_what_was_read_and_what_was_left_out_is_told(tmp_path: Path) -> None:
+def test_the_report_lists_read_and_omitted_files(tmp_path: Path) -> None:
     report = DatasetReport(laid_out(tmp_path, "train.jsonl", "valid.jsonl", "test.jsonl"))
     assert [sample.content for sample in read_samples(report)] == ["train.jsonl"]
     assert [file.name for file in report.files] == ["train.jsonl"]
     assert [file.name for file in report.skipped_files] == ["test.jsonl", "valid.jsonl"]
 
 
-def test_a_file_that_is_named_itself_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
+def test_a_file_that_is_given_explicitly_is_read_regardless_of_its_name(tmp_path: Path) -> None:
     laid_out(tmp_path, "train.jsonl", "test.jsonl")
     assert select_files(tmp_path / "test.jsonl", "validation").files == [tmp_path / "test.jsonl"]
 
@@ -86,12 +86,12 @@ def test_a_file_that_is_named_itself_is_taken_whatever_it_is_called(tmp_path: Pa
 @pytest.mark.parametrize(
     "files", [["data/train_sft-00000-of-00001.jsonl", "data/train_prefs-00000-of-00001.jsonl"], ["en/a.jsonl", "fr/a.jsonl"]]
 )
-def test_a_folder_of_several_datasets_asks_for_one(tmp_path: Path, files: list[str]) -> None:
+def test_a_folder_with_several_datasets_is_rejected(tmp_path: Path, files: list[str]) -> None:
     with pytest.raises(DatasetError, match=r"train_prefs, train_sft|en, fr"):
         select_files(laid_out(tmp_path, *files))
 
 
-def test_what_datasets_saves_to_disk_is_read(tmp_path: Path) -> None:
+def test_a_dataset_written_by_save_to_disk_is_read(tmp_path: Path) -> None:
     saved(tmp_path / "one", "a")
     report = DatasetReport(tmp_path / "one")
     [sample] = read_samples(report)
@@ -109,7 +109,7 @@ def test_what_datasets_saves_to_disk_is_read(tmp_path: Path) -> None:
         select_files(tmp_path / "one")
 
 
-def test_an_arrow_file_of_either_shape_is_read(tmp_path: Path) -> None:
+def test_arrow_files_are_read_in_the_stream_and_the_file_format(tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "b"]})
     for name, new in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
         with pa.OSFile(str(tmp_path / name), "wb") as file, new(file, table.schema) as writer:
@@ -117,7 +117,7 @@ def test_an_arrow_file_of_either_shape_is_read(tmp_path: Path) -> None:
         assert [sample.content for sample in read_samples(DatasetReport(tmp_path / name))] == ["a", "b"]
 
 
-def test_the_card_of_a_repository_says_which_files_are_which(tmp_path: Path) -> None:
+def test_the_card_of_a_repository_assigns_files_to_splits(tmp_path: Path) -> None:
     laid_out(tmp_path, "first.jsonl", "held/out.jsonl")
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "other.parquet")
     (tmp_path / "README.md").write_text(

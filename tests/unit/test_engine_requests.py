@@ -1,4 +1,4 @@
-"""What is refused before anything is started, and what is observed of engines."""
+"""Requests that are rejected before anything is started, and observations of engines."""
 
 import asyncio
 import contextlib
@@ -33,19 +33,19 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerState
 
 
 @pytest.mark.parametrize("model", ["./out", "../out", "~/out", "~nosuchuser/x", "a\\b", ".", ".."])
-def test_a_folder_that_is_not_named_by_its_absolute_path_is_refused(model: str) -> None:
+def test_a_folder_without_an_absolute_path_is_rejected(model: str) -> None:
     with pytest.raises(ValidationError, match="absolute path"):
         StartRequest(model=model)
 
 
 @pytest.mark.parametrize("model", ["", "x" * 513, "a\nb", "a\0b", "a\ud83d"])
-def test_a_name_that_can_be_no_model_s_is_refused(model: str) -> None:
+def test_an_invalid_model_name_is_rejected(model: str) -> None:
     with pytest.raises(ValidationError):
         StartRequest(model=model)
 
 
 @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-0.5B-Instruct", "/home/me/my models/out", "smollm2", "x" * 512])
-def test_names_of_models_are_taken_as_they_are(model: str) -> None:
+def test_model_names_are_kept_unchanged(model: str) -> None:
     assert StartRequest(model=model).model == model
 
 
@@ -60,7 +60,7 @@ def test_names_of_models_are_taken_as_they_are(model: str) -> None:
         {"dataset_path": "/a.jsonl", "output_dir": "/out", "reward_file": "../r.py"},
     ],
 )
-def test_files_are_named_by_absolute_paths_since_the_gateway_works_elsewhere(options: dict[str, Any]) -> None:
+def test_files_need_absolute_paths_because_the_gateway_has_another_working_directory(options: dict[str, Any]) -> None:
     request = StartRequest(model="m", engine_kind=EngineKind.FINETUNE, options=options)
     with pytest.raises(ConfigError, match="is not an absolute path") as caught:
         asyncio.run(FinetuneExecutor(LocalLauncher()).prepare("engine-a", request))
@@ -143,13 +143,13 @@ def test_the_end_that_a_run_reported_is_observed_with_its_figures() -> None:
     assert observed.training.total_steps == 5
 
 
-def test_before_a_launch_the_end_of_the_launch_before_does_not_count() -> None:
+def test_before_a_launch_the_end_of_the_previous_launch_does_not_count() -> None:
     finetune, engine = run_with([*STARTED, {"event": "stopped", "step": 2}])
     assert probe(finetune, engine, ServerState.PLANNED).ended is None
     assert probe(finetune, engine, ServerState.LAUNCHED).ended is EngineState.STOPPED
 
 
-def test_processes_that_a_worker_left_behind_make_its_engine_orphaned() -> None:
+def test_an_engine_whose_worker_left_processes_is_orphaned() -> None:
     finetune, engine = run_with(STARTED)
     observed = probe(finetune, engine, leftovers=True)
     assert (observed.alive, observed.orphaned, observed.ended) == (True, True, None)
@@ -166,7 +166,7 @@ def test_the_figures_of_a_settled_run_are_not_read_from_its_files() -> None:
     assert finetune.view_fields(dataclasses.replace(settled, figures=None), None)["training"] is None
 
 
-def test_a_malformed_step_hides_no_other() -> None:
+def test_a_malformed_step_does_not_hide_other_steps() -> None:
     step = {"event": "step", "step": 1, "loss": 1.0, "learning_rate": 0.1}
     finetune, engine = run_with([{"event": "step"}, step, {"event": "step", "step": "x", "loss": []}])
     assert [found.step for found in asyncio.run(finetune.training_steps(engine, 0, None))] == [1]
@@ -176,7 +176,7 @@ def test_a_malformed_step_hides_no_other() -> None:
     ("after", "max_points", "expected"),
     [(0, None, list(range(1, 11))), (0, 3, [1, 10]), (8, 3, [9, 10]), (0, 1, [10]), (10, 5, [])],
 )
-def test_steps_are_thinned_to_a_number_of_points_with_the_first_and_the_last(
+def test_steps_are_downsampled_and_the_first_and_the_last_are_kept(
     after: int, max_points: int | None, expected: list[int]
 ) -> None:
     finetune, engine = run_with([{"event": "step", "step": step, "loss": 1.0} for step in range(1, 11)])
@@ -193,7 +193,7 @@ def test_a_run_whose_folder_is_gone_is_reported() -> None:
 
 @contextlib.contextmanager
 def answering(status: int, body: str) -> Iterator[str]:
-    """Yield the address of a server that answers every request alike."""
+    """Yield the address of a server that gives the same answer to every request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -235,7 +235,7 @@ def test_a_server_whose_launch_was_not_written_is_asked_at_the_address_of_its_pr
         assert asyncio.run(InferenceExecutor(LocalLauncher()).probe(record(), planned, alive)).ready
 
 
-def test_servers_that_do_not_answer_keep_no_other_from_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_that_do_not_answer_do_not_delay_the_checks_of_other_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     alive = ProcessObservation(alive=True)
 
     async def test() -> None:
@@ -265,7 +265,7 @@ def test_a_server_that_exited_is_dead_once_its_launch_was_written() -> None:
 
 
 class NVMLError(Exception):
-    """As NVIDIA's library raises it for what a device does not know."""
+    """The error that NVIDIA's library raises for a value that a device does not support."""
 
 
 def unsupported(_: int) -> Any:
@@ -273,7 +273,7 @@ def unsupported(_: int) -> Any:
 
 
 class Nvml:
-    """Four GPUs: an ordinary one, a divided one, a virtual one, and one that is lost."""
+    """Four GPUs: an ordinary one, a partitioned one, a virtual one, and one that was lost."""
 
     NVMLError = NVMLError
 
@@ -296,7 +296,7 @@ class Nvml:
         return unsupported(handle)
 
 
-def test_what_a_gpu_does_not_know_fails_neither_the_list_nor_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_a_gpu_does_not_support_fails_neither_the_list_nor_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inventory, "_nvml", Nvml)
     devices = inventory.list_devices()
     assert [(device.name, device.utilization_percent) for device in devices[:2]] == [("GPU 0", 50.0), ("GPU 1", None)]

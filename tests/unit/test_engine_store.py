@@ -1,4 +1,4 @@
-"""The store on SQLite, and how a database is opened."""
+"""The store on SQLite, and the opening of a database."""
 
 import functools
 import stat
@@ -50,19 +50,19 @@ def add(url: str) -> None:
     store.add(record(), "user", lease_of(store))
 
 
-def test_opening_the_database_again_keeps_what_it_holds(database_url: str) -> None:
+def test_opening_the_database_again_keeps_its_rows(database_url: str) -> None:
     add(database_url)
     assert Store(open_database(database_url)).get("engine-a").model == "m"
 
 
-def test_a_new_database_can_be_read_by_its_user_only_and_its_folder_keeps_its_mode(tmp_path: Path) -> None:
+def test_only_its_user_can_read_a_new_database_and_its_folder_keeps_its_mode(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     add(f"sqlite:///{tmp_path}/engines.db")
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
 
 
-def test_a_database_that_is_opened_by_many_at_once_is_created_once(database_url: str) -> None:
+def test_a_database_that_many_processes_open_at_once_is_created_once(database_url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda _: Store(open_database(database_url)), range(4)))
     stores[0].add(record(), "user", lease_of(stores[0]))
@@ -70,7 +70,7 @@ def test_a_database_that_is_opened_by_many_at_once_is_created_once(database_url:
 
 
 def steps(store: Store, call: Callable[[], object]) -> int:
-    """Return how many tens of instructions SQLite executes for a call: a measure that no other load disturbs."""
+    """Return the instructions that SQLite executes for a call, in tens; other load does not change this number."""
     counted = 0
 
     def count() -> None:
@@ -103,7 +103,7 @@ def test_no_read_becomes_slower_with_the_number_of_settled_engines(database_url:
             )
 
     def measure(number: int) -> dict[str, int]:
-        """Settle engines until there are so many, and measure all reads."""
+        """Add settled engines until there are `number`, and measure all reads."""
         ids = range(store.last_event() + 1, number)
         rows = [vars(record(S.STOPPED, id=f"settled-{i}", kind=K.FINETUNE if i % 2 else K.LLM)) for i in ids]
         with store._write() as connection:
@@ -147,7 +147,9 @@ def unusable(tmp_path: Path, url: str) -> str:
         ("postgresql+nodriver://x", "sqlalchemy.dialects:postgresql.nodriver"),
     ],
 )
-def test_a_database_that_cannot_be_opened_is_one_sentence_with_the_reason(tmp_path: Path, url: str, reason: str) -> None:
+def test_a_database_that_cannot_be_opened_is_reported_in_one_sentence_with_the_reason(
+    tmp_path: Path, url: str, reason: str
+) -> None:
     assert reason in unusable(tmp_path, url)
 
 
@@ -161,5 +163,5 @@ def test_a_database_that_cannot_be_opened_is_one_sentence_with_the_reason(tmp_pa
         "nosuch://sage:hunter2@127.0.0.1:port/sage",
     ],
 )
-def test_a_password_is_in_no_error(tmp_path: Path, url: str) -> None:
+def test_no_error_contains_the_password(tmp_path: Path, url: str) -> None:
     assert "hunter2" not in unusable(tmp_path, url)

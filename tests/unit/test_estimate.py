@@ -9,19 +9,19 @@ from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.run.estimate import Estimate, check_memory, estimate
 from sage.libs.finetune.training.memory import available_bytes
 
-#: A vocabulary of 100, two layers of 8 wide with a matrix to 24 and one back.
+#: A vocabulary of 100, and two layers with hidden size 8, each with a matrix from 8 to 24 and one from 24 to 8.
 SHAPES = {
     "model.embed_tokens.weight": [100, 8],
     "model.norm.weight": [8],
     **{f"model.layers.{i}.mlp.up_proj.weight": [24, 8] for i in range(2)},
     **{f"model.layers.{i}.mlp.down_proj.weight": [8, 24] for i in range(2)},
 }
-ENDS = 4 * 32  #: what goes into the matrices of the layers, and comes out
+ENDS = 4 * 32  #: inputs and outputs of the layers' matrices
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The headers of a model in two files, without its numbers."""
+    """Write the headers of a model in two files, without weights."""
     for part in ("embed_tokens", "layers"):
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name, shape in SHAPES.items():
@@ -40,7 +40,7 @@ def needs(
     return estimate(model, FinetuneConfig.model_validate(values), bf16=bf16, base_bits=base_bits, int8=int8)
 
 
-def test_a_model_s_headers_tell_what_a_run_needs(model: Path) -> None:
+def test_the_memory_of_a_run_is_estimated_from_the_headers_of_the_weights(model: Path) -> None:
     whole = needs(model)
     assert whole.base_bytes == 4 * (100 * 8 + 8 + 4 * 24 * 8)
     assert whole.trained_bytes == 16 * 2 * ENDS
@@ -58,7 +58,7 @@ def test_a_model_s_headers_tell_what_a_run_needs(model: Path) -> None:
     assert full.least_bytes == 16 * (100 * 8 + 8 + 4 * 24 * 8)
 
 
-def test_what_does_not_fit_is_told_with_what_would(model: Path) -> None:
+def test_the_message_for_a_micro_batch_that_does_not_fit_names_the_size_that_fits(model: Path) -> None:
     run = needs(model)
     room_bytes = run.total_bytes(5000)
     assert run.fitting_tokens(room_bytes) == 5000
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_told_with_what_would(model: Path) -> None:
     [({}, "--quantization 4bit"), ({"finetuning_type": "full", "lora_rank": 8}, "train an adapter"),
      ({"quantization": "4bit"}, "use a smaller model")],
 )  # fmt: skip
-def test_a_model_that_cannot_fit_is_refused(model: Path, options: dict[str, object], way: str) -> None:
+def test_a_model_that_does_not_fit_into_memory_is_rejected(model: Path, options: dict[str, object], way: str) -> None:
     run = needs(model, **options)
     config = FinetuneConfig.model_validate(
         {"base_model": str(model), "dataset_path": "d.jsonl", "output_dir": "out", **options}
@@ -83,5 +83,5 @@ def test_a_model_that_cannot_fit_is_refused(model: Path, options: dict[str, obje
     assert way in str(caught.value.hint)
 
 
-def test_some_memory_is_free() -> None:
+def test_the_available_memory_is_above_zero() -> None:
     assert 2**20 < available_bytes() < 2**50

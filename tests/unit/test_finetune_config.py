@@ -19,7 +19,7 @@ NEEDED = {"base_model": "m", "dataset_path": "/d.jsonl", "output_dir": "/o"}
         ("max_seq_length", 1), ("precision", "fp8"), ("eval_split", 0.9), ("seed", -1), ("save_steps", 0), ("lora_rnak", 8),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_wrong_usage_that_names_the_option(option: str, value: object) -> None:
+def test_the_error_for_an_invalid_value_names_the_option(option: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
         validated(FinetuneConfig, {**NEEDED, option: value})
     assert caught.value.exit_code == 2
@@ -27,13 +27,13 @@ def test_a_wrong_value_is_wrong_usage_that_names_the_option(option: str, value: 
     assert option in caught.value.message
 
 
-def test_what_is_missing_is_named_with_how_many_more() -> None:
+def test_the_error_names_the_first_missing_option_and_counts_the_others() -> None:
     with pytest.raises(ConfigError, match="base_model: is required") as caught:
         validated(FinetuneConfig, {})
     assert "2 more to correct: dataset_path, output_dir" in caught.value.hint
 
 
-def test_two_held_out_sources_are_one_too_many() -> None:
+def test_only_one_source_of_held_out_samples_is_allowed() -> None:
     with pytest.raises(ConfigError, match="not both"):
         validated(FinetuneConfig, {**NEEDED, "eval_path": "/e.jsonl", "eval_split": 0.1})
     with pytest.raises(ConfigError, match="need held-out samples"):
@@ -47,7 +47,7 @@ def test_paths_become_absolute() -> None:
     assert config.dataset_path == str(Path("d.jsonl").absolute())
 
 
-def test_a_run_file_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
+def test_a_run_file_is_read_and_its_errors_are_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("base_model: m\ndataset_path: d.jsonl\noutput_dir: out\nlora_rank: 4\n")
     assert load_config(path).lora_rank == 4
@@ -61,7 +61,7 @@ def test_a_run_file_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
-def test_the_engine_config_is_the_requirement_s_word_for_word() -> None:
+def test_the_engine_config_has_exactly_the_fields_and_defaults_of_the_requirement() -> None:
     expected = {
         "base_model": None, "dataset_path": None, "output_dir": None, "lora_rank": 8, "lora_alpha": 16,
         "learning_rate": 1e-4, "num_epochs": 3, "batch_size": 4, "max_seq_length": 512, "use_8bit": True,
@@ -93,12 +93,12 @@ def test_the_engine_config_is_the_requirement_s_word_for_word() -> None:
         ({"dataset_path": []}, "dataset_path"),
     ],
 )
-def test_options_that_do_not_go_together_are_named(options: dict[str, object], told: str) -> None:
+def test_options_that_exclude_each_other_are_named(options: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         validated(FinetuneConfig, {**NEEDED, **options})
 
 
-def test_datasets_may_be_weighed() -> None:
+def test_datasets_may_have_weights() -> None:
     config = validated(FinetuneConfig, {**NEEDED, "dataset_path": ["/a.jsonl", "b.jsonl=0.5"]})
     assert [(source.path, source.weight) for source in config.sources] == [
         (Path("/a.jsonl"), 1), (Path("b.jsonl").absolute(), 0.5),

@@ -51,7 +51,7 @@ def test_every_format_becomes_the_same_chat(record: Any, name: str, messages: li
         {"conversations": [USER, {"from": "gpt", "value": ...}]},
     ],
 )
-def test_an_answer_that_is_json_is_learnt_as_it_is_written(record: dict[str, Any], answer: str) -> None:
+def test_an_answer_that_is_json_is_trained_on_unchanged(record: dict[str, Any], answer: str) -> None:
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: filled(item) for key, item in value.items()}
@@ -60,7 +60,7 @@ def test_an_answer_that_is_json_is_learnt_as_it_is_written(record: dict[str, Any
     assert parse_record(filled(record)).content.messages == [USER, {"role": "assistant", "content": answer}]
 
 
-def test_a_question_that_is_json_stays_one_unless_it_holds_messages() -> None:
+def test_a_question_that_is_json_stays_a_text_unless_it_contains_messages() -> None:
     for question in ('["seal"]', '{"part": "seal"}', "[]", "[1", '[{"part": "seal"}]'):
         messages = parse_record({"prompt": question, "completion": "a"}).content.messages
         assert messages == [{"role": "user", "content": question}, ANSWER]
@@ -69,7 +69,7 @@ def test_a_question_that_is_json_stays_one_unless_it_holds_messages() -> None:
     assert parse_record({**packed, "completion": "a"}).content.messages == [USER, ANSWER]
 
 
-def test_a_completion_may_say_its_prompt_again_and_answers_in_the_prompt_are_context() -> None:
+def test_a_completion_may_repeat_its_prompt_and_answers_in_the_prompt_are_context() -> None:
     turns = [USER, ANSWER, {"role": "user", "content": "r"}]
     for completion in ([*turns, ANSWER], [ANSWER]):
         content = parse_record({"prompt": turns, "completion": completion}).content
@@ -79,7 +79,7 @@ def test_a_completion_may_say_its_prompt_again_and_answers_in_the_prompt_are_con
     assert parse_record(weighed).content.untrained == {1, 3}
 
 
-def test_a_system_message_beside_the_messages_comes_first() -> None:
+def test_a_system_message_in_its_own_field_comes_first() -> None:
     system = {"role": "system", "content": "s"}
     for said in (
         {"messages": [USER, ANSWER]},
@@ -90,13 +90,13 @@ def test_a_system_message_beside_the_messages_comes_first() -> None:
         assert parse_record({**said, "system": "s"}).content.messages == [system, USER, ANSWER]
 
 
-def test_turns_and_tools_may_be_json_each() -> None:
+def test_each_turn_and_tool_may_be_json_text() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     record = {"messages": [json.dumps(USER), json.dumps(ANSWER)], "tools": [json.dumps(tools[0])]}
     assert parse_record(record).content == Chat([USER, ANSWER], tools)
 
 
-def test_turns_may_come_as_a_list_for_each_field() -> None:
+def test_turns_may_be_given_as_one_list_per_field() -> None:
     record = {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}
     assert parse_record(record).content.messages == [USER, ANSWER]
     uneven = {"conversations": {"from": ["human"], "value": ["q", "a"]}}
@@ -104,7 +104,7 @@ def test_turns_may_come_as_a_list_for_each_field() -> None:
         parse_record(uneven)
 
 
-def test_an_empty_list_of_images_in_a_cell_is_none() -> None:
+def test_an_empty_list_of_images_in_a_cell_is_ignored() -> None:
     assert parse_record({"prompt": "q", "completion": "a", "images": "[]"}).content.messages == [USER, ANSWER]
 
 
@@ -164,7 +164,7 @@ def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
         ({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}, "tools[0] must have a function with a name"),
     ],
 )
-def test_a_wrong_record_says_where_it_is_wrong(record: Any, said: str) -> None:
+def test_the_error_for_an_invalid_record_names_the_field(record: Any, said: str) -> None:
     with pytest.raises(RecordError) as caught:
         parse_record(record)
     assert said in caught.value.message

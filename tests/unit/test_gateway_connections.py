@@ -1,4 +1,4 @@
-"""The bounds of a client's connection, on raw sockets."""
+"""The limits of a client's connection, on raw sockets."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ async def exchange(client: httpx.AsyncClient, sent: bytes) -> tuple[int, dict[st
     return int(head.split()[1]), json.loads(body)["error"]
 
 
-def test_too_long_a_head_is_a_431_and_no_http_is_a_400_in_our_shape() -> None:
+def test_a_head_that_is_too_long_is_a_431_and_invalid_http_is_a_400() -> None:
     async def main() -> None:
         async with gateway() as client:
             for head in (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 300_000, b"GET /" + b"a" * 300_000,
@@ -45,7 +45,7 @@ def test_too_long_a_head_is_a_431_and_no_http_is_a_400_in_our_shape() -> None:
     run(main())
 
 
-def test_more_clients_than_there_are_descriptors_for_get_a_503_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_beyond_the_limit_get_a_503_and_the_others_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BoundedHttp, "limit", 3)
 
     async def main() -> None:
@@ -94,7 +94,7 @@ def test_a_head_that_never_ends_loses_its_connection_and_a_slow_body_does_not(mo
 
 
 @pytest.mark.parametrize(("descriptors", "clients"), [(64, 12), (1024, 492), (20, 4), (resource.RLIM_INFINITY, 32748)])
-def test_the_limit_of_clients_follows_from_that_of_descriptors(
+def test_the_limit_of_clients_follows_from_the_limit_of_descriptors(
     descriptors: int, clients: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raised: list[int] = []

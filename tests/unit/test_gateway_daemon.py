@@ -1,4 +1,4 @@
-"""How the command line finds a gateway in the background, and its messages about it."""
+"""The command line finds a gateway in the background, and reports why it cannot."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from sage.common.settings import load_settings
 from sage.llm.gateway.instance import publish_address
 
 
-def test_a_former_standby_that_is_active_is_found_though_the_suspended_gateway_holds_the_lock(
+def test_an_active_former_standby_is_found_although_a_suspended_gateway_holds_the_lock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     get_user_paths().state_dir.mkdir(parents=True)
@@ -26,7 +26,7 @@ def test_a_former_standby_that_is_active_is_found_though_the_suspended_gateway_h
 
 
 @pytest.mark.parametrize("changed", [{"started": "an earlier boot/5"}, {"pid": 2**22 + 1}, {"pid": "x"}, {"started": None}])
-def test_an_address_that_no_living_gateway_has_published_is_not_used(changed: dict[str, object], sage_home: Path) -> None:
+def test_an_address_published_by_an_exited_gateway_is_not_used(changed: dict[str, object], sage_home: Path) -> None:
     get_user_paths().state_dir.mkdir(parents=True)
     publish_address(load_settings().model_copy(update={"gateway_port": 4711}))
     saved = sage_home / "state/gateway.json"

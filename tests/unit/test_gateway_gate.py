@@ -1,4 +1,4 @@
-"""Requests that the gateway refuses before any engine is asked, and its answers to them."""
+"""Requests that the gateway rejects before it sends anything to an engine."""
 
 import asyncio
 import functools
@@ -26,7 +26,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def request(method: str, path: str, *, settings: dict[str, Any] | None = None, **options: Any) -> httpx.Response:
-    """Send one request through the whole application."""
+    """Send one request through the complete application."""
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(_app(os.environ["SAGE_HOME"], **settings or {}))
@@ -42,7 +42,7 @@ def _app(_home: str, **settings: Any) -> FastAPI:
 
 
 def refusal(answer: httpx.Response) -> tuple[int, str]:
-    """Return status and code, once it is certain that the error has OpenAI's shape."""
+    """Check that the error has OpenAI's format, and return its status and code."""
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code", "hint"}
     assert error["message"].endswith(error["hint"])
@@ -51,7 +51,7 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("key", [None, SecretStr("")])
-def test_an_empty_key_opens_nothing_to_the_network(key: SecretStr | None) -> None:
+def test_an_empty_key_does_not_allow_requests_from_the_network(key: SecretStr | None) -> None:
     settings = Settings(gateway_host="0.0.0.0").model_copy(update={"api_key": key})
     with pytest.raises(ConfigError, match="Set SAGE_API_KEY"):
         check_exposure(settings)
@@ -73,22 +73,22 @@ def test_with_a_key_only_health_is_open() -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8889", "127.0.0.1.evil.example", "[", ""])
-def test_a_page_under_a_name_of_its_own_is_refused(host: str) -> None:
+def test_a_page_with_a_foreign_host_name_is_rejected(host: str) -> None:
     assert refusal(request("GET", "/v1/models", headers={"Host": host})) == (403, "host_not_allowed")
 
 
-def test_a_second_host_header_is_looked_at_too() -> None:
+def test_a_second_host_header_is_checked_too() -> None:
     headers = [("Host", "127.0.0.1"), ("Host", "evil.example")]
     assert refusal(request("GET", "/v1/models", headers=headers)) == (403, "host_not_allowed")
 
 
 @pytest.mark.parametrize("host", ["localhost:8889", "LOCALHOST", "127.0.0.1", "[::1]:8889"])
-def test_this_machine_s_names_are_served(host: str) -> None:
+def test_the_names_of_this_machine_are_accepted(host: str) -> None:
     assert request("GET", "/v1/models", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://localhost.evil.example", "file://"])
-def test_a_page_of_another_site_can_send_nothing(origin: str) -> None:
+def test_requests_from_pages_of_other_sites_are_rejected(origin: str) -> None:
     for method, path in (("POST", CHAT), ("POST", START), ("GET", "/v1/models"), ("DELETE", "/v1/management/engines/e")):
         body = {"json": ASK} if method == "POST" else {}
         assert refusal(request(method, path, headers={"Origin": origin}, **body)) == (403, "origin_not_allowed")
@@ -96,7 +96,7 @@ def test_a_page_of_another_site_can_send_nothing(origin: str) -> None:
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "", "application/x-www-form-urlencoded", "application/jsonp"])
-def test_bodies_come_as_json_only(media_type: str) -> None:
+def test_only_json_bodies_are_accepted(media_type: str) -> None:
     for path in (CHAT, START):
         answer = request("POST", path, content=json.dumps(ASK), headers={"Content-Type": media_type})
         assert refusal(answer) == (415, "unsupported_media_type")
@@ -118,7 +118,7 @@ def test_bodies_come_as_json_only(media_type: str) -> None:
         (b'{"model": "\\udfff"}', "invalid_unicode"),
     ],
 )
-def test_a_body_that_is_no_usable_json_is_a_400_wherever_it_goes(body: bytes, code: str) -> None:
+def test_a_body_that_is_not_valid_json_is_a_400_on_every_route(body: bytes, code: str) -> None:
     for path in (CHAT, "/v1/completions", "/v1/embeddings", START, "/v1/management/engines"):
         assert refusal(request("POST", path, content=body, headers=JSON)) == (400, code)
 
@@ -149,7 +149,7 @@ def test_an_empty_body_is_a_400() -> None:
     assert refusal(request("POST", START)) == (400, "config_invalid")
 
 
-def test_text_and_nesting_that_are_allowed_pass() -> None:
+def test_valid_text_and_nesting_are_accepted() -> None:
     emoji = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d\\ude00 \\\\ud83d"}]}'
     nested = b'{"model": "tiny", "x": ' + b"[" * 99 + b"]" * 99 + b"}"
     wide = json.dumps({"model": "tiny", "x": [[]] * 10_000}).encode()
@@ -157,7 +157,7 @@ def test_text_and_nesting_that_are_allowed_pass() -> None:
         assert refusal(request("POST", CHAT, content=body, headers=JSON)) == (404, "model_not_found")
 
 
-def test_a_body_has_a_bound_whether_or_not_it_says_its_length() -> None:
+def test_the_size_of_a_body_is_limited_with_or_without_a_content_length() -> None:
     async def chunks() -> Any:
         for _ in range(20):
             yield b" " * 100_000
@@ -171,7 +171,7 @@ def test_a_body_has_a_bound_whether_or_not_it_says_its_length() -> None:
     )
 
 
-def test_all_bodies_together_have_a_bound_and_give_their_room_back() -> None:
+def test_the_total_size_of_all_bodies_is_limited_and_finished_bodies_are_subtracted() -> None:
     budget = BodyBudget(10)
 
     async def read(body: Body, text: bytes) -> None:
@@ -195,7 +195,7 @@ def test_all_bodies_together_have_a_bound_and_give_their_room_back() -> None:
     asyncio.run(main())
 
 
-def test_methods_and_paths_that_do_not_exist_are_told_apart() -> None:
+def test_an_unknown_path_is_a_404_and_a_wrong_method_is_a_405() -> None:
     assert refusal(request("GET", "/nope")) == (404, "not_found")
     assert refusal(request("POST", "/v1/chat/completions/", json=ASK)) == (404, "not_found")
     answer = request("GET", CHAT)
@@ -213,13 +213,13 @@ def test_the_log_of_an_unknown_engine_is_a_404_before_a_stream_begins(query: str
 
 
 @pytest.mark.parametrize("query", ["tail=-1", "tail=100001", "tail=x", "offset=-1", "offset=" + "9" * 23, f"offset={2**63}"])
-def test_the_bounds_of_a_log_s_query_are_checked(query: str) -> None:
+def test_the_limits_of_a_log_query_are_checked(query: str) -> None:
     answer = request("GET", f"/v1/management/engines/engine-zzz/logs?follow=true&{query}")
     assert refusal(answer) == (400, "config_invalid")
     assert answer.json()["error"]["param"] == query.partition("=")[0]
 
 
-def test_a_request_has_an_id_of_its_own_or_the_one_that_it_came_with() -> None:
+def test_a_request_keeps_its_id_or_gets_a_new_one() -> None:
     made = {request("GET", "/health").headers["x-request-id"] for _ in range(3)}
     assert len(made) == 3
     assert request("GET", "/health", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
@@ -238,7 +238,7 @@ def test_the_log_names_requests_by_id_and_holds_neither_prompt_nor_line_breaks(c
     assert "my secret" not in caplog.text
 
 
-def test_what_fails_unforeseen_is_an_error_in_our_shape_and_logged_without_the_prompt(
+def test_an_unexpected_error_has_openai_s_format_and_is_logged_without_the_prompt(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def fail(*_: object) -> None:
@@ -252,7 +252,7 @@ def test_what_fails_unforeseen_is_an_error_in_our_shape_and_logged_without_the_p
     assert "my secret" not in caplog.text
 
 
-def test_no_descriptor_left_is_a_503_that_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_descriptors_is_a_503_with_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(*_: object) -> None:
         raise OSError(24, "Too many open files")
 

@@ -1,4 +1,4 @@
-"""Pages, filters and the change feed over HTTP, on engines that exist in the store only."""
+"""Pages, filters and the change feed over HTTP, with engines that exist only in the store."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def _id(number: int) -> str:
 
 
 def ask(test: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
-    """Run a test against the application, which is not opened: it neither reconciles nor takes the lease."""
+    """Run a test against the application without opening it: it neither reconciles nor takes the lease."""
 
     async def main() -> None:
         transport = httpx.ASGITransport(create_app(load_settings()))
@@ -112,7 +112,7 @@ def test_a_wrong_filter_is_a_400_that_names_it(path: str, param: str) -> None:
     ask(test)
 
 
-def test_a_wrong_state_is_answered_with_the_valid_ones() -> None:
+def test_the_error_for_an_unknown_state_lists_the_valid_states() -> None:
     async def test(client: httpx.AsyncClient) -> None:
         message = (await client.get(f"{ENGINES}?state=busy")).json()["error"]["message"]
         assert "busy" in message
@@ -188,7 +188,7 @@ async def _next_event(lines: Any) -> dict[str, Any]:
     return event
 
 
-def test_pause_is_a_501_that_says_so() -> None:
+def test_pause_is_a_501() -> None:
     async def main() -> None:
         store, lease = stored(1)
         store.release_lease(lease)

@@ -1,4 +1,4 @@
-"""What the gateway forwards between client and engine, and its errors if the engine dies, hangs or closes connections."""
+"""The gateway forwards requests and answers, and reports errors if the engine exits, hangs or closes connections."""
 
 import asyncio
 import gzip
@@ -34,7 +34,7 @@ async def stream_of(request: web.Request, *pieces: bytes, **headers: str) -> web
 
 
 def cut(request: web.Request) -> None:
-    """Die as a killed process does: the connection ends."""
+    """Close the connection, as the exit of a killed process does."""
     assert request.transport
     request.transport.abort()
 
@@ -73,7 +73,7 @@ def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
 
 
 @pytest.mark.parametrize("padding", ["", "long " * 300_000])
-def test_an_engine_that_its_server_names_otherwise_is_asked_under_that_name(padding: str) -> None:
+def test_the_request_contains_the_model_name_that_the_server_expects(padding: str) -> None:
     seen: dict[str, Any] = {}
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -194,7 +194,7 @@ def test_an_engine_that_dies_in_mid_stream_is_named_in_an_error_event(torn: byte
     run(main())
 
 
-def test_an_error_of_the_engine_s_own_ends_a_stream_as_it_is() -> None:
+def test_an_error_event_of_the_engine_is_forwarded_unchanged() -> None:
     error = b'data: {"error": {"message": "no memory", "type": "api_error", "param": null, "code": "oom"}}\n\n'
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -224,7 +224,7 @@ def test_an_engine_that_dies_before_it_answers_is_a_502_that_names_it() -> None:
     run(main())
 
 
-def test_silence_between_requests_loses_none_though_the_engine_closes_idle_connections() -> None:
+def test_no_request_is_lost_if_the_engine_closes_idle_connections() -> None:
     answered: list[str] = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -242,7 +242,7 @@ def test_silence_between_requests_loses_none_though_the_engine_closes_idle_conne
     run(main())
 
 
-def test_a_client_that_leaves_ends_the_engine_s_work_and_leaves_no_descriptor() -> None:
+def test_a_disconnect_cancels_the_engine_s_work_and_closes_all_descriptors() -> None:
     begun, ended = 0, 0
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -276,7 +276,7 @@ def test_a_client_that_leaves_ends_the_engine_s_work_and_leaves_no_descriptor() 
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_an_engine_that_hangs_is_a_503_or_an_error_event_and_no_endless_wait(streams: bool) -> None:
+def test_a_hung_engine_causes_a_503_or_an_error_event(streams: bool) -> None:
     begun = asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -309,7 +309,7 @@ def test_a_stream_without_its_end_is_an_error_for_our_client() -> None:
     stream.finish()
 
 
-def test_a_late_answer_invites_no_second_start() -> None:
+def test_the_hint_for_a_late_answer_is_to_list_the_engines() -> None:
     late = unreachable("http://127.0.0.1:1", httpx.ReadTimeout("late"))
     assert isinstance(late, GatewayUnreachable)
     assert "sage llm engine list" in late.hint

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command waits: it says what continues to run."""
+"""Ctrl-C while a command waits: the command reports what continues to run."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ STOP = "stop it: `sage llm engine stop engine-a`"
 
 
 class Client:
-    """A gateway's client; the user presses Ctrl-C while it is in a call."""
+    """A client of a gateway; the user presses Ctrl-C during its call."""
 
     base_url = "http://127.0.0.1:1"
 
@@ -69,7 +69,7 @@ def test_an_interrupted_command_says_what_the_engine_does_and_how_to_stop_it(
     assert message in capsys.readouterr().err
 
 
-def test_an_answer_that_was_cut_short_is_no_success_and_a_conversation_goes_on(
+def test_an_interrupted_answer_is_not_a_success_and_the_conversation_continues(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client: Any = Client("running")

@@ -32,7 +32,7 @@ def reported(error: Exception, run: RunDirectory) -> SageError:
 
 @pytest.mark.parametrize("full", ["run", "out"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), RuntimeError("I/O error: No space left on device")])
-def test_a_full_disk_is_named_whichever_it_is(
+def test_the_error_names_the_disk_that_is_full(
     error: Exception, full: str, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker.shutil, "disk_usage", lambda path: Usage(17 * 2**20 if path.name == full else ROOMY))
@@ -40,7 +40,7 @@ def test_a_full_disk_is_named_whichever_it_is(
     assert f"The disk of {tmp_path / full} is full" in reported(error, run).message
 
 
-def test_a_file_that_cannot_be_used_is_named_with_the_next_step(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_unusable_file_and_the_next_step(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.shutil, "disk_usage", lambda _: Usage(0))  # not the cause
     error = reported(OSError(errno.EROFS, os.strerror(errno.EROFS), "/out/.partial"), run)
     assert error.message.startswith("/out/.partial cannot be used: Read-only file system.")

@@ -1,4 +1,4 @@
-"""LeaseKeeper: one of several control planes of a node is active, and another one takes over."""
+"""LeaseKeeper: only one of several control planes of a node is active, and another one can take over."""
 
 import asyncio
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def test_a_takeover_takes_less_than_10_seconds() -> None:
     assert LEASE_SECONDS * module._RENEW <= 2
 
 
-def test_a_standby_takes_over_when_the_active_one_is_suspended_which_then_writes_nothing(store: Store) -> None:
+def test_a_standby_takes_over_from_a_suspended_control_plane_which_then_writes_nothing(store: Store) -> None:
     async def run() -> None:
         changes: list[Lease | None] = []
         active, standby = LeaseKeeper(store, "n", "http://a", changes.append), LeaseKeeper(store, "n", "http://b")
@@ -93,7 +93,7 @@ def test_a_lease_is_renewed_for_as_long_as_its_control_plane_lives(store: Store)
     asyncio.run(run())
 
 
-def test_an_unreachable_database_is_tried_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_access_to_an_unreachable_database_is_retried(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         keeper = LeaseKeeper(store, "n", "")
         await keeper.open()

@@ -20,18 +20,18 @@ def test_a_tail_begins_at_its_first_line(tmp_path: Path, count: int, end: bytes)
     assert tail_lines(path, count) == [line.decode().rstrip() for line in wanted]
 
 
-def test_of_a_progress_bar_the_last_state_is_a_line(tmp_path: Path) -> None:
+def test_only_the_last_state_of_a_progress_bar_is_a_line(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"a\r\nLoading:  0%\rLoading: 50%\rLoading: 100%\nready\n\nx\r")
     assert tail_lines(tmp_path / "log", 4) == ["Loading: 100%", "ready", "", "x"]
 
 
-def test_a_log_that_is_not_there_yet_is_empty(tmp_path: Path) -> None:
+def test_a_log_that_does_not_exist_yet_is_empty(tmp_path: Path) -> None:
     assert LogFile(tmp_path / "none").tail_offset(5) == 0
     assert LogFile(tmp_path / "none").range() == (0, 0)
     assert tail_lines(tmp_path / "none", 5) == []
 
 
-def test_offsets_stay_right_when_a_log_is_cut(tmp_path: Path) -> None:
+def test_offsets_stay_valid_after_a_log_is_cut(tmp_path: Path) -> None:
     log, chance, everything = LogFile(tmp_path / "log"), random.Random(1), b""
     with log.path.open("ab", buffering=0) as writer:  # as an engine's process has it
         for number in range(2000):
@@ -51,7 +51,7 @@ def test_offsets_stay_right_when_a_log_is_cut(tmp_path: Path) -> None:
     assert tail_lines(log.path, 150) == everything.decode().splitlines()[-150:]
 
 
-def test_a_reader_during_a_cut_sees_the_whole_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_during_a_cut_gets_the_complete_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, seen, replace = LogFile(tmp_path / "log"), list[object](), os.replace
     log.path.write_bytes(b"one\ntwo\nthree\n")
 
@@ -71,7 +71,7 @@ def test_a_reader_during_a_cut_sees_the_whole_tail(tmp_path: Path, monkeypatch: 
     assert seen == [(4, 14), b"two\nthree\n", ["two", "three"]]
 
 
-def test_a_log_below_the_limit_is_left_alone(tmp_path: Path) -> None:
+def test_a_log_below_the_limit_is_not_cut(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"x" * 100)
     assert not LogFile(tmp_path / "log").cut(100)
     assert not LogFile(tmp_path / "none").cut(100)
@@ -86,12 +86,12 @@ async def everything_after(path: Path, offset: int) -> bytes:
 
 
 @pytest.mark.parametrize("offset", [4, 2**63 - 1, 10**30])
-def test_an_offset_beyond_the_end_means_the_end(tmp_path: Path, offset: int) -> None:
+def test_reading_from_an_offset_beyond_the_end_starts_at_the_end(tmp_path: Path, offset: int) -> None:
     (tmp_path / "log").write_bytes(b"one\n")
     assert asyncio.run(everything_after(tmp_path / "log", offset)) == b""
 
 
-def test_what_was_cut_off_before_it_was_followed_is_passed_over(tmp_path: Path) -> None:
+def test_a_follower_skips_the_part_that_was_cut_off(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "log")
     for content in (b"first\n", b"second\n", b"third\n"):
         with log.path.open("ab") as file:
@@ -100,7 +100,7 @@ def test_what_was_cut_off_before_it_was_followed_is_passed_over(tmp_path: Path) 
     assert asyncio.run(everything_after(log.path, 0)) == b"hird\n"
 
 
-def test_following_ends_after_the_last_word(tmp_path: Path) -> None:
+def test_following_a_log_ends_after_the_last_line_of_the_process(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("one\n")
     asked = 0

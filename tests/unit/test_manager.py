@@ -1,4 +1,4 @@
-"""The manager over a real store, with engines that have no processes: standby, other nodes, and a control plane at rest."""
+"""The manager with a real store and engines without processes: standby, other nodes, and an idle control plane."""
 
 import asyncio
 import threading
@@ -105,7 +105,7 @@ def test_a_standby_reads_everything_and_changes_nothing() -> None:
     assert store.get("engine-a") == before
 
 
-def test_an_idle_control_plane_writes_nothing_but_the_renewals_of_its_lease() -> None:
+def test_an_idle_control_plane_only_writes_renewals_of_its_lease() -> None:
     stored(open_state_folder(), "engine-a")
     reads = 0
     writes: list[str] = []

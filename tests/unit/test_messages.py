@@ -1,4 +1,4 @@
-"""Turns, whatever their names: what the model learns of them, and what is refused by its place."""
+"""Turns with all field names: what the model learns from them, and errors that name the position."""
 
 import json
 from typing import Any
@@ -27,7 +27,7 @@ def refusal_of(record: Any) -> str:
 
 
 @pytest.mark.parametrize("flag", [*({name: False} for name in FLAGS), {"weight": 0}, {"weight": 0.0}])
-def test_an_answer_that_any_flag_marks_is_context_only(flag: dict[str, Any]) -> None:
+def test_an_answer_excluded_by_any_flag_is_context_only(flag: dict[str, Any]) -> None:
     turns = [USER, {**ANSWER, **flag}, USER, ANSWER]
     assert chat_of({"messages": turns}).untrained == {1}
     shared = [{"from": turn["role"], "value": turn["content"], **flag} for turn in turns[:2]]
@@ -55,11 +55,11 @@ def test_an_answer_without_such_a_flag_is_trained_on(flag: dict[str, Any]) -> No
         ({"weight": 1, "train": False}, "weight and train contradict each other"),
     ],
 )
-def test_a_flag_of_another_kind_is_refused_by_its_place(flag: dict[str, Any], said: str) -> None:
+def test_a_flag_of_another_type_is_rejected_with_its_position(flag: dict[str, Any], said: str) -> None:
     assert said in refusal_of({"messages": [USER, {**ANSWER, **flag}]})
 
 
-def test_a_flag_that_asks_to_learn_a_question_has_no_effect_and_is_named() -> None:
+def test_a_flag_to_train_on_a_question_has_no_effect_and_is_reported() -> None:
     assert chat_of({"messages": [{**USER, "train": True}, ANSWER]}).ignored == ("messages[].train",)
     assert not chat_of({"messages": [{**USER, "train": False}, ANSWER]}).ignored
 
@@ -78,7 +78,7 @@ def test_an_answer_that_only_reasons_is_not_empty() -> None:
     assert chat_of({"messages": [USER, message]}).messages[1] == {**message, "content": ""}
 
 
-def test_two_reasonings_that_differ_are_refused() -> None:
+def test_two_different_reasoning_fields_are_rejected() -> None:
     message = {**ANSWER, "thinking": "x", "reasoning": "y"}
     assert "reasoning and thinking differ" in refusal_of({"messages": [USER, message]})
     assert chat_of({"messages": [USER, {**message, "reasoning": "x"}]}).messages[1]["reasoning_content"] == "x"
@@ -94,7 +94,7 @@ def test_ids_and_names_of_calls_reach_the_template() -> None:
 
 
 @pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
-def test_a_function_call_of_old_is_a_tool_call(content: dict[str, Any]) -> None:
+def test_the_older_function_call_becomes_a_tool_call(content: dict[str, Any]) -> None:
     call = {"role": "assistant", **content, "function_call": {"name": "stock", "arguments": '{"part": "seal"}'}}
     record = {
         "messages": [USER, call, {"role": "function", "name": "stock", "content": "0"}, ANSWER],
@@ -106,7 +106,7 @@ def test_a_function_call_of_old_is_a_tool_call(content: dict[str, Any]) -> None:
     assert chat.tools == [{"type": "function", "function": {"name": "stock"}}]
 
 
-def test_tools_without_their_wrapping_get_it() -> None:
+def test_tools_without_a_function_object_are_wrapped() -> None:
     flat = {"name": "stock", "description": "Pieces.", "parameters": {"type": "object"}}
     wrapped = [{"type": "function", "function": flat}]
     for tools in ([flat], json.dumps([flat]), [{"type": "function", **flat}], wrapped):
@@ -132,7 +132,7 @@ def test_several_calls_are_one_answer(turns: list[Any]) -> None:
     assert [call["function"] for call in chat.messages[1]["tool_calls"]] == [SEAL, PUMP]
 
 
-def test_a_sentence_and_its_call_are_one_answer() -> None:
+def test_a_text_and_the_call_after_it_are_one_answer() -> None:
     call = {"from": "function_call", "value": json.dumps(SEAL)}
     chat = chat_of(
         {"conversations": [USER, {"from": "gpt", "value": "I look.", "loss": False}, {**call, "loss": False}, USER, ANSWER]}
@@ -144,13 +144,13 @@ def test_a_sentence_and_its_call_are_one_answer() -> None:
 
 
 @pytest.mark.parametrize("arguments", ["", " ", None, {}, "{}"])
-def test_a_call_without_arguments_has_none(arguments: Any) -> None:
+def test_a_call_without_arguments_has_empty_arguments(arguments: Any) -> None:
     call = {"function": {"name": "clock", "arguments": arguments}}
     messages = chat_of({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}).messages
     assert messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
 
 
-def test_nulls_are_as_if_absent_but_in_arguments() -> None:
+def test_null_counts_as_missing_except_in_arguments() -> None:
     call = {"id": None, "type": None, "function": {"name": "f", "arguments": {"x": None}}}
     messages = [
         {"role": "user", "content": "q", "tool_calls": None, "weight": None, "name": None},
@@ -195,7 +195,7 @@ def test_nulls_are_as_if_absent_but_in_arguments() -> None:
         ({"role": "\ud83d", "content": "x"}, 'conversations[1].role is "\\ud83d"'),
     ],
 )  # fmt: skip
-def test_a_wrong_turn_is_refused_by_a_place_that_is_in_the_file(turn: Any, said: str) -> None:
+def test_the_error_for_an_invalid_turn_names_a_field_that_is_in_the_file(turn: Any, said: str) -> None:
     message = refusal_of({"conversations": [USER, turn, ANSWER]})
     assert said in message
     message.encode()
@@ -204,11 +204,11 @@ def test_a_wrong_turn_is_refused_by_a_place_that_is_in_the_file(turn: Any, said:
 @pytest.mark.parametrize(
     "turns", [[ANSWER, USER, ANSWER], [{"role": "system", "content": "s"}, ANSWER], [USER, USER, ANSWER, ANSWER]]
 )
-def test_who_begins_and_who_speaks_twice_is_left_to_the_template(turns: list[Any]) -> None:
+def test_the_order_of_roles_is_left_to_the_template(turns: list[Any]) -> None:
     assert chat_of({"messages": turns}).messages == turns
 
 
-def test_fields_without_an_effect_are_named() -> None:
+def test_fields_without_an_effect_are_reported() -> None:
     messages = [{**USER, "timestamp": 3, "id": "m1"}, {**ANSWER, "refusal": None, "train_detail": [{"begin": 0}]}]
     record = {"messages": messages, "source": "web", "id": 7, "tools": [], "images": [], "label\ud83d": 1}
     parsed = parse_record(record)

@@ -30,7 +30,7 @@ def adapter(folder: Path, base: str) -> Path:
     return folder
 
 
-def test_a_name_is_a_folder_or_stands_in_the_models_folder(tmp_path: Path) -> None:
+def test_a_name_is_a_path_or_a_folder_in_the_models_folder(tmp_path: Path) -> None:
     folder = full(tmp_path / "m")
     assert resolve_model(str(folder)).folder == folder
     named = full(get_user_paths().models_dir / "org" / "name")
@@ -38,7 +38,7 @@ def test_a_name_is_a_folder_or_stands_in_the_models_folder(tmp_path: Path) -> No
     assert (source.kind, source.folder) == (ModelKind.FULL, named)
 
 
-def test_an_adapter_knows_its_base_by_path_or_by_name(tmp_path: Path) -> None:
+def test_an_adapter_s_base_is_found_by_path_or_by_name(tmp_path: Path) -> None:
     base = full(get_user_paths().models_dir / "org" / "base")
     source = resolve_model(str(adapter(tmp_path / "a", "org/base")))
     assert source.kind is ModelKind.ADAPTER
@@ -46,20 +46,20 @@ def test_an_adapter_knows_its_base_by_path_or_by_name(tmp_path: Path) -> None:
     assert source.base.folder == base
 
 
-def test_the_packaged_models_are_always_there() -> None:
+def test_models_in_installed_packages_are_always_found() -> None:
     assert resolve_model("smollm2-135m-instruct").kind is ModelKind.GGUF
     assert resolve_model("SmolLM2-135M-Instruct").kind is ModelKind.GGUF
     assert resolve_model("all-minilm-l6-v2").kind is ModelKind.FULL
     assert {"smollm2-135m-instruct", "all-minilm-l6-v2"} <= {model.name for model in list_models()}
 
 
-def test_an_unknown_model_says_where_it_was_looked_for() -> None:
+def test_the_error_for_an_unknown_model_lists_the_searched_places() -> None:
     with pytest.raises(ModelNotFound) as caught:
         resolve_model("org/unknown")
     assert str(get_user_paths().models_dir / "org/unknown") in caught.value.message
 
 
-def test_relative_names_count_from_a_folder_only_for_a_command_that_runs_there(
+def test_only_commands_resolve_relative_names_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = full(tmp_path / "here" / "org" / "name")
@@ -89,19 +89,19 @@ def test_relative_names_count_from_a_folder_only_for_a_command_that_runs_there(
         "/" + "x" * 300,
     ],
 )
-def test_a_name_that_no_folder_can_have_is_an_unknown_model(name: str, tmp_path: Path) -> None:
+def test_a_name_that_is_invalid_for_a_folder_is_an_unknown_model(name: str, tmp_path: Path) -> None:
     for base_dir in (None, tmp_path):
         with pytest.raises(ModelNotFound if base_dir is None else ModelError) as caught:
             resolve_model(name, base_dir)
         assert len(caught.value.message) < 1000 + len(str(tmp_path))
 
 
-def test_a_missing_base_is_told_as_the_adapter_s_trouble(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_base_names_the_adapter(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="is an adapter whose base is missing"):
         resolve_model(str(adapter(tmp_path / "a", "org/unknown")))
 
 
-def test_what_cannot_be_loaded_is_refused_with_the_file_at_fault(tmp_path: Path) -> None:
+def test_the_error_for_a_model_that_cannot_be_loaded_names_the_invalid_file(tmp_path: Path) -> None:
     cut = full(tmp_path / "cut")
     content = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(content[:-1])
@@ -136,14 +136,14 @@ def test_what_cannot_be_loaded_is_refused_with_the_file_at_fault(tmp_path: Path)
         b"\xff\xff",
     ],
 )
-def test_a_broken_header_is_told_as_the_file_s_trouble(tmp_path: Path, header: bytes) -> None:
+def test_the_error_for_a_broken_header_names_the_file(tmp_path: Path, header: bytes) -> None:
     folder = full(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ModelError, match=r"model\.safetensors is not a complete safetensors file"):
         resolve_model(str(folder))
 
 
-def test_a_model_without_one_of_its_parts_names_the_part(tmp_path: Path) -> None:
+def test_the_error_for_an_incomplete_model_names_the_missing_file(tmp_path: Path) -> None:
     folder = full(tmp_path / "m")
     index = {"weight_map": {"w": "model.safetensors", "v": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -151,7 +151,7 @@ def test_a_model_without_one_of_its_parts_names_the_part(tmp_path: Path) -> None
         resolve_model(str(folder))
 
 
-def test_a_fingerprint_tells_other_weights_and_settings_and_not_other_versions(tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_weights_and_settings_and_not_on_versions(tmp_path: Path) -> None:
     folder = full(tmp_path / "m")
     found = fingerprint(folder)
     (folder / "config.json").write_text('{"transformers_version": "9"}')
@@ -165,13 +165,13 @@ def test_a_fingerprint_tells_other_weights_and_settings_and_not_other_versions(t
         fingerprint(folder)
 
 
-def test_an_adapter_of_itself_does_not_go_round_for_ever(tmp_path: Path) -> None:
+def test_an_adapter_that_is_its_own_base_is_rejected(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", str(tmp_path / "a"))
     with pytest.raises(ModelError, match="adapter of an adapter"):
         resolve_model(str(folder))
 
 
-def test_a_model_is_imported_whole_under_a_name_that_is_free(tmp_path: Path) -> None:
+def test_a_model_is_imported_completely_and_only_under_an_unused_name(tmp_path: Path) -> None:
     folder = full(tmp_path / "m")
     target = import_model(folder, "org/mine")
     assert resolve_model("org/mine").folder == target

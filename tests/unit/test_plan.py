@@ -52,7 +52,7 @@ def planned(engine: EngineRecord, observed: Observed | None, watch: Watch = NEW,
 
 
 def outline(action: Action | None) -> object:
-    """Return what a table of cases can say in one word: a state to write, a signal to send, or the name of the action."""
+    """Return an action in the short form of the tables: a state to write, a signal to send, or the class of the action."""
     match action:
         case None:
             return None
@@ -137,7 +137,7 @@ def test_an_engine_is_queued_when_it_is_valid_and_a_stop_does_not_wait_for_that(
         assert action.reason == DEAD
 
 
-def test_a_server_that_was_planned_and_perhaps_not_launched_is_launched_whatever_was_observed() -> None:
+def test_a_planned_server_without_a_recorded_launch_is_launched_whatever_was_observed() -> None:
     for observed in (None, LIVES, GONE):
         assert outline(planned(of(S.STARTING), observed, server_state=ServerState.PLANNED)) is Launch
     assert outline(planned(of(S.STARTING, desired=STOPPED), GONE, server_state=ServerState.PLANNED)) == S.FAILED
@@ -187,7 +187,7 @@ def test_a_hung_server_is_killed_and_restarted_only_if_its_policy_says_so() -> N
     assert (action.state, action.reason.code, action.restarts) == (S.FAILED, "engine_unresponsive", 1)
 
 
-def test_an_engine_that_never_answers_is_failed_only_when_it_is_dead() -> None:
+def test_an_engine_that_never_answers_fails_only_after_its_process_is_dead() -> None:
     assert outline(planned(of(S.STARTING), LIVES, OLD)) is Signal.KILL
     action = planned(of(S.STARTING), GONE, OLD)
     assert isinstance(action, Transition)
@@ -195,7 +195,7 @@ def test_an_engine_that_never_answers_is_failed_only_when_it_is_dead() -> None:
     assert (action.state, action.reason.code) == (S.FAILED, "start_timeout")
 
 
-def test_a_run_that_was_killed_as_requested_has_failed_and_says_so() -> None:
+def test_a_run_that_was_killed_on_request_has_failed_with_that_reason() -> None:
     died = Reason(code="worker_died", message="dead", hint="`resume` continues from checkpoint 5.")
     action = planned(of(S.STOPPING, **FORCE, **FINETUNE), Observed(alive=False, ended=S.FAILED, reason=died))
     assert isinstance(action, Transition)
@@ -241,7 +241,7 @@ def test_no_plan_has_an_illegal_transition_or_settles_an_engine_that_may_have_a_
             assert action.state not in SETTLED
 
 
-def test_the_plan_grows_no_faster_than_the_number_of_engines() -> None:
+def test_the_cost_of_a_plan_grows_linearly_with_the_number_of_engines() -> None:
     def calls(count: int) -> int:
         engines = [of(random.Random(i).choice([S.RUNNING, S.STARTING]), id=f"engine-{i}") for i in range(count)]
         seen, watches = dict.fromkeys((e.id for e in engines), LIVES), dict.fromkeys((e.id for e in engines), NEW)

@@ -14,7 +14,7 @@ from sage.libs.finetune.run.rewards import check_reward_file, load_reward
 CHAT = [{"role": "user", "content": "a"}]
 
 
-def test_the_examples_are_what_they_say() -> None:
+def test_the_example_dataset_and_reward_file_are_valid() -> None:
     report = check_dataset(ROOT / "examples/data/sample_preferences.jsonl", parse=parser_of("dpo"))
     assert report.sample_count
     assert not report.faults
@@ -25,7 +25,7 @@ def test_the_examples_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("label", [True, "true", "True", 1, "1"])
-def test_a_verdict_may_come_from_a_csv(label: object) -> None:
+def test_a_label_may_be_a_boolean_a_number_or_text(label: object) -> None:
     record = {"prompt": '[{"role": "user", "content": "a"}]', "completion": "b", "label": label}
     assert parser_of("kto")(record)[:2] == (
         "verdict", {"prompt": CHAT, "completion": [{"role": "assistant", "content": "b"}], "label": True},
@@ -60,7 +60,7 @@ PAIR = {"prompt": CHAT, "chosen": [GOOD], "rejected": [BAD]}
         ({"prompt": "a", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD], "messages": [*CHAT, GOOD]}, CHAT),
     ],
 )  # fmt: skip
-def test_a_pair_has_its_prompt_once(record: dict[str, Any], prompt: list[Any]) -> None:
+def test_a_pair_contains_its_prompt_once(record: dict[str, Any], prompt: list[Any]) -> None:
     parsed = parser_of("dpo")(record)
     assert parsed.content == {"prompt": prompt, "chosen": [GOOD], "rejected": [BAD]}
     assert not parsed.ignored
@@ -81,14 +81,14 @@ def test_a_pair_has_its_prompt_once(record: dict[str, Any], prompt: list[Any]) -
     ],
 )
 @pytest.mark.parametrize("label", ["label", "kto_tag"])
-def test_a_verdict_is_on_the_last_answer(record: dict[str, Any], prompt: list[Any], label: str) -> None:
+def test_a_label_applies_to_the_last_answer(record: dict[str, Any], prompt: list[Any], label: str) -> None:
     parsed = parser_of("kto")({**record, label: False})
     assert parsed.content == {"prompt": prompt, "completion": [GOOD], "label": False}
     assert not parsed.ignored
 
 
 @pytest.mark.parametrize("answer", ['{"part": "seal"}', '["seal"]', "[]", '[{"role": "assistant", "content": "x"}]'])
-def test_an_answer_that_is_json_is_compared_as_it_is_written(answer: str) -> None:
+def test_an_answer_that_is_json_is_compared_unchanged(answer: str) -> None:
     spoken = [{"role": "assistant", "content": answer}]
     assert parser_of("dpo")({"prompt": "a", "chosen": answer, "rejected": "b"}).content["chosen"] == spoken
     assert parser_of("kto")({"prompt": "a", "completion": answer, "label": 1}).content["completion"] == spoken
@@ -125,17 +125,17 @@ def test_tools_of_a_pair_reach_trl_as_text() -> None:
         ("grpo", 3, "a JSON object is expected"),
     ],
 )
-def test_what_is_no_preference_is_refused(method: Method, record: Any, said: str) -> None:
+def test_a_record_that_is_no_preference_is_rejected(method: Method, record: Any, said: str) -> None:
     with pytest.raises(RecordError) as caught:
         parser_of(method)(record)
     assert said in caught.value.message
 
 
-def test_columns_of_a_prompt_reach_the_reward_function() -> None:
+def test_other_columns_of_a_prompt_reach_the_reward_function() -> None:
     assert parser_of("grpo")({"prompt": "a", "answer": 4, "unset": None})[1] == {"prompt": CHAT, "answer": 4}
 
 
-def test_conversations_that_part_early_are_no_pair() -> None:
+def test_conversations_that_differ_before_the_last_answer_are_no_pair() -> None:
     ends = {end: [{"role": "user", "content": end}, {"role": "assistant", "content": "x"}] for end in ("chosen", "rejected")}
     with pytest.raises(RecordError, match="'prompt' is missing"):
         parser_of("dpo")(ends)

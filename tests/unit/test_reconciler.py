@@ -33,7 +33,7 @@ TIMEOUT_SECONDS = 20.0
 
 
 class World:
-    """Stands in for processes in the tests of the loop itself: launcher and executor at once."""
+    """A launcher and executor in one, which replaces processes in the tests of the loop."""
 
     def __init__(self) -> None:
         self.launch_error: Exception | None = None
@@ -84,7 +84,7 @@ class World:
 
 
 class Loop:
-    """A control plane of these parts, and the store that it writes."""
+    """A control plane made of these parts, and its store."""
 
     def __init__(self, store: Store, lease: Lease, limits: Limits = LIMITS, probe_timeout_seconds: float = 0.2) -> None:
         self.store, self.lease, self.limits = store, lease, limits
@@ -93,7 +93,7 @@ class Loop:
         self.probe_timeout_seconds = probe_timeout_seconds
 
     def add(self, *engines: EngineRecord) -> None:
-        """Add engines; those in a state that has a process get one, with a server."""
+        """Add engines; an engine in a state with a process gets a process and a server."""
         for engine in engines:
             added = self.store.add(engine if engine.state in (S.VALIDATING, S.QUEUED) else record(id=engine.id), "user",
                                    self.lease)  # fmt: skip
@@ -178,7 +178,7 @@ def test_an_engine_that_cannot_be_launched_fails_with_the_reason_and_its_server_
 
 
 @pytest.mark.parametrize("state", [S.STARTING, S.RUNNING, S.STOPPING])
-def test_an_engine_that_cannot_be_observed_is_not_known_and_nothing_is_written(
+def test_an_engine_that_cannot_be_observed_is_unknown_and_nothing_is_written(
     loop: Loop, state: EngineState, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop.add(record(state))
@@ -213,7 +213,7 @@ def test_the_process_of_a_planned_server_is_observed_before_it_is_launched(loop:
     assert loop.world.launched == ["engine-a"]
 
 
-def test_a_launch_that_was_not_written_is_adopted(loop: Loop) -> None:
+def test_a_launched_server_whose_launch_was_not_recorded_is_adopted(loop: Loop) -> None:
     loop.add(record())
     loop.world.alive.add("engine-a")
 
@@ -227,7 +227,7 @@ def test_a_launch_that_was_not_written_is_adopted(loop: Loop) -> None:
 
 @pytest.mark.parametrize("error", [OperationalError("", {}, Exception("database or disk is full")), StaleWrite("engine-a")])
 @pytest.mark.parametrize("method", ["transition", "update_server"])
-def test_a_write_that_fails_stops_nobody_else_and_launches_no_engine_twice(
+def test_a_failed_write_does_not_affect_other_engines_and_launches_no_engine_twice(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, error: Exception, method: str
 ) -> None:
     loop.add(record(), record(id="engine-b"))
@@ -250,7 +250,7 @@ def test_a_write_that_fails_stops_nobody_else_and_launches_no_engine_twice(
     assert sorted(loop.world.launched) == ["engine-a", "engine-b"]
 
 
-def test_a_slow_launch_is_not_begun_again_and_delays_nobody(loop: Loop) -> None:
+def test_a_slow_launch_is_not_repeated_and_delays_no_other_engine(loop: Loop) -> None:
     loop.add(record(), record(S.RUNNING, id="engine-b", desired=DesiredState.STOPPED))
 
     async def test(loop: Loop) -> None:
@@ -280,7 +280,7 @@ def test_a_hundred_hung_probes_do_not_delay_the_start_of_a_healthy_engine(loop: 
     loop.run(test)
 
 
-def test_a_stop_is_sent_once_and_an_error_of_it_does_not_fail_the_engine(loop: Loop) -> None:
+def test_a_stop_is_sent_once_and_its_error_does_not_fail_the_engine(loop: Loop) -> None:
     loop.add(record(S.RUNNING, DesiredState.STOPPED))
     send = loop.world.signal
 
@@ -334,7 +334,7 @@ def test_without_the_lease_engines_are_observed_and_nothing_is_done(loop: Loop) 
     assert (loop.world.launched, loop.world.signals) == ([], [])
 
 
-def test_the_validation_of_one_engine_delays_nobody_and_a_stop_cancels_it(loop: Loop) -> None:
+def test_the_validation_of_one_engine_delays_no_other_and_a_stop_cancels_it(loop: Loop) -> None:
     loop.add(record(S.VALIDATING, kind=EngineKind.FINETUNE), record(S.VALIDATING, id="engine-b"))
     is_released = False
 
@@ -411,7 +411,7 @@ def test_an_engine_that_is_not_valid_fails_with_the_reason(loop: Loop, error: Ex
     ("policy", "is_restarted"),
     [(RestartPolicy.NO, False), (RestartPolicy.ON_FAILURE, False), (RestartPolicy.UNLESS_STOPPED, True)],
 )
-def test_an_engine_that_died_while_no_control_plane_ran_is_restarted_unless_it_was_stopped(
+def test_an_engine_that_exited_while_no_control_plane_ran_is_restarted_unless_it_was_stopped(
     loop: Loop, policy: RestartPolicy, is_restarted: bool
 ) -> None:
     loop.add(record(S.RUNNING, restart_policy=policy))

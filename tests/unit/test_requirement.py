@@ -1,4 +1,4 @@
-"""The requirement's own names and defaults, as programs use them."""
+"""The names and defaults of the requirement, as programs use them."""
 
 import asyncio
 import dataclasses
@@ -17,7 +17,7 @@ from sage.llm.control_plane.executors.finetune_executor import FinetuneEngine, F
 from sage.llm.control_plane.manager import SUPPORTED_ENGINE_KINDS, ControlPlaneManager
 
 
-def test_the_kinds_stand_where_the_requirement_has_them() -> None:
+def test_the_engine_kinds_are_exported_as_the_requirement_defines_them() -> None:
     assert SUPPORTED_ENGINE_KINDS == ["llm", "embedding", "finetune"]
     assert control_plane.SUPPORTED_ENGINE_KINDS == SUPPORTED_ENGINE_KINDS
     assert control_plane.ControlPlaneManager is ControlPlaneManager
@@ -56,6 +56,6 @@ def test_checkpoints_are_below_the_models_folder() -> None:
     assert FinetuneManager().root == get_user_paths().models_dir / "finetuned"
 
 
-def test_the_manager_opens_without_anything_that_was_there_before(sage_home: Path) -> None:
+def test_the_manager_opens_in_an_empty_home(sage_home: Path) -> None:
     manager = ControlPlaneManager(load_settings())
     assert asyncio.run(manager.list_engines()) == []

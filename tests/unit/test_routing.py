@@ -1,4 +1,4 @@
-"""The routing table: which engine a request means."""
+"""The routing table: the engine that serves a request."""
 
 import asyncio
 import time
@@ -45,7 +45,7 @@ def find(table: RoutingTable, model: str, unresponsive: str = "") -> Route:
 )
 @pytest.mark.parametrize("model", ["m", DEFAULT_MODEL])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_newest_that_runs_and_responds_serves_and_the_others_wait(
+def test_the_newest_responsive_engine_serves_and_the_others_wait(
     states: list[tuple[str, EngineState]], unresponsive: str, found: str, model: str, reverse: bool
 ) -> None:
     table = RoutingTable("n")
@@ -74,7 +74,7 @@ def test_the_only_engine_that_runs_and_does_not_respond_is_reported_and_not_wait
         find(table_of(("engine-a", S.RUNNING)), "m", unresponsive="engine-a")
 
 
-def test_a_model_that_nobody_serves_is_refused_with_the_names_that_exist() -> None:
+def test_the_error_for_an_unknown_model_lists_the_existing_names() -> None:
     with pytest.raises(NotFound, match="serves the model 'x'; there are: m"):
         find(table_of(("engine-a", S.RUNNING)), "x")
     with pytest.raises(NotFound, match="there are: none") as caught:
@@ -88,20 +88,20 @@ def test_a_model_that_nobody_serves_is_refused_with_the_names_that_exist() -> No
     assert len(str(caught.value)) < 500
 
 
-def test_a_route_leads_to_the_server_and_names_the_engine_as_the_server_does() -> None:
+def test_a_route_contains_the_server_s_address_and_its_name_for_the_engine() -> None:
     table = RoutingTable("n", model_name=lambda engine: f"adapter-{engine.name}")
     table.apply(record(S.RUNNING), server(address="127.0.0.1:9000"))
     route = find(table, "m")
     assert (route.address, route.model_name) == ("127.0.0.1:9000", "adapter-m")
 
 
-def test_an_older_version_of_an_engine_changes_nothing() -> None:
+def test_an_older_version_of_an_engine_is_ignored() -> None:
     table = table_of(("engine-a", S.RUNNING), version=5)
     table.apply(record(S.STARTING, version=4), None)
     assert find(table, "m").state is S.RUNNING
 
 
-def test_engines_that_ended_were_removed_or_are_of_another_node_are_not_routed() -> None:
+def test_settled_and_removed_engines_and_those_of_other_nodes_are_not_routed() -> None:
     table = table_of(("ended", S.RUNNING), ("removed", S.RUNNING))
     table.apply(record(S.FAILED, id="ended"), None)
     table.forget("removed")
@@ -129,7 +129,7 @@ def test_the_routes_of_a_kind_are_listed_the_running_ones_first() -> None:
     assert table.routes(K.EMBEDDING) == []
 
 
-def test_a_look_up_does_not_grow_with_the_number_of_engines() -> None:
+def test_the_time_of_a_lookup_does_not_grow_with_the_number_of_engines() -> None:
     def seconds(number: int) -> float:
         table = table_of(*((f"engine-{i}", S.RUNNING) for i in range(number)))
         best = float("inf")
@@ -144,7 +144,7 @@ def test_a_look_up_does_not_grow_with_the_number_of_engines() -> None:
     assert seconds(5000) < 20 * seconds(5)  # a scan would take 1000 times as long
 
 
-def test_whoever_waits_for_an_engine_is_woken_by_a_change_that_came_before_it_began_to_wait() -> None:
+def test_a_waiter_is_woken_by_a_change_that_happened_before_it_began_to_wait() -> None:
     async def wait() -> None:
         table = RoutingTable("n")
         change = table.wait_for_change()
@@ -159,7 +159,7 @@ def test_whoever_waits_for_an_engine_is_woken_by_a_change_that_came_before_it_be
     asyncio.run(wait())
 
 
-def test_what_another_process_writes_reaches_the_table_through_the_change_feed(tmp_path: Path) -> None:
+def test_writes_of_another_process_reach_the_table_through_the_change_feed(tmp_path: Path) -> None:
     async def follow() -> None:
         store = Store(open_database(f"sqlite:///{tmp_path}/engines.db"))
         lease = lease_of(store)
@@ -182,7 +182,9 @@ def test_what_another_process_writes_reaches_the_table_through_the_change_feed(t
     asyncio.run(follow())
 
 
-def test_an_error_of_the_database_does_not_end_the_following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_error_does_not_end_the_reading_of_the_change_feed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sage.llm.control_plane.routing._FOLLOW_SECONDS", 0.01)
 
     async def follow() -> None:

@@ -38,7 +38,7 @@ def make_run(path: Path, **options: Any) -> RunDirectory:
     return run
 
 
-def test_a_spec_is_written_once_and_read_back(tmp_path: Path) -> None:
+def test_a_spec_is_written_once_and_can_be_read(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
     spec = run.read_spec()
     assert (spec.task_id, spec.config.lora_rank) == ("task-a", 8)
@@ -65,7 +65,7 @@ def test_an_event_that_lacks_a_field_is_skipped() -> None:
     assert (status.state, status.step, status.checkpoint_step) == (RunState.RUNNING, 4, None)
 
 
-def test_a_torn_last_line_is_skipped_and_the_next_event_begins_a_new_line(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_skipped_and_the_next_event_begins_a_new_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
     run.append_event(LaunchedEvent())
     with run.events_path.open("ab") as file:
@@ -87,7 +87,7 @@ def test_events_are_read_from_an_offset(tmp_path: Path) -> None:
     assert list(run.read_events(end)) == []
 
 
-def test_a_status_starts_from_the_summary_unless_the_events_before_it_were_changed(tmp_path: Path) -> None:
+def test_a_status_starts_from_the_summary_unless_earlier_events_were_changed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
     for event in (LaunchedEvent(), StartedEvent(step=0, total_steps=3), StepEvent(step=1, total_steps=3, loss=2.0)):
         run.append_event(event)
@@ -105,7 +105,7 @@ def test_a_status_starts_from_the_summary_unless_the_events_before_it_were_chang
     assert read_status(run) == status
 
 
-def test_a_series_of_steps_reads_only_what_is_new_and_keeps_first_last_and_extremes(tmp_path: Path) -> None:
+def test_a_series_of_steps_reads_only_new_events_and_keeps_first_last_and_extremes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a")
     series = StepSeries(run, kept_steps=50)
     losses = {step: 5.0 - step / 100 + (3.0 if step == 77 else 0.0) for step in range(1, 401)}
@@ -125,7 +125,7 @@ def test_a_series_of_steps_reads_only_what_is_new_and_keeps_first_last_and_extre
     assert len(series.read()) == len(steps)  # nothing that was read is read again
 
 
-def test_readers_who_ask_at_once_read_each_event_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_readers_read_each_event_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = FinetuneManager(tmp_path)
     run = make_run(tmp_path / "task-a")
     for step in range(1, 201):
@@ -180,7 +180,7 @@ def test_the_state_follows_from_events_and_lock(events: list[dict[str, object]],
     assert derive(fold(RunStatus(), parsed(events)), alive=alive).state is state
 
 
-def test_a_dead_run_names_the_checkpoint_that_it_continues_from() -> None:
+def test_the_hint_of_a_crashed_run_names_the_checkpoint_that_resume_uses() -> None:
     events = [{"event": "launched"}, STARTED, STEP, {"event": "checkpoint", "step": 3}]
     status = derive(fold(RunStatus(), parsed(events)), alive=False)
     assert status.code == "worker_died"
@@ -188,7 +188,7 @@ def test_a_dead_run_names_the_checkpoint_that_it_continues_from() -> None:
     assert status.progress == 0.4
 
 
-def test_a_run_that_continued_from_an_older_checkpoint_names_that_one() -> None:
+def test_a_run_that_continued_from_an_older_checkpoint_names_that_checkpoint() -> None:
     saved = [{"event": "checkpoint", "step": 3}, {"event": "checkpoint", "step": 6}]
     events = [STARTED, *saved, {"event": "launched"}, {**STARTED, "step": 3}, STEP]
     assert "checkpoint 3" in (derive(fold(RunStatus(), parsed(events)), alive=False).hint or "")
@@ -201,7 +201,7 @@ def test_held_out_losses_before_and_after_are_separate_and_a_repeated_warning_is
     assert (status.heldout_loss_before, status.heldout_loss, status.warnings) == (3.0, 1.0, ("w",))
 
 
-def test_a_warning_of_version_0_1_0_is_read_by_its_old_field() -> None:
+def test_a_warning_of_version_0_1_0_is_read_with_its_old_field() -> None:
     old = {"event": "warning", "message": "w", "halvings": 2, "checkpointing": True}
     status = fold(RunStatus(), parsed([old]))
     assert (status.halvings, status.activation_checkpointing) == (2, True)
@@ -253,7 +253,7 @@ def test_a_checkpoint_without_a_file_or_with_a_broken_manifest_is_damaged(tmp_pa
     assert caught.value.code == "checkpoint_damaged"
 
 
-def test_a_checkpoint_that_cannot_be_read_at_the_moment_does_not_count_as_damaged(
+def test_a_checkpoint_that_is_temporarily_unreadable_does_not_count_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(written(tmp_path, 5), tmp_path, 5)
@@ -279,7 +279,7 @@ def test_pruning_never_removes_the_last_intact_checkpoint(tmp_path: Path, keep: 
     assert [c.step for c in list_checkpoints(tmp_path)] == [2, 3][-keep:]
 
 
-def test_a_second_checkpoint_of_a_step_replaces_the_first_one_only_if_that_is_damaged(tmp_path: Path) -> None:
+def test_a_second_checkpoint_of_a_step_replaces_the_first_only_if_the_first_is_damaged(tmp_path: Path) -> None:
     first = publish(written(tmp_path, 5), tmp_path, 5)
     inode = first.path.stat().st_ino
     assert publish(written(tmp_path, 5), tmp_path, 5).path.stat().st_ino == inode
@@ -340,13 +340,13 @@ def test_only_a_run_with_the_same_options_and_data_continues_from_a_checkpoint(t
         assert "output folder of the checkpoint's run" in caught.value.hint
 
 
-def test_a_checkpoint_at_the_end_of_its_run_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_last_step_is_rejected(tmp_path: Path) -> None:
     run = make_run(tmp_path / "task-a", num_epochs=2)
     with pytest.raises(ConfigError, match="at step 10 of 10: no step is left"):
         continue_from(saved_by(run, 10, 10))
 
 
-def test_a_folder_that_no_run_wrote_is_refused_as_a_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_that_no_run_wrote_is_rejected_as_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
     with pytest.raises(NotFound, match="is not a checkpoint of a run"):
         Checkpoint.of(tmp_path / "checkpoint-5")
@@ -363,7 +363,7 @@ def claim(output: Path, task: str, run: Path) -> str | None:
     return None
 
 
-def test_if_several_runs_claim_a_folder_at_once_one_gets_it(tmp_path: Path) -> None:
+def test_if_several_runs_claim_a_folder_at_once_only_one_succeeds(tmp_path: Path) -> None:
     tasks = [f"task-{number}" for number in range(16)]
     runs = {task: make_run(tmp_path / "runs" / task).path for task in tasks}
     with ThreadPoolExecutor(16) as pool:
@@ -374,7 +374,7 @@ def test_if_several_runs_claim_a_folder_at_once_one_gets_it(tmp_path: Path) -> N
     assert stat.S_IMODE((tmp_path / "out" / RUN_FILE).stat().st_mode) == 0o600
 
 
-def test_a_run_that_waits_keeps_its_output_folder_under_every_path(tmp_path: Path) -> None:
+def test_a_queued_run_owns_its_output_folder_under_every_path(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs" / "task-a")
     claim_output(tmp_path / "out", "task-a", run.path)
     (tmp_path / "link").symlink_to(tmp_path / "out")
@@ -397,7 +397,7 @@ def test_an_output_folder_is_claimed_and_claimed_again_by_the_same_run(tmp_path:
     assert json.loads((tmp_path / "out" / RUN_FILE).read_text())["task_id"] == "task-b"
 
 
-def test_foreign_files_and_the_result_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
+def test_other_files_and_the_result_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(OutputError, match=r"is not empty: it holds thesis\.tex"):
@@ -413,7 +413,7 @@ def test_foreign_files_and_the_result_of_another_run_are_not_overwritten(tmp_pat
         claim_output(Path("/proc/out"), "task-b", tmp_path)
 
 
-def test_the_eta_is_estimated_for_ten_steps_and_then_follows_the_pace() -> None:
+def test_the_eta_is_unknown_for_ten_steps_and_then_follows_the_speed() -> None:
     meter = ProgressMeter(remaining_steps=100, closing_seconds=7)
     meter.add(tokens=50, seconds=60)  # the first one warms up
     for _ in range(8):

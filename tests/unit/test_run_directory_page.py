@@ -1,4 +1,4 @@
-"""The page on the run directory lists every event and field as the code declares them."""
+"""The page on the run directory lists all events and fields as the code declares them."""
 
 from pathlib import Path
 from typing import get_args

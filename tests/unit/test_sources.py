@@ -22,7 +22,7 @@ def test_a_dataset_may_have_a_weight(text: str, path: str, weight: float) -> Non
     assert Source.parse(str(source)) == source
 
 
-def test_a_path_that_exists_is_no_weight(tmp_path: Path) -> None:
+def test_an_existing_path_with_an_equals_sign_has_no_weight(tmp_path: Path) -> None:
     folder = tmp_path / "lr=0.001"
     folder.mkdir()
     source = Source.parse(str(folder))
@@ -33,17 +33,17 @@ def test_a_path_that_exists_is_no_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["/a=0", "/a=0.0", "/a=1e999", "~nosuchuser/a.jsonl"])
-def test_what_is_no_weight_and_nobodys_home_is_refused(text: str) -> None:
+def test_an_invalid_weight_and_an_unknown_user_s_home_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Source.parse(text)
 
 
-def test_a_name_too_long_for_a_file_is_no_crash() -> None:
+def test_a_name_too_long_for_a_file_does_not_crash() -> None:
     assert Source.parse("a" * 5000).weight == 1
 
 
 @pytest.mark.parametrize("option", ["dataset_path", "eval_path", "output_dir"])
-def test_the_home_of_nobody_is_refused_in_every_option(option: str) -> None:
+def test_the_home_of_an_unknown_user_is_rejected_in_every_option(option: str) -> None:
     values = {"base_model": "m", "dataset_path": "d", "output_dir": "o", option: "~nosuchuser/x"}
     with pytest.raises(ValueError, match="home folder of this user is not known"):
         FinetuneConfig.model_validate(values)

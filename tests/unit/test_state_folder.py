@@ -1,4 +1,4 @@
-"""A state folder: its id and who may read it."""
+"""A state folder: its id and its permissions."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +10,7 @@ from sage.common.paths import get_user_paths
 from sage.llm.control_plane.node import node_id_path, open_state_folder
 
 
-def test_a_state_folder_keeps_the_id_that_it_was_given_first() -> None:
+def test_a_state_folder_keeps_its_first_id() -> None:
     with ThreadPoolExecutor(4) as pool:
         [node] = set(pool.map(lambda _: open_state_folder(), range(8)))
     assert node.startswith("node-")
@@ -23,7 +23,7 @@ def test_another_home_is_another_node(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert open_state_folder() != first
 
 
-def test_the_state_folder_of_an_older_version_is_closed_to_others() -> None:
+def test_access_of_others_to_the_state_folder_of_an_older_version_is_removed() -> None:
     state = get_user_paths().state_dir
     (state / "engines" / "engine-a").mkdir(parents=True, mode=0o755)
     (state / "engines" / "engine-a" / "engine.log").write_text("a prompt")

@@ -1,4 +1,4 @@
-"""What stands between HTTP and a model: bodies, headers, failures, a queue."""
+"""The HTTP layer of a worker: bodies, headers, errors, and the queue of jobs."""
 
 import asyncio
 import contextlib
@@ -74,23 +74,23 @@ def test_health_names_the_engine_and_the_process(app: FastAPI, monkeypatch: pyte
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip
-def test_a_body_that_no_model_can_be_asked_with_is_refused(app: FastAPI, content: bytes, code: str) -> None:
+def test_an_invalid_body_is_rejected_with_its_reason(app: FastAPI, content: bytes, code: str) -> None:
     answer = ask(app, content=content, headers=JSON)
     assert answer.status_code == 400
     assert error_of(answer)["code"] == code
 
 
 @pytest.mark.parametrize("content", [rb'{"value": "\ud83d\ude00"}', '{"value": "😀"}'.encode()])
-def test_whole_characters_pass(app: FastAPI, content: bytes) -> None:
+def test_complete_characters_are_accepted(app: FastAPI, content: bytes) -> None:
     assert ask(app, content=content, headers=JSON).json() == "😀"
 
 
-def test_nesting_within_the_bound_passes(app: FastAPI) -> None:
+def test_nesting_within_the_limit_is_accepted(app: FastAPI) -> None:
     assert ask(app, content=nested(99), headers=JSON).status_code == 200
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_is_refused_while_it_is_read(app: FastAPI, is_chunked: bool) -> None:
+def test_a_body_that_is_too_large_is_rejected_while_it_is_read(app: FastAPI, is_chunked: bool) -> None:
     app.state.max_request_bytes = 1000
     sent = 0
 
@@ -108,7 +108,7 @@ def test_a_body_is_refused_while_it_is_read(app: FastAPI, is_chunked: bool) -> N
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", None])
-def test_bodies_are_read_only_as_json(app: FastAPI, media_type: str | None) -> None:
+def test_bodies_of_other_content_types_are_rejected(app: FastAPI, media_type: str | None) -> None:
     answer = ask(app, content=b'{"value": 1}', headers={"content-type": media_type} if media_type else {})
     assert answer.status_code == 415
     assert error_of(answer)["code"] == "unsupported_media_type"
@@ -128,7 +128,7 @@ def test_json_with_a_charset_is_json(app: FastAPI) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_pages_of_other_sites_are_refused(app: FastAPI, headers: dict[str, str]) -> None:
+def test_requests_from_pages_of_other_sites_are_rejected(app: FastAPI, headers: dict[str, str]) -> None:
     for method, path in (("GET", "/health"), ("POST", "/echo")):
         answer = ask(app, method, path, json={"value": 1}, headers=headers)
         assert answer.status_code == 403
@@ -138,7 +138,7 @@ def test_pages_of_other_sites_are_refused(app: FastAPI, headers: dict[str, str])
 @pytest.mark.parametrize(
     "headers", [{"origin": "http://localhost:3000"}, {"origin": "http://[::1]"}, {"host": "localhost"}, {"host": "[::1]:5"}]
 )
-def test_pages_of_this_machine_may_ask(app: FastAPI, headers: dict[str, str]) -> None:
+def test_requests_from_pages_of_this_machine_are_accepted(app: FastAPI, headers: dict[str, str]) -> None:
     assert ask(app, json={"value": 1}, headers=headers).status_code == 200
 
 
@@ -148,7 +148,7 @@ def test_unknown_routes_and_methods_have_openai_s_shape(app: FastAPI) -> None:
     assert (answer.status_code, error_of(answer)["code"]) == (405, "method_not_allowed")
 
 
-def test_a_failure_that_nobody_foresaw_is_told_and_logged_without_the_prompt(
+def test_an_unexpected_error_is_reported_and_logged_without_the_prompt(
     app: FastAPI, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
@@ -161,7 +161,7 @@ def test_a_failure_that_nobody_foresaw_is_told_and_logged_without_the_prompt(
 
 
 class Connection:
-    """A client that leaves when the test says so."""
+    """A client that disconnects when the test tells it to."""
 
     def __init__(self) -> None:
         self.left = asyncio.Event()
@@ -178,7 +178,7 @@ async def pieces_of(job: Job[int]) -> list[int]:
 @pytest.mark.parametrize(
     "error", [RuntimeError("x"), MemoryError(), SystemExit(1), KeyboardInterrupt(), GeneratorExit()], ids=repr
 )
-def test_whatever_a_job_raises_ends_it_and_frees_the_lane(error: BaseException) -> None:
+def test_any_exception_of_a_job_ends_it_and_frees_the_lane(error: BaseException) -> None:
     def fail(job: Job[int]) -> None:
         job.put(1)
         raise error
@@ -196,7 +196,7 @@ def test_whatever_a_job_raises_ends_it_and_frees_the_lane(error: BaseException) 
     assert asyncio.run(scenario()) == [2]
 
 
-def test_abandoned_jobs_leave_the_queue_without_work() -> None:
+def test_cancelled_jobs_leave_the_queue_without_being_executed() -> None:
     done: list[str] = []
     may_end = threading.Event()
 
@@ -223,7 +223,7 @@ def test_abandoned_jobs_leave_the_queue_without_work() -> None:
     assert done == ["first", "last"]
 
 
-def test_a_lane_that_closes_tells_those_who_wait() -> None:
+def test_closing_a_lane_fails_the_waiting_jobs() -> None:
     async def scenario() -> None:
         lane = Lane("Test")
         jobs: list[Job[int]] = [lane.submit(lambda job: job.gone.wait(30) and None) for _ in range(2)]
@@ -235,7 +235,7 @@ def test_a_lane_that_closes_tells_those_who_wait() -> None:
     asyncio.run(scenario())
 
 
-def test_work_ends_when_the_client_leaves() -> None:
+def test_work_is_cancelled_if_the_client_disconnects() -> None:
     async def scenario() -> None:
         connection, was_cancelled = Connection(), asyncio.Event()
 
@@ -256,7 +256,7 @@ def test_work_ends_when_the_client_leaves() -> None:
     asyncio.run(scenario())
 
 
-def test_work_that_ends_is_returned_or_raises() -> None:
+def test_the_result_or_exception_of_finished_work_is_passed_on() -> None:
     async def work(fails: bool) -> int:
         if fails:
             raise ValueError
@@ -270,7 +270,7 @@ def test_work_that_ends_is_returned_or_raises() -> None:
     assert asyncio.run(scenario()) == 5
 
 
-def test_code_without_an_end_is_stopped() -> None:
+def test_code_that_does_not_end_is_stopped() -> None:
     def spin() -> None:
         while True:
             with contextlib.suppress(Exception):  # as templates' filters do

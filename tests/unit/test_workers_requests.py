@@ -1,4 +1,4 @@
-"""Every field of OpenAI's requests is honoured, harmless, or refused by name."""
+"""Every field of OpenAI's requests has an effect, is harmless, or is rejected by name."""
 
 from typing import Any
 
@@ -42,19 +42,19 @@ def refusal(kind: Any, body: dict[str, Any]) -> ConfigError:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_change_an_answer_is_accepted_without_effect(more: dict[str, Any]) -> None:
+def test_fields_that_cannot_change_an_answer_are_accepted_without_effect(more: dict[str, Any]) -> None:
     assert sampling(ChatRequest, CHAT | more) == sampling(ChatRequest, CHAT)
 
 
 @pytest.mark.parametrize(
     ("kind", "body"), [(ChatRequest, CHAT), (CompletionRequest, COMPLETION), (EmbeddingRequest, EMBEDDING)]
 )
-def test_null_is_as_if_absent(kind: Any, body: dict[str, Any]) -> None:
+def test_null_counts_as_missing(kind: Any, body: dict[str, Any]) -> None:
     nulls = dict.fromkeys(kind.model_fields.keys() - body.keys()) | {"not_yet_invented": None}
     assert kind.model_validate(body | nulls) == kind.model_validate(body)
 
 
-def test_null_inside_messages_is_as_if_absent_but_stays_in_the_schema_of_a_tool() -> None:
+def test_null_inside_messages_counts_as_missing_but_stays_in_the_schema_of_a_tool() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     said = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "audio": None, "annotations": []}
     request = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL]})
@@ -90,7 +90,7 @@ def test_reasoning_is_read_under_its_usual_names(name: str) -> None:
     ],
     ids=str,
 )
-def test_what_changes_an_answer_reaches_the_sampling(more: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_fields_that_change_an_answer_reach_the_sampling(more: dict[str, Any], expected: dict[str, Any]) -> None:
     made = sampling(ChatRequest, CHAT | more)
     assert {name: getattr(made, name) for name in expected} == expected
 
@@ -118,7 +118,7 @@ def test_what_changes_an_answer_reaches_the_sampling(more: dict[str, Any], expec
     ],
     ids=lambda more: str(more)[:60],
 )  # fmt: skip
-def test_what_is_wrong_is_refused_by_name(more: dict[str, Any]) -> None:
+def test_invalid_values_are_rejected_with_the_field_s_name(more: dict[str, Any]) -> None:
     error = refusal(ChatRequest, CHAT | more)
     assert error.http_status == 400
     assert error.param in more
@@ -130,7 +130,7 @@ def test_what_is_wrong_is_refused_by_name(more: dict[str, Any]) -> None:
     "name",
     ["functions", "function_call", "guided_json", "prediction", "reasoning_effort", "audio", "ignore_eos", "echo", "suffix"],
 )
-def test_what_is_unknown_is_refused_by_name(name: str) -> None:
+def test_unknown_fields_are_rejected_with_their_names(name: str) -> None:
     error = refusal(ChatRequest, CHAT | {name: {}})
     assert (error.code, error.param) == ("unsupported_value", name)
 
@@ -147,7 +147,7 @@ def test_prompts_are_text_or_token_ids_one_or_several(prompt: Any, read: list[An
 
 
 @pytest.mark.parametrize("prompt", [None, [], [[]], [1, "a"], ["a", [1]], [-1], [1.5], [True], {"a": 1}, 3, ["a"] * 2049])
-def test_prompts_of_other_shapes_are_refused(prompt: Any) -> None:
+def test_prompts_of_other_types_are_rejected(prompt: Any) -> None:
     assert refusal(CompletionRequest, COMPLETION | {"prompt": prompt}).param == "prompt"
     assert refusal(EmbeddingRequest, EMBEDDING | {"input": prompt}).param == "input"
 
@@ -161,11 +161,11 @@ def test_a_completion_is_scored_without_being_continued() -> None:
 @pytest.mark.parametrize(
     "more", [{"max_tokens": 0}, {"best_of": 3}, {"suffix": "x"}, {"logprobs": 21}, {"logprobs": True}], ids=str
 )
-def test_what_a_completion_cannot_do_is_refused(more: dict[str, Any]) -> None:
+def test_options_that_completions_do_not_support_are_rejected(more: dict[str, Any]) -> None:
     assert refusal(CompletionRequest, COMPLETION | more).param in more
 
 
-def test_many_faults_cost_no_more_than_one() -> None:
+def test_validation_stops_after_a_few_errors() -> None:
     wrong = CHAT | {"messages": [{"role": "user", "content": 1}] * 10_000}
     with pytest.raises(ValidationError) as found:
         ChatRequest.model_validate(wrong)

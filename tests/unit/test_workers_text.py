@@ -1,4 +1,4 @@
-"""Text while it comes: decoding token by token, and ending at a stop string."""
+"""Streamed text: decoding token by token, and ending at a stop string."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ SCRIPTS = [
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """A tokenizer of GPT-2's kind: an emoji is several tokens."""
+    """A tokenizer like that of GPT-2: an emoji is several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """A tokenizer of Llama 2's kind: blanks are part of words, the first one is dropped, unknown characters are bytes."""
+    """A tokenizer like that of Llama 2: spaces are part of words, the first is dropped, unknown characters are bytes."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -69,7 +69,7 @@ def streamed(tokenizer: Any, ids: list[int], context: list[int] | None = None) -
 
 @both
 @pytest.mark.parametrize("text", SCRIPTS)
-def test_what_is_streamed_is_the_decoded_whole_in_every_script(tokenizer: Any, text: str) -> None:
+def test_streamed_text_equals_the_decoded_answer_in_every_script(tokenizer: Any, text: str) -> None:
     ids = encode(tokenizer, text)
     assert "".join(streamed(tokenizer, ids)) == decode(tokenizer, ids) == text
 
@@ -77,7 +77,7 @@ def test_what_is_streamed_is_the_decoded_whole_in_every_script(tokenizer: Any, t
 @both
 @settings(deadline=None, derandomize=True)
 @given(text=st.text(max_size=40))
-def test_what_is_streamed_is_the_decoded_whole_whatever_the_text(tokenizer: Any, text: str) -> None:
+def test_streamed_text_equals_the_decoded_answer_for_any_text(tokenizer: Any, text: str) -> None:
     ids = encode(tokenizer, text)
     assert "".join(streamed(tokenizer, ids)) == decode(tokenizer, ids)
 
@@ -90,7 +90,7 @@ def test_broken_characters_are_streamed_as_they_are_decoded(ids: list[int]) -> N
 
 
 @both
-def test_text_without_blanks_is_given_out_token_by_token(tokenizer: Any) -> None:
+def test_text_without_spaces_is_streamed_token_by_token(tokenizer: Any) -> None:
     for text in ("ACGTACGTTTGACCA", "!!!!!!!!"):
         ids = encode(tokenizer, text)
         pieces = streamed(tokenizer, ids)
@@ -99,13 +99,13 @@ def test_text_without_blanks_is_given_out_token_by_token(tokenizer: Any) -> None
 
 
 @both
-def test_a_character_of_several_tokens_is_given_out_with_its_last_token(tokenizer: Any) -> None:
+def test_a_character_of_several_tokens_is_streamed_with_its_last_token(tokenizer: Any) -> None:
     pieces = streamed(tokenizer, encode(tokenizer, "x🚀y"))
     assert [piece for piece in pieces if piece] == ["x", "🚀", "y"]
 
 
 @both
-def test_an_answer_that_goes_on_from_its_prompt_keeps_its_first_blank(tokenizer: Any) -> None:
+def test_an_answer_that_continues_its_prompt_keeps_its_first_space(tokenizer: Any) -> None:
     ids = encode(tokenizer, "Once upon a time")
     for cut in range(1, len(ids)):
         answer = "".join(streamed(tokenizer, ids[cut:], context=ids[:cut]))
@@ -113,7 +113,7 @@ def test_an_answer_that_goes_on_from_its_prompt_keeps_its_first_blank(tokenizer:
 
 
 @both
-def test_special_tokens_are_no_text_and_take_no_blank_with_them(tokenizer: Any) -> None:
+def test_special_tokens_are_not_text_and_remove_no_space(tokenizer: Any) -> None:
     upon = encode(tokenizer, "Once upon")
     end = [tokenizer.eos_token_id]
     assert "".join(streamed(tokenizer, [*upon[:-1], *end, *upon[-1:]])) == "Once upon"
@@ -138,12 +138,12 @@ def test_the_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer: Any) -> None:
         (["aab"], ("ab", "aab"), ""),
     ],
 )
-def test_a_text_ends_before_its_stop_string_however_it_is_cut(pieces: list[str], stops: tuple[str, ...], text: str) -> None:
+def test_a_text_ends_before_its_stop_string_for_any_split(pieces: list[str], stops: tuple[str, ...], text: str) -> None:
     ending = StopStrings(stops)
     assert "".join([*map(ending.push, pieces), ending.flush()]) == text
 
 
-def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+def test_only_a_possible_beginning_of_a_stop_string_is_held_back() -> None:
     ending = StopStrings(("\n\nHuman",))
     assert [ending.push(piece) for piece in ("Hello", " you\n", "and", "\n\nHu", "ng")] == [
         "Hello", " you", "\nand", "", "\n\nHung",
