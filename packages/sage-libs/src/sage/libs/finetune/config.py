@@ -116,7 +116,7 @@ class FinetuneConfig(BaseModel):
 
     @property
     def sources(self) -> list[Source]:
-        """The training datasets."""
+        """The training datasets with their weights."""
         texts = self.dataset_path if isinstance(self.dataset_path, list) else [self.dataset_path]
         return [Source.parse(text) for text in texts]
 

@@ -15,7 +15,7 @@ from sage.libs.finetune.config import FinetuneConfig
 
 #: Environment variable with the rank of a process if several processes train together; the main process does not have it.
 RANK_VARIABLE = "SAGE_WORKER_RANK"
-#: Events that are synced to disk before the run continues; a step event lost in a power failure is trained again.
+#: Events that are synced to disk before the run continues; after a power failure, steps whose events are lost are repeated.
 _DURABLE = ("launched", "started", "checkpoint", "stopped", "finished", "failed")
 #: Size of a file that is removed if the disk is full, so that the run can still report why it ends.
 _RESERVE_BYTES = 64 * 1024
