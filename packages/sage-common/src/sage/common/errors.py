@@ -11,7 +11,7 @@ SageError
 ├── NotImplementedYet     documented, but not available in this version
 ├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
-├── Overloaded            too many requests or not ready; retry later
+├── Overloaded            not now; retry later
 ├── Unauthorized          the API key is missing or wrong
 └── GatewayUnreachable    no gateway answers
 """

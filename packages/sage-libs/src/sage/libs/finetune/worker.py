@@ -97,9 +97,9 @@ def _fail(run: RunDirectory, error: Exception) -> None:
 
 
 def _train(run: RunDirectory, stop: StopRequest) -> None:
-    # Both modules import torch, which takes seconds; signals are handled by now.
+    # Either imports torch, which takes seconds; signals are caught already.
     if run.read_spec().config.method == "sft":
-        sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # from now on, importing them fails
+        sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # from here on they count as not installed
         from sage.libs.finetune.training.trainer import TrainingRun as Run
     else:
         from sage.libs.finetune.training.preference import PreferenceRun as Run
