@@ -30,7 +30,7 @@ def test_the_error_for_an_invalid_value_names_the_option(option: str, value: obj
 def test_the_error_names_the_first_missing_option_and_counts_the_others() -> None:
     with pytest.raises(ConfigError, match="base_model: is required") as caught:
         validated(FinetuneConfig, {})
-    assert "2 more to correct: dataset_path, output_dir" in caught.value.hint
+    assert "2 more errors: dataset_path, output_dir" in caught.value.hint
 
 
 def test_only_one_source_of_held_out_samples_is_allowed() -> None:
@@ -83,9 +83,9 @@ def test_the_engine_config_has_exactly_the_fields_and_defaults_of_the_requiremen
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"finetuning_type": "full", "use_dora": True}, "leave use_dora away"),
+        ({"finetuning_type": "full", "use_dora": True}, "omit use_dora"),
         ({"method": "dpo", "pack_tokens": 800}, "method dpo does not take pack_tokens"),
-        ({"method": "dpo", "dataset_path": "a.jsonl=2"}, "without weights"),
+        ({"method": "dpo", "dataset_path": "a.jsonl=2"}, "weights of datasets"),
         ({"method": "grpo"}, "needs a reward_file"),
         ({"reward_file": "r.py"}, "no other method takes one"),
         ({"method": "grpo", "reward_file": "r.py", "num_generations": 3}, "a multiple of num_generations"),

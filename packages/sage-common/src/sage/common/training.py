@@ -108,7 +108,7 @@ class ProgressEvent(RunEvent):
     """The run reported its current activity, before the first step or after the last one."""
 
     event: Literal["progress"] = "progress"
-    message: str = Field(description="What it does, for people.")
+    message: str = Field(description="Current work, as text for users.")
 
 
 class WarningEvent(RunEvent):

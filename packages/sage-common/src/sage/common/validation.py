@@ -28,12 +28,12 @@ def config_error(error: ValidationError, what: str = "option", secrets: Collecti
     """
     first, *rest = error.errors()
     name = ".".join(str(part) for part in first["loc"]) or what
-    is_untold = first["type"] in ("missing", "extra_forbidden") or name in secrets
-    given = "" if is_untold else f", got {first['input']!r}"
+    is_hidden = first["type"] in ("missing", "extra_forbidden") or name in secrets
+    given = "" if is_hidden else f", got {first['input']!r}"
     problem = first["msg"].removeprefix("Value error, ")
     messages = {"missing": "is required", "extra_forbidden": f"is not {'an' if what[0] in 'aeiou' else 'a'} {what} here"}
     problem = messages.get(first["type"], problem[:1].lower() + problem[1:])
-    more = f" ({len(rest)} more to correct: {', '.join(str(e['loc'][-1]) for e in rest if e['loc'])}.)" if rest else ""
+    more = f" ({len(rest)} more errors: {', '.join(str(e['loc'][-1]) for e in rest if e['loc'])}.)" if rest else ""
     return ConfigError(
         code="config_invalid",
         message=f"{name}: {problem}{given}.",

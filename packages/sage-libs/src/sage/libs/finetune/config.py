@@ -137,7 +137,7 @@ class FinetuneConfig(BaseModel):
     @model_validator(mode="after")
     def _lora_options_need_lora(self) -> "FinetuneConfig":
         if self.finetuning_type == "full" and (given := self._given(_OF_LORA)):
-            raise ValueError(f"finetuning_type full trains every weight: leave {', '.join(given)} away")
+            raise ValueError(f"finetuning_type full trains all weights and has no adapter: omit {', '.join(given)}")
         return self
 
     @model_validator(mode="after")
@@ -145,7 +145,7 @@ class FinetuneConfig(BaseModel):
         if self.method != "sft" and (given := self._given(_OF_SFT)):
             raise ValueError(f"method {self.method} does not take {', '.join(given)}")
         if self.method != "sft" and any(source.weight != 1 for source in self.sources):
-            raise ValueError(f"method {self.method} takes datasets as they are, without weights")
+            raise ValueError(f"method {self.method} does not support weights of datasets")
         if (self.method == "grpo") != bool(self.reward_file):
             raise ValueError("method grpo needs a reward_file, and no other method takes one")
         if self.method == "grpo" and self.batch_size * self.gradient_accumulation_steps % self.num_generations:
@@ -157,7 +157,7 @@ class FinetuneConfig(BaseModel):
         if self.streaming and not self.max_steps:
             raise ValueError("streaming needs max_steps: how many samples there are is not known")
         if self.streaming and (self.eval_split or self.num_processes > 1 or any(s.weight != 1 for s in self.sources)):
-            raise ValueError("streaming takes no eval_split, no weights and one process")
+            raise ValueError("streaming supports neither eval_split, nor weights of datasets, nor several processes")
         return self
 
     @model_validator(mode="after")

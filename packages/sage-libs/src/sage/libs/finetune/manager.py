@@ -226,7 +226,7 @@ class FinetuneManager:
         if not run.spec_path.is_file():
             known = json.dumps(self.list()[-5:])
             raise NotFound(
-                code="task_not_found", message=f"No task '{task_id}' in {self.root}.", hint=f"The last ones: {known}."
+                code="task_not_found", message=f"No task '{task_id}' in {self.root}.", hint=f"The newest tasks are: {known}."
             )
         return run
 
@@ -254,7 +254,7 @@ def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
     if not allow_reward_files:
         raise ConfigError(
             code="reward_files_off",
-            message="Reward files are disabled: they are Python code, which everyone who may start engines could run here.",
+            message="Reward files are disabled: a reward file is Python code, which any user who starts engines could run.",
             hint="SAGE_ALLOW_REWARD_FILES=true in the gateway's environment allows them; so does config.toml.",
             param="reward_file",
         )

@@ -73,7 +73,9 @@ def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
 
 def _resolve(name: str, depth: int) -> ModelSource:
     if depth > _MAX_DEPTH:
-        raise ModelError(code="model_invalid", message=f"'{name}' is an adapter of an adapter of an adapter…")
+        raise ModelError(
+            code="model_invalid", message=f"'{name}' is an adapter whose base is an adapter, several levels deep"
+        )
     if not name.strip():
         raise ModelNotFound(code="model_not_found", message="The name of the model is empty.")
     places = []
@@ -108,7 +110,7 @@ def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelN
         places = ", ".join(place for place in tried if len(shown) == len(name)) or "the models folder"
         message = f"No model '{shown}': tried {places}, and the hub, which does not have it or cannot be reached."
         hint = (
-            "`sage llm model list` shows the models that are here; `sage llm model import FOLDER` adds one. "
+            "`sage llm model list` shows the available models; `sage llm model import FOLDER` adds one. "
             "A folder elsewhere needs its absolute path."
         )
     return ModelNotFound(code="model_not_found", message=message, hint=hint, param="model")

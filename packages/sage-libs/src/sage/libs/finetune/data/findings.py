@@ -144,6 +144,6 @@ class Findings:
                 code="dataset_warnings",
                 message=f"The model would not learn {path} as it is written. {' '.join(map(str, warnings))}",
                 hint=f"{hints} `sage llm dataset show {path} --model {model}` shows what is trained on; "
-                "`--allow-warnings` trains anyway.",
+                "`--allow-warnings` starts the training in spite of the warnings.",
                 param="dataset_path",
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 from sage.libs.finetune.data.messages import BOOKKEEPING, Conversation, Message, read_conversation
-from sage.libs.finetune.data.prompts import answer_of, parted, prompt_of, says_something
+from sage.libs.finetune.data.prompts import answer_of, has_content, parted, prompt_of
 from sage.libs.finetune.data.samples import Chat
 from sage.libs.finetune.data.tools import tools_of
 from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printable, text_of, unpacked
@@ -173,5 +173,5 @@ def _check_chat(messages: list[Message]) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise RecordError("no assistant turn: there is nothing to learn.", "Add the answer, or remove the record.")
-    if not any(map(says_something, answers)):
+    if not any(map(has_content, answers)):
         raise RecordError("every assistant turn is empty.", "Add the answer, or remove the record.")

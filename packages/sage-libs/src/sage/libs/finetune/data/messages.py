@@ -138,7 +138,7 @@ def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored:
     for key in ("name", "tool_call_id"):
         if key in item:
             message[key] = text_of(item[key], f"{where}.{key}")
-    ignored += [name for name in item if name in unknown and _says_something(item[name])]
+    ignored += [name for name in item if name in unknown and _has_content(item[name])]
 
 
 def _merged_answer(answer: Message, call: Message, where: str) -> Message:
@@ -177,5 +177,5 @@ def _reasoning(item: Mapping[str, Any], where: str) -> str:
     return next(iter(values.values()), "")
 
 
-def _says_something(value: Any) -> bool:
+def _has_content(value: Any) -> bool:
     return value not in (None, "", [], {})

@@ -30,7 +30,7 @@ class Mixture(Sequence[Encoded]):
         return [length for part in self._parts for length in part.lengths()]
 
 
-def weighed(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
+def repeated_by_weight(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
     """Repeat the samples `weight` times; for the fractional part of `weight`, add a random selection of samples.
 
     The selection depends on the seed only and is the same in every epoch.

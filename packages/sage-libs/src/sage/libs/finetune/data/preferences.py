@@ -15,7 +15,7 @@ from sage.libs.finetune.data.formats import (
     present_fields,
 )
 from sage.libs.finetune.data.messages import Message
-from sage.libs.finetune.data.prompts import answer_of, parted, prompt_of, says_something
+from sage.libs.finetune.data.prompts import answer_of, has_content, parted, prompt_of
 from sage.libs.finetune.data.tools import tools_of
 from sage.libs.finetune.data.values import RecordError, check_encodable, kind_of
 
@@ -130,7 +130,7 @@ def _answer(messages: list[Message], where: str) -> list[Message]:
 
 
 def _not_empty(messages: list[Message], where: str) -> list[Message]:
-    if not any(map(says_something, messages)):
+    if not any(map(has_content, messages)):
         raise RecordError(f"'{where}' is empty.")
     return messages
 

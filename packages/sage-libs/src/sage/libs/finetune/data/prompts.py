@@ -44,7 +44,7 @@ def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> 
     return prompt, spoken
 
 
-def says_something(message: Message) -> bool:
+def has_content(message: Message) -> bool:
     """Return whether a message has text, tool calls or reasoning."""
     return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
 

@@ -10,7 +10,7 @@ from sage.common.errors import DatasetError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.findings import Findings
 from sage.libs.finetune.data.folders import Split
-from sage.libs.finetune.data.mixing import Mixture, weighed
+from sage.libs.finetune.data.mixing import Mixture, repeated_by_weight
 from sage.libs.finetune.data.store import StoredSamples, load_or_tokenize
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder
 from sage.libs.finetune.training.batching import Packs, most_tokens, pack
@@ -60,7 +60,7 @@ def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence
         random.Random(config.seed).shuffle(order)  # noqa: S311 - reproducible, no secret
         count = round(len(samples) * config.eval_split)
         heldout.append(samples.take(sorted(order[:count])))
-        parts.append(weighed(samples.take(sorted(order[count:])), source.weight, config.seed))
+        parts.append(repeated_by_weight(samples.take(sorted(order[count:])), source.weight, config.seed))
     train = Mixture(parts)
     if not len(train):
         raise DatasetError(
