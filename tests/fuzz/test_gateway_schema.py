@@ -42,6 +42,8 @@ def test_the_gateway_stands_any_request(gateway: httpx.Client, tiny_model: Path,
         for parameter in item.get("get", {}).get("parameters", ()):
             if parameter["name"] == "engine_id":  # an engine that has ended: its streams have an end
                 parameter["schema"] = {"enum": [ended, ended, "engine-unknown"]}
+    feed = management["/v1/management/events"]["get"]
+    feed["parameters"] = [each for each in feed["parameters"] if each["name"] != "follow"]  # that stream has no end
     for part in (*inference(document, MODELS), {**document, "paths": management}):
         fuzz(part, str(gateway.base_url), cases // 3, asker(gateway))
     assert {engine["state"] for engine in list_engines().values()} == {"running", "stopped"}
