@@ -10,7 +10,7 @@ from store_promises import ME, Stored, lease_of
 
 from sage.common.identity import ProcessIdentity
 from sage.llm.client.types import DesiredState, EngineState
-from sage.llm.control_plane.store.clock import clock
+from sage.llm.control_plane.store.clock import lease_clock
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import Lease
 from sage.llm.control_plane.store.store import LEASE_SECONDS, LeaseLost, StaleWrite, Store
@@ -23,7 +23,7 @@ EXITED = ProcessIdentity(1, "an earlier boot/5")
 def expire(store: Store, in_seconds: float = -1.0) -> None:
     """Write when all leases expire, counted from now: what a step of the database's clock looks like."""
     with store._write() as connection:
-        connection.execute(update(leases).values(expires_at=clock(in_seconds)))
+        connection.execute(update(leases).values(expires_at=lease_clock(in_seconds)))
 
 
 class LeasePromises(Stored):

@@ -6,21 +6,19 @@ import logging
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.identity import ProcessIdentity
+from sage.llm.control_plane.store.clock import uptime_seconds
 from sage.llm.control_plane.store.leases import LeaseStore
 from sage.llm.control_plane.store.records import Lease
 
 logger = logging.getLogger(__name__)
 #: Fractions of the lease time: between renewals, between attempts of a standby to take it, of use after a renewal.
 _RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
-#: A clock that also counts the time in which the machine was suspended, if the system has one.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class LeaseKeeper:
@@ -43,7 +41,7 @@ class LeaseKeeper:
     @property
     def lease(self) -> Lease | None:
         """The lease; None if it is not held, or if the last renewal is too long ago, as after a suspension."""
-        is_fresh = time.clock_gettime(_CLOCK) - self._renewed_seconds < _USE * self._store.lease_seconds
+        is_fresh = uptime_seconds() - self._renewed_seconds < _USE * self._store.lease_seconds
         return self._held if is_fresh else None
 
     async def open(self) -> None:
@@ -72,7 +70,7 @@ class LeaseKeeper:
 
     async def _step(self) -> None:
         """Renew the lease, or try to take it; if the database fails, the next step tries again."""
-        began_seconds = time.clock_gettime(_CLOCK)
+        began_seconds = uptime_seconds()
         try:
             self._held = await asyncio.get_running_loop().run_in_executor(self._thread, self._renew_or_acquire, self._held)
             self._renewed_seconds, self._trouble = began_seconds, ""

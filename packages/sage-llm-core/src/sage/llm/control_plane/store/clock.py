@@ -1,5 +1,10 @@
-"""The database's clock in SQL, which all control planes that share the database use."""
+"""Clocks in SQL that all control planes that share a database use: one for timestamps, and one for leases.
 
+A lease must neither end nor last longer if the machine's clock is set. All users of an SQLite database are on one machine:
+there, the clock of leases is the time since the machine was booted. On PostgreSQL it is the database's clock.
+"""
+
+import time
 from datetime import datetime
 from typing import Any
 
@@ -7,9 +12,19 @@ from sqlalchemy import DateTime, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+#: A clock that nobody can set; it also counts the time in which the machine was suspended, if the system has one.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
 
 class clock(FunctionElement[datetime]):  # noqa: N801 - named as SQL functions are
-    """The current time of the database, plus some seconds."""
+    """The current time of the database."""
+
+    type = DateTime(timezone=True)
+    inherit_cache = True
+
+
+class lease_clock(FunctionElement[datetime]):  # noqa: N801
+    """The current time of the clock of leases, plus some seconds."""
 
     type = DateTime(timezone=True)
     inherit_cache = True
@@ -18,12 +33,33 @@ class clock(FunctionElement[datetime]):  # noqa: N801 - named as SQL functions a
         super().__init__(literal(float(plus_seconds)))
 
 
+def uptime_seconds() -> float:
+    """Return the time of the clock of leases on this machine."""
+    return time.clock_gettime(_CLOCK)
+
+
+def add_uptime(connection: Any) -> None:
+    """Define the SQL function `uptime_seconds()` for a connection to SQLite."""
+    connection.create_function("uptime_seconds", 0, uptime_seconds)
+
+
 @compiles(clock, "sqlite")
-def _sqlite(element: clock, compiler: Any, **options: Any) -> str:
+def _sqlite(*_: Any, **__: Any) -> str:
     """Format the time as SQLAlchemy does, with six decimal places of the seconds."""
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({compiler.process(element.clauses, **options)}) || ' seconds')"
+    return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
 
 
 @compiles(clock, "postgresql")
-def _postgresql(element: clock, compiler: Any, **options: Any) -> str:
+def _postgresql(*_: Any, **__: Any) -> str:
+    return "clock_timestamp()"
+
+
+@compiles(lease_clock, "sqlite")
+def _sqlite_lease(element: lease_clock, compiler: Any, **options: Any) -> str:
+    seconds = compiler.process(element.clauses, **options)
+    return f"strftime('%Y-%m-%d %H:%M:%f000', uptime_seconds() + {seconds}, 'unixepoch')"
+
+
+@compiles(lease_clock, "postgresql")
+def _postgresql_lease(element: lease_clock, compiler: Any, **options: Any) -> str:
     return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"

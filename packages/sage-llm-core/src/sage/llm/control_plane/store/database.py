@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import ConfigError
 from sage.common.paths import private_file
+from sage.llm.control_plane.store.clock import add_uptime
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 #: The revisions, oldest first: the prefixes of the file names of the migrations.
@@ -78,6 +79,7 @@ def _cause(error: Exception, url: URL) -> str:
 
 
 def _configure_sqlite(connection: Any, _: object) -> None:
+    add_uptime(connection)
     connection.isolation_level = None  # the driver must not begin transactions itself
     cursor = connection.cursor()
     for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL"):

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert as insert_postgresql
 from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 
 from sage.common.identity import ProcessIdentity
-from sage.llm.control_plane.store.clock import clock
+from sage.llm.control_plane.store.clock import lease_clock
 from sage.llm.control_plane.store.records import LeaderInfo, Lease
 from sage.llm.control_plane.store.tables import NEVER_HELD, leases, nodes
 
@@ -66,14 +66,16 @@ class LeaseStore:
             pid=me.pid,
             pid_started=me.started,
             url=url,
-            expires_at=clock(self.lease_seconds),
+            expires_at=lease_clock(self.lease_seconds),
         )
         with self._write() as connection:
             return Lease(node, row.fence + 1) if connection.execute(taken).rowcount else None
 
     def renew_lease(self, lease: Lease, holder: str) -> bool:
         """Extend the lease, even if it has expired; return False if another control plane took it or it was released."""
-        renewed = update(leases).where(_is_of(lease), leases.c.holder == holder).values(expires_at=clock(self.lease_seconds))
+        renewed = (
+            update(leases).where(_is_of(lease), leases.c.holder == holder).values(expires_at=lease_clock(self.lease_seconds))
+        )
         with self._write() as connection:
             return bool(connection.execute(renewed).rowcount)
 
@@ -112,6 +114,7 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
     """Return the condition that a lease is valid, that is, has not expired.
 
-    If the expiry is too far in the future, it was written before the clock was set back, and the lease is not valid.
+    If the expiry is too far in the future, it was written before the clock was set back or the machine was booted:
+    then the lease is not valid.
     """
-    return and_(leases.c.expires_at > clock(), leases.c.expires_at <= clock(2 * lease_seconds))
+    return and_(leases.c.expires_at > lease_clock(), leases.c.expires_at <= lease_clock(2 * lease_seconds))
