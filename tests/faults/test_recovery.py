@@ -159,7 +159,7 @@ def test_everything_started_twice_at_once_is_there_once_or_refused(
     assert [one.returncode for one in done[4:]] == [0, 0, 0], done[4:]
 
     for engine in client().list_engines():
-        if engine.state == "failed":  # the run without its output folder, if it was queued before the other one took the folder
+        if engine.state == "failed":  # the run whose output folder was taken, if it was queued before
             client().remove_engine(engine.id)
     engines = client().list_engines()
     assert len(engines) == 5
