@@ -89,10 +89,10 @@ def test_the_error_for_an_unknown_model_lists_the_existing_names() -> None:
 
 
 def test_a_route_contains_the_server_s_address_and_its_name_for_the_engine() -> None:
-    table = RoutingTable("n", model_name=lambda engine: f"adapter-{engine.name}")
-    table.apply(record(S.RUNNING), server(address="127.0.0.1:9000"))
+    table = RoutingTable("n")
+    table.apply(record(S.RUNNING, served_as="sage-a-1"), server(address="127.0.0.1:9000"))
     route = find(table, "m")
-    assert (route.address, route.model_name) == ("127.0.0.1:9000", "adapter-m")
+    assert (route.address, route.model_name) == ("127.0.0.1:9000", "sage-a-1")
 
 
 def test_an_older_version_of_an_engine_is_ignored() -> None:
@@ -174,7 +174,7 @@ def test_writes_of_another_process_reach_the_table_through_the_change_feed(tmp_p
         await change
         assert find(table, "m").address == "127.0.0.1:9000"
         change = table.wait_for_change()
-        store.transition(engine, S.FAILED, actor="r", lease=lease, drop_server="server-a")
+        store.transition(engine, S.FAILED, actor="r", lease=lease, leave_server="server-a")
         await change
         assert table.routes(K.LLM) == []
         following.cancel()

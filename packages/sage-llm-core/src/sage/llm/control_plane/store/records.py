@@ -8,6 +8,9 @@ from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
 
+#: The prefix of the names that models have inside a server.
+INTERNAL = "sage-"
+
 
 @dataclass(frozen=True)
 class Lease:
@@ -32,6 +35,7 @@ class ServerState(StrEnum):
 
     PLANNED = "planned"  #: written before the launch; the process may exist or not
     LAUNCHED = "launched"  #: written after the launch
+    CLOSING = "closing"  #: written before the signal that ends it; no engine joins it
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ class ServerRecord:
     reserved_bytes: int | None
     version: int  #: incremented by every write
     created_at: datetime
+    options: Mapping[str, Any] | None = None  #: of its backend; None: those of its engine
+    served_name: str | None = None  #: the name of `model` in requests to it; None: it accepts any name
+    shared: bool = False  #: other engines with the same base model, backend and options may join it
+    max_adapters: int | None = None  #: None: no limit
+
+    @property
+    def token(self) -> str:
+        """The id by which a process recognises itself: `engine-` and the suffix of the server's id."""
+        return f"engine-{suffix_of(self.id)}"
 
 
 @dataclass(frozen=True)
@@ -79,3 +92,24 @@ class EngineRecord:
     state_at: datetime
     first_event: int  #: orders engines by creation, independent of the clock
     last_event: int  #: orders engines by their last transition, independent of the clock
+    dedicated: bool = False  #: the user requested a server for this engine only
+    base: str | None = None  #: the model that a shared server loads for it; None: its server is not shared
+    adapter: str | None = None  #: folder of the adapter to load into the shared server; None: none
+    form: str | None = None  #: how its model is served, for users; written by the validation
+    revision: int = 0  #: incremented at each start, and by each newer version of its adapter
+    served_as: str | None = None  #: its model name in requests to its server; None: not loaded, or the server accepts any
+
+    @property
+    def internal_name(self) -> str:
+        """The model name, never used twice, of the current revision of its adapter."""
+        return f"{internal_prefix(self.id)}{self.revision}"
+
+
+def internal_prefix(engine_id: str) -> str:
+    """Return the prefix of the internal names of an engine."""
+    return f"{INTERNAL}{suffix_of(engine_id)}-"
+
+
+def suffix_of(record_id: str) -> str:
+    """Return the suffix of an id; an engine, its first server and its training run have the same suffix."""
+    return record_id.partition("-")[2]
