@@ -1,5 +1,6 @@
 """OpenAI-compatible inference, forwarded to the engines."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -8,7 +9,7 @@ from starlette.responses import Response
 from sage.common.errors import NotFound
 from sage.llm.client.types import DEFAULT_MODEL, EngineKind
 from sage.llm.control_plane.routing import Route
-from sage.llm.gateway.gate import requested_model
+from sage.llm.gateway.gate import JSON_BODY, requested_model
 from sage.llm.gateway.proxy import disconnected, first_of
 from sage.llm.gateway.routes.dependencies import Manager
 from sage.llm.gateway.schema import inference_schema
@@ -53,6 +54,7 @@ def _served(manager: Manager) -> dict[str, dict[str, Any]]:
     names = {route.name: route for route in sorted(routes, key=lambda route: route.first_event)}
     if llms := [route for route in routes if route.kind is EngineKind.LLM]:
         names[DEFAULT_MODEL] = max(llms, key=lambda route: route.last_event)
+    names |= manager.served_routes()
     return {name: _model(name, route) for name, route in names.items()}
 
 
@@ -65,6 +67,15 @@ async def _forward(request: Request, manager: Manager, kind: EngineKind) -> Resp
     model = requested_model(request.scope)
     wait_seconds = request.app.state.settings.request_wait_seconds
     await request.body()  # so that `disconnected` waits for what follows the body
-    upstream = await first_of(manager.running(model, kind, wait_seconds), disconnected(request))
+    client = _client(request.scope[JSON_BODY], request.headers)
+    upstream = await first_of(manager.running(model, kind, wait_seconds, client), disconnected(request))
     answer: Response = await request.app.state.proxy.forward(upstream, model, request)
     return answer
+
+
+def _client(body: dict[str, Any], headers: Mapping[str, str]) -> str | None:
+    """Return who sent a request, for routes that split requests: its field `user`, else its key; None if it has neither."""
+    user = body.get("user")
+    if isinstance(user, str) and user:
+        return f"user {user}"
+    return headers.get("authorization")
