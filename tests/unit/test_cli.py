@@ -182,7 +182,10 @@ def test_a_route_is_set_with_weights_and_listed_with_shares(
     calls: list[Any] = []
     view = RouteView.model_validate({
         "name": "prod", "fallback": "base", "updated_at": "2026-01-01T00:00:00Z",
-        "engines": [{"engine": "new", "weight": 1, "engine_id": "engine-a", "state": "running"}, {"engine": "old", "weight": 3}],
+        "engines": [
+            {"engine": "new", "weight": 1, "engine_id": "engine-a", "state": "running"},
+            {"engine": "old", "weight": 3},
+        ],
     })  # fmt: skip
     client = SimpleNamespace(set_route=lambda *given: calls.append(given) or view, list_routes=lambda: [view])
     monkeypatch.setattr("sage.cli.daemon.connect", lambda: client)
