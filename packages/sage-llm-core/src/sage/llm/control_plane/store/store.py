@@ -15,13 +15,14 @@ from sage.llm.control_plane.store.leases import LEASE_SECONDS, LeaseLost, StaleW
 from sage.llm.control_plane.store.pages import page_query, position
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.routes import RouteStore
-from sage.llm.control_plane.store.rows import engine_record, server_record, to_columns
+from sage.llm.control_plane.store.rows import engine_record, to_columns
+from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
 
-class Store(RouteStore):
+class Store(ServerStore, RouteStore):
     """The database of the control plane. Each method is one transaction and blocks: call it in a thread.
 
     Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
@@ -44,24 +45,28 @@ class Store(RouteStore):
         lease: Lease,
         reason: Reason | None = None,
         put_server: ServerRecord | None = None,
-        drop_server: str | None = None,
+        join_server: str | None = None,
+        leave_server: str | None = None,
+        must_remain: bool = False,
         **values: Any,
     ) -> EngineRecord:
         """Change the state of an engine as it was read to `state`, and write the event and the server as well.
 
-        put_server: a server to insert or replace; drop_server: the id of a server to remove; values: other columns.
-        Raises StaleWrite if the engine was written since it was read, IllegalTransition if the table of states does not
-        contain the transition, Conflict if the engine becomes active again and another engine has its port.
+        put_server: a server to insert or replace; join_server: the id of a server that hosts other engines; leave_server:
+        the id of a server, whose row is removed with its last engine, unless `must_remain`; values: other columns.
+        Raises StaleWrite if the engine was written since it was read, or the server does not permit the change,
+        IllegalTransition if the table of states does not contain the transition, Conflict if the engine becomes active
+        again and another engine has its port.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
-            moved = self._move(connection, record, state, actor, reason, **values)
-            gone = [server_id for server_id in (drop_server, put_server and put_server.id) if server_id]
-            if gone:
-                connection.execute(delete(servers).where(servers.c.id.in_(gone), servers.c.node == record.node))
+            if leave_server:
+                self._leave(connection, record, leave_server, must_remain=must_remain)
             if put_server:
-                row = to_columns(vars(put_server)) | {"created_at": clock()}
-                connection.execute(insert(servers).values(row))
-            return moved
+                self._put(connection, record, put_server)
+            if join_server:
+                self._join(connection, record, join_server)
+                values["server_id"] = join_server
+            return self._move(connection, record, state, actor, reason, **values)
 
     def restart(
         self,
@@ -70,7 +75,8 @@ class Store(RouteStore):
         actor: str,
         lease: Lease,
         reason: Reason | None,
-        drop_server: str | None,
+        leave_server: str | None,
+        must_remain: bool = False,
         restarts: int,
         **values: Any,
     ) -> EngineRecord:
@@ -79,8 +85,9 @@ class Store(RouteStore):
         restarts: the number of this restart. Raises the same errors as `transition`.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
+            if leave_server:
+                self._leave(connection, record, leave_server, must_remain=must_remain)
             failed = self._move(connection, record, EngineState.FAILED, actor, reason, restarts=restarts, **values)
-            connection.execute(delete(servers).where(servers.c.id == drop_server, servers.c.node == record.node))
             return self._move(connection, failed, EngineState.QUEUED, actor, reason)
 
     def set_desired(
@@ -91,17 +98,11 @@ class Store(RouteStore):
             self._event(connection, record.id, EventKind.DESIRED, actor, reason=f"{desired}{' by force' if force else ''}")
             return self._update(connection, record, {"desired": desired, "force": force})
 
-    def update_server(self, server: ServerRecord, *, lease: Lease, **values: Any) -> ServerRecord:
-        """Change columns of a server. Raises StaleWrite if it was written or removed since it was read."""
-        query = update(servers).where(
-            servers.c.id == server.id, servers.c.node == lease.node, servers.c.version == server.version
-        )
-        with self._fenced(lease, server.node) as connection:
-            changed = query.values(version=server.version + 1, **to_columns(values)).returning(servers)
-            row = connection.execute(changed).one_or_none()
-            if row is None:
-                raise StaleWrite(server.id)
-            return server_record(row)
+    def revise(self, record: EngineRecord, *, actor: str, lease: Lease, **values: Any) -> EngineRecord:
+        """Write columns of an engine and an event, without a transition. Raises StaleWrite."""
+        with self._fenced(lease, record.node) as connection:
+            self._event(connection, record.id, EventKind.UPDATED, actor)
+            return self._update(connection, record, values)
 
     def remove(self, record: EngineRecord, *, actor: str, lease: Lease) -> None:
         """Delete an engine and its events; only the event of the removal stays. Raises StaleWrite."""
@@ -149,11 +150,6 @@ class Store(RouteStore):
         query = select(engines).where(engines.c.node == node, ACTIVE).order_by(engines.c.first_event)
         with self._read() as connection:
             return [engine_record(row) for row in connection.execute(query)]
-
-    def servers(self, node: str) -> list[ServerRecord]:
-        """Return the servers of a node."""
-        with self._read() as connection:
-            return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
 
     def hosted(self, engine_ids: Collection[str]) -> list[tuple[EngineRecord, ServerRecord | None]]:
         """Return the existing engines among `engine_ids`, each with its server, or with None if the server has no row."""
