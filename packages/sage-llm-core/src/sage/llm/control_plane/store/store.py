@@ -15,7 +15,7 @@ from sage.llm.control_plane.store.leases import LEASE_SECONDS, LeaseLost, StaleW
 from sage.llm.control_plane.store.pages import page_query, position
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.routes import RouteStore
-from sage.llm.control_plane.store.rows import engine_record, to_columns
+from sage.llm.control_plane.store.rows import engine_record, server_record, to_columns
 from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
