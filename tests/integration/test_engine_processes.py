@@ -67,7 +67,7 @@ class Options(BaseModel):
 class StubBackend(TransformersBackend):
     options: ClassVar[type[BaseModel]] = Options
 
-    def argv(self, model: str, options: Any) -> tuple[str, ...]:
+    def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
         return (sys.executable, "-S", "-c", SERVER, options.model_dump_json(), DESCRIPTOR_ARGUMENT)
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:

@@ -14,6 +14,7 @@ from sage.common.identity import ProcessIdentity
 from sage.common.processes import ProcessSpec
 from sage.common.training import TrainingProgress
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import ProcessObservation, Signal
 from sage.llm.control_plane.plan import Limits
@@ -65,10 +66,11 @@ class World:
         self.signals.append((handle, signal))
         self.alive.discard(handle)
 
-    async def validate(self, engine: EngineRecord) -> None:
+    async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         self.validations.get(engine.id, lambda: None)()
+        return {}
 
-    def plan_server(self, engine: EngineRecord) -> ServerRecord:
+    def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         suffix = engine.id.removeprefix("engine-")
         return server(ServerState.PLANNED, id=f"server-{suffix}", handle=engine.id, address=None)
 
@@ -116,7 +118,9 @@ class Loop:
         async def main() -> None:
             pool, executors = Pool("store", 4), dict.fromkeys(EngineKind, self.world)
             self.prober = Prober(executors, self.world, lambda: None, self.probe_timeout_seconds)
-            self.runner = Runner(self.store, pool, executors, self.world, RoutingTable("n"), lambda: self.held)
+            self.runner = Runner(
+                self.store, pool, executors, self.world, AdapterClient(), RoutingTable("n"), lambda: self.held
+            )
             self.reconciler = Reconciler(self.store, pool, "n", self.prober, self.runner, self.limits)
             probing = asyncio.create_task(self.prober.run())
             try:

@@ -33,9 +33,9 @@ _ENGINE_VARIABLE = "SAGE_ENGINE_ID"
 class InferenceExecutor:
     """Runs inference servers with the commands of their backends."""
 
-    def __init__(self, launcher: Launcher, adapters: AdapterClient) -> None:
-        self._launcher, self._adapters = launcher, adapters
-        self._answers: dict[str, asyncio.Task[Observed]] = {}
+    def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
+        self._launcher, self._adapters = launcher, adapters or AdapterClient()
+        self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
         # No limit of connections: servers that do not answer must not block requests to others. The prober has a limit.
         # No idle connections: httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -123,10 +123,11 @@ class InferenceExecutor:
 
     async def _answer(self, server: ServerRecord, address: str | None) -> Observed:
         """Return what a server answers; engines of one server share the requests."""
-        asked = self._answers.get(server.id)
+        key = server.id, address
+        asked = self._answers.get(key)
         if asked is None or asked.done():
-            asked = self._answers[server.id] = asyncio.create_task(self._ask(server, address))
-            asked.add_done_callback(lambda _: self._answers.pop(server.id, None))
+            asked = self._answers[key] = asyncio.create_task(self._ask(server, address))
+            asked.add_done_callback(lambda _: self._answers.pop(key, None))
         return await asyncio.shield(asked)
 
     async def _ask(self, server: ServerRecord, address: str | None) -> Observed:
