@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 from gateways import until
+from starlette.types import Message
 
+from sage.llm.control_plane.routing import Upstream
 from sage.llm.gateway import engine_connections
 from sage.llm.gateway.engine_connections import EngineConnections
+from sage.llm.gateway.relay import Relay
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
@@ -226,5 +229,33 @@ def test_a_server_is_read_from_only_as_fast_as_its_answer_is_taken() -> None:
                 taken_bytes += len(piece)
             assert taken_bytes + len(await answer.read()) == size_bytes
             pool.release(answer)
+
+    run(main())
+
+
+def test_a_slow_client_pauses_the_stream_of_its_engine() -> None:
+    event = b'data: {"model": "inner"}\n\n'
+    count = 100_000
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        await request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + event * count + b"data: [DONE]\n\n")
+        await writer.drain()
+
+    async def main() -> None:
+        can_send, sent = asyncio.Event(), bytearray()
+
+        async def send(message: Message) -> None:
+            await can_send.wait()
+            sent.extend(message.get("body", b""))
+
+        async with server(serve) as address, connections() as pool:
+            answer = await pool.post(address, HEAD, b"{}")
+            relay = asyncio.create_task(Relay(Upstream(address, "inner", "engine-a", "tiny"), send).forward(answer))
+            await until(lambda: not answer.transport.is_reading(), "a pause")
+            can_send.set()
+            await relay
+            pool.release(answer)
+        assert sent == event.replace(b"inner", b"tiny") * count + b"data: [DONE]\n\n"
 
     run(main())

@@ -104,6 +104,11 @@ class EngineConnection(asyncio.Protocol):
             self._fail(ConnectionResetError("The server closed the connection."))
         self._wake()
 
+    def on_message_begin(self) -> None:
+        """Refuse a second answer to one request; the parser turns the exception into an error of its own."""
+        if self._is_complete:
+            raise ConnectionError
+
     def on_header(self, name: bytes, content: bytes) -> None:
         """Add a header."""
         self.headers.append((name.lower(), content))
