@@ -16,6 +16,10 @@ EVENT = {
     "actor": "user", "reason": "",
 }  # fmt: skip
 
+ROUTE = {
+    "name": "org/a", "engines": [{"engine": "b", "weight": 9}], "fallback": None, "updated_at": "2026-01-01T00:00:00Z",
+}  # fmt: skip
+
 
 def sse(*ids: int) -> str:
     return "".join(f"id: {i}\nevent: transition\ndata: {json.dumps({'id': i, **EVENT})}\n\n" for i in ids)
@@ -51,6 +55,8 @@ class Gateway(BaseHTTPRequestHandler):
             "/v1/management/engines/engine-a/training": {"data": [{"step": 1, "loss": 2.0}]},
             "/v1/management/events": {"data": [{"id": 1, **EVENT}], "last_id": 1, "has_more": False},
             "/v1/management/gpu": {"data": [device]},
+            "/v1/management/routes": {"data": [ROUTE]},
+            "/v1/management/routes/org%2Fa": ROUTE,
             "/v1/models": {"data": [{"id": "m"}]},
             "/health": {"service": "sage-gateway"},
         }
@@ -86,6 +92,10 @@ class Gateway(BaseHTTPRequestHandler):
             self.send_json(200, engine_view().model_dump(mode="json"))
 
     def do_DELETE(self) -> None:
+        self.do_GET()
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
         self.do_GET()
 
     def send_json(self, status: int, content: Any) -> None:

@@ -11,7 +11,7 @@ from engines import record, server
 
 from sage.common.errors import ConfigError, Conflict, NotFound
 from sage.common.identity import ProcessIdentity
-from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, EventKind, Reason
+from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, EventKind, Reason, RouteTarget
 from sage.llm.control_plane.states import IllegalTransition
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerState
@@ -267,3 +267,37 @@ class StorePromises(Stored):
         seen += [event.id for event in store.events(seen[-1], limit=1000)]
         assert seen == [event.id for event in store.events(limit=1000)]
         assert len(seen) == 4 * 16
+
+    def test_a_route_is_read_as_it_was_written_last_and_the_feed_reports_each_change(
+        self, store: Store, lease: Lease
+    ) -> None:
+        store.set_route("prod", [RouteTarget(engine="old")], None, actor="user", lease=lease)
+        split = [RouteTarget(engine="new", weight=10), RouteTarget(engine="old", weight=90)]
+        store.set_route("prod", split, "base", actor="user", lease=lease)
+        store.set_route("a/b", split[:1], None, actor="user", lease=lease)
+        store.set_route("prod", split, None, actor="user", lease=lease_of(store, "other"))
+        first, second = store.routes("n")
+        assert (first.name, second.name, second.engines, second.fallback) == ("a/b", "prod", tuple(split), "base")
+        assert abs(second.updated_at - datetime.now(UTC)) < timedelta(minutes=1)
+        store.remove_route("a/b", actor="user", lease=lease)
+        before = store.last_event()
+        with pytest.raises(NotFound, match="No route 'a/b'"):
+            store.remove_route("a/b", actor="user", lease=lease)
+        assert store.last_event() == before
+        assert [route.name for route in store.routes("n")] == ["prod"]
+        assert [(e.kind, e.engine_id, e.route, e.reason) for e in store.events(limit=9)] == [
+            (EventKind.ROUTE, "", "prod", "old=1"),
+            (EventKind.ROUTE, "", "prod", "new=10, old=90"),
+            (EventKind.ROUTE, "", "a/b", "new=10"),
+            (EventKind.ROUTE, "", "prod", "new=10, old=90"),
+            (EventKind.ROUTE, "", "a/b", "removed"),
+        ]
+
+    def test_of_many_writers_of_a_route_the_last_one_counts(self, store: Store, lease: Lease) -> None:
+        def write(number: int) -> None:
+            store.set_route("prod", [RouteTarget(engine=f"engine-{number}")], None, actor="user", lease=lease)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(8)))
+        [route] = store.routes("n")
+        assert store.events(limit=99)[-1].reason == f"{route.engines[0].engine}=1"

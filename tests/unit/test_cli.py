@@ -1,11 +1,12 @@
 import typing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from engine_views import engine_view, training_progress
 from rich.console import Console
 
-from sage.cli.commands.apps import dataset, engine
+from sage.cli.commands.apps import dataset, engine, route
 from sage.cli.listing import Selection, select
 from sage.cli.render import bar, device_table, ending, engine_lines, engine_table, event_line, size
 from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
@@ -23,6 +24,7 @@ from sage.llm.client.types import (
     EngineState,
     EngineView,
     RestartPolicy,
+    RouteView,
 )
 
 
@@ -172,3 +174,30 @@ def test_metadata_must_be_given_as_key_value_pairs() -> None:
     assert engine._pair("a=b=c") == ("a", "b=c")
     with pytest.raises(errors.ConfigError, match="KEY=VALUE"):
         engine._pair("a")
+
+
+def test_a_route_is_set_with_weights_and_listed_with_shares(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Any] = []
+    view = RouteView.model_validate({
+        "name": "prod", "fallback": "base", "updated_at": "2026-01-01T00:00:00Z",
+        "engines": [
+            {"engine": "new", "weight": 1, "engine_id": "engine-a", "state": "running"},
+            {"engine": "old", "weight": 3},
+        ],
+    })  # fmt: skip
+    client = SimpleNamespace(set_route=lambda *given: calls.append(given) or view, list_routes=lambda: [view])
+    monkeypatch.setattr("sage.cli.daemon.connect", lambda: client)
+    route.set_("prod", ["new=10", "a/b=90"], "base")
+    route.set_("prod", ["new"], None)
+    assert calls == [("prod", {"new": 10, "a/b": 90}, "base"), ("prod", {"new": 1}, None)]
+    assert "no active engine has the id, name or model 'old'" in capsys.readouterr().err
+    for wrong in (["new=ten"], ["=10"], ["new=-1"], ["new", "new=2"], ["new=" + "9" * 5000]):
+        with pytest.raises(errors.ConfigError):
+            route.set_("prod", wrong, None)
+    route.list_()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [
+        ["prod", "new", "engine-a", "running", "25%"], ["prod", "old", "-", "-", "75%"], ["prod", "base", "fallback"],
+    ]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 from sage.common.settings import load_settings
 from sage.common.training import TrainingStep
-from sage.llm.client.types import EngineEvent, EnginePage, EngineView
+from sage.llm.client.types import EngineEvent, EnginePage, EngineView, RouteView
 from sage.llm.gateway.app import create_app
 
 SNAPSHOT = Path(__file__).parents[1] / "data" / "http_interface.json"
@@ -21,13 +21,13 @@ _PROSE = {"title", "description", "summary", "operationId", "tags"}
 def interface() -> dict[str, Any]:
     """Return the stable part of the OpenAPI document, and the schemas of the responses."""
     document = create_app(load_settings()).openapi()
-    answers = (EngineView, EnginePage, EngineEvent, TrainingStep)
+    answers = (EngineView, EnginePage, EngineEvent, TrainingStep, RouteView)
     paths = {path: item for path, item in document["paths"].items() if path.startswith("/v1/management/")}
     errors = [_split_errors(operation) for item in paths.values() for operation in item.values()]
     content = {
         "paths": paths,
         "error": errors[0]["400"],
-        "requests": {"StartRequest": document["components"]["schemas"]["StartRequest"]},
+        "requests": {name: document["components"]["schemas"][name] for name in ("StartRequest", "RouteRequest")},
         "answers": {answer.__name__: answer.model_json_schema(mode="serialization") for answer in answers},
     }
     found: dict[str, Any] = _without_prose(content)

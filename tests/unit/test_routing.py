@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from engines import record, server
 from store_promises import lease_of
 
 from sage.common.errors import NotFound, Overloaded
-from sage.llm.client.types import DEFAULT_MODEL, EngineKind, EngineState
+from sage.llm.client.types import DEFAULT_MODEL, EngineKind, EngineState, RouteTarget
 from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.database import open_database
+from sage.llm.control_plane.store.routes import RouteRecord
 from sage.llm.control_plane.store.store import Store
 
 S, K = EngineState, EngineKind
@@ -201,6 +203,81 @@ def test_a_database_error_does_not_end_the_reading_of_the_change_feed(
             connection.exec_driver_sql("ALTER TABLE aside RENAME TO engine_events")
         store.add(record(), "user", lease)
         await change
+        following.cancel()
+
+    asyncio.run(follow())
+
+
+def named(name: str, *engines: str, fallback: str | None = None) -> RouteRecord:
+    return RouteRecord(name, tuple(RouteTarget(engine=engine) for engine in engines), fallback, datetime.now(UTC))
+
+
+def test_a_route_precedes_an_engine_of_the_same_name_and_may_lead_to_that_engine() -> None:
+    table = RoutingTable("n")
+    table.apply(record(S.RUNNING, id="engine-a", name="prod"), None)
+    table.apply(record(S.RUNNING, id="engine-b", name="other"), None)
+    table.set_named_routes([named("prod", "other")])
+    assert find(table, "prod").engine_id == "engine-b"
+    table.set_named_routes([named("prod", "prod")])
+    assert find(table, "prod").engine_id == "engine-a"
+    table.set_named_routes([named(DEFAULT_MODEL, "engine-a")])
+    assert (find(table, DEFAULT_MODEL).engine_id, find(table, "prod").engine_id) == ("engine-a", "engine-a")
+
+
+def test_a_route_leads_to_engines_by_id_name_and_model_but_not_to_another_route() -> None:
+    table = table_of(("engine-a", S.RUNNING), name="assistant", model="org/base")
+    for target in ("engine-a", "assistant", "org/base"):
+        table.set_named_routes([named("prod", target)])
+        assert find(table, "prod").engine_id == "engine-a"
+    table.set_named_routes([named("prod", "assistant"), named("test", "prod")])
+    with pytest.raises(NotFound, match="serves the route 'test', which names prod"):
+        find(table, "test")
+
+
+@pytest.mark.parametrize(
+    ("states", "unresponsive", "found"),
+    [
+        ({"one": S.RUNNING, "two": S.RUNNING, "base": S.RUNNING}, "one", "two"),
+        ({"one": S.STARTING, "two": S.STOPPING, "base": S.RUNNING}, "", "base"),
+        ({"one": S.RUNNING, "base": S.RUNNING}, "one", "base"),
+        ({"one": S.STARTING, "base": S.RUNNING}, "base", "one"),
+        ({"one": S.STARTING, "base": S.STARTING}, "", "one"),
+        ({"base": S.STARTING}, "", "base"),
+    ],
+)
+def test_another_engine_of_a_route_answers_before_the_fallback_and_whoever_answers_before_one_that_starts(
+    states: dict[str, EngineState], unresponsive: str, found: str
+) -> None:
+    table = table_of(*states.items())
+    for engine_id, state in states.items():
+        table.apply(record(state, id=engine_id, name=engine_id, version=2), None)
+    table.set_named_routes([named("prod", "one", "two", fallback="base")])
+    assert find(table, "prod", unresponsive).engine_id == found
+
+
+def test_a_client_of_a_split_route_stays_with_one_engine_while_that_one_answers() -> None:
+    table = RoutingTable("n")
+    for name in ("one", "two"):
+        table.apply(record(S.RUNNING, id=name, name=name), None)
+    table.set_named_routes([named("prod", "one", "two")])
+    engines = {user: {table.find("prod", K.LLM, lambda _: True, user).engine_id for _ in range(20)} for user in "abcdefgh"}
+    assert all(len(found) == 1 for found in engines.values())
+    assert {table.find("prod", K.LLM, lambda _: True).engine_id for _ in range(100)} == {"one", "two"}
+
+
+def test_a_route_that_another_process_writes_reaches_the_table_through_the_change_feed(tmp_path: Path) -> None:
+    async def follow() -> None:
+        store = Store(open_database(f"sqlite:///{tmp_path}/engines.db"))
+        lease = lease_of(store)
+        store.add(record(S.RUNNING), "user", lease)
+        store.set_route("early", [RouteTarget(engine="m")], None, actor="user", lease=lease)
+        table = RoutingTable("n")
+        following = asyncio.create_task(table.follow(store, await table.load(store)))
+        assert find(table, "early").engine_id == "engine-a"
+        change = table.wait_for_change()
+        store.set_route("late", [RouteTarget(engine="m")], None, actor="user", lease=lease)
+        await change
+        assert find(table, "late").engine_id == "engine-a"
         following.cancel()
 
     asyncio.run(follow())

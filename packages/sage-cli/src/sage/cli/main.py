@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sage.cli.commands.apps import gateway, llm
+from sage.cli.commands.apps import gateway, llm, route
 from sage.common.errors import Conflict, SageError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(llm.app, name="llm", help="Engines, models, datasets and chat.")
+app.add_typer(route.app, name="route", help="Names for one or several engines in requests.")
 app.add_typer(gateway.app, name="gateway", help="The process that manages the engines and serves HTTP.")
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sage.common.progress_bar import duration, eta_text
 from sage.common.training import FIGURES, TrainingProgress
-from sage.llm.client.types import Device, EngineEvent, EngineKind, EngineView, EventKind
+from sage.llm.client.types import Device, EngineEvent, EngineKind, EngineView, EventKind, RouteView
 
 _BAR_CELLS = 10
 _STATE_STYLES = {
@@ -86,6 +86,21 @@ def event_line(event: EngineEvent) -> str:
     is_transition = event.kind in (EventKind.CREATED, EventKind.TRANSITION)
     what = f"{event.before or '·'} → {event.after}" if is_transition else str(event.kind)
     return f"{event.at:%Y-%m-%d %H:%M:%S}  {what:<22} {event.actor:<10} {event.reason}".rstrip()
+
+
+def route_table(routes: Iterable[RouteView]) -> Table:
+    """Return the table of routes, with a row for each engine that a route names."""
+    table = Table("ROUTE", "ENGINE", "ID", "STATE", box=None, pad_edge=False, header_style="bold")
+    table.add_column("SHARE", justify="right")
+    for route in routes:
+        total = sum(target.weight for target in route.engines)
+        for target in route.engines:
+            share = f"{100 * target.weight / total:.4g}%"
+            state = target.state or "-"
+            table.add_row(escape(route.name), escape(target.engine), target.engine_id or "-", state, share)
+        if route.fallback:
+            table.add_row(escape(route.name), escape(route.fallback), "", "", "fallback")
+    return table
 
 
 def device_table(devices: Iterable[Device]) -> Table:

@@ -26,6 +26,7 @@ from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.run.checkpoints import Checkpoint
 from sage.libs.finetune.run.output import check_claim, claim_output
+from sage.libs.finetune.run.publishing import publish_checkpoint
 from sage.libs.finetune.run.rewards import check_reward_file
 from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 from sage.libs.finetune.run.series import StepSeries
@@ -163,6 +164,17 @@ class FinetuneManager:
         """Ask a run to save a checkpoint and exit (`force`: kill it), without waiting; return False if it has no process."""
         process = self.process(task_id)
         return process.send_signal(signal.SIGKILL if force else signal.SIGTERM) if process else False
+
+    def request_checkpoint(self, task_id: str) -> None:
+        """Ask a run to save a checkpoint after its current step; return at once. The losses of the run do not change."""
+        self.run_directory(task_id).request_checkpoint()
+
+    def publish_checkpoint(self, task_id: str, step: int) -> Path:
+        """Return a folder with the adapter and the tokenizer of a checkpoint, which the run does not remove or change.
+
+        Raises ModelError if the checkpoint holds no adapter, OSError if it has been removed meanwhile.
+        """
+        return publish_checkpoint(self.run_directory(task_id), step)
 
     def status(self, task_id: str) -> RunStatus:
         """Return the status of a run."""

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
     try:
         private_folder(run.path)
         run.clear_staging()
+        run.take_checkpoint_request()  # of an earlier process
         run.reserve_space()
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)

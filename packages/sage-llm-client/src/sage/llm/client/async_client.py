@@ -1,7 +1,7 @@
 """AsyncSageClient: the methods of SageClient for asyncio; a test compares their signatures."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar
 
@@ -19,6 +19,7 @@ from sage.llm.client.types import (
     EngineState,
     EngineView,
     EventPage,
+    RouteView,
     TrainingStep,
 )
 
@@ -136,6 +137,25 @@ class AsyncSageClient:
     async def training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
         """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points`."""
         return await self._send(calls.training_steps(engine_id, after, max_points))
+
+    async def list_routes(self) -> list[RouteView]:
+        """Return all routes: names that requests use as `model`, each for one or several engines."""
+        return await self._send(calls.routes())
+
+    async def get_route(self, name: str) -> RouteView:
+        """Return one route."""
+        return await self._send(calls.get_route(name))
+
+    async def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
+        """Create or replace a route.
+
+        engines: weights by engine (id, name or model); fallback: the engine that answers if none of them does.
+        """
+        return await self._send(calls.set_route(name, engines, fallback))
+
+    async def remove_route(self, name: str) -> None:
+        """Delete a route; its engines are not changed."""
+        await self._send(calls.remove_route(name))
 
     async def devices(self) -> list[Device]:
         """Return the GPUs and the main memory."""

@@ -1,9 +1,10 @@
 """The gateway's routes: the request that both clients send for each method, and the reader of its answer."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
 
 import httpx
 
@@ -16,6 +17,7 @@ from sage.llm.client.types import (
     EngineState,
     EngineView,
     EventPage,
+    RouteView,
     TrainingStep,
 )
 
@@ -133,6 +135,31 @@ def training_steps(engine_id: str, after: int, max_points: int | None) -> Call[l
     """Read the steps of a training run."""
     params = {"after": after, **({} if max_points is None else {"max_points": max_points})}
     return Call("GET", _engine(engine_id, "/training"), as_list(TrainingStep), params=params)
+
+
+def _route(name: str) -> str:
+    return f"{_PREFIX}/routes/{quote(name, safe='')}"
+
+
+def routes() -> Call[list[RouteView]]:
+    """List the routes."""
+    return Call("GET", f"{_PREFIX}/routes", as_list(RouteView))
+
+
+def get_route(name: str) -> Call[RouteView]:
+    """Read one route."""
+    return Call("GET", _route(name), as_model(RouteView))
+
+
+def set_route(name: str, engines: Mapping[str, int], fallback: str | None) -> Call[RouteView]:
+    """Create or replace a route."""
+    targets = [{"engine": engine, "weight": weight} for engine, weight in engines.items()]
+    return Call("PUT", _route(name), as_model(RouteView), json={"engines": targets, "fallback": fallback})
+
+
+def remove_route(name: str) -> Call[None]:
+    """Delete a route."""
+    return Call("DELETE", _route(name), lambda _: None)
 
 
 def devices() -> Call[list[Device]]:

@@ -1,7 +1,7 @@
 """SageClient: the gateway's HTTP interface as methods. AsyncSageClient has the same methods for asyncio."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
@@ -18,6 +18,7 @@ from sage.llm.client.types import (
     EngineState,
     EngineView,
     EventPage,
+    RouteView,
     TrainingStep,
 )
 
@@ -135,6 +136,25 @@ class SageClient:
     def training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
         """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points`."""
         return self._send(calls.training_steps(engine_id, after, max_points))
+
+    def list_routes(self) -> list[RouteView]:
+        """Return all routes: names that requests use as `model`, each for one or several engines."""
+        return self._send(calls.routes())
+
+    def get_route(self, name: str) -> RouteView:
+        """Return one route."""
+        return self._send(calls.get_route(name))
+
+    def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
+        """Create or replace a route.
+
+        engines: weights by engine (id, name or model); fallback: the engine that answers if none of them does.
+        """
+        return self._send(calls.set_route(name, engines, fallback))
+
+    def remove_route(self, name: str) -> None:
+        """Delete a route; its engines are not changed."""
+        self._send(calls.remove_route(name))
 
     def devices(self) -> list[Device]:
         """Return the GPUs and the main memory."""

@@ -41,6 +41,9 @@ SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
 #: Model name in a request; means the running engine of the kind that was started last.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
+#: Each part begins with a letter or digit, so that no part of a URL's path is `.` or `..`.
+_ROUTE_NAME = re.compile(r"\w[\w.@:+-]*(/\w[\w.@:+-]*)*")
+_ENGINE_ID = re.compile(r"engine-[a-z0-9]{10}")
 
 
 class DesiredState(StrEnum):
@@ -150,6 +153,7 @@ class EventKind(StrEnum):
     DESIRED = "desired"  #: a user requested another state
     UPDATED = "updated"  #: it changed without a transition, such as to a newer version of its adapter
     REMOVED = "removed"
+    ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
 
 
 class EngineEvent(BaseModel):
@@ -163,6 +167,7 @@ class EngineEvent(BaseModel):
     after: EngineState | None
     actor: str
     reason: str
+    route: str | None = None
 
 
 class EventPage(BaseModel):
@@ -172,6 +177,57 @@ class EventPage(BaseModel):
     data: list[EngineEvent]
     last_id: int = Field(description="Cursor: `after` of the next page.")
     has_more: bool
+
+
+class RouteTarget(BaseModel):
+    """An engine that answers requests for a route."""
+
+    engine: str = Field(min_length=1, max_length=512, description="An engine's id, name or model.")
+    weight: int = Field(1, ge=1, le=1_000_000, description="Its share of the requests, relative to the other weights.")
+
+
+class RouteRequest(BaseModel):
+    """The engines to which a route's requests are sent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    engines: list[RouteTarget] = Field(min_length=1, max_length=64)
+    fallback: str | None = Field(
+        None, min_length=1, max_length=512, description="Answers if none of `engines` does: an engine's id, name or model."
+    )
+
+    @field_validator("engines")
+    @classmethod
+    def _distinct(cls, engines: list[RouteTarget]) -> list[RouteTarget]:
+        if len({target.engine for target in engines}) < len(engines):
+            raise ValueError("each engine may be named once; give it a weight instead")
+        return engines
+
+
+class RouteTargetView(RouteTarget):
+    """A target of a route, and the engine that it means now."""
+
+    engine_id: str | None = Field(None, description="The engine that it means now; None: no active engine.")
+    state: EngineState | None = Field(None, description="State of that engine.")
+
+
+class RouteView(BaseModel):
+    """A route as a user sees it."""
+
+    name: str = Field(description="`model` in requests.")
+    object: str = "route"
+    engines: list[RouteTargetView]
+    fallback: str | None
+    updated_at: datetime
+
+
+def check_route_name(name: str) -> str:
+    """Return the name of a route; raises ValueError if it cannot be one."""
+    if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
+        raise ValueError("must be at most 200 letters, digits and ./@:+-_, and no part may begin with a sign")
+    if _ENGINE_ID.fullmatch(name):
+        raise ValueError("must not be an engine's id")
+    return name
 
 
 class Device(BaseModel):

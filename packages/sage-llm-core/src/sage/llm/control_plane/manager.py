@@ -39,6 +39,7 @@ from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
 from sage.llm.control_plane.refusals import busy, ended, not_resumable, standby, still_running
+from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
 from sage.llm.control_plane.store.database import open_database
@@ -58,7 +59,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads):
+class ControlPlaneManager(EngineReads, Routes):
     """Starts, stops, resumes and describes engines of this node; background tasks probe and reconcile them.
 
     If one node has several control planes, the one that holds the lease is active. The others are standby: they serve
@@ -231,12 +232,13 @@ class ControlPlaneManager(EngineReads):
                 return
         raise busy(engine_id)
 
-    def find(self, model: str, kind: EngineKind) -> Route:
+    def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
         """Return the route of the engine for a request for `model`; the engine may still be starting. Reads memory only.
 
+        client: identifies who sent the request; see `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if all matching engines are running and none responds.
         """
-        return self._routing.find(model, kind, self.is_responsive)
+        return self._routing.find(model, kind, self.is_responsive, client)
 
     def upstream(self, route: Route) -> Upstream:
         """Return the server to which requests for a running engine are sent."""
@@ -244,13 +246,14 @@ class ControlPlaneManager(EngineReads):
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
         return Upstream(route.address, route.model_name, route.engine_id, route.name)
 
-    async def running(self, model: str, kind: EngineKind, wait_seconds: float) -> Upstream:
+    async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
         """Return the server to which a request for `model` is sent; if its engine is starting, wait until it is running.
 
+        client: identifies who sent the request; see `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or is settled before that.
         """
         deadline_seconds = time.monotonic() + wait_seconds
-        route = self.find(model, kind)
+        route = self.find(model, kind, client)
         engine_id = route.engine_id
         while route.state is not EngineState.RUNNING:
             left_seconds = deadline_seconds - time.monotonic()
@@ -265,11 +268,6 @@ class ControlPlaneManager(EngineReads):
                 engine = await self._pool.run(self._store.get, engine_id)
                 raise ended(engine_id, model, engine.state, engine.reason) from None
         return self.upstream(route)
-
-    def served(self) -> list[Route]:
-        """Return the routes of the running inference engines. Reads memory only."""
-        kinds = (EngineKind.LLM, EngineKind.EMBEDDING)
-        return [route for kind in kinds for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
     def _on_lease(self, lease: Lease | None) -> None:
         logger.info("this control plane is %s", f"active (fence {lease.fence})" if lease else "standby")

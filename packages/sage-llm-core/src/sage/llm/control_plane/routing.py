@@ -3,14 +3,16 @@
 import asyncio
 import logging
 from bisect import bisect_left, insort
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 
 from sage.common.errors import NotFound, Overloaded
-from sage.llm.client.types import DEFAULT_MODEL, SETTLED, EngineKind, EngineState
+from sage.llm.client.types import DEFAULT_MODEL, SETTLED, EngineKind, EngineState, EventKind
+from sage.llm.control_plane.splitting import in_order_of_preference
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.routes import RouteRecord
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -64,8 +66,10 @@ class RoutingTable:
     def __init__(self, node: str) -> None:
         self._node = node
         self._routes: dict[str, Route] = {}
+        self._named: dict[str, RouteRecord] = {}
         self._groups: dict[tuple[EngineKind, str], _Group] = {}
         self._changed = asyncio.Event()
+        self._loading = asyncio.Lock()
 
     def apply(self, engine: EngineRecord, server: ServerRecord | None) -> None:
         """Update the route of an engine that was read or written; a version older than the known one is ignored."""
@@ -104,40 +108,59 @@ class RoutingTable:
         """Return the routes of a kind: running engines before starting ones, each newest first."""
         return list(self._newest_first(kind))
 
-    def find(self, model: str, kind: EngineKind, is_responsive: Callable[[str], bool]) -> Route:
-        """Return the engine for a request; `model` is an engine's id, name or model, or `sage-default`.
+    def find(self, model: str, kind: EngineKind, is_responsive: Callable[[str], bool], client: str | None = None) -> Route:
+        """Return the engine for a request; `model` is a route's name, an engine's id, name or model, or `sage-default`.
 
+        client: identifies who sent the request, so that a route which splits requests sends them to the same engine.
         If several engines match, the newest running engine that responds is returned. If none responds, the newest
         starting engine is returned, and the request waits for it. Raises Overloaded if all matching engines are running
         and none responds, NotFound if no engine matches.
         """
-        group = self._groups.get((kind, model), _NO_ENGINES)
-        for _, engine_id in reversed(group.running):
-            if is_responsive(engine_id):
-                return self._routes[engine_id]
-        if group.starting:
-            return self._routes[group.starting[-1][1]]
-        if group.running:
-            raise unresponsive(group.running[-1][1])
-        wanted = "MODEL" if model == DEFAULT_MODEL else _shortened(model)
-        raise NotFound(
-            code="model_not_found",
-            message=f"No engine of kind {kind} serves the model '{_shortened(model)}'; there are: {self._names(kind)}.",
-            hint=f"Start one: `sage llm engine start {wanted} --engine-kind {kind}`.",
-            param="model",
-        )
+        groups = [self._groups.get((kind, key), _NO_ENGINES) for key in self._keys_of(model, client)]
+        for group in groups:
+            for _, engine_id in reversed(group.running):
+                if is_responsive(engine_id):
+                    return self._routes[engine_id]
+        for group in groups:
+            if group.starting:
+                return self._routes[group.starting[-1][1]]
+        for group in groups:
+            if group.running:
+                raise unresponsive(group.running[-1][1])
+        raise self._not_found(model, kind)
+
+    def set_named_routes(self, routes: Iterable[RouteRecord]) -> None:
+        """Replace the routes that have names of their own."""
+        self._named = {route.name: route for route in routes}
+        self._notify()
+
+    def named_routes(self) -> list[RouteRecord]:
+        """Return the routes that have names of their own, in the order of their names."""
+        return list(self._named.values())
+
+    def newest(self, key: str, kind: EngineKind) -> Route | None:
+        """Return the newest engine with this id, name or model; a running one is preferred. None if there is none."""
+        group = self._groups.get((kind, key), _NO_ENGINES)
+        entries = group.running or group.starting
+        return self._routes[entries[-1][1]] if entries else None
 
     def wait_for_change(self) -> Awaitable[object]:
         """Return an awaitable that completes at the next change after this call, even if it is awaited later."""
         return self._changed.wait()
 
     async def load(self, store: Store) -> int:
-        """Read all active engines, and return the cursor from which `follow` continues."""
+        """Read all active engines and all routes, and return the cursor from which `follow` continues."""
         cursor = await asyncio.to_thread(store.last_event)
+        await self.load_named_routes(store)
         servers = {server.id: server for server in await asyncio.to_thread(store.servers, self._node)}
         for engine in await asyncio.to_thread(store.active, self._node):
             self.apply(engine, servers.get(engine.server_id or ""))
         return cursor
+
+    async def load_named_routes(self, store: Store) -> None:
+        """Read all routes; a later call never applies what an earlier one has read."""
+        async with self._loading:
+            self.set_named_routes(await asyncio.to_thread(store.routes, self._node))
 
     async def follow(self, store: Store, cursor: int) -> None:
         """Apply the changes that other processes write after `cursor`; never returns."""
@@ -150,7 +173,9 @@ class RoutingTable:
 
     async def _take_in(self, store: Store, cursor: int) -> int:
         while events := await asyncio.to_thread(store.events, cursor, limit=_EVENTS_AT_ONCE):
-            changed = {event.engine_id for event in events}
+            if any(event.kind is EventKind.ROUTE for event in events):
+                await self.load_named_routes(store)
+            changed = {event.engine_id for event in events} - {""}
             found = await asyncio.to_thread(store.hosted, changed)
             for engine, server in found:
                 self.apply(engine, server)
@@ -178,6 +203,30 @@ class RoutingTable:
                 yield group.starting, route.first_event
             else:  # `sage-default` prefers the engine started last, any other key the one created last
                 yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
+
+    def _keys_of(self, model: str, client: str | None) -> list[str]:
+        """Return what to look up for a request, the preferred engine first."""
+        if named := self._named.get(model):
+            fallback = [named.fallback] if named.fallback else []
+            return [*in_order_of_preference(model, named.engines, client), *fallback]
+        return [model]
+
+    def _not_found(self, model: str, kind: EngineKind) -> NotFound:
+        if named := self._named.get(model):
+            targets = ", ".join(target.engine for target in named.engines)
+            return NotFound(
+                code="model_not_found",
+                message=f"No engine of kind {kind} serves the route '{model}', which names {_shortened(targets)}.",
+                hint=f"Start one of these engines, or name another one: `sage route set {model} ENGINE`.",
+                param="model",
+            )
+        wanted = "MODEL" if model == DEFAULT_MODEL else _shortened(model)
+        return NotFound(
+            code="model_not_found",
+            message=f"No engine of kind {kind} serves the model '{_shortened(model)}'; there are: {self._names(kind)}.",
+            hint=f"Start one: `sage llm engine start {wanted} --engine-kind {kind}`.",
+            param="model",
+        )
 
     def _newest_first(self, kind: EngineKind) -> Iterator[Route]:
         group = self._groups.get((kind, DEFAULT_MODEL), _NO_ENGINES)

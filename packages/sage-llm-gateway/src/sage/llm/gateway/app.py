@@ -13,7 +13,7 @@ from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.gate import Gate
 from sage.llm.gateway.instance import follow_role
 from sage.llm.gateway.proxy import EngineProxy
-from sage.llm.gateway.routes import health, inference, management
+from sage.llm.gateway.routes import health, inference, management, model_routes
 
 
 def create_app(settings: Settings, *, standby: bool = False) -> FastAPI:
@@ -39,7 +39,7 @@ def create_app(settings: Settings, *, standby: bool = False) -> FastAPI:
     app.state.settings, app.state.manager = settings, manager
     errors.install(app)
     schema.install(app)
-    for router in (management.router, inference.router, health.router):
+    for router in (management.router, model_routes.router, inference.router, health.router):
         app.include_router(router)
     app.add_middleware(Gate, settings=settings, proxy=proxy)
     return app

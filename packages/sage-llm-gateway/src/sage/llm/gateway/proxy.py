@@ -51,7 +51,8 @@ class EngineProxy:
         assert body
         try:
             async with Interruption(receive, self._manager.is_responsive) as interruption:
-                upstream = await self._manager.running(model, INFERENCE[scope["path"]], self._wait_seconds)
+                client = _client(body, scope)
+                upstream = await self._manager.running(model, INFERENCE[scope["path"]], self._wait_seconds, client)
                 interruption.engine_id, relay = upstream.engine_id, Relay(upstream, send)
                 with self._place(upstream.engine_id):
                     await self._exchange(upstream, body, scope, relay)
@@ -93,6 +94,12 @@ def requested_model(body: JsonBody | None) -> str:
     message = f"'model' is required and must be text of 1 to {MAX_MODEL_CHARS} characters."
     hint = f"'{DEFAULT_MODEL}' means the engine that was started last."
     raise ConfigError(code="model_required", message=message, hint=hint, param="model")
+
+
+def _client(body: JsonBody, scope: Scope) -> str | None:
+    """Return who sent a request, for routes that split requests: its field `user`, else its key; None if it has neither."""
+    user = body.texts.get("user") or value(scope["headers"], b"authorization").decode("latin-1")
+    return user or None
 
 
 def _head(address: str, scope: Scope, length: int) -> bytes:

@@ -43,7 +43,9 @@ class RunDirectory:
         self.log_path = path / "worker.log"
         self.lock_path = path / "worker.lock"
         self.staging_path = path / "staging"
+        self.served_path = path / "served"
         self._reserve_path = path / ".reserve"
+        self._request_path = path / "checkpoint-request"
 
     def create(self, spec: RunSpec) -> None:
         """Create the folder with its spec atomically; do nothing if it exists."""
@@ -87,6 +89,18 @@ class RunDirectory:
                 offset += len(line)
                 if line.endswith(b"\n") and (event := parse_event(line)):
                     yield event, offset
+
+    def request_checkpoint(self) -> None:
+        """Request that the run saves a checkpoint after its current step."""
+        self._request_path.touch()
+
+    def take_checkpoint_request(self) -> bool:
+        """Return whether a checkpoint was requested, and remove the request."""
+        try:
+            self._request_path.unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def reserve_space(self) -> None:
         """Reserve some disk space for the last events."""

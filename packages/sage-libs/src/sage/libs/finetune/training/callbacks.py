@@ -39,6 +39,7 @@ class RunCallback(TrainerCallback):
         loss: CompletionLoss,
         stop: StopRequest,
         team: Team,
+        tokenizer: Any,
         *,
         save_steps: int,
         keep_checkpoints: int,
@@ -50,12 +51,13 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Store the arguments.
 
+        tokenizer: saved with each checkpoint, so that a checkpoint can be served.
         save_steps: steps between two checkpoints.  keep_checkpoints: number of newest checkpoints to keep; `keep_best` also
         keeps the best one.  trusted: steps whose checkpoints this process has verified; those that it writes are added.
         measure: returns the held-out loss after a step.  started_fields: returns fields of the event `started`.
         """
         self.trusted = trusted
-        self.run, self.loss, self.stop, self.team = run, loss, stop, team
+        self.run, self.loss, self.stop, self.team, self.tokenizer = run, loss, stop, team, tokenizer
         self._save_steps, self._keep_checkpoints, self._keep_best = save_steps, keep_checkpoints, keep_best
         self.heldout, self.measure, self.started_fields = heldout, measure, started_fields
 
@@ -75,12 +77,14 @@ class RunCallback(TrainerCallback):
         return control
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        """Save a checkpoint every `save_steps` steps, at the end, and before a stop."""
+        """Save a checkpoint every `save_steps` steps, on request, at the end, and before a stop."""
         if state.global_step % _TRIM_STEPS == 0:
             trim_heap()
-        control.should_training_stop |= self.team.broadcast(self.stop.requested)
+        is_requested = self.team.is_main_process and self.run.take_checkpoint_request()
+        should_stop, is_requested = self.team.broadcast((self.stop.requested, is_requested))
+        control.should_training_stop |= should_stop
         at_end = control.should_training_stop or state.global_step >= state.max_steps
-        control.should_save = at_end or state.global_step % self._save_steps == 0
+        control.should_save = at_end or is_requested or state.global_step % self._save_steps == 0
         return control
 
     def on_log(
@@ -170,6 +174,7 @@ class RunCallback(TrainerCallback):
 
     def _publish(self, args: TrainingArguments, state: TrainerState) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.tokenizer.save_pretrained(written)
         checkpoint = publish(written, self.run.path, state.global_step)
         self.trusted.add(checkpoint.step)
         self.run.append_event(CheckpointEvent(step=checkpoint.step, path=str(checkpoint.path)))

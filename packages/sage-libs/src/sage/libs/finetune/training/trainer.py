@@ -207,6 +207,7 @@ class TrainingRun:
             self.loss,
             self.stop,
             self.team,
+            self.base.tokenizer,
             save_steps=self.config.save_steps,
             keep_checkpoints=self.config.keep_checkpoints,
             keep_best=self.config.keep_best,

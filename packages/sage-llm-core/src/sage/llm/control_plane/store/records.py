@@ -98,6 +98,9 @@ class EngineRecord:
     form: str | None = None  #: how its model is served, for users; written by the validation
     revision: int = 0  #: incremented at each start, and by each newer version of its adapter
     served_as: str | None = None  #: its model name in requests to its server; None: not loaded, or the server accepts any
+    idle_stop_minutes: float | None = None  #: it is unloaded after this time without requests; None: never
+    last_request_at: datetime | None = None  #: of requests since it was started; written at most every few seconds
+    serve: Mapping[str, Any] | None = None  #: `ServedRun`: how the result of a training run is served; None: it is not
 
     @property
     def internal_name(self) -> str:

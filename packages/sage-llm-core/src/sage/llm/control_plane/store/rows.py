@@ -44,8 +44,9 @@ def engine_record(row: Row[Any] | Mapping[str, Any]) -> EngineRecord:
     values["restart_policy"] = RestartPolicy(values["restart_policy"])
     values["reason"] = Reason(**values["reason"]) if values["reason"] else None
     values["devices"] = _devices(values["devices"])
-    values["created_at"] = _in_utc(values["created_at"])
-    values["state_at"] = _in_utc(values["state_at"])
+    values["created_at"] = in_utc(values["created_at"])
+    values["state_at"] = in_utc(values["state_at"])
+    values["last_request_at"] = values["last_request_at"] and in_utc(values["last_request_at"])
     return EngineRecord(**values)
 
 
@@ -54,7 +55,7 @@ def server_record(row: Row[Any]) -> ServerRecord:
     values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
     values["state"] = ServerState(values["state"])
     values["devices"] = _devices(values["devices"])
-    values["created_at"] = _in_utc(values["created_at"])
+    values["created_at"] = in_utc(values["created_at"])
     return ServerRecord(**values)
 
 
@@ -62,7 +63,7 @@ def engine_event(row: Row[Any]) -> EngineEvent:
     """Return a row of `engine_events` in the form that the gateway sends."""
     values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
     values["kind"] = EventKind(values["kind"])
-    values["at"] = _in_utc(values["at"])
+    values["at"] = in_utc(values["at"])
     return EngineEvent(**values)
 
 
@@ -70,6 +71,6 @@ def _devices(value: list[str] | None) -> tuple[str, ...] | None:
     return None if value is None else tuple(value)
 
 
-def _in_utc(moment: datetime) -> datetime:
+def in_utc(moment: datetime) -> datetime:
     """Return a time in UTC: SQLite stores no time zone, and PostgreSQL returns the zone of its session."""
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

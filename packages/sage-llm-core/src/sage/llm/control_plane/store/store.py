@@ -4,27 +4,25 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, text, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from sage.common.errors import Conflict, NotFound
-from sage.llm.client.types import DesiredState, EngineEvent, EngineKind, EngineState, EventKind, Reason
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, EventKind, Reason
 from sage.llm.control_plane.states import check_transition
 from sage.llm.control_plane.store.clock import clock
 from sage.llm.control_plane.store.leases import LEASE_SECONDS, LeaseLost, StaleWrite
 from sage.llm.control_plane.store.pages import page_query, position
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
-from sage.llm.control_plane.store.rows import engine_event, engine_record, server_record, to_columns
+from sage.llm.control_plane.store.routes import RouteStore
+from sage.llm.control_plane.store.rows import engine_record, server_record, to_columns
 from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
-#: Key of PostgreSQL's advisory lock for new events; because of the lock, ids increase in the order of commits.
-_FEED_LOCK = 0x53414745_00000002
 
-
-class Store(ServerStore):
+class Store(ServerStore, RouteStore):
     """The database of the control plane. Each method is one transaction and blocks: call it in a thread.
 
     Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
@@ -168,22 +166,6 @@ class Store(ServerStore):
         with self._read() as connection:
             return {(EngineKind(kind), EngineState(state)): number for kind, state, number in connection.execute(query)}
 
-    def events(self, after: int = 0, *, limit: int, engine_id: str | None = None) -> list[EngineEvent]:
-        """Return events with ids above `after`, oldest first: the change feed.
-
-        Once an event can be read, no event with a lower id appears later.
-        """
-        query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
-        if engine_id is not None:
-            query = query.where(events.c.engine_id == engine_id)
-        with self._read() as connection:
-            return [engine_event(row) for row in connection.execute(query)]
-
-    def last_event(self) -> int:
-        """Return the id of the newest event, 0 if there is none."""
-        with self._read() as connection:
-            return connection.scalar(select(func.max(events.c.id))) or 0
-
     def _move(
         self,
         connection: Connection,
@@ -211,25 +193,6 @@ class Store(ServerStore):
         if row is None:
             raise StaleWrite(record.id)
         return engine_record(row)
-
-    @staticmethod
-    def _event(
-        connection: Connection,
-        engine_id: str,
-        kind: EventKind,
-        actor: str,
-        *,
-        before: EngineState | None = None,
-        after: EngineState | None = None,
-        reason: str = "",
-    ) -> int:
-        """Append an event and return its id."""
-        if connection.dialect.name == "postgresql":
-            connection.execute(text(f"SELECT pg_advisory_xact_lock({_FEED_LOCK})"))
-        row = {"engine_id": engine_id, "kind": kind, "at": clock(), "before": before, "after": after,
-               "actor": actor, "reason": reason}  # fmt: skip
-        event_id: int = connection.execute(insert(events).values(row).returning(events.c.id)).scalar_one()
-        return event_id
 
 
 def _as_read(record: EngineRecord) -> ColumnElement[bool]:

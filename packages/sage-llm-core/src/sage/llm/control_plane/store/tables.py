@@ -2,7 +2,21 @@
 
 from datetime import datetime
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, DateTime, Index, Integer, MetaData, String, Table, Text, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
 
 #: Condition "not settled". It is literal text, because a query uses a partial index only if it has the same condition.
 ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
@@ -44,6 +58,9 @@ engines = Table(
     Column("form", Text),
     Column("revision", Integer, nullable=False, server_default="0"),
     Column("served_as", String),
+    Column("idle_stop_minutes", Float),
+    Column("last_request_at", _Time),
+    Column("serve", _Json),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
@@ -86,8 +103,20 @@ events = Table(
     Column("after", String),
     Column("actor", String, nullable=False),
     Column("reason", Text, nullable=False),
+    Column("route", String),
     Index("ix_engine_events_engine", "engine_id", "id"),
     sqlite_autoincrement=True,
+)
+
+#: Names that requests use as `model`, each for one or several engines of a node.
+routes = Table(
+    "routes",
+    metadata,
+    Column("node", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("engines", _Json, nullable=False),
+    Column("fallback", Text),
+    Column("updated_at", _Time, nullable=False),
 )
 
 #: The nodes that use this database; a node is a state folder.

@@ -47,6 +47,7 @@ def _served(manager: Manager) -> dict[str, dict[str, Any]]:
     names = {route.name: route for route in sorted(routes, key=lambda route: route.first_event)}
     if llms := [route for route in routes if route.kind is EngineKind.LLM]:
         names[DEFAULT_MODEL] = max(llms, key=lambda route: route.last_event)
+    names |= manager.served_routes()
     return {name: _model(name, route) for name, route in names.items()}
 
 

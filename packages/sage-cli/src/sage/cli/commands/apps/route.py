@@ -1,0 +1,68 @@
+"""The commands `sage route …`."""
+
+from typing import Annotated
+
+import typer
+
+from sage.common.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True)
+_MAX_DIGITS = 7
+
+
+@app.command("set")
+def set_(
+    name: Annotated[str, typer.Argument(help="Name in requests.")],
+    engines: Annotated[
+        list[str],
+        typer.Argument(metavar="ENGINE[=WEIGHT]…", help="Ids, names or models of engines; weight: share of the requests."),
+    ],
+    fallback: Annotated[str | None, typer.Option(metavar="ENGINE", help="Engine that answers if none of them does.")] = None,
+) -> None:
+    """Point a name to an engine, or split its requests among several by weight.
+
+    Example: `sage route set prod new=10 old=90`. A user, as named by the field `user` of a request, stays with one engine.
+    """
+    from sage.cli import daemon
+
+    weights = dict(map(_weight, engines))
+    if len(weights) < len(engines):
+        raise ConfigError(code="config_invalid", message="An engine is named twice.", hint="Give it a weight: ENGINE=2.")
+    route = daemon.connect().set_route(name, weights, fallback)
+    for target in route.engines:
+        if target.engine_id is None:
+            typer.echo(f"Warning: no active engine has the id, name or model '{target.engine}'.", err=True)
+
+
+def _weight(text: str) -> tuple[str, int]:
+    engine, separator, weight = text.rpartition("=")
+    if not separator:
+        return text, 1
+    if not engine or not weight.isdecimal() or len(weight) > _MAX_DIGITS:
+        raise ConfigError(
+            code="config_invalid", message=f"'{text}' is not ENGINE or ENGINE=WEIGHT.", hint="Example: assistant=90"
+        )
+    return engine, int(weight)
+
+
+@app.command("list")
+def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the routes, and the state of the engines that they name."""
+    from sage.cli import daemon, render
+
+    routes = daemon.connect().list_routes()
+    if json_:
+        import json
+
+        typer.echo(json.dumps([route.model_dump(mode="json") for route in routes], indent=2))
+    else:
+        render.stdout().print(render.route_table(routes))
+
+
+@app.command("remove")
+def remove(name: Annotated[str, typer.Argument(help="Name of the route.")]) -> None:
+    """Delete a route; its engines are not changed."""
+    from sage.cli import daemon
+
+    daemon.connect().remove_route(name)
+    typer.echo(f"The route '{name}' is removed.", err=True)

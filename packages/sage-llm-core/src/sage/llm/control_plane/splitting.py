@@ -1,0 +1,28 @@
+"""Splits the requests for a route among its engines, by their weights."""
+
+import hashlib
+import math
+import secrets
+from collections.abc import Sequence
+
+from sage.llm.client.types import RouteTarget
+
+
+def in_order_of_preference(route: str, targets: Sequence[RouteTarget], client: str | None) -> list[str]:
+    """Return the engines of a route; a request is sent to the first one that answers.
+
+    client: identifies who sent the request; the order is always the same for a client, and random if it is None. If the
+    weights change, or an engine does not answer, only the clients whose share moves get another engine.
+    Source: weighted rendezvous hashing, Schindelhauer and Schomaker 2005, "Weighted distributed hash tables".
+    """
+    if len(targets) == 1:
+        return [targets[0].engine]
+    key = secrets.token_bytes(16) if client is None else hashlib.blake2b(f"{route}\0{client}".encode()).digest()
+    return [target.engine for target in sorted(targets, key=lambda target: _distance(key, target))]
+
+
+def _distance(key: bytes, target: RouteTarget) -> float:
+    """Return a sample of the exponential distribution with the rate `weight`: the smallest is the target's by its share."""
+    digest = hashlib.blake2b(target.engine.encode(), key=key, digest_size=8).digest()
+    uniform = ((int.from_bytes(digest) >> 12) + 0.5) / 2**52  # above 0 and below 1
+    return -math.log(uniform) / target.weight

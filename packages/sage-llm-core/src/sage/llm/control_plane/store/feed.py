@@ -1,0 +1,52 @@
+"""The change feed in the database: events of engines and routes, which other processes follow."""
+
+from sqlalchemy import Connection, func, insert, select, text
+
+from sage.llm.client.types import EngineEvent, EngineState, EventKind
+from sage.llm.control_plane.store.clock import clock
+from sage.llm.control_plane.store.leases import LeaseStore
+from sage.llm.control_plane.store.rows import engine_event
+from sage.llm.control_plane.store.tables import events
+
+#: Key of PostgreSQL's advisory lock for new events; because of the lock, ids increase in the order of commits.
+_FEED_LOCK = 0x53414745_00000002
+
+
+class FeedStore(LeaseStore):
+    """The methods of the store for events."""
+
+    def events(self, after: int = 0, *, limit: int, engine_id: str | None = None) -> list[EngineEvent]:
+        """Return events with ids above `after`, oldest first: the change feed.
+
+        Once an event can be read, no event with a lower id appears later.
+        """
+        query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
+        if engine_id is not None:
+            query = query.where(events.c.engine_id == engine_id)
+        with self._read() as connection:
+            return [engine_event(row) for row in connection.execute(query)]
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 if there is none."""
+        with self._read() as connection:
+            return connection.scalar(select(func.max(events.c.id))) or 0
+
+    @staticmethod
+    def _event(
+        connection: Connection,
+        engine_id: str,
+        kind: EventKind,
+        actor: str,
+        *,
+        before: EngineState | None = None,
+        after: EngineState | None = None,
+        reason: str = "",
+        route: str | None = None,
+    ) -> int:
+        """Append an event and return its id. On PostgreSQL, other events wait until this transaction ends."""
+        if connection.dialect.name == "postgresql":
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_FEED_LOCK})"))
+        row = {"engine_id": engine_id, "kind": kind, "at": clock(), "before": before, "after": after,
+               "actor": actor, "reason": reason, "route": route}  # fmt: skip
+        event_id: int = connection.execute(insert(events).values(row).returning(events.c.id)).scalar_one()
+        return event_id
