@@ -59,6 +59,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("follow from now on", lambda c: first(4, c.follow_changes("latest")), lambda r: [e.id for e in r] == [2, 3, 4, 5]),
     ("training_steps", lambda c: c.training_steps("engine-a", 1, 5), lambda r: r[0].loss == 2),
     ("devices", lambda c: c.devices(), lambda r: r[0].kind == "cpu"),
+    ("backends", lambda c: c.backends(), lambda r: r[0].name == "x"),
     ("health", lambda c: c.health(), lambda r: r["service"] == "sage-gateway"),
     ("models", lambda c: c.models(), lambda r: r == ["m"]),
     ("chat", lambda c: c.chat("m", []), lambda r: r == "Hello"),

@@ -11,6 +11,7 @@ SageError
 ├── NotImplementedYet     documented, and not available in this version
 ├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
+├── BackendError          a backend's environment cannot be installed
 ├── Overloaded            not now; retry later
 ├── Unauthorized          the API key is missing or wrong
 └── GatewayUnreachable    no gateway answers
@@ -104,6 +105,10 @@ class EngineError(SageError):
     """An engine does not start or does not answer."""
 
     http_status = 502
+
+
+class BackendError(SageError):
+    """A backend's environment cannot be installed."""
 
 
 class Overloaded(SageError):

@@ -32,6 +32,7 @@ class ServerState(StrEnum):
 
     PLANNED = "planned"  #: written before the launch; the process may exist or not
     LAUNCHED = "launched"  #: written after the launch
+    CLOSING = "closing"  #: written before the signal that ends it; no engine joins it
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class ServerRecord:
     reserved_bytes: int | None
     version: int  #: incremented by every write
     created_at: datetime
+    options: Mapping[str, Any] | None = None  #: of its backend; None: those of its engine
+    served_name: str | None = None  #: the name of `model` in requests to it; None: it accepts any name
+    shared: bool = False  #: other engines with the same base model, backend and options may join it
+    max_adapters: int | None = None  #: None: no limit
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,9 @@ class EngineRecord:
     state_at: datetime
     first_event: int  #: orders engines by creation, independent of the clock
     last_event: int  #: orders engines by their last transition, independent of the clock
+    dedicated: bool = False  #: the user requested a server for this engine only
+    base: str | None = None  #: the model that a shared server loads for it; None: its server is not shared
+    adapter: str | None = None  #: folder of the adapter to load into the shared server; None: none
+    form: str | None = None  #: how its model is served, for users; written by the validation
+    revision: int = 0  #: incremented at each start, and by each newer version of its adapter
+    served_as: str | None = None  #: its model name in requests to its server; None: not loaded, or the server accepts any

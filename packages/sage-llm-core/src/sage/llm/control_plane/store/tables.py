@@ -38,9 +38,16 @@ engines = Table(
     Column("state_at", _Time, nullable=False),
     Column("first_event", BigInteger, nullable=False),
     Column("last_event", BigInteger, nullable=False),
+    Column("dedicated", Boolean, nullable=False, server_default=text("false")),
+    Column("base", Text),
+    Column("adapter", Text),
+    Column("form", Text),
+    Column("revision", Integer, nullable=False, server_default="0"),
+    Column("served_as", String),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
+    Index("ix_engines_server", "server_id"),
     # For pages: each filter reads a few ranges of one of these indexes, in the order of the page.
     Index("ix_engines_order", "first_event", unique=True),
     Index("ix_engines_state_kind", "state", "kind", "first_event"),
@@ -61,6 +68,10 @@ servers = Table(
     Column("reserved_bytes", BigInteger),
     Column("version", Integer, nullable=False),
     Column("created_at", _Time, nullable=False),
+    Column("options", _Json),
+    Column("served_name", String),
+    Column("shared", Boolean, nullable=False, server_default=text("false")),
+    Column("max_adapters", Integer),
 )
 
 #: The change feed. Ids increase in the order of commits and are never reused.
