@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sage.libs.models.export.formats import ExportFormat
-from sage.libs.models.resolve import ModelKind, ModelSource
+from sage.libs.models.resolve import ModelSource
 
 _USE = {
     ExportFormat.ADAPTER: 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")',
@@ -14,6 +14,7 @@ _USE = {
     ExportFormat.GGUF: "llama-server --model {folder}/model.gguf --jinja",
     ExportFormat.OLLAMA: "ollama create {folder} --file {folder}/Modelfile",
 }
+_GGUF = {ExportFormat.GGUF, ExportFormat.OLLAMA}
 _LIBRARY = {ExportFormat.ADAPTER: "peft", ExportFormat.MERGED: "transformers"}
 
 
@@ -22,21 +23,13 @@ def write_card(folder: Path, target_name: str, source: ModelSource, format_: Exp
     record = _json(source.folder / "sage_run.json")
     recipe, metrics = record.get("recipe", {}), record.get("metrics", {})
     base = recipe.get("base_model") or (source.base.name if source.base else source.name)
-    tags = [*(["lora"] if source.kind is ModelKind.ADAPTER else []), *(["gguf"] if "g" in format_ else []), "sage"]
-    facts = [f"base_model: {base}", f"tags: [{', '.join(tags)}]"]
-    if library := _LIBRARY.get(format_):
-        facts.insert(0, f"library_name: {library}")
-    if licence := _licence((source.base or source).folder):
-        facts.append(f"license: {licence}")
-    lines = [
-        "---",
-        *facts,
-        "---",
-        "",
-        f"# {target_name}",
-        "",
-        f"Exported with SAGE from `{source.name}`, based on `{base}`.",
-    ]
+    tags = [tag for tag, is_set in (("lora", source.base), ("gguf", format_ in _GGUF), ("sage", True)) if is_set]
+    head = {
+        "library_name": _LIBRARY.get(format_), "base_model": base, "tags": f"[{', '.join(tags)}]",
+        "license": _licence((source.base or source).folder),
+    }  # fmt: skip
+    lines = ["---", *(f"{key}: {value}" for key, value in head.items() if value), "---", "", f"# {target_name}", ""]
+    lines.append(f"Exported with SAGE from `{source.name}`, based on `{base}`.")
     if precision:
         lines.append(f"Precision of the weights: {precision}.")
     lines += ["", *_training(recipe, metrics), "    " + _USE[format_].format(base=base, folder=target_name), ""]

@@ -16,6 +16,12 @@ from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
 #: Called with the step that runs, and the size in bytes of what was written so far.
 Report = Callable[[str, int], None]
+
+
+def silent(step: str, size_bytes: int) -> None:
+    """Report nothing."""
+
+
 #: Files of an adapter's folder that an export copies.
 _ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "tokenizer*", "chat_template.jinja", "special_tokens_map.json",
@@ -30,7 +36,7 @@ def export_model(
     *,
     precision: str | None = None,
     llama_cpp: LlamaCpp | None = None,
-    report: Report = lambda step, size_bytes: None,
+    report: Report = silent,
 ) -> None:
     """Write a model into a new folder, with a model card; after any exception nothing is left.
 
@@ -64,12 +70,14 @@ def write_gguf(
     precision: str | None,
     llama_cpp: LlamaCpp,
     *,
-    report: Report = lambda step, size_bytes: None,
+    report: Report = silent,
     modelfile: Path | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write `model.gguf` into a folder, and compare its tokens of prompts with those of transformers.
 
-    modelfile: path to write Ollama's Modelfile to. Raises ModelError if llama.cpp would give other answers.
+    modelfile: path to write Ollama's Modelfile to.
+    Returns the model's own defaults of sampling and its context length in tokens.
+    Raises ModelError if llama.cpp does not support the model, or would make other tokens of a prompt.
     """
     dense, file = folder / ".safetensors", folder / "model.gguf"
     fp32 = ("--fp32",) if precision == "f32" else ()
@@ -88,6 +96,7 @@ def write_gguf(
     _run(report, folder, "Converting to GGUF", conversion)
     shutil.rmtree(dense)
     _check_tokens(report, file, llama_cpp, facts["probes"])
+    return {"sampling": facts["sampling"], "context_tokens": facts["context_tokens"]}
 
 
 def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[dict[str, Any]]) -> None:
@@ -122,7 +131,7 @@ def _needed_bytes(source: ModelSource, format_: ExportFormat, precision: str | N
     """Return the space that an export needs while it runs, without small files; 0 if it is not known."""
     if format_ is ExportFormat.ADAPTER:
         return sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-    weight_bytes = 4 if precision == "f32" else 2
+    weight_bytes = 4.0 if precision == "f32" else 2
     if format_ is not ExportFormat.MERGED:
         weight_bytes += PRECISIONS[precision or "bf16"]
     return parameter_count(source) * weight_bytes

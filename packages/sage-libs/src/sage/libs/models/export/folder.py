@@ -32,7 +32,7 @@ def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
             raise _unusable(target, problem, "Free some space, or choose a folder on another disk with --output.")
         yield partial
         fsync_tree(partial)
-        os.rename(partial, target)  # fails if another process made the target meanwhile
+        partial.rename(target)  # fails if another process made the target meanwhile
         fsync_path(target.parent)
     except OSError as error:
         raise _unusable(target, f"cannot be written: {error.strerror or error}", "Choose another --output.") from error

@@ -17,7 +17,7 @@ class ExportFormat(StrEnum):
     OLLAMA = "ollama"  #: a GGUF file and a Modelfile
 
 
-#: Bytes per weight for each precision of a GGUF file; quantized types store a scale, or a scale and a minimum, for 32 weights.
+#: Bytes per weight for each precision of a GGUF file; quantized types store a scale, and x_1 a minimum, for 32 weights.
 PRECISIONS: Mapping[str, float] = {
     "f32": 4, "bf16": 2, "f16": 2,
     "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,

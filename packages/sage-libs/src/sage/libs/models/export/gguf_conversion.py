@@ -24,11 +24,12 @@ _KNOWN_ENDS = {
 }  # fmt: skip
 #: Names of pre-tokenizers in GGUF, by the pattern that splits the text in tokenizer.json; for vocabularies that the
 #: converter does not know by their hash. The tokens of prompts are compared after the conversion.
+_BEGIN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS: Mapping[str, str] = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
-        "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}  # fmt: skip
+    rf"{_BEGIN}\p{{N}}{{1,3}}{_END}": "llama-bpe",
+    rf"{_BEGIN}\p{{N}}{_END}": "qwen2",
+}
 
 
 def convert(folder: Path, target: Path, precision: str, end_tokens: Collection[int], *, begins_with_bos: bool) -> None:

@@ -119,9 +119,10 @@ def _derived(chat_format: ChatFormat, bos: str, *, with_system: bool) -> Turns:
 
 
 def _chats(*, with_system: bool) -> list[list[Message]]:
-    one = [{"role": "user", "content": "How are you?"}]
-    two = [*one, {"role": "assistant", "content": "Fine."}, {"role": "user", "content": "{{ 1 }} – and 2?"}]
-    system = [{"role": "system", "content": "Answer briefly."}]
+    one: list[Message] = [{"role": "user", "content": "How are you?"}]
+    answer: list[Message] = [{"role": "assistant", "content": "Fine."}, {"role": "user", "content": "{{ 1 }} – and 2?"}]
+    system: list[Message] = [{"role": "system", "content": "Answer briefly."}]
+    two = [*one, *answer]
     return [one, two, [*system, *one], [*system, *two]] if with_system else [one, two]
 
 

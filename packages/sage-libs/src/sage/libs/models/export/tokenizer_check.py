@@ -3,9 +3,9 @@
 It runs under the interpreter of llama.cpp's environment, and imports nothing of SAGE.
 """
 
+import http.client
 import json
 import sys
-import urllib.request
 from typing import Any
 
 import xllamacpp
@@ -13,15 +13,15 @@ import xllamacpp
 
 def tokens_of(address: str, messages: list[dict[str, Any]]) -> list[int]:
     """Return the tokens of a chat's prompt, as the server makes them."""
-    prompt = _post(f"{address}/apply-template", {"messages": messages})["prompt"]
+    prompt = _post(address, "/apply-template", {"messages": messages})["prompt"]
     request = {"content": prompt, "add_special": True, "parse_special": True}
-    return list(_post(f"{address}/tokenize", request)["tokens"])
+    return list(_post(address, "/tokenize", request)["tokens"])
 
 
-def _post(url: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
+def _post(address: str, path: str, body: dict[str, Any]) -> Any:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    return json.load(connection.getresponse())
 
 
 def main() -> None:

@@ -31,6 +31,10 @@ _PROBES: list[list[Message]] = [
 ]
 
 
+#: Sampling settings of a model that requests default to.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
 def check_adapter(name: str) -> None:
     """Load a base with its adapter in PEFT; raises ModelError."""
     source, base = _located(name)
@@ -63,22 +67,28 @@ def write_dense(name: str, folder: Path, *, fp32: bool) -> None:
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """Return what llama.cpp must do in the same way: the tokens of prompts, the end tokens, and whether BOS begins a chat."""
+    """Return what llama.cpp must do in the same way: tokens of prompts, end tokens, whether BOS begins a chat."""
     from transformers import GenerationConfig
 
     chat_format = ChatFormat(load_tokenizer(folder))
-    probes = []
+    probes: list[dict[str, Any]] = []
     for messages in _PROBES:
         try:
             probes.append({"messages": messages, "tokens": chat_format.prompt_ids(messages)})
         except Exception as error:  # noqa: BLE001 - templates raise all kinds of exceptions for roles that they do not have
             logger.info("the template rejects a chat: %s", error)
-    bos = chat_format.tokenizer.bos_token_id
+    bos, settings, config = (
+        chat_format.tokenizer.bos_token_id,
+        GenerationConfig.from_pretrained(folder),
+        model_config(folder),
+    )
     return {
         "probes": probes,
-        "end_tokens": list(GenerationConfig.from_pretrained(folder).eos_token_id),
+        "end_tokens": list(settings.eos_token_id),
         "begins_with_bos": bos is not None and all(probe["tokens"][0] == bos for probe in probes),
         "dtype": str(_own_dtype(folder)).removeprefix("torch."),
+        "sampling": {name: value for name in _SAMPLING if (value := getattr(settings, name, None)) is not None},
+        "context_tokens": int(getattr(config, "max_position_embeddings", 4096)),
     }
 
 
