@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from chat_templates import FAMILIES
+from engines import server
 
 from sage.cli.commands.apps import model as command
 from sage.common.errors import ConfigError, ModelError, OutputError
@@ -213,8 +214,8 @@ def test_the_command_of_llama_cpp_has_its_options(monkeypatch: pytest.MonkeyPatc
 
 
 def test_llama_cpp_recognises_its_own_server_by_the_served_name() -> None:
-    backend = LlamaCppBackend()
-    assert backend.is_ready_answer("sage-1", 200, b'{"model_alias": "sage-1"}')
-    assert not backend.is_ready_answer("sage-1", 503, b'{"error": {}}')
-    assert not backend.is_ready_answer("sage-1", 200, b'{"model_alias": "sage-2"}')
-    assert not backend.is_ready_answer("sage-1", 200, b"<html>")
+    backend, mine = LlamaCppBackend(), server(served_name="sage-1")
+    assert backend.is_ready_answer(mine, 200, b'{"model_alias": "sage-1"}')
+    assert not backend.is_ready_answer(mine, 503, b'{"error": {}}')
+    assert not backend.is_ready_answer(mine, 200, b'{"model_alias": "sage-2"}')
+    assert not backend.is_ready_answer(mine, 200, b"<html>")

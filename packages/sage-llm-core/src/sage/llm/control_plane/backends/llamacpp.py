@@ -1,9 +1,7 @@
 """The backend for llama.cpp's server, in an environment of its own: GGUF files, also quantized ones, on a CPU."""
 
-import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -13,8 +11,9 @@ from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, parameter_count
+from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count, parsed
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
+from sage.llm.control_plane.store.records import ServerRecord
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -47,7 +46,7 @@ class LlamaCppOptions(BaseModel):
         return self.quantize or _PRECISIONS.get(self.dtype)
 
 
-class LlamaCppBackend:
+class LlamaCppBackend(WorkerBackend):
     """Serves one model, or a base with its adapter merged into it."""
 
     name: ClassVar[str] = "llamacpp"
@@ -69,16 +68,9 @@ class LlamaCppBackend:
         flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
         return (*self.interpreter, "-m", "sage.llm.workers.llamacpp", *flags)
 
-    def environment(self, options: LlamaCppOptions) -> Mapping[str, str]:
-        """Return no variables: the threads are an option of the server."""
-        return {}
-
-    def is_ready_answer(self, served_name: str, status: int, content: bytes) -> bool:
-        """Return whether a health answer is from the server with this model name; while it loads, it answers 503."""
-        try:
-            return status == 200 and json.loads(content)["model_alias"] == served_name
-        except (ValueError, KeyError, TypeError):
-            return False
+    def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
+        """Return whether the answer has the name of the server's model; while the server loads it, the status is 503."""
+        return status == 200 and parsed(content).get("model_alias") == server.served_name
 
     def can_join(self, adapter: Path, base: Path) -> str:
         """Return why an adapter cannot be loaded into a server of its base."""
