@@ -9,7 +9,7 @@ PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-cor
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-long lint unit integration e2e coverage bench bench-train clean
+.PHONY: setup demo test test-long lint unit integration e2e coverage bench bench-train bench-serving clean
 
 setup: $(VENV)/.installed
 
@@ -67,6 +67,9 @@ bench-train: setup
 	$(BIN)/python benchmarks/train.py --data $(DATA)
 	$(BIN)/python benchmarks/step.py --data $(DATA)/alpaca_train.jsonl
 	$(BIN)/python benchmarks/growth.py
+
+bench-serving: setup
+	cd benchmarks && $(CURDIR)/$(BIN)/python -m serving
 
 clean:
 	rm -rf $(VENV) .bench .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

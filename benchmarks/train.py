@@ -64,8 +64,7 @@ class Bench:
             base_model=str(self.model), dataset_path=str(self.data / "alpaca_train.jsonl"), output_dir=str(output),
             num_epochs=1, max_seq_length=CUTOFF, save_steps=10_000, **options,
         )  # fmt: skip
-        aside = {"PYTHONPATH": str(Path(sys.prefix) / "quantization")} if config.quantization else {}
-        seconds, peak_bytes, events = trained(manager, manager.create(config), aside)
+        seconds, peak_bytes, events = trained(manager, manager.create(config))
         times = {event["event"]: datetime.fromisoformat(event["time"]) for event in events}  # the last of each kind
         train = (times["step"] - times["started"]).total_seconds()
         return Run(train, seconds - train, peak_bytes, output)
@@ -128,12 +127,10 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
 }
 
 
-def trained(
-    manager: FinetuneManager, task: str, environment: Mapping[str, str] = MappingProxyType({})
-) -> tuple[float, int, list[dict[str, Any]]]:
+def trained(manager: FinetuneManager, task: str) -> tuple[float, int, list[dict[str, Any]]]:
     """Carry out a run in a worker process; return its wall time, its peak memory and the run's events."""
     worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
-    seconds, peak_bytes, _ = measured(worker, {**WORKER_ENVIRONMENT, **environment})
+    seconds, peak_bytes, _ = measured(worker, WORKER_ENVIRONMENT)
     events = [event.model_dump(mode="json") for event, _ in manager.events(task)]
     assert events[-1]["event"] == "finished", manager.logs(task, 5)
     return seconds, peak_bytes, events

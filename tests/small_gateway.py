@@ -49,6 +49,10 @@ class Gateway(BaseHTTPRequestHandler):
     def answers(self, query: str) -> dict[str, Any]:
         page = {"data": [engine_view().model_dump(mode="json")], "first_id": "engine-a", "last_id": "engine-a"}
         device = {"node": "n", "kind": "cpu", "index": 0, "name": "x", "memory_total_bytes": 2, "memory_used_bytes": 1}
+        backend = {
+            "name": "x", "kinds": ["llm"], "formats": ["full"], "devices": ["cpu"], "hot_adapters": True, "sleep": False,
+            "has_environment": False, "is_installed": True, "version": "1",
+        }  # fmt: skip
         return {
             "/v1/management/engines": {**page, "has_more": "after" not in query and "limit=1&" not in query},
             "/v1/management/engines/engine-odd": {"id": 5},
@@ -57,6 +61,7 @@ class Gateway(BaseHTTPRequestHandler):
             "/v1/management/gpu": {"data": [device]},
             "/v1/management/routes": {"data": [ROUTE]},
             "/v1/management/routes/org%2Fa": ROUTE,
+            "/v1/management/backends": {"data": [backend]},
             "/v1/models": {"data": [{"id": "m"}]},
             "/health": {"service": "sage-gateway"},
         }

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-PAGES = ("README.md", "docs/engines.md", "docs/training.md", "docs/datasets.md", "docs/http.md", "docs/settings.md")
+PAGES = (
+    "README.md",
+    "docs/engines.md",
+    "docs/backends.md",
+    "docs/training.md",
+    "docs/datasets.md",
+    "docs/http.md",
+    "docs/settings.md",
+)
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -1,6 +1,6 @@
 """Bases that bitsandbytes holds in 8 or 4 bits; on the CPU they are slow, but they are the same code as on a GPU."""
 
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,6 @@ import pytest
 from safetensors.torch import load_file
 from support import HELDOUT, make_tiny_model
 from training import TinyRun
-
-#: Where `make setup` puts bitsandbytes.
-ASIDE = Path(sys.prefix) / "quantization"
 
 
 def learnt(tmp_path: Path, quantization: str, **options: Any) -> TinyRun:
@@ -26,10 +23,7 @@ def learnt(tmp_path: Path, quantization: str, **options: Any) -> TinyRun:
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_a_quantised_base_learns_with_the_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ASIDE))
+def test_a_quantised_base_learns_with_the_kernels(tmp_path: Path, quantization: str) -> None:
     fast = learnt(tmp_path, quantization)
     assert fast.events("started")[0]["kernels"].startswith("fast")
     if quantization == "4bit":
@@ -37,7 +31,11 @@ def test_a_quantised_base_learns_with_the_kernels(
         assert plain.losses() == pytest.approx(fast.losses(), rel=1e-2)
 
 
-def test_without_bitsandbytes_a_quantised_base_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_without_bitsandbytes_a_quantised_base_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.prefix = {str(tmp_path)!r}")  # where setup put none
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     status = TinyRun(tiny_model, tmp_path / "out", quantization="4bit").start().until_ended()
     assert status.code == "bitsandbytes_missing"
     assert "pip install" in str(status.hint)

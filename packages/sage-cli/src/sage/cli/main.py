@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sage.cli.commands.apps import gateway, llm, route
+from sage.cli.commands.apps import backend, gateway, llm, route
 from sage.common.errors import Conflict, SageError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.add_typer(llm.app, name="llm", help="Engines, models, datasets and chat.")
 app.add_typer(route.app, name="route", help="Names for one or several engines in requests.")
 app.add_typer(gateway.app, name="gateway", help="The process that manages the engines and serves HTTP.")
+app.add_typer(backend.app, name="backend", help="The programs that run engines, and their environments.")
 
 
 @app.command("studio")
@@ -58,6 +59,14 @@ def gpu(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fal
         typer.echo(json.dumps([device.model_dump(mode="json") for device in devices], indent=2))
     else:
         render.stdout().print(render.device_table(devices))
+
+
+@app.command("doctor")
+def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check this installation and say what is missing; exit code 1 if something does not work."""
+    from sage.cli import doctor
+
+    doctor.report(doctor.everything(), as_json=json_)
 
 
 def _print_version(wanted: bool) -> None:

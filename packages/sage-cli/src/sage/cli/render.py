@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sage.common.progress_bar import duration, eta_text
 from sage.common.training import FIGURES, TrainingProgress
-from sage.llm.client.types import Device, EngineEvent, EngineKind, EngineView, EventKind, RouteView
+from sage.llm.client.types import BackendView, Device, EngineEvent, EngineKind, EngineView, EventKind, RouteView
 
 _BAR_CELLS = 10
 _STATE_STYLES = {
@@ -114,6 +114,19 @@ def device_table(devices: Iterable[Device]) -> Table:
             f"{device.kind}:{device.index}", escape(device.name), size(device.memory_used_bytes),
             size(device.memory_total_bytes), "" if load is None else f"{load:.0f}%",
         )  # fmt: skip
+    return table
+
+
+def backend_table(backends: Iterable[BackendView]) -> Table:
+    """Return the table of backends."""
+    table = Table("BACKEND", "KIND", "VERSION", "STATE", box=None, pad_edge=False, header_style="bold")
+    table.add_column("SIZE", justify="right")
+    table.add_column("ADAPTERS")
+    for backend in backends:
+        state = "built in" if not backend.has_environment else "installed" if backend.is_installed else "not installed"
+        disk = "" if backend.disk_bytes is None else size(backend.disk_bytes)
+        hot = "loaded while it runs" if backend.hot_adapters else ""
+        table.add_row(backend.name, ", ".join(backend.kinds), backend.version, state, disk, hot)
     return table
 
 

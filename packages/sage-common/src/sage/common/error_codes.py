@@ -12,26 +12,27 @@ _CODES: Mapping[type[SageError], str] = {
         context_length_exceeded database_in_use database_newer database_unusable host_not_allowed invalid_value
         model_required option_missing origin_not_allowed path_not_absolute reward_file_unusable reward_files_off
         settings_invalid state_folder_unusable target_modules_unknown too_few_gpus trl_missing unsupported_value
-        cursor_unknown package_missing backend_unusable
+        cursor_unknown package_missing backend_not_installed backend_unusable
         file_ids_unsupported""",
     errors.DatasetError: """
         dataset_changed dataset_empty dataset_invalid dataset_template dataset_too_long dataset_unusable
         dataset_warnings line_not_found nothing_to_train""",
     errors.ModelError: """
-        adapter_unfit base_changed base_is_adapter model_invalid model_unsupported model_unusable no_adapter
-        template_too_slow tokenizer_missing tokenizer_slow tokenizer_too_large""",
+        adapter_unfit base_changed base_is_adapter export_failed export_unsupported model_invalid model_unsupported
+        model_unusable no_adapter template_too_slow tokenizer_missing tokenizer_slow tokenizer_too_large""",
     errors.ModelNotFound: "base_model_not_found model_not_found",
     errors.NotFound: "checkpoint_not_found engine_not_found task_not_found model_not_found route_not_found",
     errors.OutputError: "output_unusable",
     errors.Conflict: """
-        already_running busy dataset_changed gateway_running model_exists no_port not_resumable not_started other_node
-        port_taken still_running""",
+        already_running backend_in_use busy dataset_changed gateway_running model_exists no_port not_resumable not_started
+        other_node port_taken still_running""",
     errors.RunError: """
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
         training_failed""",
     errors.EngineError: """
         engine_died engine_unreadable gateway_stuck killed launch_failed run_unreadable start_timeout stream_cut
         worker_died""",
+    errors.BackendError: "backend_install_failed disk_full index_unreachable",
     errors.Overloaded: """
         database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby
         too_many_connections too_many_requests""",

@@ -11,6 +11,7 @@ SageError
 ├── NotImplementedYet     documented, but not available in this version
 ├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
+├── BackendError          a backend's environment cannot be installed
 ├── Overloaded            not now; retry later
 │   └── Busy              an engine has too many requests
 ├── Unauthorized          the API key is missing or wrong
@@ -105,6 +106,10 @@ class EngineError(SageError):
     """An engine does not start or does not answer."""
 
     http_status = 502
+
+
+class BackendError(SageError):
+    """A backend's environment cannot be installed."""
 
 
 class Overloaded(SageError):

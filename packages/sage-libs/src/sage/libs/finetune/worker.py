@@ -20,6 +20,7 @@ from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
 from sage.common.training import FailedEvent, LaunchedEvent
+from sage.libs.finetune.quantization import make_importable
 from sage.libs.finetune.run.output import claim_output
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
 from sage.libs.finetune.run.status import RunState
@@ -98,8 +99,10 @@ def _fail(run: RunDirectory, error: Exception) -> None:
 
 
 def _train(run: RunDirectory, stop: StopRequest) -> None:
+    config = run.read_spec().config
+    make_importable(config)
     # Either imports torch, which takes seconds; signals are caught already.
-    if run.read_spec().config.method == "sft":
+    if config.method == "sft":
         sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # from here on they count as not installed
         from sage.libs.finetune.training.trainer import TrainingRun as Run
     else:

@@ -12,6 +12,7 @@ from sage.llm.client import answers, calls, streams
 from sage.llm.client.calls import Call, Cursor, Order
 from sage.llm.client.client import CONNECT_SECONDS, RECONNECT_SECONDS, STREAM_TIMEOUT
 from sage.llm.client.types import (
+    BackendView,
     Device,
     EngineEvent,
     EngineKind,
@@ -160,6 +161,10 @@ class AsyncSageClient:
     async def devices(self) -> list[Device]:
         """Return the GPUs and the main memory."""
         return await self._send(calls.devices())
+
+    async def backends(self) -> list[BackendView]:
+        """Return the backends that the gateway knows, and whether each is installed."""
+        return await self._send(calls.backends())
 
     async def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
         """Return the gateway's version and process; short time-out, because another program may listen on its port."""

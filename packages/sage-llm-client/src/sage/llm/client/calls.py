@@ -11,6 +11,7 @@ import httpx
 from sage.common.errors import ConfigError, NotFound
 from sage.llm.client.answers import as_list, as_model, parse
 from sage.llm.client.types import (
+    BackendView,
     Device,
     EngineKind,
     EnginePage,
@@ -165,6 +166,11 @@ def remove_route(name: str) -> Call[None]:
 def devices() -> Call[list[Device]]:
     """Read the devices."""
     return Call("GET", f"{_PREFIX}/gpu", as_list(Device))
+
+
+def backends() -> Call[list[BackendView]]:
+    """Read the backends."""
+    return Call("GET", f"{_PREFIX}/backends", as_list(BackendView))
 
 
 def health(timeout_seconds: float) -> Call[dict[str, Any]]:

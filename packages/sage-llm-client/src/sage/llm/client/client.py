@@ -11,6 +11,7 @@ from sage.common.errors import GatewayUnreachable
 from sage.llm.client import answers, calls, streams
 from sage.llm.client.calls import Call, Cursor, Order
 from sage.llm.client.types import (
+    BackendView,
     Device,
     EngineEvent,
     EngineKind,
@@ -159,6 +160,10 @@ class SageClient:
     def devices(self) -> list[Device]:
         """Return the GPUs and the main memory."""
         return self._send(calls.devices())
+
+    def backends(self) -> list[BackendView]:
+        """Return the backends that the gateway knows, and whether each is installed."""
+        return self._send(calls.backends())
 
     def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
         """Return the gateway's version and process; short time-out, because another program may listen on its port."""

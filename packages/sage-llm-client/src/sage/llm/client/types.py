@@ -240,3 +240,19 @@ class Device(BaseModel):
     memory_total_bytes: int
     memory_used_bytes: int
     utilization_percent: float | None = None
+
+
+class BackendView(BaseModel):
+    """A program that runs engines."""
+
+    name: str
+    object: str = "backend"
+    kinds: list[EngineKind]
+    formats: list[str] = Field(description="Model formats that it can load.")
+    devices: list[str]
+    hot_adapters: bool = Field(description="Adapters can be loaded and unloaded while it runs.")
+    sleep: bool = Field(description="It can release its memory and allocate it again without a restart.")
+    has_environment: bool = Field(description="It has a Python environment of its own: `sage backend install NAME`.")
+    is_installed: bool
+    version: str
+    disk_bytes: int | None = Field(None, description="Size of its environment.")

@@ -97,7 +97,7 @@ def _base(config: FinetuneConfig) -> tuple[int | None, str]:
             raise ConfigError(
                 code="bitsandbytes_missing",
                 message=f"quantization={config.quantization} needs bitsandbytes, which is not installed.",
-                hint="Install it in SAGE's environment (`pip install bitsandbytes`), or omit --quantization.",
+                hint="Install it in SAGE's environment (`pip install 'sage-libs[quantization]'`), or omit --quantization.",
                 param="quantization",
             )
         return int(config.quantization[0]), f"{config.quantization} base (bitsandbytes)"

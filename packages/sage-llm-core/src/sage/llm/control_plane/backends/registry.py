@@ -1,16 +1,21 @@
 """The backends by name, and the choice of a backend for an engine."""
 
+from importlib.metadata import version
+
 from sage.common.errors import ConfigError
 from sage.libs.models.resolve import ModelSource
-from sage.llm.client.types import EngineKind
+from sage.llm.client.types import BackendView, EngineKind
+from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Backend, ServingBackend
 from sage.llm.control_plane.backends.embedding import EmbeddingBackend
+from sage.llm.control_plane.backends.llamacpp import LlamaCppBackend
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
 
 #: `auto` means the first backend that can run the engine.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend())
+    backend.name: backend
+    for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), LlamaCppBackend())
 }
 
 
@@ -33,6 +38,11 @@ def resolve(name: str, kind: EngineKind, model: ModelSource) -> Backend:
     raise _refused(problem, kind)
 
 
+def list_backends() -> list[BackendView]:
+    """Return all backends, and whether each is installed."""
+    return [_view(backend, environments.environment(backend.name)) for backend in BACKENDS.values()]
+
+
 def serving(name: str) -> ServingBackend:
     """Return the inference server `name`."""
     backend = BACKENDS[name]
@@ -45,3 +55,14 @@ def _refused(problem: str, kind: EngineKind) -> ConfigError:
     return ConfigError(
         code="backend_unusable", message=problem, hint=f"Backends for kind {kind}: auto, {names}.", param="backend"
     )
+
+
+def _view(backend: Backend, environment: environments.Environment | None) -> BackendView:
+    can = backend.capabilities
+    return BackendView(
+        name=backend.name, kinds=sorted(can.kinds), formats=sorted(can.formats), devices=sorted(can.devices),
+        hot_adapters=can.hot_adapters, sleep=can.sleep, has_environment=environment is not None,
+        is_installed=environment is None or environment.is_installed,
+        version=environment.version if environment else version("sage-llm-core"),
+        disk_bytes=environment and environment.disk_bytes,
+    )  # fmt: skip

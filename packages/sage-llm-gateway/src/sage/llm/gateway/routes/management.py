@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from sage.common.errors import ConfigError
 from sage.llm.client.types import EngineKind, EnginePage, EngineState, EngineView, EventPage, StartRequest
+from sage.llm.control_plane.backends.registry import list_backends
 from sage.llm.control_plane.inventory import list_devices
 from sage.llm.gateway.event_streams import EventStream, all_changes, engine_transitions, until_removed
 from sage.llm.gateway.routes.dependencies import Manager
@@ -146,6 +147,12 @@ async def training_steps(
 async def gpu() -> dict[str, Any]:
     """Return the devices and their memory: GPUs first, main memory last."""
     return {"object": "list", "data": await asyncio.to_thread(list_devices)}
+
+
+@router.get("/backends")
+async def backends() -> dict[str, Any]:
+    """Return the programs that run engines, and whether each is installed."""
+    return {"object": "list", "data": await asyncio.to_thread(list_backends)}
 
 
 def _members(members: type[E], text: str | None, param: str) -> list[E] | None:

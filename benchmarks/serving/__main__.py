@@ -1,0 +1,63 @@
+"""Measure the installed backends on SmolLM2-135M-Instruct: base, one adapter, 16 adapters; direct and through the gateway.
+
+Prints the table and writes `benchmarks/results/serving.md` and `serving.json`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from train import MODEL, processor
+
+from sage.libs.models.loading import local_folder
+from sage.libs.models.resolve import resolve_model
+from sage.llm.client.types import BackendView
+from serving import report
+from serving.home import gateway
+from serving.measuring import SAME_PRECISION, Result, run
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", default="transformers,vllm,llamacpp", help="names, separated by commas")
+    parser.add_argument("--answers", type=int, default=16, help="answers at 16 at once; at 1 at once, an eighth of them")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--adapters", type=int, default=16)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        home = Path(work)
+        base = local_folder(resolve_model(MODEL))
+        adapters = [home / "adapters" / f"adapter-{number:02}" for number in range(arguments.adapters)]
+        making = [sys.executable, "-m", "serving.models", base, home / "adapters", str(len(adapters))]
+        subprocess.run(making, check=True, cwd=Path(__file__).parents[1])  # a process of its own: it imports torch
+        results = []
+        with gateway(home) as client:
+            known = {backend.name: backend for backend in client.backends()}
+            for name in arguments.backends.split(","):
+                result = _result(name, known.get(name))
+                results.append(result)
+                if result.reason:
+                    continue
+                try:
+                    run(client, result, base, adapters, answers=arguments.answers, tokens=arguments.tokens)
+                except Exception as error:  # noqa: BLE001 # the other backends are still measured
+                    result.reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        machine = f"{processor()}, {os.cpu_count()} cores"
+        what = f"SmolLM2-135M-Instruct, answers of {arguments.tokens} tokens, adapters of rank 8 in all linear layers."
+        print(report.write(results, machine, what))
+
+
+def _result(name: str, backend: BackendView | None) -> Result:
+    if backend is None:
+        return Result(name, "", "", reason="not a backend of this version")
+    result = Result(name, backend.version, SAME_PRECISION.get(name, ({}, "its default"))[1])
+    result.reason = "" if backend.is_installed else f"not installed: `sage backend install {name}`"
+    return result
+
+
+if __name__ == "__main__":
+    main()

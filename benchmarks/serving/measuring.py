@@ -1,0 +1,117 @@
+"""The measurements of one backend."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sage.llm.client import SageClient
+from sage.llm.client.types import EngineView
+from serving.home import start, stop
+from serving.load import measure
+from serving.memory import PeakMemory
+
+#: The options with which the backends compute at the same precision, and that precision.
+SAME_PRECISION: dict[str, tuple[dict[str, Any], str]] = {
+    "transformers": ({"dtype": "fp32"}, "fp32"),
+    "vllm": ({"dtype": "fp32"}, "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The speed of a backend in one case."""
+
+    models: str  #: base, 1 adapter, 16 adapters
+    at_once: int
+    path: str  #: direct or gateway
+    tokens_per_second: float | None = None
+    first_token_seconds: float | None = None
+    reason: str = ""  #: why it could not be measured
+
+
+@dataclass
+class Result:
+    """The figures of a backend."""
+
+    backend: str
+    version: str
+    precision: str
+    rows: list[Row] = field(default_factory=list)
+    start_seconds: float | None = None  #: until the base runs
+    add_seconds: list[float] = field(default_factory=list)  #: until one more adapter runs
+    add_first_token_seconds: list[float] = field(default_factory=list)  #: of its first answer
+    peak_bytes: int | None = None
+    is_shared: bool = False  #: one server hosts the base and all adapters
+    reason: str = ""  #: why it could not be measured
+
+
+def run(client: SageClient, result: Result, base: Path, adapters: Sequence[Path], *, answers: int, tokens: int) -> None:
+    """Measure a backend, and add its figures to `result`."""
+    options = SAME_PRECISION.get(result.backend, ({}, ""))[0]
+    engine, result.start_seconds = start(client, base, "base", result.backend, options)
+    engines = [engine]
+    try:
+        for adapter in adapters:
+            added, seconds = start(client, adapter, adapter.name, result.backend, options)
+            engines.append(added)
+            result.add_seconds.append(seconds)
+            began = time.perf_counter()
+            client.chat(added.name, [{"role": "user", "content": "Hello"}], max_tokens=1)
+            result.add_first_token_seconds.append(time.perf_counter() - began)
+            result.is_shared = added.server_id == engine.server_id
+            if not result.is_shared:
+                break
+        with PeakMemory({engine.pid for engine in engines if engine.pid}) as memory:
+            for row in _rows(client.base_url, engines, len(adapters), result.is_shared, answers, tokens):
+                result.rows.append(row)
+                print(result.backend, row, flush=True)
+        result.peak_bytes = memory.peak_bytes
+    finally:
+        for engine in engines:
+            stop(client, engine.id)
+
+
+def _rows(
+    url: str, engines: Sequence[EngineView], adapter_count: int, is_shared: bool, answers: int, tokens: int
+) -> Iterator[Row]:
+    base, *adapters = engines
+    cases = {"base": [base], "1 adapter": adapters[:1], f"{adapter_count} adapters": adapters}
+    for name, chosen in cases.items():
+        for at_once in (1, 16):
+            for path in ("direct", "gateway"):
+                if name.startswith(str(adapter_count)) and not is_shared:
+                    yield Row(name, at_once, path, reason="each adapter needs a server of its own")
+                elif at_once == 1 and len(chosen) > 1:
+                    continue  # the same as with one adapter
+                else:
+                    yield _row(url if path == "gateway" else "", name, chosen, at_once, answers, tokens)
+
+
+def _row(url: str, name: str, engines: Sequence[EngineView], at_once: int, answers: int, tokens: int) -> Row:
+    path = "gateway" if url else "direct"
+    models = [engine.name for engine in engines] if url else _names_at_server(engines)
+    address = url or f"http://{engines[0].address}"
+    measure(address, models, count=len(models), at_once=at_once, max_tokens=1)  # warm-up
+    count = max(1, answers // 8) if at_once == 1 else answers
+    found = measure(address, models, count=count, at_once=at_once, max_tokens=tokens)
+    if found.tokens != count * tokens:
+        return Row(name, at_once, path, reason=f"{found.tokens} tokens instead of {count * tokens}")
+    return Row(name, at_once, path, found.tokens_per_second, found.first_token_seconds)
+
+
+def _names_at_server(engines: Sequence[EngineView]) -> list[str]:
+    """Return the names by which the server of some engines knows their models; each adapter costs the same."""
+    answer = httpx.get(f"http://{engines[0].address}/v1/models", trust_env=False).raise_for_status().json()
+    names = [model["id"] for model in answer["data"]]
+    is_base = engines[0].name == "base"
+    return names[:1] if is_base or len(names) == 1 else names[1 : 1 + len(engines)]
+
+
+def median(values: Sequence[float]) -> float | None:
+    """Return the median, or None of no values."""
+    return statistics.median(values) if values else None

@@ -1,0 +1,47 @@
+"""The peak memory of process trees."""
+
+import contextlib
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+_SAMPLE_SECONDS = 0.2
+
+
+def pss_bytes(pid: int) -> int:
+    """Return the memory of a process and its descendants; pages that several of them share count once."""
+    total = 0
+    with contextlib.suppress(psutil.Error, OSError):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+                total += 1024 * int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+    return total
+
+
+class PeakMemory:
+    """The largest sum of the memory of some process trees within a `with` block."""
+
+    def __init__(self, pids: set[int]) -> None:
+        self.peak_bytes = 0
+        self._pids, self._done = pids, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Self:
+        """Begin to sample."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop."""
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.is_set():
+            self.peak_bytes = max(self.peak_bytes, sum(map(pss_bytes, self._pids)))
+            self._done.wait(_SAMPLE_SECONDS)

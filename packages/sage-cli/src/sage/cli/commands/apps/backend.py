@@ -1,0 +1,81 @@
+"""The commands `sage backend …`."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(help="Name of the backend.", metavar="NAME")]
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """List the backends that the gateway knows, and whether each is installed."""
+    from sage.cli import daemon, render
+
+    backends = daemon.connect().backends()
+    if json_:
+        import json
+
+        typer.echo(json.dumps([backend.model_dump(mode="json") for backend in backends], indent=2))
+    else:
+        render.stdout().print(render.backend_table(backends))
+
+
+@app.command("install")
+def install(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print pip's output.")] = False,
+    json_: Json = False,
+) -> None:
+    """Install a backend into an environment of its own. Ctrl-C leaves nothing behind."""
+    import sys
+
+    from sage.cli import extras, render
+
+    extras.require("sage.llm.control_plane", "An environment on this machine")
+    from sage.cli.installing import interruptible, progress
+    from sage.llm.control_plane.backends import environments, installation
+
+    environment = environments.chosen(name)
+    if not environment.is_installed:
+        need = f"{render.size(environment.download_bytes)} to download, {render.size(environment.disk_bytes)} on the disk"
+        typer.echo(f"{environment.requirement} for the device {environments.device()}: {need}.", err=True)
+        if sys.stdin.isatty() and not yes:
+            typer.confirm(f"Install it into {environment.folder}?", abort=True, err=True)
+    with interruptible(), progress(environment, is_verbose=verbose) as report:
+        is_new = installation.install(environment, report)
+    typer.echo(f"The backend {name} is{'' if is_new else ' already'} installed.", err=True)
+    _print_json(json_, name=name, version=environment.version, folder=str(environment.folder), changed=is_new)
+
+
+@app.command("remove")
+def remove(name: Name, json_: Json = False) -> None:
+    """Delete the environment of a backend that no engine uses."""
+    from sage.cli import extras
+
+    extras.require("sage.llm.control_plane", "An environment on this machine")
+    from sage.llm.control_plane.backends import environments, installation
+
+    existed = installation.remove(environments.chosen(name), lambda line: typer.echo(line, err=True))
+    typer.echo(f"The backend {name} is removed." if existed else f"The backend {name} is not installed.", err=True)
+    _print_json(json_, name=name, changed=existed)
+
+
+@app.command("doctor")
+def doctor(name: Annotated[str | None, typer.Argument(help="Only this backend.")] = None, json_: Json = False) -> None:
+    """Check that installed backends can run; exit code 1 if one cannot."""
+    from sage.cli import doctor, extras
+
+    extras.require("sage.llm.control_plane", "An environment on this machine")
+    doctor.report(doctor.backends(name), as_json=json_)
+
+
+def _print_json(wanted: bool, **facts: object) -> None:
+    if wanted:
+        import json
+
+        typer.echo(json.dumps(facts))

@@ -1,0 +1,172 @@
+"""Checks of this installation: what works, what is missing, and what to do about it."""
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Literal
+
+import typer
+
+from sage.cli import daemon
+from sage.common.errors import SageError
+from sage.common.paths import get_user_paths
+from sage.common.settings import load_settings
+
+#: Less free space is reported: a run's checkpoints need about this much.
+_LOW_BYTES = 5 * 10**9
+_TORCH = """
+import json, torch
+gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+print(json.dumps({"version": torch.__version__, "gpus": gpus, "threads": torch.get_num_threads()}))
+"""
+_TORCH_SECONDS = 120
+_WITHOUT_LOCAL = "Install it: pip install 'sage-cli[local]'."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check."""
+
+    check: str
+    state: Literal["ok", "warning", "failed"]
+    message: str
+    remedy: str = ""
+
+
+def report(findings: Iterator[Finding], *, as_json: bool) -> None:
+    """Print findings as they come; exit with code 1 if a check has failed."""
+    done = []
+    for finding in findings:
+        done.append(finding)
+        if not as_json:
+            typer.echo(f"{finding.state:<8} {finding.check:<14} {finding.message}")
+            if finding.remedy:
+                typer.echo(f"{'':<23} → {finding.remedy}")
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in done], indent=2))
+    if any(finding.state == "failed" for finding in done):
+        raise typer.Exit(1)
+
+
+def everything() -> Iterator[Finding]:
+    """Run all checks."""
+    yield Finding("python", "ok", f"{platform.python_version()} in {sys.prefix}, sage {version('sage-cli')}")
+    yield from _settings()
+    yield from _torch()
+    yield from backends()
+    yield from _folders()
+    yield _database()
+    yield _gateway()
+
+
+def backends(name: str | None = None) -> Iterator[Finding]:
+    """Check the environments of installed backends, or the environment of one backend."""
+    if importlib.util.find_spec("sage.llm.control_plane") is None:
+        yield Finding("backends", "warning", "This machine has no control plane, so it runs no backends.", _WITHOUT_LOCAL)
+        return
+    from sage.llm.control_plane.backends import environments, installation
+
+    device = environments.device()
+    names = [name] if name else sorted({backend for backend, kind in environments.ENVIRONMENTS if kind == device})
+    for environment in map(environments.chosen, names):
+        label, reinstall = environment.backend, f"`sage backend install {environment.backend}`"
+        if not environment.is_installed:
+            is_left = environment.folder.is_dir() or environment.outdated()
+            what = "is incomplete or of another release of SAGE" if is_left else "is not installed"
+            state: Literal["ok", "failed"] = "failed" if name or is_left else "ok"
+            yield Finding(label, state, f"The backend {label} {what}.", f"{reinstall} installs it.")
+        elif fault := installation.fault(environment):
+            remedy = f"`sage backend remove {label}`, then {reinstall}."
+            yield Finding(label, "failed", f"The backend {label} cannot run: {fault}.", remedy)
+        else:
+            yield Finding(label, "ok", f"{environment.requirement} in {environment.folder}")
+
+
+def _settings() -> Iterator[Finding]:
+    try:
+        load_settings()
+    except SageError as error:
+        yield Finding("settings", "failed", error.message, error.hint)
+
+
+def _torch() -> Iterator[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        yield Finding("torch", "warning", "torch is not installed: no training, no transformers backend.", _WITHOUT_LOCAL)
+        return
+    from sage.libs.finetune import quantization
+
+    done = subprocess.run(  # torch takes seconds to import, and may fail to
+        [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
+    )
+    if done.returncode:
+        problem = (done.stderr.strip().splitlines() or ["it exited"])[-1]
+        yield Finding("torch", "failed", f"torch cannot be imported: {problem}.", "Install torch again for this machine.")
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    gpus = ", ".join(found["gpus"]) or "no GPU"
+    yield Finding("torch", "ok", f"{found['version']}, {gpus}, {found['threads']} CPU threads")
+    if quantization.has_gpu() and not found["gpus"]:
+        remedy = "Install a build of torch for CUDA, and check `nvidia-smi`."
+        yield Finding("gpu", "failed", "This machine has a GPU that torch does not see.", remedy)
+    if folder := quantization.find_bitsandbytes():
+        yield Finding("bitsandbytes", "ok", f"in {folder}")
+    elif found["gpus"]:
+        remedy = "pip install 'sage-libs[quantization]'; without it, runs do not quantize the base."
+        yield Finding("bitsandbytes", "warning", "bitsandbytes is not installed.", remedy)
+
+
+def _folders() -> Iterator[Finding]:
+    paths = get_user_paths()
+    for name, folder in (("models", paths.data_dir), ("state", paths.state_dir), ("cache", paths.cache_dir)):
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        free_bytes = shutil.disk_usage(existing).free
+        free = f"{free_bytes / 1e9:.1f} GB free"
+        if not os.access(existing, os.W_OK | os.X_OK):
+            yield Finding(name, "failed", f"{existing} is not writable.", "Make it writable, or set SAGE_HOME.")
+        elif free_bytes < _LOW_BYTES:
+            yield Finding(name, "warning", f"{folder}: {free}", "Free some space, or set SAGE_HOME to another disk.")
+        else:
+            yield Finding(name, "ok", f"{folder}: {free}")
+
+
+def _database() -> Finding:
+    """Check the SQLite database; one on a server is checked by the gateway's `/ready`."""
+    path = get_user_paths().state_dir / "engines.db"
+    if load_settings().database_url:
+        return Finding("database", "ok", "is on a server; see the check of the gateway")
+    if not path.exists():
+        return Finding("database", "ok", f"{path} does not exist yet; the gateway creates it")
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
+            [answer] = database.execute("PRAGMA quick_check(1)").fetchone()
+            [revision] = database.execute("SELECT version_num FROM alembic_version").fetchone()
+    except (sqlite3.Error, TypeError, ValueError) as error:
+        return Finding("database", "failed", f"{path} cannot be read: {error}.", "Restore it, or move it away.")
+    if answer != "ok":
+        return Finding("database", "failed", f"{path} is damaged: {answer}.", "Restore it, or move it away.")
+    return Finding("database", "ok", f"{path}, schema {revision}")
+
+
+def _gateway() -> Finding:
+    try:
+        client = daemon.find_client()
+        health = daemon.find_health(client)
+        if health is None:
+            return Finding("gateway", "ok", f"does not run at {client.base_url}; commands that need it start it")
+        daemon.refuse_foreign(client, health)
+        client.models()  # needs the API key and the database
+    except SageError as error:
+        return Finding("gateway", "failed", error.message, error.hint)
+    if health["version"] != version("sage-cli"):
+        remedy = "`sage gateway stop`; the next command starts the new version, and engines continue to run."
+        return Finding("gateway", "warning", f"{client.base_url} has version {health['version']}.", remedy)
+    return Finding("gateway", "ok", f"{client.base_url}, PID {health['pid']}")

@@ -1,0 +1,44 @@
+"""The progress of an installation in a terminal."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sage.llm.control_plane.backends.environments import Environment
+
+_TEXT_LETTERS = 60
+
+
+@contextlib.contextmanager
+def progress(environment: Environment, *, is_verbose: bool) -> Iterator[Callable[[str], None]]:
+    """Show the progress on stderr, and yield the function that receives each line of pip's output."""
+    if is_verbose or not sys.stderr.isatty():
+        yield lambda line: typer.echo(line, err=True) if is_verbose or line.startswith("Waiting") else None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=True) as bar:
+        # pip collects each pinned package once, then installs all of them in one step.
+        task = bar.add_task("Creating the environment", total=environment.pins().count("==") or None)
+
+        def report(line: str) -> None:
+            if line.startswith("Collecting "):
+                bar.advance(task)
+            if not line.startswith((" ", "Requirement already", "Looking in")):
+                bar.update(task, description=line[:_TEXT_LETTERS])
+
+        yield report
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C within the block."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

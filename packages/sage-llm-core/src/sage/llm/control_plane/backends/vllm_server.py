@@ -1,0 +1,179 @@
+"""vLLM's OpenAI server on an inherited socket: `python vllm_server.py --fd N` and vLLM's own options.
+
+Runs in vLLM's environment, as a file: SAGE is not installed there. Changes to vLLM's server:
+
+- It listens on the socket that the launcher opened, and rejects requests that a web page of another site may have sent.
+- A parameter that it does not know is a 400, while vLLM ignores it; error codes are words, as OpenAI's.
+- An adapter is warmed up before it counts as loaded, and has answered its requests before it is unloaded.
+"""
+
+import asyncio
+import json
+import socket
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvloop
+from vllm import SamplingParams
+from vllm.entrypoints.openai import api_server
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: Parameters of OpenAI's that have no effect on an answer here.
+_IGNORED = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "user"}
+_KNOWN = {
+    "/v1/chat/completions": _IGNORED | set(ChatCompletionRequest.model_fields),
+    "/v1/completions": _IGNORED | set(CompletionRequest.model_fields),
+}
+_CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
+_POLL_SECONDS = 0.02
+
+
+class Rules:
+    """Middleware that applies SAGE's rules to requests and errors."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, or reject it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif not _is_from_this_machine(dict(scope["headers"])):
+            await _send_error(send, 403, "Requests of other sites or hosts are rejected.", "origin_not_allowed")
+        elif (known := _KNOWN.get(scope["path"])) is None:
+            await self._app(scope, receive, _WithCodes(send))
+        else:
+            body = await _read(receive)
+            if unknown := _unknown(body, known):
+                message = f"{unknown}: this parameter is not supported by vLLM."
+                await _send_error(send, 400, message, "unsupported_value", unknown)
+            else:
+                await self._app(scope, _Replay(body, receive), _WithCodes(send))
+
+
+class _Replay:
+    """A request's body that was read, as a receive function."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+class _WithCodes:
+    """Replaces the numbers that vLLM has as error codes."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self._start, self._body = send, {"status": 200}, b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            self._start = dict(message)
+        elif self._start["status"] < 400 or message["type"] != "http.response.body":
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._send_error()
+
+    async def _send_error(self) -> None:
+        status = self._start["status"]
+        try:
+            error = json.loads(self._body)["error"]
+        except (ValueError, KeyError, TypeError):
+            error = {"message": self._body.decode(errors="replace")}
+        code = _CODES.get(status, "engine_error")
+        if status == 400 and "context length" in str(error.get("message")):
+            code = "context_length_exceeded"
+        await _send_error(self._send, status, str(error.get("message")), code, error.get("param"))
+
+
+async def _send_error(send: Send, status: int, message: str, code: str, param: str | None = None) -> None:
+    kind = "invalid_request_error" if status < 500 else "api_error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _read(receive: Receive) -> bytes:
+    body, is_complete = bytearray(), False
+    while not is_complete:
+        message = await receive()
+        body += message.get("body", b"")
+        is_complete = not message.get("more_body")
+    return bytes(body)
+
+
+def _unknown(body: bytes, known: set[str]) -> str | None:
+    """Return the first parameter that vLLM would ignore."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return None  # vLLM rejects it
+    given = request.items() if isinstance(request, dict) else ()
+    return next((name for name, value in given if value is not None and name not in known), None)
+
+
+def _is_from_this_machine(headers: dict[bytes, bytes]) -> bool:
+    urls = [b"//" + headers.get(b"host", b""), headers.get(b"origin", b"//localhost")]
+    try:
+        return all(urlsplit(url.decode()).hostname in _LOOPBACK for url in urls)
+    except ValueError:
+        return False
+
+
+class Models(OpenAIServingModels):
+    """Adapters that are warm when they count as loaded, and idle when they are unloaded."""
+
+    async def load_lora_adapter(self, request: Any, *args: Any, **options: Any) -> Any:
+        """Load an adapter and generate one token with it: the first one of a rank is slow."""
+        answer = await super().load_lora_adapter(request, *args, **options)
+        if adapter := self.lora_requests.get(request.lora_name) if isinstance(answer, str) else None:
+            one = SamplingParams(max_tokens=1, temperature=0)
+            prompt = {"prompt_token_ids": [1, 1, 1]}
+            async for _ in self.engine_client.generate(prompt, one, f"warm-up-{adapter.lora_name}", lora_request=adapter):
+                pass
+        return answer
+
+    async def unload_lora_adapter(self, request: Any) -> Any:
+        """Wait until the answers that an adapter is generating are complete, then unload it."""
+        while any(state.lora_name == request.lora_name for state in self._running()):  # noqa: ASYNC110 # vLLM has no event
+            await asyncio.sleep(_POLL_SECONDS)
+        return await super().unload_lora_adapter(request)
+
+    def _running(self) -> list[Any]:
+        return list(self.engine_client.output_processor.request_states.values())
+
+
+def main() -> None:
+    """Run the server."""
+    parser = FlexibleArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    arguments = make_arg_parser(parser).parse_args()
+    validate_parsed_serve_args(arguments)
+    arguments.middleware = [*arguments.middleware, f"{__name__}.Rules"]
+    api_server.create_server_socket = lambda _: socket.socket(fileno=arguments.fd)
+    api_server.OpenAIServingModels = Models
+    uvloop.run(api_server.run_server(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
