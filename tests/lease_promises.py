@@ -84,7 +84,7 @@ class LeasePromises(Stored):
         for write in (
             lambda: store.add(record(id="engine-d"), "user", lease),
             lambda: store.transition(queued, S.STARTING, actor="r", lease=lease, put_server=server(id="server-b")),
-            lambda: store.transition(starting, S.FAILED, actor="r", lease=lease, drop_server="server-a"),
+            lambda: store.transition(starting, S.FAILED, actor="r", lease=lease, leave_server="server-a"),
             lambda: store.set_desired(queued, DesiredState.STOPPED, force=False, actor="user", lease=lease),
             lambda: store.update_server(its_server, lease=lease, address=None),
             lambda: store.remove(stopped, actor="user", lease=lease),

@@ -94,7 +94,7 @@ class StorePromises(Stored):
         assert store.hosted(["engine-a", "engine-unknown"]) == [(engine, launched)]
         with pytest.raises(StaleWrite):
             store.update_server(stored, lease=lease, address="127.0.0.1:2")
-        engine = store.transition(engine, S.FAILED, actor="r", lease=lease, drop_server="server-a")
+        engine = store.transition(engine, S.FAILED, actor="r", lease=lease, leave_server="server-a")
         assert store.servers("n") == []
         assert store.hosted(["engine-a"]) == [(engine, None)]
 
@@ -108,7 +108,7 @@ class StorePromises(Stored):
 
         queued = store.add(record(server_id="server-a"), "user", lease)
         starting = store.transition(queued, S.STARTING, actor="r", lease=lease, put_server=server())
-        values: dict[str, Any] = {"reason": Reason(code="c", message="died"), "drop_server": "server-a", "restarts": 1}
+        values: dict[str, Any] = {"reason": Reason(code="c", message="died"), "leave_server": "server-a", "restarts": 1}
         with pytest.raises(StaleWrite):
             store.restart(queued, actor="r", lease=lease, **values)
         with pytest.raises(IllegalTransition):

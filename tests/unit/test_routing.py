@@ -174,7 +174,7 @@ def test_what_another_process_writes_reaches_the_table_through_the_change_feed(t
         await change
         assert find(table, "m").address == "127.0.0.1:9000"
         change = table.wait_for_change()
-        store.transition(engine, S.FAILED, actor="r", lease=lease, drop_server="server-a")
+        store.transition(engine, S.FAILED, actor="r", lease=lease, leave_server="server-a")
         await change
         assert table.routes(K.LLM) == []
         following.cancel()

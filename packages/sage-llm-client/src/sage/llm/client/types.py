@@ -71,6 +71,7 @@ class StartRequest(BaseModel):
     backend: str = Field("auto", max_length=64, description="Program that runs it; auto: the first that can.")
     restart_policy: RestartPolicy | None = Field(None, description="When it is started again; default: the setting.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Your own notes, kept as given.")
+    dedicated: bool = Field(False, description="Use a server of its own; an adapter is merged into its base.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind; see the documentation.")
 
     @field_validator("model")
@@ -116,6 +117,9 @@ class EngineView(BaseModel):
     node: str = Field(description="The state folder that it belongs to.")
     server_id: str | None = Field(None, description="The process that hosts it.")
     address: str | None = Field(None, description="HOST:PORT on which its server listens.")
+    form: str | None = Field(None, description="How its server has loaded the model, such as merged, or as an adapter.")
+    context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
+    slots: int | None = Field(None, description="Answers that its server generates at the same time.")
     port: int | None = None
     pid: int | None = None
     memory_bytes: int | None = None
@@ -144,6 +148,7 @@ class EventKind(StrEnum):
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
+    UPDATED = "updated"  #: it changed without a transition, such as to a newer version of its adapter
     REMOVED = "removed"
 
 

@@ -26,8 +26,8 @@ from sage.llm.client.types import (
     RestartPolicy,
     StartRequest,
 )
-from sage.llm.control_plane.backends import registry
-from sage.llm.control_plane.executors.base import Executor
+from sage.llm.control_plane.executors.adapter_client import AdapterClient
+from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
 from sage.llm.control_plane.launchers.local import LocalLauncher
@@ -72,8 +72,8 @@ class ControlPlaneManager(EngineReads):
         """
         self._settings, self._is_standby_expected = settings, standby
         self._node = open_state_folder()
-        launcher = LocalLauncher()
-        self._launcher, inference = launcher, InferenceExecutor(launcher)
+        launcher, adapters = LocalLauncher(), AdapterClient()
+        self._launcher, inference = launcher, InferenceExecutor(launcher, adapters)
         self._executors: Mapping[EngineKind, Executor] = {
             EngineKind.LLM: inference,
             EngineKind.EMBEDDING: inference,
@@ -83,10 +83,11 @@ class ControlPlaneManager(EngineReads):
         self._pool = Pool("store", _STORE_THREADS)
         self._woken = asyncio.Event()
         self._keeper = LeaseKeeper(self._store, self._node, settings.gateway_url, self._on_lease)
-        self._routing = RoutingTable(self._node, _model_name)
+        self._routing = RoutingTable(self._node)
         self._prober = Prober(self._executors, launcher, self._woken.set)
+        lease = lambda: self._keeper.lease  # noqa: E731
         self._runner = Runner(
-            self._store, self._pool, self._executors, launcher, self._routing, lambda: self._keeper.lease, self._woken.set
+            self._store, self._pool, self._executors, launcher, adapters, self._routing, lease, self._woken.set
         )
         limits = Limits(
             settings.engine_start_seconds,
@@ -156,6 +157,7 @@ class ControlPlaneManager(EngineReads):
             state_at=now,
             first_event=0,
             last_event=0,
+            dedicated=request.dedicated,
         )
         engine = await self._write(self._store.add, record, _ACTOR)
         self._routing.apply(engine, None)
@@ -207,7 +209,7 @@ class ControlPlaneManager(EngineReads):
         Raises Conflict if it is not settled. If a removal and a resume run at the same time, only one succeeds.
         """
         for _ in range(_ATTEMPTS):
-            engine, _server = await self._own(engine_id)
+            engine, server = await self._own(engine_id)
             executor = self._executors[engine.kind]
             if engine.state not in SETTLED:
                 raise still_running(engine_id, f"is {engine.state}", "Stop it first: `sage llm engine stop {}`.")
@@ -215,13 +217,15 @@ class ControlPlaneManager(EngineReads):
                 raise still_running(engine_id, "is still being validated", "Retry in some seconds.")
             handle = executor.plan_server(engine).handle
             process = (await self._launcher.observe([handle])).get(handle)
-            if process is None or process.alive:
+            is_hosting_others = server is not None
+            if not is_hosting_others and (process is None or process.alive):
                 raise still_running(engine_id, "still has a process", "Retry; `sage llm engine resume {}` adopts it.")
             with contextlib.suppress(StaleWrite):
                 await self._write(self._store.remove, engine, actor=_ACTOR)
                 self._routing.forget(engine_id)
                 try:
-                    await executor.remove(engine)
+                    if not await self._pool.run(self._store.is_server_needed, server_id_of(engine), engine_id):
+                        await executor.remove(engine)
                 except (SageError, OSError) as error:
                     logger.warning("%s was removed, but its files were not: %s", engine_id, error)
                 return
@@ -308,13 +312,8 @@ class ControlPlaneManager(EngineReads):
                 continue
             try:
                 engines = await self._pool.run(self._store.active, self._node)
-                paths = [self._executors[engine.kind].log_path(engine) for engine in engines]
+                paths = {self._executors[engine.kind].log_path(engine) for engine in engines}
                 for path in (*paths, get_user_paths().state_dir / "gateway.log"):
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
             except (OSError, SQLAlchemyError) as error:
                 logger.warning("the logs cannot be cut: %s", error)
-
-
-def _model_name(engine: EngineRecord) -> str | None:
-    """Return the model name that the engine's server expects; None: the server accepts the name in the request."""
-    return None if engine.kind is EngineKind.FINETUNE else registry.serving(engine.backend).model_name(engine)

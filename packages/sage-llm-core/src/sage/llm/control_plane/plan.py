@@ -5,10 +5,14 @@ that is planned again, does no harm.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, Transition, Validate
+from sage.llm.control_plane.adapters import is_misplaced, keep, leave, load, unload
 from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.restarts import backoff_seconds, next_restart
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
@@ -33,6 +37,7 @@ class Validation:
 
     is_done: bool
     reason: Reason | None = None  #: why the engine cannot be started; None: it can
+    values: Mapping[str, Any] = field(default_factory=dict)  #: columns of the engine that it determined
 
 
 @dataclass(frozen=True)
@@ -47,52 +52,17 @@ class Snapshot:
     limits: Limits
 
 
-@dataclass(frozen=True)
-class Validate:
-    """Run the slow checks of an engine, outside of requests."""
-
-    engine: EngineRecord
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Start the server of an engine, or adopt the process if it exists already."""
-
-    engine: EngineRecord
-    server: ServerRecord | None  #: None: not planned yet
-
-
-@dataclass(frozen=True)
-class SendSignal:
-    """Send a signal to the processes of a server."""
-
-    engine: EngineRecord
-    server: ServerRecord
-    signal: Signal
-
-
-@dataclass(frozen=True)
-class Transition:
-    """Write a new state. If the engine is settled or queued again, the row of its server is removed in the same write."""
-
-    engine: EngineRecord
-    state: EngineState
-    reason: Reason | None = None
-    restarts: int | None = None  #: of a failure: number of the restart, queued in the same write; None: no restart
-
-
 #: The observation of an engine whose state requires a process, but which has no server.
 _NO_SERVER = Observed(alive=False, reason=Reason(code="server_lost", message="The engine has no process."))
-
-Action = Validate | Launch | SendSignal | Transition
 
 
 def plan(snapshot: Snapshot) -> list[Action]:
     """Return at most one action for each engine, oldest engine first; linear in the number of engines."""
-    return [action for engine in snapshot.engines if (action := _next(engine, snapshot))]
+    hosts = Hosts(snapshot.engines, snapshot.servers, snapshot.observed)
+    return [action for engine in snapshot.engines if (action := _next(engine, snapshot, hosts))]
 
 
-def _next(engine: EngineRecord, snapshot: Snapshot) -> Action | None:
+def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts) -> Action | None:
     server = snapshot.servers.get(engine.server_id or "")
     is_wanted = engine.desired is DesiredState.RUNNING
     match engine.state:
@@ -102,15 +72,25 @@ def _next(engine: EngineRecord, snapshot: Snapshot) -> Action | None:
             return _validate(engine, snapshot.validations.get(engine.id))
         case _S.QUEUED:
             is_due = snapshot.watches[engine.id].state_seconds >= backoff_seconds(engine.restarts)
-            return Launch(engine, None) if is_wanted and is_due else None
+            return _place(engine, server, hosts) if is_wanted and is_due else None
         case _S.STARTING if server and server.state is ServerState.PLANNED and is_wanted:
-            return Launch(engine, server)
+            return Launch(engine, server) if hosts.is_launcher(engine) else None
         case _S.PAUSED if server is None:
             return Transition(engine, _S.STOPPED) if engine.desired is DesiredState.STOPPED else None
         case _ if server is None:
-            return _settle(engine, _NO_SERVER, snapshot)
+            return _settle(engine, None, _NO_SERVER, snapshot)
         case _:
-            return _of_process(engine, server, snapshot)
+            return _of_process(engine, server, snapshot, hosts)
+
+
+def _place(engine: EngineRecord, last_server: ServerRecord | None, hosts: Hosts) -> Action | None:
+    """Plan for a queued engine: it joins a server, or gets a new one."""
+    if server := hosts.server_for(engine):
+        return Join(engine, server)
+    if hosts.must_wait(engine):
+        return None
+    hosts.launches(engine)
+    return Launch(engine, None, is_moved=last_server is not None)
 
 
 def _validate(engine: EngineRecord, validation: Validation | None) -> Action | None:
@@ -118,47 +98,65 @@ def _validate(engine: EngineRecord, validation: Validation | None) -> Action | N
         return Validate(engine)
     if not validation.is_done:
         return None
-    return Transition(engine, _S.FAILED if validation.reason else _S.QUEUED, validation.reason)
+    state = _S.FAILED if validation.reason else _S.QUEUED
+    return Transition(engine, state, validation.reason, values=validation.values)
 
 
-def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot) -> Action | None:
+def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, hosts: Hosts) -> Action | None:
     """Plan for an engine that has, or had, a process."""
     observed, watch, limits = snapshot.observed.get(engine.id), snapshot.watches[engine.id], snapshot.limits
-    kill = SendSignal(engine, server, Signal.KILL)
+    is_last = hosts.is_last(engine)
+    kill = SendSignal(engine, server, Signal.KILL, closes=is_last)
     is_killed = engine.force and engine.desired is DesiredState.STOPPED
     if observed is None:  # a kill is correct whether the process is alive or not
-        return _stop(engine, kill) if is_killed else None
+        return _stop(engine, kill if is_last else leave(engine)) if is_killed else None
     if observed.orphaned:
         return kill
     if observed.ended and observed.alive:  # the process is about to exit; write the result afterwards
         return kill if is_killed or watch.ended_seconds > limits.stop_seconds else None
     if observed.ended or not observed.alive:
-        return _settle(engine, observed, snapshot)
-    if is_killed:
-        return _stop(engine, kill)
-    is_inference = engine.kind is not EngineKind.FINETUNE
+        return _settle(engine, server, observed, snapshot)
+    if engine.desired is DesiredState.STOPPED and not is_last:
+        is_late = watch.state_seconds > limits.stop_seconds
+        return _stop(engine, leave(engine) if is_killed or is_late else unload(engine, server, observed))
+    if engine.desired is DesiredState.STOPPED:
+        is_late = engine.state is _S.STOPPING and _is_inference(engine) and watch.state_seconds > limits.stop_seconds
+        if is_killed or is_late:
+            return _stop(engine, kill)
+        return None if watch.is_stop_sent else _stop(engine, SendSignal(engine, server, Signal.STOP, closes=True))
     match engine.state:
-        case _S.STOPPING if is_inference and watch.state_seconds > limits.stop_seconds:
-            return kill
-        case _S.STARTING | _S.RUNNING | _S.PAUSED | _S.STOPPING if engine.desired is DesiredState.STOPPED:
-            return None if watch.is_stop_sent else _stop(engine, SendSignal(engine, server, Signal.STOP))
-        case _S.STARTING if observed.ready:
-            return Transition(engine, _S.RUNNING)
-        case _S.STARTING if is_inference and watch.state_seconds > limits.start_seconds:
-            return kill  # `_settle` writes the reason once the process is dead
+        case _S.STARTING:
+            return _start(engine, server, observed, snapshot, hosts)
         case _S.RUNNING if _is_hung(engine, watch, limits):
             return kill
+        case _S.RUNNING if observed.ready and server.shared:
+            return keep(engine, server, observed, hosts, snapshot.watches)
         case _:
             return None
 
 
-def _stop(engine: EngineRecord, signal: SendSignal) -> Action:
-    """Write `stopping` before the signal; the next plan, even of another control plane, then sends the signal."""
-    return signal if engine.state is _S.STOPPING else Transition(engine, _S.STOPPING)
+def _start(
+    engine: EngineRecord, server: ServerRecord, observed: Observed, snapshot: Snapshot, hosts: Hosts
+) -> Action | None:
+    """Plan for a starting engine whose process is alive. If it must leave the process to others, it fails at once."""
+    is_last = hosts.is_last(engine)
+    kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # `_settle` writes the reason once the process is dead
+    if is_misplaced(engine, server):
+        return kill if is_last else _settle(engine, server, observed, snapshot)
+    action = load(engine, server, observed) if observed.ready else None
+    is_late = _is_inference(engine) and snapshot.watches[engine.id].state_seconds > snapshot.limits.start_seconds
+    if is_late and not isinstance(action, Transition):
+        return _settle(engine, server, observed, snapshot) if hosts.is_serving_others(engine) else kill
+    return action
 
 
-def _settle(engine: EngineRecord, observed: Observed, snapshot: Snapshot) -> Action | None:
-    """Plan for an engine whose process has exited."""
+def _stop(engine: EngineRecord, action: Action) -> Action:
+    """Write `stopping` before the action; the next plan, even of another control plane, then returns the action."""
+    return action if engine.state is _S.STOPPING else Transition(engine, _S.STOPPING)
+
+
+def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observed, snapshot: Snapshot) -> Action | None:
+    """Plan for an engine whose process has exited, or that leaves a server which it cannot use."""
     watch, limits = snapshot.watches[engine.id], snapshot.limits
     match engine.state, observed.ended:
         case _S.STARTING, _S.COMPLETED:
@@ -174,9 +172,17 @@ def _settle(engine: EngineRecord, observed: Observed, snapshot: Snapshot) -> Act
         case _, _S.STOPPED | _S.COMPLETED as ended:
             return Transition(engine, ended, observed.reason)
         case _:
-            restarts = next_restart(engine, observed, watch) if engine.state is not _S.STOPPING else None
-            reason = _reason_of_kill(engine, watch, limits) or observed.reason
-            return Transition(engine, _S.FAILED, reason, restarts=restarts)
+            return _fail(engine, server, observed, watch, limits)
+
+
+def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed, watch: Watch, limits: Limits) -> Transition:
+    """Write a failure and, if the restart policy allows it, the restart."""
+    if is_misplaced(engine, server):
+        refused = Reason(code="adapter_refused", message=f"It is {engine.form}.")
+        return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)
+    reason = _reason_of_kill(engine, watch, limits) or observed.reason
+    restarts = next_restart(engine, observed, watch) if engine.state is not _S.STOPPING else None
+    return Transition(engine, _S.FAILED, reason, restarts=restarts, must_remain=observed.alive)
 
 
 def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
@@ -187,9 +193,9 @@ def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
 
 def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reason | None:
     """Return why the control plane killed an engine; None if the engine exited for another reason."""
-    is_inference = engine.kind is not EngineKind.FINETUNE
-    if engine.state is _S.STARTING and is_inference and watch.state_seconds > limits.start_seconds:
-        message = f"The engine did not answer within {limits.start_seconds:.0f} s and was killed."
+    if engine.state is _S.STARTING and _is_inference(engine) and watch.state_seconds > limits.start_seconds:
+        problem = "server did not load the adapter" if engine.adapter else "engine did not answer"
+        message = f"The {problem} within {limits.start_seconds:.0f} s and was killed."
         hint = f"`sage llm engine logs {engine.id}` shows its progress; SAGE_ENGINE_START_SECONDS sets the limit."
         return Reason(code="start_timeout", message=message, hint=hint)
     if engine.state is _S.RUNNING and _is_hung(engine, watch, limits):
@@ -197,3 +203,8 @@ def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reaso
         hint = f"`sage llm engine logs {engine.id}` shows its log."
         return Reason(code="engine_unresponsive", message=message, hint=hint)
     return None
+
+
+def _is_inference(engine: EngineRecord) -> bool:
+    """Return whether an engine serves requests."""
+    return engine.kind is not EngineKind.FINETUNE

@@ -6,6 +6,7 @@ of the engine counts as not known.
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -32,6 +33,7 @@ class _Target:
 
     engine: EngineRecord
     server: ServerRecord
+    is_first: bool = True  #: of the engines of its server, this one reports the memory
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
@@ -57,7 +59,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if `alive`, `ready`, `ended` or `orphaned` of an engine differs from its last observation."""
+        """on_change: called if an observation of an engine differs from the last one in what the plan reads."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -67,7 +69,7 @@ class Prober:
 
     def watch(self, engines: Iterable[EngineRecord], servers: Mapping[str, ServerRecord]) -> None:
         """Set the engines to probe. If the server of an engine has changed, its earlier observations are discarded."""
-        targets = {}
+        targets, seen = {}, set[str]()
         for engine in engines:
             if server := servers.get(engine.server_id or ""):
                 known = self._targets.get(engine.id)
@@ -78,7 +80,8 @@ class Prober:
                 elif known.engine.state is not engine.state:
                     known.due_seconds = 0.0
                     self._changed.set()
-                known.engine = engine
+                known.engine, known.is_first = engine, server.id not in seen
+                seen.add(server.id)
                 targets[engine.id] = known
         for engine_id in self._targets.keys() - targets.keys():
             self._cancel(self._targets[engine_id])
@@ -140,6 +143,8 @@ class Prober:
             process = (await asyncio.shield(look)).get(server.handle)
             if process is None:
                 raise OSError(f"the process of {server.id} cannot be observed")
+            if not target.is_first:
+                process = dataclasses.replace(process, memory_bytes=None)
             async with self._lanes[target.lane], asyncio.timeout(self._timeout_seconds):
                 observed = await self._executors[engine.kind].probe(engine, server, process)
         except Exception as error:  # noqa: BLE001 - logged, and tried again
@@ -173,4 +178,4 @@ class Prober:
 
 
 def _outline(observed: Observed) -> tuple[object, ...]:
-    return observed.alive, observed.ready, observed.ended, observed.orphaned
+    return observed.alive, observed.ready, observed.ended, observed.orphaned, observed.models

@@ -60,9 +60,8 @@ class RoutingTable:
     The cost of a look-up does not depend on the number of engines. Use the table in one event loop only.
     """
 
-    def __init__(self, node: str, model_name: Callable[[EngineRecord], str | None] = lambda _: None) -> None:
-        """model_name: returns the model name that an engine's server expects; None: it accepts the name in the request."""
-        self._node, self._model_name = node, model_name
+    def __init__(self, node: str) -> None:
+        self._node = node
         self._routes: dict[str, Route] = {}
         self._groups: dict[tuple[EngineKind, str], _Group] = {}
         self._changed = asyncio.Event()
@@ -85,7 +84,7 @@ class RoutingTable:
                 version=engine.version,
                 created_at=engine.created_at,
                 address=server.address if server else None,
-                model_name=self._model_name(engine),
+                model_name=engine.served_as,
             )
             for entries, order in self._entries(route):
                 insort(entries, (order, engine.id))

@@ -1,6 +1,8 @@
 """The runner executes actions: a limited number at a time, one per engine; a failed action does not stop the others."""
 
 import asyncio
+import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -8,9 +10,20 @@ from typing import Any
 
 from sage.common.errors import SageError
 from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
-from sage.llm.control_plane.executors.base import Executor, Observed
-from sage.llm.control_plane.launchers.base import Launcher, Signal
-from sage.llm.control_plane.plan import Action, Launch, SendSignal, Transition, Validate
+from sage.llm.control_plane.actions import (
+    Action,
+    Join,
+    Launch,
+    LoadAdapter,
+    Revise,
+    SendSignal,
+    Transition,
+    UnloadAdapter,
+    Validate,
+)
+from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
+from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
+from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
@@ -33,16 +46,19 @@ class Runner:
         pool: Pool,
         executors: Mapping[EngineKind, Executor],
         launcher: Launcher,
+        adapters: AdapterClient,
         routing: RoutingTable,
         lease: Callable[[], Lease | None],
         on_done: Callable[[], None] = lambda: None,
     ) -> None:
         """pool: for calls of the store; on_done: called after each action that changed something."""
-        self._store, self._pool, self._executors, self._launcher = store, pool, executors, launcher
+        self._store, self._pool, self._executors = store, pool, executors
+        self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: engines that were sent the stop signal; the reconciler reads and clears it
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._launching: set[str] = set()  #: servers
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
         self._troubles: dict[str, str] = {}
 
@@ -73,8 +89,10 @@ class Runner:
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
+        # Not in the slots: a server that does not answer must not delay the actions of other servers.
+        slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
-            async with self._slots:
+            async with slots:
                 await self._act(action, observed, server)
         except StaleWrite:
             logger.debug("%s was written by another process; the next plan starts from that", engine_id)
@@ -88,26 +106,48 @@ class Runner:
 
     async def _act(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         match action:
-            case Launch(engine, planned):
-                await self._launch(engine, planned)
-            case SendSignal(engine, target, signal):
+            case Launch(engine, planned, is_moved):
+                await self._launch(engine, planned, is_moved=is_moved)
+            case Join(engine, target):
+                joined = {"revision": engine.revision + 1, "served_as": None}
+                self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=target.id, **joined), target)
+                await self._clean(engine, target)
+            case LoadAdapter(engine, target):
+                await self._load(engine, target)
+            case UnloadAdapter(engine, target, name):
                 self._held_lease()
-                await self._launcher.signal(target.handle, signal)
-                if signal is Signal.STOP:
-                    self.signalled.add(engine.id)
-            case Transition(engine, state, reason, restarts):
-                await self._transition(engine, state, reason, server, observed, restarts)
+                await self._adapters.unload(target, name)
+                if engine.state is EngineState.STOPPING:
+                    await self._transition(Transition(engine, EngineState.STOPPED, must_remain=True), target, observed)
+            case Revise(engine):
+                await self._revise(engine, server, served_as=engine.internal_name)
+            case SendSignal():
+                await self._signal(action)
+            case Transition():
+                await self._transition(action, server, observed)
 
-    async def _launch(self, engine: EngineRecord, server: ServerRecord | None) -> None:
+    async def _launch(self, engine: EngineRecord, server: ServerRecord | None, *, is_moved: bool) -> None:
         """Store the planned server, start its process, and store its address; adopt the process if it exists."""
         executor = self._executors[engine.kind]
         if server is None:
-            server = executor.plan_server(engine)
-            engine = await self._write(engine, EngineState.STARTING, put_server=server, server_id=server.id)
+            revision = engine.revision + 1
+            server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=is_moved)
+            if server.served_name:  # a process of before has its model under another name
+                await self._end_process(server)
+            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None}
+            engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
-        process = (await self._launcher.observe([server.handle])).get(server.handle)
-        if process is None:
-            raise OSError(f"the process of {server.id} cannot be observed")
+            await self._clean(before, server)
+        if server.id in self._launching:  # by another engine, which has been stopped since
+            return
+        self._launching.add(server.id)
+        try:
+            await self._launch_process(executor, engine, server)
+        finally:
+            self._launching.discard(server.id)
+
+    async def _launch_process(self, executor: Executor, engine: EngineRecord, server: ServerRecord) -> None:
+        process = await self._process(server)
         if process.leftovers:
             await self._launcher.signal(server.handle, Signal.KILL)
             raise OSError(f"processes of {server.id} of before were still running, and were killed")
@@ -118,31 +158,70 @@ class Runner:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
                 address = await self._launcher.launch(spec)
             except (SageError, OSError) as error:
-                await self._transition(engine, EngineState.FAILED, _reason(error), server)
+                await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
                 return
         launched = functools.partial(self._store.update_server, server, lease=self._held_lease())
         server = await self._pool.run(launched, state=ServerState.LAUNCHED, address=address)
         self._routing.apply(engine, server)
 
-    async def _transition(
-        self,
-        engine: EngineRecord,
-        state: EngineState,
-        reason: Reason | None,
-        server: ServerRecord | None,
-        observed: Observed | None = None,
-        restarts: int | None = None,
-    ) -> None:
-        values: dict[str, Any] = {}
+    async def _end_process(self, server: ServerRecord) -> None:
+        if (await self._process(server)).alive:
+            self._held_lease()
+            await self._launcher.signal(server.handle, Signal.KILL)
+            raise OSError(f"a process of {server.id} of before was still running, and was killed")
+
+    async def _process(self, server: ServerRecord) -> ProcessObservation:
+        process = (await self._launcher.observe([server.handle])).get(server.handle)
+        if process is None:
+            raise OSError(f"the process of {server.id} cannot be observed")
+        return process
+
+    async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
+        """Remove the files of the server that an engine had before it was given `server`, unless others use them."""
+        last_id = server_id_of(engine)
+        if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
+            await self._executors[engine.kind].remove(engine)
+
+    async def _load(self, engine: EngineRecord, server: ServerRecord) -> None:
+        """Load the current version of an adapter; if its server refuses that, let the engine get a server of its own."""
+        self._held_lease()
+        try:
+            await self._adapters.load(server, engine.internal_name, engine.adapter or "")
+        except AdapterRefused as error:
+            if engine.state is EngineState.STARTING:
+                form = f"merged, since the adapter cannot be loaded into a running base: {error.message}"
+                await self._revise(engine, server, base=None, adapter=None, form=form)
+                return
+            raise
+        if engine.state is EngineState.STARTING:
+            loaded = {"served_as": engine.internal_name}
+            await self._transition(Transition(engine, EngineState.RUNNING, values=loaded), server)
+        else:
+            await self._revise(engine, server, served_as=engine.internal_name)
+
+    async def _signal(self, action: SendSignal) -> None:
+        lease, server = self._held_lease(), action.server
+        if action.closes and server.shared and server.state is not ServerState.CLOSING:
+            await self._pool.run(self._store.close_server, server, action.engine, lease=lease)
+        await self._launcher.signal(server.handle, action.signal)
+        if action.signal is Signal.STOP:
+            self.signalled.add(action.engine.id)
+
+    async def _transition(self, action: Transition, server: ServerRecord | None, observed: Observed | None = None) -> None:
+        engine, state, values = action.engine, action.state, dict(action.values)
         if state in SETTLED:
-            values = {"drop_server": server.id if server else None}
+            values |= {"leave_server": server.id if server else None, "must_remain": action.must_remain}
             if observed and observed.training:
                 values["figures"] = observed.training.model_dump(mode="json")
-        if restarts is None:
-            engine = await self._write(engine, state, reason=reason, **values)
+        if action.restarts is None:
+            engine = await self._write(engine, state, reason=action.reason, **values)
         else:
-            engine = await self._restart(engine, restarts, reason, **values)
+            engine = await self._restart(engine, action.restarts, action.reason, **values)
         self._routing.apply(engine, None if state in SETTLED else server)
+
+    async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
+        revise = functools.partial(self._store.revise, engine, actor=_ACTOR, lease=self._held_lease())
+        self._routing.apply(await self._pool.run(revise, **values), server)
 
     async def _write(self, engine: EngineRecord, state: EngineState, **values: Any) -> EngineRecord:
         write = functools.partial(self._store.transition, engine, state, actor=_ACTOR, lease=self._held_lease())

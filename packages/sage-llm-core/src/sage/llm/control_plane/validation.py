@@ -23,7 +23,7 @@ class Validator:
         """on_done: called after each validation."""
         self._executors, self._on_done = executors, on_done
         self._pools = {kind: Pool(f"validate-{kind}", _MAX_VALIDATIONS) for kind in executors}
-        self._tasks: dict[str, asyncio.Task[Reason | None]] = {}
+        self._tasks: dict[str, asyncio.Task[Validation]] = {}
 
     def begin(self, engine: EngineRecord) -> None:
         """Begin to validate an engine, unless its validation has already begun."""
@@ -42,8 +42,7 @@ class Validator:
             if self._tasks[engine_id].done():
                 del self._tasks[engine_id]
         return {
-            engine_id: Validation(task.done(), task.result() if task.done() else None)
-            for engine_id, task in self._tasks.items()
+            engine_id: task.result() if task.done() else Validation(is_done=False) for engine_id, task in self._tasks.items()
         }
 
     async def close(self) -> None:
@@ -54,14 +53,15 @@ class Validator:
         for pool in self._pools.values():
             pool.close()
 
-    async def _validate(self, engine: EngineRecord) -> Reason | None:
-        """Return why an engine cannot be started, or None."""
+    async def _validate(self, engine: EngineRecord) -> Validation:
+        """Return why an engine cannot be started, or the columns of the engine that the checks determined."""
         try:
             # In a separate event loop, so that only this validation uses the threads of that loop.
-            await self._pools[engine.kind].run(asyncio.run, self._executors[engine.kind].validate(engine))
+            validate = self._executors[engine.kind].validate(engine)
+            return Validation(is_done=True, values=await self._pools[engine.kind].run(asyncio.run, validate))
         except SageError as error:
-            return Reason(code=error.code, message=error.message, hint=error.hint)
+            reason = Reason(code=error.code, message=error.message, hint=error.hint)
         except Exception as error:
             logger.warning("%s cannot be validated", engine.id, exc_info=error)
-            return Reason(code="validation_failed", message=f"The engine cannot be checked: {error}.")
-        return None
+            reason = Reason(code="validation_failed", message=f"The engine cannot be checked: {error}.")
+        return Validation(is_done=True, reason=reason)

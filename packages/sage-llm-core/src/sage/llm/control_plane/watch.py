@@ -21,6 +21,8 @@ class Watch:
     silent_seconds: float = 0.0  #: time running without an answer to its health check
     ended_seconds: float = 0.0  #: time alive after its work has ended
     seen_alive: bool = False  #: this control plane has seen its process
+    served_as: str | None = None
+    served_seconds: float = 0.0  #: time since its server has the current version of its adapter
     is_stop_sent: bool = False  #: this control plane sent the stop signal since the engine entered its state
 
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:
@@ -30,6 +32,8 @@ class Watch:
         """
         passed_seconds = min(now_seconds - self.looked_at_seconds, limit_seconds)
         self.looked_at_seconds = now_seconds
+        self.served_seconds = self.served_seconds + passed_seconds if engine.served_as == self.served_as else 0.0
+        self.served_as = engine.served_as
         if observed and observed.alive:
             self.seen_alive = True
         if engine.state is not self.state:

@@ -3,15 +3,18 @@
 To add a backend, write a class in this folder with the attributes of `ServingBackend`, and list it in `BACKENDS`.
 """
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
 from sage.libs.models.resolve import ModelKind, ModelSource, safetensors_header
 from sage.llm.client.types import EngineKind
-from sage.llm.control_plane.store.records import EngineRecord
+from sage.llm.control_plane.store.records import ServerRecord
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Capabilities:
     formats: frozenset[ModelKind]  #: model formats that it can load
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     hot_adapters: bool = False  #: adapters can be loaded and unloaded while it runs
+    merges_adapters: bool = True  #: it can serve a base with an adapter that is merged into it
+    warm_up: bool = False  #: the first request to an adapter is slow, so send one after loading
     sleep: bool = False  #: it can release its memory and allocate it again without a restart
 
 
@@ -32,8 +37,6 @@ class Backend(Protocol):
     capabilities: ClassVar[Capabilities]
     #: The options that a user may set.
     options: ClassVar[type[BaseModel]]
-    #: The first part of its command; `sys.executable` for a program in SAGE's own environment.
-    interpreter: ClassVar[tuple[str, ...]]
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
         """Return the memory that the engine is expected to need, or None if it is not known."""
@@ -41,16 +44,59 @@ class Backend(Protocol):
 
 @runtime_checkable
 class ServingBackend(Backend, Protocol):
-    """An inference server with OpenAI's HTTP interface."""
+    """An inference server with OpenAI's HTTP interface, and vLLM's for adapters if they can be loaded while it runs."""
 
-    #: Once the server is ready, this path answers 200 and a JSON object; its `engine` is the variable SAGE_ENGINE_ID.
+    #: The path that tells whether the server is ready.
     health_path: ClassVar[str]
 
-    def argv(self, model: str, options: Any) -> tuple[str, ...]:
-        """Return the command; the launcher replaces PORT_ARGUMENT and DESCRIPTOR_ARGUMENT in it."""
+    def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
+        """Return the command that serves `model`; the launcher replaces PORT_ARGUMENT and DESCRIPTOR_ARGUMENT in it.
 
-    def model_name(self, engine: EngineRecord) -> str | None:
-        """Return the model name that the engine's server expects; None: requests are forwarded unchanged."""
+        served_name: the name of the model in requests to the server.
+        """
+
+    def environment(self, options: Any) -> Mapping[str, str]:
+        """Return additional environment variables of the process."""
+
+    def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
+        """Return whether an answer of `health_path` is that of `server`, which is ready, and not of another program."""
+
+    def can_join(self, adapter: Path, base: Path) -> str | None:
+        """Return why an adapter cannot be loaded into a running base, as the rest of a sentence; None if it can."""
+
+    def max_adapters(self, options: Any) -> int | None:
+        """Return how many adapters a server can host; None: any number."""
+
+
+class WorkerBackend:
+    """The methods that the backends for SAGE's own servers share."""
+
+    health_path: ClassVar[str] = "/health"
+
+    def environment(self, options: Any) -> Mapping[str, str]:
+        """Return no variables."""
+        return {}
+
+    def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
+        """Return whether the answer has the token of the server, which its process has from its environment."""
+        return status == 200 and bool(parsed(content).get("engine") == server.token)
+
+    def can_join(self, adapter: Path, base: Path) -> str | None:
+        """Return None."""
+        return None
+
+    def max_adapters(self, options: Any) -> int | None:
+        """Return None."""
+        return None
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one if it is not one."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def parameter_count(model: ModelSource) -> int | None:

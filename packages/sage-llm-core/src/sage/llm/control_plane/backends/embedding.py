@@ -7,9 +7,8 @@ from pydantic import BaseModel, ConfigDict
 
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
-from sage.llm.control_plane.backends.base import Capabilities, parameter_count
+from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
-from sage.llm.control_plane.store.records import EngineRecord
 
 
 class EmbeddingOptions(BaseModel):
@@ -18,7 +17,7 @@ class EmbeddingOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class EmbeddingBackend:
+class EmbeddingBackend(WorkerBackend):
     """Serves `/v1/embeddings`."""
 
     name: ClassVar[str] = "embedding"
@@ -27,15 +26,11 @@ class EmbeddingBackend:
     )
     options: ClassVar[type[BaseModel]] = EmbeddingOptions
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
-    health_path: ClassVar[str] = "/health"
 
-    def argv(self, model: str, options: EmbeddingOptions) -> tuple[str, ...]:
+    def argv(self, model: str, served_name: str, options: EmbeddingOptions) -> tuple[str, ...]:
         """Return the command that serves `model` on the socket that the launcher passes."""
         listen = ("--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT)
         return (*self.interpreter, "-m", "sage.llm.workers.embedding", "--model", model, *listen)
-
-    def model_name(self, engine: EngineRecord) -> None:
-        """Return None: the server accepts any name."""
 
     def memory_bytes(self, model: ModelSource, options: EmbeddingOptions) -> int | None:
         """Return the size of the weights in memory, in fp32."""

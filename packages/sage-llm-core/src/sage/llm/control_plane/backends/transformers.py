@@ -7,9 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
-from sage.llm.control_plane.backends.base import Capabilities, parameter_count
+from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
-from sage.llm.control_plane.store.records import EngineRecord
 
 
 class TransformersOptions(BaseModel):
@@ -21,24 +20,20 @@ class TransformersOptions(BaseModel):
     max_tokens: int = Field(1024, ge=1, description="Length of an answer if the request does not say, in tokens.")
 
 
-class TransformersBackend:
+class TransformersBackend(WorkerBackend):
     """Serves a base model, or a base with its adapter merged into it."""
 
     name: ClassVar[str] = "transformers"
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind))
     options: ClassVar[type[BaseModel]] = TransformersOptions
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
-    health_path: ClassVar[str] = "/health"
 
-    def argv(self, model: str, options: TransformersOptions) -> tuple[str, ...]:
+    def argv(self, model: str, served_name: str, options: TransformersOptions) -> tuple[str, ...]:
         """Return the command that serves `model` on the socket that the launcher passes."""
         return (
             *self.interpreter, "-m", "sage.llm.workers.generation", "--model", model, "--port", PORT_ARGUMENT,
             "--fd", DESCRIPTOR_ARGUMENT, "--dtype", options.dtype, "--max-tokens", str(options.max_tokens),
         )  # fmt: skip
-
-    def model_name(self, engine: EngineRecord) -> None:
-        """Return None: the server accepts any name."""
 
     def memory_bytes(self, model: ModelSource, options: TransformersOptions) -> int | None:
         """Return the size of the weights in memory."""

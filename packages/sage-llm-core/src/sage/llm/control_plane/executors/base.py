@@ -10,7 +10,7 @@ from sage.common.processes import ProcessSpec
 from sage.common.training import TrainingProgress, TrainingStep
 from sage.llm.client.types import EngineState, Reason, StartRequest
 from sage.llm.control_plane.launchers.base import ProcessObservation
-from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Observed:
     orphaned: bool = False  #: its process is gone, but processes that it started are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
+    models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
+    context_tokens: int | None = None
+    slots: int | None = None
 
 
 class Executor(Protocol):
@@ -44,10 +47,10 @@ class Executor(Protocol):
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
         """Check a request in milliseconds and without side effects; raises SageError."""
 
-    async def validate(self, engine: EngineRecord) -> None:
+    async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, such as those of the dataset, and create the files of the engine; raises SageError.
 
-        It is called before each start that a user requests, possibly more than once.
+        Returns columns of the engine to write. It is called before each start that a user requests, possibly more than once.
         """
 
     async def discard(self, engine_id: str) -> None:
@@ -56,11 +59,11 @@ class Executor(Protocol):
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise SageError if the engine cannot be started again; fast."""
 
-    def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec:
+    def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the process to launch; blocking. Call it only to launch the process: a training run records the launch."""
 
-    def plan_server(self, engine: EngineRecord) -> ServerRecord:
-        """Return the server to launch for an engine."""
+    def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
+        """Return the server to launch for an engine; is_moved: not with the id of its last server, which others use."""
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
         """Return the condition of an engine whose process was just observed; raises OSError if it is not known."""
@@ -75,16 +78,21 @@ class Executor(Protocol):
         """Return the path of the engine's log."""
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove the engine's files; the result of a training run stays."""
+        """Remove the files of the engine and its last server, which no other engine uses; a run's result stays."""
 
 
-def planned_server(engine: EngineRecord, handle: str) -> ServerRecord:
-    """Return the planned server of one engine; the ids of both have the same suffix."""
+def server_id_of(engine: EngineRecord) -> str:
+    """Return the id of an engine's last server; of its first one, if it had none."""
+    return engine.server_id or f"server-{suffix_of(engine.id)}"
+
+
+def planned_server(engine: EngineRecord, server_id: str, handle: str) -> ServerRecord:
+    """Return the planned server of one engine."""
     return ServerRecord(
-        id=f"server-{suffix_of(engine.id)}",
+        id=server_id,
         node=engine.node,
         backend=engine.backend,
-        model=engine.model,
+        model=engine.base or engine.model,
         state=ServerState.PLANNED,
         handle=handle,
         address=None,
@@ -93,8 +101,3 @@ def planned_server(engine: EngineRecord, handle: str) -> ServerRecord:
         version=1,
         created_at=datetime.now(UTC),
     )
-
-
-def suffix_of(record_id: str) -> str:
-    """Return the suffix of an id; an engine, its server and its training run have the same suffix."""
-    return record_id.partition("-")[2]

@@ -20,13 +20,13 @@ from sage.llm.client.types import SETTLED as SETTLED_ENGINE
 from sage.llm.client.types import EngineState, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.datasets import FILE_ID, DatasetResolver, LocalDatasets, check_absolute
-from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, suffix_of
+from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
 from sage.llm.control_plane.executors.exit_message import exit_message
 from sage.llm.control_plane.executors.finetune_engine import FinetuneEngine, FinetuneEngineConfig
 from sage.llm.control_plane.executors.runs import SETTLED, UNREADABLE, failure_of, unreadable
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.pools import Pool
-from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
 
 __all__ = ["FinetuneEngine", "FinetuneEngineConfig", "FinetuneExecutor"]
 
@@ -54,10 +54,11 @@ class FinetuneExecutor:
             raise Conflict(code="no_port", message="A finetune engine has no port.", hint="Omit --port.")
         return await asyncio.to_thread(self._prepare, engine_id, request)
 
-    async def validate(self, engine: EngineRecord) -> None:
+    async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Check and hash the dataset and create the run directory; if the run exists, check that it can be resumed."""
         if not await self._is_alive(engine):
             await asyncio.to_thread(self._validate, engine)
+        return {}
 
     async def discard(self, engine_id: str) -> None:
         """Remove the run directory if it exists, so that another run can use its output folder."""
@@ -70,13 +71,13 @@ class FinetuneExecutor:
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
-    def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec:
+    def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the worker process, and record its launch in the run's events."""
         return self._manager.process_spec(task_id_of(engine.id))
 
-    def plan_server(self, engine: EngineRecord) -> ServerRecord:
+    def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the server that represents the run's worker."""
-        return planned_server(engine, self._handle(engine))
+        return planned_server(engine, server_id_of(engine), self._handle(engine))
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
         """Read the state of the run from its events."""

@@ -1,6 +1,7 @@
 """Engines of kind llm and embedding: inference servers."""
 
 import asyncio
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,28 +9,33 @@ from typing import Any
 
 import httpx
 
+from sage.common.ids import random_suffix
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessSpec
 from sage.common.training import TrainingStep
 from sage.common.validation import validated
 from sage.libs.models.resolve import resolve_model
-from sage.llm.client.types import Reason, StartRequest
+from sage.llm.client.types import SETTLED, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
-from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, suffix_of
+from sage.llm.control_plane.backends.base import parsed
+from sage.llm.control_plane.executors.adapter_client import AdapterClient
+from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
 from sage.llm.control_plane.executors.exit_message import exit_message
+from sage.llm.control_plane.executors.placement import placement
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
-from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
 
 _HEALTH_SECONDS = 2.0
-#: Environment variable with the id of the engine that a server was created for; its health check returns that id.
+#: Environment variable with the token of a server; the health check of SAGE's own servers returns it.
 _ENGINE_VARIABLE = "SAGE_ENGINE_ID"
 
 
 class InferenceExecutor:
     """Runs inference servers with the commands of their backends."""
 
-    def __init__(self, launcher: Launcher) -> None:
-        self._launcher = launcher
+    def __init__(self, launcher: Launcher, adapters: AdapterClient) -> None:
+        self._launcher, self._adapters = launcher, adapters
+        self._answers: dict[str, asyncio.Task[Observed]] = {}
         # No limit of connections: servers that do not answer must not block requests to others. The prober has a limit.
         # No idle connections: httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -42,58 +48,66 @@ class InferenceExecutor:
             await self._launcher.check_port(request.port)
         return prepared
 
-    async def validate(self, engine: EngineRecord) -> None:
-        """Check that the model exists; raises ModelError."""
-        await asyncio.to_thread(resolve_model, engine.model)
+    async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
+        """Check that the model exists, and decide whether the engine can share a server; raises ModelError."""
+        return await asyncio.to_thread(placement, engine)
 
     async def discard(self, engine_id: str) -> None:
         """Do nothing: `validate` creates nothing."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the requested port of the engine is taken, ModelError if its model no longer exists."""
-        handle = self._handle(engine.id)
+        handle = self._handle(server_id_of(engine))
         if (process := (await self._launcher.observe([handle])).get(handle)) and process.alive:
-            return  # the living process is adopted
+            return  # it joins the living process, or replaces it
         await asyncio.to_thread(resolve_model, engine.model)
         if engine.requested_port:
             await self._launcher.check_port(engine.requested_port)
 
-    def spec(self, engine: EngineRecord, server: ServerRecord | None) -> ProcessSpec:
-        """Return the backend's process; its files are in the folder of the engine that the server was created for."""
-        backend = registry.serving(engine.backend)
-        options = validated(backend.options, dict(engine.options))
-        folder = _folder(server.id if server else engine.id)
+    def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
+        """Return the backend's process."""
+        backend = registry.serving(server.backend)
+        options = validated(backend.options, dict(engine.options if server.options is None else server.options))
+        folder = _folder(server.id)
         return ProcessSpec(
-            backend.argv(engine.model, options),
+            backend.argv(server.model, server.served_name or server.model, options),
             folder / "process.lock",
             folder / "engine.log",
-            env={_ENGINE_VARIABLE: folder.name},
+            env={**backend.environment(options), _ENGINE_VARIABLE: server.token},
             port=engine.requested_port or 0,
         )
 
-    def plan_server(self, engine: EngineRecord) -> ServerRecord:
-        """Return a new server that hosts only this engine."""
-        return planned_server(engine, self._handle(engine.id))
+    def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
+        """Return a new server that loads the model of an engine, or the base of its adapter, which others may join."""
+        server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
+        backend = registry.serving(engine.backend)
+        base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
+        return dataclasses.replace(
+            planned_server(engine, server_id, self._handle(server_id)),
+            options=engine.options,
+            served_name=base_name,
+            shared=engine.base is not None,
+            max_adapters=backend.max_adapters(validated(backend.options, dict(engine.options))),
+        )
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
         """Request the server's health, or find out why the server exited."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:
-            address = server.address or process.address
-            ready = address is not None and await self._answers(server, address)
-            return Observed(alive=True, ready=ready, process=process)
+            return dataclasses.replace(await self._answer(server, server.address or process.address), process=process)
         if server.state is ServerState.PLANNED:
             return Observed(alive=False, process=process)
-        message = await asyncio.to_thread(
-            exit_message, "The engine's process", process.exit_code, _folder(server.id) / "engine.log"
-        )
+        log = _folder(server.id) / "engine.log"
+        message = await asyncio.to_thread(exit_message, "The engine's process", process.exit_code, log)
         reason = Reason(code="engine_died", message=message, hint=f"Its log: `sage llm engine logs {engine.id}`.")
         return Observed(alive=False, reason=reason, process=process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return no fields: an inference engine has only the fields of every engine."""
-        return {}
+        """Return how the model is served, and the limits that the server reports."""
+        form = f"adapter on {engine.server_id}" if engine.adapter and engine.server_id else engine.form
+        fields = {"context_tokens": observed.context_tokens, "slots": observed.slots} if observed else {}
+        return {"form": None if engine.state in SETTLED else form, **fields}
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return no steps: an inference engine does not train."""
@@ -101,22 +115,35 @@ class InferenceExecutor:
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the path of the log of the engine's server."""
-        return _folder(engine.server_id or engine.id) / "engine.log"
+        return _folder(server_id_of(engine)) / "engine.log"
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove the files of the engine: its lock, port and log."""
-        await asyncio.to_thread(shutil.rmtree, _folder(engine.id), ignore_errors=True)
+        """Remove the files of the engine's last server: its lock, port and log."""
+        await asyncio.to_thread(shutil.rmtree, _folder(server_id_of(engine)), ignore_errors=True)
 
-    async def _answers(self, server: ServerRecord, address: str) -> bool:
+    async def _answer(self, server: ServerRecord, address: str | None) -> Observed:
+        """Return what a server answers; engines of one server share the requests."""
+        asked = self._answers.get(server.id)
+        if asked is None or asked.done():
+            asked = self._answers[server.id] = asyncio.create_task(self._ask(server, address))
+            asked.add_done_callback(lambda _: self._answers.pop(server.id, None))
+        return await asyncio.shield(asked)
+
+    async def _ask(self, server: ServerRecord, address: str | None) -> Observed:
+        backend = registry.serving(server.backend)
         try:
-            answer = await self._http.get(f"http://{address}{registry.serving(server.backend).health_path}")
-            is_it = answer.status_code == httpx.codes.OK and answer.json()["engine"] == _folder(server.id).name
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):  # no answer, or an answer of another program
-            return False
-        return is_it
+            answer = await self._http.get(f"http://{address}{backend.health_path}") if address else None
+            if answer is None or not backend.is_ready_answer(server, answer.status_code, answer.content):
+                return Observed(alive=True)
+            models = await self._adapters.loaded(server) if server.shared else frozenset[str]()
+        except (httpx.HTTPError, OSError):
+            return Observed(alive=True)
+        limits = parsed(answer.content)
+        return Observed(alive=True, ready=True, models=models, context_tokens=_number(limits.get("context_tokens")),
+                        slots=_number(limits.get("slots")))  # fmt: skip
 
-    def _handle(self, engine_id: str) -> str:
-        folder = _folder(engine_id)
+    def _handle(self, server_id: str) -> str:
+        folder = _folder(server_id)
         return self._launcher.handle(ProcessSpec((), folder / "process.lock", folder / "engine.log"))
 
 
@@ -127,6 +154,10 @@ def _prepare(request: StartRequest) -> Prepared:
     return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options))
 
 
-def _folder(record_id: str) -> Path:
-    """Return the folder of a server, which is named after the engine that it was created for."""
-    return get_user_paths().state_dir / "engines" / f"engine-{suffix_of(record_id)}"
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _folder(server_id: str) -> Path:
+    """Return the folder of a server; its name is the server's token."""
+    return get_user_paths().state_dir / "engines" / f"engine-{suffix_of(server_id)}"

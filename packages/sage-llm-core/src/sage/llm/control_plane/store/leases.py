@@ -5,6 +5,8 @@ outdated, and its writes are refused. If it is suspended in the middle of a tran
 ends the transaction after 3 s; SQLite cannot end it, so that nobody can write until the process continues or exits.
 """
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from sqlalchemy import ColumnElement, Connection, Engine, and_, select, update
@@ -88,6 +90,15 @@ class LeaseStore:
             query = select(leases).where(leases.c.node == node, leases.c.holder.is_not(None), _is_valid(self.lease_seconds))
             row = connection.execute(query).one_or_none()
         return LeaderInfo(row.holder, row.host, row.pid, row.url) if row else None
+
+    @contextlib.contextmanager
+    def _fenced(self, lease: Lease, node: str) -> Iterator[Connection]:
+        """Open a transaction; the lease stays valid until the transaction ends. Raises LeaseLost."""
+        if lease.node != node:
+            raise LeaseLost(f"the lease of {lease.node} does not allow a write to {node}")
+        with self._write() as connection:
+            self._check_lease(connection, lease)
+            yield connection
 
     def _check_lease(self, connection: Connection, lease: Lease) -> None:
         """Raise LeaseLost if the lease is not valid; on success, nobody can take it before this transaction ends.

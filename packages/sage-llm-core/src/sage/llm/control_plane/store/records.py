@@ -8,6 +8,9 @@ from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
 
+#: The prefix of the names that models have inside a server.
+INTERNAL = "sage-"
+
 
 @dataclass(frozen=True)
 class Lease:
@@ -55,6 +58,11 @@ class ServerRecord:
     shared: bool = False  #: other engines with the same base model, backend and options may join it
     max_adapters: int | None = None  #: None: no limit
 
+    @property
+    def token(self) -> str:
+        """The id by which a process recognises itself: `engine-` and the suffix of the server's id."""
+        return f"engine-{suffix_of(self.id)}"
+
 
 @dataclass(frozen=True)
 class EngineRecord:
@@ -90,3 +98,18 @@ class EngineRecord:
     form: str | None = None  #: how its model is served, for users; written by the validation
     revision: int = 0  #: incremented at each start, and by each newer version of its adapter
     served_as: str | None = None  #: its model name in requests to its server; None: not loaded, or the server accepts any
+
+    @property
+    def internal_name(self) -> str:
+        """The model name, never used twice, of the current revision of its adapter."""
+        return f"{internal_prefix(self.id)}{self.revision}"
+
+
+def internal_prefix(engine_id: str) -> str:
+    """Return the prefix of the internal names of an engine."""
+    return f"{INTERNAL}{suffix_of(engine_id)}-"
+
+
+def suffix_of(record_id: str) -> str:
+    """Return the suffix of an id; an engine, its first server and its training run have the same suffix."""
+    return record_id.partition("-")[2]

@@ -11,10 +11,11 @@ from sage.common.errors import Conflict, NotFound
 from sage.llm.client.types import DesiredState, EngineEvent, EngineKind, EngineState, EventKind, Reason
 from sage.llm.control_plane.states import check_transition
 from sage.llm.control_plane.store.clock import clock
-from sage.llm.control_plane.store.leases import LEASE_SECONDS, LeaseLost, LeaseStore, StaleWrite
+from sage.llm.control_plane.store.leases import LEASE_SECONDS, LeaseLost, StaleWrite
 from sage.llm.control_plane.store.pages import page_query, position
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.rows import engine_event, engine_record, server_record, to_columns
+from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
@@ -23,7 +24,7 @@ __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 _FEED_LOCK = 0x53414745_00000002
 
 
-class Store(LeaseStore):
+class Store(ServerStore):
     """The database of the control plane. Each method is one transaction and blocks: call it in a thread.
 
     Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
@@ -46,24 +47,28 @@ class Store(LeaseStore):
         lease: Lease,
         reason: Reason | None = None,
         put_server: ServerRecord | None = None,
-        drop_server: str | None = None,
+        join_server: str | None = None,
+        leave_server: str | None = None,
+        must_remain: bool = False,
         **values: Any,
     ) -> EngineRecord:
         """Change the state of an engine as it was read to `state`, and write the event and the server as well.
 
-        put_server: a server to insert or replace; drop_server: the id of a server to remove; values: other columns.
-        Raises StaleWrite if the engine was written since it was read, IllegalTransition if the table of states does not
-        contain the transition, Conflict if the engine becomes active again and another engine has its port.
+        put_server: a server to insert or replace; join_server: the id of a server that hosts other engines; leave_server:
+        the id of a server, whose row is removed with its last engine, unless `must_remain`; values: other columns.
+        Raises StaleWrite if the engine was written since it was read, or the server does not permit the change,
+        IllegalTransition if the table of states does not contain the transition, Conflict if the engine becomes active
+        again and another engine has its port.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
-            moved = self._move(connection, record, state, actor, reason, **values)
-            gone = [server_id for server_id in (drop_server, put_server and put_server.id) if server_id]
-            if gone:
-                connection.execute(delete(servers).where(servers.c.id.in_(gone), servers.c.node == record.node))
+            if leave_server:
+                self._leave(connection, record, leave_server, must_remain=must_remain)
             if put_server:
-                row = to_columns(vars(put_server)) | {"created_at": clock()}
-                connection.execute(insert(servers).values(row))
-            return moved
+                self._put(connection, record, put_server)
+            if join_server:
+                self._join(connection, record, join_server)
+                values["server_id"] = join_server
+            return self._move(connection, record, state, actor, reason, **values)
 
     def restart(
         self,
@@ -72,7 +77,8 @@ class Store(LeaseStore):
         actor: str,
         lease: Lease,
         reason: Reason | None,
-        drop_server: str | None,
+        leave_server: str | None,
+        must_remain: bool = False,
         restarts: int,
         **values: Any,
     ) -> EngineRecord:
@@ -81,8 +87,9 @@ class Store(LeaseStore):
         restarts: the number of this restart. Raises the same errors as `transition`.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
+            if leave_server:
+                self._leave(connection, record, leave_server, must_remain=must_remain)
             failed = self._move(connection, record, EngineState.FAILED, actor, reason, restarts=restarts, **values)
-            connection.execute(delete(servers).where(servers.c.id == drop_server, servers.c.node == record.node))
             return self._move(connection, failed, EngineState.QUEUED, actor, reason)
 
     def set_desired(
@@ -93,17 +100,11 @@ class Store(LeaseStore):
             self._event(connection, record.id, EventKind.DESIRED, actor, reason=f"{desired}{' by force' if force else ''}")
             return self._update(connection, record, {"desired": desired, "force": force})
 
-    def update_server(self, server: ServerRecord, *, lease: Lease, **values: Any) -> ServerRecord:
-        """Change columns of a server. Raises StaleWrite if it was written or removed since it was read."""
-        query = update(servers).where(
-            servers.c.id == server.id, servers.c.node == lease.node, servers.c.version == server.version
-        )
-        with self._fenced(lease, server.node) as connection:
-            changed = query.values(version=server.version + 1, **to_columns(values)).returning(servers)
-            row = connection.execute(changed).one_or_none()
-            if row is None:
-                raise StaleWrite(server.id)
-            return server_record(row)
+    def revise(self, record: EngineRecord, *, actor: str, lease: Lease, **values: Any) -> EngineRecord:
+        """Write columns of an engine and an event, without a transition. Raises StaleWrite."""
+        with self._fenced(lease, record.node) as connection:
+            self._event(connection, record.id, EventKind.UPDATED, actor)
+            return self._update(connection, record, values)
 
     def remove(self, record: EngineRecord, *, actor: str, lease: Lease) -> None:
         """Delete an engine and its events; only the event of the removal stays. Raises StaleWrite."""
@@ -152,11 +153,6 @@ class Store(LeaseStore):
         with self._read() as connection:
             return [engine_record(row) for row in connection.execute(query)]
 
-    def servers(self, node: str) -> list[ServerRecord]:
-        """Return the servers of a node."""
-        with self._read() as connection:
-            return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
-
     def hosted(self, engine_ids: Collection[str]) -> list[tuple[EngineRecord, ServerRecord | None]]:
         """Return the existing engines among `engine_ids`, each with its server, or with None if the server has no row."""
         with self._read() as connection:
@@ -187,15 +183,6 @@ class Store(LeaseStore):
         """Return the id of the newest event, 0 if there is none."""
         with self._read() as connection:
             return connection.scalar(select(func.max(events.c.id))) or 0
-
-    @contextlib.contextmanager
-    def _fenced(self, lease: Lease, node: str) -> Iterator[Connection]:
-        """Open a transaction; the lease stays valid until the transaction ends. Raises LeaseLost."""
-        if lease.node != node:
-            raise LeaseLost(f"the lease of {lease.node} does not allow a write to {node}")
-        with self._write() as connection:
-            self._check_lease(connection, lease)
-            yield connection
 
     def _move(
         self,

@@ -1,0 +1,82 @@
+"""The actions of the plan, which the runner executes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sage.llm.client.types import EngineState, Reason
+from sage.llm.control_plane.launchers.base import Signal
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Run the slow checks of an engine, outside of requests."""
+
+    engine: EngineRecord
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Start the server of an engine, or adopt the process if it exists already."""
+
+    engine: EngineRecord
+    server: ServerRecord | None  #: None: not planned yet
+    is_moved: bool = False  #: if not planned yet: its last server is in use by other engines
+
+
+@dataclass(frozen=True)
+class Join:
+    """Let an engine be hosted by a server that hosts others."""
+
+    engine: EngineRecord
+    server: ServerRecord
+
+
+@dataclass(frozen=True)
+class LoadAdapter:
+    """Load the adapter of an engine into its server."""
+
+    engine: EngineRecord
+    server: ServerRecord
+
+
+@dataclass(frozen=True)
+class UnloadAdapter:
+    """Unload an adapter from a server; if its engine is stopping, it is stopped then."""
+
+    engine: EngineRecord
+    server: ServerRecord
+    name: str
+
+
+@dataclass(frozen=True)
+class Revise:
+    """Write that the server has loaded the current version of the engine's adapter."""
+
+    engine: EngineRecord
+
+
+@dataclass(frozen=True)
+class SendSignal:
+    """Send a signal to the processes of a server."""
+
+    engine: EngineRecord
+    server: ServerRecord
+    signal: Signal
+    closes: bool = False  #: the server hosts no other engine, and none may join it any more
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Write a new state. An engine that is settled or queued again leaves its server in the same write."""
+
+    engine: EngineRecord
+    state: EngineState
+    reason: Reason | None = None
+    restarts: int | None = None  #: of a failure: number of the restart, queued in the same write; None: no restart
+    must_remain: bool = False  #: the server that it leaves is alive, and must host another engine
+    values: Mapping[str, Any] = field(default_factory=dict)  #: other columns
+
+
+Action = Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SendSignal | Transition

@@ -1,0 +1,48 @@
+"""The part of the plan for engines on a server that hosts others: their adapters are loaded, replaced and unloaded."""
+
+from collections.abc import Mapping
+
+from sage.llm.client.types import EngineState
+from sage.llm.control_plane.actions import Action, LoadAdapter, Revise, Transition, UnloadAdapter
+from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.hosting import Hosts
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.watch import Watch
+
+
+def is_misplaced(engine: EngineRecord, server: ServerRecord | None) -> bool:
+    """Return whether an engine needs a server of its own, because the shared server has refused its adapter."""
+    return server is not None and server.shared and engine.base is None
+
+
+def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
+    """Plan for a starting engine whose server answers: it runs once its adapter, if it has one, is loaded."""
+    if engine.adapter is None:
+        return Transition(engine, EngineState.RUNNING, values={"served_as": server.served_name})
+    if engine.internal_name not in observed.models:
+        return LoadAdapter(engine, server)
+    return Transition(engine, EngineState.RUNNING, values={"served_as": engine.internal_name})
+
+
+def keep(
+    engine: EngineRecord, server: ServerRecord, observed: Observed, hosts: Hosts, watches: Mapping[str, Watch]
+) -> Action | None:
+    """Plan for a running engine whose server answers: load a newer version of its adapter, unload what is not needed."""
+    if engine.adapter is not None:
+        if engine.internal_name not in observed.models:
+            return LoadAdapter(engine, server)
+        if engine.served_as != engine.internal_name:
+            return Revise(engine)
+    name = hosts.unneeded(engine, server, observed.models, watches)
+    return UnloadAdapter(engine, server, name) if name else None
+
+
+def unload(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
+    """Plan for an engine that leaves a server which hosts others."""
+    loaded = observed.models & {engine.internal_name, engine.served_as}
+    return UnloadAdapter(engine, server, min(loaded)) if engine.adapter and loaded else leave(engine)
+
+
+def leave(engine: EngineRecord) -> Transition:
+    """Plan the stop of an engine without its process; another engine of the server unloads what it leaves there."""
+    return Transition(engine, EngineState.STOPPED, must_remain=True)

@@ -1,0 +1,75 @@
+"""Loads adapters into running servers, and unloads them, with vLLM's HTTP interface."""
+
+import asyncio
+import logging
+from typing import Any
+from weakref import WeakValueDictionary
+
+import httpx
+
+from sage.common.errors import EngineError
+from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.store.records import ServerRecord
+
+logger = logging.getLogger(__name__)
+_LOAD_SECONDS = 120.0
+#: An adapter that answers requests is unloaded after them; if that takes longer, it is requested again later.
+_UNLOAD_SECONDS = 10.0
+_SHOWN_CHARACTERS = 500
+
+
+class AdapterRefused(EngineError):
+    """A server cannot serve an adapter, and would refuse it again."""
+
+
+class AdapterClient:
+    """Sends one request at a time to each server."""
+
+    def __init__(self) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._http = httpx.AsyncClient(limits=limits, trust_env=False)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def load(self, server: ServerRecord, name: str, folder: str) -> None:
+        """Load the adapter in a folder under a name; does nothing if the name is loaded.
+
+        Raises AdapterRefused, or OSError if the result is not known.
+        """
+        async with self._turns.setdefault(server.id, asyncio.Lock()):
+            answer = await self._post(server, "load_lora_adapter", _LOAD_SECONDS, lora_name=name, lora_path=folder)
+            if answer.is_client_error and name not in await self.loaded(server):
+                raise AdapterRefused(code="adapter_refused", message=_message(answer))
+            if answer.is_server_error:
+                raise OSError(f"{server.id} failed to load {name}: {_message(answer)}")
+            if registry.serving(server.backend).capabilities.warm_up:
+                await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
+
+    async def unload(self, server: ServerRecord, name: str) -> None:
+        """Unload an adapter; a name that is not loaded is ignored. Raises OSError."""
+        async with self._turns.setdefault(server.id, asyncio.Lock()):
+            answer = await self._post(server, "unload_lora_adapter", _UNLOAD_SECONDS, lora_name=name)
+            if answer.is_error and name in await self.loaded(server):
+                raise OSError(f"{server.id} failed to unload {name}: {_message(answer)}")
+
+    async def loaded(self, server: ServerRecord) -> frozenset[str]:
+        """Return the names of the models that a server has loaded. Raises OSError."""
+        try:
+            answer = await self._http.get(f"http://{server.address}/v1/models", timeout=_UNLOAD_SECONDS)
+            return frozenset(str(model["id"]) for model in answer.raise_for_status().json()["data"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise OSError(f"the models of {server.id} cannot be listed: {error!r}") from None
+
+    async def _post(self, server: ServerRecord, route: str, timeout_seconds: float, **content: Any) -> httpx.Response:
+        try:
+            return await self._http.post(f"http://{server.address}/v1/{route}", json=content, timeout=timeout_seconds)
+        except httpx.HTTPError as error:
+            raise OSError(f"{server.id} did not answer {route}: {error!r}") from None
+
+
+def _message(answer: httpx.Response) -> str:
+    """Return the message of an error in OpenAI's shape, on one line."""
+    try:
+        message = str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = answer.text
+    return " ".join(message.split())[:_SHOWN_CHARACTERS].rstrip(".") or f"status {answer.status_code}"

@@ -1,0 +1,41 @@
+"""Whether an engine can share a server, decided when the engine is validated."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sage.common.errors import ModelError
+from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
+from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.backends.base import ServingBackend
+from sage.llm.control_plane.store.records import EngineRecord
+
+
+def placement(engine: EngineRecord) -> Mapping[str, Any]:
+    """Return the columns `base`, `adapter` and `form` of an engine; reads files of the model. Raises ModelError."""
+    source, backend = resolve_model(engine.model), registry.serving(engine.backend)
+    if source.base is None:
+        is_shared = backend.capabilities.hot_adapters and not engine.dedicated
+        return {"base": _name(source) if is_shared else None, "adapter": None, "form": "whole model"}
+    problem = _problem(source, source.base, engine, backend)
+    if problem is None:
+        return {"base": _name(source.base), "adapter": str(source.folder.resolve()), "form": None}
+    if not backend.capabilities.merges_adapters:
+        message = f"The backend '{backend.name}' cannot serve {source.name} by itself: {problem}."
+        raise ModelError(code="adapter_unfit", message=message, hint="Use `--backend transformers`.", param="backend")
+    return {"base": None, "adapter": None, "form": f"merged, since {problem}"}
+
+
+def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
+    """Return why an adapter cannot be loaded into a running base, as the rest of a sentence."""
+    if engine.dedicated:
+        return "a server of its own was requested"
+    if not backend.capabilities.hot_adapters:
+        return f"the backend '{backend.name}' loads no adapters while it runs"
+    if base.kind is ModelKind.ADAPTER:
+        return "its base is an adapter itself"
+    return backend.can_join(source.folder, base.folder)
+
+
+def _name(source: ModelSource) -> str:
+    """Return a name that is equal for equal models."""
+    return source.name if source.kind is ModelKind.HUB else str(source.folder.resolve())

@@ -1,0 +1,107 @@
+"""Which server an engine joins or leaves: decisions of the plan about servers that host several engines."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from sage.llm.client.types import DesiredState, EngineState
+from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.store.records import INTERNAL, EngineRecord, ServerRecord, ServerState, internal_prefix
+from sage.llm.control_plane.store.servers import HOSTED
+from sage.llm.control_plane.watch import Watch
+
+#: Two engines with the same key can share a server.
+_Key = tuple[str, str, str]
+#: Seconds in which requests may still name the previous version of an adapter.
+_DRAIN_SECONDS = 5.0
+
+
+class Hosts:
+    """The servers of a snapshot with the engines that they host; every method takes constant time for each server."""
+
+    def __init__(
+        self, engines: Sequence[EngineRecord], servers: Mapping[str, ServerRecord], observed: Mapping[str, Observed]
+    ) -> None:
+        self._hosted: defaultdict[str, list[EngineRecord]] = defaultdict(list)
+        self._running: dict[str, EngineRecord] = {}
+        self._launchers: dict[str, EngineRecord] = {}
+        self._adapters: Counter[str] = Counter()
+        self._dead: set[str] = set()
+        self._launching: set[_Key] = set()
+        for engine in engines:
+            if engine.server_id is None or engine.state not in HOSTED:
+                continue
+            self._hosted[engine.server_id].append(engine)
+            self._adapters[engine.server_id] += engine.adapter is not None
+            if engine.state is EngineState.RUNNING:
+                self._running.setdefault(engine.server_id, engine)
+            elif engine.state is EngineState.STARTING and engine.desired is DesiredState.RUNNING:
+                self._launchers.setdefault(engine.server_id, engine)
+            seen = observed.get(engine.id)
+            if seen and (seen.orphaned or not seen.alive):
+                self._dead.add(engine.server_id)
+        self._shared: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
+        for server in servers.values():
+            if server.shared and server.state is not ServerState.CLOSING:
+                self._shared[_key(server.backend, server.model, server.options)].append(server)
+
+    def is_last(self, engine: EngineRecord) -> bool:
+        """Return whether a server hosts no engine but this one."""
+        return len(self._hosted[engine.server_id or ""]) <= 1
+
+    def is_launcher(self, engine: EngineRecord) -> bool:
+        """Return whether this engine, of those that wait for the same server, is the one that launches it."""
+        return self._launchers.get(engine.server_id or "") is engine
+
+    def is_serving_others(self, engine: EngineRecord) -> bool:
+        """Return whether the server of a starting engine serves others."""
+        return (engine.server_id or "") in self._running
+
+    def server_for(self, engine: EngineRecord) -> ServerRecord | None:
+        """Return the server that an engine joins; None if it needs a new one."""
+        if engine.base is None or engine.requested_port:
+            return None
+        for server in self._shared[_key(engine.backend, engine.base, engine.options)]:
+            if not self._is_gone(server) and self._has_room(server, engine):
+                return server
+        return None
+
+    def must_wait(self, engine: EngineRecord) -> bool:
+        """Return whether a server that an engine might join is being planned, or is dead and its row about to be removed."""
+        if engine.base is None or engine.requested_port:
+            return False
+        key = _key(engine.backend, engine.base, engine.options)
+        return key in self._launching or any(map(self._is_gone, self._shared[key]))
+
+    def launches(self, engine: EngineRecord) -> None:
+        """Note that a server for this engine is being planned."""
+        if engine.base is not None:
+            self._launching.add(_key(engine.backend, engine.base, engine.options))
+
+    def unneeded(self, engine: EngineRecord, server: ServerRecord, models: frozenset[str], watches: Mapping[str, Watch]
+                 ) -> str | None:  # fmt: skip
+        """Return a name that a server should unload: an older version of an adapter, or one whose engine has left.
+
+        Only the oldest running engine of the server gets an answer. An older version stays for `_DRAIN_SECONDS`.
+        """
+        if self._running.get(server.id) is not engine:
+            return None
+        needed, kept = {server.served_name}, []
+        for hosted in self._hosted[server.id]:
+            needed |= {hosted.served_as, hosted.internal_name}
+            if watches[hosted.id].served_seconds < _DRAIN_SECONDS:
+                kept.append(internal_prefix(hosted.id))
+        names = (name for name in sorted(models - needed) if name.startswith(INTERNAL))
+        return next((name for name in names if not name.startswith(tuple(kept))), None)
+
+    def _is_gone(self, server: ServerRecord) -> bool:
+        return server.state is ServerState.LAUNCHED and server.id in self._dead
+
+    def _has_room(self, server: ServerRecord, engine: EngineRecord) -> bool:
+        if engine.adapter is None:  # one engine at most serves the base itself
+            return len(self._hosted[server.id]) == self._adapters[server.id]
+        return server.max_adapters is None or self._adapters[server.id] < server.max_adapters
+
+
+def _key(backend: str, model: str, options: Mapping[str, object] | None) -> _Key:
+    return backend, model, json.dumps(options, sort_keys=True)

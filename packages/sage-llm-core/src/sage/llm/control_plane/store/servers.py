@@ -1,0 +1,87 @@
+"""Servers in the database, and the engines that each one hosts.
+
+Each method that changes the engines of a server first locks the row of the server. Therefore an engine cannot join a server
+while the last engine leaves it, and of two engines that leave it at the same time one is the last.
+"""
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
+
+from sage.llm.client.types import EngineState
+from sage.llm.control_plane.store.clock import clock
+from sage.llm.control_plane.store.leases import LeaseStore, StaleWrite
+from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
+from sage.llm.control_plane.store.rows import server_record, to_columns
+from sage.llm.control_plane.store.tables import engines, servers
+
+#: The states of an engine that has a server.
+HOSTED = frozenset({EngineState.STARTING, EngineState.RUNNING, EngineState.PAUSED, EngineState.STOPPING})
+
+
+class ServerStore(LeaseStore):
+    """The methods of the store for servers."""
+
+    def servers(self, node: str) -> list[ServerRecord]:
+        """Return the servers of a node."""
+        with self._read() as connection:
+            return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
+
+    def is_server_needed(self, server_id: str, engine_id: str) -> bool:
+        """Return whether a server has a row, or an engine other than `engine_id` that it hosts or hosted last."""
+        others = select(engines.c.id).where(engines.c.server_id == server_id, engines.c.id != engine_id).limit(1)
+        with self._read() as connection:
+            row = connection.execute(select(servers.c.id).where(servers.c.id == server_id)).first()
+            return row is not None or connection.execute(others).first() is not None
+
+    def update_server(self, server: ServerRecord, *, lease: Lease, **values: Any) -> ServerRecord:
+        """Change columns of a server. Raises StaleWrite if it was written or removed since it was read."""
+        with self._fenced(lease, server.node) as connection:
+            return self._update_server(connection, server, **values)
+
+    def close_server(self, server: ServerRecord, engine: EngineRecord, *, lease: Lease) -> ServerRecord:
+        """Permit no engine to join a server. Raises StaleWrite if it hosts another engine than `engine`."""
+        with self._fenced(lease, server.node) as connection:
+            closed = self._update_server(connection, server, state=ServerState.CLOSING)
+            if self._hosts_others(connection, server.id, engine):
+                raise StaleWrite(server.id)
+            return closed
+
+    def _put(self, connection: Connection, engine: EngineRecord, server: ServerRecord) -> None:
+        if self._hosts_others(connection, server.id, engine):
+            raise StaleWrite(server.id)
+        connection.execute(delete(servers).where(_is(server.id, engine.node)))
+        connection.execute(insert(servers).values(to_columns(vars(server)) | {"created_at": clock()}))
+
+    @staticmethod
+    def _join(connection: Connection, engine: EngineRecord, server_id: str) -> None:
+        is_open = and_(_is(server_id, engine.node), servers.c.state != ServerState.CLOSING)
+        if not connection.execute(update(servers).where(is_open).values(version=servers.c.version)).rowcount:
+            raise StaleWrite(server_id)
+
+    def _leave(self, connection: Connection, engine: EngineRecord, server_id: str, *, must_remain: bool) -> None:
+        is_it = _is(server_id, engine.node)
+        connection.execute(update(servers).where(is_it).values(version=servers.c.version))  # locks the row
+        if self._hosts_others(connection, server_id, engine):
+            return
+        if must_remain:
+            raise StaleWrite(server_id)
+        connection.execute(delete(servers).where(is_it))
+
+    @staticmethod
+    def _update_server(connection: Connection, server: ServerRecord, **values: Any) -> ServerRecord:
+        query = update(servers).where(_is(server.id, server.node), servers.c.version == server.version)
+        changed = query.values(version=server.version + 1, **to_columns(values)).returning(servers)
+        row = connection.execute(changed).one_or_none()
+        if row is None:
+            raise StaleWrite(server.id)
+        return server_record(row)
+
+    @staticmethod
+    def _hosts_others(connection: Connection, server_id: str, engine: EngineRecord) -> bool:
+        others = (engines.c.server_id == server_id, engines.c.id != engine.id, engines.c.state.in_(HOSTED))
+        return bool(connection.scalar(select(func.count()).select_from(engines).where(*others)))
+
+
+def _is(server_id: str, node: str) -> ColumnElement[bool]:
+    return and_(servers.c.id == server_id, servers.c.node == node)
