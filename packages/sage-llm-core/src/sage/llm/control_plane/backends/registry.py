@@ -8,12 +8,14 @@ from sage.llm.client.types import BackendView, EngineKind
 from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Backend, ServingBackend
 from sage.llm.control_plane.backends.embedding import EmbeddingBackend
+from sage.llm.control_plane.backends.llamacpp import LlamaCppBackend
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
 
 #: `auto` means the first backend that can run the engine.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend())
+    backend.name: backend
+    for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), LlamaCppBackend())
 }
 
 

@@ -1,0 +1,62 @@
+"""`sage llm model export`: find what to export, and show the progress."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sage.cli import daemon, extras, render
+from sage.cli.installing import interruptible
+from sage.common.errors import ConfigError
+from sage.common.model_names import absolute_name
+from sage.libs.models.export.exporting import Report, export_model
+from sage.libs.models.export.formats import ExportFormat, LlamaCpp
+
+
+def run_export(source: str, format_: str, output: Path, precision: str | None) -> None:
+    """Export a model, an adapter, or what an engine serves or has trained, into a new folder."""
+    wanted = ExportFormat(format_)
+    is_gguf = wanted in (ExportFormat.GGUF, ExportFormat.OLLAMA)
+    if precision and not is_gguf:
+        raise ConfigError(
+            code="config_invalid", message=f"The format '{format_}' has no other precisions.", hint="Omit --quantize."
+        )
+    llama_cpp = _llama_cpp() if is_gguf else None
+    with interruptible(), _progress() as report:
+        export_model(_model_of(source), wanted, output, precision=precision, llama_cpp=llama_cpp, report=report)
+
+
+def _model_of(source: str) -> str:
+    if not source.startswith("engine-"):
+        return absolute_name(source, Path.cwd())
+    engine = daemon.connect().get_engine(source)
+    return engine.output_dir or engine.model
+
+
+def _llama_cpp() -> LlamaCpp:
+    extras.require("sage.llm.control_plane", "A GGUF file")
+    from sage.llm.control_plane.backends import environments
+
+    return LlamaCpp(Path(environments.interpreter("llamacpp")))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Report]:
+    """Show the step and the size of what was written: on one line of a terminal, else one line for each step."""
+    steps: list[str] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("")
+
+        def report(step: str, size_bytes: int) -> None:
+            bar.update(task, description=f"{step}  {render.size(size_bytes)}")
+            if bar.disable and step not in steps:
+                steps.append(step)
+                typer.echo(f"{step} …", err=True)
+
+        yield report

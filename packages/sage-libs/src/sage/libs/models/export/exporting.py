@@ -1,0 +1,137 @@
+"""Export a model into a new folder: the order of the steps. It imports no torch."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import ConfigError, ModelError
+from sage.libs.models.export.card import write_card
+from sage.libs.models.export.folder import new_folder, parameter_count
+from sage.libs.models.export.formats import PRECISIONS, ExportFormat, LlamaCpp
+from sage.libs.models.export.steps import run_step
+from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
+
+#: Called with the step that runs, and the size in bytes of what was written so far.
+Report = Callable[[str, int], None]
+
+
+def silent(step: str, size_bytes: int) -> None:
+    """Report nothing."""
+
+
+#: Files of an adapter's folder that an export copies.
+_ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "tokenizer*", "chat_template.jinja", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt",
+)  # fmt: skip
+
+
+def export_model(
+    name: str,
+    format_: ExportFormat,
+    output: Path,
+    *,
+    precision: str | None = None,
+    llama_cpp: LlamaCpp | None = None,
+    report: Report = silent,
+) -> None:
+    """Write a model into a new folder, with a model card; after any exception nothing is left.
+
+    precision: of a GGUF file, a key of PRECISIONS; None: that of the model.  llama_cpp: needed for GGUF files.
+    Raises ConfigError, ModelError or OutputError.
+    """
+    source = resolve_model(name)
+    if format_ is ExportFormat.ADAPTER and source.kind is not ModelKind.ADAPTER:
+        raise ConfigError(
+            code="config_invalid", message=f"{name} is not an adapter.", hint="Export it as 'merged'.", param="format"
+        )
+    with new_folder(output.absolute(), _needed_bytes(source, format_, precision)) as folder:
+        match format_:
+            case ExportFormat.ADAPTER:
+                _weights(report, folder, "Checking the adapter", "check", "--model", name)
+                for pattern in _ADAPTER_FILES:
+                    for file in source.folder.glob(pattern):
+                        shutil.copy(file, folder)
+            case ExportFormat.MERGED:
+                _weights(report, folder, "Writing safetensors", "dense", "--model", name, "--folder", str(folder))
+            case ExportFormat.GGUF | ExportFormat.OLLAMA:
+                assert llama_cpp, "GGUF files need llama.cpp's converter"
+                modelfile = folder / "Modelfile" if format_ is ExportFormat.OLLAMA else None
+                write_gguf(name, folder, precision, llama_cpp, report=report, modelfile=modelfile)
+        write_card(folder, output.name, source, format_, precision)
+
+
+def write_gguf(
+    name: str,
+    folder: Path,
+    precision: str | None,
+    llama_cpp: LlamaCpp,
+    *,
+    report: Report = silent,
+    modelfile: Path | None = None,
+) -> dict[str, Any]:
+    """Write `model.gguf` into a folder, and compare its tokens of prompts with those of transformers.
+
+    modelfile: path to write Ollama's Modelfile to.
+    Returns the model's own defaults of sampling and its context length in tokens.
+    Raises ModelError if llama.cpp does not support the model, or would make other tokens of a prompt.
+    """
+    dense, file = folder / ".safetensors", folder / "model.gguf"
+    fp32 = ("--fp32",) if precision == "f32" else ()
+    _weights(report, folder, "Writing safetensors", "dense", "--model", name, "--folder", str(dense), *fp32)
+    facts = _weights(report, folder, "Reading the tokenizer", "describe", "--folder", str(dense))
+    if modelfile:
+        arguments = ("modelfile", "--folder", str(dense), "--target", str(modelfile))
+        _weights(report, folder, "Writing the Modelfile", *arguments)
+    if precision is None:
+        precision = {"float32": "f32", "float16": "f16"}.get(facts["dtype"], "bf16")
+    bos = ("--begins-with-bos",) if facts["begins_with_bos"] else ()
+    conversion = (
+        sys.executable, "-m", "sage.libs.models.export.gguf_conversion", "--folder", str(dense), "--target", str(file),
+        "--precision", precision, "--packages", str(llama_cpp.packages), "--end-tokens", str(facts["end_tokens"]), *bos,
+    )  # fmt: skip
+    _run(report, folder, "Converting to GGUF", conversion)
+    shutil.rmtree(dense)
+    _check_tokens(report, file, llama_cpp, facts["probes"])
+    return {"sampling": facts["sampling"], "context_tokens": facts["context_tokens"]}
+
+
+def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[dict[str, Any]]) -> None:
+    """Raise ModelError if llama.cpp makes other tokens of a chat than transformers."""
+    chats = json.dumps([probe["messages"] for probe in probes])
+    argv = (str(llama_cpp.interpreter), str(Path(__file__).with_name("tokenizer_check.py")), str(file))
+    found = _run(report, file.parent, "Comparing the tokens of prompts", argv, chats)
+    for probe, tokens in zip(probes, found, strict=True):
+        if probe["tokens"] != tokens:
+            raise ModelError(
+                code="export_unsupported",
+                message=f"llama.cpp makes other tokens of a prompt: {tokens[:20]} instead of {probe['tokens'][:20]}, of "
+                f"{probe['messages'][-1]['content']!r}.",
+                hint="Export it as 'merged', and serve it with another program.",
+                param="format",
+            )
+
+
+def _weights(report: Report, folder: Path, title: str, *arguments: str) -> Any:
+    return _run(report, folder, title, (sys.executable, "-m", "sage.libs.models.export.weights", *arguments))
+
+
+def _run(report: Report, folder: Path, title: str, argv: Sequence[str], text: str = "") -> Any:
+    def show() -> None:
+        report(title, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+
+    show()
+    return run_step(argv, text, show)
+
+
+def _needed_bytes(source: ModelSource, format_: ExportFormat, precision: str | None) -> float:
+    """Return the space that an export needs while it runs, without small files; 0 if it is not known."""
+    if format_ is ExportFormat.ADAPTER:
+        return sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    weight_bytes = 4.0 if precision == "f32" else 2
+    if format_ is not ExportFormat.MERGED:
+        weight_bytes += PRECISIONS[precision or "bf16"]
+    return parameter_count(source) * weight_bytes

@@ -1,0 +1,51 @@
+"""A new output folder, which is complete or absent."""
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sage.common.errors import OutputError
+from sage.common.files import fsync_path, fsync_tree
+from sage.libs.models.resolve import ModelSource, safetensors_header
+
+#: Kept free on the disk, in bytes.
+_RESERVE_BYTES = 200_000_000
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`, which is renamed to it at the end, or removed after any exception.
+
+    Raises OutputError if the target exists, cannot be written, or the disk has less than `needed_bytes` free.
+    """
+    if target.exists():
+        raise _unusable(target, "exists already", "Give a folder that does not exist with --output.")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        free_bytes = shutil.disk_usage(partial).free - _RESERVE_BYTES
+        if free_bytes < needed_bytes:
+            problem = f"needs {needed_bytes / 1e9:.1f} GB, and {max(0, free_bytes) / 1e9:.1f} GB are free"
+            raise _unusable(target, problem, "Free some space, or choose a folder on another disk with --output.")
+        yield partial
+        fsync_tree(partial)
+        partial.rename(target)  # fails if another process made the target meanwhile
+        fsync_path(target.parent)
+    except OSError as error:
+        raise _unusable(target, f"cannot be written: {error.strerror or error}", "Choose another --output.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def parameter_count(source: ModelSource) -> int:
+    """Return the number of parameters of a model without its adapter; 0 if it is a GGUF file or not downloaded yet."""
+    folder = (source.base or source).folder
+    headers = [safetensors_header(file) for file in folder.glob("*.safetensors")]
+    return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
+
+
+def _unusable(target: Path, problem: str, hint: str) -> OutputError:
+    return OutputError(code="output_unusable", message=f"The output folder {target} {problem}.", hint=hint, param="output")

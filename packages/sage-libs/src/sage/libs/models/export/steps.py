@@ -1,0 +1,62 @@
+"""Steps of an export: processes whose last line of output is a JSON object."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from sage.common.error_codes import error_class
+from sage.common.errors import ModelError, SageError
+
+#: How often the caller is called back while a step runs.
+_POLL_SECONDS = 0.5
+
+
+def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], None] = lambda: None) -> Any:
+    """Run a step to its end and return the value that it printed; an exception in this process kills it.
+
+    text: its standard input. Raises the SageError of the step, or ModelError with the last line of its log.
+    """
+    process = subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    with process:
+        try:
+            given: str | None = text
+            while True:
+                try:
+                    output, log = process.communicate(given, timeout=_POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    given = None
+                    while_running()
+        except BaseException:
+            process.kill()
+            raise
+    result = _last_object(output)
+    if "error" in result:
+        error = result["error"]
+        raise error_class(error["code"])(code=error["code"], message=error["message"], hint=error["hint"])
+    if process.returncode or "value" not in result:
+        last = (log.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise ModelError(code="export_failed", message=f"The export failed: {last[:500]}", param="model")
+    return result["value"]
+
+
+def finish_step(work: Callable[[], Any]) -> NoReturn:
+    """Run the work of a step, print its value or its SageError as the last line of output, and exit."""
+    try:
+        result, code = {"value": work()}, 0
+    except SageError as error:
+        result, code = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}, 1
+    print(json.dumps(result))
+    sys.exit(code)
+
+
+def _last_object(output: str) -> dict[str, Any]:
+    try:
+        found = json.loads((output.strip().splitlines() or ["{}"])[-1])
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

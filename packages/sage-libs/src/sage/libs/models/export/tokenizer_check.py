@@ -1,0 +1,38 @@
+"""The step of an export that compares llama.cpp's tokens with those of transformers.
+
+It runs under the interpreter of llama.cpp's environment, and imports nothing of SAGE.
+"""
+
+import http.client
+import json
+import sys
+from typing import Any
+
+import xllamacpp
+
+
+def tokens_of(address: str, messages: list[dict[str, Any]]) -> list[int]:
+    """Return the tokens of a chat's prompt, as the server makes them."""
+    prompt = _post(address, "/apply-template", {"messages": messages})["prompt"]
+    request = {"content": prompt, "add_special": True, "parse_special": True}
+    return list(_post(address, "/tokenize", request)["tokens"])
+
+
+def _post(address: str, path: str, body: dict[str, Any]) -> Any:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    return json.load(connection.getresponse())
+
+
+def main() -> None:
+    """Print the tokens of each chat on standard input, with the GGUF file that the command line names."""
+    params = xllamacpp.CommonParams()
+    params.model.path = sys.argv[1]
+    params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = 512, 1, False, True
+    server = xllamacpp.Server(params)
+    chats = json.load(sys.stdin)
+    print(json.dumps({"value": [tokens_of(server.listening_address, chat) for chat in chats]}))
+
+
+if __name__ == "__main__":
+    main()

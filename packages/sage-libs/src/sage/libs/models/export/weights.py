@@ -1,0 +1,137 @@
+"""The step of an export that loads weights: check an adapter, or write a base with its adapter merged into it."""
+
+import argparse
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage.common.errors import ConfigError
+from sage.libs.models.adapters import attach_adapter, merged
+from sage.libs.models.chat import ChatFormat, Message, ensure_chat_template
+from sage.libs.models.export.modelfile import modelfile
+from sage.libs.models.export.steps import finish_step
+from sage.libs.models.loading import load_causal_lm, load_tokenizer, local_folder, model_config, tokenizer_folder
+from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
+
+logger = logging.getLogger(__name__)
+#: Files of a base that must go with its weights.
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+#: Chats whose prompts must have the same tokens in every format.
+_PROBES: list[list[Message]] = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 × 1234567?\n\n  – né, 日本 🦊\t"}],
+    [
+        {"role": "user", "content": "def f(x):\n    return x**2  # I'm sure"},
+        {"role": "assistant", "content": "It's f(2) == 4."},
+        {"role": "user", "content": "why?"},
+    ],
+]
+
+
+#: Sampling settings of a model that requests default to.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def check_adapter(name: str) -> None:
+    """Load a base with its adapter in PEFT; raises ModelError."""
+    source, base = _located(name)
+    attach_adapter(load_causal_lm(base, _own_dtype(base)), source.folder)
+
+
+def write_dense(name: str, folder: Path, *, fp32: bool) -> None:
+    """Write a model, with its adapter merged in fp32, as safetensors with tokenizer, template and end tokens.
+
+    fp32: data type of the result; otherwise that of the base.
+    """
+    source, base = _located(name)
+    is_adapter = source.kind is ModelKind.ADAPTER
+    own = _own_dtype(base)
+    model: Any = load_causal_lm(base, torch.float32 if is_adapter or fp32 else own)
+    if is_adapter:
+        model = merged(attach_adapter(model, source.folder))
+    tokenizer: Any = load_tokenizer(tokenizer_folder(source, base))
+    if warning := ensure_chat_template(tokenizer):
+        logger.warning("%s", warning)
+    settings = model.generation_config
+    settings.eos_token_id = ChatFormat(tokenizer).end_ids(settings.eos_token_id)
+    if settings.temperature is not None or settings.top_p is not None or settings.top_k is not None:
+        settings.do_sample = True  # otherwise transformers refuses to save them
+    model.to(torch.float32 if fp32 else own).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for pattern in _LICENCES:
+        for file in base.glob(pattern):
+            shutil.copy(file, folder)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Return what llama.cpp must do in the same way: tokens of prompts, end tokens, whether BOS begins a chat."""
+    from transformers import GenerationConfig
+
+    chat_format = ChatFormat(load_tokenizer(folder))
+    probes: list[dict[str, Any]] = []
+    for messages in _PROBES:
+        try:
+            probes.append({"messages": messages, "tokens": chat_format.prompt_ids(messages)})
+        except Exception as error:  # noqa: BLE001 - templates raise all kinds of exceptions for roles that they do not have
+            logger.info("the template rejects a chat: %s", error)
+    bos, settings, config = (
+        chat_format.tokenizer.bos_token_id,
+        GenerationConfig.from_pretrained(folder),
+        model_config(folder),
+    )
+    return {
+        "probes": probes,
+        "end_tokens": list(settings.eos_token_id),
+        "begins_with_bos": bos is not None and all(probe["tokens"][0] == bos for probe in probes),
+        "dtype": str(_own_dtype(folder)).removeprefix("torch."),
+        "sampling": {name: value for name in _SAMPLING if (value := getattr(settings, name, None)) is not None},
+        "context_tokens": int(getattr(config, "max_position_embeddings", 4096)),
+    }
+
+
+def write_modelfile(folder: Path, target: Path) -> None:
+    """Write the Modelfile for the GGUF file that is made of a folder; raises ModelError."""
+    facts = described(folder)
+    text = modelfile(ChatFormat(load_tokenizer(folder)), facts["end_tokens"], adds_bos=facts["begins_with_bos"])
+    target.write_text(text, encoding="utf-8")
+
+
+def _located(name: str) -> tuple[ModelSource, Path]:
+    source = resolve_model(name)
+    if source.kind is ModelKind.ADAPTER and source.base and source.base.kind is ModelKind.ADAPTER:
+        raise ConfigError(
+            code="base_is_adapter", message=f"The base of {name} is an adapter itself.", hint="Merge that one first."
+        )
+    return source, local_folder(source.base or source)
+
+
+def _own_dtype(base: Path) -> torch.dtype:
+    found = model_config(base).dtype
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def main() -> None:
+    """Run the step that the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("step", choices=["check", "dense", "describe", "modelfile"])
+    parser.add_argument("--model")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--target", type=Path)
+    parser.add_argument("--fp32", action="store_true")
+    given = parser.parse_args()
+    match given.step:
+        case "check":
+            finish_step(lambda: check_adapter(given.model))
+        case "dense":
+            finish_step(lambda: write_dense(given.model, given.folder, fp32=given.fp32))
+        case "describe":
+            finish_step(lambda: described(given.folder))
+        case _:
+            finish_step(lambda: write_modelfile(given.folder, given.target))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The backend for llama.cpp's server, in an environment of its own: GGUF files, also quantized ones, on a CPU."""
+
+import os
+import sys
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sage.libs.models.export.formats import PRECISIONS
+from sage.libs.models.resolve import ModelKind, ModelSource
+from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.backends import environments
+from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count, parsed
+from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
+from sage.llm.control_plane.store.records import ServerRecord
+
+_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class LlamaCppOptions(BaseModel):
+    """The options of an engine that llama.cpp serves."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Data type of the weights; auto: that of a GGUF file, else fp32."
+    )
+    quantize: Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = Field(
+        None, description="Quantize the weights to this type of GGUF; smaller and faster, and less exact."
+    )
+    context_tokens: int | None = Field(
+        None, ge=16, description="Longest prompt with its answer; default: the model's, at most 8192."
+    )
+    slots: int = Field(8, ge=1, le=256, description="Maximum number of answers at once.")
+    kv_cache_tokens: int | None = Field(
+        None, ge=16, description="Size of the cache of keys and values, which all slots share; default: 1024 for each slot, "
+        "at least one context.",
+    )  # fmt: skip
+    max_tokens: int = Field(1024, ge=1, description="Length of an answer if the request does not say, in tokens.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
+
+    @property
+    def precision(self) -> str | None:
+        """The precision of the GGUF file to make; None: that of the model's own GGUF file, else f32."""
+        return self.quantize or _PRECISIONS.get(self.dtype)
+
+
+class LlamaCppBackend(WorkerBackend):
+    """Serves one model, or a base with its adapter merged into it."""
+
+    name: ClassVar[str] = "llamacpp"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        frozenset({EngineKind.LLM}), frozenset(ModelKind), devices=frozenset({"cpu"})
+    )
+    options: ClassVar[type[BaseModel]] = LlamaCppOptions
+    interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
+    health_path: ClassVar[str] = "/props"
+
+    def argv(self, model: str, served_name: str, options: LlamaCppOptions) -> tuple[str, ...]:
+        """Return the command that serves `model` under `served_name` on the port that the launcher chose."""
+        given: dict[str, object] = {
+            "model": model, "served-name": served_name, "interpreter": environments.interpreter(self.name),
+            "port": PORT_ARGUMENT, "fd": DESCRIPTOR_ARGUMENT, "precision": options.precision, "slots": options.slots,
+            "context-tokens": options.context_tokens, "cache-tokens": options.kv_cache_tokens,
+            "max-tokens": options.max_tokens, "threads": options.threads or os.cpu_count(),
+        }  # fmt: skip
+        flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+        return (*self.interpreter, "-m", "sage.llm.workers.llamacpp", *flags)
+
+    def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
+        """Return whether the answer has the name of the server's model; while the server loads it, the status is 503."""
+        return status == 200 and parsed(content).get("model_alias") == server.served_name
+
+    def can_join(self, adapter: Path, base: Path) -> str:
+        """Return why an adapter cannot be loaded into a server of its base."""
+        return "llama.cpp loads adapters only when it starts"
+
+    def memory_bytes(self, model: ModelSource, options: LlamaCppOptions) -> int | None:
+        """Return the size of the weights in memory."""
+        if model.kind is ModelKind.GGUF and options.precision is None:
+            return sum(file.stat().st_size for file in model.folder.glob("*.gguf"))
+        parameters = parameter_count(model)
+        return parameters and int(parameters * PRECISIONS[options.precision or "f32"])

@@ -1,0 +1,77 @@
+"""Start llama.cpp's server: find or make the GGUF file of a model, then become the server.
+
+It imports no torch. The conversion runs in processes of its own, and the server replaces this process.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import SageError
+from sage.common.logs import configure_logging
+from sage.libs.models.export.cache import cached_gguf
+from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
+from sage.libs.models.resolve import ModelKind, resolve_model
+
+#: Context if neither the user nor the model's files give one, and the largest one if the user does not, in tokens.
+_CONTEXT_TOKENS = 8192
+#: Cache for each slot if the user gives no size, in tokens.
+_SLOT_TOKENS = 1024
+#: llama.cpp's names of sampling settings, and the values that OpenAI's interface defines.
+_SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("top_k", 0), "min_p": ("min_p", 0.0),
+             "repetition_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
+
+
+def server_options(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `llamacpp_server`; makes the GGUF file if it is not there. Raises SageError."""
+    source = resolve_model(given.model)
+    if source.kind is ModelKind.GGUF and given.precision is None:
+        file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()
+    else:
+        file, defaults = cached_gguf(source, given.precision or "f32", LlamaCpp(given.interpreter))
+    own = defaults.get("context_tokens", _CONTEXT_TOKENS)
+    context_tokens = min(own, given.context_tokens or _CONTEXT_TOKENS)
+    chosen = defaults.get("sampling", {})
+    return {
+        "model": str(file), "name": given.served_name, "port": given.port, "descriptor": given.fd,
+        "slots": given.slots, "threads": given.threads, "max_tokens": given.max_tokens,
+        "cache_tokens": given.cache_tokens or max(context_tokens, given.slots * _SLOT_TOKENS),
+        "is_exact": given.precision in (None, "f32") and bool(defaults),
+        "sampling": {name: chosen.get(key, value) for key, (name, value) in _SAMPLING.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Become the server; an error is printed as the last line of the log, with exit code 1."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--served-name", required=True, help="Name that requests give as the model.")
+    parser.add_argument("--interpreter", type=Path, required=True, help="Python of llama.cpp's environment.")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument(
+        "--fd", type=int, required=True, help="Inherited socket that keeps the port until the server listens."
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="Default: that of a GGUF file, else f32.")
+    parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--context-tokens", type=int)
+    parser.add_argument("--cache-tokens", type=int)
+    parser.add_argument("--max-tokens", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    given = parser.parse_args()
+    configure_logging()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a conversion ends with this process
+    try:
+        options = server_options(given)
+    except SageError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+    script = str(Path(__file__).with_name("llamacpp_server.py"))
+    os.execv(given.interpreter, [str(given.interpreter), script, json.dumps(options)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Serve a GGUF file with llama.cpp's own HTTP server; runs in llama.cpp's environment and imports nothing of SAGE."""
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import xllamacpp
+
+_F32, _BF16 = xllamacpp.ggml_type.GGML_TYPE_F32, xllamacpp.ggml_type.GGML_TYPE_BF16
+
+
+def parameters(given: dict[str, Any]) -> Any:
+    """Return llama.cpp's parameters.
+
+    given: model (path), name, port, context_tokens, slots, threads, max_tokens, is_exact, sampling (defaults of requests).
+    """
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = given["model"], given["name"]
+    params.hostname, params.port = "127.0.0.1", given["port"]
+    # All slots share one cache; each may use all of it.
+    params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True
+    params.n_predict, params.use_jinja, params.ui = given["max_tokens"], True, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given["threads"]
+    params.cpuparams.poll = 0  # threads that wait do not use their core, which a training may need
+    if given["is_exact"]:
+        params.cache_type_k = params.cache_type_v = _F32
+    for name, value in given["sampling"].items():
+        setattr(params.sampling, name, value)
+    return params
+
+
+def main() -> None:
+    """Serve until SIGTERM; answers in progress end at once."""
+    given = json.loads(sys.argv[1])
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    os.close(given["descriptor"])  # the launcher's socket, which kept the port until now
+    server = xllamacpp.Server(parameters(given))
+    print(f"serving {given['name']} at {server.listening_address}", flush=True)
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
