@@ -4,11 +4,13 @@ Runs in vLLM's environment, as a file: SAGE is not installed there. Changes to v
 
 - It listens on the socket that the launcher opened, and rejects requests that a web page of another site may have sent.
 - A parameter that it does not know is a 400, while vLLM ignores it; error codes are words, as OpenAI's.
-- An adapter is warmed up before it counts as loaded, and has answered its requests before it is unloaded.
+- `/health` has the server's token, so that it is not taken for another server, and its limits.
+- An adapter has answered its requests before it is unloaded.
 """
 
 import asyncio
 import json
+import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -16,7 +18,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import uvloop
-from vllm import SamplingParams
 from vllm.entrypoints.openai import api_server
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -52,6 +53,8 @@ class Rules:
             await self._app(scope, receive, send)
         elif not _is_from_this_machine(dict(scope["headers"])):
             await _send_error(send, 403, "Requests of other sites or hosts are rejected.", "origin_not_allowed")
+        elif scope["path"] == "/health":
+            await self._app(scope, receive, _Health(send, scope["app"].state))
         elif (known := _KNOWN.get(scope["path"])) is None:
             await self._app(scope, receive, _WithCodes(send))
         else:
@@ -75,6 +78,27 @@ class _Replay:
             return await self._receive()
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
+
+
+class _Health:
+    """Adds a body to vLLM's answer to `/health`, which has none."""
+
+    def __init__(self, send: Send, state: Any) -> None:
+        self._send, self._state = send, state
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            config = self._state.vllm_config
+            facts = {
+                "status": "ok",
+                "engine": os.environ.get("SAGE_ENGINE_ID"),
+                "pid": os.getpid(),
+                "context_tokens": config.model_config.max_model_len,
+                "slots": config.scheduler_config.max_num_seqs,
+            }
+            await _send_json(self._send, 200, facts)
+        elif message["type"] == "http.response.start":
+            await _send_json(self._send, message["status"], {"status": "stopped"})
 
 
 class _WithCodes:
@@ -107,7 +131,11 @@ class _WithCodes:
 
 async def _send_error(send: Send, status: int, message: str, code: str, param: str | None = None) -> None:
     kind = "invalid_request_error" if status < 500 else "api_error"
-    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+    await _send_json(send, status, {"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+async def _send_json(send: Send, status: int, content: object) -> None:
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -141,17 +169,7 @@ def _is_from_this_machine(headers: dict[bytes, bytes]) -> bool:
 
 
 class Models(OpenAIServingModels):
-    """Adapters that are warm when they count as loaded, and idle when they are unloaded."""
-
-    async def load_lora_adapter(self, request: Any, *args: Any, **options: Any) -> Any:
-        """Load an adapter and generate one token with it: the first one of a rank is slow."""
-        answer = await super().load_lora_adapter(request, *args, **options)
-        if adapter := self.lora_requests.get(request.lora_name) if isinstance(answer, str) else None:
-            one = SamplingParams(max_tokens=1, temperature=0)
-            prompt = {"prompt_token_ids": [1, 1, 1]}
-            async for _ in self.engine_client.generate(prompt, one, f"warm-up-{adapter.lora_name}", lora_request=adapter):
-                pass
-        return answer
+    """Adapters that have answered their requests before they are unloaded."""
 
     async def unload_lora_adapter(self, request: Any) -> Any:
         """Wait until the answers that an adapter is generating are complete, then unload it."""
