@@ -1,7 +1,20 @@
-"""What an answer must look like: text, JSON of a schema, or calls of functions."""
+"""What an answer must look like (text, JSON of a schema, calls of functions), and the grammar that enforces it.
 
+The grammars are in llguidance's variant of Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from sage.common.errors import ConfigError
+from sage.llm.workers.answer_format import AnswerFormat
+
+#: JSON as templates write it. With flexible whitespace, a weak model may write blanks until it is cut.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
@@ -13,8 +26,69 @@ class Output:
     must_call: bool = False  #: the answer must be calls
     may_call_several: bool = True
 
-    @property
-    def is_free(self) -> bool:
-        """Whether every text is allowed."""
+    def grammar(self, answer_format: AnswerFormat, added_tokens: Mapping[str, int]) -> str | None:
+        """Return the grammar of the answer; None if every text is allowed.
+
+        added_tokens: the tokenizer's, by their text. Raises ConfigError if the model writes calls in a way that no grammar
+        is known for.
+        """
         is_strict = any(function.get("strict") for function in self.functions)
-        return not (self.schema or self.must_call or is_strict or (self.functions and not self.may_call_several))
+        if self.schema is None and not (self.must_call or is_strict or (self.functions and not self.may_call_several)):
+            return None
+        rules = [] if self.schema is None else [f"json: {_json(self.schema)}"]
+        ways = ["json"] if rules else []
+        if self.functions:
+            if answer_format.calls == "other":
+                raise ConfigError(
+                    code="unsupported_value",
+                    message="tools: this model writes calls in a notation that cannot be enforced.",
+                    hint="Omit 'strict', 'parallel_tool_calls' and 'tool_choice'.",
+                    param="tools",
+                )
+            rules += self._call_rules(answer_format, added_tokens)
+            if self.must_call:
+                ways = ["calls"]
+            elif ways:
+                ways.append("calls")
+            else:
+                rules.append(f"TEXT: {_text_before(answer_format.call_open or "")}")
+                ways = ["TEXT calls?"] if answer_format.call_open else ["TEXT", "calls", '""']
+        return "\n".join([f"start: {' | '.join(ways)}", *rules])
+
+    def _call_rules(self, answer_format: AnswerFormat, added_tokens: Mapping[str, int]) -> list[str]:
+        opening, closing = (_marker(text, added_tokens) for text in answer_format.around)
+        rules, names = [], []
+        for number, function in enumerate(self.functions):
+            before = f'{{"name": {json.dumps(function["name"])}, "{answer_format.arguments_key}": '
+            names.append(f"function{number}")
+            rules.append(f"{names[-1]}: {_literal(before)} arguments{number} {_literal('}')}")
+            parameters = function.get("parameters") or _NO_ARGUMENTS
+            rules.append(f"arguments{number}: {_json(parameters, is_lenient=not function.get('strict'))}")
+        call = f"({' | '.join(names)})"
+        if answer_format.calls == "list":
+            several = f'(", " {call})*' if self.may_call_several else ""
+            return [*rules, f'calls: {opening} "[" {call} {several} "]" {closing}']
+        several = f'("\\n"? {opening} {call} {closing})*' if self.may_call_several and answer_format.call_open else ""
+        return [*rules, f"calls: {opening} {call} {closing} {several}"]
+
+
+def _json(schema: Mapping[str, Any], *, is_lenient: bool = False) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": {**_COMPACT, "lenient": is_lenient}})
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _marker(text: str, added_tokens: Mapping[str, int]) -> str:
+    """Return a marker as tokens and literal text."""
+    names = sorted((name for name in added_tokens if name in text), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    return " ".join(f"<[{added_tokens[part]}]>" if part in added_tokens else _literal(part) for part in parts if part)
+
+
+def _text_before(marker: str) -> str:
+    """Return a regular expression of texts that do not begin a call."""
+    if not marker:
+        return r"/[^\s{\[](?s:.*)/"
+    return f"/(?s:.*)/ & ~/(?s:.*){re.escape(marker).replace('/', chr(92) + '/')}(?s:.*)/"
