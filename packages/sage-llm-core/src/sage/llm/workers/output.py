@@ -51,7 +51,7 @@ class Output:
             elif ways:
                 ways.append("calls")
             else:
-                rules.append(f"TEXT: {_text_before(answer_format.call_open or "")}")
+                rules.append(f"TEXT: {_text_before(answer_format.call_open)}")
                 ways = ["TEXT calls?"] if answer_format.call_open else ["TEXT", "calls", '""']
         return "\n".join([f"start: {' | '.join(ways)}", *rules])
 
@@ -87,7 +87,7 @@ def _marker(text: str, added_tokens: Mapping[str, int]) -> str:
     return " ".join(f"<[{added_tokens[part]}]>" if part in added_tokens else _literal(part) for part in parts if part)
 
 
-def _text_before(marker: str) -> str:
+def _text_before(marker: str | None) -> str:
     """Return a regular expression of texts that do not begin a call."""
     if not marker:
         return r"/[^\s{\[](?s:.*)/"
