@@ -14,6 +14,8 @@ from sage.llm.workers.answer_format import AnswerFormat
 
 #: JSON as templates write it. With flexible whitespace, a weak model may write blanks until it is cut.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+#: A weak model would repeat its call until it is cut.
+_MORE_CALLS = "{0,15}"
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -26,11 +28,11 @@ class Output:
     must_call: bool = False  #: the answer must be calls
     may_call_several: bool = True
 
-    def grammar(self, answer_format: AnswerFormat, added_tokens: Mapping[str, int]) -> str | None:
+    def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
         """Return the grammar of the answer; None if every text is allowed.
 
-        added_tokens: the tokenizer's, by their text. Raises ConfigError if the model writes calls in a way that no grammar
-        is known for.
+        special: the tokenizer's special tokens; is_reasoning: the prompt ends inside of the reasoning, which is free.
+        Raises ConfigError if the model writes calls in a notation that no grammar is known for.
         """
         is_strict = any(function.get("strict") for function in self.functions)
         if self.schema is None and not (self.must_call or is_strict or (self.functions and not self.may_call_several)):
@@ -38,25 +40,31 @@ class Output:
         rules = [] if self.schema is None else [f"json: {_json(self.schema)}"]
         ways = ["json"] if rules else []
         if self.functions:
-            if answer_format.calls == "other":
-                raise ConfigError(
-                    code="unsupported_value",
-                    message="tools: this model writes calls in a notation that cannot be enforced.",
-                    hint="Omit 'strict', 'parallel_tool_calls' and 'tool_choice'.",
-                    param="tools",
-                )
-            rules += self._call_rules(answer_format, added_tokens)
+            rules += self._call_rules(answer_format, special)
             if self.must_call:
                 ways = ["calls"]
             elif ways:
                 ways.append("calls")
             else:
-                rules.append(f"TEXT: {_text_before(answer_format.call_open)}")
-                ways = ["TEXT calls?"] if answer_format.call_open else ["TEXT", "calls", '""']
-        return "\n".join([f"start: {' | '.join(ways)}", *rules])
+                rules.append(f"TEXT: {_text_without(answer_format.call_open)}")
+                ways = ["TEXT calls?"] if answer_format.call_open else ["TEXT", "calls"]
+        rules.append(f"answer: {' | '.join(ways)}")
+        if not answer_format.think_open:
+            return "\n".join(["start: answer", *rules])
+        opening = "" if is_reasoning else _marker(answer_format.think_open, special)
+        thought = f"{opening} thought BLANK"
+        rules += [_rule_until("thought", answer_format.think_close, special), "BLANK: /\\s{0,2}/"]
+        return "\n".join([f"start: {thought} answer" if is_reasoning else f"start: ({thought})? answer", *rules])
 
-    def _call_rules(self, answer_format: AnswerFormat, added_tokens: Mapping[str, int]) -> list[str]:
-        opening, closing = (_marker(text, added_tokens) for text in answer_format.around)
+    def _call_rules(self, answer_format: AnswerFormat, special: Mapping[str, int]) -> list[str]:
+        if answer_format.calls == "other":
+            raise ConfigError(
+                code="unsupported_value",
+                message="tools: this model writes calls in a notation that cannot be enforced.",
+                hint="Omit 'strict', 'parallel_tool_calls' and 'tool_choice'.",
+                param="tools",
+            )
+        opening, closing = (_marker(text, special) for text in answer_format.around)
         rules, names = [], []
         for number, function in enumerate(self.functions):
             before = f'{{"name": {json.dumps(function["name"])}, "{answer_format.arguments_key}": '
@@ -66,9 +74,11 @@ class Output:
             rules.append(f"arguments{number}: {_json(parameters, is_lenient=not function.get('strict'))}")
         call = f"({' | '.join(names)})"
         if answer_format.calls == "list":
-            several = f'(", " {call})*' if self.may_call_several else ""
+            several = f'(", " {call}){_MORE_CALLS}' if self.may_call_several else ""
             return [*rules, f'calls: {opening} "[" {call} {several} "]" {closing}']
-        several = f'("\\n"? {opening} {call} {closing})*' if self.may_call_several and answer_format.call_open else ""
+        several = (
+            f'("\\n"? {opening} {call} {closing}){_MORE_CALLS}' if self.may_call_several and answer_format.call_open else ""
+        )
         return [*rules, f"calls: {opening} {call} {closing} {several}"]
 
 
@@ -80,15 +90,24 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _marker(text: str, added_tokens: Mapping[str, int]) -> str:
-    """Return a marker as tokens and literal text."""
-    names = sorted((name for name in added_tokens if name in text), key=len, reverse=True)
+def _marker(text: str, special: Mapping[str, int]) -> str:
+    """Return a marker as special tokens and literal text."""
+    names = sorted((name for name in special if name in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-    return " ".join(f"<[{added_tokens[part]}]>" if part in added_tokens else _literal(part) for part in parts if part)
+    return " ".join(f"<[{special[part]}]>" if part in special else _literal(part) for part in parts if part)
 
 
-def _text_before(marker: str | None) -> str:
-    """Return a regular expression of texts that do not begin a call."""
-    if not marker:
-        return r"/[^\s{\[](?s:.*)/"
-    return f"/(?s:.*)/ & ~/(?s:.*){re.escape(marker).replace('/', chr(92) + '/')}(?s:.*)/"
+def _rule_until(name: str, marker: str, special: Mapping[str, int]) -> str:
+    """Return a rule for any text up to and including a marker."""
+    if marker in special:
+        return f"{name}: /(?s:.*)/ <[{special[marker]}]>"
+    return f"{name}[lazy]: /(?s:.*){_pattern(marker)}/"
+
+
+def _text_without(marker: str | None) -> str:
+    """Return a regular expression of texts that have no call."""
+    return f"/(?s:.*)/ & ~/(?s:.*){_pattern(marker)}(?s:.*)/" if marker else r"/([^\s{\[](?s:.*))?/"
+
+
+def _pattern(text: str) -> str:
+    return re.sub(r"([^\w<> ])", r"\\\1", text)

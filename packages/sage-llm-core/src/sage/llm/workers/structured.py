@@ -1,6 +1,6 @@
 """Restrict answers to a grammar, token by token, with llguidance."""
 
-import threading
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -11,59 +11,66 @@ from sage.common.errors import ConfigError, SageError
 
 #: Compiled grammars that are kept; one takes some hundred kilobytes.
 _KEPT_GRAMMARS = 64
+_ERROR = re.compile(
+    r"at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?(?P<reason>.*?)(?=\n +1 \| |$)", re.DOTALL
+)
 
 
-class Grammars:
-    """The grammars of a model's tokenizer, compiled once each. Its methods may be called by any thread."""
+class Grammar:
+    """A compiled grammar."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: list[int]) -> None:
-        """vocab_size: of the logits; end_tokens: that end an answer, allowed where the grammar may end."""
-        self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, end_tokens
-        self._compiled = lru_cache(_KEPT_GRAMMARS)(self._compile)
-        self._known_tokens: Any = None
-        self._lock = threading.Lock()
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
 
-    def check(self, grammar: str) -> None:
-        """Compile a grammar. Raises ConfigError with the compiler's reason, for example a keyword that it does not know."""
-        with self._lock:
-            self._compiled(grammar)
-
-    def start(self, grammar: str, begin_after: int | None = None) -> "Constraint":
-        """Return the state of a new answer. begin_after: token after which the grammar begins, e.g. the end of reasoning."""
-        with self._lock:
-            return Constraint(self._compiled(grammar).deep_copy(), self._end_tokens, begin_after)
-
-    def _compile(self, grammar: str) -> Any:
-        import llguidance  # few servers need it
-        from llguidance.hf import from_tokenizer
-
-        if self._known_tokens is None:
-            self._known_tokens = from_tokenizer(self._tokenizer, self._vocab_size, self._end_tokens[0])
-        matcher = llguidance.LLMatcher(self._known_tokens, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0)
-        if matcher.is_error():
-            raise ConfigError(code="unsupported_value", message=f"The schema is not supported: {matcher.get_error()}")
-        return matcher
+    def start(self) -> "Constraint":
+        """Return the state of a new answer."""
+        return Constraint(self._matcher.deep_copy())
 
 
 class Constraint:
-    """Where an answer is in its grammar."""
+    """Allows an answer only the tokens that its grammar allows."""
 
-    def __init__(self, matcher: Any, end_tokens: list[int], begin_after: int | None) -> None:
-        self._matcher, self._end_tokens, self._begin_after = matcher, end_tokens, begin_after
+    def __init__(self, matcher: Any) -> None:
+        self._matcher, self._read_tokens = matcher, 0
 
-    def apply(self, logits: Tensor) -> None:
-        """Set the logits of all tokens that the grammar does not allow next to -inf; logits: (vocab_size,)."""
-        if self._begin_after is not None:
-            return
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+    def __call__(self, answer: list[int], logits: Tensor) -> Tensor:
+        """Return logits in which the tokens that are not allowed next are -inf; answer: the tokens so far."""
+        self._matcher.consume_tokens(answer[self._read_tokens :])
+        self._read_tokens = len(answer)
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0
         if self._matcher.is_error():
-            raise SageError(code="grammar_failed", message="The answer could not be restricted to the schema.")
-        allowed[self._end_tokens] |= allowed[self._end_tokens[0]]
-        logits.masked_fill_(~allowed[: len(logits)].to(logits.device), -torch.inf)
+            raise SageError(code="grammar_failed", message="The answer could not be restricted to its grammar.")
+        return logits.masked_fill(~allowed[: len(logits)].to(logits.device), -torch.inf)
 
-    def accept(self, token: int) -> None:
-        """Add a token to the answer."""
-        if self._begin_after is not None:
-            self._begin_after = None if token == self._begin_after else self._begin_after
-        elif token not in self._end_tokens:
-            self._matcher.consume_token(token)
+
+class Grammars:
+    """Compiles grammars for a model, once each. Only one thread may use it."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: list[int]) -> None:
+        """vocab_size: number of logits; end_tokens: tokens that end an answer, allowed only at the end of the grammar."""
+        self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, end_tokens
+        self._vocabulary: Any = None
+        self.compile = lru_cache(_KEPT_GRAMMARS)(self._compile)
+
+    def _compile(self, text: str) -> Grammar:
+        """Return a compiled grammar of `Output.grammar`. Raises ConfigError that names what is unsupported."""
+        import llguidance  # few servers need it, and reading a vocabulary takes up to a second
+        from llguidance.hf import from_tokenizer
+
+        if self._vocabulary is None:
+            self._vocabulary = from_tokenizer(self._tokenizer, self._vocab_size, self._end_tokens or None)
+        matcher = llguidance.LLMatcher(self._vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0)
+        if matcher.is_error():
+            raise _unsupported(matcher.get_error(), text)
+        return Grammar(matcher)
+
+
+def _unsupported(error: str, grammar: str) -> ConfigError:
+    """Return the error for the client. Lines of a grammar that begin with `json` come from response_format."""
+    param, reason = "tools", error
+    if found := _ERROR.match(error):
+        reason = " ".join(found["reason"].split()).partition(". ")[0]
+        param = "response_format" if grammar.splitlines()[int(found["line"]) - 1].startswith("json:") else "tools"
+    return ConfigError(
+        code="unsupported_value", message=f"{param}: the JSON schema cannot be enforced: {reason}.", param=param
+    )  # fmt: skip
