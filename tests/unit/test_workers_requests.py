@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from sage.common.errors import ConfigError
+from sage.llm.workers.output import Output
 from sage.llm.workers.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from sage.llm.workers.sampling import Sampling
 from sage.llm.workers.server import invalid_request
@@ -13,7 +14,10 @@ from sage.llm.workers.server import invalid_request
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
 EMBEDDING: dict[str, Any] = {"model": "m", "input": "hi"}
-TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "default": None}}}
+NOW = {"name": "now", "parameters": {"type": "object", "default": None}}
+TOOL: dict[str, Any] = {"type": "function", "function": NOW}
+MATCHING = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [None, 1]}, "strict": True}}
+THEN: dict[str, Any] = {"type": "function", "function": {"name": "then", "strict": True}}
 
 
 def sampling(kind: type[ChatRequest] | type[CompletionRequest], body: dict[str, Any]) -> Sampling:
@@ -25,6 +29,8 @@ def refusal(kind: Any, body: dict[str, Any]) -> ConfigError:
         request = kind.model_validate(body)
         if kind is not EmbeddingRequest:
             request.sampling(64)
+        if kind is ChatRequest:
+            request.output()
     except ValidationError as error:
         return invalid_request([{**found, "loc": ("body", *found["loc"])} for found in error.errors()])
     except ConfigError as error:
@@ -61,7 +67,7 @@ def test_null_inside_messages_counts_as_missing_but_stays_in_the_schema_of_a_too
     assert request.conversation() == [{"role": "assistant", "tool_calls": [call]}]
     assert request.offered_tools() == [TOOL]
     told_of_none = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL], "tool_choice": "none"})
-    assert told_of_none.offered_tools() is None
+    assert told_of_none.offered_tools() == []
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -110,10 +116,13 @@ def test_fields_that_change_an_answer_reach_the_sampling(more: dict[str, Any], e
         {"messages": [{"role": "user", "content": 42}]}, {"messages": [{"role": "nobody", "content": "hi"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         {"messages": [{"role": "user", "content": "hi", "weight": 0}]},
-        {"tools": [{"type": "web_search"}]}, {"tools": [TOOL], "parallel_tool_calls": False},
-        {"tool_choice": "required", "tools": [TOOL]},
-        {"tool_choice": {"type": "function", "function": {"name": "now"}}, "tools": [TOOL]},
-        {"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_schema", "json_schema": {}}},
+        {"tools": [{"type": "web_search"}]}, {"tools": [{"type": "function", "function": {"name": ""}}]},
+        {"tool_choice": "required"}, {"tool_choice": "required", "tools": []}, {"tool_choice": "any", "tools": [TOOL]},
+        {"tool_choice": {"type": "function", "function": {"name": "then"}}, "tools": [TOOL]},
+        {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}, "tools": [TOOL]},
+        {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}}, {"response_format": "json"},
+        {"response_format": {"type": "json_schema", "json_schema": {}}},
+        {"response_format": {"type": "json_object", "json_schema": {"name": "a", "schema": {}}}},
         {"modalities": ["audio"]}, {"store": True},
     ],
     ids=lambda more: str(more)[:60],
@@ -124,6 +133,25 @@ def test_invalid_values_are_rejected_with_the_field_s_name(more: dict[str, Any])
     assert error.param in more
     assert str(error.param) in error.message
     assert error.code in ("invalid_value", "unsupported_value", "missing_value")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, Output()),
+        ({"response_format": {"type": "json_object"}}, Output(schema={"type": "object"})),
+        ({"response_format": MATCHING}, Output(schema={"enum": [None, 1]})),
+        ({"tools": [TOOL]}, Output(functions=[NOW])),
+        ({"tools": [TOOL], "tool_choice": "none"}, Output()),
+        ({"tools": [TOOL, THEN], "tool_choice": "required"}, Output(functions=[NOW, THEN["function"]], must_call=True)),
+        ({"tools": [TOOL, THEN], "tool_choice": {"type": "function", "function": {"name": "now"}}},
+         Output(functions=[NOW], must_call=True, may_call_several=False)),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, Output(functions=[NOW], may_call_several=False)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_form_of_an_answer_is_read(more: dict[str, Any], expected: Output) -> None:
+    assert ChatRequest.model_validate(CHAT | more).output() == expected
 
 
 @pytest.mark.parametrize(
@@ -150,6 +178,13 @@ def test_prompts_are_text_or_token_ids_one_or_several(prompt: Any, read: list[An
 def test_prompts_of_other_types_are_rejected(prompt: Any) -> None:
     assert refusal(CompletionRequest, COMPLETION | {"prompt": prompt}).param == "prompt"
     assert refusal(EmbeddingRequest, EMBEDDING | {"input": prompt}).param == "input"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [([], "input is empty"), ([[]], "input is empty"), (["a"] * 2049, "has 2049 inputs")]
+)
+def test_what_is_wrong_with_inputs_is_said_with_its_number(given: Any, told: str) -> None:
+    assert told in refusal(EmbeddingRequest, EMBEDDING | {"input": given}).message
 
 
 def test_a_completion_is_scored_without_being_continued() -> None:

@@ -147,6 +147,8 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
             safetensors_header(weights)
         _check_shards(folder)
         return ModelSource(name, ModelKind.FULL, folder)
+    if (folder / "modules.json").is_file():  # of sentence-transformers, with its weights in folders of the modules
+        return ModelSource(name, ModelKind.FULL, folder)
     if len(list(folder.glob("*.gguf"))) == 1:
         return ModelSource(name, ModelKind.GGUF, folder)
     if (folder / "sage_run.json").is_file():

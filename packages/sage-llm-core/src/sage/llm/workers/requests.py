@@ -2,77 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import Field
 
 from sage.common.errors import ConfigError
+from sage.llm.workers.fields import (
+    INT64,
+    INTEGRAL,
+    Body,
+    Choice,
+    Inputs,
+    LogitBias,
+    ModelName,
+    Name,
+    Penalty,
+    Stops,
+    ToolChoice,
+)
+from sage.llm.workers.output import Output
 from sage.llm.workers.sampling import Sampling
-
-MAX_INPUTS = 2048
-_MAX_STOPS, _MAX_STOP_CHARACTERS = 4, 1024
-_MAX_FIELDS = 100
-_INT64 = 2**63
-
-
-def _stops(value: Any) -> Any:
-    texts = [value] if isinstance(value, str) else value
-    is_list = isinstance(texts, list) and len(texts) <= _MAX_STOPS
-    if not is_list or not all(isinstance(text, str) and 0 < len(text) <= _MAX_STOP_CHARACTERS for text in texts):
-        raise ValueError(f"must be text or up to {_MAX_STOPS} texts, each of 1 to {_MAX_STOP_CHARACTERS} characters")
-    return texts
-
-
-def _inputs(value: Any) -> Any:
-    """Return a list of texts, or a list of lists of token ids."""
-    if isinstance(value, str) or _are_ids(value):
-        return [value]
-    is_list = isinstance(value, list) and 0 < len(value) <= MAX_INPUTS
-    if is_list and (all(isinstance(part, str) for part in value) or all(map(_are_ids, value))):
-        return value
-    raise ValueError(f"must be text, token ids, or a list of 1 to {MAX_INPUTS} of either")
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(part) is int and part >= 0 for part in value)
-
-
-_TEXT: dict[str, Any] = {"type": "string"}
-_STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_CHARACTERS}
-_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
-_SEVERAL: dict[str, Any] = {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS}
-
-#: JSON has one kind of number: 5.0 is an integer too.
-INTEGRAL = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
-ModelName = Annotated[str, Field(min_length=1, max_length=512)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Inputs = Annotated[
-    list[Any],
-    BeforeValidator(_inputs),
-    WithJsonSchema({"anyOf": [_TEXT, {**_SEVERAL, "items": _TEXT}, _IDS, {**_SEVERAL, "items": _IDS}]}),
-]
-Stops = Annotated[
-    list[str],
-    BeforeValidator(_stops),
-    WithJsonSchema({"anyOf": [_STOP, {"type": "array", "maxItems": _MAX_STOPS, "items": _STOP}, {"type": "null"}]}),
-]
-LogitBias = dict[
-    Annotated[str, Field(pattern="^[0-9]{1,9}$")],
-    Annotated[float, Field(ge=-100, le=100)],
-]
-
-
-class Body(BaseModel):
-    """A JSON object; null fields count as absent, and unknown fields are rejected."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        if len(values) > _MAX_FIELDS:  # each unknown one would cost an error
-            raise ValueError(f"must have at most {_MAX_FIELDS} fields")
-        return {name: value for name, value in values.items() if value is not None}
 
 
 class StreamOptions(Body):
@@ -82,10 +29,28 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class TextFormat(Body):
-    """The only supported response_format."""
+class JsonSchema(Body):
+    """A JSON schema that an answer must match."""
 
-    type: Literal["text"]
+    name: Name
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's response_format."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """Return the JSON schema of the answer; None if it is plain text. Raises ConfigError if fields contradict."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _refusal("response_format", "'json_schema' is required with type 'json_schema', and not allowed else.")
+        if self.json_schema:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class GenerationRequest(Body):
@@ -96,13 +61,13 @@ class GenerationRequest(Body):
     max_completion_tokens: Annotated[int, Field(ge=1), INTEGRAL] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=_INT64), INTEGRAL] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=INT64), INTEGRAL] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Annotated[LogitBias, Field(max_length=10_000)] | None = None
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64), INTEGRAL] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64), INTEGRAL] | None = None
     stop: Stops | None = None
     n: Annotated[int, Field(ge=1, le=128), INTEGRAL] | None = None
     stream: bool | None = None
@@ -169,10 +134,10 @@ class Message(Body):
 class Function(Body):
     """A function that a model may call."""
 
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Body):
@@ -189,9 +154,9 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
@@ -203,8 +168,6 @@ class ChatRequest(GenerationRequest):
         """Return the sampling parameters. Raises ConfigError if fields contradict each other."""
         if self.top_logprobs is not None and not self.logprobs:
             raise _refusal("top_logprobs", "is allowed only with 'logprobs': true.")
-        if self.parallel_tool_calls is False and self.tools:
-            raise _refusal("parallel_tool_calls", "cannot be turned off: the model decides how many tools it calls.")
         limit = self.max_completion_tokens or self.max_tokens or default_max_tokens
         return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None)
 
@@ -212,11 +175,26 @@ class ChatRequest(GenerationRequest):
         """Return the messages with the fields that they have."""
         return [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
 
-    def offered_tools(self) -> list[dict[str, Any]] | None:
-        """Return the tools for the chat template, or None."""
-        if not self.tools or self.tool_choice == "none":
-            return None
-        return [tool.model_dump(exclude_unset=True) for tool in self.tools]
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Return the tools for the chat template; [] if the model must not call any."""
+        if self.tool_choice and self.tool_choice.mode == "none":
+            return []
+        return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]
+
+    def output(self) -> Output:
+        """Return what the answer must look like. Raises ConfigError if fields contradict each other."""
+        tools, choice = self.offered_tools(), self.tool_choice or ToolChoice()
+        functions = [tool["function"] for tool in tools]
+        if choice.mode == "required" and not functions:
+            raise _refusal("tool_choice", "is allowed only with 'tools'.")
+        if choice.name and choice.name not in [function["name"] for function in functions]:
+            raise _refusal("tool_choice", f"{choice.name!r} is not one of the tools.")
+        return Output(
+            schema=self.response_format.schema_of_answer() if self.response_format else None,
+            functions=[function for function in functions if choice.name in (None, function["name"])],
+            must_call=choice.mode == "required",
+            may_call_several=self.parallel_tool_calls is not False and choice.name is None,
+        )
 
 
 class CompletionRequest(GenerationRequest):

@@ -2,10 +2,12 @@
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sage.llm.workers.sampling import Piece, TokenScore
+from sage.llm.workers.tool_calls import AnswerReader, Call, Part
 
 
 class Shape:
@@ -31,9 +33,9 @@ class Shape:
         made = [
             self._choice(
                 index,
-                self._content("".join(part.text for part in parts)),
+                self._content(parts),
                 [score for part in parts for score in part.scores],
-                parts[-1].finish_reason,
+                self._finish_reason(parts[-1]),
             )
             for index, parts in choices.items()
         ]
@@ -43,11 +45,11 @@ class Shape:
         """Return the stream chunks of a piece; is_first: it is the first piece of its choice."""
         self._completion_tokens += piece.completion_tokens
         made = []
-        if piece.text or piece.scores or is_first:
-            delta = self._delta(piece.text, is_first=is_first)
-            made.append(self._choice(piece.index, delta, list(piece.scores), None))
-        if piece.finish_reason:
-            made.append(self._choice(piece.index, self._delta("", is_first=False), [], piece.finish_reason))
+        delta = self._delta(piece, is_first=is_first)
+        if delta or piece.scores:
+            made.append(self._choice(piece.index, delta or self._no_delta(), list(piece.scores), None))
+        if reason := self._finish_reason(piece):
+            made.append(self._choice(piece.index, self._no_delta(), [], reason))
         return [self._object(self.chunk_kind, [choice]) for choice in made]
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -60,11 +62,19 @@ class Shape:
         logprobs = self._logprobs(scores) if self._with_logprobs and (scores or finish_reason is None) else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
+        """Return what all pieces of a choice say."""
         raise NotImplementedError
 
-    def _delta(self, text: str, *, is_first: bool) -> dict[str, Any]:
+    def _delta(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
+        """Return what a piece adds; {} if nothing."""
         raise NotImplementedError
+
+    def _no_delta(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _finish_reason(self, piece: Piece) -> str | None:
+        return piece.finish_reason
 
     def _logprobs(self, scores: list[TokenScore]) -> dict[str, Any]:
         raise NotImplementedError
@@ -86,12 +96,46 @@ class ChatShape(Shape):
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def __init__(self, model: str, *, with_logprobs: bool, reader: Callable[[], AnswerReader]) -> None:
+        """reader: makes what splits a choice into content, reasoning and tool calls."""
+        super().__init__(model, with_logprobs=with_logprobs)
+        self._readers: defaultdict[int, AnswerReader] = defaultdict(reader)
+        self._calls: Counter[int] = Counter()  #: by choice
 
-    def _delta(self, text: str, *, is_first: bool) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": text} if is_first else {"content": text}
-        return {"delta": delta if text or is_first else {}}
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
+        parts = [part for piece in pieces for part in self._parts(piece)]
+        content, reasoning = "".join(part.content for part in parts), "".join(part.reasoning for part in parts)
+        calls = [_tool_call(call) for part in parts for call in part.calls]
+        message: dict[str, Any] = {"role": "assistant", "content": content or None if calls else content}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return {"message": message}
+
+    def _delta(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
+        begun = self._calls[piece.index]
+        parts = self._parts(piece)
+        delta: dict[str, Any] = {"role": "assistant", "content": ""} if is_first else {}
+        if content := "".join(part.content for part in parts):
+            delta["content"] = content
+        if reasoning := "".join(part.reasoning for part in parts):
+            delta["reasoning_content"] = reasoning
+        if calls := [call for part in parts for call in part.calls]:
+            delta["tool_calls"] = [{"index": begun + at, **_tool_call(call)} for at, call in enumerate(calls)]
+        return {"delta": delta} if delta else {}
+
+    def _no_delta(self) -> dict[str, Any]:
+        return {"delta": {}}
+
+    def _finish_reason(self, piece: Piece) -> str | None:
+        return "tool_calls" if piece.finish_reason == "stop" and self._calls[piece.index] else piece.finish_reason
+
+    def _parts(self, piece: Piece) -> list[Part]:
+        reader = self._readers[piece.index]
+        parts = [reader.push(piece.text), *([reader.flush()] if piece.finish_reason else [])]
+        self._calls[piece.index] += sum(len(part.calls) for part in parts)
+        return parts
 
     def _logprobs(self, scores: list[TokenScore]) -> dict[str, Any]:
         content = [
@@ -110,11 +154,14 @@ class CompletionShape(Shape):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
+        return {"text": "".join(piece.text for piece in pieces)}
 
-    def _delta(self, text: str, *, is_first: bool) -> dict[str, Any]:
-        return {"text": text}
+    def _delta(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
+        return {"text": piece.text} if piece.text or is_first else {}
+
+    def _no_delta(self) -> dict[str, Any]:
+        return {"text": ""}
 
     def _logprobs(self, scores: list[TokenScore]) -> dict[str, Any]:
         return {
@@ -123,6 +170,10 @@ class CompletionShape(Shape):
             "top_logprobs": [_by_token(score) for score in scores],
             "text_offset": [score.text_offset for score in scores],
         }
+
+
+def _tool_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _by_token(score: TokenScore) -> dict[str, float] | None:

@@ -1,0 +1,123 @@
+"""How a model writes tool calls and reasoning, found out from its chat template."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sage.libs.models.chat import ChatFormat
+
+_NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
+_DECODER = json.JSONDecoder()
+#: Markers of calls that templates do not write themselves, only ask for: those of Granite 3 and Phi-4.
+_CALL_MARKERS = (
+    ("<tool_call>", "</tool_call>"),
+    ("<|tool_call|>", "<|/tool_call|>"),
+    ("<|tool_call|>", ""),
+    ("[TOOL_CALLS]", ""),
+)
+_THINK_MARKERS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+)
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """The markers in an answer. All are texts, and can be special tokens."""
+
+    call_open: str | None = None  #: before a call; "": a call is the whole answer; None: the model knows no calls
+    call_close: str = ""  #: after a call; "": the end of the answer, or the next call
+    calls: Literal["object", "list", "other"] = "other"  #: JSON of one call, of a list of calls, or another notation
+    arguments_key: str = "arguments"  #: in the JSON of a call
+    around: tuple[str, str] = ("", "")  #: the markers of a call with the whitespace that the template writes
+    think_open: str = ""  #: before the reasoning; "": the model does not reason
+    think_close: str = ""
+
+    @classmethod
+    def of(cls, chat: ChatFormat) -> "AnswerFormat":
+        """Return the format of a model's answers. Takes as long as its template does, which is a program."""
+        template = str(chat.tokenizer.chat_template or "")
+        fields = _call_in_template(chat) or _markers_of_calls(chat, template)
+        opening, closing = _markers_of_reasoning(chat, template)
+        return cls(**fields, think_open=opening, think_close=closing)
+
+    def special_tokens(self, tokenizer: Any) -> frozenset[int]:
+        """Return the special tokens that are part of a marker: the text of an answer must show them."""
+        markers = [self.call_open or "", self.call_close, self.think_open, self.think_close, "[ARGS]", "[CALL_ID]"]
+        special = set(tokenizer.all_special_ids)
+        return frozenset(
+            token
+            for token, added in tokenizer.added_tokens_decoder.items()
+            if token in special and added.content in "".join(markers)
+        )
+
+
+def _call_in_template(chat: ChatFormat) -> dict[str, Any]:
+    """Return how the template writes a call; {} if it writes none."""
+    asked = {"role": "user", "content": "Hi"}
+    function = {"name": _NAME, "arguments": {"x": _VALUE}}
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call00000", "type": "function", "function": function}],
+    }
+    parameters = {"type": "object", "properties": {"x": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": _NAME, "description": "d", "parameters": parameters}}]
+    text = header = ""
+    with contextlib.suppress(Exception):  # templates raise all kinds of exceptions
+        text = chat.render([asked, called], tools)
+        header = chat.header([asked], tools, text)
+    answer = text[len(header) :]
+    if _NAME not in answer:
+        return {}
+    for at, character in enumerate(answer):
+        if character in "[{":
+            with contextlib.suppress(ValueError):
+                value, length = _DECODER.raw_decode(answer[at:])
+                call = value[0] if isinstance(value, list) and value else value
+                if isinstance(call, dict) and _NAME in str(call):
+                    return _json_call(chat, value, call, answer[:at], answer[at + length :])
+    return next((
+        {"call_open": opening, "call_close": closing} for opening, closing in _CALL_MARKERS
+        if opening in answer and closing in answer
+    ), {})  # fmt: skip
+
+
+def _json_call(chat: ChatFormat, value: Any, call: dict[str, Any], before: str, after: str) -> dict[str, Any]:
+    end = chat.answer_end(calls=True)
+    if end is not None:
+        after = after.partition(chat.tokenizer.convert_ids_to_tokens(end))[0]
+    key = next((key for key, part in call.items() if isinstance(part, dict) and part.get("x") == _VALUE), None)
+    notation = "list" if isinstance(value, list) else "object"
+    return {
+        "call_open": before.strip(),
+        "call_close": after.strip(),
+        "around": (before, after if after.strip() else ""),
+        "calls": notation if key and call.get("name") == _NAME else "other",
+        "arguments_key": key or "arguments",
+    }
+
+
+def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
+    """Return the markers of calls that a template with tools mentions, or that the tokenizer has as tokens."""
+    known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
+    for opening, closing in _CALL_MARKERS if "tools" in template else ():
+        if all(not marker or marker in template or marker in known for marker in (opening, closing)):
+            return {"call_open": opening, "call_close": closing}
+    return {}
+
+
+def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str]:
+    """Return the markers around the reasoning that a template writes, or else mentions; ("", "") if there are none."""
+    text = ""
+    answered = {"role": "assistant", "content": _VALUE, "reasoning_content": _THOUGHT}
+    with contextlib.suppress(Exception):  # templates raise all kinds of exceptions
+        text = chat.render([{"role": "user", "content": "Hi"}, answered])
+    before, _, after = text.partition(_THOUGHT)
+    for opening, closing in _THINK_MARKERS:
+        if (opening in before and closing in after) or (opening in template and closing in template):
+            return opening, closing
+    return "", ""

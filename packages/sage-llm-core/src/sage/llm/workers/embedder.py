@@ -1,0 +1,141 @@
+"""Embedding models: any folder of sentence-transformers, or of transformers alone."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sage.common.errors import ConfigError, ModelError, first_line
+from sage.llm.workers import server
+from sage.llm.workers.requests import EmbeddingRequest
+
+logger = logging.getLogger(__name__)
+#: Far above any real text; longer inputs are rejected without tokenizing them.
+_MAX_CHARACTERS_PER_TOKEN = 100
+_PROBE = "Which engine answers?"
+#: Vectors of one text differ by less than this between batches, because sums are rounded in another order.
+_TOLERANCE = 1e-3
+
+
+class Input(NamedTuple):
+    """A checked input: token ids, or a text if the model does its own tokenization."""
+
+    given: str | list[int]
+    tokens: int
+
+
+class Embedder:
+    """A loaded model with its tokenizer. One thread may call `read`, and another one `embed`."""
+
+    def __init__(self, name: str) -> None:
+        """Load the model and embed a text to check it. Raises ModelError."""
+        _, folder = server.load_source(name)
+        self._model = _load(folder)
+        self._tokenizer: Any = self._model.tokenizer
+        limit = self._model.max_seq_length
+        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # models of static vectors: infinity
+        self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
+        try:
+            expected = self._embed([_PROBE])
+        except Exception as error:  # modules raise all kinds of exceptions
+            raise _unusable(folder, f"does not embed a text: {first_line(error)}") from error
+        self.dimensions = expected.shape[1]
+        self._takes_tokens = callable(self._tokenizer) and self._embeds_tokens_as(expected)
+
+    def read(self, request: EmbeddingRequest) -> list[Input]:
+        """Return the inputs of a request, tokenized. Raises ConfigError if one is empty, too long, or has unknown tokens."""
+        if request.dimensions and request.dimensions > self.dimensions:
+            raise _invalid(f"dimensions is {request.dimensions}; this model's vectors have {self.dimensions}.", "dimensions")
+        return [self._read(f"input {index}", given) for index, given in enumerate(request.input)]
+
+    def embed(self, inputs: list[Input]) -> Tensor:
+        """Return (inputs, dimensions) in fp32 on the CPU."""
+        return self._embed([each.given for each in inputs])
+
+    def _read(self, place: str, given: str | list[int]) -> Input:
+        if not given:
+            raise _invalid(f"{place} is empty.", "input")
+        if isinstance(given, list):
+            if not self._takes_tokens:
+                raise _invalid(f"{place}: this model takes text, not token ids.", "input")
+            if max(given) >= (known := self._vocabulary_size()):
+                raise _invalid(f"{place}: token {max(given)} does not exist, the model has {known}.", "input")
+            read = Input(given, len(given))
+        elif self._max_tokens and len(given) > self._max_tokens * _MAX_CHARACTERS_PER_TOKEN:
+            raise self._too_long(f"{place} has {len(given)} characters")
+        else:
+            ids = self._ids(given)
+            read = Input(ids if self._takes_tokens else given, len(ids))
+        if self._max_tokens and read.tokens > self._max_tokens:
+            raise self._too_long(f"{place} has {read.tokens} tokens")
+        if not read.tokens:
+            raise _invalid(f"{place} has no tokens.", "input")
+        return read
+
+    def _ids(self, text: str) -> list[int]:
+        if callable(self._tokenizer):  # of transformers
+            return list(self._tokenizer(self._prompt + text, truncation=False, verbose=False)["input_ids"])
+        if hasattr(self._tokenizer, "encode"):  # of tokenizers
+            return list(self._tokenizer.encode(self._prompt + text, add_special_tokens=False).ids)
+        return list(self._tokenizer.tokenize(self._prompt + text))  # of words
+
+    def _vocabulary_size(self) -> int:
+        return int(self._model.transformers_model.get_input_embeddings().num_embeddings)
+
+    @torch.inference_mode()
+    def _embed(self, inputs: list[Any]) -> Tensor:
+        if isinstance(inputs[0], str):
+            features = self._model.preprocess(inputs, prompt=self._prompt or None)
+        else:
+            rows = [torch.tensor(ids) for ids in inputs]
+            features = {  # padded here: tokenizers keep padding as a state, which the other thread uses
+                "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
+                "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            }
+        on_device = {
+            name: value.to(self._model.device) if isinstance(value, Tensor) else value for name, value in features.items()
+        }
+        vectors: Tensor = self._model(on_device)["sentence_embedding"]
+        return vectors.float().cpu()
+
+    def _embeds_tokens_as(self, expected: Tensor) -> bool:
+        """Return whether tokens give the same vector as their text; not if the model puts texts into a chat template."""
+        try:
+            return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
+        except Exception:  # noqa: BLE001 # then its texts are left to the model
+            return False
+
+    def _too_long(self, what: str) -> ConfigError:
+        message = f"{what}; this model takes {self._max_tokens} tokens."
+        return ConfigError(code="context_length_exceeded", message=message, hint="Split it.", param="input")
+
+
+def _load(folder: Path) -> Any:
+    for pickle in folder.rglob("pytorch_model.bin"):
+        if not any(pickle.parent.glob("*.safetensors")):
+            raise _unusable(folder, f"has pickled weights ({pickle.relative_to(folder)}); only safetensors are loaded")
+    try:
+        model = SentenceTransformer(
+            str(folder), local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        ).eval()
+    except Exception as error:  # broken folders raise all kinds of exceptions
+        raise _unusable(folder, f"does not load as an embedding model: {first_line(error)}") from error
+    if not (folder / "modules.json").is_file():
+        pooling = model[-1].pooling_mode if len(model) > 1 else "its own"
+        logger.warning(
+            "%s is not a folder of sentence-transformers: %s pooling is used, which may not be what it was trained for.",
+            folder, pooling,
+        )  # fmt: skip
+    return model
+
+
+def _unusable(folder: Path, problem: str) -> ModelError:
+    return ModelError(code="model_invalid", message=f"The model in {folder} {problem}.", param="model")
+
+
+def _invalid(message: str, param: str) -> ConfigError:
+    return ConfigError(code="invalid_value", message=message, param=param)

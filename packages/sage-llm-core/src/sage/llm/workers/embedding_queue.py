@@ -1,0 +1,135 @@
+"""Batches of embedding inputs, taken fairly from all requests that wait."""
+
+import contextlib
+import heapq
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakSet
+
+from sage.common.errors import Overloaded
+from sage.llm.workers.failures import internal_error
+from sage.llm.workers.jobs import Job
+
+T = TypeVar("T")
+#: Inputs of up to this many tokens cost about the same.
+_SHORTEST_CLASS_TOKENS = 16
+
+
+@dataclass(eq=False)
+class Request:
+    """A request whose inputs wait, and the vectors that are computed so far."""
+
+    job: Job[Any]
+    inputs: int
+    vectors: dict[int, Any] = field(default_factory=dict)  #: by the index of the input
+
+    def add(self, index: int, vector: Any) -> None:
+        """Keep the vector of an input; the last one completes the job."""
+        self.vectors[index] = vector
+        if len(self.vectors) == self.inputs:
+            self.job.put([self.vectors[at] for at in range(self.inputs)])
+
+
+class Entry(NamedTuple, Generic[T]):
+    """An input that waits; entries of one class are served in ascending order."""
+
+    turn: float
+    order: int
+    tokens: int
+    request: Request
+    index: int
+    given: T
+
+
+class FairQueue(Generic[T]):
+    """Inputs of several requests, in classes of similar length (up to 16 tokens, 32, 64, ...).
+
+    A batch is taken from one class, so that less than half of it is padding. Which one is decided by weighted fair queueing
+    (Demers, Keshav and Shenker 1989): inputs are served in the order in which they would be complete if all requests were
+    computed at the same time, each with an equal share, shortest input first. So a short request waits for about one batch,
+    however many inputs other requests still have, and no long one waits for ever.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        """max_tokens: of a batch, with padding; a longer input makes a batch of its own."""
+        self._max_tokens = max_tokens
+        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: heaps, by the padded length in tokens
+        self._waiting: Counter[Request] = Counter()
+        self._served, self._order = 0.0, count()  #: tokens of each request's share so far
+
+    def add(self, request: Request, inputs: Sequence[T], lengths: Sequence[int]) -> None:
+        """Add the inputs of a request; lengths: in tokens."""
+        turn = self._served
+        self._waiting[request] = len(inputs)
+        for index in sorted(range(len(inputs)), key=lengths.__getitem__):
+            tokens = lengths[index]
+            turn += tokens
+            padded = max(_SHORTEST_CLASS_TOKENS, 1 << (tokens - 1).bit_length())
+            heapq.heappush(self._classes[padded], Entry(turn, next(self._order), tokens, request, index, inputs[index]))
+
+    def take(self) -> list[Entry[T]]:
+        """Remove and return the next batch; [] if nothing waits. Inputs of cancelled requests are dropped."""
+        batch: list[Entry[T]] = []
+        while self._classes and not batch:
+            padded, heap = min(self._classes.items(), key=lambda item: item[1][0])
+            sharing = len(self._waiting)
+            while heap and len(batch) < max(1, self._max_tokens // padded):
+                entry = heapq.heappop(heap)
+                self._waiting[entry.request] -= 1
+                if not self._waiting[entry.request]:
+                    del self._waiting[entry.request]
+                if not entry.request.job.gone.is_set():
+                    batch.append(entry)
+            self._served += sum(entry.tokens for entry in batch) / sharing
+            if not heap:
+                del self._classes[padded]
+        return batch
+
+
+class Batcher(Generic[T]):
+    """A thread that computes the vectors of a FairQueue, batch by batch."""
+
+    def __init__(self, embed: Callable[[list[T]], Sequence[Any]], max_tokens: int) -> None:
+        """embed: returns a vector for each input."""
+        self._embed, self._queue = embed, FairQueue[T](max_tokens)
+        self._changed = threading.Condition()
+        self._jobs: WeakSet[Job[Any]] = WeakSet()
+        threading.Thread(target=self._run, name="Embedding", daemon=True).start()
+
+    def submit(self, inputs: Sequence[T], lengths: Sequence[int]) -> Job[list[Any]]:
+        """Queue a request; its job delivers the list of vectors, in the order of the inputs."""
+        request = Request(Job(), len(inputs))
+        self._jobs.add(request.job)
+        with self._changed:
+            self._queue.add(request, inputs, lengths)
+            self._changed.notify()
+        return request.job
+
+    def close(self) -> None:
+        """Cancel all requests with an error that the engine is stopping."""
+        for job in list(self._jobs):
+            message = "The engine is being stopped."
+            job.abandon(Overloaded(code="engine_stopping", message=message, hint="Retry when it runs again."))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (batch := self._queue.take()):
+                    self._changed.wait()
+            with contextlib.suppress(RuntimeError):  # the event loop of its clients is closed
+                self._compute(batch)
+
+    def _compute(self, batch: list[Entry[T]]) -> None:
+        try:
+            vectors = self._embed([entry.given for entry in batch])
+        except BaseException as error:  # noqa: BLE001 # clients wait for the result, and other requests are queued
+            reason = internal_error(error, "Embedding")
+            for request in {entry.request for entry in batch}:
+                request.job.abandon(reason)
+            return
+        for entry, vector in zip(batch, vectors, strict=True):
+            entry.request.add(entry.index, vector)

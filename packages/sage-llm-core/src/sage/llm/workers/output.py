@@ -1,0 +1,113 @@
+"""What an answer must look like (text, JSON of a schema, calls of functions), and the grammar that enforces it.
+
+The grammars are in llguidance's variant of Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sage.common.errors import ConfigError
+from sage.llm.workers.answer_format import AnswerFormat
+
+#: JSON as templates write it. With flexible whitespace, a weak model may write blanks until it is cut.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+#: A weak model would repeat its call until it is cut.
+_MORE_CALLS = "{0,15}"
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True)
+class Output:
+    """The demands of a request on its answer."""
+
+    schema: dict[str, Any] | None = None  #: JSON schema of the text; None: any text
+    functions: list[dict[str, Any]] = field(default_factory=list)  #: that may be called, as in OpenAI's `tools`
+    must_call: bool = False  #: the answer must be calls
+    may_call_several: bool = True
+
+    def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
+        """Return the grammar of the answer; None if every text is allowed.
+
+        special: the tokenizer's special tokens; is_reasoning: the prompt ends inside of the reasoning, which is free.
+        Raises ConfigError if the model writes calls in a notation that no grammar is known for.
+        """
+        is_strict = any(function.get("strict") for function in self.functions)
+        if self.schema is None and not (self.must_call or is_strict or (self.functions and not self.may_call_several)):
+            return None
+        rules = [] if self.schema is None else [f"json: {_json(self.schema)}"]
+        ways = ["json"] if rules else []
+        if self.functions:
+            rules += self._call_rules(answer_format, special)
+            if self.must_call:
+                ways = ["calls"]
+            elif ways:
+                ways.append("calls")
+            else:
+                rules.append(f"TEXT: {_text_without(answer_format.call_open)}")
+                ways = ["TEXT calls?"] if answer_format.call_open else ["TEXT", "calls"]
+        rules.append(f"answer: {' | '.join(ways)}")
+        if not answer_format.think_open:
+            return "\n".join(["start: answer", *rules])
+        opening = "" if is_reasoning else _marker(answer_format.think_open, special)
+        thought = f"{opening} thought BLANK"
+        rules += [_rule_until("thought", answer_format.think_close, special), "BLANK: /\\s{0,2}/"]
+        return "\n".join([f"start: {thought} answer" if is_reasoning else f"start: ({thought})? answer", *rules])
+
+    def _call_rules(self, answer_format: AnswerFormat, special: Mapping[str, int]) -> list[str]:
+        if answer_format.calls == "other":
+            raise ConfigError(
+                code="unsupported_value",
+                message="tools: this model writes calls in a notation that cannot be enforced.",
+                hint="Omit 'strict', 'parallel_tool_calls' and 'tool_choice'.",
+                param="tools",
+            )
+        opening, closing = (_marker(text, special) for text in answer_format.around)
+        rules, names = [], []
+        for number, function in enumerate(self.functions):
+            before = f'{{"name": {json.dumps(function["name"])}, "{answer_format.arguments_key}": '
+            names.append(f"function{number}")
+            rules.append(f"{names[-1]}: {_literal(before)} arguments{number} {_literal('}')}")
+            parameters = function.get("parameters") or _NO_ARGUMENTS
+            rules.append(f"arguments{number}: {_json(parameters, is_lenient=not function.get('strict'))}")
+        call = f"({' | '.join(names)})"
+        if answer_format.calls == "list":
+            several = f'(", " {call}){_MORE_CALLS}' if self.may_call_several else ""
+            return [*rules, f'calls: {opening} "[" {call} {several} "]" {closing}']
+        several = (
+            f'("\\n"? {opening} {call} {closing}){_MORE_CALLS}' if self.may_call_several and answer_format.call_open else ""
+        )
+        return [*rules, f"calls: {opening} {call} {closing} {several}"]
+
+
+def _json(schema: Mapping[str, Any], *, is_lenient: bool = False) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": {**_COMPACT, "lenient": is_lenient}})
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _marker(text: str, special: Mapping[str, int]) -> str:
+    """Return a marker as special tokens and literal text."""
+    names = sorted((name for name in special if name in text), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    return " ".join(f"<[{special[part]}]>" if part in special else _literal(part) for part in parts if part)
+
+
+def _rule_until(name: str, marker: str, special: Mapping[str, int]) -> str:
+    """Return a rule for any text up to and including a marker."""
+    if marker in special:
+        return f"{name}: /(?s:.*)/ <[{special[marker]}]>"
+    return f"{name}[lazy]: /(?s:.*){_pattern(marker)}/"
+
+
+def _text_without(marker: str | None) -> str:
+    """Return a regular expression of texts that have no call."""
+    return f"/(?s:.*)/ & ~/(?s:.*){_pattern(marker)}(?s:.*)/" if marker else r"/([^\s{\[](?s:.*))?/"
+
+
+def _pattern(text: str) -> str:
+    return re.sub(r"([^\w<> ])", r"\\\1", text)

@@ -1,0 +1,76 @@
+"""Restrict answers to a grammar, token by token, with llguidance."""
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage.common.errors import ConfigError, SageError
+
+#: Compiled grammars that are kept; one takes some hundred kilobytes.
+_KEPT_GRAMMARS = 64
+_ERROR = re.compile(
+    r"at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?(?P<reason>.*?)(?=\n +1 \| |$)", re.DOTALL
+)
+
+
+class Grammar:
+    """A compiled grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def start(self) -> "Constraint":
+        """Return the state of a new answer."""
+        return Constraint(self._matcher.deep_copy())
+
+
+class Constraint:
+    """Allows an answer only the tokens that its grammar allows."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher, self._read_tokens = matcher, 0
+
+    def __call__(self, answer: list[int], logits: Tensor) -> Tensor:
+        """Return logits in which the tokens that are not allowed next are -inf; answer: the tokens so far."""
+        self._matcher.consume_tokens(answer[self._read_tokens :])
+        self._read_tokens = len(answer)
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0
+        if self._matcher.is_error():
+            raise SageError(code="grammar_failed", message="The answer could not be restricted to its grammar.")
+        return logits.masked_fill(~allowed[: len(logits)].to(logits.device), -torch.inf)
+
+
+class Grammars:
+    """Compiles grammars for a model, once each. Only one thread may use it."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: list[int]) -> None:
+        """vocab_size: number of logits; end_tokens: tokens that end an answer, allowed only at the end of the grammar."""
+        self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, end_tokens
+        self._vocabulary: Any = None
+        self.compile = lru_cache(_KEPT_GRAMMARS)(self._compile)
+
+    def _compile(self, text: str) -> Grammar:
+        """Return a compiled grammar of `Output.grammar`. Raises ConfigError that names what is unsupported."""
+        import llguidance  # few servers need it, and reading a vocabulary takes up to a second
+        from llguidance.hf import from_tokenizer
+
+        if self._vocabulary is None:
+            self._vocabulary = from_tokenizer(self._tokenizer, self._vocab_size, self._end_tokens or None)
+        matcher = llguidance.LLMatcher(self._vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0)
+        if matcher.is_error():
+            raise _unsupported(matcher.get_error(), text)
+        return Grammar(matcher)
+
+
+def _unsupported(error: str, grammar: str) -> ConfigError:
+    """Return the error for the client. Lines of a grammar that begin with `json` come from response_format."""
+    param, reason = "tools", error
+    if found := _ERROR.match(error):
+        reason = " ".join(found["reason"].split()).partition(". ")[0]
+        param = "response_format" if grammar.splitlines()[int(found["line"]) - 1].startswith("json:") else "tools"
+    return ConfigError(
+        code="unsupported_value", message=f"{param}: the JSON schema cannot be enforced: {reason}.", param=param
+    )  # fmt: skip
