@@ -1,0 +1,92 @@
+"""What a served model and a training run on the same cores cost each other.
+
+The served model answers one request of 32 tokens every 2 seconds. Prints and writes to `benchmarks/results/beside.md` the speed of
+the run, alone and beside the requests, and the time of an answer, alone and beside the run.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import aiohttp
+from serving.home import gateway, start, stop
+from serving.load import ask
+from train import MODEL, processor
+
+from sage.libs.models.loading import local_folder
+from sage.libs.models.resolve import resolve_model
+from sage.llm.client import SageClient
+
+RESULTS = Path(__file__).parent / "results/beside.md"
+DATA = Path(__file__).parents[1] / "examples/data/sample_train.jsonl"
+EVERY_SECONDS, ANSWER_TOKENS = 2.0, 32
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="transformers")
+    parser.add_argument("--seconds", type=float, default=60, help="length of each of the three measurements")
+    arguments = parser.parse_args()
+    base = local_folder(resolve_model(MODEL))
+    with tempfile.TemporaryDirectory() as work, gateway(Path(work)) as client:
+        served, _ = start(client, base, "served", arguments.backend, {})
+        answers_alone = asyncio.run(answer_times(client, arguments.seconds))
+        run = client.start_engine(
+            model=str(base), engine_kind="finetune",
+            options={"dataset_path": str(DATA), "output_dir": f"{work}/out", "num_epochs": 10_000, "save_steps": 10_000},
+        )  # fmt: skip
+        wait_for_step(client, run.id, 3)  # the first steps are slower than the others
+        step, began = last_step(client, run.id), time.perf_counter()
+        answers_beside = asyncio.run(answer_times(client, arguments.seconds))
+        beside = (last_step(client, run.id) - step) / (time.perf_counter() - began)
+        stop(client, served.id)
+        step, began = last_step(client, run.id), time.perf_counter()
+        time.sleep(arguments.seconds)
+        alone = (last_step(client, run.id) - step) / (time.perf_counter() - began)
+        stop(client, run.id)
+    rows = [
+        ("training, steps/s", f"{alone:.2f}", f"{beside:.2f}", f"{beside / alone:.2f}"),
+        ("an answer, median s", f"{answers_alone:.2f}", f"{answers_beside:.2f}", f"{answers_beside / answers_alone:.2f}"),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [("", "alone", "beside the other", "ratio"), ("---",) * 4, *rows])
+    head = (
+        f"{processor()}, {os.cpu_count()} cores; SmolLM2-135M; backend {arguments.backend}; {arguments.seconds:.0f} s each;"
+    )
+    head += f" an answer of {ANSWER_TOKENS} tokens every {EVERY_SECONDS:g} s beside a LoRA training on the same cores."
+    RESULTS.write_text(f"{head}\n\n{table}\n")
+    print(f"{head}\n{table}")
+
+
+async def answer_times(client: SageClient, seconds: float) -> float:
+    """Request an answer every `EVERY_SECONDS`, or as soon as the one before is complete; return the median time."""
+    times: list[float] = []
+    ends_at = time.perf_counter() + seconds
+    async with aiohttp.ClientSession() as session:
+        await ask(session, client.base_url, "served", 0, ANSWER_TOKENS)
+        while time.perf_counter() < ends_at:
+            began = time.perf_counter()
+            await ask(session, client.base_url, "served", len(times), ANSWER_TOKENS)
+            times.append(time.perf_counter() - began)
+            await asyncio.sleep(max(0.0, EVERY_SECONDS - times[-1]))
+    return statistics.median(times)
+
+
+def wait_for_step(client: SageClient, run: str, step: int) -> None:
+    """Wait until a run has trained a step."""
+    while last_step(client, run) < step:
+        time.sleep(0.2)
+
+
+def last_step(client: SageClient, run: str) -> int:
+    """Return the number of steps that a run has trained."""
+    training = client.get_engine(run).training
+    return training.step if training else 0
+
+
+if __name__ == "__main__":
+    main()
