@@ -63,7 +63,12 @@ def engine_lines(engine: EngineView) -> list[str]:
     if engine.training:
         facts += _training_facts(engine.training, is_active=engine.state == "running")
     facts += [("metadata", f"{key}={value}") for key, value in engine.metadata.items()]
-    facts += [("output", engine.output_dir), ("run", engine.run_dir), ("log", engine.log_path)]
+    facts += [
+        ("served by", engine.served_by),
+        ("output", engine.output_dir),
+        ("run", engine.run_dir),
+        ("log", engine.log_path),
+    ]
     return [f"{name:<18} {value}" for name, value in facts if value is not None]
 
 

@@ -24,8 +24,8 @@ _CODES: Mapping[type[SageError], str] = {
     errors.NotFound: "checkpoint_not_found engine_not_found task_not_found model_not_found route_not_found",
     errors.OutputError: "output_unusable",
     errors.Conflict: """
-        already_running busy dataset_changed gateway_running model_exists no_port not_resumable not_started other_node
-        port_taken still_running""",
+        already_running busy dataset_changed gateway_running model_exists no_port not_resumable not_started not_training
+        other_node port_taken still_running""",
     errors.RunError: """
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
         training_failed""",

@@ -62,6 +62,29 @@ class RestartPolicy(StrEnum):
     UNLESS_STOPPED = "unless-stopped"  #: in these cases, and after a power cut or reboot
 
 
+def check_engine_name(name: str) -> str:
+    """Return the name of an engine; raises ValueError if it cannot be one."""
+    if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
+        raise ValueError(f"must be letters, digits and ./@:+-_ and not {DEFAULT_MODEL!r}")
+    return name
+
+
+class ServeRequest(BaseModel):
+    """How the result of a training run is served."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(
+        None, max_length=200, description="Name in requests; default: the name of the run, or of its output folder."
+    )
+    checkpoints: bool = Field(False, description="Serve each checkpoint while the run continues.")
+
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, name: str | None) -> str | None:
+        return name if name is None else check_engine_name(name)
+
+
 class StartRequest(BaseModel):
     """An engine to start."""
 
@@ -75,6 +98,7 @@ class StartRequest(BaseModel):
     restart_policy: RestartPolicy | None = Field(None, description="When it is started again; default: the setting.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Your own notes, kept as given.")
     dedicated: bool = Field(False, description="Use a server of its own; an adapter is merged into its base.")
+    serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind; see the documentation.")
 
     @field_validator("model")
@@ -89,9 +113,7 @@ class StartRequest(BaseModel):
     @field_validator("name")
     @classmethod
     def _usable_name(cls, name: str | None) -> str | None:
-        if name is not None and (not _NAME.fullmatch(name) or name == DEFAULT_MODEL):
-            raise ValueError(f"must be letters, digits and ./@:+-_ and not {DEFAULT_MODEL!r}")
-        return name
+        return name if name is None else check_engine_name(name)
 
 
 class Reason(BaseModel):
@@ -132,6 +154,7 @@ class EngineView(BaseModel):
     task_id: str | None = None
     output_dir: str | None = None
     run_dir: str | None = None
+    served_by: str | None = Field(None, description="The engine that serves the result or checkpoints of this run.")
     log_path: str
 
 

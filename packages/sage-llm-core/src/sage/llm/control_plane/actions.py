@@ -79,4 +79,12 @@ class Transition:
     values: Mapping[str, Any] = field(default_factory=dict)  #: other columns
 
 
-Action = Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SendSignal | Transition
+@dataclass(frozen=True)
+class Publish:
+    """Serve a newer version of what a training run produces."""
+
+    engine: EngineRecord
+    step: int | None  #: of the checkpoint; None: the result in the output folder
+
+
+Action = Publish | Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SendSignal | Transition

@@ -6,7 +6,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,6 +25,7 @@ from sage.llm.client.types import (
     RestartPolicy,
     StartRequest,
 )
+from sage.llm.control_plane.creation import new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
@@ -38,10 +38,11 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import busy, ended, not_resumable, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, standby, still_running
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
+from sage.llm.control_plane.served_run import ServedRun
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
@@ -131,35 +132,10 @@ class ControlPlaneManager(EngineReads, Routes):
         """
         await self._lease()
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
+        served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        now = datetime.now(UTC)
-        record = EngineRecord(
-            id=engine_id,
-            kind=request.engine_kind,
-            model=request.model,
-            name=request.name or request.model,
-            backend=prepared.backend,
-            options=dict(prepared.options),
-            metadata=request.metadata,
-            desired=DesiredState.RUNNING,
-            force=False,
-            restart_policy=request.restart_policy or RestartPolicy(self._settings.restart_policy),
-            restarts=0,
-            state=EngineState.VALIDATING,
-            reason=None,
-            figures=None,
-            node=self._node,
-            server_id=None,
-            requested_port=request.port,
-            devices=None,
-            reserved_bytes=prepared.reserved_bytes,
-            version=1,
-            created_at=now,
-            state_at=now,
-            first_event=0,
-            last_event=0,
-            dedicated=request.dedicated,
-        )
+        policy = RestartPolicy(self._settings.restart_policy)
+        record = new_engine(engine_id, self._node, request, prepared, policy, served)
         engine = await self._write(self._store.add, record, _ACTOR)
         self._routing.apply(engine, None)
         return await self._view(engine, None)
@@ -190,9 +166,28 @@ class ControlPlaneManager(EngineReads, Routes):
             await self._executors[engine.kind].check_resumable(engine)
             with contextlib.suppress(StaleWrite):
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=_ACTOR, restarts=0)
-                engine = await self._write(resume, desired=DesiredState.RUNNING, force=False)
+                serve = engine.serve and {**engine.serve, "is_complete": False}
+                engine = await self._write(resume, desired=DesiredState.RUNNING, force=False, serve=serve)
                 self._routing.apply(engine, None)
                 return await self._view(engine, None)
+        raise busy(engine_id)
+
+    async def checkpoint_engine(self, engine_id: str) -> EngineView:
+        """Request that a training run saves a checkpoint after its current step, and serve it if the run is served.
+
+        Raises Conflict if the engine does not train.
+        """
+        for _ in range(_ATTEMPTS):
+            engine, server = await self._own(engine_id)
+            executor = self._executors[engine.kind]
+            if engine.state is not EngineState.RUNNING:
+                raise not_training(engine)
+            with contextlib.suppress(StaleWrite):
+                if serve := ServedRun.of(engine):
+                    noted = serve.model_copy(update={"after_step": await executor.checkpoint_step(engine)})
+                    engine = await self._write(self._store.revise, engine, actor=_ACTOR, serve=noted.model_dump())
+                await executor.request_checkpoint(engine)
+                return await self._view(engine, server)
         raise busy(engine_id)
 
     async def pause_engine(self, engine_id: str) -> EngineView:

@@ -15,6 +15,7 @@ from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.restarts import backoff_seconds, next_restart
+from sage.llm.control_plane.served_run import due
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 from sage.llm.control_plane.watch import Watch
 
@@ -112,6 +113,8 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
         return _stop(engine, kill if is_last else leave(engine)) if is_killed else None
     if observed.orphaned:
         return kill
+    if not is_killed and (publish := due(engine, observed)):
+        return publish
     if observed.ended and observed.alive:  # the process is about to exit; write the result afterwards
         return kill if is_killed or watch.ended_seconds > limits.stop_seconds else None
     if observed.ended or not observed.alive:

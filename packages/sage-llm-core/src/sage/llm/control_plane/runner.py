@@ -15,6 +15,7 @@ from sage.llm.control_plane.actions import (
     Join,
     Launch,
     LoadAdapter,
+    Publish,
     Revise,
     SendSignal,
     Transition,
@@ -25,6 +26,7 @@ from sage.llm.control_plane.executors.adapter_client import AdapterClient, Adapt
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
 from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
@@ -55,6 +57,7 @@ class Runner:
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
+        self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: engines that were sent the stop signal; the reconciler reads and clears it
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -119,6 +122,8 @@ class Runner:
                 await self._adapters.unload(target, name)
                 if engine.state is EngineState.STOPPING:
                     await self._transition(Transition(engine, EngineState.STOPPED, must_remain=True), target, observed)
+            case Publish(engine, step):
+                await self._publisher.publish(engine, step)
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SendSignal():

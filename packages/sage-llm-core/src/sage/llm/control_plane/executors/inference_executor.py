@@ -23,6 +23,7 @@ from sage.llm.control_plane.executors.base import Observed, Prepared, planned_se
 from sage.llm.control_plane.executors.exit_message import exit_message
 from sage.llm.control_plane.executors.placement import placement
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
+from sage.llm.control_plane.refusals import not_training
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
 
 _HEALTH_SECONDS = 2.0
@@ -112,6 +113,18 @@ class InferenceExecutor:
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return no steps: an inference engine does not train."""
         return []
+
+    async def checkpoint_step(self, engine: EngineRecord) -> int:
+        """Raise Conflict: it does not train."""
+        raise not_training(engine)
+
+    async def request_checkpoint(self, engine: EngineRecord) -> None:
+        """Raise Conflict: it does not train."""
+        raise not_training(engine)
+
+    async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
+        """Raise Conflict: it does not train."""
+        raise not_training(engine)
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the path of the log of the engine's server."""

@@ -28,12 +28,26 @@ class Store(ServerStore, RouteStore):
     Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
     """
 
-    def add(self, record: EngineRecord, actor: str, lease: Lease) -> EngineRecord:
-        """Insert a new engine, with its times, version and event ids set here. Raises Conflict if its port is taken."""
+    def add(
+        self,
+        record: EngineRecord,
+        actor: str,
+        lease: Lease,
+        serves: tuple[EngineRecord, Mapping[str, Any]] | None = None,
+    ) -> EngineRecord:
+        """Insert a new engine, with its times, version and event ids set here. Raises Conflict if its port is taken.
+
+        serves: the training run whose result it serves, as it was read, and the run's new column `serve`, written in the
+        same transaction; raises StaleWrite if the run was written since it was read.
+        """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.CREATED, actor, after=record.state)
             values |= {"first_event": event, "last_event": event}
+            if serves:
+                run, fields = serves
+                self._event(connection, run.id, EventKind.UPDATED, actor)
+                self._update(connection, run, {"serve": fields})
             return engine_record(connection.execute(insert(engines).values(values).returning(engines)).one())
 
     def transition(
