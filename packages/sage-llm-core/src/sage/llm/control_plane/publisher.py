@@ -52,7 +52,7 @@ class Publisher:
             model = await self._version(run, step)
             engine = await self._existing(serve)
             if serve.engine_id and engine is None:  # a user has removed it
-                await self._revise(run, serve=serve.published(step, None).model_copy(update={"is_complete": True}))
+                await self._revise(run, serve=None)
             elif engine is None or _needs_another(engine, step):
                 await self._start(run, serve, model, step)
                 if engine:
