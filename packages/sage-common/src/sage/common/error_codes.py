@@ -35,6 +35,7 @@ _CODES: Mapping[type[SageError], str] = {
     errors.Overloaded: """
         database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby
         too_many_connections too_many_requests""",
+    errors.Busy: "engine_busy",
     errors.Unauthorized: "invalid_api_key",
     errors.NotImplementedYet: "not_implemented",
 }
@@ -51,6 +52,7 @@ _BY_STATUS: Mapping[int, type[SageError]] = {
         errors.Conflict,
         errors.EngineError,
         errors.Overloaded,
+        errors.Busy,
         errors.NotImplementedYet,
     )
 }
