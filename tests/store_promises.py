@@ -98,9 +98,7 @@ class StorePromises(Stored):
         assert store.servers("n") == []
         assert store.hosted(["engine-a"]) == [(engine, None)]
 
-    def test_an_engine_joins_a_server_until_it_is_closed_and_the_last_one_removes_it(
-        self, store: Store, lease: Lease
-    ) -> None:
+    def test_an_engine_joins_a_server_until_it_closes_and_the_last_one_removes_it(self, store: Store, lease: Lease) -> None:
         first, second, third = (store.add(record(id=f"engine-{name}"), "user", lease) for name in "abc")
         starting: dict[str, Any] = {"actor": "r", "lease": lease}
         first = store.transition(first, S.STARTING, put_server=server(), server_id="server-a", **starting)
