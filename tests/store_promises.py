@@ -184,6 +184,24 @@ class StorePromises(Stored):
         event = store.events(engine.last_event, limit=1)[0]
         assert (event.kind, event.reason, asked.last_event) == (EventKind.DESIRED, "stopped by force", engine.last_event)
 
+    def test_a_request_is_noted_without_a_lease_and_makes_a_pause_that_was_planned_before_it_fail(
+        self, store: Store, lease: Lease
+    ) -> None:
+        idle = store.add(record(S.QUEUED, idle_stop_minutes=5.0), "user", lease)
+        before = store.last_event()
+        touched = store.touch("engine-a")
+        assert touched == store.get("engine-a")
+        assert touched.last_request_at
+        assert abs(touched.last_request_at - datetime.now(UTC)) < timedelta(minutes=1)
+        pause: dict[str, Any] = {"force": False, "actor": "r", "lease": lease, "last_request_at": None}
+        with pytest.raises(StaleWrite):
+            store.set_desired(idle, DesiredState.PAUSED, **pause)
+        paused = store.set_desired(touched, DesiredState.PAUSED, **pause)
+        assert (paused.desired, paused.last_request_at) == (DesiredState.PAUSED, None)
+        assert [event.kind for event in store.events(before, limit=9)] == [EventKind.DESIRED]
+        with pytest.raises(NotFound):
+            store.touch("engine-unknown")
+
     def test_a_write_based_on_an_outdated_read_changes_nothing(self, store: Store, lease: Lease) -> None:
         stale = store.add(record(), "user", lease)
         current = store.set_desired(stale, DesiredState.STOPPED, force=False, actor="user", lease=lease)

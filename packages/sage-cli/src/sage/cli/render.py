@@ -66,6 +66,7 @@ def engine_lines(engine: EngineView) -> list[str]:
         facts += _training_facts(engine.training, is_active=engine.state == "running")
     facts += [("metadata", f"{key}={value}") for key, value in engine.metadata.items()]
     facts += [
+        ("idle stop", None if engine.idle_stop_minutes is None else f"{engine.idle_stop_minutes:g} min"),
         ("served by", engine.served_by),
         ("output", engine.output_dir),
         ("run", engine.run_dir),

@@ -18,7 +18,7 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: waits to be started
     STARTING = "starting"  #: its process is being started and is not ready yet
     RUNNING = "running"  #: serves requests, or trains
-    PAUSED = "paused"  #: gave its memory to another engine
+    PAUSED = "paused"  #: unloaded, since it had no requests; the next request loads it again
     STOPPING = "stopping"  #: was asked to stop and is saving its state
     STOPPED = "stopped"  #: ended because a user requested it
     COMPLETED = "completed"  #: training finished
@@ -98,6 +98,9 @@ class StartRequest(BaseModel):
     restart_policy: RestartPolicy | None = Field(None, description="When it is started again; default: the setting.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Your own notes, kept as given.")
     dedicated: bool = Field(False, description="Use a server of its own; an adapter is merged into its base.")
+    idle_stop_minutes: float | None = Field(
+        None, gt=0, le=525_600, description="Unload an inference engine after this time without requests; see `paused`."
+    )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind; see the documentation.")
 
@@ -145,6 +148,7 @@ class EngineView(BaseModel):
     form: str | None = Field(None, description="How its server has loaded the model, such as merged, or as an adapter.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Answers that its server generates at the same time.")
+    idle_stop_minutes: float | None = Field(None, description="It is unloaded after this time without requests.")
     port: int | None = None
     pid: int | None = None
     memory_bytes: int | None = None

@@ -20,6 +20,9 @@ from sage.llm.control_plane.store.records import EngineRecord
 def served_run(request: StartRequest) -> ServedRun | None:
     """Return how a training run is to be served; None if it is not. Raises ConfigError."""
     if request.serve is None:
+        if request.engine_kind is EngineKind.FINETUNE and request.idle_stop_minutes:
+            message = "A training run is never idle; --idle-stop is for the engine that serves its result."
+            raise ConfigError(code="config_invalid", message=message, hint="Add --serve.", param="idle_stop_minutes")
         return None
     if request.engine_kind is not EngineKind.FINETUNE:
         message = f"An engine of kind {request.engine_kind} has no result to serve: it serves by itself."
@@ -68,5 +71,6 @@ def new_engine(
         first_event=0,
         last_event=0,
         dedicated=request.dedicated,
+        idle_stop_minutes=request.idle_stop_minutes,
         serve=serve.model_dump() if serve else None,
     )

@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +26,7 @@ from sage.llm.client.types import (
     RestartPolicy,
     StartRequest,
 )
+from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.creation import new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
@@ -85,7 +87,8 @@ class ControlPlaneManager(EngineReads, Routes):
         self._pool = Pool("store", _STORE_THREADS)
         self._woken = asyncio.Event()
         self._keeper = LeaseKeeper(self._store, self._node, settings.gateway_url, self._on_lease)
-        self._routing = RoutingTable(self._node)
+        self._routing = RoutingTable(self._node, self._wake)
+        self._activity = Activity(self._store, self._pool, self._routing)
         self._prober = Prober(self._executors, launcher, self._woken.set)
         lease = lambda: self._keeper.lease  # noqa: E731
         self._runner = Runner(
@@ -112,7 +115,8 @@ class ControlPlaneManager(EngineReads, Routes):
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
             logger.warning("another control plane of this node is active; this one takes over when that one exits")
-        work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs())
+        work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
+                self._activity.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
@@ -235,6 +239,10 @@ class ControlPlaneManager(EngineReads, Routes):
         """
         return self._routing.find(model, kind, self.is_responsive, client)
 
+    def request(self, upstream: Upstream) -> AbstractContextManager[None]:
+        """Return a context for a request to an engine: the engine stays loaded within it."""
+        return self._activity.request(upstream)
+
     def upstream(self, route: Route) -> Upstream:
         """Return the server to which requests for a running engine are sent."""
         if route.address is None:
@@ -250,7 +258,7 @@ class ControlPlaneManager(EngineReads, Routes):
         deadline_seconds = time.monotonic() + wait_seconds
         route = self.find(model, kind, client)
         engine_id = route.engine_id
-        while route.state is not EngineState.RUNNING:
+        while not await self._activity.may_use(route):
             left_seconds = deadline_seconds - time.monotonic()
             if left_seconds <= 0:
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
@@ -263,6 +271,9 @@ class ControlPlaneManager(EngineReads, Routes):
                 engine = await self._pool.run(self._store.get, engine_id)
                 raise ended(engine_id, model, engine.state, engine.reason) from None
         return self.upstream(route)
+
+    def _wake(self, engine_id: str) -> None:
+        self._activity.wake(engine_id)
 
     def _on_lease(self, lease: Lease | None) -> None:
         logger.info("this control plane is %s", f"active (fence {lease.fence})" if lease else "standby")

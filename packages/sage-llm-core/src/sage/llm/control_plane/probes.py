@@ -17,6 +17,7 @@ from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
 #: Seconds between two probes of an engine: while it starts or stops, or if its result is served, and otherwise.
@@ -71,7 +72,7 @@ class Prober:
         """Set the engines to probe. If the server of an engine has changed, its earlier observations are discarded."""
         targets, seen = {}, set[str]()
         for engine in engines:
-            if server := servers.get(engine.server_id or ""):
+            if engine.state in HOSTED and (server := servers.get(engine.server_id or "")):
                 known = self._targets.get(engine.id)
                 if known is None or known.server != server:
                     self._cancel(known)

@@ -83,7 +83,7 @@ class Publisher:
     async def _start(self, run: EngineRecord, serve: ServedRun, model: str, step: int | None) -> None:
         """Create the engine and note it in the run, in one transaction."""
         source = await asyncio.to_thread(resolve_model, model)
-        request = StartRequest(model=model, name=serve.name)
+        request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         backend = registry.resolve(request.backend, EngineKind.LLM, source)
         options = backend.options()
         prepared = Prepared(backend.name, options.model_dump(), backend.memory_bytes(source, options))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sage.common.errors import SageError
-from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
+from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
     Join,
@@ -18,10 +18,12 @@ from sage.llm.control_plane.actions import (
     Publish,
     Revise,
     SendSignal,
+    SetDesired,
     Transition,
     UnloadAdapter,
     Validate,
 )
+from sage.llm.control_plane.adapters import leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
@@ -121,11 +123,15 @@ class Runner:
                 self._held_lease()
                 await self._adapters.unload(target, name)
                 if engine.state is EngineState.STOPPING:
-                    await self._transition(Transition(engine, EngineState.STOPPED, must_remain=True), target, observed)
+                    await self._transition(leave(engine), target, observed)
             case Publish(engine, step):
                 await self._publisher.publish(engine, step)
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
+            case SetDesired(engine, desired):
+                write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
+                cleared = {"last_request_at": None} if desired is DesiredState.PAUSED else {}
+                self._routing.apply(await self._pool.run(write, force=False, **cleared), server)
             case SendSignal():
                 await self._signal(action)
             case Transition():
@@ -216,7 +222,8 @@ class Runner:
 
     async def _transition(self, action: Transition, server: ServerRecord | None, observed: Observed | None = None) -> None:
         engine, state, values = action.engine, action.state, dict(action.values)
-        if state in SETTLED:
+        is_unloaded = state in SETTLED or state is EngineState.PAUSED
+        if is_unloaded:
             values |= {"leave_server": server.id if server else None, "must_remain": action.must_remain}
             if observed and observed.training:
                 values["figures"] = observed.training.model_dump(mode="json")
@@ -224,7 +231,7 @@ class Runner:
             engine = await self._write(engine, state, reason=action.reason, **values)
         else:
             engine = await self._restart(engine, action.restarts, action.reason, **values)
-        self._routing.apply(engine, None if state in SETTLED else server)
+        self._routing.apply(engine, None if is_unloaded else server)
 
     async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
         revise = functools.partial(self._store.revise, engine, actor=_ACTOR, lease=self._held_lease())

@@ -14,6 +14,10 @@ app = typer.Typer(no_args_is_help=True)
 
 EngineId = Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGINE")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+IdleStop = Annotated[
+    float | None,
+    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next one loads it."),
+]
 Serve = Annotated[bool, typer.Option("--serve", help="finetune: serve the result as soon as the run is completed.")]
 ServeAs = Annotated[
     str | None, typer.Option(metavar="NAME", help="Serve it under this name; default: --name, or the output folder's name.")
@@ -86,6 +90,7 @@ def start(
     max_tokens: Annotated[
         int | None, typer.Option(help="llm: maximum length of an answer if the request does not give one.")
     ] = None,
+    idle_stop: IdleStop = None,
     serve: Serve = False,
     serve_as: ServeAs = None,
     serve_checkpoints: ServeCheckpoints = False,
@@ -102,7 +107,7 @@ def start(
     serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "max_tokens": max_tokens}
     options = {key: value for key, value in serving.items() if value is not None}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
-               "dedicated": dedicated or None}  # fmt: skip
+               "dedicated": dedicated or None, "idle_stop_minutes": idle_stop}  # fmt: skip
     request |= serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
     given = {key: value for key, value in request.items() if value is not None}
     notes = {"metadata": dict(map(_pair, metadata))} if metadata else {}
