@@ -295,8 +295,8 @@ def test_a_paused_engine_is_waited_for_and_loaded_again_though_another_one_of_it
 
 def test_an_engine_that_is_being_paused_is_waited_for_and_one_that_stops_is_not() -> None:
     table = RoutingTable("n")
-    table.apply(record(S.STOPPING, DesiredState.PAUSED), None)
+    table.apply(record(S.STOPPING, DesiredState.PAUSED, idle_stop_minutes=5.0), None)
     assert find(table, "m").state is S.STOPPING
-    table.apply(record(S.STOPPING, DesiredState.STOPPED, version=2), None)
+    table.apply(record(S.STOPPING, DesiredState.STOPPED, idle_stop_minutes=5.0, version=2), None)
     with pytest.raises(NotFound):
         find(table, "m")
