@@ -68,8 +68,7 @@ class _Connection(asyncio.Protocol):
         self._request, self._end_seconds, self._latencies, self._errors = request, end_seconds, latencies, errors
         self.ended = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         self._send()
 

@@ -49,6 +49,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("stop_engine", lambda c: c.stop_engine("engine-a", force=True), lambda r: r.id == "engine-a"),
     ("pause_engine", lambda c: c.pause_engine("engine-a"), lambda r: r[:2] == ("NotImplementedYet", "not_implemented")),
     ("resume_engine", lambda c: c.resume_engine("engine-a"), lambda r: r.id == "engine-a"),
+    ("checkpoint_engine", lambda c: c.checkpoint_engine("engine-a"), lambda r: r.id == "engine-a"),
     ("remove_engine", lambda c: c.remove_engine("engine-a"), lambda r: r is None),
     ("get_logs", lambda c: c.get_logs("engine-a"), lambda r: r == ["one", "two"]),
     ("follow_logs", lambda c: c.follow_logs("engine-a"), lambda r: r == ["one", "älpha", "end"]),

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
+import uvloop
 from gateways import until
 from starlette.types import Message
 
@@ -20,7 +21,7 @@ OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    uvloop.run(asyncio.wait_for(test, 60))  # the gateway's loop
 
 
 @contextlib.asynccontextmanager

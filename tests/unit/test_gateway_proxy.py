@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvloop
 from aiohttp import web
 from gateways import ASK, CHAT, engine, gateway, until
 
@@ -21,7 +22,7 @@ EVENT = b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\n'
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    uvloop.run(asyncio.wait_for(test, 60))  # the gateway's loop
 
 
 async def stream_of(request: web.Request, *pieces: bytes, **headers: str) -> web.StreamResponse:

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import random
 import sys
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason, RestartPolicy
-from sage.llm.control_plane.actions import Action, Launch, SendSignal, Transition, Validate
+from sage.llm.control_plane.actions import Action, Launch, SendSignal, SetDesired, Transition, Validate
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.plan import Limits, Snapshot, Validation, plan
@@ -23,6 +24,8 @@ LIMITS = Limits(start_seconds=300, stop_seconds=20, unresponsive_seconds=30)
 DEAD = Reason(code="engine_died", message="dead")
 NEW, OLD = Watch(S.RUNNING), Watch(S.RUNNING, state_seconds=3600, ended_seconds=3600)
 STOPPED = DesiredState.STOPPED
+PAUSED, NOW = DesiredState.PAUSED, datetime.now(UTC)
+IDLE_STOP: dict[str, Any] = {"idle_stop_minutes": 1.0}
 FINETUNE: dict[str, Any] = {"kind": EngineKind.FINETUNE}
 FORCE: dict[str, Any] = {"desired": STOPPED, "force": True}
 LIVES, READY, GONE = Observed(alive=True), Observed(alive=True, ready=True), Observed(alive=False, reason=DEAD)
@@ -51,6 +54,8 @@ def outline(action: Action | None) -> object:
             return state
         case SendSignal(signal=signal):
             return signal
+        case SetDesired(desired=desired):
+            return desired
         case _:
             return type(action)
 
@@ -96,9 +101,21 @@ def outline(action: Action | None) -> object:
         (of(S.STOPPING, **FORCE), GONE, NEW, S.STOPPED),
         (of(S.STOPPING, **FORCE, **FINETUNE), Observed(alive=False, ended=S.COMPLETED), NEW, S.COMPLETED),
         (of(S.STOPPING, desired=STOPPED, **FINETUNE), Observed(alive=False, ended=S.COMPLETED), NEW, S.COMPLETED),
-        (of(S.PAUSED), LIVES, NEW, None),
-        (of(S.PAUSED, desired=STOPPED), LIVES, NEW, S.STOPPING),
-        (record(S.PAUSED, STOPPED), None, NEW, S.STOPPED),
+        (of(S.RUNNING, **IDLE_STOP), READY, Watch(S.RUNNING, idle_seconds=59), None),
+        (of(S.RUNNING, **IDLE_STOP), READY, Watch(S.RUNNING, idle_seconds=60), PAUSED),
+        (of(S.RUNNING, desired=STOPPED, **IDLE_STOP), READY, Watch(S.RUNNING, idle_seconds=60), S.STOPPING),
+        (of(S.RUNNING, desired=PAUSED, **IDLE_STOP), READY, OLD, S.STOPPING),
+        (of(S.RUNNING, desired=PAUSED, last_request_at=NOW, **IDLE_STOP), READY, OLD, DesiredState.RUNNING),
+        (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), LIVES, NEW, Signal.STOP),
+        (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), LIVES, OLD, Signal.KILL),
+        (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), GONE, NEW, S.PAUSED),
+        (of(S.STOPPING, desired=PAUSED, last_request_at=NOW, **IDLE_STOP), LIVES, NEW, DesiredState.RUNNING),
+        (of(S.STOPPING, **IDLE_STOP), LIVES, Watch(S.STOPPING, is_stop_sent=True), None),  # a request came too late
+        (of(S.STOPPING, **IDLE_STOP), GONE, NEW, S.PAUSED),
+        (of(S.PAUSED, desired=PAUSED), None, NEW, None),
+        (of(S.PAUSED, desired=PAUSED, last_request_at=NOW), None, NEW, DesiredState.RUNNING),
+        (of(S.PAUSED), None, NEW, S.QUEUED),
+        (of(S.PAUSED, desired=STOPPED), None, NEW, S.STOPPED),
         (record(S.RUNNING), None, NEW, S.FAILED),  # it has no server
     ],
 )
@@ -228,7 +245,7 @@ def test_no_plan_has_an_illegal_transition_or_settles_an_engine_that_may_have_a_
     action = planned(engine, observed, watch, server_state=server_state)
     if isinstance(action, Transition):
         check_transition(state, action.state)
-        if state not in (S.VALIDATING, S.QUEUED) and (observed is None or observed.alive or observed.orphaned):
+        if state not in (S.VALIDATING, S.QUEUED, S.PAUSED) and (observed is None or observed.alive or observed.orphaned):
             assert action.state not in SETTLED
 
 

@@ -181,6 +181,19 @@ def test_an_engine_that_cannot_be_launched_fails_with_the_reason_and_its_server_
     assert loop.store.servers("n") == []
 
 
+def test_a_launch_whose_result_is_not_known_is_retried_and_fails_no_engine(loop: Loop) -> None:
+    loop.add(record())
+
+    async def test(loop: Loop) -> None:
+        loop.world.launch_error = TimeoutError()
+        await loop.until(lambda: len(loop.world.launched) == 3)
+        assert loop.state() is S.STARTING
+        loop.world.launch_error = None
+        await loop.until(lambda: loop.state() is S.RUNNING)
+
+    loop.run(test)
+
+
 @pytest.mark.parametrize("state", [S.STARTING, S.RUNNING, S.STOPPING])
 def test_an_engine_that_cannot_be_observed_is_unknown_and_nothing_is_written(
     loop: Loop, state: EngineState, caplog: pytest.LogCaptureFixture

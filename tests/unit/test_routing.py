@@ -11,7 +11,7 @@ from engines import record, server
 from store_promises import lease_of
 
 from sage.common.errors import NotFound, Overloaded
-from sage.llm.client.types import DEFAULT_MODEL, EngineKind, EngineState, RouteTarget
+from sage.llm.client.types import DEFAULT_MODEL, DesiredState, EngineKind, EngineState, RouteTarget
 from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.routes import RouteRecord
@@ -281,3 +281,24 @@ def test_a_route_that_another_process_writes_reaches_the_table_through_the_chang
         following.cancel()
 
     asyncio.run(follow())
+
+
+def test_a_paused_engine_is_waited_for_and_loaded_again_though_another_one_of_its_route_answers() -> None:
+    wanted: list[str] = []
+    table = RoutingTable("n", wanted.append)
+    for name, state in (("one", S.PAUSED), ("two", S.PAUSED), ("base", S.RUNNING)):
+        table.apply(record(state, id=name, name=name), None)
+    assert find(table, "one").engine_id == "one"
+    assert wanted == []  # the request itself waits for it
+    table.set_named_routes([named("prod", "one", fallback="base"), named("both", "one", "two", fallback="base")])
+    assert (find(table, "prod").engine_id, wanted) == ("base", ["one"])
+    assert (find(table, "both").engine_id, len(wanted)) == ("base", 2)
+
+
+def test_an_engine_that_is_being_paused_is_waited_for_and_one_that_stops_is_not() -> None:
+    table = RoutingTable("n")
+    table.apply(record(S.STOPPING, DesiredState.PAUSED, idle_stop_minutes=5.0), None)
+    assert find(table, "m").state is S.STOPPING
+    table.apply(record(S.STOPPING, DesiredState.STOPPED, idle_stop_minutes=5.0, version=2), None)
+    with pytest.raises(NotFound):
+        find(table, "m")

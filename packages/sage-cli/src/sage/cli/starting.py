@@ -62,6 +62,13 @@ def start_engine(
         typer.echo(engine.model_dump_json(indent=2))
 
 
+def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[str, Any]:
+    """Return the field `serve` of StartRequest; none of them means that the result is not served."""
+    if not (serve or name or checkpoints):
+        return {}
+    return {"serve": {"name": name, "checkpoints": checkpoints}}
+
+
 def is_interactive() -> bool:
     """Return whether the user can be asked a question."""
     return sys.stdin.isatty() and sys.stderr.isatty()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import typer
 
 from sage.common.error_codes import error_class
-from sage.common.errors import GatewayUnreachable, SageError
+from sage.common.errors import Conflict, GatewayUnreachable, SageError
 from sage.common.progress_bar import ProgressBar, eta_text
 from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
@@ -43,6 +43,19 @@ def until_begun(client: SageClient, engine_id: str) -> EngineView:
 def until_settled(client: SageClient, engine_id: str) -> EngineView:
     """Wait until an engine has settled in any state."""
     return _watch(client, engine_id, lambda e: e.state in SETTLED)
+
+
+def until_checkpoint(client: SageClient, before: EngineView) -> int:
+    """Wait until a run has a newer checkpoint than `before`, and return its step. Raises SageError if the run ends first."""
+    old_step = (before.training and before.training.checkpoint_step) or 0
+
+    def step_of(engine: EngineView) -> int:
+        return (engine.training and engine.training.checkpoint_step) or 0
+
+    engine = _watch(client, before.id, lambda e: step_of(e) > old_step or e.state in SETTLED)
+    if step_of(engine) > old_step:
+        return step_of(engine)
+    raise Conflict(code="not_training", message=f"{engine.id} ended before it saved a checkpoint: it is {engine.state}.")
 
 
 def failure(engine: EngineView) -> SageError:

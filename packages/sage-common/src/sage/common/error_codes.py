@@ -25,13 +25,14 @@ _CODES: Mapping[type[SageError], str] = {
     errors.OutputError: "output_unusable",
     errors.Conflict: """
         already_running backend_in_use busy dataset_changed gateway_running model_exists no_port not_resumable not_started
+        not_training
         other_node port_taken still_running""",
     errors.RunError: """
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
         training_failed""",
     errors.EngineError: """
-        engine_died engine_unreadable gateway_stuck killed launch_failed run_unreadable start_timeout stream_cut
-        worker_died""",
+        adapter_refused engine_died engine_unreadable gateway_stuck killed launch_failed run_unreadable start_timeout
+        stream_cut worker_died""",
     errors.BackendError: "backend_install_failed disk_full index_unreachable",
     errors.Overloaded: """
         database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby

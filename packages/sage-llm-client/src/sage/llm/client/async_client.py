@@ -96,6 +96,10 @@ class AsyncSageClient:
         """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
         return await self._send(calls.resume(engine_id))
 
+    async def checkpoint_engine(self, engine_id: str) -> EngineView:
+        """Ask a training run to save a checkpoint after its current step, and to serve it if the run is served."""
+        return await self._send(calls.checkpoint(engine_id))
+
     async def remove_engine(self, engine_id: str) -> None:
         """Delete a settled engine, with its log and checkpoints."""
         await self._send(calls.remove(engine_id))

@@ -101,6 +101,11 @@ def resume(engine_id: str) -> Call[EngineView]:
     return Call("POST", _engine(engine_id, "/resume"), as_model(EngineView), timeout_seconds=_LONG_SECONDS)
 
 
+def checkpoint(engine_id: str) -> Call[EngineView]:
+    """Save a checkpoint of a training run."""
+    return Call("POST", _engine(engine_id, "/checkpoint"), as_model(EngineView))
+
+
 def remove(engine_id: str) -> Call[None]:
     """Delete a settled engine."""
     return Call("POST", _engine(engine_id, "/remove"), lambda _: None, timeout_seconds=_LONG_SECONDS)

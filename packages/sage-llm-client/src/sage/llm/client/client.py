@@ -98,6 +98,10 @@ class SageClient:
         """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
         return self._send(calls.resume(engine_id))
 
+    def checkpoint_engine(self, engine_id: str) -> EngineView:
+        """Ask a training run to save a checkpoint after its current step, and to serve it if the run is served."""
+        return self._send(calls.checkpoint(engine_id))
+
     def remove_engine(self, engine_id: str) -> None:
         """Delete a settled engine, with its log and checkpoints."""
         self._send(calls.remove(engine_id))

@@ -18,7 +18,7 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: waits to be started
     STARTING = "starting"  #: its process is being started and is not ready yet
     RUNNING = "running"  #: serves requests, or trains
-    PAUSED = "paused"  #: gave its memory to another engine
+    PAUSED = "paused"  #: unloaded, since it had no requests; the next request loads it again
     STOPPING = "stopping"  #: was asked to stop and is saving its state
     STOPPED = "stopped"  #: ended because a user requested it
     COMPLETED = "completed"  #: training finished
@@ -62,6 +62,29 @@ class RestartPolicy(StrEnum):
     UNLESS_STOPPED = "unless-stopped"  #: in these cases, and after a power cut or reboot
 
 
+def check_engine_name(name: str) -> str:
+    """Return the name of an engine; raises ValueError if it cannot be one."""
+    if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
+        raise ValueError(f"must be letters, digits and ./@:+-_ and not {DEFAULT_MODEL!r}")
+    return name
+
+
+class ServeRequest(BaseModel):
+    """How the result of a training run is served."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(
+        None, max_length=200, description="Name in requests; default: the name of the run, or of its output folder."
+    )
+    checkpoints: bool = Field(False, description="Serve each checkpoint while the run continues.")
+
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, name: str | None) -> str | None:
+        return name if name is None else check_engine_name(name)
+
+
 class StartRequest(BaseModel):
     """An engine to start."""
 
@@ -75,6 +98,10 @@ class StartRequest(BaseModel):
     restart_policy: RestartPolicy | None = Field(None, description="When it is started again; default: the setting.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Your own notes, kept as given.")
     dedicated: bool = Field(False, description="Use a server of its own; an adapter is merged into its base.")
+    idle_stop_minutes: float | None = Field(
+        None, gt=0, le=525_600, description="Unload an inference engine after this time without requests; see `paused`."
+    )
+    serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind; see the documentation.")
 
     @field_validator("model")
@@ -89,9 +116,7 @@ class StartRequest(BaseModel):
     @field_validator("name")
     @classmethod
     def _usable_name(cls, name: str | None) -> str | None:
-        if name is not None and (not _NAME.fullmatch(name) or name == DEFAULT_MODEL):
-            raise ValueError(f"must be letters, digits and ./@:+-_ and not {DEFAULT_MODEL!r}")
-        return name
+        return name if name is None else check_engine_name(name)
 
 
 class Reason(BaseModel):
@@ -123,6 +148,7 @@ class EngineView(BaseModel):
     form: str | None = Field(None, description="How its server has loaded the model, such as merged, or as an adapter.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Answers that its server generates at the same time.")
+    idle_stop_minutes: float | None = Field(None, description="It is unloaded after this time without requests.")
     port: int | None = None
     pid: int | None = None
     memory_bytes: int | None = None
@@ -132,6 +158,7 @@ class EngineView(BaseModel):
     task_id: str | None = None
     output_dir: str | None = None
     run_dir: str | None = None
+    served_by: str | None = Field(None, description="The engine that serves the result or checkpoints of this run.")
     log_path: str
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sage.llm.client.types import EngineState, Reason
+from sage.llm.client.types import DesiredState, EngineState, Reason
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 
@@ -58,6 +58,14 @@ class Revise:
 
 
 @dataclass(frozen=True)
+class SetDesired:
+    """Write that an engine is to be paused, or to run again."""
+
+    engine: EngineRecord
+    desired: DesiredState
+
+
+@dataclass(frozen=True)
 class SendSignal:
     """Send a signal to the processes of a server."""
 
@@ -79,4 +87,12 @@ class Transition:
     values: Mapping[str, Any] = field(default_factory=dict)  #: other columns
 
 
-Action = Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SendSignal | Transition
+@dataclass(frozen=True)
+class Publish:
+    """Serve a newer version of what a training run produces."""
+
+    engine: EngineRecord
+    step: int | None  #: of the checkpoint; None: the result in the output folder
+
+
+Action = Publish | Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SetDesired | SendSignal | Transition

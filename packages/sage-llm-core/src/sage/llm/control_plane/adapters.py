@@ -6,6 +6,7 @@ from sage.llm.client.types import EngineState
 from sage.llm.control_plane.actions import Action, LoadAdapter, Revise, Transition, UnloadAdapter
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
+from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.watch import Watch
 
@@ -45,4 +46,4 @@ def unload(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Ac
 
 def leave(engine: EngineRecord) -> Transition:
     """Plan the stop of an engine without its process; another engine of the server unloads what it leaves there."""
-    return Transition(engine, EngineState.STOPPED, must_remain=True)
+    return Transition(engine, state_without_process(engine), reason_of_stop(engine), must_remain=True)

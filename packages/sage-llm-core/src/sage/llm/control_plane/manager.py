@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,6 +26,8 @@ from sage.llm.client.types import (
     RestartPolicy,
     StartRequest,
 )
+from sage.llm.control_plane.activity import Activity
+from sage.llm.control_plane.creation import new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
@@ -38,10 +40,11 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import busy, ended, not_resumable, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, standby, still_running
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
+from sage.llm.control_plane.served_run import ServedRun
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
@@ -84,7 +87,8 @@ class ControlPlaneManager(EngineReads, Routes):
         self._pool = Pool("store", _STORE_THREADS)
         self._woken = asyncio.Event()
         self._keeper = LeaseKeeper(self._store, self._node, settings.gateway_url, self._on_lease)
-        self._routing = RoutingTable(self._node)
+        self._routing = RoutingTable(self._node, self._wake)
+        self._activity = Activity(self._store, self._pool, self._routing)
         self._prober = Prober(self._executors, launcher, self._woken.set)
         lease = lambda: self._keeper.lease  # noqa: E731
         self._runner = Runner(
@@ -111,7 +115,8 @@ class ControlPlaneManager(EngineReads, Routes):
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
             logger.warning("another control plane of this node is active; this one takes over when that one exits")
-        work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs())
+        work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
+                self._activity.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
@@ -131,35 +136,10 @@ class ControlPlaneManager(EngineReads, Routes):
         """
         await self._lease()
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
+        served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        now = datetime.now(UTC)
-        record = EngineRecord(
-            id=engine_id,
-            kind=request.engine_kind,
-            model=request.model,
-            name=request.name or request.model,
-            backend=prepared.backend,
-            options=dict(prepared.options),
-            metadata=request.metadata,
-            desired=DesiredState.RUNNING,
-            force=False,
-            restart_policy=request.restart_policy or RestartPolicy(self._settings.restart_policy),
-            restarts=0,
-            state=EngineState.VALIDATING,
-            reason=None,
-            figures=None,
-            node=self._node,
-            server_id=None,
-            requested_port=request.port,
-            devices=None,
-            reserved_bytes=prepared.reserved_bytes,
-            version=1,
-            created_at=now,
-            state_at=now,
-            first_event=0,
-            last_event=0,
-            dedicated=request.dedicated,
-        )
+        policy = RestartPolicy(self._settings.restart_policy)
+        record = new_engine(engine_id, self._node, request, prepared, policy, served)
         engine = await self._write(self._store.add, record, _ACTOR)
         self._routing.apply(engine, None)
         return await self._view(engine, None)
@@ -190,9 +170,28 @@ class ControlPlaneManager(EngineReads, Routes):
             await self._executors[engine.kind].check_resumable(engine)
             with contextlib.suppress(StaleWrite):
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=_ACTOR, restarts=0)
-                engine = await self._write(resume, desired=DesiredState.RUNNING, force=False)
+                serve = engine.serve and {**engine.serve, "is_complete": False}
+                engine = await self._write(resume, desired=DesiredState.RUNNING, force=False, serve=serve)
                 self._routing.apply(engine, None)
                 return await self._view(engine, None)
+        raise busy(engine_id)
+
+    async def checkpoint_engine(self, engine_id: str) -> EngineView:
+        """Request that a training run saves a checkpoint after its current step, and serve it if the run is served.
+
+        Raises Conflict if the engine does not train.
+        """
+        for _ in range(_ATTEMPTS):
+            engine, server = await self._own(engine_id)
+            executor = self._executors[engine.kind]
+            if engine.state is not EngineState.RUNNING:
+                raise not_training(engine)
+            with contextlib.suppress(StaleWrite):
+                if serve := ServedRun.of(engine):
+                    noted = serve.model_copy(update={"after_step": await executor.checkpoint_step(engine)})
+                    engine = await self._write(self._store.revise, engine, actor=_ACTOR, serve=noted.model_dump())
+                await executor.request_checkpoint(engine)
+                return await self._view(engine, server)
         raise busy(engine_id)
 
     async def pause_engine(self, engine_id: str) -> EngineView:
@@ -240,6 +239,10 @@ class ControlPlaneManager(EngineReads, Routes):
         """
         return self._routing.find(model, kind, self.is_responsive, client)
 
+    def request(self, upstream: Upstream) -> AbstractContextManager[None]:
+        """Return a context for a request to an engine: the engine stays loaded within it."""
+        return self._activity.request(upstream)
+
     def upstream(self, route: Route) -> Upstream:
         """Return the server to which requests for a running engine are sent."""
         if route.address is None:
@@ -255,7 +258,7 @@ class ControlPlaneManager(EngineReads, Routes):
         deadline_seconds = time.monotonic() + wait_seconds
         route = self.find(model, kind, client)
         engine_id = route.engine_id
-        while route.state is not EngineState.RUNNING:
+        while not await self._activity.may_use(route):
             left_seconds = deadline_seconds - time.monotonic()
             if left_seconds <= 0:
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
@@ -268,6 +271,9 @@ class ControlPlaneManager(EngineReads, Routes):
                 engine = await self._pool.run(self._store.get, engine_id)
                 raise ended(engine_id, model, engine.state, engine.reason) from None
         return self.upstream(route)
+
+    def _wake(self, engine_id: str) -> None:
+        self._activity.wake(engine_id)
 
     def _on_lease(self, lease: Lease | None) -> None:
         logger.info("this control plane is %s", f"active (fence {lease.fence})" if lease else "standby")

@@ -13,8 +13,10 @@ from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, Tra
 from sage.llm.control_plane.adapters import is_misplaced, keep, leave, load, unload
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
+from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop, state_without_process
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.restarts import backoff_seconds, next_restart
+from sage.llm.control_plane.served_run import due
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 from sage.llm.control_plane.watch import Watch
 
@@ -65,6 +67,8 @@ def plan(snapshot: Snapshot) -> list[Action]:
 def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts) -> Action | None:
     server = snapshot.servers.get(engine.server_id or "")
     is_wanted = engine.desired is DesiredState.RUNNING
+    if change := idle_change(engine, snapshot.watches[engine.id]):
+        return change
     match engine.state:
         case _S.VALIDATING | _S.QUEUED if engine.desired is DesiredState.STOPPED:
             return Transition(engine, _S.STOPPED)
@@ -75,12 +79,22 @@ def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts) -> Action | No
             return _place(engine, server, hosts) if is_wanted and is_due else None
         case _S.STARTING if server and server.state is ServerState.PLANNED and is_wanted:
             return Launch(engine, server) if hosts.is_launcher(engine) else None
-        case _S.PAUSED if server is None:
-            return Transition(engine, _S.STOPPED) if engine.desired is DesiredState.STOPPED else None
+        case _S.PAUSED:  # it has no process
+            return _of_paused(engine)
         case _ if server is None:
             return _settle(engine, None, _NO_SERVER, snapshot)
         case _:
             return _of_process(engine, server, snapshot, hosts)
+
+
+def _of_paused(engine: EngineRecord) -> Action | None:
+    match engine.desired:
+        case DesiredState.RUNNING:
+            return Transition(engine, _S.QUEUED)
+        case DesiredState.STOPPED:
+            return Transition(engine, _S.STOPPED)
+        case DesiredState.PAUSED:
+            return None
 
 
 def _place(engine: EngineRecord, last_server: ServerRecord | None, hosts: Hosts) -> Action | None:
@@ -112,14 +126,16 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
         return _stop(engine, kill if is_last else leave(engine)) if is_killed else None
     if observed.orphaned:
         return kill
+    if not is_killed and (publish := due(engine, observed)):
+        return publish
     if observed.ended and observed.alive:  # the process is about to exit; write the result afterwards
         return kill if is_killed or watch.ended_seconds > limits.stop_seconds else None
     if observed.ended or not observed.alive:
         return _settle(engine, server, observed, snapshot)
-    if engine.desired is DesiredState.STOPPED and not is_last:
+    if is_stopping(engine) and not is_last:
         is_late = watch.state_seconds > limits.stop_seconds
         return _stop(engine, leave(engine) if is_killed or is_late else unload(engine, server, observed))
-    if engine.desired is DesiredState.STOPPED:
+    if is_stopping(engine):
         is_late = engine.state is _S.STOPPING and _is_inference(engine) and watch.state_seconds > limits.stop_seconds
         if is_killed or is_late:
             return _stop(engine, kill)
@@ -152,7 +168,7 @@ def _start(
 
 def _stop(engine: EngineRecord, action: Action) -> Action:
     """Write `stopping` before the action; the next plan, even of another control plane, then returns the action."""
-    return action if engine.state is _S.STOPPING else Transition(engine, _S.STOPPING)
+    return action if engine.state is _S.STOPPING else Transition(engine, _S.STOPPING, reason_of_stop(engine))
 
 
 def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observed, snapshot: Snapshot) -> Action | None:
@@ -161,10 +177,8 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
     match engine.state, observed.ended:
         case _S.STARTING, _S.COMPLETED:
             return Transition(engine, _S.RUNNING)  # it completed before it was observed running; the next plan settles it
-        case _S.PAUSED, _S.COMPLETED:
-            return Transition(engine, _S.STOPPING)
         case _S.STOPPING, None:
-            return Transition(engine, _S.STOPPED)
+            return Transition(engine, state_without_process(engine), reason_of_stop(engine))
         case _S.STOPPING, _S.FAILED if engine.force:  # not STOPPED, because a stopped run has a result
             message = "It was killed, as requested; the steps since its last checkpoint are lost."
             hint = observed.reason.hint if observed.reason else ""

@@ -17,9 +17,10 @@ from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Seconds between two probes of an engine: while it starts or stops, and in any other state.
+#: Seconds between two probes of an engine: while it starts or stops, or if its result is served, and otherwise.
 _FAST_SECONDS, _SLOW_SECONDS = 0.2, 1.0
 _TIMEOUT_SECONDS = 5.0
 #: Maximum concurrent probes per lane. Because of the lanes, servers that hang delay only other servers that hang.
@@ -71,7 +72,7 @@ class Prober:
         """Set the engines to probe. If the server of an engine has changed, its earlier observations are discarded."""
         targets, seen = {}, set[str]()
         for engine in engines:
-            if server := servers.get(engine.server_id or ""):
+            if engine.state in HOSTED and (server := servers.get(engine.server_id or "")):
                 known = self._targets.get(engine.id)
                 if known is None or known.server != server:
                     self._cancel(known)
@@ -169,7 +170,8 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        target.due_seconds = time.monotonic() + (_FAST_SECONDS if target.engine.state in _CHANGING else _SLOW_SECONDS)
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # a new version is served soon
+        target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod
     def _cancel(target: _Target | None) -> None:

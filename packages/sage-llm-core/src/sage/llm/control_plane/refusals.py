@@ -24,6 +24,16 @@ def not_resumable(engine_id: str, state: EngineState) -> Conflict:
     )
 
 
+def not_training(engine: EngineRecord) -> Conflict:
+    """Return the error for an engine that cannot save a checkpoint."""
+    return Conflict(
+        code="not_training",
+        message=f"{engine.id} is an engine of kind {engine.kind} and {engine.state}: only a training run that is running "
+        "can save a checkpoint.",
+        hint=f"`sage llm engine status {engine.id}` shows its state.",
+    )
+
+
 def other_node(engine: EngineRecord) -> Conflict:
     """Return the error for a request about an engine of another node."""
     return Conflict(

@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import islice
 
 from sage.common.errors import NotFound, Overloaded
-from sage.llm.client.types import DEFAULT_MODEL, SETTLED, EngineKind, EngineState, EventKind
+from sage.llm.client.types import DEFAULT_MODEL, SETTLED, DesiredState, EngineKind, EngineState, EventKind
 from sage.llm.control_plane.splitting import in_order_of_preference
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.routes import RouteRecord
@@ -47,6 +47,14 @@ class Route:
     created_at: datetime
     address: str | None
     model_name: str | None
+    desired: DesiredState
+    idle_stop_minutes: float | None
+
+    @property
+    def is_pausing(self) -> bool:
+        """Whether it is being unloaded because it had no requests; a request waits until it is loaded again."""
+        is_paused = self.idle_stop_minutes is not None and self.desired is not DesiredState.STOPPED
+        return is_paused and self.state is EngineState.STOPPING
 
 
 @dataclass
@@ -63,8 +71,9 @@ class RoutingTable:
     The cost of a look-up does not depend on the number of engines. Use the table in one event loop only.
     """
 
-    def __init__(self, node: str) -> None:
-        self._node = node
+    def __init__(self, node: str, on_wanted: Callable[[str], None] = lambda _: None) -> None:
+        """on_wanted: called with the id of a paused engine that a request prefers to the engine that answers it."""
+        self._node, self._on_wanted = node, on_wanted
         self._routes: dict[str, Route] = {}
         self._named: dict[str, RouteRecord] = {}
         self._groups: dict[tuple[EngineKind, str], _Group] = {}
@@ -90,6 +99,8 @@ class RoutingTable:
                 created_at=engine.created_at,
                 address=server.address if server else None,
                 model_name=engine.served_as,
+                desired=engine.desired,
+                idle_stop_minutes=engine.idle_stop_minutes,
             )
             for entries, order in self._entries(route):
                 insort(entries, (order, engine.id))
@@ -117,10 +128,15 @@ class RoutingTable:
         and none responds, NotFound if no engine matches.
         """
         groups = [self._groups.get((kind, key), _NO_ENGINES) for key in self._keys_of(model, client)]
+        wanted: str | None = None
         for group in groups:
             for _, engine_id in reversed(group.running):
                 if is_responsive(engine_id):
+                    if wanted:
+                        self._on_wanted(wanted)
                     return self._routes[engine_id]
+            if group.starting and self._routes[group.starting[-1][1]].state is EngineState.PAUSED:
+                wanted = wanted or group.starting[-1][1]
         for group in groups:
             if group.starting:
                 return self._routes[group.starting[-1][1]]
@@ -195,7 +211,7 @@ class RoutingTable:
 
     def _entries(self, route: Route) -> Iterator[tuple[list[tuple[int, str]], int]]:
         """Yield each list that a route belongs to, with its order there."""
-        if route.state is EngineState.STOPPING:
+        if route.state is EngineState.STOPPING and not route.is_pausing:
             return
         for key in _keys(route):
             group = self._groups.setdefault((route.kind, key), _Group())

@@ -9,22 +9,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sage.common.errors import SageError
-from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
+from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
     Join,
     Launch,
     LoadAdapter,
+    Publish,
     Revise,
     SendSignal,
+    SetDesired,
     Transition,
     UnloadAdapter,
     Validate,
 )
+from sage.llm.control_plane.adapters import leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
 from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
@@ -55,6 +59,7 @@ class Runner:
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
+        self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: engines that were sent the stop signal; the reconciler reads and clears it
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -118,9 +123,15 @@ class Runner:
                 self._held_lease()
                 await self._adapters.unload(target, name)
                 if engine.state is EngineState.STOPPING:
-                    await self._transition(Transition(engine, EngineState.STOPPED, must_remain=True), target, observed)
+                    await self._transition(leave(engine), target, observed)
+            case Publish(engine, step):
+                await self._publisher.publish(engine, step)
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
+            case SetDesired(engine, desired):
+                write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
+                cleared = {"last_request_at": None} if desired is DesiredState.PAUSED else {}
+                self._routing.apply(await self._pool.run(write, force=False, **cleared), server)
             case SendSignal():
                 await self._signal(action)
             case Transition():
@@ -157,6 +168,8 @@ class Runner:
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
                 address = await self._launcher.launch(spec)
+            except TimeoutError:  # not known: the next plan observes the process first
+                raise
             except (SageError, OSError) as error:
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
                 return
@@ -209,7 +222,8 @@ class Runner:
 
     async def _transition(self, action: Transition, server: ServerRecord | None, observed: Observed | None = None) -> None:
         engine, state, values = action.engine, action.state, dict(action.values)
-        if state in SETTLED:
+        is_unloaded = state in SETTLED or state is EngineState.PAUSED
+        if is_unloaded:
             values |= {"leave_server": server.id if server else None, "must_remain": action.must_remain}
             if observed and observed.training:
                 values["figures"] = observed.training.model_dump(mode="json")
@@ -217,7 +231,7 @@ class Runner:
             engine = await self._write(engine, state, reason=action.reason, **values)
         else:
             engine = await self._restart(engine, action.restarts, action.reason, **values)
-        self._routing.apply(engine, None if state in SETTLED else server)
+        self._routing.apply(engine, None if is_unloaded else server)
 
     async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
         revise = functools.partial(self._store.revise, engine, actor=_ACTOR, lease=self._held_lease())

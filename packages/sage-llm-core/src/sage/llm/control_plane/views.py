@@ -8,6 +8,7 @@ from typing import Any
 from sage.llm.client.types import SETTLED, EngineKind, EngineView, Reason
 from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
 #: Maximum cached engines that an older version settled: their figures are read from files, as the store has none.
@@ -33,8 +34,8 @@ class Views:
 
         trouble: why it cannot be observed; silent_seconds: time without an answer; if 0, the view does not report it.
         """
-        is_local, is_settled = engine.node == self._node, engine.state in SETTLED
-        address = server.address if server and not is_settled else None
+        is_local, is_hosted = engine.node == self._node, engine.state in HOSTED
+        address = server.address if server and is_hosted else None
         fields: dict[str, Any] = {"reason": engine.reason}
         if is_local:
             fields |= self._fields(engine, observed)
@@ -58,7 +59,8 @@ class Views:
             restart_policy=engine.restart_policy,
             restarts=engine.restarts,
             node=engine.node,
-            server_id=engine.server_id if not is_settled else None,
+            server_id=engine.server_id if is_hosted else None,
+            idle_stop_minutes=engine.idle_stop_minutes,
             address=address,
             port=int(address.rpartition(":")[2]) if address else None,
             created_at=engine.created_at,

@@ -5,6 +5,7 @@ does not count. If the control plane restarts, all durations begin at zero.
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.executors.base import Observed
@@ -23,6 +24,8 @@ class Watch:
     seen_alive: bool = False  #: this control plane has seen its process
     served_as: str | None = None
     served_seconds: float = 0.0  #: time since its server has the current version of its adapter
+    last_request_at: datetime | None = None
+    idle_seconds: float = 0.0  #: time running without a new request
     is_stop_sent: bool = False  #: this control plane sent the stop signal since the engine entered its state
 
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:
@@ -34,6 +37,9 @@ class Watch:
         self.looked_at_seconds = now_seconds
         self.served_seconds = self.served_seconds + passed_seconds if engine.served_as == self.served_as else 0.0
         self.served_as = engine.served_as
+        is_idle = engine.state is self.state and engine.last_request_at == self.last_request_at
+        self.idle_seconds = self.idle_seconds + passed_seconds if is_idle else 0.0
+        self.last_request_at = engine.last_request_at
         if observed and observed.alive:
             self.seen_alive = True
         if engine.state is not self.state:

@@ -54,7 +54,7 @@ class EngineProxy:
                 client = _client(body, scope)
                 upstream = await self._manager.running(model, INFERENCE[scope["path"]], self._wait_seconds, client)
                 interruption.engine_id, relay = upstream.engine_id, Relay(upstream, send)
-                with self._place(upstream.engine_id):
+                with self._place(upstream.engine_id), self._manager.request(upstream):
                     await self._exchange(upstream, body, scope, relay)
         except (SageError, OSError, EOFError) as error:
             if relay is None:

@@ -14,6 +14,17 @@ app = typer.Typer(no_args_is_help=True)
 
 EngineId = Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGINE")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+IdleStop = Annotated[
+    float | None,
+    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next one loads it."),
+]
+Serve = Annotated[bool, typer.Option("--serve", help="finetune: serve the result as soon as the run is completed.")]
+ServeAs = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Serve it under this name; default: --name, or the output folder's name.")
+]
+ServeCheckpoints = Annotated[
+    bool, typer.Option("--serve-checkpoints", help="Serve each checkpoint meanwhile; requests then get the newest one.")
+]
 Wait = Annotated[
     bool | None,
     typer.Option(
@@ -68,10 +79,21 @@ def start(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
     ] = None,
+    dedicated: Annotated[
+        bool, typer.Option("--dedicated", help="Use a process of its own, with the adapter merged into its base.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="llm: auto, fp32 or bf16.")] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(help="llm: maximum length of a prompt with its answer; default: the model's.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="llm: maximum length of an answer if the request does not give one.")
     ] = None,
+    idle_stop: IdleStop = None,
+    serve: Serve = False,
+    serve_as: ServeAs = None,
+    serve_checkpoints: ServeCheckpoints = False,
     wait: Wait = None,
     json_: Json = False,
     **training: Any,
@@ -80,10 +102,13 @@ def start(
 
     Waits until the engine serves or trains. Exit code 2 if an option is wrong, 1 if the engine fails.
     """
-    from sage.cli.starting import start_engine
+    from sage.cli.starting import serve_request, start_engine
 
-    options = {key: value for key, value in (("dtype", dtype), ("max_tokens", max_tokens)) if value is not None}
-    request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value}
+    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "max_tokens": max_tokens}
+    options = {key: value for key, value in serving.items() if value is not None}
+    request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
+               "dedicated": dedicated or None, "idle_stop_minutes": idle_stop}  # fmt: skip
+    request |= serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
     given = {key: value for key, value in request.items() if value is not None}
     notes = {"metadata": dict(map(_pair, metadata))} if metadata else {}
     start_engine(model, engine_kind.value, {**options, **training}, request={**given, **notes}, wait=wait, json=json_)
@@ -216,6 +241,21 @@ def resume(engine_id: EngineId, wait: Wait = None) -> None:
         waiting.until_running(client, engine_id)
     if wait:
         typer.echo(ending(waiting.until_settled(client, engine_id)), err=True)
+
+
+@app.command("checkpoint")
+def checkpoint(
+    engine_id: EngineId,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is saved.")] = True,
+) -> None:
+    """Save a checkpoint of a training run now; if the run is served, the checkpoint is served."""
+    from sage.cli import daemon, waiting
+
+    client = daemon.connect()
+    engine = client.checkpoint_engine(engine_id)
+    if wait:
+        step = waiting.until_checkpoint(client, engine)
+        typer.echo(f"{engine.run_dir}/checkpoint-{step}")
 
 
 @app.command("remove")

@@ -17,13 +17,17 @@ app.add_typer(dataset.app, name="dataset", help="Datasets.")
 @with_training_options
 def fine_tune(
     base_model: Annotated[str, typer.Option(help="Folder, name in the models folder, or hub id.")],
+    serve: engine.Serve = False,
+    serve_as: engine.ServeAs = None,
+    serve_checkpoints: engine.ServeCheckpoints = False,
     wait: engine.Wait = None,
     **training: Any,
 ) -> None:
     """Fine-tune a model, as `engine start --engine-kind finetune` does."""
-    from sage.cli.starting import start_engine
+    from sage.cli.starting import serve_request, start_engine
 
-    start_engine(base_model, "finetune", training, wait=wait, announce="Fine-tune engine started: {id}")
+    request = serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
+    start_engine(base_model, "finetune", training, request=request, wait=wait, announce="Fine-tune engine started: {id}")
     typer.echo("Use `sage llm engine list` to monitor progress.", err=True)
 
 

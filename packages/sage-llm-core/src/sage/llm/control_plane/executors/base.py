@@ -74,6 +74,18 @@ class Executor(Protocol):
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return the steps of a training run after step `after`, downsampled to at most `max_points`."""
 
+    async def checkpoint_step(self, engine: EngineRecord) -> int:
+        """Return the step of a training run's newest checkpoint; 0 if there is none."""
+
+    async def request_checkpoint(self, engine: EngineRecord) -> None:
+        """Ask a training run to save a checkpoint after its current step."""
+
+    async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
+        """Return a folder with a checkpoint of a training run as a model, which stays when the run removes the checkpoint.
+
+        Raises ModelError if the checkpoint is no adapter.
+        """
+
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the path of the engine's log."""
 

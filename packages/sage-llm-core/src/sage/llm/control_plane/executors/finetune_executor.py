@@ -91,6 +91,7 @@ class FinetuneExecutor:
             "task_id": task_id_of(engine.id),
             "output_dir": engine.options["output_dir"],
             "run_dir": str(self._run(engine).path),
+            "served_by": engine.serve and engine.serve["engine_id"],
             "training": self._training(engine, observed),
         }
 
@@ -98,6 +99,18 @@ class FinetuneExecutor:
         """Return the run's steps after step `after`, downsampled to at most `max_points`."""
         steps = await self._reading_steps.run(self._manager.training_steps, task_id_of(engine.id), after, max_points)
         return list(steps)
+
+    async def checkpoint_step(self, engine: EngineRecord) -> int:
+        """Return the step of the run's newest checkpoint; 0 if there is none."""
+        return (await asyncio.to_thread(self._manager.status, task_id_of(engine.id))).checkpoint_step or 0
+
+    async def request_checkpoint(self, engine: EngineRecord) -> None:
+        """Ask the run to save a checkpoint after its current step."""
+        await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
+
+    async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
+        """Return a folder with a checkpoint as a model, which the run does not remove; raises ModelError or OSError."""
+        return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the worker's log."""

@@ -20,9 +20,10 @@ from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.base import parsed
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
-from sage.llm.control_plane.executors.exit_message import exit_message
+from sage.llm.control_plane.executors.exit_message import exit_message, log_hint
 from sage.llm.control_plane.executors.placement import placement
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
+from sage.llm.control_plane.refusals import not_training
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
 
 _HEALTH_SECONDS = 2.0
@@ -100,7 +101,8 @@ class InferenceExecutor:
             return Observed(alive=False, process=process)
         log = _folder(server.id) / "engine.log"
         message = await asyncio.to_thread(exit_message, "The engine's process", process.exit_code, log)
-        reason = Reason(code="engine_died", message=message, hint=f"Its log: `sage llm engine logs {engine.id}`.")
+        hint = await asyncio.to_thread(log_hint, engine.id, log)
+        reason = Reason(code="engine_died", message=message, hint=hint)
         return Observed(alive=False, reason=reason, process=process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
@@ -112,6 +114,18 @@ class InferenceExecutor:
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return no steps: an inference engine does not train."""
         return []
+
+    async def checkpoint_step(self, engine: EngineRecord) -> int:
+        """Raise Conflict: it does not train."""
+        raise not_training(engine)
+
+    async def request_checkpoint(self, engine: EngineRecord) -> None:
+        """Raise Conflict: it does not train."""
+        raise not_training(engine)
+
+    async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
+        """Raise Conflict: it does not train."""
+        raise not_training(engine)
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the path of the log of the engine's server."""

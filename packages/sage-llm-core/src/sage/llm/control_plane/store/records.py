@@ -100,7 +100,7 @@ class EngineRecord:
     served_as: str | None = None  #: its model name in requests to its server; None: not loaded, or the server accepts any
     idle_stop_minutes: float | None = None  #: it is unloaded after this time without requests; None: never
     last_request_at: datetime | None = None  #: of requests since it was started; written at most every few seconds
-    serve: Mapping[str, Any] | None = None  #: `ServedRun`: how the result of a training run is served; None: it is not
+    serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property
     def internal_name(self) -> str:

@@ -16,7 +16,7 @@ from sage.llm.control_plane.store.rows import server_record, to_columns
 from sage.llm.control_plane.store.tables import engines, servers
 
 #: The states of an engine that has a server.
-HOSTED = frozenset({EngineState.STARTING, EngineState.RUNNING, EngineState.PAUSED, EngineState.STOPPING})
+HOSTED = frozenset({EngineState.STARTING, EngineState.RUNNING, EngineState.STOPPING})
 
 
 class ServerStore(LeaseStore):

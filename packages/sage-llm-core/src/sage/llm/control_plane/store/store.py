@@ -28,12 +28,26 @@ class Store(ServerStore, RouteStore):
     Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
     """
 
-    def add(self, record: EngineRecord, actor: str, lease: Lease) -> EngineRecord:
-        """Insert a new engine, and set its times, version and event ids. Raises Conflict if its port is taken."""
+    def add(
+        self,
+        record: EngineRecord,
+        actor: str,
+        lease: Lease,
+        serves: tuple[EngineRecord, Mapping[str, Any]] | None = None,
+    ) -> EngineRecord:
+        """Insert a new engine, with its times, version and event ids set here. Raises Conflict if its port is taken.
+
+        serves: the training run whose result it serves, as it was read, and the run's new column `serve`, written in the
+        same transaction; raises StaleWrite if the run was written since it was read.
+        """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.CREATED, actor, after=record.state)
             values |= {"first_event": event, "last_event": event}
+            if serves:
+                run, fields = serves
+                self._event(connection, run.id, EventKind.UPDATED, actor)
+                self._update(connection, run, {"serve": fields})
             return engine_record(connection.execute(insert(engines).values(values).returning(engines)).one())
 
     def transition(
@@ -91,18 +105,29 @@ class Store(ServerStore, RouteStore):
             return self._move(connection, failed, EngineState.QUEUED, actor, reason)
 
     def set_desired(
-        self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease
+        self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease, **values: Any
     ) -> EngineRecord:
-        """Write the state that the user requested. Raises StaleWrite if the engine was written since it was read."""
+        """Write a desired state, and other columns. Raises StaleWrite if the engine was written since it was read."""
         with self._fenced(lease, record.node) as connection:
             self._event(connection, record.id, EventKind.DESIRED, actor, reason=f"{desired}{' by force' if force else ''}")
-            return self._update(connection, record, {"desired": desired, "force": force})
+            return self._update(connection, record, {"desired": desired, "force": force, **values})
 
     def revise(self, record: EngineRecord, *, actor: str, lease: Lease, **values: Any) -> EngineRecord:
         """Write columns of an engine and an event, without a transition. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             self._event(connection, record.id, EventKind.UPDATED, actor)
             return self._update(connection, record, values)
+
+    def touch(self, engine_id: str) -> EngineRecord:
+        """Note a request to an engine, and return the engine; raises NotFound.
+
+        It needs no lease, so that a standby can call it. A pause that was planned before raises StaleWrite.
+        """
+        query = update(engines).where(engines.c.id == engine_id)
+        touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
+        with self._write() as connection:
+            row = connection.execute(touched).one_or_none()
+        return engine_record(row) if row else self.get(engine_id)
 
     def remove(self, record: EngineRecord, *, actor: str, lease: Lease) -> None:
         """Delete an engine and its events; only the event of the removal stays. Raises StaleWrite."""

@@ -98,6 +98,12 @@ async def resume_engine(engine_id: str, manager: Manager) -> EngineView:
     return await manager.resume_engine(engine_id)
 
 
+@router.post("/engines/{engine_id}/checkpoint", status_code=status.HTTP_202_ACCEPTED)
+async def checkpoint_engine(engine_id: str, manager: Manager) -> EngineView:
+    """Ask a training run to save a checkpoint after its current step; if the run is served, the checkpoint is served."""
+    return await manager.checkpoint_engine(engine_id)
+
+
 @router.post("/engines/{engine_id}/remove")
 async def remove_engine(engine_id: str, manager: Manager) -> dict[str, Any]:
     """Delete a settled engine, with its run directory or log."""

@@ -1,0 +1,89 @@
+"""Notes requests to engines that are unloaded if they have none. Every gateway of a node does so, a standby too."""
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from sage.common.errors import NotFound
+from sage.llm.client.types import EngineState
+from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
+from sage.llm.control_plane.store.store import Store
+
+logger = logging.getLogger(__name__)
+#: Requests to an engine are written at most once in this time, or in a part of the time after which it is unloaded.
+_TOUCH_SECONDS, _TOUCH_SHARE = 10.0, 0.25
+_CHECK_SECONDS = 1.0
+_LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUSED)
+
+
+class Activity:
+    """The requests of this gateway to engines that have `idle_stop_minutes`; other engines cost nothing."""
+
+    def __init__(self, store: Store, pool: Pool, routing: RoutingTable) -> None:
+        """pool: for calls of the store."""
+        self._store, self._pool, self._routing = store, pool, routing
+        self._in_progress: Counter[str] = Counter()
+        self._touched_seconds: dict[str, float] = {}
+        self._waking: dict[str, asyncio.Task[bool]] = {}
+
+    async def may_use(self, route: Route) -> bool:
+        """Note a request to an engine, and return whether it can be sent: the engine runs, and is not about to be unloaded.
+
+        If not, the engine is loaded again because of the note.
+        """
+        if route.idle_stop_minutes is None or route.state not in _LOADED_OR_PAUSED or not self._is_due(route):
+            return route.state is EngineState.RUNNING
+        return await self._touch(route)
+
+    def wake(self, engine_id: str) -> None:
+        """Note a request to a paused engine, which another engine answers."""
+        if engine_id not in self._waking and (route := self._routing.get(engine_id)):
+            self._waking[engine_id] = task = asyncio.create_task(self._touch(route))
+            task.add_done_callback(lambda _: self._waking.pop(engine_id, None))
+
+    @contextmanager
+    def request(self, upstream: Upstream) -> Iterator[None]:
+        """Keep an engine loaded while it answers a request."""
+        self._in_progress[upstream.engine_id] += 1
+        try:
+            yield
+        finally:
+            self._in_progress[upstream.engine_id] -= 1
+            if not self._in_progress[upstream.engine_id]:
+                del self._in_progress[upstream.engine_id]
+
+    async def run(self) -> None:
+        """Note the requests that take long, until cancelled."""
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            for engine_id in list(self._in_progress):
+                route = self._routing.get(engine_id)
+                if route and route.idle_stop_minutes is not None and self._is_due(route):
+                    await self._touch(route)
+            oldest_seconds = time.monotonic() - _TOUCH_SECONDS
+            self._touched_seconds = {name: at for name, at in self._touched_seconds.items() if at >= oldest_seconds}
+
+    def _is_due(self, route: Route) -> bool:
+        after_seconds = min(_TOUCH_SECONDS, _TOUCH_SHARE * 60 * (route.idle_stop_minutes or 0))
+        return time.monotonic() - self._touched_seconds.get(route.engine_id, -math.inf) >= after_seconds
+
+    async def _touch(self, route: Route) -> bool:
+        """Write the note; return whether the engine runs. If the database fails, the known state counts."""
+        at_seconds = time.monotonic()
+        try:
+            engine = await self._pool.run(self._store.touch, route.engine_id)
+        except (SQLAlchemyError, NotFound) as error:
+            logger.warning("a request to %s cannot be noted: %s", route.engine_id, error)
+            return route.state is EngineState.RUNNING
+        self._touched_seconds[route.engine_id] = at_seconds
+        if engine.state is EngineState.RUNNING:
+            return True
+        self._routing.apply(engine, None)
+        return False

@@ -1,0 +1,76 @@
+"""The record of a new engine."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sage.common.errors import ConfigError
+from sage.llm.client.types import (
+    DesiredState,
+    EngineKind,
+    EngineState,
+    RestartPolicy,
+    StartRequest,
+    check_engine_name,
+)
+from sage.llm.control_plane.executors.base import Prepared
+from sage.llm.control_plane.served_run import ServedRun
+from sage.llm.control_plane.store.records import EngineRecord
+
+
+def served_run(request: StartRequest) -> ServedRun | None:
+    """Return how a training run is to be served; None if it is not. Raises ConfigError."""
+    if request.serve is None:
+        if request.engine_kind is EngineKind.FINETUNE and request.idle_stop_minutes:
+            message = "A training run is never idle; --idle-stop is for the engine that serves its result."
+            raise ConfigError(code="config_invalid", message=message, hint="Add --serve.", param="idle_stop_minutes")
+        return None
+    if request.engine_kind is not EngineKind.FINETUNE:
+        message = f"An engine of kind {request.engine_kind} has no result to serve: it serves by itself."
+        raise ConfigError(code="config_invalid", message=message, hint="Omit --serve.", param="serve")
+    name = request.serve.name or request.name or Path(str(request.options.get("output_dir"))).name
+    try:
+        return ServedRun(name=check_engine_name(name), checkpoints=request.serve.checkpoints)
+    except ValueError as error:
+        message = f"The result cannot be served under the name '{name}': it {error}."
+        raise ConfigError(code="config_invalid", message=message, hint="Use --serve-as NAME.", param="serve.name") from error
+
+
+def new_engine(
+    engine_id: str,
+    node: str,
+    request: StartRequest,
+    prepared: Prepared,
+    restart_policy: RestartPolicy,
+    serve: ServedRun | None = None,
+) -> EngineRecord:
+    """Return the record of an engine to validate; restart_policy: if the request has none."""
+    now = datetime.now(UTC)
+    return EngineRecord(
+        id=engine_id,
+        kind=request.engine_kind,
+        model=request.model,
+        name=request.name or request.model,
+        backend=prepared.backend,
+        options=dict(prepared.options),
+        metadata=request.metadata,
+        desired=DesiredState.RUNNING,
+        force=False,
+        restart_policy=request.restart_policy or restart_policy,
+        restarts=0,
+        state=EngineState.VALIDATING,
+        reason=None,
+        figures=None,
+        node=node,
+        server_id=None,
+        requested_port=request.port,
+        devices=None,
+        reserved_bytes=prepared.reserved_bytes,
+        version=1,
+        created_at=now,
+        state_at=now,
+        first_event=0,
+        last_event=0,
+        dedicated=request.dedicated,
+        idle_stop_minutes=request.idle_stop_minutes,
+        serve=serve.model_dump() if serve else None,
+    )

@@ -1,0 +1,40 @@
+"""The part of the plan for engines that are unloaded if they have no requests, and loaded again at the next one.
+
+A pause is a stop whose desired state is `paused`. It clears `last_request_at`; therefore a request that comes later is
+seen, even if it comes before the engine is unloaded, and lets the engine run again.
+"""
+
+from sage.llm.client.types import DesiredState, EngineState, Reason
+from sage.llm.control_plane.actions import SetDesired
+from sage.llm.control_plane.store.records import EngineRecord
+from sage.llm.control_plane.watch import Watch
+
+
+def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
+    """Return the action that pauses an idle engine, or lets a paused one run that has a request; None if neither."""
+    if engine.desired is DesiredState.PAUSED:
+        return SetDesired(engine, DesiredState.RUNNING) if engine.last_request_at else None
+    if engine.state is not EngineState.RUNNING or engine.desired is not DesiredState.RUNNING:
+        return None
+    is_idle = engine.idle_stop_minutes is not None and watch.idle_seconds >= 60 * engine.idle_stop_minutes
+    return SetDesired(engine, DesiredState.PAUSED) if is_idle else None
+
+
+def is_stopping(engine: EngineRecord) -> bool:
+    """Return whether an engine must be, or is being, stopped or unloaded."""
+    return engine.desired is not DesiredState.RUNNING or engine.state is EngineState.STOPPING
+
+
+def state_without_process(engine: EngineRecord) -> EngineState:
+    """Return the state of an engine that was stopping once it is unloaded."""
+    return EngineState.STOPPED if engine.desired is DesiredState.STOPPED else EngineState.PAUSED
+
+
+def reason_of_stop(engine: EngineRecord) -> Reason | None:
+    """Return why an engine is unloaded; None if a user requested its stop."""
+    if engine.desired is DesiredState.STOPPED:
+        return None
+    message = (
+        f"It had no requests for {engine.idle_stop_minutes or 0:g} min and is unloaded; the next request loads it again."
+    )
+    return Reason(code="idle", message=message)

@@ -1,0 +1,129 @@
+"""Publishes what training runs produce: starts the engine that serves a run, and gives it newer versions."""
+
+import asyncio
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import ModelError, NotFound, SageError
+from sage.common.ids import random_suffix
+from sage.libs.models.resolve import resolve_model
+from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, StartRequest
+from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.creation import new_engine
+from sage.llm.control_plane.executors.base import Executor, Prepared
+from sage.llm.control_plane.executors.placement import placement
+from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.routing import RoutingTable
+from sage.llm.control_plane.served_run import ServedRun
+from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerState
+from sage.llm.control_plane.store.store import StaleWrite, Store
+
+logger = logging.getLogger(__name__)
+_ACTOR = "reconciler"
+
+
+class Publisher:
+    """Carries out the action Publish; a repeated action does no harm."""
+
+    def __init__(
+        self,
+        store: Store,
+        pool: Pool,
+        executors: Mapping[EngineKind, Executor],
+        routing: RoutingTable,
+        held_lease: Callable[[], Lease],
+    ) -> None:
+        """pool: for calls of the store; held_lease: raises LeaseLost if the lease is not held."""
+        self._store, self._pool, self._executors = store, pool, executors
+        self._routing, self._held_lease = routing, held_lease
+
+    async def publish(self, run: EngineRecord, step: int | None) -> None:
+        """Serve a version of a run: that of a checkpoint, or its result if `step` is None.
+
+        A checkpoint is served only as an adapter that joins the server of its base. Raises StaleWrite to be called again.
+        """
+        serve = ServedRun.of(run)
+        assert serve
+        try:
+            model = await self._version(run, step)
+            engine = await self._existing(serve)
+            if serve.engine_id and engine is None:  # a user has removed it
+                await self._revise(run, serve=None)
+            elif engine is None or _needs_another(engine, step):
+                await self._start(run, serve, model, step)
+                if engine:
+                    await self._write(self._store.set_desired, engine, DesiredState.STOPPED, force=False)
+            else:
+                await self._replace(engine, model, is_result=step is None)
+                await self._revise(run, serve=serve.published(step, engine.id).model_dump())
+        except (SageError, OSError) as error:
+            logger.warning("%s: %s is not served: %s", run.id, f"step {step}" if step else "its result", error)
+            await self._revise(run, serve=serve.published(step, serve.engine_id).model_dump())
+
+    async def _version(self, run: EngineRecord, step: int | None) -> str:
+        """Return the folder of a version as an absolute path without links."""
+        if step is None:
+            folder = Path(run.options["output_dir"])
+        else:
+            folder = await self._executors[EngineKind.FINETUNE].publish_checkpoint(run, step)
+        return str(await asyncio.to_thread(folder.resolve))
+
+    async def _existing(self, serve: ServedRun) -> EngineRecord | None:
+        if serve.engine_id is None:
+            return None
+        try:
+            return await self._pool.run(self._store.get, serve.engine_id)
+        except NotFound:
+            return None
+
+    async def _start(self, run: EngineRecord, serve: ServedRun, model: str, step: int | None) -> None:
+        """Create the engine and note it in the run, in one transaction."""
+        source = await asyncio.to_thread(resolve_model, model)
+        request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
+        backend = registry.resolve(request.backend, EngineKind.LLM, source)
+        options = backend.options()
+        prepared = Prepared(backend.name, options.model_dump(), backend.memory_bytes(source, options))
+        engine = new_engine(f"engine-{random_suffix()}", run.node, request, prepared, run.restart_policy)
+        placed = await asyncio.to_thread(placement, engine)
+        if step is not None and placed["adapter"] is None:
+            raise ModelError(code="adapter_unfit", message=f"Its checkpoints would be {placed['form']}.")
+        engine = await self._like_its_base(engine, placed["base"])
+        noted = serve.published(step, engine.id).model_dump()
+        added = await self._write(self._store.add, engine, serves=(run, noted))
+        self._routing.apply(added, None)
+        logger.info("%s: %s serves it as '%s'", run.id, added.id, added.name)
+
+    async def _like_its_base(self, engine: EngineRecord, base: str | None) -> EngineRecord:
+        """Return a new engine with backend and options of a server that has its base loaded, so that it joins that one."""
+        for server in await self._pool.run(self._store.servers, engine.node):
+            if server.shared and server.model == base and server.state is not ServerState.CLOSING:
+                return dataclasses.replace(engine, backend=server.backend, options=server.options or engine.options)
+        return engine
+
+    async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
+        """Give an engine a newer version. Its server loads it beside the old one, which ends the answers it has begun."""
+        if engine.state is EngineState.VALIDATING:  # the checks read the older version
+            raise StaleWrite(engine.id)
+        values: dict[str, Any] = {"model": model}
+        if engine.state is EngineState.FAILED and is_result and engine.desired is DesiredState.RUNNING:
+            write = functools.partial(self._store.transition, engine, EngineState.VALIDATING)
+            self._routing.apply(await self._write(write, restarts=0, **values), None)
+            return
+        if engine.adapter is not None and engine.state not in SETTLED:
+            values |= {"adapter": model, "revision": engine.revision + 1}
+        await self._revise(engine, **values)
+
+    async def _revise(self, engine: EngineRecord, **values: Any) -> None:
+        await self._write(functools.partial(self._store.revise, engine), **values)
+
+    async def _write(self, write: Callable[..., Any], *args: object, **values: object) -> Any:
+        return await self._pool.run(functools.partial(write, *args, actor=_ACTOR, lease=self._held_lease(), **values))
+
+
+def _needs_another(engine: EngineRecord, step: int | None) -> bool:
+    """Return whether the result needs another engine, since this one has merged a checkpoint into its base."""
+    return step is None and engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)

@@ -1,0 +1,48 @@
+"""Which version of a training run's adapter should be served."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from sage.llm.client.types import EngineState
+from sage.llm.control_plane.actions import Publish
+from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.store.records import EngineRecord
+
+
+class ServedRun(BaseModel):
+    """How a run is served: what the user requested, and what has been published."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str  #: of the engine that serves it
+    checkpoints: bool = False  #: whether each checkpoint is published
+    after_step: int | None = None  #: the user requested that the next checkpoint after this step is published
+    engine_id: str | None = None  #: the engine that serves it; None: none yet
+    step: int = 0  #: of the checkpoint published last, or that could not be published
+    is_complete: bool = False  #: the result is published
+
+    @classmethod
+    def of(cls, engine: EngineRecord) -> Self | None:
+        """Return how an engine's run is served; None if it is not."""
+        return None if engine.serve is None else cls.model_validate(engine.serve)
+
+    def published(self, step: int | None, engine_id: str | None) -> Self:
+        """Return the values after a version was published; step: of the checkpoint, None: the result."""
+        version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
+        return self.model_copy(update={"engine_id": engine_id, **version})
+
+
+def due(engine: EngineRecord, observed: Observed) -> Publish | None:
+    """Return the action that publishes the newest version of a run, if that is to be served and is not yet.
+
+    A run that failed has no result; its last checkpoint is still served.
+    """
+    serve = ServedRun.of(engine)
+    if serve is None or observed.training is None:
+        return None
+    if observed.ended in (EngineState.COMPLETED, EngineState.STOPPED):
+        return None if serve.is_complete else Publish(engine, None)
+    step = observed.training.checkpoint_step or 0
+    is_requested = serve.checkpoints or (serve.after_step is not None and step > serve.after_step)
+    return Publish(engine, step) if is_requested and step > serve.step and observed.ended is None else None

@@ -1,0 +1,216 @@
+"""Which version of a run is served, and by which engine."""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_views import training_progress
+from engines import record, server
+from serving import HostingBackend, make_adapter
+from store_promises import lease_of
+
+from sage.common.errors import ConfigError
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, StartRequest
+from sage.llm.control_plane.actions import Publish
+from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.creation import served_run
+from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.pools import Pool
+from sage.llm.control_plane.publisher import Publisher
+from sage.llm.control_plane.routing import RoutingTable
+from sage.llm.control_plane.served_run import ServedRun, due
+from sage.llm.control_plane.store.database import open_database
+from sage.llm.control_plane.store.records import EngineRecord
+from sage.llm.control_plane.store.store import StaleWrite, Store
+
+S = EngineState
+RUN: dict[str, Any] = {"id": "engine-run", "kind": EngineKind.FINETUNE}
+
+
+def seen(step: int | None, ended: EngineState | None = None) -> Observed:
+    return Observed(alive=ended is None, ended=ended, training=training_progress(checkpoint_step=step))
+
+
+@pytest.mark.parametrize(
+    ("serve", "observed", "expected"),
+    [
+        (None, seen(5, S.COMPLETED), None),
+        ({}, seen(None), None),
+        ({}, seen(5), None),
+        ({}, seen(5, S.COMPLETED), "result"),
+        ({}, seen(5, S.STOPPED), "result"),
+        ({}, seen(5, S.FAILED), None),
+        ({"is_complete": True}, seen(5, S.COMPLETED), None),
+        ({"checkpoints": True}, seen(None), None),
+        ({"checkpoints": True}, seen(5), 5),
+        ({"checkpoints": True, "step": 5}, seen(5), None),
+        ({"checkpoints": True, "step": 5}, seen(10), 10),
+        ({"checkpoints": True}, seen(5, S.FAILED), None),
+        ({"checkpoints": True, "step": 5}, seen(10, S.COMPLETED), "result"),
+        ({"after_step": 5}, seen(5), None),
+        ({"after_step": 5}, seen(6), 6),
+        ({"after_step": 0}, seen(None), None),
+        ({"checkpoints": True}, Observed(alive=True), None),
+    ],
+)
+def test_a_checkpoint_is_served_if_requested_and_the_result_when_there_is_one(
+    serve: dict[str, Any] | None, observed: Observed, expected: object
+) -> None:
+    engine = record(S.RUNNING, serve=serve and {"name": "tuned", **serve} if serve != {} else {"name": "tuned"}, **RUN)
+    action = due(engine, observed)
+    assert (action and ("result" if action.step is None else action.step)) == expected
+    assert action is None or action == Publish(engine, action.step)
+
+
+def test_the_name_is_the_one_given_else_that_of_the_run_else_that_of_the_output_folder() -> None:
+    def name(**fields: Any) -> str:
+        values = {"model": "m", "engine_kind": "finetune", "serve": {}, "options": {"output_dir": "/models/out"}, **fields}
+        served = served_run(StartRequest.model_validate(values))
+        assert served
+        return served.name
+
+    assert (name(), name(name="run"), name(name="run", serve={"name": "x"})) == ("out", "run", "x")
+    with pytest.raises(ConfigError, match="Use --serve-as NAME") as caught:
+        name(options={"output_dir": "/models/my result"})
+    assert caught.value.param == "serve.name"
+    with pytest.raises(ConfigError, match="serves by itself"):
+        name(engine_kind="llm")
+    assert served_run(StartRequest(model="m")) is None
+
+
+class World:
+    """A store with a run, and a publisher; checkpoints are folders that are found as adapters."""
+
+    def __init__(self, folder: Path, base: Path, *marks: str, **serve: Any) -> None:
+        self.folder, self.base, self.marks = folder, base, marks
+        self.store = Store(open_database(f"sqlite:///{folder}/engines.db"))
+        self.lease = lease_of(self.store)
+        self.output = make_adapter(folder / "out", base, *marks)
+        values = {"name": "tuned", "checkpoints": True, **serve}
+        options = {"output_dir": str(self.output)}
+        self.store.add(record(S.RUNNING, serve=values, options=options, **RUN), "user", self.lease)
+        executors: Any = {EngineKind.FINETUNE: self}
+        self.publisher = Publisher(self.store, Pool("store", 1), executors, RoutingTable("n"), lambda: self.lease)
+
+    async def publish_checkpoint(self, _: EngineRecord, step: int) -> Path:
+        folder = self.folder / f"step-{step}"
+        return folder if folder.exists() else make_adapter(folder, self.base, *self.marks)
+
+    def publish(self, step: int | None) -> None:
+        asyncio.run(self.publisher.publish(self.store.get("engine-run"), step))
+
+    def serve(self) -> ServedRun:
+        found = ServedRun.of(self.store.get("engine-run"))
+        assert found
+        return found
+
+    def engine(self) -> EngineRecord:
+        return self.store.get(self.serve().engine_id or "")
+
+    def change(self, *states: EngineState, **values: Any) -> EngineRecord:
+        """Carry the engine that serves the run through states, as the reconciler would."""
+        for state in states:
+            self.store.transition(self.engine(), state, actor="r", lease=self.lease, **values)
+        return self.engine()
+
+    def run(self) -> EngineRecord:
+        """Let the engine run, as the adapter that was published last."""
+        self.change(S.QUEUED, base=str(self.base), adapter=self.engine().model)
+        return self.change(S.STARTING, S.RUNNING)
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    for name in ("hosting", "transformers"):
+        monkeypatch.setitem(registry.BACKENDS, name, HostingBackend())
+    return lambda *marks, **serve: World(tmp_path, tiny_model, *marks, **serve)
+
+
+def test_the_first_version_creates_the_engine_and_the_next_ones_replace_its_adapter(world: Callable[..., World]) -> None:
+    w = world()
+    w.publish(5)
+    first = w.engine()
+    assert (first.name, first.model, first.state, w.serve().step) == ("tuned", f"{w.folder}/step-5", S.VALIDATING, 5)
+    w.run()
+    w.publish(10)
+    second = w.engine()
+    assert (second.id, second.adapter, second.revision) == (first.id, f"{w.folder}/step-10", first.revision + 1)
+    assert (second.state, w.serve().is_complete) == (S.RUNNING, False)
+    w.publish(None)
+    assert (w.engine().adapter, w.engine().model, w.serve().is_complete) == (str(w.output), str(w.output), True)
+    assert len(w.store.page(limit=9)[0]) == 2
+
+
+def test_a_version_waits_for_the_checks_of_the_one_before(world: Callable[..., World]) -> None:
+    w = world()
+    w.publish(5)
+    with pytest.raises(StaleWrite):
+        w.publish(10)
+    assert w.serve().step == 5
+
+
+def test_the_engine_gets_backend_and_options_of_a_server_that_has_its_base(world: Callable[..., World]) -> None:
+    w = world()
+    host = server(backend="hosting", model=str(w.base), options={"load_seconds": 7.0}, shared=True)
+    base = w.store.add(record(id="engine-base"), "user", w.lease)
+    w.store.transition(base, S.STARTING, actor="r", lease=w.lease, put_server=host, server_id=host.id)
+    w.publish(5)
+    assert (w.engine().backend, w.engine().options) == ("hosting", {"load_seconds": 7.0})
+
+
+def test_an_adapter_that_needs_a_server_of_its_own_is_served_when_the_run_has_ended(world: Callable[..., World]) -> None:
+    w = world("dora")
+    w.publish(5)
+    assert (w.serve().engine_id, w.serve().step) == (None, 5)
+    w.publish(None)
+    assert (w.engine().model, w.serve().is_complete) == (str(w.output), True)
+
+
+def test_an_engine_that_merged_a_checkpoint_is_replaced_by_one_with_the_result(world: Callable[..., World]) -> None:
+    w = world()
+    w.publish(5)
+    merged = w.change(S.QUEUED, S.STARTING, S.RUNNING)
+    w.publish(None)
+    assert (w.engine().id != merged.id, w.engine().name, w.engine().model) == (True, "tuned", str(w.output))
+    assert w.store.get(merged.id).desired is DesiredState.STOPPED
+
+
+def test_an_engine_that_a_user_stopped_or_removed_is_not_started_again(world: Callable[..., World]) -> None:
+    w = world()
+    w.publish(5)
+    w.run()
+    w.store.set_desired(w.engine(), DesiredState.STOPPED, force=False, actor="user", lease=w.lease)
+    w.change(S.STOPPING, S.STOPPED)
+    w.publish(None)
+    assert (w.engine().state, w.engine().model) == (S.STOPPED, str(w.output))  # `resume` serves the result
+    w.store.remove(w.engine(), actor="user", lease=w.lease)
+    w.publish(10)
+    assert (w.store.get("engine-run").serve, len(w.store.page(limit=9)[0])) == (None, 1)
+
+
+def test_an_engine_that_failed_with_a_checkpoint_is_started_again_with_the_result(world: Callable[..., World]) -> None:
+    w = world()
+    w.publish(5)
+    w.change(S.FAILED)
+    w.publish(10)
+    assert (w.engine().state, w.engine().model) == (S.FAILED, f"{w.folder}/step-10")
+    w.publish(None)
+    assert (w.engine().state, w.engine().model) == (S.VALIDATING, str(w.output))
+
+
+def test_a_result_that_cannot_be_loaded_does_not_keep_the_run_from_ending(world: Callable[..., World]) -> None:
+    w = world()
+    (w.output / "adapter_model.safetensors").unlink()
+    w.publish(None)
+    assert (w.serve().engine_id, w.serve().is_complete) == (None, True)
+
+
+def test_a_run_that_was_written_meanwhile_creates_no_engine(world: Callable[..., World]) -> None:
+    w = world()
+    stale = dataclasses.replace(w.store.get("engine-run"), version=99)
+    with pytest.raises(StaleWrite):
+        asyncio.run(w.publisher.publish(stale, 5))
+    assert len(w.store.page(limit=9)[0]) == 1
