@@ -14,8 +14,7 @@ from sage.llm.control_plane.backends.transformers import TransformersBackend
 
 #: `auto` means the first backend that can run the engine.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), LlamaCppBackend())
+    backend.name: backend for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), LlamaCppBackend())
 }
 
 
