@@ -70,10 +70,12 @@ class Grammars:
 
 def _unsupported(error: str, grammar: str) -> ConfigError:
     """Return the error for the client. Lines of a grammar that begin with `json` come from response_format."""
-    param, reason = "tools", error
+    lines = grammar.splitlines()
     if found := _ERROR.match(error):
         reason = " ".join(found["reason"].split()).partition(". ")[0]
-        param = "response_format" if grammar.splitlines()[int(found["line"]) - 1].startswith("json:") else "tools"
-    return ConfigError(
-        code="unsupported_value", message=f"{param}: the JSON schema cannot be enforced: {reason}.", param=param
-    )  # fmt: skip
+        lines = [lines[int(found["line"]) - 1]]
+    else:
+        reason = "no JSON matches it"
+    param = "response_format" if any(line.startswith("json:") for line in lines) else "tools"
+    message = f"{param}: the JSON schema cannot be enforced: {reason}."
+    return ConfigError(code="unsupported_value", message=message, param=param)
