@@ -99,8 +99,9 @@ class Engine:
             choices = enumerate(prompt for prompt in task.prompts for _ in range(request.n or 1))
             continues = isinstance(shape, CompletionShape)
             answers = [self._choice(index, prompt, sampling, hosted.voice, job, continues) for index, prompt in choices]
-            for answer in answers if task.grammar else ():
-                answer.chooser.adjustments.append(task.grammar.start())
+            if task.grammar:
+                for answer in answers:
+                    answer.chooser.adjustments.append(task.grammar.start())
             return answers
 
         try:
