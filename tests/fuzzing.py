@@ -33,7 +33,7 @@ _MESSAGE = {
 }  # fmt: skip
 _MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4}
 #: Fields that are wrong unless another one is there, or a model knows them.
-_DEPENDENT = {"stream_options", "top_logprobs", "best_of", "tools", "logit_bias", "dimensions"}
+_DEPENDENT = {"stream_options", "top_logprobs", "best_of", "tools", "tool_choice", "logit_bias", "dimensions"}
 
 
 def fuzz(document: dict[str, Any], base_url: str, cases: int, ask: Callable[[], None]) -> None:

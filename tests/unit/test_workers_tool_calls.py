@@ -90,7 +90,9 @@ def test_content_is_not_held_back_longer_than_a_marker() -> None:
 
 
 def chat(pieces: list[Piece]) -> ChatShape:
-    return ChatShape("m", with_logprobs=False, reader=lambda: AnswerReader(HERMES, FUNCTIONS))
+    shape = ChatShape("m", with_logprobs=False)
+    shape.read_with(lambda: AnswerReader(HERMES, FUNCTIONS))
+    return shape
 
 
 CALLS = '<tool_call>{"name": "now"}</tool_call><tool_call>{"name": "now"}</tool_call>'

@@ -31,7 +31,11 @@ class Answer:
         self._sampling, self._put = sampling, put
         self._end_tokens = voice.end_tokens
         self._scorer = Scorer(voice.token_bytes, sampling.top_logprobs or 0)
-        self._decoder = TextDecoder(voice.tokenizer, prompt if continues else [])
+        self._decoder = (
+            TextDecoder(voice.tokenizer, prompt)
+            if continues
+            else TextDecoder(voice.tokenizer, shown_tokens=voice.shown_tokens)
+        )
         self._stops = StopStrings(sampling.stop)
         self._pending: list[TokenScore] = []  #: scores of text that is held back
         self._characters = 0

@@ -1,6 +1,5 @@
 """Batches of embedding inputs, taken fairly from all requests that wait."""
 
-import contextlib
 import heapq
 import threading
 from collections import Counter, defaultdict
@@ -10,9 +9,8 @@ from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakSet
 
-from sage.common.errors import Overloaded
 from sage.llm.workers.failures import internal_error
-from sage.llm.workers.jobs import Job
+from sage.llm.workers.jobs import Job, engine_stopping
 
 T = TypeVar("T")
 #: Inputs of up to this many tokens cost about the same.
@@ -25,11 +23,11 @@ class Request:
 
     job: Job[Any]
     inputs: int
-    vectors: dict[int, Any] = field(default_factory=dict)  #: by the index of the input
+    vectors: dict[int, Any] = field(default_factory=dict)  #: by the position of the input
 
-    def add(self, index: int, vector: Any) -> None:
+    def add(self, position: int, vector: Any) -> None:
         """Keep the vector of an input; the last one completes the job."""
-        self.vectors[index] = vector
+        self.vectors[position] = vector
         if len(self.vectors) == self.inputs:
             self.job.put([self.vectors[at] for at in range(self.inputs)])
 
@@ -41,7 +39,7 @@ class Entry(NamedTuple, Generic[T]):
     order: int
     tokens: int
     request: Request
-    index: int
+    position: int  #: among the inputs of the request
     given: T
 
 
@@ -112,16 +110,14 @@ class Batcher(Generic[T]):
     def close(self) -> None:
         """Cancel all requests with an error that the engine is stopping."""
         for job in list(self._jobs):
-            message = "The engine is being stopped."
-            job.abandon(Overloaded(code="engine_stopping", message=message, hint="Retry when it runs again."))
+            job.abandon(engine_stopping())
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 while not (batch := self._queue.take()):
                     self._changed.wait()
-            with contextlib.suppress(RuntimeError):  # the event loop of its clients is closed
-                self._compute(batch)
+            self._compute(batch)
 
     def _compute(self, batch: list[Entry[T]]) -> None:
         try:
@@ -132,4 +128,4 @@ class Batcher(Generic[T]):
                 request.job.abandon(reason)
             return
         for entry, vector in zip(batch, vectors, strict=True):
-            entry.request.add(entry.index, vector)
+            entry.request.add(entry.position, vector)

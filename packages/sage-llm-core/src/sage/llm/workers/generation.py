@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
@@ -21,7 +21,16 @@ from sage.llm.workers.jobs import Job, Lane, unless_gone
 from sage.llm.workers.requests import ChatRequest, CompletionRequest
 from sage.llm.workers.sampling import Piece, Sampling
 from sage.llm.workers.shapes import ChatShape, CompletionShape, Shape
+from sage.llm.workers.structured import Grammar
+from sage.llm.workers.tool_calls import AnswerReader
 from sage.llm.workers.voice import Voice, rendered
+
+
+class Task(NamedTuple):
+    """What a request asks a model to do."""
+
+    prompts: list[list[int]]
+    grammar: Grammar | None = None  #: of the answers; None: any text
 
 
 class EventStream(StreamingResponse):
@@ -63,35 +72,37 @@ class Engine:
         """Answer a chat."""
         sampling = request.sampling(self._default_max_tokens)
         shape = ChatShape(request.model, with_logprobs=bool(request.logprobs))
-        encode = lambda voice: [_chat_prompt(voice, request)]  # noqa: E731
-        return await unless_gone(connection, self._answer(request, sampling, shape, encode))
+        return await unless_gone(connection, self._answer(request, sampling, shape, partial(_read_chat, request, shape)))
 
     async def complete(self, request: CompletionRequest, connection: Request) -> Response | dict[str, Any]:
         """Complete one text or several."""
         sampling = request.sampling(self._default_max_tokens)
         shape = CompletionShape(request.model, with_logprobs=request.logprobs is not None)
-        encode = lambda voice: [_text_prompt(voice, prompt) for prompt in request.prompt]  # noqa: E731
-        return await unless_gone(connection, self._answer(request, sampling, shape, encode))
+        return await unless_gone(connection, self._answer(request, sampling, shape, partial(_read_texts, request)))
 
     async def _answer(
         self,
         request: ChatRequest | CompletionRequest,
         sampling: Sampling,
         shape: Shape,
-        encode: Callable[[Voice], list[list[int]]],
+        read: Callable[[Voice], Task],
     ) -> Response | dict[str, Any]:
         hosted = self.hosting.find(request.model)
         hosted.enter()
         job: Job[Piece] = Job(on_finish=hosted.leave)
 
         def prepare() -> list[Answer]:
-            prompts = encode(hosted.voice)
-            for prompt in prompts:
+            task = read(hosted.voice)
+            for prompt in task.prompts:
                 hosted.voice.check_prompt(prompt, sampling, "messages" if isinstance(shape, ChatShape) else "prompt")
-            shape.prompt_tokens = sum(map(len, prompts))
-            choices = enumerate(prompt for prompt in prompts for _ in range(request.n or 1))
+            shape.prompt_tokens = sum(map(len, task.prompts))
+            choices = enumerate(prompt for prompt in task.prompts for _ in range(request.n or 1))
             continues = isinstance(shape, CompletionShape)
-            return [self._choice(index, prompt, sampling, hosted.voice, job, continues) for index, prompt in choices]
+            answers = [self._choice(index, prompt, sampling, hosted.voice, job, continues) for index, prompt in choices]
+            if task.grammar:
+                for answer in answers:
+                    answer.chooser.adjustments.append(task.grammar.start())
+            return answers
 
         try:
             answers = await self._tokenization.call(prepare)
@@ -142,6 +153,20 @@ def build(
         return await engine.complete(request, connection)
 
     return app
+
+
+def _read_chat(request: ChatRequest, shape: ChatShape, voice: Voice) -> Task:
+    """Render a chat, and prepare its shape and grammar. Raises ConfigError if the model cannot answer as it is asked to."""
+    output = request.output()
+    prompt = _chat_prompt(voice, request)
+    is_reasoning = voice.ends_in_reasoning(prompt)
+    shape.read_with(partial(AnswerReader, voice.answer_format, output.parameters(), is_reasoning=is_reasoning))
+    grammar = output.grammar(voice.answer_format, voice.special_tokens, is_reasoning=is_reasoning)
+    return Task([prompt], voice.grammars.compile(grammar) if grammar else None)
+
+
+def _read_texts(request: CompletionRequest, voice: Voice) -> Task:
+    return Task([_text_prompt(voice, prompt) for prompt in request.prompt])
 
 
 def _chat_prompt(voice: Voice, request: ChatRequest) -> list[int]:

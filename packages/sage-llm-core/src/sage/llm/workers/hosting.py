@@ -17,9 +17,9 @@ from sage.libs.models.resolve import inspect_folder
 from sage.llm.workers import server
 from sage.llm.workers.adapters import Adapter
 from sage.llm.workers.batch import Batch
+from sage.llm.workers.fields import Body, ModelName
 from sage.llm.workers.generator import Generator
 from sage.llm.workers.packed import PackedRunner
-from sage.llm.workers.requests import Body, ModelName
 from sage.llm.workers.voice import Voice
 
 #: Files that decide how a model is prompted. Adapters with equal ones share a tokenizer, which takes some 30 MB.

@@ -28,6 +28,10 @@ class Output:
     must_call: bool = False  #: the answer must be calls
     may_call_several: bool = True
 
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """Return the JSON schema of the parameters of each function."""
+        return {function["name"]: function.get("parameters") or {} for function in self.functions}
+
     def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
         """Return the grammar of the answer; None if every text is allowed.
 

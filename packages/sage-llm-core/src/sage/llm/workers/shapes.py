@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sage.llm.workers.answer_format import AnswerFormat
 from sage.llm.workers.sampling import Piece, TokenScore
 from sage.llm.workers.tool_calls import AnswerReader, Call, Part
 
@@ -96,11 +97,14 @@ class ChatShape(Shape):
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, model: str, *, with_logprobs: bool, reader: Callable[[], AnswerReader]) -> None:
-        """reader: makes what splits a choice into content, reasoning and tool calls."""
+    def __init__(self, model: str, *, with_logprobs: bool) -> None:
         super().__init__(model, with_logprobs=with_logprobs)
-        self._readers: defaultdict[int, AnswerReader] = defaultdict(reader)
+        self._readers: defaultdict[int, AnswerReader] = defaultdict(lambda: AnswerReader(AnswerFormat(), {}))
         self._calls: Counter[int] = Counter()  #: by choice
+
+    def read_with(self, reader: Callable[[], AnswerReader]) -> None:
+        """Set what splits a choice into content, reasoning and tool calls; called once, before the first piece."""
+        self._readers = defaultdict(reader)
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:
         parts = [part for piece in pieces for part in self._parts(piece)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage.common.errors import ConfigError, SageError
+from sage.common.errors import ConfigError
 
 #: Compiled grammars that are kept; one takes some hundred kilobytes.
 _KEPT_GRAMMARS = 64
@@ -38,8 +38,8 @@ class Constraint:
         self._matcher.consume_tokens(answer[self._read_tokens :])
         self._read_tokens = len(answer)
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0
-        if self._matcher.is_error():
-            raise SageError(code="grammar_failed", message="The answer could not be restricted to its grammar.")
+        if self._matcher.is_error():  # a limit of the parser
+            raise ConfigError(code="unsupported_value", message="The JSON schema is too complex to be enforced.")
         return logits.masked_fill(~allowed[: len(logits)].to(logits.device), -torch.inf)
 
 
@@ -60,17 +60,22 @@ class Grammars:
         if self._vocabulary is None:
             self._vocabulary = from_tokenizer(self._tokenizer, self._vocab_size, self._end_tokens or None)
         matcher = llguidance.LLMatcher(self._vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0)
-        if matcher.is_error():
-            raise _unsupported(matcher.get_error(), text)
+        probe = matcher.deep_copy()
+        if not matcher.is_error():
+            probe.compute_logit_bias()  # references without an end are noticed here
+        if probe.is_error():
+            raise _unsupported(probe.get_error(), text)
         return Grammar(matcher)
 
 
 def _unsupported(error: str, grammar: str) -> ConfigError:
     """Return the error for the client. Lines of a grammar that begin with `json` come from response_format."""
-    param, reason = "tools", error
+    lines = grammar.splitlines()
     if found := _ERROR.match(error):
         reason = " ".join(found["reason"].split()).partition(". ")[0]
-        param = "response_format" if grammar.splitlines()[int(found["line"]) - 1].startswith("json:") else "tools"
-    return ConfigError(
-        code="unsupported_value", message=f"{param}: the JSON schema cannot be enforced: {reason}.", param=param
-    )  # fmt: skip
+        lines = [lines[int(found["line"]) - 1]]
+    else:
+        reason = "no JSON matches it"
+    param = "response_format" if any(line.startswith("json:") for line in lines) else "tools"
+    message = f"{param}: the JSON schema cannot be enforced: {reason}."
+    return ConfigError(code="unsupported_value", message=message, param=param)

@@ -18,10 +18,10 @@ class TextDecoder:
     which is held back while it ends in the middle of a character.
     """
 
-    def __init__(self, tokenizer: Any, context: list[int] | None = None) -> None:
-        """context: tokens before the first one; their text is not returned."""
+    def __init__(self, tokenizer: Any, context: list[int] | None = None, shown_tokens: frozenset[int] = frozenset()) -> None:
+        """context: tokens before the first one; their text is not returned. shown_tokens: special ones that are text."""
         self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
+        self._special = set(tokenizer.all_special_ids) - shown_tokens
         self._ids: list[int] = []
         self._known = 0  #: number of tokens in `_ids` that are context
         self._shown = ""  #: text after the context that was returned already
@@ -59,7 +59,7 @@ class TextDecoder:
         return new
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 class StopStrings:

@@ -10,12 +10,16 @@ from sage.libs.finetune.data.messages import read_conversation
 from sage.libs.finetune.data.values import RecordError
 from sage.libs.models.chat import ChatFormat, ensure_chat_template
 from sage.libs.models.loading import load_tokenizer
+from sage.llm.workers.answer_format import AnswerFormat
 from sage.llm.workers.sampling import Sampling
+from sage.llm.workers.structured import Grammars
 from sage.llm.workers.text import TokenBytes
 from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+#: More than the marker of reasoning has, with the whitespace behind it.
+_MARKER_TOKENS = 16
 #: Time limit for a chat template, which is a program and may never end.
 RENDER_SECONDS = 10.0
 
@@ -33,6 +37,12 @@ class Voice:
         self._embeddings = embeddings
         self.end_tokens = frozenset(rendered(lambda: self.chat_format.end_ids(generation_config.eos_token_id)))
         self.token_bytes = TokenBytes(self.tokenizer)
+        self.answer_format = rendered(lambda: AnswerFormat.of(self.chat_format))
+        self.shown_tokens = self.answer_format.special_tokens(self.tokenizer)
+        self.special_tokens = {
+            self.tokenizer.convert_ids_to_tokens(token): token for token in self.tokenizer.all_special_ids
+        }
+        self.grammars = Grammars(self.tokenizer, embeddings, sorted(self.end_tokens))
         self._characters_per_token = max(32, *map(len, self.tokenizer.get_vocab()))
 
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
@@ -47,6 +57,11 @@ class Voice:
             return self.chat_format.prompt_ids(asked.messages, tools or None)
         except Exception as error:  # jinja and templates raise what they like
             raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
+
+    def ends_in_reasoning(self, prompt: list[int]) -> bool:
+        """Return whether a prompt begins the reasoning of its answer, as some templates do."""
+        marker = self.answer_format.think_open
+        return bool(marker) and self.tokenizer.decode(prompt[-_MARKER_TOKENS:]).rstrip().endswith(marker)
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the prompt of a plain completion."""
