@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import load
-from load import Figures
-from programs import PEERS, PROXIES, NotInstalledError, Program, upstream
+from gateway import load
+from gateway.load import Figures
+from gateway.programs import PEERS, PROXIES, NotInstalledError, Program, upstream
 from train import processor
 
 _RESULTS = Path(__file__).parents[1] / "results/gateway.md"

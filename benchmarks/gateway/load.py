@@ -106,7 +106,7 @@ async def _run(url: str, connections: int, seconds: float, body: bytes) -> Figur
     loop = asyncio.get_running_loop()
     opened = [
         await loop.create_connection(
-            lambda: _Connection(request, began + seconds, latencies, errors), address.hostname, address.port
+            lambda: _Connection(request, began + seconds, latencies, errors), "127.0.0.1", int(address.port or 80)
         )
         for _ in range(connections)
     ]

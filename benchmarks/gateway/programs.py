@@ -10,13 +10,13 @@ import sys
 import time
 import urllib.request
 import venv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from crowded_home import Crowd, crowded_home
-from upstream import ANSWER, INNER_NAME, health
+from gateway.upstream import ANSWER, INNER_NAME, health
 
 _HERE = Path(__file__).parent
 _START_SECONDS = 120
@@ -145,7 +145,7 @@ def _installed(peer: str, folder: Path) -> Path:
     if not program.exists():
         print(f"installing {REQUIREMENTS[peer]} into {environment}", file=sys.stderr)
         venv.create(environment, with_pip=True, clear=True)
-        pip = [environment / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [str(environment / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*pip, REQUIREMENTS[peer]], capture_output=True, text=True, check=False)
         if done.returncode or not program.exists():
             raise NotInstalledError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
@@ -169,7 +169,7 @@ def _nginx(port: int, locations: str, folder: Path, before: str = "") -> Iterato
 
 @contextlib.contextmanager
 def _running(
-    command: list[object], url: str, environment: Mapping[str, str] | None = None, log: Path | None = None
+    command: Sequence[object], url: str, environment: Mapping[str, str] | None = None, log: Path | None = None
 ) -> Iterator[psutil.Process]:
     """Run a program until the block ends; enter it when `url` answers. Raises NotInstalledError if it does not."""
     with (log or Path(os.devnull)).open("wb") as output:

@@ -239,14 +239,15 @@ def test_the_log_names_requests_by_id_and_holds_neither_prompt_nor_line_breaks(c
     assert "my secret" not in caplog.text
 
 
+@pytest.mark.parametrize(("method", "path"), [("running", CHAT), ("start_engine", START)])
 def test_what_fails_unforeseen_is_an_error_in_our_shape_and_logged_without_the_prompt(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    method: str, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(ControlPlaneManager, "running", fail)
-    answer = request("POST", CHAT, json={**ASK, "messages": [{"role": "user", "content": "my secret"}]})
+    monkeypatch.setattr(ControlPlaneManager, method, fail)
+    answer = request("POST", path, json={"model": "tiny", "metadata": {"prompt": "my secret"}})
     assert refusal(answer) == (500, "internal_error")
     assert answer.headers["x-request-id"] in caplog.text
     assert "a bug" in caplog.text

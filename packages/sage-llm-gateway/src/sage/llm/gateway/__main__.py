@@ -1,6 +1,7 @@
 """`python -m sage.llm.gateway`: run the gateway in the foreground."""
 
 import argparse
+import gc
 import logging
 import socket
 import sys
@@ -36,6 +37,8 @@ def main() -> int:
         logger.exception("The gateway cannot start")
         return _fail(f"It cannot start ({type(error).__name__}: {error}).", 1)
     BoundedHttp.limit = connection_limit()
+    gc.collect()
+    gc.freeze()  # modules and routes stay: no collection looks at them again
     server = uvicorn.Server(
         uvicorn.Config(
             app, http=BoundedHttp, ws="none", log_config=None, access_log=False, proxy_headers=False,
@@ -55,6 +58,7 @@ def _prepare() -> tuple[FastAPI, socket.socket]:
     """Take lock and port before the database is opened: only a gateway that can run may migrate it."""
     settings, standby = _arguments(load_settings())
     configure_logging(settings.log_level)
+    logging.logThreads = logging.logProcesses = False  # no line shows them
     check_exposure(settings)
     if not standby:
         take_lock()

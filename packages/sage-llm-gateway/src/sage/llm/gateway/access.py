@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from sage.common.errors import ConfigError, Unauthorized
 from sage.common.settings import Settings
 from sage.llm.gateway.errors import Refusal
-from sage.llm.gateway.headers import RawHeaders, value, values
+from sage.llm.gateway.headers import RawHeaders, value
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _OPEN_PATHS = frozenset({"/health"})
@@ -46,10 +46,11 @@ def check_access(path: str, headers: RawHeaders, key: str | None) -> None:
 def _refuse_pages(headers: RawHeaders) -> None:
     """Refuse requests of web pages: of a foreign origin, or under a host name that points to loopback (DNS rebinding)."""
     hint = "Without SAGE_API_KEY the gateway answers to localhost only."
-    if any(_host_name(b"//" + host) not in LOOPBACK for host in values(headers, b"host")):
-        raise Refusal(403, "host_not_allowed", "The Host header does not name this machine.", hint)
-    if any(_host_name(origin) not in LOOPBACK for origin in values(headers, b"origin")):
-        raise Refusal(403, "origin_not_allowed", "The Origin header names another site.", hint)
+    for name, content in headers:
+        if name == b"host" and _host_name(b"//" + content) not in LOOPBACK:
+            raise Refusal(403, "host_not_allowed", "The Host header does not name this machine.", hint)
+        if name == b"origin" and _host_name(content) not in LOOPBACK:
+            raise Refusal(403, "origin_not_allowed", "The Origin header names another site.", hint)
 
 
 @functools.lru_cache(maxsize=100)

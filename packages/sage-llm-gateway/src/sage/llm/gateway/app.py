@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from sage.common.settings import Settings
 from sage.llm.control_plane.manager import ControlPlaneManager
@@ -12,11 +13,24 @@ from sage.llm.gateway import errors, schema
 from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.gate import Gate
 from sage.llm.gateway.instance import follow_role
-from sage.llm.gateway.proxy import EngineProxy
+from sage.llm.gateway.proxy import EngineProxy, is_inference
 from sage.llm.gateway.routes import health, inference, management, model_routes
 
 
-def create_app(settings: Settings, *, standby: bool = False) -> FastAPI:
+class Gateway(FastAPI):
+    """The gateway's application."""
+
+    gate: Gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; an inference request skips the framework's middleware and routing."""
+        if scope["type"] == "http" and is_inference(scope):
+            await self.gate(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def create_app(settings: Settings, *, standby: bool = False) -> Gateway:
     """Return the gateway, its database opened.
 
     standby: another gateway of the same state folder is expected to be the active one.
@@ -35,11 +49,12 @@ def create_app(settings: Settings, *, standby: bool = False) -> FastAPI:
         await manager.close()
         proxy.close()
 
-    app = FastAPI(title="SAGE gateway", lifespan=lifespan, redirect_slashes=False, responses=schema.ERROR_RESPONSES)
+    app = Gateway(title="SAGE gateway", lifespan=lifespan, redirect_slashes=False, responses=schema.ERROR_RESPONSES)
     app.state.settings, app.state.manager = settings, manager
     errors.install(app)
     schema.install(app)
     for router in (management.router, model_routes.router, inference.router, health.router):
         app.include_router(router)
-    app.add_middleware(Gate, settings=settings, proxy=proxy)
+    app.gate = Gate(settings, proxy)
+    app.add_middleware(app.gate.in_front_of)
     return app

@@ -3,7 +3,7 @@
 import logging
 import re
 import secrets
-from typing import Any
+from typing import Any, Self
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +15,7 @@ from sage.llm.gateway.bodies import BodyBudget
 from sage.llm.gateway.errors import Refusal, error_response, out_of_descriptors
 from sage.llm.gateway.headers import RawHeaders, value
 from sage.llm.gateway.json_text import JsonBody, parsed
-from sage.llm.gateway.proxy import INFERENCE, EngineProxy
+from sage.llm.gateway.proxy import EngineProxy, is_inference
 
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
@@ -27,12 +27,19 @@ _STREAMS = ("/logs", "/events")
 class Gate:
     """Checks access and body, gives the request an id, and reports unexpected errors.
 
-    Inference requests go to the proxy directly: routing and middleware of the framework would take longer than all else.
+    Inference requests go to the proxy, all others to the application behind the gate.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, proxy: EngineProxy) -> None:
-        self._app, self._proxy, self._key = app, proxy, key_of(settings)
+    _app: ASGIApp
+
+    def __init__(self, settings: Settings, proxy: EngineProxy) -> None:
+        self._proxy, self._key = proxy, key_of(settings)
         self._budget = BodyBudget(settings.max_request_mb * 1_000_000)
+
+    def in_front_of(self, app: ASGIApp) -> Self:
+        """Make this gate the middleware in front of an application."""
+        self._app = app
+        return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward a request to the proxy or the routes, or refuse it."""
@@ -62,7 +69,7 @@ class Gate:
                     _check_type(headers)
                     checked = await parsed(body.content)
                 receive = _replayed(body.content, receive)
-            if method == "POST" and path in INFERENCE:
+            if is_inference(scope):
                 await self._proxy.forward(checked, scope, receive, answer.send)
             else:
                 await self._app(scope, receive, answer.send)

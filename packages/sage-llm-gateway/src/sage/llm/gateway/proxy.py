@@ -19,13 +19,18 @@ from sage.llm.gateway.relay import Relay
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
 #: The routes that are forwarded, and the kind of engine that answers them.
-INFERENCE = {
+_KINDS = {
     "/v1/chat/completions": EngineKind.LLM,
     "/v1/completions": EngineKind.LLM,
     "/v1/embeddings": EngineKind.EMBEDDING,
 }
 #: Headers that are meant for the gateway: key, cookies, origin of the client.
 _GATEWAY_ONLY = frozenset({b"authorization", b"cookie", b"host", b"origin", b"referer", b"accept-encoding"})
+
+
+def is_inference(scope: Scope) -> bool:
+    """Return whether a request is one that the proxy answers."""
+    return scope["path"] in _KINDS and scope["method"] == "POST"
 
 
 class EngineProxy:
@@ -51,7 +56,7 @@ class EngineProxy:
         try:
             async with Interruption(receive, self._manager.is_responsive) as interruption:
                 client = _client(body, scope)
-                upstream = await self._manager.running(model, INFERENCE[scope["path"]], self._wait_seconds, client)
+                upstream = await self._manager.running(model, _KINDS[scope["path"]], self._wait_seconds, client)
                 interruption.engine_id, relay = upstream.engine_id, Relay(upstream, send)
                 with self._place(upstream.engine_id):
                     await self._exchange(upstream, body, scope, relay)

@@ -1,4 +1,4 @@
-"""OpenAI-compatible inference. The gate answers the POST routes by the proxy; here they are documented."""
+"""OpenAI-compatible inference. The proxy answers the POST routes; here they are documented."""
 
 from typing import Any
 
