@@ -43,7 +43,8 @@ class Activity:
 
     def wake(self, engine_id: str) -> None:
         """Note a request to a paused engine, which another engine answers."""
-        if engine_id not in self._waking and (route := self._routing.get(engine_id)):
+        route = self._routing.get(engine_id)
+        if route and engine_id not in self._waking and self._is_due(route):
             self._waking[engine_id] = task = asyncio.create_task(self._touch(route))
             task.add_done_callback(lambda _: self._waking.pop(engine_id, None))
 
