@@ -127,7 +127,10 @@ def litellm(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
     config = folder / "litellm.yaml"
     config.write_text(json.dumps({"model_list": [{"model_name": INNER_NAME, "litellm_params": model}]}))
     command = [_installed("litellm", folder), "--config", config, "--host", "127.0.0.1", "--port", port]
-    environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "NO_DOCS": "True"}
+    environment = {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "NO_DOCS": "True",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    }  # fmt: skip
     url = f"http://127.0.0.1:{port}/health/liveliness"
     with _running(command, url, environment, folder / "litellm.log") as process:
         yield Program("LiteLLM", port, INNER_NAME, process)
@@ -148,7 +151,8 @@ def _installed(peer: str, folder: Path) -> Path:
         pip = [str(environment / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*pip, REQUIREMENTS[peer]], capture_output=True, text=True, check=False)
         if done.returncode or not program.exists():
-            raise NotInstalledError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
+            reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            raise NotInstalledError((reasons or ["pip failed"])[-1])
     return program
 
 
