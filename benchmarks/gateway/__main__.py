@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gateway import load
 from gateway.load import Figures
-from gateway.programs import PEERS, PROXIES, NotInstalledError, Program, upstream
+from gateway.programs import PEERS, PROXIES, Program, UnusableError, upstream
 from train import processor
 
 _RESULTS = Path(__file__).parents[1] / "results/gateway.md"
@@ -103,7 +103,7 @@ def _measure(case: Case, arguments: argparse.Namespace, folder: Path, missing: d
                         _say(f"{case.title}: {program.name}, {connections} connections")
                         figures, cpu_ms = _figures(program, case, connections, arguments.seconds, folder)
                         yield _row(program.name, connections, figures, alone.setdefault(connections, figures), cpu_ms)
-            except NotInstalledError as error:
+            except UnusableError as error:
                 missing[proxy] = str(error)
 
 
@@ -113,13 +113,16 @@ def _figures(program: Program, case: Case, connections: int, seconds: float, fol
     prompt = "word " * case.prompt_tokens
     request = {"model": program.model, "messages": [{"role": "user", "content": prompt}], "stream": case.streams}
     body.write_text(json.dumps(request))
+    program.ask(body.read_bytes())
     load.measure(program.url, connections, min(1, seconds), body)
     before = program.cpu_seconds()
     figures = load.measure(program.url, connections, seconds, body)
-    return figures, (program.cpu_seconds() - before) / figures.requests * 1000
+    return figures, (program.cpu_seconds() - before) / max(figures.requests, 1) * 1000
 
 
 def _row(name: str, connections: int, figures: Figures, alone: Figures, cpu_ms: float) -> str:
+    if not figures.requests:
+        return f"| {name} | {connections} | 0 | | | | | | {figures.errors} |"
     cells = [name, connections, f"{figures.per_second:,.0f}", f"{figures.median_ms:.2f}", f"{figures.p99_ms:.2f}"]
     if figures is alone:
         cells += ["", "", ""]

@@ -27,7 +27,7 @@ REQUIREMENTS: Mapping[str, str] = {"vllm-router": "vllm-router", "litellm": "lit
 PEERS = ("nginx", *REQUIREMENTS)
 
 
-class NotInstalledError(Exception):
+class UnusableError(Exception):
     """A peer cannot be measured on this machine."""
 
 
@@ -44,6 +44,14 @@ class Program:
     def url(self) -> str:
         """Where chats are sent."""
         return f"http://127.0.0.1:{self.port}/v1/chat/completions"
+
+    def ask(self, body: bytes) -> None:
+        """Send one request, as some programs do a lot at the first. Raises UnusableError if it is not answered."""
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})  # noqa: S310 - loopback
+        try:
+            urllib.request.urlopen(request, timeout=_START_SECONDS).close()  # noqa: S310
+        except OSError as error:
+            raise UnusableError(f"it does not answer a request: {error}") from error
 
     def memory_mb(self) -> float:
         """Return the resident memory of the program's processes, in MB."""
@@ -99,7 +107,7 @@ def sage(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
 def nginx(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
     """Run nginx as a proxy, as its documentation advises for keep-alive and streams."""
     if not shutil.which("nginx"):
-        raise NotInstalledError("nginx is not on the PATH")
+        raise UnusableError("nginx is not on the PATH")
     locations = (
         "location / { proxy_pass http://engines; proxy_http_version 1.1; proxy_set_header Connection '';"
         " proxy_buffering off; client_max_body_size 64m; client_body_buffer_size 1m; }"
@@ -127,7 +135,10 @@ def litellm(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
     config = folder / "litellm.yaml"
     config.write_text(json.dumps({"model_list": [{"model_name": INNER_NAME, "litellm_params": model}]}))
     command = [_installed("litellm", folder), "--config", config, "--host", "127.0.0.1", "--port", port]
-    environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "NO_DOCS": "True"}
+    environment = {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False", "NO_DOCS": "True",
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    }  # fmt: skip
     url = f"http://127.0.0.1:{port}/health/liveliness"
     with _running(command, url, environment, folder / "litellm.log") as process:
         yield Program("LiteLLM", port, INNER_NAME, process)
@@ -139,7 +150,7 @@ PROXIES: Mapping[str, Callable[[int, int, Path], contextlib.AbstractContextManag
 
 
 def _installed(peer: str, folder: Path) -> Path:
-    """Return a peer's program, installed into `folder` if it is not there. Raises NotInstalledError."""
+    """Return a peer's program, installed into `folder` if it is not there. Raises UnusableError."""
     environment = folder / peer
     program = environment / "bin" / peer
     if not program.exists():
@@ -148,7 +159,8 @@ def _installed(peer: str, folder: Path) -> Path:
         pip = [str(environment / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*pip, REQUIREMENTS[peer]], capture_output=True, text=True, check=False)
         if done.returncode or not program.exists():
-            raise NotInstalledError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
+            reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            raise UnusableError((reasons or ["pip failed"])[-1])
     return program
 
 
@@ -171,7 +183,7 @@ def _nginx(port: int, locations: str, folder: Path, before: str = "") -> Iterato
 def _running(
     command: Sequence[object], url: str, environment: Mapping[str, str] | None = None, log: Path | None = None
 ) -> Iterator[psutil.Process]:
-    """Run a program until the block ends; enter it when `url` answers. Raises NotInstalledError if it does not."""
+    """Run a program until the block ends; enter it when `url` answers. Raises UnusableError if it does not."""
     with (log or Path(os.devnull)).open("wb") as output:
         process = subprocess.Popen(
             list(map(str, command)), env={**os.environ, **(environment or {})}, stdout=output, stderr=subprocess.STDOUT
@@ -180,7 +192,7 @@ def _running(
         deadline_seconds = time.monotonic() + _START_SECONDS
         while not _answers(url):
             if process.poll() is not None or time.monotonic() > deadline_seconds:
-                raise NotInstalledError(f"{Path(str(command[0])).name} does not answer; its log: {log}")
+                raise UnusableError(f"{Path(str(command[0])).name} does not answer; its log: {log}")
             time.sleep(0.05)
         yield psutil.Process(process.pid)
     finally:

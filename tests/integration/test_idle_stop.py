@@ -10,7 +10,7 @@ import pytest
 from serving import HostingBackend, answered, make_adapter, run, started, until
 
 from sage.common.settings import load_settings
-from sage.llm.client.types import DesiredState, EngineKind, EngineState
+from sage.llm.client.types import DesiredState, EngineState
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.manager import ControlPlaneManager
 
@@ -35,6 +35,9 @@ def test_an_idle_engine_is_unloaded_and_the_next_request_loads_it_and_waits(tiny
         assert paused.reason.code == "idle"
         assert await answered(manager, "base") == str(tiny_model)
         assert (await manager.get_engine(engine.id)).desired is DesiredState.RUNNING
+        await until(manager, engine.id, S.PAUSED)
+        await manager.resume_engine(engine.id)
+        await until(manager, engine.id, S.RUNNING)
         await until(manager, engine.id, S.PAUSED)
         await manager.stop_engine(engine.id)
         await until(manager, engine.id, S.STOPPED)
@@ -71,12 +74,12 @@ def test_an_engine_with_requests_is_not_unloaded_neither_during_a_long_one(
         while time.monotonic() < end_seconds:
             await answered(manager, "base")
             await asyncio.sleep(0.2)
-        upstream = await manager.running("base", EngineKind.LLM, 30)
-        with manager.request(upstream):
-            end_seconds = time.monotonic() + 3
-            while time.monotonic() < end_seconds:
-                assert (await manager.get_engine(engine.id)).state is S.RUNNING
-                await asyncio.sleep(0.1)
+        manager.requests_in_progress[engine.id] += 1
+        end_seconds = time.monotonic() + 3
+        while time.monotonic() < end_seconds:
+            assert (await manager.get_engine(engine.id)).state is S.RUNNING
+            await asyncio.sleep(0.1)
+        del manager.requests_in_progress[engine.id]
         events = await manager.get_events(engine.id)
         assert S.STOPPING not in [event.after for event in events]
         await until(manager, engine.id, S.PAUSED)

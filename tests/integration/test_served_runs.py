@@ -111,6 +111,25 @@ def test_a_result_is_served_once_though_the_gateway_restarts_and_a_checkpoint_on
     run(after_a_restart)
 
 
+def test_a_run_that_was_killed_is_still_served_from_its_checkpoint_which_cannot_be_removed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        serve = {"name": "tuned", "checkpoints": True}
+        training = await train(manager, tiny_model, tmp_path / "out", serve, save_steps=20)
+        tuned = await served(manager, training.id)
+        await manager.stop_engine(training.id, force=True)
+        await until(manager, training.id, S.FAILED)
+        with pytest.raises(Conflict, match=f"has a checkpoint that {tuned.id} serves"):
+            await manager.remove_engine(training.id)
+        assert "/served/step-" in await answered(manager, "tuned")
+        await manager.stop_engine(tuned.id)
+        await until(manager, tuned.id, S.STOPPED)
+        await manager.remove_engine(training.id)
+
+    run(test)
+
+
 def test_only_a_training_run_saves_checkpoints(tiny_model: Path) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         base = await started(manager, tiny_model)

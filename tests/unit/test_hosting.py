@@ -225,5 +225,7 @@ def test_what_an_engine_left_in_a_server_is_unloaded_by_another_one() -> None:
     assert {name: getattr(action, "name", None) for name, action in actions.items()} == {"x": "sage-gone-3"}
 
 
-def test_an_adapter_that_a_server_has_lost_is_loaded_again() -> None:
-    assert outline(planned([hosted("x"), hosted("y")], ready("sage-y-1"))["x"]) is LoadAdapter
+def test_an_adapter_that_a_server_has_lost_is_loaded_again_but_not_one_that_was_loaded_after_the_observation() -> None:
+    engines = [hosted("x"), hosted("y")]
+    assert outline(planned(engines, ready("sage-y-1"), OLD)["x"]) is LoadAdapter
+    assert "x" not in planned(engines, ready("sage-y-1"), NEW)

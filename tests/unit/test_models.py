@@ -8,6 +8,7 @@ from sage.common.model_names import absolute_name
 from sage.common.paths import get_user_paths
 from sage.libs.models.catalog import import_model, list_models
 from sage.libs.models.fingerprint import fingerprint
+from sage.libs.models.originals import known, original, remember
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 
@@ -185,3 +186,16 @@ def test_a_model_is_imported_completely_and_only_under_an_unused_name(tmp_path: 
         import_model(tmp_path, "org/nothing")
     with pytest.raises(ModelNotFound):
         import_model(tmp_path / "none", "org/nothing")
+
+
+def test_a_converted_model_is_traced_to_its_file_until_that_file_changes(tmp_path: Path) -> None:
+    gguf, converted = tmp_path / "package" / "model.gguf", tmp_path / ".converted" / "model-0123"
+    for folder in (gguf.parent, converted):
+        folder.mkdir(parents=True)
+    gguf.write_bytes(b"content")
+    assert original(converted) == converted
+    remember(converted, gguf)
+    assert (original(converted), known(converted.parent, gguf)) == (gguf.parent, converted)
+    assert original(gguf.parent) == gguf.parent
+    gguf.write_bytes(b"other content")
+    assert (original(converted), known(converted.parent, gguf)) == (converted, None)

@@ -1,12 +1,7 @@
-"""Prepare models once before loading: convert GGUF files to safetensors, download models from the hub.
-
-.converted/<name>-<hash>/          safetensors of the GGUF file with that SHA-256
-.converted/<name>-<hash>.sources   files known to have this hash, with size and times, so that they are not hashed again
-"""
+"""Prepare models once before loading: convert GGUF files to safetensors, download models from the hub."""
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -17,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage.common.errors import ModelError, SageError, first_line
-from sage.common.files import fsync_path, fsync_tree, replace_file
+from sage.common.files import fsync_path, fsync_tree
 from sage.common.paths import get_user_paths
 from sage.common.processes import held_lock
+from sage.libs.models.originals import FOLDER, known, remember
 from sage.libs.models.resolve import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -31,15 +27,15 @@ _HASH_DIGITS = 16
 def converted(folder: Path) -> Path:
     """Return a folder with bf16 safetensors of a GGUF file; convert the file unless its content was converted before."""
     gguf = next(folder.glob("*.gguf"))
-    root = get_user_paths().models_dir / ".converted"
+    root = get_user_paths().models_dir / FOLDER
     with _reported(f"{gguf} cannot be converted to safetensors", root):
         with held_lock(root / ".lock"):
-            target = _known(root, gguf)
+            target = known(root, gguf)
             if target is None:
                 with gguf.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_DIGITS]
                 target = root / f"{gguf.stem}-{digest}"
-                _remember(target, gguf)
+                remember(target, gguf)
         with held_lock(root / f".{target.name}.lock"):
             if not (target / "config.json").is_file():
                 logger.info("converting %s to safetensors, once", gguf)
@@ -59,29 +55,6 @@ def downloaded(source: ModelSource) -> Path:
             logger.info("downloading %s from the hub", source.name)
             _make(target, lambda aside: _download(source.name, aside))
     return target
-
-
-def _identity(gguf: Path) -> list[object]:
-    """Return path, inode, size and times of a file, to detect whether it was replaced."""
-    found = gguf.stat()
-    return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-
-def _known(root: Path, gguf: Path) -> Path | None:
-    return next((path.with_suffix("") for path in root.glob("*.sources") if _identity(gguf) in _sources(path)), None)
-
-
-def _remember(target: Path, gguf: Path) -> None:
-    path = target.with_name(f"{target.name}.sources")
-    others = [source for source in _sources(path) if source[0] != str(gguf.resolve())]
-    replace_file(path, json.dumps([*others, _identity(gguf)]).encode())
-
-
-def _sources(path: Path) -> list[list[object]]:
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return []
 
 
 def _make(target: Path, write: Callable[[Path], None]) -> None:

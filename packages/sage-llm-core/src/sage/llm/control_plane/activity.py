@@ -5,15 +5,14 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import NotFound
 from sage.llm.client.types import EngineState
 from sage.llm.control_plane.pools import Pool
-from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
+from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -26,10 +25,10 @@ _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUS
 class Activity:
     """The requests of this gateway to engines that have `idle_stop_minutes`; other engines cost nothing."""
 
-    def __init__(self, store: Store, pool: Pool, routing: RoutingTable) -> None:
-        """pool: for calls of the store."""
-        self._store, self._pool, self._routing = store, pool, routing
-        self._in_progress: Counter[str] = Counter()
+    def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
+        """pool: for calls of the store; on_paused: called after a request to a paused engine was noted."""
+        self._store, self._pool, self._routing, self._on_paused = store, pool, routing, on_paused
+        self.in_progress: Counter[str] = Counter()  #: requests by engine; the gateway counts them
         self._touched_seconds: dict[str, float] = {}
         self._waking: dict[str, asyncio.Task[bool]] = {}
 
@@ -44,26 +43,16 @@ class Activity:
 
     def wake(self, engine_id: str) -> None:
         """Note a request to a paused engine, which another engine answers."""
-        if engine_id not in self._waking and (route := self._routing.get(engine_id)):
+        route = self._routing.get(engine_id)
+        if route and engine_id not in self._waking and self._is_due(route):
             self._waking[engine_id] = task = asyncio.create_task(self._touch(route))
             task.add_done_callback(lambda _: self._waking.pop(engine_id, None))
-
-    @contextmanager
-    def request(self, upstream: Upstream) -> Iterator[None]:
-        """Keep an engine loaded while it answers a request."""
-        self._in_progress[upstream.engine_id] += 1
-        try:
-            yield
-        finally:
-            self._in_progress[upstream.engine_id] -= 1
-            if not self._in_progress[upstream.engine_id]:
-                del self._in_progress[upstream.engine_id]
 
     async def run(self) -> None:
         """Note the requests that take long, until cancelled."""
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
-            for engine_id in list(self._in_progress):
+            for engine_id in list(self.in_progress):
                 route = self._routing.get(engine_id)
                 if route and route.idle_stop_minutes is not None and self._is_due(route):
                     await self._touch(route)
@@ -86,4 +75,5 @@ class Activity:
         if engine.state is EngineState.RUNNING:
             return True
         self._routing.apply(engine, None)
+        self._on_paused()
         return False

@@ -10,6 +10,9 @@ from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.watch import Watch
 
+#: An adapter that was just loaded may be missing in the last observation of its server.
+_LOOK_SECONDS = 5.0
+
 
 def is_misplaced(engine: EngineRecord, server: ServerRecord | None) -> bool:
     """Return whether an engine needs a server of its own, because the shared server has refused its adapter."""
@@ -30,7 +33,8 @@ def keep(
 ) -> Action | None:
     """Plan for a running engine whose server answers: load a newer version of its adapter, unload what is not needed."""
     if engine.adapter is not None:
-        if engine.internal_name not in observed.models:
+        is_recent = engine.served_as == engine.internal_name and watches[engine.id].served_seconds < _LOOK_SECONDS
+        if engine.internal_name not in observed.models and not is_recent:
             return LoadAdapter(engine, server)
         if engine.served_as != engine.internal_name:
             return Revise(engine)

@@ -25,16 +25,20 @@ def is_stopping(engine: EngineRecord) -> bool:
     return engine.desired is not DesiredState.RUNNING or engine.state is EngineState.STOPPING
 
 
+def is_pausing(engine: EngineRecord) -> bool:
+    """Return whether an engine that is being stopped will be loaded again at the next request."""
+    return engine.idle_stop_minutes is not None and engine.desired is not DesiredState.STOPPED
+
+
 def state_without_process(engine: EngineRecord) -> EngineState:
     """Return the state of an engine that was stopping once it is unloaded."""
-    return EngineState.STOPPED if engine.desired is DesiredState.STOPPED else EngineState.PAUSED
+    return EngineState.PAUSED if is_pausing(engine) else EngineState.STOPPED
 
 
 def reason_of_stop(engine: EngineRecord) -> Reason | None:
     """Return why an engine is unloaded; None if a user requested its stop."""
-    if engine.desired is DesiredState.STOPPED:
+    if not is_pausing(engine):
         return None
-    message = (
-        f"It had no requests for {engine.idle_stop_minutes or 0:g} min and is unloaded; the next request loads it again."
-    )
+    minutes = f"{engine.idle_stop_minutes:g} min"
+    message = f"It had no requests for {minutes} and is unloaded; the next request loads it again."
     return Reason(code="idle", message=message)

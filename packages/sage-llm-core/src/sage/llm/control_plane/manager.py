@@ -5,8 +5,8 @@ import contextlib
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -88,7 +88,7 @@ class ControlPlaneManager(EngineReads, Routes):
         self._woken = asyncio.Event()
         self._keeper = LeaseKeeper(self._store, self._node, settings.gateway_url, self._on_lease)
         self._routing = RoutingTable(self._node, self._wake)
-        self._activity = Activity(self._store, self._pool, self._routing)
+        self._activity = Activity(self._store, self._pool, self._routing, self._woken.set)
         self._prober = Prober(self._executors, launcher, self._woken.set)
         lease = lambda: self._keeper.lease  # noqa: E731
         self._runner = Runner(
@@ -108,6 +108,11 @@ class ControlPlaneManager(EngineReads, Routes):
     def role(self) -> Literal["active", "standby"]:
         """Whether this control plane reconciles its node."""
         return "active" if self._keeper.lease else "standby"
+
+    @property
+    def requests_in_progress(self) -> Counter[str]:
+        """The number of requests to each engine that this gateway forwards; an idle engine without any is unloaded."""
+        return self._activity.in_progress
 
     async def open(self) -> None:
         """Try to take the lease, and begin to probe and reconcile: living engines are adopted, dead ones are settled."""
@@ -159,12 +164,16 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Validate and queue again an engine that was stopped or failed.
+        """Validate and queue again an engine that was stopped or failed; load an engine again that is paused.
 
         Raises Conflict if the engine is active or completed, or cannot be resumed.
         """
         for _ in range(_ATTEMPTS):
             engine, _server = await self._own(engine_id)
+            if engine.state is EngineState.PAUSED:
+                engine = await self._pool.run(self._store.touch, engine_id)
+                self._woken.set()
+                return await self._view(engine, None)
             if engine.state not in (EngineState.STOPPED, EngineState.FAILED):
                 raise not_resumable(engine_id, engine.state)
             await self._executors[engine.kind].check_resumable(engine)
@@ -213,6 +222,8 @@ class ControlPlaneManager(EngineReads, Routes):
             executor = self._executors[engine.kind]
             if engine.state not in SETTLED:
                 raise still_running(engine_id, f"is {engine.state}", "Stop it first: `sage llm engine stop {}`.")
+            if serving := await self._serving_a_checkpoint(engine):
+                raise still_running(engine_id, f"has a checkpoint that {serving} serves", f"Stop {serving} first.")
             if self._runner.validator.is_running(engine_id):
                 raise still_running(engine_id, "is still being validated", "Retry in some seconds.")
             handle = executor.plan_server(engine).handle
@@ -239,10 +250,6 @@ class ControlPlaneManager(EngineReads, Routes):
         """
         return self._routing.find(model, kind, self.is_responsive, client)
 
-    def request(self, upstream: Upstream) -> AbstractContextManager[None]:
-        """Return a context for a request to an engine: the engine stays loaded within it."""
-        return self._activity.request(upstream)
-
     def upstream(self, route: Route) -> Upstream:
         """Return the server to which requests for a running engine are sent."""
         if route.address is None:
@@ -264,7 +271,8 @@ class ControlPlaneManager(EngineReads, Routes):
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
                                  hint="Retry in some seconds.")  # fmt: skip
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._routing.wait_for_change(), left_seconds)
+                async with asyncio.timeout(left_seconds):
+                    await self._routing.wait_for_change()
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -299,12 +307,23 @@ class ControlPlaneManager(EngineReads, Routes):
         await self._lease()
         return await self._local(engine_id)
 
+    async def _serving_a_checkpoint(self, run: EngineRecord) -> str | None:
+        """Return the id of the active engine that serves a checkpoint in a run's directory, None if there is none."""
+        serve = ServedRun.of(run)
+        engine = serve and serve.engine_id and self._routing.get(serve.engine_id)
+        if not engine:
+            return None
+        view = await self._view(run, None)
+        return engine.engine_id if f"/{view.task_id}/served/" in engine.model else None
+
     async def _reconcile(self) -> None:
         while True:
             self._woken.clear()
             await self._reconciler.tick(is_active=self._keeper.lease is not None)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), self._settings.reconcile_seconds)
+                # Not `wait_for`: in Python 3.11 it ignores a cancellation that coincides with the event.
+                async with asyncio.timeout(self._settings.reconcile_seconds):
+                    await self._woken.wait()
 
     async def _bound_logs(self) -> None:
         """Cut the logs of the engines and the gateway if they exceed the limit."""

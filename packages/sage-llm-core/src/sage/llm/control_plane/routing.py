@@ -53,8 +53,8 @@ class Route:
     @property
     def is_pausing(self) -> bool:
         """Whether it is being unloaded because it had no requests; a request waits until it is loaded again."""
-        is_paused = self.idle_stop_minutes is not None and self.desired is not DesiredState.STOPPED
-        return is_paused and self.state is EngineState.STOPPING
+        is_reloaded = self.idle_stop_minutes is not None and self.desired is not DesiredState.STOPPED
+        return is_reloaded and self.state is EngineState.STOPPING
 
 
 @dataclass

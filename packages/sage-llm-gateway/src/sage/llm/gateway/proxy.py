@@ -1,6 +1,5 @@
 """EngineProxy: forwards an inference request to the engine that its `model` names, and relays the answer."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,7 +40,7 @@ class EngineProxy:
         self._manager, self._wait_seconds = manager, settings.request_wait_seconds
         self._connections = EngineConnections()
         self._limit = settings.max_engine_requests
-        self._in_progress: Counter[str] = Counter()
+        self._in_progress = manager.requests_in_progress
 
     def close(self) -> None:
         """Close the connections that are idle."""
@@ -59,7 +58,7 @@ class EngineProxy:
                 client = _client(body, scope)
                 upstream = await self._manager.running(model, _KINDS[scope["path"]], self._wait_seconds, client)
                 interruption.engine_id, relay = upstream.engine_id, Relay(upstream, send)
-                with self._place(upstream.engine_id), self._manager.request(upstream):
+                with self._place(upstream.engine_id):
                     await self._exchange(upstream, body, scope, relay)
         except (SageError, OSError, EOFError) as error:
             if relay is None:

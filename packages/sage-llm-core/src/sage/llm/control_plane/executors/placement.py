@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sage.common.errors import ModelError
+from sage.libs.models.originals import original
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.base import ServingBackend
@@ -37,5 +38,5 @@ def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backe
 
 
 def _name(source: ModelSource) -> str:
-    """Return a name that is equal for equal models."""
-    return source.name if source.kind is ModelKind.HUB else str(source.folder.resolve())
+    """Return a name that is equal for equal models, also for a GGUF file and its converted form."""
+    return source.name if source.kind is ModelKind.HUB else str(original(source.folder).resolve())

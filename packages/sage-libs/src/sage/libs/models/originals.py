@@ -1,0 +1,48 @@
+"""Which files a converted model was made from, without importing torch.
+
+.converted/<name>-<hash>/          safetensors of the GGUF file with that SHA-256
+.converted/<name>-<hash>.sources   files known to have that hash, with size and times, so that they are not read again
+"""
+
+import json
+from pathlib import Path
+
+from sage.common.files import replace_file
+
+FOLDER = ".converted"
+
+
+def original(folder: Path) -> Path:
+    """Return the folder of the GGUF file that a converted model was made from; any other folder unchanged."""
+    if folder.parent.name == FOLDER:
+        for source in sources(folder.with_name(f"{folder.name}.sources")):
+            gguf = Path(str(source[0]))
+            if gguf.is_file() and identity(gguf) == source:
+                return gguf.parent
+    return folder
+
+
+def identity(gguf: Path) -> list[object]:
+    """Return path, inode, size and times of a file, to detect that it was replaced."""
+    found = gguf.stat()
+    return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def known(root: Path, gguf: Path) -> Path | None:
+    """Return the folder of the converted model of a file, None if it is not known."""
+    return next((path.with_suffix("") for path in root.glob("*.sources") if identity(gguf) in sources(path)), None)
+
+
+def remember(target: Path, gguf: Path) -> None:
+    """Note that a converted model has the content of a file."""
+    path = target.with_name(f"{target.name}.sources")
+    others = [source for source in sources(path) if source[0] != str(gguf.resolve())]
+    replace_file(path, json.dumps([*others, identity(gguf)]).encode())
+
+
+def sources(path: Path) -> list[list[object]]:
+    """Return the identities of the files in a `.sources` file; none if it cannot be read."""
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return []
