@@ -136,14 +136,3 @@ def test_every_precision_is_read_by_llama_cpp_and_smaller_than_f32(
         assert server.get("/props")["model_ftype"].lower() == precision
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
     assert (tmp_path / "out" / "model.gguf").stat().st_size < (tiny_model / "model.safetensors").stat().st_size
-
-
-def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(tiny_model: Path, tmp_path: Path, llama_cpp: LlamaCpp) -> None:
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, tokenizer["pre_tokenizer"]]}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ModelError, match="does not support the model") as caught:
-        export_model(str(folder), ExportFormat.GGUF, tmp_path / "out", llama_cpp=llama_cpp)
-    assert caught.value.code == "export_unsupported"
-    assert not (tmp_path / "out").exists()
