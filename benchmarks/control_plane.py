@@ -29,13 +29,12 @@ from train import processor
 from sage.common.settings import load_settings
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind, EngineState, StartRequest
-from sage.llm.control_plane.backends.base import Capabilities
+from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend
 from sage.llm.control_plane.backends.registry import BACKENDS
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
 from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.control_plane.plan import Limits, Snapshot, plan
-from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.watch import Watch
 
 RESULTS = Path(__file__).parent / "results/control_plane.md"
@@ -64,18 +63,14 @@ class _Options(BaseModel):
     pass
 
 
-class _QuickBackend:
+class _QuickBackend(WorkerBackend):
     name: ClassVar[str] = "quick"
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind))
     options: ClassVar[type[BaseModel]] = _Options
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable, "-S")
-    health_path: ClassVar[str] = "/health"
 
-    def argv(self, model: str, options: Any) -> tuple[str, ...]:
+    def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
         return (*self.interpreter, "-c", _SERVER, DESCRIPTOR_ARGUMENT)
-
-    def model_name(self, engine: EngineRecord) -> None:
-        return None
 
     def memory_bytes(self, model: ModelSource, options: Any) -> None:
         return None

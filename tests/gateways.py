@@ -50,19 +50,20 @@ async def gateway(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway, with one engine `tiny` if there is a port; yields a client of it.
 
-    model_name: what the engine is called by its server.
+    model_name: the engine's name inside its server.
     """
     port = free_port()
     app = create_app(load_settings().model_copy(update={"gateway_port": port, **settings}), standby=standby)
     if engine_port:
 
         async def running(*_: object) -> Upstream:
-            return Upstream(f"127.0.0.1:{engine_port}", model_name, "engine-a")
+            return Upstream(f"127.0.0.1:{engine_port}", model_name, "engine-a", "tiny")
 
         app.state.manager.running = running
         app.state.manager.is_responsive = lambda _: is_responsive()
     server = uvicorn.Server(uvicorn.Config(
-        app, port=port, http=BoundedHttp, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1,
+        app, port=port, http=BoundedHttp, ws="none", log_config=None, access_log=False, proxy_headers=False,
+        timeout_graceful_shutdown=1,
     ))  # fmt: skip
     serving = asyncio.create_task(server.serve())
     while not server.started:

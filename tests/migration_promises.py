@@ -134,6 +134,15 @@ class MigrationPromises:
         store.remove(ended, actor="user", lease=lease)
         assert [event.kind for event in store.events(limit=99, engine_id="engine-ended")] == [EventKind.REMOVED]
 
+    def test_the_servers_of_an_older_version_are_not_shared_and_accept_any_model_name(self, database_url: str) -> None:
+        make_old(database_url, "0002", owner="node-a")
+        store = Store(open_database(database_url))
+        assert {(host.shared, host.served_name, host.options) for host in store.servers("node-a")} == {(False, None, None)}
+        engine = store.get("engine-served")
+        assert (engine.dedicated, engine.base, engine.adapter, engine.revision, engine.served_as) == (
+            False, None, None, 0, None,
+        )  # fmt: skip
+
     def test_a_migration_that_fails_leaves_the_database_as_it_was(self, database_url: str) -> None:
         make_old(database_url, "0002", owner="node-a")
         with create_engine(database_url).begin() as connection:

@@ -98,6 +98,57 @@ class StorePromises(Stored):
         assert store.servers("n") == []
         assert store.hosted(["engine-a"]) == [(engine, None)]
 
+    def test_an_engine_joins_a_server_until_it_closes_and_the_last_one_removes_it(self, store: Store, lease: Lease) -> None:
+        first, second, third = (store.add(record(id=f"engine-{name}"), "user", lease) for name in "abc")
+        starting: dict[str, Any] = {"actor": "r", "lease": lease}
+        first = store.transition(first, S.STARTING, put_server=server(), server_id="server-a", **starting)
+        second = store.transition(second, S.STARTING, join_server="server-a", revision=1, **starting)
+        assert (second.server_id, second.revision) == ("server-a", 1)
+        [stored] = store.servers("n")
+        with pytest.raises(StaleWrite):  # it hosts another engine
+            store.close_server(stored, first, lease=lease)
+        assert store.is_server_needed("server-a", first.id)
+        first = store.transition(first, S.FAILED, leave_server="server-a", must_remain=True, **starting)
+        assert store.servers("n") == [stored]
+        with pytest.raises(StaleWrite):  # it would host none
+            store.transition(second, S.FAILED, leave_server="server-a", must_remain=True, **starting)
+        store.close_server(stored, second, lease=lease)
+        with pytest.raises(StaleWrite):
+            store.transition(third, S.STARTING, join_server="server-a", **starting)
+        assert store.get(third.id) == third
+        store.transition(second, S.FAILED, leave_server="server-a", **starting)
+        assert store.servers("n") == []
+        assert store.is_server_needed("server-a", first.id)  # for the log of the second engine
+        assert not store.is_server_needed("server-b", first.id)
+        with pytest.raises(StaleWrite):
+            store.transition(third, S.STARTING, join_server="server-a", **starting)
+
+    def test_of_two_engines_that_leave_a_server_at_once_one_is_the_last(self, store: Store, lease: Lease) -> None:
+        for round_ in range(5):
+            ids = [f"engine-{round_}{name}" for name in "ab"]
+            a, b = (store.add(record(id=engine_id), "user", lease) for engine_id in ids)
+            a = store.transition(a, S.STARTING, actor="r", lease=lease, put_server=server(), server_id="server-a")
+            b = store.transition(b, S.STARTING, actor="r", lease=lease, join_server="server-a")
+
+            def leave(engine: EngineRecord) -> bool:
+                try:
+                    store.transition(engine, S.STOPPED, actor="r", lease=lease, leave_server="server-a", must_remain=True)
+                except StaleWrite:
+                    return False
+                return True
+
+            with ThreadPoolExecutor(2) as pool:
+                assert sorted(pool.map(leave, (a, b))) == [False, True]
+            assert len(store.servers("n")) == 1
+
+    def test_a_newer_version_of_an_engine_s_model_is_written_without_a_transition(self, store: Store, lease: Lease) -> None:
+        engine = store.add(record(), "user", lease)
+        revised = store.revise(engine, actor="r", lease=lease, served_as="sage-a-2")
+        assert (revised.served_as, revised.state, revised.version) == ("sage-a-2", engine.state, 2)
+        assert store.events(engine.last_event, limit=9)[0].kind is EventKind.UPDATED
+        with pytest.raises(StaleWrite):
+            store.revise(engine, actor="r", lease=lease, served_as="sage-a-3")
+
     def test_a_restart_is_one_write_with_two_events(
         self, store: Store, lease: Lease, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -67,7 +67,7 @@ class Options(BaseModel):
 class StubBackend(TransformersBackend):
     options: ClassVar[type[BaseModel]] = Options
 
-    def argv(self, model: str, options: Any) -> tuple[str, ...]:
+    def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
         return (sys.executable, "-S", "-c", SERVER, options.model_dump_json(), DESCRIPTOR_ARGUMENT)
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
@@ -191,6 +191,25 @@ def test_the_reason_told_is_how_the_process_ended_and_its_own_error(
         reason = (await until(manager, engine.id, S.FAILED)).reason
         assert reason is not None
         assert (reason.code, reason.message) == ("engine_died", message)
+
+    run(test)
+
+
+def test_an_engine_that_dies_again_and_again_fails_after_its_last_restart_with_the_end_of_its_log(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sage.llm.control_plane.plan.backoff_seconds", lambda restarts: 0.01 * restarts)
+
+    async def test(manager: ControlPlaneManager) -> None:
+        options = {"exits": 1, "says": "no space for the weights"}
+        request = StartRequest(model=model, restart_policy=RestartPolicy.UNLESS_STOPPED, options=options)
+        failed = await until(manager, (await manager.start_engine(request)).id, S.FAILED)
+        assert failed.reason is not None
+        assert failed.restarts == 5
+        assert failed.reason.hint.splitlines()[-2:] == [
+            "  no space for the weights", f"All of it: `sage llm engine logs {failed.id}`.",
+        ]  # fmt: skip
+        assert (await manager.get_logs(failed.id)).count("no space for the weights") == 6
 
     run(test)
 

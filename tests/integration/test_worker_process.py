@@ -53,7 +53,9 @@ def worker(tiny_model: Path, tmp_path: Path) -> Iterator[Worker]:
         return None
 
     answer = wait_for(health, "readiness")
-    assert answer.json() == {"status": "ok", "engine": "engine-0123456789", "pid": process.pid}
+    assert answer.json() == {
+        "status": "ok", "engine": "engine-0123456789", "pid": process.pid, "context_tokens": 10**7, "slots": 16,
+    }  # fmt: skip
     yield Worker(process, url)
     process.kill()
     process.wait()

@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import FAMILIES
-from fastapi import FastAPI
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
-from workers import HELLO, Server, check_document, error_of, events_of, text_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from workers import HELLO, Client, Server, check_document, error_of, events_of, text_of
 
 from sage.common.errors import ModelError
 from sage.libs.models.chat import ChatFormat
 from sage.llm.workers import generation
-from sage.llm.workers.generator import Generator, rendered
-from sage.llm.workers.scoring import Scorer, prompt_scores
-from sage.llm.workers.text import TextDecoder, TokenBytes
+from sage.llm.workers.generator import Generator
+from sage.llm.workers.text import TextDecoder
+from sage.llm.workers.voice import rendered
 
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -57,9 +55,9 @@ def test_a_streamed_answer_is_the_whole_answer(server: Server) -> None:
 
 
 def test_a_prompt_is_scored_as_the_model_itself_scores_it(
-    server: Server, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, generator: Generator, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sage.llm.workers.scoring._PROMPT_PART_TOKENS", 16)  # parts join without a seam
+    monkeypatch.setattr(generator.runner, "prompt_tokens", 16)  # the prompt is read in several parts
     ids = AutoTokenizer.from_pretrained(tiny_model)("SAGE trains and serves models. " * 6)["input_ids"]
     reference = reference_logprobs(tiny_model, ids)
     answer = server.complete(prompt=ids, echo=True, max_tokens=0, logprobs=3)
@@ -76,21 +74,6 @@ def test_a_prompt_is_scored_as_the_model_itself_scores_it(
                zip(scores["top_logprobs"][1:], scores["tokens"][1:], strict=True))  # fmt: skip
     for token, offset in zip(scores["tokens"], scores["text_offset"], strict=True):
         assert text[offset:].startswith(token)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [FAMILIES["mistral with a window"](), MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2)],
-    ids=["window", "state space"],
-)
-def test_a_prompt_is_scored_in_parts_whatever_a_model_remembers(config: Any, generator: Generator) -> None:
-    model: Any = AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.randint(3, 320, (700,), generator=torch.Generator().manual_seed(1)).tolist()
-    scorer, decoder = Scorer(TokenBytes(generator.tokenizer), 0), TextDecoder(generator.tokenizer)
-    with torch.no_grad():
-        scored = [score.logprob for _, score in prompt_scores(model, ids, scorer, decoder, lambda: None)]
-        whole = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
-    assert scored[1:] == pytest.approx(whole[torch.arange(699), ids[1:]].tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.7])
@@ -156,10 +139,11 @@ def test_penalties_biases_and_filters_choose_the_tokens(server: Server) -> None:
     assert sampled[0] == sampled[1] == sampled[2] != sampled[3]
 
 
-def test_a_repetition_penalty_is_transformers_own(server: Server, generator: Generator) -> None:
+def test_a_repetition_penalty_is_transformers_own(server: Server, generator: Generator, tiny_model: Path) -> None:
     prompt = [300, 301, 302, 303]
-    ids = generator.model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, repetition_penalty=1.8)
-    expected = TextDecoder(generator.tokenizer, prompt)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, repetition_penalty=1.8)
+    expected = TextDecoder(generator.voice.tokenizer, prompt)
     text = "".join([*map(expected.push, ids[0, len(prompt) :].tolist()), expected.flush()])
     assert text_of(server.complete(prompt=prompt, repetition_penalty=1.8)) == text
     assert text_of(server.complete(prompt=prompt)) != text
@@ -215,7 +199,8 @@ def test_tools_are_refused_if_the_template_does_not_tell_of_them(
     error = error_of(server.chat(tools=TOOLS))
     assert (error["code"], error["param"]) == ("unsupported_value", "tools")
     assert server.chat(tools=TOOLS, tool_choice="none").status_code == 200
-    monkeypatch.setattr(generator.tokenizer, "chat_template", "{{ tools }}" + generator.tokenizer.chat_template)
+    tokenizer = generator.voice.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ tools }}" + tokenizer.chat_template)
     assert server.chat(tools=TOOLS).status_code == 200
 
 
@@ -224,11 +209,11 @@ def test_a_template_that_never_ends_is_stopped(
 ) -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with monkeypatch.context() as patched:
-        patched.setattr("sage.llm.workers.generator.RENDER_SECONDS", 0.2)
-        patched.setattr(generator.tokenizer, "chat_template", endless)
+        patched.setattr("sage.llm.workers.voice.RENDER_SECONDS", 0.2)
+        patched.setattr(generator.voice.tokenizer, "chat_template", endless)
         assert error_of(server.chat())["code"] == "template_too_slow"
         with pytest.raises(ModelError, match="did not finish"):
-            rendered(lambda: ChatFormat(generator.tokenizer).end_ids(None))
+            rendered(lambda: ChatFormat(generator.voice.tokenizer).end_ids(None))
     assert server.chat().status_code == 200
 
 
@@ -274,59 +259,29 @@ def test_an_engine_goes_on_whatever_a_generation_raises(
     assert server.chat().status_code == 200
 
 
-class Client:
-    """A client on the level of ASGI, which leaves when the test says so."""
-
-    def __init__(self, app: FastAPI, **body: Any) -> None:
-        self.sent: list[dict[str, Any]] = []
-        self.answered = asyncio.Event()
-        self._left = asyncio.Event()
-        self._body = [json.dumps({"model": "m", "messages": HELLO, "temperature": 0, **body}).encode()]
-        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-            "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"", "headers": headers,
-        }  # fmt: skip
-        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
-
-    async def _receive(self) -> dict[str, Any]:
-        if self._body:
-            return {"type": "http.request", "body": self._body.pop()}
-        await self._left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Any) -> None:
-        self.sent.append(message)
-        if message.get("body"):
-            self.answered.set()
-
-    async def leave(self) -> None:
-        self._left.set()
-        await self.task
-
-
 def test_clients_that_left_the_queue_cost_no_work(
     server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queued, generated = [0], list[int]()
-    check, generate, may_go_on = generator.check_prompt, generator.generate, threading.Event()
+    app = generation.build("tiny", "fp32", 8, slots=1)
+    queued, limits, runner = [0], list[int](), generator.runner
+    check, new_cache, may_go_on = generator.voice.check_prompt, runner.new_cache, threading.Event()
 
     def checked(*arguments: Any) -> None:
         queued[0] += 1
         check(*arguments)
 
-    def counted(prompt: list[int], sampling: Any, **options: Any) -> None:
-        generated.append(sampling.max_tokens)
-        generate(prompt, sampling, **options)
+    def counted(limit_tokens: int) -> Any:
+        limits.append(limit_tokens)
+        return new_cache(limit_tokens)
 
-    monkeypatch.setattr(generator, "check_prompt", checked)
-    monkeypatch.setattr(generator, "generate", counted)
+    monkeypatch.setattr(generator.voice, "check_prompt", checked)
+    monkeypatch.setattr(runner, "new_cache", counted)
     hook = generator.model.register_forward_pre_hook(lambda *_: may_go_on.wait(60) and None)
 
     async def scenario() -> Client:
-        first = Client(server.app, max_tokens=3)
-        impatient = [Client(server.app, max_tokens=400, stream=index % 2 == 0) for index in range(5)]
-        last = Client(server.app, max_tokens=2)
+        first = Client(app, max_tokens=3)
+        impatient = [Client(app, max_tokens=400, stream=index % 2 == 0) for index in range(5)]
+        last = Client(app, max_tokens=2)
         while queued[0] < 7:
             await asyncio.sleep(0)
         for client in impatient:
@@ -337,7 +292,8 @@ def test_clients_that_left_the_queue_cost_no_work(
 
     last = asyncio.run(scenario())
     hook.remove()
-    assert sorted(generated) == [2, 3]
+    assert len(limits) == 2
+    assert limits[0] - limits[1] == 1
     assert json.loads(last.sent[-1]["body"])["usage"]["completion_tokens"] == 2
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import record
+from engines import record, server
 
 from sage.common.errors import ConfigError, Conflict, DatasetError, SageError
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
@@ -84,16 +84,15 @@ def test_a_further_backend_needs_an_entry_and_no_other_change(monkeypatch: pytes
     monkeypatch.setitem(registry.BACKENDS, "other", Other())
     assert registry.resolve("other", EngineKind.LLM, model(ModelKind.GGUF)).name == "other"
     assert registry.resolve("auto", EngineKind.LLM, model(ModelKind.GGUF)).name == "transformers"
-    spec = executor().spec(record(backend="other", model="/m"), None)
+    spec = executor().spec(record(backend="other", model="/m"), server(backend="other"))
     assert spec.argv[0] == Other.interpreter[0]
 
 
 def test_every_inference_server_is_given_the_socket_of_the_launcher() -> None:
     for backend in registry.BACKENDS.values():
         if isinstance(backend, ServingBackend):
-            argv = backend.argv("m", backend.options())
+            argv = backend.argv("m", "sage-a-1", backend.options())
             assert PORT_ARGUMENT in argv or DESCRIPTOR_ARGUMENT in argv
-            assert argv[: len(backend.interpreter)] == backend.interpreter
 
 
 def test_the_memory_that_a_backend_needs_is_read_from_the_headers_of_the_weights(weights: Path) -> None:
@@ -228,11 +227,11 @@ def test_a_run_that_was_started_before_and_whose_folder_is_gone_is_not_begun_ane
 def test_servers_keep_the_folders_and_locks_of_earlier_versions(run: EngineRecord, sage_home: Path) -> None:
     inference = executor()
     engine = record(id="engine-a", model="/m")
-    server, spec = inference.plan_server(engine), inference.spec(engine, None)
+    server = inference.plan_server(engine)
+    spec = inference.spec(engine, server)
     folder = sage_home / "state" / "engines" / "engine-a"
     assert (server.id, server.state, server.address) == ("server-a", ServerState.PLANNED, None)
     assert server.handle == str(folder / "process.lock") == str(spec.lock_path)
-    assert inference.spec(engine, server) == spec
     assert (spec.env["SAGE_ENGINE_ID"], spec.log_path, spec.port) == ("engine-a", folder / "engine.log", 0)
     worker = FinetuneExecutor(LocalLauncher()).plan_server(run)
     assert worker.handle == str(sage_home / "data" / "models" / "finetuned" / "task-a" / "worker.lock")

@@ -1,8 +1,14 @@
+import asyncio
+import threading
+from pathlib import Path
+
 import pytest
 from engines import record
 
+from sage.common.processes import ProcessSpec
 from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.launchers import local
 from sage.llm.control_plane.states import TRANSITIONS, IllegalTransition, check_transition
 from sage.llm.control_plane.watch import Watch
 
@@ -41,3 +47,33 @@ def test_silence_is_measured_while_an_engine_runs_and_is_seen_and_ends_with_an_a
     run, watch = record(S.RUNNING, kind=EngineKind.FINETUNE), Watch(S.RUNNING)
     watch.look(run, LIVES, 1.0, 5)
     assert watch.silent_seconds == 0  # a run has no health check
+
+
+def test_a_launch_that_hangs_delays_no_other_process_and_is_not_begun_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[ProcessSpec] = []
+    release = threading.Event()
+
+    def hangs(spec: ProcessSpec) -> str:
+        begun.append(spec)
+        release.wait(60)
+        return "127.0.0.1:1"
+
+    monkeypatch.setattr(local, "_launch", hangs)
+    monkeypatch.setattr(local, "_LAUNCH_SECONDS", 0.05)
+    spec = ProcessSpec((), tmp_path / "process.lock", tmp_path / "engine.log")
+
+    async def test() -> None:
+        launcher = local.LocalLauncher()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await launcher.launch(spec)
+        assert not (await launcher.observe([str(spec.lock_path)]))[str(spec.lock_path)].alive
+        release.set()
+        monkeypatch.setattr(local, "_LAUNCH_SECONDS", 60)
+        assert await launcher.launch(spec) == "127.0.0.1:1"
+
+    asyncio.run(test())
+    assert begun[0] == spec
+    assert len(begun) <= 2  # the second one if the first has ended by then

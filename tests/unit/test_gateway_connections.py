@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvloop
 from gateways import gateway
 
 from sage.llm.gateway import connections
@@ -15,7 +16,7 @@ from sage.llm.gateway.connections import BoundedHttp, connection_limit
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    uvloop.run(asyncio.wait_for(test, 60))  # the gateway's loop
 
 
 async def connect(client: httpx.AsyncClient) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -17,7 +17,8 @@ from sage.common.settings import Settings, load_settings
 from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.app import create_app
-from sage.llm.gateway.gate import LARGE_BYTES, Body, BodyBudget
+from sage.llm.gateway.bodies import Body, BodyBudget
+from sage.llm.gateway.json_text import LARGE_BYTES
 from sage.llm.workers.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 
 LONE_SURROGATE = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d"}]}'
@@ -178,7 +179,7 @@ def test_all_bodies_together_have_a_bound_and_give_their_room_back() -> None:
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": text, "more_body": False}
 
-        await body.read(httpx.Headers(), receive)  # type: ignore[arg-type]
+        await body.read([], receive)  # type: ignore[arg-type]
 
     async def main() -> None:
         held = [budget.body() for _ in range(9)]

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvloop
 from aiohttp import web
 from gateways import ASK, CHAT, engine, gateway, until
 
@@ -21,7 +22,7 @@ EVENT = b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\n'
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    uvloop.run(asyncio.wait_for(test, 60))  # the gateway's loop
 
 
 async def stream_of(request: web.Request, *pieces: bytes, **headers: str) -> web.StreamResponse:
@@ -73,24 +74,34 @@ def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
 
 
 @pytest.mark.parametrize("padding", ["", "long " * 300_000])
-def test_an_engine_that_its_server_names_otherwise_is_asked_under_that_name(padding: str) -> None:
+@pytest.mark.parametrize("inner_name", ["sage-abc-1", "tiny", None])
+def test_a_server_gets_its_own_name_of_an_engine_and_the_client_the_public_one(padding: str, inner_name: str | None) -> None:
     seen: dict[str, Any] = {}
+    asked = 'an "alias"'
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        seen.update(await request.json(), length=request.content_length)
-        if seen["stream"]:
-            return await stream_of(request, b'data: {"model": "base:adapter-1"}\n\n', b"data: [DONE]\n\n")
-        return web.json_response({"model": "base:adapter-1"})
+        body = await request.read()
+        assert request.content_length == len(body)
+        seen.update(json.loads(body))
+        choice = {"arguments": {"model": "not this"}, "text": 'say "model": "x"'}
+        if not seen["stream"]:
+            return web.json_response({"choices": [choice], "model": seen["model"]})
+        head, tail = json.dumps({"model": seen["model"], "choices": [choice]}).encode().split(b'"choices"')
+        stream = await stream_of(request, b"data: " + head)  # a torn line
+        await stream.write(b'"choices"' + tail + b"\n\ndata: [DONE]\n\n")
+        return stream
 
     async def main() -> None:
-        async with engine(answer) as port, gateway(port, model_name="adapter-1") as client:
+        async with engine(answer) as port, gateway(port, model_name=inner_name) as client:
             for streams in (False, True):
                 messages = [{"role": "user", "content": f"Grüße{padding}"}]
-                sent = {"model": "tiny", "seed": 2**70, "messages": messages, "stream": streams}
+                sent = {"seed": 2**70, "messages": messages, "stream": streams, "model": asked}
                 got = await client.post(CHAT, json=sent)
-                assert seen.pop("length") > len(padding)
-                assert seen == {**sent, "model": "adapter-1"}
-                assert '"base:adapter-1"' in got.text  # as OpenAI's: the model that answered, not the alias that was asked
+                assert seen == {**sent, "model": inner_name or asked}
+                answered = json.loads(got.text.removeprefix("data: ").removesuffix("\n\ndata: [DONE]\n\n"))
+                assert answered["model"] == "tiny"
+                assert answered["choices"][0] == {"arguments": {"model": "not this"}, "text": 'say "model": "x"'}
+                assert got.headers["x-sage-engine-id"] == "engine-a"
 
     run(main())
 
@@ -107,6 +118,56 @@ def test_a_body_is_forwarded_unchanged_if_the_names_are_equal() -> None:
         async with engine(answer) as port, gateway(port, model_name="tiny") as client:
             await client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
         assert seen == [body]
+
+    run(main())
+
+
+def test_requests_beyond_an_engine_s_limit_get_a_429_that_says_when_to_retry() -> None:
+    waiting, go_on = 0, asyncio.Event()
+
+    async def answer(request: web.Request) -> web.Response:
+        nonlocal waiting
+        waiting += 1
+        await go_on.wait()
+        return web.json_response({})
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port, max_engine_requests=2) as client:
+            accepted = [asyncio.create_task(client.post(CHAT, json=ASK)) for _ in range(2)]
+            await until(lambda: waiting == 2, "the requests at the engine")
+            got = await client.post(CHAT, json=ASK)
+            assert (got.status_code, got.json()["error"]["code"]) == (429, "engine_busy")
+            assert got.json()["error"]["type"] == "rate_limit_error"
+            assert int(got.headers["retry-after"]) > 0
+            go_on.set()
+            assert [(await task).status_code for task in accepted] == [200, 200]
+            assert (await client.post(CHAT, json=ASK)).status_code == 200
+
+    run(main())
+
+
+def test_a_body_that_comes_in_chunks_after_a_100_continue_reaches_the_engine_whole() -> None:
+    seen: list[bytes] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        assert "expect" not in request.headers
+        seen.append(await request.read())
+        return web.json_response({})
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port) as client:
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            writer.write(
+                f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+                "Transfer-Encoding: chunked\r\n\r\n".encode()
+            )
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            body = json.dumps(ASK).encode()
+            for piece in (body[:7], body[7:], b""):
+                writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK\r\n")
+            writer.close()
+            assert seen == [body]
 
     run(main())
 
@@ -229,7 +290,7 @@ def test_silence_between_requests_loses_none_though_the_engine_closes_idle_conne
 
     async def answer(request: web.Request) -> web.Response:
         answered.append(str(request.transport.get_extra_info("peername")) if request.transport else "")
-        if len(answered) > 1 and answered[-1] in answered[:-1]:
+        if answered[-1] in answered[:-1]:
             cut(request)  # as if the connection had been closed while the request was under way
         return web.json_response({})
 
@@ -237,7 +298,7 @@ def test_silence_between_requests_loses_none_though_the_engine_closes_idle_conne
         async with engine(answer, keep_alive_seconds=0.05) as port, gateway(port) as client:
             for _ in range(20):
                 assert (await client.post(CHAT, json=ASK)).status_code == 200
-        assert len(answered) == 20
+        assert len(set(answered)) == 20
 
     run(main())
 

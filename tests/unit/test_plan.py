@@ -10,19 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.control_plane.actions import Action, Launch, SendSignal, Transition, Validate
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import Signal
-from sage.llm.control_plane.plan import (
-    Action,
-    Launch,
-    Limits,
-    SendSignal,
-    Snapshot,
-    Transition,
-    Validate,
-    Validation,
-    plan,
-)
+from sage.llm.control_plane.plan import Limits, Snapshot, Validation, plan
 from sage.llm.control_plane.states import check_transition
 from sage.llm.control_plane.store.records import EngineRecord, ServerState
 from sage.llm.control_plane.watch import Watch

@@ -14,6 +14,7 @@ from sage.common.identity import ProcessIdentity
 from sage.common.processes import ProcessSpec
 from sage.common.training import TrainingProgress
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import ProcessObservation, Signal
 from sage.llm.control_plane.plan import Limits
@@ -65,10 +66,11 @@ class World:
         self.signals.append((handle, signal))
         self.alive.discard(handle)
 
-    async def validate(self, engine: EngineRecord) -> None:
+    async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         self.validations.get(engine.id, lambda: None)()
+        return {}
 
-    def plan_server(self, engine: EngineRecord) -> ServerRecord:
+    def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         suffix = engine.id.removeprefix("engine-")
         return server(ServerState.PLANNED, id=f"server-{suffix}", handle=engine.id, address=None)
 
@@ -116,7 +118,9 @@ class Loop:
         async def main() -> None:
             pool, executors = Pool("store", 4), dict.fromkeys(EngineKind, self.world)
             self.prober = Prober(executors, self.world, lambda: None, self.probe_timeout_seconds)
-            self.runner = Runner(self.store, pool, executors, self.world, RoutingTable("n"), lambda: self.held)
+            self.runner = Runner(
+                self.store, pool, executors, self.world, AdapterClient(), RoutingTable("n"), lambda: self.held
+            )
             self.reconciler = Reconciler(self.store, pool, "n", self.prober, self.runner, self.limits)
             probing = asyncio.create_task(self.prober.run())
             try:
@@ -175,6 +179,19 @@ def test_an_engine_that_cannot_be_launched_fails_with_the_reason_and_its_server_
     loop.run(test)
     assert str(error) in (loop.store.get("engine-a").reason or DEAD).message
     assert loop.store.servers("n") == []
+
+
+def test_a_launch_whose_result_is_not_known_is_retried_and_fails_no_engine(loop: Loop) -> None:
+    loop.add(record())
+
+    async def test(loop: Loop) -> None:
+        loop.world.launch_error = TimeoutError()
+        await loop.until(lambda: len(loop.world.launched) == 3)
+        assert loop.state() is S.STARTING
+        loop.world.launch_error = None
+        await loop.until(lambda: loop.state() is S.RUNNING)
+
+    loop.run(test)
 
 
 @pytest.mark.parametrize("state", [S.STARTING, S.RUNNING, S.STOPPING])

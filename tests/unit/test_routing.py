@@ -89,10 +89,10 @@ def test_a_model_that_nobody_serves_is_refused_with_the_names_that_exist() -> No
 
 
 def test_a_route_leads_to_the_server_and_names_the_engine_as_the_server_does() -> None:
-    table = RoutingTable("n", model_name=lambda engine: f"adapter-{engine.name}")
-    table.apply(record(S.RUNNING), server(address="127.0.0.1:9000"))
+    table = RoutingTable("n")
+    table.apply(record(S.RUNNING, served_as="sage-a-1"), server(address="127.0.0.1:9000"))
     route = find(table, "m")
-    assert (route.address, route.model_name) == ("127.0.0.1:9000", "adapter-m")
+    assert (route.address, route.model_name) == ("127.0.0.1:9000", "sage-a-1")
 
 
 def test_an_older_version_of_an_engine_changes_nothing() -> None:

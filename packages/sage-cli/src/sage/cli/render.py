@@ -33,7 +33,7 @@ def stdout() -> Console:
 def engine_table(engines: Iterable[EngineView]) -> Table:
     """Return the table of engines."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("ENGINE", "KIND", "MODEL", "STATE", "PROGRESS", "LOSS", "ETA", "AGE", "MEMORY", "PORT"):
+    for name in ("ENGINE", "KIND", "MODEL", "FORM", "STATE", "PROGRESS", "LOSS", "ETA", "AGE", "MEMORY", "PORT"):
         numeric = name in ("LOSS", "ETA", "AGE", "MEMORY", "PORT")
         table.add_column(
             name, no_wrap=name != "MODEL", overflow="fold" if name == "MODEL" else "ellipsis",
@@ -42,7 +42,8 @@ def engine_table(engines: Iterable[EngineView]) -> Table:
     for engine in engines:
         style = _STATE_STYLES.get(engine.state, "dim")
         table.add_row(
-            engine.id, engine.kind, escape(engine.name), f"[{style}]{engine.state}[/]", *_training_cells(engine),
+            engine.id, engine.kind, escape(engine.name), (engine.form or "").partition(" ")[0].rstrip(","),
+            f"[{style}]{engine.state}[/]", *_training_cells(engine),
             duration((datetime.now(UTC) - engine.created_at).total_seconds()),
             "" if engine.memory_bytes is None else size(engine.memory_bytes),
             "" if engine.port is None else str(engine.port),
@@ -55,7 +56,8 @@ def engine_lines(engine: EngineView) -> list[str]:
     facts: list[tuple[str, object]] = [
         ("engine", engine.id), ("kind", engine.kind), ("model", engine.model), ("name", engine.name),
         ("state", engine.state), ("reason", engine.reason and f"{engine.reason.message} {engine.reason.hint}".strip()),
-        ("desired", engine.desired.value), ("backend", engine.backend),
+        ("desired", engine.desired.value), ("backend", engine.backend), ("form", engine.form),
+        ("context", engine.context_tokens and f"{engine.context_tokens} tokens"), ("slots", engine.slots),
         ("restart policy", engine.restart_policy), ("restarts", engine.restarts or None),
         ("port", engine.port), ("pid", engine.pid),
         ("memory", None if engine.memory_bytes is None else size(engine.memory_bytes)),

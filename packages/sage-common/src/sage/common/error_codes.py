@@ -31,12 +31,13 @@ _CODES: Mapping[type[SageError], str] = {
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
         training_failed""",
     errors.EngineError: """
-        engine_died engine_unreadable gateway_stuck killed launch_failed run_unreadable start_timeout stream_cut
-        worker_died""",
+        adapter_refused engine_died engine_unreadable gateway_stuck killed launch_failed run_unreadable start_timeout
+        stream_cut worker_died""",
     errors.BackendError: "backend_install_failed disk_full index_unreachable",
     errors.Overloaded: """
         database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby
         too_many_connections too_many_requests""",
+    errors.Busy: "engine_busy",
     errors.Unauthorized: "invalid_api_key",
     errors.NotImplementedYet: "not_implemented",
 }
@@ -53,6 +54,7 @@ _BY_STATUS: Mapping[int, type[SageError]] = {
         errors.Conflict,
         errors.EngineError,
         errors.Overloaded,
+        errors.Busy,
         errors.NotImplementedYet,
     )
 }

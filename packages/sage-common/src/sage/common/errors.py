@@ -13,6 +13,7 @@ SageError
 ├── EngineError           an engine does not start or does not answer
 ├── BackendError          a backend's environment cannot be installed
 ├── Overloaded            not now; retry later
+│   └── Busy              an engine has too many requests
 ├── Unauthorized          the API key is missing or wrong
 └── GatewayUnreachable    no gateway answers
 """
@@ -116,6 +117,13 @@ class Overloaded(SageError):
 
     http_status = 503
     type = "service_unavailable_error"
+
+
+class Busy(Overloaded):
+    """An engine has too many requests."""
+
+    http_status = 429
+    type = "rate_limit_error"
 
 
 class Unauthorized(SageError):

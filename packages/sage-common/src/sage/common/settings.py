@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     )
     log_limit_mb: int = Field(100, ge=1, description="Largest log of an engine, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Largest request body, in MB (10^6 bytes).")
+    max_engine_requests: int = Field(1024, ge=1, description="Requests in progress for each engine; further ones get a 429.")
     allow_reward_files: bool = Field(False, description="Runs may name Python files with reward functions (grpo).")
     request_wait_seconds: float = Field(60, ge=0, description="A request waits this long for a starting engine.")
 

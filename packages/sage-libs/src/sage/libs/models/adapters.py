@@ -1,5 +1,6 @@
 """Attach adapters to their base model, and merge them into it."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sage.common.errors import ModelError, first_line
@@ -40,6 +42,25 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
         raise _unfit(folder, f"it has no weight for {result.missing_keys[0]}")
     assert isinstance(model, PeftModel)
     return model
+
+
+def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the weights of a plain LoRA adapter by the name of the linear layer that they change; the base is unchanged.
+
+    Each is (A, B): A, (rank, in_features), and B, (rank, out_features), which includes the scaling: the layer's output for
+    x changes by x @ A.T @ B. PEFT reads the adapter, so its patterns of layers, ranks and scalings are applied as PEFT does.
+    Raises ModelError if the adapter does not fit the base.
+    """
+    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    attached = attach_adapter(copy.deepcopy(base, shared), folder)
+    weights = {}
+    for name, layer in attached.get_base_model().named_modules():
+        if isinstance(layer, Linear):
+            adapter = attached.active_adapter
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            scaled = (up.detach().float() * layer.scaling[adapter]).T.contiguous()
+            weights[name] = down.detach().to(base.dtype), scaled.to(base.dtype)
+    return weights
 
 
 def merged(model: PeftModel) -> Any:

@@ -26,13 +26,14 @@ class Hosts:
         self._running: dict[str, EngineRecord] = {}
         self._launchers: dict[str, EngineRecord] = {}
         self._adapters: Counter[str] = Counter()
+        self._with_base: set[str] = set()  #: servers with an engine for the base itself
         self._dead: set[str] = set()
         self._launching: set[_Key] = set()
         for engine in engines:
             if engine.server_id is None or engine.state not in HOSTED:
                 continue
             self._hosted[engine.server_id].append(engine)
-            self._adapters[engine.server_id] += engine.adapter is not None
+            self._count(engine, engine.server_id)
             if engine.state is EngineState.RUNNING:
                 self._running.setdefault(engine.server_id, engine)
             elif engine.state is EngineState.STARTING and engine.desired is DesiredState.RUNNING:
@@ -58,11 +59,12 @@ class Hosts:
         return (engine.server_id or "") in self._running
 
     def server_for(self, engine: EngineRecord) -> ServerRecord | None:
-        """Return the server that an engine joins; None if it needs a new one."""
+        """Return the server that an engine joins, and count it there; None if it needs a new one."""
         if engine.base is None or engine.requested_port:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.options)]:
             if not self._is_gone(server) and self._has_room(server, engine):
+                self._count(engine, server.id)
                 return server
         return None
 
@@ -94,12 +96,18 @@ class Hosts:
         names = (name for name in sorted(models - needed) if name.startswith(INTERNAL))
         return next((name for name in names if not name.startswith(tuple(kept))), None)
 
+    def _count(self, engine: EngineRecord, server_id: str) -> None:
+        if engine.adapter is None:
+            self._with_base.add(server_id)
+        else:
+            self._adapters[server_id] += 1
+
     def _is_gone(self, server: ServerRecord) -> bool:
         return server.state is ServerState.LAUNCHED and server.id in self._dead
 
     def _has_room(self, server: ServerRecord, engine: EngineRecord) -> bool:
-        if engine.adapter is None:  # one engine at most serves the base itself
-            return len(self._hosted[server.id]) == self._adapters[server.id]
+        if engine.adapter is None:
+            return server.id not in self._with_base
         return server.max_adapters is None or self._adapters[server.id] < server.max_adapters
 
 

@@ -242,7 +242,7 @@ class ControlPlaneManager(EngineReads):
         """Return the server to which requests for a running engine are sent."""
         if route.address is None:
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
-        return Upstream(route.address, route.model_name, route.engine_id)
+        return Upstream(route.address, route.model_name, route.engine_id, route.name)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float) -> Upstream:
         """Return the server to which a request for `model` is sent; if its engine is starting, wait until it is running.

@@ -27,6 +27,7 @@ class Upstream:
     address: str  #: HOST:PORT
     model_name: str | None  #: the model name that the server expects; None: the request is forwarded unchanged
     engine_id: str
+    name: str  #: the engine's name, which is the `model` of its answers
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,8 @@ class Runner:
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
                 address = await self._launcher.launch(spec)
+            except TimeoutError:  # not known: the next plan observes the process first
+                raise
             except (SageError, OSError) as error:
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
                 return

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,11 +13,15 @@ from starlette.types import Receive, Scope, Send
 
 from sage.common.errors import ConfigError, SageError
 from sage.llm.workers import server
-from sage.llm.workers.generator import Generator, rendered
+from sage.llm.workers.answers import Answer
+from sage.llm.workers.batch import Batch
+from sage.llm.workers.generator import Generator
+from sage.llm.workers.hosting import Hosting, add_routes
 from sage.llm.workers.jobs import Job, Lane, unless_gone
 from sage.llm.workers.requests import ChatRequest, CompletionRequest
 from sage.llm.workers.sampling import Piece, Sampling
 from sage.llm.workers.shapes import ChatShape, CompletionShape, Shape
+from sage.llm.workers.voice import Voice, rendered
 
 
 class EventStream(StreamingResponse):
@@ -35,29 +40,37 @@ class EventStream(StreamingResponse):
 
 
 class Engine:
-    """Answers requests one at a time, in the order of arrival."""
+    """Answers requests, many at the same time."""
 
-    def __init__(self, generator: Generator, default_max_tokens: int) -> None:
+    def __init__(self, generator: Generator, default_max_tokens: int, slots: int, served_name: str | None) -> None:
+        """slots: most answers in progress at the same time; served_name: name of the base; None: any."""
         self._generator, self._default_max_tokens = generator, default_max_tokens
-        self._lane = Lane("Generation")
+        self._slots = slots if generator.is_batching else 1
+        self._batch = Batch(generator.runner, self._slots)
         self._tokenization = Lane("Tokenization")
+        self.hosting = Hosting(generator, self._batch, served_name)
+
+    def about(self) -> dict[str, Any]:
+        """Return what `/health` reports of the engine."""
+        return {"context_tokens": self._generator.context_tokens, "slots": self._slots}
 
     def close(self) -> None:
         """End all answers with an error that the engine is stopping."""
         self._tokenization.close()
-        self._lane.close()
+        self._batch.close()
 
     async def chat(self, request: ChatRequest, connection: Request) -> Response | dict[str, Any]:
         """Answer a chat."""
         sampling = request.sampling(self._default_max_tokens)
         shape = ChatShape(request.model, with_logprobs=bool(request.logprobs))
-        return await unless_gone(connection, self._answer(request, sampling, shape, lambda: [self._chat_prompt(request)]))
+        encode = lambda voice: [_chat_prompt(voice, request)]  # noqa: E731
+        return await unless_gone(connection, self._answer(request, sampling, shape, encode))
 
     async def complete(self, request: CompletionRequest, connection: Request) -> Response | dict[str, Any]:
         """Complete one text or several."""
         sampling = request.sampling(self._default_max_tokens)
         shape = CompletionShape(request.model, with_logprobs=request.logprobs is not None)
-        encode = lambda: [self._text_prompt(prompt) for prompt in request.prompt]  # noqa: E731
+        encode = lambda voice: [_text_prompt(voice, prompt) for prompt in request.prompt]  # noqa: E731
         return await unless_gone(connection, self._answer(request, sampling, shape, encode))
 
     async def _answer(
@@ -65,18 +78,30 @@ class Engine:
         request: ChatRequest | CompletionRequest,
         sampling: Sampling,
         shape: Shape,
-        encode: Callable[[], list[list[int]]],
+        encode: Callable[[Voice], list[list[int]]],
     ) -> Response | dict[str, Any]:
-        prompts = await self._tokenization.call(encode)
-        for prompt in prompts:
-            self._generator.check_prompt(prompt, sampling, "messages" if isinstance(shape, ChatShape) else "prompt")
-        shape.prompt_tokens = sum(map(len, prompts))
-        choices = [prompt for prompt in prompts for _ in range(request.n or 1)]
-        continues = isinstance(shape, CompletionShape)
-        job: Job[Piece] = self._lane.submit(lambda job: self._generate(choices, sampling, continues, job))
+        hosted = self.hosting.find(request.model)
+        hosted.enter()
+        job: Job[Piece] = Job(on_finish=hosted.leave)
+
+        def prepare() -> list[Answer]:
+            prompts = encode(hosted.voice)
+            for prompt in prompts:
+                hosted.voice.check_prompt(prompt, sampling, "messages" if isinstance(shape, ChatShape) else "prompt")
+            shape.prompt_tokens = sum(map(len, prompts))
+            choices = enumerate(prompt for prompt in prompts for _ in range(request.n or 1))
+            continues = isinstance(shape, CompletionShape)
+            return [self._choice(index, prompt, sampling, hosted.voice, job, continues) for index, prompt in choices]
+
+        try:
+            answers = await self._tokenization.call(prepare)
+        except BaseException:
+            hosted.leave()
+            raise
+        self._batch.submit(job, answers, hosted.adapter)
         try:
             if not request.stream:
-                return shape.whole([piece async for piece in job])
+                return shape.whole(sorted([piece async for piece in job], key=lambda piece: piece.index))
             first = await anext(job)  # report early errors as an HTTP status, not inside the stream
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return EventStream(_events(first, job, shape, with_usage=with_usage), job)
@@ -84,33 +109,27 @@ class Engine:
             job.abandon()
             raise
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, continues: bool, job: Job[Piece]) -> None:
-        for index, prompt in enumerate(prompts):
-            seed = None if sampling.seed is None else sampling.seed ^ index
-            put = lambda piece, index=index: job.put(replace(piece, index=index))  # noqa: E731
-            self._generator.generate(prompt, replace(sampling, seed=seed), continues=continues, put=put, gone=job.gone)
-
-    def _chat_prompt(self, request: ChatRequest) -> list[int]:
-        messages, tools = request.conversation(), request.offered_tools()
-        self._generator.check_characters(_characters([messages, tools]), "messages")
-        prompt = rendered(lambda: self._generator.chat_prompt(messages, tools))
-        without_tools = rendered(lambda: self._generator.chat_prompt(messages, None)) if tools else []
-        if prompt == without_tools:
-            message = "tools: the model's chat template does not support tools."
-            raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param="tools")
-        return prompt
-
-    def _text_prompt(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        self._generator.check_characters(len(prompt), "prompt")
-        return self._generator.text_prompt(prompt)
+    def _choice(
+        self, index: int, prompt: list[int], sampling: Sampling, voice: Voice, job: Job[Piece], continues: bool
+    ) -> Answer:
+        """Return the answer for one choice of a request."""
+        seed = None if sampling.seed is None else sampling.seed ^ index
+        put = lambda piece: job.put(replace(piece, index=index))  # noqa: E731
+        return self._generator.answer(voice, prompt, replace(sampling, seed=seed), put, continues=continues)
 
 
-def build(name: str, dtype: str, max_tokens: int) -> FastAPI:
+def build(
+    name: str,
+    dtype: str,
+    max_tokens: int,
+    slots: int = 16,
+    context_tokens: int | None = None,
+    served_name: str | None = None,
+) -> FastAPI:
     """Load the model and return the server. Raises ModelError."""
-    engine = Engine(Generator(name, dtype), max_tokens)
-    app = server.create_app("SAGE generation", engine.close)
+    engine = Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name)
+    app = server.create_app("SAGE generation", engine.close, engine.about)
+    add_routes(app, engine.hosting)
 
     @app.post("/v1/chat/completions", response_model=None, responses=server.STREAMED)
     async def chat(request: ChatRequest, connection: Request) -> Response | dict[str, Any]:
@@ -125,15 +144,33 @@ def build(name: str, dtype: str, max_tokens: int) -> FastAPI:
     return app
 
 
+def _chat_prompt(voice: Voice, request: ChatRequest) -> list[int]:
+    messages, tools = request.conversation(), request.offered_tools()
+    voice.check_characters(_characters([messages, tools]), "messages")
+    prompt = rendered(lambda: voice.chat_prompt(messages, tools))
+    without_tools = rendered(lambda: voice.chat_prompt(messages, None)) if tools else []
+    if prompt == without_tools:
+        message = "tools: the model's chat template does not support tools."
+        raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param="tools")
+    return prompt
+
+
+def _text_prompt(voice: Voice, prompt: str | list[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    voice.check_characters(len(prompt), "prompt")
+    return voice.text_prompt(prompt)
+
+
 async def _events(first: Piece, job: Job[Piece], shape: Shape, *, with_usage: bool) -> AsyncIterator[str]:
     for chunk in shape.chunks(first, is_first=True):
         yield _event(chunk)
-    index = first.index
+    begun = {first.index}
     try:
         async for piece in job:
-            for chunk in shape.chunks(piece, is_first=piece.index != index):
+            for chunk in shape.chunks(piece, is_first=piece.index not in begun):
                 yield _event(chunk)
-            index = piece.index
+            begun.add(piece.index)
     except SageError as error:
         yield _event(error.body())
         return
@@ -158,6 +195,12 @@ def _characters(value: Any) -> int:
 if __name__ == "__main__":
     options = server.parser()
     options.add_argument("--dtype", default="auto")
-    options.add_argument("--max-tokens", type=int, default=1024)
-    arguments = options.parse_args()
-    server.run(lambda: build(arguments.model, arguments.dtype, arguments.max_tokens), arguments)
+    options.add_argument("--max-tokens", type=int, default=1024, help="Length of an answer if the request does not say.")
+    options.add_argument("--slots", type=int, default=16, help="Most answers in progress at the same time.")
+    options.add_argument("--context-tokens", type=int, help="Smaller context than the model's.")
+    options.add_argument("--served-name", help="The model's name in requests; without it, any name.")
+    given = options.parse_args()
+    build_it = partial(
+        build, given.model, given.dtype, given.max_tokens, given.slots, given.context_tokens, given.served_name
+    )
+    server.run(build_it, given)

@@ -1,6 +1,7 @@
 """A thread with a queue that runs one job at a time; jobs can be cancelled at any moment."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +23,29 @@ class ClientGone(Exception):
 class Job(Generic[T]):
     """The work of one request. Pieces are delivered to the event loop; every exception ends the job."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_finish: Callable[[], None] = lambda: None) -> None:
+        """on_finish: called in the event loop when the work has ended, also if it was cancelled."""
         #: Set when the job is cancelled; the work must check it often.
         self.gone = threading.Event()
+        self._on_finish = on_finish
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[T | SageError | None] = asyncio.Queue()
 
     def put(self, piece: T | SageError | None) -> None:
         """Deliver a piece to the event loop; None ends the answer. Called by the worker thread."""
-        self._loop.call_soon_threadsafe(self._arrived.put_nowait, piece)
+        self._call(self._arrived.put_nowait, piece)
+
+    def finish(self, ending: SageError | None) -> None:
+        """Deliver the end of the answer or its error. Called once, when the work has ended."""
+        self._call(self._finish, ending)
+
+    def _finish(self, ending: SageError | None) -> None:
+        self._on_finish()
+        self._arrived.put_nowait(ending)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: the process ends
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job; if `reason` is given, the consumer of its pieces receives it as an exception."""
@@ -81,11 +96,11 @@ class Lane:
     def close(self) -> None:
         """Cancel all jobs with an error that the engine is stopping."""
         for job in list(self._jobs):
-            message = "The engine is being stopped."
-            job.abandon(Overloaded(code="engine_stopping", message=message, hint="Retry when it runs again."))
+            job.abandon(engine_stopping())
 
     def _do(self, job: Job[T], work: Callable[[Job[T]], None]) -> None:
         if job.gone.is_set():
+            job.finish(None)
             return
         ending: SageError | None = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
         try:
@@ -94,7 +109,13 @@ class Lane:
         except BaseException as error:  # noqa: BLE001 # a client waits for the result, and other jobs are queued
             ending = internal_error(error, self._name)
         finally:  # also if there is not enough memory to build the error
-            job.put(ending)
+            job.finish(ending)
+
+
+def engine_stopping() -> SageError:
+    """Return the error of answers that end because the engine is stopped."""
+    message = "The engine is being stopped."
+    return Overloaded(code="engine_stopping", message=message, hint="Retry when it runs again.")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -1,43 +1,66 @@
-"""OpenAI's logit adjustments that transformers lacks: logit_bias, frequency and presence penalty."""
+"""Adjustments of logits before a token is chosen: repetition, frequency and presence penalty, logit_bias."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from sage.llm.workers.sampling import Sampling
 
+#: Takes the tokens of the answer so far and logits, (vocab_size,), which it may change; returns logits.
+Adjustment = Callable[[list[int], Tensor], Tensor]
 
-class LogitBias(LogitsProcessor):
+
+class RepetitionPenalty:
+    """Divides positive logits of the tokens of prompt and answer by a factor, and multiplies negative ones, as CTRL does."""
+
+    def __init__(self, prompt: Iterable[int], factor: float) -> None:
+        self._seen, self._factor = set(prompt), factor
+
+    def __call__(self, answer: list[int], logits: Tensor) -> Tensor:
+        """Return the adjusted logits."""
+        self._seen.update(answer[-1:])
+        tokens = torch.tensor(list(self._seen), device=logits.device)
+        values = logits[tokens]
+        logits[tokens] = torch.where(values < 0, values * self._factor, values / self._factor)
+        return logits
+
+
+class OccurrencePenalty:
+    """Lowers the logits of tokens in the answer: frequency penalty per occurrence, presence penalty once."""
+
+    def __init__(self, frequency: float, presence: float) -> None:
+        self._counts = Counter[int]()
+        self._frequency, self._presence = frequency, presence
+
+    def __call__(self, answer: list[int], logits: Tensor) -> Tensor:
+        """Return the adjusted logits."""
+        self._counts.update(answer[-1:])
+        penalties = [self._frequency * count + self._presence for count in self._counts.values()]
+        logits[list(self._counts)] -= logits.new_tensor(penalties)
+        return logits
+
+
+class LogitBias:
     """Adds a bias to the logits of given tokens."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
-        self._tokens, self._values = list(biases), list(biases.values())
+        self._tokens, self._values = list(biases), torch.tensor(list(biases.values()))
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return (1, vocab_size) scores."""
-        scores[:, self._tokens] += scores.new_tensor(self._values)
-        return scores
-
-
-class OccurrencePenalty(LogitsProcessor):
-    """Lowers the logits of tokens in the answer: frequency penalty per occurrence, presence penalty once."""
-
-    def __init__(self, prompt_tokens: int, frequency: float, presence: float) -> None:
-        self._prompt_tokens, self._frequency, self._presence = prompt_tokens, frequency, presence
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return (1, vocab_size) scores."""
-        counts = torch.bincount(input_ids[0, self._prompt_tokens :], minlength=scores.shape[-1])
-        return scores - self._frequency * counts - self._presence * (counts > 0)
+    def __call__(self, _answer: list[int], logits: Tensor) -> Tensor:
+        """Return the adjusted logits."""
+        logits[self._tokens] += self._values.to(logits)
+        return logits
 
 
-def processors(sampling: Sampling, prompt_tokens: int) -> LogitsProcessorList:
-    """Return the logits processors of a request, in OpenAI's order."""
-    chosen = LogitsProcessorList()
+def adjustments(sampling: Sampling, prompt: list[int], repetition_penalty: float) -> list[Adjustment]:
+    """Return the adjustments of a request, in the order in which they are made."""
+    chosen: list[Adjustment] = []
+    if repetition_penalty != 1:
+        chosen.append(RepetitionPenalty(prompt, repetition_penalty))
     if sampling.frequency_penalty or sampling.presence_penalty:
-        chosen.append(OccurrencePenalty(prompt_tokens, sampling.frequency_penalty, sampling.presence_penalty))
+        chosen.append(OccurrencePenalty(sampling.frequency_penalty, sampling.presence_penalty))
     if sampling.logit_bias:
         chosen.append(LogitBias(sampling.logit_bias))
     return chosen

@@ -54,12 +54,16 @@ ANSWERED: dict[int | str, dict[str, Any]] = {
     status: {"description": description, "model": ErrorAnswer} for status, description in _REFUSALS.items()
 }
 STREAMED: dict[int | str, dict[str, Any]] = {
-    **ANSWERED, 200: {"description": "the answer, or its chunks", "content": {"text/event-stream": {"schema": {}}}},
+    **ANSWERED, 404: {"description": "no such model", "model": ErrorAnswer},
+    200: {"description": "the answer, or its chunks", "content": {"text/event-stream": {"schema": {}}}},
 }  # fmt: skip
 
 
-def create_app(title: str, close: Callable[[], None]) -> FastAPI:
-    """Return an application with `/health` and OpenAI's error format; `close` is called at shutdown."""
+def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[str, Any]] = dict) -> FastAPI:
+    """Return an application with `/health` and OpenAI's error format.
+
+    close: called at shutdown; about: returns further fields of `/health`.
+    """
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     app.state.close = close
@@ -68,7 +72,7 @@ def create_app(title: str, close: Callable[[], None]) -> FastAPI:
 
     @app.get("/health", responses={403: ANSWERED[403]})
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "engine": os.environ.get("SAGE_ENGINE_ID"), "pid": os.getpid()}
+        return {"status": "ok", "engine": os.environ.get("SAGE_ENGINE_ID"), "pid": os.getpid(), **about()}
 
     @app.exception_handler(SageError)
     async def failed(_: Request, error: SageError) -> JSONResponse:

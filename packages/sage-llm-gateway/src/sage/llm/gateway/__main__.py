@@ -38,7 +38,7 @@ def main() -> int:
     BoundedHttp.limit = connection_limit()
     server = uvicorn.Server(
         uvicorn.Config(
-            app, http=BoundedHttp, ws="none", log_config=None, access_log=False,
+            app, http=BoundedHttp, ws="none", log_config=None, access_log=False, proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
     )  # fmt: skip

@@ -1,13 +1,13 @@
 """Access control: with a key, clients that send it; without a key, programs of this machine, but no web page."""
 
+import functools
 import hmac
 from urllib.parse import urlsplit
-
-from starlette.datastructures import Headers
 
 from sage.common.errors import ConfigError, Unauthorized
 from sage.common.settings import Settings
 from sage.llm.gateway.errors import Refusal
+from sage.llm.gateway.headers import RawHeaders, value, values
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _OPEN_PATHS = frozenset({"/health"})
@@ -29,13 +29,13 @@ def check_exposure(settings: Settings) -> None:
         )
 
 
-def check_access(path: str, headers: Headers, key: str | None) -> None:
+def check_access(path: str, headers: RawHeaders, key: str | None) -> None:
     """Raise Unauthorized or Refusal if a request is not allowed."""
     if key is None:
         _refuse_pages(headers)
     elif path not in _OPEN_PATHS:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if not hmac.compare_digest(given.strip().encode(), key.encode()) or scheme.lower() != "bearer":
+        scheme, _, given = value(headers, b"authorization").partition(b" ")
+        if not hmac.compare_digest(given.strip(), key.encode()) or scheme.lower() != b"bearer":
             raise Unauthorized(
                 code="invalid_api_key",
                 message="The API key is missing or wrong.",
@@ -43,17 +43,18 @@ def check_access(path: str, headers: Headers, key: str | None) -> None:
             )
 
 
-def _refuse_pages(headers: Headers) -> None:
+def _refuse_pages(headers: RawHeaders) -> None:
     """Refuse requests of web pages: of a foreign origin, or under a host name that points to loopback (DNS rebinding)."""
     hint = "Without SAGE_API_KEY the gateway answers to localhost only."
-    if any(_host_name(f"//{host}") not in LOOPBACK for host in headers.getlist("host")):
+    if any(_host_name(b"//" + host) not in LOOPBACK for host in values(headers, b"host")):
         raise Refusal(403, "host_not_allowed", "The Host header does not name this machine.", hint)
-    if any(_host_name(origin) not in LOOPBACK for origin in headers.getlist("origin")):
+    if any(_host_name(origin) not in LOOPBACK for origin in values(headers, b"origin")):
         raise Refusal(403, "origin_not_allowed", "The Origin header names another site.", hint)
 
 
-def _host_name(url: str) -> str | None:
+@functools.lru_cache(maxsize=100)
+def _host_name(url: bytes) -> str | None:
     try:
-        return urlsplit(url).hostname
+        return urlsplit(url.decode("latin-1")).hostname
     except ValueError:
         return None

@@ -24,16 +24,16 @@ def create_app(settings: Settings, *, standby: bool = False) -> FastAPI:
     """
     check_exposure(settings)
     manager = ControlPlaneManager(settings, standby=standby)
+    proxy = EngineProxy(manager, settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.proxy = proxy = EngineProxy(manager.is_responsive)
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await manager.open()
         following = asyncio.create_task(follow_role(manager, settings, standby=standby))
         yield
         following.cancel()
         await manager.close()
-        await proxy.close()
+        proxy.close()
 
     app = FastAPI(title="SAGE gateway", lifespan=lifespan, redirect_slashes=False, responses=schema.ERROR_RESPONSES)
     app.state.settings, app.state.manager = settings, manager
@@ -41,5 +41,5 @@ def create_app(settings: Settings, *, standby: bool = False) -> FastAPI:
     schema.install(app)
     for router in (management.router, inference.router, health.router):
         app.include_router(router)
-    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(Gate, settings=settings, proxy=proxy)
     return app

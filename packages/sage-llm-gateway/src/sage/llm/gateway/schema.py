@@ -36,6 +36,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         (409, "The engine is not in a state that allows this."),
         (413, "The body is larger than the setting max_request_mb."),
         (415, "The body is not application/json."),
+        (429, "The engine has too many requests in progress."),
         (431, "The headers are too large."),
         (500, "The disk, the database or the gateway failed."),
         (502, "The engine exited before its answer was complete."),

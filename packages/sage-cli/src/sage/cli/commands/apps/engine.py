@@ -68,7 +68,14 @@ def start(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
     ] = None,
+    dedicated: Annotated[
+        bool, typer.Option("--dedicated", help="Use a process of its own, with the adapter merged into its base.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="llm: auto, fp32 or bf16.")] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(help="llm: maximum length of a prompt with its answer; default: the model's.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="llm: maximum length of an answer if the request does not give one.")
     ] = None,
@@ -82,8 +89,10 @@ def start(
     """
     from sage.cli.starting import start_engine
 
-    options = {key: value for key, value in (("dtype", dtype), ("max_tokens", max_tokens)) if value is not None}
-    request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value}
+    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "max_tokens": max_tokens}
+    options = {key: value for key, value in serving.items() if value is not None}
+    request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
+               "dedicated": dedicated or None}  # fmt: skip
     given = {key: value for key, value in request.items() if value is not None}
     notes = {"metadata": dict(map(_pair, metadata))} if metadata else {}
     start_engine(model, engine_kind.value, {**options, **training}, request={**given, **notes}, wait=wait, json=json_)

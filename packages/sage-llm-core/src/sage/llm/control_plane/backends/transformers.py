@@ -1,10 +1,12 @@
-"""The backend for SAGE's own server, which uses transformers' `generate`: it supports every model and every processor."""
+"""The backend for SAGE's own server, which uses transformers: it supports every model and every processor."""
 
 import sys
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sage.libs.models.hot import why_not_hot
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count
@@ -17,23 +19,31 @@ class TransformersOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
+    context_tokens: int | None = Field(None, ge=16, description="Longest prompt with its answer; default: the model's.")
+    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
     max_tokens: int = Field(1024, ge=1, description="Length of an answer if the request does not say, in tokens.")
 
 
 class TransformersBackend(WorkerBackend):
-    """Serves a base model, or a base with its adapter merged into it."""
+    """Serves a base model with adapters that are loaded while it runs, or a base with one adapter merged into it."""
 
     name: ClassVar[str] = "transformers"
-    capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind))
+    capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True)
     options: ClassVar[type[BaseModel]] = TransformersOptions
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
 
     def argv(self, model: str, served_name: str, options: TransformersOptions) -> tuple[str, ...]:
         """Return the command that serves `model` on the socket that the launcher passes."""
+        context = ("--context-tokens", str(options.context_tokens)) if options.context_tokens else ()
         return (
-            *self.interpreter, "-m", "sage.llm.workers.generation", "--model", model, "--port", PORT_ARGUMENT,
-            "--fd", DESCRIPTOR_ARGUMENT, "--dtype", options.dtype, "--max-tokens", str(options.max_tokens),
+            *self.interpreter, "-m", "sage.llm.workers.generation", "--model", model, "--served-name", served_name,
+            "--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT, "--dtype", options.dtype, "--slots", str(options.slots),
+            "--max-tokens", str(options.max_tokens), *context,
         )  # fmt: skip
+
+    def can_join(self, adapter: Path, base: Path) -> str | None:
+        """Return why the adapter is no plain LoRA."""
+        return why_not_hot(adapter, base)
 
     def memory_bytes(self, model: ModelSource, options: TransformersOptions) -> int | None:
         """Return the size of the weights in memory."""

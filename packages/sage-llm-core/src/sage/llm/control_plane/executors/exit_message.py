@@ -1,13 +1,14 @@
-"""Why a process exited: its exit code or signal, and the error that it logged last."""
+"""Why a process exited: its exit code or signal, the error that it logged last, and the end of its log."""
 
 import re
 from pathlib import Path
 
-from sage.common.logs import LogFile
+from sage.common.logs import LogFile, tail_lines
 from sage.common.processes import describe_exit
 
 #: Bytes read at the end of a log; an error is expected in the last line.
 _TAIL_BYTES = 4096
+_SHOWN_LINES, _SHOWN_CHARACTERS = 5, 300
 #: Matches a line that does not explain an exit: a progress bar, a warning, or a log line below ERROR.
 _NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWarning|FutureWarning)\b")
 
@@ -17,6 +18,15 @@ def exit_message(what: str, code: int | None, log_path: Path) -> str:
     sentence = f"{what} {describe_exit(code)}"
     error = "" if code is not None and code <= 0 else _last_error(log_path)
     return f"{sentence}: {error}" if error else f"{sentence}."
+
+
+def log_hint(engine_id: str, log_path: Path) -> str:
+    """Return the last lines of an engine's log, and the command that prints it."""
+    command = f"`sage llm engine logs {engine_id}`"
+    lines = [line[:_SHOWN_CHARACTERS] for line in tail_lines(log_path, _SHOWN_LINES) if line.strip()]
+    if not lines:
+        return f"Its log: {command}."
+    return "\n".join(["Its log ends with:", *(f"  {line}" for line in lines), f"All of it: {command}."])
 
 
 def _last_error(log_path: Path) -> str:

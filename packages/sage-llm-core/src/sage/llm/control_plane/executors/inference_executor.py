@@ -20,7 +20,7 @@ from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.base import parsed
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
-from sage.llm.control_plane.executors.exit_message import exit_message
+from sage.llm.control_plane.executors.exit_message import exit_message, log_hint
 from sage.llm.control_plane.executors.placement import placement
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
@@ -33,9 +33,9 @@ _ENGINE_VARIABLE = "SAGE_ENGINE_ID"
 class InferenceExecutor:
     """Runs inference servers with the commands of their backends."""
 
-    def __init__(self, launcher: Launcher, adapters: AdapterClient) -> None:
-        self._launcher, self._adapters = launcher, adapters
-        self._answers: dict[str, asyncio.Task[Observed]] = {}
+    def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
+        self._launcher, self._adapters = launcher, adapters or AdapterClient()
+        self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
         # No limit of connections: servers that do not answer must not block requests to others. The prober has a limit.
         # No idle connections: httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -100,7 +100,8 @@ class InferenceExecutor:
             return Observed(alive=False, process=process)
         log = _folder(server.id) / "engine.log"
         message = await asyncio.to_thread(exit_message, "The engine's process", process.exit_code, log)
-        reason = Reason(code="engine_died", message=message, hint=f"Its log: `sage llm engine logs {engine.id}`.")
+        hint = await asyncio.to_thread(log_hint, engine.id, log)
+        reason = Reason(code="engine_died", message=message, hint=hint)
         return Observed(alive=False, reason=reason, process=process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
@@ -123,10 +124,11 @@ class InferenceExecutor:
 
     async def _answer(self, server: ServerRecord, address: str | None) -> Observed:
         """Return what a server answers; engines of one server share the requests."""
-        asked = self._answers.get(server.id)
+        key = server.id, address
+        asked = self._answers.get(key)
         if asked is None or asked.done():
-            asked = self._answers[server.id] = asyncio.create_task(self._ask(server, address))
-            asked.add_done_callback(lambda _: self._answers.pop(server.id, None))
+            asked = self._answers[key] = asyncio.create_task(self._ask(server, address))
+            asked.add_done_callback(lambda _: self._answers.pop(key, None))
         return await asyncio.shield(asked)
 
     async def _ask(self, server: ServerRecord, address: str | None) -> Observed:

@@ -43,7 +43,8 @@ class Launcher(Protocol):
         """Start a process and return its address, or None if `spec.port` is None.
 
         The launcher opens the listening socket and passes it to the process, so that no other program can take the port.
-        Raises Conflict if the process is already running or its port is taken, OSError if it cannot be started.
+        Raises Conflict if the process is already running or its port is taken, OSError if it cannot be started, TimeoutError
+        if it is not known whether it was started.
         """
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:

@@ -31,6 +31,7 @@ from sage.llm.control_plane.store.store import port_taken
 
 logger = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
+_MAX_LAUNCHES, _LAUNCH_SECONDS = 8, 30.0
 #: The last error of each process that cannot be observed.
 _reported: dict[Path, str] = {}
 
@@ -39,8 +40,11 @@ class LocalLauncher:
     """Starts, observes and signals processes on this machine; each process has its own session."""
 
     def __init__(self) -> None:
-        # Dedicated threads: an observation must not wait for other blocking work, such as hashing datasets.
+        # Dedicated threads: an observation must not wait for other blocking work, such as hashing datasets, or a launch
+        # whose files are on storage that does not answer.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="launcher")
+        self._launch_threads = ThreadPoolExecutor(_MAX_LAUNCHES, thread_name_prefix="launch")
+        self._launches: dict[Path, asyncio.Future[str | None]] = {}
 
     def handle(self, spec: ProcessSpec) -> str:
         """Return the path of the process's lock."""
@@ -51,8 +55,16 @@ class LocalLauncher:
         _listen(port).close()
 
     async def launch(self, spec: ProcessSpec) -> str | None:
-        """Start a process under its lock and return its address; raises Conflict or OSError."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _launch, spec)
+        """Start a process under its lock and return its address; raises Conflict or OSError.
+
+        Raises TimeoutError if the launch takes too long; it continues, and the next call for this process waits for it.
+        """
+        launch = self._launches.get(spec.lock_path)
+        if launch is None:
+            launch = asyncio.get_running_loop().run_in_executor(self._launch_threads, _launch, spec)
+            self._launches[spec.lock_path] = launch
+            launch.add_done_callback(lambda _: self._launches.pop(spec.lock_path))
+        return await asyncio.wait_for(asyncio.shield(launch), _LAUNCH_SECONDS)
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
         """Observe all processes in one thread call; the handle of a process that could not be observed is missing."""

@@ -1,15 +1,12 @@
-"""OpenAI-compatible inference, forwarded to the engines."""
+"""OpenAI-compatible inference. The gate answers the POST routes by the proxy; here they are documented."""
 
 from typing import Any
 
-from fastapi import APIRouter, Request
-from starlette.responses import Response
+from fastapi import APIRouter
 
 from sage.common.errors import NotFound
 from sage.llm.client.types import DEFAULT_MODEL, EngineKind
 from sage.llm.control_plane.routing import Route
-from sage.llm.gateway.gate import requested_model
-from sage.llm.gateway.proxy import disconnected, first_of
 from sage.llm.gateway.routes.dependencies import Manager
 from sage.llm.gateway.schema import inference_schema
 
@@ -17,21 +14,18 @@ router = APIRouter(prefix="/v1")
 
 
 @router.post("/chat/completions", **inference_schema("ChatRequest"))
-async def chat_completions(request: Request, manager: Manager) -> Response:
+def chat_completions() -> None:
     """Answer a chat."""
-    return await _forward(request, manager, EngineKind.LLM)
 
 
 @router.post("/completions", **inference_schema("CompletionRequest"))
-async def completions(request: Request, manager: Manager) -> Response:
+def completions() -> None:
     """Complete a text."""
-    return await _forward(request, manager, EngineKind.LLM)
 
 
 @router.post("/embeddings", **inference_schema("EmbeddingRequest"))
-async def embeddings(request: Request, manager: Manager) -> Response:
+def embeddings() -> None:
     """Turn texts into vectors."""
-    return await _forward(request, manager, EngineKind.EMBEDDING)
 
 
 @router.get("/models")
@@ -58,13 +52,3 @@ def _served(manager: Manager) -> dict[str, dict[str, Any]]:
 
 def _model(name: str, route: Route) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": int(route.created_at.timestamp()), "owned_by": "sage"}
-
-
-async def _forward(request: Request, manager: Manager, kind: EngineKind) -> Response:
-    """Forward a request to the engine that its `model` names, waiting if the engine is starting."""
-    model = requested_model(request.scope)
-    wait_seconds = request.app.state.settings.request_wait_seconds
-    await request.body()  # so that `disconnected` waits for what follows the body
-    upstream = await first_of(manager.running(model, kind, wait_seconds), disconnected(request))
-    answer: Response = await request.app.state.proxy.forward(upstream, model, request)
-    return answer

@@ -1,0 +1,65 @@
+"""Decide whether an adapter can be loaded into a running server of its base, without reading weights or importing torch."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import ModelError
+from sage.libs.models.resolve import safetensors_header
+
+#: Entries of adapter_config.json that plain LoRA may have. Any other entry must have no effect: null, false, empty or 0.
+_PLAIN = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
+})  # fmt: skip
+#: Initializations that leave the base as it is; others, such as PiSSA, change it.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+_LORA_WEIGHT = re.compile(r".*\.lora_[AB]\.weight")
+_HEAD = re.compile(r".*\.(lm_head|embed_out|output_projection)\.lora_[AB]\.weight")
+
+
+def why_not_hot(folder: Path, base_folder: Path) -> str | None:
+    """Return why an adapter must be merged into a copy of its base to be served; None: a running base can load it.
+
+    Raises ModelError if its files cannot be read.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(code="model_invalid", message=f"{path} cannot be read: {error}.", param="model") from error
+    return (
+        _config_problem(config)
+        or _weights_problem(safetensors_header(folder / "adapter_model.safetensors"))
+        or _base_problem(config, base_folder)
+    )
+
+
+def _config_problem(config: Mapping[str, Any]) -> str | None:
+    if config.get("peft_type") != "LORA":
+        return f"it is of the type {config.get('peft_type')}, not LORA"
+    if config.get("bias") not in (None, "none"):
+        return f"it trains biases ({config['bias']})"
+    if config.get("init_lora_weights") not in _PLAIN_INITS:
+        return f"its initialization ({config['init_lora_weights']}) changes the base"
+    others = sorted(name for name, value in config.items() if value and name not in {*_PLAIN, "bias"})
+    return f"it uses {others[0]}" if others else None
+
+
+def _weights_problem(header: Mapping[str, Any]) -> str | None:
+    for name in sorted(header):
+        if not _LORA_WEIGHT.fullmatch(name):
+            return f"it holds {name}, which is no LoRA of a linear layer"
+        if _HEAD.fullmatch(name):
+            return "it changes the output head"
+    return None
+
+
+def _base_problem(config: Mapping[str, Any], base_folder: Path) -> str | None:
+    """Return how the base differs from a plain one. An adapter on another adapter needs both merged."""
+    is_adapter = (base_folder / "adapter_config.json").is_file()
+    return f"its base {config.get('base_model_name_or_path')} is an adapter" if is_adapter else None

@@ -1,0 +1,97 @@
+"""Adapters next to a running base: each token of a pass goes through the LoRA weights of its own adapter, or of none."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+#: By linear layer: A, (rank, in_features), and B, (rank, out_features), which includes the scaling.
+Weights = dict[str, tuple[Tensor, Tensor]]
+
+
+class Adapter:
+    """The weights of an adapter."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+
+class _Stack:
+    """The weights of several adapters, one below the other, so that two products compute all of them.
+
+    The product with all A has columns for every adapter; those of other adapters than a token's own are set to 0.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.adapters = tuple(adapters)
+        self.layers: dict[str, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  #: all A, all B, rank of each adapter
+        for name in dict.fromkeys(name for adapter in adapters for name in adapter.weights):
+            having = [adapter.weights[name] for adapter in adapters if name in adapter.weights]
+            ranks = tuple(len(adapter.weights[name][0]) if name in adapter.weights else 0 for adapter in adapters)
+            downs, ups = [down for down, _ in having], [up for _, up in having]
+            self.layers[name] = _joined(downs), _joined(ups), ranks
+
+
+class Adapters:
+    """Adds the adapters' part to the outputs of the base's linear layers."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._hooked: set[str] = set()
+        self._stack = _Stack(())
+        self._owners = torch.empty(0)  #: (tokens,), of the current pass: index in the stack, -1 for the base
+        self._is_mixed = False
+        self._is_on = False
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+
+    def hook(self, adapter: Adapter) -> None:
+        """Prepare the layers that an adapter changes."""
+        for name in adapter.weights.keys() - self._hooked:
+            self._model.get_submodule(name).register_forward_hook(
+                lambda _module, inputs, output, name=name: self._add(name, inputs[0], output)
+            )
+            self._hooked.add(name)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Free the memory of an adapter that no answer uses any more."""
+        if adapter in self._stack.adapters:
+            self._stack = _Stack(())
+
+    def begin(self, adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> None:
+        """Set whose tokens the next pass has: lengths[i] tokens of adapters[i]; None: of the base."""
+        needed = dict.fromkeys(adapter for adapter in adapters if adapter)
+        self._is_on = bool(needed)
+        if not needed:
+            return
+        kept = self._stack.adapters
+        if not needed.keys() <= set(kept) or len(kept) > 2 * len(needed):
+            others = [adapter for adapter in kept if adapter not in needed]
+            self._stack = _Stack([*needed, *others[: len(needed)]] if len(needed) > 1 else list(needed))
+        places = {adapter: at for at, adapter in enumerate(self._stack.adapters)}
+        owners = [-1 if adapter is None else places[adapter] for adapter in adapters]
+        self._is_mixed = len(self._stack.adapters) > 1 or -1 in owners
+        self._owners = torch.tensor(owners).repeat_interleave(torch.tensor(lengths)).to(self._model.device)
+        self._masks = {}
+
+    def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        """Add to a layer's output in place; inputs: (1, tokens, in_features), output: (1, tokens, out_features)."""
+        if not self._is_on or name not in self._stack.layers:
+            return
+        down, up, ranks = self._stack.layers[name]
+        inner = linear(inputs[0], down)
+        if self._is_mixed:
+            inner *= self._mask(ranks, inner)
+        output[0].addmm_(inner, up)
+
+    def _mask(self, ranks: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return (tokens, sum of the ranks): 1 in the columns of a token's own adapter."""
+        if ranks not in self._masks:
+            columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(like.device)
+            self._masks[ranks] = (columns[None] == self._owners[:, None]).to(like.dtype)
+        return self._masks[ranks]
+
+
+def _joined(weights: list[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -1,0 +1,79 @@
+"""Chooses the next token of an answer from its logits: greedy, or sampled with the answer's own random numbers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage.llm.workers.penalties import Adjustment, adjustments
+from sage.llm.workers.sampling import Sampling
+
+#: A temperature below this is greedy decoding; logits divided by it would overflow.
+_GREEDY_BELOW = 1e-5
+#: First number of tokens in which the nucleus of top_p is looked for; sorting the whole vocabulary takes milliseconds.
+_NUCLEUS_TOKENS = 256
+
+
+class Chooser:
+    """Chooses the tokens of one answer."""
+
+    def __init__(self, sampling: Sampling, configured: Any, prompt: list[int]) -> None:
+        """configured: the model's generation_config, for what the request omits."""
+
+        def value(name: str, default: float) -> Any:
+            values = (getattr(sampling, name), getattr(configured, name, None), default)
+            return next(value for value in values if value is not None)
+
+        self._temperature: float = value("temperature", 1.0)
+        self._top_k: int = value("top_k", 0)
+        self._top_p: float = value("top_p", 1.0)
+        self._min_p: float = value("min_p", 0.0)
+        #: Further ones may be added before the first token, for example to force a grammar.
+        self.adjustments: list[Adjustment] = adjustments(sampling, prompt, value("repetition_penalty", 1.0))
+        self._is_greedy = self._temperature < _GREEDY_BELOW
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed)
+
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether the token with the largest logit is chosen, without any adjustment."""
+        return self._is_greedy and not self.adjustments
+
+    def choose(self, answer: list[int], logits: Tensor) -> int:
+        """Return the next token. answer: the tokens so far; logits: (vocab_size,), which are left unchanged."""
+        if self.adjustments:
+            logits = logits.clone()
+            for adjust in self.adjustments:
+                logits = adjust(answer, logits)
+        return int(logits.argmax()) if self._is_greedy else self._sample(logits.float() / self._temperature)
+
+    def _sample(self, logits: Tensor) -> int:
+        tokens: Tensor | None = None  #: of the probabilities; None: all, in their order
+        if 0 < self._top_k < len(logits):
+            logits, tokens = logits.topk(self._top_k)
+        probabilities = logits.softmax(-1)
+        if self._top_p < 1:
+            probabilities, chosen = _nucleus(probabilities, self._top_p)
+            tokens = chosen if tokens is None else tokens[chosen]
+        if self._min_p:
+            probabilities = probabilities * (probabilities >= self._min_p * probabilities.max())
+        sums = probabilities.cumsum(-1, dtype=torch.float64)
+        point = float(torch.rand((), generator=self._random, dtype=torch.float64)) * float(sums[-1])
+        at = min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
+        return at if tokens is None else int(tokens[at])
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the most likely tokens that reach top_p together, best first, and their indices; at least one."""
+    count = _NUCLEUS_TOKENS
+    while True:
+        best, tokens = probabilities.topk(min(count, len(probabilities)))
+        before = best.cumsum(-1) - best
+        if before[-1] >= top_p or len(best) == len(probabilities):
+            is_in = before < top_p
+            is_in[0] = True
+            return best[is_in], tokens[is_in]
+        count *= 8

@@ -1,0 +1,186 @@
+"""Runs the tokens of several answers in one forward pass, one after another in one row of tokens, without padding.
+
+The linear layers see all tokens at once; attention is computed for each answer against its own keys and values. So an
+answer can join or leave between two passes, and the parts of long prompts share a pass with single tokens of other answers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from sage.llm.workers.adapters import Adapter, Adapters
+
+#: Name of our attention in transformers' configuration.
+ATTENTION = "sage_packed"
+_FIRST_ROOM_TOKENS = 256
+#: Prompt tokens per pass: few on a CPU, because the other answers wait for the pass.
+_PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
+
+
+class Abandoned(Exception):
+    """Every answer of the pass was cancelled."""
+
+
+class KeyValueCache:
+    """Keys and values of one answer, for all layers; the room for them doubles when it is full."""
+
+    def __init__(self, layers: int, limit_tokens: int) -> None:
+        self._layers, self._limit = layers, limit_tokens
+        self._room = 0
+        self.keys = self.values = torch.empty(0)  #: (layers, kv_heads, room, head_dim)
+        self.length = 0  #: tokens in use
+
+    def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
+        """Make room for more tokens; key, value: (kv_heads, any, head_dim), as the layers give them."""
+        if self.length + tokens <= self._room:
+            return
+        self._room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
+        self.keys, self.values = self._grown(self.keys, key), self._grown(self.values, value)
+
+    def _grown(self, old: Tensor, like: Tensor) -> Tensor:
+        new = like.new_empty(self._layers, like.shape[0], self._room, like.shape[2])
+        if self.length:
+            new[:, :, : self.length] = old[:, :, : self.length]
+        return new
+
+
+@dataclass
+class Part:
+    """Some tokens of one answer, to be run in the next pass."""
+
+    cache: Any
+    tokens: list[int]
+    wants_all_logits: bool = False  #: False: only those after the last token
+    adapter: Adapter | None = None  #: None: the base
+
+
+class _Pass:
+    """The attention of one forward pass."""
+
+    def __init__(self, parts: list[Part], check: Callable[[], None]) -> None:
+        self._parts, self._check = parts, check
+        self._lengths = [len(part.tokens) for part in parts]
+        self._places: list[tuple[Any, Any, Any, Any]] = []  #: new keys, new values, all keys, all values; by layer
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self.windows: dict[int, int | None] = {}  #: by layer
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+        """Store keys and values, and return the attention's output, (1, tokens, heads, head_dim).
+
+        query: (1, heads, tokens, head_dim); key, value: (1, kv_heads, tokens, head_dim).
+        """
+        self._check()
+        if not self._places:
+            self._places = [self._place(part, key[0], value[0]) for part in self._parts]
+        self.windows[layer] = window
+        torch._foreach_copy_([new[layer] for new, _, _, _ in self._places], list(key[0].split(self._lengths, 1)))
+        torch._foreach_copy_([new[layer] for _, new, _, _ in self._places], list(value[0].split(self._lengths, 1)))
+        outputs = [
+            self._one(at, part, keys[layer], values[layer], scaling, window)
+            for at, (part, (_, _, keys, values)) in enumerate(
+                zip(query[0].split(self._lengths, 1), self._places, strict=True)
+            )
+        ]
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
+
+    def _place(self, part: Part, key: Tensor, value: Tensor) -> tuple[Any, Any, Any, Any]:
+        cache, count = part.cache, len(part.tokens)
+        cache.reserve(count, key, value)
+        end = cache.length + count
+        return (
+            cache.keys[:, :, cache.length : end].unbind(),
+            cache.values[:, :, cache.length : end].unbind(),
+            cache.keys[:, :, :end].unbind(),
+            cache.values[:, :, :end].unbind(),
+        )
+
+    def _one(self, at: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
+        """Return (tokens, heads, head_dim); query: (heads, tokens, head_dim); keys, values: (kv_heads, all, head_dim)."""
+        heads, tokens, _ = query.shape
+        kv_heads, length, _ = keys.shape
+        grouped = query.unflatten(0, (kv_heads, heads // kv_heads))  # (kv_heads, group, tokens, head_dim)
+        if tokens == 1:  # the queries of a group share keys, as if they were several tokens
+            if window and window < length:
+                keys, values = keys[:, -window:], values[:, -window:]
+            output = scaled_dot_product_attention(grouped[None, :, :, 0], keys[None], values[None], scale=scaling)
+            return output.reshape(1, heads, -1)
+        mask = self._mask(at, tokens, length, window, query)
+        size = (-1, heads // kv_heads, -1, -1)
+        output = scaled_dot_product_attention(
+            grouped, keys[:, None].expand(size), values[:, None].expand(size), attn_mask=mask, is_causal=mask is None,
+            scale=scaling,
+        )  # fmt: skip
+        return output.reshape(heads, tokens, -1).transpose(0, 1)
+
+    def _mask(self, at: int, tokens: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
+        """Return (tokens, length), what is added to the scores; None: plain causal attention of a whole prompt."""
+        if tokens == length and (window is None or window >= length):
+            return None
+        if (at, window) not in self._masks:
+            positions = torch.arange(length - tokens, length, device=like.device)[:, None]
+            others = torch.arange(length, device=like.device)[None]
+            is_hidden = others > positions
+            if window:
+                is_hidden |= others <= positions - window
+            mask = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
+            self._masks[at, window] = mask.masked_fill_(is_hidden, -torch.inf)
+        return self._masks[at, window]
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, scaling: float | None = None,
+    packed: _Pass | None = None, sliding_window: int | None = None, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention function in transformers' interface."""
+    if packed is None or options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise NotImplementedError("this kind of attention is not packed")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return packed.attend(module.layer_idx, query, key, value, scale, sliding_window), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class PackedRunner:
+    """Runs parts of many answers in one pass."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.adapters = Adapters(model)
+        self._layers = int(model.config.get_text_config().num_hidden_layers)
+        self.prompt_tokens = _PROMPT_TOKENS[model.device.type]  #: of one pass
+        self.windows: dict[int, int | None] = {}  #: sliding window by layer, of the last pass
+
+    def new_cache(self, limit_tokens: int) -> KeyValueCache:
+        """Return an empty cache for an answer whose prompt and answer have at most so many tokens."""
+        return KeyValueCache(self._layers, limit_tokens)
+
+    def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
+        """Run the parts, and return logits for each, (tokens or 1, vocab_size).
+
+        check: called before every layer; what it raises ends the pass. A pass that fails leaves the caches as they were.
+        """
+        ids, positions, kept, counts = list[int](), list[int](), list[int](), list[int]()
+        for part in parts:
+            ids += part.tokens
+            positions += range(part.cache.length, part.cache.length + len(part.tokens))
+            counts.append(len(part.tokens) if part.wants_all_logits else 1)
+            kept += range(len(ids) - counts[-1], len(ids))
+        self.adapters.begin([part.adapter for part in parts], [len(part.tokens) for part in parts])
+        packed, device = _Pass(parts, check), self._model.device
+        output = self._model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(kept, device=device),
+            packed=packed,
+        )
+        for part in parts:
+            part.cache.length += len(part.tokens)
+        self.windows = packed.windows
+        return list(output.logits[0].split(counts))

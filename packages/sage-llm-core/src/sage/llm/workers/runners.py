@@ -1,0 +1,76 @@
+"""Chooses how a model's passes are run: packed if that gives the logits of the model's own forward pass."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sage.llm.workers.packed import ATTENTION, PackedRunner, Part
+from sage.llm.workers.sequential import SequentialRunner
+
+logger = logging.getLogger(__name__)
+#: Largest difference of logits, relative to the largest logit, that rounding explains.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+#: Rotary embeddings that depend on the longest answer of a pass.
+_SHARED_ROPE = frozenset({"dynamic", "longrope"})
+
+
+class Runner(Protocol):
+    """Runs forward passes."""
+
+    prompt_tokens: int  #: most prompt tokens of one pass
+
+    def new_cache(self, limit_tokens: int) -> Any:
+        """Return an empty cache for one answer."""
+
+    def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
+        """Return logits for each part, (tokens or 1, vocab_size)."""
+
+
+def runner_for(model: Any) -> Runner:
+    """Return a PackedRunner, or a SequentialRunner if the model's layers need another attention or memory."""
+    own = model.config._attn_implementation  # noqa: SLF001 # transformers has no getter
+    try:
+        if problem := _packed_problem(model):
+            raise NotImplementedError(problem)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 # models of other kinds fail in many ways
+        model.set_attn_implementation(own)
+        logger.warning("This model answers one request at a time: %s", error)
+        return SequentialRunner(model)
+    return PackedRunner(model)
+
+
+def _packed_problem(model: Any) -> str | None:
+    """Set our attention, and return why the packed pass is not the model's own; it may also raise."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _SHARED_ROPE:
+        return f"its {rope['rope_type']} rotary embedding depends on the length of the whole batch"
+    if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of the kind {min(others)}"
+    known = min(config.vocab_size, model.get_input_embeddings().num_embeddings)
+    prompts = [[(7 * at + 3 * shift) % known for at in range(length)] for shift, length in enumerate((24, 9))]
+    with torch.inference_mode():
+        expected = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1] for ids in prompts]
+        model.set_attn_implementation(ATTENTION)
+        runner = PackedRunner(model)
+        long, short = (runner.new_cache(len(ids)) for ids in prompts)
+        runner.run([Part(long, prompts[0][:16]), Part(short, prompts[1][:-1])], lambda: None)
+        found = runner.run([Part(long, prompts[0][16:]), Part(short, prompts[1][-1:])], lambda: None)
+    if runner.windows != _expected_windows(config):
+        return "its sliding windows are not those of its configuration"
+    for own, packed in zip(expected, found, strict=True):
+        if float((own - packed[-1]).abs().max()) > _TOLERANCE[model.dtype] * float(own.abs().max()):
+            return "its attention is of another kind"
+    return None
+
+
+def _expected_windows(config: Any) -> dict[int, int | None]:
+    """Return the sliding window of each layer, from the configuration."""
+    count, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
+    return {at: window if kind == "sliding_attention" else None for at, kind in enumerate(types)}

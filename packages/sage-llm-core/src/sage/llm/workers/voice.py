@@ -1,0 +1,95 @@
+"""Converts requests to prompts for one served model: its tokenizer, chat template and end tokens."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sage.common.errors import ConfigError, ModelError
+from sage.libs.finetune.data.messages import read_conversation
+from sage.libs.finetune.data.values import RecordError
+from sage.libs.models.chat import ChatFormat, ensure_chat_template
+from sage.libs.models.loading import load_tokenizer
+from sage.llm.workers.sampling import Sampling
+from sage.llm.workers.text import TokenBytes
+from sage.llm.workers.time_limit import TimeLimitExceeded, within
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+#: Time limit for a chat template, which is a program and may never end.
+RENDER_SECONDS = 10.0
+
+
+class Voice:
+    """The tokenizer and chat template of a base model or of an adapter."""
+
+    def __init__(self, folder: Path, generation_config: Any, context_tokens: int, embeddings: int) -> None:
+        """folder: has the tokenizer; embeddings: number of tokens that the model has. Raises ModelError."""
+        self.tokenizer: Any = load_tokenizer(folder)
+        if warning := ensure_chat_template(self.tokenizer):
+            logger.warning("%s", warning)
+        self.chat_format = ChatFormat(self.tokenizer)
+        self.context_tokens = context_tokens
+        self._embeddings = embeddings
+        self.end_tokens = frozenset(rendered(lambda: self.chat_format.end_ids(generation_config.eos_token_id)))
+        self.token_bytes = TokenBytes(self.tokenizer)
+        self._characters_per_token = max(32, *map(len, self.tokenizer.get_vocab()))
+
+    def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+        """Return the prompt of a chat as token ids. Raises ConfigError if the model's template rejects it."""
+        try:
+            asked = read_conversation(messages, "messages")
+        except RecordError as error:
+            raise _invalid(error.message, "messages", error.hint) from error
+        if asked.ignored:
+            raise _invalid(f"{asked.ignored[0]} is not supported.", "messages", "Remove it.")
+        try:
+            return self.chat_format.prompt_ids(asked.messages, tools or None)
+        except Exception as error:  # jinja and templates raise what they like
+            raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Return the prompt of a plain completion."""
+        return self.chat_format.text_ids(text)
+
+    def check_characters(self, characters: int, param: str) -> None:
+        """Raise ConfigError if a prompt is too long for the context with any tokenization, before spending time on it."""
+        limit = self.context_tokens * self._characters_per_token
+        if characters > limit:
+            raise ConfigError(
+                code="context_length_exceeded",
+                message=f"The prompt has {characters} characters, more than the {limit} that can fit into the model's "
+                f"context of {self.context_tokens} tokens.",
+                hint="Shorten it.",
+                param=param,
+            )
+
+    def check_prompt(self, prompt: list[int], sampling: Sampling, param: str) -> None:
+        """Raise ConfigError if the prompt is empty, too long, or has tokens that the model does not have."""
+        known = self._embeddings
+        if not prompt:
+            raise _invalid(f"{param} is empty; the model needs at least one token.", param)
+        if max(prompt) >= known:
+            raise _invalid(f"{param}: token {max(prompt)} does not exist, the model has {known}.", param)
+        if (token := max(sampling.logit_bias, default=0)) >= known:
+            raise _invalid(f"logit_bias: token {token} does not exist, the model has {known}.", "logit_bias")
+        if len(prompt) + min(1, sampling.max_tokens) > self.context_tokens:
+            raise ConfigError(
+                code="context_length_exceeded",
+                message=f"The prompt has {len(prompt)} tokens; the model's context has {self.context_tokens}.",
+                hint="Shorten it.",
+                param=param,
+            )
+
+
+def rendered(render: Callable[[], T]) -> T:
+    """Call `render` and return its result. Raises ModelError if it takes longer than RENDER_SECONDS."""
+    try:
+        return within(RENDER_SECONDS, render)
+    except TimeLimitExceeded as error:
+        message = f"The model's chat template did not finish within {RENDER_SECONDS:g} s."
+        raise ModelError(code="template_too_slow", message=message) from error
+
+
+def _invalid(message: str, param: str, hint: str = "") -> ConfigError:
+    return ConfigError(code="invalid_value", message=message, hint=hint, param=param)

@@ -1,0 +1,86 @@
+"""Bodies of requests, within a limit for each and for all together."""
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from sage.common.errors import Overloaded
+from sage.llm.gateway.errors import Refusal
+from sage.llm.gateway.headers import RawHeaders, value
+
+#: All bodies held at once, as a multiple of the largest one allowed.
+_HELD_BODIES = 8
+#: A client that sends nothing for this long has lost its connection.
+_SILENCE_SECONDS = 60
+
+
+class BodyBudget:
+    """The memory for request bodies, shared by all requests."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """max_bytes: largest body allowed."""
+        self.max_bytes = max_bytes
+        self.left_bytes = _HELD_BODIES * max_bytes
+
+    def body(self) -> "Body":
+        """Return an empty body; the end of its `with` block releases its memory."""
+        return Body(self)
+
+
+class Body:
+    """One request's body, within the budget."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget, self._held_bytes = budget, 0
+        self.content = b""
+
+    def __enter__(self) -> Self:
+        """Begin with nothing."""
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        """Release the memory."""
+        self._budget.left_bytes += self._held_bytes
+        self._held_bytes = 0
+
+    async def read(self, headers: RawHeaders, receive: Receive) -> None:
+        """Read the whole body. Raises Refusal (too large, too slow), Overloaded, or ClientDisconnect."""
+        length = value(headers, b"content-length")
+        if length.isdigit() and int(length) > self._budget.max_bytes:
+            raise self._too_large()
+        chunks: list[bytes] = []
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_SILENCE_SECONDS) as silence:
+                while await self._read_chunk(chunks, receive):
+                    silence.reschedule(loop.time() + _SILENCE_SECONDS)
+        except TimeoutError as error:
+            raise Refusal(408, "request_timeout", f"No byte of the body arrived for {_SILENCE_SECONDS} s.") from error
+        self.content = b"".join(chunks)
+
+    async def _read_chunk(self, chunks: list[bytes], receive: Receive) -> bool:
+        """Add a chunk; return whether more follow."""
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        self._hold(len(chunks[-1]))
+        more: bool = message.get("more_body", False)
+        return more
+
+    def _hold(self, count_bytes: int) -> None:
+        if self._held_bytes + count_bytes > self._budget.max_bytes:
+            raise self._too_large()
+        if count_bytes > self._budget.left_bytes:
+            raise Overloaded(code="too_many_requests", message="Other requests with large bodies are being answered.",
+                             hint="Retry in some seconds.")  # fmt: skip
+        self._held_bytes += count_bytes
+        self._budget.left_bytes -= count_bytes
+
+    def _too_large(self) -> Refusal:
+        limit_mb = self._budget.max_bytes // 1_000_000
+        return Refusal(413, "request_too_large", f"The body is larger than {limit_mb} MB.",
+                       "Send less, or raise the setting max_request_mb.")  # fmt: skip

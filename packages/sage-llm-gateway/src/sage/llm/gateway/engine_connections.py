@@ -1,0 +1,237 @@
+"""A small HTTP/1.1 client for the engines' servers, which reuses connections."""
+
+import asyncio
+import errno
+import math
+from collections.abc import Callable
+
+import httptools
+
+from sage.llm.gateway.headers import value
+
+#: Shorter than any server keeps an idle connection (uvicorn, and so vLLM: 5 s).
+_IDLE_SECONDS = 3
+_CONNECT_SECONDS = 5
+#: A server is not read from while so many bytes of its answer wait to be taken.
+_WAITING_BYTES = 256 * 1024
+_FRAMING = (b"content-length", b"transfer-encoding")
+
+
+class EngineConnection(asyncio.Protocol):
+    """A connection to a server, with one request at a time and its answer."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, address: str, forget: Callable[["EngineConnection"], None]) -> None:
+        """forget: is called if the connection ends."""
+        self.address, self._forget = address, forget
+        self._parser = httptools.HttpResponseParser(self)
+        self.idle_since_seconds = 0.0
+        self._is_busy = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.has_begun = False  #: a byte of the answer has arrived
+        self._has_head = self._is_complete = self._is_reusable = self._ends_at_eof = self._is_paused = False
+        self._pieces: list[bytes] = []
+        self._waiting_bytes = 0
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def send(self, head: bytes, body: bytes) -> None:
+        """Send a request, and wait for the head of its answer. Raises ConnectionError."""
+        self._begin()
+        self._is_busy = True
+        self.transport.writelines((head, body))
+        while not self._has_head:
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """Return the rest of the body. Raises ConnectionError."""
+        pieces = []
+        while piece := await self.piece():
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def piece(self) -> bytes:
+        """Return what has arrived of the body, waiting if it is nothing; empty at its end. Raises ConnectionError."""
+        while not self._pieces and not self._is_complete:
+            await self._wait()
+        content = b"".join(self._pieces)
+        self._pieces.clear()
+        self._waiting_bytes = 0
+        if self._is_paused:
+            self._is_paused = False
+            self.transport.resume_reading()
+        return content
+
+    def end(self) -> bool:
+        """End the exchange; return whether the connection can be used again. It is closed if not."""
+        self._is_busy = False
+        if self._is_complete and self._is_reusable and not self.transport.is_closing():
+            return True
+        self.transport.abort()
+        return False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin."""
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Parse a part of an answer."""
+        if not self._is_busy:  # nothing was asked
+            self.transport.abort()
+            return
+        self.has_begun = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._fail(ConnectionError(f"The server's answer is not valid HTTP: {error}."))
+        if self._waiting_bytes > _WAITING_BYTES and not self._is_complete:
+            self._is_paused = True
+            self.transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection, and end or fail the exchange."""
+        self._forget(self)
+        if self._ends_at_eof and exc is None:
+            self._is_complete = True
+        elif not self._is_complete:
+            self._fail(ConnectionResetError("The server closed the connection."))
+        self._wake()
+
+    def on_message_begin(self) -> None:
+        """Refuse a second answer to one request; the parser turns the exception into an error of its own."""
+        if self._is_complete:
+            raise ConnectionError
+
+    def on_header(self, name: bytes, content: bytes) -> None:
+        """Add a header."""
+        self.headers.append((name.lower(), content))
+
+    def on_headers_complete(self) -> None:
+        """End the head."""
+        self.status = self._parser.get_status_code()
+        if self.status < 200:  # 100 Continue and the like: the answer follows
+            self.headers.clear()
+            return
+        self._has_head = True
+        self._is_reusable = self._parser.should_keep_alive()
+        self._ends_at_eof = not any(value(self.headers, name) for name in _FRAMING) and self.status not in (204, 304)
+
+    def on_body(self, body: bytes) -> None:
+        """Add a part of the body."""
+        self._pieces.append(body)
+        self._waiting_bytes += len(body)
+
+    def on_message_complete(self) -> None:
+        """End the answer."""
+        self._is_complete = self._has_head
+
+    async def _wait(self) -> None:
+        """Wait until something has arrived. Raises ConnectionError."""
+        if self._error:
+            raise self._error
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        self._error, self._is_reusable = self._error or error, False
+
+
+class EngineConnections:
+    """The idle connections to all servers. A server is named by its address, HOST:PORT."""
+
+    def __init__(self) -> None:
+        self._idle: dict[str, dict[EngineConnection, None]] = {}
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def post(self, address: str, head: bytes, body: bytes) -> EngineConnection:
+        """Send a request and wait for the head of its answer; `release` the connection afterwards.
+
+        If a connection that was idle ends before a byte of the answer has arrived, the request is sent again, once, on a
+        new one: most likely the server closed it just then. If the server has read the request all the same, no harm is
+        done, because inference changes nothing.
+        Raises ConnectionError, TimeoutError if the server does not accept connections, or another OSError.
+        """
+        if connection := self._take(address):
+            try:
+                return await self._exchange(connection, head, body)
+            except ConnectionError:
+                if connection.has_begun:
+                    raise
+        return await self._exchange(await self._connect(address), head, body)
+
+    def release(self, connection: EngineConnection) -> None:
+        """End an exchange; the connection is kept for the next one if its answer was read completely, and closed if not."""
+        if not connection.end():
+            return
+        loop = asyncio.get_running_loop()
+        connection.idle_since_seconds = loop.time()
+        self._idle.setdefault(connection.address, {})[connection] = None
+        if self._sweep is None:
+            self._sweep = loop.call_later(_IDLE_SECONDS, self._close_old)
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        if self._sweep:
+            self._sweep.cancel()
+            self._sweep = None
+        self._close_idle_since(math.inf)
+
+    async def _exchange(self, connection: EngineConnection, head: bytes, body: bytes) -> EngineConnection:
+        try:
+            await connection.send(head, body)
+        except BaseException:
+            self.release(connection)
+            raise
+        return connection
+
+    def _take(self, address: str) -> EngineConnection | None:
+        """Return the connection that became idle last, if it is certain that the server keeps it open."""
+        if idle := self._idle.get(address):
+            connection, _ = idle.popitem()
+            if asyncio.get_running_loop().time() - connection.idle_since_seconds < _IDLE_SECONDS:
+                return connection
+            connection.transport.abort()
+        return None
+
+    async def _connect(self, address: str) -> EngineConnection:
+        try:
+            return await self._open(address)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self.close()  # idle connections have descriptors
+            return await self._open(address)
+
+    async def _open(self, address: str) -> EngineConnection:
+        host, _, port = address.rpartition(":")
+        create = asyncio.get_running_loop().create_connection
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            _, connection = await create(lambda: EngineConnection(address, self._forget), host.strip("[]"), int(port))
+        return connection
+
+    def _forget(self, connection: EngineConnection) -> None:
+        if idle := self._idle.get(connection.address):
+            idle.pop(connection, None)
+
+    def _close_old(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._close_idle_since(loop.time() - _IDLE_SECONDS)
+        self._sweep = loop.call_later(_IDLE_SECONDS, self._close_old) if self._idle else None
+
+    def _close_idle_since(self, seconds: float) -> None:
+        """Close the connections that are idle since that time or longer."""
+        for connection in [connection for idle in self._idle.values() for connection in idle]:
+            if connection.idle_since_seconds <= seconds:
+                del self._idle[connection.address][connection]
+                connection.transport.abort()
+        self._idle = {address: idle for address, idle in self._idle.items() if idle}

@@ -1,0 +1,66 @@
+"""Ends the wait for an engine if its client disconnects, or if it stops responding."""
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from sage.llm.control_plane.routing import unresponsive
+
+#: Answers that take less time than this are not watched, which costs more than it saves.
+_FIRST_SECONDS = 0.05
+_CHECK_SECONDS = 0.5
+
+
+class Interruption:
+    """A context that cancels its block, as `asyncio.timeout` does, and raises the reason.
+
+    The reasons: ClientDisconnect, and Overloaded if the engine `engine_id` does not respond. The request's body must have
+    been read before.
+    """
+
+    def __init__(self, receive: Receive, is_responsive: Callable[[str], bool]) -> None:
+        """is_responsive: whether the engine of an id answers its health checks."""
+        self._receive, self._is_responsive = receive, is_responsive
+        self.engine_id: str | None = None
+        self._reason: Exception | None = None
+        self._listening: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Begin to watch."""
+        task = asyncio.current_task()
+        assert task
+        self._task, self._loop = task, asyncio.get_running_loop()
+        self._timer = self._loop.call_later(_FIRST_SECONDS, self._check)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop watching; raises the reason if the block was cancelled for one."""
+        self._timer.cancel()
+        if self._listening:
+            self._listening.cancel()
+        if self._reason and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise self._reason from error
+
+    def _check(self) -> None:
+        if self._listening is None:
+            self._listening = self._loop.create_task(self._listen())
+        if self.engine_id and not self._is_responsive(self.engine_id):
+            self._interrupt(unresponsive(self.engine_id))
+        else:
+            self._timer = self._loop.call_later(_CHECK_SECONDS, self._check)
+
+    async def _listen(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._interrupt(ClientDisconnect())
+
+    def _interrupt(self, reason: Exception) -> None:
+        if self._reason is None:
+            self._reason = reason
+            self._task.cancel()

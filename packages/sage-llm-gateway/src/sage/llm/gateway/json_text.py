@@ -1,0 +1,167 @@
+"""JSON bodies: checked once, and their top-level `model` replaced without serializing them again."""
+
+import asyncio
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sage.llm.gateway.errors import Refusal
+from sage.llm.gateway.schema import MAX_MODEL_CHARS
+
+#: Larger bodies are parsed in a thread.
+LARGE_BYTES = 1_000_000
+_MAX_DEPTH = 100
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_BEGIN = re.compile(r"[ \t\n\r]*{[ \t\n\r]*")
+_BLANK = re.compile(r"[ \t\n\r]*")
+_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+_COMMA_OR_END = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+_MODEL = b'"model"'
+_TEXT_VALUE = re.compile(rb'[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")')
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
+
+
+@dataclass(frozen=True, slots=True)
+class JsonBody:
+    """A request's body that is valid JSON."""
+
+    content: bytes
+    texts: Mapping[str, str]  #: its top-level members that are texts of at most `MAX_MODEL_CHARS`
+    model_spans: tuple[tuple[int, int], ...]  #: offsets of each value of its top-level `model`, which may occur repeatedly
+
+    def with_model(self, model: str) -> bytes:
+        """Return the body with another `model`, all else unchanged."""
+        return _spliced(self.content, self.model_spans, quoted(model))
+
+
+async def parsed(body: bytes) -> JsonBody:
+    """Return a body, parsed in a thread if it is large.
+
+    Raises Refusal if it is not JSON, nested too deeply, or holds half of a surrogate pair, which UTF-8 cannot encode.
+    """
+    return await asyncio.to_thread(_parse, body) if len(body) > LARGE_BYTES else _parse(body)
+
+
+def quoted(text: str) -> bytes:
+    """Return a text as JSON."""
+    return json.dumps(text, ensure_ascii=False).encode()
+
+
+def answer_with_model(answer: bytes, model: bytes) -> bytes:
+    """Return an answer of an engine with another `model`, all else unchanged.
+
+    answer: a JSON object; text before its first brace is kept. model: as JSON. Only an answer in which `"model"` occurs
+    more than once is parsed; one without a `model`, or that is not valid JSON, is returned unchanged.
+    """
+    at = answer.find(_MODEL)
+    if at < 0:
+        return answer
+    end = at + len(_MODEL)
+    if answer.find(_MODEL, end) < 0 and answer[at - 1 : at] != b"\\":
+        found = _TEXT_VALUE.match(answer, end)
+        return _spliced(answer, [found.span(1)], model) if found else answer
+    begin = answer.find(b"{")
+    try:
+        text = answer[begin:].decode()
+        spans = [(start, end) for name, value, start, end in _members(text) if name == "model" and isinstance(value, str)]
+    except (ValueError, RecursionError):
+        return answer
+    return answer[:begin] + _spliced(answer[begin:], _byte_spans(text, spans), model)
+
+
+def _parse(body: bytes) -> JsonBody:
+    try:
+        text = body.decode()
+        content, spans = _decode(text)
+        if "\\u" in text and _SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise _too_deep() from error
+    except UnicodeEncodeError as error:
+        message = "The body holds half of a surrogate pair (a broken emoji, for example)."
+        raise Refusal(400, "invalid_unicode", message, "Send both halves, or none.") from error
+    except ValueError as error:
+        raise Refusal(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
+    if text.count("{") + text.count("[") > _MAX_DEPTH and _is_deeper(content, _MAX_DEPTH):
+        raise _too_deep()
+    members = content.items() if isinstance(content, dict) else ()
+    texts = {name: value for name, value in members if isinstance(value, str) and len(value) <= MAX_MODEL_CHARS}
+    return JsonBody(body, texts, _byte_spans(text, spans))
+
+
+def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
+    """Return the content, and where the values of its top-level `model` stand. Raises ValueError, RecursionError."""
+    if not _BEGIN.match(text):
+        return json.loads(text, parse_constant=_no_number), []
+    content: dict[str, Any] = {}
+    spans = []
+    for name, value, start, end in _members(text):
+        content[name] = value
+        if name == "model":
+            spans.append((start, end))
+    return content, spans
+
+
+def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
+    """Yield each member of a JSON object: its name, its value, and where that begins and ends. Raises ValueError."""
+    at, separator = _match(_BEGIN, text, 0, "Expecting an object").end(), ","
+    if text.startswith("}", at):
+        at, separator = _match(_BLANK, text, at + 1).end(), "}"
+    while separator == ",":
+        if not text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+        name, end = _DECODER.raw_decode(text, at)
+        start = _match(_COLON, text, end, "Expecting ':' delimiter").end()
+        value, end = _DECODER.raw_decode(text, start)
+        yield name, value, start, end
+        found = _match(_COMMA_OR_END, text, end, "Expecting ',' delimiter")
+        at, separator = found.end(), found[1]
+    if at != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+
+
+def _match(pattern: re.Pattern[str], text: str, at: int, missing: str = "") -> re.Match[str]:
+    if found := pattern.match(text, at):
+        return found
+    raise json.JSONDecodeError(missing, text, at)
+
+
+def _byte_spans(text: str, spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return offsets of characters as offsets of bytes in UTF-8."""
+    if text.isascii():
+        return tuple(spans)
+    return tuple((len(text[:start].encode()), len(text[:end].encode())) for start, end in spans)
+
+
+def _spliced(content: bytes, spans: Iterable[tuple[int, int]], replacement: bytes) -> bytes:
+    pieces: list[bytes] = []
+    at = 0
+    for start, end in spans:
+        pieces += [content[at:start], replacement]
+        at = end
+    return b"".join([*pieces, content[at:]])
+
+
+def _too_deep() -> Refusal:
+    return Refusal(400, "json_too_deep", f"The body is nested more than {_MAX_DEPTH} levels deep.")
+
+
+def _is_deeper(content: Any, limit: int) -> bool:
+    level = [content]
+    for _ in range(limit + 1):
+        level = [
+            child
+            for parent in level if isinstance(parent, (dict, list))
+            for child in (parent.values() if isinstance(parent, dict) else parent) if isinstance(child, (dict, list))
+        ]  # fmt: skip
+        if not level:
+            return False
+    return True

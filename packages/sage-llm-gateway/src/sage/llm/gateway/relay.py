@@ -1,0 +1,107 @@
+"""Relays an engine's answer to the client: headers, body or stream, with the engine's name as its `model`."""
+
+import json
+import logging
+
+from starlette.types import Send
+
+from sage.common.errors import EngineError, SageError
+from sage.llm.control_plane.routing import Upstream, unresponsive
+from sage.llm.gateway.engine_connections import EngineConnection
+from sage.llm.gateway.errors import out_of_descriptors
+from sage.llm.gateway.headers import forwarded, value
+from sage.llm.gateway.json_text import answer_with_model, quoted
+
+logger = logging.getLogger(__name__)
+_DONE = (b"data: [DONE]", b"data:[DONE]")
+_ERROR = b'"error"'
+
+
+class EventLines:
+    """The whole lines of an event stream, each answer in it under another `model`."""
+
+    def __init__(self, model: bytes) -> None:
+        """model: as JSON."""
+        self._model = model
+        self._rest = self._last_lines = b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """Return the lines that a piece of the stream completes."""
+        lines, newline, self._rest = (self._rest + piece).rpartition(b"\n")
+        if not newline:
+            return b""
+        if not lines.isspace():
+            self._last_lines = lines or self._last_lines
+        return self._renamed(lines) + newline
+
+    def end(self) -> bytes:
+        """Return what follows the last line's end.
+
+        Raises EOFError if the stream ends neither with [DONE] nor with an error. Then an incomplete last line is dropped,
+        so that an error event can follow.
+        """
+        last_line = self._rest.strip() or self._last_lines.strip().rpartition(b"\n")[2]
+        if not last_line.startswith(_DONE) and _ERROR not in last_line[:20]:
+            raise EOFError("the stream ended early")
+        return self._renamed(self._rest)
+
+    def _renamed(self, lines: bytes) -> bytes:
+        if b'"model"' not in lines:
+            return lines
+        return b"\n".join(answer_with_model(line, self._model) for line in lines.split(b"\n"))
+
+
+class Relay:
+    """One answer of an engine, on its way to the client."""
+
+    def __init__(self, upstream: Upstream, send: Send) -> None:
+        self._upstream, self._send = upstream, send
+        self._is_stream = False
+
+    async def forward(self, answer: EngineConnection) -> None:
+        """Send the answer. Raises OSError or EOFError if it breaks off."""
+        headers = [*forwarded(answer.headers), (b"x-sage-engine-id", self._upstream.engine_id.encode())]
+        media_type = value(headers, b"content-type")
+        model = quoted(self._upstream.name)
+        if media_type.startswith(b"text/event-stream"):
+            self._is_stream = True
+            await self._start(answer.status, headers)
+            lines = EventLines(model)
+            while piece := await answer.piece():
+                if whole := lines.feed(piece):
+                    await self._body(whole, more=True)
+            await self._body(lines.end())
+            return
+        content = await answer.read()
+        if media_type.startswith(b"application/json") and not value(headers, b"content-encoding"):
+            content = answer_with_model(content, model)
+        headers.append((b"content-length", str(len(content)).encode()))
+        await self._start(answer.status, headers)
+        await self._body(content)
+
+    async def fail(self, error: Exception, request_id: str) -> None:
+        """End a stream that has begun with an error event; if none has, raises the error to report."""
+        failure = self._failure(error)
+        if not self._is_stream:
+            raise failure from error
+        logger.warning("%s: %s", request_id, failure.message)
+        event = json.dumps(failure.body()).encode()
+        await self._body(b"\n\ndata: %s\n\n" % event)  # the empty line ends an incomplete event
+
+    def _failure(self, error: Exception) -> SageError:
+        engine_id = self._upstream.engine_id
+        if isinstance(error, SageError):
+            return error
+        if isinstance(error, TimeoutError):  # the server did not even accept the connection
+            return unresponsive(engine_id)
+        return out_of_descriptors(error) or EngineError(
+            code="engine_died",
+            message=f"{engine_id} ('{self._upstream.name}') exited before its answer was complete.",
+            hint=f"`sage llm engine status {engine_id}` shows why.",
+        )
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _body(self, content: bytes, *, more: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": content, "more_body": more})
