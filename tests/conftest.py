@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llama_cpp import installed_home
 from postgres import PostgresServer, postgres_server
 from support import SAMPLES, free_port, make_tiny_model
 
 from sage.common.processes import held_lock, holder
+from sage.libs.models.export.formats import LlamaCpp
+from sage.llm.control_plane.backends import environments
 
 pytest.register_assert_rewrite("store_promises", "lease_promises", "migration_promises")
 
@@ -40,6 +43,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "config.json").exists():
             make_tiny_model(folder)
     return folder
+
+
+@pytest.fixture
+def llama_cpp(sage_home: Path) -> LlamaCpp:
+    """llama.cpp, which `make setup` has installed, in this test's home."""
+    folder = environments.chosen("llamacpp").folder
+    installed = installed_home() / folder.relative_to(sage_home)
+    if not installed.is_dir():
+        pytest.skip(f"llama.cpp is not installed in {installed_home()}; `make setup` installs it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(installed)
+    return LlamaCpp(Path(environments.interpreter("llamacpp")))
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,13 @@ from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.llamacpp import LlamaCppBackend, LlamaCppOptions
 
 LLAMA3 = (
-    "{{- bos_token }}{%- for m in messages %}{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim"
-    " + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-    "{%- endif %}"
+    "{{- bos_token }}{%- for m in messages %}{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{{- m.content | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 GEMMA = (
-    "{{- bos_token }}{%- set first = '' %}{%- if messages[0].role == 'system' %}{%- set first = messages[0].content + '\n\n' %}"
-    "{%- set messages = messages[1:] %}{%- endif %}{%- for m in messages %}"
+    "{{- bos_token }}{%- set first = '' %}{%- if messages[0].role == 'system' %}"
+    "{%- set first = messages[0].content + '\n\n' %}{%- set messages = messages[1:] %}{%- endif %}{%- for m in messages %}"
     "{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (first if loop.first else '')"
     " + m.content | trim + '<end_of_turn>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}"
     "{%- endif %}"
@@ -83,8 +83,7 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
         (folder / "file").write_text("x")
         assert not (tmp_path / "a" / "out").exists()
     assert (tmp_path / "a" / "out" / "file").read_text() == "x"
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "b" / "out", 0) as folder:
-        (folder / "file").write_text("x")
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "b" / "out", 0):
         raise KeyboardInterrupt
     assert list((tmp_path / "b").iterdir()) == []
 
@@ -102,7 +101,10 @@ def test_an_export_that_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file/out cannot be written: Not a directory"), new_folder(tmp_path / "file/out", 0):
+    with (
+        pytest.raises(OutputError, match="file/out cannot be written: Not a directory"),
+        new_folder(tmp_path / "file/out", 0),
+    ):
         pytest.fail("it was opened")
 
 
@@ -177,7 +179,15 @@ def test_the_card_names_base_licence_dataset_steps_and_loss(tmp_path: Path, adap
     (adapter.folder / "sage_run.json").write_text(json.dumps(record))
     write_card(tmp_path, "mine", adapter, ExportFormat.GGUF, "q8_0")
     card = (tmp_path / "README.md").read_text()
-    for part in ("base_model: org/base", "license: apache-2.0", "`chats.jsonl`", "7 of 9", "1.5000 after", "lora_rank 8", "q8_0"):
+    for part in (
+        "base_model: org/base",
+        "license: apache-2.0",
+        "`chats.jsonl`",
+        "7 of 9",
+        "1.5000 after",
+        "lora_rank 8",
+        "q8_0",
+    ):
         assert part in card
     assert "/private" not in card
     assert "tags: [lora, gguf, sage]" in card

@@ -17,7 +17,7 @@ def parameters(given: dict[str, Any]) -> Any:
     given: model (path), name, port, context_tokens, slots, threads, max_tokens, is_exact, sampling (defaults of requests).
     """
     params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias = given["model"], given["name"]
+    params.model.path, params.model_alias = given["model"], {given["name"]}
     params.hostname, params.port = "127.0.0.1", given["port"]
     # All slots share one cache; each may use all of it.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True

@@ -51,12 +51,12 @@ def export_model(
     with new_folder(output.absolute(), _needed_bytes(source, format_, precision)) as folder:
         match format_:
             case ExportFormat.ADAPTER:
-                _weights(report, folder, "Checking the adapter", "check", "--model", name)
+                _weights(report, folder, "Checking the adapter", "--model", name)
                 for pattern in _ADAPTER_FILES:
                     for file in source.folder.glob(pattern):
                         shutil.copy(file, folder)
             case ExportFormat.MERGED:
-                _weights(report, folder, "Writing safetensors", "dense", "--model", name, "--folder", str(folder))
+                _weights(report, folder, "Writing safetensors", "--model", name, "--folder", str(folder))
             case ExportFormat.GGUF | ExportFormat.OLLAMA:
                 assert llama_cpp, "GGUF files need llama.cpp's converter"
                 modelfile = folder / "Modelfile" if format_ is ExportFormat.OLLAMA else None
@@ -80,12 +80,10 @@ def write_gguf(
     Raises ModelError if llama.cpp does not support the model, or would make other tokens of a prompt.
     """
     dense, file = folder / ".safetensors", folder / "model.gguf"
-    fp32 = ("--fp32",) if precision == "f32" else ()
-    _weights(report, folder, "Writing safetensors", "dense", "--model", name, "--folder", str(dense), *fp32)
-    facts = _weights(report, folder, "Reading the tokenizer", "describe", "--folder", str(dense))
+    wanted = [flag for flag, is_set in (("--fp32", precision == "f32"), ("--modelfile", modelfile)) if is_set]
+    facts = _weights(report, folder, "Writing safetensors", "--model", name, "--folder", str(dense), *wanted)
     if modelfile:
-        arguments = ("modelfile", "--folder", str(dense), "--target", str(modelfile))
-        _weights(report, folder, "Writing the Modelfile", *arguments)
+        modelfile.write_text(facts["modelfile"], encoding="utf-8")
     if precision is None:
         precision = {"float32": "f32", "float16": "f16"}.get(facts["dtype"], "bf16")
     bos = ("--begins-with-bos",) if facts["begins_with_bos"] else ()

@@ -78,7 +78,7 @@ def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *
 
 
 def _keep_specials(model: Any, gguf: Any, end_tokens: Collection[int], *, begins_with_bos: bool) -> None:
-    """Record the end tokens that llama.cpp does not know by name, and that chats begin with BOS or not."""
+    """Record the end tokens that llama.cpp does not know by name, and add no BOS if chats begin without it."""
     keys, values = gguf.Keys.Tokenizer, model.gguf_writer.kv_data[0]
     tokens = values[keys.LIST].value
     free = [key for key in (keys.EOS_ID, keys.EOT_ID, keys.EOM_ID) if key not in values]
@@ -88,8 +88,9 @@ def _keep_specials(model: Any, gguf: Any, end_tokens: Collection[int], *, begins
         raise _unsupported(model.dir_model, f"it has {len(end_tokens)} end tokens, more than a GGUF file can name")
     for key, token in zip(free, further, strict=False):
         model.gguf_writer.add_uint32(key, token)
-    values.pop(keys.ADD_BOS, None)
-    model.gguf_writer.add_add_bos_token(begins_with_bos)
+    if not begins_with_bos:
+        values.pop(keys.ADD_BOS, None)
+        model.gguf_writer.add_add_bos_token(False)
 
 
 def _pre_tokenizer_of(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Steps of an export: processes whose last line of output is a JSON object."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,22 +19,21 @@ def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], No
 
     text: its standard input. Raises the SageError of the step, or ModelError with the last line of its log.
     """
-    process = subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    with process:
+    # The step ignores Ctrl-C, which this process handles, and nothing interrupts this process until it can kill the step.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        )
         try:
-            given: str | None = text
-            while True:
-                try:
-                    output, log = process.communicate(given, timeout=_POLL_SECONDS)
-                    break
-                except subprocess.TimeoutExpired:
-                    given = None
-                    while_running()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            output, log = _communicate(process, text, while_running)
         except BaseException:
             process.kill()
+            process.wait()
             raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     result = _last_object(output)
     if "error" in result:
         error = result["error"]
@@ -52,6 +52,16 @@ def finish_step(work: Callable[[], Any]) -> NoReturn:
         result, code = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}, 1
     print(json.dumps(result))
     sys.exit(code)
+
+
+def _communicate(process: subprocess.Popen[str], text: str, while_running: Callable[[], None]) -> tuple[str, str]:
+    given: str | None = text
+    while True:
+        try:
+            return process.communicate(given, timeout=_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            given = None
+            while_running()
 
 
 def _last_object(output: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def main() -> None:
     params = xllamacpp.CommonParams()
     params.model.path = sys.argv[1]
     params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = 512, 1, False, True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     chats = json.load(sys.stdin)
     print(json.dumps({"value": [tokens_of(server.listening_address, chat) for chat in chats]}))

@@ -41,10 +41,11 @@ def check_adapter(name: str) -> None:
     attach_adapter(load_causal_lm(base, _own_dtype(base)), source.folder)
 
 
-def write_dense(name: str, folder: Path, *, fp32: bool) -> None:
+def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) -> dict[str, Any]:
     """Write a model, with its adapter merged in fp32, as safetensors with tokenizer, template and end tokens.
 
     fp32: data type of the result; otherwise that of the base.
+    Returns what another program must do in the same way.
     """
     source, base = _located(name)
     is_adapter = source.kind is ModelKind.ADAPTER
@@ -64,39 +65,33 @@ def write_dense(name: str, folder: Path, *, fp32: bool) -> None:
     for pattern in _LICENCES:
         for file in base.glob(pattern):
             shutil.copy(file, folder)
+    facts = _described(model, ChatFormat(load_tokenizer(folder)))
+    return {**facts, "modelfile": _modelfile(folder, facts) if with_modelfile else None}
 
 
-def described(folder: Path) -> dict[str, Any]:
-    """Return what llama.cpp must do in the same way: tokens of prompts, end tokens, whether BOS begins a chat."""
-    from transformers import GenerationConfig
-
-    chat_format = ChatFormat(load_tokenizer(folder))
+def _described(model: Any, chat_format: ChatFormat) -> dict[str, Any]:
+    """Return what another program must do in the same way: tokens of prompts, end tokens, BOS, sampling."""
     probes: list[dict[str, Any]] = []
     for messages in _PROBES:
         try:
             probes.append({"messages": messages, "tokens": chat_format.prompt_ids(messages)})
         except Exception as error:  # noqa: BLE001 - templates raise all kinds of exceptions for roles that they do not have
             logger.info("the template rejects a chat: %s", error)
-    bos, settings, config = (
-        chat_format.tokenizer.bos_token_id,
-        GenerationConfig.from_pretrained(folder),
-        model_config(folder),
-    )
+    bos, settings = chat_format.tokenizer.bos_token_id, model.generation_config
     return {
         "probes": probes,
         "end_tokens": list(settings.eos_token_id),
         "begins_with_bos": bos is not None and all(probe["tokens"][0] == bos for probe in probes),
-        "dtype": str(_own_dtype(folder)).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "sampling": {name: value for name in _SAMPLING if (value := getattr(settings, name, None)) is not None},
-        "context_tokens": int(getattr(config, "max_position_embeddings", 4096)),
+        "context_tokens": int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096)),
     }
 
 
-def write_modelfile(folder: Path, target: Path) -> None:
-    """Write the Modelfile for the GGUF file that is made of a folder; raises ModelError."""
-    facts = described(folder)
-    text = modelfile(ChatFormat(load_tokenizer(folder)), facts["end_tokens"], adds_bos=facts["begins_with_bos"])
-    target.write_text(text, encoding="utf-8")
+def _modelfile(folder: Path, facts: dict[str, Any]) -> str:
+    chat_format = ChatFormat(load_tokenizer(folder))
+    adds_bos = facts["begins_with_bos"] and chat_format.prefix == [chat_format.tokenizer.bos_token_id]
+    return modelfile(chat_format, facts["end_tokens"], adds_bos=adds_bos)
 
 
 def _located(name: str) -> tuple[ModelSource, Path]:
@@ -116,21 +111,14 @@ def _own_dtype(base: Path) -> torch.dtype:
 def main() -> None:
     """Run the step that the command line names."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("step", choices=["check", "dense", "describe", "modelfile"])
-    parser.add_argument("--model")
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--target", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--folder", type=Path, help="Folder to write the model to; otherwise its adapter is checked.")
     parser.add_argument("--fp32", action="store_true")
+    parser.add_argument("--modelfile", action="store_true")
     given = parser.parse_args()
-    match given.step:
-        case "check":
-            finish_step(lambda: check_adapter(given.model))
-        case "dense":
-            finish_step(lambda: write_dense(given.model, given.folder, fp32=given.fp32))
-        case "describe":
-            finish_step(lambda: described(given.folder))
-        case _:
-            finish_step(lambda: write_modelfile(given.folder, given.target))
+    if given.folder:
+        finish_step(lambda: write_dense(given.model, given.folder, fp32=given.fp32, with_modelfile=given.modelfile))
+    finish_step(lambda: check_adapter(given.model))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The backend for vLLM, in an environment of its own: many answers and many adapters in one batch."""
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sage.libs.models.hot import why_not_hot
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
@@ -15,6 +17,8 @@ from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGU
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 _GIB = 2**30
+#: Entries of adapter_config.json that vLLM ignores.
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 class VllmOptions(BaseModel):
@@ -69,7 +73,14 @@ class VllmBackend(WorkerBackend):
         }
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why an adapter cannot be loaded into a server of its base."""
+        """Return why vLLM cannot load the adapter beside its base."""
+        if reason := why_not_hot(adapter, base):
+            return reason
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        if pattern := next((name for name in _PATTERNS if config.get(name)), None):
+            return f"it uses {pattern}, which vLLM ignores"
+        if chat_template(adapter) not in (None, chat_template(base)):
+            return "it has another chat template than its base"
         return None
 
     def max_adapters(self, options: VllmOptions) -> int:

@@ -1,0 +1,66 @@
+"""llama.cpp's server on a GGUF file, for tests of files that others will serve."""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sage.libs.models.export.formats import LlamaCpp
+
+#: Serves the file of the command line until its standard input is closed; prints its address.
+_PROGRAM = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = sys.argv[1], 512, 1, False, True
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+class LlamaServer:
+    """A server process."""
+
+    def __init__(self, llama_cpp: LlamaCpp, file: Path) -> None:
+        self._process = subprocess.Popen(
+            [llama_cpp.interpreter, "-c", _PROGRAM, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        assert self._process.stdout
+        self._address = self._process.stdout.readline().strip().removeprefix("http://")
+        assert self._address, "the file does not load"
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def chat(self, messages: list[dict[str, Any]], **more: Any) -> Any:
+        return self.post("/v1/chat/completions", messages=messages, **more)
+
+    def post(self, path: str, **body: Any) -> Any:
+        return self._request("POST", path, json.dumps(body))
+
+    def get(self, path: str) -> Any:
+        return self._request("GET", path, None)
+
+    def _request(self, method: str, path: str, body: str | None) -> Any:
+        connection = http.client.HTTPConnection(self._address, timeout=60)
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        content = answer.read()
+        assert answer.status == 200, content
+        return json.loads(content)
+
+
+def installed_home() -> Path:
+    """Return the SAGE_HOME in which `make setup` installs the backends for the tests."""
+    return Path(os.environ.get("TEST_BACKENDS_HOME", Path(sys.prefix) / "backends"))
