@@ -4,6 +4,7 @@ Runs in vLLM's environment, as a file: SAGE is not installed there. Changes to v
 
 - It listens on the socket that the launcher opened, and rejects requests that a web page of another site may have sent.
 - A parameter that it does not know is a 400, while vLLM ignores it; error codes are words, as OpenAI's.
+- An adapter with another tokenizer or chat template than its base is refused.
 - `/health` has the server's token, so that it is not taken for another server, and its limits.
 """
 
@@ -12,6 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,7 +38,28 @@ _KNOWN = {
     "/v1/chat/completions": _IGNORED | set(ChatCompletionRequest.model_fields),
     "/v1/completions": _IGNORED | set(CompletionRequest.model_fields),
 }
+_LOAD = "/v1/load_lora_adapter"
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
+
+
+def _template(folder: Path) -> str | None:
+    """Return the chat template of a folder, None if it has none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    return str(template) if template else None
+
+
+def _vocabulary(folder: Path) -> Any:
+    """Return the parts of a folder's tokenizer that decide which tokens a text has, None if it has no tokenizer."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_bytes()) if file.is_file() else None
+    return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+
+
+_VOICE: dict[str, Callable[[Path], Any]] = {"chat template": _template, "tokenizer": _vocabulary}
 
 
 class Rules:
@@ -53,6 +76,8 @@ class Rules:
             await _send_error(send, 403, "Requests of other sites or hosts are rejected.", "origin_not_allowed")
         elif scope["path"] == "/health":
             await self._app(scope, receive, _Health(send, scope["app"].state))
+        elif scope["path"] == _LOAD:
+            await self._load(scope, receive, send)
         elif (known := _KNOWN.get(scope["path"])) is None:
             await self._app(scope, receive, _WithCodes(send))
         else:
@@ -62,6 +87,20 @@ class Rules:
                 await _send_error(send, 400, message, "unsupported_value", unknown)
             else:
                 await self._app(scope, _Replay(body, receive), _WithCodes(send))
+
+    async def _load(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Load an adapter, unless it needs another prompt than the base: vLLM uses the base's tokenizer for all of them."""
+        body = await _read(receive)
+        try:
+            adapter, base = Path(json.loads(body)["lora_path"]), Path(scope["app"].state.vllm_config.model_config.model)
+            name = next((name for name, read in _VOICE.items() if read(adapter) not in (None, read(base))), None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            await _send_error(send, 400, f"The adapter cannot be read: {error!r}.", "invalid_value", "lora_path")
+            return
+        if name:
+            await _send_error(send, 400, f"The adapter has another {name} than its base.", "adapter_not_hot")
+        else:
+            await self._app(scope, _Replay(body, receive), _WithCodes(send, is_refusal=True))
 
 
 class _Replay:
@@ -100,10 +139,14 @@ class _Health:
 
 
 class _WithCodes:
-    """Replaces the numbers that vLLM has as error codes."""
+    """Replaces the numbers that vLLM has as error codes.
 
-    def __init__(self, send: Send) -> None:
+    is_refusal: an error means that the request is refused, though vLLM answers 500, such as for a rank that is too large.
+    """
+
+    def __init__(self, send: Send, *, is_refusal: bool = False) -> None:
         self._send, self._start, self._body = send, {"status": 200}, b""
+        self._is_refusal = is_refusal
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] >= 400:
@@ -116,7 +159,7 @@ class _WithCodes:
                 await self._send_error()
 
     async def _send_error(self) -> None:
-        status = self._start["status"]
+        status = 400 if self._is_refusal else self._start["status"]
         try:
             error = json.loads(self._body)["error"]
         except (ValueError, KeyError, TypeError):
