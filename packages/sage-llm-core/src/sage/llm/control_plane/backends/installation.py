@@ -102,10 +102,20 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
     def run(*argv: str | Path) -> None:
         _run(environment, [str(argument) for argument in argv], temporary, lock, report)
 
+    def install(requirement: str, *options: str) -> None:
+        run(*pip, "install", "--progress-bar", "off", "--constraint", pins, *options, requirement)
+
     pip = (environment.python, "-m", "pip")
-    run(sys.executable, "-m", "venv", folder)
-    for requirement in (*environment.before, environment.requirement):
-        run(*pip, "install", "--progress-bar", "off", "--constraint", pins, requirement)
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    run(environment.python, "-m", "ensurepip", "--default-pip")
+    for requirement in environment.before:
+        try:
+            install(requirement)
+        except BackendError:
+            if not environment.index:
+                raise
+            install(requirement, "--extra-index-url", environment.index)
+    install(environment.requirement)
     if environment.unwanted:
         run(*pip, "uninstall", "--yes", *environment.unwanted)
     shutil.rmtree(temporary)

@@ -11,17 +11,19 @@ from sage.llm.control_plane.backends.embedding import EmbeddingBackend
 from sage.llm.control_plane.backends.llamacpp import LlamaCppBackend
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
+from sage.llm.control_plane.backends.vllm import VllmBackend
 
 #: `auto` means the first backend that can run the engine.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), LlamaCppBackend())
+    backend.name: backend
+    for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), VllmBackend(), LlamaCppBackend())
 }
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource) -> Backend:
     """Return the backend `name`; for `auto`, return the first backend that can run `model` as an engine of `kind`.
 
-    Raises ConfigError, which lists the backends of the kind, if no backend has the name or none can run the engine.
+    Raises ConfigError if the backend is not installed, or, with a list of the kind's backends, if none can run the engine.
     """
     if name != "auto" and name not in BACKENDS:
         raise _refused(f"There is no backend '{name}'.", kind)
@@ -31,6 +33,8 @@ def resolve(name: str, kind: EngineKind, model: ModelSource) -> Backend:
         raise _refused(f"The backend '{name}' does not run engines of kind {kind}.", kind)
     for backend in of_kind:
         if model.kind in backend.capabilities.formats:
+            if environments.environment(backend.name):
+                environments.interpreter(backend.name)
             return backend
     formats = sorted({str(model_format) for backend in of_kind for model_format in backend.capabilities.formats})
     problem = f"{model.name} is a model in the format '{model.kind}'; engines of kind {kind} need {' or '.join(formats)}."

@@ -1,0 +1,87 @@
+"""Start vLLM's server: make the folder that it loads, then become the server, which runs in vLLM's environment."""
+
+import argparse
+import hashlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import SageError
+from sage.common.logs import configure_logging
+from sage.common.paths import get_user_paths, private_folder
+from sage.common.processes import held_lock
+from sage.libs.models.export.folder import new_folder, parameter_count
+from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
+
+_FP32_BYTES = 4
+
+
+def serving_folder(source: ModelSource) -> Path:
+    """Return a folder with a model as vLLM shall serve it, in `cache_dir/vllm`; make it if it is not there.
+
+    It has the template and the end tokens that SAGE serves the model with. An adapter is merged into its base; otherwise the
+    weights are links. Raises SageError.
+    """
+    from sage.libs.models.export.weights import write_dense
+    from sage.libs.models.loading import local_folder
+
+    root = private_folder(get_user_paths().cache_dir / "vllm")
+    is_adapter = source.kind is ModelKind.ADAPTER
+    origin = source.folder if is_adapter else local_folder(source)
+    target = root / _key(source, origin)
+    with held_lock(root / f".{target.name}.lock"):
+        if not target.is_dir():
+            with new_folder(target, parameter_count(source) * _FP32_BYTES if is_adapter else 0) as folder:
+                write_dense(source.name, folder, fp32=True) if is_adapter else _write_links(origin, folder)
+    return target
+
+
+def _key(source: ModelSource, origin: Path) -> str:
+    """Return a name for the folder; it differs if a file of the model has changed."""
+    folders = [origin, source.base.folder] if source.base else [origin]
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
+    facts = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def _write_links(origin: Path, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    from sage.libs.models.chat import ChatFormat, ensure_chat_template
+    from sage.libs.models.loading import load_tokenizer, model_config
+
+    tokenizer = load_tokenizer(origin)
+    ensure_chat_template(tokenizer)
+    tokenizer.save_pretrained(folder)
+    config: Any = model_config(origin)
+    has_settings = (origin / "generation_config.json").is_file()
+    settings = GenerationConfig.from_pretrained(origin) if has_settings else GenerationConfig.from_model_config(config)
+    settings.eos_token_id = ChatFormat(tokenizer).end_ids(settings.eos_token_id)
+    settings.do_sample = True  # otherwise transformers refuses to save sampling settings
+    settings.save_pretrained(folder)
+    for file in origin.iterdir():
+        if file.is_file() and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+
+
+def main() -> None:
+    """Become the server; an error is printed as the last line of the log, with exit code 1."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--interpreter", required=True, help="Python of vLLM's environment.")
+    given, options = parser.parse_known_args()
+    configure_logging()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        folder = serving_folder(resolve_model(given.model))
+    except SageError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+    script = Path(__file__).with_name("vllm_server.py")
+    os.execv(given.interpreter, [given.interpreter, "-I", str(script), "--model", str(folder), *options])
+
+
+if __name__ == "__main__":
+    main()
