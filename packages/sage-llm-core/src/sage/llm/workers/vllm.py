@@ -80,7 +80,7 @@ def main() -> None:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
     script = Path(__file__).with_name("vllm_server.py")
-    os.execv(given.interpreter, [given.interpreter, str(script), "--model", str(folder), *options])
+    os.execv(given.interpreter, [given.interpreter, "-I", str(script), "--model", str(folder), *options])
 
 
 if __name__ == "__main__":

