@@ -1,4 +1,4 @@
-"""llama.cpp's server on a GGUF file, for tests of files that others will serve."""
+"""llama.cpp's server on a GGUF file, and the answers of transformers to compare with."""
 
 import http.client
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sage.libs.models.chat import ChatFormat
 from sage.libs.models.export.formats import LlamaCpp
 
 #: Serves the file of the command line until its standard input is closed; prints its address.
@@ -64,3 +65,25 @@ class LlamaServer:
 def installed_home() -> Path:
     """Return the SAGE_HOME in which `make setup` installs the backends for the tests."""
     return Path(os.environ.get("TEST_BACKENDS_HOME", Path(sys.prefix) / "backends"))
+
+
+def trained_model(base: Path, adapter: Path) -> Any:
+    """Return a base with its adapter merged."""
+    import torch
+
+    from sage.libs.models.adapters import attach_adapter, merged
+    from sage.libs.models.loading import load_causal_lm
+
+    return merged(attach_adapter(load_causal_lm(base, torch.float32), adapter))
+
+
+def greedy_answer(model: Any, chat_format: ChatFormat, messages: list[dict[str, Any]], max_tokens: int) -> str:
+    """Return the answer that transformers generates, greedily."""
+    import torch
+
+    prompt, ends = torch.tensor([chat_format.prompt_ids(messages)]), chat_format.end_ids(None)
+    answer = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends,
+        pad_token_id=0,
+    )[0, prompt.shape[1] :].tolist()  # fmt: skip
+    return str(chat_format.tokenizer.decode([token for token in answer if token not in ends], skip_special_tokens=True))

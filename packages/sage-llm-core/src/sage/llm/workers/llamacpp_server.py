@@ -18,7 +18,7 @@ def parameters(given: dict[str, Any]) -> Any:
     """
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
-    params.hostname, params.port = "127.0.0.1", given["port"]
+    params.hostnames, params.port = ["127.0.0.1"], given["port"]
     # All slots share one cache; each may use all of it.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True
     params.n_predict, params.use_jinja, params.ui = given["max_tokens"], True, False

