@@ -1,6 +1,8 @@
 """What LangChain's ChatOpenAI and OpenAIEmbeddings get; prints it as JSON."""
 
+import functools
 import json
+import operator
 import sys
 from typing import Literal
 
@@ -31,10 +33,7 @@ whole = llm.invoke([question])
 chunks = list(llm.stream([question], stream_usage=True))
 called = llm.bind_tools([now], tool_choice="any", parallel_tool_calls=False).invoke([question])
 call = called.tool_calls[0]
-streamed_call = sum(
-    llm.bind_tools([now], tool_choice="now").stream([question]),
-    start=next(iter(llm.stream([question]))).model_copy(update={"content": ""}),
-)
+streamed_call = functools.reduce(operator.add, llm.bind_tools([now], tool_choice="now").stream([question]))
 answered = llm.bind_tools([now]).invoke([question, called, ToolMessage(now.invoke(call["args"]), tool_call_id=call["id"])])
 vectors = OpenAIEmbeddings(base_url=base_url, api_key="none", model=embedding, check_embedding_ctx_length=False)
 result = {
