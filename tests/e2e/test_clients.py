@@ -44,6 +44,8 @@ def base_url(tiny_model: Path, tmp_path: Path) -> str:
     shutil.copytree(tiny_model, model)
     template = CHATML.replace("<call>", "<tool_call>").replace("</call>", "</tool_call>")
     (model / "chat_template.jinja").write_text(template)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))  # DSPy's prompts are long
     sage("llm", "engine", "start", str(model), "--name", "tiny")
     sage("llm", "engine", "start", "all-minilm-l6-v2", "--engine-kind", "embedding", "--name", "minilm")
     return f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}/v1"
