@@ -143,7 +143,8 @@ class ChatFormat:
             rest = ""
             with contextlib.suppress(Exception):  # templates raise all kinds of exceptions
                 rest = self.render(messages).rpartition(_PROBE)[2]
-            if found := next((token for token in self.ids([rest])[0] if token in self.special_ids), None):
+            found = next((token for token in self.ids([rest])[0] if token in self.special_ids), None)
+            if found is not None:
                 return found
         end: int | None = self.tokenizer.eos_token_id
         return end
