@@ -72,5 +72,5 @@ bench-serving: setup
 	cd benchmarks && $(CURDIR)/$(BIN)/python -m serving
 
 clean:
-	rm -rf $(VENV) .bench .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .bench .clients* .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find packages tests -name __pycache__ -type d -exec rm -rf {} +

@@ -3,15 +3,18 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 import torch
+from chat_templates import CHATML
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import BaseModel
 from support import engine_of, free_port, list_engines, sage, wait_for
 from training import TinyRun
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,6 +106,45 @@ def test_openai_s_own_client_works(tiny_model: Path, client: openai.OpenAI) -> N
     talk = "Hello\n/clear\n\nHello\n/exit\n"
     said = sage("llm", "chat", "--temperature", "0", "--max-tokens", "12", input=talk).stdout
     assert said == f"{text}\n{text}\n"
+
+
+class Verdict(BaseModel):
+    """A form of answers."""
+
+    ok: bool
+    size: Literal["s", "m"]
+
+
+def test_openai_s_own_client_gets_tool_calls_and_parsed_answers(
+    tiny_model: Path, tmp_path: Path, client: openai.OpenAI
+) -> None:
+    model = tmp_path / "with-tools"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text(CHATML)
+    sage("llm", "engine", "start", str(model), "--name", "tools")
+    tool = openai.pydantic_function_tool(Verdict, name="judge")
+    asked: dict[str, Any] = {"model": "tools", "messages": HELLO, "temperature": 0, "max_tokens": 200}
+
+    parsed = client.chat.completions.parse(**asked, response_format=Verdict).choices[0]
+    assert isinstance(parsed.message.parsed, Verdict)
+    called = client.chat.completions.parse(**asked, tools=[tool], tool_choice="required", parallel_tool_calls=False).choices[
+        0
+    ]
+    assert called.finish_reason == "tool_calls"
+    assert called.message.tool_calls is not None
+    (call,) = called.message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Verdict)
+    with client.chat.completions.stream(**asked, tools=[tool], tool_choice="required", parallel_tool_calls=False) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    assert streamed.tool_calls is not None
+    assert streamed.tool_calls[0].function.parsed_arguments == call.function.parsed_arguments
+    results = [
+        called.message.model_dump(exclude_none=True, exclude={"parsed"}),
+        {"role": "tool", "content": "5", "tool_call_id": call.id},
+    ]
+    for message in results[0]["tool_calls"]:
+        message["function"].pop("parsed_arguments")
+    assert client.chat.completions.create(**{**asked, "messages": [*HELLO, *results]}, tools=[tool]).choices
 
 
 def test_a_request_waits_for_an_engine_that_starts_and_is_told_when_it_takes_too_long(

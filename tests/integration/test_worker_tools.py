@@ -132,3 +132,11 @@ def test_the_notation_of_calls_and_reasoning_is_read_from_the_template(family: s
     found = AnswerFormat.of(ChatFormat(tokenizer))
     assert (found.call_open, found.call_close, found.calls, found.think_open) == FORMATS[family]
     assert len(found.special_tokens(tokenizer)) == (1 if family == "mistral" else 0)
+
+
+def test_markers_that_a_tokenizer_declares_are_used_if_its_template_shows_none(tiny_model: Path) -> None:
+    tokenizer: Any = load_tokenizer(tiny_model)
+    calls, thoughts = {"open": "<|call>", "close": "<call|>"}, {"open": "<|channel>thought\n", "close": "<channel|>"}
+    tokenizer.response_template = {"fields": {"tool_calls": calls, "reasoning_content": thoughts}}
+    found = AnswerFormat.of(ChatFormat(tokenizer))
+    assert (found.call_open, found.call_close, found.think_open) == ("<|call>", "<call|>", "<|channel>thought")

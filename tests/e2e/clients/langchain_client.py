@@ -1,6 +1,8 @@
 """What LangChain's ChatOpenAI and OpenAIEmbeddings get; prints it as JSON."""
 
+import functools
 import json
+import operator
 import sys
 from typing import Literal
 
@@ -28,19 +30,16 @@ def now(zone: Literal["utc", "cet"]) -> str:
 llm = ChatOpenAI(base_url=base_url, api_key="none", model=model, temperature=0, max_tokens=200, max_retries=0)
 question = HumanMessage("Hello")
 whole = llm.invoke([question])
-chunks = list(llm.stream([question], stream_usage=True))
+streamed = functools.reduce(operator.add, llm.stream([question], stream_usage=True))
 called = llm.bind_tools([now], tool_choice="any", parallel_tool_calls=False).invoke([question])
 call = called.tool_calls[0]
-streamed_call = sum(
-    llm.bind_tools([now], tool_choice="now").stream([question]),
-    start=next(iter(llm.stream([question]))).model_copy(update={"content": ""}),
-)
+streamed_call = functools.reduce(operator.add, llm.bind_tools([now], tool_choice="now").stream([question]))
 answered = llm.bind_tools([now]).invoke([question, called, ToolMessage(now.invoke(call["args"]), tool_call_id=call["id"])])
 vectors = OpenAIEmbeddings(base_url=base_url, api_key="none", model=embedding, check_embedding_ctx_length=False)
 result = {
     "chat": whole.content,
-    "stream": "".join(chunk.content for chunk in chunks),
-    "tokens": [whole.usage_metadata["output_tokens"], chunks[-1].usage_metadata["output_tokens"]],
+    "stream": streamed.content,
+    "tokens": [whole.usage_metadata["output_tokens"], streamed.usage_metadata["output_tokens"]],
     "call": [call["name"], list(call["args"])],
     "streamed_call": [streamed_call.tool_calls[0]["name"], list(streamed_call.tool_calls[0]["args"])],
     "after_the_call": isinstance(answered.content, str),

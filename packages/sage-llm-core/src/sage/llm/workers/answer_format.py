@@ -41,7 +41,9 @@ class AnswerFormat:
         """Return the format of a model's answers. Takes as long as its template does, which is a program."""
         template = str(chat.tokenizer.chat_template or "")
         fields = _call_in_template(chat) or _markers_of_calls(chat, template)
-        opening, closing = _markers_of_reasoning(chat, template)
+        if not fields and (declared := _declared_markers(chat.tokenizer, "tool_calls"))[0]:
+            fields = {"call_open": declared[0], "call_close": declared[1]}
+        opening, closing = _markers_of_reasoning(chat, template) or _declared_markers(chat.tokenizer, "reasoning_content")
         return cls(**fields, think_open=opening, think_close=closing)
 
     def special_tokens(self, tokenizer: Any) -> frozenset[int]:
@@ -101,6 +103,14 @@ def _json_call(chat: ChatFormat, value: Any, call: dict[str, Any], before: str, 
     }
 
 
+def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
+    """Return the markers in a tokenizer's `response_template`, if they are literal; ("", "") if it declares none."""
+    declared = getattr(tokenizer, "response_template", None)
+    spec = declared.get("fields", {}).get(field, {}) if isinstance(declared, dict) else {}
+    opening, closing = spec.get("open"), spec.get("close", "")
+    return (opening.strip(), closing.strip()) if isinstance(opening, str) and isinstance(closing, str) else ("", "")
+
+
 def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
     """Return the markers of calls that a template with tools mentions, or that the tokenizer has as tokens."""
     known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
@@ -110,8 +120,8 @@ def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
     return {}
 
 
-def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str]:
-    """Return the markers around the reasoning that a template writes, or else mentions; ("", "") if there are none."""
+def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str] | None:
+    """Return the markers around the reasoning that a template writes, or else mentions."""
     text = ""
     answered = {"role": "assistant", "content": _VALUE, "reasoning_content": _THOUGHT}
     with contextlib.suppress(Exception):  # templates raise all kinds of exceptions
@@ -120,4 +130,4 @@ def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str]:
     for opening, closing in _THINK_MARKERS:
         if (opening in before and closing in after) or (opening in template and closing in template):
             return opening, closing
-    return "", ""
+    return None

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from sage.llm.workers.adapters import Adapter, Adapters
 
 #: Name of our attention in transformers' configuration.
-ATTENTION = "sage_packed"
+ATTENTION = "sage_served"  # training registers another one
 _FIRST_ROOM_TOKENS = 256
 #: Prompt tokens per pass: few on a CPU, because the other answers wait for the pass.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
