@@ -1,7 +1,7 @@
 """What a served model and a training run on the same cores cost each other.
 
-The served model answers one request of 32 tokens every 2 seconds. Prints and writes to `benchmarks/results/beside.md` the speed
-of the run, alone and beside the requests, and the time of an answer, alone and beside the run.
+The served model answers one request of 32 tokens every 2 seconds. Prints and writes to `benchmarks/results/beside.md`:
+the speed of the run, alone and beside the requests, and the time of an answer, alone and beside the run.
 """
 
 import argparse
