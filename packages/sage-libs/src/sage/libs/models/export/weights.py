@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sage.common.errors import ModelError
 from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.chat import ChatFormat, Message, ensure_chat_template
 from sage.libs.models.export.modelfile import modelfile
