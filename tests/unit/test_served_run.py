@@ -30,8 +30,9 @@ S = EngineState
 RUN: dict[str, Any] = {"id": "engine-run", "kind": EngineKind.FINETUNE}
 
 
-def seen(step: int | None, ended: EngineState | None = None) -> Observed:
-    return Observed(alive=ended is None, ended=ended, training=training_progress(checkpoint_step=step))
+def seen(step: int | None, ended: EngineState | None = None, **progress: int) -> Observed:
+    training = training_progress(**{"step": 11, "total_steps": 99, "checkpoint_step": step, **progress})
+    return Observed(alive=ended is None, ended=ended, training=training)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def seen(step: int | None, ended: EngineState | None = None) -> Observed:
         ({"checkpoints": True, "step": 5}, seen(5), None),
         ({"checkpoints": True, "step": 5}, seen(10), 10),
         ({"checkpoints": True}, seen(5, S.FAILED), None),
+        ({"checkpoints": True}, seen(99, step=99), None),  # the result follows
         ({"checkpoints": True, "step": 5}, seen(10, S.COMPLETED), "result"),
         ({"after_step": 5}, seen(5), None),
         ({"after_step": 5}, seen(6), 6),
