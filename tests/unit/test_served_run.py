@@ -30,8 +30,8 @@ S = EngineState
 RUN: dict[str, Any] = {"id": "engine-run", "kind": EngineKind.FINETUNE}
 
 
-def seen(step: int | None, ended: EngineState | None = None, **progress: int) -> Observed:
-    training = training_progress(**{"step": 11, "total_steps": 99, "checkpoint_step": step, **progress})
+def seen(checkpoint_step: int | None, ended: EngineState | None = None, step: int = 11) -> Observed:
+    training = training_progress(step=step, total_steps=99, checkpoint_step=checkpoint_step)
     return Observed(alive=ended is None, ended=ended, training=training)
 
 
