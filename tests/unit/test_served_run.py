@@ -17,7 +17,10 @@ from sage.llm.client.types import DesiredState, EngineKind, EngineState, StartRe
 from sage.llm.control_plane.actions import Publish
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.creation import served_run
+from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
+from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.routing import RoutingTable
@@ -94,7 +97,8 @@ class World:
         values = {"name": "tuned", "checkpoints": True, **serve}
         options = {"output_dir": str(self.output)}
         self.store.add(record(S.RUNNING, serve=values, options=options, **RUN), "user", self.lease)
-        executors: Any = {EngineKind.FINETUNE: self}
+        inference = InferenceExecutor(LocalLauncher(), AdapterClient())
+        executors: Any = {EngineKind.FINETUNE: self, EngineKind.LLM: inference}
         self.publisher = Publisher(self.store, Pool("store", 1), executors, RoutingTable("n"), lambda: self.lease)
 
     async def publish_checkpoint(self, _: EngineRecord, step: int) -> Path:
