@@ -63,7 +63,7 @@ def test_an_idle_adapter_is_unloaded_alone_and_joins_its_server_again(tiny_model
     run(test)
 
 
-def test_an_engine_with_requests_is_not_unloaded_neither_during_a_long_one(
+def test_an_engine_with_requests_stays_loaded_also_during_a_long_one(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sage.llm.control_plane.activity._CHECK_SECONDS", 0.05)

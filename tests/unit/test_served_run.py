@@ -17,7 +17,10 @@ from sage.llm.client.types import DesiredState, EngineKind, EngineState, StartRe
 from sage.llm.control_plane.actions import Publish
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.creation import served_run
+from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
+from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.routing import RoutingTable
@@ -30,8 +33,9 @@ S = EngineState
 RUN: dict[str, Any] = {"id": "engine-run", "kind": EngineKind.FINETUNE}
 
 
-def seen(step: int | None, ended: EngineState | None = None) -> Observed:
-    return Observed(alive=ended is None, ended=ended, training=training_progress(checkpoint_step=step))
+def seen(checkpoint_step: int | None, ended: EngineState | None = None, step: int = 11) -> Observed:
+    training = training_progress(step=step, total_steps=99, checkpoint_step=checkpoint_step)
+    return Observed(alive=ended is None, ended=ended, training=training)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,7 @@ def seen(step: int | None, ended: EngineState | None = None) -> Observed:
         ({"checkpoints": True, "step": 5}, seen(5), None),
         ({"checkpoints": True, "step": 5}, seen(10), 10),
         ({"checkpoints": True}, seen(5, S.FAILED), None),
+        ({"checkpoints": True}, seen(99, step=99), None),  # the result follows
         ({"checkpoints": True, "step": 5}, seen(10, S.COMPLETED), "result"),
         ({"after_step": 5}, seen(5), None),
         ({"after_step": 5}, seen(6), 6),
@@ -92,7 +97,8 @@ class World:
         values = {"name": "tuned", "checkpoints": True, **serve}
         options = {"output_dir": str(self.output)}
         self.store.add(record(S.RUNNING, serve=values, options=options, **RUN), "user", self.lease)
-        executors: Any = {EngineKind.FINETUNE: self}
+        inference = InferenceExecutor(LocalLauncher(), AdapterClient())
+        executors: Any = {EngineKind.FINETUNE: self, EngineKind.LLM: inference}
         self.publisher = Publisher(self.store, Pool("store", 1), executors, RoutingTable("n"), lambda: self.lease)
 
     async def publish_checkpoint(self, _: EngineRecord, step: int) -> Path:

@@ -10,11 +10,9 @@ from typing import Any
 
 from sage.common.errors import ModelError, NotFound, SageError
 from sage.common.ids import random_suffix
-from sage.libs.models.resolve import resolve_model
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, StartRequest
-from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.creation import new_engine
-from sage.llm.control_plane.executors.base import Executor, Prepared
+from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.executors.placement import placement
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import RoutingTable
@@ -60,7 +58,7 @@ class Publisher:
             else:
                 await self._replace(engine, model, is_result=step is None)
                 await self._revise(run, serve=serve.published(step, engine.id).model_dump())
-        except (SageError, OSError) as error:
+        except (SageError, OSError, ValueError) as error:  # ValueError: a path that cannot be a model's name
             logger.warning("%s: %s is not served: %s", run.id, f"step {step}" if step else "its result", error)
             await self._revise(run, serve=serve.published(step, serve.engine_id).model_dump())
 
@@ -82,12 +80,10 @@ class Publisher:
 
     async def _start(self, run: EngineRecord, serve: ServedRun, model: str, step: int | None) -> None:
         """Create the engine and note it in the run, in one transaction."""
-        source = await asyncio.to_thread(resolve_model, model)
+        engine_id = f"engine-{random_suffix()}"
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
-        backend = registry.resolve(request.backend, EngineKind.LLM, source)
-        options = backend.options()
-        prepared = Prepared(backend.name, options.model_dump(), backend.memory_bytes(source, options))
-        engine = new_engine(f"engine-{random_suffix()}", run.node, request, prepared, run.restart_policy)
+        prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)
+        engine = new_engine(engine_id, run.node, request, prepared, run.restart_policy)
         placed = await asyncio.to_thread(placement, engine)
         if step is not None and placed["adapter"] is None:
             raise ModelError(code="adapter_unfit", message=f"Its checkpoints would be {placed['form']}.")

@@ -148,7 +148,7 @@ class EngineReads:
         return await asyncio.to_thread(self._blocking_view, engine, server)
 
     def _blocking_view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
-        if engine.state in SETTLED:
+        if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # the last observation is older than that
             return self._views.view(engine, None, None)
         silent_seconds = 0.0 if self.is_responsive(engine.id) else self._reconciler.silent_seconds(engine.id)
         return self._views.view(

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from sage.llm.client.types import EngineState
+from sage.llm.client.types import DesiredState, EngineState
 from sage.llm.control_plane.actions import Publish
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.store.records import EngineRecord
@@ -36,13 +36,16 @@ class ServedRun(BaseModel):
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
     """Return the action that publishes the newest version of a run, if that is to be served and is not yet.
 
-    A run that failed has no result; its last checkpoint is still served.
+    A run that failed has no result; its last checkpoint is still served. The checkpoint of a run that is about to end is not
+    served, because loading it would delay the result.
     """
-    serve = ServedRun.of(engine)
-    if serve is None or observed.training is None:
+    serve, training = ServedRun.of(engine), observed.training
+    if serve is None or training is None:
         return None
     if observed.ended in (EngineState.COMPLETED, EngineState.STOPPED):
         return None if serve.is_complete else Publish(engine, None)
-    step = observed.training.checkpoint_step or 0
+    step = training.checkpoint_step or 0
     is_requested = serve.checkpoints or (serve.after_step is not None and step > serve.after_step)
-    return Publish(engine, step) if is_requested and step > serve.step and observed.ended is None else None
+    is_ending = engine.desired is DesiredState.STOPPED or training.step == training.total_steps
+    is_due = is_requested and step > serve.step and observed.ended is None and not is_ending
+    return Publish(engine, step) if is_due else None
