@@ -80,7 +80,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
         assert "error" not in json.loads(next(lines))
         os.kill(pid, signal.SIGKILL)
         *_, last = lines
-    assert json.loads(last)["error"]["code"] == "stream_cut"
+    assert json.loads(last)["error"]["code"] == "engine_died"
     wait_for(lambda: client.get_engine(engine_id).pid not in (None, pid), "another process")
     until(client, engine_id, "running")
     assert ask(client).status_code == 200
