@@ -32,7 +32,7 @@ def main() -> None:
         home = Path(work)
         base = local_folder(resolve_model(MODEL))
         adapters = [home / "adapters" / f"adapter-{number:02}" for number in range(arguments.adapters)]
-        making = [sys.executable, "-m", "serving.models", base, home / "adapters", str(len(adapters))]
+        making = [sys.executable, "-m", "serving.models", str(base), str(home / "adapters"), str(len(adapters))]
         subprocess.run(making, check=True, cwd=Path(__file__).parents[1])  # a process of its own: it imports torch
         results = []
         with gateway(home) as client:

@@ -28,7 +28,8 @@ def gateway(home: Path) -> Iterator[SageClient]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "SAGE_HOME": str(home), "SAGE_GATEWAY_PORT": str(port), "SAGE_ENGINE_START_SECONDS": "300"}
+    settings = {"SAGE_GATEWAY_PORT": str(port), "SAGE_ENGINE_START_SECONDS": "600", "SAGE_LOG_LEVEL": "WARNING"}
+    environment = {**os.environ, **settings, "SAGE_HOME": str(home)}
     with (
         subprocess.Popen([sys.executable, "-m", "sage.llm.gateway"], env=environment) as process,
         SageClient(f"http://127.0.0.1:{port}", timeout_seconds=300) as client,

@@ -34,7 +34,10 @@ def serving_folder(source: ModelSource) -> Path:
     with held_lock(root / f".{target.name}.lock"):
         if not target.is_dir():
             with new_folder(target, parameter_count(source) * _FP32_BYTES if is_adapter else 0) as folder:
-                write_dense(source.name, folder, fp32=True) if is_adapter else _write_links(origin, folder)
+                if is_adapter:
+                    write_dense(source.name, folder, fp32=True, with_modelfile=False)
+                else:
+                    _write_links(origin, folder)
     return target
 
 

@@ -12,19 +12,10 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
-
-import uvloop
-from vllm.entrypoints.launchers.api_server import entry
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-from vllm.logger import configure_logging_from_args
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -34,10 +25,6 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 #: Parameters of OpenAI's that have no effect on an answer here.
 _IGNORED = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "user"}
-_KNOWN = {
-    "/v1/chat/completions": _IGNORED | set(ChatCompletionRequest.model_fields),
-    "/v1/completions": _IGNORED | set(CompletionRequest.model_fields),
-}
 _LOAD = "/v1/load_lora_adapter"
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
 
@@ -65,6 +52,9 @@ _VOICE: dict[str, Callable[[Path], Any]] = {"chat template": _template, "tokeniz
 class Rules:
     """Middleware that applies SAGE's rules to requests and errors."""
 
+    #: The parameters that vLLM knows, by path.
+    known: ClassVar[Mapping[str, Collection[str]]] = {}
+
     def __init__(self, app: App) -> None:
         self._app = app
 
@@ -78,7 +68,7 @@ class Rules:
             await self._app(scope, receive, _Health(send, scope["app"].state))
         elif scope["path"] == _LOAD:
             await self._load(scope, receive, send)
-        elif (known := _KNOWN.get(scope["path"])) is None:
+        elif (known := self.known.get(scope["path"])) is None:
             await self._app(scope, receive, _WithCodes(send))
         else:
             body = await _read(receive)
@@ -191,14 +181,14 @@ async def _read(receive: Receive) -> bytes:
     return bytes(body)
 
 
-def _unknown(body: bytes, known: set[str]) -> str | None:
+def _unknown(body: bytes, known: Collection[str]) -> str | None:
     """Return the first parameter that vLLM would ignore."""
     try:
         request = json.loads(body)
     except ValueError:
         return None  # vLLM rejects it
     given = request.items() if isinstance(request, dict) else ()
-    return next((name for name, value in given if value is not None and name not in known), None)
+    return next((name for name, value in given if value is not None and name not in known and name not in _IGNORED), None)
 
 
 def _is_from_this_machine(headers: dict[bytes, bytes]) -> bool:
@@ -209,25 +199,30 @@ def _is_from_this_machine(headers: dict[bytes, bytes]) -> bool:
         return False
 
 
-async def _serve(arguments: Any) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # until the server has its own handler
-    listener = socket.socket(fileno=arguments.fd)
-    await entry.run_server_worker(f"http://127.0.0.1:{arguments.port}", listener, arguments)
-
-
 def main() -> None:
     """Run the server."""
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     cli_env_setup()
     parser = FlexibleArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
-    arguments = make_arg_parser(parser).parse_args()
-    arguments.middleware = [*arguments.middleware, f"{__name__}.Rules"]
-    configure_logging_from_args(arguments)
-    validate_parsed_serve_args(arguments)
-    uvloop.run(_serve(arguments))
+    given = make_arg_parser(parser).parse_args()
+    Rules.known = {
+        "/v1/chat/completions": set(ChatCompletionRequest.model_fields),
+        "/v1/completions": set(CompletionRequest.model_fields),
+    }
+    given.middleware = [*given.middleware, f"{__name__}.Rules"]
+    configure_logging_from_args(given)
+    validate_parsed_serve_args(given)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own handler
+    uvloop.run(run_server_worker(f"http://127.0.0.1:{given.port}", socket.socket(fileno=given.fd), given))
 
 
 if __name__ == "__main__":

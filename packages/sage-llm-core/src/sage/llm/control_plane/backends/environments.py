@@ -86,7 +86,9 @@ ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ),
     ("llamacpp", "cpu"): _LLAMACPP,
     ("llamacpp", "cuda"): _LLAMACPP,
-    ("vllm", "cuda"): Environment("vllm", "vllm", "0.32.0", 0, 0, "import vllm.entrypoints.launchers.api_server.entry"),
+    ("vllm", "cuda"): Environment(
+        "vllm", "vllm", "0.32.0", 4_400_000_000, 10_000_000_000, "import vllm.entrypoints.launchers.api_server.entry"
+    ),
 }  # fmt: skip
 
 

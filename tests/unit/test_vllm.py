@@ -1,0 +1,146 @@
+"""The vLLM backend's command and rules for adapters, and the rules that its server adds to vLLM; without vLLM."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from sage.common.errors import ConfigError
+from sage.libs.models.resolve import ModelKind, ModelSource
+from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.backends import environments, registry
+from sage.llm.control_plane.backends.environments import Environment
+from sage.llm.control_plane.backends.vllm import VllmBackend, VllmOptions
+from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
+from sage.llm.workers.vllm_server import Rules
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "device", lambda: "cpu")
+    monkeypatch.setattr(Environment, "is_installed", True)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_the_command_has_the_options_and_the_socket() -> None:
+    argv = VllmBackend().argv("/m", "sage-a-1", VllmOptions(slots=4, context_tokens=512, max_rank=64, threads=1))
+    given = dict(zip(argv[3::2], argv[4::2], strict=False))
+    expected = {"--model": "/m", "--served-model-name": "sage-a-1", "--fd": DESCRIPTOR_ARGUMENT, "--dtype": "float32",
+                "--max-num-seqs": "4", "--max-model-len": "512", "--max-lora-rank": "64"}  # fmt: skip
+    assert expected.items() <= given.items()
+    assert VllmBackend().environment(VllmOptions(threads=1))["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_backend_that_is_not_installed_is_refused_with_the_command_that_installs_it(sage_home: Path) -> None:
+    with pytest.raises(ConfigError, match="'vllm' is not installed") as caught:
+        registry.resolve("vllm", EngineKind.LLM, ModelSource("m", ModelKind.FULL, Path("/m")))
+    assert "`sage backend install vllm`" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [({}, None), ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q_proj": 4}}, "rank_pattern, which vLLM ignores")],
+)
+def test_an_adapter_that_vllm_would_serve_wrongly_does_not_join(
+    tmp_path: Path, entry: dict[str, Any], problem: str | None
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **entry}))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    reason = VllmBackend().can_join(tmp_path, tmp_path / "base")
+    assert reason is None if problem is None else problem in str(reason)
+
+
+class Config:
+    """The limits that vLLM's configuration has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model_config, self.scheduler_config = self, self
+        self.model, self.max_model_len, self.max_num_seqs = str(folder), 512, 4
+
+
+def requested(folder: Path, method: str, path: str, *, json: Any = None, **headers: str) -> httpx.Response:
+    """Return the answer of a server with the rules, whose own routes answer as vLLM's."""
+
+    async def echo(request: Request) -> Response:
+        body = await request.json()
+        if body.get("model") == "unknown":
+            return JSONResponse({"error": {"message": "none", "type": "NotFoundError", "param": "model", "code": 404}}, 404)
+        if "lora_path" in body and body["lora_name"] == "large":
+            return JSONResponse({"error": {"message": "rank 64 is too large", "type": "x", "param": None, "code": 500}}, 500)
+        return JSONResponse(body)
+
+    async def health(_: Request) -> Response:
+        return Response()
+
+    routes = [Route("/health", health), *(Route(p, echo, methods=["POST"]) for p in (CHAT, "/v1/load_lora_adapter"))]
+    app = Starlette(routes=routes)
+    app.state.vllm_config = Config(folder)
+    app.add_middleware(Rules)
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return await client.request(method, path, json=json, headers=headers)
+
+    return asyncio.run(send())
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rules, "known", {CHAT: {"model", "messages"}})
+
+
+def test_a_request_reaches_vllm_unchanged_and_an_unknown_parameter_is_named(tmp_path: Path) -> None:
+    body = {"model": "m", "messages": [], "user": "u", "frob": None}
+    assert requested(tmp_path, "POST", CHAT, json=body).json() == body
+    answer = requested(tmp_path, "POST", CHAT, json={**body, "frob": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "frob")
+
+
+def test_errors_have_words_as_codes(tmp_path: Path) -> None:
+    answer = requested(tmp_path, "POST", CHAT, json={"model": "unknown"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_requests_of_other_sites_and_hosts_are_rejected(tmp_path: Path) -> None:
+    for headers in ({"origin": "http://evil.example"}, {"host": "evil.example"}):
+        assert requested(tmp_path, "POST", CHAT, json={}, **headers).status_code == 403
+    assert requested(tmp_path, "POST", CHAT, json={}, origin="http://localhost:3000").status_code == 200
+
+
+def test_the_health_has_the_token_and_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_ENGINE_ID", "engine-a")
+    found = requested(tmp_path, "GET", "/health").json()
+    assert (found["engine"], found["context_tokens"], found["slots"]) == ("engine-a", 512, 4)
+
+
+def test_an_adapter_with_another_prompt_or_too_large_a_rank_is_refused(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "truncation": null}')
+
+    def loaded(name: str = "a") -> httpx.Response:
+        content = {"lora_name": name, "lora_path": str(adapter)}
+        return requested(base, "POST", "/v1/load_lora_adapter", json=content)
+
+    assert loaded().status_code == 200
+    assert (loaded("large").status_code, "rank 64" in loaded("large").text) == (400, True)
+    (adapter / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1}}}')
+    assert "another tokenizer" in loaded().json()["error"]["message"]
+    (adapter / "chat_template.jinja").write_text("{{ other }}")
+    assert "another chat template" in loaded().json()["error"]["message"]
+    for file in adapter.iterdir():
+        file.unlink()
+    assert loaded().status_code == 200  # it has none, and uses the base's
