@@ -55,7 +55,8 @@ def ask(client: SageClient, **more: Any) -> httpx.Response:
 def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     tiny_model: Path, adapter: Path, client: SageClient
 ) -> None:
-    start(client, adapter)
+    engine = client.get_engine(start(client, adapter, slots=3, context_tokens=256))
+    assert (engine.slots, engine.context_tokens) == (3, 256)
     model, chat_format = trained_model(tiny_model, adapter), ChatFormat(load_tokenizer(adapter))
     for question in ("Hello", "What is SAGE?", "1 2 3"):
         messages = [{"role": "user", "content": question}]
