@@ -27,6 +27,6 @@ def test_what_does_not_work_has_a_remedy_and_exit_code_1(sage_home: Path) -> Non
     found = findings(code=1)["database"]
     assert (found["state"], found["remedy"]) == ("failed", "Restore it, or move it away.")
     (sage_home / "config").mkdir()
-    (sage_home / "config" / "config.toml").write_text("gateway_port = 'x'\n")
+    (sage_home / "config" / "config.toml").write_text("log_level = 'LOUD'\n")
     text = sage("doctor", check=1).stdout
-    assert "failed   settings       The settings are wrong: gateway_port" in text
+    assert "failed   settings       The settings are wrong: log_level" in text
