@@ -60,12 +60,16 @@ def report(findings: Iterator[Finding], *, as_json: bool) -> None:
 def everything() -> Iterator[Finding]:
     """Run all checks."""
     yield Finding("python", "ok", f"{platform.python_version()} in {sys.prefix}, sage {version('sage-cli')}")
-    yield from _settings()
     yield from _torch()
     yield from backends()
     yield from _folders()
-    yield _database()
-    yield _gateway()
+    try:
+        load_settings()
+    except SageError as error:
+        yield Finding("settings", "failed", error.message, error.hint)
+    else:
+        yield _database()
+        yield _gateway()
 
 
 def backends(name: str | None = None) -> Iterator[Finding]:
@@ -89,13 +93,6 @@ def backends(name: str | None = None) -> Iterator[Finding]:
             yield Finding(label, "failed", f"The backend {label} cannot run: {fault}.", remedy)
         else:
             yield Finding(label, "ok", f"{environment.requirement} in {environment.folder}")
-
-
-def _settings() -> Iterator[Finding]:
-    try:
-        load_settings()
-    except SageError as error:
-        yield Finding("settings", "failed", error.message, error.hint)
 
 
 def _torch() -> Iterator[Finding]:

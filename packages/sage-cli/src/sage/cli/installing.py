@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from sage.llm.control_plane.backends.environments import Environment
 
 _TEXT_LETTERS = 60
+#: Beginnings of the lines that say what pip does.
+_SHOWN = ("Collecting", "Installing", "Waiting")
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def progress(environment: Environment, *, is_verbose: bool) -> Iterator[Callable
         def report(line: str) -> None:
             if line.startswith("Collecting "):
                 bar.advance(task)
-            if not line.startswith((" ", "Requirement already", "Looking in")):
+            if line.startswith(_SHOWN):
                 bar.update(task, description=line[:_TEXT_LETTERS])
 
         yield report

@@ -87,6 +87,9 @@ def start(
         int | None, typer.Option(help="llm: maximum length of a prompt with its answer; default: the model's.")
     ] = None,
     slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="llm, backend llamacpp: q8_0, q5_1, q5_0, q4_1 or q4_0; default: exact weights.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="llm: maximum length of an answer if the request does not give one.")
     ] = None,
@@ -104,7 +107,8 @@ def start(
     """
     from sage.cli.starting import serve_request, start_engine
 
-    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "max_tokens": max_tokens}
+    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize,
+               "max_tokens": max_tokens}  # fmt: skip
     options = {key: value for key, value in serving.items() if value is not None}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
                "dedicated": dedicated or None, "idle_stop_minutes": idle_stop}  # fmt: skip

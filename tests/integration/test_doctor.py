@@ -1,0 +1,32 @@
+"""`sage doctor`: what works, what is missing, and what to do about it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from support import sage
+
+
+def findings(code: int = 0) -> dict[str, dict[str, Any]]:
+    return {finding["check"]: finding for finding in json.loads(sage("doctor", "--json", check=code).stdout)}
+
+
+def test_a_new_home_is_in_order_and_remains_empty(sage_home: Path) -> None:
+    found = findings()
+    assert {"python", "torch", "models", "state", "cache", "database", "gateway", "vllm"} <= set(found)
+    assert "failed" not in {finding["state"] for finding in found.values()}
+    assert "`sage backend install vllm`" in found["vllm"]["remedy"]
+    assert "does not run" in found["gateway"]["message"]
+    assert not sage_home.exists()
+
+
+def test_what_does_not_work_has_a_remedy_and_exit_code_1(sage_home: Path) -> None:
+    state = sage_home / "state"
+    state.mkdir(parents=True)
+    (state / "engines.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)
+    found = findings(code=1)["database"]
+    assert (found["state"], found["remedy"]) == ("failed", "Restore it, or move it away.")
+    (sage_home / "config").mkdir()
+    (sage_home / "config" / "config.toml").write_text("log_level = 'LOUD'\n")
+    text = sage("doctor", check=1).stdout
+    assert "failed   settings       The settings are wrong: log_level" in text

@@ -1,0 +1,130 @@
+"""Engines of vLLM on the 135M model: a real gateway, and transformers with PEFT for comparison. Needs vLLM's environment."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from llama_cpp import greedy_answer, installed_home, trained_model
+from support import HELDOUT, sage, wait_for
+
+from sage.libs.models.chat import ChatFormat
+from sage.libs.models.loading import load_tokenizer, local_folder
+from sage.libs.models.resolve import resolve_model
+from sage.llm.client import SageClient
+from sage.llm.client.types import EngineView
+from sage.llm.control_plane.backends import environments
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800), pytest.mark.usefixtures("_vllm")]
+_ANSWER_TOKENS = 24
+#: Of the prompts; with other kernels than torch's, the order of sums differs, and near-ties are decided otherwise.
+_EQUAL_SHARE = 0.9
+
+
+@pytest.fixture
+def _vllm(sage_home: Path) -> None:
+    folder = environments.chosen("vllm").folder
+    installed = installed_home() / folder.relative_to(sage_home)
+    if not installed.is_dir():
+        pytest.skip(f"vLLM is not installed in {installed_home()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(installed)
+
+
+@pytest.fixture
+def base() -> Path:
+    return local_folder(resolve_model("smollm2-135m-instruct"))
+
+
+@pytest.fixture
+def client(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SageClient]:
+    monkeypatch.setenv("SAGE_ENGINE_START_SECONDS", "900")
+    sage("gateway", "start")
+    yield SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}", timeout_seconds=600)
+    sage("gateway", "stop", check=None)
+
+
+def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    lora = LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=5e-3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def started(client: SageClient, model: Path, **more: Any) -> EngineView:
+    engine = client.start_engine(model=str(model), name=model.name, backend="vllm", options={"dtype": "fp32"}, **more)
+    return until_running(client, engine.id)
+
+
+def until_running(client: SageClient, engine_id: str) -> EngineView:
+    wait_for(lambda: client.get_engine(engine_id).state in ("running", "failed"), "running or failed", 900)
+    engine = client.get_engine(engine_id)
+    assert engine.state == "running", engine.reason
+    return engine
+
+
+def questions() -> list[str]:
+    chats = [json.loads(line)["messages"] for line in HELDOUT.read_text().splitlines()]
+    asked = [message["content"] for chat in chats for message in chat if message["role"] == "user"]
+    return (asked * 30)[:30]
+
+
+def test_base_and_adapters_answer_as_with_transformers_and_peft(base: Path, tmp_path: Path, client: SageClient) -> None:
+    adapters = [make_adapter(base, tmp_path / f"adapter-{seed}", seed) for seed in range(2)]
+    dora = make_adapter(base, tmp_path / "dora", 3, use_dora=True)
+    server = started(client, base)
+    for adapter in adapters:
+        assert started(client, adapter).pid == server.pid
+    own = started(client, dora)
+    assert own.pid != server.pid
+    assert "use_dora" in str(own.form)
+    chat_format, equal = ChatFormat(load_tokenizer(base)), 0
+    for adapter in (*adapters, dora):
+        model = trained_model(base, adapter)
+        for question in questions():
+            messages = [{"role": "user", "content": question}]
+            body = {"model": adapter.name, "messages": messages, "max_tokens": _ANSWER_TOKENS, "temperature": 0}
+            answer = httpx.post(f"{client.base_url}/v1/chat/completions", json=body, timeout=600).json()
+            assert answer["model"] == adapter.name
+            assert answer["usage"]["prompt_tokens"] == len(chat_format.prompt_ids(messages))
+            expected = greedy_answer(model, chat_format, messages, _ANSWER_TOKENS)
+            equal += answer["choices"][0]["message"]["content"] == expected
+    share = equal / 3 / len(questions())
+    print(f"{share:.0%} of the answers are equal")
+    assert share >= _EQUAL_SHARE
+
+
+def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_comes_back(
+    base: Path, client: SageClient
+) -> None:
+    engine = started(client, base, restart_policy="on-failure")
+    body = {"model": engine.name, "messages": [{"role": "user", "content": "Hello"}]}
+    long = {**body, "max_tokens": 4000, "stream": True, "logit_bias": {"0": -100, "2": -100}}
+    with httpx.stream("POST", f"{client.base_url}/v1/chat/completions", json=long, timeout=600) as stream:
+        lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
+        assert "error" not in json.loads(next(lines))
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGKILL)
+        *_, last = lines
+    assert "error" in json.loads(last)
+    wait_for(lambda: client.get_engine(engine.id).pid not in (None, engine.pid), "another process", 300)
+    pid = until_running(client, engine.id).pid
+    assert pid
+    answer = httpx.post(f"{client.base_url}/v1/chat/completions", json={**body, "max_tokens": 4}, timeout=600)
+    assert answer.status_code == 200
+    family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    sage("llm", "engine", "stop", engine.id, "--force")
+    wait_for(lambda: not any(map(psutil.pid_exists, family)), "the end of all processes")
