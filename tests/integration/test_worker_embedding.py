@@ -53,7 +53,7 @@ def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: Embed
 
 
 @pytest.mark.parametrize(
-    ("given", "more", "param", "told"),
+    ("given", "more", "param", "reason"),
     [
         ("", {}, "input", "input 0 is empty"), (["a", ""], {}, "input", "input 1 is empty"),
         ([], {}, "input", "input is empty"), ([[]], {}, "input", "input is empty"),
@@ -64,11 +64,11 @@ def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: Embed
     ],
 )  # fmt: skip
 def test_embeddings_of_nothing_or_too_much_are_refused(
-    embeddings: Server, given: Any, more: dict[str, Any], param: str, told: str
+    embeddings: Server, given: Any, more: dict[str, Any], param: str, reason: str
 ) -> None:
     error = error_of(embeddings.embed(given, **more))
     assert error["param"] == param
-    assert told in error["message"]
+    assert reason in error["message"]
 
 
 def test_embeddings_asked_for_at_once_are_those_asked_for_alone(embeddings: Server) -> None:
@@ -172,14 +172,14 @@ def lose_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"), [(pickle_weights, "pickled"), (bring_code, "evil"), (lose_weights, "does not load")]
+    ("spoil", "reason"), [(pickle_weights, "pickled"), (bring_code, "evil"), (lose_weights, "does not load")]
 )
 def test_a_folder_that_cannot_be_used_is_refused_with_the_reason(
-    spoil: Callable[[Path], Any], told: str, tmp_path: Path
+    spoil: Callable[[Path], Any], reason: str, tmp_path: Path
 ) -> None:
     folder = save_minilm(tmp_path / "model", Pooling(384, "mean"), dense())
     spoil(folder)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=reason):
         Embedder(str(folder))
 
 

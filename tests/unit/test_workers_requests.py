@@ -66,8 +66,8 @@ def test_null_inside_messages_is_as_if_absent_but_stays_in_the_schema_of_a_tool(
     request = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL]})
     assert request.conversation() == [{"role": "assistant", "tool_calls": [call]}]
     assert request.offered_tools() == [TOOL]
-    told_of_none = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL], "tool_choice": "none"})
-    assert told_of_none.offered_tools() == []
+    without_tools = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL], "tool_choice": "none"})
+    assert without_tools.offered_tools() == []
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -181,10 +181,10 @@ def test_prompts_of_other_shapes_are_refused(prompt: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [([], "input is empty"), ([[]], "input is empty"), (["a"] * 2049, "has 2049 inputs")]
+    ("given", "expected"), [([], "input is empty"), ([[]], "input is empty"), (["a"] * 2049, "has 2049 inputs")]
 )
-def test_what_is_wrong_with_inputs_is_said_with_its_number(given: Any, told: str) -> None:
-    assert told in refusal(EmbeddingRequest, EMBEDDING | {"input": given}).message
+def test_wrong_inputs_are_refused_with_the_reason(given: Any, expected: str) -> None:
+    assert expected in refusal(EmbeddingRequest, EMBEDDING | {"input": given}).message
 
 
 def test_a_completion_is_scored_without_being_continued() -> None:
