@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,35 @@ def test_embeddings_asked_for_at_once_are_those_asked_for_alone(embeddings: Serv
     alone = torch.tensor([item["embedding"] for item in embeddings.embed(texts).json()["data"]])
     for index, answer in enumerate(asyncio.run(ask_all())):
         torch.testing.assert_close(torch.tensor(answer.json()["data"][0]["embedding"]), alone[index], atol=1e-5, rtol=0)
+
+
+def test_inputs_of_a_client_that_left_are_not_computed(
+    embeddings: Server, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, batches, may_go_on, has_begun = embedder._embed, list[int](), threading.Event(), threading.Event()
+
+    def slow(inputs: list[Any]) -> torch.Tensor:
+        batches.append(len(inputs))
+        has_begun.set()
+        may_go_on.wait(60)
+        return embed(inputs)
+
+    monkeypatch.setattr(embedder, "_embed", slow)
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(embeddings.app), base_url="http://127.0.0.1") as client:
+            asked = [
+                asyncio.ensure_future(client.post("/v1/embeddings", json={"model": "m", "input": given}, timeout=60))
+                for given in ("first", ["word " * 200] * 50)
+            ]
+            await asyncio.to_thread(has_begun.wait, 60)
+            asked[1].cancel()
+            await asyncio.wait([asked[1]])
+            may_go_on.set()
+            assert (await asked[0]).status_code == 200
+
+    asyncio.run(scenario())
+    assert sum(batches) <= 5  # at most the batch in progress
 
 
 def test_vectors_as_base64_are_the_same_numbers(embeddings: Server) -> None:

@@ -62,18 +62,18 @@ def test_null_is_as_if_absent(kind: Any, body: dict[str, Any]) -> None:
 
 def test_null_inside_messages_is_as_if_absent_but_stays_in_the_schema_of_a_tool() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    said = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "audio": None, "annotations": []}
-    request = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL]})
+    message = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "audio": None, "annotations": []}
+    request = ChatRequest.model_validate({"model": "m", "messages": [message], "tools": [TOOL]})
     assert request.conversation() == [{"role": "assistant", "tool_calls": [call]}]
     assert request.offered_tools() == [TOOL]
-    without_tools = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL], "tool_choice": "none"})
+    without_tools = ChatRequest.model_validate({"model": "m", "messages": [message], "tools": [TOOL], "tool_choice": "none"})
     assert without_tools.offered_tools() == []
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_read_under_its_usual_names(name: str) -> None:
-    said = {"role": "assistant", "content": "4", name: "2 + 2"}
-    assert ChatRequest.model_validate({"model": "m", "messages": [said]}).conversation() == [said]
+    message = {"role": "assistant", "content": "4", name: "2 + 2"}
+    assert ChatRequest.model_validate({"model": "m", "messages": [message]}).conversation() == [message]
 
 
 @pytest.mark.parametrize(
