@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: Embed
 
 
 @pytest.mark.parametrize(
-    ("given", "more", "param", "told"),
+    ("given", "more", "param", "reason"),
     [
         ("", {}, "input", "input 0 is empty"), (["a", ""], {}, "input", "input 1 is empty"),
         ([], {}, "input", "input is empty"), ([[]], {}, "input", "input is empty"),
@@ -64,11 +65,11 @@ def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: Embed
     ],
 )  # fmt: skip
 def test_embeddings_of_nothing_or_too_much_are_refused(
-    embeddings: Server, given: Any, more: dict[str, Any], param: str, told: str
+    embeddings: Server, given: Any, more: dict[str, Any], param: str, reason: str
 ) -> None:
     error = error_of(embeddings.embed(given, **more))
     assert error["param"] == param
-    assert told in error["message"]
+    assert reason in error["message"]
 
 
 def test_embeddings_asked_for_at_once_are_those_asked_for_alone(embeddings: Server) -> None:
@@ -84,6 +85,35 @@ def test_embeddings_asked_for_at_once_are_those_asked_for_alone(embeddings: Serv
     alone = torch.tensor([item["embedding"] for item in embeddings.embed(texts).json()["data"]])
     for index, answer in enumerate(asyncio.run(ask_all())):
         torch.testing.assert_close(torch.tensor(answer.json()["data"][0]["embedding"]), alone[index], atol=1e-5, rtol=0)
+
+
+def test_inputs_of_a_client_that_left_are_not_computed(
+    embeddings: Server, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, batches, may_go_on, has_begun = embedder._embed, list[int](), threading.Event(), threading.Event()
+
+    def slow(inputs: list[Any]) -> torch.Tensor:
+        batches.append(len(inputs))
+        has_begun.set()
+        may_go_on.wait(60)
+        return embed(inputs)
+
+    monkeypatch.setattr(embedder, "_embed", slow)
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(embeddings.app), base_url="http://127.0.0.1") as client:
+            asked = [
+                asyncio.ensure_future(client.post("/v1/embeddings", json={"model": "m", "input": given}, timeout=60))
+                for given in ("first", ["word " * 200] * 50)
+            ]
+            await asyncio.to_thread(has_begun.wait, 60)
+            asked[1].cancel()
+            await asyncio.wait([asked[1]])
+            may_go_on.set()
+            assert (await asked[0]).status_code == 200
+
+    asyncio.run(scenario())
+    assert sum(batches) <= 5  # at most the batch in progress
 
 
 def test_vectors_as_base64_are_the_same_numbers(embeddings: Server) -> None:
@@ -172,14 +202,14 @@ def lose_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"), [(pickle_weights, "pickled"), (bring_code, "evil"), (lose_weights, "does not load")]
+    ("spoil", "reason"), [(pickle_weights, "pickled"), (bring_code, "evil"), (lose_weights, "does not load")]
 )
 def test_a_folder_that_cannot_be_used_is_refused_with_the_reason(
-    spoil: Callable[[Path], Any], told: str, tmp_path: Path
+    spoil: Callable[[Path], Any], reason: str, tmp_path: Path
 ) -> None:
     folder = save_minilm(tmp_path / "model", Pooling(384, "mean"), dense())
     spoil(folder)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=reason):
         Embedder(str(folder))
 
 

@@ -112,7 +112,7 @@ def test_a_batch_that_fails_fails_its_requests_only_and_the_next_one_is_computed
     assert asyncio.run(scenario()) == [5]
 
 
-def test_a_queue_that_closes_tells_those_who_wait() -> None:
+def test_a_queue_that_closes_ends_the_waiting_requests_with_an_error() -> None:
     may_end = threading.Event()
 
     def embed(inputs: list[int]) -> list[int]:

@@ -62,18 +62,18 @@ def test_null_counts_as_missing(kind: Any, body: dict[str, Any]) -> None:
 
 def test_null_inside_messages_counts_as_missing_but_stays_in_the_schema_of_a_tool() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    said = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "audio": None, "annotations": []}
-    request = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL]})
+    message = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "audio": None, "annotations": []}
+    request = ChatRequest.model_validate({"model": "m", "messages": [message], "tools": [TOOL]})
     assert request.conversation() == [{"role": "assistant", "tool_calls": [call]}]
     assert request.offered_tools() == [TOOL]
-    told_of_none = ChatRequest.model_validate({"model": "m", "messages": [said], "tools": [TOOL], "tool_choice": "none"})
-    assert told_of_none.offered_tools() == []
+    without_tools = ChatRequest.model_validate({"model": "m", "messages": [message], "tools": [TOOL], "tool_choice": "none"})
+    assert without_tools.offered_tools() == []
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_read_under_its_usual_names(name: str) -> None:
-    said = {"role": "assistant", "content": "4", name: "2 + 2"}
-    assert ChatRequest.model_validate({"model": "m", "messages": [said]}).conversation() == [said]
+    message = {"role": "assistant", "content": "4", name: "2 + 2"}
+    assert ChatRequest.model_validate({"model": "m", "messages": [message]}).conversation() == [message]
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_prompts_of_other_types_are_rejected(prompt: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [([], "input is empty"), ([[]], "input is empty"), (["a"] * 2049, "has 2049 inputs")]
+    ("given", "expected"), [([], "input is empty"), ([[]], "input is empty"), (["a"] * 2049, "has 2049 inputs")]
 )
-def test_what_is_wrong_with_inputs_is_said_with_its_number(given: Any, told: str) -> None:
-    assert told in refusal(EmbeddingRequest, EMBEDDING | {"input": given}).message
+def test_wrong_inputs_are_refused_with_the_reason(given: Any, expected: str) -> None:
+    assert expected in refusal(EmbeddingRequest, EMBEDDING | {"input": given}).message
 
 
 def test_a_completion_is_scored_without_being_continued() -> None:

@@ -27,6 +27,7 @@ ADD, NOW = ("add", {"a": 1, "b": 2}), ("now", {})
 def read(answer_format: AnswerFormat, pieces: list[str], **options: Any) -> tuple[str, str, list[tuple[str, Any]]]:
     reader = AnswerReader(answer_format, options.pop("functions", FUNCTIONS), **options)
     parts: list[Part] = [*map(reader.push, pieces), reader.flush()]
+    assert all(call.arguments.encode() for part in parts for call in part.calls)
     calls = [(call.name, json.loads(call.arguments)) for part in parts for call in part.calls]
     return "".join(part.content for part in parts), "".join(part.reasoning for part in parts), calls
 
@@ -40,6 +41,11 @@ CALLS_AND_THOUGHTS: list[tuple[AnswerFormat, str, tuple[str, str, list[Any]]]] =
     (HERMES, f'<tool_call>{{"name": "now"}}</tool_call>\n<tool_call>{SUM}</tool_call>', ("", "", [NOW, ADD])),
     (HERMES, '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}</tool_call>', ("", "", [ADD])),
     (HERMES, f"<tool_call>{SUM}", ("", "", [ADD])),
+    (
+        HERMES,
+        '<tool_call>{"name": "add", "arguments": {"unit": "\\ud83d"}}</tool_call>',
+        ("", "", [("add", {"unit": "\ud83d"})]),
+    ),
     (HERMES, f"<tool_call>\n{XML}\n</tool_call>", ("", "", [("add", {"a": 1, "unit": "5"})])),
     (HERMES, "<think>\nShall I?\n</think>\n\nYes.", ("Yes.", "Shall I?", [])),
     (HERMES, '\n<think>a < b</think><tool_call>{"name": "now", "arguments": {}}</tool_call>', ("", "a < b", [NOW])),
@@ -59,6 +65,7 @@ TEXTS: list[tuple[AnswerFormat, str]] = [
     (HERMES, '<tool_call>{"name": "add", "arguments": [1]}</tool_call> no'),
     (HERMES, "<tool_call>" + "[" * 3000),
     (HERMES, "a <tool_"),
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>'),
     (LLAMA, '{"answer": 5}'),
     (LLAMA, f"See {LLAMA_SUM}"),
     (MISTRAL, "[TOOL_CALLS][TOOL_CALLS]add[ARGS]"),

@@ -18,8 +18,12 @@ class Judge(dspy.Signature):
     size: Literal["s", "m"] = dspy.OutputField()
 
 
+#: DSPy asks for structured output only if its catalogue says that the model can do it.
+FORM = {"ok": {"type": "boolean"}, "size": {"enum": ["s", "m"]}}
+SCHEMA = {"type": "object", "properties": FORM, "required": [*FORM], "additionalProperties": False}
 lm = dspy.LM(f"openai/{model}", api_base=base_url, api_key="none", temperature=0, max_tokens=200, cache=False, num_retries=0)
-dspy.configure(lm=lm, adapter=dspy.JSONAdapter())
+structured = lm.copy(response_format={"type": "json_schema", "json_schema": {"name": "judge", "schema": SCHEMA}})
+dspy.configure(lm=structured, adapter=dspy.JSONAdapter())
 
 
 async def streamed() -> list[Any]:

@@ -64,11 +64,11 @@ class Shape:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:
-        """Return what all pieces of a choice say."""
+        """Return the content of a choice."""
         raise NotImplementedError
 
     def _delta(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
-        """Return what a piece adds; {} if nothing."""
+        """Return the delta of a piece; {} if it adds nothing."""
         raise NotImplementedError
 
     def _no_delta(self) -> dict[str, Any]:

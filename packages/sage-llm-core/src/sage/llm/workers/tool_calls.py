@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from sage.llm.workers.answer_format import AnswerFormat
 
-_DECODER = json.JSONDecoder()
 #: Qwen3-Coder and Qwen3.5: `<function=NAME><parameter=KEY>VALUE</parameter></function>`.
 _XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -17,6 +16,12 @@ _NAMED_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[]*)?\[ARGS\](.*)",
 #: Mistral's templates accept ids of nine letters and digits only; other ones accept any.
 _ID_CHARACTERS = 9
 
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 Functions = Mapping[str, Mapping[str, Any]]  # name -> JSON schema of its parameters
 
 
@@ -53,9 +58,18 @@ def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
     if not all(name in functions and isinstance(arguments, dict) for name, arguments in found):
         return ()
     return tuple(
-        Call(name, json.dumps(arguments, ensure_ascii=False), secrets.token_hex(_ID_CHARACTERS)[:_ID_CHARACTERS])
-        for name, arguments in found
+        Call(name, _json_text(arguments), secrets.token_hex(_ID_CHARACTERS)[:_ID_CHARACTERS]) for name, arguments in found
     )
+
+
+def _json_text(arguments: Any) -> str:
+    """Return JSON with plain Unicode, or with escapes if half a character makes that impossible."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(arguments)
+    return text
 
 
 def _json_values(text: str) -> list[Any]:

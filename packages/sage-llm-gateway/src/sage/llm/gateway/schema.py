@@ -64,7 +64,8 @@ _TEXT_OR_NULL = {"type": ["string", "null"]}
 _ANY_OBJECT = {"type": ["object", "null"]}
 _STOP = {"type": "string", "minLength": 1, "maxLength": 1024}
 _IDS = _list({"type": "integer", "minimum": 0}, minItems=1)
-_INPUT = {"anyOf": [_TEXT, _list(_TEXT, minItems=1), _IDS, _list(_IDS, minItems=1)]}
+_SEVERAL = {"minItems": 1, "maxItems": 2048}
+_INPUT = {"anyOf": [_TEXT, _list(_TEXT, **_SEVERAL), _IDS, _list(_IDS, **_SEVERAL)]}
 _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
 _MODEL = {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_CHARS}
 _SAMPLING: dict[str, Any] = {
@@ -101,8 +102,16 @@ _MESSAGE = _object(
     reasoning_content=_TEXT_OR_NULL,
     annotations=_list({}, maxItems=0),
 )
-_FUNCTION = _object(["name"], name=_TEXT, description=_TEXT_OR_NULL, parameters=_ANY_OBJECT, strict={"enum": [False, None]})
+_NAME = {"type": "string", "minLength": 1, "maxLength": 256}
+_FUNCTION = _object(["name"], name=_NAME, description=_TEXT_OR_NULL, parameters=_ANY_OBJECT, strict=_FLAG)
 _TOOL = _object(["type", "function"], type={"const": "function"}, function=_FUNCTION)
+_CHOSEN = _object(["type", "function"], type={"const": "function"}, function=_object(["name"], name=_NAME))
+_SCHEMA = _object(["name", "schema"], name=_NAME, description=_TEXT_OR_NULL, schema={"type": "object"}, strict=_FLAG)
+_FORMATS = [
+    {"type": "null"},
+    _object(["type"], type={"enum": ["text", "json_object"]}),
+    _object(["type", "json_schema"], type={"const": "json_schema"}, json_schema=_SCHEMA),
+]
 _BODIES = {
     "ChatRequest": _object(
         ["model", "messages"],
@@ -111,9 +120,9 @@ _BODIES = {
         logprobs=_FLAG,
         top_logprobs=_number(0, 20, "integer"),
         tools={"anyOf": [{"type": "null"}, _list(_TOOL)]},
-        tool_choice={"enum": ["auto", "none", None]},
+        tool_choice={"anyOf": [{"enum": ["auto", "none", "required", None]}, _CHOSEN]},
         parallel_tool_calls=_FLAG,
-        response_format={"anyOf": [{"type": "null"}, _object(["type"], type={"const": "text"})]},
+        response_format={"anyOf": _FORMATS},
         modalities={"anyOf": [{"type": "null"}, _list({"const": "text"})]},
         metadata=_ANY_OBJECT,
         store={"enum": [False, None]},
