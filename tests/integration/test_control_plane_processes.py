@@ -183,8 +183,8 @@ def test_an_engine_whose_launch_was_not_written_is_adopted(tiny_model: Path, sag
     before = list_engines()[engine]
     kill_gateway()
     with sqlite3.connect(sage_home / "state/engines.db") as database:  # as it was when the launch began
-        database.execute("UPDATE engines SET state = 'queued', server_id = NULL")
-        database.execute("DELETE FROM servers")
+        database.execute("UPDATE engines SET state = 'starting', served_as = NULL")
+        database.execute("UPDATE servers SET state = 'planned', address = NULL")
     sage("gateway", "start")
     wait_for(lambda: list_engines()[engine]["state"] == "running", "the adoption")
     after = list_engines()[engine]

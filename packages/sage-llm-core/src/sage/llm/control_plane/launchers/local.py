@@ -64,7 +64,8 @@ class LocalLauncher:
             launch = asyncio.get_running_loop().run_in_executor(self._launch_threads, _launch, spec)
             self._launches[spec.lock_path] = launch
             launch.add_done_callback(lambda _: self._launches.pop(spec.lock_path))
-        return await asyncio.wait_for(asyncio.shield(launch), _LAUNCH_SECONDS)
+        async with asyncio.timeout(_LAUNCH_SECONDS):
+            return await asyncio.shield(launch)
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
         """Observe all processes in one thread call; the handle of a process that could not be observed is missing."""
