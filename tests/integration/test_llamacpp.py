@@ -17,6 +17,8 @@ from training import TinyRun
 from workers import HELLO
 
 from sage.libs.models.chat import ChatFormat
+from sage.libs.models.export.exporting import export_model
+from sage.libs.models.export.formats import ExportFormat, LlamaCpp
 from sage.libs.models.loading import load_tokenizer
 from sage.llm.client import SageClient
 
@@ -55,7 +57,9 @@ def ask(client: SageClient, **more: Any) -> httpx.Response:
 def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     tiny_model: Path, adapter: Path, client: SageClient
 ) -> None:
-    start(client, adapter)
+    engine = client.get_engine(start(client, adapter, slots=3, context_tokens=256))
+    assert (engine.slots, engine.context_tokens) == (3, 256)
+    assert engine.form == "merged, since the backend 'llamacpp' loads no adapters while it runs"
     model, chat_format = trained_model(tiny_model, adapter), ChatFormat(load_tokenizer(adapter))
     for question in ("Hello", "What is SAGE?", "1 2 3"):
         messages = [{"role": "user", "content": question}]
@@ -80,7 +84,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
         assert "error" not in json.loads(next(lines))
         os.kill(pid, signal.SIGKILL)
         *_, last = lines
-    assert json.loads(last)["error"]["code"] == "stream_cut"
+    assert json.loads(last)["error"]["code"] == "engine_died"
     wait_for(lambda: client.get_engine(engine_id).pid not in (None, pid), "another process")
     until(client, engine_id, "running")
     assert ask(client).status_code == 200
@@ -88,6 +92,17 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
     assert pid
     sage("llm", "engine", "stop", engine_id, "--force")
     wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", "the end of the server")
+
+
+def test_a_gguf_file_is_served_as_it_is(
+    tiny_model: Path, tmp_path: Path, sage_home: Path, client: SageClient, llama_cpp: LlamaCpp
+) -> None:
+    export_model(str(tiny_model), ExportFormat.GGUF, tmp_path / "out", precision="q8_0", llama_cpp=llama_cpp)
+    start(client, tmp_path / "out")
+    assert ask(client).status_code == 200
+    assert not (sage_home / "cache" / "gguf").exists()
+    too_long = ask(client, messages=[{"role": "user", "content": "word " * 2000}])
+    assert (too_long.status_code, "context size (512 tokens)" in too_long.text) == (400, True)
 
 
 def test_a_model_that_llama_cpp_does_not_support_fails_with_the_reason(

@@ -274,3 +274,8 @@ def test_llama_cpp_recognises_its_own_server_by_the_served_name() -> None:
     assert not backend.is_ready_answer(mine, 503, b'{"error": {}}')
     assert not backend.is_ready_answer(mine, 200, b'{"model_alias": "sage-2"}')
     assert not backend.is_ready_answer(mine, 200, b"<html>")
+
+
+def test_the_limits_of_llama_cpp_are_read_from_its_properties() -> None:
+    properties = {"default_generation_settings": {"n_ctx": 512}, "total_slots": 4}
+    assert LlamaCppBackend().limits(json.dumps(properties).encode()) == {"context_tokens": 512, "slots": 4}

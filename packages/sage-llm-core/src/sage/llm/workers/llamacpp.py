@@ -20,7 +20,7 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 #: Context if neither the user nor the model's files give one, and the largest one if the user does not, in tokens.
 _CONTEXT_TOKENS = 8192
 #: Cache for each slot if the user gives no size, in tokens.
-_SLOT_TOKENS = 1024
+_SLOT_TOKENS = 512
 #: llama.cpp's names of sampling settings, and the values that OpenAI's interface defines.
 _SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("top_k", 0), "min_p": ("min_p", 0.0),
              "repetition_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
@@ -38,7 +38,7 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
     chosen = defaults.get("sampling", {})
     return {
         "model": str(file), "name": given.served_name, "port": given.port, "descriptor": given.fd,
-        "slots": given.slots, "threads": given.threads, "max_tokens": given.max_tokens,
+        "slots": given.slots, "context_tokens": context_tokens, "threads": given.threads, "max_tokens": given.max_tokens,
         "cache_tokens": given.cache_tokens or max(context_tokens, given.slots * _SLOT_TOKENS),
         "is_exact": given.precision in (None, "f32") and bool(defaults),
         "sampling": {name: chosen.get(key, value) for key, (name, value) in _SAMPLING.items()},

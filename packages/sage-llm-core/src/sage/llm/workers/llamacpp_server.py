@@ -14,13 +14,15 @@ _F32, _BF16 = xllamacpp.ggml_type.GGML_TYPE_F32, xllamacpp.ggml_type.GGML_TYPE_B
 def parameters(given: dict[str, Any]) -> Any:
     """Return llama.cpp's parameters.
 
-    given: model (path), name, port, context_tokens, slots, threads, max_tokens, is_exact, sampling (defaults of requests).
+    given: model (path), name, port, context_tokens, cache_tokens, slots, threads, max_tokens, is_exact, and sampling, which
+    requests default to.
     """
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
     params.hostnames, params.port = ["127.0.0.1"], given["port"]
-    # All slots share one cache; each may use all of it.
+    # All slots share one cache.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True
+    params.kv_unified_per_slot = given["context_tokens"]
     params.n_predict, params.use_jinja, params.ui = given["max_tokens"], True, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given["threads"]
     params.cpuparams.poll = 0  # threads that wait do not use their core, which a training may need

@@ -61,6 +61,9 @@ class ServingBackend(Backend, Protocol):
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
         """Return whether an answer of `health_path` is that of `server`, which is ready, and not of another program."""
 
+    def limits(self, content: bytes) -> Mapping[str, Any]:
+        """Return `context_tokens` and `slots` from an answer of `health_path`, if it has them."""
+
     def can_join(self, adapter: Path, base: Path) -> str | None:
         """Return why an adapter cannot be loaded into a running base, as the rest of a sentence; None if it can."""
 
@@ -80,6 +83,10 @@ class WorkerBackend:
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
         """Return whether the answer has the token of the server, which its process has from its environment."""
         return status == 200 and bool(parsed(content).get("engine") == server.token)
+
+    def limits(self, content: bytes) -> Mapping[str, Any]:
+        """Return the whole answer, which has them."""
+        return parsed(content)
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
         """Return None."""

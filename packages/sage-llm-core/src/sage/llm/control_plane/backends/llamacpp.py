@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,9 +33,9 @@ class LlamaCppOptions(BaseModel):
     context_tokens: int | None = Field(
         None, ge=16, description="Longest prompt with its answer; default: the model's, at most 8192."
     )
-    slots: int = Field(8, ge=1, le=256, description="Maximum number of answers at once.")
+    slots: int = Field(16, ge=1, le=256, description="Maximum number of answers at once.")
     kv_cache_tokens: int | None = Field(
-        None, ge=16, description="Size of the cache of keys and values, which all slots share; default: 1024 for each slot, "
+        None, ge=16, description="Size of the cache of keys and values, which all slots share; default: 512 for each slot, "
         "at least one context.",
     )  # fmt: skip
     max_tokens: int = Field(1024, ge=1, description="Length of an answer if the request does not say, in tokens.")
@@ -71,6 +72,12 @@ class LlamaCppBackend(WorkerBackend):
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
         """Return whether the answer has the name of the server's model; while the server loads it, the status is 503."""
         return status == 200 and parsed(content).get("model_alias") == server.served_name
+
+    def limits(self, content: bytes) -> Mapping[str, Any]:
+        """Return the limits that the server reports."""
+        found = parsed(content)
+        settings = found.get("default_generation_settings") or {}
+        return {"context_tokens": settings.get("n_ctx"), "slots": found.get("total_slots")}
 
     def can_join(self, adapter: Path, base: Path) -> str:
         """Return why an adapter cannot be loaded into a server of its base."""

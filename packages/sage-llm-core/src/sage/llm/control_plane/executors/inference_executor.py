@@ -17,7 +17,6 @@ from sage.common.validation import validated
 from sage.libs.models.resolve import resolve_model
 from sage.llm.client.types import SETTLED, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
-from sage.llm.control_plane.backends.base import parsed
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
 from sage.llm.control_plane.executors.exit_message import exit_message, log_hint
@@ -140,7 +139,7 @@ class InferenceExecutor:
             models = await self._adapters.loaded(server) if server.shared else frozenset[str]()
         except (httpx.HTTPError, OSError):
             return Observed(alive=True)
-        limits = parsed(answer.content)
+        limits = backend.limits(answer.content)
         return Observed(alive=True, ready=True, models=models, context_tokens=_number(limits.get("context_tokens")),
                         slots=_number(limits.get("slots")))  # fmt: skip
 
