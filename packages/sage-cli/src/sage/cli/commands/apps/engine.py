@@ -97,6 +97,9 @@ def start(
     serve: Serve = False,
     serve_as: ServeAs = None,
     serve_checkpoints: ServeCheckpoints = False,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Further option of the backend; may be repeated.")
+    ] = None,
     wait: Wait = None,
     json_: Json = False,
     **training: Any,
@@ -109,21 +112,30 @@ def start(
 
     serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize,
                "max_tokens": max_tokens}  # fmt: skip
-    options = {key: value for key, value in serving.items() if value is not None}
+    further = {key: int(value) if value.isdecimal() else value for key, value in map(_option, option or ())}
+    options = {**{key: value for key, value in serving.items() if value is not None}, **further}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
                "dedicated": dedicated or None, "idle_stop_minutes": idle_stop}  # fmt: skip
     request |= serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
     given = {key: value for key, value in request.items() if value is not None}
-    notes = {"metadata": dict(map(_pair, metadata))} if metadata else {}
+    notes = {"metadata": dict(map(_note, metadata))} if metadata else {}
     start_engine(model, engine_kind.value, {**options, **training}, request={**given, **notes}, wait=wait, json=json_)
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _note(text: str) -> tuple[str, str]:
+    return _pair(text, "metadata", "team=search")
+
+
+def _option(text: str) -> tuple[str, str]:
+    return _pair(text, "option", "threads=2")
+
+
+def _pair(text: str, name: str, example: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not key or not separator:
         raise ConfigError(
-            code="config_invalid", message=f"--metadata '{text}' is not KEY=VALUE.", hint="Example: --metadata team=search",
-            param="metadata",
+            code="config_invalid", message=f"--{name} '{text}' is not KEY=VALUE.", hint=f"Example: --{name} {example}",
+            param=name,
         )  # fmt: skip
     return key, value
 

@@ -34,7 +34,9 @@ class VllmOptions(BaseModel):
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
     kv_cache_gb: int = Field(1, ge=1, description="Size of the cache of keys and values, in GiB.")
     max_adapters: int = Field(16, ge=1, le=512, description="Maximum number of adapters in one server.")
-    max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(32, description="Largest rank of an adapter.")
+    max_rank: Literal[8, 16, 32, 64, 128, 256] | None = Field(
+        None, description="Largest rank of an adapter; default: 8 on a CPU, where a larger one slows all adapters, else 64."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
 
@@ -55,7 +57,7 @@ class VllmBackend(WorkerBackend):
             "fd": DESCRIPTOR_ARGUMENT, "host": "127.0.0.1", "port": PORT_ARGUMENT,
             "dtype": "float32" if is_cpu and options.dtype == "auto" else _DTYPES[options.dtype],
             "max-num-seqs": options.slots, "max-loras": options.max_adapters, "max-cpu-loras": options.max_adapters,
-            "max-lora-rank": options.max_rank,
+            "max-lora-rank": options.max_rank or (8 if is_cpu else 64),
         }  # fmt: skip
         if options.context_tokens:
             given["max-model-len"] = options.context_tokens
