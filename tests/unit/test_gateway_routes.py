@@ -86,6 +86,8 @@ def test_a_route_is_set_read_listed_and_removed() -> None:
         ("prod", {"engines": [{"engine": "a"}, {"engine": "a"}]}, "engines"),
         ("prod", {"engines": [{"engine": "a", "weight": 0}]}, "engines.0.weight"),
         ("prod", {"engines": [{"engine": "a"}], "weight": 1}, "weight"),
+        ("prod", {"engines": [{"engine": "a\x00"}]}, "engines.0.engine"),
+        ("prod", {"engines": [{"engine": "a"}], "fallback": "a\x00"}, "fallback"),
     ],
 )
 def test_a_wrong_route_is_a_400_that_names_the_field(name: str, body: dict[str, Any], param: str) -> None:
