@@ -67,7 +67,8 @@ def test_a_route_is_set_read_listed_and_removed() -> None:
             assert (await client.get(ROUTES)).json() == {"object": "list", "data": [route]}
             assert {model["id"] for model in (await client.get("/v1/models")).json()["data"]} >= {"one", "org/prod"}
             assert (await client.delete(f"{ROUTES}/org/prod")).status_code == 200
-            for gone in (await client.get(f"{ROUTES}/org/prod"), await client.delete(f"{ROUTES}/org/prod")):
+            gone_routes = [await client.get(f"{ROUTES}/org/prod"), await client.delete(f"{ROUTES}/org/prod")]
+            for gone in (*gone_routes, await client.delete(f"{ROUTES}/a%00b")):
                 assert (gone.status_code, gone.json()["error"]["code"]) == (404, "route_not_found")
 
     run(test)
@@ -85,6 +86,8 @@ def test_a_route_is_set_read_listed_and_removed() -> None:
         ("prod", {"engines": [{"engine": "a"}, {"engine": "a"}]}, "engines"),
         ("prod", {"engines": [{"engine": "a", "weight": 0}]}, "engines.0.weight"),
         ("prod", {"engines": [{"engine": "a"}], "weight": 1}, "weight"),
+        ("prod", {"engines": [{"engine": "a\x00"}]}, "engines.0.engine"),
+        ("prod", {"engines": [{"engine": "a"}], "fallback": "a\x00"}, "fallback"),
     ],
 )
 def test_a_wrong_route_is_a_400_that_names_the_field(name: str, body: dict[str, Any], param: str) -> None:

@@ -3,9 +3,9 @@
 import re
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from sage.common.training import TrainingProgress as TrainingProgress
 from sage.common.training import TrainingStep as TrainingStep
@@ -206,10 +206,20 @@ class EventPage(BaseModel):
     has_more: bool
 
 
+def _printable(engine: str) -> str:
+    if not engine.isprintable():
+        raise ValueError("must be printable characters")
+    return engine
+
+
+#: An engine's id, name or model.
+EngineName = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_printable)]
+
+
 class RouteTarget(BaseModel):
     """An engine that answers requests for a route."""
 
-    engine: str = Field(min_length=1, max_length=512, description="An engine's id, name or model.")
+    engine: EngineName = Field(description="An engine's id, name or model.")
     weight: int = Field(1, ge=1, le=1_000_000, description="Its share of the requests, relative to the other weights.")
 
 
@@ -219,8 +229,8 @@ class RouteRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     engines: list[RouteTarget] = Field(min_length=1, max_length=64)
-    fallback: str | None = Field(
-        None, min_length=1, max_length=512, description="Answers if none of `engines` does: an engine's id, name or model."
+    fallback: EngineName | None = Field(
+        None, description="Answers if none of `engines` does: an engine's id, name or model."
     )
 
     @field_validator("engines")

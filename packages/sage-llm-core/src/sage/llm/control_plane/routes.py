@@ -41,6 +41,7 @@ class Routes:
 
     async def remove_route(self, name: str) -> None:
         """Delete a route; its engines are not changed. Raises NotFound."""
+        self.get_route(name)  # raises NotFound also for a name that a database would refuse, such as one with NUL
         await self._write(self._store.remove_route, name, actor="user")
         await self._routing.load_named_routes(self._store)
 
