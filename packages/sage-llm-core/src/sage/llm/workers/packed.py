@@ -15,8 +15,8 @@ from transformers import AttentionInterface
 
 from sage.llm.workers.adapters import Adapter, Adapters
 
-#: Name of our attention in transformers' configuration.
-ATTENTION = "sage_served"  # training registers another one
+#: Name of our attention in transformers' configuration; training registers another one of its own.
+ATTENTION = "sage_serving_packed"
 _FIRST_ROOM_TOKENS = 256
 #: Prompt tokens per pass: few on a CPU, because the other answers wait for the pass.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
