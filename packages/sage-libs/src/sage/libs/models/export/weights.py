@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sage.common.errors import ConfigError
+from sage.common.errors import ModelError
 from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.chat import ChatFormat, Message, ensure_chat_template
 from sage.libs.models.export.modelfile import modelfile
@@ -97,7 +97,7 @@ def _modelfile(folder: Path, facts: dict[str, Any]) -> str:
 def _located(name: str) -> tuple[ModelSource, Path]:
     source = resolve_model(name)
     if source.kind is ModelKind.ADAPTER and source.base and source.base.kind is ModelKind.ADAPTER:
-        raise ConfigError(
+        raise ModelError(
             code="base_is_adapter", message=f"The base of {name} is an adapter itself.", hint="Merge that one first."
         )
     return source, local_folder(source.base or source)
