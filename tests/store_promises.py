@@ -14,7 +14,7 @@ from sage.common.identity import ProcessIdentity
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, EventKind, Reason, RouteTarget
 from sage.llm.control_plane.states import IllegalTransition
 from sage.llm.control_plane.store.database import open_database
-from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerState
+from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import StaleWrite, Store
 
 S, K = EngineState, EngineKind
@@ -125,21 +125,21 @@ class StorePromises(Stored):
 
     def test_of_two_engines_that_leave_a_server_at_once_one_is_the_last(self, store: Store, lease: Lease) -> None:
         for round_ in range(5):
-            ids = [f"engine-{round_}{name}" for name in "ab"]
+            ids, host = [f"engine-{round_}{name}" for name in "ab"], server(id=f"server-{round_}")
             a, b = (store.add(record(id=engine_id), "user", lease) for engine_id in ids)
-            a = store.transition(a, S.STARTING, actor="r", lease=lease, put_server=server(), server_id="server-a")
-            b = store.transition(b, S.STARTING, actor="r", lease=lease, join_server="server-a")
+            a = store.transition(a, S.STARTING, actor="r", lease=lease, put_server=host, server_id=host.id)
+            b = store.transition(b, S.STARTING, actor="r", lease=lease, join_server=host.id)
 
-            def leave(engine: EngineRecord) -> bool:
+            def leave(engine: EngineRecord, host: ServerRecord = host) -> bool:
                 try:
-                    store.transition(engine, S.STOPPED, actor="r", lease=lease, leave_server="server-a", must_remain=True)
+                    store.transition(engine, S.STOPPED, actor="r", lease=lease, leave_server=host.id, must_remain=True)
                 except StaleWrite:
                     return False
                 return True
 
             with ThreadPoolExecutor(2) as pool:
                 assert sorted(pool.map(leave, (a, b))) == [False, True]
-            assert len(store.servers("n")) == 1
+            assert len(store.servers("n")) == round_ + 1
 
     def test_a_newer_version_of_an_engine_s_model_is_written_without_a_transition(self, store: Store, lease: Lease) -> None:
         engine = store.add(record(), "user", lease)

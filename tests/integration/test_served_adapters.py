@@ -1,6 +1,8 @@
 """Adapters in the server of their base, through a real gateway, with the model's own server."""
 
+import asyncio
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,12 @@ import openai
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from support import engine_of, list_engines, sage
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sage.llm.client import AsyncSageClient
+from sage.llm.client.types import SETTLED, EngineState
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -80,3 +86,74 @@ def test_an_adapter_answers_from_the_server_of_its_base_as_peft_does(
     sage("llm", "engine", "remove", base["id"])
     assert sage("llm", "engine", "logs", joined[1]["id"]).returncode == 0
     assert answer("a1") == greedy(tiny_model, folders[1])
+
+
+def copies(adapter: Path, folder: Path, count: int) -> list[Path]:
+    """Return copies of an adapter with other weights."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for number in range(count):
+        copy = folder / f"a{number}"
+        copy.mkdir()
+        (copy / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+        torch.manual_seed(number)
+        changed = {name: torch.randn_like(weight) * 0.3 for name, weight in weights.items()}
+        save_file(changed, copy / "adapter_model.safetensors")
+    return [folder / f"a{number}" for number in range(count)]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_thirty_adapters_answer_from_one_server_while_others_come_and_go(
+    tiny_model: Path, tmp_path: Path, client: openai.OpenAI
+) -> None:
+    folders = copies(make_adapter(tiny_model, tmp_path / "first", 1), tmp_path, 30)
+    expected = {folder.name: greedy(tiny_model, folder) for folder in folders}
+    loading_seconds, first_seconds = [], []
+    is_over = False
+
+    async def running(sage_client: AsyncSageClient, folder: Path) -> str:
+        engine = await sage_client.start_engine(model=str(folder), name=folder.name)
+        while (state := (await sage_client.get_engine(engine.id)).state) is not EngineState.RUNNING:
+            assert state not in SETTLED
+            await asyncio.sleep(0.01)
+        return engine.id
+
+    async def ask(asked: openai.AsyncOpenAI, name: str, tokens: int = 24) -> str:
+        answer = await asked.chat.completions.create(model=name, messages=HELLO, temperature=0, max_tokens=tokens)  # type: ignore[arg-type]
+        assert answer.model == name
+        return answer.choices[0].message.content or ""
+
+    async def keep_asking(asked: openai.AsyncOpenAI, name: str) -> int:
+        count = 0
+        while not is_over:
+            assert await ask(asked, name) == expected[name]
+            count += 1
+        return count
+
+    async def test() -> None:
+        nonlocal is_over
+        base_url = str(client.base_url)
+        asked = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120)
+        async with AsyncSageClient(base_url.removesuffix("/v1/")) as sage_client:
+            await running(sage_client, tiny_model)
+            engines = {folder.name: await running(sage_client, folder) for folder in folders}
+            pids = {(await sage_client.get_engine(engine)).pid for engine in engines.values()}
+            assert len(pids) == 1
+            assert await asyncio.gather(*(ask(asked, name) for name in expected)) == list(expected.values())
+            asking = [asyncio.create_task(keep_asking(asked, folder.name)) for folder in folders[:8]]
+            for number in range(100):
+                folder = folders[8 + number % 22]
+                await sage_client.stop_engine(engines[folder.name])
+                begin = time.monotonic()
+                engines[folder.name] = await running(sage_client, folder)
+                loading_seconds.append(time.monotonic() - begin)
+                await ask(asked, folder.name, tokens=1)
+                first_seconds.append(time.monotonic() - begin - loading_seconds[-1])
+            is_over = True
+            assert all(await asyncio.gather(*asking))
+            assert await asyncio.gather(*(ask(asked, name) for name in expected)) == list(expected.values())
+
+    asyncio.run(test())
+    for what, seconds in (("loading", loading_seconds), ("first token after it", first_seconds)):
+        points = statistics.quantiles(seconds, n=100)
+        print(f"{what}: p50 {points[49]:.3f} s, p99 {points[98]:.3f} s")

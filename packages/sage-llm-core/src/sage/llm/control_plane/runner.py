@@ -143,7 +143,7 @@ class Runner:
         if server is None:
             revision = engine.revision + 1
             server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=is_moved)
-            if server.served_name:  # a process of before has its model under another name
+            if server.served_name:  # an earlier process has loaded the model under another name
                 await self._end_process(server)
             planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None}
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
@@ -161,7 +161,7 @@ class Runner:
         process = await self._process(server)
         if process.leftovers:
             await self._launcher.signal(server.handle, Signal.KILL)
-            raise OSError(f"processes of {server.id} of before were still running, and were killed")
+            raise OSError(f"earlier processes of {server.id} were still running and were killed")
         address = process.address
         if not process.alive:
             self._held_lease()
@@ -181,7 +181,7 @@ class Runner:
         if (await self._process(server)).alive:
             self._held_lease()
             await self._launcher.signal(server.handle, Signal.KILL)
-            raise OSError(f"a process of {server.id} of before was still running, and was killed")
+            raise OSError(f"an earlier process of {server.id} was still running and was killed")
 
     async def _process(self, server: ServerRecord) -> ProcessObservation:
         process = (await self._launcher.observe([server.handle])).get(server.handle)
