@@ -19,6 +19,10 @@ _CLIENTS = 256
 #: Every request asks for as much, so that the time of those ahead is known.
 _TOKENS = 16
 _LONGEST_PAUSE_SECONDS = 3.0
+#: The gateway closes idle connections to engines within this time.
+_IDLE_SECONDS = 20
+#: The database keeps some connections.
+SPARE_DESCRIPTORS = 24
 
 
 @dataclass
@@ -66,6 +70,10 @@ class Crowd:
             await asyncio.gather(*crowd, return_exceptions=True)
             await self._honest_seconds(session)  # behind all that the crowd left
             report.memory_bytes = before[0], gateway.memory_info().rss
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_IDLE_SECONDS):
+                    while gateway.num_fds() > before[1] + SPARE_DESCRIPTORS:
+                        await asyncio.sleep(0.1)
             report.descriptors = before[1], gateway.num_fds()
         return report
 

@@ -46,9 +46,10 @@ CASES = (
     Case("A stream of 32 events", streams=True),
     Case("A prompt of 50,000 tokens", prompt_tokens=_LONG_PROMPT_TOKENS, connections=(1, 16)),
 )
-_HEAD = (
-    "| proxy | connections | requests/s | median ms | p99 ms | added median ms | added p99 ms | CPU ms a request | errors |"
-)
+_COLUMNS = (
+    "proxy", "connections", "requests/s", "median ms", "p99 ms", "added median ms", "added p99 ms", "CPU ms/request", "MB",
+    "errors",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -91,8 +92,8 @@ def _measure(case: Case, arguments: argparse.Namespace, folder: Path, missing: d
     with upstream(port, case.delay_ms or (1e-6 if case.streams else 0), folder) as server:
         yield f"Upstream: {server}."
         yield ""
-        yield _HEAD
-        yield f"|---|{'---:|' * 8}"
+        yield f"| {' | '.join(_COLUMNS)} |"
+        yield f"|---|{'---:|' * (len(_COLUMNS) - 1)}"
         alone: dict[int, Figures] = {}
         for proxy in ("direct", "sage", *filter(None, arguments.peers.split(","))):
             if proxy in missing:
@@ -102,7 +103,7 @@ def _measure(case: Case, arguments: argparse.Namespace, folder: Path, missing: d
                     for connections in case.connections:
                         _say(f"{case.title}: {program.name}, {connections} connections")
                         figures, cpu_ms = _figures(program, case, connections, arguments.seconds, folder)
-                        yield _row(program.name, connections, figures, alone.setdefault(connections, figures), cpu_ms)
+                        yield _row(program, connections, figures, alone.setdefault(connections, figures), cpu_ms)
             except UnusableError as error:
                 missing[proxy] = str(error)
 
@@ -120,14 +121,15 @@ def _figures(program: Program, case: Case, connections: int, seconds: float, fol
     return figures, (program.cpu_seconds() - before) / max(figures.requests, 1) * 1000
 
 
-def _row(name: str, connections: int, figures: Figures, alone: Figures, cpu_ms: float) -> str:
+def _row(program: Program, connections: int, figures: Figures, alone: Figures, cpu_ms: float) -> str:
     if not figures.requests:
-        return f"| {name} | {connections} | 0 | | | | | | {figures.errors} |"
-    cells = [name, connections, f"{figures.per_second:,.0f}", f"{figures.median_ms:.2f}", f"{figures.p99_ms:.2f}"]
+        return f"| {program.name} | {connections} | 0 | | | | | | | {figures.errors} |"
+    cells = [program.name, connections, f"{figures.per_second:,.0f}", f"{figures.median_ms:.2f}", f"{figures.p99_ms:.2f}"]
     if figures is alone:
-        cells += ["", "", ""]
+        cells += ["", "", "", ""]
     else:
-        cells += [f"{figures.median_ms - alone.median_ms:.2f}", f"{figures.p99_ms - alone.p99_ms:.2f}", f"{cpu_ms:.3f}"]
+        added = (figures.median_ms - alone.median_ms, figures.p99_ms - alone.p99_ms)
+        cells += [*(f"{added_ms:.2f}" for added_ms in added), f"{cpu_ms:.3f}", f"{program.memory_mb():.0f}"]
     return f"| {' | '.join(map(str, [*cells, figures.errors]))} |"
 
 

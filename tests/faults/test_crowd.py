@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from crowd import Crowd
+from crowd import SPARE_DESCRIPTORS, Crowd
 from support import list_engines, sage
 
 
@@ -18,6 +18,6 @@ def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_breaks_nothing(ti
     assert report.left > 0
     assert report.answered > 0
     assert (report.server_errors, report.failed) == (0, 0)
-    assert report.descriptors[1] <= report.descriptors[0] + 24  # the database keeps some connections
+    assert report.descriptors[1] <= report.descriptors[0] + SPARE_DESCRIPTORS
     assert report.memory_bytes[1] < report.memory_bytes[0] + 64e6
     assert [engine["state"] for engine in list_engines().values()] == ["running"]

@@ -94,7 +94,7 @@ def test_a_head_that_never_ends_loses_its_connection_and_a_slow_body_does_not(mo
     run(main())
 
 
-@pytest.mark.parametrize(("descriptors", "clients"), [(64, 12), (1024, 492), (20, 4), (resource.RLIM_INFINITY, 32748)])
+@pytest.mark.parametrize(("descriptors", "clients"), [(80, 12), (1024, 484), (20, 4), (resource.RLIM_INFINITY, 32740)])
 def test_the_limit_of_clients_follows_from_that_of_descriptors(
     descriptors: int, clients: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

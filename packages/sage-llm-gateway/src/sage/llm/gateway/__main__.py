@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 2
 #: Longer than clients keep idle connections (httpx 5 s, aiohttp 15 s), so that none sends into one just closed.
 _KEEP_ALIVE_SECONDS = 30
+#: libuv accepts one connection for each descriptor and turn of the loop. With one descriptor, the last of 256 clients that
+#: come at once would wait for about 256 * 256 / 2 requests of the others.
+_LISTENING_DESCRIPTORS = 16
 
 
 def main() -> int:
@@ -45,7 +48,7 @@ def main() -> int:
             timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
     )  # fmt: skip
-    server.run(sockets=[listener])
+    server.run(sockets=[listener, *(listener.dup() for _ in range(1, _LISTENING_DESCRIPTORS))])
     return 0 if server.started else _fail("It exited while starting; its log shows why.", 1)
 
 

@@ -12,8 +12,8 @@ from sage.common.errors import RETRY_AFTER_SECONDS, Overloaded, SageError
 from sage.llm.gateway.errors import Refusal
 
 _MOST_DESCRIPTORS = 65_536
-#: For the database, logs, locks, devices and the processes that are being started.
-_RESERVED_DESCRIPTORS = 40
+#: For the database, logs, locks, devices, listening, and the processes that are being started.
+_RESERVED_DESCRIPTORS = 56
 _HEAD_BYTES = 65_536
 _HEAD_SECONDS = 30
 _LINGER_SECONDS = 2

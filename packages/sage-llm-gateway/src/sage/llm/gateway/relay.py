@@ -30,8 +30,8 @@ class EventLines:
         lines, newline, self._rest = (self._rest + piece).rpartition(b"\n")
         if not newline:
             return b""
-        if not lines.isspace():
-            self._last_lines = lines or self._last_lines
+        if lines.strip():
+            self._last_lines = lines
         return self._renamed(lines) + newline
 
     def end(self) -> bytes:
@@ -62,22 +62,24 @@ class Relay:
         """Send the answer. Raises OSError or EOFError if it breaks off."""
         headers = [*forwarded(answer.headers), (b"x-sage-engine-id", self._upstream.engine_id.encode())]
         media_type = value(headers, b"content-type")
-        model = quoted(self._upstream.name)
         if media_type.startswith(b"text/event-stream"):
-            self._is_stream = True
-            await self._start(answer.status, headers)
-            lines = EventLines(model)
-            while piece := await answer.piece():
-                if whole := lines.feed(piece):
-                    await self._body(whole, more=True)
-            await self._body(lines.end())
+            await self._stream(answer, headers)
             return
         content = await answer.read()
         if media_type.startswith(b"application/json") and not value(headers, b"content-encoding"):
-            content = answer_with_model(content, model)
+            content = answer_with_model(content, quoted(self._upstream.name))
         headers.append((b"content-length", str(len(content)).encode()))
         await self._start(answer.status, headers)
         await self._body(content)
+
+    async def _stream(self, answer: EngineConnection, headers: list[tuple[bytes, bytes]]) -> None:
+        self._is_stream = True
+        await self._start(answer.status, headers)
+        lines = EventLines(quoted(self._upstream.name))
+        while piece := await answer.piece():
+            if whole := lines.feed(piece):
+                await self._body(whole, more=True)
+        await self._body(lines.end())
 
     async def fail(self, error: Exception, request_id: str) -> None:
         """End a stream that has begun with an error event; if none has, raises the error to report."""
