@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     max_request_mb: int = Field(32, ge=1, description="Largest request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(1024, ge=1, description="Requests in progress for each engine; further ones get a 429.")
     allow_reward_files: bool = Field(False, description="Runs may name Python files with reward functions (grpo).")
+    training_threads: int | None = Field(
+        None, ge=1, description="CPU threads of a training run; default: one for each core."
+    )
     request_wait_seconds: float = Field(60, ge=0, description="A request waits this long for a starting engine.")
 
     @model_validator(mode="before")

@@ -81,7 +81,9 @@ class ControlPlaneManager(EngineReads, Routes):
         self._executors: Mapping[EngineKind, Executor] = {
             EngineKind.LLM: inference,
             EngineKind.EMBEDDING: inference,
-            EngineKind.FINETUNE: FinetuneExecutor(launcher, allow_reward_files=settings.allow_reward_files),
+            EngineKind.FINETUNE: FinetuneExecutor(
+                launcher, allow_reward_files=settings.allow_reward_files, threads=settings.training_threads
+            ),
         }
         self._store = Store(open_database(settings.store_url))
         self._pool = Pool("store", _STORE_THREADS)

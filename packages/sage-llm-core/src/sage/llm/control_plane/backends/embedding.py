@@ -3,7 +3,7 @@
 import sys
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
@@ -15,6 +15,8 @@ class EmbeddingOptions(BaseModel):
     """The options of an embedding engine."""
 
     model_config = ConfigDict(extra="forbid")
+
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
 
 class EmbeddingBackend(WorkerBackend):

@@ -21,6 +21,7 @@ class TransformersOptions(BaseModel):
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
     context_tokens: int | None = Field(None, ge=16, description="Longest prompt with its answer; default: the model's.")
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
     max_tokens: int = Field(1024, ge=1, description="Length of an answer if the request does not say, in tokens.")
 
 

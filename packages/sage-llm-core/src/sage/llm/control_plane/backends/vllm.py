@@ -12,14 +12,11 @@ from sage.libs.models.hot import why_not_hot
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count
+from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count, thread_variables
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 _GIB = 2**30
-#: Rounds in which a thread of GNU OpenMP waits actively at a barrier. With its default of 300,000 (about a millisecond), a
-#: server on two cores that other processes use too had a seventh of the speed.
-_SPIN_COUNT = "10000"
 #: Entries of adapter_config.json that vLLM ignores.
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -68,14 +65,12 @@ class VllmBackend(WorkerBackend):
 
     def environment(self, options: VllmOptions) -> Mapping[str, str]:
         """Return the variables of the process."""
-        threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
         return {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes use the same cores
-            "GOMP_SPINCOUNT": _SPIN_COUNT,
             "VLLM_NO_USAGE_STATS": "1",
-            **threads,
+            **thread_variables(options.threads),
         }
 
     def can_join(self, adapter: Path, base: Path) -> str | None:

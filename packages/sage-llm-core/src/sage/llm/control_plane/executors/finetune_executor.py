@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,15 @@ class FinetuneExecutor:
     """Runs training with `FinetuneManager`; an engine and its run have ids with the same suffix."""
 
     def __init__(
-        self, launcher: Launcher, datasets: DatasetResolver | None = None, *, allow_reward_files: bool = False
+        self,
+        launcher: Launcher,
+        datasets: DatasetResolver | None = None,
+        *,
+        allow_reward_files: bool = False,
+        threads: int | None = None,
     ) -> None:
-        """datasets: by default, the datasets on this machine."""
+        """datasets: by default, those on this machine; threads: CPU threads of a run, by default one for each core."""
+        self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
         self._datasets = datasets or LocalDatasets()
@@ -73,7 +80,8 @@ class FinetuneExecutor:
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the worker process, and record its launch in the run's events."""
-        return self._manager.process_spec(task_id_of(engine.id))
+        spec = self._manager.process_spec(task_id_of(engine.id))
+        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(self._threads)}) if self._threads else spec
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the server that represents the run's worker."""
