@@ -1,4 +1,4 @@
-"""The middleware before all routes: access, request ids, bodies within limits and as valid JSON, unexpected errors."""
+"""The middleware before all routes: checks access, body size and JSON, sets request ids, reports unexpected errors."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ _SILENCE_SECONDS = 60
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _LOGGED_CHARS = 200
-#: HEAD is not answered by GET for these: a stream may have no end.
+#: HEAD requests for these paths are not changed to GET: a stream may never end.
 _STREAMS = ("/logs", "/events")
 
 
@@ -93,7 +93,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.has_begun = True
             MutableHeaders(scope=message).setdefault("x-request-id", self.request_id)
-            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # the command line polls
+            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # many: clients poll
             logger.log(logging.DEBUG if is_read else logging.INFO, "%s: %d", self.request, message["status"])
         await self._send(message)
 
@@ -120,7 +120,7 @@ def _check_type(headers: Headers) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that yields a body that was read already, then what follows it."""
+    """Return a `receive` that first yields a body that was read already, then the messages after it."""
     pending: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
