@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,26 @@ def managed(test: Callable[..., Awaitable[None]], *standby: bool) -> None:
                 await manager.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_a_control_plane_that_was_just_woken_closes_at_once(
+    sage_home: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setenv("SAGE_RECONCILE_SECONDS", "60")
+
+    async def test() -> None:
+        manager = ControlPlaneManager(load_settings())
+        await manager.open()
+        while not manager._woken._waiters:
+            await asyncio.sleep(0.01)
+        manager._woken.set()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            await manager.close()
+
+    asyncio.run(test())
 
 
 def changing(manager: ControlPlaneManager, engine_id: str) -> list[Awaitable[Any]]:

@@ -254,7 +254,8 @@ class ControlPlaneManager(EngineReads):
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
                                  hint="Retry in some seconds.")  # fmt: skip
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._routing.wait_for_change(), left_seconds)
+                async with asyncio.timeout(left_seconds):
+                    await self._routing.wait_for_change()
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -296,7 +297,9 @@ class ControlPlaneManager(EngineReads):
             self._woken.clear()
             await self._reconciler.tick(is_active=self._keeper.lease is not None)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), self._settings.reconcile_seconds)
+                # Not `wait_for`: in Python 3.11 it ignores a cancellation that coincides with the event.
+                async with asyncio.timeout(self._settings.reconcile_seconds):
+                    await self._woken.wait()
 
     async def _bound_logs(self) -> None:
         """Cut the logs of the engines and the gateway if they exceed the limit."""

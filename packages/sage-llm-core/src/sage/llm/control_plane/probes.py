@@ -112,7 +112,8 @@ class Prober:
             if due:
                 self._begin(due)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _FAST_SECONDS)
+                async with asyncio.timeout(_FAST_SECONDS):
+                    await self._changed.wait()
 
     async def close(self) -> None:
         """Cancel all probes."""

@@ -180,7 +180,8 @@ class Body:
         more = True
         while more:
             try:
-                message = await asyncio.wait_for(receive(), _SILENCE_SECONDS)
+                async with asyncio.timeout(_SILENCE_SECONDS):
+                    message = await receive()
             except TimeoutError as error:
                 text = f"No byte of the body arrived for {_SILENCE_SECONDS} s."
                 raise Refusal(408, "request_timeout", text) from error
