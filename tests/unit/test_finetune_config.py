@@ -81,7 +81,7 @@ def test_the_engine_config_has_exactly_the_fields_and_defaults_of_the_requiremen
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         ({"finetuning_type": "full", "use_dora": True}, "omit use_dora"),
         ({"method": "dpo", "pack_tokens": 800}, "method dpo does not take pack_tokens"),
@@ -93,8 +93,8 @@ def test_the_engine_config_has_exactly_the_fields_and_defaults_of_the_requiremen
         ({"dataset_path": []}, "dataset_path"),
     ],
 )
-def test_options_that_exclude_each_other_are_named(options: dict[str, object], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_options_that_exclude_each_other_are_named(options: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         validated(FinetuneConfig, {**NEEDED, **options})
 
 

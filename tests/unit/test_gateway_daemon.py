@@ -1,7 +1,9 @@
 """The command line finds a gateway in the background, and reports why it cannot."""
 
+import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,3 +47,18 @@ def test_a_gateway_that_does_not_exit_is_named_and_pid_0_is_never_killed(
         daemon.stop()
     assert advice in error.value.hint
     assert "kill -9 0" not in error.value.hint
+
+
+@pytest.mark.parametrize("log", ["", "sage gateway: cannot write ", "another line\n"])
+def test_a_gateway_that_could_not_write_its_reason_on_a_full_disk_is_reported_with_it(
+    log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon.log_path().parent.mkdir(parents=True)
+    daemon.log_path().write_text(f"line of an earlier start\n{log}")
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    error = daemon._failed(len("line of an earlier start\n"))
+    assert str(error).startswith("The gateway did not start: No space left on device: ")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -135,14 +136,25 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
     """Return an error with the reason from the gateway's log; log_bytes: size of the log before the gateway was started."""
     with log_path().open("rb") as log:
         log.seek(log_bytes)
-        lines = log.read().decode(errors="replace").splitlines()
-    reasons = [line.removeprefix(_REASON) for line in lines if line.startswith(_REASON)]
-    unknown = f"it {describe_exit(exit_code(lock_path()))}"
+        lines = log.read().decode(errors="replace").splitlines(keepends=True)
+    reasons = [line.removeprefix(_REASON).strip() for line in lines if line.startswith(_REASON) and line.endswith("\n")]
+    unknown = _unwritable() or f"it {describe_exit(exit_code(lock_path()))}."
     return GatewayUnreachable(
         code="gateway_failed",
-        message=f"The gateway did not start: {reasons[-1] if reasons else f'{unknown}.'}",
+        message=f"The gateway did not start: {reasons[-1] if reasons else unknown}",
         hint=f"Its log is {log_path()}.",
     )
+
+
+def _unwritable() -> str:
+    """Return why the state folder takes no new file, so the gateway could not write its reason to the log, or ""."""
+    folder = get_user_paths().state_dir
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return f"{error.strerror}: {folder}."
+    return ""
 
 
 def _size(path: Path) -> int:

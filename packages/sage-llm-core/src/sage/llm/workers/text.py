@@ -31,7 +31,7 @@ class TextDecoder:
         self.characters = 0
 
     def push(self, token: int) -> str:
-        """Return the text that is complete with one more token."""
+        """Add a token, and return the text that is now complete."""
         if token in self._special:
             return ""
         self._ids.append(token)
@@ -45,7 +45,7 @@ class TextDecoder:
         return new
 
     def flush(self) -> str:
-        """Return what was held back; for the end of an answer."""
+        """Return the text that was held back; call it at the end of an answer."""
         return self._show(self._text())
 
     def _text(self) -> str:
@@ -87,7 +87,7 @@ class StopStrings:
         return text
 
     def flush(self) -> str:
-        """Return what was held back; for the end of an answer."""
+        """Return the text that was held back; call it at the end of an answer."""
         text, self._held = self._held, ""
         return text
 
@@ -122,7 +122,7 @@ class TokenBytes:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte behind each character of a byte-level vocabulary, as GPT-2 defined it."""
+    """Return the byte that each character of GPT-2's byte-level vocabulary stands for."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}

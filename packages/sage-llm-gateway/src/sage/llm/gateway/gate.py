@@ -1,4 +1,4 @@
-"""The middleware before all routes: access, request ids, bodies within limits and as valid JSON, unexpected errors."""
+"""The middleware before all routes: checks access, body size and JSON, sets request ids, reports unexpected errors."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ from sage.llm.gateway.proxy import EngineProxy, is_inference
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _LOGGED_CHARS = 200
-#: HEAD is not answered by GET for these: a stream may have no end.
+#: HEAD requests for these paths are not changed to GET: a stream may never end.
 _STREAMS = ("/logs", "/events")
 
 
@@ -102,7 +102,7 @@ class _Answer:
             headers = message["headers"] = list(message["headers"])
             if not value(headers, b"x-request-id"):
                 headers.append((b"x-request-id", self._id))
-            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # the command line polls
+            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # many: clients poll
             logger.log(logging.DEBUG if is_read else logging.INFO, "%s: %d", self.request, message["status"])
         await self._send(message)
 
@@ -132,7 +132,7 @@ def _check_type(headers: RawHeaders) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that yields a body that was read already, then what follows it."""
+    """Return a `receive` that first yields a body that was read already, then the messages after it."""
     pending: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """The training methods. Copied so that `--help` does not import the library; a test compares them."""
+    """The training methods: a copy, so that `--help` does not import the library; a test checks that both are equal."""
 
     sft = "sft"
     dpo = "dpo"
@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """The parts of a chat that the loss covers; copied for the same reason."""
+    """The parts of a chat that the loss covers: a copy, like `Method`."""
 
     assistant = "assistant"
     last_turn = "last_turn"

@@ -36,7 +36,7 @@ _WATCH_SECONDS = 1.0
 
 
 class Kind(StrEnum):
-    """The engine kinds. Copied so that `--help` does not import the client; a test compares them."""
+    """The engine kinds: a copy, so that `--help` does not import the client; a test checks that both are equal."""
 
     llm = "llm"
     embedding = "embedding"
@@ -44,7 +44,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """The engine states; copied for the same reason."""
+    """The engine states: a copy, like `Kind`."""
 
     validating = "validating"
     queued = "queued"
@@ -58,7 +58,7 @@ class State(StrEnum):
 
 
 class Policy(StrEnum):
-    """The restart policies; copied for the same reason."""
+    """The restart policies: a copy, like `Kind`."""
 
     no = "no"
     on_failure = "on-failure"
