@@ -23,7 +23,7 @@ from sage.common.settings import load_settings
 from sage.libs.models.resolve import ModelSource
 from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView, RestartPolicy, StartRequest
 from sage.llm.control_plane.backends import registry
-from sage.llm.control_plane.backends.transformers import TransformersBackend
+from sage.llm.control_plane.backends.transformers import TransformersBackend, TransformersOptions
 from sage.llm.control_plane.executors import inference_executor
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, ProcessObservation
 from sage.llm.control_plane.launchers.local import LocalLauncher
@@ -56,7 +56,7 @@ server.serve_forever(0.01)
 """
 
 
-class Options(BaseModel):
+class Options(TransformersOptions):
     answers: bool = True
     child: bool = False
     ignores_sigterm: bool = False

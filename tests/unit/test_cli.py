@@ -171,9 +171,9 @@ def test_the_list_has_all_active_engines_and_the_newest_settled_ones(selection: 
 
 
 def test_metadata_must_be_given_as_key_value_pairs() -> None:
-    assert engine._pair("a=b=c") == ("a", "b=c")
+    assert engine._note("a=b=c") == ("a", "b=c")
     with pytest.raises(errors.ConfigError, match="KEY=VALUE"):
-        engine._pair("a")
+        engine._note("a")
 
 
 def test_a_route_is_set_with_weights_and_listed_with_shares(
