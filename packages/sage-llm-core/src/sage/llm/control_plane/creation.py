@@ -51,6 +51,7 @@ def new_engine(
         model=request.model,
         name=request.name or request.model,
         backend=prepared.backend,
+        backend_reason=prepared.backend_reason,
         options=dict(prepared.options),
         metadata=request.metadata,
         desired=DesiredState.RUNNING,

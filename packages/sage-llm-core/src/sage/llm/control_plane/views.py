@@ -54,6 +54,7 @@ class Views:
             model=engine.model,
             name=engine.name,
             backend=engine.backend,
+            backend_reason=engine.backend_reason,
             state=engine.state,
             desired=engine.desired,
             restart_policy=engine.restart_policy,

@@ -103,6 +103,12 @@ def environment(backend: str) -> Environment | None:
     return ENVIRONMENTS.get((backend, device()))
 
 
+def is_installed(backend: str) -> bool:
+    """Return whether a backend can run: it needs no environment of its own, or has it."""
+    found = environment(backend)
+    return found is None or found.is_installed
+
+
 def chosen(backend: str) -> Environment:
     """Return the environment of a backend on this machine; raises ConfigError if it has none."""
     if found := environment(backend):

@@ -20,6 +20,7 @@ class Prepared:
     backend: str  #: name in the registry, never `auto`
     options: Mapping[str, Any] = field(default_factory=dict)
     reserved_bytes: int | None = None  #: memory that the engine is expected to need; None: not known
+    backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class FinetuneExecutor:
         if config.eval_path:
             self._datasets.resolve(config.eval_path)
         model = resolve_model(request.model)
-        backend = registry.resolve(request.backend, request.engine_kind, model)
+        backend, _ = registry.resolve(request.backend, request.engine_kind, model)
         check_claim(Path(config.output_dir), task_id_of(engine_id))
         return Prepared(backend.name, config.model_dump(mode="json"), backend.memory_bytes(model, config))
 

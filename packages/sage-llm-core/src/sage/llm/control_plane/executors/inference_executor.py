@@ -163,9 +163,9 @@ class InferenceExecutor:
 
 def _prepare(request: StartRequest) -> Prepared:
     model = resolve_model(request.model)
-    backend = registry.resolve(request.backend, request.engine_kind, model)
+    backend, reason = registry.resolve(request.backend, request.engine_kind, model)
     options = validated(backend.options, request.options)
-    return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options))
+    return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)
 
 
 def _number(value: object) -> int | None:

@@ -100,6 +100,7 @@ class EngineRecord:
     served_as: str | None = None  #: its model name in requests to its server; None: not loaded, or the server accepts any
     idle_stop_minutes: float | None = None  #: it is unloaded after this time without requests; None: never
     last_request_at: datetime | None = None  #: of requests since it was started; written at most every few seconds
+    backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property

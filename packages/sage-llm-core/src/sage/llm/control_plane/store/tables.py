@@ -56,6 +56,7 @@ engines = Table(
     Column("base", Text),
     Column("adapter", Text),
     Column("form", Text),
+    Column("backend_reason", Text),
     Column("revision", Integer, nullable=False, server_default="0"),
     Column("served_as", String),
     Column("idle_stop_minutes", Float),
