@@ -70,6 +70,7 @@ class HostingOptions(BaseModel):
     start_seconds: float = 0
     load_seconds: float = 0
     max_adapters: int | None = None
+    threads: int | None = None
 
 
 class HostingBackend(WorkerBackend):
