@@ -39,11 +39,13 @@ class KeyValueCache:
         """Make room for more tokens; key, value: (kv_heads, any, head_dim), as the layers give them."""
         if self.length + tokens <= self._room:
             return
-        self._room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
-        self.keys, self.values = self._grown(self.keys, key), self._grown(self.values, value)
+        room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
+        self.keys = self._grown(self.keys, key, room)
+        self.values = self._grown(self.values, value, room)
+        self._room = room  # last: there may be no memory for the values
 
-    def _grown(self, old: Tensor, like: Tensor) -> Tensor:
-        new = like.new_empty(self._layers, like.shape[0], self._room, like.shape[2])
+    def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
+        new = like.new_empty(self._layers, like.shape[0], room, like.shape[2])
         if self.length:
             new[:, :, : self.length] = old[:, :, : self.length]
         return new
