@@ -21,6 +21,9 @@ _FIRST_ROOM_TOKENS = 256
 #: Prompt tokens per pass: few on a CPU, because the other answers wait for the pass.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
+#: Length of the prompt that a new adapter is tried with: enough that experts see different tokens.
+_PROBE_TOKENS = 16
+
 
 class Abandoned(Exception):
     """Every answer of the pass was cancelled."""
@@ -161,6 +164,15 @@ class PackedRunner:
     def new_cache(self, limit_tokens: int) -> KeyValueCache:
         """Return an empty cache for an answer whose prompt and answer have at most so many tokens."""
         return KeyValueCache(self._layers, limit_tokens)
+
+    def add(self, adapter: Adapter) -> None:
+        """Prepare the layers that an adapter changes. Raises NotImplementedError if passes cannot compute them."""
+        self.adapters.hook(adapter)
+        tokens = list(range(_PROBE_TOKENS))
+        try:
+            self.run([Part(self.new_cache(len(tokens)), tokens, adapter=adapter)], lambda: None)
+        finally:
+            self.adapters.forget(adapter)
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
         """Run the parts, and return logits for each, (tokens or 1, vocab_size).
