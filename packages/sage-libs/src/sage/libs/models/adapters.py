@@ -16,6 +16,7 @@ from sage.common.errors import ModelError, first_line
 from sage.common.files import replace_file
 from sage.common.paths import get_user_paths, private_folder
 from sage.libs.models.fingerprint import fingerprint
+from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
         config.base_model_name_or_path = base_name  # keep the name in the adapter's config, not the local folder
         result = model.load_adapter(str(folder), model.active_adapter, is_trainable=is_trainable)
     except Exception as error:  # PEFT raises all kinds of exceptions for a broken config
+        if is_out_of_memory(error):
+            raise
         raise _unfit(folder, first_line(error)) from error
     if result.unexpected_keys:
         raise _unfit(folder, f"the base has no place for its weight {result.unexpected_keys[0]}")
