@@ -1,7 +1,7 @@
-"""The model thread: runs the answers in progress together, one forward pass after another.
+"""Run the answers in progress together, one forward pass after another, on one thread.
 
-Before each pass, answers that were cancelled leave and answers that wait join. A pass has one token of each answer and some
-tokens of prompts, so that a long prompt does not stop the other answers.
+Before each pass, cancelled answers are removed from the batch and waiting answers are added. A pass computes one token of
+each answer and a limited number of prompt tokens, so that a long prompt does not stop the other answers.
 """
 
 import logging
@@ -49,15 +49,15 @@ class _Row:
 
     @property
     def is_reading(self) -> bool:
-        """Whether its prompt is not read yet."""
+        """Whether the model has not yet read the whole prompt."""
         return not self.answer.tokens
 
 
 class Batch:
-    """Runs answers on a thread of its own."""
+    """A thread that runs answers."""
 
     def __init__(self, runner: Runner, slots: int) -> None:
-        """slots: most answers in progress at the same time; the others wait in the order of arrival."""
+        """slots: maximum number of answers in progress; further answers wait in the order of arrival."""
         self._runner, self._slots = runner, slots
         self._arrivals: SimpleQueue[_Row | Callable[[], None] | None] = SimpleQueue()
         self._waiting: deque[_Row] = deque()
@@ -107,7 +107,7 @@ class Batch:
                     self._pass([row for row, _ in parts], [part for _, part in parts])
 
     def _receive(self) -> None:
-        """Take what has arrived; wait for it if there is nothing to do."""
+        """Take the requests that have arrived; if there is nothing to do, wait for one."""
         while not self._arrivals.empty() or not (self._rows or self._waiting):
             arrived = self._arrivals.get()
             if arrived is None:
@@ -128,7 +128,7 @@ class Batch:
                     row.request.job.finish(None)
 
     def _plan(self) -> list[tuple[_Row, Part]]:
-        """Return the next pass: the last token of each answer, and prompts in turn up to the runner's limit."""
+        """Return the next pass: the last token of each answer, and tokens of prompts up to the runner's limit."""
         chosen, room = list[tuple[_Row, Part]](), self._runner.prompt_tokens
         for row in list(self._rows):
             count = min(len(row.pending), self._runner.prompt_tokens)
@@ -145,7 +145,7 @@ class Batch:
         return chosen
 
     def _pass(self, rows: list[_Row], parts: list[Part]) -> None:
-        """Run one pass. If it fails, run each part alone, so that only the answers that cannot be computed fail."""
+        """Run one pass. If it fails, run each part alone, so that only the answers whose part fails again get an error."""
 
         def check() -> None:
             if all(row.request.job.gone.is_set() for row in rows):
@@ -166,7 +166,7 @@ class Batch:
             self._pass([row], [part])
 
     def _settle(self, rows: list[_Row], parts: list[Part], logits: list[Tensor]) -> None:
-        """Give each answer its logits, and choose the next token of those whose prompt is read."""
+        """Pass each answer its logits, and choose the next token of each answer whose prompt is complete."""
         best = torch.stack([own[-1] for own in logits]).argmax(-1).tolist()
         for row, part, own, token in zip(rows, parts, logits, best, strict=True):
             row.pending = row.pending[len(part.tokens) :]
@@ -186,7 +186,7 @@ class Batch:
     def _attempt(self, row: _Row, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 # as in _pass
+        except BaseException as error:  # noqa: BLE001 # clients wait for the result, and other answers are in progress
             self._fail(row, error)
 
     def _fail(self, row: _Row, error: BaseException) -> None:
@@ -194,5 +194,5 @@ class Batch:
         ending: SageError = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
         try:
             ending = internal_error(error, "Generation")
-        finally:  # also if there is not enough memory to build the error
+        finally:  # the job must end even if there is not enough memory to build the error
             row.request.job.abandon(ending)

@@ -49,7 +49,7 @@ class Job(Generic[T]):
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job; if `reason` is given, the consumer of its pieces receives it as an exception."""
-        if reason:  # first, or the end of the work would look like the end of the answer
+        if reason:  # before `gone` is set: otherwise the end of the work would look like the end of the answer
             self.put(reason)
         self.gone.set()
 
@@ -82,7 +82,7 @@ class Lane:
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function and return its result; if the caller is cancelled first, the function is not called."""
+        """Queue a function and return its result. If the caller is cancelled before that, the function is not called."""
 
         def work(job: Job[T]) -> None:
             job.put(function())
@@ -108,14 +108,14 @@ class Lane:
             ending = None
         except BaseException as error:  # noqa: BLE001 # a client waits for the result, and other jobs are queued
             ending = internal_error(error, self._name)
-        finally:  # also if there is not enough memory to build the error
+        finally:  # the job must end even if there is not enough memory to build the error
             job.finish(ending)
 
 
 def engine_stopping() -> SageError:
     """Return the error of answers that end because the engine is stopped."""
     message = "The engine is being stopped."
-    return Overloaded(code="engine_stopping", message=message, hint="Retry when it runs again.")
+    return Overloaded(code="engine_stopping", message=message, hint="Retry when the engine runs again.")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
