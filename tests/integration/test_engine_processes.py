@@ -208,7 +208,7 @@ def test_an_engine_that_dies_again_and_again_fails_after_its_last_restart_with_t
         assert failed.reason is not None
         assert failed.restarts == 5
         assert failed.reason.hint.splitlines()[-2:] == [
-            "  no space for the weights", f"All of it: `sage llm engine logs {failed.id}`.",
+            "  no space for the weights", f"The whole log: `sage llm engine logs {failed.id}`.",
         ]  # fmt: skip
         assert (await manager.get_logs(failed.id)).count("no space for the weights") == 6
 

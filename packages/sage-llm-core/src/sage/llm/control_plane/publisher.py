@@ -1,4 +1,4 @@
-"""Publishes what training runs produce: starts the engine that serves a run, and gives it newer versions."""
+"""Publish the results of training runs: start the engine that serves a run, and load newer versions into it."""
 
 import asyncio
 import dataclasses
@@ -40,16 +40,16 @@ class Publisher:
         self._routing, self._held_lease = routing, held_lease
 
     async def publish(self, run: EngineRecord, step: int | None) -> None:
-        """Serve a version of a run: that of a checkpoint, or its result if `step` is None.
+        """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        A checkpoint is served only as an adapter that joins the server of its base. Raises StaleWrite to be called again.
+        A checkpoint is served only as an adapter that joins the server of its base. After a StaleWrite, call it again.
         """
         serve = ServedRun.of(run)
         assert serve
         try:
             model = await self._version(run, step)
             engine = await self._existing(serve)
-            if serve.engine_id and engine is None:  # a user has removed it
+            if serve.engine_id and engine is None:  # a user has removed the engine
                 await self._revise(run, serve=None)
             elif engine is None or _needs_another(engine, step):
                 await self._start(run, serve, model, step)
@@ -79,7 +79,7 @@ class Publisher:
             return None
 
     async def _start(self, run: EngineRecord, serve: ServedRun, model: str, step: int | None) -> None:
-        """Create the engine and note it in the run, in one transaction."""
+        """Create the engine and store its id in the run, in one transaction."""
         engine_id = f"engine-{random_suffix()}"
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)
@@ -94,14 +94,14 @@ class Publisher:
         logger.info("%s: %s serves it as '%s'", run.id, added.id, added.name)
 
     async def _like_its_base(self, engine: EngineRecord, base: str | None) -> EngineRecord:
-        """Return a new engine with backend and options of a server that has its base loaded, so that it joins that one."""
+        """Return a new engine; if a server has loaded its base, the engine has the backend and options of that server."""
         for server in await self._pool.run(self._store.servers, engine.node):
             if server.shared and server.model == base and server.state is not ServerState.CLOSING:
                 return dataclasses.replace(engine, backend=server.backend, options=server.options or engine.options)
         return engine
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
-        """Give an engine a newer version. Its server loads it beside the old one, which ends the answers it has begun."""
+        """Load a newer version into an engine. The old version stays loaded until its answers in progress have ended."""
         if engine.state is EngineState.VALIDATING:  # the checks read the older version
             raise StaleWrite(engine.id)
         values: dict[str, Any] = {"model": model}
@@ -121,5 +121,5 @@ class Publisher:
 
 
 def _needs_another(engine: EngineRecord, step: int | None) -> bool:
-    """Return whether the result needs another engine, since this one has merged a checkpoint into its base."""
+    """Return whether the result needs a new engine, because this engine has merged a checkpoint into its base."""
     return step is None and engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)

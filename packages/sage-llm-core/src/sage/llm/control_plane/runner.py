@@ -63,12 +63,12 @@ class Runner:
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: engines that were sent the stop signal; the reconciler reads and clears it
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._launching: set[str] = set()  #: servers
+        self._launching: set[str] = set()  #: ids of servers
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
         self._troubles: dict[str, str] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Begin an action, unless another action of its engine is running; observed, server: those of the engine."""
+        """Begin an action, unless another action of its engine is running; observed, server: the engine's."""
         engine = action.engine
         if isinstance(action, Validate):
             self.validator.begin(engine)
@@ -94,7 +94,7 @@ class Runner:
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
-        # Not in the slots: a server that does not answer must not delay the actions of other servers.
+        # Without a slot: a server that does not answer must not delay the actions of other servers.
         slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
             async with slots:
@@ -149,7 +149,7 @@ class Runner:
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
             await self._clean(before, server)
-        if server.id in self._launching:  # by another engine, which has been stopped since
+        if server.id in self._launching:  # the process was started by another engine, which has since been stopped
             return
         self._launching.add(server.id)
         try:
@@ -196,13 +196,13 @@ class Runner:
             await self._executors[engine.kind].remove(engine)
 
     async def _load(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Load the current version of an adapter; if its server refuses that, let the engine get a server of its own."""
+        """Load the current version of an adapter; if its server refuses it, move the engine to a separate server."""
         self._held_lease()
         try:
             await self._adapters.load(server, engine.internal_name, engine.adapter or "")
         except AdapterRefused as error:
             if engine.state is EngineState.STARTING:
-                form = f"merged, since the adapter cannot be loaded into a running base: {error.message}"
+                form = f"merged, because the adapter cannot be loaded into a running base: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
                 return
             raise

@@ -1,4 +1,4 @@
-"""Adapters next to a running base: each token of a pass goes through the LoRA weights of its own adapter, or of none."""
+"""Apply several adapters in one pass: each token uses the LoRA weights of its own adapter, or of none."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-#: By linear layer: A, (rank, in_features), and B, (rank, out_features), which includes the scaling.
+#: For each linear layer: A, (rank, in_features), and B, (rank, out_features); B includes the scaling.
 Weights = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -19,10 +19,10 @@ class Adapter:
 
 
 class _Stack:
-    """The weights of several adapters, one below the other, so that two products compute all of them.
+    """The stacked weights of several adapters, so that two matrix products compute all of them.
 
-    The product with all A has columns for every adapter; those of other adapters than a token's own are set to 0. So the
-    weights must be finite: 0 * infinity is not 0.
+    The product with all A has columns for every adapter; for each token, the columns of other adapters are set to 0.
+    So the weights must be finite: 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -56,12 +56,12 @@ class Adapters:
             self._hooked.add(name)
 
     def forget(self, adapter: Adapter) -> None:
-        """Free the memory of an adapter that no answer uses any more."""
+        """Free the memory of an adapter; no answer may use it any more."""
         if adapter in self._stack.adapters:
             self._stack = _Stack(())
 
     def begin(self, adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> None:
-        """Set whose tokens the next pass has: lengths[i] tokens of adapters[i]; None: of the base."""
+        """Set the adapters of the next pass: lengths[i] tokens belong to adapters[i]; None: the base."""
         needed = dict.fromkeys(adapter for adapter in adapters if adapter)
         self._is_on = bool(needed)
         if not needed:

@@ -1,8 +1,8 @@
-"""The model thread: runs the answers in progress together, one forward pass after another.
+"""Run the answers in progress together, one forward pass after another, on one thread.
 
-Before each pass, answers that were cancelled leave and answers that wait join. A request with many answers does not block
-others: a free slot is given to the request with the fewest answers in progress. A pass has one token of each answer and some
-tokens of prompts, so that a long prompt does not stop the other answers.
+Before each pass, cancelled answers are removed from the batch and waiting answers are added. A request with many answers does
+not block others: a free slot is given to the request with the fewest answers in progress. A pass computes one token of each
+answer and a limited number of prompt tokens, so that a long prompt does not stop the other answers.
 """
 
 from collections import deque
@@ -44,7 +44,7 @@ class _Row:
 
     @property
     def is_reading(self) -> bool:
-        """Whether its prompt is not read yet."""
+        """Whether the model has not yet read the whole prompt."""
         return not self.answer.tokens
 
 
@@ -132,7 +132,7 @@ class Batch(JobThread):
             self._rows.append(_Row(answer, request, answer.prompt))
 
     def _plan(self) -> list[tuple[_Row, Part]]:
-        """Return the next pass: the last token of each answer, and prompts in turn up to the runner's limit."""
+        """Return the next pass: the last token of each answer, and tokens of prompts up to the runner's limit."""
         chosen, room = list[tuple[_Row, Part]](), self._runner.prompt_tokens
         for row in list(self._rows):
             count = min(len(row.pending), self._runner.prompt_tokens)
@@ -149,7 +149,7 @@ class Batch(JobThread):
         return chosen
 
     def _pass(self, rows: list[_Row], parts: list[Part]) -> None:
-        """Run one pass. If it fails, run each part alone, so that only the answers that cannot be computed fail."""
+        """Run one pass. If it fails, run each part alone, so that only the answers whose part fails again get an error."""
 
         def check() -> None:
             if all(row.request.job.gone.is_set() for row in rows):

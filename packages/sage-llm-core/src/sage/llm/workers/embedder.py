@@ -1,4 +1,4 @@
-"""Embedding models: any folder of sentence-transformers, or of transformers alone."""
+"""Load and run embedding models: any folder of sentence-transformers, or of transformers alone."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 #: Far above any real text; longer inputs are rejected without tokenizing them.
 _MAX_CHARACTERS_PER_TOKEN = 100
 _PROBE = "Which engine answers?"
-#: Vectors of one text differ by less than this between batches, because sums are rounded in another order.
+#: Largest difference between the vectors of one text in two batches; it comes from the order in which sums are rounded.
 _TOLERANCE = 1e-3
 
 
@@ -38,7 +38,7 @@ class Embedder:
         self._model = _load(folder)
         self._tokenizer: Any = self._model.tokenizer
         limit = self._model.max_seq_length
-        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # models of static vectors: infinity
+        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # static vectors: inf
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
         try:
             expected = self._embed([_PROBE])
@@ -95,7 +95,7 @@ class Embedder:
             features = self._model.preprocess(inputs, prompt=self._prompt or None)
         else:
             rows = [torch.tensor(ids) for ids in inputs]
-            features = {  # padded here: tokenizers keep padding as a state, which the other thread uses
+            features = {  # padded here, because padding is a state of the tokenizer, and the other thread uses the tokenizer
                 "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }

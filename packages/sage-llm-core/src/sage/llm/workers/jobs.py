@@ -50,7 +50,7 @@ class Job(Generic[T]):
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job; if `reason` is given, the consumer of its pieces receives it as an exception."""
-        if reason:  # first, or the end of the work would look like the end of the answer
+        if reason:  # before `gone` is set: otherwise the end of the work would look like the end of the answer
             self.put(reason)
         self.gone.set()
 
@@ -90,7 +90,7 @@ class Lane:
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function and return its result; if the caller is cancelled first, the function is not called."""
+        """Queue a function and return its result. If the caller is cancelled before that, the function is not called."""
 
         def work(job: Job[T]) -> None:
             job.put(function())
@@ -167,7 +167,7 @@ class JobThread:
 def engine_stopping() -> SageError:
     """Return the error of answers that end because the engine is stopped."""
     message = "The engine is being stopped."
-    return Overloaded(code="engine_stopping", message=message, hint="Retry when it runs again.")
+    return Overloaded(code="engine_stopping", message=message, hint="Retry when the engine runs again.")
 
 
 def _thread_ended() -> SageError:

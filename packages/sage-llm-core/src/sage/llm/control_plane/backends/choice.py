@@ -1,4 +1,4 @@
-"""The choice of a backend for an engine that names none."""
+"""Choose a backend for an engine that names none."""
 
 import json
 import platform
@@ -10,8 +10,8 @@ from sage.common.files import replace_file
 from sage.common.paths import get_user_paths
 from sage.llm.control_plane.backends.base import Backend
 
-#: Tokens per second with 16 answers at once, relative to transformers, by kind of device, from
-#: benchmarks/results/serving.md. On a GPU nothing was measured yet: the figure only says that vLLM comes first.
+#: Tokens per second with 16 answers at once, relative to transformers, by kind of device; source:
+#: benchmarks/results/serving.md. There are no measurements on a GPU yet: the figure only makes vLLM the first choice.
 RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
@@ -26,7 +26,7 @@ class Speeds:
     processor: str
     model: str
     date: str
-    tokens_per_second: Mapping[str, float]  #: with 16 answers at once, by backend
+    tokens_per_second: Mapping[str, float]  #: by backend, with 16 answers at once
 
 
 def _file() -> Path:
@@ -60,17 +60,17 @@ def processor() -> str:
 
 
 def choose(candidates: Sequence[Backend], device: str) -> tuple[Backend, str]:
-    """Return the fastest of some installed backends, and why.
+    """Return the fastest of the installed backends `candidates`, and the reason for users.
 
-    Only backends that load adapters while they run are compared, if there are any, so that an adapter can join its base.
+    If some of them can load adapters into a running server, only these are compared, so that an adapter can join its base.
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:
-        which = "that loads adapters while it runs" if compared[0].capabilities.hot_adapters else "for this model"
+        which = "that loads adapters into a running server" if compared[0].capabilities.hot_adapters else "for this model"
         return compared[0], f"the only installed backend {which}"
     measured = saved_speeds(device)
     speeds = measured.tokens_per_second if measured else RELATIVE_SPEEDS.get(device, {})
     fastest = max(compared, key=lambda backend: speeds.get(backend.name, 0.0))
     if measured:
         return fastest, f"the fastest in `sage backend benchmark` of {measured.date}"
-    return fastest, f"the first choice for the device {device}; `sage backend benchmark MODEL` measures it on this machine"
+    return fastest, f"the first choice for the device {device}; `sage backend benchmark MODEL` measures all on this machine"

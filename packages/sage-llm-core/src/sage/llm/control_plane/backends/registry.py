@@ -1,4 +1,4 @@
-"""The backends by name, and the choice of a backend for an engine."""
+"""Find a backend by name, or choose one for an engine."""
 
 from importlib.metadata import version
 
@@ -21,9 +21,9 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, str | None]:
-    """Return the backend `name`; for `auto`, return the best installed backend for `model` as an engine of `kind`, and why.
+    """Return the backend `name`; for `auto`, the best installed backend for `model` as an engine of `kind`, and the reason.
 
-    Raises ConfigError if the backend is not installed, or, with a list of the kind's backends, if none can run the engine.
+    Raises ConfigError if the backend is not installed or no backend can run the engine.
     """
     if name != "auto" and name not in BACKENDS:
         raise _refused(f"There is no backend '{name}'.", kind)

@@ -1,4 +1,4 @@
-"""The backend for vLLM, in an environment of its own: many answers and many adapters in one batch."""
+"""The backend for vLLM, in a separate environment: many answers and many adapters in one batch."""
 
 import json
 import sys
@@ -27,12 +27,12 @@ class VllmOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
-    context_tokens: int | None = Field(None, ge=16, description="Longest prompt with its answer; default: the model's.")
+    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
-    kv_cache_gb: int = Field(1, ge=1, description="Size of the cache of keys and values, in GiB.")
+    kv_cache_gb: int = Field(1, ge=1, description="Size of the key/value cache, in GiB.")
     max_adapters: int = Field(16, ge=1, le=512, description="Maximum number of adapters in one server.")
     max_rank: Literal[8, 16, 32, 64, 128, 256] | None = Field(
-        None, description="Largest rank of an adapter; default: 8 on a CPU, where a larger one slows all adapters, else 64."
+        None, description="Largest rank of an adapter; default: 64, on a CPU 8, because a larger value slows all adapters."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
