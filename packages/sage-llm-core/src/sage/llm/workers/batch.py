@@ -1,8 +1,8 @@
 """Run the answers in progress together, one forward pass after another, on one thread.
 
-Before each pass, cancelled answers are removed from the batch and waiting answers are added. A request with many answers does
-not block others: a free slot is given to the request with the fewest answers in progress. A pass computes one token of each
-answer and a limited number of prompt tokens, so that a long prompt does not stop the other answers.
+Before each pass, cancelled answers are removed from the batch and waiting answers are added. A request with many answers
+does not block others: a free slot is given to the request with the fewest answers in progress. A pass computes one token of
+each answer and a limited number of prompt tokens, so that a long prompt does not stop the other answers.
 """
 
 from collections import deque
