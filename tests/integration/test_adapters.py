@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import HELDOUT, make_tiny_model
 from training import TinyRun
@@ -22,6 +22,8 @@ from sage.libs.models import adapters
 from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.loading import load_causal_lm
 from sage.libs.models.resolve import resolve_model
+from sage.llm.workers.packed import Part
+from sage.llm.workers.runners import runner_for
 
 #: Settings of a run that touch embeddings and head in every way, and other kinds of adapters.
 TOUCHED: dict[str, dict[str, Any]] = {
@@ -112,6 +114,27 @@ def test_adapters_that_peft_ties_are_merged_as_peft_computes_them(
     )
     model.save_pretrained(tmp_path / "theirs")
     assert same(logits(served(tmp_path / "theirs")), logits(model))
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_served_as_peft_computes_them(
+    models: dict[str, Path], tmp_path: Path, kind: type[PromptLearningConfig]
+) -> None:
+    torch.manual_seed(0)
+    base: Any = AutoModelForCausalLM.from_pretrained(models["tied"], dtype=torch.float32)
+    model = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path / "theirs")
+    ids = list(range(5, 25))
+    runner = runner_for(served(tmp_path / "theirs").eval())
+    cache = runner.new_cache(len(ids))
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        for part in (ids[:18], ids[18:19], ids[19:]):
+            (found,) = runner.run([Part(cache, part)], lambda: None)
+    assert same(found[-1], expected)
 
 
 def adapter_on(base: Path, folder: Path, **options: Any) -> Path:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 from workers import Server, asked_at_once, error_of, post
 
 from sage.llm.workers import generation
+from sage.llm.workers.batch import Batch
 from sage.llm.workers.generator import Generator
 from sage.llm.workers.packed import PackedRunner, Part
 from sage.llm.workers.runners import runner_for
@@ -139,9 +141,17 @@ def test_a_long_prompt_is_read_in_parts_between_the_tokens_of_other_answers(
     app: FastAPI, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[list[int]] = []
-    run = generator.runner.run
+    run, submit, all_arrived, arrivals = generator.runner.run, Batch.submit, threading.Event(), count(1)
+
+    def counted(batch: Batch, *request: Any) -> None:
+        submit(batch, *request)
+        if next(arrivals) == 3:
+            all_arrived.set()
+
+    monkeypatch.setattr(Batch, "submit", counted)
 
     def recorded(parts: list[Part], check: Callable[[], None]) -> Any:
+        all_arrived.wait(60)
         passes.append([len(part.tokens) for part in parts])
         return run(parts, check)
 

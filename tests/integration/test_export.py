@@ -11,7 +11,7 @@ import pytest
 import torch
 from chat_templates import FAMILIES, set_family
 from llama_cpp import LlamaServer, greedy_answer, trained_model
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from support import SAGE, sage, wait_for
 from training import TinyRun
@@ -21,6 +21,7 @@ from sage.common.errors import ModelError
 from sage.libs.models.chat import ChatFormat
 from sage.libs.models.export.exporting import export_model
 from sage.libs.models.export.formats import ExportFormat, LlamaCpp
+from sage.libs.models.export.weights import write_dense
 from sage.libs.models.loading import load_tokenizer
 
 PROMPTS = [f"What is {a} and {b}?" for a in range(5) for b in range(6)]
@@ -68,6 +69,18 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused_and_leaves_nothing(ada
         with pytest.raises(ModelError, match="does not fit its base model"):
             export_model(str(adapter), format_, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sage-home", "trained"]
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_an_adapter_that_cannot_be_merged_is_refused_with_its_type(
+    kind: type[PromptLearningConfig], tiny_model: Path, tmp_path: Path
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"type (PROMPT|PREFIX)_TUNING, which cannot be merged") as caught:
+        write_dense(str(tmp_path / "adapter"), tmp_path / "out", fp32=False, with_modelfile=False)
+    assert caught.value.code == "export_unsupported"
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_export_leaves_nothing(adapter: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
         if is_out_of_memory(error):
             raise
         raise _unfit(folder, first_line(error)) from error
-    if result.unexpected_keys:
+    if result.unexpected_keys and not config.is_prompt_learning:  # PEFT loads virtual tokens apart from these keys
         raise _unfit(folder, f"the base has no place for its weight {result.unexpected_keys[0]}")
     if result.missing_keys:
         raise _unfit(folder, f"it has no weight for {result.missing_keys[0]}")

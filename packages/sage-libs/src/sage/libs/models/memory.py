@@ -12,4 +12,5 @@ _MESSAGES = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that an allocation failed."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _MESSAGES)
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the latter is torch's
+    return is_named or any(words in str(error) for words in _MESSAGES)

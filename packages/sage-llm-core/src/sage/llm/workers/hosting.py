@@ -184,6 +184,6 @@ def _not_hot(reason: str) -> ConfigError:
     return ConfigError(
         code="adapter_not_hot",
         message=f"The adapter cannot be loaded into a running server: {reason}.",
-        hint="Merge it into its base and serve it from a separate server.",
+        hint="Start its engine with `--dedicated`: it is merged into a copy of its base.",
         param="lora_path",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from sage.common.errors import ModelError
 from sage.libs.models.adapters import attach_adapter, merged
@@ -45,7 +46,7 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
     """Write a model, with its adapter merged in fp32, as safetensors with tokenizer, template and end tokens.
 
     fp32: data type of the result; otherwise that of the base.
-    Returns what another program must do in the same way.
+    Returns what another program must do in the same way. Raises ModelError, also if the adapter cannot be merged.
     """
     source, base = _located(name)
     is_adapter = source.kind is ModelKind.ADAPTER
@@ -53,6 +54,8 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
     model: Any = load_causal_lm(base, torch.float32 if is_adapter or fp32 else own)
     if is_adapter:
         model = merged(attach_adapter(model, source.folder))
+        if isinstance(model, PeftModel):
+            raise _not_merged(name, model.peft_type.value)
     tokenizer: Any = load_tokenizer(tokenizer_folder(source, base))
     if warning := ensure_chat_template(tokenizer):
         logger.warning("%s", warning)
@@ -101,6 +104,15 @@ def _located(name: str) -> tuple[ModelSource, Path]:
             code="base_is_adapter", message=f"The base of {name} is an adapter itself.", hint="Merge that one first."
         )
     return source, local_folder(source.base or source)
+
+
+def _not_merged(name: str, kind: str) -> ModelError:
+    return ModelError(
+        code="export_unsupported",
+        message=f"{name} is an adapter of the type {kind}, which cannot be merged into its base.",
+        hint="Export it as 'adapter'.",
+        param="format",
+    )
 
 
 def _own_dtype(base: Path) -> torch.dtype:
