@@ -244,6 +244,17 @@ def test_every_engine_of_a_server_that_died_restarts_by_its_own_policy() -> None
     assert failures == {"x": 1, "y": None, "z": None}
 
 
+@pytest.mark.parametrize(("engine", "restarts"), [("base", None), ("x", 1), ("late", None), ("stopped", None)])
+def test_an_engine_that_joined_a_server_which_died_gets_another_server_at_most_five_times(
+    engine: str, restarts: int | None
+) -> None:
+    starting = [base(state=S.STARTING, server_id="server-base"), hosted("x", S.STARTING)]
+    starting += [hosted("late", S.STARTING, restarts=5), hosted("stopped", S.STARTING, **STOPPED)]
+    action = planned(starting, DEAD)[engine]
+    assert isinstance(action, Transition)
+    assert (action.state, action.restarts, action.must_remain) == (S.FAILED, restarts, False)
+
+
 def test_a_newer_version_of_an_adapter_answers_once_it_is_loaded_and_the_older_one_is_unloaded_later() -> None:
     newer = hosted("x", revision=2)
     assert outline(planned([newer], ready("sage-x-1"))["x"]) is LoadAdapter

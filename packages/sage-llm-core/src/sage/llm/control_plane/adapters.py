@@ -7,7 +7,7 @@ from sage.llm.control_plane.actions import Action, LoadAdapter, Revise, Transiti
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.idle import reason_of_stop, state_without_process
-from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
 #: An adapter that was just loaded may be missing in the last observation of its server.
@@ -17,6 +17,11 @@ _LOOK_SECONDS = 5.0
 def is_misplaced(engine: EngineRecord, server: ServerRecord | None) -> bool:
     """Return whether an engine needs a server of its own, because the shared server has refused its adapter."""
     return server is not None and server.shared and engine.base is None
+
+
+def has_joined(engine: EngineRecord, server: ServerRecord | None) -> bool:
+    """Return whether the server of an engine was planned for another engine."""
+    return server is not None and server.shared and not (server.served_name or "").startswith(internal_prefix(engine.id))
 
 
 def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
