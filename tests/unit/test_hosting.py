@@ -266,6 +266,12 @@ def test_a_newer_version_of_an_adapter_answers_once_it_is_loaded_and_the_older_o
     assert action.name == "sage-x-1"
 
 
+def test_a_newer_version_that_was_refused_is_not_loaded_again_while_the_older_one_answers() -> None:
+    refused = hosted("x", revision=2, reason=Reason(code="adapter_refused", message="its rank is too large"))
+    assert planned([refused], ready("sage-x-1")) == {}
+    assert outline(planned([refused], ready(), OLD)["x"]) is LoadAdapter
+
+
 def test_what_an_engine_left_in_a_server_is_unloaded_by_another_one() -> None:
     actions = planned([hosted("x"), hosted("y")], ready("sage-x-1", "sage-y-1", "sage-gone-3", "not-ours"))
     assert {name: getattr(action, "name", None) for name, action in actions.items()} == {"x": "sage-gone-3"}

@@ -24,6 +24,11 @@ def has_joined(engine: EngineRecord, server: ServerRecord | None) -> bool:
     return server is not None and server.shared and not (server.served_name or "").startswith(internal_prefix(engine.id))
 
 
+def is_refused(engine: EngineRecord) -> bool:
+    """Return whether the server of a running engine has refused the newer version of its adapter."""
+    return engine.reason is not None and engine.reason.code == "adapter_refused"
+
+
 def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
     """Plan for a starting engine whose server answers: it runs once its adapter, if it has one, is loaded."""
     if engine.adapter is None:
@@ -37,7 +42,8 @@ def keep(
     engine: EngineRecord, server: ServerRecord, observed: Observed, hosts: Hosts, watches: Mapping[str, Watch]
 ) -> Action | None:
     """Plan for a running engine whose server answers: load a newer version of its adapter, unload what is not needed."""
-    if engine.adapter is not None:
+    answers_older = is_refused(engine) and engine.served_as in observed.models
+    if engine.adapter is not None and not answers_older:
         is_recent = engine.served_as == engine.internal_name and watches[engine.id].served_seconds < _LOOK_SECONDS
         if engine.internal_name not in observed.models and not is_recent:
             return LoadAdapter(engine, server)

@@ -110,7 +110,7 @@ class Publisher:
             self._routing.apply(await self._write(write, restarts=0, **values), None)
             return
         if engine.adapter is not None and engine.state not in SETTLED:
-            values |= {"adapter": model, "revision": engine.revision + 1}
+            values |= {"adapter": model, "revision": engine.revision + 1, "reason": None}
         await self._revise(engine, **values)
 
     async def _revise(self, engine: EngineRecord, **values: Any) -> None:
