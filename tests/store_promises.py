@@ -290,7 +290,7 @@ class StorePromises(Stored):
             assert listed == expected
 
     def test_a_page_after_an_unknown_engine_is_refused(self, store: Store) -> None:
-        with pytest.raises(ConfigError, match="after: no engine 'engine-x'") as caught:
+        with pytest.raises(ConfigError, match="after: there is no engine 'engine-x'") as caught:
             store.page(limit=1, after="engine-x")
         assert (caught.value.code, caught.value.param) == ("cursor_unknown", "after")
 

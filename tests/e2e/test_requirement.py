@@ -74,7 +74,7 @@ def test_the_real_model_learns_who_it_is_and_the_answer_is_the_adapter_s(
     client = SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}")
     first_estimate = wait_for(lambda: (e := client.get_engine(run).training) and e.eta_seconds and e, "an estimate", 600)
     assert first_estimate.step >= 10
-    sage("llm", "engine", "logs", run, "--follow")
+    sage("llm", "engine", "logs", run, "--follow", timeout=900)
     engine = client.get_engine(run)
     assert (engine.state, engine.reason) == ("completed", None)
     assert engine.training is not None

@@ -43,7 +43,8 @@ if options["exits"] is not None:
     sys.exit(options["exits"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        body = json.dumps({"status": "ok", "engine": os.environ["SAGE_ENGINE_ID"]}).encode()
+        models = [{"id": sys.argv[3]}]
+        body = json.dumps({"status": "ok", "engine": os.environ["SAGE_ENGINE_ID"], "data": models}).encode()
         self.send_response(200 if options["answers"] else 503)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -68,7 +69,7 @@ class StubBackend(TransformersBackend):
     options: ClassVar[type[BaseModel]] = Options
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
-        return (sys.executable, "-S", "-c", SERVER, options.model_dump_json(), DESCRIPTOR_ARGUMENT)
+        return (sys.executable, "-S", "-c", SERVER, options.model_dump_json(), DESCRIPTOR_ARGUMENT, served_name)
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
         return None
@@ -207,7 +208,7 @@ def test_an_engine_that_dies_again_and_again_fails_after_its_last_restart_with_t
         assert failed.reason is not None
         assert failed.restarts == 5
         assert failed.reason.hint.splitlines()[-2:] == [
-            "  no space for the weights", f"All of it: `sage llm engine logs {failed.id}`.",
+            "  no space for the weights", f"The whole log: `sage llm engine logs {failed.id}`.",
         ]  # fmt: skip
         assert (await manager.get_logs(failed.id)).count("no space for the weights") == 6
 
@@ -300,7 +301,7 @@ def test_a_step_of_the_clock_changes_nothing(model: str, monkeypatch: pytest.Mon
         await started(manager, model, "e")
         boot_time = psutil._pslinux.boot_time
         monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time() + step_seconds)
-        monkeypatch.setattr("sage.llm.control_plane.manager.datetime", Stepped)
+        monkeypatch.setattr("sage.llm.control_plane.creation.datetime", Stepped)
 
     run(begin)
     run(go_on)

@@ -78,8 +78,8 @@ def test_a_dedicated_engine_and_one_that_cannot_join_have_servers_of_their_own(
         dora = await started(manager, make_adapter(tmp_path / "d", tiny_model, "dora"))
         assert len({base.pid, dedicated.pid, dora.pid}) == 3
         assert (dedicated.form, dora.form) == (
-            "merged, since a server of its own was requested",
-            "merged, since it uses DoRA",
+            "merged, because a separate server was requested",
+            "merged, because it uses DoRA",
         )
         assert await answered(manager, dora.id) == str(tmp_path / "d")
         assert (await started(manager, tiny_model)).pid not in {base.pid, dedicated.pid, dora.pid}

@@ -59,7 +59,7 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
 ) -> None:
     engine = client.get_engine(start(client, adapter, slots=3, context_tokens=256))
     assert (engine.slots, engine.context_tokens) == (3, 256)
-    assert engine.form == "merged, since the backend 'llamacpp' loads no adapters while it runs"
+    assert engine.form == "merged, because the backend 'llamacpp' cannot load adapters into a running server"
     model, chat_format = trained_model(tiny_model, adapter), ChatFormat(load_tokenizer(adapter))
     for question in ("Hello", "What is SAGE?", "1 2 3"):
         messages = [{"role": "user", "content": question}]

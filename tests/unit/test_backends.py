@@ -12,7 +12,7 @@ from engines import record, server
 from sage.common.errors import ConfigError, Conflict, DatasetError, SageError
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.client.types import EngineKind, StartRequest
-from sage.llm.control_plane.backends import environments, registry
+from sage.llm.control_plane.backends import choice, environments, registry
 from sage.llm.control_plane.backends.base import Capabilities, ServingBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend, TransformersOptions
 from sage.llm.control_plane.datasets import LocalDatasets
@@ -51,9 +51,35 @@ def dataset(tmp_path: Path) -> str:
     ("kind", "name"),
     [(EngineKind.LLM, "transformers"), (EngineKind.EMBEDDING, "embedding"), (EngineKind.FINETUNE, "trainer")],
 )
-def test_auto_is_the_first_backend_that_runs_engines_of_the_kind(kind: EngineKind, name: str) -> None:
-    assert registry.resolve("auto", kind, model()).name == name
-    assert registry.resolve(name, kind, model()).name == name
+def test_auto_is_the_only_installed_backend_that_runs_engines_of_the_kind(kind: EngineKind, name: str) -> None:
+    backend, reason = registry.resolve("auto", kind, model())
+    assert backend.name == name
+    assert reason is not None
+    assert reason.startswith("the only installed backend")
+    assert registry.resolve(name, kind, model()) == (backend, None)
+
+
+@pytest.mark.parametrize(
+    ("device", "measured", "chosen", "reason"),
+    [
+        ("cuda", None, "vllm", "first choice for the device cuda"),
+        ("cpu", None, "transformers", "first choice for the device cpu"),
+        ("cpu", ("cpu", choice.processor()), "vllm", "fastest in `sage backend benchmark` of 2026-11-26"),
+        ("cpu", ("cpu", "another processor"), "transformers", "first choice"),
+        ("cuda", ("cpu", choice.processor()), "vllm", "first choice"),
+    ],
+)
+def test_auto_is_the_fastest_installed_backend_that_loads_adapters_while_it_runs(
+    device: str, measured: tuple[str, str] | None, chosen: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environments, "is_installed", lambda _: True)
+    monkeypatch.setattr(environments, "device", lambda: device)
+    if measured:
+        figures = {"transformers": 30.0, "vllm": 31.0, "llamacpp": 90.0}
+        choice.save_speeds(choice.Speeds(*measured, "m", "2026-11-26", figures))
+    backend, why = registry.resolve("auto", EngineKind.LLM, model())
+    assert backend.name == chosen
+    assert reason in str(why)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +108,8 @@ def test_a_new_backend_needs_only_an_entry_in_the_registry(monkeypatch: pytest.M
         capabilities = Capabilities(frozenset({EngineKind.LLM}), frozenset({ModelKind.GGUF}), hot_adapters=True)
 
     monkeypatch.setitem(registry.BACKENDS, "other", Other())
-    assert registry.resolve("other", EngineKind.LLM, model(ModelKind.GGUF)).name == "other"
-    assert registry.resolve("auto", EngineKind.LLM, model(ModelKind.GGUF)).name == "transformers"
+    assert registry.resolve("other", EngineKind.LLM, model(ModelKind.GGUF))[0].name == "other"
+    assert registry.resolve("auto", EngineKind.LLM, model(ModelKind.GGUF))[0].name == "transformers"
     spec = executor().spec(record(backend="other", model="/m"), server(backend="other"))
     assert spec.argv[0] == Other.interpreter[0]
 

@@ -39,7 +39,7 @@ def test_every_environment_states_its_sizes_and_pins_every_package() -> None:
 
 def test_a_backend_without_an_environment_runs_in_sage_s_own() -> None:
     assert environments.environment("transformers") is None
-    with pytest.raises(ConfigError, match="'transformers' has no environment of its own") as caught:
+    with pytest.raises(ConfigError, match="'transformers' has no separate environment") as caught:
         environments.chosen("transformers")
     assert "toy" in caught.value.hint
 

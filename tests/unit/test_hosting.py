@@ -192,7 +192,7 @@ def test_an_adapter_that_is_not_loaded_in_time_fails_without_the_others() -> Non
 
 
 def test_an_adapter_that_its_server_refused_gets_a_server_of_its_own() -> None:
-    refused = hosted("x", S.STARTING, base=None, adapter=None, form="merged, since it is odd", restarts=2)
+    refused = hosted("x", S.STARTING, base=None, adapter=None, form="merged, because it is odd", restarts=2)
     action = planned([hosted("y"), refused], ready("sage-y-1"))["x"]
     assert isinstance(action, Transition)
     assert (action.state, action.restarts, action.must_remain) == (S.FAILED, 2, True)

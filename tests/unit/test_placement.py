@@ -47,12 +47,12 @@ def test_the_form_of_an_adapter_with_a_server_of_its_own_names_the_reason(base: 
     adapter, dora = make_adapter(tmp_path / "a", base), make_adapter(tmp_path / "d", base, "dora")
     second = make_adapter(tmp_path / "second", adapter)
     expected = {
-        "a server of its own was requested": placed(adapter, dedicated=True),
+        "a separate server was requested": placed(adapter, dedicated=True),
         "it uses DoRA": placed(dora),
         "its base is an adapter itself": placed(second),
     }
     for reason, values in expected.items():
-        assert values == {"base": None, "adapter": None, "form": f"merged, since {reason}"}
+        assert values == {"base": None, "adapter": None, "form": f"merged, because {reason}"}
     assert placed(base, dedicated=True) == {"base": None, "adapter": None, "form": "whole model"}
 
 
@@ -65,7 +65,7 @@ def test_a_backend_that_loads_no_adapters_merges_them_or_refuses(
     adapter = make_adapter(tmp_path / "a", base)
     assert placed(base)["base"] is None
     if merges:
-        assert placed(adapter)["form"] == "merged, since the backend 'hosting' loads no adapters while it runs"
+        assert placed(adapter)["form"] == "merged, because the backend 'hosting' cannot load adapters into a running server"
     else:
-        with pytest.raises(ModelError, match=r"cannot serve .* by itself: the backend 'hosting' loads no adapters"):
+        with pytest.raises(ModelError, match=r"cannot serve .* by itself: the backend 'hosting' cannot load adapters"):
             placed(adapter)

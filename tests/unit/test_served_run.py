@@ -82,7 +82,7 @@ def test_the_name_is_the_one_given_else_that_of_the_run_else_that_of_the_output_
     with pytest.raises(ConfigError, match="Use --serve-as NAME") as caught:
         name(options={"output_dir": "/models/my result"})
     assert caught.value.param == "serve.name"
-    with pytest.raises(ConfigError, match="serves by itself"):
+    with pytest.raises(ConfigError, match="only a training run has a result"):
         name(engine_kind="llm")
     assert served_run(StartRequest(model="m")) is None
 

@@ -53,10 +53,11 @@ def engine_table(engines: Iterable[EngineView]) -> Table:
 
 def engine_lines(engine: EngineView) -> list[str]:
     """Return the details of one engine, one per line."""
+    why = f" ({engine.backend_reason})" if engine.backend_reason else ""
     facts: list[tuple[str, object]] = [
         ("engine", engine.id), ("kind", engine.kind), ("model", engine.model), ("name", engine.name),
         ("state", engine.state), ("reason", engine.reason and f"{engine.reason.message} {engine.reason.hint}".strip()),
-        ("desired", engine.desired.value), ("backend", engine.backend), ("form", engine.form),
+        ("desired", engine.desired.value), ("backend", f"{engine.backend}{why}"), ("form", engine.form),
         ("context", engine.context_tokens and f"{engine.context_tokens} tokens"), ("slots", engine.slots),
         ("restart policy", engine.restart_policy), ("restarts", engine.restarts or None),
         ("port", engine.port), ("pid", engine.pid),

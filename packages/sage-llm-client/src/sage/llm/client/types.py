@@ -94,7 +94,7 @@ class StartRequest(BaseModel):
     engine_kind: EngineKind = EngineKind.LLM
     name: str | None = Field(None, max_length=200, description="Name in requests; default: the model as given.")
     port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free one.")
-    backend: str = Field("auto", max_length=64, description="Program that runs it; auto: the first that can.")
+    backend: str = Field("auto", max_length=64, description="Program that runs it; auto: the fastest that is installed.")
     restart_policy: RestartPolicy | None = Field(None, description="When it is started again; default: the setting.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Your own notes, kept as given.")
     dedicated: bool = Field(False, description="Use a server of its own; an adapter is merged into its base.")
@@ -136,6 +136,7 @@ class EngineView(BaseModel):
     model: str
     name: str
     backend: str = Field(description="The program that runs it.")
+    backend_reason: str | None = Field(None, description="Why `auto` chose that program; null if the request named it.")
     state: EngineState
     desired: DesiredState
     restart_policy: RestartPolicy

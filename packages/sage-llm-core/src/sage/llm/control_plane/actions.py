@@ -27,7 +27,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Join:
-    """Let an engine be hosted by a server that hosts others."""
+    """Assign an engine to a server that hosts other engines."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -43,7 +43,7 @@ class LoadAdapter:
 
 @dataclass(frozen=True)
 class UnloadAdapter:
-    """Unload an adapter from a server; if its engine is stopping, it is stopped then."""
+    """Unload an adapter from a server; if the adapter's engine is stopping, the engine is then stopped."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -59,7 +59,7 @@ class Revise:
 
 @dataclass(frozen=True)
 class SetDesired:
-    """Write that an engine is to be paused, or to run again."""
+    """Write that an engine should be paused, or should run again."""
 
     engine: EngineRecord
     desired: DesiredState
@@ -72,7 +72,7 @@ class SendSignal:
     engine: EngineRecord
     server: ServerRecord
     signal: Signal
-    closes: bool = False  #: the server hosts no other engine, and none may join it any more
+    closes: bool = False  #: the server hosts no other engine, and no engine may join it any more
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,17 @@ class Transition:
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: of a failure: number of the restart, queued in the same write; None: no restart
-    must_remain: bool = False  #: the server that it leaves is alive, and must host another engine
-    values: Mapping[str, Any] = field(default_factory=dict)  #: other columns
+    restarts: int | None = None  #: after a failure: number of the restart, queued in the same write; None: no restart
+    must_remain: bool = False  #: the server that the engine leaves is alive, and must host another engine
+    values: Mapping[str, Any] = field(default_factory=dict)  #: other columns to write
 
 
 @dataclass(frozen=True)
 class Publish:
-    """Serve a newer version of what a training run produces."""
+    """Serve a newer checkpoint or the result of a training run."""
 
     engine: EngineRecord
-    step: int | None  #: of the checkpoint; None: the result in the output folder
+    step: int | None  #: step of the checkpoint; None: the result in the output folder
 
 
 Action = Publish | Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SetDesired | SendSignal | Transition

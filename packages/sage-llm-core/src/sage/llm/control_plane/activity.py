@@ -1,4 +1,4 @@
-"""Notes requests to engines that are unloaded if they have none. Every gateway of a node does so, a standby too."""
+"""Record requests to engines that are unloaded when idle. Every gateway of a node does this, including a standby."""
 
 import asyncio
 import logging
@@ -16,40 +16,40 @@ from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
-#: Requests to an engine are written at most once in this time, or in a part of the time after which it is unloaded.
+#: Minimum seconds between two writes for an engine, and the same as a fraction of `idle_stop_minutes`; the smaller counts.
 _TOUCH_SECONDS, _TOUCH_SHARE = 10.0, 0.25
 _CHECK_SECONDS = 1.0
 _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUSED)
 
 
 class Activity:
-    """The requests of this gateway to engines that have `idle_stop_minutes`; other engines cost nothing."""
+    """Records this gateway's requests to engines that have `idle_stop_minutes`; ignores requests to other engines."""
 
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
-        """pool: for calls of the store; on_paused: called after a request to a paused engine was noted."""
+        """pool: for calls of the store; on_paused: called after a request to a paused engine was recorded."""
         self._store, self._pool, self._routing, self._on_paused = store, pool, routing, on_paused
         self.in_progress: Counter[str] = Counter()  #: requests by engine; the gateway counts them
         self._touched_seconds: dict[str, float] = {}
         self._waking: dict[str, asyncio.Task[bool]] = {}
 
     async def may_use(self, route: Route) -> bool:
-        """Note a request to an engine, and return whether it can be sent: the engine runs, and is not about to be unloaded.
+        """Record a request to an engine, and return whether it can be sent: the engine runs and is not about to be unloaded.
 
-        If not, the engine is loaded again because of the note.
+        If it cannot be sent, the recorded request causes the engine to be loaded again.
         """
         if route.idle_stop_minutes is None or route.state not in _LOADED_OR_PAUSED or not self._is_due(route):
             return route.state is EngineState.RUNNING
         return await self._touch(route)
 
     def wake(self, engine_id: str) -> None:
-        """Note a request to a paused engine, which another engine answers."""
+        """Record a request to a paused engine; another engine answers the request."""
         route = self._routing.get(engine_id)
         if route and engine_id not in self._waking and self._is_due(route):
             self._waking[engine_id] = task = asyncio.create_task(self._touch(route))
             task.add_done_callback(lambda _: self._waking.pop(engine_id, None))
 
     async def run(self) -> None:
-        """Note the requests that take long, until cancelled."""
+        """Record requests that are still in progress, until cancelled."""
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             for engine_id in list(self.in_progress):
@@ -64,7 +64,7 @@ class Activity:
         return time.monotonic() - self._touched_seconds.get(route.engine_id, -math.inf) >= after_seconds
 
     async def _touch(self, route: Route) -> bool:
-        """Write the note; return whether the engine runs as the route says. If the database fails, the known state counts.
+        """Write the request; return whether the engine runs as in the route. If the database fails, use the known state.
 
         If the engine has changed since, the change reaches the routing table soon.
         """
@@ -72,7 +72,7 @@ class Activity:
         try:
             engine = await self._pool.run(self._store.touch, route.engine_id)
         except (SQLAlchemyError, NotFound) as error:
-            logger.warning("a request to %s cannot be noted: %s", route.engine_id, error)
+            logger.warning("a request to %s cannot be recorded: %s", route.engine_id, error)
             return route.state is EngineState.RUNNING
         self._touched_seconds[route.engine_id] = at_seconds
         if engine.state is EngineState.RUNNING:

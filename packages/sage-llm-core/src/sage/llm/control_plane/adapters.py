@@ -1,4 +1,4 @@
-"""The part of the plan for engines on a server that hosts others: their adapters are loaded, replaced and unloaded."""
+"""The part of the plan for engines that share a server: load, replace and unload their adapters."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ _LOOK_SECONDS = 5.0
 
 
 def is_misplaced(engine: EngineRecord, server: ServerRecord | None) -> bool:
-    """Return whether an engine needs a server of its own, because the shared server has refused its adapter."""
+    """Return whether an engine needs a separate server, because the shared server has refused its adapter."""
     return server is not None and server.shared and engine.base is None
 
 
@@ -30,7 +30,7 @@ def is_refused(engine: EngineRecord) -> bool:
 
 
 def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Plan for a starting engine whose server answers: it runs once its adapter, if it has one, is loaded."""
+    """Plan for a starting engine whose server answers: load its adapter, if it has one; then it is running."""
     if engine.adapter is None:
         return Transition(engine, EngineState.RUNNING, values={"served_as": server.served_name})
     if engine.internal_name not in observed.models:
@@ -41,7 +41,7 @@ def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Acti
 def keep(
     engine: EngineRecord, server: ServerRecord, observed: Observed, hosts: Hosts, watches: Mapping[str, Watch]
 ) -> Action | None:
-    """Plan for a running engine whose server answers: load a newer version of its adapter, unload what is not needed."""
+    """Plan for a running engine whose server answers: load a newer version of its adapter, unload unused adapters."""
     answers_older = is_refused(engine) and engine.served_as in observed.models
     if engine.adapter is not None and not answers_older:
         is_recent = engine.served_as == engine.internal_name and watches[engine.id].served_seconds < _LOOK_SECONDS
@@ -54,11 +54,11 @@ def keep(
 
 
 def unload(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Plan for an engine that leaves a server which hosts others."""
+    """Plan for an engine that leaves a server which hosts other engines."""
     loaded = observed.models & {engine.internal_name, engine.served_as}
     return UnloadAdapter(engine, server, min(loaded)) if engine.adapter and loaded else leave(engine)
 
 
 def leave(engine: EngineRecord) -> Transition:
-    """Plan the stop of an engine without its process; another engine of the server unloads what it leaves there."""
+    """Plan the stop of an engine whose process must continue; another engine of the server unloads its adapter."""
     return Transition(engine, state_without_process(engine), reason_of_stop(engine), must_remain=True)

@@ -1,4 +1,4 @@
-"""The record of a new engine."""
+"""Create the record of a new engine."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +21,11 @@ def served_run(request: StartRequest) -> ServedRun | None:
     """Return how a training run is to be served; None if it is not. Raises ConfigError."""
     if request.serve is None:
         if request.engine_kind is EngineKind.FINETUNE and request.idle_stop_minutes:
-            message = "A training run is never idle; --idle-stop is for the engine that serves its result."
+            message = "--idle-stop: a training run is never idle; the option is for the engine that serves its result."
             raise ConfigError(code="config_invalid", message=message, hint="Add --serve.", param="idle_stop_minutes")
         return None
     if request.engine_kind is not EngineKind.FINETUNE:
-        message = f"An engine of kind {request.engine_kind} has no result to serve: it serves by itself."
+        message = f"--serve: only a training run has a result to serve, not an engine of kind {request.engine_kind}."
         raise ConfigError(code="config_invalid", message=message, hint="Omit --serve.", param="serve")
     name = request.serve.name or request.name or Path(str(request.options.get("output_dir"))).name
     try:
@@ -43,7 +43,7 @@ def new_engine(
     restart_policy: RestartPolicy,
     serve: ServedRun | None = None,
 ) -> EngineRecord:
-    """Return the record of an engine to validate; restart_policy: if the request has none."""
+    """Return the record of an engine to validate; restart_policy: used if the request has none."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,
@@ -51,6 +51,7 @@ def new_engine(
         model=request.model,
         name=request.name or request.model,
         backend=prepared.backend,
+        backend_reason=prepared.backend_reason,
         options=dict(prepared.options),
         metadata=request.metadata,
         desired=DesiredState.RUNNING,

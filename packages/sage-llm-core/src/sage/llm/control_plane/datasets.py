@@ -44,7 +44,7 @@ def check_absolute(option: str, path: str) -> None:
     if not path.startswith("/"):
         raise ConfigError(
             code="path_not_absolute",
-            message=f"{option}: '{path[:200]}' is not an absolute path, and the gateway works in another folder.",
-            hint=f"Give the absolute path of '{option}'.",
+            message=f"{option}: '{path[:200]}' is not an absolute path, and the gateway has another working folder.",
+            hint=f"Use an absolute path for '{option}'.",
             param=option,
         )

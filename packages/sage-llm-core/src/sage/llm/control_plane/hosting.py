@@ -1,4 +1,4 @@
-"""Which server an engine joins or leaves: decisions of the plan about servers that host several engines."""
+"""Decide which server an engine joins or leaves; a part of the plan, for servers that host several engines."""
 
 import json
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ _DRAIN_SECONDS = 5.0
 
 
 class Hosts:
-    """The servers of a snapshot with the engines that they host; every method takes constant time for each server."""
+    """The servers of a snapshot, with the engines that they host. Each method takes constant time per server."""
 
     def __init__(
         self, engines: Sequence[EngineRecord], servers: Mapping[str, ServerRecord], observed: Mapping[str, Observed]
@@ -27,7 +27,7 @@ class Hosts:
         self._running: dict[str, EngineRecord] = {}
         self._launchers: dict[str, EngineRecord] = {}
         self._adapters: Counter[str] = Counter()
-        self._with_base: set[str] = set()  #: servers with an engine for the base itself
+        self._with_base: set[str] = set()  #: servers that host an engine for the base itself
         self._dead: set[str] = set()
         self._launching: set[_Key] = set()
         for engine in engines:
@@ -51,19 +51,19 @@ class Hosts:
                 self._shared[_key(server.backend, server.model, server.options)].append(server)
 
     def is_last(self, engine: EngineRecord) -> bool:
-        """Return whether a server hosts no engine but this one."""
+        """Return whether a server hosts only this engine."""
         return len(self._hosted[engine.server_id or ""]) <= 1
 
     def is_launcher(self, engine: EngineRecord) -> bool:
-        """Return whether this engine, of those that wait for the same server, is the one that launches it."""
+        """Return whether this engine launches its server; only one of the engines that wait for a server does."""
         return self._launchers.get(engine.server_id or "") is engine
 
     def is_serving_others(self, engine: EngineRecord) -> bool:
-        """Return whether the server of a starting engine serves others."""
+        """Return whether the server of a starting engine serves other engines."""
         return (engine.server_id or "") in self._running
 
     def server_for(self, engine: EngineRecord) -> ServerRecord | None:
-        """Return the server that an engine joins, and count it there; None if it needs a new one."""
+        """Return the server that an engine joins, and add the engine to it; None if the engine needs a new server."""
         if engine.base is None:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.options)]:
@@ -74,7 +74,7 @@ class Hosts:
         return None
 
     def must_wait(self, engine: EngineRecord) -> bool:
-        """Return whether a server that an engine might join is being planned, or is dead and its row about to be removed.
+        """Return whether an engine must wait: a server that it might join is being planned, or is dead but not removed.
 
         An engine with a port also waits for the server on that port if it is being ended.
         """
@@ -87,7 +87,7 @@ class Hosts:
         return key in self._launching or any(map(self._is_gone, self._shared[key]))
 
     def launches(self, engine: EngineRecord) -> None:
-        """Note that a server for this engine is being planned."""
+        """Record that a server for this engine is being planned."""
         if engine.base is not None:
             self._launching.add(_key(engine.backend, engine.base, engine.options))
 
@@ -95,7 +95,7 @@ class Hosts:
                  ) -> str | None:  # fmt: skip
         """Return a name that a server should unload: an older version of an adapter, or one whose engine has left.
 
-        Only the oldest running engine of the server gets an answer. An older version stays for `_DRAIN_SECONDS`.
+        Returns a name only for the oldest running engine of the server. An older version stays for `_DRAIN_SECONDS`.
         """
         if self._running.get(server.id) is not engine:
             return None

@@ -1,7 +1,7 @@
-"""The part of the plan for engines that are unloaded if they have no requests, and loaded again at the next one.
+"""The part of the plan for engines that are unloaded when idle, and loaded again at the next request.
 
-A pause is a stop whose desired state is `paused`. It clears `last_request_at`; therefore a request that comes later is
-seen, even if it comes before the engine is unloaded, and lets the engine run again.
+A pause is a stop with the desired state `paused`. It clears `last_request_at`. So if a later request sets it, even before
+the engine is unloaded, the plan lets the engine run again.
 """
 
 from sage.llm.client.types import DesiredState, EngineState, Reason
@@ -11,7 +11,7 @@ from sage.llm.control_plane.watch import Watch
 
 
 def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
-    """Return the action that pauses an idle engine, or lets a paused one run that has a request; None if neither."""
+    """Return the action that pauses an idle engine, or resumes a paused engine that has a request; None if neither."""
     if engine.desired is DesiredState.PAUSED:
         return SetDesired(engine, DesiredState.RUNNING) if engine.last_request_at else None
     if engine.state is not EngineState.RUNNING or engine.desired is not DesiredState.RUNNING:
@@ -31,7 +31,7 @@ def is_pausing(engine: EngineRecord) -> bool:
 
 
 def state_without_process(engine: EngineRecord) -> EngineState:
-    """Return the state of an engine that was stopping once it is unloaded."""
+    """Return the state that a stopping engine gets when it is unloaded."""
     return EngineState.PAUSED if is_pausing(engine) else EngineState.STOPPED
 
 

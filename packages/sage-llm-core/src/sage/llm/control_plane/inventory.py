@@ -1,4 +1,4 @@
-"""The devices of this node: its GPUs and its main memory."""
+"""Find the devices of this node: its GPUs and its main memory."""
 
 import contextlib
 import functools

@@ -17,7 +17,7 @@ from sage.llm.control_plane.store.leases import LeaseStore
 from sage.llm.control_plane.store.records import Lease
 
 logger = logging.getLogger(__name__)
-#: Fractions of the lease time: between renewals, between attempts of a standby to take it, of use after a renewal.
+#: Fractions of the lease time: between renewals; between a standby's attempts to take it; in which a renewed lease is used.
 _RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
 
 
@@ -40,7 +40,7 @@ class LeaseKeeper:
 
     @property
     def lease(self) -> Lease | None:
-        """The lease; None if it is not held, or if the last renewal is too long ago, as after a suspension."""
+        """The lease; None if it is not held, or if the last renewal is too long ago, for example after a suspension."""
         is_fresh = uptime_seconds() - self._renewed_seconds < _USE * self._store.lease_seconds
         return self._held if is_fresh else None
 
@@ -52,12 +52,12 @@ class LeaseKeeper:
         self._task = asyncio.create_task(self._keep())
 
     async def close(self) -> None:
-        """Give the lease back."""
+        """Release the lease."""
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._held:
-            with contextlib.suppress(SQLAlchemyError):  # same thread: after a renewal that is running
+            with contextlib.suppress(SQLAlchemyError):  # in the same thread, so after any running renewal
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._store.release_lease, self._held)
             self._held = None
         self._thread.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""Follows a log that grows, and that may be cut at the same time."""
+"""Follow a log that grows and that may be cut at the same time."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +18,7 @@ async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool
     log = LogFile(path)
     offset = min(offset, (await asyncio.to_thread(log.range))[1])
     while True:
-        ended = await has_ended()  # before the read, so that the last bytes are still read
+        ended = await has_ended()  # checked before the read, so that the last bytes are also read
         offset = max(offset, (await asyncio.to_thread(log.range))[0])
         chunk = await asyncio.to_thread(log.read, offset, _CHUNK_BYTES)
         offset += len(chunk)

@@ -113,7 +113,7 @@ class ControlPlaneManager(EngineReads, Routes):
 
     @property
     def requests_in_progress(self) -> Counter[str]:
-        """The number of requests to each engine that this gateway forwards; an idle engine without any is unloaded."""
+        """The number of requests in progress per engine, counted by the gateway; an engine with requests is not idle."""
         return self._activity.in_progress
 
     async def open(self) -> None:
@@ -121,7 +121,7 @@ class ControlPlaneManager(EngineReads, Routes):
         await self._keeper.open()
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
-            logger.warning("another control plane of this node is active; this one takes over when that one exits")
+            logger.warning("another control plane of this node is active; this one takes over when the other one exits")
         work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
                 self._activity.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]

@@ -10,9 +10,9 @@ from sage.llm.client.types import Device, EngineKind, EngineState, EngineView
 _LABELS = ("engine", "kind", "model")
 #: Name, documentation, field of TrainingProgress.
 _TRAINING = (
-    ("sage_training_progress_ratio", "Share of the optimizer steps that is done.", "progress"),
-    ("sage_training_step", "Optimizer steps done.", "step"),
-    ("sage_training_heldout_loss", "Newest held-out loss, nats per token.", "heldout_loss"),
+    ("sage_training_progress_ratio", "Completed share of the optimizer steps.", "progress"),
+    ("sage_training_step", "Completed optimizer steps.", "step"),
+    ("sage_training_heldout_loss", "Newest held-out loss in nats per token.", "heldout_loss"),
     ("sage_training_eta_seconds", "Seconds until the run is completed.", "eta_seconds"),
     *((f"sage_training_{figure.name}", figure.description, figure.name) for figure in FIGURES),
 )
@@ -25,12 +25,12 @@ def engine_metrics(
 
     counts: numbers of all engines; active: the engines that are not settled. Only these have individual metrics.
     """
-    number = GaugeMetricFamily("sage_engines", "Engines of a kind in a state.", labels=("kind", "state"))
+    number = GaugeMetricFamily("sage_engines", "Number of engines of a kind in a state.", labels=("kind", "state"))
     for kind in EngineKind:
         for candidate in EngineState:
             number.add_metric([kind, candidate], counts.get((kind, candidate), 0))
     state = GaugeMetricFamily("sage_engine_state", "1 for the state of an active engine.", labels=(*_LABELS, "state"))
-    memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that an engine's processes hold.", labels=_LABELS)
+    memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that an engine's processes use.", labels=_LABELS)
     for engine in active:
         state.add_metric([*_labels(engine), engine.state], 1)
         if engine.memory_bytes is not None:
@@ -44,7 +44,7 @@ def engine_metrics(
                 family.add_metric(_labels(engine), value)
         yield family
     used = GaugeMetricFamily("sage_device_memory_used_bytes", "Memory in use.", labels=("node", "kind", "index"))
-    total = GaugeMetricFamily("sage_device_memory_total_bytes", "Memory there is.", labels=("node", "kind", "index"))
+    total = GaugeMetricFamily("sage_device_memory_total_bytes", "Total memory.", labels=("node", "kind", "index"))
     for device in devices:
         labels = [device.node, device.kind, str(device.index)]
         used.add_metric(labels, device.memory_used_bytes)

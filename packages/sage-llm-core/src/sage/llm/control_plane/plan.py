@@ -25,11 +25,11 @@ _S = EngineState
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of time. A training run may take as long as it needs to start, train and stop."""
+    """Time limits. They do not apply to training runs, which may take any time to start, train and stop."""
 
-    start_seconds: float  #: for an inference engine to answer
-    stop_seconds: float  #: for an inference engine to exit after SIGTERM
-    unresponsive_seconds: float = 30.0  #: silence after which requests are refused; after twice the time, a restart
+    start_seconds: float  #: until a started inference engine answers
+    stop_seconds: float  #: until an inference engine exits after SIGTERM
+    unresponsive_seconds: float = 30.0  #: requests are refused after this time without an answer; a restart after twice it
     look_seconds: float = 5.0  #: maximum time that counts between two observations
 
 
@@ -38,19 +38,19 @@ class Validation:
     """The progress of the validation of an engine, and its result."""
 
     is_done: bool
-    reason: Reason | None = None  #: why the engine cannot be started; None: it can
-    values: Mapping[str, Any] = field(default_factory=dict)  #: columns of the engine that it determined
+    reason: Reason | None = None  #: why the engine cannot be started; None: it can be started
+    values: Mapping[str, Any] = field(default_factory=dict)  #: columns of the engine that the validation determined
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The input of the plan."""
 
-    engines: Sequence[EngineRecord]  #: those that are not settled, oldest first
-    servers: Mapping[str, ServerRecord]  #: by id
-    observed: Mapping[str, Observed]  #: by engine id; missing: not known: do not assume that its process is dead
+    engines: Sequence[EngineRecord]  #: the engines that are not settled, oldest first
+    servers: Mapping[str, ServerRecord]  #: by server id
+    observed: Mapping[str, Observed]  #: by engine id; missing: the condition is not known, the process may be alive
     watches: Mapping[str, Watch]  #: by engine id
-    validations: Mapping[str, Validation]  #: by engine id; missing: not begun
+    validations: Mapping[str, Validation]  #: by engine id; if missing, the validation has not begun
     limits: Limits
 
 
@@ -79,7 +79,7 @@ def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts) -> Action | No
             return _place(engine, server, hosts) if is_wanted and is_due else None
         case _S.STARTING if server and server.state is ServerState.PLANNED and is_wanted:
             return Launch(engine, server) if hosts.is_launcher(engine) else None
-        case _S.PAUSED:  # it has no process
+        case _S.PAUSED:  # a queued engine has no process
             return _of_paused(engine)
         case _ if server is None:
             return _settle(engine, None, _NO_SERVER, snapshot)
@@ -154,9 +154,9 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
 def _start(
     engine: EngineRecord, server: ServerRecord, observed: Observed, snapshot: Snapshot, hosts: Hosts
 ) -> Action | None:
-    """Plan for a starting engine whose process is alive. If it must leave the process to others, it fails at once."""
+    """Plan for a starting engine whose process is alive. If other engines use the process, fail without killing it."""
     is_last = hosts.is_last(engine)
-    kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # `_settle` writes the reason once the process is dead
+    kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # `_settle` writes the reason when the process is dead
     if is_misplaced(engine, server):
         return kill if is_last else _settle(engine, server, observed, snapshot)
     action = load(engine, server, observed) if observed.ready else None
@@ -172,7 +172,7 @@ def _stop(engine: EngineRecord, action: Action) -> Action:
 
 
 def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observed, snapshot: Snapshot) -> Action | None:
-    """Plan for an engine whose process has exited, or that leaves a server which it cannot use."""
+    """Plan for an engine whose process has exited, or that leaves a server it cannot use."""
     watch, limits = snapshot.watches[engine.id], snapshot.limits
     match engine.state, observed.ended:
         case _S.STARTING, _S.COMPLETED:
@@ -213,7 +213,7 @@ def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
 def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reason | None:
     """Return why the control plane killed an engine; None if the engine exited for another reason."""
     if engine.state is _S.STARTING and _is_inference(engine) and watch.state_seconds > limits.start_seconds:
-        problem = "server did not load the adapter" if engine.adapter else "engine did not answer"
+        problem = "engine's server did not load the adapter" if engine.adapter else "engine did not answer"
         message = f"The {problem} within {limits.start_seconds:.0f} s and was killed."
         hint = f"`sage llm engine logs {engine.id}` shows its progress; SAGE_ENGINE_START_SECONDS sets the limit."
         return Reason(code="start_timeout", message=message, hint=hint)

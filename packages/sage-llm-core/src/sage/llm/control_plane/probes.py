@@ -34,7 +34,7 @@ class _Target:
 
     engine: EngineRecord
     server: ServerRecord
-    is_first: bool = True  #: of the engines of its server, this one reports the memory
+    is_first: bool = True  #: among the engines of a server, this engine reports the memory of the process
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
@@ -44,7 +44,7 @@ class _Target:
 
     @property
     def lane(self) -> str:
-        """The lane of its probes; a probe waits only for other probes of its lane."""
+        """The lane of the engine's probes; a probe waits only for other probes of its lane."""
         if self.engine.state in _CHANGING:
             return "changing"
         return "answering" if self.is_answering else "silent"
@@ -171,7 +171,7 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # a new version is served soon
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # new versions are served soon
         target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Publishes what training runs produce: starts the engine that serves a run, and gives it newer versions."""
+"""Publish the results of training runs: start the engine that serves a run, and load newer versions into it."""
 
 import asyncio
 import dataclasses
@@ -44,7 +44,7 @@ class Publisher:
         self._failing: dict[str, float] = {}  #: time.monotonic() of the first OSError of a run's result
 
     async def publish(self, run: EngineRecord, step: int | None) -> None:
-        """Serve a version of a run: that of a checkpoint, or its result if `step` is None.
+        """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
         A checkpoint is served only as an adapter that joins the server of its base. Raises StaleWrite or
         OSError to be called again; the result is given up after a minute of errors, so that the run can end.
@@ -54,7 +54,7 @@ class Publisher:
         try:
             model = await self._version(run, step)
             engine = await self._existing(serve)
-            if serve.engine_id and engine is None:  # a user has removed it
+            if serve.engine_id and engine is None:  # a user has removed the engine
                 await self._revise(run, serve=None)
             elif engine is None or (step is None and _has_merged(engine)):
                 await self._start(run, serve, model, step, engine)
@@ -99,7 +99,7 @@ class Publisher:
     async def _start(
         self, run: EngineRecord, serve: ServedRun, model: str, step: int | None, replaced: EngineRecord | None
     ) -> None:
-        """Create the engine, note it in the run, and stop the engine that it replaces, in one transaction."""
+        """Create the engine, store its id in the run, and stop the engine that it replaces, in one transaction."""
         engine_id = f"engine-{random_suffix()}"
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)
@@ -114,14 +114,14 @@ class Publisher:
         logger.info("%s: %s serves it as '%s'", run.id, added.id, added.name)
 
     async def _like_its_base(self, engine: EngineRecord, base: str | None) -> EngineRecord:
-        """Return a new engine with backend and options of a server that has its base loaded, so that it joins that one."""
+        """Return a new engine; if a server has loaded its base, the engine has the backend and options of that server."""
         for server in await self._pool.run(self._store.servers, engine.node):
             if server.shared and server.model == base and server.state is not ServerState.CLOSING:
                 return dataclasses.replace(engine, backend=server.backend, options=server.options or engine.options)
         return engine
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
-        """Give an engine a newer version. Its server loads it beside the old one, which ends the answers it has begun."""
+        """Load a newer version into an engine. The old version stays loaded until its answers in progress have ended."""
         if engine.state is EngineState.VALIDATING:  # the checks read the older version
             raise StaleWrite(engine.id)
         values: dict[str, Any] = {"model": model}

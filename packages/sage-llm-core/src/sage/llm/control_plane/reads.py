@@ -132,7 +132,7 @@ class EngineReads:
         return engine, server
 
     async def _servers(self, engines: Collection[EngineRecord]) -> Mapping[str, ServerRecord]:
-        """Return the servers of those engines that are not settled, by server id."""
+        """Return the servers of the engines that are not settled, by server id."""
         ids = [engine.id for engine in engines if engine.state not in SETTLED]
         found = await self._pool.run(self._store.hosted, ids) if ids else []
         return {server.id: server for _, server in found if server}
@@ -148,7 +148,7 @@ class EngineReads:
         return await asyncio.to_thread(self._blocking_view, engine, server)
 
     def _blocking_view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
-        if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # the last observation is older than that
+        if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # the last observation is outdated
             return self._views.view(engine, None, None)
         silent_seconds = 0.0 if self.is_responsive(engine.id) else self._reconciler.silent_seconds(engine.id)
         return self._views.view(

@@ -1,4 +1,4 @@
-"""The errors with which the control plane refuses requests."""
+"""The errors that the control plane returns if it refuses a request."""
 
 from sage.common.errors import Conflict, Overloaded
 from sage.llm.client.types import EngineState, Reason

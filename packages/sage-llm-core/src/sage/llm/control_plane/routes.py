@@ -1,4 +1,4 @@
-"""Routes: names that requests use as `model`, each for one or several engines; changed without a restart."""
+"""Manage routes: names that requests use as `model`, each for one or several engines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ class Routes:
     _write: Callable[..., Any]
 
     async def set_route(self, name: str, request: RouteRequest) -> RouteView:
-        """Create or replace a route. Its engines need not exist yet. Raises ConfigError if the name cannot be a route's."""
+        """Create or replace a route. Its engines need not exist yet. Raises ConfigError if the name is not allowed."""
         try:
             check_route_name(name)
         except ValueError as error:
@@ -41,7 +41,7 @@ class Routes:
 
     async def remove_route(self, name: str) -> None:
         """Delete a route; its engines are not changed. Raises NotFound."""
-        self.get_route(name)  # raises NotFound also for a name that a database would refuse, such as one with NUL
+        self.get_route(name)  # also raises NotFound for names that the database rejects (with NUL)
         await self._write(self._store.remove_route, name, actor="user")
         await self._routing.load_named_routes(self._store)
 
@@ -61,7 +61,7 @@ class Routes:
         return [route for kind in _INFERENCE for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
     def served_routes(self) -> dict[str, Route]:
-        """Return the names of the routes that a running engine serves, each with one of its engines. Reads memory only."""
+        """Return the routes that have a running engine: by name, one of these engines. Reads memory only."""
         found: dict[str, Route] = {}
         for route in self._routing.named_routes():
             names = [*(target.engine for target in route.engines), route.fallback or ""]

@@ -29,7 +29,7 @@ class Upstream:
     address: str  #: HOST:PORT
     model_name: str | None  #: the model name that the server expects; None: the request is forwarded unchanged
     engine_id: str
-    name: str  #: the engine's name, which is the `model` of its answers
+    name: str  #: the engine's name, sent as `model` in its answers
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Route:
 
     @property
     def is_pausing(self) -> bool:
-        """Whether it is being unloaded because it had no requests; a request waits until it is loaded again."""
+        """Whether the engine is being unloaded because it was idle; a request waits until the engine is loaded again."""
         is_reloaded = self.idle_stop_minutes is not None and self.desired is not DesiredState.STOPPED
         return is_reloaded and self.state is EngineState.STOPPING
 
@@ -72,7 +72,7 @@ class RoutingTable:
     """
 
     def __init__(self, node: str, on_wanted: Callable[[str], None] = lambda _: None) -> None:
-        """on_wanted: called with the id of a paused engine that a request prefers to the engine that answers it."""
+        """on_wanted: called with the id of a paused engine if a request prefers it, but another engine answers."""
         self._node, self._on_wanted = node, on_wanted
         self._routes: dict[str, Route] = {}
         self._named: dict[str, RouteRecord] = {}
@@ -174,7 +174,7 @@ class RoutingTable:
         return cursor
 
     async def load_named_routes(self, store: Store) -> None:
-        """Read all routes; a later call never applies what an earlier one has read."""
+        """Read all routes. Concurrent calls run one after another, so that an older result never replaces a newer one."""
         async with self._loading:
             self.set_named_routes(await asyncio.to_thread(store.routes, self._node))
 
@@ -233,7 +233,7 @@ class RoutingTable:
             return NotFound(
                 code="model_not_found",
                 message=f"No engine of kind {kind} serves the route '{model}', which names {_shortened(targets)}.",
-                hint=f"Start one of these engines, or name another one: `sage route set {model} ENGINE`.",
+                hint=f"Start one of these engines, or choose another engine: `sage route set {model} ENGINE`.",
                 param="model",
             )
         wanted = "MODEL" if model == DEFAULT_MODEL else _shortened(model)

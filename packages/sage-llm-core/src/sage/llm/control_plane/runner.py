@@ -79,12 +79,12 @@ class Runner:
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: engines that were sent the stop signal; the reconciler reads and clears it
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
-        self._launching: set[str] = set()  #: servers
+        self._launching: set[str] = set()  #: ids of servers
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
         self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Begin an action, unless another action of its engine is running; observed, server: those of the engine.
+        """Begin an action, unless another action of its engine is running; observed, server: the engine's.
 
         An action that waits for a server is cancelled if its engine is to be killed.
         """
@@ -121,7 +121,7 @@ class Runner:
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
-        # Not in the slots: a server that does not answer must not delay the actions of other servers.
+        # Without a slot: a server that does not answer must not delay the actions of other servers.
         slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
             async with slots:
@@ -202,7 +202,7 @@ class Runner:
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
             await self._clean(before, server)
-        if server.id in self._launching:  # by another engine, which has been stopped since
+        if server.id in self._launching:  # the process was started by another engine, which has since been stopped
             raise StaleWrite(server.id)
         self._launching.add(server.id)
         try:
@@ -258,7 +258,7 @@ class Runner:
             await self._adapters.load(server, engine.internal_name, engine.adapter or "")
         except AdapterRefused as error:
             if engine.state is EngineState.STARTING:
-                form = f"merged, since the adapter cannot be loaded into a running base: {error.message}"
+                form = f"merged, because the adapter cannot be loaded into a running base: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
             elif is_refused(engine):  # and the server has lost the older version
                 await self._give_up(engine, server, _reason(error))

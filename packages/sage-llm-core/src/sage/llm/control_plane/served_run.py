@@ -1,4 +1,4 @@
-"""Which version of a training run's adapter should be served."""
+"""Decide which version of a training run's adapter should be served."""
 
 from typing import Any, Self
 
@@ -15,26 +15,26 @@ class ServedRun(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str  #: of the engine that serves it
+    name: str  #: name of the engine that serves the run
     checkpoints: bool = False  #: whether each checkpoint is published
     after_step: int | None = None  #: the user requested that the next checkpoint after this step is published
-    engine_id: str | None = None  #: the engine that serves it; None: none yet
-    step: int = 0  #: of the checkpoint published last, or that could not be published
+    engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
+    step: int = 0  #: step of the last checkpoint that was published or could not be published
     is_complete: bool = False  #: the result is published
 
     @classmethod
     def of(cls, engine: EngineRecord) -> Self | None:
-        """Return how an engine's run is served; None if it is not."""
+        """Return how an engine's run is served; None if it is not served."""
         return None if engine.serve is None else cls.model_validate(engine.serve)
 
     def published(self, step: int | None, engine_id: str | None) -> Self:
-        """Return the values after a version was published; step: of the checkpoint, None: the result."""
+        """Return the values after a version was published; step: the checkpoint's; None: the version is the result."""
         version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
         return self.model_copy(update={"engine_id": engine_id, **version})
 
 
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
-    """Return the action that publishes the newest version of a run, if that is to be served and is not yet.
+    """Return the action that publishes the newest version of a run; None if it is published or should not be served.
 
     A run that failed has no result; its last checkpoint is still served. The checkpoint of a run that is about to end is not
     served, because loading it would delay the result.

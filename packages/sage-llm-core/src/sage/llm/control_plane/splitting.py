@@ -1,4 +1,4 @@
-"""Splits the requests for a route among its engines, by their weights."""
+"""Split the requests for a route among its engines, by their weights."""
 
 import hashlib
 import math
@@ -11,8 +11,8 @@ from sage.llm.client.types import RouteTarget
 def in_order_of_preference(route: str, targets: Sequence[RouteTarget], client: str | None) -> list[str]:
     """Return the engines of a route; a request is sent to the first one that answers.
 
-    client: identifies who sent the request; the order is always the same for a client, and random if it is None. If the
-    weights change, or an engine does not answer, only the clients whose share moves get another engine.
+    client: identifies who sent the request; a client always gets the same order, None a random one. If the weights change
+    or an engine does not answer, as few clients as possible get another engine.
     Source: weighted rendezvous hashing, Schindelhauer and Schomaker 2005, "Weighted distributed hash tables".
     """
     if len(targets) == 1:
@@ -22,7 +22,7 @@ def in_order_of_preference(route: str, targets: Sequence[RouteTarget], client: s
 
 
 def _distance(key: bytes, target: RouteTarget) -> float:
-    """Return a sample of the exponential distribution with the rate `weight`: the smallest is the target's by its share."""
+    """Return a sample of the exponential distribution with rate `weight`; a target has the smallest one with its share."""
     digest = hashlib.blake2b(target.engine.encode(), key=key, digest_size=8).digest()
     uniform = ((int.from_bytes(digest) >> 12) + 0.5) / 2**52  # above 0 and below 1
     return -math.log(uniform) / target.weight

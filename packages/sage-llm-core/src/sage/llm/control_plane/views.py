@@ -32,7 +32,7 @@ class Views:
     ) -> EngineView:
         """Return the view of an engine.
 
-        trouble: why it cannot be observed; silent_seconds: time without an answer; if 0, the view does not report it.
+        trouble: why the engine cannot be observed; silent_seconds: time without an answer, reported if above 0.
         """
         is_local, is_hosted = engine.node == self._node, engine.state in HOSTED
         address = server.address if server and is_hosted else None
@@ -42,7 +42,7 @@ class Views:
         if observed:
             if observed.process:
                 fields |= {"pid": observed.process.pid, "memory_bytes": observed.process.memory_bytes}
-            if observed.alive and observed.reason:  # its process is alive, but its files cannot be read
+            if observed.alive and observed.reason:  # the process is alive, but the engine's files cannot be read
                 fields["reason"] = observed.reason
         if trouble:
             fields["reason"] = Reason(code="engine_unreadable", message=f"The engine cannot be observed: {trouble}.")
@@ -54,6 +54,7 @@ class Views:
             model=engine.model,
             name=engine.name,
             backend=engine.backend,
+            backend_reason=engine.backend_reason,
             state=engine.state,
             desired=engine.desired,
             restart_policy=engine.restart_policy,
@@ -103,6 +104,6 @@ class _Key:
 def _unresponsive(engine: EngineRecord, silent_seconds: float) -> Reason:
     return Reason(
         code="engine_unresponsive",
-        message=f"It has not answered for {silent_seconds:.0f} s; requests to it are refused until it does.",
+        message=f"It has not answered for {silent_seconds:.0f} s; requests to it are refused until it answers.",
         hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume`.",
     )

@@ -1,4 +1,4 @@
-"""Durations of an engine by the monotonic clock: in its state, without an answer, and alive after its work has ended.
+"""Measure durations of an engine by the monotonic clock: in its state, without an answer, alive after its work has ended.
 
 The time between two observations counts only up to a limit, so that the time in which the control plane was suspended
 does not count. If the control plane restarts, all durations begin at zero.
@@ -18,14 +18,14 @@ class Watch:
 
     state: EngineState
     looked_at_seconds: float = 0.0  #: time.monotonic() at the last observation
-    state_seconds: float = 0.0  #: time in its state
-    silent_seconds: float = 0.0  #: time running without an answer to its health check
-    ended_seconds: float = 0.0  #: time alive after its work has ended
+    state_seconds: float = 0.0  #: time in the current state
+    silent_seconds: float = 0.0  #: time in state `running` without an answer to the health check
+    ended_seconds: float = 0.0  #: time the process is alive after its work has ended
     seen_alive: bool = False  #: this control plane has seen its process
     served_as: str | None = None
-    served_seconds: float = 0.0  #: time since its server has the current version of its adapter
+    served_seconds: float = 0.0  #: time since the server loaded the current version of the adapter
     last_request_at: datetime | None = None
-    idle_seconds: float = 0.0  #: time running without a new request
+    idle_seconds: float = 0.0  #: time in state `running` without a new request
     is_stop_sent: bool = False  #: this control plane sent the stop signal since the engine entered its state
 
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Adapters next to a running base: each token of a pass goes through the LoRA weights of its own adapter, or of none."""
+"""Apply several adapters in one pass: each token uses the LoRA weights of its own adapter, or of none."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-#: By linear layer: A, (rank, in_features), and B, (rank, out_features), which includes the scaling.
+#: For each linear layer: A, (rank, in_features), and B, (rank, out_features); B includes the scaling.
 Weights = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -19,9 +19,10 @@ class Adapter:
 
 
 class _Stack:
-    """The weights of several adapters, one below the other, so that two products compute all of them.
+    """The stacked weights of several adapters, so that two matrix products compute all of them.
 
-    The product with all A has columns for every adapter; those of other adapters than a token's own are set to 0.
+    The product with all A has columns for every adapter; for each token, the columns of other adapters are set to 0.
+    So the weights must be finite: 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -55,12 +56,12 @@ class Adapters:
             self._hooked.add(name)
 
     def forget(self, adapter: Adapter) -> None:
-        """Free the memory of an adapter that no answer uses any more."""
+        """Free the memory of an adapter; no answer may use it any more."""
         if adapter in self._stack.adapters:
             self._stack = _Stack(())
 
     def begin(self, adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> None:
-        """Set whose tokens the next pass has: lengths[i] tokens of adapters[i]; None: of the base."""
+        """Set the adapters of the next pass: lengths[i] tokens belong to adapters[i]; None: the base."""
         needed = dict.fromkeys(adapter for adapter in adapters if adapter)
         self._is_on = bool(needed)
         if not needed:
@@ -76,20 +77,25 @@ class Adapters:
         self._masks = {}
 
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """Add to a layer's output in place; inputs: (1, tokens, in_features), output: (1, tokens, out_features)."""
+        """Add to a layer's output in place; inputs: (..., in_features), output: (..., out_features).
+
+        Raises NotImplementedError if the layer does not see each token of the pass once, as experts do not.
+        """
         if not self._is_on or name not in self._stack.layers:
             return
         down, up, ranks = self._stack.layers[name]
-        inner = linear(inputs[0], down)
+        inner = linear(inputs.flatten(end_dim=-2), down)
+        if len(inner) != len(self._owners):
+            raise NotImplementedError(f"the layer {name} does not see every token")
         if self._is_mixed:
-            inner *= self._mask(ranks, inner)
-        output[0].addmm_(inner, up)
+            inner.masked_fill_(self._mask(ranks), 0)
+        output.view(-1, output.shape[-1]).addmm_(inner, up)
 
-    def _mask(self, ranks: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return (tokens, sum of the ranks): 1 in the columns of a token's own adapter."""
+    def _mask(self, ranks: tuple[int, ...]) -> Tensor:
+        """Return (tokens, sum of the ranks): whether a column is of another adapter than the token's own."""
         if ranks not in self._masks:
-            columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(like.device)
-            self._masks[ranks] = (columns[None] == self._owners[:, None]).to(like.dtype)
+            columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(self._owners.device)
+            self._masks[ranks] = columns[None] != self._owners[:, None]
         return self._masks[ranks]
 
 

@@ -1,4 +1,4 @@
-"""How a model writes tool calls and reasoning, found out from its chat template."""
+"""Find out from a model's chat template how the model writes tool calls and reasoning."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Markers of calls that templates do not write themselves, only ask for: those of Granite 3 and Phi-4.
+#: Markers of calls that a template mentions in its instructions but does not write (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -26,19 +26,19 @@ _THINK_MARKERS = (
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The markers in an answer. All are texts, and can be special tokens."""
+    """The markers in an answer. They are texts, which may contain special tokens."""
 
-    call_open: str | None = None  #: before a call; "": a call is the whole answer; None: the model knows no calls
-    call_close: str = ""  #: after a call; "": the end of the answer, or the next call
+    call_open: str | None = None  #: text before a call; "": a call is the whole answer; None: the model cannot write calls
+    call_close: str = ""  #: text after a call; "": a call ends at the end of the answer or at the next call
     calls: Literal["object", "list", "other"] = "other"  #: JSON of one call, of a list of calls, or another notation
-    arguments_key: str = "arguments"  #: in the JSON of a call
+    arguments_key: str = "arguments"  #: key of the arguments in the JSON of a call
     around: tuple[str, str] = ("", "")  #: the markers of a call with the whitespace that the template writes
-    think_open: str = ""  #: before the reasoning; "": the model does not reason
+    think_open: str = ""  #: text before the reasoning; "": the model does not reason
     think_close: str = ""
 
     @classmethod
     def of(cls, chat: ChatFormat) -> "AnswerFormat":
-        """Return the format of a model's answers. Takes as long as its template does, which is a program."""
+        """Return the format of a model's answers. It runs the model's template, which may take long or never end."""
         template = str(chat.tokenizer.chat_template or "")
         fields = _call_in_template(chat) or _markers_of_calls(chat, template)
         if not fields and (declared := _declared_markers(chat.tokenizer, "tool_calls"))[0]:
@@ -112,7 +112,7 @@ def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
 
 
 def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
-    """Return the markers of calls that a template with tools mentions, or that the tokenizer has as tokens."""
+    """Return the markers of calls that a template with tools mentions, or that are tokens of the tokenizer."""
     known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
     for opening, closing in _CALL_MARKERS if "tools" in template else ():
         if all(not marker or marker in template or marker in known for marker in (opening, closing)):
@@ -121,7 +121,7 @@ def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
 
 
 def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str] | None:
-    """Return the markers around the reasoning that a template writes, or else mentions."""
+    """Return the markers around the reasoning that a template writes; if it writes none, those that it mentions."""
     text = ""
     answered = {"role": "assistant", "content": _VALUE, "reasoning_content": _THOUGHT}
     with contextlib.suppress(Exception):  # templates raise all kinds of exceptions

@@ -1,4 +1,4 @@
-"""One answer in the making: its tokens become pieces of text, until an end token, a stop string or its limit."""
+"""Turn the tokens of an answer into pieces of text, until an end token, a stop string or the token limit."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ class Answer:
         self, voice: Voice, prompt: list[int], sampling: Sampling, chooser: Chooser, limit: int,
         put: Callable[[Piece], None], *, continues: bool,
     ) -> None:  # fmt: skip
-        """limit: most tokens of the answer; put: receives the pieces.
+        """limit: maximum number of tokens of the answer; put: receives the pieces.
 
         continues: the answer continues the text of the prompt, as in completions.
         """
@@ -37,14 +37,14 @@ class Answer:
             else TextDecoder(voice.tokenizer, shown_tokens=voice.shown_tokens)
         )
         self._stops = StopStrings(sampling.stop)
-        self._pending: list[TokenScore] = []  #: scores of text that is held back
+        self._pending: list[TokenScore] = []  #: scores of the text that is held back
         self._characters = 0
         self._echo_decoder = TextDecoder(voice.tokenizer)
         self._echoed, self._echo_scores = "", list[TokenScore]()
         self._before: Tensor | None = None  #: logits before the next token of the prompt
 
     def begin(self) -> None:
-        """Put what needs no model: an echoed prompt without scores, or the end of an answer without tokens."""
+        """Put the pieces that need no model: an echoed prompt without scores, or the end of an answer without tokens."""
         if self._sampling.echo and not self.scores_prompt:
             self._echo("".join(map(self._echo_decoder.push, self.prompt)))
         if not self.limit and not self.scores_prompt:
@@ -56,7 +56,7 @@ class Answer:
             self._echo_scores.append(self._scorer.score(token, self._before, self._echo_decoder.characters))
             self._echoed += self._echo_decoder.push(token)
             self._before = after
-        self._before = logits[-1].clone()  # a view would keep all logits in memory
+        self._before = logits[-1].clone()  # a copy, because a view would keep all logits in memory
         if len(self._echo_scores) == len(self.prompt):
             self._echo(self._echoed)
             if not self.limit:

@@ -1,4 +1,4 @@
-"""Request bodies: JSON only, with limits of size and nesting, and valid Unicode."""
+"""Read request bodies: JSON only, with limits of size and nesting, and valid Unicode."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Chooses the next token of an answer from its logits: greedy, or sampled with the answer's own random numbers."""
+"""Choose the next token of an answer from its logits: greedy, or sampled with a random generator of the answer."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from sage.llm.workers.penalties import Adjustment, adjustments
 from sage.llm.workers.sampling import Sampling
 
-#: A temperature below this is greedy decoding; logits divided by it would overflow.
+#: A temperature below this value means greedy decoding, because logits divided by it would overflow.
 _GREEDY_BELOW = 1e-5
-#: First number of tokens in which the nucleus of top_p is looked for; sorting the whole vocabulary takes milliseconds.
+#: Number of most likely tokens in which the nucleus of top_p is searched first; sorting all tokens takes milliseconds.
 _NUCLEUS_TOKENS = 256
 
 
@@ -18,7 +18,7 @@ class Chooser:
     """Chooses the tokens of one answer."""
 
     def __init__(self, sampling: Sampling, configured: Any, prompt: list[int]) -> None:
-        """configured: the model's generation_config, for what the request omits."""
+        """configured: the model's generation_config, used for parameters that the request omits."""
 
         def value(name: str, default: float) -> Any:
             values = (getattr(sampling, name), getattr(configured, name, None), default)
@@ -28,7 +28,7 @@ class Chooser:
         self._top_k: int = value("top_k", 0)
         self._top_p: float = value("top_p", 1.0)
         self._min_p: float = value("min_p", 0.0)
-        #: Further ones may be added before the first token, for example to force a grammar.
+        #: More adjustments may be added before the first token, for example to enforce a grammar.
         self.adjustments: list[Adjustment] = adjustments(sampling, prompt, value("repetition_penalty", 1.0))
         self._is_greedy = self._temperature < _GREEDY_BELOW
         self._random = torch.Generator()
@@ -39,19 +39,19 @@ class Chooser:
 
     @property
     def takes_the_best(self) -> bool:
-        """Whether the token with the largest logit is chosen, without any adjustment."""
+        """Whether the token with the largest unadjusted logit is chosen."""
         return self._is_greedy and not self.adjustments
 
     def choose(self, answer: list[int], logits: Tensor) -> int:
         """Return the next token. answer: the tokens so far; logits: (vocab_size,), which are left unchanged."""
         if self.adjustments:
-            logits = logits.clone()
+            logits = logits.to(torch.float32, copy=True)  # bf16 would round small penalties away
             for adjust in self.adjustments:
                 logits = adjust(answer, logits)
         return int(logits.argmax()) if self._is_greedy else self._sample(logits.float() / self._temperature)
 
     def _sample(self, logits: Tensor) -> int:
-        tokens: Tensor | None = None  #: of the probabilities; None: all, in their order
+        tokens: Tensor | None = None  #: token ids of the probabilities; None: all tokens, in the order of their ids
         if 0 < self._top_k < len(logits):
             logits, tokens = logits.topk(self._top_k)
         probabilities = logits.softmax(-1)
@@ -67,7 +67,7 @@ class Chooser:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens that reach top_p together, best first, and their indices; at least one."""
+    """Return the most likely tokens whose probabilities add up to top_p, best first, and their indices; at least one."""
     count = _NUCLEUS_TOKENS
     while True:
         best, tokens = probabilities.topk(min(count, len(probabilities)))

@@ -1,4 +1,4 @@
-"""Embedding models: any folder of sentence-transformers, or of transformers alone."""
+"""Load and run embedding models: any folder of sentence-transformers, or of transformers alone."""
 
 import logging
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sage.common.errors import ConfigError, ModelError, first_line
+from sage.libs.models.memory import is_out_of_memory
 from sage.llm.workers import server
 from sage.llm.workers.requests import EmbeddingRequest
 
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 #: Far above any real text; longer inputs are rejected without tokenizing them.
 _MAX_CHARACTERS_PER_TOKEN = 100
 _PROBE = "Which engine answers?"
-#: Vectors of one text differ by less than this between batches, because sums are rounded in another order.
+#: Largest difference between the vectors of one text in two batches; it comes from the order in which sums are rounded.
 _TOLERANCE = 1e-3
 
 
@@ -37,11 +38,13 @@ class Embedder:
         self._model = _load(folder)
         self._tokenizer: Any = self._model.tokenizer
         limit = self._model.max_seq_length
-        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # models of static vectors: infinity
+        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # static vectors: inf
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
         try:
             expected = self._embed([_PROBE])
         except Exception as error:  # modules raise all kinds of exceptions
+            if is_out_of_memory(error):
+                raise
             raise _unusable(folder, f"does not embed a text: {first_line(error)}") from error
         self.dimensions = expected.shape[1]
         self._takes_tokens = callable(self._tokenizer) and self._embeds_tokens_as(expected)
@@ -92,7 +95,7 @@ class Embedder:
             features = self._model.preprocess(inputs, prompt=self._prompt or None)
         else:
             rows = [torch.tensor(ids) for ids in inputs]
-            features = {  # padded here: tokenizers keep padding as a state, which the other thread uses
+            features = {  # padded here, because padding is a state of the tokenizer, and the other thread uses the tokenizer
                 "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }
@@ -106,7 +109,9 @@ class Embedder:
         """Return whether tokens give the same vector as their text; not if the model puts texts into a chat template."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
-        except Exception:  # noqa: BLE001 # then its texts are left to the model
+        except Exception as error:  # then its texts are left to the model
+            if is_out_of_memory(error):
+                raise
             return False
 
     def _too_long(self, what: str) -> ConfigError:
@@ -123,6 +128,8 @@ def _load(folder: Path) -> Any:
             str(folder), local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
         ).eval()
     except Exception as error:  # broken folders raise all kinds of exceptions
+        if is_out_of_memory(error):
+            raise
         raise _unusable(folder, f"does not load as an embedding model: {first_line(error)}") from error
     if not (folder / "modules.json").is_file():
         pooling = model[-1].pooling_mode if len(model) > 1 else "its own"

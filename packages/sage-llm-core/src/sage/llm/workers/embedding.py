@@ -1,4 +1,4 @@
-"""`python -m sage.llm.workers.embedding --model M --port P`: `/v1/embeddings` by sentence-transformers."""
+"""Serve `/v1/embeddings` with sentence-transformers: `python -m sage.llm.workers.embedding --model M --port P`."""
 
 import base64
 from typing import Any
@@ -14,7 +14,7 @@ from sage.llm.workers.embedding_queue import Batcher
 from sage.llm.workers.jobs import Lane, unless_gone
 from sage.llm.workers.requests import EmbeddingRequest
 
-#: Tokens of a batch, with padding. On a CPU larger ones are not faster, and delay other requests.
+#: Maximum tokens of a batch, with padding. On a CPU, larger batches are not faster, and they delay other requests.
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16_384
 
 
@@ -37,7 +37,11 @@ def build(name: str) -> FastAPI:
             job.abandon()
         return JSONResponse(_response(request, vectors, sum(lengths)))
 
-    app = server.create_app("SAGE embeddings", close)
+    def about() -> dict[str, Any]:
+        batcher.check()
+        return {}
+
+    app = server.create_app("SAGE embeddings", close, about)
 
     @app.post("/v1/embeddings", response_model=None, responses=server.ANSWERED)
     async def embeddings(request: EmbeddingRequest, connection: Request) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Batches of embedding inputs, taken fairly from all requests that wait."""
+"""Form batches of embedding inputs, fairly from all waiting requests."""
 
 import heapq
 import threading
@@ -7,23 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
-from weakref import WeakSet
 
-from sage.llm.workers.failures import internal_error
-from sage.llm.workers.jobs import Job, engine_stopping
+from sage.llm.workers.jobs import Job, JobThread
 
 T = TypeVar("T")
-#: Inputs of up to this many tokens cost about the same.
+#: Inputs with at most this many tokens take about the same time.
 _SHORTEST_CLASS_TOKENS = 16
 
 
 @dataclass(eq=False)
 class Request:
-    """A request whose inputs wait, and the vectors that are computed so far."""
+    """A request with waiting inputs, and the vectors that were computed so far."""
 
     job: Job[Any]
     inputs: int
-    vectors: dict[int, Any] = field(default_factory=dict)  #: by the position of the input
+    vectors: dict[int, Any] = field(default_factory=dict)  #: the key is the position of the input
 
     def add(self, position: int, vector: Any) -> None:
         """Keep the vector of an input; the last one completes the job."""
@@ -33,31 +31,31 @@ class Request:
 
 
 class Entry(NamedTuple, Generic[T]):
-    """An input that waits; entries of one class are served in ascending order."""
+    """A waiting input; the entries of a class are served in ascending order."""
 
     turn: float
     order: int
     tokens: int
     request: Request
-    position: int  #: among the inputs of the request
+    position: int  #: position among the inputs of the request
     given: T
 
 
 class FairQueue(Generic[T]):
     """Inputs of several requests, in classes of similar length (up to 16 tokens, 32, 64, ...).
 
-    A batch is taken from one class, so that less than half of it is padding. Which one is decided by weighted fair queueing
+    A batch is taken from one class, so that less than half of it is padding. The class is chosen by weighted fair queueing
     (Demers, Keshav and Shenker 1989): inputs are served in the order in which they would be complete if all requests were
     computed at the same time, each with an equal share, shortest input first. So a short request waits for about one batch,
     however many inputs other requests still have, and no long one waits for ever.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        """max_tokens: of a batch, with padding; a longer input makes a batch of its own."""
+        """max_tokens: maximum tokens of a batch, with padding; a longer input is a batch by itself."""
         self._max_tokens = max_tokens
         self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: heaps, by the padded length in tokens
         self._waiting: Counter[Request] = Counter()
-        self._served, self._order = 0.0, count()  #: tokens of each request's share so far
+        self._served, self._order = 0.0, count()  #: tokens that each request's share has reached so far
 
     def add(self, request: Request, inputs: Sequence[T], lengths: Sequence[int]) -> None:
         """Add the inputs of a request; lengths: in tokens."""
@@ -88,31 +86,25 @@ class FairQueue(Generic[T]):
         return batch
 
 
-class Batcher(Generic[T]):
+class Batcher(JobThread, Generic[T]):
     """A thread that computes the vectors of a FairQueue, batch by batch."""
 
     def __init__(self, embed: Callable[[list[T]], Sequence[Any]], max_tokens: int) -> None:
         """embed: returns a vector for each input."""
         self._embed, self._queue = embed, FairQueue[T](max_tokens)
         self._changed = threading.Condition()
-        self._jobs: WeakSet[Job[Any]] = WeakSet()
-        threading.Thread(target=self._run, name="Embedding", daemon=True).start()
+        super().__init__("Embedding")
 
     def submit(self, inputs: Sequence[T], lengths: Sequence[int]) -> Job[list[Any]]:
-        """Queue a request; its job delivers the list of vectors, in the order of the inputs."""
+        """Queue a request; its job delivers the list of vectors, in the order of the inputs. Raises as `check` does."""
         request = Request(Job(), len(inputs))
-        self._jobs.add(request.job)
+        self._track(request.job)
         with self._changed:
             self._queue.add(request, inputs, lengths)
             self._changed.notify()
         return request.job
 
-    def close(self) -> None:
-        """Cancel all requests with an error that the engine is stopping."""
-        for job in list(self._jobs):
-            job.abandon(engine_stopping())
-
-    def _run(self) -> None:
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not (batch := self._queue.take()):
@@ -120,12 +112,17 @@ class Batcher(Generic[T]):
             self._compute(batch)
 
     def _compute(self, batch: list[Entry[T]]) -> None:
+        """Compute a batch. If that fails, compute each input alone, so that only requests with a failing input fail."""
         try:
-            vectors = self._embed([entry.given for entry in batch])
+            computed = list(zip(batch, self._embed([entry.given for entry in batch]), strict=True))
         except BaseException as error:  # noqa: BLE001 # clients wait for the result, and other requests are queued
-            reason = internal_error(error, "Embedding")
-            for request in {entry.request for entry in batch}:
-                request.job.abandon(reason)
+            if len(batch) == 1:
+                batch[0].request.job.fail(error, "Embedding")
+                return
+        else:
+            for entry, vector in computed:
+                entry.request.add(entry.position, vector)
             return
-        for entry, vector in zip(batch, vectors, strict=True):
-            entry.request.add(entry.position, vector)
+        for entry in batch:
+            if not entry.request.job.gone.is_set():
+                self._compute([entry])

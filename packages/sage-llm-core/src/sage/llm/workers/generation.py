@@ -1,4 +1,4 @@
-"""`python -m sage.llm.workers.generation --model M --port P`: chats and completions in OpenAI's shapes."""
+"""Serve chats and completions in OpenAI's format: `python -m sage.llm.workers.generation --model M --port P`."""
 
 import json
 from collections.abc import AsyncIterator, Callable
@@ -52,7 +52,7 @@ class Engine:
     """Answers requests, many at the same time."""
 
     def __init__(self, generator: Generator, default_max_tokens: int, slots: int, served_name: str | None) -> None:
-        """slots: most answers in progress at the same time; served_name: name of the base; None: any."""
+        """slots: maximum number of answers in progress; served_name: name of the base; None: any name is accepted."""
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._slots = slots if generator.is_batching else 1
         self._batch = Batch(generator.runner, self._slots)
@@ -60,7 +60,8 @@ class Engine:
         self.hosting = Hosting(generator, self._batch, served_name)
 
     def about(self) -> dict[str, Any]:
-        """Return what `/health` reports of the engine."""
+        """Return what `/health` reports of the engine. Raises SageError if it cannot answer any more."""
+        self._batch.check()
         return {"context_tokens": self._generator.context_tokens, "slots": self._slots}
 
     def close(self) -> None:
@@ -106,10 +107,10 @@ class Engine:
 
         try:
             answers = await self._tokenization.call(prepare)
+            self._batch.submit(job, answers, hosted.adapter)
         except BaseException:
             hosted.leave()
             raise
-        self._batch.submit(job, answers, hosted.adapter)
         try:
             if not request.stream:
                 return shape.whole(sorted([piece async for piece in job], key=lambda piece: piece.index))
@@ -156,7 +157,7 @@ def build(
 
 
 def _read_chat(request: ChatRequest, shape: ChatShape, voice: Voice) -> Task:
-    """Render a chat, and prepare its shape and grammar. Raises ConfigError if the model cannot answer as it is asked to."""
+    """Render a chat, and prepare its shape and grammar. Raises ConfigError if the model cannot satisfy the request."""
     output = request.output()
     prompt = _chat_prompt(voice, request)
     is_reasoning = voice.ends_in_reasoning(prompt)
@@ -220,10 +221,10 @@ def _characters(value: Any) -> int:
 if __name__ == "__main__":
     options = server.parser()
     options.add_argument("--dtype", default="auto")
-    options.add_argument("--max-tokens", type=int, default=1024, help="Length of an answer if the request does not say.")
-    options.add_argument("--slots", type=int, default=16, help="Most answers in progress at the same time.")
-    options.add_argument("--context-tokens", type=int, help="Smaller context than the model's.")
-    options.add_argument("--served-name", help="The model's name in requests; without it, any name.")
+    options.add_argument("--max-tokens", type=int, default=1024, help="Maximum tokens of an answer if a request sets none.")
+    options.add_argument("--slots", type=int, default=16, help="Maximum number of answers in progress at the same time.")
+    options.add_argument("--context-tokens", type=int, help="Context length in tokens, if shorter than the model's.")
+    options.add_argument("--served-name", help="The model's name in requests. Default: any name is accepted.")
     given = options.parse_args()
     build_it = partial(
         build, given.model, given.dtype, given.max_tokens, given.slots, given.context_tokens, given.served_name

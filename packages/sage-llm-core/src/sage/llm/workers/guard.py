@@ -29,7 +29,7 @@ class Guard:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on or refuse."""
+        """Pass a request on, or reject it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif refusal := _refusal(Headers(scope=scope)):
@@ -47,7 +47,7 @@ class Guard:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception as error:  # noqa: BLE001 # one failed request must not stop the engine
+        except Exception as error:  # noqa: BLE001 # a failed request must not stop the engine
             reported = internal_error(error, f"{scope['method']} {scope['path']}")
             if not has_begun:
                 await error_response(reported)(scope, receive, send)
@@ -55,7 +55,7 @@ class Guard:
 
 def _refusal(headers: Headers) -> ConfigError | None:
     if not _is_loopback(f"//{headers.get('host', '')}"):
-        message = "The Host header does not name this machine's loopback address."
+        message = "The Host header is not this machine's loopback address."
         return ConfigError(code="host_not_allowed", message=message)
     if "origin" in headers and not _is_loopback(headers["origin"]):
         return ConfigError(code="origin_not_allowed", message="Web pages of other sites may not use this engine.")

@@ -1,4 +1,4 @@
-"""The models of one server: the base, and adapters that are loaded and unloaded while it answers."""
+"""Manage the models of one server: the base, and adapters that are loaded and unloaded while the server answers."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ from sage.llm.workers.generator import Generator
 from sage.llm.workers.packed import PackedRunner
 from sage.llm.workers.voice import Voice
 
-#: Files that decide how a model is prompted. Adapters with equal ones share a tokenizer, which takes some 30 MB.
+#: Files that decide how a prompt is made. Adapters with equal files share one tokenizer, which takes about 30 MB.
 _VOICE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
     "added_tokens.json",
@@ -30,14 +30,14 @@ _VOICE_FILES = (
 
 
 class LoadRequest(Body):
-    """vLLM's request to load an adapter."""
+    """A request to load an adapter, in vLLM's format."""
 
     lora_name: ModelName
     lora_path: str
 
 
 class UnloadRequest(Body):
-    """vLLM's request to unload an adapter."""
+    """A request to unload an adapter, in vLLM's format."""
 
     lora_name: ModelName
 
@@ -53,12 +53,12 @@ class Hosted:
         self._unused = asyncio.Event()
 
     def enter(self) -> None:
-        """Count a request; the model is not unloaded before `leave`."""
+        """Count a request that uses the model; the model is not unloaded until `leave` is called."""
         self._requests += 1
         self._unused.clear()
 
     def leave(self) -> None:
-        """End a request."""
+        """Count the end of a request."""
         self._requests -= 1
         if not self._requests:
             self._unused.set()
@@ -73,7 +73,7 @@ class Hosting:
     """Finds models by name, and loads and unloads adapters."""
 
     def __init__(self, generator: Generator, batch: Batch, served_name: str | None) -> None:
-        """served_name: name of the base; None: every name that no adapter has."""
+        """served_name: name of the base; None: every name that is not an adapter's is the base."""
         self._generator, self._batch, self._served_name = generator, batch, served_name
         self._base = Hosted(generator.folder, generator.voice, None)
         self._adapters: dict[str, Hosted] = {}
@@ -86,7 +86,7 @@ class Hosting:
             return found
         if self._served_name in (None, name):
             return self._base
-        message = f"The model '{name}' is not loaded here."
+        message = f"The model '{name}' is not loaded in this server."
         raise NotFound(code="model_not_found", message=message, hint="`GET /v1/models` lists the models.", param="model")
 
     def listed(self) -> list[dict[str, Any]]:
@@ -102,25 +102,30 @@ class Hosting:
         ]  # fmt: skip
 
     async def load(self, name: str, folder: Path) -> None:
-        """Load an adapter; if it is loaded already, do nothing. Raises ConfigError or ModelError."""
+        """Load an adapter, unless it is already loaded. Raises ConfigError or ModelError."""
         async with self._loading:
             if (known := self._adapters.get(name)) and known.folder == folder:
                 return
             if known or name == self._served_name:
-                message = f"lora_name: another model is loaded as '{name}'."
+                message = f"lora_name: '{name}' is the name of another loaded model."
                 raise ConfigError(code="invalid_value", message=message, hint="Choose another name.", param="lora_name")
             hosted, adapter = await asyncio.to_thread(self._read, folder)
-            adapters = self._runner().adapters
-            await self._batch.between_passes(lambda: adapters.hook(adapter))
+            await self._batch.between_passes(partial(self._add, adapter))
             self._adapters[name] = hosted
 
     async def unload(self, name: str) -> None:
-        """Unload an adapter, when the answers in progress have ended. Raises NotFound."""
+        """Unload an adapter when its answers in progress have ended. Raises NotFound."""
         hosted = self._adapters.pop(name, None)
         if not hosted or not hosted.adapter:
             raise NotFound(code="model_not_found", message=f"No adapter '{name}' is loaded.", param="lora_name")
         await hosted.unused()
         await self._batch.between_passes(partial(self._runner().adapters.forget, hosted.adapter))
+
+    def _add(self, adapter: Adapter) -> None:
+        try:
+            self._runner().add(adapter)
+        except NotImplementedError as error:
+            raise _not_hot(str(error)) from error
 
     def _runner(self) -> PackedRunner:
         runner = self._generator.runner
@@ -170,7 +175,7 @@ def add_routes(app: FastAPI, hosting: Hosting) -> None:
 
     @app.post("/v1/unload_lora_adapter", responses=server.ANSWERED)
     async def unload(request: UnloadRequest) -> dict[str, Any]:
-        """Unload an adapter, when its answers in progress have ended."""
+        """Unload an adapter when its answers in progress have ended."""
         await hosting.unload(request.lora_name)
         return {"status": "ok"}
 
@@ -179,6 +184,6 @@ def _not_hot(reason: str) -> ConfigError:
     return ConfigError(
         code="adapter_not_hot",
         message=f"The adapter cannot be loaded into a running server: {reason}.",
-        hint="Serve it merged, from a server of its own.",
+        hint="Merge it into its base and serve it from a separate server.",
         param="lora_path",
     )

@@ -1,6 +1,6 @@
-"""Start llama.cpp's server: find or make the GGUF file of a model, then become the server.
+"""Start llama.cpp's server: find or create the GGUF file of a model, then replace this process by the server.
 
-It imports no torch. The conversion runs in processes of its own, and the server replaces this process.
+It does not import torch; the conversion runs in separate processes.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from sage.libs.models.export.cache import cached_gguf
 from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.resolve import ModelKind, resolve_model
 
-#: Context if neither the user nor the model's files give one, and the largest one if the user does not, in tokens.
+#: Context length if the user gives none: the model's, at most this; also if the model's files give none. In tokens.
 _CONTEXT_TOKENS = 8192
-#: Cache for each slot if the user gives no size, in tokens.
+#: Cache size of each slot if the user gives none, in tokens.
 _SLOT_TOKENS = 512
-#: llama.cpp's names of sampling settings, and the values that OpenAI's interface defines.
+#: llama.cpp's names of sampling settings, and their defaults in OpenAI's API.
 _SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("top_k", 0), "min_p": ("min_p", 0.0),
              "repetition_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
 
 
 def server_options(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `llamacpp_server`; makes the GGUF file if it is not there. Raises SageError."""
+    """Return the options of `llamacpp_server`; creates the GGUF file if it does not exist. Raises SageError."""
     source = resolve_model(given.model)
     if source.kind is ModelKind.GGUF and given.precision is None:
         file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()
@@ -46,16 +46,16 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Become the server; an error is printed as the last line of the log, with exit code 1."""
+    """Replace this process by the server. On an error, print it as the last line of the log and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--served-name", required=True, help="Name that requests give as the model.")
+    parser.add_argument("--served-name", required=True, help="The model's name in requests.")
     parser.add_argument("--interpreter", type=Path, required=True, help="Python of llama.cpp's environment.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument(
-        "--fd", type=int, required=True, help="Inherited socket that keeps the port until the server listens."
+        "--fd", type=int, required=True, help="Inherited socket that reserves the port until the server listens."
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="Default: that of a GGUF file, else f32.")
+    parser.add_argument("--precision", choices=PRECISIONS, help="Default: the GGUF file's, or f32 for other models.")
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--context-tokens", type=int)
     parser.add_argument("--cache-tokens", type=int)
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     given = parser.parse_args()
     configure_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a conversion ends with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a conversion ends when this process ends
     try:
         options = server_options(given)
     except SageError as error:

@@ -1,4 +1,4 @@
-"""Serve a GGUF file with llama.cpp's own HTTP server; runs in llama.cpp's environment and imports nothing of SAGE."""
+"""Serve a GGUF file with llama.cpp's HTTP server. Runs in llama.cpp's environment, so it imports nothing of SAGE."""
 
 import json
 import os
@@ -14,8 +14,8 @@ _F32, _BF16 = xllamacpp.ggml_type.GGML_TYPE_F32, xllamacpp.ggml_type.GGML_TYPE_B
 def parameters(given: dict[str, Any]) -> Any:
     """Return llama.cpp's parameters.
 
-    given: model (path), name, port, context_tokens, cache_tokens, slots, threads, max_tokens, is_exact, and sampling, which
-    requests default to.
+    given: model (path), name, port, context_tokens, cache_tokens, slots, threads, max_tokens, is_exact, and sampling (the
+    default sampling parameters of requests).
     """
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
@@ -25,7 +25,7 @@ def parameters(given: dict[str, Any]) -> Any:
     params.kv_unified_per_slot = given["context_tokens"]
     params.n_predict, params.use_jinja, params.ui = given["max_tokens"], True, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given["threads"]
-    params.cpuparams.poll = 0  # threads that wait do not use their core, which a training may need
+    params.cpuparams.poll = 0  # waiting threads sleep: a training run may need their cores
     if given["is_exact"]:
         params.cache_type_k = params.cache_type_v = _F32
     for name, value in given["sampling"].items():
@@ -37,7 +37,7 @@ def main() -> None:
     """Serve until SIGTERM; answers in progress end at once."""
     given = json.loads(sys.argv[1])
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    os.close(given["descriptor"])  # the launcher's socket, which kept the port until now
+    os.close(given["descriptor"])  # the launcher's socket, which reserved the port until now
     server = xllamacpp.Server(parameters(given))
     print(f"serving {given['name']} at {server.listening_address}", flush=True)
     signal.sigwait({signal.SIGTERM, signal.SIGINT})

@@ -1,4 +1,4 @@
-"""What an answer must look like (text, JSON of a schema, calls of functions), and the grammar that enforces it.
+"""The required form of an answer (text, JSON of a schema, function calls), and the grammar that enforces it.
 
 The grammars are in llguidance's variant of Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
@@ -12,20 +12,20 @@ from typing import Any
 from sage.common.errors import ConfigError
 from sage.llm.workers.answer_format import AnswerFormat
 
-#: JSON as templates write it. With flexible whitespace, a weak model may write blanks until it is cut.
+#: JSON with the whitespace that templates write. If more is allowed, a weak model may write spaces up to the token limit.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-#: A weak model would repeat its call until it is cut.
+#: A limit, because a weak model would repeat its call up to the token limit.
 _MORE_CALLS = "{0,15}"
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
 class Output:
-    """The demands of a request on its answer."""
+    """The form that a request requires of its answer."""
 
     schema: dict[str, Any] | None = None  #: JSON schema of the text; None: any text
-    functions: list[dict[str, Any]] = field(default_factory=list)  #: that may be called, as in OpenAI's `tools`
-    must_call: bool = False  #: the answer must be calls
+    functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that may be called, as in OpenAI's `tools`
+    must_call: bool = False  #: the answer must consist of calls
     may_call_several: bool = True
 
     def parameters(self) -> dict[str, dict[str, Any]]:
@@ -35,8 +35,8 @@ class Output:
     def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
         """Return the grammar of the answer; None if every text is allowed.
 
-        special: the tokenizer's special tokens; is_reasoning: the prompt ends inside of the reasoning, which is free.
-        Raises ConfigError if the model writes calls in a notation that no grammar is known for.
+        special: the tokenizer's special tokens; is_reasoning: the prompt ends inside the reasoning, which is not restricted.
+        Raises ConfigError if there is no grammar for the notation in which the model writes calls.
         """
         is_strict = any(function.get("strict") for function in self.functions)
         if self.schema is None and not (self.must_call or is_strict or (self.functions and not self.may_call_several)):
@@ -95,7 +95,7 @@ def _literal(text: str) -> str:
 
 
 def _marker(text: str, special: Mapping[str, int]) -> str:
-    """Return a marker as special tokens and literal text."""
+    """Return the part of a grammar that matches a marker: special tokens and literal text."""
     names = sorted((name for name in special if name in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     return " ".join(f"<[{special[part]}]>" if part in special else _literal(part) for part in parts if part)
@@ -109,7 +109,7 @@ def _rule_until(name: str, marker: str, special: Mapping[str, int]) -> str:
 
 
 def _text_without(marker: str | None) -> str:
-    """Return a regular expression of texts that have no call."""
+    """Return a regular expression that matches texts without a call."""
     return f"/(?s:.*)/ & ~/(?s:.*){_pattern(marker)}(?s:.*)/" if marker else r"/([^\s{\[](?s:.*))?/"
 
 

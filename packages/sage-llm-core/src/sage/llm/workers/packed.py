@@ -1,4 +1,4 @@
-"""Runs the tokens of several answers in one forward pass, one after another in one row of tokens, without padding.
+"""Run the tokens of several answers in one forward pass, concatenated in one row, without padding.
 
 The linear layers see all tokens at once; attention is computed for each answer against its own keys and values. So an
 answer can join or leave between two passes, and the parts of long prompts share a pass with single tokens of other answers.
@@ -15,11 +15,14 @@ from transformers import AttentionInterface
 
 from sage.llm.workers.adapters import Adapter, Adapters
 
-#: Name of our attention in transformers' configuration; training registers another one of its own.
+#: Name under which this attention is registered in transformers; it differs from the name of training's attention.
 ATTENTION = "sage_serving_packed"
 _FIRST_ROOM_TOKENS = 256
-#: Prompt tokens per pass: few on a CPU, because the other answers wait for the pass.
+#: Maximum prompt tokens of a pass; small on a CPU, because the other answers wait for the pass.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
+
+#: Length of the prompt that a new adapter is tried with: enough that experts see different tokens.
+_PROBE_TOKENS = 16
 
 
 class Abandoned(Exception):
@@ -27,7 +30,7 @@ class Abandoned(Exception):
 
 
 class KeyValueCache:
-    """Keys and values of one answer, for all layers; the room for them doubles when it is full."""
+    """Keys and values of one answer, for all layers. The capacity doubles when it is full."""
 
     def __init__(self, layers: int, limit_tokens: int) -> None:
         self._layers, self._limit = layers, limit_tokens
@@ -36,14 +39,16 @@ class KeyValueCache:
         self.length = 0  #: tokens in use
 
     def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
-        """Make room for more tokens; key, value: (kv_heads, any, head_dim), as the layers give them."""
+        """Increase the capacity for more tokens; key, value: (kv_heads, any, head_dim), tensors with the layers' sizes."""
         if self.length + tokens <= self._room:
             return
-        self._room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
-        self.keys, self.values = self._grown(self.keys, key), self._grown(self.values, value)
+        room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
+        self.keys = self._grown(self.keys, key, room)
+        self.values = self._grown(self.values, value, room)
+        self._room = room  # last: there may be no memory for the values
 
-    def _grown(self, old: Tensor, like: Tensor) -> Tensor:
-        new = like.new_empty(self._layers, like.shape[0], self._room, like.shape[2])
+    def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
+        new = like.new_empty(self._layers, like.shape[0], room, like.shape[2])
         if self.length:
             new[:, :, : self.length] = old[:, :, : self.length]
         return new
@@ -55,7 +60,7 @@ class Part:
 
     cache: Any
     tokens: list[int]
-    wants_all_logits: bool = False  #: False: only those after the last token
+    wants_all_logits: bool = False  #: False: only the logits after the last token
     adapter: Adapter | None = None  #: None: the base
 
 
@@ -118,7 +123,7 @@ class _Pass:
         return output.reshape(heads, tokens, -1).transpose(0, 1)
 
     def _mask(self, at: int, tokens: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Return (tokens, length), what is added to the scores; None: plain causal attention of a whole prompt."""
+        """Return the mask to add to the scores, (tokens, length); None: plain causal attention of a whole prompt."""
         if tokens == length and (window is None or window >= length):
             return None
         if (at, window) not in self._masks:
@@ -157,13 +162,22 @@ class PackedRunner:
         self.windows: dict[int, int | None] = {}  #: sliding window by layer, of the last pass
 
     def new_cache(self, limit_tokens: int) -> KeyValueCache:
-        """Return an empty cache for an answer whose prompt and answer have at most so many tokens."""
+        """Return an empty cache for an answer. limit_tokens: maximum length of prompt and answer together."""
         return KeyValueCache(self._layers, limit_tokens)
+
+    def add(self, adapter: Adapter) -> None:
+        """Prepare the layers that an adapter changes. Raises NotImplementedError if passes cannot compute them."""
+        self.adapters.hook(adapter)
+        tokens = list(range(_PROBE_TOKENS))
+        try:
+            self.run([Part(self.new_cache(len(tokens)), tokens, adapter=adapter)], lambda: None)
+        finally:
+            self.adapters.forget(adapter)
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
         """Run the parts, and return logits for each, (tokens or 1, vocab_size).
 
-        check: called before every layer; what it raises ends the pass. A pass that fails leaves the caches as they were.
+        check: called before every layer; an exception from it ends the pass. A failed pass does not change the caches.
         """
         ids, positions, kept, counts = list[int](), list[int](), list[int](), list[int]()
         for part in parts:

@@ -1,4 +1,4 @@
-"""Adjustments of logits before a token is chosen: repetition, frequency and presence penalty, logit_bias."""
+"""Adjust logits before a token is chosen: repetition, frequency and presence penalty, logit_bias."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from sage.llm.workers.sampling import Sampling
 
-#: Takes the tokens of the answer so far and logits, (vocab_size,), which it may change; returns logits.
+#: A function of the tokens of the answer so far and the logits, (vocab_size,), which it may change; it returns logits.
 Adjustment = Callable[[list[int], Tensor], Tensor]
 
 
 class RepetitionPenalty:
-    """Divides positive logits of the tokens of prompt and answer by a factor, and multiplies negative ones, as CTRL does."""
+    """Penalizes the tokens of prompt and answer as CTRL does: divides positive logits by a factor, multiplies others."""
 
     def __init__(self, prompt: Iterable[int], factor: float) -> None:
         self._seen, self._factor = set(prompt), factor
@@ -55,7 +55,7 @@ class LogitBias:
 
 
 def adjustments(sampling: Sampling, prompt: list[int], repetition_penalty: float) -> list[Adjustment]:
-    """Return the adjustments of a request, in the order in which they are made."""
+    """Return the adjustments of a request, in the order in which they are applied."""
     chosen: list[Adjustment] = []
     if repetition_penalty != 1:
         chosen.append(RepetitionPenalty(prompt, repetition_penalty))

@@ -8,6 +8,7 @@ from sage.common.errors import ConfigError
 from sage.llm.workers.fields import (
     INT64,
     INTEGRAL,
+    MAX_INPUTS,
     Body,
     Choice,
     Inputs,
@@ -45,9 +46,9 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """Return the JSON schema of the answer; None if it is plain text. Raises ConfigError if fields contradict."""
+        """Return the JSON schema of the answer; None: plain text. Raises ConfigError if fields contradict each other."""
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise _refusal("response_format", "'json_schema' is required with type 'json_schema', and not allowed else.")
+            raise _refusal("response_format", "'json_schema' is required with type 'json_schema', and only allowed with it.")
         if self.json_schema:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
@@ -125,10 +126,10 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None  # another name of reasoning_content, as is the next
+    reasoning: str | None = None  # `reasoning` and `thinking` are other names of reasoning_content
     thinking: str | None = None
     function_call: FunctionCall | None = None  # the old form of tool_calls
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None  # OpenAI's client sends it back, empty
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None  # OpenAI's client sends back an empty list
 
 
 class Function(Body):
@@ -172,7 +173,7 @@ class ChatRequest(GenerationRequest):
         return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None)
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages with the fields that they have."""
+        """Return the messages without the fields that are not set."""
         return [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
 
     def offered_tools(self) -> list[dict[str, Any]]:
@@ -182,7 +183,7 @@ class ChatRequest(GenerationRequest):
         return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]
 
     def output(self) -> Output:
-        """Return what the answer must look like. Raises ConfigError if fields contradict each other."""
+        """Return the required form of the answer. Raises ConfigError if fields contradict each other."""
         tools, choice = self.offered_tools(), self.tool_choice or ToolChoice()
         functions = [tool["function"] for tool in tools]
         if choice.mode == "required" and not functions:
@@ -213,6 +214,9 @@ class CompletionRequest(GenerationRequest):
             raise _refusal("max_tokens", "must be at least 1, or 0 with 'echo': true.")
         if self.best_of not in (None, self.n or 1):
             raise _refusal("best_of", "is supported only if it equals n.")
+        answers = len(self.prompt) * (self.n or 1)
+        if answers > MAX_INPUTS:
+            raise _refusal("n", f"n times the number of prompts is {answers}; at most {MAX_INPUTS} are allowed.")
         given = (self.max_completion_tokens, self.max_tokens, default_max_tokens)
         limit = next(tokens for tokens in given if tokens is not None)
         return self._sampling(limit, self.logprobs, echo=bool(self.echo))

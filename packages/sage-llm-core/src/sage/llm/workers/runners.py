@@ -1,4 +1,4 @@
-"""Chooses how a model's passes are run: packed if that gives the logits of the model's own forward pass."""
+"""Choose how a model's passes are run: packed if this gives the same logits as the model's own forward pass."""
 
 import logging
 from collections.abc import Callable
@@ -7,20 +7,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sage.libs.models.memory import is_out_of_memory
 from sage.llm.workers.packed import ATTENTION, PackedRunner, Part
 from sage.llm.workers.sequential import SequentialRunner
 
 logger = logging.getLogger(__name__)
-#: Largest difference of logits, relative to the largest logit, that rounding explains.
+#: Largest difference of logits that rounding can cause, relative to the largest logit.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-#: Rotary embeddings that depend on the longest answer of a pass.
+#: Types of rotary embeddings that depend on the longest answer of a pass.
 _SHARED_ROPE = frozenset({"dynamic", "longrope"})
 
 
 class Runner(Protocol):
     """Runs forward passes."""
 
-    prompt_tokens: int  #: most prompt tokens of one pass
+    prompt_tokens: int  #: maximum number of prompt tokens in one pass
 
     def new_cache(self, limit_tokens: int) -> Any:
         """Return an empty cache for one answer."""
@@ -30,14 +31,14 @@ class Runner(Protocol):
 
 
 def runner_for(model: Any) -> Runner:
-    """Return a PackedRunner, or a SequentialRunner if the model's layers need another attention or memory."""
+    """Return a PackedRunner, or a SequentialRunner if packed passes do not support the model's layers."""
     own = model.config._attn_implementation  # noqa: SLF001 # transformers has no getter
     try:
         if problem := _packed_problem(model):
             raise NotImplementedError(problem)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 # models of other kinds fail in many ways
+    except Exception as error:  # models of other kinds fail in many ways
+        if is_out_of_memory(error):
+            raise
         model.set_attn_implementation(own)
         logger.warning("This model answers one request at a time: %s", error)
         return SequentialRunner(model)
@@ -45,13 +46,13 @@ def runner_for(model: Any) -> Runner:
 
 
 def _packed_problem(model: Any) -> str | None:
-    """Set our attention, and return why the packed pass is not the model's own; it may also raise."""
+    """Set the packed attention. Return the reason if its results are not the model's own, else None. It may also raise."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _SHARED_ROPE:
         return f"its {rope['rope_type']} rotary embedding depends on the length of the whole batch"
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of the kind {min(others)}"
+        return f"it has layers of type {min(others)}"
     known = min(config.vocab_size, model.get_input_embeddings().num_embeddings)
     prompts = [[(7 * at + 3 * shift) % known for at in range(length)] for shift, length in enumerate((24, 9))]
     with torch.inference_mode():
@@ -65,7 +66,7 @@ def _packed_problem(model: Any) -> str | None:
         return "its sliding windows are not those of its configuration"
     for own, packed in zip(expected, found, strict=True):
         if float((own - packed[-1]).abs().max()) > _TOLERANCE[model.dtype] * float(own.abs().max()):
-            return "its attention is of another kind"
+            return "its logits differ from those of the model's own attention"
     return None
 
 

@@ -39,6 +39,6 @@ class Piece:
 
     text: str
     scores: tuple[TokenScore, ...] = ()
-    index: int = 0  #: of the choice that it belongs to
+    index: int = 0  #: index of its choice
     finish_reason: str | None = None  #: only in the last piece of a choice
     completion_tokens: int = 0  #: of the whole choice, in its last piece

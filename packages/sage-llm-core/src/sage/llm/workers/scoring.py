@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens in fp32, before temperature, penalties and filters."""
+"""Compute log-probabilities of tokens in fp32, before temperature, penalties and filters."""
 
 import torch
 from torch import Tensor

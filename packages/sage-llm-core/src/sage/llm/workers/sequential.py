@@ -1,4 +1,4 @@
-"""Runs one answer at a time, with transformers' own cache: for models that the packed pass does not compute exactly."""
+"""Run one answer at a time with transformers' cache, for models that the packed pass does not compute exactly."""
 
 import inspect
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from sage.llm.workers.packed import Part
 
-#: The logits of a long prompt can take gigabytes, so it is run in parts if the model can.
+#: Maximum prompt tokens of a pass: the logits of a long prompt can take gigabytes, so it is run in parts if possible.
 _PROMPT_TOKENS = 512
 _WHOLE = 10**9
 
 
 class _State:
-    """The model's own memory of one answer."""
+    """The cache of one answer, of the model's own type."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -33,14 +33,14 @@ class SequentialRunner:
         names = ("past_key_values", "cache_params")
         self._memory_name = next((name for name in names if name in known), None)
         self._keeps_logits = "logits_to_keep" in known
-        #: Prompt tokens per pass. State space layers take a prompt only whole.
+        #: Maximum prompt tokens of a pass. State space layers cannot run a prompt in parts.
         self.prompt_tokens = _PROMPT_TOKENS if self._memory_name == names[0] and not _has_states(model) else _WHOLE
         self._check: Callable[[], None] = lambda: None
         for layer in _layers(model):
             layer.register_forward_pre_hook(lambda *_: self._check())
 
     def new_cache(self, _limit_tokens: int) -> _State:
-        """Return an empty memory for an answer."""
+        """Return an empty cache for an answer."""
         return _State()
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Common parts of both inference servers: error responses in OpenAI's format, health, start, shutdown."""
+"""Common parts of the inference servers: error responses in OpenAI's format, health, start, shutdown."""
 
 import argparse
 import os
@@ -26,14 +26,14 @@ from sage.llm.workers.bodies import JsonRoute
 from sage.llm.workers.guard import Guard, error_response
 from sage.llm.workers.jobs import ClientGone
 
-#: Longer than client pools keep a connection: the client closes first, and never writes to a closed connection.
+#: Longer than clients keep idle connections, so that a client never writes to a connection that the server closed.
 _KEEP_ALIVE_SECONDS = 75
 #: Time for answers in progress to end when the engine stops.
 _SHUTDOWN_SECONDS = 3
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, in OpenAI's shape."""
+    """An error in OpenAI's format."""
 
     message: str
     type: str
@@ -49,7 +49,7 @@ class ErrorAnswer(BaseModel):
 
 
 _REFUSALS = {400: "wrong request", 403: "not from this machine", 413: "body too large", 415: "not JSON",
-             500: "unforeseen failure", 503: "out of memory or stopping"}  # fmt: skip
+             500: "unexpected error", 503: "out of memory or stopping"}  # fmt: skip
 ANSWERED: dict[int | str, dict[str, Any]] = {
     status: {"description": description, "model": ErrorAnswer} for status, description in _REFUSALS.items()
 }
@@ -62,7 +62,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[str, Any]] = dict) -> FastAPI:
     """Return an application with `/health` and OpenAI's error format.
 
-    close: called at shutdown; about: returns further fields of `/health`.
+    close: called at shutdown; about: returns further fields of `/health`, or raises SageError if nothing can be answered.
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
@@ -70,7 +70,7 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
     app.state.max_request_bytes = load_settings().max_request_mb * 1_000_000
     app.add_middleware(Guard)
 
-    @app.get("/health", responses={403: ANSWERED[403]})
+    @app.get("/health", responses={status: ANSWERED[status] for status in (403, 500, 503)})
     async def health() -> dict[str, Any]:
         return {"status": "ok", "engine": os.environ.get("SAGE_ENGINE_ID"), "pid": os.getpid(), **about()}
 
@@ -92,16 +92,16 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
 
     @app.exception_handler(ClientGone)
     async def gone(_: Request, __: ClientGone) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # no client reads it
 
     return app
 
 
 def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
-    """Convert pydantic's findings to one error that names the first wrong field; the deepest finding is the most exact."""
+    """Convert pydantic's findings to an error that names the first invalid field; the deepest finding is most precise."""
     place = findings[0]["loc"][:2]
     finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
-    # Names of a union's members stand between those of fields.
+    # pydantic puts the names of a union's members between the names of fields.
     path = [str(part) for part in finding["loc"][1:] if part not in ("str", "int", "bool") and "[" not in str(part)]
     name, param = ".".join(path) or "The body", str(place[1]) if len(place) > 1 else None
     match finding["type"]:
@@ -119,11 +119,11 @@ def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the options that both servers have."""
+    """Return a parser with the options that all servers have."""
     options = argparse.ArgumentParser()
     options.add_argument("--model", required=True)
     options.add_argument("--port", type=int, help="Port on loopback to listen on.")
-    options.add_argument("--fd", type=int, help="Inherited socket to listen on, instead of a port.")
+    options.add_argument("--fd", type=int, help="File descriptor of an inherited socket to listen on, instead of a port.")
     return options
 
 
@@ -135,12 +135,12 @@ def load_source(name: str) -> tuple[ModelSource, Path]:
 
 
 def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
-    """Load the model and serve it; an error while loading is printed as the last line of the log, with exit code 1."""
+    """Load the model and serve it. If loading fails, print the error as the last line of the log and exit with code 1."""
     configure_logging()
     try:
         app = build()
     except SageError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # one line: the control plane reports the last line of the log
+        print(" ".join(str(error).split()), file=sys.stderr)  # the control plane reports the last line
         sys.exit(1)
     config = uvicorn.Config(
         app,
@@ -156,7 +156,7 @@ def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A server that ends answers in progress at once when it receives a stop signal."""
+    """A server that ends the answers in progress immediately when it receives a stop signal."""
 
     def __init__(self, config: uvicorn.Config, close: Callable[[], None]) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Response objects in OpenAI's format: complete or streamed, for chats and completions."""
+"""Build responses in OpenAI's format, complete or streamed, for chats and completions."""
 
 import secrets
 import time
@@ -103,7 +103,7 @@ class ChatShape(Shape):
         self._calls: Counter[int] = Counter()  #: by choice
 
     def read_with(self, reader: Callable[[], AnswerReader]) -> None:
-        """Set what splits a choice into content, reasoning and tool calls; called once, before the first piece."""
+        """Set the splitters of the choices (content, reasoning, tool calls); call it once, before the first piece."""
         self._readers = defaultdict(reader)
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sage.common.errors import ConfigError
 
-#: Compiled grammars that are kept; one takes some hundred kilobytes.
+#: Maximum number of compiled grammars in the cache; each takes some hundred kilobytes.
 _KEPT_GRAMMARS = 64
 _ERROR = re.compile(
     r"at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?(?P<reason>.*?)(?=\n +1 \| |$)", re.DOTALL
@@ -23,12 +23,12 @@ class Grammar:
         self._matcher = matcher
 
     def start(self) -> "Constraint":
-        """Return the state of a new answer."""
+        """Return the parser state of a new answer."""
         return Constraint(self._matcher.deep_copy())
 
 
 class Constraint:
-    """Allows an answer only the tokens that its grammar allows."""
+    """Restricts an answer to the tokens that its grammar allows."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher, self._read_tokens = matcher, 0
@@ -44,7 +44,7 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles grammars for a model, once each. Only one thread may use it."""
+    """Compiles grammars for a model, each only once. Only one thread may use it."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: list[int]) -> None:
         """vocab_size: number of logits; end_tokens: tokens that end an answer, allowed only at the end of the grammar."""
@@ -54,7 +54,7 @@ class Grammars:
 
     def _compile(self, text: str) -> Grammar:
         """Return a compiled grammar of `Output.grammar`. Raises ConfigError that names what is unsupported."""
-        import llguidance  # few servers need it, and reading a vocabulary takes up to a second
+        import llguidance  # delayed until needed: reading a vocabulary takes up to a second, and few servers need it
         from llguidance.hf import from_tokenizer
 
         if self._vocabulary is None:
@@ -62,14 +62,14 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0)
         probe = matcher.deep_copy()
         if not matcher.is_error():
-            probe.compute_logit_bias()  # references without an end are noticed here
+            probe.compute_logit_bias()  # endless references are detected here
         if probe.is_error():
             raise _unsupported(probe.get_error(), text)
         return Grammar(matcher)
 
 
 def _unsupported(error: str, grammar: str) -> ConfigError:
-    """Return the error for the client. Lines of a grammar that begin with `json` come from response_format."""
+    """Return the error for the client. A line of a grammar that begins with `json` comes from response_format."""
     lines = grammar.splitlines()
     if found := _ERROR.match(error):
         reason = " ".join(found["reason"].split()).partition(". ")[0]

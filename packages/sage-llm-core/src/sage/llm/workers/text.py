@@ -1,30 +1,30 @@
-"""Decode a stream of tokens to text, one complete character at a time, and end it before a stop string."""
+"""Decode a stream of tokens to complete characters, and end the text before a stop string."""
 
 import re
 from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-#: After this many tokens without a complete character, their text is returned as it is.
+#: Maximum tokens without a complete character; then their text is returned with replacement characters.
 _MAX_PENDING_TOKENS = 256
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class TextDecoder:
-    """Decodes tokens one by one. The text returned so far is always a prefix of the text of all tokens together.
+    """Decodes tokens one by one. The texts that it returns, joined, equal the text of all tokens decoded together.
 
-    A single token cannot be decoded on its own: a character can have several byte tokens, and SentencePiece tokenizers
-    drop a space at the beginning. So each token is decoded together with the tokens before it; the difference is its text,
-    which is held back while it ends in the middle of a character.
+    A token cannot be decoded alone: a character can consist of several byte tokens, and SentencePiece tokenizers drop a
+    space at the beginning of a text. So each token is decoded together with the tokens before it, and the text that this
+    adds is returned. If the added text ends in the middle of a character, it is held back until the character is complete.
     """
 
     def __init__(self, tokenizer: Any, context: list[int] | None = None, shown_tokens: frozenset[int] = frozenset()) -> None:
-        """context: tokens before the first one; their text is not returned. shown_tokens: special ones that are text."""
+        """context: tokens before the first one; their text is not returned. shown_tokens: special tokens that are text."""
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids) - shown_tokens
         self._ids: list[int] = []
         self._known = 0  #: number of tokens in `_ids` that are context
-        self._shown = ""  #: text after the context that was returned already
+        self._shown = ""  #: the part of the decoded text that was already returned
         self.characters = 0  #: number of characters returned so far
         for token in (context or [])[-8:]:
             self.push(token)

@@ -1,4 +1,4 @@
-"""Time limit for Python code that may never end, such as a model's chat template."""
+"""Set a time limit for Python code that may never end, such as a model's chat template."""
 
 import ctypes
 import threading
@@ -15,7 +15,7 @@ class TimeLimitExceeded(BaseException):
 def within(seconds: float, function: Callable[[], T]) -> T:
     """Call `function` and return its result; raise TimeLimitExceeded inside it after `seconds`.
 
-    It is raised between two Python instructions: a long call into C code is not interrupted.
+    The exception is raised between two Python instructions: a long call into C code is not interrupted.
     """
     thread, turn, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
 
@@ -31,5 +31,5 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     finally:
         with turn:
             is_over = True
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # one that was not raised yet
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # cancel one not yet raised
         timer.cancel()

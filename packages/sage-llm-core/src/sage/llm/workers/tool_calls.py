@@ -1,4 +1,4 @@
-"""Read tool calls and reasoning out of an answer, whole or while it is generated."""
+"""Find tool calls and reasoning in an answer, complete or while it is generated."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from sage.llm.workers.answer_format import AnswerFormat
 #: Qwen3-Coder and Qwen3.5: `<function=NAME><parameter=KEY>VALUE</parameter></function>`.
 _XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-#: Mistral since 2025: `NAME[ARGS]{...}`, with `[CALL_ID]...` between them in some versions.
+#: Mistral since 2025: `NAME[ARGS]{...}`, in some versions with `[CALL_ID]...` before `[ARGS]`.
 _NAMED_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[]*)?\[ARGS\](.*)", re.DOTALL)
-#: Mistral's templates accept ids of nine letters and digits only; other ones accept any.
+#: Mistral's templates accept only ids of nine letters and digits; other templates accept any id.
 _ID_CHARACTERS = 9
 
 
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
-    """Return the calls that a text consists of; () if it is anything else, or calls a function that does not exist."""
+    """Return the calls that a text consists of; () if it has other text or calls an unknown function."""
     if _XML_CALL.search(text):
         found = [
             (name.strip(), _xml_arguments(body, functions.get(name.strip(), {}))) for name, body in _XML_CALL.findall(text)
@@ -63,7 +63,7 @@ def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
 
 
 def _json_text(arguments: Any) -> str:
-    """Return JSON with plain Unicode, or with escapes if half a character makes that impossible."""
+    """Return JSON in plain Unicode; if the value has a lone surrogate (half a character), return it with escapes."""
     text = json.dumps(arguments, ensure_ascii=False)
     try:
         text.encode()
@@ -73,7 +73,7 @@ def _json_text(arguments: Any) -> str:
 
 
 def _json_values(text: str) -> list[Any]:
-    """Return the JSON values of a text, which may be separated by `;` or `,`; [] if it has anything else."""
+    """Return the JSON values of a text, which may be separated by `;` or `,`; [] if there is other text."""
     values, at = [], 0
     try:
         while rest := text[at:].lstrip(" \t\r\n;,"):
@@ -98,7 +98,7 @@ def _name_and_arguments(item: Any) -> tuple[Any, Any]:
 
 
 def _xml_arguments(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call in XML; a value is JSON if the function's schema asks for anything but a string."""
+    """Return the arguments of a call in XML; a value is parsed as JSON unless the function's schema requires a string."""
     properties = parameters.get("properties")
     arguments = {}
     for key, value in _XML_ARGUMENT.findall(text):
@@ -112,22 +112,22 @@ def _xml_arguments(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 class AnswerReader:
     """Splits an answer into content, reasoning and tool calls, piece by piece.
 
-    Text that begins like a call but is none is content.
+    A text that begins like a call but is not a valid call is content.
     """
 
     def __init__(self, answer_format: AnswerFormat, functions: Functions, *, is_reasoning: bool = False) -> None:
-        """functions: that may be called; is_reasoning: the prompt ends inside of the reasoning."""
+        """functions: those that may be called; is_reasoning: the prompt ends inside the reasoning."""
         self._format = answer_format
         self._functions = functions if answer_format.call_open is not None else {}
-        self._held = ""  #: text that may belong to a marker or to a call
-        self._spaces = ""  #: whitespace that counts only if more text of its kind follows
+        self._held = ""  #: text not returned yet, because it may belong to a marker or to a call
+        self._spaces = ""  #: whitespace that is returned only if more text of the same kind follows
         self._is_trimming, self._is_end, self._has_content, self._has_called = is_reasoning, False, False, False
         self._parts: list[Part] = []
-        #: Reads a part of the held text; returns whether to go on with the next part.
+        #: A function that reads a part of the held text; returns whether the next part can be read.
         self._step = self._reasoning if is_reasoning else self._beginning if answer_format.think_open else self._content
 
     def push(self, text: str) -> Part:
-        """Return what is certain with one more piece of the answer."""
+        """Add a piece of the answer, and return the parts that are now certain."""
         self._held += text
         while self._step():
             pass
@@ -195,7 +195,7 @@ class AnswerReader:
         return True
 
     def _until(self, marker: str) -> tuple[str, bool]:
-        """Take the held text before a marker, and the marker; without one, take what cannot be the beginning of it."""
+        """Take the held text up to and including a marker; if there is none, take the text that cannot be its beginning."""
         text, found, rest = self._held.partition(marker)
         if not found and not self._is_end:
             first = max(0, len(text) - len(marker) + 1)
@@ -210,7 +210,7 @@ class AnswerReader:
             self._parts.append(Part(text))
 
     def _trimmed(self, text: str) -> str:
-        """Return a text without whitespace at its end, which is kept for the next one."""
+        """Return a text without the whitespace at its end, which is kept for the next text."""
         if self._is_trimming:
             text = text.lstrip()
         self._is_trimming = self._is_trimming and not text

@@ -1,4 +1,4 @@
-"""Start vLLM's server: make the folder that it loads, then become the server, which runs in vLLM's environment."""
+"""Start vLLM's server: write the folder that it loads, then replace this process by it. It runs in vLLM's environment."""
 
 import argparse
 import hashlib
@@ -19,10 +19,10 @@ _FP32_BYTES = 4
 
 
 def serving_folder(source: ModelSource) -> Path:
-    """Return a folder with a model as vLLM shall serve it, in `cache_dir/vllm`; make it if it is not there.
+    """Return a folder in `cache_dir/vllm` from which vLLM can serve a model; create it if it does not exist.
 
-    It has the template and the end tokens that SAGE serves the model with. An adapter is merged into its base; otherwise the
-    weights are links. Raises SageError.
+    The folder has the template and end tokens that SAGE's own server uses. An adapter is merged into its base; otherwise the
+    weight files are links. Raises SageError.
     """
     from sage.libs.models.export.weights import write_dense
     from sage.libs.models.loading import local_folder
@@ -42,7 +42,7 @@ def serving_folder(source: ModelSource) -> Path:
 
 
 def _key(source: ModelSource, origin: Path) -> str:
-    """Return a name for the folder; it differs if a file of the model has changed."""
+    """Return a name for the folder; the name changes if a file of the model changes."""
     folders = [origin, source.base.folder] if source.base else [origin]
     files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     facts = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]
@@ -70,7 +70,7 @@ def _write_links(origin: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Become the server; an error is printed as the last line of the log, with exit code 1."""
+    """Replace this process by the server. On an error, print it as the last line of the log and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--interpreter", required=True, help="Python of vLLM's environment.")

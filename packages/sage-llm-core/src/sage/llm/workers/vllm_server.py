@@ -1,11 +1,11 @@
-"""vLLM's OpenAI server on an inherited socket: `python vllm_server.py --fd N` and vLLM's own options.
+"""Run vLLM's OpenAI server on an inherited socket: `python vllm_server.py --fd N`, followed by vLLM's options.
 
-Runs in vLLM's environment, as a file: SAGE is not installed there. Changes to vLLM's server:
+It runs in vLLM's environment, where SAGE is not installed. Changes to vLLM's server:
 
 - It listens on the socket that the launcher opened, and rejects requests that a web page of another site may have sent.
-- A parameter that it does not know is a 400, while vLLM ignores it; error codes are words, as OpenAI's.
-- An adapter with another tokenizer or chat template than its base is refused.
-- `/health` has the server's token, so that it is not taken for another server, and its limits.
+- An unknown parameter is rejected with status 400 (vLLM ignores it); error codes are words, as in OpenAI's API.
+- An adapter is rejected if its tokenizer or chat template differs from its base's.
+- `/health` returns the server's token, which identifies the server, and its limits.
 """
 
 import json
@@ -23,14 +23,14 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-#: Parameters of OpenAI's that have no effect on an answer here.
+#: OpenAI's parameters that do not change the answers of this server.
 _IGNORED = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "user"}
 _LOAD = "/v1/load_lora_adapter"
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
 
 
 def _template(folder: Path) -> str | None:
-    """Return the chat template of a folder, None if it has none."""
+    """Return the chat template of a folder, or None."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def _template(folder: Path) -> str | None:
 
 
 def _vocabulary(folder: Path) -> Any:
-    """Return the parts of a folder's tokenizer that decide which tokens a text has, None if it has no tokenizer."""
+    """Return the parts of a folder's tokenizer that decide how a text is tokenized; None if the folder has no tokenizer."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_bytes()) if file.is_file() else None
     return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
@@ -63,7 +63,7 @@ class Rules:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif not _is_from_this_machine(dict(scope["headers"])):
-            await _send_error(send, 403, "Requests of other sites or hosts are rejected.", "origin_not_allowed")
+            await _send_error(send, 403, "Requests from other sites or hosts are rejected.", "origin_not_allowed")
         elif scope["path"] == "/health":
             await self._app(scope, receive, _Health(send, scope["app"].state))
         elif scope["path"] == _LOAD:
@@ -79,7 +79,7 @@ class Rules:
                 await self._app(scope, _Replay(body, receive), _WithCodes(send))
 
     async def _load(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Load an adapter, unless it needs another prompt than the base: vLLM uses the base's tokenizer for all of them."""
+        """Load an adapter if its tokenizer and template equal the base's, because vLLM uses the base's for all adapters."""
         body = await _read(receive)
         try:
             adapter, base = Path(json.loads(body)["lora_path"]), Path(scope["app"].state.vllm_config.model_config.model)
@@ -88,13 +88,13 @@ class Rules:
             await _send_error(send, 400, f"The adapter cannot be read: {error!r}.", "invalid_value", "lora_path")
             return
         if name:
-            await _send_error(send, 400, f"The adapter has another {name} than its base.", "adapter_not_hot")
+            await _send_error(send, 400, f"The adapter's {name} differs from its base's.", "adapter_not_hot")
         else:
             await self._app(scope, _Replay(body, receive), _WithCodes(send, is_refusal=True))
 
 
 class _Replay:
-    """A request's body that was read, as a receive function."""
+    """A receive function that returns a body which was already read."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
@@ -129,9 +129,9 @@ class _Health:
 
 
 class _WithCodes:
-    """Replaces the numbers that vLLM has as error codes.
+    """Replaces vLLM's numeric error codes by words.
 
-    is_refusal: an error means that the request is refused, though vLLM answers 500, such as for a rank that is too large.
+    is_refusal: report every error as a rejected request, even if vLLM's status is 500 (for example if a rank is too large).
     """
 
     def __init__(self, send: Send, *, is_refusal: bool = False) -> None:

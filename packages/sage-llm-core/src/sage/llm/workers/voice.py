@@ -1,4 +1,4 @@
-"""Converts requests to prompts for one served model: its tokenizer, chat template and end tokens."""
+"""Convert requests to prompts, with a served model's tokenizer, chat template and end tokens."""
 
 import logging
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: More than the marker of reasoning has, with the whitespace behind it.
+#: Number of tokens at the end of a prompt that are searched for the marker of reasoning; no marker has more.
 _MARKER_TOKENS = 16
-#: Time limit for a chat template, which is a program and may never end.
+#: Time limit of a chat template: a template is a program, which may never end.
 RENDER_SECONDS = 10.0
 
 
@@ -28,7 +28,7 @@ class Voice:
     """The tokenizer and chat template of a base model or of an adapter."""
 
     def __init__(self, folder: Path, generation_config: Any, context_tokens: int, embeddings: int) -> None:
-        """folder: has the tokenizer; embeddings: number of tokens that the model has. Raises ModelError."""
+        """folder: contains the tokenizer; embeddings: number of token embeddings in the model. Raises ModelError."""
         self.tokenizer: Any = load_tokenizer(folder)
         if warning := ensure_chat_template(self.tokenizer):
             logger.warning("%s", warning)
@@ -55,11 +55,11 @@ class Voice:
             raise _invalid(f"{asked.ignored[0]} is not supported.", "messages", "Remove it.")
         try:
             return self.chat_format.prompt_ids(asked.messages, tools or None)
-        except Exception as error:  # jinja and templates raise what they like
+        except Exception as error:  # jinja and templates raise all kinds of exceptions
             raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
 
     def ends_in_reasoning(self, prompt: list[int]) -> bool:
-        """Return whether a prompt begins the reasoning of its answer, as some templates do."""
+        """Return whether a prompt ends with the marker that begins the reasoning, as some templates write it."""
         marker = self.answer_format.think_open
         return bool(marker) and self.tokenizer.decode(prompt[-_MARKER_TOKENS:]).rstrip().endswith(marker)
 
@@ -68,7 +68,7 @@ class Voice:
         return self.chat_format.text_ids(text)
 
     def check_characters(self, characters: int, param: str) -> None:
-        """Raise ConfigError if a prompt is too long for the context with any tokenization, before spending time on it."""
+        """Raise ConfigError if a prompt of `characters` cannot fit into the context. This check needs no tokenization."""
         limit = self.context_tokens * self._characters_per_token
         if characters > limit:
             raise ConfigError(
@@ -80,7 +80,7 @@ class Voice:
             )
 
     def check_prompt(self, prompt: list[int], sampling: Sampling, param: str) -> None:
-        """Raise ConfigError if the prompt is empty, too long, or has tokens that the model does not have."""
+        """Raise ConfigError if the prompt is empty, is too long, or has a token that the model does not have."""
         known = self._embeddings
         if not prompt:
             raise _invalid(f"{param} is empty; the model needs at least one token.", param)

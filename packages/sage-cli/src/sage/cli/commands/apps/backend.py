@@ -74,6 +74,36 @@ def doctor(name: Annotated[str | None, typer.Argument(help="Only this backend.")
     doctor.report(doctor.backends(name), as_json=json_)
 
 
+@app.command("benchmark")
+def benchmark(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model to serve.", metavar="MODEL")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, in tokens.")] = 64,
+    json_: Json = False,
+) -> None:
+    """Serve a model with each installed backend, print their speeds, and let `auto` choose by them. Takes minutes."""
+    from sage.cli import extras
+
+    extras.require("sage.llm.control_plane", "A benchmark of this machine")
+    from dataclasses import asdict
+    from datetime import UTC, datetime
+
+    from sage.cli import benchmarking, daemon, render
+    from sage.llm.control_plane.backends import choice, environments
+
+    figures = list(benchmarking.measure(daemon.connect(), model, max_tokens))
+    speeds = {figure.backend: figure.many_tokens_per_second for figure in figures if figure.many_tokens_per_second}
+    if speeds:
+        date = datetime.now(UTC).date().isoformat()
+        path = choice.save_speeds(choice.Speeds(environments.device(), choice.processor(), model, date, speeds))
+        typer.echo(f"Saved in {path}: engines without --backend use these figures.", err=True)
+    if json_:
+        _print_json(True, model=model, backends=[asdict(figure) for figure in figures])
+    else:
+        render.stdout().print(benchmarking.table(figures))
+    if not speeds:
+        raise typer.Exit(1)
+
+
 def _print_json(wanted: bool, **facts: object) -> None:
     if wanted:
         import json

@@ -72,7 +72,9 @@ def start(
     engine_kind: Annotated[Kind, typer.Option(help="Kind of engine.")] = Kind.llm,
     name: Annotated[str | None, typer.Option(help="Name in requests; default: the model as given.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the first that can.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Program that runs the engine; default: the fastest installed.")
+    ] = None,
     restart_policy: Annotated[
         Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting.")
     ] = None,

@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from sage.libs.models.resolve import ModelKind, ModelSource, safetensors_header
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.store.records import ServerRecord
+
+
+class ServingOptions(BaseModel):
+    """The options that every inference engine has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
 
 @dataclass(frozen=True)
@@ -22,12 +30,12 @@ class Capabilities:
     """The capabilities of a backend."""
 
     kinds: frozenset[EngineKind]
-    formats: frozenset[ModelKind]  #: model formats that it can load
+    formats: frozenset[ModelKind]  #: model formats that the backend can load
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
-    hot_adapters: bool = False  #: adapters can be loaded and unloaded while it runs
-    merges_adapters: bool = True  #: it can serve a base with an adapter that is merged into it
-    warm_up: bool = False  #: the first request to an adapter is slow, so send one after loading
-    sleep: bool = False  #: it can release its memory and allocate it again without a restart
+    hot_adapters: bool = False  #: adapters can be loaded and unloaded while the server runs
+    merges_adapters: bool = True  #: the backend can serve a base with an adapter merged into it
+    warm_up: bool = False  #: the first request to an adapter is slow, so a request is sent after loading
+    sleep: bool = False  #: the server can release its memory and allocate it again without a restart
 
 
 class Backend(Protocol):
@@ -44,9 +52,9 @@ class Backend(Protocol):
 
 @runtime_checkable
 class ServingBackend(Backend, Protocol):
-    """An inference server with OpenAI's HTTP interface, and vLLM's for adapters if they can be loaded while it runs."""
+    """A backend whose server has OpenAI's HTTP interface, and with `hot_adapters` also vLLM's interface for adapters."""
 
-    #: The path that tells whether the server is ready.
+    #: Path of the health check, which shows whether the server is ready.
     health_path: ClassVar[str]
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
@@ -59,20 +67,20 @@ class ServingBackend(Backend, Protocol):
         """Return additional environment variables of the process."""
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether an answer of `health_path` is that of `server`, which is ready, and not of another program."""
+        """Return whether an answer of `health_path` comes from `server`, not from another program, and reports readiness."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return `context_tokens` and `slots` from an answer of `health_path`, if it has them."""
+        """Return `context_tokens` and `slots` from an answer of `health_path`, if the answer has them."""
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why an adapter cannot be loaded into a running base, as the rest of a sentence; None if it can."""
+        """Return why an adapter cannot be loaded into a running base, as part of a sentence; None if it can."""
 
     def max_adapters(self, options: Any) -> int | None:
-        """Return how many adapters a server can host; None: any number."""
+        """Return the maximum number of adapters in a server; None: no limit."""
 
 
-#: Rounds in which a thread of GNU OpenMP waits actively at a barrier. With its default of 300,000 (about a millisecond), a
-#: server on two cores that other processes use too had a seventh of the speed.
+#: Rounds of active waiting of a GNU OpenMP thread at a barrier. With the default of 300,000 (about a millisecond), a server
+#: on two cores that other processes also used had a seventh of the speed.
 _SPIN_COUNT = "10000"
 
 
@@ -91,11 +99,11 @@ class WorkerBackend:
         return thread_variables(options.threads)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether the answer has the token of the server, which its process has from its environment."""
+        """Return whether the answer has the server's token, which the process got in its environment."""
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the whole answer, which has them."""
+        """Return the whole answer; it has both limits."""
         return parsed(content)
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
@@ -108,7 +116,7 @@ class WorkerBackend:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """Return a JSON object; an empty one if it is not one."""
+    """Return the JSON object in `content`; {} if it is anything else."""
     try:
         value = json.loads(content)
     except ValueError:

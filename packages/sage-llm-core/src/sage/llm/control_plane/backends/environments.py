@@ -22,7 +22,7 @@ MARKER = "sage-backend.json"
 
 @dataclass(frozen=True)
 class Environment:
-    """The packages of a backend for one kind of device; `pins/DISTRIBUTION-VERSION.txt` has the versions of all of them."""
+    """The packages of a backend for one kind of device; `pins/DISTRIBUTION-VERSION.txt` has the version of each package."""
 
     backend: str
     distribution: str
@@ -31,8 +31,8 @@ class Environment:
     disk_bytes: int
     check: str  #: Python code that fails if the backend cannot run
     before: tuple[str, ...] = ()  #: requirements to install first, so that no other package chooses their build
-    index: str = ""  #: index that has the requirements of `before`, if the user's index does not
-    unwanted: tuple[str, ...] = ()  #: packages to uninstall, which the distribution requires and which break it here
+    index: str = ""  #: index to use for the requirements in `before` if the user's index does not have them
+    unwanted: tuple[str, ...] = ()  #: packages that the distribution requires, but that break it on this device
 
     @property
     def requirement(self) -> str:
@@ -55,12 +55,12 @@ class Environment:
         return (self.folder / MARKER).is_file() and self.python.is_file()
 
     def pins(self) -> str:
-        """Return the versions of all its packages, as a constraints file for pip; empty if none are recorded."""
+        """Return the versions of all packages, as a constraints file for pip; empty if no versions are recorded."""
         file = resources.files(__package__) / "pins" / f"{self.distribution}-{self.version}.txt"
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
     def outdated(self) -> list[Path]:
-        """Return the backend's environments of other versions, which an earlier release of SAGE or another device used."""
+        """Return the backend's environments of other versions, left by earlier releases of SAGE or for other devices."""
         markers = self.folder.parent.glob(f"*/{MARKER}")
         mine = [marker.parent for marker in markers if json.loads(marker.read_text())["backend"] == self.backend]
         return [folder for folder in mine if folder != self.folder]
@@ -94,13 +94,19 @@ ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
 
 @functools.cache
 def device() -> str:
-    """Return the kind of device that environments are made for: cuda if this machine has a GPU of NVIDIA's, else cpu."""
+    """Return the kind of device of this machine's environments: cuda if it has an NVIDIA GPU, else cpu."""
     return "cuda" if any(device.kind == "cuda" for device in list_devices()) else "cpu"
 
 
 def environment(backend: str) -> Environment | None:
-    """Return the environment of a backend on this machine; None: it runs in SAGE's own environment."""
+    """Return the environment of a backend on this machine; None: the backend runs in SAGE's own environment."""
     return ENVIRONMENTS.get((backend, device()))
+
+
+def is_installed(backend: str) -> bool:
+    """Return whether a backend is installed; a backend that runs in SAGE's own environment always is."""
+    found = environment(backend)
+    return found is None or found.is_installed
 
 
 def chosen(backend: str) -> Environment:
@@ -110,8 +116,8 @@ def chosen(backend: str) -> Environment:
     names = ", ".join(sorted({name for name, kind in ENVIRONMENTS if kind == device()}))
     raise ConfigError(
         code="backend_unusable",
-        message=f"The backend '{backend}' has no environment of its own for the device '{device()}'.",
-        hint=f"Backends with one: {names}.",
+        message=f"The backend '{backend}' has no separate environment for the device '{device()}'.",
+        hint=f"Backends with a separate environment: {names}.",
         param="backend",
     )
 

@@ -26,12 +26,12 @@ _TAIL_LINES = 200
 _UNREACHABLE = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "ReadTimeout", "ProxyError", "SSLError",
                 "NameResolutionError", "Temporary failure in name resolution", "No route to host")  # fmt: skip
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
-#: Variables with which a user's pip would install elsewhere, or see the packages of another environment.
+#: Variables that would make pip install elsewhere, or use the packages of another environment.
 _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
 
 
 def install(environment: Environment, report: Report) -> bool:
-    """Make an environment; return False if it exists. An interrupted or failed installation leaves nothing behind.
+    """Create an environment; return False if it exists. An interrupted or failed installation is removed.
 
     report: receives each line of pip's output. pip's own configuration applies, such as PIP_INDEX_URL.
     Raises BackendError if the index cannot be reached, the disk is too small, or pip fails.
@@ -39,7 +39,7 @@ def install(environment: Environment, report: Report) -> bool:
     with _lock(environment, report) as lock:
         if environment.is_installed:
             return False
-        shutil.rmtree(environment.folder, ignore_errors=True)  # of an installation that was killed
+        shutil.rmtree(environment.folder, ignore_errors=True)  # the rest of an installation that was killed
         _check_space(environment)
         try:
             _make(environment, lock, report)
@@ -75,7 +75,7 @@ def fault(environment: Environment) -> str | None:
             check=False, env=_variables(), stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"its check did not end within {_CHECK_SECONDS} s"
+        return f"its check did not finish within {_CHECK_SECONDS} s"
     except OSError as error:
         return f"its interpreter {environment.python} does not start: {error.strerror}"
     lines = done.stderr.strip().splitlines() or [f"its check exited with code {done.returncode}"]
@@ -124,7 +124,7 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command and report its output. It inherits the lock: a new installation waits until it has exited."""
+    """Run a command and report its output. The command inherits the lock, so a new installation waits for its exit."""
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (
         private_file(log_path(environment)).open("a", encoding="utf-8") as log,
@@ -154,13 +154,13 @@ def _failure(environment: Environment, lines: list[str]) -> BackendError:
             code="index_unreachable",
             message=f"The backend '{name}' was not installed: the package index cannot be reached.",
             hint="Check the network, or set PIP_INDEX_URL to an index or PIP_FIND_LINKS to a folder of wheels that you can "
-            "reach; nothing was left behind.",
+            "reach; the incomplete installation was removed.",
         )
     errors = [line for line in lines if line.startswith(("ERROR:", "Error:"))]
     return BackendError(
         code="backend_install_failed",
         message=f"The backend '{name}' was not installed: {(errors or lines or ['pip failed'])[-1].rstrip('.')}.",
-        hint=f"pip's output is in {log_path(environment)}; nothing else was left behind.",
+        hint=f"See pip's output in {log_path(environment)}; the incomplete installation was removed.",
     )
 
 
@@ -184,7 +184,7 @@ def _variables() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _lock(environment: Environment, report: Report) -> Iterator[int]:
-    """Hold the lock of an environment; waits for another command that holds it."""
+    """Hold the lock of an environment; if another command holds it, wait."""
     path = environment.folder.with_name(f"{environment.folder.name}.lock")
     is_told = False
     while (lock := try_lock(path)) is None:

@@ -1,4 +1,4 @@
-"""The backend for llama.cpp's server, in an environment of its own: GGUF files, also quantized ones, on a CPU."""
+"""The backend for llama.cpp's server, in a separate environment: GGUF files, also quantized ones, on a CPU."""
 
 import os
 import sys
@@ -6,44 +6,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count, parsed
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count, parsed
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 from sage.llm.control_plane.store.records import ServerRecord
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class LlamaCppOptions(BaseModel):
+class LlamaCppOptions(ServingOptions):
     """The options of an engine that llama.cpp serves."""
 
-    model_config = ConfigDict(extra="forbid")
-
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Data type of the weights; auto: that of a GGUF file, else fp32."
+        "auto", description="Data type of the weights; auto: the GGUF file's, or fp32 for other models."
     )
     quantize: Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = Field(
-        None, description="Quantize the weights to this type of GGUF; smaller and faster, and less exact."
+        None, description="Quantize the weights to this GGUF type: smaller and faster, but less exact."
     )
     context_tokens: int | None = Field(
-        None, ge=16, description="Longest prompt with its answer; default: the model's, at most 8192."
+        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's, up to 8192."
     )
     slots: int = Field(16, ge=1, le=256, description="Maximum number of answers at once.")
     kv_cache_tokens: int | None = Field(
-        None, ge=16, description="Size of the cache of keys and values, which all slots share; default: 512 for each slot, "
-        "at least one context.",
+        None, ge=16, description="Size of the key/value cache that all slots share, in tokens; default: 512 for each slot, "
+        "at least `context_tokens`.",
     )  # fmt: skip
-    max_tokens: int = Field(1024, ge=1, description="Length of an answer if the request does not say, in tokens.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
+    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer if the request sets none, in tokens.")
 
     @property
     def precision(self) -> str | None:
-        """The precision of the GGUF file to make; None: that of the model's own GGUF file, else f32."""
+        """The precision of the GGUF file to create; None: the precision of the model's GGUF file, or f32 if it has none."""
         return self.quantize or _PRECISIONS.get(self.dtype)
 
 
@@ -81,7 +78,7 @@ class LlamaCppBackend(WorkerBackend):
 
     def can_join(self, adapter: Path, base: Path) -> str:
         """Return why an adapter cannot be loaded into a server of its base."""
-        return "llama.cpp loads adapters only when it starts"
+        return "llama.cpp loads adapters only at its start"
 
     def memory_bytes(self, model: ModelSource, options: LlamaCppOptions) -> int | None:
         """Return the size of the weights in memory."""

@@ -1,4 +1,4 @@
-"""The backends by name, and the choice of a backend for an engine."""
+"""Find a backend by name, or choose one for an engine."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -10,23 +10,23 @@ from sage.libs.models.resolve import ModelSource
 from sage.llm.client.types import BackendView, EngineKind
 from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Backend, ServingBackend
+from sage.llm.control_plane.backends.choice import choose
 from sage.llm.control_plane.backends.embedding import EmbeddingBackend
 from sage.llm.control_plane.backends.llamacpp import LlamaCppBackend
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
 from sage.llm.control_plane.backends.vllm import VllmBackend
 
-#: `auto` means the first backend that can run the engine.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), VllmBackend(), LlamaCppBackend())
 }
 
 
-def resolve(name: str, kind: EngineKind, model: ModelSource) -> Backend:
-    """Return the backend `name`; for `auto`, return the first backend that can run `model` as an engine of `kind`.
+def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, str | None]:
+    """Return the backend `name`; for `auto`, the best installed backend for `model` as an engine of `kind`, and the reason.
 
-    Raises ConfigError if the backend is not installed, or, with a list of the kind's backends, if none can run the engine.
+    Raises ConfigError if the backend is not installed or no backend can run the engine.
     """
     if name != "auto" and name not in BACKENDS:
         raise _refused(f"There is no backend '{name}'.", kind)
@@ -34,11 +34,13 @@ def resolve(name: str, kind: EngineKind, model: ModelSource) -> Backend:
     of_kind = [backend for backend in candidates if kind in backend.capabilities.kinds]
     if not of_kind:
         raise _refused(f"The backend '{name}' does not run engines of kind {kind}.", kind)
-    for backend in of_kind:
-        if model.kind in backend.capabilities.formats:
-            if environments.environment(backend.name):
-                environments.interpreter(backend.name)
-            return backend
+    able = [backend for backend in of_kind if model.kind in backend.capabilities.formats]
+    if name == "auto" and (installed := [backend for backend in able if environments.is_installed(backend.name)]):
+        return choose(installed, environments.device())
+    if able:
+        if environments.environment(able[0].name):
+            environments.interpreter(able[0].name)
+        return able[0], None
     formats = sorted({str(model_format) for backend in of_kind for model_format in backend.capabilities.formats})
     problem = f"{model.name} is a model in the format '{model.kind}'; engines of kind {kind} need {' or '.join(formats)}."
     raise _refused(problem, kind)
@@ -76,7 +78,7 @@ def _view(backend: Backend, environment: environments.Environment | None) -> Bac
     return BackendView(
         name=backend.name, kinds=sorted(can.kinds), formats=sorted(can.formats), devices=sorted(can.devices),
         hot_adapters=can.hot_adapters, sleep=can.sleep, has_environment=environment is not None,
-        is_installed=environment is None or environment.is_installed,
+        is_installed=environments.is_installed(backend.name),
         version=environment.version if environment else version("sage-llm-core"),
         disk_bytes=environment and environment.disk_bytes,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The backend for vLLM, in an environment of its own: many answers and many adapters in one batch."""
+"""The backend for vLLM, in a separate environment: many answers and many adapters in one batch."""
 
 import json
 import sys
@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sage.libs.models.hot import why_not_hot
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count, thread_variables
+from sage.llm.control_plane.backends.base import (
+    Capabilities,
+    ServingOptions,
+    WorkerBackend,
+    parameter_count,
+    thread_variables,
+)
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
@@ -21,20 +27,17 @@ _GIB = 2**30
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-class VllmOptions(BaseModel):
+class VllmOptions(ServingOptions):
     """The options of an engine that vLLM serves."""
 
-    model_config = ConfigDict(extra="forbid")
-
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
-    context_tokens: int | None = Field(None, ge=16, description="Longest prompt with its answer; default: the model's.")
+    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
-    kv_cache_gb: int = Field(1, ge=1, description="Size of the cache of keys and values, in GiB.")
+    kv_cache_gb: int = Field(1, ge=1, description="Size of the key/value cache, in GiB.")
     max_adapters: int = Field(16, ge=1, le=512, description="Maximum number of adapters in one server.")
     max_rank: Literal[8, 16, 32, 64, 128, 256] | None = Field(
-        None, description="Largest rank of an adapter; default: 8 on a CPU, where a larger one slows all adapters, else 64."
+        None, description="Largest rank of an adapter; default: 64, on a CPU 8, because a larger value slows all adapters."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
 
 class VllmBackend(WorkerBackend):

@@ -1,4 +1,4 @@
-"""Loads adapters into running servers, and unloads them, with vLLM's HTTP interface."""
+"""Load adapters into running servers, and unload them, with vLLM's HTTP interface."""
 
 import asyncio
 import logging
@@ -13,13 +13,13 @@ from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: An adapter that answers requests is unloaded after them; if that takes longer, it is requested again later.
+#: A server unloads an adapter after its answers in progress; if this takes longer, the request is repeated later.
 _UNLOAD_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 
 
 class AdapterRefused(EngineError):
-    """A server cannot serve an adapter, and would refuse it again."""
+    """A server cannot serve an adapter; another attempt would fail too."""
 
 
 class AdapterClient:
@@ -31,7 +31,7 @@ class AdapterClient:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self, server: ServerRecord, name: str, folder: str) -> None:
-        """Load the adapter in a folder under a name; does nothing if the name is loaded.
+        """Load the adapter in a folder under a name; do nothing if the name is already loaded.
 
         Raises AdapterRefused, or OSError if the result is not known.
         """
@@ -67,7 +67,7 @@ class AdapterClient:
 
 
 def _message(answer: httpx.Response) -> str:
-    """Return the message of an error in OpenAI's shape, on one line."""
+    """Return the message of an error in OpenAI's format, on one line."""
     try:
         message = str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -20,6 +20,7 @@ class Prepared:
     backend: str  #: name in the registry, never `auto`
     options: Mapping[str, Any] = field(default_factory=dict)
     reserved_bytes: int | None = None  #: memory that the engine is expected to need; None: not known
+    backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Executor(Protocol):
         """Return the process to launch; blocking. Call it only to launch the process: a training run records the launch."""
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return the server to launch for an engine; is_moved: not with the id of its last server, which others use."""
+        """Return the server to launch for an engine; is_moved: use a new id, because other engines use its last server."""
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
         """Return the condition of an engine whose process was just observed; raises OSError if it is not known."""
@@ -81,7 +82,7 @@ class Executor(Protocol):
         """Ask a training run to save a checkpoint after its current step."""
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint of a training run as a model, which stays when the run removes the checkpoint.
+        """Return a folder with a checkpoint of a training run as a model; it stays if the run removes the checkpoint.
 
         Raises ModelError if the checkpoint is no adapter.
         """
@@ -94,7 +95,7 @@ class Executor(Protocol):
 
 
 def server_id_of(engine: EngineRecord) -> str:
-    """Return the id of an engine's last server; of its first one, if it had none."""
+    """Return the id of an engine's last server; if it had none, the id that its first server will have."""
     return engine.server_id or f"server-{suffix_of(engine.id)}"
 
 

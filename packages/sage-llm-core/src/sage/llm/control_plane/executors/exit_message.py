@@ -1,4 +1,4 @@
-"""Why a process exited: its exit code or signal, the error that it logged last, and the end of its log."""
+"""Describe why a process exited: its exit code or signal, the error that it logged last, and the end of its log."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def log_hint(engine_id: str, log_path: Path) -> str:
     lines = [line[:_SHOWN_CHARACTERS] for line in tail_lines(log_path, _SHOWN_LINES) if line.strip()]
     if not lines:
         return f"Its log: {command}."
-    return "\n".join(["Its log ends with:", *(f"  {line}" for line in lines), f"All of it: {command}."])
+    return "\n".join(["Its log ends with:", *(f"  {line}" for line in lines), f"The whole log: {command}."])
 
 
 def _last_error(log_path: Path) -> str:

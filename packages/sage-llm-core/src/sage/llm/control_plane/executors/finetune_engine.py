@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass
 class FinetuneEngineConfig:
-    """Configuration for fine-tune engine."""
+    """Configuration of a fine-tune engine."""
 
     base_model: str
     dataset_path: str
@@ -48,7 +48,7 @@ class FinetuneEngine:
         task_id: str | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        """config: the short form, or FinetuneConfig for all options; task_id: an existing run; launcher: default: local."""
+        """config: a FinetuneConfig has all options; task_id: an existing run; launcher: default: LocalLauncher."""
         self.config = config
         self.manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
         self.task_id: str | None = task_id
@@ -108,5 +108,5 @@ class FinetuneEngine:
 
     def _task(self) -> str:
         if self.task_id is None:
-            raise Conflict(code="not_started", message="The fine-tune engine was not started.", hint="`start()` it.")
+            raise Conflict(code="not_started", message="The fine-tune engine was not started.", hint="Call `start()` first.")
         return self.task_id

@@ -47,13 +47,13 @@ class FinetuneExecutor:
         allow_reward_files: bool = False,
         threads: int | None = None,
     ) -> None:
-        """datasets: by default, those on this machine; threads: CPU threads of a run, by default one for each core."""
+        """datasets: default: paths on this machine; threads: CPU threads of a run, default: one for each core."""
         self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
         self._datasets = datasets or LocalDatasets()
         self._reading = Pool("read-runs", 2)
-        self._reading_steps = Pool("read-steps", 1)  # a million steps take seconds, and delay no probe
+        self._reading_steps = Pool("read-steps", 1)  # reading a million steps takes seconds; must not delay probes
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
         """Check the options, and that the files and the model that they name exist; raises SageError."""
@@ -74,7 +74,7 @@ class FinetuneExecutor:
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, OutputError if its output folder belongs to another run."""
-        was_launched = engine.server_id is not None  # if not, its validation may have failed before it had a run directory
+        was_launched = engine.server_id is not None  # if not, it may have no run directory
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
@@ -135,7 +135,7 @@ class FinetuneExecutor:
         if config.eval_path:
             self._datasets.resolve(config.eval_path)
         model = resolve_model(request.model)
-        backend = registry.resolve(request.backend, request.engine_kind, model)
+        backend, _ = registry.resolve(request.backend, request.engine_kind, model)
         check_claim(Path(config.output_dir), task_id_of(engine_id))
         return Prepared(backend.name, config.model_dump(mode="json"), backend.memory_bytes(model, config))
 

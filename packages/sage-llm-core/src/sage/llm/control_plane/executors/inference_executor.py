@@ -59,7 +59,7 @@ class InferenceExecutor:
         """Raise Conflict if the requested port of the engine is taken, ModelError if its model no longer exists."""
         handle = self._handle(server_id_of(engine))
         if (process := (await self._launcher.observe([handle])).get(handle)) and process.alive:
-            return  # it joins the living process, or replaces it
+            return  # the engine joins the living process, or replaces it
         await asyncio.to_thread(resolve_model, engine.model)
         if engine.requested_port:
             await self._launcher.check_port(engine.requested_port)
@@ -78,7 +78,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return a new server that loads the model of an engine, or the base of its adapter, which others may join."""
+        """Return a new server for an engine's model; if it loads only the base of an adapter, other engines may join it."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
@@ -163,9 +163,9 @@ class InferenceExecutor:
 
 def _prepare(request: StartRequest) -> Prepared:
     model = resolve_model(request.model)
-    backend = registry.resolve(request.backend, request.engine_kind, model)
+    backend, reason = registry.resolve(request.backend, request.engine_kind, model)
     options = validated(backend.options, request.options)
-    return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options))
+    return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)
 
 
 def _number(value: object) -> int | None:

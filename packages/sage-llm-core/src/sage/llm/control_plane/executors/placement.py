@@ -1,4 +1,4 @@
-"""Whether an engine can share a server, decided when the engine is validated."""
+"""Decide during the validation whether an engine can share a server."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,20 +23,20 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
     if not backend.capabilities.merges_adapters:
         message = f"The backend '{backend.name}' cannot serve {source.name} by itself: {problem}."
         raise ModelError(code="adapter_unfit", message=message, hint="Use `--backend transformers`.", param="backend")
-    return {"base": None, "adapter": None, "form": f"merged, since {problem}"}
+    return {"base": None, "adapter": None, "form": f"merged, because {problem}"}
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
-    """Return why an adapter cannot be loaded into a running base, as the rest of a sentence."""
+    """Return why an adapter cannot be loaded into a running base, as part of a sentence; None if it can."""
     if engine.dedicated:
-        return "a server of its own was requested"
+        return "a separate server was requested"
     if not backend.capabilities.hot_adapters:
-        return f"the backend '{backend.name}' loads no adapters while it runs"
+        return f"the backend '{backend.name}' cannot load adapters into a running server"
     if base.kind is ModelKind.ADAPTER:
         return "its base is an adapter itself"
     return backend.can_join(source.folder, base.folder)
 
 
 def _name(source: ModelSource) -> str:
-    """Return a name that is equal for equal models, also for a GGUF file and its converted form."""
+    """Return a name that is the same for the same model, also for a GGUF file and its converted form."""
     return source.name if source.kind is ModelKind.HUB else str(original(source.folder).resolve())

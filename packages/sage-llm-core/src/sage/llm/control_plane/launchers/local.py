@@ -106,7 +106,7 @@ def _observe(locks: Collection[Path]) -> Mapping[str, ProcessObservation]:
     observations = {}
     for lock, process in processes.items():
         with _omitted_if_unknown(lock):
-            if process is None or (process != last_holder(lock) and leftovers(lock)):  # a child may have inherited the lock
+            if process is None or (process != last_holder(lock) and leftovers(lock)):  # a child may hold the inherited lock
                 observations[str(lock)] = _dead(lock)
             else:
                 observations[str(lock)] = _living(lock, process, sessions.get(process.pid, [process.pid]))

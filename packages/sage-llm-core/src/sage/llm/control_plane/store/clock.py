@@ -1,7 +1,7 @@
-"""Clocks in SQL that all control planes that share a database use: one for timestamps, and one for leases.
+"""Clocks in SQL for all control planes of a database: one for timestamps, and one for leases.
 
-A lease must neither end nor last longer if the machine's clock is set. All users of an SQLite database are on one machine:
-there, the clock of leases is the time since the machine was booted. On PostgreSQL it is the database's clock.
+If somebody sets the machine's clock, a lease must not end earlier or later. All users of an SQLite database are on one
+machine, so its clock of leases is the time since the machine was booted. PostgreSQL uses the clock of the database server.
 """
 
 import time
@@ -12,7 +12,7 @@ from sqlalchemy import DateTime, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-#: A clock that nobody can set; it also counts the time in which the machine was suspended, if the system has one.
+#: A clock that nobody can set. If the system has such a clock, it also counts the time in which the machine was suspended.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 

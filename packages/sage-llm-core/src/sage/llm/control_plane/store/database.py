@@ -16,7 +16,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("0*.py"))
 #: Key of PostgreSQL's advisory lock for migrations.
 _MIGRATION_LOCK = 0x53414745_00000001
-_HINT = "Correct SAGE_DATABASE_URL, or unset it for SQLite in the state folder."
+_HINT = "Correct SAGE_DATABASE_URL, or unset it to use SQLite in the state folder."
 _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 
 
@@ -24,7 +24,7 @@ def open_database(url: str) -> Engine:
     """Open a database, bring its schema up to date, and return its SQLAlchemy engine.
 
     SQLite is opened in WAL mode and synced at every commit; only its user can read the file.
-    Raises ConfigError (without the password) if the URL is wrong, the database is unreachable, or its schema is newer.
+    Raises ConfigError if the URL is wrong, the database is unreachable, or its schema is newer; it omits the password.
     """
     parsed = _parse(url)
     try:
@@ -128,7 +128,7 @@ def _known_revision(connection: Connection, name: str) -> str | None:
     if revision is not None and revision not in REVISIONS:
         raise ConfigError(
             code="database_newer",
-            message=f"The database {name} has schema {revision}, and this version of SAGE knows {REVISIONS[-1]} at most.",
-            hint="Upgrade SAGE, or give it another database with SAGE_DATABASE_URL.",
+            message=f"The database {name} has schema {revision}; this version of SAGE supports at most {REVISIONS[-1]}.",
+            hint="Upgrade SAGE, or set SAGE_DATABASE_URL to another database.",
         )
     return revision

@@ -19,8 +19,8 @@ def position(connection: Connection, engine_id: str) -> int:
     if found is None:
         raise ConfigError(
             code="cursor_unknown",
-            message=f"after: no engine '{engine_id[:100]}'; it may have been removed meanwhile.",
-            hint="Omit `after` to begin with the first page.",
+            message=f"after: there is no engine '{engine_id[:100]}'; it may have been removed.",
+            hint="Omit `after` to start at the first page.",
             param="after",
         )
     return int(found)

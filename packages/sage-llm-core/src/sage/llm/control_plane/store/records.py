@@ -14,7 +14,7 @@ INTERNAL = "sage-"
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write the rows of a node. Every write checks the lease; a takeover increments the fence."""
+    """The right to write the rows of a node. Every write checks the lease. A takeover increments the fence."""
 
     node: str
     fence: int
@@ -24,18 +24,18 @@ class Lease:
 class LeaderInfo:
     """The control plane that holds the lease of a node."""
 
-    holder: str  #: its token, different for each start of a control plane
+    holder: str  #: a random token, different for each start of a control plane
     host: str
     pid: int
     url: str  #: URL of its gateway; empty if it has none
 
 
 class ServerState(StrEnum):
-    """Whether the process of a server was started. Whether it is alive and answers is only observed, not stored."""
+    """How far the launch or end of a server's process has come. Whether the process is alive is observed, not stored."""
 
     PLANNED = "planned"  #: written before the launch; the process may exist or not
     LAUNCHED = "launched"  #: written after the launch
-    CLOSING = "closing"  #: written before the signal that ends it; no engine joins it
+    CLOSING = "closing"  #: written before the signal that ends the process; no engine may join
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class ServerRecord:
     id: str  #: `server-` and 10 characters of [a-z0-9]
     node: str
     backend: str  #: name in the registry
-    model: str  #: the base model that it loads
+    model: str  #: the model that the process loads
     state: ServerState
     handle: str  #: identifies the process for the launcher; chosen before the launch
-    address: str | None  #: HOST:PORT that it listens on, known once it is launched
+    address: str | None  #: HOST:PORT on which the process listens; known when it is launched
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
     version: int  #: incremented by every write
     created_at: datetime
-    options: Mapping[str, Any] | None = None  #: of its backend; None: those of its engine
-    served_name: str | None = None  #: the name of `model` in requests to it; None: it accepts any name
+    options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of its engine
+    served_name: str | None = None  #: name of `model` in requests to the server; None: it accepts any name
     shared: bool = False  #: other engines with the same base model, backend and options may join it
     max_adapters: int | None = None  #: None: no limit
 
@@ -76,14 +76,14 @@ class EngineRecord:
     options: Mapping[str, Any]
     metadata: Mapping[str, str]
     desired: DesiredState
-    force: bool  #: whether to kill the process to reach `desired`
+    force: bool  #: kill the process to reach `desired`
     restart_policy: RestartPolicy
-    restarts: int  #: number of restarts since a user last started or resumed it
+    restarts: int  #: number of restarts since a user last started or resumed the engine
     state: EngineState
     reason: Reason | None
-    figures: Mapping[str, Any] | None  #: its final TrainingProgress, so that lists need not read files
+    figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, so that lists need not read files
     node: str
-    server_id: str | None  #: the last server that hosted it; the row may be gone
+    server_id: str | None  #: id of the last server that hosted the engine; its row may have been removed
     requested_port: int | None
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
@@ -93,18 +93,19 @@ class EngineRecord:
     first_event: int  #: orders engines by creation, independent of the clock
     last_event: int  #: orders engines by their last transition, independent of the clock
     dedicated: bool = False  #: the user requested a server for this engine only
-    base: str | None = None  #: the model that a shared server loads for it; None: its server is not shared
-    adapter: str | None = None  #: folder of the adapter to load into the shared server; None: none
-    form: str | None = None  #: how its model is served, for users; written by the validation
-    revision: int = 0  #: incremented at each start, and by each newer version of its adapter
-    served_as: str | None = None  #: its model name in requests to its server; None: not loaded, or the server accepts any
-    idle_stop_minutes: float | None = None  #: it is unloaded after this time without requests; None: never
-    last_request_at: datetime | None = None  #: of requests since it was started; written at most every few seconds
+    base: str | None = None  #: the model that the engine's shared server loads; None: its server is not shared
+    adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
+    form: str | None = None  #: how the model is served, as text for users; written by the validation
+    revision: int = 0  #: incremented at each start and for each newer version of the adapter
+    served_as: str | None = None  #: model name in requests to the server; None: not loaded, or any name
+    idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
+    last_request_at: datetime | None = None  #: time of the last request since the start; written at most every few seconds
+    backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property
     def internal_name(self) -> str:
-        """The model name, never used twice, of the current revision of its adapter."""
+        """The model name of the current revision of the adapter; no name is used twice."""
         return f"{internal_prefix(self.id)}{self.revision}"
 
 

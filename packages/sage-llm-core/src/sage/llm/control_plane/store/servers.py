@@ -1,7 +1,7 @@
 """Servers in the database, and the engines that each one hosts.
 
 Each method that changes the engines of a server first locks the row of the server. Therefore an engine cannot join a server
-while the last engine leaves it, and of two engines that leave it at the same time one is the last.
+while the last engine leaves it, and if two engines leave it at the same time, exactly one of them is the last.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class ServerStore(LeaseStore):
             return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
 
     def is_server_needed(self, server_id: str, engine_id: str) -> bool:
-        """Return whether a server has a row, or an engine other than `engine_id` that it hosts or hosted last."""
+        """Return whether a server still has a row, or is the last server of an engine other than `engine_id`."""
         others = select(engines.c.id).where(engines.c.server_id == server_id, engines.c.id != engine_id).limit(1)
         with self._read() as connection:
             row = connection.execute(select(servers.c.id).where(servers.c.id == server_id)).first()
@@ -40,7 +40,7 @@ class ServerStore(LeaseStore):
             return self._update_server(connection, server, **values)
 
     def close_server(self, server: ServerRecord, engine: EngineRecord, *, lease: Lease) -> ServerRecord:
-        """Permit no engine to join a server. Raises StaleWrite if it hosts another engine than `engine`."""
+        """Prevent engines from joining a server. Raises StaleWrite if the server hosts an engine other than `engine`."""
         with self._fenced(lease, server.node) as connection:
             closed = self._update_server(connection, server, state=ServerState.CLOSING)
             if self._hosts_others(connection, server.id, engine):

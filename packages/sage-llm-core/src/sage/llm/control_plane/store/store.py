@@ -36,7 +36,7 @@ class Store(ServerStore, RouteStore):
         serves: tuple[EngineRecord, Mapping[str, Any]] | None = None,
         replaces: EngineRecord | None = None,
     ) -> EngineRecord:
-        """Insert a new engine, with its times, version and event ids set here. Raises Conflict if its port is taken.
+        """Insert a new engine and set its times, version and event ids. Raises Conflict if its port is taken.
 
         serves: the training run whose result it serves, as it was read, and the run's new column `serve`, written in the
         same transaction; replaces: an engine that is to be stopped, also in that transaction. Raises StaleWrite if the run
@@ -122,9 +122,9 @@ class Store(ServerStore, RouteStore):
             return self._update(connection, record, values)
 
     def touch(self, engine_id: str) -> EngineRecord:
-        """Note a request to an engine, and return the engine; raises NotFound.
+        """Record a request to an engine, and return the engine; raises NotFound.
 
-        It needs no lease, so that a standby can call it. A pause that was planned before raises StaleWrite.
+        It needs no lease, so that a standby can call it. If a pause was planned before, writing it raises StaleWrite.
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
@@ -133,7 +133,7 @@ class Store(ServerStore, RouteStore):
         return engine_record(row) if row else self.get(engine_id)
 
     def remove(self, record: EngineRecord, *, actor: str, lease: Lease) -> None:
-        """Delete an engine and its events; only the event of the removal stays. Raises StaleWrite."""
+        """Delete an engine and its events, except the event of the removal. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.REMOVED, actor, before=record.state)
             if not connection.execute(delete(engines).where(_as_read(record))).rowcount:

@@ -56,6 +56,7 @@ engines = Table(
     Column("base", Text),
     Column("adapter", Text),
     Column("form", Text),
+    Column("backend_reason", Text),
     Column("revision", Integer, nullable=False, server_default="0"),
     Column("served_as", String),
     Column("idle_stop_minutes", Float),
@@ -65,7 +66,7 @@ engines = Table(
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_server", "server_id"),
-    # For pages: each filter reads a few ranges of one of these indexes, in the order of the page.
+    # Indexes for pages: each filter reads a few ranges of one of them, in the order of the page.
     Index("ix_engines_order", "first_event", unique=True),
     Index("ix_engines_state_kind", "state", "kind", "first_event"),
     Index("ix_engines_node_state_kind", "node", "state", "kind", "first_event"),

@@ -13,7 +13,7 @@ _ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
 
 
 def upgrade() -> None:
-    """Create the owner's table and the index of ports; replace the leases, because nobody holds one during a migration."""
+    """Create the owner's table and the index of ports; replace the leases, which nobody holds during a migration."""
     op.create_table(
         "owner",
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),

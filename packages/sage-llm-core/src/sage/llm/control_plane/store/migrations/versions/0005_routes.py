@@ -14,6 +14,7 @@ def upgrade() -> None:
     """Add tables and columns."""
     op.add_column("engines", sa.Column("idle_stop_minutes", sa.Float()))
     op.add_column("engines", sa.Column("last_request_at", sa.DateTime(timezone=True)))
+    op.add_column("engines", sa.Column("backend_reason", sa.Text()))
     op.add_column("engines", sa.Column("serve", sa.JSON(none_as_null=True)))
     op.add_column("engine_events", sa.Column("route", sa.String()))
     op.create_table(
