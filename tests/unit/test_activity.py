@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from engines import record
+from engines import record, server
 from sqlalchemy import event
 from store_promises import lease_of
 
@@ -82,6 +82,25 @@ def test_a_request_that_finds_the_engine_paused_meanwhile_waits_and_wakes_it_onc
 
     w.run(test)
     assert (len(w.statements), w.wakes) == (1, 1)
+
+
+@pytest.mark.parametrize("known", [S.PAUSED, S.RUNNING])
+def test_a_request_to_an_engine_that_another_control_plane_has_loaded_again_waits_for_its_address(
+    tmp_path: Path, known: EngineState
+) -> None:
+    w = World(tmp_path, known, idle_stop_minutes=5.0)
+    lease = lease_of(w.store)
+    engine = w.store.get("engine-a")
+    for state in (S.PAUSED, S.QUEUED, S.STARTING, S.RUNNING)[known is S.PAUSED :]:
+        engine = w.store.transition(engine, state, actor="r", lease=lease)
+
+    async def test(activity: Activity) -> None:
+        assert not await activity.may_use(w.route())
+        w.table.apply(w.store.get("engine-a"), server())  # the change feed has arrived
+        assert await activity.may_use(w.route())
+
+    w.run(test)
+    assert w.route().address == "127.0.0.1:9000"
 
 
 def test_a_paused_engine_is_woken_once_for_many_requests_that_another_one_answers(tmp_path: Path) -> None:

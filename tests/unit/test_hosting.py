@@ -7,6 +7,7 @@ from engines import record, server
 
 from sage.llm.client.types import DesiredState, EngineState, Reason, RestartPolicy
 from sage.llm.control_plane.actions import Action, Join, Launch, LoadAdapter, Revise, SendSignal, Transition, UnloadAdapter
+from sage.llm.control_plane.backends.transformers import TransformersOptions
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.plan import Limits, Snapshot, plan
@@ -84,13 +85,47 @@ def test_an_adapter_joins_the_server_that_has_its_base() -> None:
         adapter("x", options={"dtype": "bf16"}),
         adapter("x", backend="other"),
         adapter("x", base=None, adapter=None),  # dedicated, or it cannot be loaded into a running base
-        adapter("x", requested_port=9000),
+        adapter("x", requested_port=9001),
         base(id="engine-x"),  # the server has an engine for its base
     ],
 )
 def test_an_engine_that_fits_no_server_gets_its_own(engine: EngineRecord) -> None:
     actions = planned([base(**AT_BASE), engine], {"engine-base": ready()})
     assert outline(actions["x"]) is Launch
+
+
+def test_an_engine_with_a_port_joins_the_shared_server_that_listens_on_it() -> None:
+    resumed = base(requested_port=9000, server_id="server-base")
+    assert (
+        outline(planned([hosted("y"), resumed], ready("sage-y-1"), servers=[shared(address="127.0.0.1:9000")])["base"])
+        is Join
+    )
+    other = shared(address="127.0.0.1:9001")
+    assert outline(planned([hosted("y"), resumed], ready("sage-y-1"), servers=[other])["base"]) is Launch
+
+
+def test_an_engine_with_a_port_waits_until_the_server_that_listens_on_it_has_ended() -> None:
+    closing = shared(ServerState.CLOSING, address="127.0.0.1:9000")
+    leaving = hosted("y", S.STOPPING, **STOPPED)
+    for engine in (base(requested_port=9000), base(requested_port=9000, base=None)):
+        assert "base" not in planned([leaving, engine], ready("sage-y-1"), servers=[closing])
+    assert outline(planned([leaving, base(requested_port=9001)], ready("sage-y-1"), servers=[closing])["base"]) is Launch
+
+
+def test_of_engines_that_wait_for_a_server_the_one_with_a_port_launches_it() -> None:
+    waiting = [hosted("y", S.STARTING), hosted("x", S.STARTING, requested_port=9000)]
+    actions = planned(waiting, servers=[shared(ServerState.PLANNED, address=None)])
+    assert {name: outline(action) for name, action in actions.items()} == {"x": Launch}
+
+
+def test_an_engine_joins_a_server_whose_options_an_older_version_stored_without_the_new_ones() -> None:
+    complete = TransformersOptions().model_dump()
+    older = {name: value for name, value in complete.items() if name != "threads"}
+    assert older != complete
+    actions = planned(
+        [base(**AT_BASE), adapter("x", options=complete)], {"engine-base": ready()}, servers=[shared(options=older)]
+    )
+    assert outline(actions["x"]) is Join
 
 
 def test_a_server_that_is_full_closing_or_gone_is_not_joined() -> None:
@@ -209,6 +244,17 @@ def test_every_engine_of_a_server_that_died_restarts_by_its_own_policy() -> None
     assert failures == {"x": 1, "y": None, "z": None}
 
 
+@pytest.mark.parametrize(("engine", "restarts"), [("base", None), ("x", 1), ("late", None), ("stopped", None)])
+def test_an_engine_that_joined_a_server_which_died_gets_another_server_at_most_five_times(
+    engine: str, restarts: int | None
+) -> None:
+    starting = [base(state=S.STARTING, server_id="server-base"), hosted("x", S.STARTING)]
+    starting += [hosted("late", S.STARTING, restarts=5), hosted("stopped", S.STARTING, **STOPPED)]
+    action = planned(starting, DEAD)[engine]
+    assert isinstance(action, Transition)
+    assert (action.state, action.restarts, action.must_remain) == (S.FAILED, restarts, False)
+
+
 def test_a_newer_version_of_an_adapter_answers_once_it_is_loaded_and_the_older_one_is_unloaded_later() -> None:
     newer = hosted("x", revision=2)
     assert outline(planned([newer], ready("sage-x-1"))["x"]) is LoadAdapter
@@ -218,6 +264,12 @@ def test_a_newer_version_of_an_adapter_answers_once_it_is_loaded_and_the_older_o
     action = planned([served], ready("sage-x-1", "sage-x-2"), OLD)["x"]
     assert isinstance(action, UnloadAdapter)
     assert action.name == "sage-x-1"
+
+
+def test_a_newer_version_that_was_refused_is_not_loaded_again_while_the_older_one_answers() -> None:
+    refused = hosted("x", revision=2, reason=Reason(code="adapter_refused", message="its rank is too large"))
+    assert planned([refused], ready("sage-x-1")) == {}
+    assert outline(planned([refused], ready(), OLD)["x"]) is LoadAdapter
 
 
 def test_what_an_engine_left_in_a_server_is_unloaded_by_another_one() -> None:

@@ -1,21 +1,23 @@
 """The manager with a real store and engines without processes: standby, other nodes, and an idle control plane."""
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import record
+from engines import record, server
 from sqlalchemy import event
 
 from sage.common.errors import Conflict, Overloaded
 from sage.common.identity import ProcessIdentity
 from sage.common.settings import load_settings
-from sage.llm.client.types import EngineState, StartRequest
+from sage.llm.client.types import EngineKind, EngineState, StartRequest
 from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.control_plane.node import open_state_folder
+from sage.llm.control_plane.routing import Route
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.store import Store
 
@@ -124,6 +126,23 @@ def test_a_standby_reads_everything_and_changes_nothing() -> None:
 
     managed(test, False, True)
     assert store.get("engine-a") == before
+
+
+def test_a_request_sees_a_change_that_happens_while_it_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = record(S.STARTING, node=open_state_folder())
+    running = dataclasses.replace(engine, state=S.RUNNING, version=2)
+
+    async def test(manager: ControlPlaneManager) -> None:
+        manager._routing.apply(engine, None)
+
+        async def may_use(route: Route) -> bool:
+            manager._routing.apply(running, server())
+            return route.state is S.RUNNING
+
+        monkeypatch.setattr(manager._activity, "may_use", may_use)
+        assert (await manager.running("m", EngineKind.LLM, 600)).address == "127.0.0.1:9000"
+
+    managed(test, False)
 
 
 def test_an_idle_control_plane_only_writes_renewals_of_its_lease() -> None:

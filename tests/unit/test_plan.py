@@ -106,6 +106,7 @@ def outline(action: Action | None) -> object:
         (of(S.RUNNING, desired=STOPPED, **IDLE_STOP), READY, Watch(S.RUNNING, idle_seconds=60), S.STOPPING),
         (of(S.RUNNING, desired=PAUSED, **IDLE_STOP), READY, OLD, S.STOPPING),
         (of(S.RUNNING, desired=PAUSED, last_request_at=NOW, **IDLE_STOP), READY, OLD, DesiredState.RUNNING),
+        (of(S.RUNNING, desired=PAUSED, **IDLE_STOP), GONE, NEW, S.PAUSED),
         (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), LIVES, NEW, Signal.STOP),
         (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), LIVES, OLD, Signal.KILL),
         (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), GONE, NEW, S.PAUSED),

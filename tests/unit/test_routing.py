@@ -149,14 +149,13 @@ def test_the_time_of_a_lookup_does_not_grow_with_the_number_of_engines() -> None
 def test_a_waiter_is_woken_by_a_change_that_happened_before_it_began_to_wait() -> None:
     async def wait() -> None:
         table = RoutingTable("n")
-        change = table.wait_for_change()
+        change = table.next_change()
         table.apply(record(S.STARTING), None)
-        await change
-        change = asyncio.ensure_future(table.wait_for_change())
-        await asyncio.sleep(0)
-        assert not change.done()
+        await change.wait()
+        change = table.next_change()
+        assert not change.is_set()
         table.forget("engine-a")
-        await change
+        await change.wait()
 
     asyncio.run(wait())
 
@@ -170,14 +169,14 @@ def test_writes_of_another_process_reach_the_table_through_the_change_feed(tmp_p
         table = RoutingTable("n")
         following = asyncio.create_task(table.follow(store, await table.load(store)))
         assert [route.engine_id for route in table.routes(K.LLM)] == ["engine-a"]
-        change = table.wait_for_change()
+        change = table.next_change()
         engine = store.transition(engine, S.STARTING, actor="r", lease=lease, put_server=server(), server_id="server-a")
         store.remove(ended, actor="user", lease=lease)
-        await change
+        await change.wait()
         assert find(table, "m").address == "127.0.0.1:9000"
-        change = table.wait_for_change()
+        change = table.next_change()
         store.transition(engine, S.FAILED, actor="r", lease=lease, leave_server="server-a")
-        await change
+        await change.wait()
         assert table.routes(K.LLM) == []
         following.cancel()
 
@@ -198,11 +197,11 @@ def test_a_database_error_does_not_end_the_reading_of_the_change_feed(
             connection.exec_driver_sql("ALTER TABLE engine_events RENAME TO aside")
         following = asyncio.create_task(table.follow(store, 0))
         await asyncio.sleep(0)
-        change = table.wait_for_change()
+        change = table.next_change()
         with database.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE aside RENAME TO engine_events")
         store.add(record(), "user", lease)
-        await change
+        await change.wait()
         following.cancel()
 
     asyncio.run(follow())
@@ -274,9 +273,9 @@ def test_a_route_that_another_process_writes_reaches_the_table_through_the_chang
         table = RoutingTable("n")
         following = asyncio.create_task(table.follow(store, await table.load(store)))
         assert find(table, "early").engine_id == "engine-a"
-        change = table.wait_for_change()
+        change = table.next_change()
         store.set_route("late", [RouteTarget(engine="m")], None, actor="user", lease=lease)
-        await change
+        await change.wait()
         assert find(table, "late").engine_id == "engine-a"
         following.cancel()
 

@@ -14,6 +14,7 @@ from store_promises import lease_of
 
 from sage.common.errors import ConfigError
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, StartRequest
+from sage.llm.control_plane import publisher
 from sage.llm.control_plane.actions import Publish
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.creation import served_run
@@ -182,6 +183,61 @@ def test_an_engine_that_merged_a_checkpoint_is_replaced_by_one_with_the_result(w
     w.publish(None)
     assert (w.engine().id != merged.id, w.engine().name, w.engine().model) == (True, "tuned", str(w.output))
     assert w.store.get(merged.id).desired is DesiredState.STOPPED
+
+
+def test_an_engine_that_merged_a_checkpoint_keeps_its_name_when_a_newer_checkpoint_is_saved(
+    world: Callable[..., World],
+) -> None:
+    w = world()
+    w.publish(5)
+    merged = w.change(S.QUEUED, S.STARTING, S.RUNNING)
+    w.publish(10)
+    assert (w.engine(), w.serve().step) == (merged, 10)  # it still answers with step 5
+
+
+def test_an_engine_with_the_result_is_created_only_if_the_one_that_it_replaces_is_stopped(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world()
+    w.publish(5)
+    merged = w.change(S.QUEUED, S.STARTING, S.RUNNING)
+    with monkeypatch.context() as patched:
+        patched.setattr(w.store, "get", lambda _: dataclasses.replace(merged, version=merged.version - 1))
+        with pytest.raises(StaleWrite):
+            asyncio.run(w.publisher.publish(Store.get(w.store, "engine-run"), None))
+    assert (len(w.store.page(limit=9)[0]), w.engine()) == (2, merged)
+    w.publish(None)
+    assert (w.store.get(merged.id).desired, w.engine().id != merged.id) == (DesiredState.STOPPED, True)
+
+
+def unreadable(_: EngineRecord) -> None:
+    raise OSError("too many open files")
+
+
+@pytest.mark.parametrize("step", [5, None])
+def test_a_version_that_could_not_be_read_is_published_later(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    w = world()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(publisher, "placement", unreadable)
+        for _ in range(3):
+            with pytest.raises(OSError, match="too many open files"):
+                w.publish(step)
+    assert (w.serve().engine_id, w.serve().step, w.serve().is_complete) == (None, 0, False)
+    w.publish(step)
+    assert w.engine().state is S.VALIDATING
+
+
+def test_a_result_that_cannot_be_read_for_a_minute_does_not_keep_the_run_from_ending(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world()
+    monkeypatch.setattr(publisher, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(publisher, "placement", unreadable)
+    w.publish(None)
+    assert (w.serve().engine_id, w.serve().is_complete) == (None, True)
 
 
 def test_an_engine_that_a_user_stopped_or_removed_is_not_started_again(world: Callable[..., World]) -> None:

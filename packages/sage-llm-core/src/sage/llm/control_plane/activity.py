@@ -64,7 +64,10 @@ class Activity:
         return time.monotonic() - self._touched_seconds.get(route.engine_id, -math.inf) >= after_seconds
 
     async def _touch(self, route: Route) -> bool:
-        """Write the request; return whether the engine runs. If the database fails, use the last known state."""
+        """Write the request; return whether the engine runs as in the route. If the database fails, use the known state.
+
+        If the engine has changed since, the change reaches the routing table soon.
+        """
         at_seconds = time.monotonic()
         try:
             engine = await self._pool.run(self._store.touch, route.engine_id)
@@ -73,7 +76,7 @@ class Activity:
             return route.state is EngineState.RUNNING
         self._touched_seconds[route.engine_id] = at_seconds
         if engine.state is EngineState.RUNNING:
-            return True
+            return route.last_event == engine.last_event
         self._routing.apply(engine, None)
         self._on_paused()
         return False

@@ -7,7 +7,7 @@ from sage.llm.control_plane.actions import Action, LoadAdapter, Revise, Transiti
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.idle import reason_of_stop, state_without_process
-from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
 #: An adapter that was just loaded may be missing in the last observation of its server.
@@ -17,6 +17,16 @@ _LOOK_SECONDS = 5.0
 def is_misplaced(engine: EngineRecord, server: ServerRecord | None) -> bool:
     """Return whether an engine needs a separate server, because the shared server has refused its adapter."""
     return server is not None and server.shared and engine.base is None
+
+
+def has_joined(engine: EngineRecord, server: ServerRecord | None) -> bool:
+    """Return whether the server of an engine was planned for another engine."""
+    return server is not None and server.shared and not (server.served_name or "").startswith(internal_prefix(engine.id))
+
+
+def is_refused(engine: EngineRecord) -> bool:
+    """Return whether the server of a running engine has refused the newer version of its adapter."""
+    return engine.reason is not None and engine.reason.code == "adapter_refused"
 
 
 def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
@@ -32,7 +42,8 @@ def keep(
     engine: EngineRecord, server: ServerRecord, observed: Observed, hosts: Hosts, watches: Mapping[str, Watch]
 ) -> Action | None:
     """Plan for a running engine whose server answers: load a newer version of its adapter, unload unused adapters."""
-    if engine.adapter is not None:
+    answers_older = is_refused(engine) and engine.served_as in observed.models
+    if engine.adapter is not None and not answers_older:
         is_recent = engine.served_as == engine.internal_name and watches[engine.id].served_seconds < _LOOK_SECONDS
         if engine.internal_name not in observed.models and not is_recent:
             return LoadAdapter(engine, server)

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from sage.llm.client.types import DesiredState, EngineState
+from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.store.records import INTERNAL, EngineRecord, ServerRecord, ServerState, internal_prefix
 from sage.llm.control_plane.store.servers import HOSTED
@@ -37,11 +38,14 @@ class Hosts:
             if engine.state is EngineState.RUNNING:
                 self._running.setdefault(engine.server_id, engine)
             elif engine.state is EngineState.STARTING and engine.desired is DesiredState.RUNNING:
-                self._launchers.setdefault(engine.server_id, engine)
+                # The one with a port launches the server, which must listen on that port.
+                launcher = engine if engine.requested_port else self._launchers.get(engine.server_id, engine)
+                self._launchers[engine.server_id] = launcher
             seen = observed.get(engine.id)
             if seen and (seen.orphaned or not seen.alive):
                 self._dead.add(engine.server_id)
         self._shared: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
+        self._ports = {_port(server): server for server in servers.values()}
         for server in servers.values():
             if server.shared and server.state is not ServerState.CLOSING:
                 self._shared[_key(server.backend, server.model, server.options)].append(server)
@@ -60,17 +64,24 @@ class Hosts:
 
     def server_for(self, engine: EngineRecord) -> ServerRecord | None:
         """Return the server that an engine joins, and add the engine to it; None if the engine needs a new server."""
-        if engine.base is None or engine.requested_port:
+        if engine.base is None:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.options)]:
-            if not self._is_gone(server) and self._has_room(server, engine):
+            has_port = engine.requested_port in (None, _port(server))
+            if has_port and not self._is_gone(server) and self._has_room(server, engine):
                 self._count(engine, server.id)
                 return server
         return None
 
     def must_wait(self, engine: EngineRecord) -> bool:
-        """Return whether an engine must wait: a server that it might join is being planned, or is dead but not removed."""
-        if engine.base is None or engine.requested_port:
+        """Return whether an engine must wait: a server that it might join is being planned, or is dead but not removed.
+
+        An engine with a port also waits for the server on that port if it is being ended.
+        """
+        if engine.requested_port:
+            server = self._ports.get(engine.requested_port)
+            return server is not None and (server.state is ServerState.CLOSING or self._is_gone(server))
+        if engine.base is None:
             return False
         key = _key(engine.backend, engine.base, engine.options)
         return key in self._launching or any(map(self._is_gone, self._shared[key]))
@@ -111,5 +122,9 @@ class Hosts:
         return server.max_adapters is None or self._adapters[server.id] < server.max_adapters
 
 
+def _port(server: ServerRecord) -> int | None:
+    return int(server.address.rpartition(":")[2]) if server.address else None
+
+
 def _key(backend: str, model: str, options: Mapping[str, object] | None) -> _Key:
-    return backend, model, json.dumps(options, sort_keys=True)
+    return backend, model, json.dumps(registry.complete_options(backend, options or {}), sort_keys=True)

@@ -265,7 +265,7 @@ class ControlPlaneManager(EngineReads, Routes):
         Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or is settled before that.
         """
         deadline_seconds = time.monotonic() + wait_seconds
-        route = self.find(model, kind, client)
+        change, route = self._routing.next_change(), self.find(model, kind, client)
         engine_id = route.engine_id
         while not await self._activity.may_use(route):
             left_seconds = deadline_seconds - time.monotonic()
@@ -274,7 +274,8 @@ class ControlPlaneManager(EngineReads, Routes):
                                  hint="Retry in some seconds.")  # fmt: skip
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
-                    await self._routing.wait_for_change()
+                    await change.wait()
+            change = self._routing.next_change()  # before `may_use`, which awaits
             try:
                 route = self.find(engine_id, kind)
             except NotFound:

@@ -10,12 +10,12 @@ from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
 from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, Transition, Validate
-from sage.llm.control_plane.adapters import is_misplaced, keep, leave, load, unload
+from sage.llm.control_plane.adapters import has_joined, is_misplaced, keep, leave, load, unload
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop, state_without_process
 from sage.llm.control_plane.launchers.base import Signal
-from sage.llm.control_plane.restarts import backoff_seconds, next_restart
+from sage.llm.control_plane.restarts import backoff_seconds, next_restart, next_try
 from sage.llm.control_plane.served_run import due
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 from sage.llm.control_plane.watch import Watch
@@ -179,6 +179,8 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
             return Transition(engine, _S.RUNNING)  # it completed before it was observed running; the next plan settles it
         case _S.STOPPING, None:
             return Transition(engine, state_without_process(engine), reason_of_stop(engine))
+        case _S.RUNNING, None if engine.desired is DesiredState.PAUSED:  # it exited before it was stopped
+            return Transition(engine, _S.PAUSED, reason_of_stop(engine))
         case _S.STOPPING, _S.FAILED if engine.force:  # not STOPPED, because a stopped run has a result
             message = "It was killed, as requested; the steps since its last checkpoint are lost."
             hint = observed.reason.hint if observed.reason else ""
@@ -195,7 +197,10 @@ def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed,
         refused = Reason(code="adapter_refused", message=f"It is {engine.form}.")
         return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)
     reason = _reason_of_kill(engine, watch, limits) or observed.reason
-    restarts = next_restart(engine, observed, watch) if engine.state is not _S.STOPPING else None
+    if engine.state is _S.STARTING and not observed.alive and has_joined(engine, server):
+        restarts = next_try(engine)
+    else:
+        restarts = next_restart(engine, observed, watch) if engine.state is not _S.STOPPING else None
     return Transition(engine, _S.FAILED, reason, restarts=restarts, must_remain=observed.alive)
 
 

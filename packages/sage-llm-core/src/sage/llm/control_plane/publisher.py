@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from sage.llm.control_plane.store.store import StaleWrite, Store
 
 logger = logging.getLogger(__name__)
 _ACTOR = "reconciler"
+#: Time in which a result that cannot be read or written is tried again; meanwhile the run cannot end.
+_RETRY_SECONDS = 60.0
 
 
 class Publisher:
@@ -38,11 +41,13 @@ class Publisher:
         """pool: for calls of the store; held_lease: raises LeaseLost if the lease is not held."""
         self._store, self._pool, self._executors = store, pool, executors
         self._routing, self._held_lease = routing, held_lease
+        self._failing: dict[str, float] = {}  #: time.monotonic() of the first OSError of a run's result
 
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        A checkpoint is served only as an adapter that joins the server of its base. After a StaleWrite, call it again.
+        A checkpoint is served only as an adapter that joins the server of its base. Raises StaleWrite or
+        OSError to be called again; the result is given up after a minute of errors, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -51,16 +56,29 @@ class Publisher:
             engine = await self._existing(serve)
             if serve.engine_id and engine is None:  # a user has removed the engine
                 await self._revise(run, serve=None)
-            elif engine is None or _needs_another(engine, step):
-                await self._start(run, serve, model, step)
-                if engine:
-                    await self._write(self._store.set_desired, engine, DesiredState.STOPPED, force=False)
+            elif engine is None or (step is None and _has_merged(engine)):
+                await self._start(run, serve, model, step, engine)
+            elif _has_merged(engine):
+                message = f"{engine.id} has merged an earlier version into its base."
+                raise ModelError(code="adapter_unfit", message=message)
             else:
                 await self._replace(engine, model, is_result=step is None)
                 await self._revise(run, serve=serve.published(step, engine.id).model_dump())
-        except (SageError, OSError, ValueError) as error:  # ValueError: a path that cannot be a model's name
-            logger.warning("%s: %s is not served: %s", run.id, f"step {step}" if step else "its result", error)
-            await self._revise(run, serve=serve.published(step, serve.engine_id).model_dump())
+        except (SageError, ValueError) as error:  # ValueError: a path that cannot be a model's name
+            await self._give_up(run, serve, step, error)
+        except OSError as error:
+            if step is not None or not self._has_failed_for_long(run):
+                raise
+            await self._give_up(run, serve, step, error)
+        self._failing.pop(run.id, None)
+
+    def _has_failed_for_long(self, run: EngineRecord) -> bool:
+        since_seconds = self._failing.setdefault(run.id, time.monotonic())
+        return time.monotonic() - since_seconds >= _RETRY_SECONDS
+
+    async def _give_up(self, run: EngineRecord, serve: ServedRun, step: int | None, error: Exception) -> None:
+        logger.warning("%s: %s is not served: %s", run.id, f"step {step}" if step else "its result", error)
+        await self._revise(run, serve=serve.published(step, serve.engine_id).model_dump())
 
     async def _version(self, run: EngineRecord, step: int | None) -> str:
         """Return the folder of a version as an absolute path without links."""
@@ -78,8 +96,10 @@ class Publisher:
         except NotFound:
             return None
 
-    async def _start(self, run: EngineRecord, serve: ServedRun, model: str, step: int | None) -> None:
-        """Create the engine and store its id in the run, in one transaction."""
+    async def _start(
+        self, run: EngineRecord, serve: ServedRun, model: str, step: int | None, replaced: EngineRecord | None
+    ) -> None:
+        """Create the engine, store its id in the run, and stop the engine that it replaces, in one transaction."""
         engine_id = f"engine-{random_suffix()}"
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)
@@ -89,7 +109,7 @@ class Publisher:
             raise ModelError(code="adapter_unfit", message=f"Its checkpoints would be {placed['form']}.")
         engine = await self._like_its_base(engine, placed["base"])
         noted = serve.published(step, engine.id).model_dump()
-        added = await self._write(self._store.add, engine, serves=(run, noted))
+        added = await self._write(self._store.add, engine, serves=(run, noted), replaces=replaced)
         self._routing.apply(added, None)
         logger.info("%s: %s serves it as '%s'", run.id, added.id, added.name)
 
@@ -110,7 +130,7 @@ class Publisher:
             self._routing.apply(await self._write(write, restarts=0, **values), None)
             return
         if engine.adapter is not None and engine.state not in SETTLED:
-            values |= {"adapter": model, "revision": engine.revision + 1}
+            values |= {"adapter": model, "revision": engine.revision + 1, "reason": None}
         await self._revise(engine, **values)
 
     async def _revise(self, engine: EngineRecord, **values: Any) -> None:
@@ -120,6 +140,6 @@ class Publisher:
         return await self._pool.run(functools.partial(write, *args, actor=_ACTOR, lease=self._held_lease(), **values))
 
 
-def _needs_another(engine: EngineRecord, step: int | None) -> bool:
-    """Return whether the result needs a new engine, because this engine has merged a checkpoint into its base."""
-    return step is None and engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)
+def _has_merged(engine: EngineRecord) -> bool:
+    """Return whether an engine has merged a version into its base, so that it cannot load another one."""
+    return engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)

@@ -36,3 +36,8 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
     is_healthy = engine.state is EngineState.RUNNING and watch.state_seconds >= _HEALTHY_SECONDS
     restarts = 0 if is_healthy else engine.restarts
     return restarts + 1 if restarts < MAX_RESTARTS else None
+
+
+def next_try(engine: EngineRecord) -> int | None:
+    """Return the number of the next restart of an engine that did not cause its failure; its policy does not apply."""
+    return engine.restarts + 1 if engine.desired is DesiredState.RUNNING and engine.restarts < MAX_RESTARTS else None

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from bisect import bisect_left, insort
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
@@ -160,9 +160,9 @@ class RoutingTable:
         entries = group.running or group.starting
         return self._routes[entries[-1][1]] if entries else None
 
-    def wait_for_change(self) -> Awaitable[object]:
-        """Return an awaitable that completes at the next change after this call, even if it is awaited later."""
-        return self._changed.wait()
+    def next_change(self) -> asyncio.Event:
+        """Return an event that is set at the next change after this call."""
+        return self._changed
 
     async def load(self, store: Store) -> int:
         """Read all active engines and all routes, and return the cursor from which `follow` continues."""

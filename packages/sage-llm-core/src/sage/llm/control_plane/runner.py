@@ -5,8 +5,12 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import SageError
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason
@@ -23,7 +27,7 @@ from sage.llm.control_plane.actions import (
     UnloadAdapter,
     Validate,
 )
-from sage.llm.control_plane.adapters import leave
+from sage.llm.control_plane.adapters import is_refused, leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
@@ -39,6 +43,18 @@ _ACTOR = "reconciler"
 _MAX_ACTIONS = 16
 #: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
+#: An engine fails after this number of failures; the time between two of them doubles.
+_MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
+
+
+@dataclass
+class _Trouble:
+    """The last failure of the actions of an engine."""
+
+    action: type[Action]
+    error: str = ""
+    failures: int = 0  #: without those that the system may have caused, such as a full disk
+    retry_at_seconds: float = 0.0
 
 
 class Runner:
@@ -62,25 +78,36 @@ class Runner:
         self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: engines that were sent the stop signal; the reconciler reads and clears it
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
         self._launching: set[str] = set()  #: ids of servers
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
-        self._troubles: dict[str, str] = {}
+        self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Begin an action, unless another action of its engine is running; observed, server: the engine's."""
+        """Begin an action, unless another action of its engine is running; observed, server: the engine's.
+
+        An action that waits for a server is cancelled if its engine is to be killed.
+        """
         engine = action.engine
         if isinstance(action, Validate):
             self.validator.begin(engine)
-        elif engine.id not in self._tasks:
+        elif running := self._tasks.get(engine.id):
+            if engine.force and isinstance(running[0], LoadAdapter | UnloadAdapter):
+                running[1].cancel()
+        elif not self._must_wait(action):
             task = asyncio.create_task(self._guarded(action, observed, server))
-            self._tasks[engine.id] = task
+            self._tasks[engine.id] = action, task
             task.add_done_callback(functools.partial(self._done, engine.id))
+
+    def _must_wait(self, action: Action) -> bool:
+        """Return whether an action failed a moment ago."""
+        trouble = self._troubles.get(action.engine.id)
+        return trouble is not None and trouble.action is type(action) and time.monotonic() < trouble.retry_at_seconds
 
     async def idle(self, timeout_seconds: float | None = _CLOSE_SECONDS) -> None:
         """Wait for the running actions."""
         if self._tasks:
-            await asyncio.wait(list(self._tasks.values()), timeout=timeout_seconds)
+            await asyncio.wait([task for _, task in self._tasks.values()], timeout=timeout_seconds)
 
     async def close(self) -> None:
         """Wait for the running actions, and cancel the validations."""
@@ -101,13 +128,39 @@ class Runner:
                 await self._act(action, observed, server)
         except StaleWrite:
             logger.debug("%s was written by another process; the next plan starts from that", engine_id)
-        except Exception as error:
-            if self._troubles.get(engine_id) != repr(error):  # log a repeated error only once
-                self._troubles[engine_id] = repr(error)
-                logger.warning("%s: an action failed, retrying", engine_id, exc_info=error)
+        except Exception as error:  # noqa: BLE001 - logged
+            await self._note(action, server, error)
         else:
             self._troubles.pop(engine_id, None)
             self._on_done()
+
+    async def _note(self, action: Action, server: ServerRecord | None, error: Exception) -> None:
+        """Log an error, a repeated one only once. If its cause is not the system, the engine fails after some retries."""
+        engine = action.engine
+        trouble = self._troubles.setdefault(engine.id, _Trouble(type(action)))
+        if trouble.error != repr(error):
+            trouble.error = repr(error)
+            logger.warning("%s: an action failed, retrying", engine.id, exc_info=error)
+        if isinstance(error, OSError | SQLAlchemyError):
+            return
+        trouble.action, trouble.failures = type(action), trouble.failures + 1
+        trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
+        if trouble.failures >= _MAX_FAILURES and engine.state in (EngineState.QUEUED, EngineState.STARTING):
+            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # the next failure tries it again
+                await self._give_up(engine, server, _reason(error))
+
+    async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
+        """Let an engine fail; kill its process if that hosts no other engine."""
+        failed = Transition(engine, EngineState.FAILED, reason)
+        if server is None or engine.state is EngineState.QUEUED:
+            await self._transition(failed, None)
+        else:
+            try:
+                await self._transition(dataclasses.replace(failed, must_remain=True), server)
+            except StaleWrite:
+                await self._signal(SendSignal(engine, server, Signal.KILL, closes=True))
+                await self._transition(failed, server)
+        self._on_done()
 
     async def _act(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         match action:
@@ -150,7 +203,7 @@ class Runner:
             self._routing.apply(engine, server)
             await self._clean(before, server)
         if server.id in self._launching:  # the process was started by another engine, which has since been stopped
-            return
+            raise StaleWrite(server.id)
         self._launching.add(server.id)
         try:
             await self._launch_process(executor, engine, server)
@@ -196,7 +249,10 @@ class Runner:
             await self._executors[engine.kind].remove(engine)
 
     async def _load(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Load the current version of an adapter; if its server refuses it, move the engine to a separate server."""
+        """Load the current version of an adapter.
+
+        If the server refuses it, a starting engine gets a server of its own, and a running one keeps its older version.
+        """
         self._held_lease()
         try:
             await self._adapters.load(server, engine.internal_name, engine.adapter or "")
@@ -204,8 +260,13 @@ class Runner:
             if engine.state is EngineState.STARTING:
                 form = f"merged, because the adapter cannot be loaded into a running base: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
-                return
-            raise
+            elif is_refused(engine):  # and the server has lost the older version
+                await self._give_up(engine, server, _reason(error))
+            else:
+                message = f"{server.id} cannot load {engine.adapter}: {error.message}. The version before it still answers."
+                logger.warning("%s: %s", engine.id, message)
+                await self._revise(engine, server, reason=Reason(code=error.code, message=message))
+            return
         if engine.state is EngineState.STARTING:
             loaded = {"served_as": engine.internal_name}
             await self._transition(Transition(engine, EngineState.RUNNING, values=loaded), server)
@@ -257,11 +318,16 @@ class Runner:
             raise LeaseLost("the lease is not held")
         return lease
 
-    def _done(self, engine_id: str, _: asyncio.Task[None]) -> None:
+    def _done(self, engine_id: str, task: asyncio.Task[None]) -> None:
         self._tasks.pop(engine_id, None)
+        if task.cancelled():
+            self._on_done()
 
 
-def _reason(error: SageError | OSError) -> Reason:
+def _reason(error: Exception) -> Reason:
     if isinstance(error, SageError):
         return Reason(code=error.code, message=error.message, hint=error.hint)
-    return Reason(code="launch_failed", message=f"The engine could not be started: {error}.")
+    if isinstance(error, OSError):
+        return Reason(code="launch_failed", message=f"The engine could not be started: {error}.")
+    message = f"The engine could not be started: {type(error).__name__}: {error}."
+    return Reason(code="launch_failed", message=message, hint="`sage gateway logs` shows where.")

@@ -1,8 +1,11 @@
 """Find a backend by name, or choose one for an engine."""
 
+from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 from sage.common.errors import ConfigError
+from sage.common.validation import validated
 from sage.libs.models.resolve import ModelSource
 from sage.llm.client.types import BackendView, EngineKind
 from sage.llm.control_plane.backends import environments
@@ -53,6 +56,14 @@ def serving(name: str) -> ServingBackend:
     backend = BACKENDS[name]
     assert isinstance(backend, ServingBackend)
     return backend
+
+
+def complete_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return stored options with the defaults of those that an older version did not have; invalid ones unchanged."""
+    try:
+        return validated(BACKENDS[name].options, dict(options)).model_dump(mode="json")
+    except (KeyError, ConfigError):
+        return options
 
 
 def _refused(problem: str, kind: EngineKind) -> ConfigError:

@@ -34,11 +34,13 @@ class Store(ServerStore, RouteStore):
         actor: str,
         lease: Lease,
         serves: tuple[EngineRecord, Mapping[str, Any]] | None = None,
+        replaces: EngineRecord | None = None,
     ) -> EngineRecord:
         """Insert a new engine and set its times, version and event ids. Raises Conflict if its port is taken.
 
-        serves: the record of the training run that the engine serves, and the run's new column `serve`, which is written in
-        the same transaction; raises StaleWrite if the run was written since the record was read.
+        serves: the training run whose result it serves, as it was read, and the run's new column `serve`, written in the
+        same transaction; replaces: an engine that is to be stopped, also in that transaction. Raises StaleWrite if the run
+        or that engine was written since it was read.
         """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
@@ -48,6 +50,8 @@ class Store(ServerStore, RouteStore):
                 run, fields = serves
                 self._event(connection, run.id, EventKind.UPDATED, actor)
                 self._update(connection, run, {"serve": fields})
+            if replaces:
+                self._set_desired(connection, replaces, DesiredState.STOPPED, actor)
             return engine_record(connection.execute(insert(engines).values(values).returning(engines)).one())
 
     def transition(
@@ -109,8 +113,7 @@ class Store(ServerStore, RouteStore):
     ) -> EngineRecord:
         """Write a desired state, and other columns. Raises StaleWrite if the engine was written since it was read."""
         with self._fenced(lease, record.node) as connection:
-            self._event(connection, record.id, EventKind.DESIRED, actor, reason=f"{desired}{' by force' if force else ''}")
-            return self._update(connection, record, {"desired": desired, "force": force, **values})
+            return self._set_desired(connection, record, desired, actor, force=force, **values)
 
     def revise(self, record: EngineRecord, *, actor: str, lease: Lease, **values: Any) -> EngineRecord:
         """Write columns of an engine and an event, without a transition. Raises StaleWrite."""
@@ -190,6 +193,13 @@ class Store(ServerStore, RouteStore):
         query = select(engines.c.kind, engines.c.state, func.count()).group_by(engines.c.state, engines.c.kind)
         with self._read() as connection:
             return {(EngineKind(kind), EngineState(state)): number for kind, state, number in connection.execute(query)}
+
+    def _set_desired(
+        self, connection: Connection, record: EngineRecord, desired: DesiredState, actor: str, *, force: bool = False,
+        **values: Any,
+    ) -> EngineRecord:  # fmt: skip
+        self._event(connection, record.id, EventKind.DESIRED, actor, reason=f"{desired}{' by force' if force else ''}")
+        return self._update(connection, record, {"desired": desired, "force": force, **values})
 
     def _move(
         self,
