@@ -98,6 +98,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
     wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", "the end of the server")
 
 
+@pytest.mark.long
 def test_a_gguf_file_is_served_as_it_is(
     tiny_model: Path, tmp_path: Path, sage_home: Path, client: SageClient, llama_cpp: LlamaCpp
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_gguf_file_is_served_as_it_is(
     assert (too_long.status_code, "context size (512 tokens)" in too_long.text) == (400, True)
 
 
+@pytest.mark.long
 def test_a_model_that_llama_cpp_does_not_support_fails_with_the_reason(
     tiny_model: Path, tmp_path: Path, client: SageClient
 ) -> None:
