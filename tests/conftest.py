@@ -15,6 +15,8 @@ from sage.libs.models.export.formats import LlamaCpp
 from sage.llm.control_plane.backends import environments
 
 pytest.register_assert_rewrite("store_promises", "lease_promises", "migration_promises")
+# Commands inherit this: a shell starts background jobs with SIGINT ignored, and tests of Ctrl-C would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -45,19 +45,21 @@ async def gateway(
     engine_port: int | None = None,
     is_responsive: Callable[[], bool] = lambda: True,
     model_name: str | None = None,
+    key: str = "",
+    parameters: frozenset[str] | None = None,
     standby: bool = False,
     **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway, with one engine `tiny` if there is a port; yields a client of it.
 
-    model_name: the engine's name inside its server.
+    model_name: the engine's name inside its server.  key: of its server.  parameters: of requests that it supports.
     """
     port = free_port()
     app = create_app(load_settings().model_copy(update={"gateway_port": port, **settings}), standby=standby)
     if engine_port:
 
         async def running(*_: object) -> Upstream:
-            return Upstream(f"127.0.0.1:{engine_port}", model_name, "engine-a", "tiny")
+            return Upstream(f"127.0.0.1:{engine_port}", model_name, "engine-a", "tiny", key, parameters)
 
         app.state.manager.running = running
         app.state.manager.is_responsive = lambda _: is_responsive()

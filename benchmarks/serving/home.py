@@ -29,9 +29,9 @@ def gateway(home: Path) -> Iterator[SageClient]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = {"SAGE_GATEWAY_PORT": str(port), "SAGE_ENGINE_START_SECONDS": "600", "SAGE_LOG_LEVEL": "WARNING"}
-    environment = {**os.environ, **settings, "SAGE_HOME": str(home)}
+    os.environ.update(settings, SAGE_HOME=str(home))  # also for this process, which computes the keys of servers
     with (
-        subprocess.Popen([sys.executable, "-m", "sage.llm.gateway"], env=environment) as process,
+        subprocess.Popen([sys.executable, "-m", "sage.llm.gateway"]) as process,
         SageClient(f"http://127.0.0.1:{port}", timeout_seconds=300) as client,
     ):
         try:

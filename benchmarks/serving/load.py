@@ -49,7 +49,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, number: int,
     return first_seconds, tokens
 
 
-async def _measure(url: str, models: Sequence[str], count: int, at_once: int, max_tokens: int) -> Figures:
+async def _measure(url: str, models: Sequence[str], key: str, count: int, at_once: int, max_tokens: int) -> Figures:
     waiting = iter(zip(range(count), cycle(models), strict=False))
     found: list[tuple[float, int]] = []
 
@@ -57,7 +57,8 @@ async def _measure(url: str, models: Sequence[str], count: int, at_once: int, ma
         for number, model in waiting:
             found.append(await ask(session, url, model, number, max_tokens))
 
-    async with aiohttp.ClientSession(timeout=_TIMEOUT, connector=aiohttp.TCPConnector(limit=0)) as session:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with aiohttp.ClientSession(timeout=_TIMEOUT, headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
         began = time.perf_counter()
         await asyncio.gather(*(client(session) for _ in range(at_once)))
         seconds = time.perf_counter() - began
@@ -65,6 +66,6 @@ async def _measure(url: str, models: Sequence[str], count: int, at_once: int, ma
     return Figures(tokens / seconds, statistics.median(first for first, _ in found), tokens)
 
 
-def measure(url: str, models: Sequence[str], *, count: int, at_once: int, max_tokens: int) -> Figures:
-    """Request `count` answers, `at_once` at a time, of the models in turn."""
-    return asyncio.run(_measure(url, models, count, at_once, max_tokens))
+def measure(url: str, models: Sequence[str], key: str, *, count: int, at_once: int, max_tokens: int) -> Figures:
+    """Request `count` answers, `at_once` at a time, of the models in turn.  key: of the server."""
+    return asyncio.run(_measure(url, models, key, count, at_once, max_tokens))

@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 
+from sage.common.server_keys import server_key
 from sage.llm.client import SageClient
 from sage.llm.client.types import EngineView
+from sage.llm.control_plane.store.records import suffix_of
 from serving.home import start, stop
 from serving.load import measure
 from serving.memory import PeakMemory
@@ -97,9 +99,10 @@ def _row(url: str, name: str, engines: Sequence[EngineView], at_once: int, answe
     path = "gateway" if url else "direct"
     models = [engine.name for engine in engines] if url else _names_at_server(engines)
     address = url or f"http://{engines[0].address}"
-    measure(address, models, count=len(models), at_once=at_once, max_tokens=1)  # warm-up
+    key = "" if url else server_key(f"engine-{suffix_of(engines[0].server_id or '')}")
+    measure(address, models, key, count=len(models), at_once=at_once, max_tokens=1)  # warm-up
     count = max(1, answers // 8) if at_once == 1 else answers
-    found = measure(address, models, count=count, at_once=at_once, max_tokens=tokens)
+    found = measure(address, models, key, count=count, at_once=at_once, max_tokens=tokens)
     if found.tokens != count * tokens:
         return Row(name, at_once, path, reason=f"{found.tokens} tokens instead of {count * tokens}")
     return Row(name, at_once, path, found.tokens_per_second, found.first_token_seconds)

@@ -107,7 +107,7 @@ def test_greedy_answers_of_a_gguf_file_are_those_of_transformers(
             assert answer["choices"][0]["message"]["content"] == greedy_answer(model, chat_format, messages, 24)
 
 
-@pytest.mark.parametrize("family", ["mistral", "glm", "none"])
+@pytest.mark.parametrize("family", ["mistral", *(pytest.param(name, marks=pytest.mark.long) for name in ("glm", "none"))])
 def test_llama_cpp_reads_the_same_tokens_and_ends_at_the_same_ones(
     family: str, tiny_model: Path, tmp_path: Path, llama_cpp: LlamaCpp
 ) -> None:
@@ -125,7 +125,7 @@ def test_llama_cpp_reads_the_same_tokens_and_ends_at_the_same_ones(
     assert (answer["stop_type"], answer["content"], FAMILIES[family][2]) == ("eos", "", end)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "q8_0", "q4_1"])
+@pytest.mark.parametrize("precision", ["q4_1", *(pytest.param(name, marks=pytest.mark.long) for name in ("bf16", "q8_0"))])
 def test_every_precision_is_read_by_llama_cpp_and_smaller_than_f32(
     precision: str, tiny_model: Path, tmp_path: Path, llama_cpp: LlamaCpp
 ) -> None:

@@ -66,6 +66,10 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
         answer = ask(client, messages=messages).json()
         assert answer["usage"]["prompt_tokens"] == len(chat_format.prompt_ids(messages))
         assert answer["choices"][0]["message"]["content"] == greedy_answer(model, chat_format, messages, 16)
+    without_key = httpx.post(f"http://{engine.address}/v1/chat/completions", json={"messages": HELLO}, timeout=60)
+    assert without_key.status_code == 401
+    refused = ask(client, repetition_penalty=1.5)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "repetition_penalty")
 
 
 def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_comes_back(
@@ -94,6 +98,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
     wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", "the end of the server")
 
 
+@pytest.mark.long
 def test_a_gguf_file_is_served_as_it_is(
     tiny_model: Path, tmp_path: Path, sage_home: Path, client: SageClient, llama_cpp: LlamaCpp
 ) -> None:
@@ -105,6 +110,7 @@ def test_a_gguf_file_is_served_as_it_is(
     assert (too_long.status_code, "context size (512 tokens)" in too_long.text) == (400, True)
 
 
+@pytest.mark.long
 def test_a_model_that_llama_cpp_does_not_support_fails_with_the_reason(
     tiny_model: Path, tmp_path: Path, client: SageClient
 ) -> None:

@@ -1,6 +1,7 @@
 """The table of the backends' environments, and what is taken for an installed one; no environment is made."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sage.common.errors import ConfigError, Conflict
+from sage.common.processes import try_lock
 from sage.llm.control_plane.backends import environments, installation, registry
 from sage.llm.control_plane.backends.environments import ENVIRONMENTS, MARKER, Environment
 
@@ -65,6 +67,28 @@ def test_removing_deletes_all_versions_and_nothing_of_other_backends() -> None:
     assert not any(folder.exists() for folder in folders)
     assert other.exists()
     assert not installation.remove(TOY, print)
+
+
+def test_what_an_interrupted_removal_left_is_deleted_and_an_installation_that_runs_is_not() -> None:
+    left, installing = (TOY.folder.with_name(name) for name in ("toy-server-0.9", "other-2.0"))
+    for folder in (left, installing):
+        (folder / "bin").mkdir(parents=True)
+    lock = try_lock(installing.with_name("other-2.0.lock"))
+    assert lock is not None
+    assert not installation.remove(TOY, print)
+    assert (left.exists(), installing.exists()) == (False, True)
+    os.close(lock)
+    pretend_installed()
+    assert not installation.install(TOY, print)
+    assert not installing.exists()
+
+
+def test_an_outdated_environment_is_deleted_at_the_next_installation_after_its_last_process() -> None:
+    pretend_installed()
+    outdated = pretend_installed("0.9")
+    assert not installation.install(TOY, print)
+    assert not outdated.exists()
+    assert TOY.is_installed
 
 
 def test_an_environment_in_use_is_not_removed() -> None:

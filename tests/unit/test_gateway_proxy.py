@@ -40,6 +40,21 @@ def cut(request: web.Request) -> None:
     request.transport.abort()
 
 
+def test_a_parameter_that_a_server_would_ignore_is_a_400_that_names_it() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response(await request.json())
+
+    async def main() -> None:
+        async with engine(answer) as port, gateway(port, parameters=frozenset({"model", "messages"})) as client:
+            assert (await client.post(CHAT, json={**ASK, "frob": None})).status_code == 200
+            refused = await client.post(CHAT, json={**ASK, "frob": 1})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"], error["param"]) == (400, "unsupported_value", "frob")
+            assert error["message"] == "frob is not supported by this engine. Remove it."
+
+    run(main())
+
+
 def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
     seen: dict[str, Any] = {}
 
@@ -49,7 +64,7 @@ def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
         return web.json_response({"detail": "later"}, status=429, headers=headers)
 
     async def main() -> None:
-        async with engine(answer) as port, gateway(port) as client:
+        async with engine(answer) as port, gateway(port, key="inner") as client:
             sent = json.dumps(ASK, indent=3).encode()
             got = await client.post(
                 f"{CHAT}?version=2%2F1&x=a%20b", content=sent,
@@ -65,7 +80,8 @@ def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
             assert (passed["traceparent"], passed["User-Agent"], passed["X-Title"]) == ("00-ab", "mine/1", "Grüße")
             assert passed["Content-Type"] == "application/json; charset=utf-8"
             assert passed["X-Request-Id"] == "from-engine" or passed["X-Request-Id"].startswith("req-")
-            assert not {"Authorization", "Cookie", "X-Hop"} & set(passed)
+            assert not {"Cookie", "X-Hop"} & set(passed)
+            assert passed.getall("Authorization") == ["Bearer inner"]  # the server's key, not the client's
             assert (got.status_code, got.json()) == (429, {"detail": "later"})
             assert (got.headers["retry-after"], got.headers["x-model"]) == ("7", "tiny")
             assert got.headers.get_list("x-request-id") == ["from-engine"]

@@ -126,13 +126,22 @@ def _folders() -> Iterator[Finding]:
     for name, folder in (("models", paths.data_dir), ("state", paths.state_dir), ("cache", paths.cache_dir)):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free_bytes = shutil.disk_usage(existing).free
-        free = f"{free_bytes / 1e9:.1f} GB free"
+        free = f"{free_bytes / 1e9:.1f} GB free" + (_copies() if name == "cache" else "")
         if not os.access(existing, os.W_OK | os.X_OK):
             yield Finding(name, "failed", f"{existing} is not writable.", "Make it writable, or set SAGE_HOME.")
         elif free_bytes < _LOW_BYTES:
             yield Finding(name, "warning", f"{folder}: {free}", "Free some space, or set SAGE_HOME to another disk.")
         else:
             yield Finding(name, "ok", f"{folder}: {free}")
+
+
+def _copies() -> str:
+    """Return the size of the copies of models, if this installation can make them."""
+    if importlib.util.find_spec("sage.libs.models") is None:
+        return ""
+    from sage.libs.models.export.copies import copies_bytes
+
+    return f", {copies_bytes() / 1e9:.1f} GB of model copies"
 
 
 def _database() -> Finding:

@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     log_limit_mb: int = Field(100, ge=1, description="Largest log of an engine, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Largest request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(1024, ge=1, description="Requests in progress for each engine; further ones get a 429.")
+    model_cache_gb: float = Field(50, gt=0, description="Largest size of model copies made for serving, in GB (10^9 bytes).")
     allow_reward_files: bool = Field(False, description="Runs may name Python files with reward functions (grpo).")
     training_threads: int | None = Field(
         None, ge=1, description="CPU threads of a training run; default: one for each core."

@@ -16,7 +16,7 @@ from sage.common.files import fsync_path, fsync_tree
 from sage.common.paths import get_user_paths
 from sage.common.processes import held_lock
 from sage.libs.models.originals import FOLDER, known, remember
-from sage.libs.models.resolve import ModelSource
+from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
 logger = logging.getLogger(__name__)
 #: Files that are needed to load a model; other files are not downloaded.
@@ -55,6 +55,14 @@ def downloaded(source: ModelSource) -> Path:
             logger.info("downloading %s from the hub", source.name)
             _make(target, lambda aside: _download(source.name, aside))
     return target
+
+
+def with_downloads(source: ModelSource) -> ModelSource:
+    """Return a model after its own download, and that of its base, from the hub; raises ModelError if that fails."""
+    missing = [part for part in (source, source.base) if part and part.kind is ModelKind.HUB]
+    for part in missing:
+        downloaded(part)
+    return resolve_model(source.name) if missing else source
 
 
 def _make(target: Path, write: Callable[[Path], None]) -> None:

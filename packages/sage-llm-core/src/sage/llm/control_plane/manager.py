@@ -15,6 +15,7 @@ from sage.common.errors import NotFound, NotImplementedYet, Overloaded, SageErro
 from sage.common.ids import random_suffix
 from sage.common.logs import LogFile
 from sage.common.paths import get_user_paths
+from sage.common.server_keys import server_key
 from sage.common.settings import Settings
 from sage.llm.client.types import (
     SETTLED,
@@ -27,6 +28,7 @@ from sage.llm.client.types import (
     StartRequest,
 )
 from sage.llm.control_plane.activity import Activity
+from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.creation import new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
@@ -254,9 +256,12 @@ class ControlPlaneManager(EngineReads, Routes):
 
     def upstream(self, route: Route) -> Upstream:
         """Return the server to which requests for a running engine are sent."""
-        if route.address is None:
+        if route.address is None or route.token is None:
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
-        return Upstream(route.address, route.model_name, route.engine_id, route.name)
+        return Upstream(
+            route.address, route.model_name, route.engine_id, route.name, server_key(route.token),
+            registry.serving(route.backend).parameters,
+        )  # fmt: skip
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
         """Return the server to which a request for `model` is sent; if its engine is starting, wait until it is running.

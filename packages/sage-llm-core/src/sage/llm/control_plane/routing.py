@@ -30,6 +30,8 @@ class Upstream:
     model_name: str | None  #: the model name that the server expects; None: the request is forwarded unchanged
     engine_id: str
     name: str  #: the engine's name, sent as `model` in its answers
+    key: str = ""  #: the server's key
+    parameters: frozenset[str] | None = None  #: fields of a request that the server supports; None: it checks them itself
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Route:
     version: int
     created_at: datetime
     address: str | None
+    token: str | None  #: of its server
+    backend: str
     model_name: str | None
     desired: DesiredState
     idle_stop_minutes: float | None
@@ -98,6 +102,8 @@ class RoutingTable:
                 version=engine.version,
                 created_at=engine.created_at,
                 address=server.address if server else None,
+                token=server.token if server else None,
+                backend=engine.backend,
                 model_name=engine.served_as,
                 desired=engine.desired,
                 idle_stop_minutes=engine.idle_stop_minutes,

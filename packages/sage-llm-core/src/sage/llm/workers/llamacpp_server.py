@@ -20,6 +20,7 @@ def parameters(given: dict[str, Any]) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
     params.hostnames, params.port = ["127.0.0.1"], given["port"]
+    params.api_keys = [os.environ["SAGE_SERVER_KEY"]]  # so that web pages cannot send it requests
     # All slots share one cache.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True
     params.kv_unified_per_slot = given["context_tokens"]

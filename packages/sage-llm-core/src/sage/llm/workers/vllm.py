@@ -10,9 +10,8 @@ from typing import Any
 
 from sage.common.errors import SageError
 from sage.common.logs import configure_logging
-from sage.common.paths import get_user_paths, private_folder
-from sage.common.processes import held_lock
-from sage.libs.models.export.folder import new_folder, parameter_count
+from sage.libs.models.export.copies import usable_copy
+from sage.libs.models.export.folder import parameter_count
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
 _FP32_BYTES = 4
@@ -24,21 +23,22 @@ def serving_folder(source: ModelSource) -> Path:
     The folder has the template and end tokens that SAGE's own server uses. An adapter is merged into its base; otherwise the
     weight files are links. Raises SageError.
     """
+    from sage.libs.models.conversion import with_downloads
     from sage.libs.models.export.weights import write_dense
     from sage.libs.models.loading import local_folder
 
-    root = private_folder(get_user_paths().cache_dir / "vllm")
+    source = with_downloads(source)
     is_adapter = source.kind is ModelKind.ADAPTER
     origin = source.folder if is_adapter else local_folder(source)
-    target = root / _key(source, origin)
-    with held_lock(root / f".{target.name}.lock"):
-        if not target.is_dir():
-            with new_folder(target, parameter_count(source) * _FP32_BYTES if is_adapter else 0) as folder:
-                if is_adapter:
-                    write_dense(source.name, folder, fp32=True, with_modelfile=False)
-                else:
-                    _write_links(origin, folder)
-    return target
+
+    def write(folder: Path) -> None:
+        if is_adapter:
+            write_dense(source.name, folder, fp32=True, with_modelfile=False)
+        else:
+            _write_links(origin, folder)
+
+    needed_bytes = parameter_count(source) * _FP32_BYTES if is_adapter else 0
+    return usable_copy("vllm", _key(source, origin), needed_bytes, write)
 
 
 def _key(source: ModelSource, origin: Path) -> str:

@@ -34,6 +34,7 @@ class JsonBody:
     """A request's body that is valid JSON."""
 
     content: bytes
+    names: frozenset[str]  #: of its top-level members that are not null
     texts: Mapping[str, str]  #: its top-level members that are texts of at most `MAX_MODEL_CHARS`
     model_spans: tuple[tuple[int, int], ...]  #: offsets of each value of its top-level `model`, which may occur repeatedly
 
@@ -94,7 +95,8 @@ def _parse(body: bytes) -> JsonBody:
         raise _too_deep()
     members = content.items() if isinstance(content, dict) else ()
     texts = {name: value for name, value in members if isinstance(value, str) and len(value) <= MAX_MODEL_CHARS}
-    return JsonBody(body, texts, _byte_spans(text, spans))
+    names = frozenset(name for name, value in members if value is not None)
+    return JsonBody(body, names, texts, _byte_spans(text, spans))
 
 
 def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:

@@ -66,9 +66,10 @@ class EngineProxy:
             await relay.fail(error, value(scope["headers"], b"x-request-id").decode("latin-1"))
 
     async def _exchange(self, upstream: Upstream, body: JsonBody, scope: Scope, relay: Relay) -> None:
+        _check_parameters(upstream, body)
         renames = upstream.model_name not in (None, body.texts["model"])
         content = body.with_model(upstream.model_name) if upstream.model_name and renames else body.content
-        answer = await self._connections.post(upstream.address, _head(upstream.address, scope, len(content)), content)
+        answer = await self._connections.post(upstream.address, _head(upstream, scope, len(content)), content)
         try:
             await relay.forward(answer)
         finally:
@@ -106,11 +107,19 @@ def _client(body: JsonBody, scope: Scope) -> str | None:
     return user or None
 
 
-def _head(address: str, scope: Scope, length: int) -> bytes:
+def _check_parameters(upstream: Upstream, body: JsonBody) -> None:
+    """Raise ConfigError if a server that ignores unknown fields of a request would ignore one of this request's."""
+    if upstream.parameters is not None and (unknown := sorted(body.names - upstream.parameters)):
+        message = f"{unknown[0]} is not supported by this engine."
+        raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param=unknown[0])
+
+
+def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:
     """Return the head of the request to the engine. Names and values come from a parser that refuses line breaks."""
     query = scope["query_string"]
     target = scope["path"].encode() + (b"?" + query if query else b"")
-    lines = [b"POST %s HTTP/1.1\r\nhost: %s\r\naccept-encoding: identity\r\n" % (target, address.encode())]
+    lines = [b"POST %s HTTP/1.1\r\nhost: %s\r\naccept-encoding: identity\r\n" % (target, upstream.address.encode())]
+    lines.append(b"authorization: Bearer %s\r\n" % upstream.key.encode())
     lines += [b"%s: %s\r\n" % header for header in forwarded(scope["headers"], _GATEWAY_ONLY)]
     lines.append(b"content-length: %d\r\n\r\n" % length)
     return b"".join(lines)

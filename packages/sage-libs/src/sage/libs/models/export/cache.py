@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from sage.common.paths import get_user_paths, private_folder
-from sage.common.processes import held_lock
+from sage.libs.models.export.copies import usable_copy
 from sage.libs.models.export.exporting import write_gguf
-from sage.libs.models.export.folder import new_folder, parameter_count
+from sage.libs.models.export.folder import parameter_count
 from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.fingerprint import fingerprint
 from sage.libs.models.resolve import ModelKind, ModelSource
@@ -26,16 +24,18 @@ def cached_gguf(source: ModelSource, precision: str, llama_cpp: LlamaCpp) -> tup
 
     Raises ModelError if llama.cpp does not support the model, OutputError if the disk is too small.
     """
-    root = private_folder(get_user_paths().cache_dir / "gguf")
-    target = root / _key(source, precision, llama_cpp)
-    with held_lock(root / f".{target.name}.lock"):
-        if not target.is_dir():
-            for left in root.glob(f".{target.name}.partial-*"):  # by a killed process
-                shutil.rmtree(left, ignore_errors=True)
-            weight_bytes = (4 if precision == "f32" else 2) + PRECISIONS[precision]
-            with new_folder(target, parameter_count(source) * weight_bytes) as folder:
-                defaults = write_gguf(source.name, folder, precision, llama_cpp)
-                (folder / "defaults.json").write_text(json.dumps(defaults), encoding="utf-8")
+    if ModelKind.HUB in (source.kind, source.base and source.base.kind):
+        from sage.libs.models.conversion import with_downloads  # imports torch
+
+        source = with_downloads(source)
+
+    def write(folder: Path) -> None:
+        defaults = write_gguf(source.name, folder, precision, llama_cpp)
+        (folder / "defaults.json").write_text(json.dumps(defaults), encoding="utf-8")
+
+    weight_bytes = (4 if precision == "f32" else 2) + PRECISIONS[precision]
+    key = _key(source, precision, llama_cpp)
+    target = usable_copy("gguf", key, parameter_count(source) * weight_bytes, write)
     return target / "model.gguf", json.loads((target / "defaults.json").read_text(encoding="utf-8"))
 
 

@@ -56,6 +56,8 @@ class ServingBackend(Backend, Protocol):
 
     #: Path of the health check, which shows whether the server is ready.
     health_path: ClassVar[str]
+    #: The fields of a request that the server supports; the gateway rejects others. None: the server rejects them.
+    parameters: ClassVar[frozenset[str] | None]
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
         """Return the command that serves `model`; the launcher replaces PORT_ARGUMENT and DESCRIPTOR_ARGUMENT in it.
@@ -93,6 +95,7 @@ class WorkerBackend:
     """The methods that the backends for SAGE's own servers share."""
 
     health_path: ClassVar[str] = "/health"
+    parameters: ClassVar[frozenset[str] | None] = None
 
     def environment(self, options: Any) -> Mapping[str, str]:
         """Return the variables for the threads."""

@@ -65,6 +65,11 @@ class Environment:
         mine = [marker.parent for marker in markers if json.loads(marker.read_text())["backend"] == self.backend]
         return [folder for folder in mine if folder != self.folder]
 
+    def incomplete(self) -> list[Path]:
+        """Return the folders of all other environments that are being installed or removed, or were left incomplete."""
+        folders = [folder for folder in self.folder.parent.glob("*") if folder.is_dir() and folder != self.folder]
+        return [folder for folder in folders if not (folder / MARKER).is_file()]
+
 
 def processes(folder: Path) -> list[int]:
     """Return the processes that run in an environment."""

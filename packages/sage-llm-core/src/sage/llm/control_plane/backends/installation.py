@@ -37,19 +37,20 @@ def install(environment: Environment, report: Report) -> bool:
     Raises BackendError if the index cannot be reached, the disk is too small, or pip fails.
     """
     with _lock(environment, report) as lock:
-        if environment.is_installed:
-            return False
-        shutil.rmtree(environment.folder, ignore_errors=True)  # the rest of an installation that was killed
-        _check_space(environment)
-        try:
-            _make(environment, lock, report)
-        except BaseException:
-            shutil.rmtree(environment.folder, ignore_errors=True)
-            raise
+        is_new = not environment.is_installed
+        _delete_incomplete(environment)
+        if is_new:
+            shutil.rmtree(environment.folder, ignore_errors=True)  # of an installation that was killed
+            _check_space(environment)
+            try:
+                _make(environment, lock, report)
+            except BaseException:
+                shutil.rmtree(environment.folder, ignore_errors=True)
+                raise
         for folder in environment.outdated():
             if not processes(folder):
                 _delete(folder)
-        return True
+        return is_new
 
 
 def remove(environment: Environment, report: Report) -> bool:
@@ -64,6 +65,7 @@ def remove(environment: Environment, report: Report) -> bool:
             )
         for folder in folders:
             _delete(folder)
+        _delete_incomplete(environment)
         return bool(folders)
 
 
@@ -90,6 +92,14 @@ def log_path(environment: Environment) -> Path:
 def _delete(folder: Path) -> None:
     (folder / MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)
+
+
+def _delete_incomplete(environment: Environment) -> None:
+    """Delete what killed installations and removals of other environments left; the caller holds this one's lock."""
+    for folder in environment.incomplete():
+        if (lock := try_lock(folder.with_name(f"{folder.name}.lock"))) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def _make(environment: Environment, lock: int, report: Report) -> None:

@@ -17,6 +17,15 @@ from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGU
 from sage.llm.control_plane.store.records import ServerRecord
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+#: Fields of requests that llama.cpp's server reads, and those of OpenAI's that have no effect on an answer here.
+_PARAMETERS = frozenset({
+    "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "top_k",
+    "min_p", "typical_p", "top_n_sigma", "frequency_penalty", "presence_penalty", "repeat_penalty", "repeat_last_n",
+    "logit_bias", "seed", "stop", "n", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "tools",
+    "tool_choice", "parallel_tool_calls", "response_format", "grammar", "json_schema", "chat_template_kwargs",
+    "reasoning_format", "samplers", "ignore_eos", "cache_prompt", "user", "metadata", "store", "service_tier",
+    "safety_identifier", "prompt_cache_key",
+})  # fmt: skip
 
 
 class LlamaCppOptions(ServingOptions):
@@ -54,6 +63,7 @@ class LlamaCppBackend(WorkerBackend):
     options: ClassVar[type[BaseModel]] = LlamaCppOptions
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
     health_path: ClassVar[str] = "/props"
+    parameters: ClassVar[frozenset[str] | None] = _PARAMETERS
 
     def argv(self, model: str, served_name: str, options: LlamaCppOptions) -> tuple[str, ...]:
         """Return the command that serves `model` under `served_name` on the port that the launcher chose."""

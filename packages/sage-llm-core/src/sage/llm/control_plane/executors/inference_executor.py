@@ -12,6 +12,7 @@ import httpx
 from sage.common.ids import random_suffix
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessSpec
+from sage.common.server_keys import KEY_VARIABLE, server_key
 from sage.common.training import TrainingStep
 from sage.common.validation import validated
 from sage.libs.models.resolve import resolve_model
@@ -73,7 +74,7 @@ class InferenceExecutor:
             backend.argv(server.model, server.served_name or server.model, options),
             folder / "process.lock",
             folder / "engine.log",
-            env={**backend.environment(options), _ENGINE_VARIABLE: server.token},
+            env={**backend.environment(options), _ENGINE_VARIABLE: server.token, KEY_VARIABLE: server_key(server.token)},
             port=engine.requested_port or 0,
         )
 
@@ -146,7 +147,8 @@ class InferenceExecutor:
     async def _ask(self, server: ServerRecord, address: str | None) -> Observed:
         backend = registry.serving(server.backend)
         try:
-            answer = await self._http.get(f"http://{address}{backend.health_path}") if address else None
+            key = {"Authorization": f"Bearer {server_key(server.token)}"}
+            answer = await self._http.get(f"http://{address}{backend.health_path}", headers=key) if address else None
             if answer is None or not backend.is_ready_answer(server, answer.status_code, answer.content):
                 return Observed(alive=True)
             models = await self._adapters.loaded(server) if server.shared else frozenset[str]()

@@ -1,0 +1,28 @@
+"""Keys with which the gateway sends requests to inference servers, so that a web page in a browser cannot."""
+
+import functools
+import hmac
+import secrets
+from pathlib import Path
+
+from sage.common.files import replace_file
+from sage.common.paths import get_user_paths, private_folder
+from sage.common.processes import held_lock
+
+#: Environment variable with the key of a server.
+KEY_VARIABLE = "SAGE_SERVER_KEY"
+
+
+def server_key(token: str) -> str:
+    """Return the key of a server, derived from its token and a secret in the state folder."""
+    return hmac.new(_secret(get_user_paths().state_dir), token.encode(), "sha256").hexdigest()
+
+
+@functools.cache
+def _secret(folder: Path) -> bytes:
+    """Return the secret in the state folder; make it if it does not exist."""
+    path = private_folder(folder) / "servers.key"
+    with held_lock(folder / "servers.key.lock"):
+        if not path.is_file():
+            replace_file(path, secrets.token_bytes(32), mode=0o600)
+        return path.read_bytes()

@@ -1,0 +1,87 @@
+"""Copies of models that were made to serve them, in `cache_dir/gguf` and `cache_dir/vllm`, within a limit of size.
+
+A copy is `ROOT/KEY`. A process that uses it holds a shared lock on `ROOT/.KEY.use` until it exits, also after `exec`; the
+time of that file is the copy's last use.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sage.common.paths import get_user_paths, private_file, private_folder
+from sage.common.processes import held_lock
+from sage.common.settings import load_settings
+from sage.libs.models.export.folder import new_folder
+
+_KINDS = ("gguf", "vllm")
+
+
+def usable_copy(kind: str, key: str, needed_bytes: float, write: Callable[[Path], None]) -> Path:
+    """Return a copy, which this process uses until it exits; make it if it does not exist. Raises SageError.
+
+    kind: one of `_KINDS`.  write: writes the files into a new folder; an exception leaves nothing.
+    A new copy makes room for itself: copies that no process uses are deleted, the least recently used first.
+    """
+    target = private_folder(_root(kind)) / key
+    descriptor = os.open(private_file(_use(target)), os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    os.set_inheritable(descriptor, True)  # the server that replaces this process holds the lock
+    os.utime(descriptor)
+    with held_lock(target.with_name(f".{key}.lock")):
+        _delete_partial(target)
+        if not target.is_dir():
+            with new_folder(target, needed_bytes) as folder:
+                write(folder)
+    prune(int(load_settings().model_cache_gb * 1e9))
+    return target
+
+
+def prune(limit_bytes: int) -> None:
+    """Delete what killed processes left, and copies that no process uses, until all copies have at most `limit_bytes`."""
+    uses = [use for kind in _KINDS for use in _root(kind).glob(".*.use")]
+    total_bytes = copies_bytes()
+    for use in sorted(uses, key=lambda use: use.stat().st_mtime_ns):
+        with _unused(use) as is_unused:
+            if is_unused:
+                target = use.with_name(use.name.removeprefix(".").removesuffix(".use"))
+                _delete_partial(target)
+                if total_bytes > limit_bytes and target.is_dir():
+                    total_bytes -= _size_bytes(target)
+                    shutil.rmtree(target, ignore_errors=True)
+
+
+def copies_bytes() -> int:
+    """Return the size of all copies on the disk; linked files are not counted."""
+    return sum(_size_bytes(_root(kind)) for kind in _KINDS)
+
+
+@contextlib.contextmanager
+def _unused(use: Path) -> Iterator[bool]:
+    """Yield whether no process uses a copy; none begins to use it within the `with` block."""
+    with use.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _delete_partial(target: Path) -> None:
+    for left in target.parent.glob(f".{target.name}.partial-*"):  # by a killed process
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _root(kind: str) -> Path:
+    return get_user_paths().cache_dir / kind
+
+
+def _use(target: Path) -> Path:
+    return target.with_name(f".{target.name}.use")
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
