@@ -177,7 +177,7 @@ def test_two_runs_do_not_share_an_output_folder(tiny_model: Path, tmp_path: Path
     done = sage(*finetune(tiny_model, SAMPLES, out), check=1)
     assert "holds the result of task-" in done.stderr
     done = sage("llm", "engine", "stop", first)
-    assert "was stopped already" in done.stdout
+    assert "was already stopped" in done.stdout
 
 
 def test_a_dataset_is_checked_with_all_its_faults_and_figures(tiny_model: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_failed_start_reports_its_own_reason_and_not_that_of_an_earlier_one(
     assert "hunter2" not in reason + log.read_text()
     monkeypatch.delenv("SAGE_DATABASE_URL")
     assert "Traceback" not in log.read_text()
-    assert "The gateway runs (PID" in sage("gateway", "start").stdout
+    assert "The gateway is running (PID" in sage("gateway", "start").stdout
 
 
 def test_an_unusable_state_folder_is_reported_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_two_starts_at_once_make_one_gateway_and_both_say_where_it_is() -> None:
     said = {start.communicate(timeout=120)[0].replace(" already", "") for start in starts}
     assert [start.returncode for start in starts] == [0, 0, 0]
     assert len(said) == 1
-    assert said.pop().startswith("The gateway runs (PID ")
+    assert said.pop().startswith("The gateway is running (PID ")
 
 
 @contextlib.contextmanager
