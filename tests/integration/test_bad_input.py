@@ -135,7 +135,7 @@ def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_m
 def test_samples_longer_than_the_cutoff_fail_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
     long = write_jsonl(tmp_path / "long.jsonl", [chat_record("many words " * 50, "a")])
     done = sage(*finetune(tiny_model, long, tmp_path / "out", "--max-seq-length", "32"), check=1)
-    assert "All 1 samples are longer than the cutoff of 32 tokens" in done.stderr
+    assert "In all 1 samples, the answer begins after the cutoff of 32 tokens" in done.stderr
     assert "Raise max_seq_length" in done.stderr
     engine = engine_of(done)
     assert list_engines()[engine]["state"] == "failed"
@@ -196,7 +196,7 @@ def test_a_dataset_is_checked_with_all_its_faults_and_figures(tiny_model: Path, 
     assert "tokens were not counted with org/unknown: No model" in done.stdout
     long = write_jsonl(tmp_path / "long.jsonl", [chat_record("many words " * 50, "a")])
     done = sage("llm", "dataset", "check", str(long), "--model", str(tiny_model), "--max-seq-length", "16", check=1)
-    assert "longer than the cutoff" in done.stderr
+    assert "the answer begins after the cutoff" in done.stderr
 
 
 def test_ctrl_c_leaves_the_run_going_and_says_how_to_come_back(tiny_model: Path, tmp_path: Path) -> None:

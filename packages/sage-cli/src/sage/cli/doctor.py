@@ -158,7 +158,7 @@ def _gateway() -> Finding:
         client = daemon.find_client()
         health = daemon.find_health(client)
         if health is None:
-            return Finding("gateway", "ok", f"is not running at {client.base_url}; commands that need the gateway start it")
+            return Finding("gateway", "ok", f"does not run at {client.base_url}; commands that need the gateway start it")
         daemon.refuse_foreign(client, health)
         client.models()  # this request needs the API key and the database
     except SageError as error:

@@ -37,7 +37,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
     except Exception as error:  # PEFT raises all kinds of exceptions for a broken config
         raise _unfit(folder, first_line(error)) from error
     if result.unexpected_keys:
-        raise _unfit(folder, f"the base has no place for its weight {result.unexpected_keys[0]}")
+        raise _unfit(folder, f"the base has no layer for its weight {result.unexpected_keys[0]}")
     if result.missing_keys:
         raise _unfit(folder, f"it has no weight for {result.missing_keys[0]}")
     assert isinstance(model, PeftModel)
@@ -119,7 +119,7 @@ def _trained_base(folder: Path, found: str) -> str:
             replace_file(private_folder(seen.parent) / key, found.encode())
         return seen.read_text(encoding="utf-8")
     except OSError as error:
-        logger.info("the base of %s cannot be remembered: %s", folder, error)
+        logger.info("the fingerprint of the base of %s cannot be saved: %s", folder, error)
         return found
 
 
