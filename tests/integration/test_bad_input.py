@@ -53,12 +53,12 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
         (("llm", "dataset", "check", str(tmp_path / "none.jsonl")), 1, "does not exist", "Use a .jsonl"),
         (("llm", "nonsense"), 2, "No such command 'nonsense'", ""),
     ]
-    for arguments, exit_code, said, hint in cases:
+    for arguments, exit_code, message, hint in cases:
         done = sage(*arguments, check=exit_code)
-        told = " ".join(done.stderr.split())
-        assert said in told, (arguments, told)
-        assert hint in told, (arguments, told)
-        assert "Traceback" not in told, arguments
+        stderr = " ".join(done.stderr.split())
+        assert message in stderr, (arguments, stderr)
+        assert hint in stderr, (arguments, stderr)
+        assert "Traceback" not in stderr, arguments
         assert done.stdout == "", arguments
     assert list_engines() == {}
     assert not out.exists()
@@ -184,9 +184,9 @@ def test_a_dataset_is_checked_with_all_its_faults_and_figures(tiny_model: Path, 
     done = sage("llm", "dataset", "check", str(SAMPLES), "--model", str(tiny_model), "--max-seq-length", "64")
     assert "92 samples (92 openai), 97 assistant turns, 0 faults, 0 duplicates" in done.stdout
     assert "cutoff 64: " in done.stdout
-    told = json.loads(sage("llm", "dataset", "check", str(SAMPLES), "--model", str(tiny_model), "--json").stdout)
-    assert told["tokens"]["trained"] > 0
-    assert len(told["tokens"]["lengths"]) == 92
+    report = json.loads(sage("llm", "dataset", "check", str(SAMPLES), "--model", str(tiny_model), "--json").stdout)
+    assert report["tokens"]["trained"] > 0
+    assert len(report["tokens"]["lengths"]) == 92
     bad = write_jsonl(tmp_path / "bad.jsonl", [chat_record("q", "a"), chat_record("q", "a"), {"x": 1}, []])
     done = sage("llm", "dataset", "check", str(bad), "--model", str(tiny_model), check=1)
     assert "bad.jsonl:3: no known format" in done.stdout
@@ -211,9 +211,9 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_come_back(tiny_model: Path,
     engine = waiting.stdout.readline().strip()
     wait_for(lambda: list_engines()[engine]["training"]["step"] >= 2, "a step")
     waiting.send_signal(signal.SIGINT)
-    _, said = waiting.communicate(timeout=30)
+    _, output = waiting.communicate(timeout=30)
     assert waiting.returncode == 130
-    assert f"{engine} is still running" in said
+    assert f"{engine} is still running" in output
     assert list_engines()[engine]["state"] == "running"
     done = sage("llm", "engine", "stop", engine, "--force")
     assert "is failed" in done.stdout
