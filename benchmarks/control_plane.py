@@ -29,7 +29,7 @@ from train import processor
 from sage.common.settings import load_settings
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind, EngineState, StartRequest
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
 from sage.llm.control_plane.backends.registry import BACKENDS
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
@@ -59,14 +59,10 @@ server.serve_forever(0.01)
 """
 
 
-class _Options(BaseModel):
-    pass
-
-
 class _QuickBackend(WorkerBackend):
     name: ClassVar[str] = "quick"
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind))
-    options: ClassVar[type[BaseModel]] = _Options
+    options: ClassVar[type[BaseModel]] = ServingOptions
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable, "-S")
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from sage.common.settings import load_settings
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView, StartRequest
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
 from sage.llm.control_plane.manager import ControlPlaneManager
 
@@ -64,7 +64,7 @@ server.serve_forever(0.01)
 """
 
 
-class HostingOptions(BaseModel):
+class HostingOptions(ServingOptions):
     """How the server behaves."""
 
     start_seconds: float = 0

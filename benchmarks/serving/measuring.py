@@ -19,6 +19,7 @@ from serving.memory import PeakMemory
 SAME_PRECISION: dict[str, tuple[dict[str, Any], str]] = {
     "transformers": ({"dtype": "fp32"}, "fp32"),
     "vllm": ({"dtype": "fp32"}, "fp32"),
+    "llamacpp": ({"dtype": "fp32"}, "fp32"),
 }
 
 

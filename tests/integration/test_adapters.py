@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from sage.common.errors import ModelError
 from sage.libs.finetune.training.stopping import StopRequest
 from sage.libs.finetune.training.trainer import TrainingRun
+from sage.libs.models import adapters
 from sage.libs.models.adapters import attach_adapter, merged
 from sage.libs.models.loading import load_causal_lm
 from sage.libs.models.resolve import resolve_model
@@ -147,6 +148,22 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused_by_what_does_not_fit(
             served(copy)
         assert str(copy) in caught.value.message
         shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")], ids=repr
+)
+def test_a_lack_of_memory_is_not_reported_as_an_adapter_that_does_not_fit(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    adapter = adapter_on(models["tied"], tmp_path / "adapter")
+
+    def allocate(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(adapters, "get_peft_model", allocate)
+    with pytest.raises(type(error)):
+        served(adapter)
 
 
 @pytest.mark.parametrize("origin", ["ours", "theirs"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from decoders import FAMILIES, SIZES
@@ -20,7 +21,7 @@ from transformers import (
     MambaConfig,
     PreTrainedConfig,
 )
-from workers import Server, asked_at_once, post
+from workers import Server, asked_at_once, error_of, post
 
 from sage.llm.workers import generation
 from sage.llm.workers.generator import Generator
@@ -184,6 +185,23 @@ def test_an_answer_that_fails_fails_alone(
     found = asked_at_once(app, "/v1/completions", [*bodies, {"model": "m", "prompt": bad}])
     assert [one["choices"][0]["text"] for one in found[:-1]] == [one["choices"][0]["text"] for one in expected]
     assert found[-1]["error"]["code"] == ("out_of_memory" if isinstance(error, MemoryError) else "internal_error")
+
+
+def test_a_server_whose_model_thread_has_ended_answers_500_and_is_not_healthy(
+    app: FastAPI, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def health() -> int:
+        async def ask() -> int:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+                return (await client.get("/health")).status_code
+
+        return asyncio.run(ask())
+
+    assert health() == 200
+    monkeypatch.setattr(generator.runner, "new_cache", lambda _: 1 // 0)
+    for _ in range(2):
+        assert error_of(Server(app).chat(), 500)["code"] == "internal_error"
+    assert health() == 500
 
 
 def test_a_short_answer_ends_before_a_long_one_that_came_first(app: FastAPI, generator: Generator) -> None:

@@ -12,11 +12,16 @@ import pytest
 import torch
 from fastapi import FastAPI
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from support import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedConfig, Qwen2MoeConfig
 from workers import Client, Server, asked_at_once, error_of, post
 
+from sage.libs.models.adapters import read_lora
 from sage.llm.workers import generation
+from sage.llm.workers.adapters import Adapter, Adapters
+from sage.llm.workers.packed import PackedRunner, Part
+from sage.llm.workers.runners import runner_for
 
 QUESTIONS = ["Hello", "What is SAGE?", "Count to ten, then stop.", "日本?"]
 TOKENS = 24
@@ -40,6 +45,16 @@ NOT_HOT: dict[str, dict[str, Any]] = {
     "biases": {"bias": "lora_only"},
     "trained tokens": {"trainable_token_indices": [3, 4]},
 }
+
+
+#: Models with layers that see tokens without a batch dimension.
+FLAT: dict[str, tuple[PreTrainedConfig, list[str]]] = {
+    "OPT": (OPTConfig(vocab_size=320, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                      word_embed_proj_dim=32, max_position_embeddings=64), ["q_proj", "fc1", "fc2"]),
+    "shared experts": (Qwen2MoeConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                                      shared_expert_intermediate_size=16), ["down_proj"]),
+}  # fmt: skip
 
 
 def adapter_on(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:
@@ -127,6 +142,26 @@ def test_a_loaded_adapter_answers_exactly_as_peft_does_alone_and_in_a_mixed_batc
     assert unload(app, "hot").status_code == 200
 
 
+@pytest.mark.parametrize("kind", FLAT)
+def test_adapters_on_layers_without_a_batch_dimension_compute_what_peft_computes(tmp_path: Path, kind: str) -> None:
+    config, targets = FLAT[kind]
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    folder = adapter_on(tmp_path / "base", tmp_path / "adapter", target_modules=targets)
+    base, other = (AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval() for _ in range(2))
+    adapter, runner = Adapter(read_lora(base, folder)), runner_for(base)
+    assert isinstance(runner, PackedRunner)
+    with torch.inference_mode():
+        runner.add(adapter)
+        parts = [Part(runner.new_cache(9), list(range(5, 14)), adapter=owner) for owner in (adapter, None)]
+        found = runner.run(parts, lambda: None)
+        ids = torch.arange(5, 14)[None]
+        plain = other(input_ids=ids).logits[0, -1]
+        adapted = PeftModel.from_pretrained(other, folder).eval()(input_ids=ids).logits[0, -1]
+    torch.testing.assert_close(found[0][-1], adapted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1][-1], plain, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+
+
 def test_sixteen_adapters_in_one_batch_answer_each_as_its_own(
     app: FastAPI, load: Callable[..., httpx.Response], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +233,30 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_server_goes_on(
     assert load("unfit", adapter).status_code == 400
     assert names_of(app) == ["base"]
     assert Server(app).post("/v1/chat/completions", chat("base", "Hello")).status_code == 200
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_with_weights_that_are_not_finite_is_refused(
+    app: FastAPI, load: Callable[..., httpx.Response], tiny_model: Path, tmp_path: Path, value: float
+) -> None:
+    file = adapter_on(tiny_model, tmp_path / "adapter") / "adapter_model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values()))[0, 0] = value
+    save_file(weights, file)
+    assert error_of(load("diverged", file.parent))["code"] == "adapter_not_finite"
+    assert names_of(app) == ["base"]
+
+
+def test_an_adapter_on_a_layer_that_sees_only_some_tokens_is_refused_with_the_reason(
+    app: FastAPI, load: Callable[..., httpx.Response], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Adapters.begin
+    more = lambda self, adapters, lengths: begin(self, adapters, [2 * length for length in lengths])  # noqa: E731
+    monkeypatch.setattr(Adapters, "begin", more)
+    error = error_of(load("expert", adapter_on(tiny_model, tmp_path / "adapter", target_modules=["up_proj"])))
+    assert error["code"] == "adapter_not_hot"
+    assert "model.layers.0.mlp.up_proj does not see every token" in error["message"]
+    assert names_of(app) == ["base"]
 
 
 def test_a_name_is_loaded_once_and_unknown_names_are_not_found(

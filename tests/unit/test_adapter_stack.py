@@ -20,6 +20,20 @@ class Model(nn.Sequential):
         super().__init__(nn.Linear(WIDTH, 9), nn.Linear(9, WIDTH))
 
 
+class FlatModel(Model):
+    """The same, on tokens without a batch dimension."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs[0])[None]  # type: ignore[no-any-return]
+
+
+class Expert(Model):
+    """The same, for some of the tokens."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs[0, ::2])  # type: ignore[no-any-return]
+
+
 def adapter_of(ranks: dict[str, int], seed: int) -> Adapter:
     random = torch.Generator().manual_seed(seed)
     sizes = {"0": (WIDTH, 9), "1": (9, WIDTH)}
@@ -52,9 +66,12 @@ PASSES: list[list[tuple[int | None, int]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", [Model, FlatModel])
 @pytest.mark.parametrize("passes", [PASSES, PASSES[::-1]], ids=["growing", "shrinking"])
-def test_each_token_goes_through_its_own_adapter_whatever_was_run_before(passes: list[list[tuple[int | None, int]]]) -> None:
-    model = Model()
+def test_each_token_goes_through_its_own_adapter_whatever_was_run_before(
+    kind: type[Model], passes: list[list[tuple[int | None, int]]]
+) -> None:
+    model = kind()
     with torch.inference_mode():
         adapters = Adapters(model)
         for adapter in ADAPTERS:
@@ -65,7 +82,31 @@ def test_each_token_goes_through_its_own_adapter_whatever_was_run_before(passes:
             adapters.begin(owners, [length for _, length in parts])
             found = model(torch.cat(inputs)[None])[0]
             expected = torch.cat([alone(model, owner, own) for owner, own in zip(owners, inputs, strict=True)])
-            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_an_adapter_whose_values_overflow_changes_no_other_answer() -> None:
+    model, inputs = Model(), torch.ones(2, WIDTH)
+    huge = Adapter({"0": (torch.full((1, WIDTH), 3e38), torch.ones(1, 9))})
+    with torch.inference_mode():
+        adapters = Adapters(model)
+        for adapter in (huge, ADAPTERS[0]):
+            adapters.hook(adapter)
+        adapters.begin([huge, ADAPTERS[0]], [1, 1])
+        found = model(inputs[None])[0]
+        assert not found[0].isfinite().all()
+        torch.testing.assert_close(found[1:], alone(model, ADAPTERS[0], inputs[1:]))
+
+
+@pytest.mark.parametrize("owners", [[ADAPTERS[0]], [ADAPTERS[0], None]], ids=["alone", "mixed"])
+def test_a_layer_that_sees_only_some_tokens_is_reported_by_its_name(owners: list[Adapter | None]) -> None:
+    model = Expert()
+    with torch.inference_mode():
+        adapters = Adapters(model)
+        adapters.hook(ADAPTERS[0])
+        adapters.begin(owners, [2] * len(owners))
+        with pytest.raises(NotImplementedError, match="layer 0 does not see every token"):
+            model(torch.randn(1, 2 * len(owners), WIDTH))
 
 
 def test_an_adapter_that_is_forgotten_is_not_kept_in_memory() -> None:

@@ -80,6 +80,14 @@ def test_penalties_count_the_answer_and_leave_the_logits_as_they_were() -> None:
         assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize(
+    "sampling", [{"presence_penalty": 0.01}, {"frequency_penalty": 0.01}, {"repetition_penalty": 1.001}], ids=str
+)
+def test_penalties_are_not_rounded_to_the_model_s_precision(sampling: dict[str, float]) -> None:
+    logits = torch.full((5,), 20.0, dtype=torch.bfloat16)  # the next smaller number is 19.875
+    assert chooser(prompt=[0], temperature=0.0, **sampling).choose([0], logits) == 1
+
+
 def test_a_seed_gives_the_same_tokens_whatever_other_answers_draw() -> None:
     def drawn(others: int) -> list[int]:
         mine, rest = chooser(seed=5, temperature=1.0), [chooser(temperature=1.0) for _ in range(others)]

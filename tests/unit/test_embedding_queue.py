@@ -96,20 +96,49 @@ def test_vectors_come_in_the_order_of_the_inputs_whatever_the_batches() -> None:
     assert sorted(given for batch in batches for given in batch) == [1, 3, 3, 40, 50, 60]
 
 
-def test_a_batch_that_fails_fails_its_requests_only_and_the_next_one_is_computed() -> None:
+def test_an_input_that_fails_fails_its_request_only() -> None:
+    batches: list[list[int]] = []
+    has_begun, may_continue = threading.Event(), threading.Event()
+
     def embed(inputs: list[int]) -> list[int]:
+        batches.append(inputs)
+        has_begun.set()
+        may_continue.wait(30)
         if 13 in inputs:
             raise MemoryError
         return inputs
 
-    async def scenario() -> list[int]:
-        batcher: Batcher[int] = Batcher(embed, max_tokens=16)
-        wrong, right = batcher.submit([13], [13]), batcher.submit([5], [5])
+    async def scenario() -> list[list[int]]:
+        batcher: Batcher[int] = Batcher(embed, max_tokens=96)
+        first = batcher.submit([90], [90])
+        has_begun.wait(30)
+        before, failing, after = (batcher.submit(given, given) for given in ([5, 6], [13, 13], [7]))
+        may_continue.set()
+        await anext(first)
         with pytest.raises(SageError, match="memory"):
-            await anext(wrong)
-        return await anext(right)
+            await anext(failing)
+        return [await anext(job) for job in (before, after)]
 
-    assert asyncio.run(scenario()) == [5]
+    assert asyncio.run(scenario()) == [[5, 6], [7]]
+    assert sorted(batches[1]) == [5, 6, 7, 13, 13]
+    assert batches.count([13]) == 1  # the request has failed by then
+
+
+def test_if_the_thread_ends_all_requests_are_answered_with_an_error_and_no_more_are_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FairQueue, "take", lambda _: 1 // 0)
+
+    async def scenario() -> None:
+        batcher: Batcher[int] = Batcher(list, max_tokens=16)
+        with pytest.raises(SageError, match="has ended"):
+            await anext(batcher.submit([1], [1]))
+        with pytest.raises(SageError, match="has ended"):
+            batcher.check()
+        with pytest.raises(SageError, match="has ended"):
+            batcher.submit([2], [2])
+
+    asyncio.run(scenario())
 
 
 def test_a_queue_that_closes_ends_the_waiting_requests_with_an_error() -> None:

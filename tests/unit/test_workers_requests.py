@@ -52,6 +52,13 @@ def test_fields_that_cannot_change_an_answer_are_accepted_without_effect(more: d
     assert sampling(ChatRequest, CHAT | more) == sampling(ChatRequest, CHAT)
 
 
+def test_the_number_of_answers_of_a_request_is_limited() -> None:
+    sampling(CompletionRequest, COMPLETION | {"prompt": ["hi"] * 16, "n": 128})
+    error = refusal(CompletionRequest, COMPLETION | {"prompt": ["hi"] * 17, "n": 128})
+    assert (error.param, error.http_status) == ("n", 400)
+    assert "is 2176; at most 2048" in error.message
+
+
 @pytest.mark.parametrize(
     ("kind", "body"), [(ChatRequest, CHAT), (CompletionRequest, COMPLETION), (EmbeddingRequest, EMBEDDING)]
 )

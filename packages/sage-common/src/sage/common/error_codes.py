@@ -18,8 +18,9 @@ _CODES: Mapping[type[SageError], str] = {
         dataset_changed dataset_empty dataset_invalid dataset_template dataset_too_long dataset_unusable
         dataset_warnings line_not_found nothing_to_train""",
     errors.ModelError: """
-        adapter_unfit base_changed base_is_adapter export_failed export_unsupported model_invalid model_unsupported
-        model_unusable no_adapter template_too_slow tokenizer_missing tokenizer_slow tokenizer_too_large""",
+        adapter_not_finite adapter_unfit base_changed base_is_adapter export_failed export_unsupported model_invalid
+        model_unsupported model_unusable no_adapter template_too_slow tokenizer_missing tokenizer_slow
+        tokenizer_too_large""",
     errors.ModelNotFound: "base_model_not_found model_not_found",
     errors.NotFound: "checkpoint_not_found engine_not_found task_not_found model_not_found route_not_found",
     errors.OutputError: "output_unusable",

@@ -25,8 +25,8 @@ from sage.libs.finetune.run.output import claim_output
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
 from sage.libs.finetune.run.status import RunState
 from sage.libs.finetune.run.summary import read_status, write_summary
-from sage.libs.finetune.training.memory import is_out_of_memory
 from sage.libs.finetune.training.stopping import StopRequest
+from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 #: If less disk space than this is free, an error is reported as a full disk.

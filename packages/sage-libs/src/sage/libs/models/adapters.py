@@ -16,6 +16,7 @@ from sage.common.errors import ModelError, first_line
 from sage.common.files import replace_file
 from sage.common.paths import get_user_paths, private_folder
 from sage.libs.models.fingerprint import fingerprint
+from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
         config.base_model_name_or_path = base_name  # keep the name in the adapter's config, not the local folder
         result = model.load_adapter(str(folder), model.active_adapter, is_trainable=is_trainable)
     except Exception as error:  # PEFT raises all kinds of exceptions for a broken config
+        if is_out_of_memory(error):
+            raise
         raise _unfit(folder, first_line(error)) from error
     if result.unexpected_keys:
         raise _unfit(folder, f"the base has no layer for its weight {result.unexpected_keys[0]}")
@@ -49,7 +52,7 @@ def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Te
 
     Each is (A, B): A, (rank, in_features), and B, (rank, out_features), which includes the scaling: the layer's output for
     x changes by x @ A.T @ B. PEFT reads the adapter, so its patterns of layers, ranks and scalings are applied as PEFT does.
-    Raises ModelError if the adapter does not fit the base.
+    Raises ModelError if the adapter does not fit the base, or has weights that are not finite.
     """
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     attached = attach_adapter(copy.deepcopy(base, shared), folder)
@@ -60,6 +63,8 @@ def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Te
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             scaled = (up.detach().float() * layer.scaling[adapter]).T.contiguous()
             weights[name] = down.detach().to(base.dtype), scaled.to(base.dtype)
+            if not all(weight.isfinite().all() for weight in weights[name]):
+                raise _not_finite(folder, name)
     return weights
 
 
@@ -121,6 +126,15 @@ def _trained_base(folder: Path, found: str) -> str:
     except OSError as error:
         logger.info("the fingerprint of the base of %s cannot be saved: %s", folder, error)
         return found
+
+
+def _not_finite(folder: Path, layer: str) -> ModelError:
+    return ModelError(
+        code="adapter_not_finite",
+        message=f"The adapter in {folder} has weights of {layer} that are not finite numbers.",
+        hint="Its training diverged: use an earlier checkpoint, or train it with a lower learning rate.",
+        param="model",
+    )
 
 
 def _unfit(folder: Path, problem: str) -> ModelError:

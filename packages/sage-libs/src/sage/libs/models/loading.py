@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sage.common.errors import ModelError, first_line
 from sage.libs.models.conversion import converted, downloaded
+from sage.libs.models.memory import is_out_of_memory
 from sage.libs.models.resolve import ModelKind, ModelSource
 
 _MOST_NAMED = 5
@@ -93,9 +94,9 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrain
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
             output_loading_info=True, **options,
         )  # fmt: skip
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise _invalid(folder, f"does not load: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):  # transformers would initialize them randomly
         raise _invalid(folder, f"has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))

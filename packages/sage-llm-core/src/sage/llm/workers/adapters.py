@@ -22,6 +22,7 @@ class _Stack:
     """The stacked weights of several adapters, so that two matrix products compute all of them.
 
     The product with all A has columns for every adapter; for each token, the columns of other adapters are set to 0.
+    So the weights must be finite: 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -76,20 +77,25 @@ class Adapters:
         self._masks = {}
 
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """Add to a layer's output in place; inputs: (1, tokens, in_features), output: (1, tokens, out_features)."""
+        """Add to a layer's output in place; inputs: (..., in_features), output: (..., out_features).
+
+        Raises NotImplementedError if the layer does not see each token of the pass once, as experts do not.
+        """
         if not self._is_on or name not in self._stack.layers:
             return
         down, up, ranks = self._stack.layers[name]
-        inner = linear(inputs[0], down)
+        inner = linear(inputs.flatten(end_dim=-2), down)
+        if len(inner) != len(self._owners):
+            raise NotImplementedError(f"the layer {name} does not see every token")
         if self._is_mixed:
-            inner *= self._mask(ranks, inner)
-        output[0].addmm_(inner, up)
+            inner.masked_fill_(self._mask(ranks), 0)
+        output.view(-1, output.shape[-1]).addmm_(inner, up)
 
-    def _mask(self, ranks: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return (tokens, sum of the ranks): 1 in the columns of a token's own adapter."""
+    def _mask(self, ranks: tuple[int, ...]) -> Tensor:
+        """Return (tokens, sum of the ranks): whether a column is of another adapter than the token's own."""
         if ranks not in self._masks:
-            columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(like.device)
-            self._masks[ranks] = (columns[None] == self._owners[:, None]).to(like.dtype)
+            columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(self._owners.device)
+            self._masks[ranks] = columns[None] != self._owners[:, None]
         return self._masks[ranks]
 
 

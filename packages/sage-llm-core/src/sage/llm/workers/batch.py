@@ -1,32 +1,26 @@
 """Run the answers in progress together, one forward pass after another, on one thread.
 
-Before each pass, cancelled answers are removed from the batch and waiting answers are added. A pass computes one token of
+Before each pass, cancelled answers are removed from the batch and waiting answers are added. A request with many answers
+does not block others: a free slot is given to the request with the fewest answers in progress. A pass computes one token of
 each answer and a limited number of prompt tokens, so that a long prompt does not stop the other answers.
 """
 
-import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from sage.common.errors import Overloaded, SageError
 from sage.llm.workers.adapters import Adapter
 from sage.llm.workers.answers import Answer
-from sage.llm.workers.failures import internal_error
-from sage.llm.workers.jobs import Job, engine_stopping
+from sage.llm.workers.jobs import Job, JobThread
 from sage.llm.workers.packed import Abandoned, Part
 from sage.llm.workers.runners import Runner
 from sage.llm.workers.sampling import Piece
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -34,16 +28,17 @@ class _Request:
     """The answers of one request, which share a job."""
 
     job: Job[Piece]
-    unfinished: int
+    waiting: deque[Answer]
+    adapter: Adapter | None
+    in_progress: int = 0  #: number of its answers
 
 
 @dataclass(eq=False)
 class _Row:
-    """An answer in the batch."""
+    """An answer in progress."""
 
     answer: Answer
     request: _Request
-    adapter: Adapter | None
     pending: list[int]  #: tokens that the model has not seen yet
     cache: Any = None
 
@@ -53,37 +48,37 @@ class _Row:
         return not self.answer.tokens
 
 
-class Batch:
-    """A thread that runs answers."""
+class Batch(JobThread):
+    """Runs answers on a thread of its own."""
 
     def __init__(self, runner: Runner, slots: int) -> None:
-        """slots: maximum number of answers in progress; further answers wait in the order of arrival."""
+        """slots: most answers in progress at the same time; the others wait."""
         self._runner, self._slots = runner, slots
-        self._arrivals: SimpleQueue[_Row | Callable[[], None] | None] = SimpleQueue()
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []  #: answers in progress
-        self._jobs: WeakSet[Job[Any]] = WeakSet()
+        self._arrivals: SimpleQueue[_Request | Callable[[], None] | None] = SimpleQueue()
+        self._requests: list[_Request] = []  #: in the order of arrival
+        self._rows: list[_Row] = []
         self._is_open = True
-        threading.Thread(target=self._run, name="Generation", daemon=True).start()
+        super().__init__("Generation")
 
     def submit(self, job: Job[Piece], answers: Sequence[Answer], adapter: Adapter | None = None) -> None:
-        """Queue the answers of a request; the job is finished when all of them have ended. adapter: None for the base."""
-        self._jobs.add(job)
-        request = _Request(job, len(answers))
-        for answer in answers:
-            self._arrivals.put(_Row(answer, request, adapter, answer.prompt))
+        """Queue the answers of a request; the job is finished when all of them have ended. Raises as `check` does.
+
+        adapter: None for the base.
+        """
+        self._track(job)
+        self._arrivals.put(_Request(job, deque(answers), adapter))
 
     async def between_passes(self, function: Callable[[], None]) -> None:
         """Call a function between two passes, and wait for it. Raises SageError if it fails."""
         job: Job[None] = Job()
+        self._track(job)
 
         def work() -> None:
-            ending: SageError | None = None
             try:
                 function()
             except BaseException as error:  # noqa: BLE001 # the caller waits
-                ending = internal_error(error, "Generation")
-            job.finish(ending)
+                job.fail(error, "Generation")
+            job.finish(None)
 
         self._arrivals.put(work)
         async for _ in job:
@@ -91,41 +86,50 @@ class Batch:
 
     def close(self) -> None:
         """End all answers with an error that the engine is stopping."""
-        for job in list(self._jobs):
-            job.abandon(engine_stopping())
+        super().close()
         self._is_open = False
         self._arrivals.put(None)
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         with torch.inference_mode():
             while self._is_open:
                 self._receive()
                 self._retire()
-                while self._waiting and len(self._rows) < self._slots:
-                    self._rows.append(self._waiting.popleft())
+                self._admit()
                 if parts := self._plan():
                     self._pass([row for row, _ in parts], [part for _, part in parts])
 
     def _receive(self) -> None:
-        """Take the requests that have arrived; if there is nothing to do, wait for one."""
-        while not self._arrivals.empty() or not (self._rows or self._waiting):
+        """Take what has arrived; wait for it if there is nothing to do."""
+        while not self._arrivals.empty() or not self._requests:
             arrived = self._arrivals.get()
             if arrived is None:
                 return
-            if isinstance(arrived, _Row):
-                self._attempt(arrived, arrived.answer.begin)
-                self._waiting.append(arrived)
+            if isinstance(arrived, _Request):
+                for answer in arrived.waiting:
+                    _attempt(arrived, answer.begin)
+                arrived.waiting = deque(answer for answer in arrived.waiting if not answer.has_ended)
+                self._requests.append(arrived)
             else:
                 arrived()
 
     def _retire(self) -> None:
-        """Remove answers that have ended or were cancelled."""
-        for rows in (self._rows, self._waiting):
-            for row in [row for row in rows if row.answer.has_ended or row.request.job.gone.is_set()]:
-                rows.remove(row)
-                row.request.unfinished -= 1
-                if not row.request.unfinished:
-                    row.request.job.finish(None)
+        """Remove answers that have ended, and requests that have ended or were cancelled."""
+        for row in [row for row in self._rows if row.answer.has_ended or row.request.job.gone.is_set()]:
+            self._rows.remove(row)
+            row.request.in_progress -= 1
+        for request in list(self._requests):
+            if not request.in_progress and (not request.waiting or request.job.gone.is_set()):
+                self._requests.remove(request)
+                request.job.finish(None)
+
+    def _admit(self) -> None:
+        """Fill the free slots, each from the request with the fewest answers in progress, or the oldest of those."""
+        while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
+            request = min(waiting, key=lambda request: request.in_progress)
+            request.in_progress += 1
+            answer = request.waiting.popleft()
+            self._rows.append(_Row(answer, request, answer.prompt))
 
     def _plan(self) -> list[tuple[_Row, Part]]:
         """Return the next pass: the last token of each answer, and tokens of prompts up to the runner's limit."""
@@ -141,7 +145,7 @@ class Batch:
             if row.cache is None:
                 row.cache = self._runner.new_cache(len(row.answer.prompt) + row.answer.limit)
             wants_all = row.is_reading and row.answer.scores_prompt
-            chosen.append((row, Part(row.cache, row.pending[:count], wants_all, row.adapter)))
+            chosen.append((row, Part(row.cache, row.pending[:count], wants_all, row.request.adapter)))
         return chosen
 
     def _pass(self, rows: list[_Row], parts: list[Part]) -> None:
@@ -157,7 +161,7 @@ class Batch:
             return
         except BaseException as error:  # noqa: BLE001 # clients wait for the result, and other answers are in progress
             if len(rows) == 1:
-                self._fail(rows[0], error)
+                rows[0].request.job.fail(error, "Generation")
                 return
         else:
             self._settle(rows, parts, logits)
@@ -166,11 +170,16 @@ class Batch:
             self._pass([row], [part])
 
     def _settle(self, rows: list[_Row], parts: list[Part], logits: list[Tensor]) -> None:
-        """Pass each answer its logits, and choose the next token of each answer whose prompt is complete."""
-        best = torch.stack([own[-1] for own in logits]).argmax(-1).tolist()
+        """Give each answer its logits, and choose the next token of those whose prompt is read."""
+        try:
+            best = torch.stack([own[-1] for own in logits]).argmax(-1).tolist()
+        except BaseException as error:  # noqa: BLE001 # as in _pass, but the caches have the tokens: nothing can be repeated
+            for row in rows:
+                row.request.job.fail(error, "Generation")
+            return
         for row, part, own, token in zip(rows, parts, logits, best, strict=True):
             row.pending = row.pending[len(part.tokens) :]
-            self._attempt(row, partial(self._advance, row, part, own, token))
+            _attempt(row.request, partial(self._advance, row, part, own, token))
 
     def _advance(self, row: _Row, part: Part, logits: Tensor, best: int) -> None:
         answer = row.answer
@@ -183,16 +192,9 @@ class Batch:
         answer.add(token, logits[-1])
         row.pending = [token]
 
-    def _attempt(self, row: _Row, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 # clients wait for the result, and other answers are in progress
-            self._fail(row, error)
 
-    def _fail(self, row: _Row, error: BaseException) -> None:
-        """End the request of a row with an error."""
-        ending: SageError = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
-        try:
-            ending = internal_error(error, "Generation")
-        finally:  # the job must end even if there is not enough memory to build the error
-            row.request.job.abandon(ending)
+def _attempt(request: _Request, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except BaseException as error:  # noqa: BLE001 # as in _pass
+        request.job.fail(error, "Generation")

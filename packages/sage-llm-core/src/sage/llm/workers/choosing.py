@@ -45,7 +45,7 @@ class Chooser:
     def choose(self, answer: list[int], logits: Tensor) -> int:
         """Return the next token. answer: the tokens so far; logits: (vocab_size,), which are left unchanged."""
         if self.adjustments:
-            logits = logits.clone()
+            logits = logits.to(torch.float32, copy=True)  # bf16 would round small penalties away
             for adjust in self.adjustments:
                 logits = adjust(answer, logits)
         return int(logits.argmax()) if self._is_greedy else self._sample(logits.float() / self._temperature)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sage.common.errors import ConfigError, ModelError, first_line
+from sage.libs.models.memory import is_out_of_memory
 from sage.llm.workers import server
 from sage.llm.workers.requests import EmbeddingRequest
 
@@ -42,6 +43,8 @@ class Embedder:
         try:
             expected = self._embed([_PROBE])
         except Exception as error:  # modules raise all kinds of exceptions
+            if is_out_of_memory(error):
+                raise
             raise _unusable(folder, f"does not embed a text: {first_line(error)}") from error
         self.dimensions = expected.shape[1]
         self._takes_tokens = callable(self._tokenizer) and self._embeds_tokens_as(expected)
@@ -106,7 +109,9 @@ class Embedder:
         """Return whether tokens give the same vector as their text; not if the model puts texts into a chat template."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
-        except Exception:  # noqa: BLE001 # in this case the model tokenizes its texts
+        except Exception as error:  # then its texts are left to the model
+            if is_out_of_memory(error):
+                raise
             return False
 
     def _too_long(self, what: str) -> ConfigError:
@@ -123,6 +128,8 @@ def _load(folder: Path) -> Any:
             str(folder), local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
         ).eval()
     except Exception as error:  # broken folders raise all kinds of exceptions
+        if is_out_of_memory(error):
+            raise
         raise _unusable(folder, f"does not load as an embedding model: {first_line(error)}") from error
     if not (folder / "modules.json").is_file():
         pooling = model[-1].pooling_mode if len(model) > 1 else "its own"

@@ -37,7 +37,11 @@ def build(name: str) -> FastAPI:
             job.abandon()
         return JSONResponse(_response(request, vectors, sum(lengths)))
 
-    app = server.create_app("SAGE embeddings", close)
+    def about() -> dict[str, Any]:
+        batcher.check()
+        return {}
+
+    app = server.create_app("SAGE embeddings", close, about)
 
     @app.post("/v1/embeddings", response_model=None, responses=server.ANSWERED)
     async def embeddings(request: EmbeddingRequest, connection: Request) -> JSONResponse:

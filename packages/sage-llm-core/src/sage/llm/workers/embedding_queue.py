@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
-from weakref import WeakSet
 
-from sage.llm.workers.failures import internal_error
-from sage.llm.workers.jobs import Job, engine_stopping
+from sage.llm.workers.jobs import Job, JobThread
 
 T = TypeVar("T")
 #: Inputs with at most this many tokens take about the same time.
@@ -88,31 +86,25 @@ class FairQueue(Generic[T]):
         return batch
 
 
-class Batcher(Generic[T]):
+class Batcher(JobThread, Generic[T]):
     """A thread that computes the vectors of a FairQueue, batch by batch."""
 
     def __init__(self, embed: Callable[[list[T]], Sequence[Any]], max_tokens: int) -> None:
         """embed: returns a vector for each input."""
         self._embed, self._queue = embed, FairQueue[T](max_tokens)
         self._changed = threading.Condition()
-        self._jobs: WeakSet[Job[Any]] = WeakSet()
-        threading.Thread(target=self._run, name="Embedding", daemon=True).start()
+        super().__init__("Embedding")
 
     def submit(self, inputs: Sequence[T], lengths: Sequence[int]) -> Job[list[Any]]:
-        """Queue a request; its job delivers the list of vectors, in the order of the inputs."""
+        """Queue a request; its job delivers the list of vectors, in the order of the inputs. Raises as `check` does."""
         request = Request(Job(), len(inputs))
-        self._jobs.add(request.job)
+        self._track(request.job)
         with self._changed:
             self._queue.add(request, inputs, lengths)
             self._changed.notify()
         return request.job
 
-    def close(self) -> None:
-        """Cancel all requests with an error that the engine is stopping."""
-        for job in list(self._jobs):
-            job.abandon(engine_stopping())
-
-    def _run(self) -> None:
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not (batch := self._queue.take()):
@@ -120,12 +112,17 @@ class Batcher(Generic[T]):
             self._compute(batch)
 
     def _compute(self, batch: list[Entry[T]]) -> None:
+        """Compute a batch. If that fails, compute each input alone, so that only requests with a failing input fail."""
         try:
-            vectors = self._embed([entry.given for entry in batch])
+            computed = list(zip(batch, self._embed([entry.given for entry in batch]), strict=True))
         except BaseException as error:  # noqa: BLE001 # clients wait for the result, and other requests are queued
-            reason = internal_error(error, "Embedding")
-            for request in {entry.request for entry in batch}:
-                request.job.abandon(reason)
+            if len(batch) == 1:
+                batch[0].request.job.fail(error, "Embedding")
+                return
+        else:
+            for entry, vector in computed:
+                entry.request.add(entry.position, vector)
             return
-        for entry, vector in zip(batch, vectors, strict=True):
-            entry.request.add(entry.position, vector)
+        for entry in batch:
+            if not entry.request.job.gone.is_set():
+                self._compute([entry])

@@ -4,6 +4,7 @@ import logging
 import traceback
 
 from sage.common.errors import Overloaded, SageError
+from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -17,14 +18,8 @@ def internal_error(error: BaseException, doing: str) -> SageError:
         return error
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("%s failed with %s\n%s", doing, type(error).__name__, frames)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         message = "The engine ran out of memory on this request."
         return Overloaded(code="out_of_memory", message=message, hint="Send a shorter prompt, or ask for fewer tokens.")
     message = f"{doing} failed ({type(error).__name__})."
     return SageError(code="internal_error", message=message, hint="The engine's log has the traceback.")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out; torch raises OutOfMemoryError on a GPU and RuntimeError on a CPU."""
-    is_torch_s = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_s

@@ -60,7 +60,8 @@ class Engine:
         self.hosting = Hosting(generator, self._batch, served_name)
 
     def about(self) -> dict[str, Any]:
-        """Return what `/health` reports of the engine."""
+        """Return what `/health` reports of the engine. Raises SageError if it cannot answer any more."""
+        self._batch.check()
         return {"context_tokens": self._generator.context_tokens, "slots": self._slots}
 
     def close(self) -> None:
@@ -106,10 +107,10 @@ class Engine:
 
         try:
             answers = await self._tokenization.call(prepare)
+            self._batch.submit(job, answers, hosted.adapter)
         except BaseException:
             hosted.leave()
             raise
-        self._batch.submit(job, answers, hosted.adapter)
         try:
             if not request.stream:
                 return shape.whole(sorted([piece async for piece in job], key=lambda piece: piece.index))

@@ -110,8 +110,7 @@ class Hosting:
                 message = f"lora_name: '{name}' is the name of another loaded model."
                 raise ConfigError(code="invalid_value", message=message, hint="Choose another name.", param="lora_name")
             hosted, adapter = await asyncio.to_thread(self._read, folder)
-            adapters = self._runner().adapters
-            await self._batch.between_passes(lambda: adapters.hook(adapter))
+            await self._batch.between_passes(partial(self._add, adapter))
             self._adapters[name] = hosted
 
     async def unload(self, name: str) -> None:
@@ -121,6 +120,12 @@ class Hosting:
             raise NotFound(code="model_not_found", message=f"No adapter '{name}' is loaded.", param="lora_name")
         await hosted.unused()
         await self._batch.between_passes(partial(self._runner().adapters.forget, hosted.adapter))
+
+    def _add(self, adapter: Adapter) -> None:
+        try:
+            self._runner().add(adapter)
+        except NotImplementedError as error:
+            raise _not_hot(str(error)) from error
 
     def _runner(self) -> PackedRunner:
         runner = self._generator.runner

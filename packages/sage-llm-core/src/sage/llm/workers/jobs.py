@@ -1,4 +1,4 @@
-"""A thread with a queue that runs one job at a time; jobs can be cancelled at any moment."""
+"""Jobs, which can be cancelled at any moment, and the threads that run them."""
 
 import asyncio
 import contextlib
@@ -41,6 +41,7 @@ class Job(Generic[T]):
 
     def _finish(self, ending: SageError | None) -> None:
         self._on_finish()
+        self._on_finish = lambda: None  # the end of a JobThread finishes all of its jobs, some for the second time
         self._arrived.put_nowait(ending)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -52,6 +53,13 @@ class Job(Generic[T]):
         if reason:  # before `gone` is set: otherwise the end of the work would look like the end of the answer
             self.put(reason)
         self.gone.set()
+
+    def fail(self, error: BaseException, doing: str) -> None:
+        """Cancel the job because of an unexpected exception, which its consumer receives as a SageError."""
+        reason: SageError = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
+        with contextlib.suppress(Exception):  # there may be no memory to build the error
+            reason = internal_error(error, doing)
+        self.abandon(reason)
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self
@@ -102,20 +110,69 @@ class Lane:
         if job.gone.is_set():
             job.finish(None)
             return
-        ending: SageError | None = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
         try:
             work(job)
-            ending = None
         except BaseException as error:  # noqa: BLE001 # a client waits for the result, and other jobs are queued
-            ending = internal_error(error, self._name)
-        finally:  # the job must end even if there is not enough memory to build the error
-            job.finish(ending)
+            job.fail(error, self._name)
+        job.finish(None)
+
+
+class JobThread:
+    """A thread that works on several jobs at once. If it ends unexpectedly, all of them end with an error."""
+
+    def __init__(self, name: str) -> None:
+        """Start the thread."""
+        self._name = name
+        self._jobs: WeakSet[Job[Any]] = WeakSet()
+        self._lock = threading.RLock()  # reentrant, because a signal handler calls `close`
+        self._ending: Callable[[], SageError] | None = None  #: returns why no work is done any more
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def check(self) -> None:
+        """Raise SageError if the thread has ended or was closed."""
+        if self._ending:
+            raise self._ending()
+
+    def close(self) -> None:
+        """Cancel all jobs with an error that the engine is stopping."""
+        self._end(engine_stopping)
+
+    def _track(self, job: Job[Any]) -> None:
+        """Accept a job, which ends when the thread ends. Raises as `check` does."""
+        with self._lock:
+            self.check()
+            self._jobs.add(job)
+
+    def _work(self) -> None:
+        """Do the work until `close`. An exception that one job causes must be handled here."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001 # clients wait for the results
+            for job in self._end(_thread_ended):
+                job.finish(None)
+            internal_error(error, self._name)
+
+    def _end(self, ending: Callable[[], SageError]) -> list[Job[Any]]:
+        with self._lock:
+            self._ending = ending
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.abandon(ending())
+        return jobs
 
 
 def engine_stopping() -> SageError:
     """Return the error of answers that end because the engine is stopped."""
     message = "The engine is being stopped."
     return Overloaded(code="engine_stopping", message=message, hint="Retry when the engine runs again.")
+
+
+def _thread_ended() -> SageError:
+    message = "The engine cannot answer any more: the thread of its model has ended after an internal error."
+    return SageError(code="internal_error", message=message, hint="Restart the engine. Its log has the traceback.")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -21,6 +21,9 @@ _FIRST_ROOM_TOKENS = 256
 #: Maximum prompt tokens of a pass; small on a CPU, because the other answers wait for the pass.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
+#: Length of the prompt that a new adapter is tried with: enough that experts see different tokens.
+_PROBE_TOKENS = 16
+
 
 class Abandoned(Exception):
     """Every answer of the pass was cancelled."""
@@ -39,11 +42,13 @@ class KeyValueCache:
         """Increase the capacity for more tokens; key, value: (kv_heads, any, head_dim), tensors with the layers' sizes."""
         if self.length + tokens <= self._room:
             return
-        self._room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
-        self.keys, self.values = self._grown(self.keys, key), self._grown(self.values, value)
+        room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
+        self.keys = self._grown(self.keys, key, room)
+        self.values = self._grown(self.values, value, room)
+        self._room = room  # last: there may be no memory for the values
 
-    def _grown(self, old: Tensor, like: Tensor) -> Tensor:
-        new = like.new_empty(self._layers, like.shape[0], self._room, like.shape[2])
+    def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
+        new = like.new_empty(self._layers, like.shape[0], room, like.shape[2])
         if self.length:
             new[:, :, : self.length] = old[:, :, : self.length]
         return new
@@ -159,6 +164,15 @@ class PackedRunner:
     def new_cache(self, limit_tokens: int) -> KeyValueCache:
         """Return an empty cache for an answer. limit_tokens: maximum length of prompt and answer together."""
         return KeyValueCache(self._layers, limit_tokens)
+
+    def add(self, adapter: Adapter) -> None:
+        """Prepare the layers that an adapter changes. Raises NotImplementedError if passes cannot compute them."""
+        self.adapters.hook(adapter)
+        tokens = list(range(_PROBE_TOKENS))
+        try:
+            self.run([Part(self.new_cache(len(tokens)), tokens, adapter=adapter)], lambda: None)
+        finally:
+            self.adapters.forget(adapter)
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
         """Run the parts, and return logits for each, (tokens or 1, vocab_size).

@@ -8,6 +8,7 @@ from sage.common.errors import ConfigError
 from sage.llm.workers.fields import (
     INT64,
     INTEGRAL,
+    MAX_INPUTS,
     Body,
     Choice,
     Inputs,
@@ -213,6 +214,9 @@ class CompletionRequest(GenerationRequest):
             raise _refusal("max_tokens", "must be at least 1, or 0 with 'echo': true.")
         if self.best_of not in (None, self.n or 1):
             raise _refusal("best_of", "is supported only if it equals n.")
+        answers = len(self.prompt) * (self.n or 1)
+        if answers > MAX_INPUTS:
+            raise _refusal("n", f"n times the number of prompts is {answers}; at most {MAX_INPUTS} are allowed.")
         given = (self.max_completion_tokens, self.max_tokens, default_max_tokens)
         limit = next(tokens for tokens in given if tokens is not None)
         return self._sampling(limit, self.logprobs, echo=bool(self.echo))

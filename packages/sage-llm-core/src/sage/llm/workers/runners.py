@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sage.libs.models.memory import is_out_of_memory
 from sage.llm.workers.packed import ATTENTION, PackedRunner, Part
 from sage.llm.workers.sequential import SequentialRunner
 
@@ -35,9 +36,9 @@ def runner_for(model: Any) -> Runner:
     try:
         if problem := _packed_problem(model):
             raise NotImplementedError(problem)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 # models of other kinds fail in many ways
+    except Exception as error:  # models of other kinds fail in many ways
+        if is_out_of_memory(error):
+            raise
         model.set_attn_implementation(own)
         logger.warning("This model answers one request at a time: %s", error)
         return SequentialRunner(model)

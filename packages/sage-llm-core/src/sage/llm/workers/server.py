@@ -62,7 +62,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[str, Any]] = dict) -> FastAPI:
     """Return an application with `/health` and OpenAI's error format.
 
-    close: called at shutdown; about: returns further fields of `/health`.
+    close: called at shutdown; about: returns further fields of `/health`, or raises SageError if nothing can be answered.
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
@@ -70,7 +70,7 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
     app.state.max_request_bytes = load_settings().max_request_mb * 1_000_000
     app.add_middleware(Guard)
 
-    @app.get("/health", responses={403: ANSWERED[403]})
+    @app.get("/health", responses={status: ANSWERED[status] for status in (403, 500, 503)})
     async def health() -> dict[str, Any]:
         return {"status": "ok", "engine": os.environ.get("SAGE_ENGINE_ID"), "pid": os.getpid(), **about()}
 

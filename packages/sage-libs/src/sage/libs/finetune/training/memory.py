@@ -1,4 +1,4 @@
-"""Detect and handle a lack of memory."""
+"""Find out how much memory there is, and keep to it."""
 
 import ctypes
 import resource
@@ -7,22 +7,9 @@ from pathlib import Path
 
 import psutil
 
-#: Error messages of the allocators of CUDA, torch on the CPU, C++ and oneDNN.
-_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
-    "bad_alloc",
-    "could not create a primitive",
-    "could not create a memory",
-)
 #: Part of a memory limit reserved for file pages and kernel memory.
 _MARGIN_BYTES = 32 * 2**20
 _CGROUPS = Path("/sys/fs/cgroup")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that an allocation failed."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _MESSAGES)
 
 
 def trim_heap() -> None:

@@ -11,7 +11,7 @@ from transformers import Trainer
 from sage.common.errors import RunError
 from sage.libs.finetune.training.batching import cut, samples_in
 from sage.libs.finetune.training.loss import CompletionLoss
-from sage.libs.finetune.training.memory import is_out_of_memory
+from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

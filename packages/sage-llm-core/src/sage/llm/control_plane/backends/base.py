@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from sage.libs.models.resolve import ModelKind, ModelSource, safetensors_header
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.store.records import ServerRecord
+
+
+class ServingOptions(BaseModel):
+    """The options that every inference engine has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,16 @@
 import sys
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
 
-class EmbeddingOptions(BaseModel):
+class EmbeddingOptions(ServingOptions):
     """The options of an embedding engine."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
 
 class EmbeddingBackend(WorkerBackend):

@@ -6,23 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count, parsed
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count, parsed
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 from sage.llm.control_plane.store.records import ServerRecord
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class LlamaCppOptions(BaseModel):
+class LlamaCppOptions(ServingOptions):
     """The options of an engine that llama.cpp serves."""
-
-    model_config = ConfigDict(extra="forbid")
 
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Data type of the weights; auto: the GGUF file's, or fp32 for other models."
@@ -39,7 +37,6 @@ class LlamaCppOptions(BaseModel):
         "at least `context_tokens`.",
     )  # fmt: skip
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer if the request sets none, in tokens.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
     @property
     def precision(self) -> str | None:

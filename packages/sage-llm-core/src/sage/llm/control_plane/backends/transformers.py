@@ -4,24 +4,21 @@ import sys
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sage.libs.models.hot import why_not_hot
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
 
-class TransformersOptions(BaseModel):
+class TransformersOptions(ServingOptions):
     """The options of an llm engine."""
-
-    model_config = ConfigDict(extra="forbid")
 
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
     context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer if the request sets none, in tokens.")
 
 

@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sage.libs.models.hot import why_not_hot
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, WorkerBackend, parameter_count, thread_variables
+from sage.llm.control_plane.backends.base import (
+    Capabilities,
+    ServingOptions,
+    WorkerBackend,
+    parameter_count,
+    thread_variables,
+)
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
@@ -21,10 +27,8 @@ _GIB = 2**30
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-class VllmOptions(BaseModel):
+class VllmOptions(ServingOptions):
     """The options of an engine that vLLM serves."""
-
-    model_config = ConfigDict(extra="forbid")
 
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
     context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
@@ -34,7 +38,6 @@ class VllmOptions(BaseModel):
     max_rank: Literal[8, 16, 32, 64, 128, 256] | None = Field(
         None, description="Largest rank of an adapter; default: 64, on a CPU 8, because a larger value slows all adapters."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
 
 
 class VllmBackend(WorkerBackend):
