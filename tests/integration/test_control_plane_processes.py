@@ -167,7 +167,7 @@ def test_a_page_under_another_name_does_not_reach_the_gateway() -> None:
 def test_there_is_one_gateway_and_it_is_found_again() -> None:
     first = sage("gateway", "start").stdout
     assert "The gateway is running (PID" in first
-    assert "runs already" in sage("gateway", "start").stdout
+    assert "is already running" in sage("gateway", "start").stdout
     assert "url" in sage("gateway", "status").stdout
     assert "startup complete" in sage("gateway", "logs").stdout
     assert "stopped" in sage("gateway", "stop").stdout
