@@ -109,6 +109,6 @@ def test_a_gateway_in_the_foreground_is_found_and_stopped_after_a_step_of_the_cl
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     assert json.loads(sage("gateway", "status", "--json").stdout)["pid"] == gateway.pid
-    assert "runs already" in sage("gateway", "start").stdout
+    assert "is already running" in sage("gateway", "start").stdout
     assert "stopped" in sage("gateway", "stop").stdout
     gateway.wait(30)

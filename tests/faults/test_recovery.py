@@ -118,11 +118,11 @@ def test_whatever_is_killed_together_is_told_and_the_run_goes_on_exactly(
     kill(client().health()["pid"], client().get_engine(run.id).pid)
     sage("gateway", "start")
     expect(sage_home, (serving, "running"), (run, "failed"))
-    told = client().get_engine(run.id)
-    assert told.reason is not None
-    assert "checkpoint" in told.reason.hint
-    assert told.training is not None
-    saved = told.training.checkpoint_step or 0
+    engine = client().get_engine(run.id)
+    assert engine.reason is not None
+    assert "checkpoint" in engine.reason.hint
+    assert engine.training is not None
+    saved = engine.training.checkpoint_step or 0
     client().resume_engine(run.id)
     run = until(run, "running")
     wait_for(lambda: has_saved(run, saved), "another checkpoint")

@@ -53,12 +53,12 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
         (("llm", "dataset", "check", str(tmp_path / "none.jsonl")), 1, "does not exist", "Use a .jsonl"),
         (("llm", "nonsense"), 2, "No such command 'nonsense'", ""),
     ]
-    for arguments, exit_code, said, hint in cases:
+    for arguments, exit_code, message, hint in cases:
         done = sage(*arguments, check=exit_code)
-        told = " ".join(done.stderr.split())
-        assert said in told, (arguments, told)
-        assert hint in told, (arguments, told)
-        assert "Traceback" not in told, arguments
+        stderr = " ".join(done.stderr.split())
+        assert message in stderr, (arguments, stderr)
+        assert hint in stderr, (arguments, stderr)
+        assert "Traceback" not in stderr, arguments
         assert done.stdout == "", arguments
     assert list_engines() == {}
     assert not out.exists()
@@ -135,7 +135,7 @@ def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_m
 def test_samples_longer_than_the_cutoff_fail_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
     long = write_jsonl(tmp_path / "long.jsonl", [chat_record("many words " * 50, "a")])
     done = sage(*finetune(tiny_model, long, tmp_path / "out", "--max-seq-length", "32"), check=1)
-    assert "All 1 samples are longer than the cutoff of 32 tokens" in done.stderr
+    assert "In all 1 samples, the answer begins after the cutoff of 32 tokens" in done.stderr
     assert "Raise max_seq_length" in done.stderr
     engine = engine_of(done)
     assert list_engines()[engine]["state"] == "failed"
@@ -177,16 +177,16 @@ def test_two_runs_do_not_share_an_output_folder(tiny_model: Path, tmp_path: Path
     done = sage(*finetune(tiny_model, SAMPLES, out), check=1)
     assert "holds the result of task-" in done.stderr
     done = sage("llm", "engine", "stop", first)
-    assert "was stopped already" in done.stdout
+    assert "was already stopped" in done.stdout
 
 
 def test_a_dataset_is_checked_with_all_its_faults_and_figures(tiny_model: Path, tmp_path: Path) -> None:
     done = sage("llm", "dataset", "check", str(SAMPLES), "--model", str(tiny_model), "--max-seq-length", "64")
     assert "92 samples (92 openai), 97 assistant turns, 0 faults, 0 duplicates" in done.stdout
     assert "cutoff 64: " in done.stdout
-    told = json.loads(sage("llm", "dataset", "check", str(SAMPLES), "--model", str(tiny_model), "--json").stdout)
-    assert told["tokens"]["trained"] > 0
-    assert len(told["tokens"]["lengths"]) == 92
+    report = json.loads(sage("llm", "dataset", "check", str(SAMPLES), "--model", str(tiny_model), "--json").stdout)
+    assert report["tokens"]["trained"] > 0
+    assert len(report["tokens"]["lengths"]) == 92
     bad = write_jsonl(tmp_path / "bad.jsonl", [chat_record("q", "a"), chat_record("q", "a"), {"x": 1}, []])
     done = sage("llm", "dataset", "check", str(bad), "--model", str(tiny_model), check=1)
     assert "bad.jsonl:3: no known format" in done.stdout
@@ -196,7 +196,7 @@ def test_a_dataset_is_checked_with_all_its_faults_and_figures(tiny_model: Path, 
     assert "tokens were not counted with org/unknown: No model" in done.stdout
     long = write_jsonl(tmp_path / "long.jsonl", [chat_record("many words " * 50, "a")])
     done = sage("llm", "dataset", "check", str(long), "--model", str(tiny_model), "--max-seq-length", "16", check=1)
-    assert "longer than the cutoff" in done.stderr
+    assert "the answer begins after the cutoff" in done.stderr
 
 
 def test_ctrl_c_leaves_the_run_going_and_says_how_to_come_back(tiny_model: Path, tmp_path: Path) -> None:
@@ -211,9 +211,9 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_come_back(tiny_model: Path,
     engine = waiting.stdout.readline().strip()
     wait_for(lambda: list_engines()[engine]["training"]["step"] >= 2, "a step")
     waiting.send_signal(signal.SIGINT)
-    _, said = waiting.communicate(timeout=30)
+    _, output = waiting.communicate(timeout=30)
     assert waiting.returncode == 130
-    assert f"{engine} is still running" in said
+    assert f"{engine} is still running" in output
     assert list_engines()[engine]["state"] == "running"
     done = sage("llm", "engine", "stop", engine, "--force")
     assert "is failed" in done.stdout

@@ -76,7 +76,7 @@ def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path,
     assert "is completed at step 184 of 184" in done.stderr
     again = sage("llm", "engine", "resume", engine, check=1)
     assert "is completed: only stopped and failed engines can be resumed" in again.stderr
-    assert "was completed already" in sage("llm", "engine", "stop", engine).stdout
+    assert "was already completed" in sage("llm", "engine", "stop", engine).stdout
 
 
 def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_a_page_under_another_name_does_not_reach_the_gateway() -> None:
 
 def test_there_is_one_gateway_and_it_is_found_again() -> None:
     first = sage("gateway", "start").stdout
-    assert "The gateway runs (PID" in first
-    assert "runs already" in sage("gateway", "start").stdout
+    assert "The gateway is running (PID" in first
+    assert "is already running" in sage("gateway", "start").stdout
     assert "url" in sage("gateway", "status").stdout
     assert "startup complete" in sage("gateway", "logs").stdout
     assert "stopped" in sage("gateway", "stop").stdout

@@ -99,7 +99,7 @@ def test_what_was_interrupted_leaves_nothing_half(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(conversion, "_convert", interrupted)
     with pytest.raises(ModelError, match="No space left on device") as caught:
         content(folder)
-    assert "needs enough free space" in caught.value.hint
+    assert "Free some space" in caught.value.hint
     root = get_user_paths().models_dir / ".converted"
     assert not [path for path in root.iterdir() if path.is_dir()]
     (root / f".{next(root.glob('*.sources')).stem}.partial").mkdir()  # as a kill leaves it

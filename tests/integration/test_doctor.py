@@ -29,4 +29,4 @@ def test_what_does_not_work_has_a_remedy_and_exit_code_1(sage_home: Path) -> Non
     (sage_home / "config").mkdir()
     (sage_home / "config" / "config.toml").write_text("log_level = 'LOUD'\n")
     text = sage("doctor", check=1).stdout
-    assert "failed   settings       The settings are wrong: log_level" in text
+    assert "failed   settings       A setting is invalid: log_level" in text

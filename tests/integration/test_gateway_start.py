@@ -69,16 +69,16 @@ def test_a_failed_start_reports_its_own_reason_and_not_that_of_an_earlier_one(
     assert "hunter2" not in reason + log.read_text()
     monkeypatch.delenv("SAGE_DATABASE_URL")
     assert "Traceback" not in log.read_text()
-    assert "The gateway runs (PID" in sage("gateway", "start").stdout
+    assert "The gateway is running (PID" in sage("gateway", "start").stdout
 
 
 def test_an_unusable_state_folder_is_reported_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SAGE_HOME", str(tmp_path / "file"))
     for arguments in (("gateway", "start"), ("gateway", "stop"), ("llm", "engine", "list")):
-        told = sage(*arguments, check=2).stderr
-        assert f"The state folder {tmp_path}/file/state cannot be used: Not a directory." in told
-        assert "set SAGE_HOME to another folder" in told
+        stderr = sage(*arguments, check=2).stderr
+        assert f"The state folder {tmp_path}/file/state cannot be used: Not a directory." in stderr
+        assert "set SAGE_HOME to another folder" in stderr
 
 
 def test_the_gateway_of_another_home_is_not_used_unless_a_key_says_so(
@@ -89,9 +89,9 @@ def test_the_gateway_of_another_home_is_not_used_unless_a_key_says_so(
     with monkeypatch.context() as user:
         user.setenv("SAGE_HOME", str(tmp_path / "other-home"))
         for arguments in (("gateway", "status"), ("llm", "engine", "list")):
-            told = sage(*arguments, check=3).stderr
-            assert f"belongs to another SAGE_HOME (PID {theirs}, user " in told
-            assert "Set SAGE_GATEWAY_PORT" in told
+            stderr = sage(*arguments, check=3).stderr
+            assert f"belongs to another SAGE_HOME (PID {theirs}, user " in stderr
+            assert "Set SAGE_GATEWAY_PORT" in stderr
         assert "Address already in use" in refused()
         user.setenv("SAGE_API_KEY", "the-key-of-a-shared-one")
         assert list_engines() == {}
@@ -100,10 +100,10 @@ def test_the_gateway_of_another_home_is_not_used_unless_a_key_says_so(
 
 def test_two_starts_at_once_make_one_gateway_and_both_say_where_it_is() -> None:
     starts = [subprocess.Popen([*SAGE, "gateway", "start"], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = {start.communicate(timeout=120)[0].replace(" already", "") for start in starts}
+    outputs = {start.communicate(timeout=120)[0].replace(" already", "") for start in starts}
     assert [start.returncode for start in starts] == [0, 0, 0]
-    assert len(said) == 1
-    assert said.pop().startswith("The gateway runs (PID ")
+    assert len(outputs) == 1
+    assert outputs.pop().startswith("The gateway is running (PID ")
 
 
 @contextlib.contextmanager
@@ -200,10 +200,10 @@ def test_an_engine_that_dies_while_it_talks_is_named_and_the_gateway_is_not_blam
     assert chat.stdout
     chat.stdout.read(1)
     os.kill(pid, signal.SIGKILL)
-    _, said = chat.communicate(timeout=60)
+    _, output = chat.communicate(timeout=60)
     assert chat.returncode == 1
-    assert engine in said.decode()
-    assert "gateway" not in said.decode().lower()
+    assert engine in output.decode()
+    assert "gateway" not in output.decode().lower()
 
 
 def test_a_gateway_whose_state_cannot_be_written_says_so_without_a_traceback(sage_home: Path, log: Path) -> None:

@@ -175,7 +175,7 @@ def test_an_engine_that_dies_says_so_and_comes_back(tiny_model: Path, client: op
     sage("llm", "engine", "resume", engine)
     client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1)
     assert "is stopped" in sage("llm", "engine", "stop", engine).stdout
-    assert "was stopped already" in sage("llm", "engine", "stop", engine).stdout
+    assert "was already stopped" in sage("llm", "engine", "stop", engine).stdout
     events = sage("llm", "engine", "events", engine).stdout
     assert events.count("→ running") == 2
     sage("llm", "engine", "remove", engine)

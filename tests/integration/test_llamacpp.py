@@ -121,4 +121,4 @@ def test_a_model_that_llama_cpp_does_not_support_fails_with_the_reason(
     until(client, engine.id, "failed")
     reason = client.get_engine(engine.id).reason
     assert reason
-    assert "other tokens of a prompt" in reason.message
+    assert "tokenizes a prompt differently" in reason.message

@@ -133,7 +133,7 @@ def test_reward_files_are_off_unless_allowed_and_are_checked(
     run = TinyRun(tiny_model, tmp_path / "out3", **options["grpo"])
     run.manager.check_resumable(run.task_id)
     reward.write_text(reward.read_text() + "# or otherwise\n")
-    with pytest.raises(Conflict, match=r"has changed since it began.*reward\.py"):
+    with pytest.raises(Conflict, match=r"has changed since the run began.*reward\.py"):
         run.manager.check_resumable(run.task_id)
     monkeypatch.delenv("SAGE_ALLOW_REWARD_FILES")
     with pytest.raises(ConfigError, match="Reward files are disabled"):

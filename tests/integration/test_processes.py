@@ -159,7 +159,7 @@ def test_a_suspended_process_that_is_asked_to_stop_does_so(spec: ProcessSpec) ->
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "description"),
     [
         ("exit 0", "exited with code 0"),
         ("exit 3", "exited with code 3"),
@@ -167,11 +167,11 @@ def test_a_suspended_process_that_is_asked_to_stop_does_so(spec: ProcessSpec) ->
         ("kill -TERM $$", "was killed by SIGTERM"),
     ],
 )
-def test_the_exit_code_or_signal_of_a_process_is_known(spec: ProcessSpec, script: str, told: str) -> None:
+def test_the_exit_code_or_signal_of_a_process_is_known(spec: ProcessSpec, script: str, description: str) -> None:
     spawn(shell(spec, script))
     gone(spec)
-    assert describe_exit(exit_code(spec.lock_path)) == told
-    assert describe_exit(observe(spec)[0].exit_code) == told
+    assert describe_exit(exit_code(spec.lock_path)) == description
+    assert describe_exit(observe(spec)[0].exit_code) == description
     assert spec.lock_path not in processes._children
     assert describe_exit(None).startswith("exited")
 

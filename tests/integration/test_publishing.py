@@ -62,5 +62,5 @@ def test_of_published_checkpoints_the_newest_two_stay(tiny_model: Path, tmp_path
 
 def test_a_checkpoint_of_a_whole_model_is_not_an_adapter(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1, finetuning_type="full").trained()
-    with pytest.raises(ModelError, match="holds a whole model"):
+    with pytest.raises(ModelError, match="is a whole model"):
         run.manager.publish_checkpoint(run.task_id, 1)

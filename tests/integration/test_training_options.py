@@ -87,7 +87,7 @@ def test_an_adapter_is_trained_on(tiny_model: Path, tmp_path: Path) -> None:
     assert second.adapter_bytes() != first.adapter_bytes()
     config["base_model_name_or_path"] = str(first.output)
     (second.output / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="is an adapter on top of another one"):
+    with pytest.raises(ModelError, match="is an adapter whose base is an adapter too"):
         TinyRun(second.output, tmp_path / "third")
 
 
@@ -174,7 +174,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_the_data_is_read(tiny_
     run = TinyRun(huge, tmp_path / "out").start()
     status = run.until_ended()
     assert (status.state, status.code) == (RunState.FAILED, "model_too_large")
-    assert re.search(r"need 1[\d.]+ GB of memory, and [\d.]+ GB are free", str(status.message))
+    assert re.search(r"need 1[\d.]+ GB of memory, but only [\d.]+ GB are free", str(status.message))
     assert not any("reading" in event["message"] for event in run.events("progress"))
 
 
@@ -293,7 +293,7 @@ def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
     assert started["precision"].startswith("bf16, matrix products in fp32: memory is scarce")
     assert (scarce.status.bf16, scarce.status.bf16_products) == (True, False)
     assert scarce.losses() == pytest.approx(run.losses(), rel=1e-2)
-    assert any("of a micro-batch of up to" in warning for warning in scarce.status.warnings)
+    assert any("micro-batches of up to" in warning for warning in scarce.status.warnings)
 
 
 def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(

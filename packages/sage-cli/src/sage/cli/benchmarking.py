@@ -23,7 +23,7 @@ _TIMEOUT_SECONDS = 600
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one backend."""
+    """The measurements of one backend."""
 
     backend: str
     start_seconds: float | None = None
@@ -34,7 +34,7 @@ class Measurement:
 
 
 def measure(client: SageClient, model: str, max_tokens: int) -> Iterator[Measurement]:
-    """Serve `model` with each installed backend in turn, and yield its figures. No engine is left, also after Ctrl-C."""
+    """Serve `model` with each installed backend in turn, and yield its measurements. All engines are removed at the end."""
     for backend in client.backends():
         if EngineKind.LLM in backend.kinds and backend.is_installed:
             try:
@@ -44,7 +44,7 @@ def measure(client: SageClient, model: str, max_tokens: int) -> Iterator[Measure
 
 
 def table(figures: Iterable[Measurement]) -> Table:
-    """Return the figures as a table."""
+    """Return the measurements as a table."""
     rows = Table("BACKEND", box=None, pad_edge=False, header_style="bold")
     for title in ("STARTED IN", "MEMORY", "TOKENS/S, ONE ANSWER", "TOKENS/S, 16 ANSWERS"):
         rows.add_column(title, justify="right")

@@ -1,4 +1,4 @@
-"""A chat with a model in a terminal."""
+"""Chat with a model in a terminal."""
 
 import contextlib
 import sys
@@ -13,7 +13,7 @@ _PROMPT = ">>> "
 
 
 class Conversation:
-    """A chat: its messages so far, and methods to send the next one."""
+    """A chat: its messages so far, and methods to send the next message."""
 
     def __init__(self, client: SageClient, model: str, system: str | None, options: dict[str, Any]) -> None:
         self._client, self._model, self._options = client, model, options
@@ -49,7 +49,7 @@ class Conversation:
     def repeat(self) -> None:
         """Send each message that the user types, until /exit or the end of the input."""
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - gives `input` a history
+            import readline  # noqa: F401 - adds a history to `input`
         if sys.stdin.isatty():
             typer.echo(f"Chat with {self._model}. /clear starts a new conversation, /exit exits.", err=True)
         while True:

@@ -43,10 +43,10 @@ def find_process() -> ProcessIdentity | None:
 
 
 def find_client() -> SageClient:
-    """Return a client of the running gateway, or if none runs, of the address in the settings; does not connect."""
+    """Return a client of the running gateway; if none runs, of the address in the settings. It does not connect."""
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        if ProcessIdentity(saved["pid"], saved["started"]).is_alive():  # perhaps a standby, which does not hold the lock
+        if ProcessIdentity(saved["pid"], saved["started"]).is_alive():  # it may be a standby, which does not hold the lock
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings
 
@@ -79,9 +79,9 @@ def find_health(client: SageClient) -> dict[str, Any] | None:
 
 
 def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
-    """Raise GatewayUnreachable if the gateway belongs to another SAGE_HOME on this machine, so to other engines.
+    """Raise GatewayUnreachable if the gateway belongs to another SAGE_HOME on this machine.
 
-    It is accepted if the user has its API key, or if it is not a process of this machine (reached through a tunnel).
+    A gateway is accepted if the user has its API key, or if it runs on another machine (reached through a tunnel).
     """
     if client.api_key or find_process():
         return
@@ -147,7 +147,7 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
 
 
 def _unwritable() -> str:
-    """Return why the state folder takes no new file, so the gateway could not write its reason to the log, or ""."""
+    """Return why no file can be created in the state folder, so that the gateway's log has no reason; "" if one can."""
     folder = get_user_paths().state_dir
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:

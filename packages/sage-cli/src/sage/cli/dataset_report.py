@@ -32,7 +32,7 @@ class Measured:
     refused: list[Fault] = field(default_factory=list)
 
     def raise_for_unusable(self) -> None:
-        """Raise SageError if no run could use the samples."""
+        """Raise SageError if the samples cannot be used by any run."""
         if self.error:
             raise self.error
 
@@ -84,10 +84,10 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
     total = sum(measured.lengths)
     return "\n".join([
         *lines,
-        f"tokens by {measured.tokenizer}: {total} in all, {measured.trained_tokens} trained on; "
+        f"tokens with {measured.tokenizer}: {total}, of which {measured.trained_tokens} are trained; "
         f"shortest {min(measured.lengths)}, longest {max(measured.lengths)}, mean {total / len(measured.lengths):.0f}",
         *_histogram(measured.lengths),
-        f"cutoff {measured.cutoff_tokens}: {measured.truncated} samples are cut, {measured.dropped} lose their whole answer",
+        f"cutoff {measured.cutoff_tokens}: {measured.truncated} samples truncated, {measured.dropped} without their answer",
     ])  # fmt: skip
 
 

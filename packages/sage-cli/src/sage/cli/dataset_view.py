@@ -1,4 +1,4 @@
-"""The output of `dataset show`: samples as the model sees them, trained tokens in colour."""
+"""Print samples as the model sees them, with trained tokens in colour, for `dataset show`."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from sage.common.errors import DatasetError
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Style of trained, untrained and cut text, and the brackets around it if there are no colours.
+#: Styles of trained, untrained and cut text, and the brackets to use around the text if there are no colours.
 _LOOKS = {"trained": ("bold green", "⟦", "⟧"), "untrained": ("", "", ""), "cut": ("red strike", "⟨cut: ", "⟩")}
 _SPECIAL_STYLE = "reverse"
 
@@ -23,7 +23,7 @@ def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_js
     encoder.raise_for_faults()
     if not shown:
         raise DatasetError(
-            code="line_not_found", message="There is no such sample.", hint="Omit --line to see the first ones."
+            code="line_not_found", message="The dataset has no such sample.", hint="Omit --line to see the first samples."
         )
     if as_json:
         console.out(json.dumps([_as_dict(*each, encoder) for each in shown], indent=2), highlight=False)

@@ -1,4 +1,4 @@
-"""Checks of this installation: what works, what is missing, and what to do about it."""
+"""Check this installation: what works, what is missing, and how to fix it."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from sage.common.errors import SageError
 from sage.common.paths import get_user_paths
 from sage.common.settings import load_settings
 
-#: Less free space is reported: a run's checkpoints need about this much.
+#: Free space that the checkpoints of a run need; less is reported.
 _LOW_BYTES = 5 * 10**9
 _TORCH = """
 import json, torch
@@ -43,7 +43,7 @@ class Finding:
 
 
 def report(findings: Iterator[Finding], *, as_json: bool) -> None:
-    """Print findings as they come; exit with code 1 if a check has failed."""
+    """Print each finding as soon as it is known; exit with code 1 if a check has failed."""
     done = []
     for finding in findings:
         done.append(finding)
@@ -85,7 +85,7 @@ def backends(name: str | None = None) -> Iterator[Finding]:
         label, reinstall = environment.backend, f"`sage backend install {environment.backend}`"
         if not environment.is_installed:
             is_left = environment.folder.is_dir() or environment.outdated()
-            what = "is incomplete or of another release of SAGE" if is_left else "is not installed"
+            what = "is incomplete or belongs to another release of SAGE" if is_left else "is not installed"
             state: Literal["ok", "failed"] = "failed" if name or is_left else "ok"
             yield Finding(label, state, f"The backend {label} {what}.", f"{reinstall} installs it.")
         elif fault := installation.fault(environment):
@@ -101,7 +101,7 @@ def _torch() -> Iterator[Finding]:
         return
     from sage.libs.finetune import quantization
 
-    done = subprocess.run(  # torch takes seconds to import, and may fail to
+    done = subprocess.run(  # importing torch takes seconds, and may fail
         [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
     )
     if done.returncode:
@@ -145,7 +145,7 @@ def _copies() -> str:
 
 
 def _database() -> Finding:
-    """Check the SQLite database; one on a server is checked by the gateway's `/ready`."""
+    """Check the SQLite database; a database on a server is checked by the gateway's `/ready`."""
     path = get_user_paths().state_dir / "engines.db"
     if load_settings().database_url:
         return Finding("database", "ok", "is on a server; see the check of the gateway")
@@ -167,9 +167,9 @@ def _gateway() -> Finding:
         client = daemon.find_client()
         health = daemon.find_health(client)
         if health is None:
-            return Finding("gateway", "ok", f"does not run at {client.base_url}; commands that need it start it")
+            return Finding("gateway", "ok", f"does not run at {client.base_url}; commands that need the gateway start it")
         daemon.refuse_foreign(client, health)
-        client.models()  # needs the API key and the database
+        client.models()  # this request needs the API key and the database
     except SageError as error:
         return Finding("gateway", "failed", error.message, error.hint)
     if health["version"] != version("sage-cli"):

@@ -1,4 +1,4 @@
-"""`sage llm model export`: find what to export, and show the progress."""
+"""Run `sage llm model export`: find the model to export, and show the progress."""
 
 import contextlib
 import sys
@@ -18,12 +18,12 @@ from sage.libs.models.export.formats import ExportFormat, LlamaCpp
 
 
 def run_export(source: str, format_: str, output: Path, precision: str | None) -> None:
-    """Export a model, an adapter, or what an engine serves or has trained, into a new folder."""
+    """Export a model, an adapter, or an engine's model or result, into a new folder."""
     wanted = ExportFormat(format_)
     is_gguf = wanted in (ExportFormat.GGUF, ExportFormat.OLLAMA)
     if precision and not is_gguf:
         raise ConfigError(
-            code="config_invalid", message=f"The format '{format_}' has no other precisions.", hint="Omit --quantize."
+            code="config_invalid", message=f"--quantize does not apply to the format '{format_}'.", hint="Omit --quantize."
         )
     llama_cpp = _llama_cpp() if is_gguf else None
     with interruptible(), _progress() as report:
@@ -46,7 +46,7 @@ def _llama_cpp() -> LlamaCpp:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Report]:
-    """Show the step and the size of what was written: on one line of a terminal, else one line for each step."""
+    """Show the step and the bytes written, on one line of a terminal; without a terminal, print a line for each step."""
     steps: list[str] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     console = Console(stderr=True, highlight=False)

@@ -1,4 +1,4 @@
-"""Check for optional packages, which commands that work on this machine need."""
+"""Check whether optional packages are installed; commands that work on this machine without a gateway need them."""
 
 import importlib.util
 

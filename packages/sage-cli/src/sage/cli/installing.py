@@ -1,4 +1,4 @@
-"""The progress of an installation in a terminal."""
+"""Show the progress of an installation in a terminal."""
 
 import contextlib
 import signal
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from sage.llm.control_plane.backends.environments import Environment
 
 _TEXT_LETTERS = 60
-#: Beginnings of the lines that say what pip does.
+#: How the lines begin in which pip reports its current step.
 _SHOWN = ("Collecting", "Installing", "Waiting")
 
 

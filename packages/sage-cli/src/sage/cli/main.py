@@ -16,7 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(llm.app, name="llm", help="Engines, models, datasets and chat.")
-app.add_typer(route.app, name="route", help="Names for one or several engines in requests.")
+app.add_typer(route.app, name="route", help="Model names in requests, each for one or several engines.")
 app.add_typer(gateway.app, name="gateway", help="The process that manages the engines and serves HTTP.")
 app.add_typer(backend.app, name="backend", help="The programs that run engines, and their environments.")
 
@@ -49,7 +49,7 @@ def studio(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the
 
 @app.command("gpu")
 def gpu(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show the memory and load of the GPUs, and the main memory."""
+    """Show the memory and load of the GPUs and of the main memory."""
     from sage.cli import daemon, render
 
     devices = daemon.connect().devices()
@@ -63,7 +63,7 @@ def gpu(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fal
 
 @app.command("doctor")
 def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check this installation and say what is missing; exit code 1 if something does not work."""
+    """Check this installation and show what is missing; exit code 1 if something does not work."""
     from sage.cli import doctor
 
     doctor.report(doctor.everything(), as_json=json_)
@@ -100,7 +100,7 @@ def main() -> None:
         _exit(missing(error.name or "", "This command"))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of the pipe has exited, such as `head`
+    except BrokenPipeError:  # the program that reads the pipe, such as `head`, has exited
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:

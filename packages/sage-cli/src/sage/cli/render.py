@@ -1,4 +1,4 @@
-"""Engines, events and devices as text for a terminal."""
+"""Format engines, events, devices and backends for a terminal."""
 
 import sys
 from collections.abc import Iterable
@@ -134,7 +134,7 @@ def backend_table(backends: Iterable[BackendView]) -> Table:
     for backend in backends:
         state = "built in" if not backend.has_environment else "installed" if backend.is_installed else "not installed"
         disk = "" if backend.disk_bytes is None else size(backend.disk_bytes)
-        hot = "loaded while it runs" if backend.hot_adapters else ""
+        hot = "loaded at runtime" if backend.hot_adapters else ""
         table.add_row(backend.name, ", ".join(backend.kinds), backend.version, state, disk, hot)
     return table
 

@@ -27,8 +27,8 @@ def start_engine(
 ) -> None:
     """Start an engine, print its id, and wait.
 
-    request: other fields of StartRequest.  wait: False: wait until it has been validated; None: until it serves or trains;
-    True: until it has settled.  announce: format of the line with the id.
+    request: other fields of StartRequest.  wait: False: until the engine has been validated; None: until it serves or
+    trains; True: until it has settled.  announce: format of the line with the id.
     """
     _check_given(model, kind, options)
     fields = {**_named(model, kind), "engine_kind": kind, **(request or {})}
@@ -63,7 +63,7 @@ def start_engine(
 
 
 def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[str, Any]:
-    """Return the field `serve` of StartRequest; none of them means that the result is not served."""
+    """Return the field `serve` of StartRequest; None if no option requests that the result is served."""
     if not (serve or name or checkpoints):
         return {}
     return {"serve": {"name": name, "checkpoints": checkpoints}}
@@ -75,7 +75,7 @@ def is_interactive() -> bool:
 
 
 def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
-    if not model:  # for example, an unset shell variable; it does not mean the working directory
+    if not model:  # for example, an unset shell variable; an empty name must not mean the working directory
         raise ConfigError(code="config_invalid", message="The model's name is empty.", hint="Give a name or a folder.")
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == EngineKind.FINETUNE and field not in options:
@@ -92,7 +92,7 @@ def _named(model: str, kind: str) -> dict[str, str]:
 
 
 def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
-    """Return the engine, or a new one if its dataset has warnings and the user wants to train despite them."""
+    """Return the engine; if its dataset has warnings and the user accepts them, return a new engine."""
     engine = waiting.until_begun(client, engine.id)
     if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
         return engine

@@ -1,4 +1,4 @@
-"""The options of a fine-tuning run, for all commands that start one.
+"""The options of a fine-tuning run, for all commands that start a run.
 
 They are repeated in a table, so that `sage --help` does not import FinetuneConfig; a test compares the two.
 """
@@ -37,10 +37,10 @@ OPTIONS = (
         "Dataset: .jsonl, .json, .csv, .parquet or a folder; FILE=0.5 uses half of it; may be repeated.",
         "--dataset",
     ),
-    TrainingOption("output_dir", str, None, "Folder for the result.", "--output"),
+    TrainingOption("output_dir", str, None, "Folder to write the result to.", "--output"),
     TrainingOption("finetuning_type", str, "lora", "lora (trains an adapter) or full (trains all weights)."),
     TrainingOption("eval_path", str, None, "Held-out dataset, evaluated before and after training.", "--eval"),
-    TrainingOption("eval_split", float, 0.0, "Share of the dataset to hold out instead."),
+    TrainingOption("eval_split", float, 0.0, "Share of the dataset to hold out, if no held-out dataset is given."),
     TrainingOption("eval_steps", int, None, "Steps between evaluations during training."),
     TrainingOption("early_stopping_patience", int, None, "Stop after this many evaluations without improvement."),
     TrainingOption(
@@ -57,10 +57,10 @@ OPTIONS = (
     TrainingOption("num_processes", int, 1, "Data-parallel processes, one GPU each."),
     TrainingOption("max_seq_length", int, 512, "Cutoff in tokens: longer samples are truncated."),
     TrainingOption("lora_rank", int, 8, "Rank of the adapter."),
-    TrainingOption("lora_alpha", int, 16, "Scaling of the adapter: alpha / rank."),
-    TrainingOption("lora_dropout", float, 0.0, "Dropout of the adapter's inputs."),
+    TrainingOption("lora_alpha", int, 16, "Alpha: the adapter's output is scaled by alpha / rank."),
+    TrainingOption("lora_dropout", float, 0.0, "Dropout probability of the adapter's inputs."),
     TrainingOption("target_modules", str, "all-linear", "Layers to adapt: a,b,c."),
-    TrainingOption("exclude_modules", str, None, "Layers to exclude from them: a,b,c."),
+    TrainingOption("exclude_modules", str, None, "Layers not to adapt: a,b,c."),
     TrainingOption("modules_to_save", str, None, "Modules to train fully: a,b,c."),
     TrainingOption("use_rslora", bool, False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).", "--use-rslora"),
     TrainingOption("use_dora", bool, False, "Train magnitude and direction separately (DoRA); slower.", "--use-dora"),
@@ -79,9 +79,9 @@ OPTIONS = (
     TrainingOption("neftune_noise_alpha", float, None, "NEFTune: noise on the embeddings; 5 is common."),
     TrainingOption("save_steps", int, 50, "Steps between checkpoints."),
     TrainingOption("keep_checkpoints", int, 2, "Number of checkpoints to keep."),
-    TrainingOption("precision", str, "auto", "auto, fp32 or bf16."),
-    TrainingOption("fast_kernels", str, "auto", "auto, or off: the training step of transformers and PEFT."),
-    TrainingOption("gradient_checkpointing", str, "auto", "on, off, or auto: if memory is short."),
+    TrainingOption("precision", str, "auto", "Precision: auto, fp32 or bf16."),
+    TrainingOption("fast_kernels", str, "auto", "Optimized training step: auto, or off (PEFT's own step)."),
+    TrainingOption("gradient_checkpointing", str, "auto", "Gradient checkpointing: on, off, or auto (if memory is short)."),
     TrainingOption(
         "use_8bit", bool, True, "Keep the base model in 8 bits, if the device supports it.", "--use-8bit/--no-use-8bit"
     ),
@@ -124,11 +124,11 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
     for name in PATH_FIELDS:
         if name in given:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
-            if "" in paths:  # for example, an unset shell variable; it does not mean the working directory
+            if "" in paths:  # for example, an unset shell variable; an empty path must not mean the working directory
                 raise ConfigError(code="config_invalid", message=f"{name} is empty.", hint="Give a path.", param=name)
             absolute = [str(Path(os.path.expanduser(path)).absolute()) for path in paths]  # noqa: PTH111 - never raises
             given[name] = absolute[0] if len(absolute) == 1 else absolute
     for name in MODULE_FIELDS:
-        if _NAMES.fullmatch(given.get(name, "")):  # otherwise it is `all-linear` or a pattern
+        if _NAMES.fullmatch(given.get(name, "")):  # any other text is `all-linear` or a pattern
             given[name] = [module.strip() for module in given[name].split(",")]
     return given

@@ -15,7 +15,7 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: Time for which a command tolerates an unreachable gateway, because it may be restarting.
+#: Time for which a command tolerates an unreachable gateway, because the gateway may be restarting.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -63,7 +63,7 @@ def failure(engine: EngineView) -> SageError:
     code = engine.reason.code if engine.reason else "unknown"
     hint = engine.reason.hint if engine.reason else ""
     kind, log = error_class(code), f"`sage llm engine logs {engine.id}`"
-    is_complete = log in hint or (hint and kind.http_status == 400)  # the log of a rejected request is of no interest
+    is_complete = log in hint or (hint and kind.http_status == 400)  # for a rejected request, the log has no details
     return kind(
         code=code,
         message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",
@@ -128,7 +128,7 @@ def _show(bar: ProgressBar, engine: EngineView) -> None:
 
 
 def interrupted_exit(engine_id: str, state: EngineState | None) -> typer.Exit:
-    """Print the engine's state and the commands to show or stop it; return the exit of the command after Ctrl-C."""
+    """Print the engine's state and the commands to show or stop it; return the exception that ends the command."""
     text = f"\n{engine_id} is still {state or 'active'}. Show it: `sage llm engine status {engine_id}`"
     stop = "" if state is EngineState.STOPPING else f"; stop it: `sage llm engine stop {engine_id}`"
     typer.echo(f"{text}{stop}.", err=True)

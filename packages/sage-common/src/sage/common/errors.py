@@ -25,7 +25,7 @@ RETRY_AFTER_SECONDS = 5
 
 
 class SageError(Exception):
-    """An error with a message for people, a code for programs, and a hint about what to do next."""
+    """An error with a message for users, a code for programs, and a hint about what to do next."""
 
     http_status: int = 500
     exit_code: ClassVar[int] = 1

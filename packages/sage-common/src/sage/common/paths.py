@@ -1,4 +1,4 @@
-"""The folders in which SAGE stores its files: the XDG folders, or folders below SAGE_HOME."""
+"""Find the folders in which SAGE stores its files: the XDG folders, or folders below SAGE_HOME."""
 
 import contextlib
 import os

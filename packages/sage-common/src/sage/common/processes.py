@@ -122,7 +122,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
     try:
         identity = ProcessIdentity.of(child.pid)
         _write(lock, identity)
-    except BaseException:  # such as a full disk: kill the process, because nobody could find it
+    except BaseException:  # for example a full disk: kill the process, because nobody could find it
         child.kill()
         child.wait()
         raise

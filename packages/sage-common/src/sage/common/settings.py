@@ -27,25 +27,25 @@ class Settings(BaseSettings):
 
     gateway_host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
     gateway_port: int = Field(8889, ge=1, le=65535, description="Port that the gateway listens on.")
-    api_key: SecretStr | None = Field(None, description="Key that every request must carry; needed off loopback.")
-    database_url: str | None = Field(None, repr=False, description="SQLAlchemy URL of the engines' store; default: SQLite.")
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least severe line logged.")
-    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Longest time between two reconciliations.")
-    engine_start_seconds: float = Field(300, gt=0, description="Seconds within which a new inference engine must answer.")
+    api_key: SecretStr | None = Field(None, description="Key that every request must send; required unless on loopback.")
+    database_url: str | None = Field(None, repr=False, description="SQLAlchemy URL of the database; default: SQLite.")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Minimum level of log messages.")
+    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two reconciliations.")
+    engine_start_seconds: float = Field(300, gt=0, description="Maximum seconds until a new inference engine answers.")
     stop_seconds: float = Field(20, gt=0, description="Seconds from SIGTERM to SIGKILL of an inference engine.")
-    engine_unresponsive_seconds: float = Field(30, gt=0, description="Silence after which requests are refused.")
+    engine_unresponsive_seconds: float = Field(30, gt=0, description="Seconds without an answer until requests are refused.")
     restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
-        "no", description="Which engines restart by themselves: no, on-failure (exit, kill), unless-stopped (power cut too)."
+        "no", description="When engines are restarted: no, on-failure (exit, kill), unless-stopped (also after a power cut)."
     )
-    log_limit_mb: int = Field(100, ge=1, description="Largest log of an engine, in MB (10^6 bytes).")
-    max_request_mb: int = Field(32, ge=1, description="Largest request body, in MB (10^6 bytes).")
-    max_engine_requests: int = Field(1024, ge=1, description="Requests in progress for each engine; further ones get a 429.")
-    model_cache_gb: float = Field(50, gt=0, description="Largest size of model copies made for serving, in GB (10^9 bytes).")
-    allow_reward_files: bool = Field(False, description="Runs may name Python files with reward functions (grpo).")
+    log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
+    max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
+    max_engine_requests: int = Field(1024, ge=1, description="Maximum requests in progress per engine; more get a 429.")
+    model_cache_gb: float = Field(50, gt=0, description="Maximum size of model copies for serving, in GB (10^9 bytes).")
+    allow_reward_files: bool = Field(False, description="Allow runs to use Python files with reward functions (grpo).")
     training_threads: int | None = Field(
         None, ge=1, description="CPU threads of a training run; default: one for each core."
     )
-    request_wait_seconds: float = Field(60, ge=0, description="A request waits this long for a starting engine.")
+    request_wait_seconds: float = Field(60, ge=0, description="Maximum seconds that a request waits for a starting engine.")
 
     @model_validator(mode="before")
     @classmethod
@@ -56,8 +56,8 @@ class Settings(BaseSettings):
     @classmethod
     def _usable_key(cls, key: SecretStr | None) -> SecretStr | None:
         text = key.get_secret_value() if key else "key"
-        if not text.isascii() or not text.isprintable() or " " in text:  # it is sent in an HTTP header
-            raise ValueError("must be printable ASCII characters without blanks")
+        if not text.isascii() or not text.isprintable() or " " in text:  # the key is sent in an HTTP header
+            raise ValueError("must be printable ASCII characters without spaces")
         return key
 
     @classmethod
@@ -101,6 +101,6 @@ def load_settings() -> Settings:
 def _invalid(path: Path, problem: str) -> ConfigError:
     return ConfigError(
         code="settings_invalid",
-        message=f"The settings are wrong: {problem.rstrip('.')}.",
+        message=f"A setting is invalid: {problem.rstrip('.')}.",
         hint=f"Correct it in {path} or in the SAGE_… environment variable of that name.",
     )

@@ -29,7 +29,7 @@ class StepMetrics(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    epoch: float | None = _figure("Epoch", "", ".2f", "Passes over the dataset so far.")
+    epoch: float | None = _figure("Epoch", "", ".2f", "Completed passes over the dataset.")
     loss: float | None = _figure("Loss", "nats per token", ".4f", "Training loss of the step.")
     token_accuracy: float | None = _figure("Token accuracy", "ratio", ".1%", "Share of trained tokens predicted correctly.")
     reward: float | None = _figure("Reward", "", ".3f", "Mean reward of the step's completions (grpo).")
@@ -78,14 +78,14 @@ class TrainingStep(StepMetrics):
 class TrainingProgress(StepMetrics):
     """Progress of a run, with the figures of its last step. None: the value is not known (yet)."""
 
-    step: int = Field(description="Optimizer steps done.")
+    step: int = Field(description="Completed optimizer steps.")
     total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
-    progress: float | None = Field(None, description="Share of the steps that is done, 0 to 1.")
-    eta_seconds: float | None = Field(None, description="Seconds until the run is completed; None while being estimated.")
+    progress: float | None = Field(None, description="Completed share of the steps, 0 to 1.")
+    eta_seconds: float | None = Field(None, description="Seconds until the run is completed; null if not yet estimated.")
     checkpoint_step: int | None = Field(None, description="Step of the newest checkpoint.")
-    heldout_loss_before: float | None = Field(None, description="Held-out loss before the first step, nats per token.")
-    heldout_loss: float | None = Field(None, description="Newest held-out loss, nats per token.")
-    activity: str | None = Field(None, description="What the run does before the first step and after the last one.")
+    heldout_loss_before: float | None = Field(None, description="Held-out loss before the first step, in nats per token.")
+    heldout_loss: float | None = Field(None, description="Newest held-out loss, in nats per token.")
+    activity: str | None = Field(None, description="Current activity before the first step or after the last step.")
     warnings: list[str] = []
 
 
@@ -94,8 +94,8 @@ class RunEvent(BaseModel):
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
-    event: str = Field(description="Kind of the event.")
-    time: datetime | None = Field(None, description="When it was appended, UTC.")
+    event: str = Field(description="Type of the event.")
+    time: datetime | None = Field(None, description="Time at which the event was appended, UTC.")
 
 
 class LaunchedEvent(RunEvent):
@@ -105,21 +105,21 @@ class LaunchedEvent(RunEvent):
 
 
 class ProgressEvent(RunEvent):
-    """The run reported its current activity, before the first step or after the last one."""
+    """The run reported its current activity, before the first step or after the last step."""
 
     event: Literal["progress"] = "progress"
-    message: str = Field(description="Current work, as text for users.")
+    message: str = Field(description="Current activity, as text for users.")
 
 
 class WarningEvent(RunEvent):
     """The run reported a warning to the user, and continues."""
 
     event: Literal["warning"] = "warning"
-    message: str = Field(description="What happened, for people.")
-    halvings: int | None = Field(None, description="From now on micro-batches are computed in up to 2^halvings parts.")
+    message: str = Field(description="What happened, as text for users.")
+    halvings: int | None = Field(None, description="From now on, each micro-batch is computed in up to 2^halvings parts.")
     activation_checkpointing: bool | None = Field(
         None,
-        description="Whether gradient checkpointing is on from now on; version 0.1.0 named this `checkpointing`.",
+        description="Whether gradient checkpointing is now on; version 0.1.0 named this field `checkpointing`.",
         validation_alias=AliasChoices("activation_checkpointing", "checkpointing"),
     )
 
@@ -128,19 +128,19 @@ class StartedEvent(RunEvent):
     """Training began, or continued from a checkpoint."""
 
     event: Literal["started"] = "started"
-    step: int = Field(description="Steps done before; 0 at the beginning.")
+    step: int = Field(description="Steps completed before; 0 if the run starts at the beginning.")
     total_steps: int = Field(description="Optimizer steps of the whole run.")
-    samples: int | None = Field(None, description="Training samples; not known while streaming.")
+    samples: int | None = Field(None, description="Number of training samples; null while streaming.")
     heldout_samples: int | None = Field(None, description="Held-out samples.")
-    trainable_parameters: int | None = Field(None, description="Parameters that are trained.")
+    trainable_parameters: int | None = Field(None, description="Number of trained parameters.")
     base_sha256: str | None = Field(None, description="Fingerprint of the base model; a resumed run must have the same.")
-    bf16: bool | None = Field(None, description="Whether base model and activations are in bf16; otherwise fp32.")
-    bf16_products: bool | None = Field(None, description="Whether matrix products are in bf16; default: as `bf16`.")
-    int8_products: bool = Field(False, description="Whether layers are held, and multiplied, in 8 bits by our own step.")
-    precision: str | None = Field(None, description="The precision and why it was chosen, for people.")
-    kernels: str | None = Field(None, description="Which training step is used and why, for people.")
-    estimated_memory_bytes: int | None = Field(None, description="Memory that the run is expected to need.")
-    versions: dict[str, str] = Field({}, description="Versions of the libraries that compute.")
+    bf16: bool | None = Field(None, description="Whether base model and activations are in bf16 instead of fp32.")
+    bf16_products: bool | None = Field(None, description="Whether matrix products are in bf16; default: like `bf16`.")
+    int8_products: bool = Field(False, description="Whether SAGE's own step stores and multiplies layers in 8 bits.")
+    precision: str | None = Field(None, description="The precision and why it was chosen, as text for users.")
+    kernels: str | None = Field(None, description="The training step that is used and why, as text for users.")
+    estimated_memory_bytes: int | None = Field(None, description="Expected memory of the run.")
+    versions: dict[str, str] = Field({}, description="Versions of the libraries that the training uses.")
 
 
 class StepEvent(StepMetrics, RunEvent):
@@ -149,14 +149,14 @@ class StepEvent(StepMetrics, RunEvent):
     event: Literal["step"] = "step"
     step: int = Field(description="Number of the step, from 1.")
     total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
-    eta_seconds: float | None = Field(None, description="Seconds until the run is completed; not known for 10 steps.")
+    eta_seconds: float | None = Field(None, description="Seconds until the run is completed; null for the first 10 steps.")
 
 
 class CheckpointEvent(RunEvent):
     """A checkpoint was completed and synced to disk."""
 
     event: Literal["checkpoint"] = "checkpoint"
-    step: int = Field(description="Step after which it was taken.")
+    step: int = Field(description="Step after which the checkpoint was saved.")
     path: str | None = Field(None, description="Folder of the checkpoint.")
 
 
@@ -164,26 +164,26 @@ class EvalEvent(RunEvent):
     """The loss of the held-out samples was measured."""
 
     event: Literal["eval"] = "eval"
-    step: int = Field(description="Step after which they were scored; 0: before training.")
-    loss: float = Field(description="Mean over all trained tokens, nats per token.")
+    step: int = Field(description="Step after which the loss was measured; 0: before training.")
+    loss: float = Field(description="Mean loss over all trained tokens, in nats per token.")
     samples: int | None = Field(None, description="Held-out samples.")
-    seconds: float = Field(0.0, description="How long it took.")
+    seconds: float = Field(0.0, description="Duration of the evaluation.")
 
 
 class SampleEvent(RunEvent):
     """The model generated an answer to one of `sample_prompts`."""
 
     event: Literal["sample"] = "sample"
-    step: int = Field(description="Step after which it was asked.")
+    step: int = Field(description="Step after which the answer was generated.")
     prompt: str = Field(description="The prompt.")
-    answer: str = Field(description="Greedy answer, 64 tokens at most.")
+    answer: str = Field(description="Answer with greedy decoding, at most 64 tokens.")
 
 
 class StoppedEvent(RunEvent):
     """The run stopped on request, after writing a checkpoint and the result so far."""
 
     event: Literal["stopped"] = "stopped"
-    step: int = Field(description="Last step done.")
+    step: int = Field(description="Last completed step.")
     output_dir: str | None = Field(None, description="Folder of the result so far.")
 
 
@@ -191,9 +191,9 @@ class FinishedEvent(RunEvent):
     """The run was completed, and its result was written."""
 
     event: Literal["finished"] = "finished"
-    step: int | None = Field(None, description="Step whose weights are the result.")
+    step: int | None = Field(None, description="Step whose weights the result has.")
     output_dir: str | None = Field(None, description="Folder of the result.")
-    heldout_loss: float | None = Field(None, description="Held-out loss of the result, nats per token.")
+    heldout_loss: float | None = Field(None, description="Held-out loss of the result, in nats per token.")
 
 
 class FailedEvent(RunEvent):
@@ -201,7 +201,7 @@ class FailedEvent(RunEvent):
 
     event: Literal["failed"] = "failed"
     code: str = Field(description="Stable code of the error.")
-    message: str = Field(description="What happened, for people.")
+    message: str = Field(description="What happened, as text for users.")
     hint: str | None = Field(None, description="What to do next.")
 
 

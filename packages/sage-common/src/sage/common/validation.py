@@ -37,6 +37,6 @@ def config_error(error: ValidationError, what: str = "option", secrets: Collecti
     return ConfigError(
         code="config_invalid",
         message=f"{name}: {problem}{given}.",
-        hint=f"Correct '{name}' and start again; nothing was started.{more}",
+        hint=f"Correct '{name}' and retry; nothing was started.{more}",
         param=name,
     )

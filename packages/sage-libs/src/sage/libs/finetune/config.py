@@ -35,20 +35,20 @@ class FinetuneConfig(BaseModel):
         min_length=1,
         description="File (.jsonl .json .csv .parquet .arrow) or folder, or several; FILE=WEIGHT repeats its samples.",
     )
-    output_dir: str = Field(min_length=1, description="Folder for the result; new, empty, or an earlier result.")
+    output_dir: str = Field(min_length=1, description="Folder for the result: new, empty, or with an earlier result.")
     finetuning_type: Literal["lora", "full"] = Field(
-        "lora", description="lora: train an adapter, the base is frozen; full: train every weight, for small models."
+        "lora", description="lora: train an adapter on a frozen base; full: train all weights (for small models)."
     )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter's matrices.")
     lora_alpha: int = Field(16, ge=1, le=4096, description="The adapter's output is scaled by alpha / rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped in training.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability of the adapter's inputs in training.")
     target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
     exclude_modules: str | list[str] | None = Field(None, description="Layers excluded from target_modules.")
     modules_to_save: list[str] | None = Field(None, description="Modules trained in full and saved with the adapter.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
     use_dora: bool = Field(False, description="Train magnitude and direction separately (DoRA); slower.")
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, le=1000, description="Learning rate of LoRA matrix B as a multiple of that of matrix A (LoRA+)."
+        None, ge=1, le=1000, description="Learning rate of LoRA matrix B as a multiple of A's learning rate (LoRA+)."
     )
     method: Method = Field("sft", description="sft: from answers; dpo, orpo, kto: from preferences; grpo: from rewards.")
     beta: float | None = Field(None, ge=0, le=10, description="Strength of the KL or preference term; default: TRL's.")
@@ -56,7 +56,7 @@ class FinetuneConfig(BaseModel):
         None, description="Python file with `reward(prompts, completions, **columns)`, for grpo."
     )
     num_generations: int = Field(4, ge=2, le=256, description="Answers per prompt that grpo compares.")
-    max_completion_length: int = Field(256, ge=1, description="Maximum length of such an answer, in tokens.")
+    max_completion_length: int = Field(256, ge=1, description="Maximum length of an answer of grpo, in tokens.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Schedule of the learning rate after the warm-up."
@@ -64,7 +64,7 @@ class FinetuneConfig(BaseModel):
     warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises to its peak.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     neftune_noise_alpha: float | None = Field(
-        None, gt=0, le=100, description="Noise on the embeddings in training (NEFTune); 5 is usual."
+        None, gt=0, le=100, description="Strength of the noise on the embeddings in training (NEFTune); 5 is common."
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
     train_on: Literal["assistant", "last_turn", "all"] = Field(
@@ -77,16 +77,14 @@ class FinetuneConfig(BaseModel):
         None, ge=8, description="Fill micro-batches with samples up to this many tokens, instead of batch_size samples."
     )
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
-    num_processes: int = Field(1, ge=1, le=64, description="Processes that train together, each on a GPU of its own.")
-    max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff: longer samples are cut, in tokens.")
-    allow_warnings: bool = Field(
-        False, description="Train even if the dataset check warns that the model would learn something else."
-    )
-    streaming: bool = Field(False, description="Tokenize samples as they are needed, in the order of the files.")
+    num_processes: int = Field(1, ge=1, le=64, description="Number of data-parallel processes; each uses its own GPU.")
+    max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff in tokens: longer samples are truncated.")
+    allow_warnings: bool = Field(False, description="Train even if the dataset check has warnings.")
+    streaming: bool = Field(False, description="Tokenize samples during training instead of before it.")
     eval_path: str | None = Field(
         None, description="Held-out samples, evaluated before the first step and at the end; a file or folder."
     )
-    eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset held out instead of eval_path.")
+    eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset to hold out, if eval_path is not set.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations on the held-out samples.")
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after this many evaluations without improvement."
@@ -94,22 +92,22 @@ class FinetuneConfig(BaseModel):
     sample_prompts: list[str] | None = Field(None, description="Prompts to generate from at each evaluation.")
     keep_best: bool = Field(False, description="Export the weights of the step with the lowest held-out loss.")
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints are kept, newest first.")
+    keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints to keep.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Number format of base and activations; adapters are in fp32; auto: the fastest that fits.",
+        description="Number format of base and activations; auto: the fastest that fits. Adapters are always in fp32.",
     )
     fast_kernels: Literal["auto", "off"] = Field(
-        "auto", description="auto: SAGE's training step if the model supports it; off: transformers' and PEFT's."
+        "auto", description="auto: SAGE's training step if the model supports it; off: the step of transformers and PEFT."
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
-        "auto", description="Recompute activations instead of storing them; auto: if out of memory."
+        "auto", description="Recompute activations instead of storing them; auto: only if memory is insufficient."
     )
     use_8bit: bool = Field(
         True, description="Quantize the base model to 8 bits: always on CUDA, on a CPU only if it makes training faster."
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
-        None, description="Format of the frozen base, on devices that bitsandbytes supports; overrides use_8bit."
+        None, description="Quantization of the frozen base, on devices that bitsandbytes supports; overrides use_8bit."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter, the order of the data and dropout.")
     resume_from_checkpoint: str | None = Field(None, description="Checkpoint folder of a run to continue from.")
@@ -155,7 +153,7 @@ class FinetuneConfig(BaseModel):
     @model_validator(mode="after")
     def _stream_has_no_end(self) -> "FinetuneConfig":
         if self.streaming and not self.max_steps:
-            raise ValueError("streaming needs max_steps: how many samples there are is not known")
+            raise ValueError("streaming needs max_steps, because the number of samples is not known")
         if self.streaming and (self.eval_split or self.num_processes > 1 or any(s.weight != 1 for s in self.sources)):
             raise ValueError("streaming supports neither eval_split, nor weights of datasets, nor several processes")
         return self

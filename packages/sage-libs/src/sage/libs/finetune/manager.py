@@ -88,7 +88,7 @@ class FinetuneManager:
         if source.base and source.base.kind is ModelKind.ADAPTER:
             raise ModelError(
                 code="base_is_adapter",
-                message=f"{config.base_model} is an adapter on top of another one, which cannot be trained on.",
+                message=f"{config.base_model} is an adapter whose base is an adapter too; it cannot be trained further.",
                 hint=f"Train on {source.base.name}, or on its base.",
                 param="base_model",
             )
@@ -142,7 +142,7 @@ class FinetuneManager:
             files += [spec.config.reward_file] if spec.config.reward_file else []
             raise Conflict(
                 code="dataset_changed",
-                message=f"The data of {task_id} has changed since it began, so it cannot be resumed exactly: "
+                message=f"The data of {task_id} has changed since the run began, so it cannot be resumed exactly: "
                 f"{', '.join(files)}.",
                 hint="Restore the old data, or start a new run.",
             )
@@ -154,7 +154,7 @@ class FinetuneManager:
             raise Conflict(
                 code="not_resumable",
                 message=f"{task_id} is completed: its result is in {spec.config.output_dir}.",
-                hint="To train on, start a new run with another output folder.",
+                hint="To train further, start a new run with another output folder.",
             )
         if state in ALIVE:
             raise Conflict(code="not_resumable", message=f"{task_id} is running.", hint="There is nothing to resume.")
@@ -258,7 +258,7 @@ def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
         raise ConfigError(
             code="trl_missing",
             message=f"method {config.method} needs TRL, which is not installed.",
-            hint="Install it beside SAGE: `pip install 'sage-libs[preference]'`.",
+            hint="Install it: `pip install 'sage-libs[preference]'`.",
             param="method",
         )
     if not config.reward_file:
@@ -267,7 +267,7 @@ def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
         raise ConfigError(
             code="reward_files_off",
             message="Reward files are disabled: a reward file is Python code, which any user who starts engines could run.",
-            hint="SAGE_ALLOW_REWARD_FILES=true in the gateway's environment allows them; so does config.toml.",
+            hint="To allow them, set SAGE_ALLOW_REWARD_FILES=true in the gateway's environment or in config.toml.",
             param="reward_file",
         )
     check_reward_file(Path(config.reward_file))

@@ -1,7 +1,7 @@
-"""Where bitsandbytes is installed.
+"""Find bitsandbytes, which is installed in a separate folder.
 
-PEFT imports bitsandbytes whenever it can, which takes 2 s. So `make setup` installs it into a folder of its own, and only a
-run that may use it adds that folder to its path.
+PEFT imports bitsandbytes whenever it can, which takes 2 s. So `make setup` installs it into a separate folder, and only a
+run that may use it adds this folder to its path.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ def find_bitsandbytes() -> Path | None:
 
 
 def make_importable(config: FinetuneConfig) -> None:
-    """Add the folder of bitsandbytes to this process's path, if the run may use it; to be called before PEFT is imported."""
+    """Add the folder of bitsandbytes to this process's path, if the run may use it. Call it before importing PEFT."""
     may_use = config.quantization in ("8bit", "4bit") or (config.quantization is None and config.use_8bit and has_gpu())
     if may_use and (folder := find_bitsandbytes()) and str(folder) not in sys.path:
         sys.path.append(str(folder))

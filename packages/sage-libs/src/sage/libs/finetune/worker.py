@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     if LOCK_FD_VARIABLE not in os.environ:
         descriptor = try_lock(run.lock_path)
         if descriptor is None:
-            print(f"{run.path} has a worker already.", file=sys.stderr)
+            print(f"{run.path} already has a worker.", file=sys.stderr)
             return 1
         write_identity(descriptor)
         run.append_event(LaunchedEvent())
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
-        with contextlib.suppress(OSError):  # the summary only makes reading faster
+        with contextlib.suppress(OSError):  # the run can end without the summary, which only makes reading faster
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - reported as the end of the run, whatever it is
         _fail(run, error)
@@ -145,7 +145,7 @@ def _is_full(error: Exception, folder: Path) -> bool:
 
 
 def _fullest(run: RunDirectory) -> Path:
-    """Return which of the folders that a run writes to has the least free disk space."""
+    """Return the folder with the least free disk space among the folders that a run writes to."""
     folders = [run.path]
     with contextlib.suppress(Exception):  # reading the spec may be what failed
         folders.append(Path(run.read_spec().config.output_dir))

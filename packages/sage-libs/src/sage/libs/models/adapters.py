@@ -40,7 +40,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
             raise
         raise _unfit(folder, first_line(error)) from error
     if result.unexpected_keys and not config.is_prompt_learning:  # PEFT loads virtual tokens apart from these keys
-        raise _unfit(folder, f"the base has no place for its weight {result.unexpected_keys[0]}")
+        raise _unfit(folder, f"the base has no layer for its weight {result.unexpected_keys[0]}")
     if result.missing_keys:
         raise _unfit(folder, f"it has no weight for {result.missing_keys[0]}")
     assert isinstance(model, PeftModel)
@@ -124,7 +124,7 @@ def _trained_base(folder: Path, found: str) -> str:
             replace_file(private_folder(seen.parent) / key, found.encode())
         return seen.read_text(encoding="utf-8")
     except OSError as error:
-        logger.info("the base of %s cannot be remembered: %s", folder, error)
+        logger.info("the fingerprint of the base of %s cannot be saved: %s", folder, error)
         return found
 
 

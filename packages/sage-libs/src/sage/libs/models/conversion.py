@@ -90,7 +90,7 @@ def _reported(failure: str, place: Path) -> Iterator[None]:
         raise ModelError(
             code="model_unusable",
             message=f"{failure}: {first_line(error)}.",
-            hint=f"It is written to {place}, which needs enough free space." if "space" in str(error) else "",
+            hint=f"Free some space on the disk of {place}, where the model is written." if "space" in str(error) else "",
             param="model",
         ) from error
 

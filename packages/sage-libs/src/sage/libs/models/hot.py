@@ -41,7 +41,7 @@ def why_not_hot(folder: Path, base_folder: Path) -> str | None:
 
 def _config_problem(config: Mapping[str, Any]) -> str | None:
     if config.get("peft_type") != "LORA":
-        return f"it is of the type {config.get('peft_type')}, not LORA"
+        return f"its type is {config.get('peft_type')}, not LORA"
     if config.get("bias") not in (None, "none"):
         return f"it trains biases ({config['bias']})"
     if config.get("init_lora_weights") not in _PLAIN_INITS:
@@ -53,13 +53,13 @@ def _config_problem(config: Mapping[str, Any]) -> str | None:
 def _weights_problem(header: Mapping[str, Any]) -> str | None:
     for name in sorted(header):
         if not _LORA_WEIGHT.fullmatch(name):
-            return f"it holds {name}, which is no LoRA of a linear layer"
+            return f"it has the weight {name}, which is not part of a LoRA of a linear layer"
         if _HEAD.fullmatch(name):
             return "it changes the output head"
     return None
 
 
 def _base_problem(config: Mapping[str, Any], base_folder: Path) -> str | None:
-    """Return how the base differs from a plain one. An adapter on another adapter needs both merged."""
+    """Return how the base differs from a plain base model; if the base is an adapter, both must be merged."""
     is_adapter = (base_folder / "adapter_config.json").is_file()
     return f"its base {config.get('base_model_name_or_path')} is an adapter" if is_adapter else None

@@ -1,4 +1,4 @@
-"""Which files a converted model was made from, without importing torch.
+"""Find the files from which a converted model was made, without importing torch.
 
 .converted/<name>-<hash>/          safetensors of the GGUF file with that SHA-256
 .converted/<name>-<hash>.sources   files known to have that hash, with size and times, so that they are not read again
@@ -34,7 +34,7 @@ def known(root: Path, gguf: Path) -> Path | None:
 
 
 def remember(target: Path, gguf: Path) -> None:
-    """Note that a converted model has the content of a file."""
+    """Record that a converted model has the content of a file."""
     path = target.with_name(f"{target.name}.sources")
     others = [source for source in sources(path) if source[0] != str(gguf.resolve())]
     replace_file(path, json.dumps([*others, identity(gguf)]).encode())

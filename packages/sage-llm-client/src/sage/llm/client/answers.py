@@ -1,4 +1,4 @@
-"""Reading the gateway's answers: their content, or the error that they report."""
+"""Read the gateway's answers: their content, or the error that they report."""
 
 import json
 from collections.abc import Callable
@@ -23,17 +23,17 @@ def parse(text: str) -> Any:
 
 
 def as_model(model: type[M]) -> Callable[[httpx.Response], M]:
-    """Return a reader of answers that hold one `model`."""
+    """Return a reader of answers that contain one `model`."""
     return lambda response: model.model_validate(parse(response.text))
 
 
 def as_list(model: type[M]) -> Callable[[httpx.Response], list[M]]:
-    """Return a reader of answers that hold a list of `model` in `data`."""
+    """Return a reader of answers that contain a list of `model` in `data`."""
     return lambda response: [model.model_validate(item) for item in parse(response.text)["data"]]
 
 
 def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
-    """Return the content of an answer, which `reader` reads.
+    """Return the content of an answer, read by `reader`.
 
     Raises the SageError that the answer reports, or GatewayUnreachable if it does not have the form of a gateway's answer.
     """
@@ -45,14 +45,14 @@ def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
 
 
 def raise_for_error(response: httpx.Response) -> None:
-    """If an answer reports an error, raise it as a SageError. Read the body of the answer before."""
+    """If an answer reports an error, raise it as a SageError. The caller must have read the body."""
     if response.is_success:
         return
     try:
         error = response.json()["error"]
         raise rebuild_error(error, response.status_code)
     except (ValueError, KeyError, TypeError, AttributeError):
-        message = f"The gateway answered with HTTP status {response.status_code} and no reason."
+        message = f"The gateway answered with HTTP status {response.status_code} and gave no reason."
         raise error_class("unknown", response.status_code)(code="unknown", message=message) from None
 
 
@@ -67,7 +67,7 @@ def not_a_gateway(problem: str) -> GatewayUnreachable:
     """Return the error for an answer that no gateway of this version sends."""
     return GatewayUnreachable(
         code="not_a_gateway",
-        message=f"This is not a SAGE gateway, or one of another version: {problem}.",
+        message=f"The program at this address is not a SAGE gateway, or has another version: {problem}.",
         hint="`sage gateway status` shows its address; SAGE_GATEWAY_HOST and SAGE_GATEWAY_PORT set it.",
     )
 
@@ -77,8 +77,8 @@ def unreachable(base_url: str, error: httpx.HTTPError) -> GatewayUnreachable:
     if isinstance(error, httpx.ReadTimeout):
         return GatewayUnreachable(
             code="gateway_slow",
-            message=f"The gateway at {base_url} accepted the request and did not answer in time.",
-            hint="The request may still be carried out: check `sage llm engine list` before you retry.",
+            message=f"The gateway at {base_url} accepted the request, but did not answer in time.",
+            hint="The request may still be executed: check `sage llm engine list` before you retry.",
         )
     return GatewayUnreachable(
         code="gateway_unreachable",

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class AsyncSageClient:
-    """Client of a gateway for asyncio. Every method raises the same errors as that of SageClient."""
+    """Client of a gateway for asyncio. Every method raises the same errors as the method of SageClient."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
         """base_url: the gateway; timeout_seconds: for one answer, except for streams, starts, resumes and removals."""
@@ -154,7 +154,7 @@ class AsyncSageClient:
     async def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
         """Create or replace a route.
 
-        engines: weights by engine (id, name or model); fallback: the engine that answers if none of them does.
+        engines: weights by engine (id, name or model); fallback: the engine that answers if none of `engines` does.
         """
         return await self._send(calls.set_route(name, engines, fallback))
 
@@ -171,7 +171,7 @@ class AsyncSageClient:
         return await self._send(calls.backends())
 
     async def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and process; short time-out, because another program may listen on its port."""
+        """Return the gateway's version and process. The time-out is short: another program may listen on the port."""
         return await self._send(calls.health(timeout_seconds))
 
     async def models(self) -> list[str]:

@@ -123,7 +123,7 @@ def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
 
 
 def events(engine_id: str, *, follow: bool) -> Call[None]:
-    """Stream the present events of one engine; with `follow`, also new ones until the engine has settled."""
+    """Stream the existing events of one engine; with `follow`, also new events until the engine has settled."""
     return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
 
 
@@ -179,7 +179,7 @@ def backends() -> Call[list[BackendView]]:
 
 
 def health(timeout_seconds: float) -> Call[dict[str, Any]]:
-    """Ask whether the gateway is alive."""
+    """Check whether the gateway is alive."""
     return Call("GET", "/health", lambda r: dict(parse(r.text)), timeout_seconds=timeout_seconds)
 
 
@@ -189,7 +189,7 @@ def models() -> Call[list[str]]:
 
 
 def chat(model: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Call[str]:
-    """Ask a model for the next message."""
+    """Request the next message of a chat from a model."""
     return Call(
         "POST", "/v1/chat/completions", lambda r: str(parse(r.text)["choices"][0]["message"]["content"] or ""),
         json={"model": model, "messages": messages, **options},

@@ -153,7 +153,7 @@ class SageClient:
     def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
         """Create or replace a route.
 
-        engines: weights by engine (id, name or model); fallback: the engine that answers if none of them does.
+        engines: weights by engine (id, name or model); fallback: the engine that answers if none of `engines` does.
         """
         return self._send(calls.set_route(name, engines, fallback))
 
@@ -170,7 +170,7 @@ class SageClient:
         return self._send(calls.backends())
 
     def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and process; short time-out, because another program may listen on its port."""
+        """Return the gateway's version and process. The time-out is short: another program may listen on the port."""
         return self._send(calls.health(timeout_seconds))
 
     def models(self) -> list[str]:

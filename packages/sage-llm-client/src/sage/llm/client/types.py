@@ -1,4 +1,4 @@
-"""The types of the gateway's HTTP interface: its requests and answers."""
+"""The types of the requests and answers of the gateway's HTTP interface."""
 
 import re
 from datetime import datetime
@@ -18,7 +18,7 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: waits to be started
     STARTING = "starting"  #: its process is being started and is not ready yet
     RUNNING = "running"  #: serves requests, or trains
-    PAUSED = "paused"  #: unloaded, since it had no requests; the next request loads it again
+    PAUSED = "paused"  #: unloaded, because it had no requests; the next request loads it again
     STOPPING = "stopping"  #: was asked to stop and is saving its state
     STOPPED = "stopped"  #: ended because a user requested it
     COMPLETED = "completed"  #: training finished
@@ -38,7 +38,7 @@ class EngineKind(StrEnum):
 
 
 SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
-#: Model name in a request; means the running engine of the kind that was started last.
+#: Model name in a request that means the last started running engine of the kind.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 #: Each part begins with a letter or digit, so that no part of a URL's path is `.` or `..`.
@@ -55,15 +55,15 @@ class DesiredState(StrEnum):
 
 
 class RestartPolicy(StrEnum):
-    """When an engine is restarted automatically, as in Docker."""
+    """When an engine is restarted automatically; the values are Docker's."""
 
     NO = "no"  #: never
     ON_FAILURE = "on-failure"  #: if its process exits with an error, is killed, or no longer answers
-    UNLESS_STOPPED = "unless-stopped"  #: in these cases, and after a power cut or reboot
+    UNLESS_STOPPED = "unless-stopped"  #: in the cases of `on-failure`, and after a power cut or reboot
 
 
 def check_engine_name(name: str) -> str:
-    """Return the name of an engine; raises ValueError if it cannot be one."""
+    """Return `name`; raises ValueError if it is not allowed as the name of an engine."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
         raise ValueError(f"must be letters, digits and ./@:+-_ and not {DEFAULT_MODEL!r}")
     return name
@@ -75,9 +75,9 @@ class ServeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str | None = Field(
-        None, max_length=200, description="Name in requests; default: the name of the run, or of its output folder."
+        None, max_length=200, description="Model name in requests; default: the name of the run, or of its output folder."
     )
-    checkpoints: bool = Field(False, description="Serve each checkpoint while the run continues.")
+    checkpoints: bool = Field(False, description="Serve the newest checkpoint while the run trains.")
 
     @field_validator("name")
     @classmethod
@@ -86,23 +86,23 @@ class ServeRequest(BaseModel):
 
 
 class StartRequest(BaseModel):
-    """An engine to start."""
+    """A request to start an engine."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(min_length=1, max_length=512, description="Folder, name in the models folder, or hub id.")
     engine_kind: EngineKind = EngineKind.LLM
-    name: str | None = Field(None, max_length=200, description="Name in requests; default: the model as given.")
-    port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free one.")
-    backend: str = Field("auto", max_length=64, description="Program that runs it; auto: the fastest that is installed.")
-    restart_policy: RestartPolicy | None = Field(None, description="When it is started again; default: the setting.")
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Your own notes, kept as given.")
-    dedicated: bool = Field(False, description="Use a server of its own; an adapter is merged into its base.")
+    name: str | None = Field(None, max_length=200, description="Model name in requests; default: the value of `model`.")
+    port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free port.")
+    backend: str = Field("auto", max_length=64, description="Program that runs the engine; auto: the fastest installed.")
+    restart_policy: RestartPolicy | None = Field(None, description="When the engine is restarted; default: the setting.")
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Notes to store with the engine.")
+    dedicated: bool = Field(False, description="Use a separate server; an adapter is merged into its base.")
     idle_stop_minutes: float | None = Field(
         None, gt=0, le=525_600, description="Unload an inference engine after this time without requests; see `paused`."
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind; see the documentation.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the engine's kind and backend.")
 
     @field_validator("model")
     @classmethod
@@ -110,7 +110,7 @@ class StartRequest(BaseModel):
         if not model.isprintable():
             raise ValueError("must be printable characters")
         if model.startswith(("./", "../", "~")) or "\\" in model or model in (".", ".."):
-            raise ValueError("a folder must be named by its absolute path, since the gateway works in another folder")
+            raise ValueError("a folder must be given as an absolute path, because the gateway has another working folder")
         return model
 
     @field_validator("name")
@@ -135,26 +135,26 @@ class EngineView(BaseModel):
     kind: EngineKind
     model: str
     name: str
-    backend: str = Field(description="The program that runs it.")
-    backend_reason: str | None = Field(None, description="Why `auto` chose that program; null if the request named it.")
+    backend: str = Field(description="The program that runs the engine.")
+    backend_reason: str | None = Field(None, description="Why `auto` chose the backend; null if the request named it.")
     state: EngineState
     desired: DesiredState
     restart_policy: RestartPolicy
-    restarts: int = Field(0, description="How often it was started again since a user last started or resumed it.")
+    restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
-    node: str = Field(description="The state folder that it belongs to.")
-    server_id: str | None = Field(None, description="The process that hosts it.")
-    address: str | None = Field(None, description="HOST:PORT on which its server listens.")
-    form: str | None = Field(None, description="How its server has loaded the model, such as merged, or as an adapter.")
+    node: str = Field(description="Id of the node (a state folder) that runs the engine.")
+    server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
+    address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
+    form: str | None = Field(None, description="How the server has loaded the model, for example merged or as an adapter.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
-    slots: int | None = Field(None, description="Answers that its server generates at the same time.")
-    idle_stop_minutes: float | None = Field(None, description="It is unloaded after this time without requests.")
+    slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
+    idle_stop_minutes: float | None = Field(None, description="The engine is unloaded after this time without requests.")
     port: int | None = None
     pid: int | None = None
     memory_bytes: int | None = None
     created_at: datetime
-    state_at: datetime = Field(description="Since when it is in this state.")
+    state_at: datetime = Field(description="Time of the last change of the state.")
     metadata: dict[str, str] = {}
     task_id: str | None = None
     output_dir: str | None = None
@@ -179,7 +179,7 @@ class EventKind(StrEnum):
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: it changed without a transition, such as to a newer version of its adapter
+    UPDATED = "updated"  #: the engine changed without a transition, for example to a newer version of its adapter
     REMOVED = "removed"
     ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
 
@@ -221,7 +221,7 @@ class RouteTarget(BaseModel):
     """An engine that answers requests for a route."""
 
     engine: EngineName = Field(description="An engine's id, name or model.")
-    weight: int = Field(1, ge=1, le=1_000_000, description="Its share of the requests, relative to the other weights.")
+    weight: int = Field(1, ge=1, le=1_000_000, description="Share of the requests, relative to the other weights.")
 
 
 class RouteRequest(BaseModel):
@@ -231,21 +231,21 @@ class RouteRequest(BaseModel):
 
     engines: list[RouteTarget] = Field(min_length=1, max_length=64)
     fallback: EngineName | None = Field(
-        None, description="Answers if none of `engines` does: an engine's id, name or model."
+        None, description="Id, name or model of the engine that answers if none of `engines` does."
     )
 
     @field_validator("engines")
     @classmethod
     def _distinct(cls, engines: list[RouteTarget]) -> list[RouteTarget]:
         if len({target.engine for target in engines}) < len(engines):
-            raise ValueError("each engine may be named once; give it a weight instead")
+            raise ValueError("each engine may be listed only once; use its weight instead")
         return engines
 
 
 class RouteTargetView(RouteTarget):
-    """A target of a route, and the engine that it means now."""
+    """A target of a route, and the active engine that it currently selects."""
 
-    engine_id: str | None = Field(None, description="The engine that it means now; None: no active engine.")
+    engine_id: str | None = Field(None, description="Id of the active engine that it selects; null if none.")
     state: EngineState | None = Field(None, description="State of that engine.")
 
 
@@ -260,9 +260,9 @@ class RouteView(BaseModel):
 
 
 def check_route_name(name: str) -> str:
-    """Return the name of a route; raises ValueError if it cannot be one."""
+    """Return `name`; raises ValueError if it is not allowed as the name of a route."""
     if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
-        raise ValueError("must be at most 200 letters, digits and ./@:+-_, and no part may begin with a sign")
+        raise ValueError("must be at most 200 letters, digits and ./@:+-_, and each part must begin with a letter or digit")
     if _ENGINE_ID.fullmatch(name):
         raise ValueError("must not be an engine's id")
     return name
@@ -286,11 +286,11 @@ class BackendView(BaseModel):
     name: str
     object: str = "backend"
     kinds: list[EngineKind]
-    formats: list[str] = Field(description="Model formats that it can load.")
+    formats: list[str] = Field(description="Model formats that the backend can load.")
     devices: list[str]
-    hot_adapters: bool = Field(description="Adapters can be loaded and unloaded while it runs.")
-    sleep: bool = Field(description="It can release its memory and allocate it again without a restart.")
-    has_environment: bool = Field(description="It has a Python environment of its own: `sage backend install NAME`.")
+    hot_adapters: bool = Field(description="Adapters can be loaded and unloaded while the server runs.")
+    sleep: bool = Field(description="The server can release its memory and allocate it again without a restart.")
+    has_environment: bool = Field(description="The backend has a separate Python environment: `sage backend install NAME`.")
     is_installed: bool
     version: str
-    disk_bytes: int | None = Field(None, description="Size of its environment.")
+    disk_bytes: int | None = Field(None, description="Size of the backend's environment.")

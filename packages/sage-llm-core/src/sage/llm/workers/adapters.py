@@ -92,7 +92,7 @@ class Adapters:
         output.view(-1, output.shape[-1]).addmm_(inner, up)
 
     def _mask(self, ranks: tuple[int, ...]) -> Tensor:
-        """Return (tokens, sum of the ranks): whether a column is of another adapter than the token's own."""
+        """Return (tokens, sum of the ranks): whether a column belongs to an adapter other than the token's."""
         if ranks not in self._masks:
             columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(self._owners.device)
             self._masks[ranks] = columns[None] != self._owners[:, None]

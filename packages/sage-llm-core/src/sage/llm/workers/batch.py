@@ -30,7 +30,7 @@ class _Request:
     job: Job[Piece]
     waiting: deque[Answer]
     adapter: Adapter | None
-    in_progress: int = 0  #: number of its answers
+    in_progress: int = 0  #: number of answers in progress
 
 
 @dataclass(eq=False)
@@ -49,10 +49,10 @@ class _Row:
 
 
 class Batch(JobThread):
-    """Runs answers on a thread of its own."""
+    """A thread that runs answers."""
 
     def __init__(self, runner: Runner, slots: int) -> None:
-        """slots: most answers in progress at the same time; the others wait."""
+        """slots: maximum number of answers in progress; further answers wait."""
         self._runner, self._slots = runner, slots
         self._arrivals: SimpleQueue[_Request | Callable[[], None] | None] = SimpleQueue()
         self._requests: list[_Request] = []  #: in the order of arrival
@@ -100,7 +100,7 @@ class Batch(JobThread):
                     self._pass([row for row, _ in parts], [part for _, part in parts])
 
     def _receive(self) -> None:
-        """Take what has arrived; wait for it if there is nothing to do."""
+        """Take the requests that have arrived; if there is nothing to do, wait for one."""
         while not self._arrivals.empty() or not self._requests:
             arrived = self._arrivals.get()
             if arrived is None:
@@ -124,7 +124,7 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Fill the free slots, each from the request with the fewest answers in progress, or the oldest of those."""
+        """Fill the free slots, each from the request with the fewest answers in progress; of equal ones, the oldest."""
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
             request.in_progress += 1
@@ -170,7 +170,7 @@ class Batch(JobThread):
             self._pass([row], [part])
 
     def _settle(self, rows: list[_Row], parts: list[Part], logits: list[Tensor]) -> None:
-        """Give each answer its logits, and choose the next token of those whose prompt is read."""
+        """Pass each answer its logits, and choose the next token of each answer whose prompt is complete."""
         try:
             best = torch.stack([own[-1] for own in logits]).argmax(-1).tolist()
         except BaseException as error:  # noqa: BLE001 # as in _pass, but the caches have the tokens: nothing can be repeated

@@ -109,7 +109,7 @@ class Embedder:
         """Return whether tokens give the same vector as their text; not if the model puts texts into a chat template."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
-        except Exception as error:  # then its texts are left to the model
+        except Exception as error:  # in this case the model tokenizes its texts
             if is_out_of_memory(error):
                 raise
             return False

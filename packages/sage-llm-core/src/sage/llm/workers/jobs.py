@@ -125,7 +125,7 @@ class JobThread:
         self._name = name
         self._jobs: WeakSet[Job[Any]] = WeakSet()
         self._lock = threading.RLock()  # reentrant, because a signal handler calls `close`
-        self._ending: Callable[[], SageError] | None = None  #: returns why no work is done any more
+        self._ending: Callable[[], SageError] | None = None  #: returns the error that ended the thread's work
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def check(self) -> None:

@@ -21,7 +21,7 @@ _FIRST_ROOM_TOKENS = 256
 #: Maximum prompt tokens of a pass; small on a CPU, because the other answers wait for the pass.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
-#: Length of the prompt that a new adapter is tried with: enough that experts see different tokens.
+#: Length of the prompt with which a new adapter is tested, so long that experts get different tokens.
 _PROBE_TOKENS = 16
 
 

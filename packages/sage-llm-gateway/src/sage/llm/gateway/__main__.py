@@ -18,17 +18,17 @@ from sage.llm.gateway.connections import BoundedHttp, connection_limit
 from sage.llm.gateway.instance import publish_address, take_lock
 
 logger = logging.getLogger(__name__)
-#: Streams that are still open are cut this long after the request to stop.
+#: Seconds after the request to stop at which open streams are closed.
 _SHUTDOWN_SECONDS = 2
-#: Longer than clients keep idle connections (httpx 5 s, aiohttp 15 s), so that none sends into one just closed.
+#: Longer than clients keep idle connections (httpx 5 s, aiohttp 15 s), so that no client uses a connection just closed.
 _KEEP_ALIVE_SECONDS = 30
-#: libuv accepts one connection for each descriptor and turn of the loop. With one descriptor, the last of 256 clients that
-#: come at once would wait for about 256 * 256 / 2 requests of the others.
+#: libuv accepts one connection per descriptor in each iteration of the event loop. With one descriptor, if 256 clients
+#: connect at the same time, the last one would wait for about 256 * 256 / 2 requests of the others.
 _LISTENING_DESCRIPTORS = 16
 
 
 def main() -> int:
-    """Run until SIGTERM or Ctrl-C; engines keep running. If it cannot start, the reason is one line on stderr."""
+    """Run until SIGTERM or Ctrl-C; engines keep running. If the gateway cannot start, print the reason in one line."""
     configure_logging()
     try:
         app, listener = _prepare()
@@ -38,10 +38,10 @@ def main() -> int:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
     except Exception as error:
         logger.exception("The gateway cannot start")
-        return _fail(f"It cannot start ({type(error).__name__}: {error}).", 1)
+        return _fail(f"The gateway cannot start ({type(error).__name__}: {error}).", 1)
     BoundedHttp.limit = connection_limit()
     gc.collect()
-    gc.freeze()  # modules and routes stay: no collection looks at them again
+    gc.freeze()  # exclude modules and routes, which are never freed, from garbage collection
     server = uvicorn.Server(
         uvicorn.Config(
             app, http=BoundedHttp, ws="none", log_config=None, access_log=False, proxy_headers=False,
@@ -49,7 +49,7 @@ def main() -> int:
         )
     )  # fmt: skip
     server.run(sockets=[listener, *(listener.dup() for _ in range(1, _LISTENING_DESCRIPTORS))])
-    return 0 if server.started else _fail("It exited while starting; its log shows why.", 1)
+    return 0 if server.started else _fail("The gateway exited while starting; its log shows why.", 1)
 
 
 def _fail(reason: str, exit_code: int) -> int:
@@ -58,7 +58,7 @@ def _fail(reason: str, exit_code: int) -> int:
 
 
 def _prepare() -> tuple[FastAPI, socket.socket]:
-    """Take lock and port before the database is opened: only a gateway that can run may migrate it."""
+    """Take the lock and the port before opening the database, because only a gateway that can run may migrate it."""
     settings, standby = _arguments(load_settings())
     configure_logging(settings.log_level)
     logging.logThreads = logging.logProcesses = False  # no line shows them
@@ -90,7 +90,7 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.gateway_host, settings.gateway_port))
-        listener.listen()  # bind alone succeeds for two sockets of the same address
+        listener.listen()  # without `listen`, two sockets can be bound to the same address
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Conflict(

@@ -1,4 +1,4 @@
-"""Access control: with a key, clients that send it; without a key, programs of this machine, but no web page."""
+"""Control access: with a key, allow clients that send it; without a key, allow this machine's programs, but no web page."""
 
 import functools
 import hmac
@@ -14,16 +14,16 @@ _OPEN_PATHS = frozenset({"/health"})
 
 
 def key_of(settings: Settings) -> str | None:
-    """Return the key that requests must carry; None if it is unset or empty."""
+    """Return the key that requests must have; None if no key is set."""
     return (settings.api_key.get_secret_value() if settings.api_key else "") or None
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raise ConfigError if the gateway would be open to the network without a key."""
+    """Raise ConfigError if the gateway would listen on the network without a key."""
     if settings.gateway_host not in LOOPBACK and key_of(settings) is None:
         raise ConfigError(
             code="api_key_needed",
-            message=f"Without a key, everyone who reaches {settings.gateway_host} could run engines.",
+            message=f"Without a key, everyone who can reach {settings.gateway_host} could run engines.",
             hint="Set SAGE_API_KEY, or listen on 127.0.0.1.",
             param="gateway_host",
         )
@@ -44,7 +44,7 @@ def check_access(path: str, headers: RawHeaders, key: str | None) -> None:
 
 
 def _refuse_pages(headers: RawHeaders) -> None:
-    """Refuse requests of web pages: of a foreign origin, or under a host name that points to loopback (DNS rebinding)."""
+    """Reject requests from web pages: from another origin, or with a host name that points to loopback (DNS rebinding)."""
     hint = "Without SAGE_API_KEY the gateway answers to localhost only."
     for name, content in headers:
         if name == b"host" and _host_name(b"//" + content) not in LOOPBACK:

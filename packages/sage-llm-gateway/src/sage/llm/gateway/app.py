@@ -1,4 +1,4 @@
-"""The application: routes over one ControlPlaneManager."""
+"""Build the application: the HTTP routes of one ControlPlaneManager."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,10 +31,10 @@ class Gateway(FastAPI):
 
 
 def create_app(settings: Settings, *, standby: bool = False) -> Gateway:
-    """Return the gateway, its database opened.
+    """Return the gateway, with its database open.
 
     standby: another gateway of the same state folder is expected to be the active one.
-    Raises ConfigError if the settings would open it to everyone, or if the database cannot be used.
+    Raises ConfigError if the settings would let everyone use the gateway, or if the database cannot be used.
     """
     check_exposure(settings)
     manager = ControlPlaneManager(settings, standby=standby)

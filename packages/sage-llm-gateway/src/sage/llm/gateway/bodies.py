@@ -1,4 +1,4 @@
-"""Bodies of requests, within a limit for each and for all together."""
+"""Read request bodies, with a limit for each and for all together."""
 
 import asyncio
 from types import TracebackType
@@ -11,9 +11,9 @@ from sage.common.errors import Overloaded
 from sage.llm.gateway.errors import Refusal
 from sage.llm.gateway.headers import RawHeaders, value
 
-#: All bodies held at once, as a multiple of the largest one allowed.
+#: Maximum size of all bodies in memory, as a multiple of the largest allowed body.
 _HELD_BODIES = 8
-#: A client that sends nothing for this long has lost its connection.
+#: Seconds without data after which a client counts as disconnected.
 _SILENCE_SECONDS = 60
 
 
@@ -21,12 +21,12 @@ class BodyBudget:
     """The memory for request bodies, shared by all requests."""
 
     def __init__(self, max_bytes: int) -> None:
-        """max_bytes: largest body allowed."""
+        """max_bytes: size of the largest allowed body."""
         self.max_bytes = max_bytes
         self.left_bytes = _HELD_BODIES * max_bytes
 
     def body(self) -> "Body":
-        """Return an empty body; the end of its `with` block releases its memory."""
+        """Return an empty body; its memory is released at the end of its `with` block."""
         return Body(self)
 
 
@@ -38,7 +38,7 @@ class Body:
         self.content = b""
 
     def __enter__(self) -> Self:
-        """Begin with nothing."""
+        """Return the empty body."""
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -62,7 +62,7 @@ class Body:
         self.content = b"".join(chunks)
 
     async def _read_chunk(self, chunks: list[bytes], receive: Receive) -> bool:
-        """Add a chunk; return whether more follow."""
+        """Add a chunk; return whether more chunks follow."""
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect

@@ -1,4 +1,4 @@
-"""Limits on client connections that uvicorn lacks: their number, and the size and duration of a request's head."""
+"""Limit client connections where uvicorn does not: their number, and the size and duration of a request's head."""
 
 import asyncio
 import json
@@ -12,12 +12,12 @@ from sage.common.errors import RETRY_AFTER_SECONDS, Overloaded, SageError
 from sage.llm.gateway.errors import Refusal
 
 _MOST_DESCRIPTORS = 65_536
-#: For the database, logs, locks, devices, listening, and the processes that are being started.
+#: File descriptors reserved for the database, logs, locks, devices, listening sockets, and processes being started.
 _RESERVED_DESCRIPTORS = 56
 _HEAD_BYTES = 65_536
 _HEAD_SECONDS = 30
 _LINGER_SECONDS = 2
-#: Clients beyond the limit that get a 503; the connections of any further ones are closed without an answer.
+#: Number of clients beyond the limit that get a 503; further connections are closed without an answer.
 _SPARE_CONNECTIONS = 8
 
 
@@ -35,9 +35,9 @@ def connection_limit() -> int:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """HTTP/1.1 for one client; if it exceeds a limit, it gets an error in OpenAI's shape, and its connection is closed."""
+    """HTTP/1.1 for one client; a client that exceeds a limit gets an error in OpenAI's format and is disconnected."""
 
-    limit: ClassVar[int] = 1000  #: connections at once
+    limit: ClassVar[int] = 1000  #: maximum number of connections
 
     _is_refused = False
     _reason: Refusal | None = None
@@ -51,7 +51,7 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.connections) > self.limit + _SPARE_CONNECTIONS:
             transport.abort()
         elif len(self.connections) > self.limit:
-            message = f"The gateway has {self.limit} connections already."
+            message = f"The gateway already has {self.limit} connections, which is the limit."
             self._refuse(Overloaded(code="too_many_connections", message=message, hint="Retry in some seconds."))
         else:
             self._time_head()
@@ -83,11 +83,11 @@ class BoundedHttp(HttpToolsProtocol):
         self._close_head()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES:
             self._reason = _head_too_large()
-            raise self._reason  # the parser turns it into a call of send_400_response
+            raise self._reason  # the parser then calls send_400_response
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse a request that is not valid HTTP."""
+        """Reject a request that is not valid HTTP."""
         self._refuse(self._reason or Refusal(400, "invalid_http", msg))
 
     def _time_head(self) -> None:
@@ -106,7 +106,7 @@ class BoundedHttp(HttpToolsProtocol):
         if isinstance(error, Overloaded):
             head += f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        # Read what the client still sends: closing earlier would reset the connection and lose the answer.
+        # Read the rest of the client's data: closing earlier would reset the connection and lose the answer.
         self.transport.write_eof()
         self._is_refused = True
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -9,21 +9,21 @@ import httptools
 
 from sage.llm.gateway.headers import value
 
-#: Shorter than any server keeps an idle connection (uvicorn, and so vLLM: 5 s).
+#: Shorter than the time for which servers keep idle connections (uvicorn, and so vLLM: 5 s).
 _IDLE_SECONDS = 3
 _CONNECT_SECONDS = 5
-#: A server is not read from while so many bytes of its answer wait to be taken.
+#: Maximum unread bytes of an answer; above it, the connection is not read.
 _WAITING_BYTES = 256 * 1024
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection to a server, with one request at a time and its answer."""
+    """A connection to a server, for one request and its answer at a time."""
 
     transport: asyncio.Transport
 
     def __init__(self, address: str, forget: Callable[["EngineConnection"], None]) -> None:
-        """forget: is called if the connection ends."""
+        """forget: called when the connection ends."""
         self.address, self._forget = address, forget
         self._parser = httptools.HttpResponseParser(self)
         self.idle_since_seconds = 0.0
@@ -33,7 +33,7 @@ class EngineConnection(asyncio.Protocol):
     def _begin(self) -> None:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
-        self.has_begun = False  #: a byte of the answer has arrived
+        self.has_begun = False  #: whether a byte of the answer has arrived
         self._has_head = self._is_complete = self._is_reusable = self._ends_at_eof = self._is_paused = False
         self._pieces: list[bytes] = []
         self._waiting_bytes = 0
@@ -56,7 +56,7 @@ class EngineConnection(asyncio.Protocol):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def piece(self) -> bytes:
-        """Return what has arrived of the body, waiting if it is nothing; empty at its end. Raises ConnectionError."""
+        """Return the next part of the body, waiting for it if needed; b"" at the end. Raises ConnectionError."""
         while not self._pieces and not self._is_complete:
             await self._wait()
         content = b"".join(self._pieces)
@@ -68,7 +68,7 @@ class EngineConnection(asyncio.Protocol):
         return content
 
     def end(self) -> bool:
-        """End the exchange; return whether the connection can be used again. It is closed if not."""
+        """End the exchange. Return whether the connection can be used again; if not, it is closed."""
         self._is_busy = False
         if self._is_complete and self._is_reusable and not self.transport.is_closing():
             return True
@@ -81,7 +81,7 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse a part of an answer."""
-        if not self._is_busy:  # nothing was asked
+        if not self._is_busy:  # there was no request
             self.transport.abort()
             return
         self.has_begun = True
@@ -104,7 +104,7 @@ class EngineConnection(asyncio.Protocol):
         self._wake()
 
     def on_message_begin(self) -> None:
-        """Refuse a second answer to one request; the parser turns the exception into an error of its own."""
+        """Reject a second answer to one request; the parser converts the exception to its own error class."""
         if self._is_complete:
             raise ConnectionError
 
@@ -115,7 +115,7 @@ class EngineConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """End the head."""
         self.status = self._parser.get_status_code()
-        if self.status < 200:  # 100 Continue and the like: the answer follows
+        if self.status < 200:  # an interim answer, such as 100 Continue: the final answer follows
             self.headers.clear()
             return
         self._has_head = True
@@ -132,7 +132,7 @@ class EngineConnection(asyncio.Protocol):
         self._is_complete = self._has_head
 
     async def _wait(self) -> None:
-        """Wait until something has arrived. Raises ConnectionError."""
+        """Wait until data has arrived. Raises ConnectionError."""
         if self._error:
             raise self._error
         self._waiter = asyncio.get_running_loop().create_future()
@@ -147,7 +147,7 @@ class EngineConnection(asyncio.Protocol):
 
 
 class EngineConnections:
-    """The idle connections to all servers. A server is named by its address, HOST:PORT."""
+    """The idle connections to all servers. The key of a server is its address, HOST:PORT."""
 
     def __init__(self) -> None:
         self._idle: dict[str, dict[EngineConnection, None]] = {}
@@ -156,9 +156,9 @@ class EngineConnections:
     async def post(self, address: str, head: bytes, body: bytes) -> EngineConnection:
         """Send a request and wait for the head of its answer; `release` the connection afterwards.
 
-        If a connection that was idle ends before a byte of the answer has arrived, the request is sent again, once, on a
-        new one: most likely the server closed it just then. If the server has read the request all the same, no harm is
-        done, because inference changes nothing.
+        If an idle connection ends before the first byte of the answer, the server probably closed it just now: the request
+        is sent once more on a new connection. If the server did read the first request, this does no harm, because
+        inference changes no state.
         Raises ConnectionError, TimeoutError if the server does not accept connections, or another OSError.
         """
         if connection := self._take(address):
@@ -170,7 +170,7 @@ class EngineConnections:
         return await self._exchange(await self._connect(address), head, body)
 
     def release(self, connection: EngineConnection) -> None:
-        """End an exchange; the connection is kept for the next one if its answer was read completely, and closed if not."""
+        """End an exchange; keep the connection for the next one if the answer was read completely, otherwise close it."""
         if not connection.end():
             return
         loop = asyncio.get_running_loop()
@@ -195,7 +195,7 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last, if it is certain that the server keeps it open."""
+        """Return the connection that became idle last, if the server certainly still keeps it open."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
             if asyncio.get_running_loop().time() - connection.idle_since_seconds < _IDLE_SECONDS:
@@ -209,7 +209,7 @@ class EngineConnections:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            self.close()  # idle connections have descriptors
+            self.close()  # idle connections use file descriptors
             return await self._open(address)
 
     async def _open(self, address: str) -> EngineConnection:
@@ -229,7 +229,7 @@ class EngineConnections:
         self._sweep = loop.call_later(_IDLE_SECONDS, self._close_old) if self._idle else None
 
     def _close_idle_since(self, seconds: float) -> None:
-        """Close the connections that are idle since that time or longer."""
+        """Close the connections that have been idle since `since` or longer."""
         for connection in [connection for idle in self._idle.values() for connection in idle]:
             if connection.idle_since_seconds <= seconds:
                 del self._idle[connection.address][connection]

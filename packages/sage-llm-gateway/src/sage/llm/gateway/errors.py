@@ -1,4 +1,4 @@
-"""Errors as HTTP answers in OpenAI's shape; `SageError.body` builds the content."""
+"""Convert errors to HTTP answers in OpenAI's format; `SageError.body` builds the content."""
 
 import errno
 from typing import Any
@@ -15,12 +15,12 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class Refusal(SageError):
-    """A request that is refused because of its HTTP form, with a status of its own."""
+    """A request that is rejected because of its HTTP form, with the status to answer."""
 
     type = "invalid_request_error"
 
     def __init__(self, status: int, code: str, message: str, hint: str = "") -> None:
-        """status: of the answer; the others as in SageError."""
+        """status: HTTP status of the answer; the other arguments are those of SageError."""
         super().__init__(code=code, message=message, hint=hint)
         self.http_status = status
 
@@ -32,18 +32,18 @@ def error_response(error: SageError) -> JSONResponse:
 
 
 def out_of_descriptors(error: BaseException) -> Overloaded | None:
-    """Return the error to report if the gateway has no file descriptor left, None for any other error."""
+    """Return the error to report if an OSError means that no file descriptor is left, else None."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return Overloaded(
             code="too_many_connections",
             message="The gateway has no file descriptor left for this request.",
-            hint="Retry in some seconds; `ulimit -n` sets how many it may have.",
+            hint="Retry in some seconds; `ulimit -n` sets the maximum number of descriptors.",
         )
     return None
 
 
 def install(app: FastAPI) -> None:
-    """Make an application report its errors in this shape. Unexpected exceptions are left to the gate."""
+    """Make an application report its errors in this format. The gate handles unexpected exceptions."""
 
     @app.exception_handler(SageError)
     async def expected(_: Request, error: SageError) -> JSONResponse:
@@ -53,7 +53,7 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first: dict[str, Any] = error.errors()[0]
         place, *names = first["loc"]
-        parts = names[:1] if place == "query" else names  # what follows is the member of a union
+        parts = names[:1] if place == "query" else names  # the rest is the member of a union
         name = ".".join(str(part) for part in parts) or "body"
         message = f"{name}: {first['msg'].removeprefix('Value error, ')}."
         return error_response(ConfigError(code="config_invalid", message=message, param=name))

@@ -1,4 +1,4 @@
-"""Events of engines as server-sent events."""
+"""Send events of engines as server-sent events."""
 
 import asyncio
 import contextlib
@@ -13,13 +13,13 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 
 _POLL_SECONDS = 0.3
 _EVENTS_AT_ONCE = 500
-#: A comment is sent after this much silence, so that no proxy in between closes the connection.
+#: Seconds without an event after which a comment is sent, so that no proxy closes the connection.
 _KEEP_ALIVE_SECONDS = 15.0
 T = TypeVar("T")
 
 
 class EventStream(StreamingResponse):
-    """An answer of server-sent events, kept alive by comments."""
+    """A response of server-sent events, kept alive by comments."""
 
     media_type = "text/event-stream"
 
@@ -28,7 +28,7 @@ class EventStream(StreamingResponse):
 
 
 async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield the events, and a comment whenever there has been none for a while."""
+    """Yield the events, and a comment whenever no event was sent for a while."""
     following: asyncio.Future[str | None] | None = None
     try:
         while True:
@@ -47,7 +47,7 @@ async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 async def all_changes(manager: ControlPlaneManager, cursor: int) -> AsyncIterator[str]:
-    """Yield the events of all engines after a cursor, and each further one; never ends."""
+    """Yield the events of all engines after a cursor, then each new event; never ends."""
     while True:
         events = await manager.changes(cursor, _EVENTS_AT_ONCE)
         for event in events:
@@ -58,10 +58,10 @@ async def all_changes(manager: ControlPlaneManager, cursor: int) -> AsyncIterato
 
 
 async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follow: bool) -> AsyncIterator[str]:
-    """Yield the past events of an engine; with `follow`, also each further one until it has settled."""
+    """Yield the past events of an engine; with `follow`, also each new event until the engine has settled."""
     cursor = 0
     while True:
-        has_ended = (await manager.get_engine(engine_id)).state in SETTLED  # read first, so that its last event is sent
+        has_ended = (await manager.get_engine(engine_id)).state in SETTLED  # read first, to send the last event
         for event in await manager.get_events(engine_id, cursor):
             cursor = event.id
             yield _sse(event)
@@ -71,7 +71,7 @@ async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follo
 
 
 async def until_removed(pieces: AsyncIterator[T]) -> AsyncIterator[T]:
-    """Yield the pieces of a stream; it ends if its engine is removed."""
+    """Yield the pieces of a stream; end it if its engine is removed."""
     with contextlib.suppress(NotFound):
         async for piece in pieces:
             yield piece

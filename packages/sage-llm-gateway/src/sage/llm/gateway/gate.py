@@ -1,4 +1,4 @@
-"""The middleware before all routes: checks access, body size and JSON, sets request ids, reports unexpected errors."""
+"""Middleware before all routes: checks access, body size and JSON, sets request ids, reports unexpected errors."""
 
 import logging
 import re
@@ -20,14 +20,14 @@ from sage.llm.gateway.proxy import EngineProxy, is_inference
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _LOGGED_CHARS = 200
-#: HEAD requests for these paths are not changed to GET: a stream may never end.
+#: HEAD requests for these paths are not handled like GET, because a stream may never end.
 _STREAMS = ("/logs", "/events")
 
 
 class Gate:
-    """Checks access and body, gives the request an id, and reports unexpected errors.
+    """Checks access and body, sets the request's id, and reports unexpected errors.
 
-    Inference requests go to the proxy, all others to the application behind the gate.
+    The proxy answers inference requests, and the application answers all others.
     """
 
     _app: ASGIApp
@@ -37,12 +37,12 @@ class Gate:
         self._budget = BodyBudget(settings.max_request_mb * 1_000_000)
 
     def in_front_of(self, app: ASGIApp) -> Self:
-        """Make this gate the middleware in front of an application."""
+        """Create the gate as middleware of an application."""
         self._app = app
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward a request to the proxy or the routes, or refuse it."""
+        """Forward a request to the proxy or the routes, or reject it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -53,7 +53,7 @@ class Gate:
             return
         except SageError as error:
             await answer.fail(error, receive)
-        except Exception as error:  # noqa: BLE001 - the last place that can answer
+        except Exception as error:  # noqa: BLE001 - no other code handles it
             await answer.fail(_unexpected(error, answer), receive)
 
     async def _forward(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
@@ -76,7 +76,7 @@ class Gate:
 
 
 class _Answer:
-    """The answer to one request; it carries the request's id."""
+    """The answer to one request, with the request's id in a header."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         given = value(scope["headers"], b"x-request-id")
@@ -96,18 +96,18 @@ class _Answer:
         return f"{self._scope['method']} {self._scope['path'][:_LOGGED_CHARS]!r} ({self.request_id})"
 
     async def send(self, message: Message) -> None:
-        """Send a message of the answer."""
+        """Send an ASGI message of the answer."""
         if message["type"] == "http.response.start":
             self.has_begun = True
             headers = message["headers"] = list(message["headers"])
             if not value(headers, b"x-request-id"):
                 headers.append((b"x-request-id", self._id))
-            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # many: clients poll
+            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # clients poll
             logger.log(logging.DEBUG if is_read else logging.INFO, "%s: %d", self.request, message["status"])
         await self._send(message)
 
     async def fail(self, error: SageError, receive: Receive) -> None:
-        """Answer with an error; if an answer has begun, break it off, so that the client notices."""
+        """Answer with an error; if an answer has begun, close the connection, so that the client notices."""
         if self.has_begun:
             raise error
         await error_response(error)(self._scope, receive, self.send)
@@ -117,7 +117,7 @@ def _unexpected(error: Exception, answer: _Answer) -> SageError:
     if overloaded := out_of_descriptors(error):
         return overloaded
     logger.error("%s failed", answer.request, exc_info=error)
-    message = f"The gateway failed ({type(error).__name__}); `sage gateway logs` says more under {answer.request_id}."
+    message = f"The gateway failed ({type(error).__name__}); `sage gateway logs` shows the details of {answer.request_id}."
     return SageError(code="internal_error", message=message)
 
 
@@ -132,7 +132,7 @@ def _check_type(headers: RawHeaders) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that first yields a body that was read already, then the messages after it."""
+    """Return a `receive` function that first returns a body which was already read, then the messages after it."""
     pending: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

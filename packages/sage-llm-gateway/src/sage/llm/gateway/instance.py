@@ -1,4 +1,4 @@
-"""One gateway per state folder: its lock, and the file in which the command line finds the active one."""
+"""Ensure one active gateway per state folder, by a lock, and publish its address for the command line."""
 
 import asyncio
 import json
@@ -19,25 +19,25 @@ _STANDBY_SECONDS = 1.0
 
 def take_lock() -> None:
     """Take this user's gateway lock and keep it until the process exits. Raises Conflict if a gateway is running."""
-    if LOCK_FD_VARIABLE in os.environ:  # inherited, and already held
+    if LOCK_FD_VARIABLE in os.environ:  # the lock was inherited from the parent, which took it
         return
     if not _try_lock():
         process = holder(get_user_paths().state_dir / "gateway.lock")
         raise Conflict(
             code="gateway_running",
             message=f"A gateway is already running (PID {process.pid if process and process.pid else 'unknown'}).",
-            hint="`sage gateway status` shows it, `sage gateway stop` ends it; `--standby` starts a second one beside it.",
+            hint="`sage gateway status` shows it, `sage gateway stop` stops it; `--standby` starts a second gateway.",
         )
 
 
 def publish_address(settings: Settings) -> None:
-    """Write address and key where only this user can read them: the command line uses this gateway from now on."""
+    """Write address and key to a file that only this user can read; the command line then uses this gateway."""
     address = {**vars(ProcessIdentity.of(os.getpid())), "url": settings.gateway_url, "api_key": key_of(settings)}
     replace_file(get_user_paths().state_dir / "gateway.json", json.dumps(address).encode(), 0o600)
 
 
 async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:
-    """Publish the address whenever this gateway becomes the active one; a standby also takes the lock once it is free."""
+    """Publish the address whenever this gateway becomes active; a standby also takes the lock when it is free."""
     has_lock, was_active = not standby, not standby
     while True:
         is_active = manager.role == "active"
@@ -45,10 +45,10 @@ async def follow_role(manager: ControlPlaneManager, settings: Settings, *, stand
             has_lock = has_lock or await asyncio.to_thread(_try_lock)
             if is_active and not was_active:
                 publish_address(settings)
-                logger.info("this gateway is the active one now")
+                logger.info("this gateway is now active")
             was_active = is_active
         except OSError as error:
-            logger.warning("the takeover is not published, retrying: %s", error)
+            logger.warning("the address cannot be published, retrying: %s", error)
         await asyncio.sleep(_STANDBY_SECONDS)
 
 

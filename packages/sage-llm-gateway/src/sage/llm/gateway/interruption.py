@@ -1,4 +1,4 @@
-"""Ends the wait for an engine if its client disconnects, or if it stops responding."""
+"""End the wait for an engine if the client disconnects or the engine stops responding."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from sage.llm.control_plane.routing import unresponsive
 
-#: Answers that take less time than this are not watched, which costs more than it saves.
+#: Seconds after which a request is watched; watching shorter requests costs more than it saves.
 _FIRST_SECONDS = 0.05
 _CHECK_SECONDS = 0.5
 
@@ -18,12 +18,12 @@ _CHECK_SECONDS = 0.5
 class Interruption:
     """A context that cancels its block, as `asyncio.timeout` does, and raises the reason.
 
-    The reasons: ClientDisconnect, and Overloaded if the engine `engine_id` does not respond. The request's body must have
+    The reason is ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. The request's body must have
     been read before.
     """
 
     def __init__(self, receive: Receive, is_responsive: Callable[[str], bool]) -> None:
-        """is_responsive: whether the engine of an id answers its health checks."""
+        """is_responsive: returns whether an engine, given its id, answers its health checks."""
         self._receive, self._is_responsive = receive, is_responsive
         self.engine_id: str | None = None
         self._reason: Exception | None = None
@@ -40,7 +40,7 @@ class Interruption:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop watching; raises the reason if the block was cancelled for one."""
+        """Stop watching; raise the reason if the block was cancelled by this context."""
         self._timer.cancel()
         if self._listening:
             self._listening.cancel()

@@ -1,4 +1,4 @@
-"""JSON bodies: checked once, and their top-level `model` replaced without serializing them again."""
+"""Check a JSON body once, and replace its top-level `model` without serializing the body again."""
 
 import asyncio
 import json
@@ -31,22 +31,22 @@ _DECODER = json.JSONDecoder(parse_constant=_no_number)
 
 @dataclass(frozen=True, slots=True)
 class JsonBody:
-    """A request's body that is valid JSON."""
+    """A request's body, which is valid JSON."""
 
     content: bytes
-    names: frozenset[str]  #: of its top-level members that are not null
-    texts: Mapping[str, str]  #: its top-level members that are texts of at most `MAX_MODEL_CHARS`
-    model_spans: tuple[tuple[int, int], ...]  #: offsets of each value of its top-level `model`, which may occur repeatedly
+    names: frozenset[str]  #: of the top-level members that are not null
+    texts: Mapping[str, str]  #: the top-level members that are strings of at most `MAX_MODEL_CHARS`
+    model_spans: tuple[tuple[int, int], ...]  #: offsets of each value of the top-level `model`, which may occur repeatedly
 
     def with_model(self, model: str) -> bytes:
-        """Return the body with another `model`, all else unchanged."""
+        """Return the body with another `model`; everything else is unchanged."""
         return _spliced(self.content, self.model_spans, quoted(model))
 
 
 async def parsed(body: bytes) -> JsonBody:
     """Return a body, parsed in a thread if it is large.
 
-    Raises Refusal if it is not JSON, nested too deeply, or holds half of a surrogate pair, which UTF-8 cannot encode.
+    Raises Refusal if it is not JSON, is nested too deeply, or has half of a surrogate pair, which UTF-8 cannot encode.
     """
     return await asyncio.to_thread(_parse, body) if len(body) > LARGE_BYTES else _parse(body)
 
@@ -57,10 +57,10 @@ def quoted(text: str) -> bytes:
 
 
 def answer_with_model(answer: bytes, model: bytes) -> bytes:
-    """Return an answer of an engine with another `model`, all else unchanged.
+    """Return an answer of an engine with another `model`; everything else is unchanged.
 
-    answer: a JSON object; text before its first brace is kept. model: as JSON. Only an answer in which `"model"` occurs
-    more than once is parsed; one without a `model`, or that is not valid JSON, is returned unchanged.
+    answer: a JSON object; text before its first brace is kept. model: as JSON. An answer is parsed only if `"model"` occurs
+    more than once. An answer without a `model`, or that is not valid JSON, is returned unchanged.
     """
     at = answer.find(_MODEL)
     if at < 0:
@@ -87,8 +87,8 @@ def _parse(body: bytes) -> JsonBody:
     except RecursionError as error:
         raise _too_deep() from error
     except UnicodeEncodeError as error:
-        message = "The body holds half of a surrogate pair (a broken emoji, for example)."
-        raise Refusal(400, "invalid_unicode", message, "Send both halves, or none.") from error
+        message = "The body has half of a surrogate pair (for example, a broken emoji)."
+        raise Refusal(400, "invalid_unicode", message, "Send both halves of the pair, or remove it.") from error
     except ValueError as error:
         raise Refusal(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
     if _has_many_brackets(text) and _is_deeper(content, _MAX_DEPTH):
@@ -100,7 +100,7 @@ def _parse(body: bytes) -> JsonBody:
 
 
 def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
-    """Return the content, and where the values of its top-level `model` stand. Raises ValueError, RecursionError."""
+    """Return the content, and the offsets of the values of the top-level `model`. Raises ValueError, RecursionError."""
     if not _BEGIN.match(text):
         return json.loads(text, parse_constant=_no_number), []
     content: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
 
 
 def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
-    """Yield each member of a JSON object: its name, its value, and where that begins and ends. Raises ValueError."""
+    """Yield each member of a JSON object: name, value, and the offsets of the value. Raises ValueError."""
     at, separator = _match(_BEGIN, text, 0, "Expecting an object").end(), ","
     if text.startswith("}", at):
         at, separator = _match(_BLANK, text, at + 1).end(), "}"
@@ -137,7 +137,7 @@ def _match(pattern: re.Pattern[str], text: str, at: int, missing: str = "") -> r
 
 
 def _byte_spans(text: str, spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return offsets of characters as offsets of bytes in UTF-8."""
+    """Convert offsets in characters to offsets in bytes of UTF-8."""
     if text.isascii():
         return tuple(spans)
     return tuple((len(text[:start].encode()), len(text[:end].encode())) for start, end in spans)
@@ -157,9 +157,9 @@ def _too_deep() -> Refusal:
 
 
 def _has_many_brackets(text: str) -> bool:
-    """Return whether a text has so many brackets that it can be nested too deeply."""
+    """Return whether a text has enough brackets to be nested too deeply."""
     for bracket in "[{":
-        count, at = 0, text.find(bracket)  # the fastest search: most text is long and has few
+        count, at = 0, text.find(bracket)  # the fastest search: most texts are long and have few brackets
         while at >= 0:
             count, at = count + 1, text.find(bracket, at + 1)
             if count > _MAX_DEPTH // 2:

@@ -1,4 +1,4 @@
-"""EngineProxy: forwards an inference request to the engine that its `model` names, and relays the answer."""
+"""Forward an inference request to the engine that its `model` names, and relay the answer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ class EngineProxy:
         self._in_progress = manager.requests_in_progress
 
     def close(self) -> None:
-        """Close the connections that are idle."""
+        """Close the idle connections to engines."""
         self._connections.close()
 
     async def forward(self, body: JsonBody | None, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,9 +77,9 @@ class EngineProxy:
 
     @contextmanager
     def _place(self, engine_id: str) -> Iterator[None]:
-        """Count a request of an engine. Raises Busy if it has too many."""
+        """Count a request to an engine. Raises Busy if the engine has too many."""
         if self._in_progress[engine_id] >= self._limit:
-            raise Busy(code="engine_busy", message=f"{engine_id} has {self._limit} requests in progress already.",
+            raise Busy(code="engine_busy", message=f"{engine_id} already has {self._limit} requests in progress.",
                        hint="Retry in some seconds, or raise the setting max_engine_requests.")  # fmt: skip
         self._in_progress[engine_id] += 1
         try:
@@ -91,7 +91,7 @@ class EngineProxy:
 
 
 def requested_model(body: JsonBody | None) -> str:
-    """Return the `model` that a request names. Raises Refusal if it has no body, ConfigError if it names none."""
+    """Return the `model` that a request names. Raises Refusal if there is no body, ConfigError if there is no model."""
     if body is None:
         raise Refusal(400, "invalid_json", "The body is empty.", "Send a JSON object.")
     if model := body.texts.get("model"):
@@ -102,20 +102,20 @@ def requested_model(body: JsonBody | None) -> str:
 
 
 def _client(body: JsonBody, scope: Scope) -> str | None:
-    """Return who sent a request, for routes that split requests: its field `user`, else its key; None if it has neither."""
+    """Return who sent a request, for routes that split requests: the field `user`, else the API key, else None."""
     user = body.texts.get("user") or value(scope["headers"], b"authorization").decode("latin-1")
     return user or None
 
 
 def _check_parameters(upstream: Upstream, body: JsonBody) -> None:
-    """Raise ConfigError if a server that ignores unknown fields of a request would ignore one of this request's."""
+    """Raise ConfigError if the request has a field that its server would ignore."""
     if upstream.parameters is not None and (unknown := sorted(body.names - upstream.parameters)):
         message = f"{unknown[0]} is not supported by this engine."
         raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param=unknown[0])
 
 
 def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:
-    """Return the head of the request to the engine. Names and values come from a parser that refuses line breaks."""
+    """Return the head of the request to the engine. Names and values come from a parser that rejects line breaks."""
     query = scope["query_string"]
     target = scope["path"].encode() + (b"?" + query if query else b"")
     lines = [b"POST %s HTTP/1.1\r\nhost: %s\r\naccept-encoding: identity\r\n" % (target, upstream.address.encode())]

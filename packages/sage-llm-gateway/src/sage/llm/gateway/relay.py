@@ -1,4 +1,4 @@
-"""Relays an engine's answer to the client: headers, body or stream, with the engine's name as its `model`."""
+"""Relay an engine's answer to the client: headers and body or stream, with the engine's name as its `model`."""
 
 import json
 import logging
@@ -18,15 +18,15 @@ _ERROR = b'"error"'
 
 
 class EventLines:
-    """The whole lines of an event stream, each answer in it under another `model`."""
+    """Splits an event stream into complete lines, and replaces the `model` of each answer."""
 
     def __init__(self, model: bytes) -> None:
-        """model: as JSON."""
+        """model: the new name, as JSON."""
         self._model = model
         self._rest = self._last_lines = b""
 
     def feed(self, piece: bytes) -> bytes:
-        """Return the lines that a piece of the stream completes."""
+        """Add a piece of the stream, and return the lines that are now complete."""
         lines, newline, self._rest = (self._rest + piece).rpartition(b"\n")
         if not newline:
             return b""
@@ -35,7 +35,7 @@ class EventLines:
         return self._renamed(lines) + newline
 
     def end(self) -> bytes:
-        """Return what follows the last line's end.
+        """Return the text after the last line end.
 
         Raises EOFError if the stream ends neither with [DONE] nor with an error. Then an incomplete last line is dropped,
         so that an error event can follow.
@@ -59,7 +59,7 @@ class Relay:
         self._is_stream = False
 
     async def forward(self, answer: EngineConnection) -> None:
-        """Send the answer. Raises OSError or EOFError if it breaks off."""
+        """Send the answer. Raises OSError or EOFError if the engine's answer ends early."""
         headers = [*forwarded(answer.headers), (b"x-sage-engine-id", self._upstream.engine_id.encode())]
         media_type = value(headers, b"content-type")
         if media_type.startswith(b"text/event-stream"):
@@ -82,19 +82,19 @@ class Relay:
         await self._body(lines.end())
 
     async def fail(self, error: Exception, request_id: str) -> None:
-        """End a stream that has begun with an error event; if none has, raises the error to report."""
+        """If the stream has begun, end it with an error event; otherwise raise the error to report."""
         failure = self._failure(error)
         if not self._is_stream:
             raise failure from error
         logger.warning("%s: %s", request_id, failure.message)
         event = json.dumps(failure.body()).encode()
-        await self._body(b"\n\ndata: %s\n\n" % event)  # the empty line ends an incomplete event
+        await self._body(b"\n\ndata: %s\n\n" % event)  # the empty line terminates an incomplete event
 
     def _failure(self, error: Exception) -> SageError:
         engine_id = self._upstream.engine_id
         if isinstance(error, SageError):
             return error
-        if isinstance(error, TimeoutError):  # the server did not even accept the connection
+        if isinstance(error, TimeoutError):  # the server did not accept the connection
             return unresponsive(engine_id)
         return out_of_descriptors(error) or EngineError(
             code="engine_died",

@@ -1,4 +1,4 @@
-"""Parts of the OpenAPI document that the routes' types do not give: bodies of inference requests, and errors."""
+"""The parts of the OpenAPI document that the routes' types do not define: bodies of inference requests, and errors."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ _ERROR: dict[str, Any] = {
         }
     },
 }
-#: Errors that every route can answer with.
+#: Errors that every route can return.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": description, "content": {"application/json": {"schema": _ERROR}}}
     for status, description in (
@@ -33,7 +33,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         (404, "No such engine, model or route."),
         (405, "The route does not support this method."),
         (408, "The body did not arrive in time."),
-        (409, "The engine is not in a state that allows this."),
+        (409, "The engine's state does not allow this."),
         (413, "The body is larger than the setting max_request_mb."),
         (415, "The body is not application/json."),
         (429, "The engine has too many requests in progress."),
@@ -151,7 +151,7 @@ _BODIES = {
 
 
 def inference_schema(body: str) -> dict[str, Any]:
-    """Return the decorator's arguments that document a route which forwards its body to an engine."""
+    """Return the arguments of a route's decorator that document a route which forwards its body to an engine."""
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if body != "EmbeddingRequest":
         content["text/event-stream"] = {"schema": {"type": "string"}}
@@ -163,7 +163,7 @@ def inference_schema(body: str) -> dict[str, Any]:
 
 
 def install(app: FastAPI) -> None:
-    """Omit 422 from the document of an application, which never answers with it."""
+    """Remove status 422 from an application's document, because no route returns it."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -27,11 +27,11 @@ def list_(json_: Json = False) -> None:
 @app.command("install")
 def install(
     name: Name,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print pip's output.")] = False,
     json_: Json = False,
 ) -> None:
-    """Install a backend into an environment of its own. Ctrl-C leaves nothing behind."""
+    """Install a backend into a separate environment. After Ctrl-C, the incomplete environment is removed."""
     import sys
 
     from sage.cli import extras, render
@@ -66,7 +66,7 @@ def remove(name: Name, json_: Json = False) -> None:
 
 
 @app.command("doctor")
-def doctor(name: Annotated[str | None, typer.Argument(help="Only this backend.")] = None, json_: Json = False) -> None:
+def doctor(name: Annotated[str | None, typer.Argument(help="Check only this backend.")] = None, json_: Json = False) -> None:
     """Check that installed backends can run; exit code 1 if one cannot."""
     from sage.cli import doctor, extras
 
@@ -77,10 +77,10 @@ def doctor(name: Annotated[str | None, typer.Argument(help="Only this backend.")
 @app.command("benchmark")
 def benchmark(
     model: Annotated[str, typer.Argument(help="Folder or name of the model to serve.", metavar="MODEL")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, in tokens.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer, in tokens.")] = 64,
     json_: Json = False,
 ) -> None:
-    """Serve a model with each installed backend, print their speeds, and let `auto` choose by them. Takes minutes."""
+    """Measure the speed of each installed backend with a model; `auto` then chooses the fastest. Takes minutes."""
     from sage.cli import extras
 
     extras.require("sage.llm.control_plane", "A benchmark of this machine")
@@ -95,7 +95,7 @@ def benchmark(
     if speeds:
         date = datetime.now(UTC).date().isoformat()
         path = choice.save_speeds(choice.Speeds(environments.device(), choice.processor(), model, date, speeds))
-        typer.echo(f"Saved in {path}: engines without --backend use these figures.", err=True)
+        typer.echo(f"Saved in {path}. Engines without --backend get the fastest backend.", err=True)
     if json_:
         _print_json(True, model=model, backends=[asdict(figure) for figure in figures])
     else:

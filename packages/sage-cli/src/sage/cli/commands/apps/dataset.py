@@ -28,7 +28,7 @@ class TrainOn(StrEnum):
 app = typer.Typer(no_args_is_help=True)
 DatasetFile = Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a folder of them.")]
 Model = Annotated[str, typer.Option(help="Model whose tokenizer and chat template to use.")]
-Cutoff = Annotated[int, typer.Option(min=8, help="Cutoff of the run, in tokens.")]
+Cutoff = Annotated[int, typer.Option(min=8, help="Maximum tokens of a sample; longer samples are truncated.")]
 TrainedOn = Annotated[TrainOn, typer.Option(help="Parts of a chat that the loss covers.")]
 LearntBy = Annotated[Method, typer.Option(help="Training method of the run.")]
 

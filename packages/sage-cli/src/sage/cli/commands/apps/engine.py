@@ -16,20 +16,20 @@ EngineId = Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGIN
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 IdleStop = Annotated[
     float | None,
-    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next one loads it."),
+    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next request loads it."),
 ]
 Serve = Annotated[bool, typer.Option("--serve", help="finetune: serve the result as soon as the run is completed.")]
 ServeAs = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Serve it under this name; default: --name, or the output folder's name.")
+    str | None, typer.Option(metavar="NAME", help="Name to serve the result under; default: --name, or the folder's name.")
 ]
 ServeCheckpoints = Annotated[
-    bool, typer.Option("--serve-checkpoints", help="Serve each checkpoint meanwhile; requests then get the newest one.")
+    bool, typer.Option("--serve-checkpoints", help="Serve the newest checkpoint while the run trains.")
 ]
 Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="Wait until it has settled, or only until it has been validated; default: until it serves or trains.",
+        help="--wait: until the engine has settled; --no-wait: until it is validated; default: until it serves or trains.",
     ),
 ]
 _WATCH_SECONDS = 1.0
@@ -70,30 +70,30 @@ class Policy(StrEnum):
 def start(
     model: Annotated[str, typer.Argument(help="Folder, name in the models folder, or hub id.")],
     engine_kind: Annotated[Kind, typer.Option(help="Kind of engine.")] = Kind.llm,
-    name: Annotated[str | None, typer.Option(help="Name in requests; default: the model as given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name in requests; default: the MODEL argument.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="Program that runs the engine; default: the fastest installed.")
     ] = None,
     restart_policy: Annotated[
-        Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting.")
+        Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting restart_policy.")
     ] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
     ] = None,
     dedicated: Annotated[
-        bool, typer.Option("--dedicated", help="Use a process of its own, with the adapter merged into its base.")
+        bool, typer.Option("--dedicated", help="Use a separate process, with the adapter merged into its base.")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="llm: auto, fp32 or bf16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum length of a prompt with its answer; default: the model's.")
+        int | None, typer.Option(help="llm: maximum length of prompt and answer, in tokens; default: the model's.")
     ] = None,
     slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="llm, backend llamacpp: q8_0, q5_1, q5_0, q4_1 or q4_0; default: exact weights.")
+        str | None, typer.Option(help="llm, backend llamacpp: q8_0, q5_1, q5_0, q4_1 or q4_0; default: not quantized.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum length of an answer if the request does not give one.")
+        int | None, typer.Option(help="llm: maximum length of an answer if the request sets none, in tokens.")
     ] = None,
     idle_stop: IdleStop = None,
     serve: Serve = False,
@@ -216,8 +216,8 @@ def events(
 @app.command("stop")
 def stop(
     engine_id: EngineId,
-    force: Annotated[bool, typer.Option(help="Kill it; training since the last checkpoint is lost.")] = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has stopped.")] = True,
+    force: Annotated[bool, typer.Option(help="Kill the engine; training since the last checkpoint is lost.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the engine has stopped.")] = True,
 ) -> None:
     """Stop an engine; a training run saves a checkpoint and a model that can be loaded."""
     from sage.cli import daemon, waiting
@@ -227,7 +227,7 @@ def stop(
     before = client.get_engine(engine_id)
     engine = client.stop_engine(engine_id, force=force)
     if before.state in ("stopped", "completed", "failed"):
-        typer.echo(f"{engine_id} was {before.state} already. {ending(engine)}")
+        typer.echo(f"{engine_id} was already {before.state}. {ending(engine)}")
         return
     if wait:
         engine = waiting.until_settled(client, engine_id)
@@ -264,7 +264,7 @@ def resume(engine_id: EngineId, wait: Wait = None) -> None:
 @app.command("checkpoint")
 def checkpoint(
     engine_id: EngineId,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is saved.")] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the checkpoint is saved.")] = True,
 ) -> None:
     """Save a checkpoint of a training run now; if the run is served, the checkpoint is served."""
     from sage.cli import daemon, waiting

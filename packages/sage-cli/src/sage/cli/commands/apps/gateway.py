@@ -20,7 +20,7 @@ def start(
     before = daemon.find_process()
     process = daemon.start(host, port)
     already = " already" if before == process else ""
-    typer.echo(f"The gateway runs{already} (PID {process.pid or 'unknown'}) at {daemon.find_client().base_url}.")
+    typer.echo(f"The gateway is{already} running (PID {process.pid or 'unknown'}) at {daemon.find_client().base_url}.")
 
 
 @app.command("stop")

@@ -1,4 +1,4 @@
-"""`sage llm …`: its groups, `fine-tune` and `chat`."""
+"""The commands `sage llm …`: the groups, `fine-tune` and `chat`."""
 
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ def chat(
         typer.Option("--message", "-m", help="Send this message, print the answer and exit; may be repeated."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 = greedy decoding.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="Temperature; 0: greedy decoding.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = None,
 ) -> None:
     """Chat with a running engine; /clear starts a new conversation, /exit or Ctrl-D exits."""

@@ -11,7 +11,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command("list")
 def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the models that have a name: those in the models folder and those of installed packages."""
+    """List the models in the models folder and in installed packages."""
     from sage.libs.models.catalog import list_models
 
     models = list_models()
@@ -44,7 +44,7 @@ def import_(
 
 
 class Format(StrEnum):
-    """The formats of an export. Copied so that `--help` does not import libraries; a test compares them."""
+    """The formats of an export: a copy, so that `--help` does not import libraries; a test checks that both are equal."""
 
     adapter = "adapter"
     merged = "merged"
@@ -53,7 +53,7 @@ class Format(StrEnum):
 
 
 class Precision(StrEnum):
-    """The precisions of a GGUF file, copied as well."""
+    """The precisions of a GGUF file: a copy, like the formats."""
 
     f32 = "f32"
     bf16 = "bf16"
@@ -72,15 +72,15 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT; merged: safetensors, the adapter merged; gguf: for llama.cpp; ollama: GGUF and Modelfile.",
+            help="adapter: PEFT; merged: safetensors, adapter merged; gguf: for llama.cpp; ollama: GGUF and Modelfile.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="New folder for the result.")],
     quantize: Annotated[
-        Precision | None, typer.Option(help="gguf, ollama: precision of the weights; default: that of the model.")
+        Precision | None, typer.Option(help="gguf, ollama: precision of the weights; default: the model's.")
     ] = None,
 ) -> None:
-    """Write a model or an adapter for other programs, with a model card. Ctrl-C leaves nothing behind."""
+    """Write a model or an adapter for other programs, with a model card. After Ctrl-C, incomplete files are removed."""
     from sage.cli import extras
 
     extras.require("sage.libs.models.export", "An export")

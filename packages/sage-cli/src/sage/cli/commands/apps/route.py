@@ -17,17 +17,17 @@ def set_(
         list[str],
         typer.Argument(metavar="ENGINE[=WEIGHT]…", help="Ids, names or models of engines; weight: share of the requests."),
     ],
-    fallback: Annotated[str | None, typer.Option(metavar="ENGINE", help="Engine that answers if none of them does.")] = None,
+    fallback: Annotated[str | None, typer.Option(metavar="ENGINE", help="Engine that answers if no other one does.")] = None,
 ) -> None:
-    """Point a name to an engine, or split its requests among several by weight.
+    """Send the requests for a name to an engine, or split them among several engines by weight.
 
-    Example: `sage route set prod new=10 old=90`. A user, as named by the field `user` of a request, stays with one engine.
+    Example: `sage route set prod new=10 old=90`. Requests with the same `user` field are sent to the same engine.
     """
     from sage.cli import daemon
 
     weights = dict(map(_weight, engines))
     if len(weights) < len(engines):
-        raise ConfigError(code="config_invalid", message="An engine is named twice.", hint="Give it a weight: ENGINE=2.")
+        raise ConfigError(code="config_invalid", message="An engine is listed twice.", hint="Use a weight: ENGINE=2.")
     route = daemon.connect().set_route(name, weights, fallback)
     for target in route.engines:
         if target.engine_id is None:
@@ -47,7 +47,7 @@ def _weight(text: str) -> tuple[str, int]:
 
 @app.command("list")
 def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the routes, and the state of the engines that they name."""
+    """List the routes, with the state of their engines."""
     from sage.cli import daemon, render
 
     routes = daemon.connect().list_routes()

@@ -180,15 +180,15 @@ class Encoder:
         if not self.dropped:
             return DatasetError(
                 code="nothing_to_train",
-                message=f"Nothing is trained on in any of the {self.untrained} samples: every answer has weight 0, or the "
-                "chat template marks none of them.",
+                message=f"None of the {self.untrained} samples has an answer to train on: every answer has weight 0, or the "
+                "chat template marks no answer.",
                 hint='Remove "weight": 0 from the answers to train on, or use a model with another chat template.',
                 param="dataset_path",
             )
         return DatasetError(
             code="dataset_too_long",
-            message=f"All {self.dropped} samples are longer than the cutoff of {self.cutoff} tokens before the answer "
-            "begins.",
+            message=f"In all {self.dropped} samples, the answer begins after the cutoff of {self.cutoff} tokens, so nothing "
+            "is trained on.",
             hint=f"Raise max_seq_length (the shortest sample has {min(self.lengths)} tokens) or shorten the prompts.",
             param="max_seq_length",
         )

@@ -13,7 +13,7 @@ from sage.libs.models.resolve import safetensors_header
 _TRAINED_BYTES = 16
 #: Bytes of a quantized weight, including its share of the scales, by number of bits.
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
-#: Our loss holds the logits of so many tokens at once, in so many copies: logits, probabilities, part of the gradient.
+#: Number of tokens whose logits the loss holds at once, and of their copies: logits, probabilities, part of the gradient.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2.5
 
 
@@ -21,10 +21,10 @@ _LOSS_TOKENS, _LOSS_COPIES = 384, 2.5
 class Estimate:
     """The memory of a run in bytes, without the memory of Python and its libraries."""
 
-    base_bytes: int  #: frozen weights, in the precision in which they are held
+    base_bytes: int  #: frozen weights, in their precision in memory
     trained_bytes: int  #: trained parameters with gradients and optimizer state
-    token_bytes: int  #: activations that our training step saves for the backward pass, for each token
-    logits_bytes: int  #: logits of one token, in all copies that our loss holds
+    token_bytes: int  #: activations per token that SAGE's training step saves for the backward pass
+    logits_bytes: int  #: logits of one token, in all copies that the loss holds
     loading_bytes: int  #: peak while loading a base that is quantized to 8 bits: it is loaded in full precision first
 
     @property
@@ -47,14 +47,14 @@ class Estimate:
         return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
     def describe(self, tokens: int, available_bytes: int) -> str:
-        """Return a message: the memory for micro-batches of `tokens` tokens and, if it is too much, how many tokens fit."""
+        """Return a message with the needed and the free memory and, if that is too little, how many tokens fit."""
         needed_bytes = self.total_bytes(tokens)
-        text = f"the run needs about {gigabytes(needed_bytes)}, and {gigabytes(available_bytes)} are free"
+        text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(available_bytes)} are free"
         if needed_bytes <= available_bytes:
             return text
         return (
-            f"{text}: of a micro-batch of up to {tokens:,} tokens, about {self.fitting_tokens(available_bytes):,} fit "
-            "at once, so it is computed in parts if needed"
+            f"{text}, enough for about {self.fitting_tokens(available_bytes):,} tokens at once; micro-batches of up to "
+            f"{tokens:,} tokens are computed in parts if needed"
         )
 
 
@@ -97,7 +97,7 @@ def check_memory(needs: Estimate, available_bytes: int, config: FinetuneConfig) 
     raise RunError(
         code="model_too_large",
         message=f"The model and its trained parameters need {gigabytes(needs.least_bytes)} of memory, "
-        f"and {gigabytes(available_bytes)} are free.",
+        f"but only {gigabytes(available_bytes)} are free.",
         hint=f"Free some memory, then `resume`; or {', or '.join(ways)}.",
     )
 

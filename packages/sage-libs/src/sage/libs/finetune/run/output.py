@@ -109,6 +109,6 @@ def _refused(output: Path, problem: str) -> OutputError:
     return OutputError(
         code="output_unusable",
         message=f"The output folder {output} {problem}.",
-        hint="Give a new or empty folder with --output.",
+        hint="Specify a new or empty folder with --output.",
         param="output_dir",
     )

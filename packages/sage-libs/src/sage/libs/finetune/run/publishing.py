@@ -1,4 +1,4 @@
-"""Checkpoints as models that can be served while the run continues and removes its older checkpoints."""
+"""Publish checkpoints as models that stay available while the run continues and removes its older checkpoints."""
 
 import os
 import shutil
@@ -7,23 +7,23 @@ from pathlib import Path
 from sage.common.errors import ModelError
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: The files of an adapter and its tokenizer, by their suffix, and those of the Trainer with the same suffixes.
+#: Suffixes of the files of an adapter and its tokenizer, and the Trainer's files with the same suffixes, which are omitted.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".txt"})
 _OF_TRAINER = frozenset({"trainer_state.json", "manifest.json"})
-#: The published checkpoint before the newest one may still answer requests.
+#: Two, because the published checkpoint before the newest one may still be in use for requests.
 _KEPT = 2
 
 
 def publish_checkpoint(run: RunDirectory, step: int) -> Path:
-    """Return the folder of a published checkpoint, made of hard links, and remove older ones except the one before.
+    """Publish a checkpoint as a folder of hard links and return it; remove all older folders except the previous one.
 
-    Raises ModelError if the checkpoint holds no adapter, OSError if it has been removed meanwhile.
+    Raises ModelError if the checkpoint has no adapter, OSError if it has been removed.
     """
     checkpoint, target = run.path / f"checkpoint-{step}", run.served_path / f"step-{step}"
     if not target.is_dir():
         files = [file for file in checkpoint.iterdir() if file.suffix in _SUFFIXES and file.name not in _OF_TRAINER]
         if not (checkpoint / "adapter_config.json").is_file():
-            raise ModelError(code="no_adapter", message=f"{checkpoint} holds a whole model instead of an adapter.")
+            raise ModelError(code="no_adapter", message=f"{checkpoint} is a whole model, not an adapter.")
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

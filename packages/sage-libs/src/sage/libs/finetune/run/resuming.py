@@ -30,7 +30,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
         raise ModelError(
             code="base_changed",
             message=f"The base model in {base} has changed since the run began, so it cannot continue exactly.",
-            hint="Put the old model back, or start a new run.",
+            hint="Restore the old model, or start a new run.",
             param="base_model",
         )
     return checkpoint
@@ -51,6 +51,6 @@ def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | No
     try:
         best.verify()
     except RunError as error:
-        warn(f"The result is that of the last step, not of step {step}, which scored best: {error.message}")
+        warn(f"The result has the weights of the last step, not of step {step}, which had the lowest loss: {error.message}")
         return None
     return best

@@ -1,4 +1,4 @@
-"""Find out how much memory there is, and keep to it."""
+"""Measure the available memory, and limit this process to it."""
 
 import ctypes
 import resource

@@ -39,7 +39,7 @@ class Team:
             raise ConfigError(
                 code="too_few_gpus",
                 message=f"num_processes={size}, but this machine has {torch.cuda.device_count()} GPUs.",
-                hint="Give as many processes as GPUs, or fewer.",
+                hint="Use at most one process per GPU.",
                 param="num_processes",
             )
         if size > 1 and not torch.cuda.is_available():

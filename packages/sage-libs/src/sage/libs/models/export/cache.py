@@ -1,4 +1,4 @@
-"""GGUF files that were made to serve a model, by the content that they were made of: `cache_dir/gguf/KEY`."""
+"""A cache of the GGUF files that serve models, `cache_dir/gguf/KEY`; the key is a hash of the model's content."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.fingerprint import fingerprint
 from sage.libs.models.resolve import ModelKind, ModelSource
 
-#: Files beside the weights that change what is served.
+#: Files other than the weights that change how a model is served.
 _SMALL_FILES = (
     "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -20,7 +20,7 @@ _KEY_DIGITS = 24
 
 
 def cached_gguf(source: ModelSource, precision: str, llama_cpp: LlamaCpp) -> tuple[Path, dict[str, Any]]:
-    """Return the GGUF file of a model with its adapter merged, and what requests default to; make it if it is not there.
+    """Return the GGUF file of a model with its adapter merged, and the defaults of requests; create the file if needed.
 
     Raises ModelError if llama.cpp does not support the model, OutputError if the disk is too small.
     """

@@ -1,4 +1,4 @@
-"""The model card of an export."""
+"""Write the model card of an export."""
 
 import json
 import re
@@ -19,7 +19,7 @@ _LIBRARY = {ExportFormat.ADAPTER: "peft", ExportFormat.MERGED: "transformers"}
 
 
 def write_card(folder: Path, target_name: str, source: ModelSource, format_: ExportFormat, precision: str | None) -> None:
-    """Write README.md: what the model is, what it was trained on, and how it is used."""
+    """Write README.md: a description of the model, its training data, and its use."""
     record = _json(source.folder / "sage_run.json")
     recipe, metrics = record.get("recipe", {}), record.get("metrics", {})
     base = recipe.get("base_model") or (source.base.name if source.base else source.name)
@@ -54,7 +54,7 @@ def _training(recipe: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
 
 
 def _licence(folder: Path) -> str | None:
-    """Return the licence that the model card of a base names."""
+    """Return the licence in the model card of a base."""
     try:
         head = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
     except (OSError, IndexError, ValueError):

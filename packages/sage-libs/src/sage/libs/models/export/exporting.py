@@ -14,7 +14,7 @@ from sage.libs.models.export.formats import PRECISIONS, ExportFormat, LlamaCpp
 from sage.libs.models.export.steps import run_step
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
-#: Called with the step that runs, and the size in bytes of what was written so far.
+#: Called with the current step, and the number of bytes written so far.
 Report = Callable[[str, int], None]
 
 
@@ -38,9 +38,9 @@ def export_model(
     llama_cpp: LlamaCpp | None = None,
     report: Report = silent,
 ) -> None:
-    """Write a model into a new folder, with a model card; after any exception nothing is left.
+    """Write a model into a new folder, with a model card; after any exception, the folder is removed.
 
-    precision: of a GGUF file, a key of PRECISIONS; None: that of the model.  llama_cpp: needed for GGUF files.
+    precision: of a GGUF file, a key of PRECISIONS; None: the model's.  llama_cpp: needed for GGUF files.
     Raises ConfigError, ModelError or OutputError.
     """
     source = resolve_model(name)
@@ -73,11 +73,11 @@ def write_gguf(
     report: Report = silent,
     modelfile: Path | None = None,
 ) -> dict[str, Any]:
-    """Write `model.gguf` into a folder, and compare its tokens of prompts with those of transformers.
+    """Write `model.gguf` into a folder, and compare how it tokenizes prompts with transformers.
 
     modelfile: path to write Ollama's Modelfile to.
-    Returns the model's own defaults of sampling and its context length in tokens.
-    Raises ModelError if llama.cpp does not support the model, or would make other tokens of a prompt.
+    Returns the model's default sampling settings and its context length in tokens.
+    Raises ModelError if llama.cpp does not support the model, or tokenizes a prompt differently.
     """
     dense, file = folder / ".safetensors", folder / "model.gguf"
     wanted = [flag for flag, is_set in (("--fp32", precision == "f32"), ("--modelfile", modelfile)) if is_set]
@@ -98,15 +98,15 @@ def write_gguf(
 
 
 def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[dict[str, Any]]) -> None:
-    """Raise ModelError if llama.cpp makes other tokens of a chat than transformers."""
+    """Raise ModelError if llama.cpp tokenizes a chat differently from transformers."""
     chats = json.dumps([probe["messages"] for probe in probes])
     argv = (str(llama_cpp.interpreter), str(Path(__file__).with_name("tokenizer_check.py")), str(file))
-    found = _run(report, file.parent, "Comparing the tokens of prompts", argv, chats)
+    found = _run(report, file.parent, "Comparing the tokenization", argv, chats)
     for probe, tokens in zip(probes, found, strict=True):
         if probe["tokens"] != tokens:
             raise ModelError(
                 code="export_unsupported",
-                message=f"llama.cpp makes other tokens of a prompt: {tokens[:20]} instead of {probe['tokens'][:20]}, of "
+                message=f"llama.cpp tokenizes a prompt differently: {tokens[:20]} instead of {probe['tokens'][:20]} for "
                 f"{probe['messages'][-1]['content']!r}.",
                 hint="Export it as 'merged', and serve it with another program.",
                 param="format",

@@ -1,4 +1,4 @@
-"""A new output folder, which is complete or absent."""
+"""Create an output folder atomically: it is complete or absent."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from sage.common.errors import OutputError
 from sage.common.files import fsync_path, fsync_tree
 from sage.libs.models.resolve import ModelSource, safetensors_header
 
-#: Kept free on the disk, in bytes.
+#: Disk space to keep free, in bytes.
 _RESERVE_BYTES = 200_000_000
 
 
@@ -28,11 +28,11 @@ def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
         partial.mkdir(parents=True)
         free_bytes = shutil.disk_usage(partial).free - _RESERVE_BYTES
         if free_bytes < needed_bytes:
-            problem = f"needs {needed_bytes / 1e9:.1f} GB, and {max(0, free_bytes) / 1e9:.1f} GB are free"
+            problem = f"needs {needed_bytes / 1e9:.1f} GB, but only {max(0, free_bytes) / 1e9:.1f} GB are free"
             raise _unusable(target, problem, "Free some space, or choose a folder on another disk with --output.")
         yield partial
         fsync_tree(partial)
-        partial.rename(target)  # fails if another process made the target meanwhile
+        partial.rename(target)  # fails if another process has created the target
         fsync_path(target.parent)
     except OSError as error:
         raise _unusable(target, f"cannot be written: {error.strerror or error}", "Choose another --output.") from error

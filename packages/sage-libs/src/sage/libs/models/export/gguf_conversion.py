@@ -17,7 +17,7 @@ from sage.common.errors import ModelError, first_line
 from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.export.steps import finish_step
 
-#: Special tokens of these names end an answer in llama.cpp, whatever the file says (llama-vocab.cpp, special_eog_ids).
+#: Special tokens with these names always end an answer in llama.cpp (llama-vocab.cpp, special_eog_ids).
 _KNOWN_ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>",
     "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>",
@@ -62,7 +62,7 @@ def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *
         forced = forced_type(name, new_name, bid, n_dims)
         is_large = new_name in ("token_embd.weight", "output.weight")
         if forced is False and is_large and PRECISIONS[precision] < 1:
-            return gguf.GGMLQuantizationType.Q8_0  # their errors cost more than their size
+            return gguf.GGMLQuantizationType.Q8_0  # quantizing them costs more accuracy than it saves memory
         is_weight = n_dims > 1 and new_name.startswith("blk.") and new_name.endswith(".weight")
         if forced is False and is_weight and precision in ("q4_0", "q4_1", "q5_0", "q5_1"):
             return gguf.GGMLQuantizationType[precision.upper()]
@@ -94,7 +94,7 @@ def _keep_specials(model: Any, gguf: Any, end_tokens: Collection[int], *, begins
 
 
 def _pre_tokenizer_of(folder: Path) -> str:
-    """Return the GGUF name of the pre-tokenizer in tokenizer.json; raises ModelError if llama.cpp has no such."""
+    """Return the GGUF name of the pre-tokenizer in tokenizer.json; raises ModelError if llama.cpp has none for it."""
     found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
     match found.get("pretokenizers", [found]):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
@@ -117,12 +117,12 @@ def _unsupported(folder: Path, problem: str) -> ModelError:
 
 
 def main() -> None:
-    """Convert as the command line says."""
+    """Run the conversion with the arguments of the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--precision", choices=PRECISIONS, required=True)
-    parser.add_argument("--packages", type=Path, required=True, help="Folder of the environment that has the converter.")
+    parser.add_argument("--packages", type=Path, required=True, help="Folder of the environment with the converter.")
     parser.add_argument("--end-tokens", type=json.loads, required=True)
     parser.add_argument("--begins-with-bos", action="store_true")
     given = parser.parse_args()

@@ -26,11 +26,11 @@ class Turns:
     """The constant texts that a template writes around the contents of messages."""
 
     head: str  #: before the first message, if it is not a system message
-    system: tuple[str, str] | None  #: before and after; None: the template has no system messages
-    is_joined: bool  #: the system prompt is a part of the first user message, in front of it
+    system: tuple[str, str] | None  #: before and after a system message; None: the template has no system messages
+    is_joined: bool  #: the system prompt is written at the beginning of the first user message
     user: tuple[str, str]
     answer: tuple[str, str]
-    prompt: str  #: asks for an answer
+    prompt: str  #: at the end of a prompt, before the answer
 
     def render(self, messages: Sequence[Message]) -> str:
         """Render a chat as the Go template does."""
@@ -65,7 +65,7 @@ class Turns:
 def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: bool) -> str:
     """Return the Modelfile for `model.gguf` in the same folder.
 
-    adds_bos: the GGUF file asks for BOS before each prompt; the template must not write another.
+    adds_bos: the server adds BOS before each prompt, so the template must not write it.
     Raises ModelError if the chat template cannot be written as a Go template.
     """
     bos = (chat_format.tokenizer.bos_token or "") if adds_bos else ""
@@ -77,7 +77,7 @@ def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: b
 def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
     """Return the constant texts of a chat template; raises ModelError if they do not give the same prompts.
 
-    bos: omitted at the beginning.
+    bos: removed at the beginning of the texts.
     """
     for with_system in (True, False):
         try:

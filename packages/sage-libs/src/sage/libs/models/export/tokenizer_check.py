@@ -1,4 +1,4 @@
-"""The step of an export that compares llama.cpp's tokens with those of transformers.
+"""The step of an export that tokenizes prompts with llama.cpp, to compare the tokens with those of transformers.
 
 It runs under the interpreter of llama.cpp's environment, and imports nothing of SAGE.
 """
@@ -12,7 +12,7 @@ import xllamacpp
 
 
 def tokens_of(address: str, messages: list[dict[str, Any]]) -> list[int]:
-    """Return the tokens of a chat's prompt, as the server makes them."""
+    """Return the tokens of a chat's prompt, tokenized like the server does."""
     prompt = _post(address, "/apply-template", {"messages": messages})["prompt"]
     request = {"content": prompt, "add_special": True, "parse_special": True}
     return list(_post(address, "/tokenize", request)["tokens"])
@@ -25,7 +25,7 @@ def _post(address: str, path: str, body: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Print the tokens of each chat on standard input, with the GGUF file that the command line names."""
+    """Read chats from standard input, and print their tokens; the command line names the GGUF file."""
     params = xllamacpp.CommonParams()
     params.model.path = sys.argv[1]
     params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = 512, 1, False, True

@@ -18,9 +18,9 @@ from sage.libs.models.loading import load_causal_lm, load_tokenizer, local_folde
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
 logger = logging.getLogger(__name__)
-#: Files of a base that must go with its weights.
+#: Files of a base that must be copied with its weights.
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-#: Chats whose prompts must have the same tokens in every format.
+#: Chats whose prompts every format must tokenize identically.
 _PROBES: list[list[Message]] = [
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 × 1234567?\n\n  – né, 日本 🦊\t"}],
@@ -32,7 +32,7 @@ _PROBES: list[list[Message]] = [
 ]
 
 
-#: Sampling settings of a model that requests default to.
+#: Sampling settings of a model that are the defaults of requests.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -45,8 +45,8 @@ def check_adapter(name: str) -> None:
 def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) -> dict[str, Any]:
     """Write a model, with its adapter merged in fp32, as safetensors with tokenizer, template and end tokens.
 
-    fp32: data type of the result; otherwise that of the base.
-    Returns what another program must do in the same way. Raises ModelError, also if the adapter cannot be merged.
+    fp32: write the result in fp32; otherwise in the base's data type.
+    Returns the facts that other programs must reproduce: tokens of prompts, end tokens, BOS, sampling. Raises ModelError, also if the adapter cannot be merged.
     """
     source, base = _located(name)
     is_adapter = source.kind is ModelKind.ADAPTER
@@ -73,7 +73,7 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
 
 
 def _described(model: Any, chat_format: ChatFormat) -> dict[str, Any]:
-    """Return what another program must do in the same way: tokens of prompts, end tokens, BOS, sampling."""
+    """Return the facts that other programs must reproduce: tokens of prompts, end tokens, BOS, sampling."""
     probes: list[dict[str, Any]] = []
     for messages in _PROBES:
         try:
@@ -101,7 +101,7 @@ def _located(name: str) -> tuple[ModelSource, Path]:
     source = resolve_model(name)
     if source.kind is ModelKind.ADAPTER and source.base and source.base.kind is ModelKind.ADAPTER:
         raise ModelError(
-            code="base_is_adapter", message=f"The base of {name} is an adapter itself.", hint="Merge that one first."
+            code="base_is_adapter", message=f"The base of {name} is itself an adapter.", hint="Merge the base first."
         )
     return source, local_folder(source.base or source)
 
@@ -124,7 +124,7 @@ def main() -> None:
     """Run the step that the command line names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--folder", type=Path, help="Folder to write the model to; otherwise its adapter is checked.")
+    parser.add_argument("--folder", type=Path, help="Folder to write the model to; if omitted, only the adapter is checked.")
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--modelfile", action="store_true")
     given = parser.parse_args()

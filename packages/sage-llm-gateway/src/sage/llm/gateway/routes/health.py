@@ -28,7 +28,7 @@ def health() -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report that the store answers, whether this gateway is the active one of its node, and how many engines there are."""
+    """Report that the store answers, whether this gateway is active on its node, and the number of engines."""
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():
@@ -38,7 +38,7 @@ async def ready(manager: Manager) -> dict[str, Any]:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(manager: Manager) -> PlainTextResponse:
-    """Return the figures of engines and devices in Prometheus's text format."""
+    """Return the metrics of engines and devices in Prometheus's text format."""
     devices = await asyncio.to_thread(list_devices)
     registry = CollectorRegistry()
     registry.register(_Once(list(engine_metrics(await manager.counts(), await manager.list_active(), devices))))

@@ -1,4 +1,4 @@
-"""OpenAI-compatible inference. The proxy answers the POST routes; here they are documented."""
+"""OpenAI-compatible inference. The proxy answers the POST routes; this file documents them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Engines over HTTP."""
+"""The HTTP routes for engines."""
 
 import asyncio
 from enum import StrEnum
@@ -34,7 +34,7 @@ async def start_engine(request: StartRequest, manager: Manager) -> EngineView:
 async def list_engines(
     manager: Manager,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[str | None, Query(max_length=100, description="`last_id` of the page before.")] = None,
+    after: Annotated[str | None, Query(max_length=100, description="`last_id` of the previous page.")] = None,
     state: Annotated[str | None, Query(max_length=200, description="States, separated by commas.")] = None,
     kind: Annotated[str | None, Query(max_length=200, description="Kinds, separated by commas.")] = None,
     order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first.")] = "asc",
@@ -58,10 +58,10 @@ async def list_changes(
     follow: bool = False,
     last_event_id: Annotated[int | None, Header(ge=0, lt=_MAX_INT)] = None,
 ) -> EventPage | EventStream:
-    """Return the events of all engines after a cursor; `follow` streams them as server-sent events, without an end.
+    """Return the events of all engines after a cursor; `follow` streams them as server-sent events and never ends.
 
     `after=latest` means the newest event: the answer has no events, and its `last_id` is the cursor to continue from.
-    The id of a server-sent event is its cursor; `Last-Event-ID`, which clients send when they reconnect, precedes `after`.
+    The id of a server-sent event is its cursor; `Last-Event-ID`, which clients send when they reconnect, overrides `after`.
     """
     if follow and last_event_id is not None:
         after = last_event_id
@@ -88,13 +88,13 @@ async def stop_engine(engine_id: str, manager: Manager, force: bool = False) -> 
 @router.post("/engines/{engine_id}/pause", status_code=status.HTTP_202_ACCEPTED,
              responses={501: {"description": "Pausing is not available in this version."}})  # fmt: skip
 async def pause_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Ask an engine to give its memory to others until it is resumed."""
+    """Ask an engine to release its memory until it is resumed."""
     return await manager.pause_engine(engine_id)
 
 
 @router.post("/engines/{engine_id}/resume", status_code=status.HTTP_202_ACCEPTED)
 async def resume_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Start a stopped or failed engine again, a training run from its last checkpoint."""
+    """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
     return await manager.resume_engine(engine_id)
 
 
@@ -133,7 +133,7 @@ async def engine_logs(
 
 @router.get("/engines/{engine_id}/events", response_class=EventStream)
 async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> EventStream:
-    """Stream an engine's events as server-sent events until it has settled, beginning with all past ones."""
+    """Stream an engine's past events, then each new event until the engine has settled, as server-sent events."""
     await manager.get_engine(engine_id)
     return EventStream(until_removed(engine_transitions(manager, engine_id, follow)))
 
@@ -142,8 +142,8 @@ async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -
 async def training_steps(
     engine_id: str,
     manager: Manager,
-    after: Annotated[int, Query(ge=0, lt=_MAX_INT, description="Only steps after this one.")] = 0,
-    max_points: Annotated[int | None, Query(ge=2, le=100_000, description="At most this many, evenly chosen.")] = None,
+    after: Annotated[int, Query(ge=0, lt=_MAX_INT, description="Return only the steps after this step.")] = 0,
+    max_points: Annotated[int | None, Query(ge=2, le=100_000, description="Maximum number of steps, evenly spaced.")] = None,
 ) -> dict[str, Any]:
     """Return optimizer steps of a training run, oldest first."""
     return {"object": "list", "data": await manager.get_training_steps(engine_id, after, max_points)}

@@ -1,4 +1,4 @@
-"""Routes over HTTP: names that requests use as `model`, each for one or several engines."""
+"""The HTTP interface of routes: names that requests use as `model`, each for one or several engines."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ async def get_route(name: str, manager: Manager) -> RouteView:
 
 @router.put("/{name:path}")
 async def set_route(name: str, request: RouteRequest, manager: Manager) -> RouteView:
-    """Create or replace a route; requests that are being answered are not affected."""
+    """Create or replace a route; requests in progress are not affected."""
     return await manager.set_route(name, request)
 
 
