@@ -5,7 +5,7 @@ from pathlib import Path
 
 from support import list_engines, sage
 
-from sage.llm.control_plane.backends import choice
+from sage.llm.control_plane.backends.speeds import saved_speeds
 
 
 def test_the_installed_backends_are_measured_and_no_engine_is_left(tiny_model: Path) -> None:
@@ -14,7 +14,7 @@ def test_the_installed_backends_are_measured_and_no_engine_is_left(tiny_model: P
     assert list(figures) == ["transformers"]
     assert figures["transformers"]["problem"] is None
     assert figures["transformers"]["many_tokens_per_second"] > 0
-    speeds = choice.saved_speeds("cpu")
+    speeds = saved_speeds("cpu")
     assert speeds is not None
     assert speeds.tokens_per_second == {"transformers": figures["transformers"]["many_tokens_per_second"]}
     assert list_engines() == {}
@@ -22,4 +22,4 @@ def test_the_installed_backends_are_measured_and_no_engine_is_left(tiny_model: P
     missing = sage("backend", "benchmark", str(tiny_model / "missing"), check=1)
     assert "transformers" in missing.stdout
     assert "missing" in missing.stdout
-    assert choice.saved_speeds("cpu") == speeds
+    assert saved_speeds("cpu") == speeds

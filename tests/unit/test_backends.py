@@ -12,7 +12,7 @@ from engines import record, server
 from sage.common.errors import ConfigError, Conflict, DatasetError, SageError
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.client.types import EngineKind, StartRequest
-from sage.llm.control_plane.backends import choice, environments, registry
+from sage.llm.control_plane.backends import environments, registry, speeds
 from sage.llm.control_plane.backends.base import Capabilities, ServingBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend, TransformersOptions
 from sage.llm.control_plane.datasets import LocalDatasets
@@ -64,9 +64,9 @@ def test_auto_is_the_only_installed_backend_that_runs_engines_of_the_kind(kind: 
     [
         ("cuda", None, "vllm", "first choice for the device cuda"),
         ("cpu", None, "transformers", "first choice for the device cpu"),
-        ("cpu", ("cpu", choice.processor()), "vllm", "fastest in `sage backend benchmark` of 2026-11-26"),
+        ("cpu", ("cpu", speeds.processor()), "vllm", "fastest in `sage backend benchmark` of 2026-11-26"),
         ("cpu", ("cpu", "another processor"), "transformers", "first choice"),
-        ("cuda", ("cpu", choice.processor()), "vllm", "first choice"),
+        ("cuda", ("cpu", speeds.processor()), "vllm", "first choice"),
     ],
 )
 def test_auto_is_the_fastest_installed_backend_that_loads_adapters_while_it_runs(
@@ -76,7 +76,7 @@ def test_auto_is_the_fastest_installed_backend_that_loads_adapters_while_it_runs
     monkeypatch.setattr(environments, "device", lambda: device)
     if measured:
         figures = {"transformers": 30.0, "vllm": 31.0, "llamacpp": 90.0}
-        choice.save_speeds(choice.Speeds(*measured, "m", "2026-11-26", figures))
+        speeds.save_speeds(speeds.Speeds(*measured, "m", "2026-11-26", figures))
     backend, why = registry.resolve("auto", EngineKind.LLM, model())
     assert backend.name == chosen
     assert reason in str(why)

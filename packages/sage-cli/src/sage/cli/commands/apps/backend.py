@@ -88,19 +88,19 @@ def benchmark(
     from datetime import UTC, datetime
 
     from sage.cli import benchmarking, daemon, render
-    from sage.llm.control_plane.backends import choice, environments
+    from sage.llm.control_plane.backends import environments, speeds
 
     figures = list(benchmarking.measure(daemon.connect(), model, max_tokens))
-    speeds = {figure.backend: figure.many_tokens_per_second for figure in figures if figure.many_tokens_per_second}
-    if speeds:
+    measured = {figure.backend: figure.many_tokens_per_second for figure in figures if figure.many_tokens_per_second}
+    if measured:
         date = datetime.now(UTC).date().isoformat()
-        path = choice.save_speeds(choice.Speeds(environments.device(), choice.processor(), model, date, speeds))
+        path = speeds.save_speeds(speeds.Speeds(environments.device(), speeds.processor(), model, date, measured))
         typer.echo(f"Saved in {path}. Engines without --backend get the fastest backend.", err=True)
     if json_:
         _print_json(True, model=model, backends=[asdict(figure) for figure in figures])
     else:
         render.stdout().print(benchmarking.table(figures))
-    if not speeds:
+    if not measured:
         raise typer.Exit(1)
 
 

@@ -46,7 +46,9 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
     """Write a model, with its adapter merged in fp32, as safetensors with tokenizer, template and end tokens.
 
     fp32: write the result in fp32; otherwise in the base's data type.
-    Returns the facts that other programs must reproduce: tokens of prompts, end tokens, BOS, sampling. Raises ModelError, also if the adapter cannot be merged.
+    Returns the facts that other programs must reproduce: tokens of prompts, end tokens, BOS, sampling.
+
+    Raises ModelError, also if the adapter cannot be merged.
     """
     source, base = _located(name)
     is_adapter = source.kind is ModelKind.ADAPTER
