@@ -43,7 +43,7 @@ lint: setup
 test: lint unit integration e2e
 
 unit: setup
-	$(BIN)/pytest tests/unit -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -m "not long" -n 2
 
 integration: $(VENV)/backends/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/integration tests/fuzz -m "not long" -n 2

@@ -33,6 +33,7 @@ def train(model: Path, output: Path) -> EngineView:
     return client().start_engine(model=str(model), engine_kind="finetune", options=options)
 
 
+@pytest.mark.long
 def test_a_gateway_that_could_not_look_finds_everything_as_it_is(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
     sage("gateway", "start")
     gateway = client().health()["pid"]

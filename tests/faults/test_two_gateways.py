@@ -99,9 +99,9 @@ def rows(database_url: str) -> list[list[Any]]:
 @pytest.mark.parametrize(
     ("point", "lease_seconds", "suspended_seconds"),
     [
-        ("add", 2.0, 0.0),
+        pytest.param("add", 2.0, 0.0, marks=pytest.mark.long),
         ("transition", 2.0, 0.0),
-        ("commit", 2.0, 0.0),
+        pytest.param("commit", 2.0, 0.0, marks=pytest.mark.long),
         pytest.param("add", LEASE_SECONDS, 20.0, marks=pytest.mark.long),
         pytest.param("transition", LEASE_SECONDS, 20.0, marks=pytest.mark.long),
     ],

@@ -79,6 +79,7 @@ def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path,
     assert "was already completed" in sage("llm", "engine", "stop", engine).stdout
 
 
+@pytest.mark.long
 def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path) -> None:
     done = sage(
         "llm", "fine-tune", "--base-model", str(tiny_model), "--dataset", str(SAMPLES), "--output", str(tmp_path / "out"),

@@ -164,6 +164,7 @@ def test_a_request_waits_for_an_engine_that_starts_and_is_told_when_it_takes_too
     assert client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1).choices
 
 
+@pytest.mark.long
 def test_an_engine_that_dies_says_so_and_comes_back(tiny_model: Path, client: openai.OpenAI) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1)

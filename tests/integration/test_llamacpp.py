@@ -72,6 +72,7 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "repetition_penalty")
 
 
+@pytest.mark.long
 def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_comes_back(
     tiny_model: Path, tmp_path: Path, client: SageClient
 ) -> None:

@@ -37,7 +37,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[s
     }
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("grpo", marks=pytest.mark.long)])
 def test_a_stopped_run_goes_on_as_if_it_never_was(
     tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str
 ) -> None:

@@ -22,7 +22,7 @@ def learnt(tmp_path: Path, quantization: str, **options: Any) -> TinyRun:
     return run
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize("quantization", ["8bit", pytest.param("4bit", marks=pytest.mark.long)])
 def test_a_quantised_base_learns_with_the_kernels(tmp_path: Path, quantization: str) -> None:
     fast = learnt(tmp_path, quantization)
     assert fast.events("started")[0]["kernels"].startswith("fast")

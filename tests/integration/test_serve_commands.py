@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from support import SAMPLES, engine_of, list_engines, sage, wait_for
 
 from sage.cli.daemon import find_client
@@ -43,6 +44,7 @@ def test_a_person_chats_with_a_checkpoint_while_the_run_continues_then_with_its_
     assert set(list_engines()) == {base, run, tuned}
 
 
+@pytest.mark.long
 def test_an_idle_engine_is_paused_and_a_chat_loads_it_again(tiny_model: Path) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model), "--name", "base", "--idle-stop", "0.02"))
     client = find_client()

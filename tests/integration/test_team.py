@@ -32,6 +32,7 @@ def test_two_processes_learn_what_one_does_of_batches_twice_as_large(tiny_model:
     assert len(two.events("finished")) == len(two.events("started")) == 1
 
 
+@pytest.mark.long
 def test_a_stopped_team_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "pack_tokens": 300, "num_processes": 2}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
@@ -40,7 +41,7 @@ def test_a_stopped_team_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> Non
     assert cut.adapter_bytes() == whole.adapter_bytes()
 
 
-@pytest.mark.parametrize("victim", ["leader", "follower"])
+@pytest.mark.parametrize("victim", ["leader", pytest.param("follower", marks=pytest.mark.long)])
 def test_none_outlives_another(tiny_model: Path, tmp_path: Path, victim: str) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", **{**OPTIONS, "max_steps": 500}, num_processes=2).start().at_step(2)
     (follower,) = others(run)

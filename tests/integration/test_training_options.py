@@ -199,7 +199,14 @@ def in_the_least_memory(new_run: Callable[[str], TinyRun], home: Path, *group: P
     raise AssertionError(log[-3000:])
 
 
-@pytest.mark.parametrize("batching", [{"batch_size": 32}, {"pack_tokens": 9000}, {"batch_size": 32, "fast_kernels": "off"}])
+@pytest.mark.parametrize(
+    "batching",
+    [
+        {"batch_size": 32},
+        pytest.param({"pack_tokens": 9000}, marks=pytest.mark.long),
+        pytest.param({"batch_size": 32, "fast_kernels": "off"}, marks=pytest.mark.long),
+    ],
+)
 def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
     tmp_path: Path, sage_home: Path, batching: dict[str, Any]
 ) -> None:
@@ -223,6 +230,7 @@ def test_a_container_s_limit_halves_the_micro_batch_where_it_would_kill(
     assert run.status.halvings >= 1
 
 
+@pytest.mark.long
 def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path) -> None:
     make_tiny_model(tmp_path / "model", width=768, layers=4)
     data = write_jsonl(tmp_path / "long.jsonl", [chat_record("words " * 150, "answers " * 100)] * 2)
@@ -365,6 +373,7 @@ def test_a_model_trained_whole_is_written_as_it_was_stored(tmp_path: Path) -> No
     assert json.loads((run.output / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.long
 def test_several_datasets_are_taken_as_often_as_they_weigh(tiny_model: Path, tmp_path: Path) -> None:
     few = write_jsonl(tmp_path / "few.jsonl", [chat_record(f"Question {number}?", "Yes.") for number in range(10)])
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=[f"{SAMPLES}=0.5", f"{few}=2.5"], max_steps=1).start()
@@ -406,6 +415,7 @@ def test_noise_on_embeddings_is_of_each_sample_s_own_length(tiny_model: Path, tm
     assert not added[1].any()
 
 
+@pytest.mark.long
 def test_a_streamed_dataset_is_learnt_and_gone_on_with_exactly(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
     options = {"pack_tokens": 300, "streaming": True, "max_steps": 20, "save_steps": 100}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()

@@ -10,7 +10,7 @@ from support import list_engines, sage, wait_for
 VERSIONS = ("327c568", "19fceff")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", [VERSIONS[0], pytest.param(VERSIONS[1], marks=pytest.mark.long)])
 def test_the_home_of_a_landed_version_opens_migrates_and_resumes(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
