@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Replace a file atomically: readers see either the old content or the new.  mode: permissions before the umask."""
+    """Replace a file atomically: readers see the old or the new content.  mode: permissions before the umask."""
     aside = path.with_name(f".{path.name}.partial")
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(content)

@@ -20,7 +20,7 @@ def expanded(name: str) -> Path | None:
     """Return a name as a path with `~` expanded; None if the name cannot be a path."""
     try:
         return Path(name).expanduser()
-    except RuntimeError:  # the user does not exist
+    except RuntimeError:  # the user in `~user` does not exist
         return None
 
 

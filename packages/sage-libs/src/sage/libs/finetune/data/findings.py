@@ -7,7 +7,7 @@ from typing import Any
 
 from sage.common.errors import DatasetError
 
-#: Number of places and of details that are stored per finding.
+#: Maximum number of places and maximum number of details stored per finding.
 _KEPT = 5
 
 
@@ -77,7 +77,7 @@ class Finding:
 
     @property
     def hint(self) -> str:
-        """What the user can do, or ""."""
+        """What the user can do about the finding, or ""."""
         return _MEANING[self.code][2]
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ class Findings:
         self._found[code] = Finding(code, details=[detail])
 
     def __iter__(self) -> Iterator[Finding]:
-        """Yield warnings, then notes."""
+        """Yield the warnings first, then the notes."""
         return iter(sorted(self._found.values(), key=lambda finding: (finding.severity is Severity.NOTE, finding.code)))
 
     def __len__(self) -> int:
