@@ -142,5 +142,5 @@ class GatewayUnreachable(SageError):
 def first_line(error: BaseException) -> str:
     """Return the most informative line of a library's error message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch: the next line names the tensor
+    is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # in torch, line 2 names the tensor
     return lines[is_heading].rstrip(".")

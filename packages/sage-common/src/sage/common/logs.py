@@ -15,7 +15,7 @@ _BLOCK_BYTES = 64 * 1024
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Write log messages to stderr. A detached process has a log file as its stderr."""
+    """Write log messages to stderr. In a detached process, stderr is a log file."""
     logging.basicConfig(
         level=level,
         stream=sys.stderr,

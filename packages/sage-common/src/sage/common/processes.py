@@ -230,7 +230,7 @@ def describe_exit(code: int | None) -> str:
 
 def _lock_of(pid: int) -> str:
     """Return the path of a process's lock from the process's environment, or "" if it was started without a lock."""
-    with contextlib.suppress(psutil.Error):  # OSError is raised: without a free file descriptor, the lock is unknown
+    with contextlib.suppress(psutil.Error):  # not OSError: without a free file descriptor, the lock cannot be read
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

@@ -5,7 +5,7 @@ progress, the training series, Prometheus metrics, the command line and the dash
 `FIGURES`:
 
     for figure in FIGURES:
-        value = getattr(progress, figure.name)  # of a TrainingProgress, TrainingStep or StepEvent
+        value = getattr(progress, figure.name)  # progress: TrainingProgress, TrainingStep or StepEvent
         if value is not None:
             print(figure.title, figure.text(value))
 
@@ -70,7 +70,7 @@ FIGURES: tuple[Figure, ...] = tuple(_declared(name) for name in StepMetrics.mode
 
 
 class TrainingStep(StepMetrics):
-    """One optimizer step of a run, as the training series returns it."""
+    """One optimizer step in the training series of a run."""
 
     step: int
 

@@ -148,7 +148,7 @@ class FinetuneManager:
             )
 
     def check_resumable_quick(self, task_id: str) -> None:
-        """Raise Conflict or OutputError if the run cannot be resumed. Changes of its data are not checked."""
+        """Raise Conflict or OutputError if the run cannot be resumed. Do not check whether the data has changed."""
         state, spec = self.status(task_id).state, self.run_directory(task_id).read_spec()
         if state is RunState.COMPLETED:
             raise Conflict(

@@ -1,7 +1,7 @@
 """Find bitsandbytes, which is installed in a separate folder.
 
-PEFT imports bitsandbytes if it is importable, which takes 2 s. Therefore `make setup` installs it into a separate folder. A
-run adds this folder to its path only if it may use bitsandbytes.
+If bitsandbytes is importable, PEFT imports it, which takes 2 s. Therefore `make setup` installs bitsandbytes into a separate
+folder. A run adds this folder to its path only if it may use bitsandbytes.
 """
 
 import importlib.util

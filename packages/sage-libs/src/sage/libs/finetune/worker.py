@@ -64,9 +64,9 @@ def main(argv: list[str]) -> int:
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
-        with contextlib.suppress(OSError):  # the summary only makes reading faster
+        with contextlib.suppress(OSError):  # the summary is optional: it makes reading faster
             write_summary(run)
-    except Exception as error:  # noqa: BLE001 - reported as the end of the run, whatever it is
+    except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         _fail(run, error)
         return 1
     return 0
@@ -81,7 +81,7 @@ def _follow(run: RunDirectory) -> int:
     leader = os.getppid()
     try:
         _train(SilentRunDirectory(run.path), StopRequest())
-    except Exception as error:  # noqa: BLE001 - reported as the end of the run, whatever it is
+    except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:
             _fail(run, error)

@@ -19,7 +19,8 @@ Split = Literal["train", "validation"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
-#: Words that name a split in file and folder names, as on the hub. `test` comes first: a name with several words is a test.
+#: Words that name a split in file and folder names, as on the hub. The first match is used; `test` is first, so that test
+#: data is never used for training.
 _SPLIT_WORDS = {
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
@@ -123,7 +124,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files of a single dataset: if shards have several names (`train`, `train_sft`), those named `split`."""
+    """Return the files of one dataset: if shards have different names (`train`, `train_sft`), only shards named `split`."""
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:

@@ -120,7 +120,7 @@ def _turn(item: Any, where: str) -> _Turn:
         message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
     flags = [name for name in _FLAGS if name in item]
     untrained = bool(flags) and _untrained(item, flags, where)
-    if role != "assistant" and not untrained:  # an excluded turn of another role is not reported: it is never trained on
+    if role != "assistant" and not untrained:  # the flag has no effect: other roles are never trained on
         ignored += flags
     return _Turn(message, is_call, untrained and role == "assistant", ignored)
 

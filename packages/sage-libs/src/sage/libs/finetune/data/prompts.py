@@ -27,7 +27,7 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
 
 
 def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
-    """Return prompt and answer; `spoken` is the answer, and may begin with a copy of the prompt. Raises RecordError."""
+    """Return the prompt and the answer.  spoken: the answer, perhaps with the prompt before it. Raises RecordError."""
     prompt, spoken = list(prompt), list(spoken)
     for begin in (0, 1):  # a repeated prompt may follow a system message
         end = begin + len(prompt)

@@ -1,6 +1,6 @@
 """Tokenized datasets on disk: written once, then read sample by sample, so that memory does not grow with the dataset.
 
-tokens.bin   token ids of all samples, concatenated, as 32-bit integers; a token t without training is stored as -1 - t
+tokens.bin   token ids of all samples, concatenated, as 32-bit integers; an untrained token t is stored as -1 - t
 bounds.bin   index of the first token of each sample, followed by the total number of tokens, as 64-bit integers
 facts.json   TokenizationStats
 """

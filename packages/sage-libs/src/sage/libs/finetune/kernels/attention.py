@@ -230,7 +230,7 @@ def _split(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: Atten
 def _join(
     grads: tuple[Tensor, Tensor, Tensor], projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: AttentionShape
 ) -> None:
-    """Write the gradients of query, key and value into `projected`, the gradient of the projection: `_split` backward."""
+    """Write the gradients of query, key and value into the gradient `projected`; this is the backward pass of `_split`."""
     tokens = projected.shape[0]
     columns = projected.view(tokens, -1, shape.head_dim).transpose(0, 1)
     query, key, value = (grad.reshape(-1, grads[1].shape[1], shape.head_dim)[:, :tokens] for grad in grads)
@@ -246,7 +246,8 @@ def _join(
 def apply_rotary(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> Tensor:
     """Apply rotary embeddings to `states` (heads, tokens, head_dim), write the result to `out`, and return it.
 
-    cosine, sine: of the angles, (tokens, head_dim // 2). Dimension i is paired with i + head_dim / 2, as in transformers.
+    cosine, sine: cosines and sines of the rotation angles, (tokens, head_dim // 2). Dimension i is paired with dimension
+    i + head_dim / 2, as in transformers.
     Source: Su et al. 2021, "RoFormer".
     """
     first, second = states.chunk(2, dim=-1)

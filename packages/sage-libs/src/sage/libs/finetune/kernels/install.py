@@ -133,7 +133,7 @@ def _unsupported_reason(model: PreTrainedModel) -> str:
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
-    """Return the logits of two random samples, (tokens, vocab); compute them packed if `kernels` is given, else singly."""
+    """Return the logits of two random samples, (tokens, vocab); packed if `kernels` is given, else one by one."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]
     samples = [torch.randint(vocab, (1, n), generator=generator).to(model.device) for n in _PROBE_LENGTHS]

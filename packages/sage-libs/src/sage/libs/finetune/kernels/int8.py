@@ -106,7 +106,7 @@ def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _int_matmul(integers: Tensor, matrix: Tensor) -> Tensor:
-    """Return integers @ matrix as int32. The next call overwrites the result: one small buffer stays in the CPU cache."""
+    """Return integers @ matrix as int32. The next call overwrites the result: all calls use one buffer in the CPU cache."""
     shape = integers.shape[0], matrix.shape[1]
     buffer: Tensor | None = getattr(_scratch, "sums", None)
     if buffer is None or buffer.numel() < math.prod(shape):

@@ -22,8 +22,8 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
     """Create the output folder and record its owner; if several runs claim it at the same time, only one succeeds.
 
     A run owns its folder from its creation on. If it ends without a result, another run may claim the folder. The owner may
-    claim its folder again. Raises OutputError if the folder cannot be written, contains foreign files, or belongs to
-    another run.
+    claim its folder again. Raises OutputError if the folder cannot be written, belongs to another run, or contains files
+    that no run has written.
     """
     output = output.resolve()
     try:

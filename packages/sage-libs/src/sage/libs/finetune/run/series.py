@@ -42,7 +42,7 @@ class StepSeries:
 
 
 def downsample(steps: Sequence[TrainingStep], max_points: int) -> list[TrainingStep]:
-    """Return at most `max_points` steps: the first, the last, and of each range between, the lowest and highest loss."""
+    """Return at most `max_points` steps: first, last, and in each range the steps with the lowest and highest loss."""
     if len(steps) <= max_points:
         return list(steps)
     if max_points == 1:

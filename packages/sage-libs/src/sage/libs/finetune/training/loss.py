@@ -80,7 +80,7 @@ class CompletionLoss:
         """Return the summed loss of a micro-batch in nats, divided by the number of trained tokens in the optimizer step.
 
         outputs.logits: (samples, length, vocab or hidden_size).  labels: (samples, length), IGNORED for untrained tokens.
-        Therefore each trained token of a step has the same weight, for any split of the step into micro-batches.
+        Each trained token of a step has the same weight, even if the micro-batches of the step have different sizes.
         """
         targets = labels[:, 1:]
         trained = targets != IGNORED

@@ -36,7 +36,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
         # Copy the weights: they are views of a memory-mapped file, which counts as memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # Otherwise bitsandbytes repacks 4-bit weights in evaluation mode, and training fails afterwards.
+        # In evaluation mode, bitsandbytes would repack 4-bit weights for inference, and not restore them for training.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False

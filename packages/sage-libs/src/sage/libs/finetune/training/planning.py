@@ -23,7 +23,7 @@ class MemoryPlan:
     smaller: tuple[Precision, Estimate] | None  #: a precision that needs less memory, if the run may use one
 
     def fitted(self, most_tokens: int) -> "MemoryPlan":
-        """Return a plan with the precision `smaller` if the run needs it to fit; otherwise return this plan.
+        """Return a plan with the precision `smaller` if the run does not fit otherwise; else return this plan.
 
         most_tokens: number of tokens in the largest micro-batch.
         """

@@ -85,7 +85,7 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
 
 
 def _base(config: FinetuneConfig) -> tuple[int | None, str]:
-    """Return the number of bits of the base quantized by bitsandbytes, or None if it is not quantized, and the reason.
+    """Return to how many bits bitsandbytes quantizes the base model (None: not quantized), and the reason.
 
     Raises ConfigError if bitsandbytes is required but not installed.
     """

@@ -47,7 +47,7 @@ class AdaptingTrainer(Trainer):
     ) -> Tensor:
         """Compute the loss of a micro-batch, add its gradient to the gradients of the parameters, and return the loss.
 
-        If several processes train together, they do not adapt, because all must compute the same number of micro-batches.
+        If several processes train together, they do not adapt, because all must compute the same micro-batches.
         """
         if self.args.world_size > 1:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -75,7 +75,7 @@ class AdaptingTrainer(Trainer):
             self._adapt(part, cause)
 
     def _adapt(self, part: dict[str, Any], cause: str) -> None:
-        """Reduce the memory of the next steps; raises RunError if a single sample does not fit and no measure is left."""
+        """Reduce the memory of the next steps; raises RunError if the memory cannot be reduced further."""
         tokens = part["input_ids"].shape[1]
         if samples_in(part) > 1:
             self._halvings += 1

@@ -44,7 +44,6 @@ class StreamedPacks(IterableDataset[Pack]):
                 encoder.raise_for_faults()
                 self._report(encoder.findings, self._paths[0])
                 lengths = [len(sequence.ids) for sequence in chunk]
-
                 for group in pack(lengths, self._pack_tokens or 1, seeds.getrandbits(32)):
                     yield tuple(chunk[index] for index in group)
 

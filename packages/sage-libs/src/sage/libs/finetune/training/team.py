@@ -1,7 +1,8 @@
 """Data-parallel training with several processes, each on its own device.
 
-The main process is the run's worker. It alone holds the lock, handles signals, evaluates, and writes events and results. It
-starts the other processes, which only compute steps. It sets the same environment variables as torch's launcher.
+The main process is the run's worker. Only the main process holds the lock, handles signals, evaluates, and writes events
+and results. It starts the other processes, which only compute steps. It sets the same environment variables as torch's
+launcher.
 """
 
 import os

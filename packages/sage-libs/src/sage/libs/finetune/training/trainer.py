@@ -39,7 +39,7 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingRun:
-    """One training run. Each phase returns a frozen value; phases that can fail early run first."""
+    """One training run. Each phase returns a frozen value. Short phases that can fail run first."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest) -> None:
         """Load the data and the model of a run. Raises DatasetError, ModelError, RunError or ConfigError."""
@@ -62,7 +62,7 @@ class TrainingRun:
             plan = plan.fitted(self.data.most_tokens)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
-        if not self.team.is_main_process:  # the main process has tokenized the dataset
+        if not self.team.is_main_process:  # after the main process has tokenized the dataset
             self.data = self._load_data()
         self.heldout = HeldOut(
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
@@ -102,7 +102,7 @@ class TrainingRun:
         try:
             self._lead()
         except Exception:
-            self.team.check()  # perhaps another process has failed
+            self.team.check()  # the cause may be a failure of another process
             raise
         finally:
             self.team.close()
@@ -115,7 +115,7 @@ class TrainingRun:
         try:
             self.stop.check()
             self._measure(0)
-            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # no steps are left
+            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # training has already ended
                 load_weights(self.loaded.model, checkpoint.path)
                 is_loaded = True
             else:
@@ -145,7 +145,7 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint or from the beginning; return the last step."""
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves more address space than it uses
+        if not torch.cuda.is_available() and self.team.size == 1:  # no limit with CUDA: it reserves unused address space
             refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # it prints a dict per step, but RunCallback logs the steps
         checkpoint = self.team.broadcast(checkpoint)
