@@ -16,13 +16,13 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Sync every file below a folder, and the entries of each folder, to disk."""
+    """Call fsync for a folder and for all files and folders below it."""
     for path in (*folder.rglob("*"), folder):
         fsync_path(path)
 
 
 def fsync_path(path: Path) -> None:
-    """Sync a file, or the entries of a folder, to disk."""
+    """Call fsync for a file, or for a folder (this syncs its entries)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,7 @@ import psutil
 
 #: Placeholder for the PID of a running process whose real PID is unknown.
 _UNKNOWN_PID = 0
-#: Fields 22 and 3 of /proc/PID/stat, as indexes in the fields after the process name (the name may contain spaces).
+#: Indexes of the start time (field 22) and the state (field 3) in the part of /proc/PID/stat after the process name.
 _START_TICKS, _STATE = 19, 0
 #: Maximum number of scans of a session to kill. One scan is not enough, because processes may fork during a scan.
 _KILL_ROUNDS = 10

@@ -12,7 +12,7 @@ def absolute_name(name: str, base_dir: Path) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Return whether a name can only be a path."""
+    """Return whether a name must be a path, because it begins with `/`, `./`, `../` or `~`, or is `.` or `..`."""
     return name in (".", "..") or name.startswith(("/", "./", "../", "~"))
 
 

@@ -71,7 +71,7 @@ def try_lock(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def held_lock(path: Path) -> Iterator[None]:
-    """Wait for the lock and hold it in the `with` block; for short work that must not run concurrently."""
+    """Wait for the lock and hold it in the `with` block. Use it for short work that must not run concurrently."""
     with private_file(path).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -43,7 +43,7 @@ _KEPT_SERIES = 16
 #: glibc settings that keep the memory of freed tensors. By default, glibc returns large blocks to the kernel, and the kernel
 #: clears the pages for each new tensor. With these settings a step on a CPU takes 5 % less time, with the same peak memory.
 _MALLOC = "arena_max=1", "mmap_threshold=268435456", "trim_threshold=1073741824"
-#: Environment variables of a worker, unless the user sets them.
+#: Default environment variables of a worker. Values that the user has set are not changed.
 WORKER_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in _MALLOC),
@@ -67,8 +67,8 @@ class FinetuneManager:
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
         """Check the configuration without loading a model, create the run directory, and return the run's id.
 
-        Raises DatasetError, ModelError, OutputError, or ConfigError (the checkpoint to continue from does not match). After
-        an error, no run directory exists.
+        Raises DatasetError, ModelError, OutputError, or ConfigError (the checkpoint to continue from does not match). If it
+        raises an error, nothing was written.
         """
         parse = parser_of(config.method)
         if config.method != "sft":

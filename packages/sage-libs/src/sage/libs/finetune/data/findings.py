@@ -14,7 +14,7 @@ _KEPT = 5
 class Severity(StrEnum):
     """Effect of a finding on a run."""
 
-    WARNING = "warning"  #: the model would learn something wrong: the run fails unless warnings are allowed
+    WARNING = "warning"  #: the model would learn something wrong: the run fails if warnings are not allowed
     NOTE = "note"  #: information only
 
 

@@ -59,7 +59,7 @@ class DatasetReport:
 def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator[Sample]:
     """Yield the samples of the dataset `report.path`, and add counts and faults to the report.
 
-    Raises DatasetError only if a file cannot be read; faults in the data are added to the report.
+    Raises DatasetError only if no file is found or a file cannot be read; faults in the data are added to the report.
     """
     selection = select_files(report.path, report.split)
     report.files, report.skipped_files = selection.files, selection.skipped
@@ -88,7 +88,7 @@ def check_dataset(
 ) -> DatasetReport:
     """Read a dataset, or its first `at_most` samples, and return a report.
 
-    Raises DatasetError only if a file cannot be read; faults in the data are listed in the report.
+    Raises DatasetError only if no file is found or a file cannot be read; faults in the data are listed in the report.
     """
     report = DatasetReport(path, split)
     seen: dict[bytes, Origin] = {}

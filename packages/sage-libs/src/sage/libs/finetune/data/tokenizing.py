@@ -3,8 +3,8 @@
 Each answer is trained as the served model generates it: after exactly the tokens of its prompt, and with its end token.
 If the template marks answers (`{% generation %}`), these marks are used. Otherwise an answer is the text that follows its
 prompt in the rendered chat. The answers of a chat share one sequence if the prompt of each answer begins with the previous
-prompt and answer. Otherwise each answer gets its own sequence, for example because the template removes old reasoning, or
-because a token spans the beginning of an answer.
+prompt and answer. Otherwise each answer gets a separate sequence, for example because the template removes old reasoning,
+or because a token spans the beginning of an answer.
 """
 
 import itertools

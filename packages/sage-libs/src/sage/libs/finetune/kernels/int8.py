@@ -1,7 +1,7 @@
 """Int8 matrix products with a frozen weight; the forward and the backward pass use the same int8 copy of the weight.
 
-Activations are quantized with one scale per row. If some columns of the activations are much larger than others, a factor
-per column moves part of the difference into the weight, so that small columns keep their precision.
+Activations are quantized with one scale per row. If some columns of the activations are much larger than others, small
+columns would lose precision. Therefore a factor per column moves part of the difference into the weight.
 Sources: Xiao et al. 2023, "SmoothQuant", for the factors; Wortsman et al. 2023, "Stable and low-precision training for
 large-scale vision-language models" (SwitchBack), for int8 in the backward pass.
 """

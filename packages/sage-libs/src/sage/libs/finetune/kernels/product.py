@@ -7,8 +7,8 @@ from torch import Tensor
 
 #: Maximum size of the rows of one chunk, as a share of the L2 caches of all threads together.
 _CACHE_SHARE = 0.3
-#: Chunk sizes of products with lm_head, chosen so that a chunk fits the processor's cache. If lm_head must be cast to the
-#: compute dtype, chunks are vocabulary entries; otherwise they are rows.
+#: Chunk sizes of products with lm_head, so that a chunk fits the processor's cache. _CHUNK_VOCAB (vocabulary entries) is
+#: used if lm_head must be cast to the compute dtype, otherwise _CHUNK_ROWS.
 _CHUNK_ROWS, _CHUNK_VOCAB = 192, 4096
 
 
