@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from sage.common import errors
 from sage.common.errors import SageError
 
-#: Codes of each class whose HTTP status and type are not unique. A test checks that they match the raised errors.
+#: Error codes of each class. A test compares this table with the errors that SAGE's code raises.
 _CODES: Mapping[type[SageError], str] = {
     errors.ConfigError: """
         adapter_not_hot api_key_invalid api_key_needed bitsandbytes_missing checkpoint_mismatch config_invalid config_missing
@@ -62,14 +62,14 @@ _BY_STATUS: Mapping[int, type[SageError]] = {
 
 
 def codes_of(kind: type[SageError]) -> frozenset[str]:
-    """Return the codes that are registered for a class."""
+    """Return the codes registered for an error class."""
     return frozenset(_CODES.get(kind, "").split())
 
 
 def error_class(code: str, http_status: int | None = None) -> type[SageError]:
     """Return the class of the errors that have this code.
 
-    http_status: selects the class if several classes use the code, or if the code is unknown (from a later version).
+    http_status: selects the class if several classes use the code, or if a later version added the code.
     """
     kinds = _CLASSES.get(code, [])
     same_status = [kind for kind in kinds if kind.http_status == http_status]

@@ -12,7 +12,7 @@ SageError
 ├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
 ├── BackendError          a backend's environment cannot be installed
-├── Overloaded            not now; retry later
+├── Overloaded            the request cannot be served now; retry later
 │   └── Busy              an engine has too many requests
 ├── Unauthorized          the API key is missing or wrong
 └── GatewayUnreachable    no gateway answers
@@ -142,5 +142,5 @@ class GatewayUnreachable(SageError):
 def first_line(error: BaseException) -> str:
     """Return the most informative line of a library's error message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch names the tensor in the next line
+    is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # in torch, line 2 names the tensor
     return lines[is_heading].rstrip(".")

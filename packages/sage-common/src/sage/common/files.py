@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Replace a file atomically: readers see either the old content or the new.  mode: permissions before the umask."""
+    """Replace a file atomically: readers see the old or the new content.  mode: permissions before the umask."""
     aside = path.with_name(f".{path.name}.partial")
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(content)
@@ -16,13 +16,13 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Sync every file below a folder, and the entries of each folder, to disk."""
+    """Call fsync for a folder and for all files and folders below it."""
     for path in (*folder.rglob("*"), folder):
         fsync_path(path)
 
 
 def fsync_path(path: Path) -> None:
-    """Sync a file, or the entries of a folder, to disk."""
+    """Call fsync for a file, or for a folder (this syncs its entries)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 
-#: PID of a process that is alive, but whose real PID is not known.
+#: Placeholder for the PID of a running process whose real PID is unknown.
 _UNKNOWN_PID = 0
-#: Fields 22 and 3 of /proc/PID/stat, counted from the one after the process name, which may contain any character.
+#: Indexes of the start time (field 22) and the state (field 3) in the part of /proc/PID/stat after the process name.
 _START_TICKS, _STATE = 19, 0
-#: Maximum number of scans of a session that is being killed; its processes may fork meanwhile.
+#: Maximum number of scans of a session to kill. One scan is not enough, because processes may fork during a scan.
 _KILL_ROUNDS = 10
 
 
@@ -25,7 +25,7 @@ class ProcessIdentity:
     """Identifies a process; a later process with the same PID has a different identity."""
 
     pid: int
-    started: str  #: boot id and ticks since boot; used only for comparison
+    started: str  #: boot id, and kernel ticks from boot to process start; used only for comparison
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity":
@@ -80,7 +80,7 @@ def session_members(session_id: int) -> list[int]:
 
 
 def all_sessions() -> Mapping[int, list[int]]:
-    """Return the PIDs of each session, including zombies, from one pass over all processes."""
+    """Scan all processes once and return the PIDs of each session, including zombies."""
     sessions: dict[int, list[int]] = defaultdict(list)
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -99,7 +99,7 @@ def resident_bytes(pids: Iterable[int]) -> int:
 
 
 def kill_session(session_id: int) -> None:
-    """Send SIGKILL to every process of a session, including those forked in the meantime."""
+    """Send SIGKILL to every process of a session, including processes forked during this call."""
     for _ in range(_KILL_ROUNDS):
         members = session_members(session_id)
         for pid in members:

@@ -1,4 +1,4 @@
-"""Random parts of ids."""
+"""Generate the random suffix of an id."""
 
 import secrets
 import string

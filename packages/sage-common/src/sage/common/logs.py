@@ -15,7 +15,7 @@ _BLOCK_BYTES = 64 * 1024
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Write the log of this process to stderr, which is a file if the process is detached."""
+    """Write log messages to stderr. In a detached process, stderr is a log file."""
     logging.basicConfig(
         level=level,
         stream=sys.stderr,
@@ -28,7 +28,10 @@ def configure_logging(level: str = "INFO") -> None:
 
 
 def tail_lines(path: Path, count: int) -> list[str]:
-    """Return the last lines of a log as a terminal would show them; [] if the log does not exist yet."""
+    """Return the last `count` lines of a log, or [] if the log does not exist yet.
+
+    As in a terminal, text after a carriage return replaces the text before it.
+    """
     log = LogFile(path)
     text = log.read(log.tail_offset(count)).decode(errors="replace")
     lines = text.removesuffix("\n").split("\n") if text else []
@@ -36,10 +39,10 @@ def tail_lines(path: Path, count: int) -> list[str]:
 
 
 class LogFile:
-    """A log that a process appends to and that can be cut to limit its size; byte offsets stay valid after a cut.
+    """A log file whose beginning can be cut off to limit its size; byte offsets stay valid after a cut.
 
-    A cut keeps the last part of the log, until the next cut, in a second file whose suffix is the offset of its first byte.
-    For example, `engine.log.0` contains the first 50 MB of the log, and `engine.log` the rest.
+    A cut moves the last part of the log to a second file, and deletes the second file of the previous cut. The suffix of
+    the second file is the offset of its first byte: `engine.log.0` may contain the first 50 MB, and `engine.log` the rest.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,8 +52,8 @@ class LogFile:
     def cut(self, limit_bytes: int) -> bool:
         """Cut the file if it is longer than `limit_bytes`, and return whether it was cut.
 
-        Its last `limit_bytes` bytes are moved to the second file, and the file is truncated. The process that writes to it
-        has it open for appending, so it continues at the beginning of the empty file.
+        The last `limit_bytes` bytes are moved to the second file, and the log file is truncated. The writing process has the
+        log file open for appending, so its next write starts at the beginning of the empty file.
         """
         skipped = _size(self.path) - limit_bytes
         if skipped <= 0:
@@ -74,7 +77,7 @@ class LogFile:
             return (base - _size(old) if old else base), base + _size(self.path)
 
     def read(self, offset: int, limit_bytes: int | None = None) -> bytes:
-        """Return the content that follows an offset; if the offset was cut off, start at the first available byte."""
+        """Return the content from byte `offset` on; if this byte was cut off, start at the first available byte."""
         with self._locked(fcntl.LOCK_SH):
             old, base = self._old_part()
             content = b""
@@ -86,7 +89,7 @@ class LogFile:
             return content
 
     def tail_offset(self, lines: int) -> int:
-        """Return the offset of the last `lines` lines."""
+        """Return the offset at which the last `lines` lines begin."""
         start, end = self.range()
         at = end
         while at > start and lines:
@@ -104,7 +107,7 @@ class LogFile:
 
     @contextlib.contextmanager
     def _locked(self, operation: int) -> Iterator[None]:
-        """Lock the log: readers share the lock, a cut holds it exclusively, so that no reader sees a partial cut."""
+        """Lock the log: shared for readers, exclusive for a cut, so that no reader sees a partial cut."""
         mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS requires a writable file for an exclusive lock
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ def absolute_name(name: str, base_dir: Path) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Return whether a name can only be a path."""
+    """Return whether a name must be a path, because it begins with `/`, `./`, `../` or `~`, or is `.` or `..`."""
     return name in (".", "..") or name.startswith(("/", "./", "../", "~"))
 
 
@@ -20,7 +20,7 @@ def expanded(name: str) -> Path | None:
     """Return a name as a path with `~` expanded; None if the name cannot be a path."""
     try:
         return Path(name).expanduser()
-    except RuntimeError:  # the user does not exist
+    except RuntimeError:  # the user in `~user` does not exist
         return None
 
 

@@ -23,7 +23,7 @@ class UserPaths:
 
     @property
     def models_dir(self) -> Path:
-        """Folder of the models, by name (`<org>/<name>`), and of the run directories (`finetuned/`)."""
+        """Folder with the models (`<org>/<name>`) and the run directories (`finetuned/`)."""
         return self.data_dir / "models"
 
     @property
@@ -38,9 +38,10 @@ class UserPaths:
 
 
 def get_user_paths() -> UserPaths:
-    """Return this user's folders: below `SAGE_HOME` if that is set, else the XDG folders.
+    """Return this user's folders: folders below `SAGE_HOME` if it is set, else the XDG folders.
 
-    Source: XDG Base Directory Specification 0.8; used on every platform, so that the documentation is valid for all.
+    XDG folders are used on every platform, so that the documentation is the same for all platforms.
+    Source: XDG Base Directory Specification 0.8.
     """
     home = os.environ.get("SAGE_HOME")
     if home:
@@ -52,7 +53,7 @@ def get_user_paths() -> UserPaths:
 
 @contextlib.contextmanager
 def usable_state_folder() -> Iterator[None]:
-    """Convert an OSError in the `with` block to ConfigError: the state folder cannot be used."""
+    """Convert an OSError in the `with` block to a ConfigError about an unusable state folder."""
     try:
         yield
     except OSError as error:
@@ -64,9 +65,9 @@ def usable_state_folder() -> Iterator[None]:
 
 
 def private_folder(path: Path) -> Path:
-    """Create a folder that only its user may access, and missing parents; if it exists, remove the access of other users.
+    """Create a folder that only the user may access, and its parents; if it exists, remove the access of other users.
 
-    Use it only for SAGE's own folders: a folder chosen by the user keeps its mode.
+    Use this function only for SAGE's own folders. The mode of a folder chosen by the user must not change.
     """
     if not path.parent.is_dir():
         private_folder(path.parent)
@@ -76,7 +77,7 @@ def private_folder(path: Path) -> Path:
 
 
 def private_file(path: Path) -> Path:
-    """Create a file that only its user may access, and missing folders; if it exists, remove the access of other users."""
+    """Create a file that only the user may access, and its folders; if it exists, remove the access of other users."""
     if not path.parent.is_dir():
         private_folder(path.parent)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -91,7 +92,10 @@ def _tighten(path: Path, mode: int) -> None:
 
 
 def tighten(folder: Path) -> None:
-    """Remove the access of other users to a folder and its content, if it exists; earlier versions of SAGE allowed it."""
+    """If the folder exists, remove the access of other users to it and its content.
+
+    Earlier versions of SAGE created folders that other users could read.
+    """
     if folder.is_dir():
         for path in (folder, *folder.rglob("*")):
             with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""Detached processes: each is started under a file lock, by which it is found again after its parent has exited.
+"""Detached processes: each holds a file lock, so that SAGE can find the process after its parent has exited.
 
 A process is alive as long as its lock is held. The kernel releases a lock when the last process that holds it ends for any
-reason, and unlike a PID, a lock is not reused. The child inherits the locked descriptor, so it needs no code for this.
+reason, and unlike a PID, a lock is not reused. The child inherits the locked descriptor, so it needs no locking code.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ __all__ = ["ProcessIdentity", "ProcessSpec", "claimed_lock", "describe_exit", "e
 LOCK_FD_VARIABLE = "SAGE_LOCK_FD"
 _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 
-#: Time for which `try_lock` retries, because `holder` takes a shared lock for a moment.
+#: Seconds for which `try_lock` retries, because `holder` takes a shared lock for a moment.
 _PROBE_SECONDS = 0.1
-#: Maximum time between the release of a process's lock and the moment at which its parent can collect its exit code.
+#: Maximum seconds between the release of a process's lock and the time when the parent can read the exit code.
 _COLLECT_SECONDS = 1.0
-#: Maximum number of exit codes that are kept.
+#: Maximum number of exit codes kept in `_exit_codes`.
 _EXIT_CODES = 1000
 
-#: Children of this process whose exit codes have not been collected yet, by lock.
+#: Children of this process, by lock path, until their exit codes are read.
 _children: dict[Path, "subprocess.Popen[bytes]"] = {}
 _exit_codes: dict[Path, int] = {}
 
@@ -46,11 +46,11 @@ class ProcessSpec:
 
     argv: tuple[str, ...]
     lock_path: Path  #: locked as long as the process is alive
-    log_path: Path  #: its stdout and stderr are appended here
+    log_path: Path  #: stdout and stderr of the process are appended to this file
     env: Mapping[str, str] = field(default_factory=dict)  #: added to the parent's environment
     holds_sigterm: bool = False  #: block SIGTERM until the process unblocks it, so that an early SIGTERM is not lost
     pass_fds: tuple[int, ...] = ()  #: descriptors that the process inherits, with the same numbers
-    port: int | None = None  #: port to listen on, 0 for any free one; None: the process does not listen
+    port: int | None = None  #: port to listen on (0: any free port); None: the process does not listen
 
 
 def try_lock(path: Path) -> int | None:
@@ -71,14 +71,14 @@ def try_lock(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def held_lock(path: Path) -> Iterator[None]:
-    """Wait for the lock and hold it within the `with` block; for short work that must not run concurrently."""
+    """Wait for the lock and hold it in the `with` block. Use it for short work that must not run concurrently."""
     with private_file(path).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def write_identity(descriptor: int) -> ProcessIdentity:
-    """Write this process's identity into a lock file whose lock it holds."""
+    """Write the identity of this process into a lock file that this process has locked, and return it."""
     identity = ProcessIdentity.of(os.getpid())
     _write(descriptor, identity)
     return identity
@@ -87,7 +87,7 @@ def write_identity(descriptor: int) -> ProcessIdentity:
 def spawn(spec: ProcessSpec) -> ProcessIdentity:
     """Start a detached process under its lock, in a new session.
 
-    Raises Conflict if a process already runs under that lock, OSError if the process cannot be started.
+    Raises Conflict if a process already holds the lock, and OSError if the new process cannot be started.
     """
     with claimed_lock(spec.lock_path) as descriptor:
         return start(spec, descriptor)
@@ -95,7 +95,7 @@ def spawn(spec: ProcessSpec) -> ProcessIdentity:
 
 @contextlib.contextmanager
 def claimed_lock(path: Path) -> Iterator[int]:
-    """Hold the lock for a process that is to be started; raises Conflict if a process already runs under the lock."""
+    """Hold a lock that a new process will inherit; raises Conflict if another process already holds the lock."""
     descriptor = try_lock(path)
     if descriptor is None:
         raise Conflict(code="already_running", message=f"A process already runs under {path}.")
@@ -122,7 +122,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
     try:
         identity = ProcessIdentity.of(child.pid)
         _write(lock, identity)
-    except BaseException:  # for example a full disk: kill the process, because nobody could find it
+    except BaseException:  # for example, the disk is full: without its identity in the file, the process cannot be found
         child.kill()
         child.wait()
         raise
@@ -133,7 +133,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
 
 @contextlib.contextmanager
 def _blocked_sigterm(block: bool) -> Iterator[None]:
-    """Block SIGTERM in this thread if `block` is set; a child process inherits the blocking."""
+    """Block SIGTERM in this thread if `block` is True; a child process inherits the blocked signals."""
     if not block:
         yield
         return
@@ -146,7 +146,7 @@ def _blocked_sigterm(block: bool) -> Iterator[None]:
 
 def holder(lock_path: Path) -> ProcessIdentity | None:
     """Return the process that holds the lock, or None if the lock is free; the PID is 0 if the process is not found."""
-    _collect(lock_path)  # otherwise the child would stay a zombie
+    _collect(lock_path)  # otherwise a child that has exited would stay a zombie
     try:
         descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -167,7 +167,7 @@ def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessId
     """Return the processes that were started under these locks, found by their environment variables.
 
     Reading the variables of all processes is slow, but needs no lock file: a process is also found if its parent crashed
-    before writing the lock file, or if the file was removed. Of several processes under one lock, the oldest is returned.
+    before writing the lock file, or if the file was removed. If a lock has several processes, the oldest is returned.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
     for pid in psutil.pids() if wanted else ():
@@ -179,7 +179,7 @@ def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessId
 
 
 def last_holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process whose identity is in the lock file, whether it is alive or not; None if there is none."""
+    """Return the process whose identity is in the lock file, even if it has exited; None if no identity is found."""
     try:
         with lock_path.open("rb") as file:
             return _read(file.fileno())
@@ -188,7 +188,7 @@ def last_holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def leftovers(lock_path: Path) -> list[int]:
-    """Return the PIDs of the processes that an exited process has left in its session; [] as long as it is alive."""
+    """Return the PIDs that still run in the session of an exited process; [] if that process is still alive."""
     recorded = last_holder(lock_path)
     if recorded is None or recorded.is_alive():
         return []
@@ -229,8 +229,8 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    """Return the path of the lock that a process was started under, from its environment; empty if it has none."""
-    with contextlib.suppress(psutil.Error):  # not OSError: if no descriptor is free, the lock is unknown
+    """Return the path of a process's lock from the process's environment, or "" if it was started without a lock."""
+    with contextlib.suppress(psutil.Error):  # not OSError: without a free file descriptor, the lock cannot be read
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class ProgressBar:
-    """Progress bar on stderr, shown only if that is a terminal, and removed at the end."""
+    """Progress bar on stderr. It is shown only if stderr is a terminal, and removed at the end."""
 
     def __init__(self, title: str) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[figures]}"))

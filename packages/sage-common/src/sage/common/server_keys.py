@@ -1,4 +1,4 @@
-"""Keys with which the gateway sends requests to inference servers, so that a web page in a browser cannot."""
+"""Keys that the gateway sends to inference servers. A web page in a browser has no key, so its requests are refused."""
 
 import functools
 import hmac
@@ -20,7 +20,7 @@ def server_key(token: str) -> str:
 
 @functools.cache
 def _secret(folder: Path) -> bytes:
-    """Return the secret in the state folder; make it if it does not exist."""
+    """Return the secret in the state folder; create the secret if it does not exist."""
     path = private_folder(folder) / "servers.key"
     with held_lock(folder / "servers.key.lock"):
         if not path.is_file():

@@ -5,7 +5,7 @@ progress, the training series, Prometheus metrics, the command line and the dash
 `FIGURES`:
 
     for figure in FIGURES:
-        value = getattr(progress, figure.name)  # of a TrainingProgress, TrainingStep or StepEvent
+        value = getattr(progress, figure.name)  # progress: TrainingProgress, TrainingStep or StepEvent
         if value is not None:
             print(figure.title, figure.text(value))
 
@@ -70,7 +70,7 @@ FIGURES: tuple[Figure, ...] = tuple(_declared(name) for name in StepMetrics.mode
 
 
 class TrainingStep(StepMetrics):
-    """One optimizer step of a run, as the training series returns it."""
+    """One optimizer step in the training series of a run."""
 
     step: int
 
@@ -205,7 +205,7 @@ class FailedEvent(RunEvent):
     hint: str | None = Field(None, description="What to do next.")
 
 
-#: Any event; the field `event` is the kind.
+#: Any event of a run; the field `event` contains the type of the event.
 AnyRunEvent: TypeAlias = (
     LaunchedEvent
     | ProgressEvent
@@ -224,7 +224,7 @@ _ADAPTER: TypeAdapter[AnyRunEvent] = TypeAdapter(Annotated[AnyRunEvent, Field(di
 
 
 def parse_event(line: bytes) -> AnyRunEvent | None:
-    """Return the event in a line, or None if the line is damaged, a field is missing, or the kind is unknown."""
+    """Return the event in a line, or None if the line is damaged, a field is missing, or the type is unknown."""
     try:
         return _ADAPTER.validate_json(line)
     except ValidationError:

@@ -11,7 +11,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def validated(model: type[ModelT], values: dict[str, Any], what: str = "option") -> ModelT:
-    """Return an instance of `model` with `values`.
+    """Validate `values` and return them as an instance of `model`.
 
     Raises ConfigError, which names the first invalid option, the given value and the allowed values.
     """

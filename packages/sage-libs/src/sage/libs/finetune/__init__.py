@@ -1,7 +1,7 @@
 """Fine-tuning: runs, their data, the trainer, and the worker process.
 
-`FinetuneManager` and `FinetuneConfig` are the interface; neither imports torch. They are imported on first use, because a
-command that only shows progress needs neither.
+`FinetuneManager` and `FinetuneConfig` are the public interface. They do not import torch. They are imported on first use,
+because a command that only shows progress does not need them.
 """
 
 from typing import TYPE_CHECKING, Any

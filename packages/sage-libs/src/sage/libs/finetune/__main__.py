@@ -1,6 +1,6 @@
 """`python -m sage.libs.finetune`: runs without the control plane, in the foreground, for notebooks and batch jobs.
 
-Ctrl-C or SIGTERM saves a checkpoint and the result so far; `resume` continues.
+Ctrl-C or SIGTERM saves a checkpoint and the result so far; the command `resume` continues the run.
 """
 
 import argparse

@@ -11,12 +11,12 @@ from sage.common.validation import validated
 from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.data.sources import Source, absolute
 
-#: Options of adapters and of a frozen base; full fine-tuning does not accept them.
+#: Options of adapters and of the frozen base model; full fine-tuning does not accept them.
 _OF_LORA = (
     "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora",
     "use_dora", "loraplus_lr_ratio", "quantization",
 )  # fmt: skip
-#: Options of supervised fine-tuning; the methods of TRL do not accept them.
+#: Options of supervised fine-tuning; the methods that use TRL do not accept them.
 _OF_SFT = (
     "train_on", "pack_tokens", "eval_path", "eval_split", "eval_steps", "early_stopping_patience", "sample_prompts",
     "keep_best", "streaming", "neftune_noise_alpha", "loraplus_lr_ratio", "num_processes",
@@ -119,7 +119,7 @@ class FinetuneConfig(BaseModel):
         return [Source.parse(text) for text in texts]
 
     def _given(self, names: tuple[str, ...]) -> list[str]:
-        """Return those of the options `names` that differ from their defaults."""
+        """Return the options in `names` whose values differ from the defaults."""
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     @field_validator("dataset_path")
@@ -170,7 +170,7 @@ class FinetuneConfig(BaseModel):
 
 
 def load_config(path: Path) -> FinetuneConfig:
-    """Return the configuration in a YAML file; relative paths in it are resolved from the working directory.
+    """Load the configuration from a YAML file; relative paths in the file are resolved from the working directory.
 
     Raises ConfigError, which names the file, or the invalid option and its allowed values.
     """

@@ -1,4 +1,4 @@
-"""Create, start, stop and read runs. All state is on disk, and memory holds only caches; does not import torch."""
+"""Create, start, stop and read runs. The state is on disk; memory contains only caches. Does not import torch."""
 
 import contextlib
 import hashlib
@@ -34,16 +34,16 @@ from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive
 from sage.libs.finetune.run.summary import Summary, catch_up, read_summary
 from sage.libs.models.resolve import ModelKind, resolve_model
 
-#: Maximum time in which a worker exits after reporting the end of its run; a new worker waits for that.
+#: Maximum seconds between the last event of a run and the exit of its worker; a new worker is started after the exit.
 _EXIT_SECONDS = 10.0
-#: Number of samples of each dataset that `create` checks; the worker checks all of them.
+#: Maximum number of samples per dataset that `create` checks; the worker checks all samples.
 _CHECKED_SAMPLES = 20_000
-#: Maximum number of runs whose steps are cached, so that repeated requests do not read the same events again.
+#: Maximum number of runs whose steps are cached, so that the next request reads only new events.
 _KEPT_SERIES = 16
-#: By default glibc returns the memory of large freed tensors to the kernel, which must clear the pages of the next tensor.
-#: With these settings a step on the CPU takes 5 % less time, and peak memory is the same.
+#: glibc settings that keep the memory of freed tensors. By default, glibc returns large blocks to the kernel, and the kernel
+#: clears the pages for each new tensor. With these settings a step on a CPU takes 5 % less time, with the same peak memory.
 _MALLOC = "arena_max=1", "mmap_threshold=268435456", "trim_threshold=1073741824"
-#: Environment variables of a worker, unless the user sets them.
+#: Default environment variables of a worker. Values that the user has set are not changed.
 WORKER_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in _MALLOC),
@@ -54,27 +54,27 @@ class FinetuneManager:
     """Creates, starts, stops and reads runs below one folder."""
 
     def __init__(self, root: Path | None = None, *, allow_reward_files: bool = False) -> None:
-        """Keep runs below `root`, by default the user's `models/finetuned`.
+        """root: folder of the run directories; default: the user's `models/finetuned`.
 
-        allow_reward_files: whether runs may use reward functions in Python files; these files are executed on this machine.
+        allow_reward_files: whether runs may use Python files with reward functions; the worker executes these files.
         """
         self.root = root or get_user_paths().finetuned_dir
         self._allow_reward_files = allow_reward_files
         self._status_cache: dict[str, Summary] = {}
-        self._series: dict[str, StepSeries] = {}  #: by run, the most recently used last
+        self._series: dict[str, StepSeries] = {}  #: by task id; the most recently used is the last
         self._series_lock = threading.Lock()
 
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
-        """Check everything that can be checked without loading a model, then create the run directory; return the run's id.
+        """Check the configuration without loading a model, create the run directory, and return the run's id.
 
-        Raises DatasetError, ModelError or OutputError, or ConfigError if the checkpoint to continue from does not match. If
-        it raises an error, nothing was written.
+        Raises DatasetError, ModelError, OutputError, or ConfigError (the checkpoint to continue from does not match). If it
+        raises an error, nothing was written.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
             _check_method(config, self._allow_reward_files)
         for dataset in config.sources:
-            check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks the rest
+            check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks all samples
         if config.eval_path:
             check_dataset(Path(config.eval_path), _CHECKED_SAMPLES, parse, "validation").raise_for_faults()
         source = resolve_model(config.base_model)
@@ -108,14 +108,14 @@ class FinetuneManager:
         return task_id
 
     def start_training(self, task_id: str) -> ProcessIdentity:
-        """Start a run's worker; it continues from the newest checkpoint if there is one.
+        """Start the worker of a run. It continues from the newest checkpoint if there is one.
 
-        Raises Conflict if the run is running already.
+        Raises Conflict if the run already has a process.
         """
         return spawn(self.process_spec(task_id))
 
     def process_spec(self, task_id: str) -> ProcessSpec:
-        """Return the worker process to start, and append the event `launched`; raises Conflict if the run has a process."""
+        """Append the event `launched`, and return the worker process to start; raises Conflict if the run has a process."""
         run = self.run_directory(task_id)
         if not self._wait_for_exit(task_id):
             raise Conflict(code="already_running", message=f"{task_id} is running already.")
@@ -127,8 +127,8 @@ class FinetuneManager:
     def resume(self, task_id: str) -> ProcessIdentity:
         """Start a stopped or failed run again.
 
-        Raises Conflict if the run is running or completed or if its data has changed, OutputError if its output folder
-        belongs to another run.
+        Raises Conflict if the run is running or completed, or if its data has changed. Raises OutputError if its output
+        folder belongs to another run.
         """
         self.check_resumable(task_id)
         return self.start_training(task_id)
@@ -148,7 +148,7 @@ class FinetuneManager:
             )
 
     def check_resumable_quick(self, task_id: str) -> None:
-        """Raise Conflict or OutputError if the run cannot be resumed, without checking whether its data has changed."""
+        """Raise Conflict or OutputError if the run cannot be resumed. Do not check whether the data has changed."""
         state, spec = self.status(task_id).state, self.run_directory(task_id).read_spec()
         if state is RunState.COMPLETED:
             raise Conflict(
@@ -161,39 +161,39 @@ class FinetuneManager:
         check_claim(Path(spec.config.output_dir), task_id)
 
     def stop(self, task_id: str, *, force: bool = False) -> bool:
-        """Ask a run to save a checkpoint and exit (`force`: kill it), without waiting; return False if it has no process."""
+        """Ask a run to save a checkpoint and exit (`force`: kill it); do not wait. Return False if it has no process."""
         process = self.process(task_id)
         return process.send_signal(signal.SIGKILL if force else signal.SIGTERM) if process else False
 
     def request_checkpoint(self, task_id: str) -> None:
-        """Ask a run to save a checkpoint after its current step; return at once. The losses of the run do not change."""
+        """Ask a run to save a checkpoint after its current step; do not wait. The losses of the run do not change."""
         self.run_directory(task_id).request_checkpoint()
 
     def publish_checkpoint(self, task_id: str, step: int) -> Path:
-        """Return a folder with the adapter and the tokenizer of a checkpoint, which the run does not remove or change.
+        """Return a folder with the adapter and tokenizer of a checkpoint. The run does not remove or change this folder.
 
-        Raises ModelError if the checkpoint holds no adapter, OSError if it has been removed meanwhile.
+        Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
         """
         return publish_checkpoint(self.run_directory(task_id), step)
 
     def status(self, task_id: str) -> RunStatus:
         """Return the status of a run."""
         run = self.run_directory(task_id)
-        alive = holder(run.lock_path) is not None  # before the events: a process that exits later has reported its end
+        alive = holder(run.lock_path) is not None  # before reading events, so that the last event is not missed
         summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
         self._status_cache[task_id] = summary
         return derive(summary.status, alive=alive)
 
     def process(self, task_id: str) -> ProcessIdentity | None:
-        """Return the process of a run, or None if there is none."""
+        """Return the process of a run, or None if the run has no process."""
         return holder(RunDirectory(self.root / task_id).lock_path)
 
     def events(self, task_id: str, offset: int = 0) -> Iterator[tuple[AnyRunEvent, int]]:
-        """Yield a run's events after a byte offset, each with the offset of its end."""
+        """Yield the events of a run after a byte offset; each event comes with the byte offset of its end."""
         return self.run_directory(task_id).read_events(offset)
 
     def training_steps(self, task_id: str, after: int = 0, max_points: int | None = None) -> Sequence[TrainingStep]:
-        """Return a run's steps after step `after`, downsampled to at most `max_points`; reads only new events."""
+        """Return the steps of a run after step `after`, downsampled to at most `max_points`. Only new events are read."""
         run = self.run_directory(task_id)
         with self._series_lock:  # concurrent requests share one series
             series = self._series.pop(task_id, None) or StepSeries(run)
@@ -203,7 +203,7 @@ class FinetuneManager:
         return series.read(after, max_points)
 
     def logs(self, task_id: str, tail: int = 100) -> list[str]:
-        """Return the last lines of a run's log."""
+        """Return the last `tail` lines of a run's log."""
         return tail_lines(self.run_directory(task_id).log_path, tail)
 
     def list(self) -> list[str]:
@@ -215,7 +215,7 @@ class FinetuneManager:
         return [name for _, name in sorted(begun)]
 
     def delete(self, task_id: str) -> None:
-        """Remove a run's directory with its checkpoints; the output folder stays. Raises Conflict while it runs."""
+        """Remove a run's directory with its checkpoints, but not its output folder. Raises Conflict if it is running."""
         if not self._wait_for_exit(task_id):
             raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop it first.")
         shutil.rmtree(self.run_directory(task_id).path)
@@ -224,7 +224,7 @@ class FinetuneManager:
             self._series.pop(task_id, None)
 
     def _wait_for_exit(self, task_id: str) -> bool:
-        """Return whether a run has no process; if it has reported its end, wait until its process has exited."""
+        """Return whether a run has no process. If the run has reported its end, wait first until its process exits."""
         deadline = time.monotonic() + _EXIT_SECONDS
         while self.process(task_id):
             if self.status(task_id).state in ALIVE or time.monotonic() > deadline:
@@ -233,7 +233,7 @@ class FinetuneManager:
         return True
 
     def run_directory(self, task_id: str) -> RunDirectory:
-        """Return a run's directory; raises NotFound."""
+        """Return the directory of a run; raises NotFound if there is no such run."""
         run = RunDirectory(self.root / task_id)
         if not run.spec_path.is_file():
             known = json.dumps(self.list()[-5:])
@@ -244,7 +244,7 @@ class FinetuneManager:
 
 
 def _data_hash(config: FinetuneConfig) -> str:
-    """Return the SHA-256 of the training data and the reward file; raises DatasetError or ConfigError if one is missing."""
+    """Return the SHA-256 of training data and reward file; raises DatasetError or ConfigError if a file is missing."""
     datasets = dataset_hash(*(dataset.path for dataset in config.sources))
     if not config.reward_file:
         return datasets

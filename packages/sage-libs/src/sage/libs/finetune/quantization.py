@@ -1,7 +1,7 @@
 """Find bitsandbytes, which is installed in a separate folder.
 
-PEFT imports bitsandbytes whenever it can, which takes 2 s. So `make setup` installs it into a separate folder, and only a
-run that may use it adds this folder to its path.
+If bitsandbytes is importable, PEFT imports it, which takes 2 s. Therefore `make setup` installs bitsandbytes into a separate
+folder. A run adds this folder to its path only if it may use bitsandbytes.
 """
 
 import importlib.util
@@ -15,12 +15,12 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def has_gpu() -> bool:
-    """Return whether this machine has the driver of a GPU, without importing torch."""
+    """Return whether this machine has a GPU driver; does not import torch."""
     return any(Path(driver).exists() for driver in _DRIVERS)
 
 
 def find_bitsandbytes() -> Path | None:
-    """Return the folder of packages with bitsandbytes, or None if it is not installed."""
+    """Return the folder that contains the package bitsandbytes, or None if bitsandbytes is not installed."""
     if (spec := importlib.util.find_spec("bitsandbytes")) and spec.origin:
         return Path(spec.origin).parents[1]
     aside = Path(sys.prefix) / "quantization"
@@ -28,7 +28,7 @@ def find_bitsandbytes() -> Path | None:
 
 
 def make_importable(config: FinetuneConfig) -> None:
-    """Add the folder of bitsandbytes to this process's path, if the run may use it. Call it before importing PEFT."""
+    """Add the folder of bitsandbytes to `sys.path` if the run may use bitsandbytes. Call this before importing PEFT."""
     may_use = config.quantization in ("8bit", "4bit") or (config.quantization is None and config.use_8bit and has_gpu())
     if may_use and (folder := find_bitsandbytes()) and str(folder) not in sys.path:
         sys.path.append(str(folder))

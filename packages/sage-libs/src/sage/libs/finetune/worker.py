@@ -1,6 +1,6 @@
 """`python -m sage.libs.finetune.worker RUN_DIR`: the process that executes one run.
 
-It holds the run's lock, appends the run's events, and exits with code 0 if the run is completed or stopped.
+The process holds the run's lock, appends the run's events, and exits with code 0 if the run is completed or stopped.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from sage.libs.finetune.training.stopping import StopRequest
 from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
-#: If less disk space than this is free, an error is reported as a full disk.
+#: If fewer bytes of disk space are free, an error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: transformers imports these if they are installed; they are not used here, and take a second and 120 MB.
+#: Packages that transformers imports if they are installed. SAGE does not use them; the imports take 1 s and 120 MB.
 _UNUSED = ("datasets", "pandas", "scipy", "sklearn")
-#: After this delay a failed process checks whether the main process has exited.
+#: Seconds after which a failed process checks whether the main process has exited.
 _LEADER_SECONDS = 1.0
 
 
@@ -53,27 +53,27 @@ def main(argv: list[str]) -> int:
         write_identity(descriptor)
         run.append_event(LaunchedEvent())
     configure_logging()
-    warnings.simplefilter("ignore", FutureWarning)  # about uses in libraries, which users cannot change
+    warnings.simplefilter("ignore", FutureWarning)  # caused by libraries; users cannot fix them
     stop = StopRequest()
     stop.install()
     try:
         private_folder(run.path)
         run.clear_staging()
-        run.take_checkpoint_request()  # of an earlier process
+        run.take_checkpoint_request()  # discard a request to an earlier process
         run.reserve_space()
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
-        with contextlib.suppress(OSError):  # the run can end without the summary, which only makes reading faster
+        with contextlib.suppress(OSError):  # the summary is optional: it makes reading faster
             write_summary(run)
-    except Exception as error:  # noqa: BLE001 - reported as the end of the run, whatever it is
+    except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         _fail(run, error)
         return 1
     return 0
 
 
 def _follow(run: RunDirectory) -> int:
-    """Train as one of several processes of a run; exit when the main process exits."""
+    """Train as an additional process of a run, under the control of the main process; return the exit code."""
     configure_logging("WARNING")
     warnings.simplefilter("ignore", FutureWarning)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,7 +81,7 @@ def _follow(run: RunDirectory) -> int:
     leader = os.getppid()
     try:
         _train(SilentRunDirectory(run.path), StopRequest())
-    except Exception as error:  # noqa: BLE001 - reported as the end of the run, whatever it is
+    except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:
             _fail(run, error)
@@ -90,7 +90,7 @@ def _follow(run: RunDirectory) -> int:
 
 
 def _fail(run: RunDirectory, error: Exception) -> None:
-    """Report why a run has failed, unless another process of the run has reported it."""
+    """Report why a run has failed, if no other process of the run has reported a failure."""
     logger.error("%s", "".join(traceback.format_exception(error)))
     run.release_space()
     if read_status(run).state is not RunState.FAILED:
@@ -101,9 +101,9 @@ def _fail(run: RunDirectory, error: Exception) -> None:
 def _train(run: RunDirectory, stop: StopRequest) -> None:
     config = run.read_spec().config
     make_importable(config)
-    # Either imports torch, which takes seconds; signals are caught already.
+    # Both modules import torch, which takes seconds; the signal handlers are already installed.
     if config.method == "sft":
-        sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # from here on they count as not installed
+        sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # treat the packages as not installed
         from sage.libs.finetune.training.trainer import TrainingRun as Run
     else:
         from sage.libs.finetune.training.preference import PreferenceRun as Run
@@ -111,7 +111,7 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
 
 
 def _reported(error: Exception, run: RunDirectory) -> SageError:
-    """Return the error to report to the user."""
+    """Convert an exception to the error that is reported to the user."""
     if isinstance(error, SageError):
         return error
     log = f"Full traceback: {run.log_path}."
@@ -147,7 +147,7 @@ def _is_full(error: Exception, folder: Path) -> bool:
 def _fullest(run: RunDirectory) -> Path:
     """Return the folder with the least free disk space among the folders that a run writes to."""
     folders = [run.path]
-    with contextlib.suppress(Exception):  # reading the spec may be what failed
+    with contextlib.suppress(Exception):  # the spec may be unreadable
         folders.append(Path(run.read_spec().config.output_dir))
     return min((folder for folder in folders if folder.is_dir()), key=lambda folder: shutil.disk_usage(folder).free)
 

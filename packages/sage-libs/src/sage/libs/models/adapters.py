@@ -1,4 +1,4 @@
-"""Attach adapters to their base model, and merge them into it."""
+"""Attach an adapter to its base model, and merge an adapter into its base model."""
 
 import copy
 import hashlib
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Attach the adapter in a folder to a base; log a warning if it was trained on another base.
+    """Attach the adapter in a folder to a base model; log a warning if it was trained on another base model.
 
-    Raises ModelError if the adapter does not fit the base: different shapes, missing or unexpected weights.
+    Raises ModelError if the adapter does not fit the base model: different shapes, missing or unexpected weights.
     """
     _warn_of_another_base(base, folder)
     try:
@@ -33,13 +33,13 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
             raise ValueError("megatron_config names a module to import, which is not supported")
         config.inference_mode, base_name = not is_trainable, config.base_model_name_or_path
         model = get_peft_model(base, config)
-        config.base_model_name_or_path = base_name  # keep the name in the adapter's config, not the local folder
+        config.base_model_name_or_path = base_name  # restore the name: get_peft_model replaces it by the local folder
         result = model.load_adapter(str(folder), model.active_adapter, is_trainable=is_trainable)
     except Exception as error:  # PEFT raises all kinds of exceptions for a broken config
         if is_out_of_memory(error):
             raise
         raise _unfit(folder, first_line(error)) from error
-    if result.unexpected_keys and not config.is_prompt_learning:  # PEFT loads virtual tokens apart from these keys
+    if result.unexpected_keys and not config.is_prompt_learning:  # PEFT loads virtual tokens separately
         raise _unfit(folder, f"the base has no layer for its weight {result.unexpected_keys[0]}")
     if result.missing_keys:
         raise _unfit(folder, f"it has no weight for {result.missing_keys[0]}")
@@ -48,11 +48,11 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
 
 
 def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the weights of a plain LoRA adapter by the name of the linear layer that they change; the base is unchanged.
+    """Return the weights (A, B) of a plain LoRA adapter, by name of the linear layer; the base model is not changed.
 
-    Each is (A, B): A, (rank, in_features), and B, (rank, out_features), which includes the scaling: the layer's output for
-    x changes by x @ A.T @ B. PEFT reads the adapter, so its patterns of layers, ranks and scalings are applied as PEFT does.
-    Raises ModelError if the adapter does not fit the base, or has weights that are not finite.
+    A: (rank, in_features).  B: (rank, out_features), scaled. The adapter adds x @ A.T @ B to the layer's output for x.
+    PEFT loads the adapter, so that patterns for layers, ranks and scalings in its config have the same meaning as in PEFT.
+    Raises ModelError if the adapter does not fit the base model, or if a weight is not finite.
     """
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     attached = attach_adapter(copy.deepcopy(base, shared), folder)
@@ -69,9 +69,9 @@ def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Te
 
 
 def merged(model: PeftModel) -> Any:
-    """Merge the adapter into its base and return the base; return the model unchanged if it cannot be merged.
+    """Merge the adapter into its base model and return the base model; if this is not supported, return `model` unchanged.
 
-    If the adapter changes a tied lm_head or embedding, the two are untied first, because merging changes weights in place.
+    Merging changes weights in place. Therefore lm_head and embedding are untied first if the adapter changes one of them.
     """
     if not hasattr(model.base_model, "merge_and_unload"):
         return model
@@ -93,7 +93,7 @@ def _untie_head(base: PreTrainedModel) -> None:
 
 
 def _without_adapter(module: Any) -> Any:
-    """Return the layer inside PEFT's wrappers."""
+    """Return the layer without PEFT's wrappers."""
     while inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None):
         module = inner
     return module
@@ -109,13 +109,17 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
 
 
 def _trained_base(folder: Path, found: str) -> str:
-    """Return the fingerprint of an adapter's base: from sage_run.json, else of the first base that it was used with."""
+    """Return the fingerprint of the base model that an adapter was trained on.
+
+    It is read from sage_run.json. If it is not there, the first base model that was used with the adapter is assumed.
+    found: fingerprint of the base model that is used now.
+    """
     try:
         expected = json.loads((folder / "sage_run.json").read_text(encoding="utf-8")).get("base_sha256")
         if isinstance(expected, str):
             return expected
     except (OSError, ValueError, AttributeError):
-        pass  # trained by another tool, or by an earlier version of SAGE
+        pass  # the adapter was trained by another tool or an earlier version of SAGE
     try:
         weights = (folder / "adapter_model.safetensors").stat()
         key = hashlib.sha256(f"{folder.resolve()} {weights.st_size} {weights.st_mtime_ns}".encode()).hexdigest()

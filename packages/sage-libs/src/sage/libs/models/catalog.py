@@ -1,4 +1,4 @@
-"""List and import models of the models folder."""
+"""List the local models, and import models into the models folder."""
 
 import os
 import re
@@ -26,7 +26,7 @@ class ModelEntry:
 
 
 def list_models() -> list[ModelEntry]:
-    """Return the local models, sorted by name: those in the models folder and in installed packages."""
+    """Return the models in the models folder and in installed packages, sorted by name."""
     paths = get_user_paths()
     entries: dict[str, ModelEntry] = {}
     for name, packaged in PACKAGED.items():
@@ -38,7 +38,7 @@ def list_models() -> list[ModelEntry]:
             continue
         try:
             source = inspect_folder(folder, name)
-        except SageError:  # the folder of an organisation, or not a model
+        except SageError:  # the folder contains other models, or no model
             continue
         entries[name] = ModelEntry(name, source.kind, _size_bytes(folder), folder)
     return sorted(entries.values(), key=lambda entry: entry.name)
@@ -47,7 +47,7 @@ def list_models() -> list[ModelEntry]:
 def import_model(folder: Path, name: str) -> Path:
     """Copy a model atomically into the models folder, and return its path.
 
-    Raises ModelError if the folder has no model, ConfigError if the name is invalid, Conflict if the name is in use.
+    Raises ModelError if the folder has no model, ConfigError if the name is invalid, and Conflict if the name is in use.
     """
     if not _NAME.fullmatch(name) or ".." in name or name.startswith(("finetuned", ".")):
         raise ConfigError(

@@ -1,7 +1,4 @@
-"""Render chats to tokens, in the same way for training and serving.
-
-Training, evaluation, sample answers and serving all use `ChatFormat`, so the tokens are equal.
-"""
+"""Convert chats to tokens. Training, evaluation, sample answers and serving use `ChatFormat`, so their tokens are equal."""
 
 import contextlib
 import functools
@@ -10,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
-#: Placeholder text that shows where a template writes a text. Real texts do not contain it, and no template changes it.
+#: Placeholder for the text of a message, to find its position in a rendered chat. No real text or template contains it.
 _PROBE = "Zq7Zq7"
 _CHATML = (
     "{%- if tools %}{{- '<|im_start|>system\n' }}"
@@ -27,7 +24,7 @@ _CHATML = (
 
 
 def ensure_chat_template(tokenizer: Any) -> str | None:
-    """Set ChatML as the template of a tokenizer without one; return the warning to show, or None if it has a template."""
+    """If a tokenizer has no chat template, set ChatML and return a warning for the user; otherwise return None."""
     if tokenizer.chat_template:
         return None
     known = tokenizer.get_vocab()
@@ -38,7 +35,7 @@ def ensure_chat_template(tokenizer: Any) -> str | None:
 
 
 class ChatFormat:
-    """A model's chat template together with its tokenizer."""
+    """The chat template and the tokenizer of a model."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -46,25 +43,25 @@ class ChatFormat:
         self.special_ids |= {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
         plain = self.ids([_PROBE])[0]
         around = list(tokenizer(_PROBE)["input_ids"])
-        #: Tokens that the tokenizer adds before a text: BOS, or no token.
+        #: Token ids that the tokenizer adds before a text: [BOS] or [].
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether the tokens of the parts of a text, concatenated, are the tokens of the text, if no token spans two parts.
-        #: False for tokenizers that add a space before every text.
+        #: Whether the parts of a text, tokenized separately, give the tokens of the whole text if no token spans two parts.
+        #: It is False for a tokenizer that adds a space before every text.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without adding special tokens; uses all cores."""
+        """Return the token ids of each text; no special tokens are added. All texts of a call are tokenized in parallel."""
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
-        """Render a chat to text, with the generation prompt if `prompt` is set. Exceptions of the template propagate."""
+        """Render a chat to text, with the generation prompt if `prompt` is True. The template may raise any exception."""
         text = self.tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False)
         return str(text)
 
     def render_marked(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[tuple[int, int]]] | None:
         """Render a chat, and return the character ranges that the template marks as answers (`{% generation %}`).
 
-        Returns None if the template marks nothing.
+        Returns None if the template marks no answers.
         """
         template = str(self.tokenizer.get_chat_template(tools=tools))
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -81,20 +78,20 @@ class ChatFormat:
         return texts[0], [(int(begin), int(end)) for begin, end in spans[0]]
 
     def prompt_ids(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """Return the prompt of a chat as token ids."""
+        """Return the token ids of a chat with the generation prompt."""
         return self.ids([self.render(messages, tools, prompt=True)])[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the tokens of a plain text, with one BOS if the tokenizer adds it, and without EOS."""
+        """Return the token ids of a plain text without EOS. It begins with one BOS if the tokenizer adds BOS."""
         return [*self.prefix_of(text), *self.ids([text])[0]]
 
     def prefix_of(self, text: str) -> list[int]:
-        """Return the tokens to add before a plain text; [] if it begins with BOS already."""
+        """Return the token ids to add before a plain text; [] if the text already begins with BOS."""
         begins = self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)
         return [] if begins else self.prefix
 
     def split_ids(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """Return the token ids of texts given in parts; no token spans two parts."""
+        """Return the token ids of each part of each text. Parts are tokenized so that no token spans two parts."""
         if self.is_concatenative:
             tokens = iter(self.ids([part for parts in texts for part in parts]))
             return [[next(tokens) for _ in parts] for parts in texts]
@@ -107,29 +104,29 @@ class ChatFormat:
             before = wholes[at - 1] if at else []
             if whole[: len(before)] == before:
                 split.append(whole[len(before) :])
-            else:  # after a line break the tokenizer adds no space
+            else:  # tokenize the part after a line break, where the tokenizer adds no space
                 line_end, part = self.ids(["\n", f"\n{parts[at]}"])
                 split.append(part[len(line_end) :])
         return split
 
     def opening(self, text: str) -> str:
-        """Return the part of `text` before the answer; text: a rendered chat that begins with an assistant message."""
+        """Return the part of `text` before the answer.  text: a rendered chat that begins with an assistant message."""
         asked = [{"role": "user", "content": _PROBE}]
         header = self.render(asked, prompt=True).rpartition(_PROBE)[2]
         header = header.removeprefix(self.render(asked).rpartition(_PROBE)[2])
         return text[: text.index(header) + len(header)] if header and header in text else self.header([], None, text)
 
     def header(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """Return the part of `text` before the answer; text: a rendered chat of `messages` and an answer."""
+        """Return the part of `text` before the answer.  text: the rendered chat of `messages` and an answer."""
         probe = self.render([*messages, {"role": "assistant", "content": _PROBE}], tools)
         at = next((i for i, (a, b) in enumerate(zip(probe, text, strict=False)) if a != b), min(len(probe), len(text)))
         return text[:at]
 
-    @functools.cache  # noqa: B019 - lives as long as its tokenizer
+    @functools.cache  # noqa: B019 - the object and its tokenizer have the same lifetime
     def answer_end(self, *, calls: bool = False) -> int | None:
-        """Return the token that the template writes after an answer (calls: after tool calls).
+        """Return the id of the special token that the template writes after an answer (calls: after tool calls).
 
-        If the template writes no such token, return the first special token of the next message, else EOS.
+        If the template writes no special token there, return the first special token of the next message, else EOS.
         """
         asked = {"role": "user", "content": "Hi"}
         if calls:
@@ -150,7 +147,7 @@ class ChatFormat:
         return end
 
     def end_ids(self, configured: int | Sequence[int] | None) -> list[int]:
-        """Return the tokens that end generation: those of the model's configuration, the tokenizer and the template.
+        """Return the ids of all tokens that end generation, from the model's configuration, the tokenizer and the template.
 
         configured: `eos_token_id` of the model's generation_config.json.
         """

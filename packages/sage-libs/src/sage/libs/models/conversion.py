@@ -25,7 +25,7 @@ _HASH_DIGITS = 16
 
 
 def converted(folder: Path) -> Path:
-    """Return a folder with bf16 safetensors of a GGUF file; convert the file unless its content was converted before."""
+    """Return a folder with the bf16 safetensors of a GGUF file; convert the file if its content is new."""
     gguf = next(folder.glob("*.gguf"))
     root = get_user_paths().models_dir / FOLDER
     with _reported(f"{gguf} cannot be converted to safetensors", root):
@@ -58,7 +58,7 @@ def downloaded(source: ModelSource) -> Path:
 
 
 def with_downloads(source: ModelSource) -> ModelSource:
-    """Return a model after its own download, and that of its base, from the hub; raises ModelError if that fails."""
+    """Download a model and its base model if they are on the hub, and return the model; raises ModelError on failure."""
     missing = [part for part in (source, source.base) if part and part.kind is ModelKind.HUB]
     for part in missing:
         downloaded(part)
@@ -66,7 +66,7 @@ def with_downloads(source: ModelSource) -> ModelSource:
 
 
 def _make(target: Path, write: Callable[[Path], None]) -> None:
-    """Create a folder atomically; the caller must hold its lock."""
+    """Create the folder `target` atomically; the caller must hold the lock of the folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
@@ -81,7 +81,7 @@ def _make(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _reported(failure: str, place: Path) -> Iterator[None]:
-    """Convert any exception to ModelError: libraries raise many kinds for broken files, full disks and network errors."""
+    """Convert any exception to ModelError, because libraries raise many types (broken file, full disk, network error)."""
     try:
         yield
     except SageError:
@@ -100,7 +100,7 @@ def _convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
     )
-    # The weights are dense now, but save_pretrained refuses a model with a quantization config.
+    # Remove the quantization config: the weights are not quantized now, and save_pretrained would refuse the model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

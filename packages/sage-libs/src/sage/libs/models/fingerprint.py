@@ -1,4 +1,4 @@
-"""Compute a fingerprint of a base model without reading all weights, to check whether an adapter was trained on it."""
+"""Compute a fingerprint of a base model without reading all weights, to check which base an adapter was trained on."""
 
 import hashlib
 import json
@@ -9,14 +9,15 @@ from sage.libs.models.resolve import safetensors_header
 
 #: Number of bytes read from the middle of each tensor.
 _SAMPLE_BYTES = 256
-#: Entries of config.json that do not change what the model computes.
+#: Entries of config.json that do not change the results of the model.
 _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
 
 
 def fingerprint(folder: Path) -> str:
-    """Return 64 hex digits that differ between base models, even if the models have the same shape.
+    """Return the fingerprint of a base model: 64 hex digits.
 
-    The digits depend on config.json, the names and shapes of all tensors, and some bytes of each tensor.
+    It depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor. Therefore it differs
+    between models of the same shape.
     Raises ModelError if the folder has no complete model.
     """
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Decide whether an adapter can be loaded into a running server of its base, without reading weights or importing torch."""
+"""Decide whether a running server can load an adapter. Does not read weights, and does not import torch."""
 
 import json
 import re
@@ -9,23 +9,23 @@ from typing import Any
 from sage.common.errors import ModelError
 from sage.libs.models.resolve import safetensors_header
 
-#: Entries of adapter_config.json that plain LoRA may have. Any other entry must have no effect: null, false, empty or 0.
+#: Entries of adapter_config.json that are supported. Any other entry must be null, false, empty or 0.
 _PLAIN = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
     "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
 })  # fmt: skip
-#: Initializations that leave the base as it is; others, such as PiSSA, change it.
+#: Initializations that do not change the base model. Other initializations, such as PiSSA, change its weights.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _LORA_WEIGHT = re.compile(r".*\.lora_[AB]\.weight")
 _HEAD = re.compile(r".*\.(lm_head|embed_out|output_projection)\.lora_[AB]\.weight")
 
 
 def why_not_hot(folder: Path, base_folder: Path) -> str | None:
-    """Return why an adapter must be merged into a copy of its base to be served; None: a running base can load it.
+    """Return None if a running server of the base model can load an adapter; otherwise return the reason why it cannot.
 
-    Raises ModelError if its files cannot be read.
+    If it cannot, the adapter must be merged into a copy of its base model. Raises ModelError if a file cannot be read.
     """
     path = folder / "adapter_config.json"
     try:
@@ -60,6 +60,6 @@ def _weights_problem(header: Mapping[str, Any]) -> str | None:
 
 
 def _base_problem(config: Mapping[str, Any], base_folder: Path) -> str | None:
-    """Return how the base differs from a plain base model; if the base is an adapter, both must be merged."""
+    """Return a problem if the base of the adapter is also an adapter, because both adapters must be merged; else None."""
     is_adapter = (base_folder / "adapter_config.json").is_file()
     return f"its base {config.get('base_model_name_or_path')} is an adapter" if is_adapter else None

@@ -1,4 +1,4 @@
-"""Load weights and tokenizers, only from local folders, without pickles and without remote code."""
+"""Load weights and tokenizers from local folders only; pickles and remote code are not allowed."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ _MOST_NAMED = 5
 def local_folder(source: ModelSource) -> Path:
     """Return a local folder that transformers and PEFT can load; convert or download the model first if needed.
 
-    A GGUF file is converted once to bf16 safetensors in the user's models folder; a hub model is downloaded there.
-    Raises ModelError if that fails.
+    A GGUF file is converted once to bf16 safetensors in the models folder. A hub model is downloaded to the models folder.
+    Raises ModelError if the conversion or the download fails.
     """
     if source.kind is ModelKind.GGUF:
         return converted(source.folder)
@@ -32,7 +32,7 @@ def tokenizer_folder(source: ModelSource, base: Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a model's folder; raises ModelError if there is none, or only a slow one."""
+    """Load the tokenizer in a model's folder; raises ModelError if the folder has no fast tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # broken files raise all kinds of exceptions
@@ -47,9 +47,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise ModelError if the tokenizer can produce tokens that the model in a folder has no embedding for.
+    """Raise ModelError if the tokenizer can produce a token without an embedding in the model.
 
-    Special tokens are allowed if neither the chat template nor BOS, EOS or padding uses them: Gemma 3 has one for images.
+    Special tokens without an embedding are allowed if they are not in the chat template and are not BOS, EOS or padding.
+    For example, Gemma 3 has such a token for images.  folder: folder of the model.
     """
     rows = embedding_rows(folder)
     special = set(tokenizer.all_special_tokens) | {
@@ -72,12 +73,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def embedding_rows(folder: Path) -> int:
-    """Return the number of rows of a model's embedding; raises ModelError if its config does not load."""
+    """Return the number of rows of a model's embedding; raises ModelError if the config cannot be loaded."""
     return int(model_config(folder).vocab_size)
 
 
 def model_config(folder: Path) -> Any:
-    """Return the config of the text model in a folder; raises ModelError if it does not load."""
+    """Return the config of the text model in a folder; raises ModelError if the config cannot be loaded."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         if not isinstance(config.vocab_size, int):
@@ -98,7 +99,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrain
         if is_out_of_memory(error):
             raise
         raise _invalid(folder, f"does not load: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):  # transformers would initialize them randomly
+    if missing := sorted(info["missing_keys"]):  # transformers has initialized these weights randomly
         raise _invalid(folder, f"has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
     return model
 

@@ -1,6 +1,6 @@
-"""Recognize errors of failed allocations. It imports no torch."""
+"""Recognize errors that mean that memory could not be allocated. Does not import torch."""
 
-#: Error messages of the allocators of CUDA, torch on the CPU, C++ and oneDNN.
+#: Parts of error messages after failed allocations in CUDA, torch (CPU), C++ and oneDNN.
 _MESSAGES = (
     "out of memory",
     "can't allocate memory",
@@ -12,5 +12,5 @@ _MESSAGES = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that an allocation failed."""
-    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the latter is torch's
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch.OutOfMemoryError
     return is_named or any(words in str(error) for words in _MESSAGES)

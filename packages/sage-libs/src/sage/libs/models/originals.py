@@ -1,7 +1,7 @@
-"""Find the files from which a converted model was made, without importing torch.
+"""Find the original GGUF file of a converted model. Does not import torch.
 
-.converted/<name>-<hash>/          safetensors of the GGUF file with that SHA-256
-.converted/<name>-<hash>.sources   files known to have that hash, with size and times, so that they are not read again
+.converted/<name>-<hash>/          safetensors of the GGUF file whose SHA-256 begins with <hash>
+.converted/<name>-<hash>.sources   files with this hash, with their sizes and times, so that they are not hashed again
 """
 
 import json
@@ -13,7 +13,7 @@ FOLDER = ".converted"
 
 
 def original(folder: Path) -> Path:
-    """Return the folder of the GGUF file that a converted model was made from; any other folder unchanged."""
+    """Return the folder of the original GGUF file of a converted model; return any other folder unchanged."""
     if folder.parent.name == FOLDER:
         for source in sources(folder.with_name(f"{folder.name}.sources")):
             gguf = Path(str(source[0]))
@@ -23,25 +23,25 @@ def original(folder: Path) -> Path:
 
 
 def identity(gguf: Path) -> list[object]:
-    """Return path, inode, size and times of a file, to detect that it was replaced."""
+    """Return path, inode, size and times of a file. They show whether the file was replaced."""
     found = gguf.stat()
     return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def known(root: Path, gguf: Path) -> Path | None:
-    """Return the folder of the converted model of a file, None if it is not known."""
+    """Return the folder of the model that was converted from a file, or None if the file is not recorded."""
     return next((path.with_suffix("") for path in root.glob("*.sources") if identity(gguf) in sources(path)), None)
 
 
 def remember(target: Path, gguf: Path) -> None:
-    """Record that a converted model has the content of a file."""
+    """Record that the model in `target` was converted from a file with the same content as `gguf`."""
     path = target.with_name(f"{target.name}.sources")
     others = [source for source in sources(path) if source[0] != str(gguf.resolve())]
     replace_file(path, json.dumps([*others, identity(gguf)]).encode())
 
 
 def sources(path: Path) -> list[list[object]]:
-    """Return the identities of the files in a `.sources` file; none if it cannot be read."""
+    """Return the file identities that a `.sources` file contains; [] if it cannot be read."""
     try:
         return list(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

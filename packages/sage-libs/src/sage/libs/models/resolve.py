@@ -1,7 +1,7 @@
-"""Find the weights of a model by its name, without reading weights or importing torch.
+"""Find the files of a model by its name. Does not read weights, and does not import torch.
 
 An absolute path is a folder. Any other name is looked up in the user's models folder, then in installed Python packages,
-then on the hub. Relative paths are resolved only in commands, which have a working directory.
+then on the hub. Only commands resolve relative paths, because only commands have a working directory.
 """
 
 import importlib.util
@@ -17,19 +17,19 @@ from sage.common.errors import ModelError, ModelNotFound
 from sage.common.model_names import absolute_name, expanded, is_folder, is_path
 from sage.common.paths import get_user_paths
 
-#: Maximum length of a chain of adapters, each of which is the base of the previous one.
+#: Maximum length of a chain of adapters: the base of an adapter can be another adapter.
 _MAX_DEPTH = 4
 _SHOWN_LETTERS = 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class ModelKind(StrEnum):
-    """Kind of a model's files."""
+    """Kind of model, determined by its files."""
 
     FULL = "full"  #: config.json and safetensors
     ADAPTER = "adapter"  #: a PEFT adapter; `base` is its base model
     GGUF = "gguf"  #: one GGUF file
-    HUB = "hub"  #: not downloaded yet
+    HUB = "hub"  #: a model on the hub that is not downloaded yet
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,18 @@ PACKAGED: Mapping[str, Packaged] = {
 class ModelSource:
     """Location of a model's weights."""
 
-    name: str  #: as requested
+    name: str  #: name in the request
     kind: ModelKind
-    folder: Path  #: for HUB: the folder to download to
-    base: "ModelSource | None" = None  #: only for ADAPTER: its base model
+    folder: Path  #: folder with the files; for HUB: target folder of the download
+    base: "ModelSource | None" = None  #: for ADAPTER: the base model; else None
 
 
 def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
-    """Find the model `name`.
+    """Find the model `name` and return its location.
 
-    base_dir: folder in which relative names are looked up first. If None (in a service), only absolute paths are folders.
-    Raises ModelNotFound, which lists the searched places, or ModelError if the folder cannot be loaded.
+    base_dir: folder in which relative names are looked up first. If it is None (in a service), only absolute paths are
+    treated as folders.
+    Raises ModelNotFound, which lists the searched places, or ModelError if the folder has no valid model.
     """
     return _resolve(absolute_name(name, base_dir) if base_dir else name, depth=0)
 
@@ -117,7 +118,7 @@ def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelN
 
 
 def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
-    """Check the model in a folder, without reading its weights, and return it.
+    """Check the files of the model in a folder and return its location; weights are not read.
 
     Raises ModelError, which names the missing or invalid file.
     """
@@ -147,7 +148,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
             safetensors_header(weights)
         _check_shards(folder)
         return ModelSource(name, ModelKind.FULL, folder)
-    if (folder / "modules.json").is_file():  # of sentence-transformers, with its weights in folders of the modules
+    if (folder / "modules.json").is_file():  # a sentence-transformers model: subfolders have the weights
         return ModelSource(name, ModelKind.FULL, folder)
     if len(list(folder.glob("*.gguf"))) == 1:
         return ModelSource(name, ModelKind.GGUF, folder)
@@ -159,7 +160,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
 
 
 def _check_shards(folder: Path) -> None:
-    """Raise ModelError if a file that an index lists is missing."""
+    """Raise ModelError if a weight file that is listed in the index is missing."""
     for index in folder.glob("*.safetensors.index.json"):
         files = _read_json(index).get("weight_map")
         missing = (
@@ -172,9 +173,10 @@ def _check_shards(folder: Path) -> None:
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file: `dtype`, `shape` and `data_offsets` by tensor name.
+    """Return the header of a safetensors file: for each tensor name, `dtype`, `shape` and `data_offsets`.
 
-    Format: 8 bytes of header length, the header in JSON, the data. Raises ModelError if the file is incomplete or damaged.
+    File format: 8 bytes with the length of the header, the header as JSON, the data. Raises ModelError if the file is
+    incomplete or damaged.
     """
     try:
         with path.open("rb") as file:
@@ -207,7 +209,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hub_has(name: str) -> bool:
-    """Return whether the hub has a model org/name; False if it cannot be reached."""
+    """Return whether the hub has the model `org/name`; False if the hub cannot be reached."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or os.environ.get("HF_HUB_OFFLINE") == "1":
         return False
     from huggingface_hub import HfApi

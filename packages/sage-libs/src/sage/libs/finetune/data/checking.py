@@ -11,12 +11,12 @@ from sage.libs.models.chat import ensure_chat_template
 from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder, tokenizer_folder
 from sage.libs.models.resolve import resolve_model
 
-#: Fields of a preference row with answers; TRL renders them after the prompt.
+#: Fields of a preference row that contain answers; TRL renders an answer after the prompt.
 _ANSWERS = ("chosen", "rejected", "completion")
 
 
 def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> Encoder:
-    """Return an encoder for the model `model`; its findings already include those about the model itself.
+    """Return an encoder for a model. The encoder's `findings` already contain the findings about the model itself.
 
     Raises SageError if the model or its tokenizer cannot be loaded.
     """
@@ -31,7 +31,7 @@ def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> En
 
 
 def as_chats(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Yield samples as chats or text: one chat per answer of a preference row, none for a prompt without an answer."""
+    """Yield each sample as a chat or text. A preference row yields one chat per answer; without answers, it is skipped."""
     for sample in samples:
         if isinstance(sample.content, str | Chat):
             yield sample

@@ -7,19 +7,19 @@ from typing import Any
 
 from sage.common.errors import DatasetError
 
-#: Number of places and of details that are stored per finding.
+#: Maximum number of places and maximum number of details stored per finding.
 _KEPT = 5
 
 
 class Severity(StrEnum):
     """Effect of a finding on a run."""
 
-    WARNING = "warning"  #: the model would learn something wrong: the run fails unless warnings are allowed
+    WARNING = "warning"  #: the model would learn something wrong: the run fails if warnings are not allowed
     NOTE = "note"  #: information only
 
 
 class Code(StrEnum):
-    """Kinds of findings; the values are stable."""
+    """Kinds of findings. The values do not change between versions."""
 
     ANSWER_LOST = "answer_lost"
     REASONING_LOST = "reasoning_lost"
@@ -77,7 +77,7 @@ class Finding:
 
     @property
     def hint(self) -> str:
-        """What the user can do, or ""."""
+        """What the user can do about the finding, or ""."""
         return _MEANING[self.code][2]
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ class Findings:
         self._found[code] = Finding(code, details=[detail])
 
     def __iter__(self) -> Iterator[Finding]:
-        """Yield warnings, then notes."""
+        """Yield the warnings first, then the notes."""
         return iter(sorted(self._found.values(), key=lambda finding: (finding.severity is Severity.NOTE, finding.code)))
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Select the files of a dataset: a file, or the files of one split of a folder, in the layouts of common tools.
 
-The train split is for training, validation for evaluation; test is read only if its file is given explicitly.
+The train split is used for training, the validation split for evaluation. Files of the test split are read only if the user
+gives their paths.
 """
 
 import json
@@ -18,7 +19,8 @@ Split = Literal["train", "validation"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
-#: Words in names of files and folders that denote a split, as on the hub; test comes first, so that it is never trained on.
+#: Words that name a split in file and folder names, as on the hub. The first match is used; `test` is first, so that test
+#: data is never used for training.
 _SPLIT_WORDS = {
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
@@ -26,7 +28,7 @@ _SPLIT_WORDS = {
 }
 #: Metadata files written by tools; they contain no data.
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-#: Name of a shard on the hub.
+#: File name of a shard (one of several files of a split) on the hub.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")
 
 
@@ -39,18 +41,18 @@ class Selection:
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix that determines the reader, in lower case: `.csv`, `.jsonl.gz`; "" if it is not a data file."""
+    """Return the suffix of a data file in lower case, such as `.csv` or `.jsonl.gz`; "" if it is not a data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
-    is_columns = kind in (".parquet", ".arrow")  # compressed inside
+    is_columns = kind in (".parquet", ".arrow")  # these formats compress their content themselves
     return kind + compression if kind in FORMATS and not (compression and is_columns) else ""
 
 
 def select_files(path: Path, split: Split = "train") -> Selection:
     """Return the files to read: the file itself, or the files of one split of a folder.
 
-    Raises DatasetError if there are none.
+    Raises DatasetError if there are no such files.
     """
     try:
         return _folder_files(path, split) if path.is_dir() else Selection([_file(path)])
@@ -84,7 +86,7 @@ def _folder_files(folder: Path, split: Split) -> Selection:
 
 
 def _data_files(folder: Path) -> Iterable[Path]:
-    """Yield the data files in a folder, in its subfolder `data` and in its subfolders named after splits."""
+    """Yield the data files in a folder, in its subfolder `data`, and in subfolders named after a split."""
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name in _NO_DATA or _is_cache(path):
             continue
@@ -95,18 +97,18 @@ def _data_files(folder: Path) -> Iterable[Path]:
 
 
 def _is_cache(path: Path) -> bool:
-    """Return whether a file is a cache file of `datasets`."""
+    """Return whether a file is a cache file of the library `datasets`."""
     return path.name.startswith("cache-") and path.suffix == ".arrow"
 
 
 def _split_of(name: Path) -> str:
-    """Return the split named in a file or folder name, or ""."""
+    """Return the split that a file or folder name contains, or ""."""
     words = set(re.split(r"[^a-z]+", str(name).lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), "")
 
 
 def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Selection:
-    """Return the files of a split; if the folder has none of them, return the files that name no split."""
+    """Return the files of a split; if the split has no files, return the files whose names contain no split."""
     there = {name for name, _ in found}
     wanted = split if split in there or (there != {""} and split != "train") else ""
     files = [file for name, file in found if name == wanted]
@@ -122,7 +124,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files named exactly `split` if the folder has several datasets of this split (`train`, `train_sft`)."""
+    """Return the files of one dataset: if shards have different names (`train`, `train_sft`), only shards named `split`."""
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:
@@ -160,7 +162,7 @@ def _saved_splits(folder: Path, split: Split) -> Selection:
 
 
 def _configured(folder: Path) -> list[tuple[str, Path]]:
-    """Return the split and path of each file that the README.md of a hub repository lists in `configs`, or []."""
+    """Return the split and path of each file listed in `configs` of a hub repository's README.md, or []."""
     named = _card(folder).get("configs")
     configs = (
         [config for config in named if isinstance(config, dict) and "data_files" in config]

@@ -1,6 +1,6 @@
 """Detect the format of a record from its fields, and convert it to a chat or a text.
 
-A format has two functions: `matches` and `parse`. To add a format, write both and add it to `FORMATS`.
+A format has two functions, `matches` and `parse`. To add a format, write both functions and add an entry to `FORMATS`.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -59,7 +59,7 @@ def parse_record(record: Any) -> Parsed:
 
 
 def present_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a record that are not null; raises RecordError if it is not an object or has media."""
+    """Return the fields of a record that are not null; raises RecordError if the record is no object or has media."""
     if not isinstance(record, Mapping):
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}
@@ -69,7 +69,7 @@ def present_fields(record: Any) -> dict[str, Any]:
 
 
 def ignored_fields(present: Record, used: Set[str]) -> tuple[str, ...]:
-    """Return the names of a record's fields that have no effect, without bookkeeping fields such as ids."""
+    """Return the names of the fields that have no effect, except bookkeeping fields such as ids."""
     unknown = present.keys() - used - _HARMLESS
     return tuple(printable(name) for name in present if name in unknown and present[name] not in ("", [], {}))
 
@@ -79,12 +79,12 @@ def _chat(record: Record, conversation: Conversation) -> Chat:
 
 
 def conversation_of(record: Record, field: str) -> Conversation:
-    """Parse the conversation in a field, and add the record's system message if it has one. Raises RecordError."""
+    """Parse the conversation in a field, and prepend the record's system message if there is one. Raises RecordError."""
     return behind_system(read_conversation(record[field], field), record, field)
 
 
 def behind_system(conversation: Conversation, record: Record, where: str) -> Conversation:
-    """Return a conversation with the system message of the record's field `system` first. Raises RecordError."""
+    """Return the conversation, with the text of the record's field `system` as first message. Raises RecordError."""
     system = system_of(record)
     if system and conversation.messages[:1] == system:
         return conversation
@@ -100,7 +100,7 @@ def system_of(record: Record) -> list[Message]:
 
 
 def alpaca_question(record: Record) -> list[Message]:
-    """Return the messages before the answer of an Alpaca record. Raises RecordError."""
+    """Return the messages of an Alpaca record that precede the answer. Raises RecordError."""
     messages = system_of(record)
     for index, turn in enumerate(list_of(record.get("history") or [], "history")):
         if not isinstance(turn, list) or len(turn) != 2:
@@ -146,7 +146,7 @@ def _parse_text(record: Record) -> Content:
     return text
 
 
-#: In the order of detection: the first match is used.
+#: All formats, in the order in which they are tried; the first match is used.
 FORMATS: tuple[Format, ...] = (
     Format("openai", lambda r: "messages" in r, _parse_messages, frozenset({"messages", "system", *_TOOLS})),
     Format("sharegpt", lambda r: "conversations" in r, _parse_sharegpt, frozenset({"conversations", "system", *_TOOLS})),

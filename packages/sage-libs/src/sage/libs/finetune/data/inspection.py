@@ -1,4 +1,4 @@
-"""Compare rendered samples with their records; each function adds a finding if content was lost."""
+"""Compare rendered samples with their records; each function adds a finding if content is missing."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def inspect_fields(sample: Sample, findings: Findings) -> None:
 
 
 def inspect_answer(sample: Sample, message: Message, trained: str, findings: Findings) -> None:
-    """Report content, reasoning or tool calls of an answer that are missing in its trained text."""
+    """Report content, reasoning or tool calls of an answer that are missing in the trained text."""
     if any(part.strip() not in trained for part in _THINK_TAG.split(message["content"])):
         findings.add(Code.ANSWER_LOST, sample.origin)
     if message.get("reasoning_content", "").strip() not in trained:
@@ -62,7 +62,7 @@ def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> No
 def inspect_tokens(
     sample: Sample, ids: Sequence[int], labels: Sequence[int], bos: int | None, ends: Sequence[int], findings: Findings
 ) -> None:
-    """Report a second BOS or a missing end token; ends: the tokens that end an answer."""
+    """Report a second BOS token or a missing end token; ends: ids of the tokens that end an answer."""
     if bos is not None and list(ids[:2]) == [bos, bos]:
         findings.add(Code.DOUBLE_BOS, sample.origin)
     if labels[-1] not in ends:

@@ -15,7 +15,7 @@ from sage.libs.finetune.data.loading import read_records
 from sage.libs.finetune.data.samples import Chat, Fault, Origin, Sample
 from sage.libs.finetune.data.values import RecordError
 
-#: Parses a record; raises RecordError.
+#: A function that parses a record, or raises RecordError.
 Parse = Callable[[Any], Parsed]
 #: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
@@ -26,14 +26,14 @@ class DatasetReport:
     """Contents and faults of a dataset."""
 
     path: Path
-    split: Split = "train"  #: which files of a folder are read
+    split: Split = "train"  #: split to read if `path` is a folder
     files: list[Path] = field(default_factory=list)  #: the files that are read
     skipped_files: list[Path] = field(default_factory=list)  #: data files of other splits
     sample_count: int = 0
     faults: list[Fault] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     assistant_turns: int = 0
-    #: Each repeated record, with the first record that has the same content.
+    #: Pairs: a repeated record, and the first record with the same content.
     duplicates: list[tuple[Origin, Origin]] = field(default_factory=list)
 
     def raise_for_faults(self) -> None:
@@ -57,9 +57,9 @@ class DatasetReport:
 
 
 def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator[Sample]:
-    """Yield the samples of a report's dataset, and add counts and faults to the report.
+    """Yield the samples of the dataset `report.path`, and add counts and faults to the report.
 
-    Raises DatasetError only if there is no file to read; faults in the data are added to the report.
+    Raises DatasetError only if no file is found or a file cannot be read; faults in the data are added to the report.
     """
     selection = select_files(report.path, report.split)
     report.files, report.skipped_files = selection.files, selection.skipped
@@ -88,7 +88,7 @@ def check_dataset(
 ) -> DatasetReport:
     """Read a dataset, or its first `at_most` samples, and return a report.
 
-    Raises DatasetError only if there is no file to read; faults in the data are in the report.
+    Raises DatasetError only if no file is found or a file cannot be read; faults in the data are listed in the report.
     """
     report = DatasetReport(path, split)
     seen: dict[bytes, Origin] = {}

@@ -18,7 +18,7 @@ from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unus
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-#: Limits for a CSV cell and a .jsonl line, each of which may hold a whole conversation.
+#: Maximum size of a CSV cell and of a .jsonl line; a cell or line may contain a whole conversation.
 _CSV_FIELD_BYTES = 64 * 2**20
 _LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
@@ -33,7 +33,7 @@ Item = tuple[Origin, Any] | Fault
 
 
 def dataset_hash(*paths: Path, split: Split = "train") -> str:
-    """Return a SHA-256 over the contents of all files of datasets, as 64 hex digits."""
+    """Return the SHA-256 hash of the contents of all files of the datasets, as 64 hex digits."""
     digest = hashlib.sha256()
     for file in (file for path in paths for file in select_files(path, split).files):
         with file.open("rb") as stream:
@@ -72,7 +72,7 @@ def _read(path: Path) -> Iterator[Item]:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    """Open a file for reading, decompressed."""
+    """Open a file for reading, and decompress .gz and .zst files."""
     raw: Any
     match suffix_of(path).rpartition(".")[2]:
         case "gz":
@@ -116,7 +116,7 @@ def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
 
 
 def _is_multiline(line: bytes) -> bool:
-    """Return whether an invalid JSON line looks like the beginning of a value written over several lines."""
+    """Return whether an invalid JSON line seems to be the first line of a value that has several lines."""
     return line.rstrip()[-1:] in b"[{" or line.lstrip()[:1] == b"["
 
 
@@ -199,7 +199,7 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
 
 
 def _record_broken(lines: Iterable[str], broken: list[int]) -> Iterator[str]:
-    """Yield lines, and add the numbers of those that are not UTF-8 to `broken`."""
+    """Yield all lines; add the number of each line that is not valid UTF-8 to `broken`."""
     for number, line in enumerate(lines, 1):
         if not line.isascii() and any("\udc80" <= letter <= "\udcff" for letter in line):
             broken.append(number)
@@ -223,7 +223,7 @@ def _read_columns(path: Path, batches: Callable[[Path], Iterator[Any]]) -> Itera
             is_nested = any(pa.types.is_nested(column.type) for column in batch.schema)
             for record in batch.to_pylist():
                 number += 1
-                # All rows of a struct column have the same keys; a key that a row lacks is null.
+                # All rows of a struct column have the same keys; if a row has no value for a key, the value is null.
                 yield Origin(path, number, "record"), without_nulls(record) if is_nested else record
     except (pa.ArrowException, ValueError) as error:
         problem = str(error).splitlines()[0]
@@ -244,7 +244,7 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
     with pa.OSFile(str(path)) as source:
         try:
             batches: Iterable[Any] = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:  # Arrow has two formats, stream and file
+        except pa.ArrowInvalid:  # not the stream format, so try Arrow's file format
             source.seek(0)
             file = pa.ipc.open_file(source)
             batches = (file.get_batch(index) for index in range(file.num_record_batches))

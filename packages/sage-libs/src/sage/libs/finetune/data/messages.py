@@ -15,17 +15,17 @@ _ROLE_ALIASES = {
     "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
     "tool_response": "tool", "tool_result": "tool",
 }  # fmt: skip
-#: Roles of turns whose text is a tool call, or a list of tool calls, of the assistant.
+#: Roles of turns whose text is a tool call of the assistant, or a list of tool calls.
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-#: Fields that exclude an answer from training: `weight` if it is 0, the others if they are false.
+#: Fields that can exclude an answer from training: `weight` with value 0, or another field with value false.
 _FLAGS = ("weight", "loss", "train", "trainable", "training", "train_on_turn")
-#: Names of the field with the assistant's reasoning.
+#: Possible names of the field that contains the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _INSTEAD_OF_CONTENT = {"tool_calls", "reasoning_content"}
 _CONTENT = {"role", "content", "from", "value"}
 _OF_ASSISTANT = {"tool_calls", "function_call", *_REASONING}
 _DETAILS = {"name", "tool_call_id", *_OF_ASSISTANT, *_FLAGS}
-#: Fields without content for the model, such as ids; they are ignored without a finding.
+#: Fields that contain no text for the model, such as ids. They are ignored, and no finding is reported.
 BOOKKEEPING = frozenset({
     "", "Unnamed: 0", "__index_level_0__", "_id", "conversation_id", "id", "idx", "index", "message_id", "prompt_id", "uuid",
 })  # fmt: skip
@@ -35,7 +35,7 @@ class Conversation(NamedTuple):
     """A parsed list of turns."""
 
     messages: list[Message]
-    untrained: frozenset[int]  #: indexes of assistant messages that are context only
+    untrained: frozenset[int]  #: indexes of assistant messages that are excluded from training
     ignored: tuple[str, ...]  #: names of the fields that have no effect
 
     def with_prefix(self, messages: list[Message]) -> "Conversation":
@@ -54,13 +54,13 @@ class _Turn(NamedTuple):
 
 
 def read_conversation(value: Any, where: str) -> Conversation:
-    """Parse a conversation; where: name of its field. Raises RecordError, which names the turn and its field."""
+    """Parse a list of turns; where: name of the record's field. Raises RecordError, which names the turn and its field."""
     items = _transposed(value) or list_of(value, where)
     return _read([(item, f"{where}[{index}]") for index, item in enumerate(items)], f"{where}[].")
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Return the turns of an object of lists, as older versions of `datasets` write it; None for other values."""
+    """Convert an object of lists, as older versions of `datasets` write it, to a list of turns; else return None."""
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None
     if len({len(column) for column in value.values()}) != 1:
@@ -69,7 +69,7 @@ def _transposed(value: Any) -> list[Any] | None:
 
 
 def read_message(value: Any, where: str) -> Conversation:
-    """Parse a conversation of one message; where: name of its field. Raises RecordError."""
+    """Parse one message as a conversation; where: name of the record's field. Raises RecordError."""
     return _read([(value, where)], f"{where}.")
 
 
@@ -98,7 +98,7 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
 
 def _turn(item: Any, where: str) -> _Turn:
     if not isinstance(item, Mapping):
-        item = unpacked(item)  # a JSON column of `datasets`
+        item = unpacked(item)  # a turn in a JSON column of `datasets` is a JSON text
     if not isinstance(item, Mapping):
         raise RecordError(f"{where} must be an object with role and content, found {kind_of(item)}.")
     if None in item.values():
@@ -120,13 +120,13 @@ def _turn(item: Any, where: str) -> _Turn:
         message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
     flags = [name for name in _FLAGS if name in item]
     untrained = bool(flags) and _untrained(item, flags, where)
-    if role != "assistant" and not untrained:  # other roles are never trained on, so excluding them has an effect already
+    if role != "assistant" and not untrained:  # the flag has no effect: other roles are never trained on
         ignored += flags
     return _Turn(message, is_call, untrained and role == "assistant", ignored)
 
 
 def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored: list[str]) -> None:
-    """Add the turn's other fields to a message; names of fields without effect are added to `ignored`."""
+    """Add the remaining fields of a turn to its message; add the names of fields without effect to `ignored`."""
     unknown = item.keys() - _CONTENT - BOOKKEEPING - _DETAILS
     if message["role"] != "assistant":
         unknown |= item.keys() & _OF_ASSISTANT
@@ -142,7 +142,7 @@ def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored:
 
 
 def _merged_answer(answer: Message, call: Message, where: str) -> Message:
-    """Return an answer merged with the tool calls that follow it: they are one message in OpenAI's format."""
+    """Merge an answer with the turn of tool calls that follows it, because OpenAI's format has one message for both."""
     if "reasoning_content" in call and answer.get("reasoning_content") != call["reasoning_content"]:
         raise RecordError(f"{where} continues the previous answer, but has different reasoning.")
     return {**answer, "tool_calls": [*answer.get("tool_calls", []), *call["tool_calls"]]}

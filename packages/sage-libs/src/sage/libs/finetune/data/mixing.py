@@ -11,7 +11,7 @@ from sage.libs.finetune.data.tokenizing import Encoded
 
 
 class Mixture(Sequence[Encoded]):
-    """Several datasets concatenated."""
+    """A sequence that concatenates several datasets."""
 
     def __init__(self, parts: Sequence[StoredSamples]) -> None:
         self._parts = parts
@@ -31,9 +31,9 @@ class Mixture(Sequence[Encoded]):
 
 
 def repeated_by_weight(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
-    """Repeat the samples `weight` times; for the fractional part of `weight`, add a random selection of samples.
+    """Repeat the samples `weight` times; for the fractional part of `weight`, add randomly selected samples.
 
-    The selection depends on the seed only and is the same in every epoch.
+    The selection depends only on the seed, and is the same in every epoch.
     """
     if weight == 1:
         return samples

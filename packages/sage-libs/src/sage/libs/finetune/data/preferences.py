@@ -22,20 +22,20 @@ from sage.libs.finetune.data.values import RecordError, check_encodable, kind_of
 Row = dict[str, Any]
 #: Training method: supervised fine-tuning, or one of TRL's methods.
 Method = Literal["sft", "dpo", "orpo", "kto", "grpo"]
-#: Fields with a conversation that is not split into prompt and answer, as in LLaMA-Factory.
+#: Fields that contain a whole conversation, which may include the answer, as in LLaMA-Factory.
 _CONVERSATIONS = ("conversations", "messages")
 _ASKED = ("instruction", "input", "history")
 _PROMPT_HINT = "Add it, or begin both answers with the same messages."
 
 
 def parser_of(method: Method) -> Callable[[Any], Parsed]:
-    """Return the parser of a method's records; it raises RecordError."""
+    """Return the function that parses records for a training method; the function raises RecordError."""
     match method:
         case "sft":
             return parse_record
         case "dpo":
             return lambda record: _pair(present_fields(record), method, "tools", "functions")
-        case "orpo":  # TRL renders it without tools
+        case "orpo":  # TRL's ORPO trainer renders prompts without tools
             return lambda record: _pair(present_fields(record), method)
         case "kto":
             return lambda record: _verdict(present_fields(record))
@@ -96,7 +96,7 @@ def _prompt(record: Record) -> Parsed:
 
 
 def _prompt_of_pair(record: Record) -> tuple[list[Message], tuple[str, ...]]:
-    """Return the messages before the answer (may be empty) and the names of the fields they come from."""
+    """Return the messages before the answer ([] if there are none), and the names of their fields in the record."""
     if "prompt" in record:
         return behind_system(prompt_of(record["prompt"], "prompt"), record, "prompt").messages, ("prompt", "system")
     if field := next((name for name in _CONVERSATIONS if name in record), None):
@@ -110,7 +110,7 @@ def _require(record: Record, method: Method, *fields: str) -> None:
 
 
 def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return the number of equal messages at the beginning of two answers, not counting the last one of each."""
+    """Return how many messages at the beginning of two answers are equal; the last message of each is not counted."""
     alike = 0
     while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
         alike += 1
@@ -137,5 +137,5 @@ def _not_empty(messages: list[Message], where: str) -> list[Message]:
 
 def _parsed(name: str, row: Row, record: Record, fields: tuple[str, ...], tools: tuple[str, ...]) -> Parsed:
     if tools and (found := tools_of(record)):
-        row["tools"] = json.dumps(found)  # as text, because a struct column would add null for keys of other rows
+        row["tools"] = json.dumps(found)  # as JSON text: a struct column would add the keys of other rows, with null
     return Parsed(name, row, ignored_fields(record, {*fields, *tools}))

@@ -1,4 +1,4 @@
-"""Parse prompts and answers, each a text or messages, and separate an answer from a repeated prompt."""
+"""Parse prompts and answers, which can be text or messages. Remove a repetition of the prompt from an answer."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -9,16 +9,16 @@ from sage.libs.finetune.data.values import RecordError, text_of, unpacked
 
 
 def prompt_of(value: Any, where: str) -> Conversation:
-    """Parse a prompt: a text is a user message, unless it is a JSON list of messages. Raises RecordError."""
+    """Parse a prompt: a text becomes a user message, except if it is a JSON list of messages. Raises RecordError."""
     messages = _packed_messages(value)
     return _turns(value if messages is None else messages, where, "user")
 
 
 def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
-    """Parse the answer to a prompt; prompt: the record's value, or None. Raises RecordError.
+    """Parse the answer to a prompt; prompt: the prompt field of the record, or None. Raises RecordError.
 
-    A text becomes one assistant message, even if it is JSON. It is parsed as a JSON list of messages only if the prompt is
-    such a list too, if its first messages repeat the prompt, or if the record has no prompt.
+    A text usually becomes one assistant message. A JSON list of messages is parsed as messages in three cases: the prompt
+    is also a JSON list of messages, the first messages repeat the prompt, or the record has no prompt.
     """
     messages = _packed_messages(value)
     if messages is None or not (prompt is None or _packed_messages(prompt) or _says_again(messages, prompt)):
@@ -27,7 +27,7 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
 
 
 def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
-    """Split messages that may repeat the prompt into prompt and answer. Raises RecordError."""
+    """Return the prompt and the answer.  spoken: the answer, perhaps with the prompt before it. Raises RecordError."""
     prompt, spoken = list(prompt), list(spoken)
     for begin in (0, 1):  # a repeated prompt may follow a system message
         end = begin + len(prompt)
@@ -58,7 +58,7 @@ def _turns(value: Any, where: str, role: str) -> Conversation:
 
 
 def _packed_messages(value: Any) -> list[Any] | None:
-    """Return the messages that a JSON text holds, or None for anything else."""
+    """Return the messages in a JSON text, or None if the value is not a JSON list of messages."""
     found = unpacked(value) if isinstance(value, str) else None
     return found if isinstance(found, list) and found and all(map(_is_message, found)) else None
 

@@ -1,4 +1,4 @@
-"""Values of the data pipeline: the position of a record, its content, its faults."""
+"""Types of the data pipeline: positions of records, faults, chats and samples."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Origin:
-    """Position of a record: the number of its first line in a text file, else the record's number; both count from 1."""
+    """Position of a record: in a text file its first line, in other files its record number. Both count from 1."""
 
     path: Path
     line: int
@@ -42,9 +42,9 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    #: Indexes of assistant messages that are context only (OpenAI's `"weight": 0`).
+    #: Indexes of assistant messages that are excluded from training (OpenAI's `"weight": 0`).
     untrained: frozenset[int] = frozenset()
-    #: Names of the record's fields that have no effect (`messages[].timestamp`, `source`).
+    #: Names of the record's fields that have no effect, for example `messages[].timestamp` or `source`.
     ignored: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -54,6 +54,6 @@ class Sample:
 
     origin: Origin
     format: str
-    #: A Chat; a str, whose tokens are all trained on; or a row in the format of a TRL trainer.
+    #: A Chat, a str (all its tokens are trained on), or a row in the format of a TRL trainer.
     content: Any = field(repr=False)
     ignored: tuple[str, ...] = ()  #: names of the record's fields that have no effect

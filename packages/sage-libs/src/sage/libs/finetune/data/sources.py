@@ -13,14 +13,14 @@ class Source:
     """A dataset as given by the user: `FILE` or `FILE=WEIGHT`."""
 
     path: Path  #: absolute
-    weight: float = 1.0  #: how many times its samples are used per epoch
+    weight: float = 1.0  #: how many times each sample is used per epoch
 
     @classmethod
     def parse(cls, text: str) -> "Source":
         """Parse `FILE` or `FILE=WEIGHT`; relative paths are resolved from the working directory.
 
-        If a file or folder named `text` exists, `text` is taken as a path without a weight. Raises ValueError if the weight
-        is 0 or infinite, or if a user's home folder is unknown.
+        If a file or folder named `text` exists, `text` is a path without a weight. Raises ValueError if the weight is 0 or
+        infinite, or if the home folder in a path such as `~user` is unknown.
         """
         weighed = None if _exists(absolute(text)) else _WEIGHED.fullmatch(text)
         path, weight = (weighed["path"], float(weighed["weight"])) if weighed else (text, 1.0)
@@ -44,7 +44,7 @@ def _exists(path: Path) -> bool:
 def absolute(text: str) -> Path:
     """Return an absolute path, with `~` expanded.
 
-    Raises ValueError if there is no such user.
+    Raises ValueError if the user in `~user` does not exist.
     """
     try:
         return Path(text).expanduser().absolute()

@@ -1,7 +1,7 @@
 """Tokenized datasets on disk: written once, then read sample by sample, so that memory does not grow with the dataset.
 
 tokens.bin   token ids of all samples, concatenated, as 32-bit integers; an untrained token t is stored as -1 - t
-bounds.bin   index of the first token of each sample, then of the end of the last one, as 64-bit integers
+bounds.bin   index of the first token of each sample, followed by the total number of tokens, as 64-bit integers
 facts.json   TokenizationStats
 """
 
@@ -30,14 +30,14 @@ from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Increment it with every change in how samples are read or tokenized.
+#: Part of the cache key. Increment it if the reading or the tokenization of samples changes.
 _VERSION = 2
 _PROGRESS_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
-#: An incomplete folder without a write for this long was left by a crashed process.
+#: Seconds without a write after which an incomplete folder is considered to be left by a crashed process.
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIAL = ".partial-"
-#: Called regularly with a description of the progress; an exception that it raises ends the work.
+#: A function that is called regularly with a description of the progress. If it raises an exception, the work ends.
 OnProgress = Callable[[str], None]
 Indexes = npt.NDArray[np.int64]
 
@@ -53,19 +53,19 @@ class TokenizationStats:
 
 
 class StoredSamples(Sequence[Encoded]):
-    """The sequences in a folder, or a selection of them; they stay readable after the folder is removed.
+    """The tokenized sequences in a folder, or a selection of them; they stay readable after the folder is removed.
 
     The file is read and not memory-mapped, because mapped pages count as the process's memory.
     """
 
     def __init__(self, stats: TokenizationStats, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
-        """bounds, tokens: contents of these files.  indexes: the selected sequences; default: all."""
+        """bounds: content of bounds.bin.  tokens: open tokens.bin.  indexes: the selected sequences (default: all)."""
         self.stats, self._bounds, self._tokens = stats, bounds, tokens
         self._indexes = np.arange(len(bounds) - 1) if indexes is None else indexes
 
     @classmethod
     def of_folder(cls, folder: Path) -> "StoredSamples":
-        """Open the sequences of a folder; raises OSError, ValueError or TypeError if it is incomplete or damaged."""
+        """Open the sequences in a folder; raises OSError, ValueError or TypeError if files are missing or damaged."""
         stats = TokenizationStats(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
         bounds = np.fromfile(folder / "bounds.bin", np.int64)
         tokens = (folder / "tokens.bin").open("rb", buffering=0)
@@ -86,7 +86,7 @@ class StoredSamples(Sequence[Encoded]):
         return Encoded(np.where(trained, written, -1 - written).tolist(), np.where(trained, written, IGNORED).tolist())
 
     def take(self, indexes: Sequence[int]) -> "StoredSamples":
-        """Return the sequences at these indexes, in the given order."""
+        """Return a selection: the sequences at `indexes`, in this order."""
         return StoredSamples(self.stats, self._bounds, self._tokens, self._indexes[np.asarray(indexes, np.int64)])
 
     def lengths(self) -> list[int]:
@@ -95,7 +95,7 @@ class StoredSamples(Sequence[Encoded]):
 
 
 def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split = "train") -> StoredSamples:
-    """Return the tokenized dataset from the cache; tokenize it first if content or encoder settings are new.
+    """Return the tokenized dataset from the cache; if it is not in the cache, tokenize the dataset first.
 
     Raises DatasetError if the dataset has faults, has nothing to train on, or changes while it is read.
     """
@@ -121,7 +121,7 @@ def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, spli
             found = _publish(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another process may have removed it; the open files stay readable
+    with contextlib.suppress(OSError):  # the folder may be removed by another process; open files stay readable
         os.utime(folder)
     return found
 
@@ -134,7 +134,7 @@ def _open_if_intact(folder: Path) -> StoredSamples | None:
 
 
 def _build(report: DatasetReport, encoder: Encoder, folder: Path, on_progress: OnProgress) -> None:
-    """Write the files of a folder and fsync them: a folder with its final name must be complete, also after a power cut."""
+    """Tokenize a dataset into files in `folder` and sync them, so that they are complete even after a power failure."""
     bounds = array("q", [0])
     with _synced(folder / "tokens.bin") as tokens:
         for encoded in encoder.encode(_valid_samples(report, on_progress)):
@@ -157,11 +157,11 @@ def _synced(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _publish(aside: Path, folder: Path) -> StoredSamples:
-    """Rename the folder to its final name and open it; if another process has published the folder already, open that."""
+    """Rename `aside` to `folder` and return its samples; if another process was first, return that process's samples."""
     samples = StoredSamples.of_folder(aside)
     try:
         aside.rename(folder)
-    except OSError:  # the folder exists
+    except OSError:  # `folder` exists already
         if other := _open_if_intact(folder):
             return other
         # Rename a damaged folder before removing it, so that readers find a complete folder or none.
@@ -174,7 +174,7 @@ def _publish(aside: Path, folder: Path) -> StoredSamples:
 
 
 def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
-    """Yield samples until the first fault, then read the rest to collect all faults, and raise DatasetError."""
+    """Yield the samples; after a fault, only collect the remaining faults, and raise DatasetError at the end."""
     for sample in read_samples(report):
         if report.sample_count % _PROGRESS_SAMPLES == 0:
             on_progress(f"tokenizing {report.path}: {report.sample_count:,} samples")
@@ -184,7 +184,7 @@ def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[S
 
 
 def _file_stats(path: Path, split: Split) -> list[tuple[str, int, int]]:
-    """Return path, size and modification time of a dataset's files, to detect changes."""
+    """Return path, size and modification time of each file of a dataset, to detect changes."""
     stats = [(file, file.stat()) for file in select_files(path, split).files]
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
@@ -199,7 +199,7 @@ def _remove_unused(root: Path) -> None:
     """Remove folders that were not used for a month, and incomplete folders that crashed processes left."""
     for folder in root.iterdir():
         kept_seconds = _PARTIAL_SECONDS if folder.name.startswith(_PARTIAL) else _KEPT_SECONDS
-        with contextlib.suppress(OSError):  # another process removes or publishes it
+        with contextlib.suppress(OSError):  # another process removes or renames the folder
             changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - changed > kept_seconds:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -2,9 +2,9 @@
 
 Each answer is trained as the served model generates it: after exactly the tokens of its prompt, and with its end token.
 If the template marks answers (`{% generation %}`), these marks are used. Otherwise an answer is the text that follows its
-prompt in the rendered chat. Answers of one chat share a sequence if the prompt of each answer begins with all tokens before
-that prompt. Otherwise (the template removes old reasoning, or a token spans the beginning of an answer), each answer gets
-its own sequence.
+prompt in the rendered chat. The answers of a chat share one sequence if the prompt of each answer begins with the previous
+prompt and answer. Otherwise each answer gets a separate sequence, for example because the template removes old reasoning,
+or because a token spans the beginning of an answer.
 """
 
 import itertools
@@ -25,7 +25,7 @@ TrainOn = Literal["assistant", "last_turn", "all"]
 IGNORED = -100
 #: Number of samples that are tokenized at once.
 _BATCH = 256
-#: Characters on either side of the beginning of an answer that are checked for a token that spans it.
+#: Number of characters before and after the beginning of an answer that are searched for a token that spans it.
 _EDGE_CHARACTERS = 24
 #: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
@@ -33,20 +33,20 @@ _SHOWN_FAULTS = 3
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence; labels: as long as `ids`, equal to `ids` for trained tokens, IGNORED for the others."""
+    """A token sequence. `labels` is as long as `ids`: the token id for a trained token, IGNORED for any other token."""
 
     ids: list[int]
     labels: list[int]
 
     @property
     def trained_tokens(self) -> int:
-        """Number of tokens that the loss covers, without the first token, which is never predicted."""
+        """Number of tokens that the loss covers. The first token is not counted, because it is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer as text: its prompt, the text to learn, and the end token to append."""
+    """An answer: the text of its prompt, the text to learn, and the id of the end token to append (None: no token)."""
 
     prompt: str
     text: str
@@ -55,26 +55,26 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Answers that share a sequence; prefix: the tokens that the tokenizer adds before a plain text."""
+    """Answers that share a sequence; prefix: token ids that the tokenizer adds before a plain text."""
 
     answers: list[_Answer]
-    #: Alternately the text between the previous answer and this one, and the answer.
+    #: For each answer two texts: the text between the previous answer and this answer, and the answer itself.
     parts: list[str]
     prefix: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Encoder:
-    """Converts samples to sequences, and counts cut and dropped sequences."""
+    """Converts samples to token sequences, and counts truncated and dropped sequences."""
 
     tokenizer: Any
-    cutoff: int  #: sequences have at most this many tokens
+    cutoff: int  #: maximum number of tokens of a sequence
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: size of the model's embedding; larger ids are faults
-    truncated: int = 0  #: sequences that were cut at the cutoff
-    dropped: int = 0  #: sequences without trained tokens before the cutoff
-    untrained: int = 0  #: samples without trained tokens, independent of the cutoff
-    lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: in tokens, before the cut
+    embedding_rows: int | None = None  #: rows of the model's embedding; a token id without a row is a fault
+    truncated: int = 0  #: number of sequences that were cut at the cutoff
+    dropped: int = 0  #: number of sequences without trained tokens before the cutoff
+    untrained: int = 0  #: number of samples without trained tokens, even before the cut
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: tokens of each sequence before the cut
     findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self) -> None:
@@ -88,12 +88,12 @@ class Encoder:
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
-        """Return all values, except the samples, that the sequences depend on."""
+        """Return all values that determine the sequences, except the samples."""
         vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 
     def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
-        """Yield the sequences of samples, cut at the cutoff.
+        """Yield the sequences of the samples, truncated to `cutoff` tokens.
 
         Raises DatasetError at the end if the chat template rejected samples, or if nothing is left to train on.
         """
@@ -117,7 +117,7 @@ class Encoder:
         """Return the uncut sequences of each sample."""
         plans = [self._plan(sample) for sample in samples]
         sequences = [sequence for plan in plans for sequence in plan or ()]
-        # One call for all parts, because the tokenizer then uses all cores.
+        # Tokenize all parts in one call, so that the tokenizer uses all cores.
         ids = iter(self.format.split_ids([sequence.parts for sequence in sequences]))
         straddled = self._straddled(sequences)
         encoded: list[list[Encoded]] = []
@@ -130,9 +130,10 @@ class Encoder:
         return encoded
 
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
-        """Yield for each sequence whether an answer has different tokens as part of the next answer's prompt.
+        """Yield for each sequence whether a token spans the beginning of an answer.
 
-        That happens if a token spans the beginning of the answer. The end of an answer is always a separate token.
+        The answer then has different tokens in the prompt of the next answer. The end of an answer is not checked, because
+        it is always a separate token.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -157,7 +158,7 @@ class Encoder:
             raise DatasetError(code="dataset_template", message=message, hint=hint, param="dataset_path")
 
     def _checked(self, sample: Sample, sequences: list[Encoded]) -> list[Encoded]:
-        """Return a sample's sequences with the labels of `train_on`; add findings and faults."""
+        """Return the sequences of a sample, labelled as `train_on` requires; add findings and faults."""
         if not any(sequence.trained_tokens for sequence in sequences):
             self.untrained += 1
             self.findings.add(Code.NOTHING_TRAINED, sample.origin)
@@ -194,7 +195,7 @@ class Encoder:
         )
 
     def _plan(self, sample: Sample) -> list[_Sequence] | None:
-        """Return a sample's sequences as text, or None if the chat template rejects it."""
+        """Return the sequences of a sample as text, or None if the chat template rejects the sample."""
         inspect_fields(sample, self.findings)
         if isinstance(sample.content, str):
             return [self._plain(sample.content)]
@@ -226,7 +227,7 @@ class Encoder:
         return answers
 
     def _answer(self, sample: Sample, chat: Chat, at: int) -> _Answer:
-        """Return the answer `messages[at]` with the prompt that a served model gets for it."""
+        """Return the answer `messages[at]`, with the prompt that a served model would get."""
         before, message = chat.messages[:at], chat.messages[at]
         whole = self.format.render([*before, message], chat.tools)
         prompt = self.format.render(before, chat.tools, prompt=True) if before else self.format.opening(whole)
@@ -238,7 +239,10 @@ class Encoder:
         return answer
 
     def _rewritten(self, sample: Sample, chat: Chat, at: int, whole: str, prompt: str) -> _Answer:
-        """Return an answer whose prompt is not a prefix of the rendered chat: it opens reasoning that the history omits."""
+        """Return an answer whose prompt is not a prefix of the rendered chat.
+
+        For example, the prompt ends with `<think>`, but the template omits the reasoning in the rendered chat.
+        """
         header = self.format.header(chat.messages[:at], chat.tools, whole)
         opening = prompt.removeprefix(header).strip()
         content, reasoning = chat.messages[at]["content"], chat.messages[at].get("reasoning_content")
@@ -251,7 +255,7 @@ class Encoder:
         return self._with_end(_Answer(header, whole[len(header) :]))
 
     def _with_end(self, answer: _Answer, rest: str = "", *, calls: bool = False) -> _Answer:
-        """Return an answer with its end token; rest: the text that the template writes after it."""
+        """Return an answer with its end token; rest: the text that the template writes after the answer."""
         text = answer.text.rstrip()
         if text.endswith(self._end_texts):
             return _Answer(answer.prompt, text)
@@ -261,7 +265,7 @@ class Encoder:
         return _Answer(answer.prompt, text, self.format.answer_end(calls=calls))
 
     def _merged_sequences(self, answers: list[_Answer]) -> Iterator[_Sequence]:
-        """Merge consecutive answers into one sequence as long as each prompt begins with the text before it."""
+        """Merge consecutive answers into one sequence while each prompt begins with the whole text before it."""
         so_far = ""
         sequence = _Sequence([], [])
         for answer in answers:
@@ -291,7 +295,7 @@ def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
 
 
 def _last_turn(encoded: Encoded) -> Encoded:
-    """Return the sequence with only its last answer trained."""
+    """Return the sequence with labels for its last answer only."""
     trained = [label != IGNORED for label in encoded.labels]
     end = len(trained) - trained[::-1].index(True)
     begin = next((at for at in range(end, 0, -1) if not trained[at - 1]), 0)

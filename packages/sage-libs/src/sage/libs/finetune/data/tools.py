@@ -40,9 +40,9 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) -> list[Call]:
-    """Return the calls of an assistant message, from `tool_calls` or OpenAI's older `function_call`.
+    """Return the calls in an assistant message's field `tool_calls`, or `function_call` in OpenAI's older format.
 
-    Names of fields without effect are added to `ignored`. Raises RecordError.
+    Add the names of fields without effect to `ignored`. Raises RecordError.
     """
     if "function_call" in message:
         if message.get("tool_calls"):
@@ -53,7 +53,7 @@ def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) ->
 
 
 def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
-    """Parse one call, an object with name and arguments, or a list of calls. Raises RecordError."""
+    """Parse a list of calls, or a single call: an object with name and arguments. Raises RecordError."""
     if isinstance(value, str):
         value = decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of them.')
     calls = value if isinstance(value, list) else [value]
@@ -82,7 +82,7 @@ def _call(call: Any, where: str, ignored: list[str]) -> Call:
 
 
 def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """Return the arguments as an object: OpenAI sends them as JSON text, chat templates expect the object."""
+    """Return the arguments as an object, which chat templates expect; OpenAI's format has them as JSON text."""
     if isinstance(arguments, str):
         arguments = decoded(arguments, where, "Write them as an object.") if arguments.strip() else {}
     if arguments is None:

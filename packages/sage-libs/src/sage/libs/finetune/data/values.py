@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-#: Maximum number of characters of a value that a message quotes: training data must not appear in logs.
+#: Maximum number of characters of a value that a message quotes. Longer training data must not appear in logs.
 _SHOWN_LETTERS = 40
 
 
 class RecordError(ValueError):
-    """A record that cannot be trained on; the message names the field, the hint the next step."""
+    """A record cannot be trained on. The message names the field, and the hint names the next step."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -25,16 +25,16 @@ DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def json_problem(error: ValueError | RecursionError) -> str:
-    """Return a short description of a decoder's error."""
+    """Return a short description of an error that DECODER raised."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def unpacked(value: Any) -> Any:
-    """Decode a text that is a JSON list or object, for example from a CSV cell; return any other value unchanged.
+    """Decode a JSON text that contains a list or object, such as a CSV cell; return any other value unchanged.
 
-    Use it only for fields that must be lists or objects: in other fields, JSON text must be trained on unchanged.
+    Use this function only for fields that must be lists or objects. In other fields, JSON text is text to train on.
     """
     if _is_packed(value):
         try:
@@ -57,7 +57,7 @@ def _is_packed(value: Any) -> bool:
 
 
 def list_of(value: Any, where: str) -> list[Any]:
-    """Return a list, decoded if it is given as JSON text. Raises RecordError."""
+    """Return a list; a list given as JSON text is decoded. Raises RecordError."""
     if _is_packed(value):
         value = decoded(value, f"'{where}'", "Write it as JSON, with double quotes.")
     if not isinstance(value, list):
@@ -66,7 +66,7 @@ def list_of(value: Any, where: str) -> list[Any]:
 
 
 def text_of(value: Any, where: str) -> str:
-    """Return a text; join a list of OpenAI's text parts. Raises RecordError, which names the place."""
+    """Return a text unchanged, or join a list of text parts in OpenAI's format. Raises RecordError, which names `where`."""
     if type(value) is str and value.isascii():
         return value
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
@@ -85,7 +85,7 @@ def _part_text(part: Mapping[str, Any], where: str) -> str:
 
 
 def encodable(text: str, where: str) -> str:
-    """Return a text unchanged; raises RecordError if it has a lone surrogate (half a character)."""
+    """Return a text unchanged; raises RecordError if it contains a lone surrogate (half a character)."""
     if not text.isascii():
         try:
             text.encode()
@@ -96,12 +96,12 @@ def encodable(text: str, where: str) -> str:
 
 
 def check_encodable(value: Any, where: str) -> None:
-    """Raise RecordError if any text inside a value has a lone surrogate."""
+    """Raise RecordError if any text inside a value contains a lone surrogate."""
     encodable(json.dumps(value, ensure_ascii=False, default=str), where)
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a value without the keys whose value is null, at every depth."""
+    """Return a copy of a value, without keys whose value is null; nested objects and lists are included."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -110,13 +110,13 @@ def without_nulls(value: Any) -> Any:
 
 
 def printable(name: Any) -> str:
-    """Return a field's name, shortened and without lone surrogates."""
+    """Return a field name for a message: shortened, and without lone surrogates."""
     text = str(name).encode(errors="replace").decode()
     return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
 
 
 def shown(value: Any) -> str:
-    """Return a value as JSON, or its kind if the JSON is long."""
+    """Return a value as JSON, or the kind of the value if the JSON is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= _SHOWN_LETTERS else kind_of(value)
 

@@ -1,7 +1,7 @@
-"""Causal attention over packed samples: tokens attend only to their own sample, and no other scores are computed.
+"""Causal attention over packed samples: a token attends only to its own sample; no other scores are computed.
 
 Samples are short in fine-tuning, so an explicit softmax over batched matrix products is faster than a tiled kernel. Long
-samples are split into blocks of queries, which limits the memory. In grouped-query attention, keys are not repeated.
+samples are split into blocks of queries, which limits the memory. Grouped-query attention does not copy the keys.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 #: Name under which `attention_interface` is registered in transformers.
 NAME = "sage_packed"
-#: Number of queries per block. If a sample has only one block, its attention weights are saved for the backward pass.
+#: Number of queries per block. For a sample with only one block, the attention weights are saved for the backward pass.
 _BLOCK = 256
 #: Samples are padded to a multiple of this many tokens, because oneDNN compiles a matrix product for each new size.
 _LENGTH_MULTIPLE = 32
@@ -24,14 +24,14 @@ _LENGTH_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Layout of the columns of a fused projection: queries of all heads, then keys, then values."""
+    """Shape and options of attention. The columns of a fused projection are all queries, then all keys, then all values."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scaling: float
-    window: int | None = None  #: sliding window in tokens, including the query itself; None: no limit
-    compute_dtype: torch.dtype | None = None  #: None: use the dtype of the columns
+    window: int | None = None  #: size of the sliding window in tokens, with the query's own token; None: no window
+    compute_dtype: torch.dtype | None = None  #: None: use the dtype of the projection
 
     @property
     def groups(self) -> int:
@@ -80,10 +80,11 @@ class _PackedAttention(torch.autograd.Function):
 def packed_attention(
     projected: Tensor, rotary: tuple[Tensor, Tensor] | None, cu_seqlens: Sequence[int], shape: AttentionShape
 ) -> Tensor:
-    """Return (tokens, num_heads * head_dim) for projected (tokens, (num_heads + 2 * num_kv_heads) * head_dim).
+    """Return the attention outputs, (tokens, num_heads * head_dim), for fused queries, keys and values.
 
+    projected: (tokens, (num_heads + 2 * num_kv_heads) * head_dim).
     rotary: cosines and sines, (tokens, head_dim), to rotate queries and keys; None: queries and keys are rotated already.
-    cu_seqlens: index of the first token of each sample, then the end of the last one.
+    cu_seqlens: index of the first token of each sample, followed by the total number of tokens of the samples.
     """
     if projected.is_cuda and (shape.window is None or max(map(operator.sub, cu_seqlens[1:], cu_seqlens)) <= shape.window):
         return fused_attention(projected, rotary, cu_seqlens, shape)
@@ -119,7 +120,7 @@ def fused_attention(
 
 @functools.lru_cache(maxsize=1)
 def cu_seqlens_as_list(cu_seq_lens: Tensor) -> list[int]:
-    """Return `cu_seq_lens` as a list; cached, so that all layers of a step share one copy from the GPU."""
+    """Return `cu_seq_lens` as a list. The result is cached, so that only the first layer of a step copies from the GPU."""
     return [int(bound) for bound in cu_seq_lens.tolist()]
 
 
@@ -134,7 +135,7 @@ def attention_interface(
     cu_seq_lens_q: Tensor | None = None,
     **_more: Any,
 ) -> tuple[Tensor, None]:
-    """Compute `packed_attention` with the signature of transformers; query, key, value: (1, heads, tokens, head_dim)."""
+    """Call `packed_attention` from transformers' attention interface; query, key, value: (1, heads, tokens, head_dim)."""
     assert cu_seq_lens_q is not None, "cu_seq_lens_q is missing"
     shape = AttentionShape(query.shape[1], key.shape[1], query.shape[3], scaling or query.shape[3] ** -0.5, sliding_window)
     tokens = query.shape[2]
@@ -146,7 +147,7 @@ def attention_interface(
 def _sample_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor | None, shape: AttentionShape
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of a sample's query, key and value, each in the shape of its tensor.
+    """Return the gradients of the query, key and value of one sample, in the shapes of these tensors.
 
     grad: (num_kv_heads, groups, tokens, head_dim), without padding.
     """
@@ -170,7 +171,7 @@ def _sample_backward(
 def _block_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, shape: AttentionShape
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries (num_kv_heads, groups * queries, head_dim) and of their keys and values."""
+    """Return the gradients of query, key and value for one block; query: (num_kv_heads, groups * queries, head_dim)."""
     grad_weights = torch.bmm(grad, value.mT)
     scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # noqa: SLF001 - has no public name
     scores.mul_(shape.scaling)
@@ -178,7 +179,7 @@ def _block_backward(
 
 
 def _weights(query: Tensor, key: Tensor, rows: slice, seen: slice, shape: AttentionShape) -> Tensor:
-    """Return the attention weights of a block of queries, (num_kv_heads, groups * queries, keys)."""
+    """Return the attention weights of a block of queries; shape (num_kv_heads, groups * queries, keys)."""
     block = query[:, :, rows].reshape(shape.num_kv_heads, -1, shape.head_dim)
     scores = torch.baddbmm(block.new_empty(1), block, key[:, seen].mT, beta=0, alpha=shape.scaling)
     count = rows.stop - rows.start
@@ -192,7 +193,7 @@ def _weights(query: Tensor, key: Tensor, rows: slice, seen: slice, shape: Attent
 
 @functools.cache
 def causal_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the causal mask of a block, (_BLOCK, _BLOCK): -inf if the key comes after the query, else 0."""
+    """Return the causal mask of a block; shape (_BLOCK, _BLOCK), -inf if the key comes after the query, else 0."""
     return torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
@@ -229,7 +230,7 @@ def _split(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: Atten
 def _join(
     grads: tuple[Tensor, Tensor, Tensor], projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: AttentionShape
 ) -> None:
-    """Write the gradients of query, key and value into the gradient of the columns; the backward pass of `_split`."""
+    """Write the gradients of query, key and value into the gradient `projected`; this is the backward pass of `_split`."""
     tokens = projected.shape[0]
     columns = projected.view(tokens, -1, shape.head_dim).transpose(0, 1)
     query, key, value = (grad.reshape(-1, grads[1].shape[1], shape.head_dim)[:, :tokens] for grad in grads)
@@ -243,9 +244,11 @@ def _join(
 
 
 def apply_rotary(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> Tensor:
-    """Rotate states (heads, tokens, head_dim) by the angles (tokens, head_dim // 2), write the result to `out`, return it.
+    """Apply rotary embeddings to `states` (heads, tokens, head_dim), write the result to `out`, and return it.
 
-    Source: Su et al. 2021, "RoFormer", in the layout of transformers: dimension i is paired with i + head_dim / 2.
+    cosine, sine: cosines and sines of the rotation angles, (tokens, head_dim // 2). Dimension i is paired with dimension
+    i + head_dim / 2, as in transformers.
+    Source: Su et al. 2021, "RoFormer".
     """
     first, second = states.chunk(2, dim=-1)
     rotated_first, rotated_second = out.chunk(2, dim=-1)
@@ -255,7 +258,7 @@ def apply_rotary(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> T
 
 
 def _cast(dtype: torch.dtype, *states: Any) -> list[Any]:
-    """Return the tensors converted to a dtype; None stays None."""
+    """Return the tensors converted to `dtype`; None is returned as None."""
     return [None if each is None else each.to(dtype) for each in states]
 
 

@@ -1,7 +1,7 @@
 """Install the kernels in a model if its structure is supported.
 
-Each kernel replaces the `forward` of one module instance; modules, parameters and their names stay the same. The logits
-are then compared with those of the original model; if they differ, all kernels are removed again.
+Each kernel replaces the `forward` of one module instance; modules, parameters and their names stay the same. Then the new
+logits are compared with the logits of the original model; if they differ, all kernels are removed again.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from sage.libs.finetune.kernels.lora import Projections, is_fusible, project
 from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import frozen_rms_norm, rms_norm
 
-#: Largest accepted standard deviation of the difference in logits, relative to that of the logits. Rounding errors are
-#: smaller: for random tokens, transformers' bf16 logits differ from its fp32 logits by 0.08. Unrelated logits differ by 1.
+#: Maximum accepted ratio: standard deviation of the difference in logits / standard deviation of the logits. For random
+#: tokens, the ratio for bf16 against fp32 in transformers is 0.08; the ratio for unrelated logits is about 1.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25}
 _PROBE_LENGTHS = (7, 12)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-#: Settings in transformers' configs that change the computation and that the kernels do not implement.
+#: Settings in transformers' model configs that the kernels do not implement.
 _UNKNOWN_SETTINGS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -36,10 +36,10 @@ AttentionInterface.register(attention.NAME, attention.attention_interface)
 
 
 class Kernels:
-    """The kernels installed in a model. The model then accepts packed samples and returns last hidden states as `logits`."""
+    """The kernels installed in a model. The model accepts packed samples, and its `logits` are the last hidden states."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
-        """Install the kernels without checking the result; `install` also checks it."""
+        """Install the kernels, without the check of the logits that the function `install` does."""
         self.model, self.compute_dtype = model, compute_dtype
         self.head = model.get_output_embeddings()
         self._implementation = model.config._attn_implementation  # noqa: SLF001 - transformers has no getter
@@ -52,7 +52,7 @@ class Kernels:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Restore transformers' own model inside the `with` block; generation needs it."""
+        """Restore the original model of transformers in the `with` block, for example to generate text."""
         self.uninstall()
         for projections in self._projections:
             projections.restore_dense_weights()
@@ -64,12 +64,12 @@ class Kernels:
             self._install()
 
     def record_inputs(self) -> None:
-        """Record the inputs of each matrix, until `quantize` is called."""
+        """Record the inputs of each weight matrix until `quantize` is called."""
         for projections in self._projections:
             projections.record_inputs()
 
     def quantize(self) -> str:
-        """Quantize the layers' matrices to int8, except those whose error is too large; return a summary."""
+        """Quantize the weight matrices to int8, except matrices with a large error; return a summary."""
         errors = [each for projections in self._projections if (each := projections.quantize()) is not None]
         self.int8_matrices, count = len(errors), len(self._projections)
         return f"int8: {len(errors)} of {count} weights quantized, largest error {max(errors, default=0):.1%}"
@@ -93,10 +93,10 @@ class Kernels:
 def install(
     model: PreTrainedModel, compute_dtype: torch.dtype | None = None, *, int8: bool = False
 ) -> tuple[Kernels | None, str]:
-    """Install the kernels in a model with its adapters; return them and a summary, or None and the reason.
+    """Install the kernels in a model with adapters; return the kernels and a summary, or None and the reason.
 
-    model: transformers' model, not PEFT's wrapper.  compute_dtype: dtype of matrix products; default: the model's.
-    int8: whether to quantize the frozen weights to int8, except those whose error is too large.
+    model: transformers' model, not PEFT's wrapper.  compute_dtype: dtype of matrix products; default: the model's dtype.
+    int8: whether to quantize the frozen weights to int8, except weights with a large error.
     """
     if reason := _unsupported_reason(model):
         return None, f"fallback: {reason}"
@@ -109,7 +109,7 @@ def install(
     except (RuntimeError, ValueError, TypeError) as error:
         kernels.uninstall()
         return None, f"fallback: unsupported module structure in {type(model).__name__} ({str(error).splitlines()[0]})"
-    # A quantized base rounds its inputs, so a tiny difference can grow to a whole quantization step.
+    # A quantized base needs the larger tolerance: it rounds its inputs, which can enlarge a tiny difference.
     if not difference < _TOLERANCE[torch.bfloat16 if getattr(model, "is_quantized", False) else before.dtype]:
         kernels.uninstall()
         return None, f"fallback: outputs of {type(model).__name__} differ by {difference:.1%}"
@@ -118,7 +118,7 @@ def install(
 
 
 def _unsupported_reason(model: PreTrainedModel) -> str:
-    """Return why a model does not support the kernels, or an empty string if it does."""
+    """Return the reason why the kernels do not support a model, or "" if they support it."""
     config = model.config.get_text_config()
     for name in _UNKNOWN_SETTINGS:
         if getattr(config, name, None) not in (None, 0, 0.0, 1, 1.0):
@@ -133,7 +133,7 @@ def _unsupported_reason(model: PreTrainedModel) -> str:
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
-    """Return the logits of two short random samples, (tokens, vocab): packed if `kernels` is given, else one by one."""
+    """Return the logits of two random samples, (tokens, vocab); packed if `kernels` is given, else one by one."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]
     samples = [torch.randint(vocab, (1, n), generator=generator).to(model.device) for n in _PROBE_LENGTHS]

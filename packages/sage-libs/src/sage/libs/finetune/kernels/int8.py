@@ -1,7 +1,7 @@
-"""Int8 matrix products with a frozen weight; the forward and the backward pass use the same int8 copy.
+"""Int8 matrix products with a frozen weight; the forward and the backward pass use the same int8 copy of the weight.
 
-The other operand is quantized with one scale per row. If some of its columns are much larger than others, a factor per
-column moves part of that difference into the weight, so that small columns keep their precision.
+Activations are quantized with one scale per row. If some columns of the activations are much larger than others, small
+columns would lose precision. Therefore a factor per column moves part of the difference into the weight.
 Sources: Xiao et al. 2023, "SmoothQuant", for the factors; Wortsman et al. 2023, "Stable and low-precision training for
 large-scale vision-language models" (SwitchBack), for int8 in the backward pass.
 """
@@ -19,7 +19,7 @@ from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
 _SOURCE = Path(__file__).with_name("int8.c")
 _INT8_MAX = 127
-#: Processor instructions with which int8 products are faster than products of floats.
+#: Processor instructions that make int8 products faster than floating-point products.
 _INSTRUCTIONS = ("avx512_vnni", "amx_int8", "avx_vnni")
 _scratch = threading.local()
 
@@ -42,13 +42,13 @@ class Int8Matrix:
         return self._integers.to(dtype).mul_(self._scales[:, None]).mul_(self._factors)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs @ matrix.t(), (rows, outputs), in the dtype of (rows, inputs): bf16 or fp32."""
+        """Return inputs @ matrix.t() for inputs (rows, inputs) in bf16 or fp32: (rows, outputs), in the same dtype."""
         integers, scales = quantize(inputs, self._factors)
         outputs = inputs.new_empty(inputs.shape[0], self._integers.shape[0])
         return rescale(_int_matmul(integers, self._integers.t()), scales, self._scales, outputs)
 
     def backward(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return grad @ matrix, (rows, inputs), in the dtype of grad; if `onto` is given, add to it in place."""
+        """Return grad @ matrix, (rows, inputs), in the dtype of grad; if `onto` is given, add the product to it in place."""
         integers, scales = quantize(grad, self._scales)
         adds = onto is not None
         outputs = grad.new_empty(grad.shape[0], self._integers.shape[1]) if onto is None else onto
@@ -56,7 +56,7 @@ class Int8Matrix:
 
 
 def quantize(numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply (rows, columns) by the column factors and quantize; return int8 values and one scale per row.
+    """Multiply `numbers` (rows, columns) by the column factors and quantize; return int8 values and one scale per row.
 
     If a row contains NaN, its scale is NaN.
     """
@@ -80,7 +80,7 @@ def quantize(numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, adds: bool = False) -> Tensor:
-    """Multiply int32 sums (rows, columns) by row scales and column factors; write to `numbers`, or add if `adds`."""
+    """Multiply int32 sums (rows, columns) by row scales and column factors; write the result to `numbers`, or add it."""
     native, _ = library(_SOURCE)
     if native is None:
         scaled = sums.float().mul_(scales[:, None]).mul_(factors)
@@ -92,7 +92,7 @@ def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, a
 
 
 def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the speedup of int8 products over products in `dtype`, 0 if int8 is not supported, and an explanation."""
+    """Return the speedup of int8 products over products in `dtype`, and an explanation. 0: int8 is not supported."""
     capabilities = torch.cpu.get_capabilities()
     if not any(capabilities.get(name) for name in _INSTRUCTIONS):
         return 0.0, "the processor lacks int8 instructions"
@@ -106,7 +106,7 @@ def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _int_matmul(integers: Tensor, matrix: Tensor) -> Tensor:
-    """Return integers @ matrix as int32, in a buffer that the next call overwrites, so that it stays in the cache."""
+    """Return integers @ matrix as int32. The next call overwrites the result: all calls use one buffer in the CPU cache."""
     shape = integers.shape[0], matrix.shape[1]
     buffer: Tensor | None = getattr(_scratch, "sums", None)
     if buffer is None or buffer.numel() < math.prod(shape):

@@ -1,7 +1,7 @@
-"""Compute linear layers that share an input, with their LoRA adapters, as one matrix product.
+"""Compute linear layers with the same input, and their LoRA adapters, as one matrix product.
 
-PEFT's modules are not changed: their parameters are read at every call and receive gradients. The frozen weights receive
-no gradients. Only the inputs are saved for the backward pass.
+PEFT's modules are not changed. The adapter parameters are read from them at every call, and receive gradients. The frozen
+weights receive no gradients. Only the inputs are saved for the backward pass.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": y = W x + alpha / rank * B A x.
 """
 
@@ -17,13 +17,13 @@ from sage.libs.finetune.kernels.int8 import Int8Matrix
 from sage.libs.finetune.kernels.norm import recompute, saved
 from sage.libs.finetune.kernels.product import product
 
-#: A weight is quantized only if the relative error of its product is at most this. In SmolLM2 the errors are 1 to 3 %.
+#: Maximum relative error of a product with a quantized weight. In SmolLM2 the errors are 1 to 3 %.
 _INT8_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Position of one adapter: the columns of the product that it is added to, and its rows in the stacked A."""
+    """Position of one adapter: its columns in the product, and its rows in the stacked matrix A."""
 
     columns: slice
     rows: slice
@@ -35,15 +35,15 @@ class StackedAdapters:
     """The adapters of several layers as two matrices, in the compute dtype."""
 
     adapters: list[Adapter]
-    lora_a: Tensor  #: (ranks, inputs): all A, concatenated
-    lora_b: Tensor  #: (outputs, ranks): all B, scaled, block-diagonal
+    lora_a: Tensor  #: (ranks, inputs): the concatenated matrices A
+    lora_b: Tensor  #: (outputs, ranks): the scaled matrices B on the block diagonal
 
 
 class Projections:
     """Linear layers with the same input. Their weights become views of one matrix, so that no weight is stored twice."""
 
     def __init__(self, layers: Sequence[nn.Module], compute_dtype: torch.dtype | None = None) -> None:
-        """layers: each must satisfy `is_fusible`.  compute_dtype: dtype of products; default: that of the weights."""
+        """layers: `is_fusible` must be true for each.  compute_dtype: dtype of products; default: dtype of the weights."""
         self._layers = tuple(layers)
         bases = [_base(layer) for layer in layers]
         self._widths = [base.out_features for base in bases]
@@ -58,7 +58,7 @@ class Projections:
             self.bias = torch.cat([zeros(base.out_features) if base.bias is None else base.bias.data for base in bases])
 
     def record_inputs(self) -> None:
-        """Record all inputs, until `quantize` is called."""
+        """Record all inputs until `quantize` is called."""
         self._recorded = []
 
     def quantize(self) -> float | None:
@@ -87,16 +87,16 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Dequantize the weights into the layers for transformers' own forward; `free_dense_weights` frees them again."""
+        """Dequantize the weights into the layers for transformers' `forward`, until `free_dense_weights` is called."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 
     def parameters(self) -> list[Tensor]:
-        """Return A and B of each active adapter, in order."""
+        """Return the matrices A and B of each active adapter, in the order of the layers."""
         return [matrix for _, a, b, _ in self._active() for matrix in (a, b)]
 
     def stack(self, parameters: Sequence[Tensor]) -> StackedAdapters | None:
-        """Stack the adapters; return None if there are none.  parameters: the result of `parameters()`."""
+        """Stack the adapters, or return None if no adapter is active.  parameters: the result of `parameters()`."""
         if not parameters:
             return None
         lora_a = torch.cat(list(parameters[0::2])).to(self.compute_dtype)
@@ -111,7 +111,10 @@ class Projections:
         return StackedAdapters(adapters, lora_a, lora_b)
 
     def forward(self, inputs: Tensor, stacked: StackedAdapters | None) -> tuple[Tensor, Tensor | None]:
-        """Return W x + B A x for inputs (tokens, inputs), in the dtype of the weights, and A x, (tokens, ranks)."""
+        """Return the outputs W x + B A x, (tokens, outputs), and the inner products A x, (tokens, ranks).
+
+        inputs: (tokens, inputs). The outputs have the dtype of the weights.
+        """
         inputs = inputs.to(self.compute_dtype)
         if self._recorded is not None:
             self._recorded.append(inputs)
@@ -138,9 +141,9 @@ class Projections:
         onto: Tensor | None = None,
         needs_inputs: bool = True,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Return the gradients of the inputs and of `parameters()`; grad: (tokens, outputs).
+        """Return the gradient of the inputs and the gradients of `parameters()`; grad: (tokens, outputs).
 
-        onto: another gradient of the same inputs in `compute_dtype`; the new one is added to it in place.
+        onto: a gradient of the same inputs in `compute_dtype`; the gradient of the inputs is added to it in place.
         """
         grad = grad.to(self.compute_dtype)
         grad_inputs = None
@@ -193,7 +196,7 @@ class _Project(torch.autograd.Function):
 
 
 def project(inputs: Tensor, projections: Projections) -> Tensor:
-    """Return the outputs of all layers for inputs (…, inputs), as (tokens, outputs)."""
+    """Return the concatenated outputs of all layers, (tokens, outputs), for inputs (…, inputs)."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return _Project.apply(flat, saved(inputs), projections, *projections.parameters())
 

@@ -1,4 +1,4 @@
-"""A gated feed-forward block as one autograd function, which saves gate and up and recomputes the other activations."""
+"""A gated feed-forward block as one autograd function. It saves the outputs of gate and up, and recomputes the rest."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sage.libs.finetune.kernels.norm import recompute, saved
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation with its derivative."""
+    """An activation function with its backward function."""
 
     value: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]  #: (gradient of the output, input) -> gradient of the input
@@ -24,7 +24,7 @@ _GELU_TANH = Activation(
     lambda x: nn.functional.gelu(x, approximate="tanh"),
     lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
 )
-#: Supported activations by their class name in transformers' ACT2FN.
+#: Supported activations, by class name in transformers' ACT2FN.
 _ACTIVATIONS = {"SiLU": _SILU, "SiLUActivation": _SILU, "GELUTanh": _GELU_TANH, "PytorchGELUTanh": _GELU_TANH}
 
 MakeProjections: TypeAlias = Callable[[Sequence[nn.Module]], Projections]
@@ -71,16 +71,16 @@ class _GatedMlp(torch.autograd.Function):
 
 
 class GatedMlp:
-    """down(activation(gate(x)) * up(x)), each layer with its adapters."""
+    """Computes down(activation(gate(x)) * up(x)); each of the three layers includes its adapters."""
 
     def __init__(self, layers: Sequence[nn.Module], activation: Activation, make: MakeProjections) -> None:
-        """layers: gate, up and down.  make: builds the Projections of layers."""
+        """layers: gate, up and down.  make: a function that creates the Projections of a list of layers."""
         self.gate, self.up, self.down = (make([layer]) for layer in layers)
         self.activation = activation
 
     @classmethod
     def of(cls, module: nn.Module, make: MakeProjections = Projections) -> "GatedMlp | None":
-        """Return the block that computes a module of transformers, or None if its structure is not supported."""
+        """Return a GatedMlp that replaces a module of transformers, or None if the module's structure is not supported."""
         names = {name for name, _ in module.named_children()}
         if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             return None

@@ -45,7 +45,7 @@ def _compiler() -> list[str] | None:
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    private_folder(target.parent)  # other users must not write to it, because its files are executed
+    private_folder(target.parent)  # other users must not write to the folder, because SAGE executes its files
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run(
@@ -56,7 +56,7 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
 
 
 def _processor() -> str:
-    """Return the processor's model and features; several machines may share one home folder."""
+    """Return the processor's model and features. The cache key includes them: machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight; only its input is saved, and later layers recompute its output from the input."""
+"""RMSNorm with a frozen weight. Only the input is saved; later layers recompute the output from the input."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class Normed(NamedTuple):
-    """The tensors from which a norm's output is recomputed, so that no layer has to save the output."""
+    """The tensors that are needed to recompute the output of a norm, so that no layer saves the output."""
 
     inputs: Tensor
     scale: Tensor  #: (…, 1): 1 / root mean square of each row
     weight: Tensor
 
     def outputs(self) -> Tensor:
-        """Return exactly the norm's output."""
+        """Return the output of the norm, bit-identical to the first computation."""
         return (self.inputs * self.scale).mul_(self.weight).to(self.inputs.dtype)
 
 
@@ -37,7 +37,7 @@ class _RmsNorm(torch.autograd.Function):
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return inputs / rms(inputs) * weight over the last dimension, in the dtype of the inputs.
 
-    weight: (hidden_size,), at least fp32, which is also the compute dtype; it gets no gradient.
+    weight: (hidden_size,), fp32 or fp64. The norm is computed in the weight's dtype; the weight receives no gradient.
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
     kept = inputs.detach()
@@ -48,20 +48,20 @@ def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def saved(states: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors to save for `recompute`: a `Normed` if the states come from `rms_norm`, else the states."""
+    """Return the tensors that `recompute` needs: a `Normed` if `states` is an output of `rms_norm`, else `states`."""
     return getattr(states, "normed", (states.detach(),))
 
 
 def recompute(source: Sequence[Tensor]) -> Tensor:
-    """Return exactly the states whose `saved` tensors are `source`, as (rows, hidden_size)."""
+    """Recompute states from the result of `saved(states)`, bit-identical, as (rows, hidden_size)."""
     states = Normed(*source).outputs() if len(source) > 1 else source[0]
     return states.reshape(-1, states.shape[-1])
 
 
 def frozen_rms_norm(module: nn.Module) -> tuple[Tensor, float] | None:
-    """Return weight and eps of a frozen RMSNorm of transformers, or None if the module is not a supported RMSNorm.
+    """Return weight and eps if the module is a frozen RMSNorm of transformers, else None.
 
-    Gemma stores weight - 1, so 1 is added.
+    Gemma stores weight - 1, so 1 is added to Gemma's weights.
     """
     kind = type(module).__name__
     weight = getattr(module, "weight", None)

@@ -5,19 +5,18 @@ import functools
 import torch
 from torch import Tensor
 
-#: Share of the L2 caches of all threads together that the rows of one chunk may fill.
+#: Maximum size of the rows of one chunk, as a share of the L2 caches of all threads together.
 _CACHE_SHARE = 0.3
-#: Chunk sizes of products with lm_head that stay in the processor's cache: rows, or, if lm_head has to be cast to the
-
-#: compute dtype first, vocabulary entries.
+#: Chunk sizes of products with lm_head, so that a chunk fits the processor's cache. _CHUNK_VOCAB (vocabulary entries) is
+#: used if lm_head must be cast to the compute dtype, otherwise _CHUNK_ROWS.
 _CHUNK_ROWS, _CHUNK_VOCAB = 192, 4096
 
 
 def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
     """Return left @ right; if `onto` is given, add the product to `onto` in place and return `onto`.
 
-    left: (rows, inner).  right: (inner, columns).  In bf16 on a CPU, if the result is narrower than `left`, the rows are
-    computed in chunks that fit the cache, because oneDNN reads them once per strip of columns.
+    left: (rows, inner).  right: (inner, columns).  On a CPU in bf16, oneDNN reads `left` once per strip of columns. If the
+    result is narrower than `left`, the product is therefore computed in chunks of rows that fit the cache.
     """
     pieces = _pieces(left, right)
     if pieces == 1:

@@ -1,1 +1,1 @@
-"""A run's files on disk: its spec, its events and its checkpoints. These modules do not import torch."""
+"""The files of a run: spec, events, checkpoints. These modules do not import torch."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and are verified before anything is loaded from them."""
+"""Write checkpoints atomically, and verify their checksums before they are loaded."""
 
 import errno
 import hashlib
@@ -18,9 +18,9 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
-#: Errors which show that a file is missing or unreadable for good; after any other error the checkpoint may be intact.
+#: Errors that show that a file is missing or permanently unreadable. After other errors, the checkpoint may be intact.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that may differ when a run continues from a checkpoint; a difference in any other option changes the result.
+#: Options that may differ when a run continues from a checkpoint; any other difference would change the result.
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, folder: Path) -> "Checkpoint":
-        """Return the checkpoint in a folder; raises NotFound if SAGE did not write the folder."""
+        """Return the checkpoint in a folder; raises NotFound if the folder has no readable manifest."""
         try:
             return cls(folder, int(json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["step"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -49,7 +49,7 @@ class Checkpoint:
             ) from error
 
     def verify(self) -> None:
-        """Raise RunError if a file is missing or differs from what was written."""
+        """Raise RunError if a file is missing or its checksum differs from the manifest."""
         try:
             manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
             for name, expected in manifest["files_sha256"].items():
@@ -70,7 +70,7 @@ class Checkpoint:
             raise _damaged(f"{self.path}/trainer_state.json is not readable.") from error
 
     def set_aside(self) -> None:
-        """Rename a damaged checkpoint, so that it is ignored from now on."""
+        """Rename a damaged checkpoint, so that it is no longer listed as a checkpoint."""
         target = self.path.with_name(_DAMAGED + self.path.name)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self.path, target)
@@ -112,7 +112,7 @@ class Checkpoint:
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Publish a staged folder as `checkpoint-<step>` of a run: checksummed, synced, renamed.
+    """Write checksums into a staged folder, sync it, and rename it to `checkpoint-<step>` of a run.
 
     If an intact checkpoint of this step exists already, it is kept, because its content is the same.
     """
@@ -140,7 +140,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint; rename newer, damaged ones, and return their problems."""
+    """Return the newest intact checkpoint, and the problems of newer checkpoints, which are damaged and were renamed."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):
@@ -151,9 +151,9 @@ def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collection[int] = ()) -> list[str]:
-    """Remove all but the `keep` newest intact checkpoints and the best one; return the problems of damaged ones.
+    """Keep the `keep` newest intact checkpoints and the best checkpoint, and remove older ones; return problems found.
 
-    trusted: steps whose checkpoints this process wrote or has verified.
+    trusted: steps of checkpoints that this process has written or verified.
     """
     kept, problems = 0, list[str]()
     for checkpoint in reversed(list_checkpoints(run)):
@@ -168,7 +168,7 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
 
 
 def _problem(checkpoint: Checkpoint) -> str:
-    """Return the problem of a damaged checkpoint, after renaming it; empty if it is intact."""
+    """Verify a checkpoint; return "" if it is intact, else rename it and return the problem."""
     try:
         checkpoint.verify()
     except RunError as error:

@@ -1,4 +1,4 @@
-"""Estimate the memory that a run needs, from the headers of the weight files; does not import torch."""
+"""Estimate the memory of a run from the headers of the weight files; does not import torch."""
 
 import math
 import re
@@ -9,11 +9,11 @@ from sage.common.errors import RunError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.models.resolve import safetensors_header
 
-#: Bytes of a trained parameter, its gradient and AdamW's two moments, each in fp32.
+#: Bytes per trained parameter: parameter, gradient and AdamW's two moments, each in fp32.
 _TRAINED_BYTES = 16
-#: Bytes of a quantized weight, including its share of the scales, by number of bits.
+#: Bytes per quantized weight, by number of bits; the scales are included.
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
-#: Number of tokens whose logits the loss holds at once, and of their copies: logits, probabilities, part of the gradient.
+#: Number of tokens whose logits are in memory at the same time, and number of copies (logits, probabilities, gradient).
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2.5
 
 
@@ -21,33 +21,33 @@ _LOSS_TOKENS, _LOSS_COPIES = 384, 2.5
 class Estimate:
     """The memory of a run in bytes, without the memory of Python and its libraries."""
 
-    base_bytes: int  #: frozen weights, in their precision in memory
+    base_bytes: int  #: frozen weights, in the precision used in memory
     trained_bytes: int  #: trained parameters with gradients and optimizer state
     token_bytes: int  #: activations per token that SAGE's training step saves for the backward pass
-    logits_bytes: int  #: logits of one token, in all copies that the loss holds
-    loading_bytes: int  #: peak while loading a base that is quantized to 8 bits: it is loaded in full precision first
+    logits_bytes: int  #: logits of one token, multiplied by the number of copies in memory
+    loading_bytes: int  #: peak while the base is loaded in full precision, before it is quantized to 8 bits
 
     @property
     def held_bytes(self) -> int:
-        """Memory that is in use from the first step to the last."""
+        """Memory in bytes that is in use during the whole training."""
         return self.base_bytes + self.trained_bytes
 
     @property
     def least_bytes(self) -> int:
-        """Memory that is needed with the smallest micro-batches."""
+        """Memory in bytes that is needed with the smallest micro-batches."""
         return max(self.loading_bytes, self.held_bytes)
 
     def total_bytes(self, tokens: int) -> int:
-        """Return the peak memory with micro-batches of `tokens` tokens."""
+        """Return the peak memory in bytes for micro-batches of `tokens` tokens."""
         in_step = tokens * self.token_bytes + min(tokens, _LOSS_TOKENS) * self.logits_bytes
         return max(self.loading_bytes, self.held_bytes + in_step)
 
     def fitting_tokens(self, available_bytes: int) -> int:
-        """Return the size in tokens of the largest micro-batch that fits into `available_bytes`, 0 if none fits."""
+        """Return the number of tokens of the largest micro-batch that fits into `available_bytes`; 0 if none fits."""
         return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
     def describe(self, tokens: int, available_bytes: int) -> str:
-        """Return a message with the needed and the free memory and, if that is too little, how many tokens fit."""
+        """Return a message with the needed and the free memory. If memory is insufficient, it says how many tokens fit."""
         needed_bytes = self.total_bytes(tokens)
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(available_bytes)} are free"
         if needed_bytes <= available_bytes:
@@ -59,12 +59,12 @@ class Estimate:
 
 
 def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int | None, int8: bool) -> Estimate:
-    """Return the memory that a training run of a model needs; folder: has the safetensors files of the model.
+    """Return the memory that a training run of a model needs.  folder: contains the model's safetensors files.
 
-    bf16, base_bits, int8: the precision in which the base is held, as in `Precision`.
-    The activations of a token are estimated as the inputs and outputs of each matrix. The estimate was compared with
-    measured peaks for 128 to 8,192 tokens and ranks 8 to 128: with the memory of the process itself added, it differs by
-    at most 8 % in fp32, and is 15 % too low in bf16.
+    bf16, base_bits, int8: the precision of the base model in memory, as in `Precision`.
+    The activations of a token are estimated as the inputs and outputs of each matrix. The estimate plus the memory of the
+    process was compared with measured peaks for 128 to 8,192 tokens and ranks 8 to 128. It differs by at most 8 % in fp32,
+    and is 15 % too low in bf16.
     """
     shapes = {
         name: entry["shape"]
@@ -72,7 +72,7 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
         for name, entry in safetensors_header(file).items()
     }
     matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-    in_layers = {name: shape for name, shape in matrices.items() if re.search(r"\.\d+\.", name)}  # layers only
+    in_layers = {name: shape for name, shape in matrices.items() if re.search(r"\.\d+\.", name)}  # names with a layer number
     numbers, layer_numbers = (sum(map(math.prod, each.values())) for each in (shapes, in_layers))
     ends = sum(sum(shape[-2:]) for shape in in_layers.values())
     rows = max((shape[0] for name, shape in matrices.items() if name not in in_layers), default=0)

@@ -2,17 +2,17 @@
 
 from collections import deque
 
-#: Number of steps needed for an estimate.
+#: Minimum number of steps for an estimate.
 _MIN_STEPS = 10
-#: Number of latest steps over which throughput is measured.
+#: Number of latest steps that are used to measure throughput.
 _WINDOW_STEPS = 20
 
 
 class ProgressMeter:
-    """Measures throughput and remaining time; the time of a process's first step is ignored, because it includes warm-up."""
+    """Measures throughput and remaining time. The remaining time ignores the first step, because it includes warm-up."""
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
-        """remaining_steps: steps left to train; closing_seconds: expected time of all work other than steps."""
+        """remaining_steps: steps left to train; closing_seconds: expected time of all remaining work except steps."""
         self._remaining = remaining_steps
         self.closing_seconds = closing_seconds
         self._steps = 0
@@ -20,7 +20,7 @@ class ProgressMeter:
         self._window: deque[tuple[int, float]] = deque(maxlen=_WINDOW_STEPS)
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Count one optimizer step."""
+        """Add one optimizer step with its number of tokens and its duration."""
         self._remaining -= 1
         self._steps += 1
         if self._steps > 1:
@@ -29,13 +29,13 @@ class ProgressMeter:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens per second over the latest steps; None if tokens are not counted."""
+        """Tokens per second over the latest steps; None if no tokens were counted."""
         tokens = sum(tokens for tokens, _ in self._window)
         return tokens / max(sum(seconds for _, seconds in self._window), 1e-9) if tokens else None
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until the run ends; None before enough steps are done."""
+        """Seconds until the run ends; None if too few steps are done for an estimate."""
         if self._steps < _MIN_STEPS:
             return None
         return self._remaining * self._seconds / (self._steps - 1) + self.closing_seconds

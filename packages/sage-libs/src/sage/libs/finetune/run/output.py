@@ -1,4 +1,4 @@
-"""Ownership of a run's output folder, checked before anything is written into it."""
+"""Ownership of output folders: a run writes its result into a folder only if it owns the folder."""
 
 import contextlib
 import fcntl
@@ -21,8 +21,9 @@ RUN_FILE = "sage_run.json"
 def claim_output(output: Path, task_id: str, run: Path) -> None:
     """Create the output folder and record its owner; if several runs claim it at the same time, only one succeeds.
 
-    A run owns the folder as soon as the run is created, and loses it if the run ends without a result. The owner may claim
-    it again. Raises OutputError if the folder cannot be written, contains files of no run, or belongs to another run.
+    A run owns its folder from its creation on. If it ends without a result, another run may claim the folder. The owner may
+    claim its folder again. Raises OutputError if the folder cannot be written, belongs to another run, or contains files
+    that no run has written.
     """
     output = output.resolve()
     try:
@@ -39,7 +40,7 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
 
 
 def check_claim(output: Path, task_id: str) -> None:
-    """Raise OutputError if the output folder belongs to another run, or contains files of no run."""
+    """Raise OutputError if the output folder belongs to another run, or contains files that no run has written."""
     owner = read_run_file(output.resolve())
     if owner.get("task_id") != task_id and output.is_dir():
         _check_free(output.resolve(), owner)
@@ -52,7 +53,7 @@ def check_owner(output: Path, task_id: str) -> None:
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Write the record of a run beside its result; raises OutputError if another run owns the folder now."""
+    """Write the record of a run into its output folder; raises OutputError if another run owns the folder now."""
     with _locked(output):
         check_owner(output, record["task_id"])
         _write(output, record)
@@ -73,7 +74,7 @@ def _write(output: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder itself, so that no lock file is left; without a lock on file systems that do not support locks."""
+    """Lock the folder itself, so that no lock file is needed; if the file system has no locks, continue without a lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
@@ -96,7 +97,7 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
 
 
 def _claim_of(run: RunDirectory) -> str:
-    """Return how a run uses its output folder, as part of a sentence; empty if the run has ended or does not exist."""
+    """Return how a run uses its output folder, as part of a message; "" if the run has ended or does not exist."""
     if not run.spec_path.is_file():
         return ""
     state = derive(read_status(run), alive=holder(run.lock_path) is not None).state

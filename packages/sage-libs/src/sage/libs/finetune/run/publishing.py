@@ -1,4 +1,4 @@
-"""Publish checkpoints as models that stay available while the run continues and removes its older checkpoints."""
+"""Publish checkpoints as models. A published model stays available when the run removes the checkpoint."""
 
 import os
 import shutil
@@ -7,17 +7,17 @@ from pathlib import Path
 from sage.common.errors import ModelError
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: Suffixes of the files of an adapter and its tokenizer, and the Trainer's files with the same suffixes, which are omitted.
+#: Suffixes of the files of an adapter and its tokenizer. Files of the Trainer with the same suffixes are omitted.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".txt"})
 _OF_TRAINER = frozenset({"trainer_state.json", "manifest.json"})
-#: Two, because the published checkpoint before the newest one may still be in use for requests.
+#: Number of published checkpoints to keep: two, because requests may still use the previous one.
 _KEPT = 2
 
 
 def publish_checkpoint(run: RunDirectory, step: int) -> Path:
-    """Publish a checkpoint as a folder of hard links and return it; remove all older folders except the previous one.
+    """Publish a checkpoint as a folder of hard links and return the folder; keep the previous folder, remove older ones.
 
-    Raises ModelError if the checkpoint has no adapter, OSError if it has been removed.
+    Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
     """
     checkpoint, target = run.path / f"checkpoint-{step}", run.served_path / f"step-{step}"
     if not target.is_dir():

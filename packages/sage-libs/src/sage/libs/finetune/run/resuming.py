@@ -14,10 +14,10 @@ Warn = Callable[[str], None]
 
 
 def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn: Warn) -> Checkpoint | None:
-    """Return the checkpoint to continue from: the run's newest, else the given one; None to start from the beginning.
+    """Return the checkpoint to continue from: the run's newest checkpoint, else `given`, else None (start from step 0).
 
-    given: folder of a checkpoint of another run.  base: folder of the base model.
-    Raises RunError if the given checkpoint is damaged, ModelError if it was trained on another base.
+    given: folder of a checkpoint of another run, or None.  base: folder of the base model.
+    Raises RunError if the given checkpoint is damaged, and ModelError if the base model has changed.
     """
     checkpoint, problems = latest_good(run.path)
     for problem in problems:
@@ -37,7 +37,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
 
 
 def begun(run: RunDirectory, given: str | None) -> RunStatus:
-    """Return the status of a run; before it trains, return that of the run whose checkpoint it continues from."""
+    """Return the status of a run. If it has not trained yet, return the status of the run that wrote `given`."""
     status = read_status(run)
     if status.bf16 is None and given:
         origin = RunDirectory(Path(given).resolve().parent)
@@ -46,7 +46,7 @@ def begun(run: RunDirectory, given: str | None) -> RunStatus:
 
 
 def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | None:
-    """Return the checkpoint of a step; if it is damaged, warn and return None."""
+    """Return the checkpoint of a step; if the checkpoint is damaged, warn and return None."""
     best = Checkpoint(run.path / f"checkpoint-{step}", step)
     try:
         best.verify()

@@ -1,6 +1,6 @@
 """The reward function of GRPO, which the user writes in a Python file.
 
-`def reward(prompts, completions, **columns)` returns one number per completion; columns: the other fields of the records.
+`def reward(prompts, completions, **columns)` returns one number per completion. `columns` are the records' other fields.
 """
 
 import ast
@@ -27,9 +27,9 @@ def check_reward_file(path: Path) -> None:
 
 
 def load_reward(path: Path) -> Callable[..., list[float]]:
-    """Execute a file and return its reward function.
+    """Execute a Python file and return its reward function in the form that TRL calls.
 
-    TRL passes conversations; the user's function receives the text of each prompt's last message and of each completion.
+    TRL passes conversations. The user's function receives texts: the last message of each prompt, and each completion.
     """
     spec = importlib.util.spec_from_file_location("sage_reward", path)
     assert spec

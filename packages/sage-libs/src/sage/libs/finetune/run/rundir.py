@@ -1,4 +1,4 @@
-"""The run directory: all data that a worker and its manager share. Its schema is in docs/internals/run-directory.md."""
+"""The run directory: all data that worker and manager share; docs/internals/run-directory.md describes the files."""
 
 import json
 import os
@@ -13,17 +13,18 @@ from sage.common.paths import private_folder
 from sage.common.training import AnyRunEvent, parse_event
 from sage.libs.finetune.config import FinetuneConfig
 
-#: Environment variable with the rank of a process if several processes train together; the main process does not have it.
+#: Environment variable with the rank of a process if several processes train together; it is not set in the main process.
 RANK_VARIABLE = "SAGE_WORKER_RANK"
-#: Events that are synced to disk before the run continues; after a power failure, steps whose events are lost are repeated.
+#: Events that are synced to disk before the run continues. A power failure can lose `step` events; a resumed run repeats
+#: these steps.
 _DURABLE = ("launched", "started", "checkpoint", "stopped", "finished", "failed")
-#: Size of a file that is removed if the disk is full, so that the run can still report why it ends.
+#: Size of a file that is removed if the disk is full, so that the run can still write its last events.
 _RESERVE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """The requested configuration of a run, and the hash of its data."""
+    """The configuration of a run as requested, and the hash of its data."""
 
     task_id: str
     config: FinetuneConfig
@@ -48,7 +49,7 @@ class RunDirectory:
         self._request_path = path / "checkpoint-request"
 
     def create(self, spec: RunSpec) -> None:
-        """Create the folder with its spec atomically; do nothing if it exists."""
+        """Create the folder with its spec atomically; do nothing if the folder exists."""
         if self.spec_path.exists():
             return
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -66,7 +67,10 @@ class RunDirectory:
         return RunSpec(**{**content, "config": FinetuneConfig.model_validate(content["config"])})
 
     def append_event(self, event: AnyRunEvent) -> None:
-        """Append one event with the time, in one write: a crash can damage only the last line, and readers skip that."""
+        """Append an event with the current time in a single write.
+
+        A crash can damage only the last line; readers skip damaged lines.
+        """
         fields = event.model_copy(update={"time": datetime.now(UTC)}).model_dump(mode="json", exclude_none=True)
         line = json.dumps(fields, ensure_ascii=False).encode() + b"\n"
         with self.events_path.open("ab+") as file:
@@ -78,7 +82,7 @@ class RunDirectory:
                 os.fsync(file.fileno())
 
     def read_events(self, offset: int = 0) -> Iterator[tuple[AnyRunEvent, int]]:
-        """Yield the complete events after a byte offset, each with the offset of its end; damaged lines are skipped."""
+        """Yield each complete event after a byte offset, with the byte offset of its end; damaged lines are skipped."""
         try:
             file = self.events_path.open("rb")
         except FileNotFoundError:
@@ -103,7 +107,7 @@ class RunDirectory:
         return True
 
     def reserve_space(self) -> None:
-        """Reserve some disk space for the last events."""
+        """Reserve disk space for the last events of the run."""
         if not self._reserve_path.exists():
             self._reserve_path.write_bytes(b"\0" * _RESERVE_BYTES)
 
@@ -112,7 +116,7 @@ class RunDirectory:
         shutil.rmtree(self.staging_path, ignore_errors=True)
 
     def release_space(self) -> None:
-        """Free the reserved disk space, so that the run can report why it ends."""
+        """Free the reserved disk space, so that the run can write its last events."""
         self._reserve_path.unlink(missing_ok=True)
 
     @staticmethod
@@ -121,7 +125,7 @@ class RunDirectory:
 
 
 class SilentRunDirectory(RunDirectory):
-    """The run directory in processes other than the main one: they append no events."""
+    """The run directory in all processes except the main process; it appends no events."""
 
     def append_event(self, event: AnyRunEvent) -> None:
         """Do nothing."""

@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from sage.common.training import StepEvent, TrainingStep
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: If twice this many steps are in memory, they are downsampled to this many.
+#: Number of steps after downsampling; steps are downsampled when twice this number are in memory.
 KEPT_STEPS = 5_000
 
 
 class StepSeries:
-    """The steps of one run; each call reads only the events that were appended since the previous call."""
+    """The steps of one run. Each read parses only the events that were appended after the previous read."""
 
     def __init__(self, run: RunDirectory, kept_steps: int = KEPT_STEPS) -> None:
         self._run, self._kept_steps = run, kept_steps
         self._offset = 0
-        self._steps: list[TrainingStep] = []  # ascending, each step once
+        self._steps: list[TrainingStep] = []  # ascending step numbers, without duplicates
         self._lock = threading.Lock()
 
     def read(self, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the steps after step `after`, downsampled to at most `max_points`; the first and the last are kept.
+        """Return the steps after step `after`, downsampled to at most `max_points`; the first and last step are kept.
 
-        By default all steps of a run of up to 10,000 steps are kept, and 5,000 to 10,000 of a longer run.
+        By default, memory contains all steps of a run with up to 10,000 steps, and 5,000 to 10,000 steps of a longer run.
         """
         with self._lock:
             for event, end in self._run.read_events(self._offset):
@@ -34,7 +34,7 @@ class StepSeries:
         return found if max_points is None else downsample(found, max_points)
 
     def _add(self, event: StepEvent) -> None:
-        if self._steps and event.step <= self._steps[-1].step:  # trained again after a crash
+        if self._steps and event.step <= self._steps[-1].step:  # the step was repeated after a crash
             del self._steps[bisect.bisect_left(self._steps, event.step, key=_number) :]
         self._steps.append(TrainingStep.model_validate(vars(event)))
         if len(self._steps) > 2 * self._kept_steps:
@@ -42,7 +42,7 @@ class StepSeries:
 
 
 def downsample(steps: Sequence[TrainingStep], max_points: int) -> list[TrainingStep]:
-    """Return at most `max_points` steps: the first, the last, and the lowest and highest loss of each range between."""
+    """Return at most `max_points` steps: first, last, and in each range the steps with the lowest and highest loss."""
     if len(steps) <= max_points:
         return list(steps)
     if max_points == 1:

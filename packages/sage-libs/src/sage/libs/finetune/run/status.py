@@ -1,4 +1,4 @@
-"""The status of a run, derived only from its events and its lock."""
+"""The status of a run. It is computed from the events and the lock of the run, and from nothing else."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -25,15 +25,15 @@ from sage.common.training import (
 class RunState(StrEnum):
     """State of a run."""
 
-    CREATED = "created"  #: its directory exists; no process was started yet
-    STARTING = "starting"  #: its worker loads the data and the model
-    RUNNING = "running"  #: its worker trains
-    STOPPED = "stopped"  #: it stopped on request, after saving a checkpoint
+    CREATED = "created"  #: the run directory exists; no process was started yet
+    STARTING = "starting"  #: the worker loads the data and the model
+    RUNNING = "running"  #: the worker trains
+    STOPPED = "stopped"  #: the run stopped on request, after saving a checkpoint
     COMPLETED = "completed"  #: the result is in the output folder
-    FAILED = "failed"  #: it ended with an error; `message` describes it
+    FAILED = "failed"  #: the run ended with an error; `message` describes the error
 
 
-#: States of a run that should have a process; if it has none, the process has crashed.
+#: States in which a run should have a process. If the process is missing, it has crashed.
 ALIVE = (RunState.STARTING, RunState.RUNNING)
 
 
@@ -44,9 +44,9 @@ class RunStatus:
     state: RunState = RunState.CREATED
     step: int = 0
     total_steps: int | None = None
-    metrics: StepMetrics = field(default_factory=StepMetrics)  #: of the last step
-    eta_seconds: float | None = None  #: None while it is being estimated
-    checkpoint_step: int | None = None  #: the newest checkpoint
+    metrics: StepMetrics = field(default_factory=StepMetrics)  #: figures of the last step
+    eta_seconds: float | None = None  #: None if there is no estimate yet
+    checkpoint_step: int | None = None  #: step of the newest checkpoint
     heldout_loss_before: float | None = None
     heldout_loss: float | None = None
     code: str | None = None
@@ -54,15 +54,15 @@ class RunStatus:
     hint: str | None = None
     warnings: tuple[str, ...] = ()
     base_sha256: str | None = None  #: fingerprint of the base model
-    bf16: bool | None = None  #: whether the base is held in bf16; if not, in fp32
+    bf16: bool | None = None  #: True: the base model is in bf16; False: in fp32
     bf16_products: bool | None = None  #: whether matrix products are computed in bf16
     int8_products: bool | None = None  #: whether SAGE's training step quantizes layers to int8 and uses int8 products
-    halvings: int = 0  #: number of times that micro-batches are cut in half to save memory
-    activation_checkpointing: bool = False  #: activations are recomputed to save memory
+    halvings: int = 0  #: how many times each micro-batch is cut in half to save memory
+    activation_checkpointing: bool = False  #: whether activations are recomputed to save memory
 
     @property
     def progress(self) -> float | None:
-        """Completed share of the steps, 0 to 1."""
+        """Share of the steps that are completed, from 0 to 1; None if the number of steps is unknown."""
         return self.step / self.total_steps if self.total_steps else None
 
     def training_progress(self) -> TrainingProgress:
@@ -82,8 +82,8 @@ class RunStatus:
 
 
 def fold(status: RunStatus, events: Iterable[AnyRunEvent]) -> RunStatus:
-    """Return the status after applying more events."""
-    step: StepEvent | None = None  # of consecutive step events, only the last one is applied
+    """Return the status updated with more events."""
+    step: StepEvent | None = None  # the latest step event that is not applied yet
     for event in events:
         if isinstance(event, StepEvent):
             step = event
@@ -94,7 +94,7 @@ def fold(status: RunStatus, events: Iterable[AnyRunEvent]) -> RunStatus:
 
 
 def derive(status: RunStatus, *, alive: bool) -> RunStatus:
-    """Return the actual status: a run that should be running but has no process has failed."""
+    """Return the actual status: if the run should be running but no process is alive, the status is `failed`."""
     if alive or status.state not in ALIVE:
         return status
     start = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "its beginning"
@@ -121,7 +121,7 @@ def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
             return {"heldout_loss" if event.step else "heldout_loss_before": event.loss}
         case WarningEvent():
             adapted = {"halvings": event.halvings, "activation_checkpointing": event.activation_checkpointing}
-            # A resumed run repeats its warnings.
+            # Remove duplicates, because a resumed run repeats its warnings.
             warnings = tuple(dict.fromkeys((*status.warnings, event.message)))
             return {"warnings": warnings, **{name: value for name, value in adapted.items() if value is not None}}
         case ProgressEvent():
@@ -158,7 +158,7 @@ def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:
         "step": event.step,
         "total_steps": event.total_steps,
         "base_sha256": event.base_sha256 or status.base_sha256,
-        "checkpoint_step": min(status.checkpoint_step or 0, event.step) or None,  # newer ones were damaged
+        "checkpoint_step": min(status.checkpoint_step or 0, event.step) or None,  # newer checkpoints were damaged
         "bf16": event.bf16,
         "bf16_products": event.bf16 if event.bf16_products is None else event.bf16_products,
         "int8_products": event.int8_products,

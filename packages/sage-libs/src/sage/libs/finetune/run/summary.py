@@ -1,4 +1,4 @@
-"""Saved status of a run, so that readers parse only later events; the worker saves it at each checkpoint and at the end."""
+"""Saved status of a run, so that readers parse only later events. The worker saves it at each checkpoint and at the end."""
 
 import zlib
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from sage.common.training import AnyRunEvent
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunStatus, fold
 
-#: Bytes of `events.jsonl` before a summary's offset that are compared; if they differ, the file is read from its beginning.
+#: Number of bytes of `events.jsonl` before the offset that `crc32` covers. If they have changed, the summary is ignored.
 _COMPARED_BYTES = 512
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The status after the events up to a byte offset of `events.jsonl`."""
+    """The status of a run after all events before a byte offset of `events.jsonl`."""
 
     offset: int = 0
-    crc32: int = 0  #: checksum of the last 512 bytes before the offset
+    crc32: int = 0  #: checksum of up to 512 bytes before the offset
     status: RunStatus = field(default_factory=RunStatus)
 
 
@@ -28,12 +28,12 @@ _SUMMARY = TypeAdapter(Summary)
 
 
 def read_status(run: RunDirectory) -> RunStatus:
-    """Return the status according to the run's events; `derive` also considers its lock."""
+    """Return the status of a run from its events only; `derive` also uses the lock of the run."""
     return catch_up(run, read_summary(run)).status
 
 
 def read_summary(run: RunDirectory) -> Summary:
-    """Return the saved summary, or an empty one if none is saved or it does not match the events."""
+    """Return the saved summary; if it is missing or does not match the events, return an empty summary."""
     try:
         summary = _SUMMARY.validate_json(run.summary_path.read_bytes())
         return summary if summary.crc32 == _crc32(run, summary.offset) else Summary()

@@ -1,4 +1,4 @@
-"""The first phase: find the base model's files and load its tokenizer, before any weights are read."""
+"""First phase of a run: find the base model's files and load its tokenizer; no weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A base model on disk, with its tokenizer."""
+    """The files of a base model, and its loaded tokenizer."""
 
-    folder: Path  #: safetensors and config
-    adapter: Path | None  #: the adapter that is trained further
+    folder: Path  #: contains the safetensors files and the config
+    adapter: Path | None  #: folder of the adapter that is trained further
     tokenizer: Any
     chat_format: ChatFormat
 

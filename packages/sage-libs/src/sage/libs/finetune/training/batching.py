@@ -1,4 +1,4 @@
-"""Micro-batches: samples packed into one sequence if the kernels are installed, else padded to the longest sample."""
+"""Build micro-batches: samples packed into one sequence if the kernels are installed, else padded to the longest sample."""
 
 import bisect
 import heapq
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 
-#: Samples that are always in the same micro-batch; one item of the Trainer's dataset.
+#: Samples that always share a micro-batch. A pack is one item of the Trainer's dataset.
 Pack = tuple[Encoded, ...]
 Batch = dict[str, Tensor]
 #: A packed micro-batch is padded to a multiple of this many tokens.
@@ -22,15 +22,16 @@ _TOKENS_STEP = 64
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Concatenates sequences, as the kernels expect them, with at most 63 tokens of padding at the end.
+    """Concatenates samples into one sequence for the kernels, with at most 63 tokens of padding at the end.
 
-    oneDNN compiles a matrix product for each new size (3 ms and 1 MB each); the padding keeps the number of sizes small.
+    The padding keeps the number of sizes small, because oneDNN compiles a matrix product for each new size (3 ms, 1 MB).
     """
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
-        """Return input_ids, position_ids, attention_mask and labels, (1, tokens), and cu_seq_lens_q, (samples + 1,): int64.
+        """Return input_ids, position_ids, attention_mask, labels (1, tokens), and cu_seq_lens_q (samples + 1,), all int64.
 
-        cu_seq_lens_q: index of the first token of each sample, then the end of the last one. The names are transformers'.
+        cu_seq_lens_q: index of the first token of each sample, followed by the number of tokens without padding. All names
+        are argument names of transformers.
         """
         sequences = list(_flat(packs))
         lengths = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)])
@@ -50,14 +51,14 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """Puts each sequence in its own row, padded to the longest; works with every model."""
+    """Puts each sample in its own row, padded to the longest sample; works with every model."""
 
     pad_token_id: int
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
         """Return input_ids, attention_mask and labels, each (samples, longest), int64.
 
-        The first label of a row is IGNORED: the first token is never predicted.
+        The first label of a row is IGNORED, because the first token is never predicted.
         """
         sequences = list(_flat(packs))
         shape = (len(sequences), max(len(sequence.ids) for sequence in sequences))
@@ -76,7 +77,7 @@ Collator = PackedCollator | PaddedCollator
 
 
 def cut(batch: Batch, times: int) -> list[Batch]:
-    """Split a micro-batch into up to 2 ** times smaller ones with the same samples in the same order."""
+    """Cut a micro-batch in half `times` times; return up to 2 ** times micro-batches, with samples in the same order."""
     samples = samples_in(batch)
     if not times or samples == 1:
         return [batch]
@@ -90,7 +91,7 @@ def samples_in(batch: Batch) -> int:
 
 
 def _packed_halves(batch: Batch) -> Iterator[Batch]:
-    """Split at the sample boundary nearest to the middle."""
+    """Yield the two halves of a packed micro-batch, cut at the sample boundary nearest to the middle."""
     bounds = batch["cu_seq_lens_q"]
     at = 1 + int((bounds[1:-1] - bounds[-1] / 2).abs().argmin())
     for own in (bounds[: at + 1], bounds[at:]):
@@ -111,7 +112,7 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
 
 
 class Packs(Sequence[Pack]):
-    """Samples grouped into packs; each sample is read from disk when it is accessed."""
+    """Samples grouped into packs. A sample is read from disk when it is accessed."""
 
     def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
         """groups: indexes of the samples of each pack; None: one sample per pack."""
@@ -132,15 +133,15 @@ def most_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, 
 
 
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
-    """Return packs of sample indexes with at most `tokens` tokens each; a longer sample gets its own pack.
+    """Group samples into packs of at most `tokens` tokens; return the sample indexes of each pack.
 
-    Best-fit packing of the samples in random order, so that packs are full and mix samples of all lengths.
+    A longer sample gets its own pack. Best-fit packing in random order fills the packs and mixes samples of all lengths.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, no secret
     packs: list[list[int]] = []
-    rooms: list[int] = []  # distinct numbers of free tokens in packs, ascending
-    by_room: dict[int, list[int]] = {}  # packs by their number of free tokens
+    rooms: list[int] = []  # the different numbers of free tokens of packs, ascending
+    by_room: dict[int, list[int]] = {}  # indexes of packs, by number of free tokens
     for index in order:
         length = lengths[index]
         at = bisect.bisect_left(rooms, length)

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: progress, checkpoints, stopping on request."""
+"""The Trainer's callback: it reports progress, saves checkpoints, and stops the run on request."""
 
 import logging
 import math
@@ -24,9 +24,10 @@ from sage.libs.finetune.training.stopping import StopRequest, StopRequested
 from sage.libs.finetune.training.team import Team
 
 logger = logging.getLogger(__name__)
-#: Training has diverged if the loss exceeds this multiple of ln(vocabulary), the loss of guessing, for this many steps.
+#: Training has diverged if the loss exceeds _DIVERGED * ln(vocabulary size) for _DIVERGED_STEPS steps in a row.
+#: ln(vocabulary size) is the loss of random guessing.
 _DIVERGED, _DIVERGED_STEPS = 1.5, 10
-#: Steps between two calls of `trim_heap`: a call at each step costs 4 % of the time, at each eighth it saves 6 % of memory.
+#: Steps between two calls of `trim_heap`. A call at every step costs 4 % of the time; at every 8th, it saves 6 % of memory.
 _TRIM_STEPS = 8
 
 
@@ -52,8 +53,9 @@ class RunCallback(TrainerCallback):
         """Store the arguments.
 
         tokenizer: saved with each checkpoint, so that a checkpoint can be served.
-        save_steps: steps between two checkpoints.  keep_checkpoints: number of newest checkpoints to keep; `keep_best` also
-        keeps the best one.  trusted: steps whose checkpoints this process has verified; those that it writes are added.
+        save_steps: steps between two checkpoints.
+        keep_checkpoints: number of newest checkpoints to keep.  keep_best: also keep the best checkpoint.
+        trusted: steps of the checkpoints that this process has verified; steps of new checkpoints are added to the set.
         measure: returns the held-out loss after a step.  started_fields: returns fields of the event `started`.
         """
         self.trusted = trusted
@@ -96,8 +98,8 @@ class RunCallback(TrainerCallback):
         **_: Any,
     ) -> TrainerControl:
         """Append the event of one step, and evaluate if an evaluation is due; raises RunError if training has diverged."""
-        state.log_history.clear()  # otherwise it grows with each step, and every checkpoint contains it
-        if not logs or "loss" not in logs:  # the Trainer's summary at the end
+        state.log_history.clear()  # it grows with each step, and each checkpoint contains it
+        if not logs or "loss" not in logs:  # the Trainer's summary at the end of training
             return control
         now = time.monotonic()
         trained, correct = self.team.total(self.loss.take_counts())
@@ -149,7 +151,7 @@ class RunCallback(TrainerCallback):
         return control
 
     def _score(self, step: int, control: TrainerControl) -> None:
-        """Measure the held-out loss; request a checkpoint if this is the best step to keep, or if the run ends here."""
+        """Measure the held-out loss; request a checkpoint if this step is the best to keep, or if the run ends now."""
         ends = saves = False
         if self.team.is_main_process:
             try:

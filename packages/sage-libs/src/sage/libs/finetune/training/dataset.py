@@ -1,4 +1,4 @@
-"""The third phase: read, split, mix and pack the data."""
+"""Third phase of a run: read, split, mix and pack the data."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -23,15 +23,15 @@ from sage.libs.finetune.training.streaming import StreamedPacks
 class TrainingData:
     """The training data and the held-out data of a run."""
 
-    packs: Packs | StreamedPacks | Sequence[Any]  #: a plain sequence contains rows for TRL
-    samples: int | None  #: number of training samples; None while streaming, because it is not known
+    packs: Packs | StreamedPacks | Sequence[Any]  #: for TRL's methods: a sequence of rows
+    samples: int | None  #: number of training samples; None for streaming
     heldout: Sequence[Encoded]
-    micro_batch: int  #: packs per micro-batch
-    most_tokens: int  #: tokens in the largest micro-batch
+    micro_batch: int  #: number of packs per micro-batch
+    most_tokens: int  #: number of tokens in the largest micro-batch
 
 
 def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:
-    """Return the data of a run; no packs if a stop is requested while data is loaded. Raises DatasetError."""
+    """Load the data of a run. If a stop is requested meanwhile, return data without packs. Raises DatasetError."""
     micro_batch = 1 if config.pack_tokens else config.batch_size
     limit_tokens = config.pack_tokens or config.batch_size * config.max_seq_length
     reader = _Reader(new_encoder, report, config.max_seq_length)
@@ -47,12 +47,12 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
         groups = pack(lengths, config.pack_tokens, config.seed) if config.pack_tokens else None
         most = most_tokens(lengths, groups, micro_batch)
         return TrainingData(Packs(train, groups), len(train), heldout, micro_batch, most)
-    except StopRequested:  # nothing is trained: the result is the unchanged model
+    except StopRequested:  # without packs, nothing is trained, and the result is the unchanged model
         return TrainingData(Packs([]), 0, heldout, micro_batch, limit_tokens)
 
 
 def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence[Encoded]]:
-    """Return the training samples and the held-out samples, which are separated before dataset weights are applied."""
+    """Return the training samples and the held-out samples. They are split before the dataset weights are applied."""
     parts, heldout = [], []
     for source in config.sources:
         samples = reader.read(source.path)
@@ -74,7 +74,7 @@ def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads tokenized datasets and reports their findings."""
+    """Reads tokenized datasets and reports the findings about them."""
 
     new_encoder: Callable[[], Encoder]
     report: Reporter

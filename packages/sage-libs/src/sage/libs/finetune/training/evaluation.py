@@ -1,4 +1,4 @@
-"""Held-out loss: the mean over all completion tokens, each with the same weight."""
+"""Compute the held-out loss: the mean over all completion tokens of the held-out samples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,14 +18,14 @@ def heldout_loss(
     batch_size: int,
     on_batch: Callable[[], None],
 ) -> float:
-    """Return the mean completion loss over sequences, in nats per token, computed in the model's precision.
+    """Return the mean loss per completion token in nats, computed in the model's precision.
 
-    on_batch: called before each batch; an exception that it raises ends the evaluation.
+    on_batch: called before each batch; if it raises an exception, the evaluation ends.
     """
     was_training = model.training
     model.eval()
     loss_sum, token_count = 0.0, 0
-    stored = getattr(sequences, "lengths", None)  # StoredSamples: does not read the samples
+    stored = getattr(sequences, "lengths", None)  # StoredSamples knows the lengths without reading samples
     lengths = stored() if stored else [len(sequence.ids) for sequence in sequences]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     try:

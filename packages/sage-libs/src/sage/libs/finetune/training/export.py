@@ -33,10 +33,10 @@ tags: [{tag}, sage]
 def export_result(
     model: Trainable, tokenizer: PreTrainedTokenizerBase, spec: RunSpec, run: Path, source: Path, metrics: dict[str, Any]
 ) -> None:
-    """Write the current trained weights to the output folder; each file is complete or absent.
+    """Write the current trained weights to the output folder; each file is replaced atomically.
 
     source: folder of the base model.
-    metrics: written to `sage_run.json` with the configuration: step, total_steps, and the held-out losses if known.
+    metrics: step, total_steps, and held-out losses (may be None); written to `sage_run.json` with the configuration.
     """
     output = Path(spec.config.output_dir)
     check_owner(output, spec.task_id)

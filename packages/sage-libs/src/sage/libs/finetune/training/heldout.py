@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class HeldOut:
-    """Measures the held-out loss; losses measured by earlier processes of the run are read from its events."""
+    """Measures the held-out loss. Losses that earlier processes of the run have measured are read from the run's events."""
 
     def __init__(
         self,
@@ -30,22 +30,22 @@ class HeldOut:
     ) -> None:
         """Read earlier measurements from the run's events.
 
-        samples: may be empty.  check: called before each batch; an exception that it raises ends the measurement.
+        samples: may be empty.  check: called before each batch; if it raises an exception, the measurement ends.
         eval_steps: steps between two measurements; None: measure only before and after training.
         patience: number of measurements without improvement after which the run ends; None: no early stopping.
         """
         self.run, self.samples, self._check = run, samples, check
         self._batch_size, self._eval_steps, self._patience = batch_size, eval_steps, patience
         scored = [event for event, _ in run.read_events() if isinstance(event, EvalEvent)]
-        self.losses: dict[int, float] = {event.step: event.loss for event in scored}  #: nats per token, by step
+        self.losses: dict[int, float] = {event.step: event.loss for event in scored}  #: losses in nats per token, by step
         self._seconds = scored[-1].seconds if scored else 0.0
 
     def discard_after(self, step: int) -> None:
-        """Discard losses measured after `step`, at which the run resumes; they will be measured again."""
+        """Discard losses measured after `step`, because the run resumes at `step` and measures them again."""
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
 
     def measure(self, step: int, model: Any, collator: Collator, loss_function: CompletionLoss) -> float | None:
-        """Return the held-out loss after a step, measured unless it is known already; None if there are no samples."""
+        """Return the held-out loss after a step; measure it if it is not known yet. None: there are no samples."""
         if not self.samples:
             return None
         if step not in self.losses:
@@ -63,7 +63,7 @@ class HeldOut:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest loss so far, the earliest if several are equal; step 0 is ignored."""
+        """The step with the lowest loss so far (the earliest such step). The loss before training (step 0) is ignored."""
         trained = {step: loss for step, loss in self.losses.items() if step}
         return min(trained, key=lambda step: (trained[step], step), default=None)
 

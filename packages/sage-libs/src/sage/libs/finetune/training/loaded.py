@@ -1,4 +1,4 @@
-"""The fourth phase: load the model, attach its adapter and install the kernels."""
+"""Fourth phase of a run: load the model, attach the adapter and install the kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class LoadedModel:
 
     model: Any
     kernels: Kernels | None
-    step_summary: str  #: the training step that is used, and the reason
+    step_summary: str  #: which training step is used, and why
     precision: Precision
     collator: Collator
 
@@ -35,7 +35,7 @@ class LoadedModel:
 
 
 def install_kernels(model: Any, precision: Precision) -> tuple[Kernels | None, str]:
-    """Install SAGE's kernels in a model, if it supports them."""
+    """Install SAGE's kernels in a model if its structure is supported; return the kernels or None, and an explanation."""
     return install(decoder(model), precision.compute_dtype, int8=precision.int8_products)
 
 
@@ -47,7 +47,7 @@ def no_kernels(reason: str) -> Install:
 def load_model(base: BaseFiles, config: FinetuneConfig, precision: Precision, install: Install) -> LoadedModel:
     """Load the weights, attach the adapter, install the kernels; raises ModelError or ConfigError.
 
-    The precision in the result may differ from the given one, if the model does not support that.
+    If the model does not support `precision`, the result contains the precision that is used instead.
     """
     model, kernels, summary = _load_weights(base, config, precision, install)
     if not kernels:
@@ -65,6 +65,6 @@ def load_model(base: BaseFiles, config: FinetuneConfig, precision: Precision, in
 def _load_weights(
     base: BaseFiles, config: FinetuneConfig, precision: Precision, install: Install
 ) -> tuple[Any, Kernels | None, str]:
-    set_seed(config.seed)  # directly before the adapter's weights are initialized
+    set_seed(config.seed)  # immediately before the adapter's random initialization
     model = load_trainable(base.folder, config, precision, base.adapter)
     return (model, *install(model, precision))

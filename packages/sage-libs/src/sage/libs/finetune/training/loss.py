@@ -9,11 +9,11 @@ from torch.nn import functional
 from sage.libs.finetune.data.tokenizing import IGNORED
 from sage.libs.finetune.kernels.product import lm_head_backward, lm_head_logits
 
-#: Tokens per chunk: only the logits of one chunk are in memory.
+#: Number of tokens per chunk; only the logits of one chunk are in memory.
 _CHUNK = 384
 #: Chunks are padded to a multiple of this many rows, because oneDNN compiles a matrix product for each new size.
 _ROWS_STEP = 64
-#: Lower bound of a log probability, for probabilities that round to zero.
+#: Minimum log probability; it is used for probabilities that are rounded to zero.
 _MIN_LOG_PROB = -100.0
 
 
@@ -47,7 +47,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _row_max(probs: Tensor) -> Tensor:
-    """Return the largest probability of each row; comparing the bits as integers gives the same order and is faster."""
+    """Return the largest probability of each row. The bits are compared as integers: same order, but faster."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[probs.element_size()]
     return probs.view(integers).amax(-1).view(probs.dtype)
 
@@ -58,7 +58,7 @@ def completion_loss(
     """Return the summed cross-entropy of completion tokens in nats, and the number of correctly predicted tokens.
 
     hidden: (tokens, hidden_size), trained positions only. lm_head: (vocab, hidden_size), frozen. targets: (tokens,), int64.
-    compute_dtype: dtype of products; default: that of hidden and lm_head.
+    compute_dtype: dtype of matrix products; default: the dtype of `hidden`.
     The gradient is computed chunk by chunk in the forward pass, so at most 384 * vocab logits are in memory.
     Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", section 3, here in plain torch.
     """
@@ -66,21 +66,21 @@ def completion_loss(
 
 
 class CompletionLoss:
-    """The Trainer's loss function; it also counts trained and correctly predicted tokens for the progress events."""
+    """The Trainer's loss function. It also counts trained tokens and correctly predicted tokens for the progress events."""
 
     def __init__(self, lm_head: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
-        """lm_head: (vocab, hidden_size) if the model returns last hidden states as `logits`; None if it returns logits.
+        """lm_head: (vocab, hidden_size) if the model's `logits` are last hidden states; None if they are real logits.
 
-        compute_dtype: dtype of products with lm_head; default: that of lm_head.
+        compute_dtype: dtype of products with lm_head; default: the dtype of the hidden states.
         """
         self._lm_head, self._compute_dtype = lm_head, compute_dtype
         self.counts = 0, 0  #: trained tokens and correctly predicted tokens since the last `take_counts`
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Return the summed loss of a micro-batch divided by the number of trained tokens in the optimizer step, in nats.
+        """Return the summed loss of a micro-batch in nats, divided by the number of trained tokens in the optimizer step.
 
         outputs.logits: (samples, length, vocab or hidden_size).  labels: (samples, length), IGNORED for untrained tokens.
-        Each token of a step has the same weight, no matter how the step is split into micro-batches.
+        Each trained token of a step has the same weight, even if the micro-batches of the step have different sizes.
         """
         targets = labels[:, 1:]
         trained = targets != IGNORED

@@ -1,4 +1,4 @@
-"""Measure the available memory, and limit this process to it."""
+"""Measure the available memory, and limit the memory of this process."""
 
 import ctypes
 import resource
@@ -7,26 +7,26 @@ from pathlib import Path
 
 import psutil
 
-#: Part of a memory limit reserved for file pages and kernel memory.
+#: Bytes of a memory limit that are reserved for file pages and kernel memory.
 _MARGIN_BYTES = 32 * 2**20
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def trim_heap() -> None:
-    """Return free heap pages to the operating system; otherwise the heap grows because of fragmentation."""
+    """Return free heap pages to the operating system, so that fragmentation does not make the heap grow."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only in glibc
         trim(0)
 
 
 def available_bytes() -> int:
-    """Return how much more memory this process can allocate: the minimum over the machine (with swap) and its containers."""
+    """Return the bytes that this process can still allocate: the minimum of machine (with swap) and containers."""
     return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_available(_own_cgroups())])
 
 
 def refuse_beyond_limit() -> None:
-    """Limit this process to the memory of the container or machine, so that allocations beyond it fail.
+    """Limit this process to the memory of the container or machine, so that a larger allocation fails.
 
-    A training step can recover from a failed allocation, but not from the out-of-memory killer. Linux only.
+    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. Linux only.
     """
     if not _CGROUPS.is_dir():
         return
@@ -40,12 +40,12 @@ def refuse_beyond_limit() -> None:
 
 
 def _own_cgroups() -> Iterator[Path]:
-    """Yield the folders of this process's memory control groups, innermost first; empty if not on Linux."""
+    """Yield the folders of this process's memory control groups, innermost first; on other systems than Linux, none."""
     if not _CGROUPS.is_dir():
         return
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):  # the field is empty in version 2
+        if controllers not in ("", "memory"):  # the field is empty in version 2 of control groups
             continue
         root = _CGROUPS / controllers
         inner = root / path.lstrip("/")
@@ -53,9 +53,9 @@ def _own_cgroups() -> Iterator[Path]:
 
 
 def _available(groups: Iterator[Path]) -> Iterator[int]:
-    """Yield the free bytes within each group's limit; file pages do not count as used, since the kernel can drop them.
+    """Yield the free bytes of each group with a limit. File pages count as free, because the kernel can drop them.
 
-    A group without a limit has `max` in version 2 of control groups, and a huge number in version 1.
+    If a group has no limit, the file contains `max` in version 2 of control groups, and a huge number in version 1.
     """
     for group in groups:
         for limit_name, used_name in (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")):

@@ -1,4 +1,4 @@
-"""The model to train: a frozen base with PEFT adapters, or a model with all weights trainable."""
+"""Load and save the model to train: a frozen base with a PEFT adapter, or a model with all weights trainable."""
 
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,22 +21,22 @@ Trainable: TypeAlias = PeftModel | PreTrainedModel
 
 
 def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, adapter: Path | None = None) -> Trainable:
-    """Load the base in `folder` and add a trainable adapter in fp32: a new one, or the one in the folder `adapter`.
+    """Load the base model in `folder`, and add a trainable fp32 adapter: from the folder `adapter`, or a new adapter.
 
     For full fine-tuning, load the model in fp32 with all weights trainable.
-    Raises ModelError if base or adapter does not load, ConfigError if the target modules are not in the base.
+    Raises ModelError if base or adapter cannot be loaded, and ConfigError if the base has no such target modules.
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    # Load it directly onto its device: the kernels later replace the weights by views of larger matrices.
+    # Load the base directly onto its device, because the kernels later replace the weights by views of larger matrices.
     place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
     if not torch.cuda.is_available():
-        # Loaded weights are views of a memory-mapped file, which counts as this process's memory as long as a view exists.
+        # Copy the weights: they are views of a memory-mapped file, which counts as memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # In evaluation mode bitsandbytes repacks 4-bit weights for products without gradients, and does not undo that.
+        # In evaluation mode, bitsandbytes would repack 4-bit weights for inference, and not restore them for training.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -50,7 +50,10 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
 def loraplus_optimizer(
     model: Trainable, lr_ratio: float | None, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer | None:
-    """Return the LoRA+ optimizer, whose learning rate for B is `lr_ratio` times that for A; None if there is no ratio."""
+    """Return the LoRA+ optimizer; None if `lr_ratio` is None.
+
+    lr_ratio: learning rate of the matrices B, divided by the learning rate of the matrices A.
+    """
     if lr_ratio is None:
         return None
     return create_loraplus_optimizer(
@@ -59,7 +62,7 @@ def loraplus_optimizer(
 
 
 def width_of(folder: Path) -> int:
-    """Return the hidden size of the model in a folder; raises ModelError if its config does not load."""
+    """Return the hidden size of the model in a folder; raises ModelError if the config cannot be loaded."""
     return int(getattr(model_config(folder), "hidden_size", 768))
 
 
@@ -76,11 +79,11 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     for file in checkpoint.glob("model*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once, large models in several files
+        model.load_state_dict(load_file(file), strict=False)  # not strict: a file may contain only part of the weights
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:
-    """Write the adapter; after full fine-tuning, cast the model in place to the dtype of the source model and write it."""
+    """Write the adapter to `folder`; after full fine-tuning, convert the model to the source model's dtype and write it."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
         return

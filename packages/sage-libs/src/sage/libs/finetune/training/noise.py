@@ -1,7 +1,7 @@
 """NEFTune: add noise to the token embeddings during training, to reduce overfitting on small datasets.
 
-Source: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning": uniform within
-±alpha / sqrt(length * width).
+The noise is uniform between -a and a, with a = alpha / sqrt(sample length * hidden size).
+Source: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning".
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 class EmbeddingNoise:
-    """Adds noise in training mode, scaled by each sample's own length, also if samples are packed or padded."""
+    """Adds noise in training mode. The noise depends on the length of each sample, without padding or other samples."""
 
     def __init__(self, model: PreTrainedModel, alpha: float) -> None:
         """model: transformers' model, not PEFT's wrapper.  alpha: strength of the noise; 5 to 15 in the paper."""
@@ -21,7 +21,7 @@ class EmbeddingNoise:
         model.get_input_embeddings().register_forward_hook(self._add)
 
     def _note_lengths(self, _module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-        """Store the sample length for each position, in a shape that broadcasts to (samples, length)."""
+        """Store the length of the sample at each position, in a shape that broadcasts to (samples, length)."""
         bounds, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
         if bounds is not None:
             own = bounds.diff()

@@ -1,4 +1,4 @@
-"""The second phase: choose the precision and estimate the memory, before the data is read."""
+"""Second phase of a run: choose the precision and estimate the memory, before the data is read."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ class MemoryPlan:
     smaller: tuple[Precision, Estimate] | None  #: a precision that needs less memory, if the run may use one
 
     def fitted(self, most_tokens: int) -> "MemoryPlan":
-        """Return a plan that uses `smaller`, if the run does not fit otherwise and `smaller` is set.
+        """Return a plan with the precision `smaller` if the run does not fit otherwise; else return this plan.
 
         most_tokens: number of tokens in the largest micro-batch.
         """
@@ -34,7 +34,10 @@ class MemoryPlan:
 
 
 def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, processes: int) -> MemoryPlan:
-    """Return the plan; raises RunError if even the weights do not fit into the available memory."""
+    """Return the memory plan of a run; raises RunError if the weights alone do not fit into the available memory.
+
+    processes: number of processes that share the main memory.
+    """
     if torch.cuda.is_available():
         held, available = 0, torch.cuda.mem_get_info()[0]
     else:

@@ -11,7 +11,7 @@ from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.run.status import RunStatus
 from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
-#: Minimum speedup for which bf16 or int8 is used: both round more, and some processors support bf16 but are slower with it.
+#: Minimum measured speedup for the use of bf16 or int8. Both round more than fp32, and on some processors bf16 is slower.
 _LEAST_GAIN = 1.25
 _PROBE_WIDTH = 768
 
@@ -20,17 +20,17 @@ _PROBE_WIDTH = 768
 class Precision:
     """The number formats of a run, and the reasons for them."""
 
-    bf16: bool  #: base and saved activations are in bf16; if not, in fp32; adapters are always in fp32
-    bf16_products: bool  #: matrix products are computed in bf16; if not, their operands are cast to fp32 first
+    bf16: bool  #: dtype of base and saved activations: bf16 if True, else fp32; adapters are in fp32
+    bf16_products: bool  #: dtype of matrix products: bf16 if True; else operands are cast to fp32
     base_bits: int | None  #: 8 or 4 if bitsandbytes quantizes the base, else None
-    int8_products: bool  #: SAGE's kernels quantize the frozen layers to int8 and use int8 products in training
+    int8_products: bool  #: whether SAGE's kernels quantize the frozen layers and use int8 products in training
     why: str
-    held: str  #: format of the base, and the reason
-    may_shrink: bool = False  #: base and activations may change to bf16 if memory is scarce, which is slower
+    held: str  #: number format of the base model, and the reason
+    may_shrink: bool = False  #: bf16 for base and activations is allowed if memory is scarce (it is slower)
 
     @property
     def reason(self) -> str:
-        """The chosen formats and the reasons for them, for logs."""
+        """Text for logs: the chosen number formats, and the reasons."""
         products = "" if self.bf16_products == self.bf16 else ", matrix products in fp32"
         return f"{'bf16' if self.bf16 else 'fp32'}{products}: {self.why}; {self.held}"
 
@@ -46,7 +46,7 @@ class Precision:
     def without_kernels(self, asked: str) -> "Precision":
         """Return a copy for a model that does not support the kernels: the same dtype for storage and products.
 
-        asked: the precision that the user asked for.
+        asked: value of the option `precision`.
         """
         dense = self.without_int8()
         if self.bf16 == self.bf16_products:
@@ -61,7 +61,7 @@ class Precision:
 
 
 def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Precision:
-    """Return the number formats that are fastest on this machine, within what the config allows.
+    """Return the fastest number formats on this machine that the config allows.
 
     begun: status of the run; a resumed run keeps its number formats.
     width: hidden size of the model.
@@ -85,7 +85,7 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
 
 
 def _base(config: FinetuneConfig) -> tuple[int | None, str]:
-    """Return the number of bits to which bitsandbytes quantizes the base (None: not used), and the reason.
+    """Return to how many bits bitsandbytes quantizes the base model (None: not quantized), and the reason.
 
     Raises ConfigError if bitsandbytes is required but not installed.
     """
@@ -126,6 +126,6 @@ def _fastest() -> tuple[bool, str]:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the shortest time of several matrix products with the size of a layer (about 1 ms each)."""
+    """Return the shortest measured time of a matrix product with the size of a layer (about 1 ms)."""
     left, right = torch.ones(PROBE_ROWS, _PROBE_WIDTH, dtype=dtype), torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
     return least_seconds(lambda: left @ right.t())

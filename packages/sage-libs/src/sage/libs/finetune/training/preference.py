@@ -1,6 +1,7 @@
 """Train with TRL's methods: DPO, ORPO and KTO learn from preferences, GRPO from a reward function.
 
-TRL provides the training loop, losses and sampling; model, checkpoints, events, stopping and result are as in other runs.
+TRL provides the training loop, the losses and the sampling. Everything else, such as checkpoints and events, is the same as
+in supervised fine-tuning.
 """
 
 import os
@@ -34,12 +35,12 @@ _TRAINERS = {
 
 
 def table_of(rows: Sequence[Any]) -> Dataset:
-    """Return rows as a dataset for TRL, without adding null values for keys that only other messages have."""
+    """Return rows as a dataset for TRL. If messages have different keys, missing keys are not filled with null."""
     return Dataset.from_list(list(rows), on_mixed_types="use_json")
 
 
 class PreferenceRun(TrainingRun):
-    """A run with one of TRL's trainers."""
+    """A run that uses one of TRL's trainers."""
 
     def _load_data(self) -> TrainingData:
         disable_progress_bars()
@@ -90,5 +91,5 @@ class PreferenceRun(TrainingRun):
         )
 
     def _total_steps(self) -> int:
-        """Return the run's total number of optimizer steps as reported by the Trainer; 0 before training starts."""
+        """Return the total number of optimizer steps that the Trainer has reported; 0 before training starts."""
         return read_status(self.run).total_steps or 0

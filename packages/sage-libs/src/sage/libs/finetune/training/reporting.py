@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Appends progress and warnings to a run's events, and logs them."""
+    """Appends progress and warnings to the events of a run, and writes them to the log."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest, checked_model: str | None) -> None:
-        """checked_model: name of the model that samples are checked for; None if the user allows warnings."""
+        """checked_model: name of the model in the error about warnings; None if the user allows warnings."""
         self._run, self._stop, self._checked_model = run, stop, checked_model
         self._reported: set[tuple[Path, Code]] = set()
 
@@ -35,12 +35,12 @@ class Reporter:
         logger.warning("%s", message)
 
     def adapted(self, message: str, halvings: int, checkpointing: bool) -> None:
-        """Report that steps use less memory from now on; a resumed run starts with the same values."""
+        """Report that the next steps use less memory; a resumed run starts with the same two values."""
         self._run.append_event(WarningEvent(message=message, halvings=halvings, activation_checkpointing=checkpointing))
         logger.warning("%s", message)
 
     def findings(self, findings: Findings, path: Path) -> None:
-        """Report each finding of a dataset or model once; raises DatasetError if there are warnings that are not allowed."""
+        """Report each finding once; raises DatasetError if there are warnings and the user does not allow warnings."""
         if self._checked_model is not None:
             findings.raise_for_warnings(path, self._checked_model)
         for finding in findings:

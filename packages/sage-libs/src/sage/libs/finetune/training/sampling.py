@@ -1,4 +1,4 @@
-"""Sample answers of a model during training."""
+"""Generate sample answers during training."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _ANSWER_TOKENS = 64
 
 
 def answer(model: Any, chat_format: ChatFormat, prompt: str) -> str:
-    """Generate an answer with greedy decoding, at most 64 tokens; restores the model's training mode."""
+    """Generate an answer of at most 64 tokens with greedy decoding. The model's training mode is restored at the end."""
     ids = torch.tensor([chat_format.prompt_ids([{"role": "user", "content": prompt}])], device=model.device)
     was_training = model.training
     model.eval()

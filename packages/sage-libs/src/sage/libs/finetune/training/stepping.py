@@ -1,4 +1,4 @@
-"""A Trainer whose steps adapt to the available memory."""
+"""A Trainer that adapts its micro-batches to the available memory."""
 
 import logging
 from collections.abc import Callable
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptingTrainer(Trainer):
-    """Computes a micro-batch in parts if it does not fit; the samples of a step and their order stay the same.
+    """Computes a micro-batch in parts if it does not fit into memory. Each step has the same samples in the same order.
 
-    The loss is a sum over tokens divided by the number of tokens in the step, so parts of any size give the same gradient.
+    The loss is a sum over tokens divided by the number of tokens in the step. Therefore any split gives the same gradient.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class AdaptingTrainer(Trainer):
         on_adapted: Callable[[str, int, bool], None],
         **options: Any,
     ) -> None:
-        """halvings: number of times that micro-batches are cut in half.  checkpointing: `on`, `off`, or `auto`: if needed.
+        """halvings: how many times each micro-batch is cut in half.  checkpointing: `on`, `off`, or `auto` (if needed).
 
-        on_adapted: called with a message, the new number of halvings, and whether activations are recomputed.
+        on_adapted: called after a change, with a message, `halvings`, and whether gradient checkpointing is on.
         """
         super().__init__(compute_loss_func=loss, **options)
         self._loss = loss
@@ -45,9 +45,9 @@ class AdaptingTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the loss of a micro-batch, and add its gradient to the parameters' gradients.
+        """Compute the loss of a micro-batch, add its gradient to the gradients of the parameters, and return the loss.
 
-        If several processes train together, they must compute the same micro-batches, so they do not adapt.
+        If several processes train together, they do not adapt, because all must compute the same micro-batches.
         """
         if self.args.world_size > 1:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -75,7 +75,7 @@ class AdaptingTrainer(Trainer):
             self._adapt(part, cause)
 
     def _adapt(self, part: dict[str, Any], cause: str) -> None:
-        """Use less memory from now on; raises RunError if a single sample still does not fit."""
+        """Reduce the memory of the next steps; raises RunError if the memory cannot be reduced further."""
         tokens = part["input_ids"].shape[1]
         if samples_in(part) > 1:
             self._halvings += 1

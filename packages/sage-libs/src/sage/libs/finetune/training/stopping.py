@@ -1,4 +1,4 @@
-"""A request to stop (SIGTERM or Ctrl-C), handled at the next safe point."""
+"""Requests to stop (SIGTERM or Ctrl-C). The run stops at the next safe point."""
 
 import signal
 
@@ -8,13 +8,13 @@ class StopRequested(Exception):
 
 
 class StopRequest:
-    """A flag that a signal sets and that is checked at the next safe point."""
+    """A flag that a signal sets. The run checks the flag at safe points."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def install(self) -> None:
-        """Make SIGTERM and SIGINT set the request, including signals that were blocked so far."""
+        """Install signal handlers: SIGTERM and SIGINT request a stop. A SIGTERM that was blocked until now is delivered."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.request())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

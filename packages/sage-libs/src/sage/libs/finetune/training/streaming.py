@@ -1,4 +1,4 @@
-"""Read and tokenize samples during training, so that training begins immediately and nothing is cached on disk."""
+"""Read and tokenize samples during training: training begins immediately, and nothing is cached on disk."""
 
 import itertools
 import random
@@ -13,12 +13,15 @@ from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import Encoder
 from sage.libs.finetune.training.batching import Pack, pack
 
-#: Size of the buffer in which samples are shuffled and packed.
+#: Number of samples in the buffer in which samples are shuffled and packed.
 _MIXED_SAMPLES = 1000
 
 
 class StreamedPacks(IterableDataset[Pack]):
-    """Yields packs of several datasets in turn, forever; each iteration has the same order, so that a run can resume."""
+    """Yields the packs of several datasets one after the other, and starts again at the end.
+
+    Each iterator yields the same packs in the same order, so that a run can resume.
+    """
 
     def __init__(
         self, paths: Sequence[Path], new_encoder: Callable[[], Encoder], pack_tokens: int | None, seed: int,
@@ -26,13 +29,13 @@ class StreamedPacks(IterableDataset[Pack]):
     ) -> None:  # fmt: skip
         """pack_tokens: maximum number of tokens of a pack; None: one sample per pack.
 
-        report: called with the findings so far; an exception that it raises ends the run.
+        report: called with all findings so far and a path; if it raises an exception, the run ends.
         """
         self._paths, self._new_encoder, self._pack_tokens, self._seed = paths, new_encoder, pack_tokens, seed
         self._report = report
 
     def __iter__(self) -> Iterator[Pack]:
-        """Yield packs forever; raises DatasetError at the first fault."""
+        """Yield packs without end; raises DatasetError at the first fault."""
         seeds = random.Random(self._seed)  # noqa: S311 - reproducible, no secret
         while True:
             encoder = self._new_encoder()
@@ -41,7 +44,6 @@ class StreamedPacks(IterableDataset[Pack]):
                 encoder.raise_for_faults()
                 self._report(encoder.findings, self._paths[0])
                 lengths = [len(sequence.ids) for sequence in chunk]
-                # The first token of a sequence is never predicted.
                 for group in pack(lengths, self._pack_tokens or 1, seeds.getrandbits(32)):
                     yield tuple(chunk[index] for index in group)
 

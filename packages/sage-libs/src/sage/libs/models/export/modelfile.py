@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: the chat template as a Go template, derived from the model's Jinja template and compared with it."""
+"""Write Ollama's Modelfile. Its Go template is derived from the model's Jinja chat template, and compared with it."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sage.common.errors import ModelError
 from sage.libs.models.chat import ChatFormat, Message
 
-#: Placeholders for contents of messages. They do not occur in templates.
+#: Placeholders for the contents of messages. No template contains them.
 _SYSTEM, _USER, _ANSWER, _NEXT = "Zq7s", "Zq7u", "Zq7a", "Zq7n"
 _TEMPLATE = (
     "{{- if not .System }}{{ %(head)s }}{{ end }}{{- $system := .System }}"
@@ -23,17 +23,17 @@ _JOINED = '{{ if $system }}{{ $system }}{{ %(system_end)s }}{{ $system = "" }}{{
 
 @dataclass(frozen=True)
 class Turns:
-    """The constant texts that a template writes around the contents of messages."""
+    """The constant texts that a chat template writes before and after the contents of messages."""
 
-    head: str  #: before the first message, if it is not a system message
-    system: tuple[str, str] | None  #: before and after a system message; None: the template has no system messages
-    is_joined: bool  #: the system prompt is written at the beginning of the first user message
+    head: str  #: text before the first message if it is not a system message
+    system: tuple[str, str] | None  #: texts before and after a system message; None: not supported
+    is_joined: bool  #: whether the system prompt is part of the first user message
     user: tuple[str, str]
     answer: tuple[str, str]
-    prompt: str  #: at the end of a prompt, before the answer
+    prompt: str  #: text at the end of a prompt, before the answer
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Render a chat as the Go template does."""
+        """Render a chat and the generation prompt in the same way as the Go template."""
         has_system = messages[0]["role"] == "system"
         text, system = "" if has_system else self.head, ""
         for message in messages:
@@ -50,7 +50,7 @@ class Turns:
         return text + self.prompt
 
     def go_template(self) -> str:
-        """Return the template in Go's language."""
+        """Return the chat template in Go's template language."""
         before, after = self.system or ("", "")
         texts = {
             "head": self.head, "user": self.user[0], "user_end": self.user[1], "answer": self.answer[0],
@@ -65,7 +65,7 @@ class Turns:
 def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: bool) -> str:
     """Return the Modelfile for `model.gguf` in the same folder.
 
-    adds_bos: the server adds BOS before each prompt, so the template must not write it.
+    adds_bos: True if the server adds BOS before each prompt; the template then omits BOS.
     Raises ModelError if the chat template cannot be written as a Go template.
     """
     bos = (chat_format.tokenizer.bos_token or "") if adds_bos else ""
@@ -75,9 +75,9 @@ def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: b
 
 
 def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
-    """Return the constant texts of a chat template; raises ModelError if they do not give the same prompts.
+    """Derive the constant texts of a chat template; raises ModelError if they do not give the same prompts.
 
-    bos: removed at the beginning of the texts.
+    bos: text that is removed from the beginning of rendered chats.
     """
     for with_system in (True, False):
         try:

@@ -1,4 +1,4 @@
-"""Steps of an export: processes whose last line of output is a JSON object."""
+"""Run the steps of an export as processes. The last line of a step's output is a JSON object with its result."""
 
 import json
 import signal
@@ -15,11 +15,13 @@ _POLL_SECONDS = 0.5
 
 
 def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], None] = lambda: None) -> Any:
-    """Run a step to its end and return the value that it printed; an exception in this process kills it.
+    """Run a step to its end and return the value that it printed. If this process gets an exception, the step is killed.
 
-    text: its standard input. Raises the SageError of the step, or ModelError with the last line of its log.
+    text: standard input of the step.  while_running: called regularly until the step ends.
+    Raises the SageError that the step printed, or ModelError with the last line of the step's log.
     """
-    # The step ignores Ctrl-C, which this process handles, and nothing interrupts this process until it can kill the step.
+    # Block SIGINT and SIGTERM: the step inherits the blocked signals, and this process is not interrupted before it can
+    # kill the step.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         process = subprocess.Popen(
@@ -45,7 +47,7 @@ def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], No
 
 
 def finish_step(work: Callable[[], Any]) -> NoReturn:
-    """Run the work of a step, print its value or its SageError as the last line of output, and exit."""
+    """Call `work`, print the returned value or the raised SageError as last line of the output, and exit."""
     try:
         result, code = {"value": work()}, 0
     except SageError as error:

@@ -1,6 +1,6 @@
-"""The step of an export that tokenizes prompts with llama.cpp, to compare the tokens with those of transformers.
+"""The step of an export that tokenizes prompts with llama.cpp. SAGE compares the tokens with the tokens of transformers.
 
-It runs under the interpreter of llama.cpp's environment, and imports nothing of SAGE.
+The step runs in the interpreter of llama.cpp's environment, and imports no module of SAGE.
 """
 
 import http.client
@@ -12,7 +12,7 @@ import xllamacpp
 
 
 def tokens_of(address: str, messages: list[dict[str, Any]]) -> list[int]:
-    """Return the tokens of a chat's prompt, tokenized like the server does."""
+    """Return the token ids of a chat's prompt; the server at `address` renders and tokenizes the prompt."""
     prompt = _post(address, "/apply-template", {"messages": messages})["prompt"]
     request = {"content": prompt, "add_special": True, "parse_special": True}
     return list(_post(address, "/tokenize", request)["tokens"])
@@ -25,7 +25,7 @@ def _post(address: str, path: str, body: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Read chats from standard input, and print their tokens; the command line names the GGUF file."""
+    """Read chats from standard input and print their token ids; the argument of the command line is the GGUF file."""
     params = xllamacpp.CommonParams()
     params.model.path = sys.argv[1]
     params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = 512, 1, False, True

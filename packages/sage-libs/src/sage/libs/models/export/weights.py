@@ -1,4 +1,4 @@
-"""The step of an export that loads weights: check an adapter, or write a base with its adapter merged into it."""
+"""The step of an export that loads weights: it checks an adapter, or writes a model with its adapter merged."""
 
 import argparse
 import logging
@@ -18,9 +18,9 @@ from sage.libs.models.loading import load_causal_lm, load_tokenizer, local_folde
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
 logger = logging.getLogger(__name__)
-#: Files of a base that must be copied with its weights.
+#: Files in the base model's folder that are copied with the weights.
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-#: Chats whose prompts every format must tokenize identically.
+#: Chats for the comparison of tokens: their prompts must have the same tokens in each export format.
 _PROBES: list[list[Message]] = [
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 × 1234567?\n\n  – né, 日本 🦊\t"}],
@@ -32,23 +32,22 @@ _PROBES: list[list[Message]] = [
 ]
 
 
-#: Sampling settings of a model that are the defaults of requests.
+#: Settings in a model's generation config that are used as default settings of requests.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def check_adapter(name: str) -> None:
-    """Load a base with its adapter in PEFT; raises ModelError."""
+    """Load a base model and attach its adapter with PEFT; raises ModelError if this fails."""
     source, base = _located(name)
     attach_adapter(load_causal_lm(base, _own_dtype(base)), source.folder)
 
 
 def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) -> dict[str, Any]:
-    """Write a model, with its adapter merged in fp32, as safetensors with tokenizer, template and end tokens.
+    """Write a model as safetensors, with tokenizer, chat template and end tokens; an adapter is merged in fp32.
 
-    fp32: write the result in fp32; otherwise in the base's data type.
-    Returns the facts that other programs must reproduce: tokens of prompts, end tokens, BOS, sampling.
-
-    Raises ModelError, also if the adapter cannot be merged.
+    fp32: whether to write the result in fp32; otherwise it has the dtype of the base model.
+    Returns the dict from `_described` with the additional key `modelfile` (None if `with_modelfile` is False).
+    Raises ModelError, for example if the adapter cannot be merged.
     """
     source, base = _located(name)
     is_adapter = source.kind is ModelKind.ADAPTER
@@ -64,7 +63,7 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
     settings = model.generation_config
     settings.eos_token_id = ChatFormat(tokenizer).end_ids(settings.eos_token_id)
     if settings.temperature is not None or settings.top_p is not None or settings.top_k is not None:
-        settings.do_sample = True  # otherwise transformers refuses to save them
+        settings.do_sample = True  # otherwise transformers refuses to save sampling settings
     model.to(torch.float32 if fp32 else own).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for pattern in _LICENCES:
@@ -75,7 +74,7 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
 
 
 def _described(model: Any, chat_format: ChatFormat) -> dict[str, Any]:
-    """Return the facts that other programs must reproduce: tokens of prompts, end tokens, BOS, sampling."""
+    """Return what a server must know or reproduce: prompts with token ids, end tokens, BOS, dtype, sampling, context."""
     probes: list[dict[str, Any]] = []
     for messages in _PROBES:
         try:
@@ -123,7 +122,7 @@ def _own_dtype(base: Path) -> torch.dtype:
 
 
 def main() -> None:
-    """Run the step that the command line names."""
+    """Write the model if the option --folder is given; otherwise check the adapter."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--folder", type=Path, help="Folder to write the model to; if omitted, only the adapter is checked.")
