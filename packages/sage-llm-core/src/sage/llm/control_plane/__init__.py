@@ -1,6 +1,6 @@
-"""The control plane: compares the engines that should run with those that do, and acts on the difference.
+"""The control plane: compares the desired state of engines with their actual state, and acts on differences.
 
-`ControlPlaneManager` is its facade. It is imported on first use, because a client needs only the types, not the store.
+`ControlPlaneManager` is the facade. It is imported on first use, because clients import this package only for the types.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -21,8 +21,8 @@ class Launch:
     """Start the server of an engine, or adopt the process if it exists already."""
 
     engine: EngineRecord
-    server: ServerRecord | None  #: None: not planned yet
-    is_moved: bool = False  #: if not planned yet: its last server is in use by other engines
+    server: ServerRecord | None  #: None: no server is planned yet
+    is_moved: bool = False  #: no server is planned yet, and other engines use the engine's last server
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,18 @@ class SendSignal:
     engine: EngineRecord
     server: ServerRecord
     signal: Signal
-    closes: bool = False  #: the server hosts no other engine, and no engine may join it any more
+    closes: bool = False  #: the server hosts no other engine, and from now on no engine may join it
 
 
 @dataclass(frozen=True)
 class Transition:
-    """Write a new state. An engine that is settled or queued again leaves its server in the same write."""
+    """Write a new state of an engine. The same write removes a settled or queued engine from its server."""
 
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: after a failure: number of the restart, queued in the same write; None: no restart
-    must_remain: bool = False  #: the server that the engine leaves is alive, and must host another engine
+    restarts: int | None = None  #: number of the restart to queue in the same write, after a failure; None: no restart
+    must_remain: bool = False  #: the engine's server is alive and must continue to host another engine
     values: Mapping[str, Any] = field(default_factory=dict)  #: other columns to write
 
 

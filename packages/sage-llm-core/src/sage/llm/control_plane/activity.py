@@ -16,7 +16,7 @@ from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
-#: Minimum seconds between two writes for an engine, and the same as a fraction of `idle_stop_minutes`; the smaller counts.
+#: Minimum time between two writes for an engine: seconds, and a fraction of `idle_stop_minutes`. The smaller time applies.
 _TOUCH_SECONDS, _TOUCH_SHARE = 10.0, 0.25
 _CHECK_SECONDS = 1.0
 _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUSED)
@@ -26,9 +26,9 @@ class Activity:
     """Records this gateway's requests to engines that have `idle_stop_minutes`; ignores requests to other engines."""
 
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
-        """pool: for calls of the store; on_paused: called after a request to a paused engine was recorded."""
+        """pool: runs calls of the store; on_paused: called after a request to a paused engine was recorded."""
         self._store, self._pool, self._routing, self._on_paused = store, pool, routing, on_paused
-        self.in_progress: Counter[str] = Counter()  #: requests by engine; the gateway counts them
+        self.in_progress: Counter[str] = Counter()  #: number of requests by engine id; the gateway counts them
         self._touched_seconds: dict[str, float] = {}
         self._waking: dict[str, asyncio.Task[bool]] = {}
 
@@ -64,9 +64,10 @@ class Activity:
         return time.monotonic() - self._touched_seconds.get(route.engine_id, -math.inf) >= after_seconds
 
     async def _touch(self, route: Route) -> bool:
-        """Write the request; return whether the engine runs as in the route. If the database fails, use the known state.
+        """Store the time of a request; return whether the engine is running and has not changed since the route was read.
 
-        If the engine has changed since, the change reaches the routing table soon.
+        If the database fails, return whether the state in the route is `running`. If the engine has changed, return False:
+        the routing table receives the change soon.
         """
         at_seconds = time.monotonic()
         try:

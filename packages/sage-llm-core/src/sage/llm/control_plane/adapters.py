@@ -10,7 +10,7 @@ from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
-#: An adapter that was just loaded may be missing in the last observation of its server.
+#: Seconds after loading in which an adapter may be missing from the last observation of its server.
 _LOOK_SECONDS = 5.0
 
 
@@ -30,7 +30,7 @@ def is_refused(engine: EngineRecord) -> bool:
 
 
 def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Plan for a starting engine whose server answers: load its adapter, if it has one; then it is running."""
+    """Return the action for a starting engine whose server answers: load its adapter, or set the state to `running`."""
     if engine.adapter is None:
         return Transition(engine, EngineState.RUNNING, values={"served_as": server.served_name})
     if engine.internal_name not in observed.models:
@@ -41,7 +41,7 @@ def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Acti
 def keep(
     engine: EngineRecord, server: ServerRecord, observed: Observed, hosts: Hosts, watches: Mapping[str, Watch]
 ) -> Action | None:
-    """Plan for a running engine whose server answers: load a newer version of its adapter, unload unused adapters."""
+    """Return the action for a running engine whose server answers: load a newer adapter version, or unload an unused one."""
     answers_older = is_refused(engine) and engine.served_as in observed.models
     if engine.adapter is not None and not answers_older:
         is_recent = engine.served_as == engine.internal_name and watches[engine.id].served_seconds < _LOOK_SECONDS
@@ -54,11 +54,11 @@ def keep(
 
 
 def unload(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Plan for an engine that leaves a server which hosts other engines."""
+    """Return the action for an engine that leaves a server which hosts other engines: unload its adapter, then leave."""
     loaded = observed.models & {engine.internal_name, engine.served_as}
     return UnloadAdapter(engine, server, min(loaded)) if engine.adapter and loaded else leave(engine)
 
 
 def leave(engine: EngineRecord) -> Transition:
-    """Plan the stop of an engine whose process must continue; another engine of the server unloads its adapter."""
+    """Return the transition that stops an engine but not its process; another engine of the server unloads the adapter."""
     return Transition(engine, state_without_process(engine), reason_of_stop(engine), must_remain=True)

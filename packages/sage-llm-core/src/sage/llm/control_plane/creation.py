@@ -18,7 +18,7 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 def served_run(request: StartRequest) -> ServedRun | None:
-    """Return how a training run is to be served; None if it is not. Raises ConfigError."""
+    """Return how the result of a training run will be served; None if the request has no `serve`. Raises ConfigError."""
     if request.serve is None:
         if request.engine_kind is EngineKind.FINETUNE and request.idle_stop_minutes:
             message = "--idle-stop: a training run is never idle; the option is for the engine that serves its result."
@@ -43,7 +43,7 @@ def new_engine(
     restart_policy: RestartPolicy,
     serve: ServedRun | None = None,
 ) -> EngineRecord:
-    """Return the record of an engine to validate; restart_policy: used if the request has none."""
+    """Return the record of a new engine in state `validating`; restart_policy: used if the request has none."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,

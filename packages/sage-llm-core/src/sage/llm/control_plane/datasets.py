@@ -1,4 +1,4 @@
-"""Resolves the reference to a dataset in a request to the file or folder that holds the dataset."""
+"""Resolve the dataset reference in a request to the file or folder that contains the dataset."""
 
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ class DatasetResolver(Protocol):
     """Resolves references to datasets."""
 
     def resolve(self, reference: str) -> Path:
-        """Return the file or folder that holds a dataset.
+        """Return the file or folder that contains a dataset.
 
         Raises ConfigError if the reference cannot be resolved, DatasetError if the file or folder does not exist.
         """
@@ -24,7 +24,7 @@ class LocalDatasets:
     """Datasets on this machine, by absolute path."""
 
     def resolve(self, reference: str) -> Path:
-        """Return the path; raises DatasetError if it does not exist."""
+        """Return the path of the dataset; raises DatasetError if it does not exist."""
         if reference.startswith(FILE_ID):
             raise ConfigError(
                 code="file_ids_unsupported",
@@ -40,7 +40,7 @@ class LocalDatasets:
 
 
 def check_absolute(option: str, path: str) -> None:
-    """Raise ConfigError if a path is relative, because the working folder of the gateway is not that of its clients."""
+    """Raise ConfigError if a path is relative, because the gateway and its clients have different working folders."""
     if not path.startswith("/"):
         raise ConfigError(
             code="path_not_absolute",

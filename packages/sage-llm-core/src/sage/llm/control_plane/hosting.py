@@ -11,9 +11,9 @@ from sage.llm.control_plane.store.records import INTERNAL, EngineRecord, ServerR
 from sage.llm.control_plane.store.servers import HOSTED
 from sage.llm.control_plane.watch import Watch
 
-#: Two engines with the same key can share a server.
+#: Backend, model and options. Two engines with the same key can share a server.
 _Key = tuple[str, str, str]
-#: Seconds in which requests may still name the previous version of an adapter.
+#: Seconds in which requests may still use the previous version of an adapter after a new version was loaded.
 _DRAIN_SECONDS = 5.0
 
 
@@ -27,7 +27,7 @@ class Hosts:
         self._running: dict[str, EngineRecord] = {}
         self._launchers: dict[str, EngineRecord] = {}
         self._adapters: Counter[str] = Counter()
-        self._with_base: set[str] = set()  #: servers that host an engine for the base itself
+        self._with_base: set[str] = set()  #: ids of servers that host an engine of the base model without an adapter
         self._dead: set[str] = set()
         self._launching: set[_Key] = set()
         for engine in engines:
@@ -38,7 +38,7 @@ class Hosts:
             if engine.state is EngineState.RUNNING:
                 self._running.setdefault(engine.server_id, engine)
             elif engine.state is EngineState.STARTING and engine.desired is DesiredState.RUNNING:
-                # The one with a port launches the server, which must listen on that port.
+                # An engine with a requested port launches the server, because the server must listen on this port.
                 launcher = engine if engine.requested_port else self._launchers.get(engine.server_id, engine)
                 self._launchers[engine.server_id] = launcher
             seen = observed.get(engine.id)
@@ -51,11 +51,11 @@ class Hosts:
                 self._shared[_key(server.backend, server.model, server.options)].append(server)
 
     def is_last(self, engine: EngineRecord) -> bool:
-        """Return whether a server hosts only this engine."""
+        """Return whether the engine's server hosts no other engine."""
         return len(self._hosted[engine.server_id or ""]) <= 1
 
     def is_launcher(self, engine: EngineRecord) -> bool:
-        """Return whether this engine launches its server; only one of the engines that wait for a server does."""
+        """Return whether this engine launches its server; only one of the engines that wait for a server launches it."""
         return self._launchers.get(engine.server_id or "") is engine
 
     def is_serving_others(self, engine: EngineRecord) -> bool:
@@ -74,9 +74,10 @@ class Hosts:
         return None
 
     def must_wait(self, engine: EngineRecord) -> bool:
-        """Return whether an engine must wait: a server that it might join is being planned, or is dead but not removed.
+        """Return whether an engine must wait before a new server is planned for it.
 
-        An engine with a port also waits for the server on that port if it is being ended.
+        If it requests a port, it waits while the server on this port is closing, or is dead but not removed.
+        Otherwise it waits while a server that it can join is being planned, or is dead but not removed.
         """
         if engine.requested_port:
             server = self._ports.get(engine.requested_port)
@@ -93,9 +94,10 @@ class Hosts:
 
     def unneeded(self, engine: EngineRecord, server: ServerRecord, models: frozenset[str], watches: Mapping[str, Watch]
                  ) -> str | None:  # fmt: skip
-        """Return a name that a server should unload: an older version of an adapter, or one whose engine has left.
+        """Return the name of an adapter to unload: an older version, or the adapter of an engine that has left the server.
 
-        Returns a name only for the oldest running engine of the server. An older version stays for `_DRAIN_SECONDS`.
+        Returns None if `engine` is not the oldest running engine of the server, or if no adapter must be unloaded.
+        An older version stays loaded for `_DRAIN_SECONDS`.
         """
         if self._running.get(server.id) is not engine:
             return None

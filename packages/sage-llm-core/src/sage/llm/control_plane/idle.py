@@ -1,7 +1,7 @@
 """The part of the plan for engines that are unloaded when idle, and loaded again at the next request.
 
-A pause is a stop with the desired state `paused`. It clears `last_request_at`. So if a later request sets it, even before
-the engine is unloaded, the plan lets the engine run again.
+To pause an engine, the control plane sets the desired state `paused` and clears `last_request_at`. If a later request
+sets `last_request_at`, even before the engine is unloaded, the plan sets the desired state `running`.
 """
 
 from sage.llm.client.types import DesiredState, EngineState, Reason
@@ -11,7 +11,7 @@ from sage.llm.control_plane.watch import Watch
 
 
 def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
-    """Return the action that pauses an idle engine, or resumes a paused engine that has a request; None if neither."""
+    """Return the action that pauses an idle engine, or resumes a paused engine that has a request; otherwise None."""
     if engine.desired is DesiredState.PAUSED:
         return SetDesired(engine, DesiredState.RUNNING) if engine.last_request_at else None
     if engine.state is not EngineState.RUNNING or engine.desired is not DesiredState.RUNNING:
@@ -21,7 +21,7 @@ def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
 
 
 def is_stopping(engine: EngineRecord) -> bool:
-    """Return whether an engine must be, or is being, stopped or unloaded."""
+    """Return whether an engine must be stopped or unloaded, or is already stopping."""
     return engine.desired is not DesiredState.RUNNING or engine.state is EngineState.STOPPING
 
 

@@ -27,7 +27,7 @@ def list_devices() -> list[Device]:
 
 
 def gpu_memory_of(pid: int) -> int | None:
-    """Return the GPU memory that a process and its children hold, over all GPUs, or None if they hold none."""
+    """Return the memory that a process and its children use on all GPUs; None if they use none."""
     nvml = _nvml()
     if nvml is None:
         return None
@@ -47,9 +47,9 @@ def _gpus(node: str) -> Iterator[Device]:
         return
     for index, handle in _handles(nvml):
         utilization = None
-        with contextlib.suppress(nvml.NVMLError):  # not known if the GPU is divided (MIG) or virtual
+        with contextlib.suppress(nvml.NVMLError):  # a MIG or virtual GPU does not report its utilization
             utilization = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-        with contextlib.suppress(nvml.NVMLError):  # omit a device whose memory is not known: it cannot be shared
+        with contextlib.suppress(nvml.NVMLError):  # omit a GPU that does not report its memory
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             yield Device(
                 node=node,
@@ -74,7 +74,7 @@ def _handles(nvml: Any) -> Iterator[tuple[int, Any]]:
 
 @functools.cache
 def _nvml() -> Any | None:
-    """Return NVIDIA's management library, ready for use, or None on a machine without a driver."""
+    """Return NVIDIA's management library (NVML) after its initialization; None on a machine without a driver."""
     import pynvml
 
     try:

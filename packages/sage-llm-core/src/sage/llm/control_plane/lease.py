@@ -1,4 +1,4 @@
-"""LeaseKeeper: takes the lease of a node and renews it, independently of the other work of the control plane."""
+"""LeaseKeeper: acquires and renews the lease of a node, independently of the other work of the control plane."""
 
 import asyncio
 import contextlib
@@ -17,12 +17,13 @@ from sage.llm.control_plane.store.leases import LeaseStore
 from sage.llm.control_plane.store.records import Lease
 
 logger = logging.getLogger(__name__)
-#: Fractions of the lease time: between renewals; between a standby's attempts to take it; in which a renewed lease is used.
+#: Fractions of the lease time. _RENEW: interval between renewals. _LOOK: interval between a standby's attempts to acquire
+#: the lease. _USE: maximum age of the last renewal at which the lease is still used.
 _RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
 
 
 class LeaseKeeper:
-    """Holds the lease of a node whenever it can; `lease` is None while another control plane holds it."""
+    """Acquires the lease of a node and renews it; `lease` is None while another control plane holds it."""
 
     def __init__(
         self, store: LeaseStore, node: str, url: str, on_change: Callable[[Lease | None], None] = lambda _: None
@@ -45,7 +46,7 @@ class LeaseKeeper:
         return self._held if is_fresh else None
 
     async def open(self) -> None:
-        """Register the node, try to take the lease, and keep trying and renewing until `close`."""
+        """Register the node and try to acquire the lease; until `close`, a task renews the lease or tries again."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._store.register_node, self._node, socket.gethostname())
         await self._step()
@@ -57,7 +58,7 @@ class LeaseKeeper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._held:
-            with contextlib.suppress(SQLAlchemyError):  # in the same thread, so after any running renewal
+            with contextlib.suppress(SQLAlchemyError):  # this thread first ends a running renewal
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._store.release_lease, self._held)
             self._held = None
         self._thread.shutdown(wait=False)
@@ -69,7 +70,7 @@ class LeaseKeeper:
             await self._step()
 
     async def _step(self) -> None:
-        """Renew the lease, or try to take it; if the database fails, the next step tries again."""
+        """Renew the lease, or try to acquire it; if the database fails, the next step tries again."""
         began_seconds = uptime_seconds()
         try:
             self._held = await asyncio.get_running_loop().run_in_executor(self._thread, self._renew_or_acquire, self._held)

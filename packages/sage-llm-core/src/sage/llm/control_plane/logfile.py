@@ -1,4 +1,4 @@
-"""Follow a log that grows and that may be cut at the same time."""
+"""Follow a log to which other processes append, and which may be cut at the same time."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,7 +13,8 @@ _CHUNK_BYTES = 1024 * 1024
 async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
     """Yield the bytes of a log from `offset`, then each new part, until `has_ended` is true and all bytes were read.
 
-    If the byte at `offset` was cut off, begin at the first byte that still exists; if it is beyond the end, at the end.
+    If the byte at `offset` was cut off, begin at the first byte that still exists. If `offset` is beyond
+    the end, begin at the end.
     """
     log = LogFile(path)
     offset = min(offset, (await asyncio.to_thread(log.range))[1])

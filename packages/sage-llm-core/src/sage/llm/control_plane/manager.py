@@ -67,7 +67,7 @@ _LOGS_SECONDS = 10.0
 class ControlPlaneManager(EngineReads, Routes):
     """Starts, stops, resumes and describes engines of this node; background tasks probe and reconcile them.
 
-    If one node has several control planes, the one that holds the lease is active. The others are standby: they serve
+    If one node has several control planes, only the holder of the lease is active. The others are standby: they serve
     reads and inference, and one of them takes over when the lease becomes free.
     """
 
@@ -110,7 +110,7 @@ class ControlPlaneManager(EngineReads, Routes):
 
     @property
     def role(self) -> Literal["active", "standby"]:
-        """Whether this control plane reconciles its node."""
+        """`active` if this control plane holds the lease and reconciles its node, otherwise `standby`."""
         return "active" if self._keeper.lease else "standby"
 
     @property
@@ -119,7 +119,7 @@ class ControlPlaneManager(EngineReads, Routes):
         return self._activity.in_progress
 
     async def open(self) -> None:
-        """Try to take the lease, and begin to probe and reconcile: living engines are adopted, dead ones are settled."""
+        """Try to acquire the lease, and start to probe and reconcile: adopt living engines and settle dead ones."""
         await self._keeper.open()
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
@@ -129,7 +129,7 @@ class ControlPlaneManager(EngineReads, Routes):
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
-        """Stop reconciling and give the lease back; the engines keep running."""
+        """Stop reconciling and release the lease; the engines continue to run."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -141,7 +141,7 @@ class ControlPlaneManager(EngineReads, Routes):
     async def start_engine(self, request: StartRequest) -> EngineView:
         """Run the fast checks, store the engine, and return it in state `validating`.
 
-        Raises SageError if a check fails; then nothing is stored.
+        Raises SageError if a check fails; in this case, nothing is stored.
         """
         await self._lease()
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
@@ -154,7 +154,7 @@ class ControlPlaneManager(EngineReads, Routes):
         return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine stops (force: is killed), and return it at once; a settled engine is returned unchanged."""
+        """Request that an engine stops, and return the engine at once; force: kill it. A settled engine does not change."""
         for _ in range(_ATTEMPTS):
             engine, server = await self._own(engine_id)
             if engine.state in SETTLED:
@@ -168,7 +168,7 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Validate and queue again an engine that was stopped or failed; load an engine again that is paused.
+        """Validate and queue a stopped or failed engine again; load a paused engine again.
 
         Raises Conflict if the engine is active or completed, or cannot be resumed.
         """
@@ -190,7 +190,7 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request that a training run saves a checkpoint after its current step, and serve it if the run is served.
+        """Request a checkpoint of a training run after its current step; if the run is served, serve the checkpoint too.
 
         Raises Conflict if the engine does not train.
         """
@@ -219,7 +219,7 @@ class ControlPlaneManager(EngineReads, Routes):
     async def remove_engine(self, engine_id: str) -> None:
         """Remove a settled engine with its run directory or log; its output folder stays.
 
-        Raises Conflict if it is not settled. If a removal and a resume run at the same time, only one succeeds.
+        Raises Conflict if the engine is not settled. If a removal and a resume run at the same time, only one succeeds.
         """
         for _ in range(_ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -247,9 +247,11 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
-        """Return the route of the engine for a request for `model`; the engine may still be starting. Reads memory only.
+        """Return the route of an engine that can answer a request for `model`; the engine may still be starting.
 
-        client: identifies who sent the request; see `RoutingTable.find`.
+        Does not access the database.
+
+        client: identifies the sender of the request; see `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if all matching engines are running and none responds.
         """
         return self._routing.find(model, kind, self.is_responsive, client)
@@ -266,8 +268,8 @@ class ControlPlaneManager(EngineReads, Routes):
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
         """Return the server to which a request for `model` is sent; if its engine is starting, wait until it is running.
 
-        client: identifies who sent the request; see `RoutingTable.find`.
-        Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or is settled before that.
+        client: identifies the sender of the request; see `RoutingTable.find`.
+        Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
         """
         deadline_seconds = time.monotonic() + wait_seconds
         change, route = self._routing.next_change(), self.find(model, kind, client)
@@ -280,7 +282,7 @@ class ControlPlaneManager(EngineReads, Routes):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
                     await change.wait()
-            change = self._routing.next_change()  # before `may_use`, which awaits
+            change = self._routing.next_change()  # must be called before `may_use`, which awaits
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -296,13 +298,13 @@ class ControlPlaneManager(EngineReads, Routes):
         self._woken.set()
 
     async def _lease(self) -> Lease:
-        """Return the lease. If this control plane is standby, raises Overloaded, which names the active one."""
+        """Return the lease; on a standby, raises Overloaded with the URL of the active control plane."""
         if lease := self._keeper.lease:
             return lease
         raise standby(await self._pool.run(self._store.leader, self._node))
 
     async def _write(self, write: Callable[..., T], *args: object, **values: object) -> T:
-        """Call a writing method of the store under the lease, and wake the reconciler. Raises StaleWrite."""
+        """Call a method of the store that writes, with the lease, and wake the reconciler. Raises StaleWrite."""
         try:
             written = await self._pool.run(write, *args, lease=await self._lease(), **values)
         except LeaseLost:
@@ -316,7 +318,7 @@ class ControlPlaneManager(EngineReads, Routes):
         return await self._local(engine_id)
 
     async def _serving_a_checkpoint(self, run: EngineRecord) -> str | None:
-        """Return the id of the active engine that serves a checkpoint in a run's directory, None if there is none."""
+        """Return the id of the active engine that serves a checkpoint from the run's directory; None if there is none."""
         serve = ServedRun.of(run)
         engine = serve and serve.engine_id and self._routing.get(serve.engine_id)
         if not engine:

@@ -8,7 +8,7 @@ from sage.common.training import FIGURES
 from sage.llm.client.types import Device, EngineKind, EngineState, EngineView
 
 _LABELS = ("engine", "kind", "model")
-#: Name, documentation, field of TrainingProgress.
+#: Name of the metric, its documentation, and the field of TrainingProgress.
 _TRAINING = (
     ("sage_training_progress_ratio", "Completed share of the optimizer steps.", "progress"),
     ("sage_training_step", "Completed optimizer steps.", "step"),
@@ -23,7 +23,7 @@ def engine_metrics(
 ) -> Iterator[Metric]:
     """Yield the metrics of engines and devices.
 
-    counts: numbers of all engines; active: the engines that are not settled. Only these have individual metrics.
+    counts: number of engines by kind and state; active: engines that are not settled, each with its own metrics.
     """
     number = GaugeMetricFamily("sage_engines", "Number of engines of a kind in a state.", labels=("kind", "state"))
     for kind in EngineKind:

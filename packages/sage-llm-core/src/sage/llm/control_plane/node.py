@@ -9,12 +9,12 @@ from sage.common.processes import held_lock
 
 
 def node_id_path() -> Path:
-    """Return the file that holds this node's id."""
+    """Return the path of the file that contains this node's id."""
     return get_user_paths().state_dir / "node-id"
 
 
 def open_state_folder() -> str:
-    """Restrict the state and settings folders to their user, and return the node's id. Raises ConfigError."""
+    """Make the state and settings folders private to the user, and return the node's id. Raises ConfigError."""
     paths = get_user_paths()
     with usable_state_folder():
         tighten(paths.config_dir)

@@ -1,7 +1,7 @@
 """The plan: a pure function that returns the actions which bring engines closer to their desired states.
 
-It is level-triggered: each call uses only the store and the newest observations. Therefore a missed change, or an action
-that is planned again, does no harm.
+It is level-triggered: each call uses only the store and the newest observations. Therefore missed changes and repeated
+actions do no harm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,11 @@ _S = EngineState
 class Limits:
     """Time limits. They do not apply to training runs, which may take any time to start, train and stop."""
 
-    start_seconds: float  #: until a started inference engine answers
-    stop_seconds: float  #: until an inference engine exits after SIGTERM
-    unresponsive_seconds: float = 30.0  #: requests are refused after this time without an answer; a restart after twice it
-    look_seconds: float = 5.0  #: maximum time that counts between two observations
+    start_seconds: float  #: maximum time until a started inference engine answers
+    stop_seconds: float  #: maximum time until an inference engine exits after SIGTERM
+    #: Time without an answer after which requests are refused. After twice this time, the engine is restarted.
+    unresponsive_seconds: float = 30.0
+    look_seconds: float = 5.0  #: durations grow at most by this time between two observations
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Snapshot:
     limits: Limits
 
 
-#: The observation of an engine whose state requires a process, but which has no server.
+#: The observation of an engine that should have a process, but has no server.
 _NO_SERVER = Observed(alive=False, reason=Reason(code="server_lost", message="The engine has no process."))
 
 
@@ -79,7 +80,7 @@ def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts) -> Action | No
             return _place(engine, server, hosts) if is_wanted and is_due else None
         case _S.STARTING if server and server.state is ServerState.PLANNED and is_wanted:
             return Launch(engine, server) if hosts.is_launcher(engine) else None
-        case _S.PAUSED:  # a queued engine has no process
+        case _S.PAUSED:  # a paused engine has no process
             return _of_paused(engine)
         case _ if server is None:
             return _settle(engine, None, _NO_SERVER, snapshot)
@@ -98,7 +99,7 @@ def _of_paused(engine: EngineRecord) -> Action | None:
 
 
 def _place(engine: EngineRecord, last_server: ServerRecord | None, hosts: Hosts) -> Action | None:
-    """Plan for a queued engine: it joins a server, or gets a new one."""
+    """Return the action for a queued engine: join a server or launch a new one; None if the engine must wait."""
     if server := hosts.server_for(engine):
         return Join(engine, server)
     if hosts.must_wait(engine):
@@ -117,12 +118,12 @@ def _validate(engine: EngineRecord, validation: Validation | None) -> Action | N
 
 
 def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, hosts: Hosts) -> Action | None:
-    """Plan for an engine that has, or had, a process."""
+    """Return the action for an engine that has a process, or whose process has exited."""
     observed, watch, limits = snapshot.observed.get(engine.id), snapshot.watches[engine.id], snapshot.limits
     is_last = hosts.is_last(engine)
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)
     is_killed = engine.force and engine.desired is DesiredState.STOPPED
-    if observed is None:  # a kill is correct whether the process is alive or not
+    if observed is None:  # a kill is correct even if the process is dead
         return _stop(engine, kill if is_last else leave(engine)) if is_killed else None
     if observed.orphaned:
         return kill
@@ -154,7 +155,10 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
 def _start(
     engine: EngineRecord, server: ServerRecord, observed: Observed, snapshot: Snapshot, hosts: Hosts
 ) -> Action | None:
-    """Plan for a starting engine whose process is alive. If other engines use the process, fail without killing it."""
+    """Return the action for a starting engine whose process is alive.
+
+    If the start fails, the process is killed only if no other engine uses it.
+    """
     is_last = hosts.is_last(engine)
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # `_settle` writes the reason when the process is dead
     if is_misplaced(engine, server):
@@ -167,12 +171,15 @@ def _start(
 
 
 def _stop(engine: EngineRecord, action: Action) -> Action:
-    """Write `stopping` before the action; the next plan, even of another control plane, then returns the action."""
+    """Return `action` if the engine is already in state `stopping`; otherwise return the transition to `stopping`.
+
+    The next plan then returns the action, even in another control plane.
+    """
     return action if engine.state is _S.STOPPING else Transition(engine, _S.STOPPING, reason_of_stop(engine))
 
 
 def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observed, snapshot: Snapshot) -> Action | None:
-    """Plan for an engine whose process has exited, or that leaves a server it cannot use."""
+    """Return the action for an engine whose process has exited, or which leaves an unsuitable server."""
     watch, limits = snapshot.watches[engine.id], snapshot.limits
     match engine.state, observed.ended:
         case _S.STARTING, _S.COMPLETED:
@@ -192,7 +199,7 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
 
 
 def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed, watch: Watch, limits: Limits) -> Transition:
-    """Write a failure and, if the restart policy allows it, the restart."""
+    """Return the transition to `failed`, with a restart if the restart policy allows one."""
     if is_misplaced(engine, server):
         refused = Reason(code="adapter_refused", message=f"It is {engine.form}.")
         return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)

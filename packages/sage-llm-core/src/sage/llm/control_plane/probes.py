@@ -1,7 +1,7 @@
-"""The prober: observes engines concurrently with the reconciler, and keeps the last observation of each and its time.
+"""The prober observes engines concurrently with the reconciler. It stores the last observation of each engine with its time.
 
 A probe that hangs or fails does not delay other probes. If the last observation of an engine is too old, the condition
-of the engine counts as not known.
+of the engine is treated as unknown.
 """
 
 import asyncio
@@ -20,10 +20,11 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Seconds between two probes of an engine: while it starts or stops, or if its result is served, and otherwise.
+#: Seconds between two probes of an engine. The first value applies while the engine starts or stops, or if its result is
+#: served; the second value applies otherwise.
 _FAST_SECONDS, _SLOW_SECONDS = 0.2, 1.0
 _TIMEOUT_SECONDS = 5.0
-#: Maximum concurrent probes per lane. Because of the lanes, servers that hang delay only other servers that hang.
+#: Maximum concurrent probes per lane. Servers that hang have a separate lane, so they do not delay probes of other servers.
 _MAX_PROBES = 64
 _CHANGING = (EngineState.STARTING, EngineState.STOPPING)
 
@@ -34,7 +35,7 @@ class _Target:
 
     engine: EngineRecord
     server: ServerRecord
-    is_first: bool = True  #: among the engines of a server, this engine reports the memory of the process
+    is_first: bool = True  #: this engine is the first one of its server, and reports the memory of the process
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
@@ -44,7 +45,7 @@ class _Target:
 
     @property
     def lane(self) -> str:
-        """The lane of the engine's probes; a probe waits only for other probes of its lane."""
+        """The lane of the engine's probes; a probe waits only for other probes of the same lane."""
         if self.engine.state in _CHANGING:
             return "changing"
         return "answering" if self.is_answering else "silent"
@@ -60,7 +61,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if an observation of an engine differs from the last one in what the plan reads."""
+        """on_change: called if a new observation of an engine changes a value that the plan reads."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -162,7 +163,7 @@ class Prober:
             self._on_change()
 
     def _fail(self, target: _Target, error: Exception) -> None:
-        """Keep the last observation with its time; log a repeated error only once."""
+        """Record that a probe failed, and keep the last observation; log a repeated error only once."""
         target.is_answering = False
         trouble = f"{type(error).__name__}: {error}"
         if target.trouble != trouble:
@@ -171,7 +172,7 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # new versions are served soon
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # to serve new versions soon
         target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod

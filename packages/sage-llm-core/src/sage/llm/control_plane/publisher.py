@@ -23,7 +23,7 @@ from sage.llm.control_plane.store.store import StaleWrite, Store
 
 logger = logging.getLogger(__name__)
 _ACTOR = "reconciler"
-#: Time in which a result that cannot be read or written is tried again; meanwhile the run cannot end.
+#: Seconds in which publishing a result is retried after an OSError. The run does not end during this time.
 _RETRY_SECONDS = 60.0
 
 
@@ -46,8 +46,8 @@ class Publisher:
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        A checkpoint is served only as an adapter that joins the server of its base. Raises StaleWrite or
-        OSError to be called again; the result is given up after a minute of errors, so that the run can end.
+        A checkpoint is served only as an adapter that joins the server of its base. If this raises StaleWrite
+        or OSError, the caller must call it again. After a minute of errors, a result is given up, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -81,7 +81,7 @@ class Publisher:
         await self._revise(run, serve=serve.published(step, serve.engine_id).model_dump())
 
     async def _version(self, run: EngineRecord, step: int | None) -> str:
-        """Return the folder of a version as an absolute path without links."""
+        """Return the folder of a version as an absolute path without symbolic links."""
         if step is None:
             folder = Path(run.options["output_dir"])
         else:
@@ -114,7 +114,7 @@ class Publisher:
         logger.info("%s: %s serves it as '%s'", run.id, added.id, added.name)
 
     async def _like_its_base(self, engine: EngineRecord, base: str | None) -> EngineRecord:
-        """Return a new engine; if a server has loaded its base, the engine has the backend and options of that server."""
+        """Return `engine`, with the backend and options of a server that has loaded `base`, if there is one."""
         for server in await self._pool.run(self._store.servers, engine.node):
             if server.shared and server.model == base and server.state is not ServerState.CLOSING:
                 return dataclasses.replace(engine, backend=server.backend, options=server.options or engine.options)
@@ -122,7 +122,7 @@ class Publisher:
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
         """Load a newer version into an engine. The old version stays loaded until its answers in progress have ended."""
-        if engine.state is EngineState.VALIDATING:  # the checks read the older version
+        if engine.state is EngineState.VALIDATING:  # the running checks use the older version
             raise StaleWrite(engine.id)
         values: dict[str, Any] = {"model": model}
         if engine.state is EngineState.FAILED and is_result and engine.desired is DesiredState.RUNNING:
@@ -141,5 +141,5 @@ class Publisher:
 
 
 def _has_merged(engine: EngineRecord) -> bool:
-    """Return whether an engine has merged a version into its base, so that it cannot load another one."""
+    """Return whether an engine has merged a version into its base, so that it cannot load another version."""
     return engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)

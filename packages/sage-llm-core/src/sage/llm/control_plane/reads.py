@@ -22,7 +22,7 @@ _LIST_PAGE = 1000
 
 
 class EngineReads:
-    """The methods of ControlPlaneManager that only read; ControlPlaneManager sets these attributes."""
+    """The methods of ControlPlaneManager that only read; ControlPlaneManager sets the attributes."""
 
     _settings: Settings
     _node: str
@@ -91,9 +91,9 @@ class EngineReads:
             yield chunk
 
     async def log_offset(self, engine_id: str, tail: int, offset: int | None = None) -> int:
-        """Return the offset at which the last `tail` lines of an engine's log begin; if `offset` is given, return that.
+        """Return the offset at which the last `tail` lines of an engine's log begin, or `offset` if it is given.
 
-        If `offset` is beyond the end, return the end. If that byte was cut off, return the first byte that still exists.
+        If `offset` is beyond the end, return the end. If the byte at `offset` was cut off, return the first existing byte.
         """
         log = LogFile(await self._log_path(engine_id))
         if offset is None:

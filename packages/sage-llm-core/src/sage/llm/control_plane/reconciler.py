@@ -21,14 +21,14 @@ class Reconciler:
     """Each tick reads the store, passes the engines to the prober, and runs the plan if this control plane is active."""
 
     def __init__(self, store: Store, pool: Pool, node: str, prober: Prober, runner: Runner, limits: Limits) -> None:
-        """pool: for calls of the store."""
+        """pool: runs calls of the store."""
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
         self._watches: dict[str, Watch] = {}
         self._trouble = ""
 
     async def tick(self, *, is_active: bool) -> None:
-        """Update the durations and, if `is_active`, begin the next actions; raises nothing."""
+        """Update the durations and, if `is_active`, start the next actions; never raises an exception."""
         try:
             engines = await self._pool.run(self._store.active, self._node)
             servers = {server.id: server for server in await self._pool.run(self._store.servers, self._node)}
@@ -51,7 +51,7 @@ class Reconciler:
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
 
     def silent_seconds(self, engine_id: str) -> float:
-        """Return how long a running inference engine has not answered; 0 if it answers, or if it is not known."""
+        """Return the time since a running inference engine stopped answering; 0 if it answers, or if it was not observed."""
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
 

@@ -7,7 +7,7 @@ from sage.llm.control_plane.watch import Watch
 
 MAX_RESTARTS = 5
 _MAX_BACKOFF_SECONDS = 60.0
-#: If an engine has run for this time, the count of its restarts begins at zero again.
+#: After this time in state `running`, the number of restarts is counted from zero again.
 _HEALTHY_SECONDS = 600.0
 #: Code of a run that exited without reporting an error; a restart may succeed.
 _EXITED_WITHOUT_REPORT = "worker_died"
@@ -39,5 +39,5 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
 
 
 def next_try(engine: EngineRecord) -> int | None:
-    """Return the number of the next restart of an engine that did not cause its failure; its policy does not apply."""
+    """Return the number of the next restart of an engine that did not cause its failure; ignores the restart policy."""
     return engine.restarts + 1 if engine.desired is DesiredState.RUNNING and engine.restarts < MAX_RESTARTS else None

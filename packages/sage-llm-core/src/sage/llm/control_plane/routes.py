@@ -1,4 +1,4 @@
-"""Manage routes: names that requests use as `model`, each for one or several engines."""
+"""Manage routes. A route is a name that requests use as `model`; it refers to one or more engines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ _INFERENCE = (EngineKind.LLM, EngineKind.EMBEDDING)
 
 
 class Routes:
-    """The methods of ControlPlaneManager for routes; ControlPlaneManager sets these attributes."""
+    """The methods of ControlPlaneManager for routes; ControlPlaneManager sets the attributes."""
 
     _store: Store
     _pool: Pool
@@ -41,27 +41,27 @@ class Routes:
 
     async def remove_route(self, name: str) -> None:
         """Delete a route; its engines are not changed. Raises NotFound."""
-        self.get_route(name)  # also raises NotFound for names that the database rejects (with NUL)
+        self.get_route(name)  # also raises NotFound for names with NUL, which the database rejects
         await self._write(self._store.remove_route, name, actor="user")
         await self._routing.load_named_routes(self._store)
 
     def list_routes(self) -> list[RouteView]:
-        """Return all routes. Reads memory only."""
+        """Return all routes. Does not access the database."""
         return [self._route_view(route) for route in self._routing.named_routes()]
 
     def get_route(self, name: str) -> RouteView:
-        """Return a route; raises NotFound. Reads memory only."""
+        """Return a route; raises NotFound. Does not access the database."""
         for route in self._routing.named_routes():
             if route.name == name:
                 return self._route_view(route)
         raise route_not_found(name)
 
     def served(self) -> list[Route]:
-        """Return the running inference engines. Reads memory only."""
+        """Return the running inference engines. Does not access the database."""
         return [route for kind in _INFERENCE for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
     def served_routes(self) -> dict[str, Route]:
-        """Return the routes that have a running engine: by name, one of these engines. Reads memory only."""
+        """Return one running engine for each route that has one, by name of the route. Does not access the database."""
         found: dict[str, Route] = {}
         for route in self._routing.named_routes():
             names = [*(target.engine for target in route.engines), route.fallback or ""]

@@ -1,4 +1,4 @@
-"""The routing table: finds, in memory, the server for the model that a request names."""
+"""The routing table: finds the server for the model name of a request, without access to the database."""
 
 import asyncio
 import logging
@@ -29,9 +29,9 @@ class Upstream:
     address: str  #: HOST:PORT
     model_name: str | None  #: the model name that the server expects; None: the request is forwarded unchanged
     engine_id: str
-    name: str  #: the engine's name, sent as `model` in its answers
+    name: str  #: the engine's name, sent as `model` in the answers
     key: str = ""  #: the server's key
-    parameters: frozenset[str] | None = None  #: fields of a request that the server supports; None: it checks them itself
+    parameters: frozenset[str] | None = None  #: request fields that the server supports; None: the server checks the fields
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Route:
     version: int
     created_at: datetime
     address: str | None
-    token: str | None  #: of its server
+    token: str | None  #: token of the engine's server
     backend: str
     model_name: str | None
     desired: DesiredState
@@ -70,13 +70,13 @@ class _Group:
 
 
 class RoutingTable:
-    """The engines of a node that are not settled, kept current by transitions and the change feed.
+    """The engines of a node that are not settled, updated by transitions and by the change feed.
 
     The cost of a look-up does not depend on the number of engines. Use the table in one event loop only.
     """
 
     def __init__(self, node: str, on_wanted: Callable[[str], None] = lambda _: None) -> None:
-        """on_wanted: called with the id of a paused engine if a request prefers it, but another engine answers."""
+        """on_wanted: called with the id of a paused engine if a request prefers this engine, but another engine answers."""
         self._node, self._on_wanted = node, on_wanted
         self._routes: dict[str, Route] = {}
         self._named: dict[str, RouteRecord] = {}
@@ -85,7 +85,7 @@ class RoutingTable:
         self._loading = asyncio.Lock()
 
     def apply(self, engine: EngineRecord, server: ServerRecord | None) -> None:
-        """Update the route of an engine that was read or written; a version older than the known one is ignored."""
+        """Update the route of an engine that was read or written; ignore a record that is older than the known version."""
         known = self._routes.get(engine.id)
         if engine.node != self._node or (known and engine.version < known.version):
             return
@@ -118,17 +118,17 @@ class RoutingTable:
         self._notify()
 
     def get(self, engine_id: str) -> Route | None:
-        """Return the route of an engine; None if it is settled or unknown."""
+        """Return the route of an engine; None if the engine is settled or unknown."""
         return self._routes.get(engine_id)
 
     def routes(self, kind: EngineKind) -> list[Route]:
-        """Return the routes of a kind: running engines before starting ones, each newest first."""
+        """Return the routes of a kind: first the running engines, then the starting engines, both newest first."""
         return list(self._newest_first(kind))
 
     def find(self, model: str, kind: EngineKind, is_responsive: Callable[[str], bool], client: str | None = None) -> Route:
         """Return the engine for a request; `model` is a route's name, an engine's id, name or model, or `sage-default`.
 
-        client: identifies who sent the request, so that a route which splits requests sends them to the same engine.
+        client: identifies the sender of the request. A route sends all requests of a client to the same engine.
         If several engines match, the newest running engine that responds is returned. If none responds, the newest
         starting engine is returned, and the request waits for it. Raises Overloaded if all matching engines are running
         and none responds, NotFound if no engine matches.
@@ -152,16 +152,16 @@ class RoutingTable:
         raise self._not_found(model, kind)
 
     def set_named_routes(self, routes: Iterable[RouteRecord]) -> None:
-        """Replace the routes that have names of their own."""
+        """Replace the routes that users have defined."""
         self._named = {route.name: route for route in routes}
         self._notify()
 
     def named_routes(self) -> list[RouteRecord]:
-        """Return the routes that have names of their own, in the order of their names."""
+        """Return the routes that users have defined, sorted by name."""
         return list(self._named.values())
 
     def newest(self, key: str, kind: EngineKind) -> Route | None:
-        """Return the newest engine with this id, name or model; a running one is preferred. None if there is none."""
+        """Return the newest engine with this id, name or model; a running engine is preferred. None if no engine matches."""
         group = self._groups.get((kind, key), _NO_ENGINES)
         entries = group.running or group.starting
         return self._routes[entries[-1][1]] if entries else None
@@ -180,7 +180,7 @@ class RoutingTable:
         return cursor
 
     async def load_named_routes(self, store: Store) -> None:
-        """Read all routes. Concurrent calls run one after another, so that an older result never replaces a newer one."""
+        """Read all routes. Concurrent calls run one after another, so that an old result never replaces a new one."""
         async with self._loading:
             self.set_named_routes(await asyncio.to_thread(store.routes, self._node))
 
@@ -211,23 +211,23 @@ class RoutingTable:
             for entries, order in self._entries(route):
                 del entries[bisect_left(entries, (order, engine_id))]
             for key in _keys(route):
-                group = self._groups.get((route.kind, key))  # may be None: a stopping engine is in no group
+                group = self._groups.get((route.kind, key))  # None if the engine is stopping: it is in no group
                 if group and not group.running and not group.starting:
                     del self._groups[route.kind, key]
 
     def _entries(self, route: Route) -> Iterator[tuple[list[tuple[int, str]], int]]:
-        """Yield each list that a route belongs to, with its order there."""
+        """Yield each list that contains a route, with the number that orders the route in this list."""
         if route.state is EngineState.STOPPING and not route.is_pausing:
             return
         for key in _keys(route):
             group = self._groups.setdefault((route.kind, key), _Group())
             if route.state is not EngineState.RUNNING:
                 yield group.starting, route.first_event
-            else:  # `sage-default` prefers the engine started last, any other key the one created last
+            else:  # `sage-default` prefers the engine that started last; other keys prefer the newest engine
                 yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
 
     def _keys_of(self, model: str, client: str | None) -> list[str]:
-        """Return what to look up for a request, the preferred engine first."""
+        """Return the keys to look up for a request, the key of the preferred engine first."""
         if named := self._named.get(model):
             fallback = [named.fallback] if named.fallback else []
             return [*in_order_of_preference(model, named.engines, client), *fallback]
@@ -256,7 +256,7 @@ class RoutingTable:
             yield from (self._routes[engine_id] for _, engine_id in reversed(entries))
 
     def _names(self, kind: EngineKind) -> str:
-        """Return the engine names that a request can use, at most `_SHOWN_NAMES` of them."""
+        """Return at most `_SHOWN_NAMES` engine names that a request can use, as text."""
         names = list(dict.fromkeys(route.name for route in islice(self._newest_first(kind), _SHOWN_NAMES + 1)))
         shown = [*names[:_SHOWN_NAMES], "…"] if len(names) > _SHOWN_NAMES else names
         return ", ".join(shown) or "none"

@@ -1,4 +1,4 @@
-"""The runner executes actions: a limited number at a time, one per engine; a failed action does not stop the others."""
+"""The runner executes actions: a limited number at a time, one per engine. A failed action does not stop other actions."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ _ACTOR = "reconciler"
 _MAX_ACTIONS = 16
 #: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
-#: An engine fails after this number of failures; the time between two of them doubles.
+#: An engine fails after this number of failed actions. The time between two attempts doubles.
 _MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
 
 
@@ -53,7 +53,7 @@ class _Trouble:
 
     action: type[Action]
     error: str = ""
-    failures: int = 0  #: without those that the system may have caused, such as a full disk
+    failures: int = 0  #: number of failures; system errors, such as a full disk, are not counted
     retry_at_seconds: float = 0.0
 
 
@@ -71,22 +71,23 @@ class Runner:
         lease: Callable[[], Lease | None],
         on_done: Callable[[], None] = lambda: None,
     ) -> None:
-        """pool: for calls of the store; on_done: called after each action that changed something."""
+        """pool: runs calls of the store; on_done: called after each action that succeeded."""
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
         self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
-        self.signalled: set[str] = set()  #: engines that were sent the stop signal; the reconciler reads and clears it
+        self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
-        self._launching: set[str] = set()  #: ids of servers
+        self._launching: set[str] = set()  #: ids of servers whose process is being launched
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
         self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Begin an action, unless another action of its engine is running; observed, server: the engine's.
+        """Start an action, unless another action of its engine is running.
 
-        An action that waits for a server is cancelled if its engine is to be killed.
+        observed, server: the last observation and the server of the engine. If the engine must be killed, a running load or
+        unload of its adapter is cancelled.
         """
         engine = action.engine
         if isinstance(action, Validate):
@@ -100,7 +101,7 @@ class Runner:
             task.add_done_callback(functools.partial(self._done, engine.id))
 
     def _must_wait(self, action: Action) -> bool:
-        """Return whether an action failed a moment ago."""
+        """Return whether the same action failed recently and must not be retried yet."""
         trouble = self._troubles.get(action.engine.id)
         return trouble is not None and trouble.action is type(action) and time.monotonic() < trouble.retry_at_seconds
 
@@ -115,13 +116,13 @@ class Runner:
         await self.validator.close()
 
     def forget_all_but(self, active: set[str]) -> None:
-        """Delete the remembered errors of all engines that are not in `active`."""
+        """Delete the recorded failures of all engines that are not in `active`."""
         for engine_id in self._troubles.keys() - active:
             del self._troubles[engine_id]
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
-        # Without a slot: a server that does not answer must not delay the actions of other servers.
+        # These actions need no slot: a server that does not answer must not delay the actions of other servers.
         slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
             async with slots:
@@ -135,7 +136,7 @@ class Runner:
             self._on_done()
 
     async def _note(self, action: Action, server: ServerRecord | None, error: Exception) -> None:
-        """Log an error, a repeated one only once. If its cause is not the system, the engine fails after some retries."""
+        """Log an error, a repeated error only once. If it is not a system error, the engine fails after some retries."""
         engine = action.engine
         trouble = self._troubles.setdefault(engine.id, _Trouble(type(action)))
         if trouble.error != repr(error):
@@ -146,11 +147,11 @@ class Runner:
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
         if trouble.failures >= _MAX_FAILURES and engine.state in (EngineState.QUEUED, EngineState.STARTING):
-            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # the next failure tries it again
+            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # the next failed action tries this again
                 await self._give_up(engine, server, _reason(error))
 
     async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
-        """Let an engine fail; kill its process if that hosts no other engine."""
+        """Set an engine's state to `failed`; kill its process if the process hosts no other engine."""
         failed = Transition(engine, EngineState.FAILED, reason)
         if server is None or engine.state is EngineState.QUEUED:
             await self._transition(failed, None)
@@ -191,18 +192,18 @@ class Runner:
                 await self._transition(action, server, observed)
 
     async def _launch(self, engine: EngineRecord, server: ServerRecord | None, *, is_moved: bool) -> None:
-        """Store the planned server, start its process, and store its address; adopt the process if it exists."""
+        """Store the planned server, start or adopt its process, and store the address of the process."""
         executor = self._executors[engine.kind]
         if server is None:
             revision = engine.revision + 1
             server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=is_moved)
-            if server.served_name:  # an earlier process has loaded the model under another name
+            if server.served_name:  # an earlier process uses another model name
                 await self._end_process(server)
             planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None}
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
             await self._clean(before, server)
-        if server.id in self._launching:  # the process was started by another engine, which has since been stopped
+        if server.id in self._launching:  # the launch for an engine that was stopped still runs
             raise StaleWrite(server.id)
         self._launching.add(server.id)
         try:
@@ -221,7 +222,7 @@ class Runner:
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
                 address = await self._launcher.launch(spec)
-            except TimeoutError:  # not known: the next plan observes the process first
+            except TimeoutError:  # the result is not known: the next plan observes the process first
                 raise
             except (SageError, OSError) as error:
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
@@ -243,7 +244,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the server that an engine had before it was given `server`, unless others use them."""
+        """Remove the files of the engine's previous server, if it is not `server` and no other engine needs it."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)
@@ -251,7 +252,7 @@ class Runner:
     async def _load(self, engine: EngineRecord, server: ServerRecord) -> None:
         """Load the current version of an adapter.
 
-        If the server refuses it, a starting engine gets a server of its own, and a running one keeps its older version.
+        If the server refuses it, a starting engine gets a separate server, and a running engine keeps its older version.
         """
         self._held_lease()
         try:
@@ -260,7 +261,7 @@ class Runner:
             if engine.state is EngineState.STARTING:
                 form = f"merged, because the adapter cannot be loaded into a running base: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
-            elif is_refused(engine):  # and the server has lost the older version
+            elif is_refused(engine):  # and the server no longer has the older version
                 await self._give_up(engine, server, _reason(error))
             else:
                 message = f"{server.id} cannot load {engine.adapter}: {error.message}. The version before it still answers."

@@ -11,13 +11,13 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 class ServedRun(BaseModel):
-    """How a run is served: what the user requested, and what has been published."""
+    """How a training run is served: the request of the user, and the versions that were published."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str  #: name of the engine that serves the run
     checkpoints: bool = False  #: whether each checkpoint is published
-    after_step: int | None = None  #: the user requested that the next checkpoint after this step is published
+    after_step: int | None = None  #: publish the next checkpoint after this step, as the user requested
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
     step: int = 0  #: step of the last checkpoint that was published or could not be published
     is_complete: bool = False  #: the result is published
@@ -28,7 +28,7 @@ class ServedRun(BaseModel):
         return None if engine.serve is None else cls.model_validate(engine.serve)
 
     def published(self, step: int | None, engine_id: str | None) -> Self:
-        """Return the values after a version was published; step: the checkpoint's; None: the version is the result."""
+        """Return the values after a publication; step: step of the published checkpoint; None: the result was published."""
         version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
         return self.model_copy(update={"engine_id": engine_id, **version})
 
@@ -36,8 +36,8 @@ class ServedRun(BaseModel):
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
     """Return the action that publishes the newest version of a run; None if it is published or should not be served.
 
-    A run that failed has no result; its last checkpoint is still served. The checkpoint of a run that is about to end is not
-    served, because loading it would delay the result.
+    A failed run has no result; its last published checkpoint is still served. If a run is about to end, its checkpoint is
+    not published, because loading it would delay the result.
     """
     serve, training = ServedRun.of(engine), observed.training
     if serve is None or training is None:

@@ -1,4 +1,4 @@
-"""Split the requests for a route among its engines, by their weights."""
+"""Distribute the requests for a route over its engines, by the weights of the engines."""
 
 import hashlib
 import math
@@ -9,10 +9,10 @@ from sage.llm.client.types import RouteTarget
 
 
 def in_order_of_preference(route: str, targets: Sequence[RouteTarget], client: str | None) -> list[str]:
-    """Return the engines of a route; a request is sent to the first one that answers.
+    """Return the engines of a route in order of preference; a request is sent to the first engine that answers.
 
-    client: identifies who sent the request; a client always gets the same order, None a random one. If the weights change
-    or an engine does not answer, as few clients as possible get another engine.
+    client: identifies the sender of the request. The same client always gets the same order; for None, the order is random.
+    If the weights change or an engine does not answer, as few clients as possible get another engine.
     Source: weighted rendezvous hashing, Schindelhauer and Schomaker 2005, "Weighted distributed hash tables".
     """
     if len(targets) == 1:
@@ -22,7 +22,10 @@ def in_order_of_preference(route: str, targets: Sequence[RouteTarget], client: s
 
 
 def _distance(key: bytes, target: RouteTarget) -> float:
-    """Return a sample of the exponential distribution with rate `weight`; a target has the smallest one with its share."""
+    """Return a sample of the exponential distribution with rate `weight`.
+
+    The probability that a target has the smallest sample is its share of the weights.
+    """
     digest = hashlib.blake2b(target.engine.encode(), key=key, digest_size=8).digest()
     uniform = ((int.from_bytes(digest) >> 12) + 0.5) / 2**52  # above 0 and below 1
     return -math.log(uniform) / target.weight

@@ -1,4 +1,4 @@
-"""Validation: slow checks run outside of requests, in separate threads and event loops."""
+"""Validation: runs slow checks outside of requests, in separate threads and event loops."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ _MAX_VALIDATIONS = 2
 
 
 class Validator:
-    """Validates engines and keeps the results until they are written."""
+    """Validates engines and keeps the results until they are stored."""
 
     def __init__(self, executors: Mapping[EngineKind, Executor], on_done: Callable[[], None]) -> None:
         """on_done: called after each validation."""
@@ -26,18 +26,18 @@ class Validator:
         self._tasks: dict[str, asyncio.Task[Validation]] = {}
 
     def begin(self, engine: EngineRecord) -> None:
-        """Begin to validate an engine, unless its validation has already begun."""
+        """Start the validation of an engine; do nothing if it has already started."""
         if engine.id not in self._tasks:
             self._tasks[engine.id] = task = asyncio.create_task(self._validate(engine))
             task.add_done_callback(lambda _: self._on_done())
 
     def is_running(self, engine_id: str) -> bool:
-        """Return whether the validation of an engine is running; it may write files of the engine."""
+        """Return whether the validation of an engine is running; a running validation may write files of the engine."""
         task = self._tasks.get(engine_id)
         return task is not None and not task.done()
 
     def results(self, engines: Collection[str]) -> dict[str, Validation]:
-        """Return the progress and results of validations; finished ones of engines that are not in `engines` are deleted."""
+        """Return the progress and results of validations; delete the results of engines that are not in `engines`."""
         for engine_id in self._tasks.keys() - set(engines):
             if self._tasks[engine_id].done():
                 del self._tasks[engine_id]

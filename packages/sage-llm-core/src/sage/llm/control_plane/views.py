@@ -1,4 +1,4 @@
-"""Creates the view of an engine that a user sees, from the data of the store and the prober."""
+"""Create the view of an engine for users, from the data of the store and the prober."""
 
 import logging
 from collections.abc import Mapping
@@ -11,12 +11,13 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum cached engines that an older version settled: their figures are read from files, as the store has none.
+#: Maximum number of cached engines that an older version of SAGE settled. The store does not contain their training figures,
+#: so the figures are read from files.
 _MAX_READ = 10_000
 
 
 class Views:
-    """Creates views. Blocks only for engines that an older version settled, whose files are read once."""
+    """Creates views. Blocks only for engines that an older version of SAGE settled; their files are read once."""
 
     def __init__(self, node: str, executors: Mapping[EngineKind, Executor]) -> None:
         self._node, self._executors = node, executors
@@ -32,7 +33,7 @@ class Views:
     ) -> EngineView:
         """Return the view of an engine.
 
-        trouble: why the engine cannot be observed; silent_seconds: time without an answer, reported if above 0.
+        trouble: why the engine cannot be observed; silent_seconds: time without an answer, reported if it is above 0.
         """
         is_local, is_hosted = engine.node == self._node, engine.state in HOSTED
         address = server.address if server and is_hosted else None
@@ -87,7 +88,7 @@ class Views:
 
 
 class _Key:
-    """A key of the cache: an engine in one of its versions."""
+    """A key of the cache: one version of an engine's record."""
 
     def __init__(self, engine: EngineRecord) -> None:
         self.engine = engine

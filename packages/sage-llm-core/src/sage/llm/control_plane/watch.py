@@ -1,7 +1,7 @@
-"""Measure durations of an engine by the monotonic clock: in its state, without an answer, alive after its work has ended.
+"""Measure durations of an engine with the monotonic clock, for example the time in its state or without an answer.
 
-The time between two observations counts only up to a limit, so that the time in which the control plane was suspended
-does not count. If the control plane restarts, all durations begin at zero.
+The time between two observations is added only up to a limit, so that a suspension of the control plane is not counted.
+If the control plane restarts, all durations start at zero.
 """
 
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ class Watch:
     looked_at_seconds: float = 0.0  #: time.monotonic() at the last observation
     state_seconds: float = 0.0  #: time in the current state
     silent_seconds: float = 0.0  #: time in state `running` without an answer to the health check
-    ended_seconds: float = 0.0  #: time the process is alive after its work has ended
-    seen_alive: bool = False  #: this control plane has seen its process
+    ended_seconds: float = 0.0  #: time for which the process is alive after its work has ended
+    seen_alive: bool = False  #: this control plane has observed a living process of the engine
     served_as: str | None = None
     served_seconds: float = 0.0  #: time since the server loaded the current version of the adapter
     last_request_at: datetime | None = None
     idle_seconds: float = 0.0  #: time in state `running` without a new request
-    is_stop_sent: bool = False  #: this control plane sent the stop signal since the engine entered its state
+    is_stop_sent: bool = False  #: this control plane has sent the stop signal in the engine's current state
 
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:
-        """Add the time since the last call, at most `limit_seconds`, to each duration whose condition still holds.
+        """Add the time since the last call, at most `limit_seconds`, to each duration whose condition is still true.
 
-        observed: None if the engine could not be observed; then `silent_seconds` and `ended_seconds` do not grow.
+        observed: None if the engine could not be observed; in this case, `silent_seconds` and `ended_seconds` do not grow.
         """
         passed_seconds = min(now_seconds - self.looked_at_seconds, limit_seconds)
         self.looked_at_seconds = now_seconds

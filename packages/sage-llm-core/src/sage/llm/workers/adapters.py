@@ -1,4 +1,4 @@
-"""Apply several adapters in one pass: each token uses the LoRA weights of its own adapter, or of none."""
+"""Apply several LoRA adapters in one forward pass. Each token uses the weights of one adapter, or only the base model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-#: For each linear layer: A, (rank, in_features), and B, (rank, out_features); B includes the scaling.
+#: LoRA weights by name of the linear layer: A, (rank, in_features), and B, (rank, out_features). B includes the scaling.
 Weights = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -19,15 +19,15 @@ class Adapter:
 
 
 class _Stack:
-    """The stacked weights of several adapters, so that two matrix products compute all of them.
+    """The stacked weights of several adapters, so that two matrix products per layer compute all adapters.
 
-    The product with all A has columns for every adapter; for each token, the columns of other adapters are set to 0.
-    So the weights must be finite: 0 * infinity is not 0.
+    The product with all A has columns for every adapter. For each token, the columns of other adapters are set to 0.
+    Therefore the weights must be finite, because 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = tuple(adapters)
-        self.layers: dict[str, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  #: all A, all B, rank of each adapter
+        self.layers: dict[str, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  #: by layer: all A, all B, ranks
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.weights):
             having = [adapter.weights[name] for adapter in adapters if name in adapter.weights]
             ranks = tuple(len(adapter.weights[name][0]) if name in adapter.weights else 0 for adapter in adapters)
@@ -36,19 +36,19 @@ class _Stack:
 
 
 class Adapters:
-    """Adds the adapters' part to the outputs of the base's linear layers."""
+    """Adds the outputs of adapters to the outputs of the base model's linear layers."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._hooked: set[str] = set()
         self._stack = _Stack(())
-        self._owners = torch.empty(0)  #: (tokens,), of the current pass: index in the stack, -1 for the base
+        self._owners = torch.empty(0)  #: (tokens,): index of each token's adapter in the stack, -1 for the base
         self._is_mixed = False
         self._is_on = False
         self._masks: dict[tuple[int, ...], Tensor] = {}
 
     def hook(self, adapter: Adapter) -> None:
-        """Prepare the layers that an adapter changes."""
+        """Register hooks on the layers that an adapter changes."""
         for name in adapter.weights.keys() - self._hooked:
             self._model.get_submodule(name).register_forward_hook(
                 lambda _module, inputs, output, name=name: self._add(name, inputs[0], output)
@@ -56,12 +56,12 @@ class Adapters:
             self._hooked.add(name)
 
     def forget(self, adapter: Adapter) -> None:
-        """Free the memory of an adapter; no answer may use it any more."""
+        """Free the memory of an adapter. The caller must ensure that no answer uses the adapter."""
         if adapter in self._stack.adapters:
             self._stack = _Stack(())
 
     def begin(self, adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> None:
-        """Set the adapters of the next pass: lengths[i] tokens belong to adapters[i]; None: the base."""
+        """Set the adapters for the next pass: the next lengths[i] tokens use adapters[i]; None: only the base model."""
         needed = dict.fromkeys(adapter for adapter in adapters if adapter)
         self._is_on = bool(needed)
         if not needed:
@@ -77,9 +77,9 @@ class Adapters:
         self._masks = {}
 
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """Add to a layer's output in place; inputs: (..., in_features), output: (..., out_features).
+        """Add the adapters' output to a layer's output in place; inputs: (..., in_features), output: (..., out_features).
 
-        Raises NotImplementedError if the layer does not see each token of the pass once, as experts do not.
+        Raises NotImplementedError if the layer does not receive each token of the pass exactly once, for example an expert.
         """
         if not self._is_on or name not in self._stack.layers:
             return
@@ -92,7 +92,7 @@ class Adapters:
         output.view(-1, output.shape[-1]).addmm_(inner, up)
 
     def _mask(self, ranks: tuple[int, ...]) -> Tensor:
-        """Return (tokens, sum of the ranks): whether a column belongs to an adapter other than the token's."""
+        """Return a bool mask, (tokens, sum of the ranks): True if the adapters of token and column differ."""
         if ranks not in self._masks:
             columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(self._owners.device)
             self._masks[ranks] = columns[None] != self._owners[:, None]

@@ -1,4 +1,4 @@
-"""Find out from a model's chat template how the model writes tool calls and reasoning."""
+"""Detect from a model's chat template how the model writes tool calls and reasoning."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Markers of calls that a template mentions in its instructions but does not write (Granite 3, Phi-4).
+#: Markers of calls that some templates mention only in their instructions (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -26,19 +26,19 @@ _THINK_MARKERS = (
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The markers in an answer. They are texts, which may contain special tokens."""
+    """The markers in a model's answers. A marker is text, which may contain special tokens."""
 
-    call_open: str | None = None  #: text before a call; "": a call is the whole answer; None: the model cannot write calls
-    call_close: str = ""  #: text after a call; "": a call ends at the end of the answer or at the next call
-    calls: Literal["object", "list", "other"] = "other"  #: JSON of one call, of a list of calls, or another notation
+    call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
+    call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer
+    calls: Literal["object", "list", "other"] = "other"  #: JSON object of one call, JSON list of calls, or other
     arguments_key: str = "arguments"  #: key of the arguments in the JSON of a call
-    around: tuple[str, str] = ("", "")  #: the markers of a call with the whitespace that the template writes
-    think_open: str = ""  #: text before the reasoning; "": the model does not reason
+    around: tuple[str, str] = ("", "")  #: text before and after a call, with whitespace as in the template
+    think_open: str = ""  #: text before the reasoning; "": the model writes no reasoning
     think_close: str = ""
 
     @classmethod
     def of(cls, chat: ChatFormat) -> "AnswerFormat":
-        """Return the format of a model's answers. It runs the model's template, which may take long or never end."""
+        """Return the format of a model's answers. Runs the model's chat template, which may take long or never end."""
         template = str(chat.tokenizer.chat_template or "")
         fields = _call_in_template(chat) or _markers_of_calls(chat, template)
         if not fields and (declared := _declared_markers(chat.tokenizer, "tool_calls"))[0]:
@@ -47,7 +47,7 @@ class AnswerFormat:
         return cls(**fields, think_open=opening, think_close=closing)
 
     def special_tokens(self, tokenizer: Any) -> frozenset[int]:
-        """Return the special tokens that are part of a marker: the text of an answer must show them."""
+        """Return the special tokens that are part of a marker. They must not be removed from the text of an answer."""
         markers = [self.call_open or "", self.call_close, self.think_open, self.think_close, "[ARGS]", "[CALL_ID]"]
         special = set(tokenizer.all_special_ids)
         return frozenset(
@@ -58,7 +58,7 @@ class AnswerFormat:
 
 
 def _call_in_template(chat: ChatFormat) -> dict[str, Any]:
-    """Return how the template writes a call; {} if it writes none."""
+    """Return the fields that describe how the template writes a call; {} if the template writes no calls."""
     asked = {"role": "user", "content": "Hi"}
     function = {"name": _NAME, "arguments": {"x": _VALUE}}
     called = {
@@ -112,7 +112,7 @@ def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
 
 
 def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
-    """Return the markers of calls that a template with tools mentions, or that are tokens of the tokenizer."""
+    """Return the markers of calls that the template mentions, or that are tokens; {} if the template has no tools."""
     known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
     for opening, closing in _CALL_MARKERS if "tools" in template else ():
         if all(not marker or marker in template or marker in known for marker in (opening, closing)):
@@ -121,7 +121,7 @@ def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
 
 
 def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str] | None:
-    """Return the markers around the reasoning that a template writes; if it writes none, those that it mentions."""
+    """Return the markers of reasoning that the template writes or mentions; None if there are no markers."""
     text = ""
     answered = {"role": "assistant", "content": _VALUE, "reasoning_content": _THOUGHT}
     with contextlib.suppress(Exception):  # templates raise all kinds of exceptions

@@ -1,4 +1,4 @@
-"""Turn the tokens of an answer into pieces of text, until an end token, a stop string or the token limit."""
+"""Convert the tokens of an answer to pieces of text, until an end token, a stop string or the token limit."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from sage.llm.workers.voice import Voice
 
 
 class Answer:
-    """One choice of a request."""
+    """The answer for one choice of a request."""
 
     def __init__(
         self, voice: Voice, prompt: list[int], sampling: Sampling, chooser: Chooser, limit: int,
@@ -20,10 +20,10 @@ class Answer:
     ) -> None:  # fmt: skip
         """limit: maximum number of tokens of the answer; put: receives the pieces.
 
-        continues: the answer continues the text of the prompt, as in completions.
+        continues: the answer continues the text of the prompt, as in a completion.
         """
         self.prompt, self.chooser = prompt, chooser
-        self.tokens: list[int] = []  #: of the answer
+        self.tokens: list[int] = []  #: tokens of the answer
         #: Whether the logits of the whole prompt are needed.
         self.scores_prompt = sampling.echo and sampling.top_logprobs is not None
         self.has_ended = False
@@ -37,21 +37,21 @@ class Answer:
             else TextDecoder(voice.tokenizer, shown_tokens=voice.shown_tokens)
         )
         self._stops = StopStrings(sampling.stop)
-        self._pending: list[TokenScore] = []  #: scores of the text that is held back
+        self._pending: list[TokenScore] = []  #: scores of tokens whose text is not yet returned
         self._characters = 0
         self._echo_decoder = TextDecoder(voice.tokenizer)
         self._echoed, self._echo_scores = "", list[TokenScore]()
-        self._before: Tensor | None = None  #: logits before the next token of the prompt
+        self._before: Tensor | None = None  #: logits for the next token of the prompt
 
     def begin(self) -> None:
-        """Put the pieces that need no model: an echoed prompt without scores, or the end of an answer without tokens."""
+        """Put the pieces that need no forward pass: an echoed prompt without scores, or the end of an empty answer."""
         if self._sampling.echo and not self.scores_prompt:
             self._echo("".join(map(self._echo_decoder.push, self.prompt)))
         if not self.limit and not self.scores_prompt:
             self._end("length")
 
     def read(self, tokens: list[int], logits: Tensor) -> None:
-        """Score tokens of the prompt; logits: (tokens, vocab_size), after each of them."""
+        """Compute the scores of prompt tokens; logits: (tokens, vocab_size), the logits after each token."""
         for token, after in zip(tokens, logits, strict=True):
             self._echo_scores.append(self._scorer.score(token, self._before, self._echo_decoder.characters))
             self._echoed += self._echo_decoder.push(token)
@@ -63,7 +63,7 @@ class Answer:
                 self._end("length")
 
     def add(self, token: int, logits: Tensor) -> None:
-        """Add a token of the answer; logits: (vocab_size,), from which it was chosen."""
+        """Add a token of the answer; logits: (vocab_size,), the logits from which the token was chosen."""
         self.tokens.append(token)
         if token in self._end_tokens:
             self._end("stop")
@@ -80,7 +80,7 @@ class Answer:
         self._decoder.characters = self._characters = len(text)
 
     def _end(self, reason: str) -> None:
-        """Put the last piece."""
+        """Put the last piece, with the remaining text and the finish reason."""
         self.has_ended = True
         rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
         is_cut = self._stops.is_met

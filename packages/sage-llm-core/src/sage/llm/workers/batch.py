@@ -1,8 +1,8 @@
-"""Run the answers in progress together, one forward pass after another, on one thread.
+"""Run the answers in progress as a batch, one forward pass after another, on one thread.
 
-Before each pass, cancelled answers are removed from the batch and waiting answers are added. A request with many answers
-does not block others: a free slot is given to the request with the fewest answers in progress. A pass computes one token of
-each answer and a limited number of prompt tokens, so that a long prompt does not stop the other answers.
+Before each pass, cancelled answers are removed from the batch and waiting answers are added. A free slot is given to the
+request with the fewest answers in progress, so that a request with many answers does not block others. A pass computes one
+token of each answer and a limited number of prompt tokens. Therefore a long prompt does not stop the other answers.
 """
 
 from collections import deque
@@ -25,7 +25,7 @@ from sage.llm.workers.sampling import Piece
 
 @dataclass(eq=False)
 class _Request:
-    """The answers of one request, which share a job."""
+    """A request with its answers; all answers deliver pieces to the same job."""
 
     job: Job[Piece]
     waiting: deque[Answer]
@@ -39,17 +39,17 @@ class _Row:
 
     answer: Answer
     request: _Request
-    pending: list[int]  #: tokens that the model has not seen yet
+    pending: list[int]  #: tokens that the model has not processed yet
     cache: Any = None
 
     @property
     def is_reading(self) -> bool:
-        """Whether the model has not yet read the whole prompt."""
+        """Whether a part of the prompt is not processed yet."""
         return not self.answer.tokens
 
 
 class Batch(JobThread):
-    """A thread that runs answers."""
+    """A thread that computes answers in batches."""
 
     def __init__(self, runner: Runner, slots: int) -> None:
         """slots: maximum number of answers in progress; further answers wait."""
@@ -61,9 +61,9 @@ class Batch(JobThread):
         super().__init__("Generation")
 
     def submit(self, job: Job[Piece], answers: Sequence[Answer], adapter: Adapter | None = None) -> None:
-        """Queue the answers of a request; the job is finished when all of them have ended. Raises as `check` does.
+        """Queue the answers of a request; the job is finished when all answers have ended.
 
-        adapter: None for the base.
+        adapter: None for the base model. Raises SageError if the thread has ended or was closed.
         """
         self._track(job)
         self._arrivals.put(_Request(job, deque(answers), adapter))
@@ -76,7 +76,7 @@ class Batch(JobThread):
         def work() -> None:
             try:
                 function()
-            except BaseException as error:  # noqa: BLE001 # the caller waits
+            except BaseException as error:  # noqa: BLE001 # the caller receives the error
                 job.fail(error, "Generation")
             job.finish(None)
 
@@ -85,7 +85,7 @@ class Batch(JobThread):
             pass
 
     def close(self) -> None:
-        """End all answers with an error that the engine is stopping."""
+        """End all answers with an error which says that the engine is stopping."""
         super().close()
         self._is_open = False
         self._arrivals.put(None)
@@ -100,7 +100,7 @@ class Batch(JobThread):
                     self._pass([row for row, _ in parts], [part for _, part in parts])
 
     def _receive(self) -> None:
-        """Take the requests that have arrived; if there is nothing to do, wait for one."""
+        """Take the requests that have arrived; if there is no other work, wait for a request."""
         while not self._arrivals.empty() or not self._requests:
             arrived = self._arrivals.get()
             if arrived is None:
@@ -124,7 +124,7 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Fill the free slots, each from the request with the fewest answers in progress; of equal ones, the oldest."""
+        """Give each free slot to the oldest of the requests with the fewest answers in progress."""
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
             request.in_progress += 1
@@ -132,7 +132,7 @@ class Batch(JobThread):
             self._rows.append(_Row(answer, request, answer.prompt))
 
     def _plan(self) -> list[tuple[_Row, Part]]:
-        """Return the next pass: the last token of each answer, and tokens of prompts up to the runner's limit."""
+        """Return the parts of the next pass: the last token of each answer, and prompt tokens up to the runner's limit."""
         chosen, room = list[tuple[_Row, Part]](), self._runner.prompt_tokens
         for row in list(self._rows):
             count = min(len(row.pending), self._runner.prompt_tokens)
@@ -140,7 +140,7 @@ class Batch(JobThread):
                 if count > room:
                     continue
                 room -= count
-                self._rows.remove(row)  # the next pass begins with another prompt
+                self._rows.remove(row)  # the next pass starts with another prompt
                 self._rows.append(row)
             if row.cache is None:
                 row.cache = self._runner.new_cache(len(row.answer.prompt) + row.answer.limit)
@@ -149,7 +149,7 @@ class Batch(JobThread):
         return chosen
 
     def _pass(self, rows: list[_Row], parts: list[Part]) -> None:
-        """Run one pass. If it fails, run each part alone, so that only the answers whose part fails again get an error."""
+        """Run one pass. If it fails, run each part alone, so that only answers whose part fails again get an error."""
 
         def check() -> None:
             if all(row.request.job.gone.is_set() for row in rows):
@@ -159,7 +159,7 @@ class Batch(JobThread):
             logits = self._runner.run(parts, check)
         except Abandoned:
             return
-        except BaseException as error:  # noqa: BLE001 # clients wait for the result, and other answers are in progress
+        except BaseException as error:  # noqa: BLE001 # the thread must continue: clients wait for results
             if len(rows) == 1:
                 rows[0].request.job.fail(error, "Generation")
                 return
@@ -170,10 +170,10 @@ class Batch(JobThread):
             self._pass([row], [part])
 
     def _settle(self, rows: list[_Row], parts: list[Part], logits: list[Tensor]) -> None:
-        """Pass each answer its logits, and choose the next token of each answer whose prompt is complete."""
+        """Give each answer its logits, and choose the next token of each answer whose prompt is processed."""
         try:
             best = torch.stack([own[-1] for own in logits]).argmax(-1).tolist()
-        except BaseException as error:  # noqa: BLE001 # as in _pass, but the caches have the tokens: nothing can be repeated
+        except BaseException as error:  # noqa: BLE001 # the pass cannot be repeated: the caches have changed
             for row in rows:
                 row.request.job.fail(error, "Generation")
             return
@@ -196,5 +196,5 @@ class Batch(JobThread):
 def _attempt(request: _Request, work: Callable[[], None]) -> None:
     try:
         work()
-    except BaseException as error:  # noqa: BLE001 # as in _pass
+    except BaseException as error:  # noqa: BLE001 # must not end the thread
         request.job.fail(error, "Generation")

@@ -1,4 +1,4 @@
-"""Read request bodies: JSON only, with limits of size and nesting, and valid Unicode."""
+"""Read request bodies. A body must be JSON with valid Unicode, within limits of size and nesting."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from sage.common.errors import ConfigError
 
 MAX_NESTING = 100
-#: An escape that may be half of a surrogate pair.
+#: A JSON escape of a surrogate, which may be a lone surrogate.
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -20,7 +20,7 @@ class JsonRequest(Request):
     """A request that stops reading its body when it exceeds the size limit."""
 
     async def body(self) -> bytes:
-        """Return the body. Raises HTTPException 413 as soon as it exceeds `app.state.max_request_bytes`."""
+        """Return the body. Raises HTTPException 413 as soon as the body exceeds `app.state.max_request_bytes`."""
         if not hasattr(self, "_body"):
             limit: int = self.app.state.max_request_bytes
             declared = self.headers.get("content-length", "")
@@ -56,11 +56,11 @@ class JsonRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads its body with JsonRequest, and accepts application/json only.
 
-    With other content types, a web page of another site can send requests to loopback without a CORS preflight.
+    With other content types, a web page of another site could send requests to loopback without a CORS preflight.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        """Return FastAPI's handler, called with a JsonRequest."""
+        """Return a handler that checks the content type and calls FastAPI's handler with a JsonRequest."""
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:

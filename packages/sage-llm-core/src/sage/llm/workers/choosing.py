@@ -1,4 +1,4 @@
-"""Choose the next token of an answer from its logits: greedy, or sampled with a random generator of the answer."""
+"""Choose the next token of an answer from its logits: greedy, or sampled with a random generator for each answer."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from sage.llm.workers.penalties import Adjustment, adjustments
 from sage.llm.workers.sampling import Sampling
 
-#: A temperature below this value means greedy decoding, because logits divided by it would overflow.
+#: A temperature below this value means greedy decoding, because the division of logits by it could overflow.
 _GREEDY_BELOW = 1e-5
-#: Number of most likely tokens in which the nucleus of top_p is searched first; sorting all tokens takes milliseconds.
+#: Number of most likely tokens in which the top_p nucleus is searched first. Sorting all tokens would take milliseconds.
 _NUCLEUS_TOKENS = 256
 
 
@@ -28,7 +28,7 @@ class Chooser:
         self._top_k: int = value("top_k", 0)
         self._top_p: float = value("top_p", 1.0)
         self._min_p: float = value("min_p", 0.0)
-        #: More adjustments may be added before the first token, for example to enforce a grammar.
+        #: Adjustments of the logits. More may be added before the first token, for example to enforce a grammar.
         self.adjustments: list[Adjustment] = adjustments(sampling, prompt, value("repetition_penalty", 1.0))
         self._is_greedy = self._temperature < _GREEDY_BELOW
         self._random = torch.Generator()
@@ -43,9 +43,9 @@ class Chooser:
         return self._is_greedy and not self.adjustments
 
     def choose(self, answer: list[int], logits: Tensor) -> int:
-        """Return the next token. answer: the tokens so far; logits: (vocab_size,), which are left unchanged."""
+        """Return the next token. answer: the tokens so far; logits: (vocab_size,), not changed."""
         if self.adjustments:
-            logits = logits.to(torch.float32, copy=True)  # bf16 would round small penalties away
+            logits = logits.to(torch.float32, copy=True)  # in bf16, rounding could remove small penalties
             for adjust in self.adjustments:
                 logits = adjust(answer, logits)
         return int(logits.argmax()) if self._is_greedy else self._sample(logits.float() / self._temperature)
@@ -67,7 +67,7 @@ class Chooser:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens whose probabilities add up to top_p, best first, and their indices; at least one."""
+    """Return probabilities and indices of the most likely tokens, best first, up to a total of top_p; at least one."""
     count = _NUCLEUS_TOKENS
     while True:
         best, tokens = probabilities.topk(min(count, len(probabilities)))

@@ -1,4 +1,4 @@
-"""Load and run embedding models: any folder of sentence-transformers, or of transformers alone."""
+"""Load and run embedding models: folders in the format of sentence-transformers or of transformers."""
 
 import logging
 from pathlib import Path
@@ -15,22 +15,22 @@ from sage.llm.workers import server
 from sage.llm.workers.requests import EmbeddingRequest
 
 logger = logging.getLogger(__name__)
-#: Far above any real text; longer inputs are rejected without tokenizing them.
+#: Upper limit of characters per token, far above real texts. Longer inputs are rejected without tokenization.
 _MAX_CHARACTERS_PER_TOKEN = 100
 _PROBE = "Which engine answers?"
-#: Largest difference between the vectors of one text in two batches; it comes from the order in which sums are rounded.
+#: Largest difference between the vectors of the same text in two batches, caused by rounding.
 _TOLERANCE = 1e-3
 
 
 class Input(NamedTuple):
-    """A checked input: token ids, or a text if the model does its own tokenization."""
+    """A checked input: token ids, or text if the model tokenizes texts itself."""
 
     given: str | list[int]
     tokens: int
 
 
 class Embedder:
-    """A loaded model with its tokenizer. One thread may call `read`, and another one `embed`."""
+    """A loaded model with its tokenizer. One thread may call `read` while another thread calls `embed`."""
 
     def __init__(self, name: str) -> None:
         """Load the model and embed a text to check it. Raises ModelError."""
@@ -38,7 +38,7 @@ class Embedder:
         self._model = _load(folder)
         self._tokenizer: Any = self._model.tokenizer
         limit = self._model.max_seq_length
-        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # static vectors: inf
+        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # inf for static vectors
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
         try:
             expected = self._embed([_PROBE])
@@ -56,7 +56,7 @@ class Embedder:
         return [self._read(f"input {index}", given) for index, given in enumerate(request.input)]
 
     def embed(self, inputs: list[Input]) -> Tensor:
-        """Return (inputs, dimensions) in fp32 on the CPU."""
+        """Return the vectors, (inputs, dimensions), in fp32 on the CPU."""
         return self._embed([each.given for each in inputs])
 
     def _read(self, place: str, given: str | list[int]) -> Input:
@@ -80,11 +80,11 @@ class Embedder:
         return read
 
     def _ids(self, text: str) -> list[int]:
-        if callable(self._tokenizer):  # of transformers
+        if callable(self._tokenizer):  # a tokenizer of transformers
             return list(self._tokenizer(self._prompt + text, truncation=False, verbose=False)["input_ids"])
-        if hasattr(self._tokenizer, "encode"):  # of tokenizers
+        if hasattr(self._tokenizer, "encode"):  # a tokenizer of the package tokenizers
             return list(self._tokenizer.encode(self._prompt + text, add_special_tokens=False).ids)
-        return list(self._tokenizer.tokenize(self._prompt + text))  # of words
+        return list(self._tokenizer.tokenize(self._prompt + text))  # a word tokenizer
 
     def _vocabulary_size(self) -> int:
         return int(self._model.transformers_model.get_input_embeddings().num_embeddings)
@@ -95,7 +95,7 @@ class Embedder:
             features = self._model.preprocess(inputs, prompt=self._prompt or None)
         else:
             rows = [torch.tensor(ids) for ids in inputs]
-            features = {  # padded here, because padding is a state of the tokenizer, and the other thread uses the tokenizer
+            features = {  # padding with the tokenizer would change its state, and another thread uses the tokenizer
                 "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }
@@ -106,10 +106,10 @@ class Embedder:
         return vectors.float().cpu()
 
     def _embeds_tokens_as(self, expected: Tensor) -> bool:
-        """Return whether tokens give the same vector as their text; not if the model puts texts into a chat template."""
+        """Return whether token ids give the same vector as their text; False for a model that uses a chat template."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
-        except Exception as error:  # in this case the model tokenizes its texts
+        except Exception as error:  # in this case, the model must tokenize the texts
             if is_out_of_memory(error):
                 raise
             return False

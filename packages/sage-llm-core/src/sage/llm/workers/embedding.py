@@ -14,7 +14,7 @@ from sage.llm.workers.embedding_queue import Batcher
 from sage.llm.workers.jobs import Lane, unless_gone
 from sage.llm.workers.requests import EmbeddingRequest
 
-#: Maximum tokens of a batch, with padding. On a CPU, larger batches are not faster, and they delay other requests.
+#: Maximum number of tokens in a batch, with padding. On a CPU, larger batches are not faster, and delay other requests.
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16_384
 
 
@@ -61,12 +61,12 @@ def _response(request: EmbeddingRequest, vectors: list[Tensor], tokens: int) -> 
 
 
 def _shortened(vector: Tensor, dimensions: int | None) -> Tensor:
-    """Return the first components of a vector, normalized again, as OpenAI does."""
+    """Return the first `dimensions` components of a vector, normalized again, as OpenAI does; None: all components."""
     return vector if dimensions is None else torch.nn.functional.normalize(vector[:dimensions], dim=0)
 
 
 def _encoded(vector: Tensor, request: EmbeddingRequest) -> list[float] | str:
-    """Return a vector as numbers, or as base64 of little-endian fp32."""
+    """Return a vector as a list of numbers, or as base64 text of little-endian fp32 values."""
     if request.encoding_format == "base64":
         return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
     numbers: list[float] = vector.tolist()

@@ -1,4 +1,4 @@
-"""Form batches of embedding inputs, fairly from all waiting requests."""
+"""Form batches of embedding inputs, with a fair share for each waiting request."""
 
 import heapq
 import threading
@@ -11,27 +11,27 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from sage.llm.workers.jobs import Job, JobThread
 
 T = TypeVar("T")
-#: Inputs with at most this many tokens take about the same time.
+#: Inputs with at most this number of tokens form one class, because they take about the same time.
 _SHORTEST_CLASS_TOKENS = 16
 
 
 @dataclass(eq=False)
 class Request:
-    """A request with waiting inputs, and the vectors that were computed so far."""
+    """A request with waiting inputs, and the vectors computed so far."""
 
     job: Job[Any]
     inputs: int
-    vectors: dict[int, Any] = field(default_factory=dict)  #: the key is the position of the input
+    vectors: dict[int, Any] = field(default_factory=dict)  #: by position of the input
 
     def add(self, position: int, vector: Any) -> None:
-        """Keep the vector of an input; the last one completes the job."""
+        """Store the vector of an input; with the last vector, deliver all vectors to the job."""
         self.vectors[position] = vector
         if len(self.vectors) == self.inputs:
             self.job.put([self.vectors[at] for at in range(self.inputs)])
 
 
 class Entry(NamedTuple, Generic[T]):
-    """A waiting input; the entries of a class are served in ascending order."""
+    """A waiting input. The entries of a length class are served in ascending order."""
 
     turn: float
     order: int
@@ -42,23 +42,25 @@ class Entry(NamedTuple, Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Inputs of several requests, in classes of similar length (up to 16 tokens, 32, 64, ...).
+    """Inputs of several requests, in classes of similar length (up to 16 tokens, up to 32, up to 64, ...).
 
-    A batch is taken from one class, so that less than half of it is padding. The class is chosen by weighted fair queueing
-    (Demers, Keshav and Shenker 1989): inputs are served in the order in which they would be complete if all requests were
-    computed at the same time, each with an equal share, shortest input first. So a short request waits for about one batch,
-    however many inputs other requests still have, and no long one waits for ever.
+    A batch is taken from one class, so that less than half of the batch is padding. The class is chosen by weighted fair
+    queueing (Demers, Keshav and Shenker 1989). This method assumes that all requests are computed at the same time with
+    equal shares, the shortest input of a request first. Inputs are served in the order in which they would then be
+    complete. Therefore a short request waits for about one batch, even if other requests have many inputs. A long
+    request also gets its share.
+
     """
 
     def __init__(self, max_tokens: int) -> None:
-        """max_tokens: maximum tokens of a batch, with padding; a longer input is a batch by itself."""
+        """max_tokens: maximum number of tokens in a batch, with padding; a longer input is computed alone."""
         self._max_tokens = max_tokens
-        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: heaps, by the padded length in tokens
+        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: heap by padded length
         self._waiting: Counter[Request] = Counter()
-        self._served, self._order = 0.0, count()  #: tokens that each request's share has reached so far
+        self._served, self._order = 0.0, count()  #: virtual time of fair queueing, in tokens
 
     def add(self, request: Request, inputs: Sequence[T], lengths: Sequence[int]) -> None:
-        """Add the inputs of a request; lengths: in tokens."""
+        """Add the inputs of a request; lengths: number of tokens of each input."""
         turn = self._served
         self._waiting[request] = len(inputs)
         for index in sorted(range(len(inputs)), key=lengths.__getitem__):
@@ -68,7 +70,7 @@ class FairQueue(Generic[T]):
             heapq.heappush(self._classes[padded], Entry(turn, next(self._order), tokens, request, index, inputs[index]))
 
     def take(self) -> list[Entry[T]]:
-        """Remove and return the next batch; [] if nothing waits. Inputs of cancelled requests are dropped."""
+        """Remove and return the next batch; [] if no input waits. Inputs of cancelled requests are discarded."""
         batch: list[Entry[T]] = []
         while self._classes and not batch:
             padded, heap = min(self._classes.items(), key=lambda item: item[1][0])
@@ -87,16 +89,16 @@ class FairQueue(Generic[T]):
 
 
 class Batcher(JobThread, Generic[T]):
-    """A thread that computes the vectors of a FairQueue, batch by batch."""
+    """A thread that computes the vectors of the inputs in a FairQueue, one batch after another."""
 
     def __init__(self, embed: Callable[[list[T]], Sequence[Any]], max_tokens: int) -> None:
-        """embed: returns a vector for each input."""
+        """embed: function that returns a vector for each input."""
         self._embed, self._queue = embed, FairQueue[T](max_tokens)
         self._changed = threading.Condition()
         super().__init__("Embedding")
 
     def submit(self, inputs: Sequence[T], lengths: Sequence[int]) -> Job[list[Any]]:
-        """Queue a request; its job delivers the list of vectors, in the order of the inputs. Raises as `check` does."""
+        """Queue a request; the returned job delivers the list of vectors in the order of the inputs. Raises like `check`."""
         request = Request(Job(), len(inputs))
         self._track(request.job)
         with self._changed:
@@ -112,10 +114,10 @@ class Batcher(JobThread, Generic[T]):
             self._compute(batch)
 
     def _compute(self, batch: list[Entry[T]]) -> None:
-        """Compute a batch. If that fails, compute each input alone, so that only requests with a failing input fail."""
+        """Compute a batch. If the batch fails, compute each input alone, so that only requests with a failing input fail."""
         try:
             computed = list(zip(batch, self._embed([entry.given for entry in batch]), strict=True))
-        except BaseException as error:  # noqa: BLE001 # clients wait for the result, and other requests are queued
+        except BaseException as error:  # noqa: BLE001 # the thread must continue: clients wait for results
             if len(batch) == 1:
                 batch[0].request.job.fail(error, "Embedding")
                 return

@@ -1,4 +1,4 @@
-"""Report and log unexpected exceptions without any text of the request."""
+"""Report and log unexpected exceptions without text from the request."""
 
 import logging
 import traceback
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 def internal_error(error: BaseException, doing: str) -> SageError:
     """Return the error for the client, and log the traceback.
 
-    Both omit the message of the exception, because libraries quote their input in it.
+    The error and the log do not contain the exception's message, because libraries quote their input in messages.
     """
     if isinstance(error, SageError):
         return error

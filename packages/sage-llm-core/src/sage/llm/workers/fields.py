@@ -1,4 +1,4 @@
-"""Types of the fields of OpenAI's requests, with their bounds and their JSON schemas."""
+"""Field types for OpenAI's requests, with limits and JSON schemas."""
 
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -59,13 +59,13 @@ _NAMED: dict[str, Any] = {
 
 
 class ToolChoice(NamedTuple):
-    """Whether the model may or must call tools, and which tool it must call."""
+    """Whether the model may or must call tools, and the name of the required tool."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     name: str | None = None
 
 
-#: JSON has one type of number, so 5.0 is accepted as an integer.
+#: Accepts 5.0 as an integer, because JSON has only one number type.
 INTEGRAL = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
@@ -101,6 +101,6 @@ class Body(BaseModel):
     def _null_is_absent(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if len(values) > _MAX_FIELDS:  # a limit, because each unknown field makes an error
+        if len(values) > _MAX_FIELDS:  # because each unknown field causes an error
             raise ValueError(f"must have at most {_MAX_FIELDS} fields")
         return {name: value for name, value in values.items() if value is not None}

@@ -27,14 +27,14 @@ from sage.llm.workers.voice import Voice, rendered
 
 
 class Task(NamedTuple):
-    """What a request asks a model to do."""
+    """The prompts and the grammar of a request."""
 
     prompts: list[list[int]]
-    grammar: Grammar | None = None  #: of the answers; None: any text
+    grammar: Grammar | None = None  #: grammar of the answers; None: any text
 
 
 class EventStream(StreamingResponse):
-    """A streamed answer; when the stream ends for any reason, its job is cancelled."""
+    """A streamed answer. When the stream ends for any reason, the job of the request is cancelled."""
 
     def __init__(self, events: AsyncIterator[str], job: Job[Piece]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -49,10 +49,10 @@ class EventStream(StreamingResponse):
 
 
 class Engine:
-    """Answers requests, many at the same time."""
+    """Answers generation requests, many at the same time."""
 
     def __init__(self, generator: Generator, default_max_tokens: int, slots: int, served_name: str | None) -> None:
-        """slots: maximum number of answers in progress; served_name: name of the base; None: any name is accepted."""
+        """slots: maximum number of answers in progress; served_name: name of the base model; None: any name is accepted."""
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._slots = slots if generator.is_batching else 1
         self._batch = Batch(generator.runner, self._slots)
@@ -60,12 +60,12 @@ class Engine:
         self.hosting = Hosting(generator, self._batch, served_name)
 
     def about(self) -> dict[str, Any]:
-        """Return what `/health` reports of the engine. Raises SageError if it cannot answer any more."""
+        """Return the engine's fields for `/health`. Raises SageError if the engine cannot answer requests any more."""
         self._batch.check()
         return {"context_tokens": self._generator.context_tokens, "slots": self._slots}
 
     def close(self) -> None:
-        """End all answers with an error that the engine is stopping."""
+        """End all answers with an error which says that the engine is stopping."""
         self._tokenization.close()
         self._batch.close()
 
@@ -76,7 +76,7 @@ class Engine:
         return await unless_gone(connection, self._answer(request, sampling, shape, partial(_read_chat, request, shape)))
 
     async def complete(self, request: CompletionRequest, connection: Request) -> Response | dict[str, Any]:
-        """Complete one text or several."""
+        """Complete one or more texts."""
         sampling = request.sampling(self._default_max_tokens)
         shape = CompletionShape(request.model, with_logprobs=request.logprobs is not None)
         return await unless_gone(connection, self._answer(request, sampling, shape, partial(_read_texts, request)))
@@ -157,7 +157,10 @@ def build(
 
 
 def _read_chat(request: ChatRequest, shape: ChatShape, voice: Voice) -> Task:
-    """Render a chat, and prepare its shape and grammar. Raises ConfigError if the model cannot satisfy the request."""
+    """Return the prompt and grammar of a chat, and set the reader of `shape`.
+
+    Raises ConfigError if the model cannot satisfy the request.
+    """
     output = request.output()
     prompt = _chat_prompt(voice, request)
     is_reasoning = voice.ends_in_reasoning(prompt)
@@ -210,7 +213,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _characters(value: Any) -> int:
-    """Return the number of characters in a JSON value; every value counts as at least one."""
+    """Return the approximate number of characters in the keys and values of a JSON value."""
     if isinstance(value, dict):
         return 1 + sum(len(key) + _characters(part) for key, part in value.items())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Middleware of inference servers: accepts requests from this machine's programs only, and returns all errors as JSON."""
+"""Middleware of inference servers: accepts only requests from programs on this machine, and returns all errors as JSON."""
 
 from urllib.parse import urlsplit
 
@@ -13,7 +13,7 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 def error_response(error: SageError, status: int | None = None) -> JSONResponse:
-    """Return an error in OpenAI's shape."""
+    """Return an error response in OpenAI's format."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.http_status == 503 else None
     return JSONResponse(error.body(), status_code=status or error.http_status, headers=headers)
 
@@ -21,15 +21,15 @@ def error_response(error: SageError, status: int | None = None) -> JSONResponse:
 class Guard:
     """Rejects requests that a web page of another site may have sent, and turns unexpected exceptions into responses.
 
-    The servers need no key because they listen on loopback only. But a page in the user's browser can reach loopback too,
-    with its own `Origin`, or with a host name that resolves to 127.0.0.1 (DNS rebinding).
+    The servers need no key, because they listen only on loopback. But a web page in the user's browser can also reach
+    loopback. Its requests have the `Origin` of the page, or a host name that resolves to 127.0.0.1 (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or reject it."""
+        """Forward a request to the application, or reject it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif refusal := _refusal(Headers(scope=scope)):

@@ -1,4 +1,4 @@
-"""Manage the models of one server: the base, and adapters that are loaded and unloaded while the server answers."""
+"""Manage the models of one server: the base model, and adapters that are loaded and unloaded while the server runs."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ from sage.llm.workers.generator import Generator
 from sage.llm.workers.packed import PackedRunner
 from sage.llm.workers.voice import Voice
 
-#: Files that decide how a prompt is made. Adapters with equal files share one tokenizer, which takes about 30 MB.
+#: Files that determine the prompt. Adapters with equal files share one tokenizer, which takes about 30 MB of memory.
 _VOICE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
     "added_tokens.json",
@@ -43,10 +43,10 @@ class UnloadRequest(Body):
 
 
 class Hosted:
-    """A model that answers requests."""
+    """A model in the server, with the number of requests that use it."""
 
     def __init__(self, folder: Path, voice: Voice, adapter: Adapter | None) -> None:
-        """adapter: None for the base."""
+        """adapter: None for the base model."""
         self.folder, self.voice, self.adapter = folder, voice, adapter
         self.created = int(time.time())
         self._requests = 0
@@ -73,7 +73,7 @@ class Hosting:
     """Finds models by name, and loads and unloads adapters."""
 
     def __init__(self, generator: Generator, batch: Batch, served_name: str | None) -> None:
-        """served_name: name of the base; None: every name that is not an adapter's is the base."""
+        """served_name: name of the base model; None: every name except the names of adapters means the base model."""
         self._generator, self._batch, self._served_name = generator, batch, served_name
         self._base = Hosted(generator.folder, generator.voice, None)
         self._adapters: dict[str, Hosted] = {}
@@ -81,7 +81,7 @@ class Hosting:
         self._loading = asyncio.Lock()
 
     def find(self, name: str) -> Hosted:
-        """Return the model of a name. Raises NotFound."""
+        """Return the model with a name. Raises NotFound."""
         if found := self._adapters.get(name):
             return found
         if self._served_name in (None, name):
@@ -90,7 +90,7 @@ class Hosting:
         raise NotFound(code="model_not_found", message=message, hint="`GET /v1/models` lists the models.", param="model")
 
     def listed(self) -> list[dict[str, Any]]:
-        """Return the models as OpenAI and vLLM list them."""
+        """Return the list of models in the format of OpenAI and vLLM."""
         base_name = self._served_name or self._base.folder.name
         hosted = {base_name: self._base, **self._adapters}
         return [
@@ -102,7 +102,7 @@ class Hosting:
         ]  # fmt: skip
 
     async def load(self, name: str, folder: Path) -> None:
-        """Load an adapter, unless it is already loaded. Raises ConfigError or ModelError."""
+        """Load an adapter; do nothing if it is already loaded. Raises ConfigError or ModelError."""
         async with self._loading:
             if (known := self._adapters.get(name)) and known.folder == folder:
                 return
@@ -114,7 +114,7 @@ class Hosting:
             self._adapters[name] = hosted
 
     async def unload(self, name: str) -> None:
-        """Unload an adapter when its answers in progress have ended. Raises NotFound."""
+        """Wait until the adapter's answers in progress have ended, then unload the adapter. Raises NotFound."""
         hosted = self._adapters.pop(name, None)
         if not hosted or not hosted.adapter:
             raise NotFound(code="model_not_found", message=f"No adapter '{name}' is loaded.", param="lora_name")
@@ -134,7 +134,7 @@ class Hosting:
         return runner
 
     def _read(self, folder: Path) -> tuple[Hosted, Adapter]:
-        """Read an adapter's weights and tokenizer, and check that they fit the base."""
+        """Read an adapter's weights and tokenizer, and check that they fit the base model."""
         if not folder.is_absolute():
             message = "lora_path is not an absolute path."
             raise ConfigError(code="invalid_value", message=message, param="lora_path")
@@ -146,7 +146,7 @@ class Hosting:
         return Hosted(folder, self._voice(folder), adapter), adapter
 
     def _voice(self, folder: Path) -> Voice:
-        """Return the tokenizer of an adapter: its own, if it has one."""
+        """Return the tokenizer in an adapter's folder; if the folder has no tokenizer, return the base model's."""
         if not (folder / "tokenizer.json").is_file():
             return self._generator.voice
         digest = hashlib.sha256()
@@ -160,7 +160,7 @@ class Hosting:
 
 
 def add_routes(app: FastAPI, hosting: Hosting) -> None:
-    """Add the routes that list, load and unload models, in vLLM's shapes."""
+    """Add the HTTP routes that list, load and unload models, in vLLM's format."""
 
     @app.get("/v1/models", responses={403: server.ANSWERED[403]})
     async def models() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Jobs, which can be cancelled at any moment, and the threads that run them."""
+"""Jobs, which can be cancelled at any time, and the threads that run jobs."""
 
 import asyncio
 import contextlib
@@ -21,11 +21,11 @@ class ClientGone(Exception):
 
 
 class Job(Generic[T]):
-    """The work of one request. Pieces are delivered to the event loop; every exception ends the job."""
+    """The work of one request. A worker thread delivers pieces to the event loop; every exception ends the job."""
 
     def __init__(self, on_finish: Callable[[], None] = lambda: None) -> None:
-        """on_finish: called in the event loop when the work has ended, also if it was cancelled."""
-        #: Set when the job is cancelled; the work must check it often.
+        """on_finish: called in the event loop when the work has ended, even if the job was cancelled."""
+        #: Set when the job is cancelled; the worker thread must check this often.
         self.gone = threading.Event()
         self._on_finish = on_finish
         self._loop = asyncio.get_running_loop()
@@ -36,26 +36,26 @@ class Job(Generic[T]):
         self._call(self._arrived.put_nowait, piece)
 
     def finish(self, ending: SageError | None) -> None:
-        """Deliver the end of the answer or its error. Called once, when the work has ended."""
+        """Deliver the end of the answer, or an error. Called when the work has ended."""
         self._call(self._finish, ending)
 
     def _finish(self, ending: SageError | None) -> None:
         self._on_finish()
-        self._on_finish = lambda: None  # the end of a JobThread finishes all of its jobs, some for the second time
+        self._on_finish = lambda: None  # when a JobThread ends, it finishes some jobs again
         self._arrived.put_nowait(ending)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: the process ends
+        with contextlib.suppress(RuntimeError):  # if the event loop is closed, the process is ending
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def abandon(self, reason: SageError | None = None) -> None:
-        """Cancel the job; if `reason` is given, the consumer of its pieces receives it as an exception."""
-        if reason:  # before `gone` is set: otherwise the end of the work would look like the end of the answer
+        """Cancel the job; if `reason` is given, the consumer of the pieces receives it as an exception."""
+        if reason:  # before `gone` is set: otherwise the consumer could receive the end of the answer first
             self.put(reason)
         self.gone.set()
 
     def fail(self, error: BaseException, doing: str) -> None:
-        """Cancel the job because of an unexpected exception, which its consumer receives as a SageError."""
+        """Cancel the job because of an unexpected exception; the consumer receives a SageError."""
         reason: SageError = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
         with contextlib.suppress(Exception):  # there may be no memory to build the error
             reason = internal_error(error, doing)
@@ -83,14 +83,14 @@ class Lane:
         self._jobs: WeakSet[Job[Any]] = WeakSet()
 
     def submit(self, work: Callable[[Job[T]], None]) -> Job[T]:
-        """Queue work; a job that is cancelled before it starts is skipped."""
+        """Queue a function as a job, and return the job; a job that is cancelled before it starts is skipped."""
         job: Job[T] = Job()
         self._jobs.add(job)
         self._pool.submit(self._do, job, work)
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function and return its result. If the caller is cancelled before that, the function is not called."""
+        """Queue a function and return its result. If the caller is cancelled before the start, it is not called."""
 
         def work(job: Job[T]) -> None:
             job.put(function())
@@ -102,7 +102,7 @@ class Lane:
             job.abandon()
 
     def close(self) -> None:
-        """Cancel all jobs with an error that the engine is stopping."""
+        """Cancel all jobs with an error which says that the engine is stopping."""
         for job in list(self._jobs):
             job.abandon(engine_stopping())
 
@@ -112,20 +112,20 @@ class Lane:
             return
         try:
             work(job)
-        except BaseException as error:  # noqa: BLE001 # a client waits for the result, and other jobs are queued
+        except BaseException as error:  # noqa: BLE001 # a client waits for the result
             job.fail(error, self._name)
         job.finish(None)
 
 
 class JobThread:
-    """A thread that works on several jobs at once. If it ends unexpectedly, all of them end with an error."""
+    """A thread that works on several jobs at once. If the thread ends unexpectedly, all jobs end with an error."""
 
     def __init__(self, name: str) -> None:
         """Start the thread."""
         self._name = name
         self._jobs: WeakSet[Job[Any]] = WeakSet()
         self._lock = threading.RLock()  # reentrant, because a signal handler calls `close`
-        self._ending: Callable[[], SageError] | None = None  #: returns the error that ended the thread's work
+        self._ending: Callable[[], SageError] | None = None  #: returns the error for new jobs; None: the thread runs
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def check(self) -> None:
@@ -134,17 +134,17 @@ class JobThread:
             raise self._ending()
 
     def close(self) -> None:
-        """Cancel all jobs with an error that the engine is stopping."""
+        """Cancel all jobs with an error which says that the engine is stopping."""
         self._end(engine_stopping)
 
     def _track(self, job: Job[Any]) -> None:
-        """Accept a job, which ends when the thread ends. Raises as `check` does."""
+        """Register a job, so that it ends when the thread ends. Raises SageError if the thread has ended or was closed."""
         with self._lock:
             self.check()
             self._jobs.add(job)
 
     def _work(self) -> None:
-        """Do the work until `close`. An exception that one job causes must be handled here."""
+        """Process jobs until `close`. Implementations must handle exceptions of a single job."""
         raise NotImplementedError
 
     def _run(self) -> None:
@@ -165,7 +165,7 @@ class JobThread:
 
 
 def engine_stopping() -> SageError:
-    """Return the error of answers that end because the engine is stopped."""
+    """Return the error for answers that end because the engine is being stopped."""
     message = "The engine is being stopped."
     return Overloaded(code="engine_stopping", message=message, hint="Retry when the engine runs again.")
 
@@ -176,7 +176,7 @@ def _thread_ended() -> SageError:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns; if the client disconnects first, cancel it and raise ClientGone."""
+    """Return the result of `work`; if the client disconnects first, cancel `work` and raise ClientGone."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

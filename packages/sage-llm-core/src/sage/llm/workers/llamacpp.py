@@ -1,6 +1,6 @@
-"""Start llama.cpp's server: find or create the GGUF file of a model, then replace this process by the server.
+"""Start llama.cpp's server: find or create the GGUF file of a model, then replace this process with the server.
 
-It does not import torch; the conversion runs in separate processes.
+This module does not import torch; the conversion runs in separate processes.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from sage.libs.models.export.cache import cached_gguf
 from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.resolve import ModelKind, resolve_model
 
-#: Context length if the user gives none: the model's, at most this; also if the model's files give none. In tokens.
+#: Maximum context length in tokens if the user sets none. Also the context length of models whose files do not contain it.
 _CONTEXT_TOKENS = 8192
-#: Cache size of each slot if the user gives none, in tokens.
+#: Cache size of each slot in tokens, if the user sets no cache size.
 _SLOT_TOKENS = 512
-#: llama.cpp's names of sampling settings, and their defaults in OpenAI's API.
+#: Sampling settings: llama.cpp's name, and the default in OpenAI's API.
 _SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("top_k", 0), "min_p": ("min_p", 0.0),
              "repetition_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
 
@@ -46,7 +46,7 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Replace this process by the server. On an error, print it as the last line of the log and exit with code 1."""
+    """Replace this process with the server. On an error, print it as the last line of the log and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--served-name", required=True, help="The model's name in requests.")
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     given = parser.parse_args()
     configure_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a conversion ends when this process ends
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # also ends a running conversion
     try:
         options = server_options(given)
     except SageError as error:

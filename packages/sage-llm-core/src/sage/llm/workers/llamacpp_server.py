@@ -1,4 +1,4 @@
-"""Serve a GGUF file with llama.cpp's HTTP server. Runs in llama.cpp's environment, so it imports nothing of SAGE."""
+"""Serve a GGUF file with llama.cpp's HTTP server. Runs in llama.cpp's environment, so it cannot import SAGE."""
 
 import json
 import os
@@ -14,19 +14,19 @@ _F32, _BF16 = xllamacpp.ggml_type.GGML_TYPE_F32, xllamacpp.ggml_type.GGML_TYPE_B
 def parameters(given: dict[str, Any]) -> Any:
     """Return llama.cpp's parameters.
 
-    given: model (path), name, port, context_tokens, cache_tokens, slots, threads, max_tokens, is_exact, and sampling (the
-    default sampling parameters of requests).
+    given: model (path), name, port, context_tokens, cache_tokens, slots, threads, max_tokens, is_exact, and sampling
+    (default sampling parameters for requests).
     """
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
     params.hostnames, params.port = ["127.0.0.1"], given["port"]
-    params.api_keys = [os.environ["SAGE_SERVER_KEY"]]  # so that web pages cannot send it requests
+    params.api_keys = [os.environ["SAGE_SERVER_KEY"]]  # so that web pages cannot use the server
     # All slots share one cache.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True
     params.kv_unified_per_slot = given["context_tokens"]
     params.n_predict, params.use_jinja, params.ui = given["max_tokens"], True, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given["threads"]
-    params.cpuparams.poll = 0  # waiting threads sleep: a training run may need their cores
+    params.cpuparams.poll = 0  # waiting threads sleep, because a training run may need the cores
     if given["is_exact"]:
         params.cache_type_k = params.cache_type_v = _F32
     for name, value in given["sampling"].items():
@@ -35,7 +35,7 @@ def parameters(given: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Serve until SIGTERM; answers in progress end at once."""
+    """Serve until SIGTERM; then answers in progress end immediately."""
     given = json.loads(sys.argv[1])
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     os.close(given["descriptor"])  # the launcher's socket, which reserved the port until now

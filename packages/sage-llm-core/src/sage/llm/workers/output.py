@@ -1,6 +1,6 @@
-"""The required form of an answer (text, JSON of a schema, function calls), and the grammar that enforces it.
+"""The required form of an answer (text, JSON for a schema, function calls), and the grammar that enforces this form.
 
-The grammars are in llguidance's variant of Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+The grammars are written in llguidance's variant of Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
@@ -12,16 +12,17 @@ from typing import Any
 from sage.common.errors import ConfigError
 from sage.llm.workers.answer_format import AnswerFormat
 
-#: JSON with the whitespace that templates write. If more is allowed, a weak model may write spaces up to the token limit.
+#: Allows only the whitespace that chat templates write. If more were allowed, a weak model could write spaces up to the
+#: token limit.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-#: A limit, because a weak model would repeat its call up to the token limit.
+#: Allowed number of calls after the first call. Without this limit, a weak model could repeat a call up to the token limit.
 _MORE_CALLS = "{0,15}"
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
 class Output:
-    """The form that a request requires of its answer."""
+    """The form of the answer that a request requires."""
 
     schema: dict[str, Any] | None = None  #: JSON schema of the text; None: any text
     functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that may be called, as in OpenAI's `tools`
@@ -35,8 +36,9 @@ class Output:
     def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
         """Return the grammar of the answer; None if every text is allowed.
 
-        special: the tokenizer's special tokens; is_reasoning: the prompt ends inside the reasoning, which is not restricted.
-        Raises ConfigError if there is no grammar for the notation in which the model writes calls.
+        special: the tokenizer's special tokens; is_reasoning: the prompt ends inside the reasoning. The grammar does not
+        restrict the reasoning.
+        Raises ConfigError if there is no grammar for the model's notation of calls.
         """
         is_strict = any(function.get("strict") for function in self.functions)
         if self.schema is None and not (self.must_call or is_strict or (self.functions and not self.may_call_several)):
@@ -102,14 +104,14 @@ def _marker(text: str, special: Mapping[str, int]) -> str:
 
 
 def _rule_until(name: str, marker: str, special: Mapping[str, int]) -> str:
-    """Return a rule for any text up to and including a marker."""
+    """Return a grammar rule that matches any text up to a marker, and the marker."""
     if marker in special:
         return f"{name}: /(?s:.*)/ <[{special[marker]}]>"
     return f"{name}[lazy]: /(?s:.*){_pattern(marker)}/"
 
 
 def _text_without(marker: str | None) -> str:
-    """Return a regular expression that matches texts without a call."""
+    """Return a grammar expression that matches any text without a call."""
     return f"/(?s:.*)/ & ~/(?s:.*){_pattern(marker)}(?s:.*)/" if marker else r"/([^\s{\[](?s:.*))?/"
 
 

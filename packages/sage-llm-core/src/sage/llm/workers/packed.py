@@ -1,7 +1,8 @@
 """Run the tokens of several answers in one forward pass, concatenated in one row, without padding.
 
-The linear layers see all tokens at once; attention is computed for each answer against its own keys and values. So an
-answer can join or leave between two passes, and the parts of long prompts share a pass with single tokens of other answers.
+The linear layers compute all tokens together. Attention is computed separately for each answer, with the keys and values of
+this answer. Therefore an answer can join or leave the batch between two passes. One pass can contain parts of long prompts
+and single tokens of other answers.
 """
 
 from collections.abc import Callable
@@ -15,18 +16,18 @@ from transformers import AttentionInterface
 
 from sage.llm.workers.adapters import Adapter, Adapters
 
-#: Name under which this attention is registered in transformers; it differs from the name of training's attention.
+#: Name of this attention function in transformers; training uses another name for its attention function.
 ATTENTION = "sage_serving_packed"
 _FIRST_ROOM_TOKENS = 256
-#: Maximum prompt tokens of a pass; small on a CPU, because the other answers wait for the pass.
+#: Maximum number of prompt tokens in a pass. It is small on a CPU, because the other answers wait for the pass.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
-#: Length of the prompt with which a new adapter is tested, so long that experts get different tokens.
+#: Length of the prompt for the test of a new adapter; long enough that different experts receive tokens.
 _PROBE_TOKENS = 16
 
 
 class Abandoned(Exception):
-    """Every answer of the pass was cancelled."""
+    """All answers in the pass were cancelled."""
 
 
 class KeyValueCache:
@@ -36,16 +37,19 @@ class KeyValueCache:
         self._layers, self._limit = layers, limit_tokens
         self._room = 0
         self.keys = self.values = torch.empty(0)  #: (layers, kv_heads, room, head_dim)
-        self.length = 0  #: tokens in use
+        self.length = 0  #: number of stored tokens
 
     def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
-        """Increase the capacity for more tokens; key, value: (kv_heads, any, head_dim), tensors with the layers' sizes."""
+        """Increase the capacity if `tokens` more tokens do not fit.
+
+        key, value: (kv_heads, any, head_dim); they define the sizes, data type and device of the cache.
+        """
         if self.length + tokens <= self._room:
             return
         room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
         self.keys = self._grown(self.keys, key, room)
         self.values = self._grown(self.values, value, room)
-        self._room = room  # last: there may be no memory for the values
+        self._room = room  # set last, because the allocation of the values may fail
 
     def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
         new = like.new_empty(self._layers, like.shape[0], room, like.shape[2])
@@ -56,26 +60,26 @@ class KeyValueCache:
 
 @dataclass
 class Part:
-    """Some tokens of one answer, to be run in the next pass."""
+    """The tokens of one answer in the next pass."""
 
     cache: Any
     tokens: list[int]
-    wants_all_logits: bool = False  #: False: only the logits after the last token
-    adapter: Adapter | None = None  #: None: the base
+    wants_all_logits: bool = False  #: False: only the logits after the last token are needed
+    adapter: Adapter | None = None  #: None: only the base model
 
 
 class _Pass:
-    """The attention of one forward pass."""
+    """The state of attention in one forward pass."""
 
     def __init__(self, parts: list[Part], check: Callable[[], None]) -> None:
         self._parts, self._check = parts, check
         self._lengths = [len(part.tokens) for part in parts]
-        self._places: list[tuple[Any, Any, Any, Any]] = []  #: new keys, new values, all keys, all values; by layer
+        self._places: list[tuple[Any, Any, Any, Any]] = []  #: new keys, new values, all keys, all values of each part
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-        self.windows: dict[int, int | None] = {}  #: by layer
+        self.windows: dict[int, int | None] = {}  #: sliding window by layer
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-        """Store keys and values, and return the attention's output, (1, tokens, heads, head_dim).
+        """Store keys and values, and return the output of attention, (1, tokens, heads, head_dim).
 
         query: (1, heads, tokens, head_dim); key, value: (1, kv_heads, tokens, head_dim).
         """
@@ -105,11 +109,14 @@ class _Pass:
         )
 
     def _one(self, at: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
-        """Return (tokens, heads, head_dim); query: (heads, tokens, head_dim); keys, values: (kv_heads, all, head_dim)."""
+        """Return the output of one answer, (tokens, heads, head_dim).
+
+        query: (heads, tokens, head_dim); keys, values: (kv_heads, length, head_dim).
+        """
         heads, tokens, _ = query.shape
         kv_heads, length, _ = keys.shape
         grouped = query.unflatten(0, (kv_heads, heads // kv_heads))  # (kv_heads, group, tokens, head_dim)
-        if tokens == 1:  # the queries of a group share keys, as if they were several tokens
+        if tokens == 1:  # compute the queries of a group like several tokens with the same keys
             if window and window < length:
                 keys, values = keys[:, -window:], values[:, -window:]
             output = scaled_dot_product_attention(grouped[None, :, :, 0], keys[None], values[None], scale=scaling)
@@ -123,7 +130,7 @@ class _Pass:
         return output.reshape(heads, tokens, -1).transpose(0, 1)
 
     def _mask(self, at: int, tokens: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Return the mask to add to the scores, (tokens, length); None: plain causal attention of a whole prompt."""
+        """Return the mask that is added to the scores, (tokens, length); None: causal attention over the whole prompt."""
         if tokens == length and (window is None or window >= length):
             return None
         if (at, window) not in self._masks:
@@ -141,7 +148,7 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, scaling: float | None = None,
     packed: _Pass | None = None, sliding_window: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention function in transformers' interface."""
+    """Compute attention; this function has the interface of transformers."""
     if packed is None or options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("this kind of attention is not packed")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -152,21 +159,21 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class PackedRunner:
-    """Runs parts of many answers in one pass."""
+    """Runs parts of several answers in one forward pass."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self.adapters = Adapters(model)
         self._layers = int(model.config.get_text_config().num_hidden_layers)
-        self.prompt_tokens = _PROMPT_TOKENS[model.device.type]  #: of one pass
-        self.windows: dict[int, int | None] = {}  #: sliding window by layer, of the last pass
+        self.prompt_tokens = _PROMPT_TOKENS[model.device.type]  #: maximum number of prompt tokens in a pass
+        self.windows: dict[int, int | None] = {}  #: sliding window of each layer in the last pass
 
     def new_cache(self, limit_tokens: int) -> KeyValueCache:
         """Return an empty cache for an answer. limit_tokens: maximum length of prompt and answer together."""
         return KeyValueCache(self._layers, limit_tokens)
 
     def add(self, adapter: Adapter) -> None:
-        """Prepare the layers that an adapter changes. Raises NotImplementedError if passes cannot compute them."""
+        """Prepare the layers that an adapter changes. Raises NotImplementedError if a pass cannot compute these layers."""
         self.adapters.hook(adapter)
         tokens = list(range(_PROBE_TOKENS))
         try:
@@ -175,9 +182,9 @@ class PackedRunner:
             self.adapters.forget(adapter)
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Run the parts, and return logits for each, (tokens or 1, vocab_size).
+        """Run the parts in one pass, and return the logits of each part, (tokens or 1, vocab_size).
 
-        check: called before every layer; an exception from it ends the pass. A failed pass does not change the caches.
+        check: called before every layer; an exception from `check` ends the pass. A failed pass does not change the caches.
         """
         ids, positions, kept, counts = list[int](), list[int](), list[int](), list[int]()
         for part in parts:

@@ -1,4 +1,4 @@
-"""Adjust logits before a token is chosen: repetition, frequency and presence penalty, logit_bias."""
+"""Adjust logits before a token is chosen: repetition, frequency and presence penalties, and logit_bias."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from sage.llm.workers.sampling import Sampling
 
-#: A function of the tokens of the answer so far and the logits, (vocab_size,), which it may change; it returns logits.
+#: A function that receives the answer's tokens and the logits, (vocab_size,), and returns logits. It may change its input.
 Adjustment = Callable[[list[int], Tensor], Tensor]
 
 
 class RepetitionPenalty:
-    """Penalizes the tokens of prompt and answer as CTRL does: divides positive logits by a factor, multiplies others."""
+    """Penalizes tokens of prompt and answer as in CTRL: divides positive logits by a factor, and multiplies others."""
 
     def __init__(self, prompt: Iterable[int], factor: float) -> None:
         self._seen, self._factor = set(prompt), factor
@@ -28,7 +28,7 @@ class RepetitionPenalty:
 
 
 class OccurrencePenalty:
-    """Lowers the logits of tokens in the answer: frequency penalty per occurrence, presence penalty once."""
+    """Lowers the logits of tokens in the answer: the frequency penalty per occurrence, the presence penalty once."""
 
     def __init__(self, frequency: float, presence: float) -> None:
         self._counts = Counter[int]()
@@ -43,7 +43,7 @@ class OccurrencePenalty:
 
 
 class LogitBias:
-    """Adds a bias to the logits of given tokens."""
+    """Adds biases to the logits of selected tokens."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
         self._tokens, self._values = list(biases), torch.tensor(list(biases.values()))
@@ -55,7 +55,7 @@ class LogitBias:
 
 
 def adjustments(sampling: Sampling, prompt: list[int], repetition_penalty: float) -> list[Adjustment]:
-    """Return the adjustments of a request, in the order in which they are applied."""
+    """Return the adjustments for a request, in the order of their application."""
     chosen: list[Adjustment] = []
     if repetition_penalty != 1:
         chosen.append(RepetitionPenalty(prompt, repetition_penalty))

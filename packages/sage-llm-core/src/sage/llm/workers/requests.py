@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API. Each field is either supported, limited to its neutral value, or rejected."""
+"""Requests of OpenAI's API. Each field is supported, allowed only with a value that has no effect, or rejected."""
 
 from typing import Annotated, Any, Literal
 
@@ -126,10 +126,10 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None  # `reasoning` and `thinking` are other names of reasoning_content
+    reasoning: str | None = None  # `reasoning` and `thinking` are other names for reasoning_content
     thinking: str | None = None
-    function_call: FunctionCall | None = None  # the old form of tool_calls
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None  # OpenAI's client sends back an empty list
+    function_call: FunctionCall | None = None  # old form of tool_calls
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None  # OpenAI's client sends an empty list
 
 
 class Function(Body):
@@ -173,11 +173,11 @@ class ChatRequest(GenerationRequest):
         return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None)
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages without the fields that are not set."""
+        """Return the messages as dicts, without fields that are not set."""
         return [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
 
     def offered_tools(self) -> list[dict[str, Any]]:
-        """Return the tools for the chat template; [] if the model must not call any."""
+        """Return the tools for the chat template; [] if the model must not call tools."""
         if self.tool_choice and self.tool_choice.mode == "none":
             return []
         return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]

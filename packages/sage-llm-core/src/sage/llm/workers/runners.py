@@ -1,4 +1,4 @@
-"""Choose how a model's passes are run: packed if this gives the same logits as the model's own forward pass."""
+"""Choose the runner for a model: packed passes, if they give the same logits as the model's own forward pass."""
 
 import logging
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from sage.llm.workers.packed import ATTENTION, PackedRunner, Part
 from sage.llm.workers.sequential import SequentialRunner
 
 logger = logging.getLogger(__name__)
-#: Largest difference of logits that rounding can cause, relative to the largest logit.
+#: Largest difference between logits that rounding can cause, relative to the largest logit.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-#: Types of rotary embeddings that depend on the longest answer of a pass.
+#: Types of rotary embeddings whose values depend on the longest answer in a pass.
 _SHARED_ROPE = frozenset({"dynamic", "longrope"})
 
 
@@ -27,16 +27,16 @@ class Runner(Protocol):
         """Return an empty cache for one answer."""
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Return logits for each part, (tokens or 1, vocab_size)."""
+        """Run the parts, and return the logits of each part, (tokens or 1, vocab_size)."""
 
 
 def runner_for(model: Any) -> Runner:
     """Return a PackedRunner, or a SequentialRunner if packed passes do not support the model's layers."""
-    own = model.config._attn_implementation  # noqa: SLF001 # transformers has no getter
+    own = model.config._attn_implementation  # noqa: SLF001 # transformers has no public getter
     try:
         if problem := _packed_problem(model):
             raise NotImplementedError(problem)
-    except Exception as error:  # models of other kinds fail in many ways
+    except Exception as error:  # unsupported models raise all kinds of exceptions
         if is_out_of_memory(error):
             raise
         model.set_attn_implementation(own)
@@ -46,7 +46,10 @@ def runner_for(model: Any) -> Runner:
 
 
 def _packed_problem(model: Any) -> str | None:
-    """Set the packed attention. Return the reason if its results are not the model's own, else None. It may also raise."""
+    """Set the packed attention; return why its results differ from the model's own results, or None.
+
+    Unsupported models may also raise an exception.
+    """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _SHARED_ROPE:
@@ -71,7 +74,7 @@ def _packed_problem(model: Any) -> str | None:
 
 
 def _expected_windows(config: Any) -> dict[int, int | None]:
-    """Return the sliding window of each layer, from the configuration."""
+    """Return the sliding window of each layer according to the configuration."""
     count, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
     return {at: window if kind == "sliding_attention" else None for at, kind in enumerate(types)}

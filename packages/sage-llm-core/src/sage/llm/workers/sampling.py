@@ -1,4 +1,4 @@
-"""Sampling parameters of a request, and the pieces of a streamed answer."""
+"""Types for the sampling parameters of a request, and for the pieces of a streamed answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. None: use the value of the model's generation_config.json."""
+    """Sampling parameters of a request. None: use the value in the model's generation_config.json."""
 
     max_tokens: int
     temperature: float | None = None  #: 0 = greedy decoding
@@ -16,21 +16,21 @@ class Sampling:
     repetition_penalty: float | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  #: added to the logits of these tokens
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  #: values to add to logits, by token id
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  #: None: no log-probabilities are computed
-    echo: bool = False  #: the prompt is part of the answer
+    echo: bool = False  #: the answer begins with the prompt
 
 
 @dataclass(frozen=True)
 class TokenScore:
     """Log-probability of one token, before temperature and penalties."""
 
-    token: bytes  #: UTF-8 if the token is made of whole characters
+    token: bytes  #: valid UTF-8 if the token consists of complete characters
     logprob: float | None  #: natural logarithm; None for the first token of a prompt
-    top: tuple[tuple[bytes, float], ...]  #: the most likely tokens, best first
-    text_offset: int  #: characters of the answer before this token
+    top: tuple[tuple[bytes, float], ...]  #: most likely tokens with log-probabilities, best first
+    text_offset: int  #: number of characters in the answer before this token
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,6 @@ class Piece:
 
     text: str
     scores: tuple[TokenScore, ...] = ()
-    index: int = 0  #: index of its choice
+    index: int = 0  #: index of the choice that contains the piece
     finish_reason: str | None = None  #: only in the last piece of a choice
-    completion_tokens: int = 0  #: of the whole choice, in its last piece
+    completion_tokens: int = 0  #: number of tokens in the choice; only in the last piece

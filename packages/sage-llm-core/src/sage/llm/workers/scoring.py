@@ -6,7 +6,7 @@ from torch import Tensor
 from sage.llm.workers.sampling import TokenScore
 from sage.llm.workers.text import TokenBytes
 
-#: JSON has no infinity; OpenAI uses this value for tokens with probability 0.
+#: Log-probability of tokens with probability 0, as in OpenAI's API, because JSON has no infinity.
 _IMPOSSIBLE = -9999.0
 
 
@@ -17,7 +17,7 @@ class Scorer:
         self._bytes, self._top = token_bytes, top
 
     def score(self, token: int, logits: Tensor | None, text_offset: int) -> TokenScore:
-        """Return the score of `token`; logits: (vocab_size,), None for the first token."""
+        """Return the score of `token`; logits: (vocab_size,), None for the first token of a prompt."""
         if logits is None:
             return TokenScore(self._bytes.of(token), None, (), text_offset)
         logprobs = torch.log_softmax(logits.float(), dim=-1)
@@ -32,4 +32,4 @@ class Scorer:
 
 
 def _finite(value: float) -> float:
-    return max(_IMPOSSIBLE, value)  # this order also replaces NaN
+    return max(_IMPOSSIBLE, value)  # this order of arguments also replaces NaN

@@ -1,4 +1,4 @@
-"""Run one answer at a time with transformers' cache, for models that the packed pass does not compute exactly."""
+"""Run one answer at a time with transformers' cache, for models that packed passes do not compute correctly."""
 
 import inspect
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from sage.llm.workers.packed import Part
 
-#: Maximum prompt tokens of a pass: the logits of a long prompt can take gigabytes, so it is run in parts if possible.
+#: Maximum number of prompt tokens in a pass. Long prompts are run in parts, because their logits can take gigabytes.
 _PROMPT_TOKENS = 512
 _WHOLE = 10**9
 
 
 class _State:
-    """The cache of one answer, of the model's own type."""
+    """The cache of one answer; `memory` has the model's cache type."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -25,7 +25,7 @@ class _State:
 
 
 class SequentialRunner:
-    """Runs one part per pass."""
+    """Runs one part in each pass."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -33,7 +33,7 @@ class SequentialRunner:
         names = ("past_key_values", "cache_params")
         self._memory_name = next((name for name in names if name in known), None)
         self._keeps_logits = "logits_to_keep" in known
-        #: Maximum prompt tokens of a pass. State space layers cannot run a prompt in parts.
+        #: Maximum number of prompt tokens in a pass; no limit for state space layers, which cannot run a prompt in parts.
         self.prompt_tokens = _PROMPT_TOKENS if self._memory_name == names[0] and not _has_states(model) else _WHOLE
         self._check: Callable[[], None] = lambda: None
         for layer in _layers(model):

@@ -26,9 +26,10 @@ from sage.llm.workers.bodies import JsonRoute
 from sage.llm.workers.guard import Guard, error_response
 from sage.llm.workers.jobs import ClientGone
 
-#: Longer than clients keep idle connections, so that a client never writes to a connection that the server closed.
+#: Time until an idle connection is closed. Clients close idle connections earlier, so that they never write to a connection
+#: which the server has closed.
 _KEEP_ALIVE_SECONDS = 75
-#: Time for answers in progress to end when the engine stops.
+#: Maximum time for answers in progress to end when the engine stops.
 _SHUTDOWN_SECONDS = 3
 
 
@@ -62,7 +63,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[str, Any]] = dict) -> FastAPI:
     """Return an application with `/health` and OpenAI's error format.
 
-    close: called at shutdown; about: returns further fields of `/health`, or raises SageError if nothing can be answered.
+    close: called at shutdown; about: returns more fields for `/health`, or raises SageError if the server cannot answer.
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
@@ -92,16 +93,16 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
 
     @app.exception_handler(ClientGone)
     async def gone(_: Request, __: ClientGone) -> Response:
-        return Response(status_code=499)  # no client reads it
+        return Response(status_code=499)  # no client receives it
 
     return app
 
 
 def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
-    """Convert pydantic's findings to an error that names the first invalid field; the deepest finding is most precise."""
+    """Convert pydantic's errors to one error for the first invalid field; the deepest error is the most precise."""
     place = findings[0]["loc"][:2]
     finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
-    # pydantic puts the names of a union's members between the names of fields.
+    # The path from pydantic also contains the names of union members, which are not fields.
     path = [str(part) for part in finding["loc"][1:] if part not in ("str", "int", "bool") and "[" not in str(part)]
     name, param = ".".join(path) or "The body", str(place[1]) if len(place) > 1 else None
     match finding["type"]:
@@ -119,7 +120,7 @@ def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return a parser with the options that all servers have."""
+    """Return an argument parser with the options that all servers have."""
     options = argparse.ArgumentParser()
     options.add_argument("--model", required=True)
     options.add_argument("--port", type=int, help="Port on loopback to listen on.")
@@ -128,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_source(name: str) -> tuple[ModelSource, Path]:
-    """Resolve a model; return its source and the folder of its base weights, converted or downloaded if needed."""
+    """Return the source of a model and the folder of its base weights; convert or download the weights if needed."""
     source = resolve_model(name)
     base = source.base if source.kind is ModelKind.ADAPTER and source.base else source
     return source, local_folder(base)
@@ -163,6 +164,6 @@ class _Server(uvicorn.Server):
         self._close = close
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a stop signal."""
+        """Handle a stop signal: stop the server and end the answers."""
         super().handle_exit(sig, frame)
         self._close()

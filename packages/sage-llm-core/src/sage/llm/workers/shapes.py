@@ -1,4 +1,4 @@
-"""Build responses in OpenAI's format, complete or streamed, for chats and completions."""
+"""Build responses in OpenAI's format for chats and completions, complete or streamed."""
 
 import secrets
 import time
@@ -43,7 +43,7 @@ class Shape:
         return self._object(self.kind, made, usage=self._usage())
 
     def chunks(self, piece: Piece, *, is_first: bool) -> list[dict[str, Any]]:
-        """Return the stream chunks of a piece; is_first: it is the first piece of its choice."""
+        """Return the stream chunks of a piece; is_first: the piece is the first one of its choice."""
         self._completion_tokens += piece.completion_tokens
         made = []
         delta = self._delta(piece, is_first=is_first)
@@ -54,7 +54,7 @@ class Shape:
         return [self._object(self.chunk_kind, [choice]) for choice in made]
 
     def usage_chunk(self) -> dict[str, Any]:
-        """Return the last chunk, which counts the tokens."""
+        """Return the last chunk, which contains the token counts."""
         return self._object(self.chunk_kind, [], usage=self._usage())
 
     def _choice(
@@ -64,11 +64,11 @@ class Shape:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:
-        """Return the content of a choice."""
+        """Return the content of a choice from its pieces."""
         raise NotImplementedError
 
     def _delta(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
-        """Return the delta of a piece; {} if it adds nothing."""
+        """Return the delta of a stream chunk for a piece; {} if the piece adds nothing."""
         raise NotImplementedError
 
     def _no_delta(self) -> dict[str, Any]:
@@ -93,17 +93,17 @@ class Shape:
 
 
 class ChatShape(Shape):
-    """Answers of a chat."""
+    """Builds the responses of chats."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, model: str, *, with_logprobs: bool) -> None:
         super().__init__(model, with_logprobs=with_logprobs)
         self._readers: defaultdict[int, AnswerReader] = defaultdict(lambda: AnswerReader(AnswerFormat(), {}))
-        self._calls: Counter[int] = Counter()  #: by choice
+        self._calls: Counter[int] = Counter()  #: number of calls by index of the choice
 
     def read_with(self, reader: Callable[[], AnswerReader]) -> None:
-        """Set the splitters of the choices (content, reasoning, tool calls); call it once, before the first piece."""
+        """Set the function that creates a reader for each choice. Call this once, before the first piece."""
         self._readers = defaultdict(reader)
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class ChatShape(Shape):
 
 
 class CompletionShape(Shape):
-    """Answers of a plain completion."""
+    """Builds the responses of plain completions."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
@@ -181,7 +181,10 @@ def _tool_call(call: Call) -> dict[str, Any]:
 
 
 def _by_token(score: TokenScore) -> dict[str, float] | None:
-    """Return the most likely tokens and the generated one, as OpenAI does; different tokens may have the same text."""
+    """Return log-probabilities by text of the token, for the most likely tokens and the generated token, as OpenAI does.
+
+    If several tokens have the same text, the first log-probability is returned. None for the first token of a prompt.
+    """
     if score.logprob is None:
         return None
     found: dict[str, float] = {}
@@ -195,7 +198,7 @@ def _named(token: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _spelled(token: bytes) -> str:
-    """Return a token as text; an incomplete character is written as bytes."""
+    """Return a token as text, or as escaped bytes if it contains an incomplete character."""
     try:
         return token.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Restrict answers to a grammar, token by token, with llguidance."""
+"""Restrict the tokens of answers to a grammar with llguidance."""
 
 import re
 from functools import lru_cache
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sage.common.errors import ConfigError
 
-#: Maximum number of compiled grammars in the cache; each takes some hundred kilobytes.
+#: Maximum number of compiled grammars in the cache; each grammar takes several hundred kilobytes.
 _KEPT_GRAMMARS = 64
 _ERROR = re.compile(
     r"at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?(?P<reason>.*?)(?=\n +1 \| |$)", re.DOTALL
@@ -23,7 +23,7 @@ class Grammar:
         self._matcher = matcher
 
     def start(self) -> "Constraint":
-        """Return the parser state of a new answer."""
+        """Return a constraint for a new answer, with the parser at the start of the grammar."""
         return Constraint(self._matcher.deep_copy())
 
 
@@ -34,17 +34,17 @@ class Constraint:
         self._matcher, self._read_tokens = matcher, 0
 
     def __call__(self, answer: list[int], logits: Tensor) -> Tensor:
-        """Return logits in which the tokens that are not allowed next are -inf; answer: the tokens so far."""
+        """Return the logits with -inf for tokens that the grammar does not allow next; answer: the tokens so far."""
         self._matcher.consume_tokens(answer[self._read_tokens :])
         self._read_tokens = len(answer)
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0
-        if self._matcher.is_error():  # a limit of the parser
+        if self._matcher.is_error():  # the grammar exceeds a limit of the parser
             raise ConfigError(code="unsupported_value", message="The JSON schema is too complex to be enforced.")
         return logits.masked_fill(~allowed[: len(logits)].to(logits.device), -torch.inf)
 
 
 class Grammars:
-    """Compiles grammars for a model, each only once. Only one thread may use it."""
+    """Compiles grammars for a model and caches them. Use an instance in only one thread."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: list[int]) -> None:
         """vocab_size: number of logits; end_tokens: tokens that end an answer, allowed only at the end of the grammar."""
@@ -53,8 +53,8 @@ class Grammars:
         self.compile = lru_cache(_KEPT_GRAMMARS)(self._compile)
 
     def _compile(self, text: str) -> Grammar:
-        """Return a compiled grammar of `Output.grammar`. Raises ConfigError that names what is unsupported."""
-        import llguidance  # delayed until needed: reading a vocabulary takes up to a second, and few servers need it
+        """Compile a grammar from `Output.grammar`. Raises ConfigError if a part of the schema is not supported."""
+        import llguidance  # imported here because few servers need it; reading the vocabulary takes up to a second
         from llguidance.hf import from_tokenizer
 
         if self._vocabulary is None:
@@ -62,14 +62,14 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0)
         probe = matcher.deep_copy()
         if not matcher.is_error():
-            probe.compute_logit_bias()  # endless references are detected here
+            probe.compute_logit_bias()  # detects endless references
         if probe.is_error():
             raise _unsupported(probe.get_error(), text)
         return Grammar(matcher)
 
 
 def _unsupported(error: str, grammar: str) -> ConfigError:
-    """Return the error for the client. A line of a grammar that begins with `json` comes from response_format."""
+    """Return the error for the client. A line of the grammar that begins with `json:` comes from response_format."""
     lines = grammar.splitlines()
     if found := _ERROR.match(error):
         reason = " ".join(found["reason"].split()).partition(". ")[0]

@@ -1,37 +1,37 @@
-"""Decode a stream of tokens to complete characters, and end the text before a stop string."""
+"""Decode a stream of tokens to text with complete characters, and end the text before a stop string."""
 
 import re
 from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-#: Maximum tokens without a complete character; then their text is returned with replacement characters.
+#: Maximum number of tokens without a complete character. After them, the text is returned with replacement characters.
 _MAX_PENDING_TOKENS = 256
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class TextDecoder:
-    """Decodes tokens one by one. The texts that it returns, joined, equal the text of all tokens decoded together.
+    """Decodes tokens one by one. The returned texts together equal the text of all tokens decoded at once.
 
-    A token cannot be decoded alone: a character can consist of several byte tokens, and SentencePiece tokenizers drop a
-    space at the beginning of a text. So each token is decoded together with the tokens before it, and the text that this
-    adds is returned. If the added text ends in the middle of a character, it is held back until the character is complete.
+    A token cannot be decoded alone: a character can consist of several byte tokens, and SentencePiece tokenizers remove a
+    space at the beginning of a text. Therefore each token is decoded together with the tokens before it, and the added text
+    is returned. If the added text ends with an incomplete character, it is returned when the character is complete.
     """
 
     def __init__(self, tokenizer: Any, context: list[int] | None = None, shown_tokens: frozenset[int] = frozenset()) -> None:
-        """context: tokens before the first one; their text is not returned. shown_tokens: special tokens that are text."""
+        """context: tokens before the text, not returned; shown_tokens: special tokens whose text is returned."""
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids) - shown_tokens
         self._ids: list[int] = []
-        self._known = 0  #: number of tokens in `_ids` that are context
-        self._shown = ""  #: the part of the decoded text that was already returned
+        self._known = 0  #: number of context tokens at the start of `_ids`
+        self._shown = ""  #: part of the decoded text that was already returned
         self.characters = 0  #: number of characters returned so far
         for token in (context or [])[-8:]:
             self.push(token)
         self.characters = 0
 
     def push(self, token: int) -> str:
-        """Add a token, and return the text that is now complete."""
+        """Add a token, and return the new text with complete characters."""
         if token in self._special:
             return ""
         self._ids.append(token)
@@ -45,7 +45,7 @@ class TextDecoder:
         return new
 
     def flush(self) -> str:
-        """Return the text that was held back; call it at the end of an answer."""
+        """Return the buffered text; call this at the end of an answer."""
         return self._show(self._text())
 
     def _text(self) -> str:
@@ -63,7 +63,7 @@ class TextDecoder:
 
 
 class StopStrings:
-    """Ends a text before the first stop string; holds back text that may be the beginning of one."""
+    """Ends a text before the first stop string; delays text that may be the beginning of a stop string."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
@@ -72,7 +72,7 @@ class StopStrings:
         self.is_met = False
 
     def push(self, text: str) -> str:
-        """Add text, and return the part that is certainly before a stop string; "" after a stop string."""
+        """Add text, and return the part that cannot belong to a stop string; return "" after a stop string."""
         if self.is_met:
             return ""
         self._held += text
@@ -87,7 +87,7 @@ class StopStrings:
         return text
 
     def flush(self) -> str:
-        """Return the text that was held back; call it at the end of an answer."""
+        """Return the buffered text; call this at the end of an answer."""
         text, self._held = self._held, ""
         return text
 
@@ -96,7 +96,7 @@ class StopStrings:
 
 
 class TokenBytes:
-    """Bytes of each token, with its leading space: `Answer` and ` Answer` are different tokens."""
+    """Returns the bytes of tokens, including a leading space: `Answer` and ` Answer` are different tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -122,7 +122,7 @@ class TokenBytes:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte that each character of GPT-2's byte-level vocabulary stands for."""
+    """Return the byte for each character in GPT-2's byte-level vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}

@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class TimeLimitExceeded(BaseException):
-    """The code took too long. A BaseException, so that `except Exception` in the stopped code does not catch it."""
+    """The code took too long. This is a BaseException, so that `except Exception` in the code does not catch it."""
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
     """Call `function` and return its result; raise TimeLimitExceeded inside it after `seconds`.
 
-    The exception is raised between two Python instructions: a long call into C code is not interrupted.
+    The exception is raised between two Python instructions; a call into C code is not interrupted.
     """
     thread, turn, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
 
@@ -31,5 +31,5 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     finally:
         with turn:
             is_over = True
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # cancel one not yet raised
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # cancel a scheduled exception
         timer.cancel()

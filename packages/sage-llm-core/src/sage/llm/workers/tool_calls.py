@@ -1,4 +1,4 @@
-"""Find tool calls and reasoning in an answer, complete or while it is generated."""
+"""Find tool calls and reasoning in an answer, either complete or during generation."""
 
 import json
 import re
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from sage.llm.workers.answer_format import AnswerFormat
 
-#: Qwen3-Coder and Qwen3.5: `<function=NAME><parameter=KEY>VALUE</parameter></function>`.
+#: Calls of Qwen3-Coder and Qwen3.5: `<function=NAME><parameter=KEY>VALUE</parameter></function>`.
 _XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-#: Mistral since 2025: `NAME[ARGS]{...}`, in some versions with `[CALL_ID]...` before `[ARGS]`.
+#: Calls of Mistral models since 2025: `NAME[ARGS]{...}`, in some versions with `[CALL_ID]...` before `[ARGS]`.
 _NAMED_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[]*)?\[ARGS\](.*)", re.DOTALL)
-#: Mistral's templates accept only ids of nine letters and digits; other templates accept any id.
+#: Length of call ids. Mistral's templates require nine letters and digits; other templates accept any id.
 _ID_CHARACTERS = 9
 
 
@@ -22,7 +22,7 @@ def _refuse_constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-Functions = Mapping[str, Mapping[str, Any]]  # name -> JSON schema of its parameters
+Functions = Mapping[str, Mapping[str, Any]]  # by function name: JSON schema of the parameters
 
 
 class Call(NamedTuple):
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of an answer, split into its kinds."""
+    """A part of an answer, split into content, reasoning and calls."""
 
     content: str = ""
     reasoning: str = ""
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
-    """Return the calls that a text consists of; () if it has other text or calls an unknown function."""
+    """Return the calls in a text; () if the text contains anything else or calls an unknown function."""
     if _XML_CALL.search(text):
         found = [
             (name.strip(), _xml_arguments(body, functions.get(name.strip(), {}))) for name, body in _XML_CALL.findall(text)
@@ -63,7 +63,7 @@ def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
 
 
 def _json_text(arguments: Any) -> str:
-    """Return JSON in plain Unicode; if the value has a lone surrogate (half a character), return it with escapes."""
+    """Return a value as JSON without Unicode escapes, or with escapes if it contains a lone surrogate (half a character)."""
     text = json.dumps(arguments, ensure_ascii=False)
     try:
         text.encode()
@@ -73,7 +73,7 @@ def _json_text(arguments: Any) -> str:
 
 
 def _json_values(text: str) -> list[Any]:
-    """Return the JSON values of a text, which may be separated by `;` or `,`; [] if there is other text."""
+    """Return the JSON values in a text, separated by `;`, `,` or spaces; [] if the text contains anything else."""
     values, at = [], 0
     try:
         while rest := text[at:].lstrip(" \t\r\n;,"):
@@ -98,7 +98,7 @@ def _name_and_arguments(item: Any) -> tuple[Any, Any]:
 
 
 def _xml_arguments(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call in XML; a value is parsed as JSON unless the function's schema requires a string."""
+    """Return the arguments of a call in XML; a value is parsed as JSON if its type in the schema is not string."""
     properties = parameters.get("properties")
     arguments = {}
     for key, value in _XML_ARGUMENT.findall(text):
@@ -112,22 +112,22 @@ def _xml_arguments(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 class AnswerReader:
     """Splits an answer into content, reasoning and tool calls, piece by piece.
 
-    A text that begins like a call but is not a valid call is content.
+    Text that begins like a call but is not a valid call is returned as content.
     """
 
     def __init__(self, answer_format: AnswerFormat, functions: Functions, *, is_reasoning: bool = False) -> None:
-        """functions: those that may be called; is_reasoning: the prompt ends inside the reasoning."""
+        """functions: functions that the model may call; is_reasoning: the prompt ends inside the reasoning."""
         self._format = answer_format
         self._functions = functions if answer_format.call_open is not None else {}
         self._held = ""  #: text not returned yet, because it may belong to a marker or to a call
         self._spaces = ""  #: whitespace that is returned only if more text of the same kind follows
         self._is_trimming, self._is_end, self._has_content, self._has_called = is_reasoning, False, False, False
         self._parts: list[Part] = []
-        #: A function that reads a part of the held text; returns whether the next part can be read.
+        #: The function that processes the next part of the buffered text; it returns whether another part can be processed.
         self._step = self._reasoning if is_reasoning else self._beginning if answer_format.think_open else self._content
 
     def push(self, text: str) -> Part:
-        """Add a piece of the answer, and return the parts that are now certain."""
+        """Add a piece of the answer, and return the text and calls whose kind is now certain."""
         self._held += text
         while self._step():
             pass
@@ -139,7 +139,7 @@ class AnswerReader:
         )
 
     def flush(self) -> Part:
-        """Return the rest, at the end of the answer."""
+        """Return the remaining text and calls at the end of the answer."""
         self._is_end = True
         return self.push("")
 
@@ -195,7 +195,10 @@ class AnswerReader:
         return True
 
     def _until(self, marker: str) -> tuple[str, bool]:
-        """Take the held text up to and including a marker; if there is none, take the text that cannot be its beginning."""
+        """Return the buffered text before a marker, and whether the marker was found; remove both from the buffer.
+
+        If no marker is found, text that may be the beginning of the marker stays in the buffer.
+        """
         text, found, rest = self._held.partition(marker)
         if not found and not self._is_end:
             first = max(0, len(text) - len(marker) + 1)
@@ -210,7 +213,7 @@ class AnswerReader:
             self._parts.append(Part(text))
 
     def _trimmed(self, text: str) -> str:
-        """Return a text without the whitespace at its end, which is kept for the next text."""
+        """Return a text without the whitespace at the end; this whitespace is added before the next text."""
         if self._is_trimming:
             text = text.lstrip()
         self._is_trimming = self._is_trimming and not text

@@ -1,4 +1,4 @@
-"""Start vLLM's server: write the folder that it loads, then replace this process by it. It runs in vLLM's environment."""
+"""Start vLLM's server: create the model folder for vLLM, then replace this process with the server in vLLM's environment."""
 
 import argparse
 import hashlib
@@ -18,10 +18,10 @@ _FP32_BYTES = 4
 
 
 def serving_folder(source: ModelSource) -> Path:
-    """Return a folder in `cache_dir/vllm` from which vLLM can serve a model; create it if it does not exist.
+    """Return a folder in `cache_dir/vllm` from which vLLM can serve a model; create the folder if it does not exist.
 
-    The folder has the template and end tokens that SAGE's own server uses. An adapter is merged into its base; otherwise the
-    weight files are links. Raises SageError.
+    The folder contains the same template and end tokens that SAGE's own server uses. An adapter is merged into its base
+    model; for other models, the weight files are symbolic links. Raises SageError.
     """
     from sage.libs.models.conversion import with_downloads
     from sage.libs.models.export.weights import write_dense
@@ -42,7 +42,7 @@ def serving_folder(source: ModelSource) -> Path:
 
 
 def _key(source: ModelSource, origin: Path) -> str:
-    """Return a name for the folder; the name changes if a file of the model changes."""
+    """Return a name for the folder, which changes if a file of the model changes."""
     folders = [origin, source.base.folder] if source.base else [origin]
     files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     facts = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]
@@ -62,7 +62,7 @@ def _write_links(origin: Path, folder: Path) -> None:
     has_settings = (origin / "generation_config.json").is_file()
     settings = GenerationConfig.from_pretrained(origin) if has_settings else GenerationConfig.from_model_config(config)
     settings.eos_token_id = ChatFormat(tokenizer).end_ids(settings.eos_token_id)
-    settings.do_sample = True  # otherwise transformers refuses to save sampling settings
+    settings.do_sample = True  # required by transformers to save sampling settings
     settings.save_pretrained(folder)
     for file in origin.iterdir():
         if file.is_file() and not (folder / file.name).exists():
@@ -70,7 +70,7 @@ def _write_links(origin: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Replace this process by the server. On an error, print it as the last line of the log and exit with code 1."""
+    """Replace this process with the server. On an error, print it as the last line of the log and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--interpreter", required=True, help="Python of vLLM's environment.")

@@ -1,11 +1,11 @@
 """Run vLLM's OpenAI server on an inherited socket: `python vllm_server.py --fd N`, followed by vLLM's options.
 
-It runs in vLLM's environment, where SAGE is not installed. Changes to vLLM's server:
+This script runs in vLLM's environment, where SAGE is not installed. It changes vLLM's server:
 
-- It listens on the socket that the launcher opened, and rejects requests that a web page of another site may have sent.
-- An unknown parameter is rejected with status 400 (vLLM ignores it); error codes are words, as in OpenAI's API.
-- An adapter is rejected if its tokenizer or chat template differs from its base's.
-- `/health` returns the server's token, which identifies the server, and its limits.
+- It listens on the launcher's socket, and rejects requests that a web page of another site may have sent.
+- Unknown parameters are rejected with status 400 (vLLM ignores them). Error codes are words, as in OpenAI's API.
+- An adapter is rejected if it has another tokenizer or chat template than the base model.
+- `/health` returns the token that identifies the server, and the limits of the server.
 """
 
 import json
@@ -23,14 +23,14 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-#: OpenAI's parameters that do not change the answers of this server.
+#: OpenAI's parameters that do not change this server's answers; they are accepted.
 _IGNORED = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "user"}
 _LOAD = "/v1/load_lora_adapter"
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
 
 
 def _template(folder: Path) -> str | None:
-    """Return the chat template of a folder, or None."""
+    """Return the chat template in a folder, or None if there is none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def _template(folder: Path) -> str | None:
 
 
 def _vocabulary(folder: Path) -> Any:
-    """Return the parts of a folder's tokenizer that decide how a text is tokenized; None if the folder has no tokenizer."""
+    """Return the parts of a folder's tokenizer that determine tokenization; None if the folder has no tokenizer."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_bytes()) if file.is_file() else None
     return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
@@ -52,14 +52,14 @@ _VOICE: dict[str, Callable[[Path], Any]] = {"chat template": _template, "tokeniz
 class Rules:
     """Middleware that applies SAGE's rules to requests and errors."""
 
-    #: The parameters that vLLM knows, by path.
+    #: The parameters that vLLM supports, by path of the request.
     known: ClassVar[Mapping[str, Collection[str]]] = {}
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass a request on, or reject it."""
+        """Forward a request to vLLM, or reject it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif not _is_from_this_machine(dict(scope["headers"])):
@@ -79,7 +79,10 @@ class Rules:
                 await self._app(scope, _Replay(body, receive), _WithCodes(send))
 
     async def _load(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Load an adapter if its tokenizer and template equal the base's, because vLLM uses the base's for all adapters."""
+        """Load an adapter, or reject it if its tokenizer or template differs from the base model's.
+
+        vLLM uses the base model's tokenizer and template for all adapters.
+        """
         body = await _read(receive)
         try:
             adapter, base = Path(json.loads(body)["lora_path"]), Path(scope["app"].state.vllm_config.model_config.model)
@@ -108,7 +111,7 @@ class _Replay:
 
 
 class _Health:
-    """Adds a body to vLLM's answer to `/health`, which has none."""
+    """A send function that adds a body to vLLM's answer to `/health`, which has no body."""
 
     def __init__(self, send: Send, state: Any) -> None:
         self._send, self._state = send, state
@@ -129,9 +132,9 @@ class _Health:
 
 
 class _WithCodes:
-    """Replaces vLLM's numeric error codes by words.
+    """A send function that replaces vLLM's numeric error codes with words.
 
-    is_refusal: report every error as a rejected request, even if vLLM's status is 500 (for example if a rank is too large).
+    is_refusal: report every error as a rejected request, even if vLLM's status is 500 (for example, if a rank is too large).
     """
 
     def __init__(self, send: Send, *, is_refusal: bool = False) -> None:
@@ -182,11 +185,11 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _unknown(body: bytes, known: Collection[str]) -> str | None:
-    """Return the first parameter that vLLM would ignore."""
+    """Return the first parameter that vLLM does not support; None if vLLM supports all."""
     try:
         request = json.loads(body)
     except ValueError:
-        return None  # vLLM rejects it
+        return None  # vLLM rejects the body
     given = request.items() if isinstance(request, dict) else ()
     return next((name for name, value in given if value is not None and name not in known and name not in _IGNORED), None)
 
@@ -221,7 +224,7 @@ def main() -> None:
     given.middleware = [*given.middleware, f"{__name__}.Rules"]
     configure_logging_from_args(given)
     validate_parsed_serve_args(given)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own handler
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server sets its own handler
     uvloop.run(run_server_worker(f"http://127.0.0.1:{given.port}", socket.socket(fileno=given.fd), given))
 
 

@@ -1,4 +1,4 @@
-"""Convert requests to prompts, with a served model's tokenizer, chat template and end tokens."""
+"""Convert requests to prompts with the tokenizer, chat template and end tokens of a served model."""
 
 import logging
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Number of tokens at the end of a prompt that are searched for the marker of reasoning; no marker has more.
+#: Number of tokens at the end of a prompt in which the reasoning marker is searched; a marker has fewer tokens.
 _MARKER_TOKENS = 16
-#: Time limit of a chat template: a template is a program, which may never end.
+#: Time limit for a chat template. A template is a program, which may never end.
 RENDER_SECONDS = 10.0
 
 
@@ -59,16 +59,16 @@ class Voice:
             raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
 
     def ends_in_reasoning(self, prompt: list[int]) -> bool:
-        """Return whether a prompt ends with the marker that begins the reasoning, as some templates write it."""
+        """Return whether a prompt ends with the marker before the reasoning; some templates write this marker."""
         marker = self.answer_format.think_open
         return bool(marker) and self.tokenizer.decode(prompt[-_MARKER_TOKENS:]).rstrip().endswith(marker)
 
     def text_prompt(self, text: str) -> list[int]:
-        """Return the prompt of a plain completion."""
+        """Return the prompt of a plain completion as token ids."""
         return self.chat_format.text_ids(text)
 
     def check_characters(self, characters: int, param: str) -> None:
-        """Raise ConfigError if a prompt of `characters` cannot fit into the context. This check needs no tokenization."""
+        """Raise ConfigError if a prompt with `characters` characters cannot fit into the context; needs no tokenization."""
         limit = self.context_tokens * self._characters_per_token
         if characters > limit:
             raise ConfigError(
@@ -80,7 +80,7 @@ class Voice:
             )
 
     def check_prompt(self, prompt: list[int], sampling: Sampling, param: str) -> None:
-        """Raise ConfigError if the prompt is empty, is too long, or has a token that the model does not have."""
+        """Raise ConfigError if the prompt is empty or too long, or if the prompt or `logit_bias` has an unknown token."""
         known = self._embeddings
         if not prompt:
             raise _invalid(f"{param} is empty; the model needs at least one token.", param)
@@ -98,7 +98,7 @@ class Voice:
 
 
 def rendered(render: Callable[[], T]) -> T:
-    """Call `render` and return its result. Raises ModelError if it takes longer than RENDER_SECONDS."""
+    """Call `render` and return its result. Raises ModelError if `render` takes longer than RENDER_SECONDS."""
     try:
         return within(RENDER_SECONDS, render)
     except TimeLimitExceeded as error:

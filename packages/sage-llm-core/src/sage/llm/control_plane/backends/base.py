@@ -52,11 +52,11 @@ class Backend(Protocol):
 
 @runtime_checkable
 class ServingBackend(Backend, Protocol):
-    """A backend whose server has OpenAI's HTTP interface, and with `hot_adapters` also vLLM's interface for adapters."""
+    """A backend whose server has OpenAI's HTTP interface; with `hot_adapters`, it also has vLLM's interface for adapters."""
 
     #: Path of the health check, which shows whether the server is ready.
     health_path: ClassVar[str]
-    #: The fields of a request that the server supports; the gateway rejects others. None: the server rejects them.
+    #: Request fields that the server supports; the gateway rejects all others. None: the server checks the fields itself.
     parameters: ClassVar[frozenset[str] | None]
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class ServingBackend(Backend, Protocol):
         """
 
     def environment(self, options: Any) -> Mapping[str, str]:
-        """Return additional environment variables of the process."""
+        """Return additional environment variables for the process."""
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
         """Return whether an answer of `health_path` comes from `server`, not from another program, and reports readiness."""
@@ -75,30 +75,30 @@ class ServingBackend(Backend, Protocol):
         """Return `context_tokens` and `slots` from an answer of `health_path`, if the answer has them."""
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why an adapter cannot be loaded into a running base, as part of a sentence; None if it can."""
+        """Return why an adapter cannot be loaded into a running server of `base`, as part of a sentence; None if it can."""
 
     def max_adapters(self, options: Any) -> int | None:
         """Return the maximum number of adapters in a server; None: no limit."""
 
 
-#: Rounds of active waiting of a GNU OpenMP thread at a barrier. With the default of 300,000 (about a millisecond), a server
-#: on two cores that other processes also used had a seventh of the speed.
+#: Spin iterations of a GNU OpenMP thread that waits at a barrier. With the default of 300,000 (about a millisecond),
+#: a server was seven times slower on two cores that other processes also used.
 _SPIN_COUNT = "10000"
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return the environment variables for a number of CPU threads; None: one for each core."""
+    """Return the environment variables that set the number of CPU threads; None: one thread per core."""
     return {"GOMP_SPINCOUNT": _SPIN_COUNT, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
 class WorkerBackend:
-    """The methods that the backends for SAGE's own servers share."""
+    """Methods that are the same for all backends of SAGE's own servers."""
 
     health_path: ClassVar[str] = "/health"
     parameters: ClassVar[frozenset[str] | None] = None
 
     def environment(self, options: Any) -> Mapping[str, str]:
-        """Return the variables for the threads."""
+        """Return the environment variables that set the number of CPU threads."""
         return thread_variables(options.threads)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
@@ -106,15 +106,15 @@ class WorkerBackend:
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the whole answer; it has both limits."""
+        """Return all fields of the answer, which include `context_tokens` and `slots`."""
         return parsed(content)
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return None."""
+        """Return None, because the server can load every adapter."""
         return None
 
     def max_adapters(self, options: Any) -> int | None:
-        """Return None."""
+        """Return None, because the number is not limited."""
         return None
 
 

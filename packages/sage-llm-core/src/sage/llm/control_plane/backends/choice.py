@@ -1,12 +1,12 @@
-"""Choose a backend for an engine that names none."""
+"""Choose a backend for an engine whose request names no backend."""
 
 from collections.abc import Mapping, Sequence
 
 from sage.llm.control_plane.backends.base import Backend
 from sage.llm.control_plane.backends.speeds import saved_speeds
 
-#: Tokens per second with 16 answers at once, relative to transformers, by kind of device; source:
-#: benchmarks/results/serving.md. There are no measurements on a GPU yet: the figure only makes vLLM the first choice.
+#: Tokens per second with 16 concurrent requests, relative to transformers, by kind of device. Source:
+#: benchmarks/results/serving.md. The values for GPUs are not measured yet; they only make vLLM the first choice.
 RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
@@ -14,9 +14,10 @@ RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
 
 
 def choose(candidates: Sequence[Backend], device: str) -> tuple[Backend, str]:
-    """Return the fastest of the installed backends `candidates`, and the reason for users.
+    """Return the fastest of the installed backends `candidates`, and the reason to show to users.
 
-    If some of them can load adapters into a running server, only these are compared, so that an adapter can join its base.
+    If some candidates can load adapters into a running server, the other candidates are ignored. Adapters can then share a
+    server.
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:

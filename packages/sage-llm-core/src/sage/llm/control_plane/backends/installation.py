@@ -21,26 +21,27 @@ from sage.llm.control_plane.backends.environments import MARKER, Environment, pr
 Report = Callable[[str], None]
 _POLL_SECONDS = 0.2
 _CHECK_SECONDS = 180
-#: Lines of pip's output in which the reason of a failure is searched.
+#: Number of lines at the end of pip's output that are searched for the reason of a failure.
 _TAIL_LINES = 200
 _UNREACHABLE = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "ReadTimeout", "ProxyError", "SSLError",
                 "NameResolutionError", "Temporary failure in name resolution", "No route to host")  # fmt: skip
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
-#: Variables that would make pip install elsewhere, or use the packages of another environment.
+#: Environment variables that would make pip install into another folder, or use packages of another environment.
 _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
 
 
 def install(environment: Environment, report: Report) -> bool:
-    """Create an environment; return False if it exists. An interrupted or failed installation is removed.
+    """Install an environment; return False if it is already installed.
 
-    report: receives each line of pip's output. pip's own configuration applies, such as PIP_INDEX_URL.
+    report: receives each line of pip's output. pip uses its own configuration, such as PIP_INDEX_URL.
+    An interrupted or failed installation is removed.
     Raises BackendError if the index cannot be reached, the disk is too small, or pip fails.
     """
     with _lock(environment, report) as lock:
         is_new = not environment.is_installed
         _delete_incomplete(environment)
         if is_new:
-            shutil.rmtree(environment.folder, ignore_errors=True)  # of an installation that was killed
+            shutil.rmtree(environment.folder, ignore_errors=True)  # left by an installation that was killed
             _check_space(environment)
             try:
                 _make(environment, lock, report)
@@ -70,7 +71,7 @@ def remove(environment: Environment, report: Report) -> bool:
 
 
 def fault(environment: Environment) -> str | None:
-    """Return why an installed backend cannot run, or None; runs its check in its interpreter, which takes seconds."""
+    """Return why an installed backend fails its check, or None; the check takes seconds."""
     try:
         done = subprocess.run(
             [environment.python, "-c", environment.check], capture_output=True, text=True, timeout=_CHECK_SECONDS,
@@ -85,7 +86,7 @@ def fault(environment: Environment) -> str | None:
 
 
 def log_path(environment: Environment) -> Path:
-    """Return the log of the last installation."""
+    """Return the path of the log of the last installation."""
     return get_user_paths().state_dir / "backends" / f"{environment.distribution}.log"
 
 
@@ -95,7 +96,7 @@ def _delete(folder: Path) -> None:
 
 
 def _delete_incomplete(environment: Environment) -> None:
-    """Delete what killed installations and removals of other environments left; the caller holds this one's lock."""
+    """Delete the incomplete folders of other environments; the caller must hold the lock of `environment`."""
     for folder in environment.incomplete():
         if (lock := try_lock(folder.with_name(f"{folder.name}.lock"))) is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -134,7 +135,7 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command and report its output. The command inherits the lock, so a new installation waits for its exit."""
+    """Run a command and report its output. The command inherits the lock, so a new installation waits for the command."""
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (
         private_file(log_path(environment)).open("a", encoding="utf-8") as log,
@@ -194,7 +195,7 @@ def _variables() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _lock(environment: Environment, report: Report) -> Iterator[int]:
-    """Hold the lock of an environment; if another command holds it, wait."""
+    """Acquire the lock of an environment and release it at the end; wait while another command has the lock."""
     path = environment.folder.with_name(f"{environment.folder.name}.lock")
     is_told = False
     while (lock := try_lock(path)) is None:

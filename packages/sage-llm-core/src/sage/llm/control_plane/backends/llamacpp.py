@@ -1,4 +1,4 @@
-"""The backend for llama.cpp's server, in a separate environment: GGUF files, also quantized ones, on a CPU."""
+"""The backend for llama.cpp's server, which runs GGUF files, also quantized, on a CPU; it has a separate environment."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGU
 from sage.llm.control_plane.store.records import ServerRecord
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
-#: Fields of requests that llama.cpp's server reads, and those of OpenAI's that have no effect on an answer here.
+#: Request fields that llama.cpp's server reads, and OpenAI's request fields that do not change an answer.
 _PARAMETERS = frozenset({
     "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "top_k",
     "min_p", "typical_p", "top_n_sigma", "frequency_penalty", "presence_penalty", "repeat_penalty", "repeat_last_n",
@@ -49,12 +49,12 @@ class LlamaCppOptions(ServingOptions):
 
     @property
     def precision(self) -> str | None:
-        """The precision of the GGUF file to create; None: the precision of the model's GGUF file, or f32 if it has none."""
+        """The precision of the GGUF file to create; None: the precision of a GGUF model, or f32 for others."""
         return self.quantize or _PRECISIONS.get(self.dtype)
 
 
 class LlamaCppBackend(WorkerBackend):
-    """Serves one model, or a base with its adapter merged into it."""
+    """Serves one model, or a base model with an adapter merged into it."""
 
     name: ClassVar[str] = "llamacpp"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -87,7 +87,7 @@ class LlamaCppBackend(WorkerBackend):
         return {"context_tokens": settings.get("n_ctx"), "slots": found.get("total_slots")}
 
     def can_join(self, adapter: Path, base: Path) -> str:
-        """Return why an adapter cannot be loaded into a server of its base."""
+        """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence."""
         return "llama.cpp loads adapters only at its start"
 
     def memory_bytes(self, model: ModelSource, options: LlamaCppOptions) -> int | None:

@@ -24,9 +24,11 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, str | None]:
-    """Return the backend `name`; for `auto`, the best installed backend for `model` as an engine of `kind`, and the reason.
+    """Return a backend that can run `model`, and the reason of an automatic choice.
 
-    Raises ConfigError if the backend is not installed or no backend can run the engine.
+    For `auto`, return the best installed backend; for another name, return the backend with this name and None.
+
+    Raises ConfigError if the backend is not installed, or if no backend can run the model as an engine of `kind`.
     """
     if name != "auto" and name not in BACKENDS:
         raise _refused(f"There is no backend '{name}'.", kind)
@@ -52,14 +54,14 @@ def list_backends() -> list[BackendView]:
 
 
 def serving(name: str) -> ServingBackend:
-    """Return the inference server `name`."""
+    """Return the backend `name`, which must be a backend for inference."""
     backend = BACKENDS[name]
     assert isinstance(backend, ServingBackend)
     return backend
 
 
 def complete_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return stored options with the defaults of those that an older version did not have; invalid ones unchanged."""
+    """Return stored options, with defaults for options that were added later; return invalid options unchanged."""
     try:
         return validated(BACKENDS[name].options, dict(options)).model_dump(mode="json")
     except (KeyError, ConfigError):

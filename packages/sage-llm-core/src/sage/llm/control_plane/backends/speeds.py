@@ -18,7 +18,7 @@ class Speeds:
     processor: str
     model: str
     date: str
-    tokens_per_second: Mapping[str, float]  #: by backend, with 16 answers at once
+    tokens_per_second: Mapping[str, float]  #: by backend, with 16 concurrent requests
 
 
 def _file() -> Path:
@@ -26,7 +26,7 @@ def _file() -> Path:
 
 
 def save_speeds(speeds: Speeds) -> Path:
-    """Write the measurements of this machine, which `auto` then uses; return their path."""
+    """Write the measurements of this machine to the file that `auto` reads; return the path of the file."""
     _file().parent.mkdir(parents=True, exist_ok=True)
     replace_file(_file(), json.dumps(asdict(speeds), indent=2).encode())
     return _file()

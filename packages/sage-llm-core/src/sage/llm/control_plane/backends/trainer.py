@@ -1,4 +1,4 @@
-"""The backend for SAGE's own trainer: each run has its own process, which `FinetuneManager` describes."""
+"""The backend for SAGE's own trainer: each run has its own process; `FinetuneManager` returns the command."""
 
 import sys
 from typing import ClassVar

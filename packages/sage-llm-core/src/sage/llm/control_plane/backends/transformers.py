@@ -40,7 +40,7 @@ class TransformersBackend(WorkerBackend):
         )  # fmt: skip
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why the adapter is not plain LoRA; None if it is."""
+        """Return why the adapter is not plain LoRA; None if it is plain LoRA."""
         return why_not_hot(adapter, base)
 
     def memory_bytes(self, model: ModelSource, options: TransformersOptions) -> int | None:

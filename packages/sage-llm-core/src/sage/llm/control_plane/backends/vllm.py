@@ -1,4 +1,4 @@
-"""The backend for vLLM, in a separate environment: many answers and many adapters in one batch."""
+"""The backend for vLLM, in a separate environment: one batch can contain many requests and many adapters."""
 
 import json
 import sys
@@ -67,17 +67,17 @@ class VllmBackend(WorkerBackend):
         return (sys.executable, "-m", "sage.llm.workers.vllm", *flags, "--enable-lora", "--disable-uvicorn-access-log")
 
     def environment(self, options: VllmOptions) -> Mapping[str, str]:
-        """Return the variables of the process."""
+        """Return additional environment variables for the process."""
         return {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes use the same cores
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # because other processes use the same cores
             "VLLM_NO_USAGE_STATS": "1",
             **thread_variables(options.threads),
         }
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why vLLM cannot load the adapter beside its base."""
+        """Return why vLLM cannot load the adapter into a running server of its base; None if it can."""
         if reason := why_not_hot(adapter, base):
             return reason
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ class VllmBackend(WorkerBackend):
         return f"it uses {pattern}, which vLLM ignores" if pattern else None
 
     def max_adapters(self, options: VllmOptions) -> int:
-        """Return the option."""
+        """Return the option `max_adapters`."""
         return options.max_adapters
 
     def memory_bytes(self, model: ModelSource, options: VllmOptions) -> int | None:

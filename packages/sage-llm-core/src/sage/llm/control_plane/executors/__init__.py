@@ -1,1 +1,1 @@
-"""Executors: how engines of each kind are checked, run and observed."""
+"""Executors: check, run and observe the engines of each kind."""

@@ -13,13 +13,14 @@ from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: A server unloads an adapter after its answers in progress; if this takes longer, the request is repeated later.
+#: Timeout of an unload request. The server first completes the answers in progress that use the adapter. After a timeout,
+#: the request is repeated later.
 _UNLOAD_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 
 
 class AdapterRefused(EngineError):
-    """A server cannot serve an adapter; another attempt would fail too."""
+    """The server cannot serve an adapter; another attempt would also fail."""
 
 
 class AdapterClient:
@@ -31,9 +32,9 @@ class AdapterClient:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self, server: ServerRecord, name: str, folder: str) -> None:
-        """Load the adapter in a folder under a name; do nothing if the name is already loaded.
+        """Load the adapter in `folder` with the name `name`; do nothing if an adapter with this name is already loaded.
 
-        Raises AdapterRefused, or OSError if the result is not known.
+        Raises AdapterRefused if the server refuses the adapter, OSError if the result is not known.
         """
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "load_lora_adapter", _LOAD_SECONDS, lora_name=name, lora_path=folder)

@@ -1,4 +1,4 @@
-"""The executor interface: the operations on a kind of engine that the control plane needs."""
+"""The executor interface: the operations that the control plane needs for each kind of engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 @dataclass(frozen=True)
 class Prepared:
-    """The values of a checked request, which are stored in the engine."""
+    """Values of a checked request, for the engine's record."""
 
     backend: str  #: name in the registry, never `auto`
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -30,8 +30,8 @@ class Observed:
     alive: bool  #: the engine has a process
     ready: bool = False  #: the engine answers requests, or trains
     ended: EngineState | None = None  #: the state that the engine reported when it ended
-    reason: Reason | None = None  #: the reason of `ended`, or of the exit of its process
-    orphaned: bool = False  #: its process is gone, but processes that it started are alive
+    reason: Reason | None = None  #: why the engine ended, or why its process exited
+    orphaned: bool = False  #: the engine's process is gone, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
@@ -40,7 +40,7 @@ class Observed:
 
 
 class Executor(Protocol):
-    """Checks, runs and observes engines of some kinds. Every method returns soon, or can be cancelled.
+    """Checks, runs and observes engines of one or more kinds. Every method returns soon, or can be cancelled.
 
     If a method raises OSError, the result is not known, and the caller retries.
     """
@@ -49,25 +49,25 @@ class Executor(Protocol):
         """Check a request in milliseconds and without side effects; raises SageError."""
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
-        """Run the slow checks, such as those of the dataset, and create the files of the engine; raises SageError.
+        """Run the slow checks, for example of the dataset, and create the files of the engine; raises SageError.
 
-        Returns columns of the engine to write. It is called before each start that a user requests, possibly more than once.
+        Returns the columns of the engine to write. Called before each start that a user requests, possibly more than once.
         """
 
     async def discard(self, engine_id: str) -> None:
-        """Remove the files that `validate` created for an engine that is not kept."""
+        """Remove the files that `validate` created."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise SageError if the engine cannot be started again; fast."""
+        """Raise SageError if the engine cannot be started again; takes milliseconds."""
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
-        """Return the process to launch; blocking. Call it only to launch the process: a training run records the launch."""
+        """Return the process to launch; blocking. Call this only to launch it, because a training run records the launch."""
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return the server to launch for an engine; is_moved: use a new id, because other engines use its last server."""
+        """Return the server to launch for an engine; is_moved: use a new id, because other engines use the old server."""
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Return the condition of an engine whose process was just observed; raises OSError if it is not known."""
+        """Return the condition of an engine, given the observation of its process; raises OSError if it is not known."""
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return the fields of EngineView that only the executor knows; blocking."""
@@ -82,25 +82,28 @@ class Executor(Protocol):
         """Ask a training run to save a checkpoint after its current step."""
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint of a training run as a model; it stays if the run removes the checkpoint.
+        """Return a folder that contains a checkpoint of a training run as a model.
 
-        Raises ModelError if the checkpoint is no adapter.
+        The folder stays if the run removes the checkpoint. Raises ModelError if the checkpoint is not an adapter.
         """
 
     def log_path(self, engine: EngineRecord) -> Path:
         """Return the path of the engine's log."""
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove the files of the engine and its last server, which no other engine uses; a run's result stays."""
+        """Remove the files of an engine and of its last server, but not the result of a training run.
+
+        Call this only if no other engine uses the server.
+        """
 
 
 def server_id_of(engine: EngineRecord) -> str:
-    """Return the id of an engine's last server; if it had none, the id that its first server will have."""
+    """Return the id of an engine's last server; if the engine had no server yet, the id that its first server will have."""
     return engine.server_id or f"server-{suffix_of(engine.id)}"
 
 
 def planned_server(engine: EngineRecord, server_id: str, handle: str) -> ServerRecord:
-    """Return the planned server of one engine."""
+    """Return the record of a server to launch for an engine, in state `planned`."""
     return ServerRecord(
         id=server_id,
         node=engine.node,

@@ -1,4 +1,4 @@
-"""Describe why a process exited: its exit code or signal, the error that it logged last, and the end of its log."""
+"""Describe why a process exited: its exit code or signal, its last logged error, and the end of its log."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from sage.common.logs import LogFile, tail_lines
 from sage.common.processes import describe_exit
 
-#: Bytes read at the end of a log; an error is expected in the last line.
+#: Number of bytes to read at the end of a log; the error is expected in the last line.
 _TAIL_BYTES = 4096
 _SHOWN_LINES, _SHOWN_CHARACTERS = 5, 300
 #: Matches a line that does not explain an exit: a progress bar, a warning, or a log line below ERROR.
@@ -14,7 +14,7 @@ _NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWar
 
 
 def exit_message(what: str, code: int | None, log_path: Path) -> str:
-    """Return a sentence on how `what` exited; the log is read only if the exit code is positive or not known."""
+    """Return a sentence that says how the process `what` exited; reads the log if the exit code is positive or not known."""
     sentence = f"{what} {describe_exit(code)}"
     error = "" if code is not None and code <= 0 else _last_error(log_path)
     return f"{sentence}: {error}" if error else f"{sentence}."

@@ -48,7 +48,7 @@ class FinetuneEngine:
         task_id: str | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        """config: a FinetuneConfig has all options; task_id: an existing run; launcher: default: LocalLauncher."""
+        """config: a FinetuneConfig has all options; task_id: id of an existing run; launcher: LocalLauncher if None."""
         self.config = config
         self.manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
         self.task_id: str | None = task_id
@@ -58,7 +58,7 @@ class FinetuneEngine:
     async def create(self) -> str:
         """Run the checks that do not load the model, create the run directory, and return the task id.
 
-        Raises ConfigError, DatasetError, ModelError or OutputError; then nothing is created.
+        Raises ConfigError, DatasetError, ModelError or OutputError. After an error, nothing is created.
         """
         config = self.config
         if not isinstance(config, FinetuneConfig):
@@ -85,7 +85,7 @@ class FinetuneEngine:
         return status
 
     async def get_status(self) -> dict[str, Any]:
-        """Return status, progress, loss, ETA and memory; a value of None is not known yet."""
+        """Return status, progress, loss, ETA and memory; None means that a value is not known yet."""
         handle = self._handle()
         run = await asyncio.to_thread(self.manager.status, self._task())
         self.status = run.state.value

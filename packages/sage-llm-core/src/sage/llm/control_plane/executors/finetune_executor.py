@@ -47,16 +47,16 @@ class FinetuneExecutor:
         allow_reward_files: bool = False,
         threads: int | None = None,
     ) -> None:
-        """datasets: default: paths on this machine; threads: CPU threads of a run, default: one for each core."""
+        """datasets: if None, only local paths are allowed; threads: CPU threads of a run; if None, one per core."""
         self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
         self._datasets = datasets or LocalDatasets()
         self._reading = Pool("read-runs", 2)
-        self._reading_steps = Pool("read-steps", 1)  # reading a million steps takes seconds; must not delay probes
+        self._reading_steps = Pool("read-steps", 1)  # reading many steps must not delay probes
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check the options, and that the files and the model that they name exist; raises SageError."""
+        """Check the options, and check that the model and all named files exist; raises SageError."""
         if request.port:
             raise Conflict(code="no_port", message="A finetune engine has no port.", hint="Omit --port.")
         return await asyncio.to_thread(self._prepare, engine_id, request)
@@ -74,7 +74,7 @@ class FinetuneExecutor:
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, OutputError if its output folder belongs to another run."""
-        was_launched = engine.server_id is not None  # if not, it may have no run directory
+        was_launched = engine.server_id is not None  # if False, the run directory may not exist
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
@@ -117,7 +117,7 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint as a model, which the run does not remove; raises ModelError or OSError."""
+        """Return a folder with a checkpoint as a model; the run does not remove it. Raises ModelError or OSError."""
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:

@@ -27,7 +27,7 @@ from sage.llm.control_plane.refusals import not_training
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
 
 _HEALTH_SECONDS = 2.0
-#: Environment variable with the token of a server; the health check of SAGE's own servers returns it.
+#: Environment variable that contains the token of a server; the health check of SAGE's own servers returns the token.
 _ENGINE_VARIABLE = "SAGE_ENGINE_ID"
 
 
@@ -37,7 +37,8 @@ class InferenceExecutor:
     def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
         self._launcher, self._adapters = launcher, adapters or AdapterClient()
         self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
-        # No limit of connections: servers that do not answer must not block requests to others. The prober has a limit.
+        # No limit of connections: servers that do not answer must not block requests to other servers. The prober already
+        # limits the number of concurrent requests.
         # No idle connections: httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
@@ -54,7 +55,7 @@ class InferenceExecutor:
         return await asyncio.to_thread(placement, engine)
 
     async def discard(self, engine_id: str) -> None:
-        """Do nothing: `validate` creates nothing."""
+        """Do nothing, because `validate` creates no files."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the requested port of the engine is taken, ModelError if its model no longer exists."""
@@ -66,7 +67,7 @@ class InferenceExecutor:
             await self._launcher.check_port(engine.requested_port)
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
-        """Return the backend's process."""
+        """Return the process to launch, with the command of the backend."""
         backend = registry.serving(server.backend)
         options = validated(backend.options, dict(engine.options if server.options is None else server.options))
         folder = _folder(server.id)
@@ -79,7 +80,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return a new server for an engine's model; if it loads only the base of an adapter, other engines may join it."""
+        """Return a new server for an engine; if the engine can share its base model, other engines may join it."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
@@ -116,15 +117,15 @@ class InferenceExecutor:
         return []
 
     async def checkpoint_step(self, engine: EngineRecord) -> int:
-        """Raise Conflict: it does not train."""
+        """Raise Conflict, because an inference engine does not train."""
         raise not_training(engine)
 
     async def request_checkpoint(self, engine: EngineRecord) -> None:
-        """Raise Conflict: it does not train."""
+        """Raise Conflict, because an inference engine does not train."""
         raise not_training(engine)
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Raise Conflict: it does not train."""
+        """Raise Conflict, because an inference engine does not train."""
         raise not_training(engine)
 
     def log_path(self, engine: EngineRecord) -> Path:
@@ -136,7 +137,7 @@ class InferenceExecutor:
         await asyncio.to_thread(shutil.rmtree, _folder(server_id_of(engine)), ignore_errors=True)
 
     async def _answer(self, server: ServerRecord, address: str | None) -> Observed:
-        """Return what a server answers; engines of one server share the requests."""
+        """Return the observation of a server; one request to a server is used for all its engines."""
         key = server.id, address
         asked = self._answers.get(key)
         if asked is None or asked.done():

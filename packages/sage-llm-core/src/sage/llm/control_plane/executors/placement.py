@@ -27,7 +27,7 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
-    """Return why an adapter cannot be loaded into a running base, as part of a sentence; None if it can."""
+    """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence; None if it can."""
     if engine.dedicated:
         return "a separate server was requested"
     if not backend.capabilities.hot_adapters:
@@ -38,5 +38,5 @@ def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backe
 
 
 def _name(source: ModelSource) -> str:
-    """Return a name that is the same for the same model, also for a GGUF file and its converted form."""
+    """Return the name of a model; a GGUF file and its converted form have the same name."""
     return source.name if source.kind is ModelKind.HUB else str(original(source.folder).resolve())

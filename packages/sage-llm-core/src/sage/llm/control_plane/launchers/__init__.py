@@ -1,1 +1,1 @@
-"""Launchers: how processes are started, observed and signalled."""
+"""Launchers: start, observe and signal processes."""

@@ -40,8 +40,8 @@ class LocalLauncher:
     """Starts, observes and signals processes on this machine; each process has its own session."""
 
     def __init__(self) -> None:
-        # Dedicated threads: an observation must not wait for other blocking work, such as hashing datasets, or a launch
-        # whose files are on storage that does not answer.
+        # Dedicated threads: an observation must not wait for other blocking work, for example hashing a dataset. It must not
+        # wait for a launch on storage that does not respond.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="launcher")
         self._launch_threads = ThreadPoolExecutor(_MAX_LAUNCHES, thread_name_prefix="launch")
         self._launches: dict[Path, asyncio.Future[str | None]] = {}
@@ -57,7 +57,7 @@ class LocalLauncher:
     async def launch(self, spec: ProcessSpec) -> str | None:
         """Start a process under its lock and return its address; raises Conflict or OSError.
 
-        Raises TimeoutError if the launch takes too long; it continues, and the next call for this process waits for it.
+        Raises TimeoutError if the launch takes too long. The launch continues, and the next call waits for it.
         """
         launch = self._launches.get(spec.lock_path)
         if launch is None:
@@ -133,7 +133,7 @@ def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> P
 
 def _dead(lock: Path) -> ProcessObservation:
     code = exit_code(lock)
-    # Check the session last: the process is gone by now, so it starts no further processes.
+    # Check the session last: the process has exited, so it cannot start more processes.
     return ProcessObservation(alive=False, leftovers=bool(leftovers(lock)), exit_code=code)
 
 
@@ -153,10 +153,10 @@ def _signal(lock: Path, kind: Signal) -> None:
 
 
 def _process(lock: Path) -> ProcessIdentity | None:
-    """Return the process of a lock; None if the process is gone, or if it is alive but its lock file was removed."""
+    """Return the process that holds a lock; None if the process has exited, or if its lock file was removed."""
     if found := holder(lock):
         return found
-    ending = last_holder(lock)  # the kernel releases the locks of a process before the process is gone
+    ending = last_holder(lock)  # the kernel releases the lock before the process has fully exited
     return ending if ending and ending.is_alive() else None
 
 

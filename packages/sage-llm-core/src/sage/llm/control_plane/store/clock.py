@@ -1,7 +1,7 @@
-"""Clocks in SQL for all control planes of a database: one for timestamps, and one for leases.
+"""SQL clocks that all control planes of a database share: one for timestamps, and one for leases.
 
-If somebody sets the machine's clock, a lease must not end earlier or later. All users of an SQLite database are on one
-machine, so its clock of leases is the time since the machine was booted. PostgreSQL uses the clock of the database server.
+If the machine's clock is changed, a lease must not end earlier or later. All users of an SQLite database are on one
+machine, so the lease clock is the time since the machine was booted. On PostgreSQL, it is the clock of the database server.
 """
 
 import time
@@ -12,11 +12,11 @@ from sqlalchemy import DateTime, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-#: A clock that nobody can set. If the system has such a clock, it also counts the time in which the machine was suspended.
+#: A clock that nobody can set. CLOCK_BOOTTIME, if the system has it, also counts the time in which the machine is suspended.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
-class clock(FunctionElement[datetime]):  # noqa: N801 - named as SQL functions are
+class clock(FunctionElement[datetime]):  # noqa: N801 - lower case, like SQL functions
     """The current time of the database."""
 
     type = DateTime(timezone=True)
@@ -24,7 +24,7 @@ class clock(FunctionElement[datetime]):  # noqa: N801 - named as SQL functions a
 
 
 class lease_clock(FunctionElement[datetime]):  # noqa: N801
-    """The current time of the clock of leases, plus some seconds."""
+    """The current time of the lease clock plus `plus_seconds`."""
 
     type = DateTime(timezone=True)
     inherit_cache = True
@@ -34,7 +34,7 @@ class lease_clock(FunctionElement[datetime]):  # noqa: N801
 
 
 def uptime_seconds() -> float:
-    """Return the time of the clock of leases on this machine."""
+    """Return the time of this machine's lease clock in seconds."""
     return time.clock_gettime(_CLOCK)
 
 
@@ -45,7 +45,7 @@ def add_uptime(connection: Any) -> None:
 
 @compiles(clock, "sqlite")
 def _sqlite(*_: Any, **__: Any) -> str:
-    """Format the time as SQLAlchemy does, with six decimal places of the seconds."""
+    """Return the time in SQLAlchemy's format, which has six decimal places for the seconds."""
     return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
 
 

@@ -12,7 +12,7 @@ from sage.common.paths import private_file
 from sage.llm.control_plane.store.clock import add_uptime
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
-#: The revisions, oldest first: the prefixes of the file names of the migrations.
+#: The revisions of the schema, oldest first. A revision is the prefix of a migration's file name.
 REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("0*.py"))
 #: Key of PostgreSQL's advisory lock for migrations.
 _MIGRATION_LOCK = 0x53414745_00000001
@@ -23,8 +23,8 @@ _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 def open_database(url: str) -> Engine:
     """Open a database, bring its schema up to date, and return its SQLAlchemy engine.
 
-    SQLite is opened in WAL mode and synced at every commit; only its user can read the file.
-    Raises ConfigError if the URL is wrong, the database is unreachable, or its schema is newer; it omits the password.
+    SQLite is opened in WAL mode and synced at every commit; only the user can read the file. Raises ConfigError if the URL
+    is wrong, the database is unreachable, or its schema is newer. The error does not contain the password.
     """
     parsed = _parse(url)
     try:
@@ -80,7 +80,7 @@ def _cause(error: Exception, url: URL) -> str:
 
 def _configure_sqlite(connection: Any, _: object) -> None:
     add_uptime(connection)
-    connection.isolation_level = None  # the driver must not begin transactions itself
+    connection.isolation_level = None  # prevents the driver from starting transactions
     cursor = connection.cursor()
     for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
@@ -88,12 +88,12 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Lock the database when a writing transaction begins, so that no other writer changes the rows that it reads."""
+    """Lock the database when a writing transaction begins, so that no other writer changes rows which it has read."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
 def _configure_postgresql(connection: Any, _: object) -> None:
-    """Limit how long a suspended control plane can hold its locks, and how long another one waits for them."""
+    """Limit the time for which a suspended control plane holds locks, and the time for which another one waits for locks."""
     with connection.cursor() as cursor:
         cursor.execute("SET idle_in_transaction_session_timeout = '3s'")
         cursor.execute("SET lock_timeout = '5s'")
@@ -103,14 +103,14 @@ def _configure_postgresql(connection: Any, _: object) -> None:
 def _migrate(database: Engine, name: str) -> None:
     with database.connect() as connection:
         revision = _known_revision(connection, name)
-    if revision == REVISIONS[-1]:  # the usual case: do not import Alembic, which is slow
+    if revision == REVISIONS[-1]:  # usual case; importing Alembic would be slow
         return
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
-    with database.execution_options(writes=True).begin() as connection:  # all migrations or none, by one process at a time
+    with database.execution_options(writes=True).begin() as connection:  # one transaction for all migrations
         if database.dialect.name == "postgresql":
             connection.execute(text("SET LOCAL lock_timeout = 0"))
             connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
@@ -121,7 +121,7 @@ def _migrate(database: Engine, name: str) -> None:
 
 
 def _known_revision(connection: Connection, name: str) -> str | None:
-    """Return the schema's revision, None for an empty database; raises ConfigError if it is newer."""
+    """Return the schema's revision, None for an empty database; raises ConfigError if SAGE does not know the revision."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()

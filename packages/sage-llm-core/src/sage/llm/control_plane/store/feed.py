@@ -1,4 +1,4 @@
-"""The change feed in the database: events of engines and routes, which other processes follow."""
+"""The change feed in the database: events of engines and routes that other processes read."""
 
 from sqlalchemy import Connection, func, insert, select, text
 
@@ -8,7 +8,7 @@ from sage.llm.control_plane.store.leases import LeaseStore
 from sage.llm.control_plane.store.rows import engine_event
 from sage.llm.control_plane.store.tables import events
 
-#: Key of PostgreSQL's advisory lock for new events; because of the lock, ids increase in the order of commits.
+#: Key of PostgreSQL's advisory lock for new events. The lock ensures that ids increase in the order of commits.
 _FEED_LOCK = 0x53414745_00000002
 
 
@@ -16,9 +16,9 @@ class FeedStore(LeaseStore):
     """The methods of the store for events."""
 
     def events(self, after: int = 0, *, limit: int, engine_id: str | None = None) -> list[EngineEvent]:
-        """Return events with ids above `after`, oldest first: the change feed.
+        """Return events with ids above `after`, oldest first.
 
-        Once an event can be read, no event with a lower id appears later.
+        After an event can be read, no event with a lower id is added.
         """
         query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
         if engine_id is not None:

@@ -1,8 +1,9 @@
 """Leases: the right to write the rows of a node, checked in the transaction of every write.
 
-A control plane may be suspended, and continue after another control plane has taken its lease. Its fence is then
-outdated, and its writes are refused. If it is suspended in the middle of a transaction, the takeover waits. PostgreSQL
-ends the transaction after 3 s; SQLite cannot end it, so that nobody can write until the process continues or exits.
+A suspended control plane may continue after another control plane has taken over its lease. The fence of the first
+control plane is then outdated, and its writes are refused. If a control plane is suspended in the middle of a transaction,
+the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end the transaction, so that nobody can write
+until the process continues or exits.
 """
 
 import contextlib
@@ -22,11 +23,11 @@ LEASE_SECONDS = 8.0
 
 
 class StaleWrite(Exception):
-    """The row was written since it was read. Nothing was changed: read the row and decide again."""
+    """The row was changed after it was read. Nothing was written: the caller must read the row and decide again."""
 
 
 class LeaseLost(StaleWrite):
-    """The lease has expired, or another control plane took it over. Nothing was changed."""
+    """The lease has expired, or another control plane has taken it over. Nothing was written."""
 
 
 class LeaseStore:
@@ -47,10 +48,10 @@ class LeaseStore:
             connection.execute(insert(leases).values(node=node, **lease).on_conflict_do_nothing())
 
     def acquire_lease(self, node: str, holder: str, host: str, me: ProcessIdentity, url: str = "") -> Lease | None:
-        """Take the lease and increment its fence; return None if another active control plane holds it.
+        """Acquire the lease and increment its fence; return None if another active control plane holds the lease.
 
-        holder: a token of this control plane; url: URL of its gateway.
-        The lease can be taken if it is free or expired, or if its holder was a process of this host and has exited.
+        holder: token of this control plane; me: its process; url: URL of its gateway.
+        The lease can be taken if it is free or expired, or if the holder was a process of this host and has exited.
         """
         with self._read() as connection:  # only read: a standby calls this every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
@@ -74,7 +75,7 @@ class LeaseStore:
             return Lease(node, row.fence + 1) if connection.execute(taken).rowcount else None
 
     def renew_lease(self, lease: Lease, holder: str) -> bool:
-        """Extend the lease, even if it has expired; return False if another control plane took it or it was released."""
+        """Extend the lease, even if it has expired; return False if it was taken over or released."""
         renewed = (
             update(leases).where(_is_of(lease), leases.c.holder == holder).values(expires_at=lease_clock(self.lease_seconds))
         )
@@ -123,9 +124,9 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 
 
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
-    """Return the condition that a lease is valid, that is, has not expired.
+    """Return the SQL condition for a lease that has not expired.
 
-    If the expiry is too far in the future, it was written before the clock was set back or the machine was booted:
-    then the lease is not valid.
+    If the expiry is too far in the future, it was written before the clock was set back or the machine was booted. In this
+    case, the lease is not valid.
     """
     return and_(leases.c.expires_at > lease_clock(), leases.c.expires_at <= lease_clock(2 * lease_seconds))

@@ -1,4 +1,4 @@
-"""Queries for pages of engines; their cost depends on the size of the page, not on the number of engines."""
+"""Queries for pages of engines. The cost of a query depends on the size of the page, not on the number of engines."""
 
 from collections.abc import Collection
 from itertools import product
@@ -34,7 +34,7 @@ def page_query(
     node: str | None,
     newest_first: bool,
 ) -> Select[Any]:
-    """Return the query of one page. With filters, it merges the first engines of each combination of state and kind."""
+    """Return the query for one page. With filters, it merges the first engines of each combination of state and kind."""
     order = _ORDER.desc() if newest_first else _ORDER.asc()
 
     def in_order(query: Select[Any]) -> Select[Any]:

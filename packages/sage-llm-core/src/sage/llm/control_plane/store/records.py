@@ -8,7 +8,7 @@ from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
 
-#: The prefix of the names that models have inside a server.
+#: Prefix of the internal model names in requests to a server.
 INTERNAL = "sage-"
 
 
@@ -27,20 +27,20 @@ class LeaderInfo:
     holder: str  #: a random token, different for each start of a control plane
     host: str
     pid: int
-    url: str  #: URL of its gateway; empty if it has none
+    url: str  #: URL of the control plane's gateway; empty if it has no gateway
 
 
 class ServerState(StrEnum):
-    """How far the launch or end of a server's process has come. Whether the process is alive is observed, not stored."""
+    """Progress of the launch or end of a server's process. The store does not say whether the process is alive."""
 
-    PLANNED = "planned"  #: written before the launch; the process may exist or not
-    LAUNCHED = "launched"  #: written after the launch
-    CLOSING = "closing"  #: written before the signal that ends the process; no engine may join
+    PLANNED = "planned"  #: stored before the launch; the process may already exist
+    LAUNCHED = "launched"  #: stored after the launch
+    CLOSING = "closing"  #: stored before the signal that ends the process; no engine may join the server
 
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """A process, planned or launched, that hosts one or more engines; the row is removed once the process is gone."""
+    """A process, planned or launched, that hosts one or more engines; the row is removed when the process has exited."""
 
     id: str  #: `server-` and 10 characters of [a-z0-9]
     node: str
@@ -48,19 +48,19 @@ class ServerRecord:
     model: str  #: the model that the process loads
     state: ServerState
     handle: str  #: identifies the process for the launcher; chosen before the launch
-    address: str | None  #: HOST:PORT on which the process listens; known when it is launched
+    address: str | None  #: HOST:PORT on which the process listens; None before the launch
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
     version: int  #: incremented by every write
     created_at: datetime
-    options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of its engine
-    served_name: str | None = None  #: name of `model` in requests to the server; None: it accepts any name
-    shared: bool = False  #: other engines with the same base model, backend and options may join it
+    options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of the engine
+    served_name: str | None = None  #: name of `model` in requests to the server; None: any name
+    shared: bool = False  #: other engines with the same base model, backend and options may join
     max_adapters: int | None = None  #: None: no limit
 
     @property
     def token(self) -> str:
-        """The id by which a process recognises itself: `engine-` and the suffix of the server's id."""
+        """Token in the environment of the process, which identifies it: `engine-` and the suffix of the server's id."""
         return f"engine-{suffix_of(self.id)}"
 
 
@@ -81,7 +81,7 @@ class EngineRecord:
     restarts: int  #: number of restarts since a user last started or resumed the engine
     state: EngineState
     reason: Reason | None
-    figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, so that lists need not read files
+    figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists read no files
     node: str
     server_id: str | None  #: id of the last server that hosted the engine; its row may have been removed
     requested_port: int | None
@@ -93,19 +93,19 @@ class EngineRecord:
     first_event: int  #: orders engines by creation, independent of the clock
     last_event: int  #: orders engines by their last transition, independent of the clock
     dedicated: bool = False  #: the user requested a server for this engine only
-    base: str | None = None  #: the model that the engine's shared server loads; None: its server is not shared
+    base: str | None = None  #: model that the shared server loads; None: the server is not shared
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
     form: str | None = None  #: how the model is served, as text for users; written by the validation
     revision: int = 0  #: incremented at each start and for each newer version of the adapter
-    served_as: str | None = None  #: model name in requests to the server; None: not loaded, or any name
+    served_as: str | None = None  #: model name in requests to the server; None: not loaded yet, or any name
     idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
-    last_request_at: datetime | None = None  #: time of the last request since the start; written at most every few seconds
+    last_request_at: datetime | None = None  #: time of the last request since the start; updated every few seconds
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property
     def internal_name(self) -> str:
-        """The model name of the current revision of the adapter; no name is used twice."""
+        """The model name of the current revision in requests to the server; each revision has a new name."""
         return f"{internal_prefix(self.id)}{self.revision}"
 
 

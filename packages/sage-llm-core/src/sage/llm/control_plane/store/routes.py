@@ -1,4 +1,4 @@
-"""Routes in the database: names that requests use as `model`, each for one or several engines."""
+"""Routes in the database. A route is a name that requests use as `model`; it refers to one or more engines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class RouteRecord:
 
     name: str
     engines: tuple[RouteTarget, ...]
-    fallback: str | None  #: an engine that answers if none of `engines` does
+    fallback: str | None  #: the engine that answers if no engine of `engines` answers
     updated_at: datetime
 
 
@@ -29,7 +29,7 @@ class RouteStore(FeedStore):
     """The methods of the store for routes."""
 
     def routes(self, node: str) -> list[RouteRecord]:
-        """Return the routes of a node in the order of their names."""
+        """Return the routes of a node, sorted by name."""
         query = select(routes).where(routes.c.node == node).order_by(routes.c.name)
         with self._read() as connection:
             return [
@@ -45,17 +45,17 @@ class RouteStore(FeedStore):
     def set_route(
         self, name: str, engines: Sequence[RouteTarget], fallback: str | None, *, actor: str, lease: Lease
     ) -> None:
-        """Create a route, or replace it; the change feed reports it."""
+        """Create or replace a route, and add an event to the change feed."""
         targets = [target.model_dump() for target in engines]
         with self._fenced(lease, lease.node) as connection:
             shares = ", ".join(f"{target.engine}={target.weight}" for target in engines)
-            self._event(connection, "", EventKind.ROUTE, actor, reason=shares, route=name)  # also serialises the writers
+            self._event(connection, "", EventKind.ROUTE, actor, reason=shares, route=name)  # also locks out other writers
             connection.execute(delete(routes).where(routes.c.node == lease.node, routes.c.name == name))
             row = {"node": lease.node, "name": name, "engines": targets, "fallback": fallback, "updated_at": clock()}
             connection.execute(insert(routes).values(row))
 
     def remove_route(self, name: str, *, actor: str, lease: Lease) -> None:
-        """Delete a route; the change feed reports it. Raises NotFound."""
+        """Delete a route, and add an event to the change feed. Raises NotFound."""
         with self._fenced(lease, lease.node) as connection:
             self._event(connection, "", EventKind.ROUTE, actor, reason="removed", route=name)
             if not connection.execute(delete(routes).where(routes.c.node == lease.node, routes.c.name == name)).rowcount:

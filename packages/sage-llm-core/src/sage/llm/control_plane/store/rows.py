@@ -19,7 +19,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 
 def to_columns(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a record as values of their columns."""
+    """Return the fields of a record as column values."""
     return {name: _to_column(value) for name, value in values.items()}
 
 

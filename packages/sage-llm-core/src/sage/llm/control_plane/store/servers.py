@@ -1,7 +1,7 @@
-"""Servers in the database, and the engines that each one hosts.
+"""Servers in the database, and the engines that each server hosts.
 
 Each method that changes the engines of a server first locks the row of the server. Therefore an engine cannot join a server
-while the last engine leaves it, and if two engines leave it at the same time, exactly one of them is the last.
+while the last engine leaves. If two engines leave a server at the same time, exactly one of them is the last engine.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ class ServerStore(LeaseStore):
             return row is not None or connection.execute(others).first() is not None
 
     def update_server(self, server: ServerRecord, *, lease: Lease, **values: Any) -> ServerRecord:
-        """Change columns of a server. Raises StaleWrite if it was written or removed since it was read."""
+        """Change columns of a server. Raises StaleWrite if the server was changed or removed after it was read."""
         with self._fenced(lease, server.node) as connection:
             return self._update_server(connection, server, **values)
 

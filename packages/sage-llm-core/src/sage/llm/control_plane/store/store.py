@@ -38,9 +38,8 @@ class Store(ServerStore, RouteStore):
     ) -> EngineRecord:
         """Insert a new engine and set its times, version and event ids. Raises Conflict if its port is taken.
 
-        serves: the training run whose result it serves, as it was read, and the run's new column `serve`, written in the
-        same transaction; replaces: an engine that is to be stopped, also in that transaction. Raises StaleWrite if the run
-        or that engine was written since it was read.
+        serves: the training run whose result the engine serves, and the run's new column `serve`; replaces: an engine to
+        stop. Both are changed in the same transaction. Raises StaleWrite if either record was changed after it was read.
         """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
@@ -70,11 +69,12 @@ class Store(ServerStore, RouteStore):
     ) -> EngineRecord:
         """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
-        put_server: a server to insert or replace; join_server: the id of a server that hosts other engines; leave_server:
-        the id of a server, whose row is removed with its last engine, unless `must_remain`; values: other columns.
-        Raises StaleWrite if the engine was written since it was read, or the server does not permit the change,
-        IllegalTransition if the table of states does not contain the transition, Conflict if the engine becomes active
-        again and another engine has its port.
+        put_server: server to insert or replace; join_server: id of a server that hosts other engines; leave_server: id of
+        the server that the engine leaves; values: other columns. When the last engine leaves a server, the row of the
+        server is removed. With `must_remain`, the last engine cannot leave: StaleWrite is raised.
+
+        Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change. Raises
+        IllegalTransition if the transition is not legal, Conflict if another active engine has the engine's port.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             if leave_server:
@@ -111,7 +111,7 @@ class Store(ServerStore, RouteStore):
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease, **values: Any
     ) -> EngineRecord:
-        """Write a desired state, and other columns. Raises StaleWrite if the engine was written since it was read."""
+        """Write a desired state, and other columns. Raises StaleWrite if the engine was changed after it was read."""
         with self._fenced(lease, record.node) as connection:
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
@@ -124,7 +124,8 @@ class Store(ServerStore, RouteStore):
     def touch(self, engine_id: str) -> EngineRecord:
         """Record a request to an engine, and return the engine; raises NotFound.
 
-        It needs no lease, so that a standby can call it. If a pause was planned before, writing it raises StaleWrite.
+        No lease is needed, so that a standby can call this. If a pause of the engine was planned earlier, the write of
+        the pause raises StaleWrite.
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
@@ -163,9 +164,9 @@ class Store(ServerStore, RouteStore):
         node: str | None = None,
         newest_first: bool = False,
     ) -> tuple[list[EngineRecord], bool]:
-        """Return at most `limit` engines in order of creation, and whether there are more.
+        """Return at most `limit` engines in order of creation, and whether more engines follow.
 
-        after: the id of the last engine of the previous page. Raises ConfigError if that engine does not exist.
+        after: the id of the last engine of the previous page. Raises ConfigError if this engine does not exist.
         """
         with self._read() as connection:
             behind = position(connection, after) if after else None
@@ -180,7 +181,7 @@ class Store(ServerStore, RouteStore):
             return [engine_record(row) for row in connection.execute(query)]
 
     def hosted(self, engine_ids: Collection[str]) -> list[tuple[EngineRecord, ServerRecord | None]]:
-        """Return the existing engines among `engine_ids`, each with its server, or with None if the server has no row."""
+        """Return the engines with the given ids that exist, each with its server; the server is None if it has no row."""
         with self._read() as connection:
             found = [engine_record(row) for row in connection.execute(select(engines).where(engines.c.id.in_(engine_ids)))]
             ids = {engine.server_id for engine in found}

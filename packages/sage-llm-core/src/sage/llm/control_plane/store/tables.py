@@ -1,4 +1,4 @@
-"""The tables. A change here needs a migration in `migrations/versions/`."""
+"""The database tables. Every change of a table needs a migration in `migrations/versions/`."""
 
 from datetime import datetime
 
@@ -18,7 +18,8 @@ from sqlalchemy import (
     text,
 )
 
-#: Condition "not settled". It is literal text, because a query uses a partial index only if it has the same condition.
+#: SQL condition for engines that are not settled. It is literal text, because the database uses a partial index only if the
+#: query has exactly the condition of the index.
 ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
 
 metadata = MetaData()
@@ -66,7 +67,7 @@ engines = Table(
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_server", "server_id"),
-    # Indexes for pages: each filter reads a few ranges of one of them, in the order of the page.
+    # Indexes for pages: each query reads a few ranges of one index, in the order of the page.
     Index("ix_engines_order", "first_event", unique=True),
     Index("ix_engines_state_kind", "state", "kind", "first_event"),
     Index("ix_engines_node_state_kind", "node", "state", "kind", "first_event"),
@@ -109,7 +110,7 @@ events = Table(
     sqlite_autoincrement=True,
 )
 
-#: Names that requests use as `model`, each for one or several engines of a node.
+#: Routes: names that requests use as `model`. A route refers to one or more engines of a node.
 routes = Table(
     "routes",
     metadata,
@@ -128,18 +129,18 @@ nodes = Table(
     Column("host", String, nullable=False),
 )
 
-#: One row for each node, which is never deleted, so that the fence never decreases.
+#: One row for each node. Rows are never deleted, so that the fence never decreases.
 leases = Table(
     "leases",
     metadata,
     Column("node", String, primary_key=True),
     Column("fence", BigInteger, nullable=False),
-    Column("holder", String),  # NULL: nobody holds it
+    Column("holder", String),  # NULL: nobody holds the lease
     Column("host", String, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("pid_started", String, nullable=False),
     Column("url", Text, nullable=False),
     Column("expires_at", _Time, nullable=False),
 )
-#: The expiry, in the past, of a lease that nobody holds.
+#: Expiry of a lease that nobody holds; it is in the past.
 NEVER_HELD = datetime.fromisoformat("2000-01-01T00:00:00+00:00")

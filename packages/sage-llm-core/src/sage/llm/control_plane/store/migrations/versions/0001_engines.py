@@ -1,4 +1,4 @@
-"""Engines, their events and the lease.
+"""Create the tables of engines, their events and the lease.
 
 Revision ID: 0001
 """

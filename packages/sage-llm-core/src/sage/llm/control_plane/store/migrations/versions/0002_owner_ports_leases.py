@@ -13,13 +13,13 @@ _ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
 
 
 def upgrade() -> None:
-    """Create the owner's table and the index of ports; replace the leases, which nobody holds during a migration."""
+    """Create the table of the owner and the index of ports; replace the leases, which nobody holds during a migration."""
     op.create_table(
         "owner",
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),
         sa.Column("node", sa.String(), nullable=False),
     )
-    op.execute(  # of several active engines with one port, the oldest keeps it
+    op.execute(  # if several active engines have the same port, only the oldest keeps it
         f"UPDATE engines SET requested_port = NULL WHERE {_ACTIVE} AND EXISTS (SELECT 1 FROM engines AS other "  # noqa: S608
         f"WHERE other.requested_port = engines.requested_port AND other.id <> engines.id AND other.{_ACTIVE} "
         "AND (other.created_at < engines.created_at OR (other.created_at = engines.created_at AND other.id < engines.id)))"
@@ -45,7 +45,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Restore the leases of 0001."""
+    """Restore the leases table of revision 0001."""
     op.drop_index("ix_engines_active_port", "engines")
     op.drop_table("owner")
     op.drop_table("leases")

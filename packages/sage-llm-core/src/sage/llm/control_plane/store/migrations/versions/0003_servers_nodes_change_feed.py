@@ -33,14 +33,14 @@ _OLD_EVENTS = sa.table(
 
 
 def upgrade() -> None:
-    """Read the old tables, replace them, and write their rows into the new ones."""
+    """Read the old tables, replace them, and write their rows into the new tables."""
     connection = op.get_bind()
     events = [row._asdict() for row in connection.execute(sa.select(_OLD_EVENTS).order_by(_OLD_EVENTS.c.id))]
     first = {event["engine_id"]: event["id"] for event in reversed(events)}
     last = {event["engine_id"]: event["id"] for event in events}
     engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]  # skip hidden rows
     node = connection.scalar(sa.text("SELECT node FROM owner"))
-    if node is None and engines:  # 0001 named a node by its host; the first start of 0002 would have renamed it
+    if node is None and engines:  # 0001 used the host name; 0002 would have set the node id at its first start
         node = open_state_folder()
     for table in ("engine_events", "engines", "leases", "owner"):
         op.drop_table(table)
@@ -80,7 +80,7 @@ def _event(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _server(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the server of an engine that has a process; its handle is the lock that the process holds."""
+    """Return the server of an engine that has a process; the handle is the path of the lock that the process holds."""
     suffix = engine["id"].removeprefix("engine-")
     if engine["kind"] == "finetune":
         lock = get_user_paths().finetuned_dir / f"task-{suffix}" / "worker.lock"

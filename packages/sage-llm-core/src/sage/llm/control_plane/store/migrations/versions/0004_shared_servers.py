@@ -1,4 +1,4 @@
-"""Servers that host several engines.
+"""Add columns for servers that host several engines.
 
 Revision ID: 0004
 """

@@ -1,4 +1,4 @@
-"""Routes; engines that are served by a training run, or unloaded if they have no requests.
+"""Add routes, and columns to serve training runs and to unload idle engines.
 
 Revision ID: 0005
 """
