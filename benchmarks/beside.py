@@ -1,7 +1,8 @@
-"""What a served model and a training run on the same cores cost each other.
+"""Measure how a served model and a training run on the same cores slow each other down.
 
-The served model answers one request of 32 tokens every 2 seconds. Prints and writes to `benchmarks/results/beside.md`:
-the speed of the run, alone and beside the requests, and the time of an answer, alone and beside the run.
+The served model answers a request of 32 tokens every 2 seconds. The speed of the run is measured with and without the
+requests, and the time of an answer with and without the run. The table is printed and written to
+`benchmarks/results/beside.md`.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 async def answer_times(client: SageClient, seconds: float) -> float:
-    """Request an answer every `EVERY_SECONDS`, or as soon as the one before is complete; return the median time."""
+    """Send a request every `EVERY_SECONDS`, or when the previous answer is complete; return the median time of an answer."""
     times: list[float] = []
     ends_at = time.perf_counter() + seconds
     async with aiohttp.ClientSession() as session:
@@ -77,7 +78,7 @@ async def answer_times(client: SageClient, seconds: float) -> float:
 
 
 def wait_for_step(client: SageClient, run: str, step: int) -> None:
-    """Wait until a run has trained a step."""
+    """Wait until a run has trained the step `step`."""
     while last_step(client, run) < step:
         time.sleep(0.2)
 

@@ -1,7 +1,7 @@
-"""What a list, a request, a tick and idling cost the control plane with 10,000 settled engines and 200 living ones.
+"""Measure the control plane with 10,000 settled and 200 active engines: lists, routing, reconciler ticks, and idle writes.
 
-The processes of the living engines are stand-ins (crowded_home.py). The list is compared with a bare route of the same
-framework that returns the same JSON, in the same run. Prints a table and writes it to `benchmarks/results/control_plane.md`.
+One stand-in process replaces the processes of the active engines (crowded_home.py). The list is compared with a minimal
+FastAPI route that returns the same JSON. The table is printed and written to `benchmarks/results/control_plane.md`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results/control_plane.md"
 SETTLED, LIVING = 10_000, 200
 _PORT = 18_891
 _LIST = "/v1/management/engines?limit=100"
-#: A server that is ready as soon as Python is.
+#: Program of a server that imports only the standard library, so that it starts quickly.
 _SERVER = """
 import http.server, json, os, socket, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -102,7 +102,7 @@ def _gateway() -> Iterator[int]:
 
 
 def list_pages() -> Iterator[tuple[str, str]]:
-    """Measure the first page of the list, oldest and newest first, beside a bare route with the same JSON."""
+    """Measure the first page of the list in both orders, and a minimal route that returns the same JSON."""
     with httpx.Client(base_url=f"http://127.0.0.1:{_PORT}", trust_env=False, timeout=60) as client:
         for order in ("asc", "desc"):
             route = f"{_LIST}&order={order}"
@@ -112,7 +112,7 @@ def list_pages() -> Iterator[tuple[str, str]]:
 
 
 def _bare_route_ms(content: Any) -> float:
-    """Measure a bare FastAPI application in a process of its own."""
+    """Return the median time of a request to a minimal FastAPI application in a child process, in milliseconds."""
     port = _PORT + 1
     child = os.fork()
     if child == 0:
@@ -135,8 +135,8 @@ def _bare_route_ms(content: Any) -> float:
 
 
 def idle_bytes(pid: int, home: Path, seconds: float) -> Iterator[tuple[str, str]]:
-    """Measure what an idle gateway writes to the disk, near renewals of its lease and between them."""
-    time.sleep(3)  # what it does once after the start is over
+    """Measure the bytes that an idle gateway writes to the disk, in total and between renewals of the lease."""
+    time.sleep(3)  # wait until the gateway has finished its start
     renewed_at, writes, before, last = [], [], _expiry(home), _written_bytes(pid)
     end = time.monotonic() + seconds
     while (now := time.monotonic()) < end:
@@ -176,23 +176,23 @@ async def _manager():  # type: ignore[no-untyped-def]
 
 
 async def routing_ms(engine: str) -> float:
-    """Return how long a request's engine is looked up, by name, in milliseconds."""
+    """Return the median time to find the engine of a request by its name, in milliseconds."""
     async with _manager() as manager:
         await manager.running(engine, EngineKind.LLM, 60)
         return await _median_ms(lambda: manager.running(engine, EngineKind.LLM, 1), 5000)
 
 
 async def tick_ms() -> float:
-    """Return how long a tick of the reconciler takes once every engine was observed, in milliseconds."""
+    """Return the median time of a reconciler tick after every engine was observed, in milliseconds."""
     async with _manager() as manager:
         await asyncio.sleep(3)
         return await _median_ms(lambda: manager._reconciler.tick(is_active=True), 50, pause_seconds=0.05)  # noqa: SLF001
 
 
 async def start_seconds() -> float:
-    """Return how long a healthy engine takes from the request to start it until it runs."""
+    """Return the time from the start request of a healthy engine until the engine runs, in seconds."""
     async with _manager() as manager:
-        await asyncio.sleep(8)  # the others are known to be silent by now
+        await asyncio.sleep(8)  # wait until the control plane has noticed that the other servers do not answer
         began = time.perf_counter()
         engine = await manager.start_engine(
             StartRequest(model=MODEL, engine_kind=EngineKind.LLM, backend="quick", name="quick")
@@ -217,7 +217,7 @@ async def _median_ms(work: Callable[[], Awaitable[object]], times: int, pause_se
 
 
 def plan_ms(living: int) -> float:
-    """Return how long `plan` takes for so many living engines, in milliseconds."""
+    """Return the median time of `plan` for `living` active engines, in milliseconds."""
     found = [engine_record("n", number, f"engine-s{number}", EngineState.RUNNING) for number in range(living)]
     servers = {engine.server_id: server_record(engine, {}) for engine in found if engine.server_id}
     observed = {engine.id: Observed(alive=True, ready=True) for engine in found}
@@ -227,7 +227,7 @@ def plan_ms(living: int) -> float:
 
 
 def measure(root: Path, settled: int, idle_seconds: float) -> Iterator[tuple[str, str]]:
-    """Yield each figure with its name."""
+    """Yield the name and the value of each measurement."""
     with crowded_home(root / "full", Crowd(settled, LIVING)):
         with _gateway() as pid:
             yield from list_pages()
@@ -254,7 +254,7 @@ def _us(taken_ms: Awaitable[float]) -> str:
 
 
 def main() -> None:
-    """Print a table and write it down."""
+    """Run the measurements, print the table, and write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--settled", type=int, default=SETTLED)
     parser.add_argument("--idle-seconds", type=float, default=30)
@@ -267,7 +267,7 @@ def main() -> None:
         "| what | cost |",
         "|---|---|",
     ]
-    scratch = Path(".bench")  # on a disk: /tmp may be memory, which is not counted
+    scratch = Path(".bench")  # not in /tmp, which may be in memory: such writes are not counted
     scratch.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch.absolute()) as root:
         for name, figure in measure(Path(root), arguments.settled, arguments.idle_seconds):

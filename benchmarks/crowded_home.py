@@ -1,6 +1,7 @@
-"""A state folder with many engines, for benchmarks: settled ones, and living ones whose processes are stand-ins.
+"""Create a state folder with many settled and active engines, for benchmarks.
 
-Run as a program, it is the stand-in: one process that holds the locks of all living engines and answers their health checks.
+If this file is run as a program, it replaces the processes of all active engines: it keeps their locks and answers their
+health checks.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 from sage.llm.control_plane.store.rows import to_columns
 from sage.llm.control_plane.store.tables import engines, events, servers
 
-#: Offline, and only looked up by name: nothing loads it.
+#: Model of the engines. The benchmarks resolve this name without network access, but do not load the model.
 MODEL = "smollm2-135m-instruct"
 _DATASET = Path(__file__).parents[1] / "examples/data/sample_eval.jsonl"
 _STEPS = 300
@@ -37,16 +38,16 @@ _STEPS = 300
 
 @dataclass(frozen=True)
 class Crowd:
-    """How many engines of each sort."""
+    """The number of engines of each sort."""
 
     settled: int = 0
-    living: int = 0  #: half of them inference servers that answer, half training runs
-    hung: int = 0  #: inference servers that accept connections and do not answer
+    living: int = 0  #: active engines: one half are inference servers that answer, the other half are training runs
+    hung: int = 0  #: inference servers that accept connections but do not answer
 
 
 @contextmanager
 def crowded_home(home: Path, crowd: Crowd) -> Iterator[None]:
-    """Fill a new home, make it this process's SAGE_HOME, and run the stand-in for the length of the block."""
+    """Create a home with engines, set SAGE_HOME to it in this process, and run the stand-in process during the block."""
     os.environ["SAGE_HOME"] = str(home)
     node, database = open_state_folder(), open_database(f"sqlite:///{get_user_paths().state_dir / 'engines.db'}")
     serving = [_id("s", number) for number in range(crowd.living // 2 + crowd.hung)]
@@ -98,7 +99,7 @@ def _run(engine_id: str) -> Path:
 
 
 def engine_record(node: str, number: int, engine_id: str, state: EngineState) -> EngineRecord:
-    """Return an engine, running or stopped, as the store holds it."""
+    """Return the database record of an engine."""
     is_training = engine_id.startswith("engine-t")
     now = datetime.now(UTC)
     return EngineRecord(
@@ -113,7 +114,7 @@ def engine_record(node: str, number: int, engine_id: str, state: EngineState) ->
 
 
 def server_record(engine: EngineRecord, addresses: dict[str, str]) -> ServerRecord:
-    """Return the server of a running engine."""
+    """Return the database record of a running engine's server."""
     assert engine.server_id
     is_training = engine.kind is EngineKind.FINETUNE
     lock = (
@@ -136,7 +137,7 @@ def _event(engine: EngineRecord) -> dict[str, object]:
 
 
 def _make_runs(engine_ids: list[str]) -> None:
-    """Make the run directories of runs in the middle of training: one is made, the others are copies."""
+    """Create the run directories of runs that are still training. The first one is created, the others are copies of it."""
     first, *others = map(_run, engine_ids)
     config = FinetuneConfig(base_model=MODEL, dataset_path=str(_DATASET), output_dir=str(get_user_paths().data_dir / "out"))
     FinetuneManager().create(config, first.name)

@@ -1,8 +1,8 @@
-"""Our training step on a GPU beside TRL with Liger kernels and Unsloth.
+"""Compare SAGE's training step on a GPU with TRL, TRL with Liger kernels, and Unsloth.
 
-On the 135M model, and on random weights in the shape of larger ones: speed does not depend on what the weights are. Each
-peer has a Python of its own: `--liger PYTHON` (trl, peft, datasets, liger-kernel), `--unsloth PYTHON` (unsloth). One that is
-not given is left out.
+The models are the 135M model, and larger shapes with random weights. The speed does not depend on the weights' values.
+The peers are TRL and Unsloth. Each peer runs in a separate Python environment: `--plain PYTHON` (trl, peft, datasets),
+`--liger PYTHON` (also liger-kernel), `--unsloth PYTHON` (unsloth). A peer without this option is not measured.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
 
-#: The published shapes of Llama-3.2-1B and Qwen2.5-7B, and one for trying this out.
+#: Configurations with the published shapes of Llama-3.2-1B and Qwen2.5-7B, and a tiny one to try out this benchmark.
 SHAPES = {
     "llama-3.2-1b": LlamaConfig(
         vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def model_folder(name: str, work: Path) -> Path:
-    """Return the folder of a model: the 135M one, or random weights of a shape, made once."""
+    """Return the folder of the 135M model, or of a model with random weights, which the first call creates."""
     real = local_folder(resolve_model(MODEL))
     folder = work / "models" / name
     if name == MODEL or (folder / "config.json").exists():
@@ -55,7 +55,7 @@ def model_folder(name: str, work: Path) -> Path:
 
 
 def ours(model: Path, data: Path, work: Path, tokens: int, steps: int) -> dict[str, float]:
-    """Train in a worker process; return tokens a second after the first third of the steps, and the peak of the memory."""
+    """Train with SAGE in a worker process; return tokens/s (median without the first third of steps) and peak memory."""
     manager = FinetuneManager(work / "runs")
     config = FinetuneConfig(
         base_model=str(model), dataset_path=str(data), output_dir=str(work / f"gpu-{time.time_ns()}"), pack_tokens=tokens,
@@ -69,14 +69,14 @@ def ours(model: Path, data: Path, work: Path, tokens: int, steps: int) -> dict[s
 
 
 def peer(python: str, kind: str, model: Path, data: Path, tokens: int, steps: int) -> dict[str, float]:
-    """Train with a peer in its own environment."""
+    """Train with a peer in its environment; return tokens/s and peak memory."""
     script = str(Path(__file__).with_name("gpu_peer.py"))
     text = measured([python, script, kind, str(model), str(data), str(tokens), str(steps)])[2]
     return dict(json.loads(re.search(r"FIGURES (.*)", text)[1]))  # type: ignore[index]
 
 
 def main() -> None:
-    """Run all turn by turn; print a table, and write it."""
+    """Run SAGE and the peers alternately, print the table, and write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/bench/alpaca_train.jsonl"))
     parser.add_argument("--work", type=Path, default=Path(".bench"))

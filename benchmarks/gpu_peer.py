@@ -1,10 +1,11 @@
-"""A peer of `gpu.py`: gpu_peer.py liger|plain|unsloth MODEL TRAIN_JSONL TOKENS STEPS; prints its figures as JSON.
+"""Train with TRL or Unsloth for `gpu.py`, and print tokens/s and peak memory as JSON.
 
-Runs in an environment of the peer's own, with trl, peft and datasets, and liger-kernel or unsloth. The recipe is that of
-`gpu.py`: LoRA r=8 on all linear layers, samples packed to TOKENS, bf16, loss on the completions.
+Usage: gpu_peer.py liger|plain|unsloth MODEL TRAIN_JSONL TOKENS STEPS, in an environment with trl, peft, datasets, and
+liger-kernel or unsloth. The options are the same as in `gpu.py`: LoRA r=8 on all linear layers, samples packed to TOKENS,
+bf16, loss on the completions.
 """
 
-# ruff: noqa: E402 - unsloth wants to be imported before what it changes
+# ruff: noqa: E402 - unsloth must be imported before the libraries that it changes
 import json
 import sys
 import tempfile
@@ -25,13 +26,13 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Times(TrainerCallback):
-    """Notes when each step ended."""
+    """Records the end time of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Wait for the device, and look at the clock."""
+        """Wait until the GPU has finished the step, and record the time."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
@@ -55,7 +56,7 @@ if kind == "unsloth":
 times = Times()
 trainer = SFTTrainer(model=model, train_dataset=rows, args=arguments, peft_config=lora, callbacks=[times], **options)
 trainer.train()
-warm = len(times.ends) // 3  # what is compiled and tuned comes first
+warm = len(times.ends) // 3  # do not count the first third of the steps, which includes compilation and tuning
 seconds = (times.ends[-1] - times.ends[warm]) / (len(times.ends) - 1 - warm)
 seen = trainer.state.log_history[-2].get("num_tokens", 0) / len(times.ends)
 peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0

@@ -1,6 +1,6 @@
-"""How the cost of training grows: speed and peak memory over length, micro-batch, rank and size of the dataset.
+"""Measure training speed and peak memory for several sequence lengths, micro-batch sizes, LoRA ranks and dataset sizes.
 
-Each point is a run of SmolLM2-135M-Instruct in a process of its own, some steps long; the first warms up and is left out.
+Each measurement is a short run of SmolLM2-135M-Instruct in a separate process. The first step is a warm-up and not counted.
 """
 
 import argparse
@@ -22,8 +22,8 @@ WORDS = ("the", "model", "learns", "from", "what", "it", "reads", "and", "answer
 
 
 def chat(words: int, number: int) -> dict[str, Any]:
-    """A chat whose answer is two fifths of its words, each about a token."""
-    chance = random.Random(number)  # noqa: S311 - the same chats each time
+    """Return a chat of `words` words, two fifths of them in the answer. Each word is about one token."""
+    chance = random.Random(number)  # noqa: S311 - `number` is the seed, so that each call returns the same chat
     said = [chance.choice(WORDS) for _ in range(words)]
     cut = 3 * words // 5
     messages = [("user", f"{number}: {' '.join(said[:cut])}"), ("assistant", " ".join(said[cut:]))]
@@ -31,7 +31,7 @@ def chat(words: int, number: int) -> dict[str, Any]:
 
 
 def dataset(path: Path, samples: int, words: int) -> Path:
-    """Write chats; those that are there already stay."""
+    """Write a dataset of chats, unless the file exists; return its path."""
     if not path.exists():
         with path.open("w") as file:
             file.writelines(json.dumps(chat(words, number)) + "\n" for number in range(samples))
@@ -39,7 +39,7 @@ def dataset(path: Path, samples: int, words: int) -> Path:
 
 
 def point(work: Path, data: Path, **options: Any) -> dict[str, float]:
-    """Train some steps; return tokens/s, peak memory and how long it took to begin."""
+    """Train `STEPS` steps; return tokens/s, peak memory in GB, and the seconds until training started."""
     manager = FinetuneManager(work / "runs")
     config = FinetuneConfig(
         base_model=MODEL, dataset_path=str(data), output_dir=str(work / f"growth-{time.time_ns()}"), max_steps=STEPS,
@@ -58,12 +58,12 @@ def point(work: Path, data: Path, **options: Any) -> dict[str, float]:
 
 
 def seconds(event: dict[str, Any]) -> float:
-    """Return when an event was."""
+    """Return the time of an event, in seconds since 1970."""
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
 def main() -> None:
-    """Measure, and write results as JSON, a table and a picture."""
+    """Run the measurements, and write the results as JSON, as a table and as a chart."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--samples", type=int, default=1_000_000, help="of the largest dataset")
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def table(panels: dict[str, dict[int, dict[str, float]]]) -> str:
-    """Return the points as Markdown."""
+    """Return the measurements as a Markdown table."""
     lines = [
         f"| {name} | {value:,} | {p['tokens_per_second']:.0f} | {p['peak_gb']} GB | {p['begin_s']} s |\n"
         for name, points in panels.items()
@@ -102,7 +102,7 @@ def table(panels: dict[str, dict[int, dict[str, float]]]) -> str:
 
 
 def picture(panels: dict[str, dict[int, dict[str, float]]]) -> str:
-    """Return one chart a panel as SVG: bars of tokens/s, and of peak memory beside them."""
+    """Return an SVG with one bar chart per panel, which shows tokens/s and peak memory."""
     parts, height = [], 0
     for name, points in panels.items():
         parts.append(f'<text x="10" y="{height + 24}" font-weight="bold">{name}</text>')

@@ -1,4 +1,4 @@
-"""How long a user waits for the command line and the gateway: the median of several runs, each a process of its own."""
+"""Measure the start times of the command line and the gateway: the median of several runs, each in a new process."""
 
 import os
 import statistics
@@ -13,7 +13,7 @@ SAGE = str(Path(sys.executable).with_name("sage"))
 
 
 def seconds(argv: list[str], env: dict[str, str]) -> float:
-    """Return the median wall time of a command, after one run that is not counted."""
+    """Return the median wall time of a command, in seconds. The first run is not counted."""
     times = []
     for _ in range(RUNS + 1):
         began = time.perf_counter()
@@ -23,7 +23,7 @@ def seconds(argv: list[str], env: dict[str, str]) -> float:
 
 
 def main() -> None:
-    """Print a table."""
+    """Run the measurements and print the table."""
     with tempfile.TemporaryDirectory() as home:
         env = {**os.environ, "SAGE_HOME": home, "SAGE_GATEWAY_PORT": "18889"}
         rows = {

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, part by part, and how far each part is from the limit of its matrix products."""
+"""Measure the time of each part of a training step, and compare it with the minimum time of the part's matrix products."""
 
 import argparse
 import time
@@ -16,7 +16,7 @@ from sage.libs.finetune.training.stopping import StopRequest
 from sage.libs.finetune.training.trainer import TrainingRun
 
 STEPS = 6
-#: The autograd functions of each part; what they call is counted with them.
+#: The autograd functions of each part. The time of a function includes all functions that it calls.
 PARTS = {
     "feed-forward blocks": ("_GatedMlp", "_GatedMlpBackward"),
     "attention's projections": ("_Project", "_ProjectBackward"),
@@ -28,7 +28,7 @@ PARTS = {
 
 
 def products(run: TrainingRun, batch: Batch) -> dict[str, float]:
-    """Return the floating-point operations of a step's matrix products with frozen weights and of its attention."""
+    """Return the floating-point operations of a step, by part: matrix products with frozen weights, and attention."""
     config = run.loaded.model.get_base_model().config
     tokens, layers, width = batch["input_ids"].numel(), config.num_hidden_layers, config.hidden_size
     head_width = width // config.num_attention_heads
@@ -38,13 +38,17 @@ def products(run: TrainingRun, batch: Batch) -> dict[str, float]:
     return {
         "feed-forward blocks": 2.0 * 2 * 3 * layers * tokens * width * config.intermediate_size,
         "attention's projections": 2.0 * 2 * layers * tokens * width * columns,
-        "attention": 6.0 * 2 * layers * squares / 2 * width,  # two products forward, four backward, half of each seen
+        # Two products forward, four backward. The causal mask halves each product.
+        "attention": 6.0 * 2 * layers * squares / 2 * width,
         "head and loss": 2.0 * 2 * trained * width * config.vocab_size,
     }
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """Return the operations a second of a feed-forward block's product, its operands in the cache."""
+    """Return the floating-point operations per second of a matrix product with the shape of a feed-forward block.
+
+    The operands fit into the cache.
+    """
     left, right = torch.ones(832, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
     best = float("inf")
     for _ in range(50):
@@ -55,7 +59,7 @@ def peak_flops(dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    """Profile some packs, and print a table."""
+    """Profile the training steps of `STEPS` packs, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/bench/alpaca_train.jsonl"))
     parser.add_argument("--work", type=Path, default=Path(".bench"))

@@ -1,8 +1,8 @@
-"""Our training step beside its peers, turn by turn on one machine: `make bench-train`.
+"""Compare SAGE's training speed with LLaMA-Factory and TRL on one machine: `make bench-train`.
 
-DATA holds the samples (`alpaca_train.jsonl`, `alpaca_eval.jsonl`), the scripts that install and run the peers
-(`llamafactory_peer.sh`, `trl_peer.py`) and the one that scores every adapter alike (`heldout_loss.py`). The work is the same
-for all: SmolLM2-135M-Instruct, LoRA r=8 on all linear layers, one epoch, loss on the completions.
+The folder DATA contains the samples (`alpaca_train.jsonl`, `alpaca_eval.jsonl`). It also contains the scripts that run the
+other trainers (`llamafactory_peer.sh`, `trl_peer.py`) and measure an adapter's held-out loss (`heldout_loss.py`).
+All programs do the same training: SmolLM2-135M-Instruct, LoRA r=8 on all linear layers, one epoch, loss on the completions.
 """
 
 import argparse
@@ -37,17 +37,17 @@ PACK_TOKENS = 800
 
 @dataclass
 class Run:
-    """One training run."""
+    """The measurements of one training run."""
 
     train_seconds: float
-    other_seconds: float  #: start-up, loading, saving
+    other_seconds: float  #: time for start-up, loading and saving
     peak_bytes: int
     adapter: Path
-    heldout_loss: float | None = None  #: measured for the first run of a row
+    heldout_loss: float | None = None  #: measured only for the first run of a row
 
 
 class Bench:
-    """Where the peers, the data and the results are."""
+    """Trains with SAGE, LLaMA-Factory or TRL; data: folder of samples and scripts; work: folder of the outputs."""
 
     def __init__(self, data: Path, work: Path) -> None:
         self.data, self.work = data, work
@@ -57,7 +57,7 @@ class Bench:
         self.tokens = sum(len(sequence.ids) for sequence in Encoder(tokenizer, CUTOFF).encode(samples))
 
     def ours(self, **options: Any) -> Run:
-        """Train in a worker process, as an engine does."""
+        """Train with SAGE in a worker process, as an engine does."""
         output = self.work / f"ours-{time.time_ns()}"
         manager = FinetuneManager(self.work / "runs")
         config = FinetuneConfig(
@@ -65,16 +65,17 @@ class Bench:
             num_epochs=1, max_seq_length=CUTOFF, save_steps=10_000, **options,
         )  # fmt: skip
         seconds, peak_bytes, events = trained(manager, manager.create(config))
-        times = {event["event"]: datetime.fromisoformat(event["time"]) for event in events}  # the last of each kind
+        # Time of the last event of each kind.
+        times = {event["event"]: datetime.fromisoformat(event["time"]) for event in events}
         train = (times["step"] - times["started"]).total_seconds()
         return Run(train, seconds - train, peak_bytes, output)
 
     def llama_factory(self, mode: str, precision: str = "bf16") -> Run:
-        """Run LLaMA-Factory's own command, which says itself how long it trained and how much memory it took."""
+        """Train with LLaMA-Factory. The training time and the peak memory are read from the output of its script."""
         output = self.work / f"llama-factory-{time.time_ns()}"
         script = self.data / "llamafactory_peer.sh"
         text = script.read_text()
-        if precision == "fp32":  # the script packs in bf16 alone, and some processors are faster in fp32
+        if precision == "fp32":  # the script uses bf16, but some processors are faster in fp32
             text = text.replace("bf16: true", "bf16: false")
         argv = ["bash", "-c", text, str(script), str(self.work / "llama-factory"), str(self.model), str(output), mode]
         seconds, _, text = measured(argv)
@@ -84,7 +85,7 @@ class Bench:
         return Run(train, seconds - train, peak_kib * 1024, output)
 
     def trl(self, precision: str) -> Run:
-        """Run TRL's SFTTrainer in an environment of its own."""
+        """Train with TRL's SFTTrainer in a separate Python environment."""
         output, python = self.work / f"trl-{time.time_ns()}", self.work / "trl/bin/python"
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(python.parent.parent)], check=True)
@@ -97,13 +98,16 @@ class Bench:
         return Run(train, seconds - train, peak_bytes, output)
 
     def heldout_loss(self, adapter: Path) -> float:
-        """Return the loss over the held-out chats in fp32, one at a time, by a script that knows nothing of us."""
+        """Return an adapter's loss on the held-out chats, in fp32. The script that computes it does not use SAGE."""
         argv = [sys.executable, str(self.data / "heldout_loss.py"), str(self.model), str(adapter)]
         return float(re.search(r"heldout_loss ([\d.]+)", measured(argv)[2])[1])  # type: ignore[index]
 
 
 def _packed(how: str, **options: Any) -> tuple[str, Callable[[Bench], Run]]:
-    """Return a row of ours that packs as the best peer does."""
+    """Return a row that trains with SAGE and packs samples to `PACK_TOKENS`, as in the packed rows of LLaMA-Factory.
+
+    how: end of the row's title.  options: further options of FinetuneConfig.
+    """
     return f"SAGE, packed to {PACK_TOKENS} tokens{how}", lambda b: b.ours(pack_tokens=PACK_TOKENS, **options)
 
 
@@ -128,7 +132,7 @@ ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
 
 
 def trained(manager: FinetuneManager, task: str) -> tuple[float, int, list[dict[str, Any]]]:
-    """Carry out a run in a worker process; return its wall time, its peak memory and the run's events."""
+    """Train in a worker process; return the wall time in seconds, the peak memory in bytes, and the events of the run."""
     worker = [sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)]
     seconds, peak_bytes, _ = measured(worker, WORKER_ENVIRONMENT)
     events = [event.model_dump(mode="json") for event, _ in manager.events(task)]
@@ -137,7 +141,7 @@ def trained(manager: FinetuneManager, task: str) -> tuple[float, int, list[dict[
 
 
 def measured(argv: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> tuple[float, int, str]:
-    """Run a command; return its wall time, the peak memory of its process and what it printed."""
+    """Run a command; return the wall time in seconds, the peak memory of the process in bytes, and the printed text."""
     began = time.perf_counter()
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
@@ -151,7 +155,7 @@ def measured(argv: list[str], environment: Mapping[str, str] = MappingProxyType(
 
 
 def main() -> None:
-    """Run the rows turn by turn."""
+    """Train each row once per round, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/bench"))
     parser.add_argument("--work", type=Path, default=Path(".bench"))
@@ -167,11 +171,11 @@ def main() -> None:
             if not turn:
                 done[0].heldout_loss = bench.heldout_loss(done[0].adapter)
             print(f"round {turn + 1}: {name}: {done[-1].train_seconds:.1f} s", file=sys.stderr, flush=True)
-        write(arguments.out, runs, bench)  # after every round: what was measured stays, whatever comes
+        write(arguments.out, runs, bench)  # after every round, so that an interruption does not lose earlier results
 
 
 def write(out: Path, runs: dict[str, list[Run]], bench: Bench) -> None:
-    """Write results as JSON, a table and a picture."""
+    """Write the results as JSON, as a table and as a chart."""
     rows = [row(name, done, bench) for name, done in runs.items()]
     machine = {
         "processor": processor(), "cores": os.cpu_count(), "bf16": bool(torch.cpu.get_capabilities().get("avx512_bf16")),
@@ -186,7 +190,7 @@ def write(out: Path, runs: dict[str, list[Run]], bench: Bench) -> None:
 
 
 def row(name: str, runs: list[Run], bench: Bench) -> dict[str, Any]:
-    """Return the medians of a row's runs, and the held-out loss of its first."""
+    """Return a row's results: median times of the runs, highest peak memory, and the held-out loss of the first run."""
     train = statistics.median(run.train_seconds for run in runs)
     return {
         "name": ROWS[name][0],
@@ -200,7 +204,7 @@ def row(name: str, runs: list[Run], bench: Bench) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Return the rows as Markdown."""
+    """Return the rows as a Markdown table."""
     head = (
         "| trainer | runs | train seconds | tokens/s | peak RSS | start-up and saving | held-out loss |\n"
         + "|---" * 7
@@ -215,7 +219,7 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
-    """Return the rows' speeds as an SVG of bars."""
+    """Return an SVG bar chart of the rows' speeds."""
     scale = 300 / max(r["tokens_per_second"] for r in rows)
     bars = "".join(
         f'<text x="300" y="{28 + 30 * i}" text-anchor="end">{r["name"]}</text>'

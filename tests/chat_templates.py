@@ -1,4 +1,4 @@
-"""Chat templates that behave as those of the known families do."""
+"""Chat templates that behave like the templates of well-known model families."""
 
 # ruff: noqa: E501
 
@@ -18,7 +18,7 @@ CHATML = (
     _TOOLS + "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + (m.content or '') }}" + _CALLS
     + "{{- '<|im_end|>\\n' }}{%- endfor %}" + _PROMPT
 )  # fmt: skip
-#: A token of its own ends an answer; roles take turns; ids of calls have nine characters.
+#: EOS ends an answer; user and assistant must alternate; the ids of tool calls must have nine characters.
 MISTRAL = (
     "{{- bos_token }}{%- set ns = namespace(n=0) %}{%- for m in messages %}"
     "{%- if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls) %}{%- if (m.role == 'user') != (ns.n % 2 == 0) %}"
@@ -31,7 +31,7 @@ MISTRAL = (
     "{%- elif m.role == 'assistant' %}{{- ' ' + m.content + eos_token }}"
     "{%- else %}{{- raise_exception('only user, assistant and tool') }}{%- endif %}{%- endfor %}"
 )
-#: Writes reasoning only into the answers behind the last question; reads it from a field or from the content.
+#: Reads reasoning from `reasoning_content` or from the content, and writes it only in answers after the last user message.
 THINK = (
     _TOOLS + "{%- set ns = namespace(q=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.q = loop.index0 %}"
     "{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'assistant' %}{%- set r = '' %}"
@@ -42,7 +42,7 @@ THINK = (
     "{{- said.lstrip('\\n') }}" + _CALLS + "{{- '<|im_end|>\\n' }}"
     "{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}" + _PROMPT
 )  # fmt: skip
-#: Begins the reasoning in the prompt, and leaves it out of every answer.
+#: The generation prompt begins the reasoning; the reasoning of each assistant message is removed.
 DROPTHINK = (
     "{{- bos_token }}{%- for m in messages %}{%- if m.role == 'assistant' %}"
     "{{- '<A>' + m.content.split('</think>')[-1] + eos_token }}{%- else %}{{- '<U>' + m.content }}{%- endif %}{%- endfor %}"
@@ -54,23 +54,23 @@ GEMMA = (
     "{{- '<turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + (m.content | trim) + '<end>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<turn>model\\n' }}{%- endif %}"
 )
-#: Its headers end with a space, which the first word of the answer would swallow.
+#: Each header ends with a space. The tokenizer would merge this space with the first word of the answer.
 SPACE = (
     "{%- for m in messages %}{{- ('USER: ' if m.role == 'user' else 'ASSISTANT: ') + m.content "
     "+ ('\\n' if m.role == 'user' else eos_token + '\\n') }}{%- endfor %}{%- if add_generation_prompt %}{{- 'ASSISTANT: ' }}"
     "{%- endif %}"
 )
-#: Two line ends behind the header, which the tokenizer joins if nothing follows.
+#: Each header ends with two newlines. The tokenizer merges them into one token if no text follows.
 LLAMA3 = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n\\n' + m.content | trim + '<|im_end|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n\\n' }}{%- endif %}"
 )
-#: The next speaker's token ends an answer.
+#: An answer ends with the role token of the next message.
 GLM = (
     "{{- '[g]' }}{%- for m in messages %}{{- '<|' + m.role + '|>\\n' + m.content }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"
 )
-#: Nothing but words separates the turns.
+#: Messages are separated by ordinary text only, without special tokens.
 WORDS = (
     "{%- for m in messages %}{{- '### ' + m.role + ':\\n' + m.content + '\\n\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '### assistant:\\n' }}{%- endif %}"
@@ -79,7 +79,7 @@ MARKS = _MARKED.replace("OPEN", "{% generation %}").replace("CLOSE", "{% endgene
 MARKS_TIGHT = _MARKED.replace("OPEN", "{%-generation-%}").replace("CLOSE", "{%-endgeneration-%}")
 MARKS_WITHOUT_END = MARKS.replace("{{- '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}{{- '<|im_end|>' }}")
 MARKS_NOTHING = MARKS.replace("m.role == 'assistant'", "m.role == 'assistant' and m.reasoning_content")
-#: Name → template, tokens that it needs, and the token that ends an answer.
+#: For each family: the template, the special tokens that the template needs, and the token that ends an answer.
 FAMILIES: dict[str, tuple[Any, list[str], str]] = {
     "chatml": (CHATML, [], "<|im_end|>"),
     "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]", "[CALLS]", "[RESULT]", "[/RESULT]"], "</s>"),
@@ -98,10 +98,10 @@ FAMILIES: dict[str, tuple[Any, list[str], str]] = {
 
 
 def set_family(tokenizer: Any, name: str) -> str:
-    """Make a tokenizer one of a family; return the token that ends an answer."""
+    """Set a family's template and special tokens in a tokenizer; return the token that ends an answer."""
     template, tokens, end = FAMILIES[name]
     named = {"bos_token": "<s>"} if "<s>" in tokens else {}
-    # What ends an answer is the tokenizer's EOS in some families only.
+    # The token that ends an answer is the tokenizer's EOS only in some families.
     eos = "</s>" if "</s>" in tokens else "<|endoftext|>"
     tokenizer.add_special_tokens({**named, "eos_token": eos, "additional_special_tokens": tokens})
     tokenizer.chat_template = template

@@ -1,11 +1,11 @@
-"""A wall clock that is set while processes run, for those of one test: the system's own is never touched."""
+"""Set the wall clock of one test's processes while they run. The system's clock is not changed."""
 
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
-#: What a program asks for the time of day, with a file's first number of seconds added. Monotonic clocks stay as they are.
+#: C source of a library that adds the number of seconds in CLOCK_FILE to the time of day. Monotonic clocks are not changed.
 _SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -50,7 +50,7 @@ time_t time(time_t *out) {
 
 
 class SteppedClock:
-    """Processes with `environment` see the time of day, and `set` steps it for all of them at once."""
+    """A clock for all processes that are started with `environment`. `set` changes their time of day while they run."""
 
     def __init__(self, folder: Path) -> None:
         source, library = folder / "clock.c", folder / "clock.so"
@@ -65,7 +65,7 @@ class SteppedClock:
         return shutil.which("cc") is not None
 
     def set(self, step_seconds: int) -> None:
-        """Set the clock to so many seconds from the true time."""
+        """Set the clock to the true time plus `step_seconds`."""
         aside = self._file.with_suffix(".new")
         aside.write_text(str(step_seconds))
         aside.replace(self._file)

@@ -1,4 +1,4 @@
-"""Fixtures: every test is a new user with an empty home and no network."""
+"""Fixtures: each test has an empty SAGE_HOME and no network."""
 
 import os
 import signal
@@ -15,13 +15,14 @@ from sage.libs.models.export.formats import LlamaCpp
 from sage.llm.control_plane.backends import environments
 
 pytest.register_assert_rewrite("store_promises", "lease_promises", "migration_promises")
-# Commands inherit this: a shell starts background jobs with SIGINT ignored, and tests of Ctrl-C would wait in vain.
+# Handle SIGINT again: a shell starts background jobs with SIGINT ignored, and the tests' commands inherit this. Without a
+# handler, tests of Ctrl-C would wait until they time out.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def sage_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty SAGE_HOME; what still runs in it afterwards is killed."""
+    """Return an empty SAGE_HOME. Processes that still run in it after the test are killed."""
     home = tmp_path / "sage-home"
     for name in [name for name in os.environ if name.startswith("SAGE_")]:
         monkeypatch.delenv(name)
@@ -37,7 +38,7 @@ def sage_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 of some 100,000 parameters, made once for all test processes."""
+    """Return the folder of a Qwen2 model with about 100,000 random parameters, created once for all test processes."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = shared / "tiny-qwen2"
@@ -49,7 +50,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama_cpp(sage_home: Path) -> LlamaCpp:
-    """llama.cpp, which `make setup` has installed, in this test's home."""
+    """Return the llama.cpp that `make setup` installed, linked into the home of this test."""
     folder = environments.chosen("llamacpp").folder
     installed = installed_home() / folder.relative_to(sage_home)
     if not installed.is_dir():
@@ -61,14 +62,14 @@ def llama_cpp(sage_home: Path) -> LlamaCpp:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    """A real PostgreSQL; each test creates a database of its own there."""
+    """Run a real PostgreSQL server. Each test creates a separate database on it."""
     with postgres_server() as server:
         yield server
 
 
 @pytest.fixture
 def train_file(tmp_path: Path) -> Path:
-    """Our sample chats, as a file of the test's own."""
+    """Return a copy of the sample chats, which the test may change."""
     path = tmp_path / "train.jsonl"
     path.write_bytes(SAMPLES.read_bytes())
     return path

@@ -1,6 +1,6 @@
-"""A crowd on loopback that connects, asks and leaves at random moments, and one honest client among it.
+"""Load test of a gateway: many clients connect, send requests and disconnect at random times, and one client is patient.
 
-`python tests/crowd.py --model tiny --seconds 300` reports how the honest client fared at a gateway that runs.
+`python tests/crowd.py --model tiny --seconds 300` reports the answer times of the patient client at a running gateway.
 """
 
 import argparse
@@ -16,29 +16,29 @@ import psutil
 from yarl import URL
 
 _CLIENTS = 256
-#: Every request asks for as much, so that the time of those ahead is known.
+#: All requests have the same `max_tokens`, so that the time of the requests in front of another one can be computed.
 _TOKENS = 16
 _LONGEST_PAUSE_SECONDS = 3.0
-#: The gateway closes idle connections to engines within this time.
+#: The gateway closes idle connections to engines within this number of seconds.
 _IDLE_SECONDS = 20
-#: The database keeps some connections.
+#: Number of additional descriptors that are allowed after the test, because the database keeps connections open.
 SPARE_DESCRIPTORS = 24
 
 
 @dataclass
 class Report:
-    """What a crowd did to a gateway."""
+    """The measurements of one load test."""
 
-    alone_seconds: float  #: the honest client's median without the crowd
+    alone_seconds: float  #: median answer time of the patient client without other clients
     slowest_seconds: float = 0.0
-    slowest_ahead: int = 0  #: requests under way when the slowest one was sent
-    worst_ratio: float = 0.0  #: of an answer's time to 2 * alone + those ahead * alone
+    slowest_ahead: int = 0  #: number of requests in progress when the slowest request was sent
+    worst_ratio: float = 0.0  #: maximum of: answer time / ((2 + requests in progress) * alone_seconds)
     honest_answers: int = 0
     asked: int = 0
     answered: int = 0
     left: int = 0
     server_errors: int = 0
-    failed: int = 0  #: connections that the gateway broke
+    failed: int = 0  #: connections that the gateway closed before the answer was complete
     memory_bytes: tuple[int, int] = (0, 0)
     descriptors: tuple[int, int] = (0, 0)
 
@@ -54,7 +54,7 @@ class Crowd:
         self._under_way = 0
 
     async def run(self) -> Report:
-        """Let them loose."""
+        """Run the load test and return its measurements."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
             async with session.get(f"{self._base_url}/health") as answer:
                 gateway = psutil.Process((await answer.json())["pid"])
@@ -68,7 +68,7 @@ class Crowd:
             for client in crowd:
                 client.cancel()
             await asyncio.gather(*crowd, return_exceptions=True)
-            await self._honest_seconds(session)  # behind all that the crowd left
+            await self._honest_seconds(session)  # wait until the remaining requests of the other clients have ended
             report.memory_bytes = before[0], gateway.memory_info().rss
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_IDLE_SECONDS):

@@ -1,4 +1,4 @@
-"""Small random decoders of several families, and the gradients of a step of theirs."""
+"""Create small random decoder models of several families, and compute the gradients of a training step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,7 @@ LORA: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.4},
     "DoRA": {"use_dora": True},
 }
-#: A window, a block of queries and a row of 64 are each met, passed and not met.
+#: Sequence lengths below and above the size of the attention window, of a block of queries, and of a row of 64 tokens.
 LENGTHS = (3, 33, 70, 300, 17)
 
 
@@ -55,7 +55,7 @@ def samples() -> tuple[Encoded, ...]:
 
 
 def trainable(config: PreTrainedConfig, dtype: torch.dtype, **lora: Any) -> PeftModel:
-    """A random model with adapters that already do something, the same at every call."""
+    """Return a random model with LoRA adapters whose weights are not zero. Each call returns the same weights."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
@@ -70,7 +70,7 @@ def trainable(config: PreTrainedConfig, dtype: torch.dtype, **lora: Any) -> Peft
 
 
 def gradients(model: PeftModel, micro_batches: list[tuple[Encoded, ...]], kernels: Kernels | None) -> dict[str, Tensor]:
-    """Return the loss and all gradients, computed in micro-batches of one step."""
+    """Return the loss and all gradients of one step, accumulated over micro-batches; kernels: SAGE's kernels or None."""
     collator = PackedCollator() if kernels else PaddedCollator(0)
     loss = CompletionLoss(kernels.head.weight, kernels.compute_dtype) if kernels else CompletionLoss()
     total = sum(sequence.trained_tokens for batch in micro_batches for sequence in batch)

@@ -1,4 +1,4 @@
-"""Views of engines for tests without a gateway."""
+"""Create EngineView objects for tests without a gateway."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -8,7 +8,7 @@ from sage.llm.client.types import EngineView
 
 
 def engine_view(**values: Any) -> EngineView:
-    """Return a running fine-tuning engine; `values` replace its fields."""
+    """Return the view of a running fine-tuning engine; values: fields to replace."""
     now = datetime.now(UTC)
     fields: dict[str, Any] = {
         "id": "engine-a",
@@ -30,5 +30,5 @@ def engine_view(**values: Any) -> EngineView:
 
 
 def training_progress(**values: Any) -> TrainingProgress:
-    """Return a run at step 5 of 10."""
+    """Return the progress of a run at step 5 of 10; values: fields to replace."""
     return TrainingProgress(**{"step": 5, "total_steps": 10, "progress": 0.5, **values})

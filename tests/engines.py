@@ -1,4 +1,4 @@
-"""Engines as the store has them, for tests without processes."""
+"""Create database records of engines and servers, for tests without processes."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +12,7 @@ RUNNING = DesiredState.RUNNING
 def record(
     state: EngineState = EngineState.QUEUED, desired: DesiredState = DesiredState.RUNNING, **values: Any
 ) -> EngineRecord:
-    """Return an engine of kind llm, named 'm', with the id 'engine-a' and of the node 'n', unless other values are given."""
+    """Return the record of an llm engine with id 'engine-a', name 'm' and node 'n'; values: fields to replace."""
     now = datetime.now(UTC)
     fields: dict[str, Any] = {
         "id": "engine-a", "kind": EngineKind.LLM, "model": "m", "name": "m", "backend": "transformers", "options": {},
@@ -24,7 +24,7 @@ def record(
 
 
 def server(state: ServerState = ServerState.LAUNCHED, **values: Any) -> ServerRecord:
-    """Return the server of 'engine-a', unless other values are given."""
+    """Return the record of the server of 'engine-a'; values: fields to replace."""
     fields: dict[str, Any] = {
         "id": "server-a", "node": "n", "backend": "transformers", "model": "m", "handle": "/engine-a/process.lock",
         "address": "127.0.0.1:9000", "devices": None, "reserved_bytes": None, "version": 1, "created_at": datetime.now(UTC),

@@ -1,4 +1,4 @@
-"""Random requests after an OpenAPI document, right ones and wrong ones, bounded and with a fixed seed."""
+"""Send random valid and invalid requests, generated from an OpenAPI document with a fixed seed, and check the answers."""
 
 import contextlib
 import copy
@@ -16,13 +16,13 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 
-#: Few for every day, many for `make test-long`.
+#: Numbers of requests: a small number by default, and a large number for `make test-long`.
 CASES = (
     240,
     pytest.param(int(os.environ.get("SAGE_FUZZ_CASES", "7000")), marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
 )
 _CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance]
-#: An answer that takes longer than this is taken for a hang.
+#: A request fails if its answer takes longer than this.
 _ANSWER_SECONDS = 30
 _ASK_EVERY = 100
 _FEW = {"type": "integer", "minimum": 1, "maximum": 3}
@@ -32,12 +32,12 @@ _MESSAGE = {
     "properties": {"role": {"enum": ["user", "assistant", "system"]}, "content": _SOME_TEXT},
 }  # fmt: skip
 _MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4}
-#: Fields that are wrong unless another one is there, or a model knows them.
+#: Fields that are valid only together with another field, or only for some models.
 _DEPENDENT = {"stream_options", "top_logprobs", "best_of", "tools", "tool_choice", "logit_bias", "dimensions"}
 
 
 def fuzz(document: dict[str, Any], base_url: str, cases: int, ask: Callable[[], None]) -> None:
-    """Send at least `cases` requests and check their answers; `ask` must succeed after every hundredth."""
+    """Send at least `cases` requests and check the answers. After every 100 requests, `ask` is called and must succeed."""
     operations = [result.ok() for result in schemathesis.openapi.from_dict(document).get_all_operations()]
     sent, rounds = 0, 0
     bounded = settings(
@@ -58,22 +58,22 @@ def fuzz(document: dict[str, Any], base_url: str, cases: int, ask: Callable[[], 
         while sent < cases:
             rounds += 1
             for operation, mode in itertools.product(operations, (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)):
-                with contextlib.suppress(Unsatisfiable):  # nothing can be wrong with a request that has no parts
+                with contextlib.suppress(Unsatisfiable):  # a request without parameters and body has no invalid form
                     seed(rounds)(bounded(given(case=operation.as_strategy(generation_mode=mode))(send)))()
     ask()
 
 
 def _cheapen(body: Any) -> None:
-    """Ask for few answers: up to 128 long ones are allowed, and take minutes."""
+    """Limit `n` to 3, because a request for up to 128 long answers is valid and takes minutes."""
     count = body.get("n") if isinstance(body, dict) else None
     if isinstance(count, int | float) and 3 < count <= 128:
         body["n"] = 3
 
 
 def inference(document: dict[str, Any], models: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the inference routes' document twice: whole, and narrowed to requests most of which an engine answers.
+    """Return two OpenAPI documents of the inference routes: the second omits fields that engines often reject.
 
-    Both name a model that is served (by path) and ask for few tokens.
+    In both documents, `model` is a served model, and `max_tokens` is small.  models: maps a route's path to its model.
     """
     whole = {**document, "paths": {path: document["paths"][path] for path in models}}
     for path, model in models.items():
@@ -87,7 +87,7 @@ def inference(document: dict[str, Any], models: dict[str, str]) -> list[dict[str
 
 
 def _narrow(document: dict[str, Any], path: str, **properties: dict[str, Any]) -> dict[str, Any]:
-    """Replace properties of a route's body, and return its schema."""
+    """Replace properties in the schema of a route's body, and return the schema."""
     content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     schema = content["schema"]
     if "$ref" in schema:

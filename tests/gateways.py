@@ -1,4 +1,4 @@
-"""A gateway and engines in the test's own process: real HTTP over loopback, no model."""
+"""Run a gateway and engines without a model in the test's process, with real HTTP on loopback."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ async def healthy(_: web.Request) -> web.Response:
 
 @contextlib.asynccontextmanager
 async def engine(answer: Handler, health: Handler = healthy, keep_alive_seconds: float = 75) -> AsyncIterator[int]:
-    """An engine with a given answer; yields its port."""
+    """Run an engine whose inference routes call `answer`, and yield its port."""
     app = web.Application(client_max_size=2**24)
     app.router.add_get("/health", health)
     app.router.add_post("/v1/{route:.*}", answer)
@@ -50,9 +50,10 @@ async def gateway(
     standby: bool = False,
     **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A gateway, with one engine `tiny` if there is a port; yields a client of it.
+    """Run a gateway and yield an HTTP client of it. If `engine_port` is given, the gateway has one engine named `tiny`.
 
-    model_name: the engine's name inside its server.  key: of its server.  parameters: of requests that it supports.
+    model_name: model name at the engine's server.  key: API key of the server.  parameters: request fields that the server
+    supports.
     """
     port = free_port()
     app = create_app(load_settings().model_copy(update={"gateway_port": port, **settings}), standby=standby)
@@ -81,7 +82,7 @@ async def gateway(
 
 
 async def until(is_true: Callable[[], bool], what: str) -> None:
-    """Wait until something is so; fails after a time that only a bug needs."""
+    """Wait until `is_true` returns true. Fails after 20 seconds; what: the expected condition, for the error."""
     async with asyncio.timeout(20):
         while not is_true():
             await asyncio.sleep(0.01)

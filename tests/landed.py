@@ -1,6 +1,6 @@
-"""Versions of SAGE that users have, from the repository's own history, and what they leave on the disk.
+"""Install and run earlier versions of SAGE from the repository's history, and read the files that they write.
 
-`python tests/landed.py COMMIT` makes `tests/data/landed-COMMIT.tar.xz`: the home of a user of that version after a crash.
+`python tests/landed.py COMMIT` creates `tests/data/landed-COMMIT.tar.xz`: the home that this version leaves after a crash.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import pytest
 from support import ROOT, SAMPLES, free_port, make_tiny_model, wait_for
 
 DATA = Path(__file__).parent / "data"
-#: The folder in which an archive was made; its paths are rewritten when it is unpacked.
+#: Folder in which archives are created. `unpack` replaces this folder in all stored paths.
 _ORIGIN = Path("/tmp/sage-landed")
 _ENDED = ("stopped", "completed", "failed")
-#: Of a run that can be stopped in time and resumed: a step takes milliseconds.
+#: Options of a run with many short steps (milliseconds), which a test can stop before its end and resume.
 RUN_OPTIONS = {
     "batch_size": 1, "max_steps": 400, "learning_rate": 1e-3, "precision": "fp32", "save_steps": 400, "keep_checkpoints": 1,
     "lora_rank": 2,
@@ -35,9 +35,10 @@ RUN_OPTIONS = {
 
 
 def install(commit: str, folder: Path) -> Path:
-    """Install a landed version into an environment of its own and return its interpreter; skips if history lacks the commit.
+    """Install an earlier version into a new environment and return its interpreter.
 
-    Dependencies are those of the running interpreter: only SAGE's own packages are of that version.
+    Only SAGE's packages have that version; all other packages are those of the running interpreter. The test is skipped if
+    the repository does not contain the commit.
     """
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit, "packages"], capture_output=True, check=False)
     if archive.returncode != 0:
@@ -47,7 +48,7 @@ def install(commit: str, folder: Path) -> Path:
     subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
     environment = folder / "environment"
     venv.create(environment, symlinks=True)
-    # A .pth file inside a folder that is named here is not read, so the version under test stays invisible.
+    # Python does not read .pth files in the folders that this .pth file names, so the current version is not importable.
     paths = [*sorted((source / "packages").glob("*/src")), Path(sysconfig.get_path("purelib"))]
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "landed.pth").write_text("".join(f"{path}\n" for path in paths))
@@ -55,7 +56,7 @@ def install(commit: str, folder: Path) -> Path:
 
 
 class LandedGateway:
-    """The gateway of a landed version, spoken to as its users did: by plain HTTP."""
+    """The gateway of an earlier version, controlled by plain HTTP requests."""
 
     def __init__(self, python: Path, home: Path, port: int) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SAGE_", "PYTHONPATH"))}
@@ -81,15 +82,15 @@ class LandedGateway:
         return str(answer.json()["id"])
 
     def train(self, model: Path, output: Path, **options: Any) -> str:
-        """Start a run on our samples and return its engine's id."""
+        """Start a training run on the sample chats and return the engine's id."""
         return self.start(model, "finetune", dataset_path=str(SAMPLES), output_dir=str(output), **{**RUN_OPTIONS, **options})
 
     def engine(self, engine_id: str) -> dict[str, Any]:
-        """Return an engine as that version describes it."""
+        """Return an engine, as the gateway of that version describes it."""
         return dict(self._http.get(f"/v1/management/engines/{engine_id}").json())
 
     def until(self, engine_id: str, *states: str) -> dict[str, Any]:
-        """Wait until an engine is in one of these states, and return it."""
+        """Wait until an engine is in one of the states, and return the engine."""
 
         def found() -> dict[str, Any] | None:
             engine = self.engine(engine_id)
@@ -98,30 +99,30 @@ class LandedGateway:
         return wait_for(found, f"{engine_id}: {' or '.join(states)}")
 
     def stop_after(self, engine_id: str, step: int) -> None:
-        """Stop a run that has done so many steps; it has a checkpoint then."""
+        """Wait until a run has trained `step` steps, then stop the run, which saves a checkpoint."""
         wait_for(lambda: ((self.engine(engine_id).get("training") or {}).get("step") or 0) >= step, f"step {step}")
         self.stop(engine_id)
 
     def stop(self, engine_id: str) -> None:
-        """Stop an engine, and wait for its end."""
+        """Stop an engine, and wait until it has stopped."""
         assert self._http.delete(f"/v1/management/engines/{engine_id}").is_success
         assert self.until(engine_id, *_ENDED)["state"] == "stopped"
 
     def kill(self) -> None:
-        """Kill the gateway; its engines live on."""
+        """Kill the gateway. The engines continue to run."""
         self._http.close()
         self._process.kill()
         self._process.wait()
 
 
 def losses(home: Path, task_id: str) -> dict[int, float]:
-    """Return the loss of every step of a run; of a step that was done twice, the later one."""
+    """Return the loss of each step of a run. If a step was trained twice, the second loss is returned."""
     events = (home / "data/models/finetuned" / task_id / "events.jsonl").read_text().splitlines()
     return {event["step"]: event["loss"] for event in map(json.loads, events) if event["event"] == "step"}
 
 
 def unpack(name: str, root: Path) -> Path:
-    """Unpack an archive of `DATA` and return the home in it; absolute paths are rewritten to where it lies now."""
+    """Unpack an archive from `DATA` into `root` and return its SAGE_HOME. Stored absolute paths are changed to `root`."""
     root.mkdir()
     with tarfile.open(DATA / name) as archive:
         archive.extractall(root)
@@ -135,7 +136,7 @@ def unpack(name: str, root: Path) -> Path:
 
 
 def _make(commit: str) -> None:
-    """Make an archive: a run that completed, the same one stopped half-way, a stopped engine and one that was running."""
+    """Create an archive with four engines: a completed run, a stopped run, a stopped llm engine and a running llm engine."""
     shutil.rmtree(_ORIGIN, ignore_errors=True)
     home, model = _ORIGIN / "home", _ORIGIN / "model"
     data = _ORIGIN / "train.jsonl"

@@ -1,4 +1,4 @@
-"""What leases promise on every database; the tests of each database inherit them."""
+"""Tests of leases that every database must pass. The test classes of each database inherit these tests."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +21,7 @@ EXITED = ProcessIdentity(1, "an earlier boot/5")
 
 
 def expire(store: Store, in_seconds: float = -1.0) -> None:
-    """Write when all leases expire, counted from now: what a step of the database's clock looks like."""
+    """Let all leases expire `in_seconds` from now, as if the database's clock had been changed."""
     with store._write() as connection:
         connection.execute(update(leases).values(expires_at=lease_clock(in_seconds)))
 
@@ -54,8 +54,8 @@ class LeasePromises(Stored):
         assert store.leader("n") is None
         second = store.acquire_lease("n", "b", "host", ME)
         assert second
-        store.release_lease(first)  # of one who lost it
-        store.register_node("n", "host")  # a node that starts again
+        store.release_lease(first)  # releasing a lease that has been lost has no effect
+        store.register_node("n", "host")  # the node starts again
         third = store.acquire_lease("n", "b", "host", ME)
         assert third
         assert first.fence < second.fence < third.fence
@@ -76,7 +76,7 @@ class LeasePromises(Stored):
         starting = store.transition(starting, S.STARTING, actor="r", lease=lease, put_server=server(), server_id="server-a")
         stopped = store.add(record(S.STOPPED, id="engine-c"), "user", lease)
         [its_server] = store.servers("n")
-        expire(store)  # here it is suspended, between reading and writing
+        expire(store)  # as if the process had been suspended between reading and writing
         standby = Store(open_database(database_url))
         taken = standby.acquire_lease("n", "standby", "host", ME)
         assert taken
@@ -111,7 +111,7 @@ class LeasePromises(Stored):
         with pytest.raises(LeaseLost):
             store.transition(engine, S.STARTING, actor="r", lease=lease)
         assert store.acquire_lease("n", "b", "another host", ME)
-        expire(store, 2 * LEASE_SECONDS - 1)  # one that a renewal can have written
+        expire(store, 2 * LEASE_SECONDS - 1)  # a renewal can have written this expiry
         assert store.acquire_lease("n", "c", "another host", ME) is None
 
     def test_a_node_writes_its_own_rows_only(self, store: Store, lease: Lease) -> None:

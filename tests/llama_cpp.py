@@ -1,4 +1,4 @@
-"""llama.cpp's server on a GGUF file, and the answers of transformers to compare with."""
+"""Run llama.cpp's server with a GGUF file, and generate answers with transformers for comparison."""
 
 import http.client
 import json
@@ -12,7 +12,7 @@ from typing import Any, Self
 from sage.libs.models.chat import ChatFormat
 from sage.libs.models.export.formats import LlamaCpp
 
-#: Serves the file of the command line until its standard input is closed; prints its address.
+#: Program that serves the GGUF file given as its argument and prints its address. It exits when its stdin is closed.
 _PROGRAM = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()
@@ -26,7 +26,7 @@ sys.stdin.read()
 
 
 class LlamaServer:
-    """A server process."""
+    """A process of llama.cpp's server."""
 
     def __init__(self, llama_cpp: LlamaCpp, file: Path) -> None:
         self._process = subprocess.Popen(
@@ -68,7 +68,7 @@ def installed_home() -> Path:
 
 
 def trained_model(base: Path, adapter: Path) -> Any:
-    """Return a base with its adapter merged."""
+    """Return a base model with an adapter merged into it."""
     import torch
 
     from sage.libs.models.adapters import attach_adapter, merged
@@ -78,7 +78,7 @@ def trained_model(base: Path, adapter: Path) -> Any:
 
 
 def greedy_answer(model: Any, chat_format: ChatFormat, messages: list[dict[str, Any]], max_tokens: int) -> str:
-    """Return the answer that transformers generates, greedily."""
+    """Return the answer that transformers generates with greedy decoding."""
     import torch
 
     prompt, ends = torch.tensor([chat_format.prompt_ids(messages)]), chat_format.end_ids(None)

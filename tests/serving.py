@@ -1,4 +1,4 @@
-"""A server of a few lines that hosts adapters as vLLM does, and a control plane that runs it."""
+"""Run a control plane with a small server that loads and unloads adapters through the same routes as vLLM."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, W
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
 from sage.llm.control_plane.manager import ControlPlaneManager
 
-#: An answer is the folder of the model that answered. A folder that holds `refused` is refused.
+#: Program of the server. An answer contains the folder of the model. An adapter folder with a file `refused` is rejected.
 _SERVER = """
 import http.server, json, os, pathlib, socket, sys, threading, time
 options, base_name, base = json.loads(sys.argv[1]), sys.argv[3], sys.argv[4]
@@ -65,7 +65,7 @@ server.serve_forever(0.01)
 
 
 class HostingOptions(ServingOptions):
-    """How the server behaves."""
+    """Options of the small server."""
 
     start_seconds: float = 0
     load_seconds: float = 0
@@ -73,7 +73,7 @@ class HostingOptions(ServingOptions):
 
 
 class HostingBackend(WorkerBackend):
-    """The backend for that server."""
+    """The backend that runs the small server."""
 
     name: ClassVar[str] = "hosting"
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True)
@@ -94,7 +94,7 @@ class HostingBackend(WorkerBackend):
 
 
 def make_adapter(folder: Path, base: Path, *marks: str) -> Path:
-    """Make a folder that is found as an adapter; marks: empty files in it."""
+    """Create a folder that SAGE recognizes as an adapter; marks: names of empty files to create in it."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA"}))
     header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
@@ -119,7 +119,7 @@ def run(test: Callable[[ControlPlaneManager], Awaitable[None]]) -> None:
 
 
 async def until(manager: ControlPlaneManager, engine_id: str, *states: EngineState) -> EngineView:
-    """Wait until an engine is in one of the states, and return it."""
+    """Wait until an engine is in one of the states, and return the engine."""
     deadline = time.monotonic() + 60
     while (view := await manager.get_engine(engine_id)).state not in states:
         assert time.monotonic() < deadline, view
@@ -134,12 +134,12 @@ async def start(manager: ControlPlaneManager, model: Path, **fields: Any) -> Eng
 
 
 async def started(manager: ControlPlaneManager, model: Path, **fields: Any) -> EngineView:
-    """Start an engine and wait until it runs."""
+    """Start an engine, wait until it runs, and return it."""
     return await until(manager, (await start(manager, model, **fields)).id, EngineState.RUNNING)
 
 
 async def answered(manager: ControlPlaneManager, model: str) -> str:
-    """Return the folder that answers a request for `model`."""
+    """Send a request for `model`, and return the folder of the model that answers."""
     upstream = await manager.running(model, EngineKind.LLM, 30)
     async with httpx.AsyncClient(trust_env=False, verify=False) as client:
         answer = await client.post(f"http://{upstream.address}/v1/chat/completions", json={"model": upstream.model_name})

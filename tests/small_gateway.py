@@ -1,4 +1,4 @@
-"""A small HTTP server in the test's own process that answers like a gateway."""
+"""Run a small HTTP server in the test's process that answers like a gateway."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ class Gateway(BaseHTTPRequestHandler):
         }
 
     def send_stream(self, path: str, query: str) -> None:
-        """Send a stream; if it is followed, it breaks off in the middle of the first answer."""
+        """Send a stream. With `follow`, the first answer of each path breaks off in the middle."""
         begin = int(query.rpartition("=")[2]) if "offset=" in query else 0
         after = int(query.partition("after=")[2].partition("&")[0] or 0)
         whole, first = (
@@ -119,7 +119,7 @@ class Gateway(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def small_gateway() -> Iterator[tuple[str, list[str]]]:
-    """Yield the server's URL, and the paths that it has been asked for."""
+    """Run the server during the block. Yield its URL, and the list of the requested paths, which grows with each request."""
     asked: list[str] = []
     handler = type("Handler", (Gateway,), {"broken": set(), "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,4 +1,4 @@
-"""What the store promises on every database; the tests of each database inherit them."""
+"""Tests of the store that every database must pass. The test classes of each database inherit these tests."""
 
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -105,12 +105,12 @@ class StorePromises(Stored):
         second = store.transition(second, S.STARTING, join_server="server-a", revision=1, **starting)
         assert (second.server_id, second.revision) == ("server-a", 1)
         [stored] = store.servers("n")
-        with pytest.raises(StaleWrite):  # it hosts another engine
+        with pytest.raises(StaleWrite):  # the server still hosts another engine
             store.close_server(stored, first, lease=lease)
         assert store.is_server_needed("server-a", first.id)
         first = store.transition(first, S.FAILED, leave_server="server-a", must_remain=True, **starting)
         assert store.servers("n") == [stored]
-        with pytest.raises(StaleWrite):  # it would host none
+        with pytest.raises(StaleWrite):  # the server would host no engine
             store.transition(second, S.FAILED, leave_server="server-a", must_remain=True, **starting)
         store.close_server(stored, second, lease=lease)
         with pytest.raises(StaleWrite):
@@ -118,7 +118,7 @@ class StorePromises(Stored):
         assert store.get(third.id) == third
         store.transition(second, S.FAILED, leave_server="server-a", **starting)
         assert store.servers("n") == []
-        assert store.is_server_needed("server-a", first.id)  # for the log of the second engine
+        assert store.is_server_needed("server-a", first.id)  # the second engine still needs the server's log
         assert not store.is_server_needed("server-b", first.id)
         with pytest.raises(StaleWrite):
             store.transition(third, S.STARTING, join_server="server-a", **starting)

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model, small datasets, waiting for a condition."""
+"""Functions for all tests: create a tiny model and small datasets, run the command line, wait for a condition."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "examples" / "data" / "sample_train.jsonl"
 HELDOUT = ROOT / "examples" / "data" / "sample_eval.jsonl"
 SAGE = (sys.executable, "-m", "sage.cli.main")
-#: Qwen2.5's way of writing a chat, without its tools.
+#: Chat template of Qwen2.5 without tools.
 QWEN_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -24,7 +24,7 @@ QWEN_TEMPLATE = (
 
 
 def wait_for(probe: Callable[[], T | None], what: str, seconds: float = 120) -> T:
-    """Return what `probe` returns as soon as that is true; fails after a time that only a bug needs."""
+    """Call `probe` until it returns a true value, and return this value. Fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (result := probe()):
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
@@ -33,30 +33,30 @@ def wait_for(probe: Callable[[], T | None], what: str, seconds: float = 120) -> 
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:
-    """Write one JSON object a line."""
+    """Write a JSON Lines file and return its path."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 def chat_record(question: str, answer: str) -> dict[str, Any]:
-    """Return a chat of one turn in OpenAI's shape."""
+    """Return a chat with one question and one answer in OpenAI's format."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def sample_lines(count: int) -> list[Any]:
-    """Return the first of our sample chats."""
+    """Return the first `count` sample chats."""
     return [json.loads(line) for line in SAMPLES.read_text().splitlines()[:count]]
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port on the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def sage(*arguments: str, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line; `check` is the exit code that must come, None for any."""
+    """Run the command `sage`; check: expected exit code; None: any exit code."""
     done = subprocess.run(
         [*SAGE, *arguments], capture_output=True, text=True, timeout=options.pop("timeout", 240), check=False, **options
     )
@@ -65,21 +65,24 @@ def sage(*arguments: str, check: int | None = 0, **options: Any) -> subprocess.C
 
 
 def engine_of(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the one engine id that a command printed."""
+    """Return the engine id that a command printed. Fails if it printed none or several ids."""
     words = [word for word in done.stdout.split() if word.startswith("engine-")]
     assert len(words) == 1, done.stdout
     return words[0]
 
 
 def list_engines() -> dict[str, dict[str, Any]]:
-    """Return all engines by id, as the command line tells them."""
+    """Return all engines by id, as the command line lists them."""
     return {engine["id"]: engine for engine in json.loads(sage("llm", "engine", "list", "--json").stdout)}
 
 
 def make_tiny_model(
     folder: Path, *, width: int = 32, layers: int = 2, dtype: Any = None, tie_word_embeddings: bool = False
 ) -> None:
-    """Make a random Qwen2, by default of some 100,000 parameters, with a tokenizer of our samples and Qwen's template."""
+    """Create a random Qwen2 model, by default with about 100,000 parameters.
+
+    The tokenizer is trained on the sample chats, and the chat template is `QWEN_TEMPLATE`.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -106,5 +109,5 @@ def make_tiny_model(
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return the environment of a new user without a network."""
+    """Return environment variables for a process that uses `home` as SAGE_HOME and does not access the Hugging Face Hub."""
     return {**os.environ, "SAGE_HOME": str(home), "HF_HUB_OFFLINE": "1"}

@@ -1,7 +1,8 @@
-"""`python tests/suspending_gateway.py LEASE_SECONDS POINT`: a gateway that suspends itself once, in the middle of a write.
+"""Run a gateway that suspends itself once during a write: `python tests/suspending_gateway.py LEASE_SECONDS POINT`.
 
-POINT: `add` or `transition`: before the transaction, after everything that it depends on was read; `commit`: inside the
-transaction, after the lease was checked; `never`. Each concerns the second engine that is created.
+The write is the creation or a transition of the second engine. POINT selects when the gateway suspends itself.
+`add`, `transition`: after the data for the write was read, and before the transaction begins.
+`commit`: inside the transaction, after the lease was checked.  `never`: no suspension.
 """
 
 import inspect
@@ -24,7 +25,7 @@ def _is_second(_connection: Any, _engine_id: str, kind: EventKind, *_: Any, **__
     return kind is EventKind.CREATED and next(_created) == 2
 
 
-#: The method of Store before whose work the process is suspended, and the call that is meant.
+#: For each POINT: the method of Store at whose start the process is suspended, and a function that selects the call.
 _POINTS: dict[str, tuple[str, Callable[..., bool]]] = {
     "add": ("add", lambda record, *_, **__: record.name == "second"),
     "transition": ("transition", lambda record, state, **_: record.name == "second" and state is EngineState.STARTING),

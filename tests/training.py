@@ -1,4 +1,4 @@
-"""Runs of the tiny model, for the tests that train."""
+"""Training runs of the tiny model, for tests."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ ENDED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
 
 
 class TinyRun:
-    """A run of the tiny model in a worker process."""
+    """A training run of the tiny model."""
 
     def __init__(self, model: Path, output: Path, **options: Any) -> None:
-        # On a busy machine two runs may measure that another precision is the faster one.
+        # The precision is fixed, because on a busy machine two runs could measure different precisions as the fastest.
         values = {
             "dataset_path": str(SAMPLES), "batch_size": 4, "max_steps": 12, "learning_rate": 1e-2, "precision": "fp32",
             **options,
@@ -33,7 +33,7 @@ class TinyRun:
         return self
 
     def trained(self) -> "TinyRun":
-        """Carry it out in this process, which has imported long ago what a worker takes seconds to import."""
+        """Train in this process, which has already imported the libraries; a worker needs seconds to import them."""
         run, stop = self.manager.run_directory(self.task_id), StopRequest()
         if self.config.method == "sft":
             from sage.libs.finetune.training.trainer import TrainingRun as Run
@@ -60,7 +60,7 @@ class TinyRun:
         return self.status
 
     def stopped_at(self, step: int) -> "TinyRun":
-        """Start it, and stop it once it is there."""
+        """Start the run, stop it when it has reached the step, and wait until it has stopped."""
         self.start().at_step(step)
         self.manager.stop(self.task_id)
         assert self.until_ended().state is RunState.STOPPED
@@ -80,7 +80,7 @@ class TinyRun:
         return [event.model_dump(mode="json") for event in events if event.event == kind]
 
     def losses(self) -> dict[int, float]:
-        """Return the loss of every step; of a step that was done twice, the later one."""
+        """Return the loss of each step. If a step was trained twice, the second loss is returned."""
         return {event["step"]: event["loss"] for event in self.events("step")}
 
     def adapter_bytes(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Requests to an inference server in this process, and what its answers say."""
+"""Send requests to an inference server in the test's process, and read its answers."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @dataclass
 class Server:
-    """An application and the requests that a test sends to it."""
+    """Sends requests to an application."""
 
     app: FastAPI
 
@@ -33,7 +33,7 @@ class Server:
 
 
 class Client:
-    """A client on the level of ASGI, which leaves when the test says so."""
+    """An ASGI client that disconnects when the test calls `leave`."""
 
     def __init__(self, app: FastAPI, **body: Any) -> None:
         self.sent: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ async def post(app: FastAPI, path: str, body: dict[str, Any]) -> httpx.Response:
 
 
 def asked_at_once(app: FastAPI, path: str, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Send all requests at the same time; return the answers' bodies."""
+    """Send all requests at the same time, and return the bodies of the answers."""
 
     async def send() -> list[httpx.Response]:
         return await asyncio.gather(*(post(app, path, body) for body in bodies))
@@ -96,7 +96,7 @@ def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
 
 
 def check_document(app: FastAPI) -> None:
-    """Check that the OpenAPI document describes the requests and the refusals."""
+    """Check that the OpenAPI document describes the request bodies and the error responses."""
     for path, methods in app.openapi()["paths"].items():
         if "post" in methods:
             assert methods["post"]["requestBody"]["content"].keys() == {"application/json"}, path

@@ -1,7 +1,7 @@
-"""What a proxy in front of an engine costs: SAGE's gateway beside nginx, vllm-router and LiteLLM, in one run.
+"""Measure the time and memory that a proxy in front of an engine costs: SAGE's gateway, nginx, vllm-router and LiteLLM.
 
-All are on loopback before the same upstream, which returns a fixed chat completion. Prints tables and writes them to
-`benchmarks/results/gateway.md`. Peers that cannot be installed are named there.
+Each proxy forwards requests on loopback to the same upstream, which returns a fixed chat completion. The tables are printed
+and written to `benchmarks/results/gateway.md`. The file also names the proxies that cannot be installed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _SOAK_REQUESTS = 100_000
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of request and upstream."""
+    """A kind of request, and the upstream's delay."""
 
     title: str
     delay_ms: float = 0
@@ -86,9 +86,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(case: Case, arguments: argparse.Namespace, folder: Path, missing: dict[str, str]) -> Iterator[str]:
-    """Yield the table of a case."""
+    """Measure a case with each proxy, and yield the lines of its table; missing: reasons why proxies cannot be measured."""
     port: int = arguments.port
-    # Streams come from our own server, as nginx has no events.
+    # A delay above zero selects upstream.py, because nginx cannot send event streams.
     with upstream(port, case.delay_ms or (1e-6 if case.streams else 0), folder) as server:
         yield f"Upstream: {server}."
         yield ""
@@ -109,7 +109,7 @@ def _measure(case: Case, arguments: argparse.Namespace, folder: Path, missing: d
 
 
 def _figures(program: Program, case: Case, connections: int, seconds: float, folder: Path) -> tuple[Figures, float]:
-    """Return the figures and the program's CPU time for each request, in ms."""
+    """Return the figures, and the program's CPU time per request in milliseconds."""
     body = folder / "body.json"
     prompt = "word " * case.prompt_tokens
     request = {"model": program.model, "messages": [{"role": "user", "content": prompt}], "stream": case.streams}
@@ -134,7 +134,7 @@ def _row(program: Program, connections: int, figures: Figures, alone: Figures, c
 
 
 def _soak(port: int, folder: Path) -> str:
-    """Return a sentence on SAGE's memory before and after many requests."""
+    """Measure the memory of SAGE's gateway before and after many requests, and return a sentence about it."""
     with upstream(port, 0, folder), PROXIES["sage"](port, port + 1, _BENCH) as program:
         case = CASES[0]
         figures, _ = _figures(program, case, 16, 2, folder)

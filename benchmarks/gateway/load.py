@@ -1,4 +1,6 @@
-"""A closed loop of requests: each connection sends the next one when it has the whole answer. wrk, or this file.
+"""Send requests in a closed loop: each connection sends the next request when the previous answer is complete.
+
+The program wrk sends the requests if it is installed, otherwise this file.
 
 `load.py URL CONNECTIONS SECONDS BODY_FILE` prints the figures as JSON.
 """
@@ -32,7 +34,7 @@ end
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run measured."""
+    """The measurements of one run."""
 
     requests: int
     seconds: float
@@ -42,17 +44,17 @@ class Figures:
 
     @property
     def per_second(self) -> float:
-        """Requests per second."""
+        """Return the number of requests per second."""
         return self.requests / self.seconds
 
 
 def name() -> str:
-    """Return the name of the program that makes the load."""
+    """Return the name of the program that sends the requests."""
     return "wrk" if shutil.which("wrk") else "load.py"
 
 
 def measure(url: str, connections: int, seconds: float, body: Path) -> Figures:
-    """Send requests for some time, from a process of its own."""
+    """Send requests for `seconds` from a separate process, and return the measurements; body: file with the body."""
     if shutil.which("wrk"):
         script = body.with_suffix(".lua")
         script.write_text(_WRK_SCRIPT.format(body=body))

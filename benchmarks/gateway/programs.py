@@ -1,4 +1,4 @@
-"""The programs of the benchmark: the upstreams, and the proxies in front of them, each a process on loopback."""
+"""Start the programs of the benchmark: the upstream and the proxies. Each program is a process that listens on loopback."""
 
 import contextlib
 import json
@@ -20,33 +20,36 @@ from gateway.upstream import ANSWER, INNER_NAME, health
 
 _HERE = Path(__file__).parent
 _START_SECONDS = 120
-#: The benchmark's engine in SAGE's store; other proxies call it by the name inside its server.
+#: Id and name of the benchmark's engine in SAGE's database. Requests to other proxies use `INNER_NAME` instead.
 _ENGINE_ID, _ENGINE_NAME = "engine-s000000000", "model-engine-s000000000"
-#: The index warns of a compromised 1.107.0.
+#: litellm is below 1.107, because the package index warns that 1.107.0 is compromised.
 REQUIREMENTS: Mapping[str, str] = {"vllm-router": "vllm-router", "litellm": "litellm[proxy]==1.106.*"}
 PEERS = ("nginx", *REQUIREMENTS)
 
 
 class UnusableError(Exception):
-    """A peer cannot be measured on this machine."""
+    """The error for a program that cannot be measured on this machine."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program that listens."""
+    """A program that receives the requests of the benchmark."""
 
     name: str
     port: int
     model: str
-    process: psutil.Process | None = None  #: None: nothing of its own between client and upstream
+    process: psutil.Process | None = None  #: None: requests go directly to the upstream
 
     @property
     def url(self) -> str:
-        """Where chats are sent."""
+        """Return the URL to which chat requests are sent."""
         return f"http://127.0.0.1:{self.port}/v1/chat/completions"
 
     def ask(self, body: bytes) -> None:
-        """Send one request, as some programs do a lot at the first. Raises UnusableError if it is not answered."""
+        """Send one request before the measurement, because the first request can take long.
+
+        Raises UnusableError if the program does not answer.
+        """
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})  # noqa: S310 - loopback
         try:
             urllib.request.urlopen(request, timeout=_START_SECONDS).close()  # noqa: S310
@@ -67,7 +70,10 @@ class Program:
 
 @contextlib.contextmanager
 def upstream(port: int, delay_ms: float, folder: Path) -> Iterator[str]:
-    """Run an upstream; yield the name of its program. nginx where it can do it: without a delay and a stream."""
+    """Run an upstream during the block, and yield the name of its program.
+
+    The program is nginx if it is installed and `delay_ms` is 0; otherwise it is upstream.py.
+    """
     if delay_ms == 0 and shutil.which("nginx"):
         locations = (
             f"location /v1/ {{ default_type application/json; return 200 '{ANSWER}'; }}"
@@ -83,13 +89,13 @@ def upstream(port: int, delay_ms: float, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def direct(upstream_port: int, _port: int, _folder: Path) -> Iterator[Program]:
-    """Put nothing in between."""
+    """Yield a program without a proxy: requests go directly to the upstream."""
     yield Program("direct", upstream_port, INNER_NAME)
 
 
 @contextlib.contextmanager
 def sage(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
-    """Run SAGE's gateway, with a running engine at the upstream's address in its store."""
+    """Run SAGE's gateway. Its database contains a running engine with the upstream's address."""
     home = folder / "home"
     shutil.rmtree(home, ignore_errors=True)
     with crowded_home(home, Crowd(hung=1)):
@@ -105,7 +111,7 @@ def sage(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
 
 @contextlib.contextmanager
 def nginx(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
-    """Run nginx as a proxy, as its documentation advises for keep-alive and streams."""
+    """Run nginx as a proxy, with the settings for keep-alive and streams that its documentation recommends."""
     if not shutil.which("nginx"):
         raise UnusableError("nginx is not on the PATH")
     locations = (
@@ -119,7 +125,7 @@ def nginx(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
 
 @contextlib.contextmanager
 def vllm_router(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
-    """Run vllm-router in an environment of its own."""
+    """Run vllm-router in a separate Python environment."""
     command = [
         _installed("vllm-router", folder), "--worker-urls", f"http://127.0.0.1:{upstream_port}", "--host", "127.0.0.1",
         "--port", port, "--policy", "round_robin",
@@ -130,7 +136,7 @@ def vllm_router(upstream_port: int, port: int, folder: Path) -> Iterator[Program
 
 @contextlib.contextmanager
 def litellm(upstream_port: int, port: int, folder: Path) -> Iterator[Program]:
-    """Run LiteLLM's proxy in an environment of its own."""
+    """Run LiteLLM's proxy in a separate Python environment."""
     model = {"model": f"openai/{INNER_NAME}", "api_base": f"http://127.0.0.1:{upstream_port}/v1", "api_key": "none"}
     config = folder / "litellm.yaml"
     config.write_text(json.dumps({"model_list": [{"model_name": INNER_NAME, "litellm_params": model}]}))
@@ -150,7 +156,10 @@ PROXIES: Mapping[str, Callable[[int, int, Path], contextlib.AbstractContextManag
 
 
 def _installed(peer: str, folder: Path) -> Path:
-    """Return a peer's program, installed into `folder` if it is not there. Raises UnusableError."""
+    """Return the path of a proxy's program. If the program is missing, install it into `folder`.
+
+    Raises UnusableError if the program cannot be installed.
+    """
     environment = folder / peer
     program = environment / "bin" / peer
     if not program.exists():
@@ -183,7 +192,7 @@ def _nginx(port: int, locations: str, folder: Path, before: str = "") -> Iterato
 def _running(
     command: Sequence[object], url: str, environment: Mapping[str, str] | None = None, log: Path | None = None
 ) -> Iterator[psutil.Process]:
-    """Run a program until the block ends; enter it when `url` answers. Raises UnusableError if it does not."""
+    """Run a program during the block. The block begins when `url` answers. Raises UnusableError if `url` does not answer."""
     with (log or Path(os.devnull)).open("wb") as output:
         process = subprocess.Popen(
             list(map(str, command)), env={**os.environ, **(environment or {})}, stdout=output, stderr=subprocess.STDOUT

@@ -1,7 +1,7 @@
-"""The engine of the benchmark: a server that returns a fixed chat completion, streamed if the request asks for it.
+"""The upstream of the benchmark: a server that returns a fixed chat completion, as a stream if the request asks for one.
 
-`upstream.py PORT DELAY_MS ENGINE_ID` answers health checks as the engine of that id. nginx takes its place where no
-delay and no stream are needed, if it is installed.
+`upstream.py PORT DELAY_MS ENGINE_ID` answers health checks as the engine ENGINE_ID. If nginx is installed, nginx is used
+instead of this server for the cases that have no delay and no stream.
 """
 
 import asyncio
@@ -65,7 +65,8 @@ class _Connection(asyncio.Protocol):
         self._path, self._body_tail = url, b""
 
     def on_body(self, body: bytes) -> None:
-        self._body_tail = (self._body_tail + body)[-200:]  # `stream` is the last member of the benchmark's requests
+        # The end of the body is enough, because `stream` is the last member of the benchmark's requests.
+        self._body_tail = (self._body_tail + body)[-200:]
 
     def on_message_complete(self) -> None:
         if self._path == b"/health":
@@ -79,7 +80,7 @@ class _Connection(asyncio.Protocol):
             self._transport.write(_ANSWER)
 
     def _stream(self, number: int) -> None:
-        """Write one event an iteration of the loop, so that each is sent on its own."""
+        """Write one event in each iteration of the event loop, so that each event is sent separately."""
         if not self._transport.is_closing():
             self._transport.write(_STREAM[number])
             if number + 1 < len(_STREAM):

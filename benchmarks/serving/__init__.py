@@ -1,1 +1,1 @@
-"""Tokens per second, time to the first token, memory and start-up of the backends: `python -m serving` in `benchmarks`."""
+"""Measure tokens/s, time to the first token, memory and start time of the backends: `python -m serving` in `benchmarks`."""

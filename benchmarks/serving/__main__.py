@@ -1,6 +1,7 @@
-"""Measure the installed backends on SmolLM2-135M-Instruct: base, one adapter, 16 adapters; direct and through the gateway.
+"""Measure the installed backends with SmolLM2-135M-Instruct.
 
-Prints the table and writes `benchmarks/results/serving.md` and `serving.json`.
+The cases are the base model, one adapter and 16 adapters, with direct requests and with requests through the gateway.
+The results are printed and written to `benchmarks/results/serving.md` and `serving.json`.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
         base = local_folder(resolve_model(MODEL))
         adapters = [home / "adapters" / f"adapter-{number:02}" for number in range(arguments.adapters)]
         making = [sys.executable, "-m", "serving.models", str(base), str(home / "adapters"), str(len(adapters))]
-        subprocess.run(making, check=True, cwd=Path(__file__).parents[1])  # a process of its own: it imports torch
+        subprocess.run(making, check=True, cwd=Path(__file__).parents[1])  # in a separate process, because it imports torch
         results = []
         with gateway(home) as client:
             known = {backend.name: backend for backend in client.backends()}
@@ -44,7 +45,7 @@ def main() -> None:
                     continue
                 try:
                     run(client, result, base, adapters, answers=arguments.answers, tokens=arguments.tokens)
-                except Exception as error:  # noqa: BLE001 # the other backends are still measured
+                except Exception as error:  # noqa: BLE001 # continue with the other backends
                     result.reason = f"{type(error).__name__}: {error}".replace("\n", " ")
         machine = f"{processor()}, {os.cpu_count()} cores"
         what = f"SmolLM2-135M-Instruct, answers of {arguments.tokens} tokens, adapters of rank 8 in all linear layers."

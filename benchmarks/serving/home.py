@@ -1,4 +1,4 @@
-"""A gateway with a home of its own, and engines in it."""
+"""Run a gateway in a separate SAGE_HOME, and start and stop engines."""
 
 import contextlib
 import os
@@ -20,7 +20,10 @@ _START_SECONDS = 60
 
 @contextlib.contextmanager
 def gateway(home: Path) -> Iterator[SageClient]:
-    """Run a gateway in `home` with this user's backends, and yield a client of it; all engines are stopped at the end."""
+    """Run a gateway with `home` as SAGE_HOME and with this user's backends, and yield a client of this gateway.
+
+    All engines are stopped when the block ends.
+    """
     backends = get_user_paths().data_dir / "backends"
     (home / "data").mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -29,7 +32,7 @@ def gateway(home: Path) -> Iterator[SageClient]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = {"SAGE_GATEWAY_PORT": str(port), "SAGE_ENGINE_START_SECONDS": "600", "SAGE_LOG_LEVEL": "WARNING"}
-    os.environ.update(settings, SAGE_HOME=str(home))  # also for this process, which computes the keys of servers
+    os.environ.update(settings, SAGE_HOME=str(home))  # this process also needs SAGE_HOME, to compute the API keys of servers
     with (
         subprocess.Popen([sys.executable, "-m", "sage.llm.gateway"]) as process,
         SageClient(f"http://127.0.0.1:{port}", timeout_seconds=300) as client,
@@ -44,7 +47,7 @@ def gateway(home: Path) -> Iterator[SageClient]:
 
 
 def start(client: SageClient, model: Path, name: str, backend: str, options: dict[str, Any]) -> tuple[EngineView, float]:
-    """Start an engine; return it once it runs, with the seconds that this took."""
+    """Start an engine and wait until it runs; return the engine and the seconds that the start took."""
     began = time.perf_counter()
     engine = client.start_engine(model=str(model), name=name, backend=backend, options=options)
     while engine.state is not EngineState.RUNNING:

@@ -1,4 +1,4 @@
-"""Requests for streamed answers, some at once, and what they show: tokens per second, and the time to the first token."""
+"""Send concurrent requests for streamed answers, and measure tokens/s and the time to the first token."""
 
 import asyncio
 import json
@@ -11,17 +11,17 @@ from typing import Any
 
 import aiohttp
 
-#: SmolLM2's end tokens: with this bias an answer has as many tokens as it may have.
+#: Logit bias that forbids SmolLM2's end tokens, so that each answer has exactly `max_tokens` tokens.
 _NO_END = {"0": -100, "2": -100}
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of some answers."""
+    """The measurements of several answers."""
 
-    tokens_per_second: float  #: of all answers together
-    first_token_seconds: float  #: median
+    tokens_per_second: float  #: sum over all answers
+    first_token_seconds: float  #: median time to the first token
     tokens: int
 
 
@@ -67,5 +67,8 @@ async def _measure(url: str, models: Sequence[str], key: str, count: int, at_onc
 
 
 def measure(url: str, models: Sequence[str], key: str, *, count: int, at_once: int, max_tokens: int) -> Figures:
-    """Request `count` answers, `at_once` at a time, of the models in turn.  key: of the server."""
+    """Request `count` answers, `at_once` at a time, and return the measurements.
+
+    models: model names; the requests use one model after the other.  key: API key of the server.
+    """
     return asyncio.run(_measure(url, models, key, count, at_once, max_tokens))

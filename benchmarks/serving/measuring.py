@@ -1,4 +1,4 @@
-"""The measurements of one backend."""
+"""Measure one backend."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from serving.home import start, stop
 from serving.load import measure
 from serving.memory import PeakMemory
 
-#: The options with which the backends compute at the same precision, and that precision.
+#: For each backend: the options with which all backends compute at the same precision, and the name of the precision.
 SAME_PRECISION: dict[str, tuple[dict[str, Any], str]] = {
     "transformers": ({"dtype": "fp32"}, "fp32"),
     "vllm": ({"dtype": "fp32"}, "fp32"),
@@ -27,30 +27,30 @@ SAME_PRECISION: dict[str, tuple[dict[str, Any], str]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """The speed of a backend in one case."""
+    """The speed of a backend in one case, which is a row of the results."""
 
-    models: str  #: base, 1 adapter, 16 adapters
+    models: str  #: "base", "1 adapter" or "16 adapters"
     at_once: int
-    path: str  #: direct or gateway
+    path: str  #: "direct" or "gateway"
     tokens_per_second: float | None = None
     first_token_seconds: float | None = None
-    reason: str = ""  #: why it could not be measured
+    reason: str = ""  #: reason why the case could not be measured
 
 
 @dataclass
 class Result:
-    """The figures of a backend."""
+    """The measurements of a backend."""
 
     backend: str
     version: str
     precision: str
     rows: list[Row] = field(default_factory=list)
-    start_seconds: float | None = None  #: until the base runs
-    add_seconds: list[float] = field(default_factory=list)  #: until one more adapter runs
-    add_first_token_seconds: list[float] = field(default_factory=list)  #: of its first answer
+    start_seconds: float | None = None  #: time until the base model runs
+    add_seconds: list[float] = field(default_factory=list)  #: for each adapter: time until it runs
+    add_first_token_seconds: list[float] = field(default_factory=list)  #: for each adapter: time of the first answer
     peak_bytes: int | None = None
-    is_shared: bool = False  #: one server hosts the base and all adapters
-    reason: str = ""  #: why it could not be measured
+    is_shared: bool = False  #: whether one server hosts the base model and all adapters
+    reason: str = ""  #: reason why the backend could not be measured
 
 
 def run(client: SageClient, result: Result, base: Path, adapters: Sequence[Path], *, answers: int, tokens: int) -> None:
@@ -90,7 +90,7 @@ def _rows(
                 if name.startswith(str(adapter_count)) and not is_shared:
                     yield Row(name, at_once, path, reason="each adapter needs a server of its own")
                 elif at_once == 1 and len(chosen) > 1:
-                    continue  # the same as with one adapter
+                    continue  # with one request at a time, the result is the same as with one adapter
                 else:
                     yield _row(url if path == "gateway" else "", name, chosen, at_once, answers, tokens)
 
@@ -109,7 +109,10 @@ def _row(url: str, name: str, engines: Sequence[EngineView], at_once: int, answe
 
 
 def _names_at_server(engines: Sequence[EngineView]) -> list[str]:
-    """Return the names by which the server of some engines knows their models; each adapter costs the same."""
+    """Return the model names of engines at the engines' server.
+
+    The names may belong to other adapters of the server, which does not matter, because all adapters cost the same.
+    """
     answer = httpx.get(f"http://{engines[0].address}/v1/models", trust_env=False).raise_for_status().json()
     names = [model["id"] for model in answer["data"]]
     is_base = engines[0].name == "base"
@@ -117,5 +120,5 @@ def _names_at_server(engines: Sequence[EngineView]) -> list[str]:
 
 
 def median(values: Sequence[float]) -> float | None:
-    """Return the median, or None of no values."""
+    """Return the median; None if there are no values."""
     return statistics.median(values) if values else None

@@ -1,4 +1,4 @@
-"""The peak memory of process trees."""
+"""Measure the peak memory of process trees."""
 
 import contextlib
 import threading
@@ -12,7 +12,7 @@ _SAMPLE_SECONDS = 0.2
 
 
 def pss_bytes(pid: int) -> int:
-    """Return the memory of a process and its descendants; pages that several of them share count once."""
+    """Return the memory (PSS) of a process and its descendants, in bytes. Shared pages are counted once."""
     total = 0
     with contextlib.suppress(psutil.Error, OSError):
         root = psutil.Process(pid)
@@ -24,7 +24,7 @@ def pss_bytes(pid: int) -> int:
 
 
 class PeakMemory:
-    """The largest sum of the memory of some process trees within a `with` block."""
+    """Measures the maximum of the total memory of several process trees during a `with` block."""
 
     def __init__(self, pids: set[int]) -> None:
         self.peak_bytes = 0
@@ -32,12 +32,12 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Self:
-        """Begin to sample."""
+        """Start sampling the memory."""
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Stop."""
+        """Stop sampling the memory."""
         self._done.set()
         self._thread.join()
 

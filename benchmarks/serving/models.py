@@ -1,4 +1,4 @@
-"""The models of the benchmark: SmolLM2-135M-Instruct, and adapters for it."""
+"""Create the adapters of the benchmark, for SmolLM2-135M-Instruct."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ RANK = 8
 
 
 def make_adapters(base: Path, folder: Path, count: int) -> list[Path]:
-    """Make LoRA adapters with random weights in all linear layers; they cost what trained ones cost."""
+    """Create LoRA adapters for all linear layers, with random weights. They are as fast and as large as trained adapters."""
     adapters = [folder / f"adapter-{number:02}" for number in range(count)]
     if all((adapter / "adapter_config.json").exists() for adapter in adapters):
         return adapters

@@ -1,4 +1,4 @@
-"""The results as JSON, and as a table for people."""
+"""Write the results as JSON and as Markdown tables."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def write(results: Sequence[Result], machine: str, what: str) -> str:
-    """Write `results/serving.json` and `results/serving.md`; return the latter's text."""
+    """Write `results/serving.json` and `results/serving.md`; return the text of `serving.md`."""
     content = {"machine": machine, "what": what, "backends": [asdict(result) for result in results]}
     (RESULTS / "serving.json").write_text(json.dumps(content, indent=1) + "\n")
     text = "\n".join(_lines(results, machine, what)) + "\n"

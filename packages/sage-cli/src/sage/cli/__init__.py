@@ -1,1 +1,1 @@
-"""The command line; it controls engines only over the gateway's HTTP interface."""
+"""The command line. It controls engines only through the gateway's HTTP interface."""

@@ -28,13 +28,16 @@ class Measurement:
     backend: str
     start_seconds: float | None = None
     memory_bytes: int | None = None
-    one_tokens_per_second: float | None = None  #: one answer at a time
-    many_tokens_per_second: float | None = None  #: 16 answers at once
-    problem: str | None = None  #: why it could not be measured
+    one_tokens_per_second: float | None = None  #: measured with one answer at a time
+    many_tokens_per_second: float | None = None  #: sum over 16 answers at the same time
+    problem: str | None = None  #: reason why the backend could not be measured
 
 
 def measure(client: SageClient, model: str, max_tokens: int) -> Iterator[Measurement]:
-    """Serve `model` with each installed backend in turn, and yield its measurements. All engines are removed at the end."""
+    """Serve `model` with one installed backend after the other, and yield the measurement of each backend.
+
+    The engine of a backend is removed after the measurement.
+    """
     for backend in client.backends():
         if EngineKind.LLM in backend.kinds and backend.is_installed:
             try:
@@ -68,7 +71,7 @@ def _measured(client: SageClient, backend: BackendView, model: str, max_tokens: 
     try:
         waiting.until_running(client, engine.id)
         start_seconds = time.perf_counter() - began
-        _tokens_per_second(client, engine.id, answers=1, at_once=1, max_tokens=1)  # the first answer is slower
+        _tokens_per_second(client, engine.id, answers=1, at_once=1, max_tokens=1)  # warm-up: the first answer is slower
         one = _tokens_per_second(client, engine.id, answers=2, at_once=1, max_tokens=max_tokens)
         many = _tokens_per_second(client, engine.id, answers=2 * _AT_ONCE, at_once=_AT_ONCE, max_tokens=max_tokens)
         return Measurement(backend.name, start_seconds, client.get_engine(engine.id).memory_bytes, one, many)

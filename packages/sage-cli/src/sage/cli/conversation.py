@@ -13,7 +13,7 @@ _PROMPT = ">>> "
 
 
 class Conversation:
-    """A chat: its messages so far, and methods to send the next message."""
+    """A chat: the messages so far, and methods to send the next message."""
 
     def __init__(self, client: SageClient, model: str, system: str | None, options: dict[str, Any]) -> None:
         self._client, self._model, self._options = client, model, options
@@ -23,7 +23,7 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Send a message and print the answer as it arrives.
 
-        Ctrl-C ends the answer: the part received so far is kept, and KeyboardInterrupt is raised.
+        If the user presses Ctrl-C, the received part of the answer is kept, and KeyboardInterrupt is raised.
         """
         self._messages.append({"role": "user", "content": text})
         answer = ""
@@ -37,7 +37,7 @@ class Conversation:
             raise
         except SageError:
             self._messages.pop()
-            if answer:  # the error message starts on a new line
+            if answer:  # start the error message on a new line
                 sys.stdout.write("\n")
             raise
         self._end(answer)
@@ -72,7 +72,7 @@ class Conversation:
             self.ask(text)
         except KeyboardInterrupt:
             pass  # the user ended the answer, not the conversation
-        except SageError as error:  # the next message may succeed
+        except SageError as error:  # continue, because the next message may succeed
             typer.echo(f"Error: {error}", err=True)
             if not sys.stdin.isatty():
                 raise

@@ -1,4 +1,4 @@
-"""Find the gateway, and start it if none is running."""
+"""Find the running gateway, or start a gateway."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from sage.llm.client import SageClient
 
 _START_SECONDS = 30.0
 _POLL_SECONDS = 0.05
-#: Prefix of the line in the gateway's log with the reason why it did not start.
+#: Prefix of the log line in which the gateway reports why it did not start.
 _REASON = "sage gateway: "
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -37,16 +37,23 @@ def log_path() -> Path:
 
 
 def find_process() -> ProcessIdentity | None:
-    """Return this user's gateway, or None. Raises ConfigError if the state folder cannot be used."""
+    """Return the process of this user's gateway; None if no gateway runs.
+
+    Raises ConfigError if the state folder cannot be used.
+    """
     with usable_state_folder():
         return holder(lock_path())
 
 
 def find_client() -> SageClient:
-    """Return a client of the running gateway; if none runs, of the address in the settings. It does not connect."""
+    """Return a client of the running gateway. If no gateway runs, the client uses the address in the settings.
+
+    This function does not connect to the gateway.
+    """
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        if ProcessIdentity(saved["pid"], saved["started"]).is_alive():  # it may be a standby, which does not hold the lock
+        # The process is checked instead of the lock, because a gateway that was a standby may not hold the lock.
+        if ProcessIdentity(saved["pid"], saved["started"]).is_alive():
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings
 
@@ -55,7 +62,7 @@ def find_client() -> SageClient:
 
 
 def connect() -> SageClient:
-    """Return a client of a gateway that answers; if none answers, start one on this machine."""
+    """Return a client of a gateway that answers. If no gateway answers, start a gateway on this machine."""
     client = find_client()
     if health := find_health(client):
         refuse_foreign(client, health)
@@ -81,7 +88,7 @@ def find_health(client: SageClient) -> dict[str, Any] | None:
 def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
     """Raise GatewayUnreachable if the gateway belongs to another SAGE_HOME on this machine.
 
-    A gateway is accepted if the user has its API key, or if it runs on another machine (reached through a tunnel).
+    A gateway is accepted if the user has an API key for it, or if it runs on another machine (reached through a tunnel).
     """
     if client.api_key or find_process():
         return
@@ -99,12 +106,12 @@ def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
 def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
     """Start the gateway in the background, unless it is running, and wait until it answers.
 
-    Raises ConfigError if a setting is wrong, GatewayUnreachable with the reason if the gateway does not start.
+    Raises ConfigError if a setting is wrong. Raises GatewayUnreachable, with the reason, if the gateway does not start.
     """
     from sage.common.settings import load_settings
 
     extras.require("sage.llm.gateway", "A gateway on this machine")
-    load_settings()  # the gateway would report the same error, but only in its log
+    load_settings()  # check the settings here, because the gateway reports an error only in its log
     argv = [sys.executable, "-m", "sage.llm.gateway"]
     argv += ["--host", host] if host else []
     argv += ["--port", str(port)] if port else []
@@ -120,7 +127,7 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
             with (
                 contextlib.suppress(Conflict),
                 usable_state_folder(),
-            ):  # Conflict: another command starts it at this moment; wait for that gateway
+            ):  # Conflict: another command is starting the gateway; wait for that gateway
                 process = spawn(ProcessSpec(tuple(argv), lock_path(), log_path()))
                 typer.echo(f"Starting the gateway in the background (log: {log_path()}).", err=True)
         elif (health := find_health(find_client())) and holding.pid in (0, health.get("pid")):
@@ -133,7 +140,10 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
 
 
 def _failed(log_bytes: int) -> GatewayUnreachable:
-    """Return an error with the reason from the gateway's log; log_bytes: size of the log before the gateway was started."""
+    """Return an error that contains the reason from the gateway's log.
+
+    log_bytes: size of the log before the gateway was started.
+    """
     with log_path().open("rb") as log:
         log.seek(log_bytes)
         lines = log.read().decode(errors="replace").splitlines(keepends=True)
@@ -147,7 +157,10 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
 
 
 def _unwritable() -> str:
-    """Return why no file can be created in the state folder, so that the gateway's log has no reason; "" if one can."""
+    """Return the reason why no file can be written in the state folder; "" if files can be written.
+
+    If files cannot be written, the gateway's log does not contain the reason.
+    """
     folder = get_user_paths().state_dir
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -170,7 +183,7 @@ def stop() -> bool:
     if process is None:
         return False
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)  # the gateway may be suspended
+    process.send_signal(signal.SIGCONT)  # a suspended gateway does not handle SIGTERM until it continues
     deadline = time.monotonic() + _START_SECONDS
     while find_process():
         if time.monotonic() > deadline:

@@ -18,7 +18,7 @@ _SHOWN_DUPLICATES = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """Token counts, or the reason why they could not be measured."""
+    """Token counts, or the reason why the tokens could not be counted."""
 
     tokenizer: str
     cutoff_tokens: int
@@ -32,7 +32,7 @@ class Measured:
     refused: list[Fault] = field(default_factory=list)
 
     def raise_for_unusable(self) -> None:
-        """Raise SageError if the samples cannot be used by any run."""
+        """Raise SageError if no run can use the samples."""
         if self.error:
             raise self.error
 
@@ -40,12 +40,12 @@ class Measured:
 def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_on: Any) -> Measured:
     """Render the samples for a model, count tokens, and collect findings about content that the model would not learn.
 
-    If the model cannot be loaded, the result has the reason in `problem`.
+    If the model cannot be loaded, `problem` of the result contains the reason.
     """
     if not report.sample_count:
         return Measured(model, cutoff, [], problem="there is no sample")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # libraries print while they convert a model
+        with contextlib.redirect_stderr(io.StringIO()):  # hide what libraries print while they convert a model
             from sage.libs.finetune.data.checking import as_chats, load_encoder
 
             encoder = load_encoder(model, cutoff, train_on)

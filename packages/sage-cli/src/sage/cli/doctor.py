@@ -21,7 +21,7 @@ from sage.common.errors import SageError
 from sage.common.paths import get_user_paths
 from sage.common.settings import load_settings
 
-#: Free space that the checkpoints of a run need; less is reported.
+#: Free disk space that the checkpoints of a run need. If less space is free, a warning is reported.
 _LOW_BYTES = 5 * 10**9
 _TORCH = """
 import json, torch
@@ -101,7 +101,7 @@ def _torch() -> Iterator[Finding]:
         return
     from sage.libs.finetune import quantization
 
-    done = subprocess.run(  # importing torch takes seconds, and may fail
+    done = subprocess.run(  # in a separate process, because the import of torch takes seconds and may fail
         [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
     )
     if done.returncode:
@@ -136,7 +136,7 @@ def _folders() -> Iterator[Finding]:
 
 
 def _copies() -> str:
-    """Return the size of the copies of models, if this installation can make them."""
+    """Return a text with the size of all model copies; "" if this installation cannot make copies."""
     if importlib.util.find_spec("sage.libs.models") is None:
         return ""
     from sage.libs.models.export.copies import copies_bytes
@@ -145,7 +145,7 @@ def _copies() -> str:
 
 
 def _database() -> Finding:
-    """Check the SQLite database; a database on a server is checked by the gateway's `/ready`."""
+    """Check the SQLite database. If the settings name a database server, the gateway's `/ready` checks it instead."""
     path = get_user_paths().state_dir / "engines.db"
     if load_settings().database_url:
         return Finding("database", "ok", "is on a server; see the check of the gateway")

@@ -18,7 +18,10 @@ from sage.libs.models.export.formats import ExportFormat, LlamaCpp
 
 
 def run_export(source: str, format_: str, output: Path, precision: str | None) -> None:
-    """Export a model, an adapter, or an engine's model or result, into a new folder."""
+    """Export a model or an adapter into a new folder.
+
+    source: an engine, a folder, or a name in the models folder. If an engine has a training result, the result is exported.
+    """
     wanted = ExportFormat(format_)
     is_gguf = wanted in (ExportFormat.GGUF, ExportFormat.OLLAMA)
     if precision and not is_gguf:
@@ -46,7 +49,10 @@ def _llama_cpp() -> LlamaCpp:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Report]:
-    """Show the step and the bytes written, on one line of a terminal; without a terminal, print a line for each step."""
+    """Yield a function that shows the progress of an export: the step and the number of written bytes.
+
+    On a terminal, one line is updated; without a terminal, one line is printed for each step.
+    """
     steps: list[str] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     console = Console(stderr=True, highlight=False)

@@ -1,4 +1,4 @@
-"""Check whether optional packages are installed; commands that work on this machine without a gateway need them."""
+"""Check whether optional packages are installed. Commands that run on this machine without a gateway need them."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ from sage.common.errors import ConfigError
 
 
 def require(module: str, purpose: str) -> None:
-    """Raise ConfigError if a module is not installed; purpose: the subject of the message."""
+    """Raise ConfigError if a module is not installed; purpose: subject of the error message."""
     try:
         is_installed = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is not installed either
@@ -16,7 +16,7 @@ def require(module: str, purpose: str) -> None:
 
 
 def missing(module: str, purpose: str) -> ConfigError:
-    """Return the error to raise if a command needs a module that is not installed."""
+    """Return the error for a module that a command needs and that is not installed."""
     return ConfigError(
         code="package_missing",
         message=f"{purpose} needs {module}, which is not installed.",

@@ -1,4 +1,4 @@
-"""Show the progress of an installation in a terminal."""
+"""Show the progress of an installation, and handle its interruption."""
 
 import contextlib
 import signal
@@ -12,19 +12,19 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from sage.llm.control_plane.backends.environments import Environment
 
 _TEXT_LETTERS = 60
-#: How the lines begin in which pip reports its current step.
+#: First words of the lines in which pip reports the current step.
 _SHOWN = ("Collecting", "Installing", "Waiting")
 
 
 @contextlib.contextmanager
 def progress(environment: Environment, *, is_verbose: bool) -> Iterator[Callable[[str], None]]:
-    """Show the progress on stderr, and yield the function that receives each line of pip's output."""
+    """Show the progress on stderr. The yielded function must be called with each line of pip's output."""
     if is_verbose or not sys.stderr.isatty():
         yield lambda line: typer.echo(line, err=True) if is_verbose or line.startswith("Waiting") else None
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True, highlight=False), transient=True) as bar:
-        # pip collects each pinned package once, then installs all of them in one step.
+        # pip prints one "Collecting" line for each pinned package, and then installs all packages in one step.
         task = bar.add_task("Creating the environment", total=environment.pins().count("==") or None)
 
         def report(line: str) -> None:

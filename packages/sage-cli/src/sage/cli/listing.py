@@ -8,15 +8,15 @@ from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView
 
 @dataclass(frozen=True)
 class Selection:
-    """Filters of the list; empty: no filter."""
+    """Filters of the list of engines; an empty tuple means no filter."""
 
     states: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
-    settled_limit: int | None = 20  #: None: all
+    settled_limit: int | None = 20  #: maximum number of settled engines; None: no limit
 
 
 def select(client: SageClient, selection: Selection) -> tuple[list[EngineView], bool]:
-    """Return the selected engines, oldest first, and whether settled engines were omitted."""
+    """Return the selected engines, oldest first, and whether the limit omitted settled engines."""
     states = [EngineState(state) for state in selection.states] or list(EngineState)
     kinds = [EngineKind(kind) for kind in selection.kinds]
     if selection.settled_limit is None:

@@ -87,7 +87,7 @@ def _options(
 
 
 def main() -> None:
-    """Run a command. An error is printed to stderr; the exit code is 1 (failed), 2 (wrong usage) or 3 (no gateway)."""
+    """Run a command. If it fails, print the error to stderr and exit with code 1 (failed), 2 (usage) or 3 (no gateway)."""
     try:
         app()
     except SageError as error:

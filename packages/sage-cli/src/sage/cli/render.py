@@ -26,7 +26,7 @@ _PIPE_COLUMNS = 240
 
 
 def stdout() -> Console:
-    """Return the console for stdout: as wide as the terminal; if it is a pipe, wide enough for any line."""
+    """Return the console for stdout. It is as wide as the terminal; for a pipe, it is `_PIPE_COLUMNS` wide."""
     return Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
 
 

@@ -25,17 +25,19 @@ def start_engine(
     json: bool = False,
     announce: str = "{id}",
 ) -> None:
-    """Start an engine, print its id, and wait.
+    """Start an engine, print its id, and wait for the engine.
 
-    request: other fields of StartRequest.  wait: False: until the engine has been validated; None: until it serves or
-    trains; True: until it has settled.  announce: format of the line with the id.
+    request: other fields of StartRequest.
+    wait: if False, wait until the engine has been validated; if None, until it serves or trains; if True, until it settles.
+    announce: format of the output line with the id.
     """
     _check_given(model, kind, options)
     fields = {**_named(model, kind), "engine_kind": kind, **(request or {})}
     client = daemon.connect()
 
     def begin(options: dict[str, Any]) -> EngineView:
-        with waiting.interrupts_noted() as interrupted:  # otherwise the engine could start, but its id would not be printed
+        # If Ctrl-C interrupted this request, the engine could start although the id is never printed.
+        with waiting.interrupts_noted() as interrupted:
             engine = client.start_engine(**fields, options=options)
         if interrupted.noted:
             raise waiting.interrupted_exit(engine.id, engine.state)
@@ -63,14 +65,14 @@ def start_engine(
 
 
 def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[str, Any]:
-    """Return the field `serve` of StartRequest; None if no option requests that the result is served."""
+    """Return a dictionary with the field `serve` of StartRequest; it is empty if the result will not be served."""
     if not (serve or name or checkpoints):
         return {}
     return {"serve": {"name": name, "checkpoints": checkpoints}}
 
 
 def is_interactive() -> bool:
-    """Return whether the user can be asked a question."""
+    """Return whether a user can answer questions, because stdin and stderr are terminals."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
@@ -83,7 +85,7 @@ def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
 
 
 def _named(model: str, kind: str) -> dict[str, str]:
-    """Return the fields `model` and, if the model is a folder that will be served, `name`."""
+    """Return the field `model` of StartRequest. If the model is a folder that will be served, add the field `name`."""
     name = absolute_name(model, Path.cwd())
     if not name.startswith("/"):
         return {"model": model}
@@ -92,7 +94,7 @@ def _named(model: str, kind: str) -> dict[str, str]:
 
 
 def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
-    """Return the engine; if its dataset has warnings and the user accepts them, return a new engine."""
+    """Return the engine. If it failed because of dataset warnings and the user accepts them, return a new engine."""
     engine = waiting.until_begun(client, engine.id)
     if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
         return engine

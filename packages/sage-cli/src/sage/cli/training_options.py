@@ -1,6 +1,7 @@
 """The options of a fine-tuning run, for all commands that start a run.
 
-They are repeated in a table, so that `sage --help` does not import FinetuneConfig; a test compares the two.
+The fields of FinetuneConfig are repeated in a table, so that `sage --help` does not import FinetuneConfig. A test compares
+the table with FinetuneConfig.
 """
 
 import inspect
@@ -19,12 +20,12 @@ class TrainingOption(NamedTuple):
 
     field: str
     type: type
-    default: object  #: only shown in the help; FinetuneConfig sets the default
+    default: object  #: default shown in the help; FinetuneConfig sets the actual default
     help: str
-    flag: str | None = None  #: name of the flag; None: derived from the name of the field
+    flag: str | None = None  #: name of the command-line option; None: derived from the name of the field
 
 
-#: Fields that are paths; they are made absolute here, because the gateway has a different working directory.
+#: Fields that are paths. They are made absolute here, because the gateway has a different working directory.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
 #: Fields that are names of a model's modules.
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -92,7 +93,7 @@ OPTIONS = (
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a run to a command; its parameter `**training` receives those that the user gives."""
+    """Add the options of a run to a command. The command's parameter `**training` receives the options that are given."""
 
     def run(**values: Any) -> None:
         names = {option.field for option in OPTIONS}
@@ -126,7 +127,7 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
             if "" in paths:  # for example, an unset shell variable; an empty path must not mean the working directory
                 raise ConfigError(code="config_invalid", message=f"{name} is empty.", hint="Give a path.", param=name)
-            absolute = [str(Path(os.path.expanduser(path)).absolute()) for path in paths]  # noqa: PTH111 - never raises
+            absolute = [str(Path(os.path.expanduser(path)).absolute()) for path in paths]  # noqa: PTH111 - Path.expanduser can raise
             given[name] = absolute[0] if len(absolute) == 1 else absolute
     for name in MODULE_FIELDS:
         if _NAMES.fullmatch(given.get(name, "")):  # any other text is `all-linear` or a pattern

@@ -15,12 +15,12 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: Time for which a command tolerates an unreachable gateway, because the gateway may be restarting.
+#: A command fails if the gateway is unreachable for this many seconds. A shorter time may be a restart of the gateway.
 _PATIENCE_SECONDS = 60.0
 
 
 def until_validated(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine's dataset or model has been checked. Raises the error that the check found."""
+    """Wait until an engine's dataset or model has been checked. If the check failed, raise its error."""
     engine = _watch(client, engine_id, lambda e: e.state is not EngineState.VALIDATING)
     if engine.state is EngineState.FAILED:
         raise failure(engine)
@@ -46,7 +46,10 @@ def until_settled(client: SageClient, engine_id: str) -> EngineView:
 
 
 def until_checkpoint(client: SageClient, before: EngineView) -> int:
-    """Wait until a run has a newer checkpoint than `before`, and return its step. Raises SageError if the run ends first."""
+    """Wait until a run has a newer checkpoint than in `before`, and return the checkpoint's step.
+
+    Raises SageError if the run ends without a newer checkpoint.
+    """
     old_step = (before.training and before.training.checkpoint_step) or 0
 
     def step_of(engine: EngineView) -> int:
@@ -59,11 +62,11 @@ def until_checkpoint(client: SageClient, before: EngineView) -> int:
 
 
 def failure(engine: EngineView) -> SageError:
-    """Return the error of a failed engine; its class, which decides the exit code, is found by its code."""
+    """Return the error of a failed engine. The error's code determines its class, and the class determines the exit code."""
     code = engine.reason.code if engine.reason else "unknown"
     hint = engine.reason.hint if engine.reason else ""
     kind, log = error_class(code), f"`sage llm engine logs {engine.id}`"
-    is_complete = log in hint or (hint and kind.http_status == 400)  # for a rejected request, the log has no details
+    is_complete = log in hint or (hint and kind.http_status == 400)  # the log has no details of a rejected request
     return kind(
         code=code,
         message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",
@@ -93,16 +96,19 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
 
 @dataclass
 class Interrupt:
-    """Whether Ctrl-C was pressed. Not a threading.Event: setting it hangs if the interrupted code holds its lock."""
+    """Stores whether Ctrl-C was pressed.
+
+    threading.Event is not used: `set` in a signal handler hangs if the interrupted code holds the event's lock.
+    """
 
     noted: bool = False
 
 
 @contextlib.contextmanager
 def interrupts_noted() -> Iterator[Interrupt]:
-    """Record Ctrl-C during the `with` block instead of raising KeyboardInterrupt, which can be lost in a finalizer.
+    """Record Ctrl-C during the `with` block instead of raising KeyboardInterrupt.
 
-    The second Ctrl-C raises KeyboardInterrupt.
+    A KeyboardInterrupt can be lost if it is raised in a finalizer. The second Ctrl-C raises KeyboardInterrupt.
     """
     interrupt = Interrupt()
 

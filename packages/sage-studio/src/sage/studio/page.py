@@ -12,10 +12,10 @@ from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _REFRESH_SECONDS = 1.0
 _LIVING = [state for state in EngineState if state not in SETTLED]
-#: Maximum number of settled engines that are shown, the newest ones.
+#: Maximum number of settled engines to show; the newest are shown.
 _SETTLED_SHOWN = 100
 _MAX_EVENTS = 1000
-#: Maximum number of points of the loss curve that are requested at once.
+#: Maximum number of points of the loss curve in one request.
 _MAX_POINTS = 1000
 _COLUMNS = [
     {"name": name, "label": label, "field": name, "align": align}
@@ -27,7 +27,10 @@ _COLUMNS = [
 
 
 class EnginesPage:
-    """One browser tab. Each second it reads the active engines, the change feed, and the new steps of the selected run."""
+    """The page in one browser tab.
+
+    Each second, the page reads the active engines, the change feed, and the new steps of the selected run.
+    """
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client
@@ -50,7 +53,7 @@ class EnginesPage:
         ui.timer(_REFRESH_SECONDS, self.refresh)
 
     async def refresh(self) -> None:
-        """Read all changes and show them; an error is shown until the next refresh succeeds."""
+        """Read the engines and show them; if this fails, show the error until the next refresh succeeds."""
         try:
             if await self._has_changed():
                 page = await self._client.page_engines(limit=_SETTLED_SHOWN, states=sorted(SETTLED), order="desc")
@@ -64,7 +67,7 @@ class EnginesPage:
             self._error.text = str(error)
 
     async def _has_changed(self) -> bool:
-        """Read the change feed up to its end, and return whether it has new events; true at first."""
+        """Read all new events of the change feed, and return whether there were any. The first call returns true."""
         has_changed = self._cursor is None
         while True:
             page = await self._client.changes("latest" if self._cursor is None else self._cursor, _MAX_EVENTS)
@@ -102,7 +105,7 @@ class EnginesPage:
 
 
 class LossCurve:
-    """The steps of one run; after the first call, `read` requests only new steps."""
+    """The steps of one training run. The first `read` requests all steps; later calls request only new steps."""
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client
@@ -143,7 +146,7 @@ def _summary(engine: EngineView) -> str:
 
 
 def _figures(training: TrainingProgress) -> list[str]:
-    """Return the step, all known figures of the last step, and the remaining time."""
+    """Return texts with the current step, the known values of the last step, and the remaining time."""
     texts = [f"step {training.step} of {training.total_steps}"] if training.total_steps else []
     texts += [
         f"{figure.title}: {figure.text(value)}"

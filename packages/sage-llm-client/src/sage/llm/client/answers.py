@@ -1,4 +1,4 @@
-"""Read the gateway's answers: their content, or the error that they report."""
+"""Read the gateway's answers. An answer contains either a result or an error."""
 
 import json
 from collections.abc import Callable
@@ -23,19 +23,19 @@ def parse(text: str) -> Any:
 
 
 def as_model(model: type[M]) -> Callable[[httpx.Response], M]:
-    """Return a reader of answers that contain one `model`."""
+    """Return a function that reads an answer whose content is one `model`."""
     return lambda response: model.model_validate(parse(response.text))
 
 
 def as_list(model: type[M]) -> Callable[[httpx.Response], list[M]]:
-    """Return a reader of answers that contain a list of `model` in `data`."""
+    """Return a function that reads an answer whose field `data` is a list of `model`."""
     return lambda response: [model.model_validate(item) for item in parse(response.text)["data"]]
 
 
 def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
     """Return the content of an answer, read by `reader`.
 
-    Raises the SageError that the answer reports, or GatewayUnreachable if it does not have the form of a gateway's answer.
+    Raises the SageError that the answer reports, or GatewayUnreachable if `reader` cannot read the answer.
     """
     raise_for_error(response)
     try:
@@ -45,7 +45,7 @@ def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
 
 
 def raise_for_error(response: httpx.Response) -> None:
-    """If an answer reports an error, raise it as a SageError. The caller must have read the body."""
+    """Raise a SageError if an answer reports an error. The caller must read the answer's body before."""
     if response.is_success:
         return
     try:
@@ -57,9 +57,9 @@ def raise_for_error(response: httpx.Response) -> None:
 
 
 def rebuild_error(error: dict[str, Any], http_status: int | None = None) -> SageError:
-    """Return the SageError for an OpenAI error object; the error's code determines the class."""
+    """Return the SageError for an error object in OpenAI's format; the error's code determines the class."""
     code, hint = error.get("code") or "unknown", error.get("hint") or ""
-    message = error["message"].removesuffix(hint).rstrip()  # the message includes the hint, for other clients
+    message = error["message"].removesuffix(hint).rstrip()  # the gateway appends the hint to the message for other clients
     return error_class(code, http_status)(code=code, message=message, hint=hint, param=error.get("param"))
 
 

@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 
 class AsyncSageClient:
-    """Client of a gateway for asyncio. Every method raises the same errors as the method of SageClient."""
+    """Client of a gateway for asyncio. Each method raises the same errors as the method of SageClient with the same name."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: the gateway; timeout_seconds: for one answer, except for streams, starts, resumes and removals."""
+        """base_url: URL of the gateway; timeout_seconds: for one answer, except streams, starts, resumes and removals."""
         self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.AsyncClient(
             base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
@@ -46,7 +46,7 @@ class AsyncSageClient:
         await self._http.aclose()
 
     async def start_engine(self, **request: Any) -> EngineView:
-        """Start an engine; the fields are those of StartRequest. It is returned in the state `validating`."""
+        """Start an engine and return it in the state `validating`; request: the fields of StartRequest."""
         return await self._send(calls.start(request))
 
     async def page_engines(
@@ -58,7 +58,10 @@ class AsyncSageClient:
         kinds: Collection[EngineKind] = (),
         order: Order = "asc",
     ) -> EnginePage:
-        """Return one page of the engines; after: `last_id` of the previous page; no states or kinds: no filter."""
+        """Return one page of the list of engines.
+
+        after: `last_id` of the previous page.  states, kinds: return only these; empty: no filter.
+        """
         return await self._send(calls.page(limit, after, states, kinds, order))
 
     async def iter_engines(
@@ -85,7 +88,7 @@ class AsyncSageClient:
         return await self._send(calls.get(engine_id))
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Ask an engine to stop; returns at once."""
+        """Ask an engine to save its state and exit, without waiting for the exit; force: kill the engine."""
         return await self._send(calls.stop(engine_id, force=force))
 
     async def pause_engine(self, engine_id: str) -> EngineView:
@@ -109,9 +112,10 @@ class AsyncSageClient:
         return await self._send(calls.logs(engine_id, tail))
 
     async def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> AsyncIterator[str]:
-        """Yield the last lines of an engine's log, then each new one until the engine has settled.
+        """Yield the last lines of an engine's log, then each new line until the engine has settled.
 
-        If the gateway restarts, the stream continues at the same byte; patience_seconds: how long it may be unreachable.
+        If the gateway restarts, the log continues at the same byte.
+        patience_seconds: maximum time for which the gateway may be unreachable.
         """
         reader = streams.LogReader()
         async for line in self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds):
@@ -123,17 +127,20 @@ class AsyncSageClient:
         return [event async for event in self._follow(lambda: calls.events(engine_id, follow=False), reader, 0)]
 
     async def follow_events(self, engine_id: str, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
-        """Yield the events of one engine, then each new one until it has settled."""
+        """Yield the past events of one engine, then each new event until the engine has settled."""
         reader = streams.EventReader()
         async for event in self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds):
             yield event
 
     async def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
-        """Return the events of all engines after a cursor: an event id, or "latest", which returns only the newest id."""
+        """Return the events of all engines after the event with the id `after`.
+
+        If `after` is "latest", the page has no events, and `last_id` is the id of the newest event.
+        """
         return await self._send(calls.changes(after, limit))
 
     async def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
-        """Yield the events of all engines after a cursor, then each new one; never ends."""
+        """Yield the events of all engines after the cursor `after`, then each new event; the iterator never ends."""
         cursor = (await self.changes(after)).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
         async for event in self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds):
@@ -144,7 +151,7 @@ class AsyncSageClient:
         return await self._send(calls.training_steps(engine_id, after, max_points))
 
     async def list_routes(self) -> list[RouteView]:
-        """Return all routes: names that requests use as `model`, each for one or several engines."""
+        """Return all routes. A route is a name that requests use as `model`; it stands for one or more engines."""
         return await self._send(calls.routes())
 
     async def get_route(self, name: str) -> RouteView:
@@ -154,12 +161,12 @@ class AsyncSageClient:
     async def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
         """Create or replace a route.
 
-        engines: weights by engine (id, name or model); fallback: the engine that answers if none of `engines` does.
+        engines: weight of each engine, by id, name or model.  fallback: engine that answers if none of `engines` can.
         """
         return await self._send(calls.set_route(name, engines, fallback))
 
     async def remove_route(self, name: str) -> None:
-        """Delete a route; its engines are not changed."""
+        """Delete a route; the engines are not changed."""
         await self._send(calls.remove_route(name))
 
     async def devices(self) -> list[Device]:
@@ -171,7 +178,7 @@ class AsyncSageClient:
         return await self._send(calls.backends())
 
     async def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and process. The time-out is short: another program may listen on the port."""
+        """Return the gateway's version and PID. The time-out is short, because another program may listen on the port."""
         return await self._send(calls.health(timeout_seconds))
 
     async def models(self) -> list[str]:
@@ -216,7 +223,7 @@ class AsyncSageClient:
     async def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> AsyncIterator[T]:
-        """Yield the items of a stream; if it breaks off, open it again at the reader's position, with a new `call()`."""
+        """Yield the items of a stream. If it breaks off, request it again with `call()`, at the reader's position."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

@@ -1,4 +1,4 @@
-"""The gateway's routes: the request that both clients send for each method, and the reader of its answer."""
+"""The calls of the clients' methods: each is an HTTP request and the function that reads the answer."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -26,9 +26,10 @@ T = TypeVar("T")
 Order = Literal["asc", "desc"]
 #: A position in the change feed: the id of an event, or "latest" for the id of the newest event.
 Cursor = int | Literal["latest"]
-#: For starts, resumes and removals, which can take long: after a shorter time-out, users would send a second request.
+#: Time-out of starts, resumes and removals, which can take long. After a shorter time-out, users would repeat a request
+#: that is still in progress.
 _LONG_SECONDS = 3600.0
-#: Engines per request if all are listed; the maximum that the gateway allows.
+#: Number of engines per request when all engines are listed. The gateway allows no larger number.
 PAGE_LIMIT = 1000
 _PREFIX = "/v1/management"
 _ID = re.compile(r"[\w-]+", re.ASCII)
@@ -56,7 +57,10 @@ def headers(api_key: str | None) -> dict[str, str]:
 
 
 def _engine(engine_id: str, route: str = "") -> str:
-    """Return the path of an engine's route. Raises NotFound if the text is not an id, as it could name another route."""
+    """Return the path of an engine's route.
+
+    Raises NotFound if `engine_id` is not an id, because any other text could result in the path of another route.
+    """
     if not _ID.fullmatch(engine_id):
         raise NotFound(
             code="engine_not_found", message=f"No engine '{engine_id[:100]}'.", param="engine_id",
@@ -66,7 +70,7 @@ def _engine(engine_id: str, route: str = "") -> str:
 
 
 def start(request: dict[str, Any]) -> Call[EngineView]:
-    """Start an engine."""
+    """Return the call that starts an engine."""
     return Call(
         "POST", f"{_PREFIX}/engines/start", as_model(EngineView), json=request, timeout_seconds=_LONG_SECONDS
     )  # fmt: skip
@@ -75,70 +79,70 @@ def start(request: dict[str, Any]) -> Call[EngineView]:
 def page(
     limit: int, after: str | None, states: Collection[EngineState], kinds: Collection[EngineKind], order: Order
 ) -> Call[EnginePage]:
-    """List one page of engines."""
+    """Return the call that lists one page of engines."""
     filters = {"after": after, "state": ",".join(states), "kind": ",".join(kinds)}
     params = {"limit": limit, "order": order, **{name: value for name, value in filters.items() if value}}
     return Call("GET", f"{_PREFIX}/engines", as_model(EnginePage), params=params)
 
 
 def get(engine_id: str) -> Call[EngineView]:
-    """Read one engine."""
+    """Return the call that reads one engine."""
     return Call("GET", _engine(engine_id), as_model(EngineView))
 
 
 def stop(engine_id: str, *, force: bool) -> Call[EngineView]:
-    """Stop an engine."""
+    """Return the call that stops an engine."""
     return Call("DELETE", _engine(engine_id), as_model(EngineView), params={"force": force})
 
 
 def pause(engine_id: str) -> Call[EngineView]:
-    """Pause an engine."""
+    """Return the call that pauses an engine."""
     return Call("POST", _engine(engine_id, "/pause"), as_model(EngineView))
 
 
 def resume(engine_id: str) -> Call[EngineView]:
-    """Resume an engine."""
+    """Return the call that starts a stopped or failed engine again."""
     return Call("POST", _engine(engine_id, "/resume"), as_model(EngineView), timeout_seconds=_LONG_SECONDS)
 
 
 def checkpoint(engine_id: str) -> Call[EngineView]:
-    """Save a checkpoint of a training run."""
+    """Return the call that saves a checkpoint of a training run."""
     return Call("POST", _engine(engine_id, "/checkpoint"), as_model(EngineView))
 
 
 def remove(engine_id: str) -> Call[None]:
-    """Delete a settled engine."""
+    """Return the call that deletes a settled engine."""
     return Call("POST", _engine(engine_id, "/remove"), lambda _: None, timeout_seconds=_LONG_SECONDS)
 
 
 def logs(engine_id: str, tail: int) -> Call[list[str]]:
-    """Read the end of an engine's log."""
+    """Return the call that reads the last `tail` lines of an engine's log."""
     return Call("GET", _engine(engine_id, "/logs"), lambda r: r.text.split("\n")[:-1], params={"tail": tail})
 
 
 def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
-    """Stream an engine's log, from its last `tail` lines or from `offset`."""
+    """Return the call that streams an engine's log from byte `offset`; offset None: from the last `tail` lines."""
     begin = {"tail": tail} if offset is None else {"offset": offset}
     return Call("GET", _engine(engine_id, "/logs"), lambda _: None, params={"follow": True, **begin})
 
 
 def events(engine_id: str, *, follow: bool) -> Call[None]:
-    """Stream the existing events of one engine; with `follow`, also new events until the engine has settled."""
+    """Return the call that streams the past events of one engine; follow: also new events until the engine has settled."""
     return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
 
 
 def changes(after: Cursor, limit: int) -> Call[EventPage]:
-    """Read the change feed."""
+    """Return the call that reads one page of the change feed."""
     return Call("GET", f"{_PREFIX}/events", as_model(EventPage), params={"after": after, "limit": limit})
 
 
 def follow_changes(after: int) -> Call[None]:
-    """Stream the change feed."""
+    """Return the call that streams the change feed."""
     return Call("GET", f"{_PREFIX}/events", lambda _: None, params={"after": after, "follow": True})
 
 
 def training_steps(engine_id: str, after: int, max_points: int | None) -> Call[list[TrainingStep]]:
-    """Read the steps of a training run."""
+    """Return the call that reads the steps of a training run."""
     params = {"after": after, **({} if max_points is None else {"max_points": max_points})}
     return Call("GET", _engine(engine_id, "/training"), as_list(TrainingStep), params=params)
 
@@ -148,48 +152,48 @@ def _route(name: str) -> str:
 
 
 def routes() -> Call[list[RouteView]]:
-    """List the routes."""
+    """Return the call that lists the routes."""
     return Call("GET", f"{_PREFIX}/routes", as_list(RouteView))
 
 
 def get_route(name: str) -> Call[RouteView]:
-    """Read one route."""
+    """Return the call that reads one route."""
     return Call("GET", _route(name), as_model(RouteView))
 
 
 def set_route(name: str, engines: Mapping[str, int], fallback: str | None) -> Call[RouteView]:
-    """Create or replace a route."""
+    """Return the call that creates or replaces a route."""
     targets = [{"engine": engine, "weight": weight} for engine, weight in engines.items()]
     return Call("PUT", _route(name), as_model(RouteView), json={"engines": targets, "fallback": fallback})
 
 
 def remove_route(name: str) -> Call[None]:
-    """Delete a route."""
+    """Return the call that deletes a route."""
     return Call("DELETE", _route(name), lambda _: None)
 
 
 def devices() -> Call[list[Device]]:
-    """Read the devices."""
+    """Return the call that reads the devices."""
     return Call("GET", f"{_PREFIX}/gpu", as_list(Device))
 
 
 def backends() -> Call[list[BackendView]]:
-    """Read the backends."""
+    """Return the call that lists the backends."""
     return Call("GET", f"{_PREFIX}/backends", as_list(BackendView))
 
 
 def health(timeout_seconds: float) -> Call[dict[str, Any]]:
-    """Check whether the gateway is alive."""
+    """Return the call that checks whether the gateway is alive."""
     return Call("GET", "/health", lambda r: dict(parse(r.text)), timeout_seconds=timeout_seconds)
 
 
 def models() -> Call[list[str]]:
-    """List the models that requests can name."""
+    """Return the call that lists the model names that requests can use."""
     return Call("GET", "/v1/models", lambda r: [item["id"] for item in parse(r.text)["data"]])
 
 
 def chat(model: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Call[str]:
-    """Request the next message of a chat from a model."""
+    """Return the call that requests the next message of a chat from a model."""
     return Call(
         "POST", "/v1/chat/completions", lambda r: str(parse(r.text)["choices"][0]["message"]["content"] or ""),
         json={"model": model, "messages": messages, **options},

@@ -25,16 +25,16 @@ from sage.llm.client.types import (
 
 T = TypeVar("T")
 CONNECT_SECONDS = 10.0
-#: No limit for a read, because a stream sends nothing while its engine writes nothing.
+#: Reads have no time limit, because a stream sends nothing while the engine writes nothing.
 STREAM_TIMEOUT = httpx.Timeout(CONNECT_SECONDS, read=None)
 RECONNECT_SECONDS = 0.3
 
 
 class SageClient:
-    """Client of a gateway. Every method raises SageError: the error that the gateway reports, or GatewayUnreachable."""
+    """Client of a gateway. Each method raises the SageError that the gateway reports, or GatewayUnreachable."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: the gateway; timeout_seconds: for one answer, except for streams, starts, resumes and removals."""
+        """base_url: URL of the gateway; timeout_seconds: for one answer, except streams, starts, resumes and removals."""
         self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.Client(
             base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
@@ -49,7 +49,7 @@ class SageClient:
         self._http.close()
 
     def start_engine(self, **request: Any) -> EngineView:
-        """Start an engine; the fields are those of StartRequest. It is returned in the state `validating`."""
+        """Start an engine and return it in the state `validating`; request: the fields of StartRequest."""
         return self._send(calls.start(request))
 
     def page_engines(
@@ -61,7 +61,10 @@ class SageClient:
         kinds: Collection[EngineKind] = (),
         order: Order = "asc",
     ) -> EnginePage:
-        """Return one page of the engines; after: `last_id` of the previous page; no states or kinds: no filter."""
+        """Return one page of the list of engines.
+
+        after: `last_id` of the previous page.  states, kinds: return only these; empty: no filter.
+        """
         return self._send(calls.page(limit, after, states, kinds, order))
 
     def iter_engines(
@@ -87,7 +90,7 @@ class SageClient:
         return self._send(calls.get(engine_id))
 
     def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Ask an engine to stop; returns at once."""
+        """Ask an engine to save its state and exit, without waiting for the exit; force: kill the engine."""
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
@@ -111,9 +114,10 @@ class SageClient:
         return self._send(calls.logs(engine_id, tail))
 
     def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> Iterator[str]:
-        """Yield the last lines of an engine's log, then each new one until the engine has settled.
+        """Yield the last lines of an engine's log, then each new line until the engine has settled.
 
-        If the gateway restarts, the stream continues at the same byte; patience_seconds: how long it may be unreachable.
+        If the gateway restarts, the log continues at the same byte.
+        patience_seconds: maximum time for which the gateway may be unreachable.
         """
         reader = streams.LogReader()
         yield from self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds)
@@ -124,16 +128,19 @@ class SageClient:
         return list(self._follow(lambda: calls.events(engine_id, follow=False), reader, 0))
 
     def follow_events(self, engine_id: str, patience_seconds: float = 60) -> Iterator[EngineEvent]:
-        """Yield the events of one engine, then each new one until it has settled."""
+        """Yield the past events of one engine, then each new event until the engine has settled."""
         reader = streams.EventReader()
         yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
 
     def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
-        """Return the events of all engines after a cursor: an event id, or "latest", which returns only the newest id."""
+        """Return the events of all engines after the event with the id `after`.
+
+        If `after` is "latest", the page has no events, and `last_id` is the id of the newest event.
+        """
         return self._send(calls.changes(after, limit))
 
     def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> Iterator[EngineEvent]:
-        """Yield the events of all engines after a cursor, then each new one; never ends."""
+        """Yield the events of all engines after the cursor `after`, then each new event; the iterator never ends."""
         cursor = self.changes(after).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
         yield from self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds)
@@ -143,7 +150,7 @@ class SageClient:
         return self._send(calls.training_steps(engine_id, after, max_points))
 
     def list_routes(self) -> list[RouteView]:
-        """Return all routes: names that requests use as `model`, each for one or several engines."""
+        """Return all routes. A route is a name that requests use as `model`; it stands for one or more engines."""
         return self._send(calls.routes())
 
     def get_route(self, name: str) -> RouteView:
@@ -153,12 +160,12 @@ class SageClient:
     def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
         """Create or replace a route.
 
-        engines: weights by engine (id, name or model); fallback: the engine that answers if none of `engines` does.
+        engines: weight of each engine, by id, name or model.  fallback: engine that answers if none of `engines` can.
         """
         return self._send(calls.set_route(name, engines, fallback))
 
     def remove_route(self, name: str) -> None:
-        """Delete a route; its engines are not changed."""
+        """Delete a route; the engines are not changed."""
         self._send(calls.remove_route(name))
 
     def devices(self) -> list[Device]:
@@ -170,7 +177,7 @@ class SageClient:
         return self._send(calls.backends())
 
     def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and process. The time-out is short: another program may listen on the port."""
+        """Return the gateway's version and PID. The time-out is short, because another program may listen on the port."""
         return self._send(calls.health(timeout_seconds))
 
     def models(self) -> list[str]:
@@ -214,7 +221,7 @@ class SageClient:
     def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> Iterator[T]:
-        """Yield the items of a stream; if it breaks off, open it again at the reader's position, with a new `call()`."""
+        """Yield the items of a stream. If it breaks off, request it again with `call()`, at the reader's position."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 class Lines:
-    """Splits bytes into lines of text."""
+    """Splits received bytes into lines of text."""
 
     def __init__(self) -> None:
         self.rest = b""  #: the received part of the last, incomplete line
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the lines that are complete now, without line ends."""
+        """Add received bytes, and return the lines that are now complete, without line ends."""
         *complete, self.rest = (self.rest + chunk).split(b"\n")
         return [line.decode(errors="replace") for line in complete]
 
@@ -34,25 +34,25 @@ class StreamReader(Generic[T]):
         self.has_begun = False
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Prepare for the bytes of a stream that was just opened, for the first time or again."""
+        """Prepare for the bytes of a stream that was opened, for the first time or again; headers: headers of the answer."""
         self.has_begun, self._lines = True, Lines()
 
     def feed(self, chunk: bytes) -> list[T]:
-        """Return the items that are complete now."""
+        """Add received bytes, and return the items that are now complete."""
         raise NotImplementedError
 
     def finish(self) -> list[T]:
-        """Return the last items at the end of the stream. Raises GatewayUnreachable if the stream must not end."""
+        """Return the remaining items when the stream has ended. Raises GatewayUnreachable if this stream must not end."""
         return []
 
 
 class LogReader(StreamReader[str]):
     """Reads the lines of a log."""
 
-    offset: int | None = None  #: offset in the log after the last complete line
+    offset: int | None = None  #: byte offset in the log after the last complete line
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Read the offset in the log at which the stream begins."""
+        """Read from the headers the offset in the log at which the stream begins."""
         super().begin(headers)
         try:
             self.offset = int(headers["X-Log-Offset"])
@@ -60,7 +60,7 @@ class LogReader(StreamReader[str]):
             raise not_a_gateway("the header X-Log-Offset is missing") from error
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the lines that are complete now."""
+        """Add received bytes, and return the lines that are now complete."""
         before = len(self._lines.rest)
         lines = self._lines.feed(chunk)
         self.offset = (self.offset or 0) + before + len(chunk) - len(self._lines.rest)
@@ -75,12 +75,12 @@ class EventReader(StreamReader[EngineEvent]):
     """Reads server-sent events of engines, and returns each event once."""
 
     def __init__(self, cursor: int = 0, *, endless: bool = False) -> None:
-        """cursor: id of the last event that was already read; endless: only the gateway's exit ends the stream."""
+        """cursor: id of the last event that was already read.  endless: whether the stream must not end."""
         super().__init__()
         self.cursor, self._endless = cursor, endless
 
     def feed(self, chunk: bytes) -> list[EngineEvent]:
-        """Return the events that are complete now."""
+        """Add received bytes, and return the events that are now complete."""
         found = []
         for line in self._lines.feed(chunk):
             if line.startswith("data:"):
@@ -105,10 +105,10 @@ def _event(text: str) -> EngineEvent:
 
 
 class Patience:
-    """Decides whether a stream that broke off is opened again."""
+    """Decides whether to open a stream again after it broke off."""
 
     def __init__(self, seconds: float) -> None:
-        """seconds: how long the gateway may be unreachable."""
+        """seconds: maximum time for which the gateway may be unreachable."""
         self._seconds = seconds
         self._lost_at: float | None = None
 
@@ -131,7 +131,7 @@ class ChatReader:
         self._is_done = False
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the pieces of text that are complete now. Raises the error that the stream reports."""
+        """Add received bytes, and return the text that is now complete. Raises the error that the stream reports."""
         return [piece for line in self._lines.feed(chunk) if (piece := self._piece(line))]
 
     def _piece(self, line: str) -> str:

@@ -14,18 +14,18 @@ from sage.common.training import TrainingStep as TrainingStep
 class EngineState(StrEnum):
     """The state of an engine."""
 
-    VALIDATING = "validating"  #: its dataset is being checked
-    QUEUED = "queued"  #: waits to be started
-    STARTING = "starting"  #: its process is being started and is not ready yet
-    RUNNING = "running"  #: serves requests, or trains
-    PAUSED = "paused"  #: unloaded, because it had no requests; the next request loads it again
-    STOPPING = "stopping"  #: was asked to stop and is saving its state
-    STOPPED = "stopped"  #: ended because a user requested it
-    COMPLETED = "completed"  #: training finished
-    FAILED = "failed"  #: ended with an error; see `reason`
+    VALIDATING = "validating"  #: the dataset or the model is being checked
+    QUEUED = "queued"  #: the engine waits to be started
+    STARTING = "starting"  #: the server or worker process has been started and is not ready yet
+    RUNNING = "running"  #: the engine serves requests or trains
+    PAUSED = "paused"  #: the engine was unloaded, because it had no requests; the next request loads it again
+    STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
+    STOPPED = "stopped"  #: the engine ended because a user requested it
+    COMPLETED = "completed"  #: the training run finished
+    FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
 
 
-#: States in which nothing happens to an engine until a user requests it.
+#: Final states: the engine does not change until a user makes a request.
 SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 
@@ -33,15 +33,15 @@ class EngineKind(StrEnum):
     """The task of an engine."""
 
     LLM = "llm"  #: answers chats and completions
-    EMBEDDING = "embedding"  #: turns texts into vectors
+    EMBEDDING = "embedding"  #: returns the embedding vectors of texts
     FINETUNE = "finetune"  #: trains an adapter
 
 
 SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
-#: Model name in a request that means the last started running engine of the kind.
+#: Model name that selects, among the running engines of the requested kind, the engine that was started last.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
-#: Each part begins with a letter or digit, so that no part of a URL's path is `.` or `..`.
+#: Each part between slashes begins with a letter or digit, so that no part of the route's URL path is `.` or `..`.
 _ROUTE_NAME = re.compile(r"\w[\w.@:+-]*(/\w[\w.@:+-]*)*")
 _ENGINE_ID = re.compile(r"engine-[a-z0-9]{10}")
 
@@ -55,15 +55,15 @@ class DesiredState(StrEnum):
 
 
 class RestartPolicy(StrEnum):
-    """When an engine is restarted automatically; the values are Docker's."""
+    """When an engine is restarted automatically. The values have the same names as in Docker."""
 
-    NO = "no"  #: never
-    ON_FAILURE = "on-failure"  #: if its process exits with an error, is killed, or no longer answers
-    UNLESS_STOPPED = "unless-stopped"  #: in the cases of `on-failure`, and after a power cut or reboot
+    NO = "no"  #: the engine is never restarted
+    ON_FAILURE = "on-failure"  #: restart if the process exits with an error, is killed, or no longer answers
+    UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
 
 
 def check_engine_name(name: str) -> str:
-    """Return `name`; raises ValueError if it is not allowed as the name of an engine."""
+    """Return `name` if it is allowed as the name of an engine. Raises ValueError if it is not allowed."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
         raise ValueError(f"must be letters, digits and ./@:+-_ and not {DEFAULT_MODEL!r}")
     return name
@@ -120,7 +120,7 @@ class StartRequest(BaseModel):
 
 
 class Reason(BaseModel):
-    """Why an engine is in its state."""
+    """The reason for the current state of an engine."""
 
     code: str
     message: str
@@ -128,7 +128,7 @@ class Reason(BaseModel):
 
 
 class EngineView(BaseModel):
-    """An engine as a user sees it."""
+    """An engine, as the HTTP interface returns it."""
 
     id: str
     object: str = "engine"
@@ -174,7 +174,7 @@ class EnginePage(BaseModel):
 
 
 class EventKind(StrEnum):
-    """The change that an event of the change feed reports."""
+    """The kind of change that an event reports."""
 
     CREATED = "created"
     TRANSITION = "transition"
@@ -185,7 +185,7 @@ class EventKind(StrEnum):
 
 
 class EngineEvent(BaseModel):
-    """One entry of the change feed; `id` is its cursor."""
+    """One event of the change feed. To read the events after it, use `id` as the cursor."""
 
     id: int
     engine_id: str
@@ -243,14 +243,14 @@ class RouteRequest(BaseModel):
 
 
 class RouteTargetView(RouteTarget):
-    """A target of a route, and the active engine that it currently selects."""
+    """A target of a route, and the active engine that the target currently selects."""
 
     engine_id: str | None = Field(None, description="Id of the active engine that it selects; null if none.")
     state: EngineState | None = Field(None, description="State of that engine.")
 
 
 class RouteView(BaseModel):
-    """A route as a user sees it."""
+    """A route, as the HTTP interface returns it."""
 
     name: str = Field(description="`model` in requests.")
     object: str = "route"
@@ -260,7 +260,7 @@ class RouteView(BaseModel):
 
 
 def check_route_name(name: str) -> str:
-    """Return `name`; raises ValueError if it is not allowed as the name of a route."""
+    """Return `name` if it is allowed as the name of a route. Raises ValueError if it is not allowed."""
     if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
         raise ValueError("must be at most 200 letters, digits and ./@:+-_, and each part must begin with a letter or digit")
     if _ENGINE_ID.fullmatch(name):
@@ -269,7 +269,7 @@ def check_route_name(name: str) -> str:
 
 
 class Device(BaseModel):
-    """Memory that engines share: a GPU, or the main memory of a node."""
+    """A device whose memory engines share: a GPU, or the main memory of a node."""
 
     node: str
     kind: str

@@ -18,17 +18,21 @@ from sage.llm.gateway.connections import BoundedHttp, connection_limit
 from sage.llm.gateway.instance import publish_address, take_lock
 
 logger = logging.getLogger(__name__)
-#: Seconds after the request to stop at which open streams are closed.
+#: After a request to stop, streams that are still open are closed after this many seconds.
 _SHUTDOWN_SECONDS = 2
-#: Longer than clients keep idle connections (httpx 5 s, aiohttp 15 s), so that no client uses a connection just closed.
+#: Idle client connections are closed after this many seconds. The clients close idle connections earlier (httpx: 5 s,
+#: aiohttp: 15 s), so a client does not send a request on a connection that the gateway has just closed.
 _KEEP_ALIVE_SECONDS = 30
-#: libuv accepts one connection per descriptor in each iteration of the event loop. With one descriptor, if 256 clients
-#: connect at the same time, the last one would wait for about 256 * 256 / 2 requests of the others.
+#: Number of descriptors of the listening socket. libuv accepts one connection per descriptor in each event loop iteration.
+#: With one descriptor and 256 clients that connect at the same time, the last client waits for about 256 * 256 / 2 requests.
 _LISTENING_DESCRIPTORS = 16
 
 
 def main() -> int:
-    """Run until SIGTERM or Ctrl-C; engines keep running. If the gateway cannot start, print the reason in one line."""
+    """Run the gateway until SIGTERM or Ctrl-C, and return the exit code. Engines continue to run after the gateway exits.
+
+    If the gateway cannot start, the reason is printed in one line.
+    """
     configure_logging()
     try:
         app, listener = _prepare()
@@ -41,7 +45,7 @@ def main() -> int:
         return _fail(f"The gateway cannot start ({type(error).__name__}: {error}).", 1)
     BoundedHttp.limit = connection_limit()
     gc.collect()
-    gc.freeze()  # exclude modules and routes, which are never freed, from garbage collection
+    gc.freeze()  # exclude the existing objects (modules, routes) from garbage collection, because they are never freed
     server = uvicorn.Server(
         uvicorn.Config(
             app, http=BoundedHttp, ws="none", log_config=None, access_log=False, proxy_headers=False,
@@ -58,10 +62,13 @@ def _fail(reason: str, exit_code: int) -> int:
 
 
 def _prepare() -> tuple[FastAPI, socket.socket]:
-    """Take the lock and the port before opening the database, because only a gateway that can run may migrate it."""
+    """Return the application and its listening socket.
+
+    The lock and the port are taken before the database is opened: only a gateway that can run may migrate the database.
+    """
     settings, standby = _arguments(load_settings())
     configure_logging(settings.log_level)
-    logging.logThreads = logging.logProcesses = False  # no line shows them
+    logging.logThreads = logging.logProcesses = False  # the log format shows neither threads nor processes
     check_exposure(settings)
     if not standby:
         take_lock()
@@ -90,7 +97,7 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.gateway_host, settings.gateway_port))
-        listener.listen()  # without `listen`, two sockets can be bound to the same address
+        listener.listen()  # before `listen`, another socket can be bound to the same address
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Conflict(

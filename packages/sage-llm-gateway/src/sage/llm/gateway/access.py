@@ -1,4 +1,8 @@
-"""Control access: with a key, allow clients that send it; without a key, allow this machine's programs, but no web page."""
+"""Check whether a request may use the gateway.
+
+If an API key is set, a request must send the key. If no API key is set, only programs on this machine may send requests;
+requests from web pages of other sites are rejected.
+"""
 
 import functools
 import hmac
@@ -14,12 +18,12 @@ _OPEN_PATHS = frozenset({"/health"})
 
 
 def key_of(settings: Settings) -> str | None:
-    """Return the key that requests must have; None if no key is set."""
+    """Return the API key that requests must send; None if no API key is set."""
     return (settings.api_key.get_secret_value() if settings.api_key else "") or None
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raise ConfigError if the gateway would listen on the network without a key."""
+    """Raise ConfigError if the gateway would listen on the network without an API key."""
     if settings.gateway_host not in LOOPBACK and key_of(settings) is None:
         raise ConfigError(
             code="api_key_needed",
@@ -30,7 +34,7 @@ def check_exposure(settings: Settings) -> None:
 
 
 def check_access(path: str, headers: RawHeaders, key: str | None) -> None:
-    """Raise Unauthorized or Refusal if a request is not allowed."""
+    """Check a request's headers. Raises Unauthorized if the API key is wrong, Refusal if a web page sent the request."""
     if key is None:
         _refuse_pages(headers)
     elif path not in _OPEN_PATHS:
@@ -44,7 +48,10 @@ def check_access(path: str, headers: RawHeaders, key: str | None) -> None:
 
 
 def _refuse_pages(headers: RawHeaders) -> None:
-    """Reject requests from web pages: from another origin, or with a host name that points to loopback (DNS rebinding)."""
+    """Raise Refusal if a web page of another site sent the request.
+
+    The header Host is also checked, because a site can let its own host name point to the loopback address (DNS rebinding).
+    """
     hint = "Without SAGE_API_KEY the gateway answers to localhost only."
     for name, content in headers:
         if name == b"host" and _host_name(b"//" + content) not in LOOPBACK:

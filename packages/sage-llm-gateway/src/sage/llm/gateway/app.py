@@ -1,4 +1,4 @@
-"""Build the application: the HTTP routes of one ControlPlaneManager."""
+"""Create the gateway's ASGI application, whose HTTP routes call a ControlPlaneManager."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ from sage.llm.gateway.routes import health, inference, management, model_routes
 
 
 class Gateway(FastAPI):
-    """The gateway's application."""
+    """The gateway's ASGI application."""
 
     gate: Gate
 
@@ -31,10 +31,10 @@ class Gateway(FastAPI):
 
 
 def create_app(settings: Settings, *, standby: bool = False) -> Gateway:
-    """Return the gateway, with its database open.
+    """Return the gateway's application with an open database.
 
-    standby: another gateway of the same state folder is expected to be the active one.
-    Raises ConfigError if the settings would let everyone use the gateway, or if the database cannot be used.
+    standby: another gateway of the same state folder is expected to be active.
+    Raises ConfigError if the settings allow network access without an API key, or if the database cannot be used.
     """
     check_exposure(settings)
     manager = ControlPlaneManager(settings, standby=standby)

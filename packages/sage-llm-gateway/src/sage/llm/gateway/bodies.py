@@ -1,4 +1,4 @@
-"""Read request bodies, with a limit for each and for all together."""
+"""Read request bodies, and limit the size of each body and of all bodies together."""
 
 import asyncio
 from types import TracebackType
@@ -26,12 +26,12 @@ class BodyBudget:
         self.left_bytes = _HELD_BODIES * max_bytes
 
     def body(self) -> "Body":
-        """Return an empty body; its memory is released at the end of its `with` block."""
+        """Return an empty body, to be used in a `with` block. The end of the block releases the body's memory."""
         return Body(self)
 
 
 class Body:
-    """One request's body, within the budget."""
+    """The body of one request; its bytes are taken from the shared budget."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget, self._held_bytes = budget, 0
@@ -42,12 +42,15 @@ class Body:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Release the memory."""
+        """Return the body's bytes to the budget."""
         self._budget.left_bytes += self._held_bytes
         self._held_bytes = 0
 
     async def read(self, headers: RawHeaders, receive: Receive) -> None:
-        """Read the whole body. Raises Refusal (too large, too slow), Overloaded, or ClientDisconnect."""
+        """Read the whole body into `content`.
+
+        Raises Refusal if the body is too large or too slow, Overloaded if the budget is used up, or ClientDisconnect.
+        """
         length = value(headers, b"content-length")
         if length.isdigit() and int(length) > self._budget.max_bytes:
             raise self._too_large()
@@ -62,7 +65,7 @@ class Body:
         self.content = b"".join(chunks)
 
     async def _read_chunk(self, chunks: list[bytes], receive: Receive) -> bool:
-        """Add a chunk; return whether more chunks follow."""
+        """Receive a chunk and append it to `chunks`; return whether more chunks follow."""
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect

@@ -1,4 +1,4 @@
-"""Limit client connections where uvicorn does not: their number, and the size and duration of a request's head."""
+"""Add limits that uvicorn does not have: the number of client connections, and the size and duration of a request's head."""
 
 import asyncio
 import json
@@ -17,14 +17,14 @@ _RESERVED_DESCRIPTORS = 56
 _HEAD_BYTES = 65_536
 _HEAD_SECONDS = 30
 _LINGER_SECONDS = 2
-#: Number of clients beyond the limit that get a 503; further connections are closed without an answer.
+#: Number of connections above the limit that are answered with status 503; further connections are closed without an answer.
 _SPARE_CONNECTIONS = 8
 
 
 def connection_limit() -> int:
-    """Raise this process's limit of file descriptors to the maximum, and return how many clients it allows.
+    """Raise this process's limit of file descriptors to the maximum, and return the number of clients that it allows.
 
-    A request takes two descriptors: the client's connection and the one to the engine.
+    A request uses two descriptors: one for the client's connection, and one for the connection to the engine.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
@@ -35,7 +35,10 @@ def connection_limit() -> int:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """HTTP/1.1 for one client; a client that exceeds a limit gets an error in OpenAI's format and is disconnected."""
+    """The HTTP/1.1 protocol of one client connection.
+
+    If the client exceeds a limit, it gets an error in OpenAI's format and is disconnected.
+    """
 
     limit: ClassVar[int] = 1000  #: maximum number of connections
 
@@ -46,7 +49,7 @@ class BoundedHttp(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection, unless there are too many."""
+        """Accept the connection, or reject it if there are too many connections."""
         super().connection_made(transport)
         if len(self.connections) > self.limit + _SPARE_CONNECTIONS:
             transport.abort()
@@ -57,12 +60,12 @@ class BoundedHttp(HttpToolsProtocol):
             self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Cancel the timer of the request's head, because the connection has ended."""
         self._close_head()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse received bytes."""
+        """Parse received bytes, and limit the size and duration of a request's head."""
         if self.transport.is_closing() or self._is_refused:
             return
         super().data_received(data)
@@ -74,12 +77,12 @@ class BoundedHttp(HttpToolsProtocol):
                 self._time_head()
 
     def on_message_begin(self) -> None:
-        """Begin a request's head."""
+        """Note that the head of a request begins."""
         super().on_message_begin()
         self._head_is_open = True
 
     def on_headers_complete(self) -> None:
-        """End a request's head."""
+        """Note that the head of a request is complete. Raises Refusal if the head is too large."""
         self._close_head()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES:
             self._reason = _head_too_large()
@@ -87,7 +90,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Reject a request that is not valid HTTP."""
+        """Reject a request that is not valid HTTP or has a head that is too large."""
         self._refuse(self._reason or Refusal(400, "invalid_http", msg))
 
     def _time_head(self) -> None:
@@ -106,7 +109,8 @@ class BoundedHttp(HttpToolsProtocol):
         if isinstance(error, Overloaded):
             head += f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        # Read the rest of the client's data: closing earlier would reset the connection and lose the answer.
+        # Continue to read the client's data for some seconds: to close now would reset the connection, and the client could
+        # lose the answer.
         self.transport.write_eof()
         self._is_refused = True
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)

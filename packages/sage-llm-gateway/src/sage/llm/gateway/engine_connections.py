@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for the engines' servers, which reuses connections."""
+"""A small HTTP/1.1 client for the servers of engines. It reuses connections."""
 
 import asyncio
 import errno
@@ -9,21 +9,21 @@ import httptools
 
 from sage.llm.gateway.headers import value
 
-#: Shorter than the time for which servers keep idle connections (uvicorn, and so vLLM: 5 s).
+#: Seconds after which an idle connection is closed. Servers keep idle connections longer (uvicorn and vLLM: 5 s).
 _IDLE_SECONDS = 3
 _CONNECT_SECONDS = 5
-#: Maximum unread bytes of an answer; above it, the connection is not read.
+#: Maximum number of received bytes that wait to be returned by `piece`; above it, reading from the connection is paused.
 _WAITING_BYTES = 256 * 1024
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection to a server, for one request and its answer at a time."""
+    """A connection to a server. It transfers one request and its answer at a time."""
 
     transport: asyncio.Transport
 
     def __init__(self, address: str, forget: Callable[["EngineConnection"], None]) -> None:
-        """forget: called when the connection ends."""
+        """forget: function that is called when the connection ends."""
         self.address, self._forget = address, forget
         self._parser = httptools.HttpResponseParser(self)
         self.idle_since_seconds = 0.0
@@ -56,7 +56,7 @@ class EngineConnection(asyncio.Protocol):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def piece(self) -> bytes:
-        """Return the next part of the body, waiting for it if needed; b"" at the end. Raises ConnectionError."""
+        """Wait for the next part of the body and return it; b"" at the end of the body. Raises ConnectionError."""
         while not self._pieces and not self._is_complete:
             await self._wait()
         content = b"".join(self._pieces)
@@ -68,7 +68,7 @@ class EngineConnection(asyncio.Protocol):
         return content
 
     def end(self) -> bool:
-        """End the exchange. Return whether the connection can be used again; if not, it is closed."""
+        """End the request. Return whether the connection can be used again; otherwise close it."""
         self._is_busy = False
         if self._is_complete and self._is_reusable and not self.transport.is_closing():
             return True
@@ -76,12 +76,12 @@ class EngineConnection(asyncio.Protocol):
         return False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin."""
+        """Store the transport of the new connection."""
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Parse a part of an answer."""
-        if not self._is_busy:  # there was no request
+        """Parse received bytes of an answer."""
+        if not self._is_busy:  # the server sends data although there is no request
             self.transport.abort()
             return
         self.has_begun = True
@@ -95,7 +95,10 @@ class EngineConnection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection, and end or fail the exchange."""
+        """Call `forget`, and end the request in progress.
+
+        The request is complete if its answer has no length and no error occurred; otherwise the request fails.
+        """
         self._forget(self)
         if self._ends_at_eof and exc is None:
             self._is_complete = True
@@ -104,16 +107,16 @@ class EngineConnection(asyncio.Protocol):
         self._wake()
 
     def on_message_begin(self) -> None:
-        """Reject a second answer to one request; the parser converts the exception to its own error class."""
+        """Raise ConnectionError if the server sends two answers to a request; the parser then raises HttpParserError."""
         if self._is_complete:
             raise ConnectionError
 
     def on_header(self, name: bytes, content: bytes) -> None:
-        """Add a header."""
+        """Add a header of the answer."""
         self.headers.append((name.lower(), content))
 
     def on_headers_complete(self) -> None:
-        """End the head."""
+        """Read the status and the framing from the complete head of the answer."""
         self.status = self._parser.get_status_code()
         if self.status < 200:  # an interim answer, such as 100 Continue: the final answer follows
             self.headers.clear()
@@ -123,12 +126,12 @@ class EngineConnection(asyncio.Protocol):
         self._ends_at_eof = not any(value(self.headers, name) for name in _FRAMING) and self.status not in (204, 304)
 
     def on_body(self, body: bytes) -> None:
-        """Add a part of the body."""
+        """Add a part of the answer's body."""
         self._pieces.append(body)
         self._waiting_bytes += len(body)
 
     def on_message_complete(self) -> None:
-        """End the answer."""
+        """Note that the answer is complete, unless it was an interim answer."""
         self._is_complete = self._has_head
 
     async def _wait(self) -> None:
@@ -147,19 +150,19 @@ class EngineConnection(asyncio.Protocol):
 
 
 class EngineConnections:
-    """The idle connections to all servers. The key of a server is its address, HOST:PORT."""
+    """Sends requests to servers, and keeps the idle connections. A server is identified by its address, HOST:PORT."""
 
     def __init__(self) -> None:
         self._idle: dict[str, dict[EngineConnection, None]] = {}
         self._sweep: asyncio.TimerHandle | None = None
 
     async def post(self, address: str, head: bytes, body: bytes) -> EngineConnection:
-        """Send a request and wait for the head of its answer; `release` the connection afterwards.
+        """Send a request and wait for the head of its answer. The caller must `release` the returned connection.
 
-        If an idle connection ends before the first byte of the answer, the server probably closed it just now: the request
-        is sent once more on a new connection. If the server did read the first request, this does no harm, because
+        If a reused connection ends before the first byte of the answer, the server probably did not read the request. Then
+        the request is sent once more on a new connection. If the server reads the request twice, this does no harm, because
         inference changes no state.
-        Raises ConnectionError, TimeoutError if the server does not accept connections, or another OSError.
+        Raises TimeoutError if the server does not accept connections, ConnectionError, or another OSError.
         """
         if connection := self._take(address):
             try:
@@ -170,7 +173,7 @@ class EngineConnections:
         return await self._exchange(await self._connect(address), head, body)
 
     def release(self, connection: EngineConnection) -> None:
-        """End an exchange; keep the connection for the next one if the answer was read completely, otherwise close it."""
+        """End a request. If the answer was read completely, keep the connection for the next request; otherwise close it."""
         if not connection.end():
             return
         loop = asyncio.get_running_loop()
@@ -195,7 +198,7 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last, if the server certainly still keeps it open."""
+        """Return the connection that became idle last, or None if the server may have closed it already."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
             if asyncio.get_running_loop().time() - connection.idle_since_seconds < _IDLE_SECONDS:
@@ -209,7 +212,7 @@ class EngineConnections:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            self.close()  # idle connections use file descriptors
+            self.close()  # close the idle connections to free file descriptors
             return await self._open(address)
 
     async def _open(self, address: str) -> EngineConnection:
@@ -229,7 +232,7 @@ class EngineConnections:
         self._sweep = loop.call_later(_IDLE_SECONDS, self._close_old) if self._idle else None
 
     def _close_idle_since(self, seconds: float) -> None:
-        """Close the connections that have been idle since `since` or longer."""
+        """Close the connections that became idle at the loop time `seconds` or earlier."""
         for connection in [connection for idle in self._idle.values() for connection in idle]:
             if connection.idle_since_seconds <= seconds:
                 del self._idle[connection.address][connection]

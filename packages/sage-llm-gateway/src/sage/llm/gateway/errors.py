@@ -1,4 +1,4 @@
-"""Convert errors to HTTP answers in OpenAI's format; `SageError.body` builds the content."""
+"""Convert errors to HTTP answers in OpenAI's format. `SageError.body` returns the content."""
 
 import errno
 from typing import Any
@@ -15,24 +15,24 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class Refusal(SageError):
-    """A request that is rejected because of its HTTP form, with the status to answer."""
+    """The error for a request that is rejected because of its HTTP form (headers, body or path)."""
 
     type = "invalid_request_error"
 
     def __init__(self, status: int, code: str, message: str, hint: str = "") -> None:
-        """status: HTTP status of the answer; the other arguments are those of SageError."""
+        """status: HTTP status of the answer; code, message, hint: as in SageError."""
         super().__init__(code=code, message=message, hint=hint)
         self.http_status = status
 
 
 def error_response(error: SageError) -> JSONResponse:
-    """Return the answer that reports an error."""
+    """Return the HTTP answer that reports an error."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if isinstance(error, Overloaded) else None
     return JSONResponse(error.body(), status_code=error.http_status, headers=headers)
 
 
 def out_of_descriptors(error: BaseException) -> Overloaded | None:
-    """Return the error to report if an OSError means that no file descriptor is left, else None."""
+    """Return an Overloaded error if `error` means that no file descriptor is left; otherwise None."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return Overloaded(
             code="too_many_connections",
@@ -43,7 +43,7 @@ def out_of_descriptors(error: BaseException) -> Overloaded | None:
 
 
 def install(app: FastAPI) -> None:
-    """Make an application report its errors in this format. The gate handles unexpected exceptions."""
+    """Make an application report expected errors in OpenAI's format. The gate reports unexpected exceptions."""
 
     @app.exception_handler(SageError)
     async def expected(_: Request, error: SageError) -> JSONResponse:
@@ -53,7 +53,7 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first: dict[str, Any] = error.errors()[0]
         place, *names = first["loc"]
-        parts = names[:1] if place == "query" else names  # the rest is the member of a union
+        parts = names[:1] if place == "query" else names  # the other parts name the member of a union type
         name = ".".join(str(part) for part in parts) or "body"
         message = f"{name}: {first['msg'].removeprefix('Value error, ')}."
         return error_response(ConfigError(code="config_invalid", message=message, param=name))

@@ -1,4 +1,4 @@
-"""Send events of engines as server-sent events."""
+"""Send the events of engines as server-sent events."""
 
 import asyncio
 import contextlib
@@ -13,13 +13,13 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 
 _POLL_SECONDS = 0.3
 _EVENTS_AT_ONCE = 500
-#: Seconds without an event after which a comment is sent, so that no proxy closes the connection.
+#: After this many seconds without an event, a comment is sent, so that no proxy closes the connection.
 _KEEP_ALIVE_SECONDS = 15.0
 T = TypeVar("T")
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events, kept alive by comments."""
+    """A response of server-sent events. Comments between the events keep the connection open."""
 
     media_type = "text/event-stream"
 
@@ -28,7 +28,7 @@ class EventStream(StreamingResponse):
 
 
 async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield the events, and a comment whenever no event was sent for a while."""
+    """Yield the events, and a comment after every `_KEEP_ALIVE_SECONDS` without an event."""
     following: asyncio.Future[str | None] | None = None
     try:
         while True:
@@ -61,7 +61,8 @@ async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follo
     """Yield the past events of an engine; with `follow`, also each new event until the engine has settled."""
     cursor = 0
     while True:
-        has_ended = (await manager.get_engine(engine_id)).state in SETTLED  # read first, to send the last event
+        # The state is read before the events, so that the last event is sent.
+        has_ended = (await manager.get_engine(engine_id)).state in SETTLED
         for event in await manager.get_events(engine_id, cursor):
             cursor = event.id
             yield _sse(event)
@@ -71,7 +72,7 @@ async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follo
 
 
 async def until_removed(pieces: AsyncIterator[T]) -> AsyncIterator[T]:
-    """Yield the pieces of a stream; end it if its engine is removed."""
+    """Yield the pieces of an engine's stream; if the engine is removed, end the stream without an error."""
     with contextlib.suppress(NotFound):
         async for piece in pieces:
             yield piece

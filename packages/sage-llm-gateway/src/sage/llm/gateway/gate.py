@@ -1,4 +1,4 @@
-"""Middleware before all routes: checks access, body size and JSON, sets request ids, reports unexpected errors."""
+"""Middleware before all routes. It checks access, body size and JSON, sets request ids, and reports unexpected errors."""
 
 import logging
 import re
@@ -20,12 +20,12 @@ from sage.llm.gateway.proxy import EngineProxy, is_inference
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _LOGGED_CHARS = 200
-#: HEAD requests for these paths are not handled like GET, because a stream may never end.
+#: Ends of the paths of streams. A HEAD request for a stream is not handled like GET, because the stream may never end.
 _STREAMS = ("/logs", "/events")
 
 
 class Gate:
-    """Checks access and body, sets the request's id, and reports unexpected errors.
+    """Checks a request's access and body, sets its id, and reports unexpected errors.
 
     The proxy answers inference requests, and the application answers all others.
     """
@@ -37,12 +37,12 @@ class Gate:
         self._budget = BodyBudget(settings.max_request_mb * 1_000_000)
 
     def in_front_of(self, app: ASGIApp) -> Self:
-        """Create the gate as middleware of an application."""
+        """Put the gate in front of an application, and return the gate. Starlette calls this as the middleware's factory."""
         self._app = app
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward a request to the proxy or the routes, or reject it."""
+        """Check a request, then forward it to the proxy or the application; answer with an error if this fails."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -53,14 +53,14 @@ class Gate:
             return
         except SageError as error:
             await answer.fail(error, receive)
-        except Exception as error:  # noqa: BLE001 - no other code handles it
+        except Exception as error:  # noqa: BLE001 - no other code handles unexpected errors
             await answer.fail(_unexpected(error, answer), receive)
 
     async def _forward(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         method, path, headers = scope["method"], scope["path"], scope["headers"]
         check_access(path, headers, self._key)
         if method == "HEAD" and not path.endswith(_STREAMS):
-            scope = {**scope, "method": "GET"}  # the server omits the body
+            scope = {**scope, "method": "GET"}  # uvicorn omits the body of an answer to HEAD
         with self._budget.body() as body:
             checked: JsonBody | None = None
             if method not in ("GET", "HEAD", "OPTIONS"):
@@ -87,12 +87,12 @@ class _Answer:
 
     @property
     def request_id(self) -> str:
-        """The request's id."""
+        """Return the request's id."""
         return self._id.decode()
 
     @property
     def request(self) -> str:
-        """The request's method, path and id, for the log."""
+        """Return the request's method, path and id, for the log."""
         return f"{self._scope['method']} {self._scope['path'][:_LOGGED_CHARS]!r} ({self.request_id})"
 
     async def send(self, message: Message) -> None:
@@ -102,12 +102,13 @@ class _Answer:
             headers = message["headers"] = list(message["headers"])
             if not value(headers, b"x-request-id"):
                 headers.append((b"x-request-id", self._id))
-            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500  # clients poll
+            # Clients read again and again, so reads are logged only at DEBUG, except server errors.
+            is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500
             logger.log(logging.DEBUG if is_read else logging.INFO, "%s: %d", self.request, message["status"])
         await self._send(message)
 
     async def fail(self, error: SageError, receive: Receive) -> None:
-        """Answer with an error; if an answer has begun, close the connection, so that the client notices."""
+        """Answer with an error. If the answer has begun, raise the error, so that uvicorn closes the connection."""
         if self.has_begun:
             raise error
         await error_response(error)(self._scope, receive, self.send)
@@ -132,7 +133,7 @@ def _check_type(headers: RawHeaders) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` function that first returns a body which was already read, then the messages after it."""
+    """Return a `receive` function that first returns `body`, which was already read, and then calls `receive`."""
     pending: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,24 +1,25 @@
-"""Read HTTP headers in the form of ASGI servers: pairs of bytes, names in lower case."""
+"""Read HTTP headers in ASGI's form: pairs of name and value as bytes, with names in lower case."""
 
 from collections.abc import Iterable, Iterator
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
-#: Headers that apply to one connection (RFC 9110, section 7.6.1), and headers that the server or client sets itself.
+#: Headers that a proxy does not forward: headers of one connection (RFC 9110, section 7.6.1), and headers that the HTTP
+#: server or client sets itself.
 _HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"content-length", b"date", b"server", b"expect",
 })  # fmt: skip
-#: Values of the header Connection that are not names of other headers.
+#: Values of the header Connection that do not name other headers.
 _NO_NAMES = frozenset({b"keep-alive", b"close"})
 
 
 def values(headers: RawHeaders, name: bytes) -> list[bytes]:
-    """Return the values of all headers with a name."""
+    """Return the values of all headers named `name`."""
     return [value for key, value in headers if key == name]
 
 
 def value(headers: RawHeaders, name: bytes) -> bytes:
-    """Return the value of the first header with a name; empty if there is none."""
+    """Return the value of the first header named `name`; b"" if there is none."""
     for key, found in headers:
         if key == name:
             return found
@@ -26,7 +27,7 @@ def value(headers: RawHeaders, name: bytes) -> bytes:
 
 
 def forwarded(headers: RawHeaders, private: frozenset[bytes] = frozenset()) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the headers that a proxy forwards: all except hop-by-hop and private headers."""
+    """Yield the headers that a proxy forwards: all except hop-by-hop headers and the headers named in `private`."""
     dropped = _HOP_BY_HOP | private
     for connection in values(headers, b"connection"):
         if connection.lower() not in _NO_NAMES:

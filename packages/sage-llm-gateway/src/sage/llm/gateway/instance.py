@@ -1,4 +1,4 @@
-"""Ensure one active gateway per state folder, by a lock, and publish its address for the command line."""
+"""Allow only one active gateway per state folder, with a lock, and publish the gateway's address for the command line."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ _STANDBY_SECONDS = 1.0
 
 def take_lock() -> None:
     """Take this user's gateway lock and keep it until the process exits. Raises Conflict if a gateway is running."""
-    if LOCK_FD_VARIABLE in os.environ:  # the lock was inherited from the parent, which took it
+    if LOCK_FD_VARIABLE in os.environ:  # the parent process took the lock, and this process inherited it
         return
     if not _try_lock():
         process = holder(get_user_paths().state_dir / "gateway.lock")
@@ -31,13 +31,13 @@ def take_lock() -> None:
 
 
 def publish_address(settings: Settings) -> None:
-    """Write address and key to a file that only this user can read; the command line then uses this gateway."""
+    """Write address and API key to a file that only this user can read, so that the command line uses this gateway."""
     address = {**vars(ProcessIdentity.of(os.getpid())), "url": settings.gateway_url, "api_key": key_of(settings)}
     replace_file(get_user_paths().state_dir / "gateway.json", json.dumps(address).encode(), 0o600)
 
 
 async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:
-    """Publish the address whenever this gateway becomes active; a standby also takes the lock when it is free."""
+    """Publish the address each time this gateway becomes active. A standby also takes the gateway lock when it is free."""
     has_lock, was_active = not standby, not standby
     while True:
         is_active = manager.role == "active"

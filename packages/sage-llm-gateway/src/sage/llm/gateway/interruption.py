@@ -1,4 +1,4 @@
-"""End the wait for an engine if the client disconnects or the engine stops responding."""
+"""Stop waiting for an engine if the client disconnects or the engine does not respond."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,27 +10,27 @@ from starlette.types import Receive
 
 from sage.llm.control_plane.routing import unresponsive
 
-#: Seconds after which a request is watched; watching shorter requests costs more than it saves.
+#: A request is watched after this many seconds; for shorter requests, watching costs more than it saves.
 _FIRST_SECONDS = 0.05
 _CHECK_SECONDS = 0.5
 
 
 class Interruption:
-    """A context that cancels its block, as `asyncio.timeout` does, and raises the reason.
+    """A context manager that cancels its block, like `asyncio.timeout`, and raises the reason.
 
-    The reason is ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. The request's body must have
-    been read before.
+    The reason is ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. Read the request's body before
+    the block: during the block, all messages except the disconnection are discarded.
     """
 
     def __init__(self, receive: Receive, is_responsive: Callable[[str], bool]) -> None:
-        """is_responsive: returns whether an engine, given its id, answers its health checks."""
+        """is_responsive: function that takes an engine's id and returns whether the engine answers health checks."""
         self._receive, self._is_responsive = receive, is_responsive
         self.engine_id: str | None = None
         self._reason: Exception | None = None
         self._listening: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Begin to watch."""
+        """Start watching the client and the engine."""
         task = asyncio.current_task()
         assert task
         self._task, self._loop = task, asyncio.get_running_loop()
@@ -40,7 +40,7 @@ class Interruption:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop watching; raise the reason if the block was cancelled by this context."""
+        """Stop watching; if this context cancelled the block, raise the reason."""
         self._timer.cancel()
         if self._listening:
             self._listening.cancel()

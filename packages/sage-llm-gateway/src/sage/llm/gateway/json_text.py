@@ -1,4 +1,4 @@
-"""Check a JSON body once, and replace its top-level `model` without serializing the body again."""
+"""Parse a JSON body once, and replace its top-level `model` without serializing the body again."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from sage.llm.gateway.errors import Refusal
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
-#: Larger bodies are parsed in a thread.
+#: Bodies above this size are parsed in a thread.
 LARGE_BYTES = 1_000_000
 _MAX_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -34,9 +34,10 @@ class JsonBody:
     """A request's body, which is valid JSON."""
 
     content: bytes
-    names: frozenset[str]  #: of the top-level members that are not null
-    texts: Mapping[str, str]  #: the top-level members that are strings of at most `MAX_MODEL_CHARS`
-    model_spans: tuple[tuple[int, int], ...]  #: offsets of each value of the top-level `model`, which may occur repeatedly
+    names: frozenset[str]  #: names of the top-level members that are not null
+    texts: Mapping[str, str]  #: top-level members that are strings of at most `MAX_MODEL_CHARS` characters
+    #: Start and end offsets of the value of each top-level `model`; the member may occur several times.
+    model_spans: tuple[tuple[int, int], ...]
 
     def with_model(self, model: str) -> bytes:
         """Return the body with another `model`; everything else is unchanged."""
@@ -44,23 +45,24 @@ class JsonBody:
 
 
 async def parsed(body: bytes) -> JsonBody:
-    """Return a body, parsed in a thread if it is large.
+    """Parse a body and return it as JsonBody. A large body is parsed in a thread.
 
-    Raises Refusal if it is not JSON, is nested too deeply, or has half of a surrogate pair, which UTF-8 cannot encode.
+    Raises Refusal if the body is not JSON, is nested too deeply, or has half of a surrogate pair, which UTF-8 cannot encode.
     """
     return await asyncio.to_thread(_parse, body) if len(body) > LARGE_BYTES else _parse(body)
 
 
 def quoted(text: str) -> bytes:
-    """Return a text as JSON."""
+    """Return a text as a JSON string."""
     return json.dumps(text, ensure_ascii=False).encode()
 
 
 def answer_with_model(answer: bytes, model: bytes) -> bytes:
-    """Return an answer of an engine with another `model`; everything else is unchanged.
+    """Return an engine's answer with another `model`; everything else is unchanged.
 
-    answer: a JSON object; text before its first brace is kept. model: as JSON. An answer is parsed only if `"model"` occurs
-    more than once. An answer without a `model`, or that is not valid JSON, is returned unchanged.
+    answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
+    The answer is parsed only if `"model"` occurs more than once in it. An answer that has no `model` or is not valid JSON
+    is returned unchanged.
     """
     at = answer.find(_MODEL)
     if at < 0:
@@ -100,7 +102,7 @@ def _parse(body: bytes) -> JsonBody:
 
 
 def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
-    """Return the content, and the offsets of the values of the top-level `model`. Raises ValueError, RecursionError."""
+    """Return the parsed content, and the offsets of each top-level `model` value. Raises ValueError or RecursionError."""
     if not _BEGIN.match(text):
         return json.loads(text, parse_constant=_no_number), []
     content: dict[str, Any] = {}
@@ -113,7 +115,7 @@ def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
 
 
 def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
-    """Yield each member of a JSON object: name, value, and the offsets of the value. Raises ValueError."""
+    """Yield name, value, and the value's start and end offsets of each member of a JSON object. Raises ValueError."""
     at, separator = _match(_BEGIN, text, 0, "Expecting an object").end(), ","
     if text.startswith("}", at):
         at, separator = _match(_BLANK, text, at + 1).end(), "}"
@@ -137,7 +139,7 @@ def _match(pattern: re.Pattern[str], text: str, at: int, missing: str = "") -> r
 
 
 def _byte_spans(text: str, spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Convert offsets in characters to offsets in bytes of UTF-8."""
+    """Convert offsets in characters to offsets in UTF-8 bytes."""
     if text.isascii():
         return tuple(spans)
     return tuple((len(text[:start].encode()), len(text[:end].encode())) for start, end in spans)
@@ -157,9 +159,9 @@ def _too_deep() -> Refusal:
 
 
 def _has_many_brackets(text: str) -> bool:
-    """Return whether a text has enough brackets to be nested too deeply."""
+    """Return whether a text has so many brackets that its nesting may be too deep."""
     for bracket in "[{":
-        count, at = 0, text.find(bracket)  # the fastest search: most texts are long and have few brackets
+        count, at = 0, text.find(bracket)  # `find` is the fastest search: most texts are long and have few brackets
         while at >= 0:
             count, at = count + 1, text.find(bracket, at + 1)
             if count > _MAX_DEPTH // 2:

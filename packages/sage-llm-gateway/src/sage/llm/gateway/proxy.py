@@ -1,4 +1,4 @@
-"""Forward an inference request to the engine that its `model` names, and relay the answer."""
+"""Forward inference requests to the engine that the request's `model` names, and relay the answer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,23 +18,23 @@ from sage.llm.gateway.json_text import JsonBody
 from sage.llm.gateway.relay import Relay
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
-#: The routes that are forwarded, and the kind of engine that answers them.
+#: Forwarded routes, each with the kind of engine that answers it.
 _KINDS = {
     "/v1/chat/completions": EngineKind.LLM,
     "/v1/completions": EngineKind.LLM,
     "/v1/embeddings": EngineKind.EMBEDDING,
 }
-#: Headers that are meant for the gateway: key, cookies, origin of the client.
+#: Request headers that are meant for the gateway and not forwarded to the engine.
 _GATEWAY_ONLY = frozenset({b"authorization", b"cookie", b"host", b"origin", b"referer", b"accept-encoding"})
 
 
 def is_inference(scope: Scope) -> bool:
-    """Return whether a request is one that the proxy answers."""
+    """Return whether the proxy answers a request."""
     return scope["path"] in _KINDS and scope["method"] == "POST"
 
 
 class EngineProxy:
-    """Forwards requests to engines, within a limit for each engine."""
+    """Forwards requests to engines, and limits the number of requests in progress for each engine."""
 
     def __init__(self, manager: ControlPlaneManager, settings: Settings) -> None:
         self._manager, self._wait_seconds = manager, settings.request_wait_seconds
@@ -47,9 +47,9 @@ class EngineProxy:
         self._connections.close()
 
     async def forward(self, body: JsonBody | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. If the client disconnects first, the engine's work on it is cancelled.
+        """Answer a request. If the client disconnects before the answer is complete, the engine's request is cancelled.
 
-        Raises SageError if the request cannot be answered, ClientDisconnect.
+        Raises SageError if the request cannot be answered, ClientDisconnect if the client disconnects.
         """
         model, relay = requested_model(body), None
         assert body
@@ -77,7 +77,7 @@ class EngineProxy:
 
     @contextmanager
     def _place(self, engine_id: str) -> Iterator[None]:
-        """Count a request to an engine. Raises Busy if the engine has too many."""
+        """Count a request to an engine during the `with` block. Raises Busy if the engine has too many requests."""
         if self._in_progress[engine_id] >= self._limit:
             raise Busy(code="engine_busy", message=f"{engine_id} already has {self._limit} requests in progress.",
                        hint="Retry in some seconds, or raise the setting max_engine_requests.")  # fmt: skip
@@ -91,7 +91,7 @@ class EngineProxy:
 
 
 def requested_model(body: JsonBody | None) -> str:
-    """Return the `model` that a request names. Raises Refusal if there is no body, ConfigError if there is no model."""
+    """Return a request's `model`. Raises Refusal if there is no body, ConfigError if the body has no valid `model`."""
     if body is None:
         raise Refusal(400, "invalid_json", "The body is empty.", "Send a JSON object.")
     if model := body.texts.get("model"):
@@ -102,20 +102,26 @@ def requested_model(body: JsonBody | None) -> str:
 
 
 def _client(body: JsonBody, scope: Scope) -> str | None:
-    """Return who sent a request, for routes that split requests: the field `user`, else the API key, else None."""
+    """Return the identity of a request's client: the field `user`, else the header Authorization, else None.
+
+    Model routes with several engines send all requests of a client to the same engine.
+    """
     user = body.texts.get("user") or value(scope["headers"], b"authorization").decode("latin-1")
     return user or None
 
 
 def _check_parameters(upstream: Upstream, body: JsonBody) -> None:
-    """Raise ConfigError if the request has a field that its server would ignore."""
+    """Raise ConfigError if the request has a field that the engine's server would ignore."""
     if upstream.parameters is not None and (unknown := sorted(body.names - upstream.parameters)):
         message = f"{unknown[0]} is not supported by this engine."
         raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param=unknown[0])
 
 
 def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:
-    """Return the head of the request to the engine. Names and values come from a parser that rejects line breaks."""
+    """Return the head of the request to the engine.
+
+    Header names and values need no escaping, because the gateway's HTTP parser rejects line breaks in them.
+    """
     query = scope["query_string"]
     target = scope["path"].encode() + (b"?" + query if query else b"")
     lines = [b"POST %s HTTP/1.1\r\nhost: %s\r\naccept-encoding: identity\r\n" % (target, upstream.address.encode())]

@@ -1,4 +1,4 @@
-"""Relay an engine's answer to the client: headers and body or stream, with the engine's name as its `model`."""
+"""Relay an engine's answer, whole or streamed, to the client, and set its `model` to the engine's name."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ class EventLines:
     """Splits an event stream into complete lines, and replaces the `model` of each answer."""
 
     def __init__(self, model: bytes) -> None:
-        """model: the new name, as JSON."""
+        """model: the new value of `model`, as a JSON string."""
         self._model = model
         self._rest = self._last_lines = b""
 
@@ -35,10 +35,10 @@ class EventLines:
         return self._renamed(lines) + newline
 
     def end(self) -> bytes:
-        """Return the text after the last line end.
+        """End the stream, and return the last line if it has no line end.
 
-        Raises EOFError if the stream ends neither with [DONE] nor with an error. Then an incomplete last line is dropped,
-        so that an error event can follow.
+        Raises EOFError if the last line is neither [DONE] nor an error. Then an incomplete last line is not sent, so that an
+        error event can follow.
         """
         last_line = self._rest.strip() or self._last_lines.strip().rpartition(b"\n")[2]
         if not last_line.startswith(_DONE) and _ERROR not in last_line[:20]:
@@ -52,14 +52,14 @@ class EventLines:
 
 
 class Relay:
-    """One answer of an engine, on its way to the client."""
+    """Forwards one answer of an engine to the client."""
 
     def __init__(self, upstream: Upstream, send: Send) -> None:
         self._upstream, self._send = upstream, send
         self._is_stream = False
 
     async def forward(self, answer: EngineConnection) -> None:
-        """Send the answer. Raises OSError or EOFError if the engine's answer ends early."""
+        """Send the engine's answer to the client. Raises OSError or EOFError if the answer ends early."""
         headers = [*forwarded(answer.headers), (b"x-sage-engine-id", self._upstream.engine_id.encode())]
         media_type = value(headers, b"content-type")
         if media_type.startswith(b"text/event-stream"):
@@ -82,7 +82,7 @@ class Relay:
         await self._body(lines.end())
 
     async def fail(self, error: Exception, request_id: str) -> None:
-        """If the stream has begun, end it with an error event; otherwise raise the error to report."""
+        """Report an error: if a stream has begun, end it with an error event; otherwise raise a SageError."""
         failure = self._failure(error)
         if not self._is_stream:
             raise failure from error

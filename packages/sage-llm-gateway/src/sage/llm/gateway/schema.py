@@ -1,4 +1,4 @@
-"""The parts of the OpenAPI document that the routes' types do not define: bodies of inference requests, and errors."""
+"""Parts of the OpenAPI document that the routes' types do not define: schemas of inference requests and of errors."""
 
 from typing import Any
 
@@ -151,7 +151,10 @@ _BODIES = {
 
 
 def inference_schema(body: str) -> dict[str, Any]:
-    """Return the arguments of a route's decorator that document a route which forwards its body to an engine."""
+    """Return arguments for the decorator of an inference route, which document the request and the answer.
+
+    body: key of `_BODIES`.
+    """
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if body != "EmbeddingRequest":
         content["text/event-stream"] = {"schema": {"type": "string"}}

@@ -67,7 +67,7 @@ def remove(name: Name, json_: Json = False) -> None:
 
 @app.command("doctor")
 def doctor(name: Annotated[str | None, typer.Argument(help="Check only this backend.")] = None, json_: Json = False) -> None:
-    """Check that installed backends can run; exit code 1 if one cannot."""
+    """Check that installed backends can run; exit code 1 if a backend cannot run."""
     from sage.cli import doctor, extras
 
     extras.require("sage.llm.control_plane", "An environment on this machine")

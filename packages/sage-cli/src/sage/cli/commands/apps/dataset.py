@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """The training methods: a copy, so that `--help` does not import the library; a test checks that both are equal."""
+    """The training methods, copied from the library, so that `--help` does not import the library. A test compares them."""
 
     sft = "sft"
     dpo = "dpo"
@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """The parts of a chat that the loss covers: a copy, like `Method`."""
+    """The parts of a chat on which the loss is computed; copied from the library, like `Method`."""
 
     assistant = "assistant"
     last_turn = "last_turn"
@@ -82,7 +82,7 @@ def show(
     from sage.libs.finetune.data.linting import DatasetReport, read_samples
     from sage.libs.finetune.data.preferences import parser_of
 
-    with contextlib.redirect_stderr(io.StringIO()):  # libraries print while they convert a model
+    with contextlib.redirect_stderr(io.StringIO()):  # hide what libraries print while they convert a model
         encoder = load_encoder(model, max_seq_length, train_on.value)
     report = DatasetReport(file)
     samples = as_chats(read_samples(report, parser_of(method.value)))

@@ -36,7 +36,7 @@ _WATCH_SECONDS = 1.0
 
 
 class Kind(StrEnum):
-    """The engine kinds: a copy, so that `--help` does not import the client; a test checks that both are equal."""
+    """The engine kinds, copied from the client, so that `--help` does not import the client. A test compares them."""
 
     llm = "llm"
     embedding = "embedding"
@@ -44,7 +44,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """The engine states: a copy, like `Kind`."""
+    """The engine states; copied from the client, like `Kind`."""
 
     validating = "validating"
     queued = "queued"
@@ -58,7 +58,7 @@ class State(StrEnum):
 
 
 class Policy(StrEnum):
-    """The restart policies: a copy, like `Kind`."""
+    """The restart policies; copied from the client, like `Kind`."""
 
     no = "no"
     on_failure = "on-failure"

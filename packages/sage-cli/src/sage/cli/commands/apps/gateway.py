@@ -33,7 +33,7 @@ def stop() -> None:
 
 @app.command("status")
 def status(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show the gateway's address and process; exit code 3 if none answers."""
+    """Show the gateway's address and process; exit code 3 if no gateway answers."""
     import json
 
     from sage.cli import daemon

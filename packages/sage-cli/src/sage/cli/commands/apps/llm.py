@@ -23,7 +23,7 @@ def fine_tune(
     wait: engine.Wait = None,
     **training: Any,
 ) -> None:
-    """Fine-tune a model, as `engine start --engine-kind finetune` does."""
+    """Fine-tune a model, like `engine start --engine-kind finetune`."""
     from sage.cli.starting import serve_request, start_engine
 
     request = serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)

@@ -44,7 +44,7 @@ def import_(
 
 
 class Format(StrEnum):
-    """The formats of an export: a copy, so that `--help` does not import libraries; a test checks that both are equal."""
+    """The export formats, copied from the library, so that `--help` does not import the library. A test compares them."""
 
     adapter = "adapter"
     merged = "merged"
@@ -53,7 +53,7 @@ class Format(StrEnum):
 
 
 class Precision(StrEnum):
-    """The precisions of a GGUF file: a copy, like the formats."""
+    """The precisions of a GGUF file; copied from the library, like `Format`."""
 
     f32 = "f32"
     bf16 = "bf16"

@@ -1,1 +1,1 @@
-"""The routes, each a thin layer over the control plane."""
+"""The HTTP routes. Each route calls the control plane."""

@@ -1,4 +1,4 @@
-"""Arguments that routes get from the application."""
+"""FastAPI dependencies: arguments of routes that come from the application's state."""
 
 from typing import Annotated
 

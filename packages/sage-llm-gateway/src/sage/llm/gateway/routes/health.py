@@ -1,4 +1,4 @@
-"""Probes and metrics."""
+"""HTTP routes for health probes and metrics."""
 
 import asyncio
 import os
@@ -22,13 +22,13 @@ router = APIRouter()
 
 @router.get("/health")
 def health() -> dict[str, Any]:
-    """Report that the process is alive."""
+    """Report that the gateway's process is alive."""
     return {"status": "ok", "service": "sage-gateway", "version": version("sage-llm-gateway"), "pid": os.getpid()}
 
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report that the store answers, whether this gateway is active on its node, and the number of engines."""
+    """Report that the database answers, this gateway's role on its node, and the number of engines by state."""
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():
@@ -46,7 +46,7 @@ async def metrics(manager: Manager) -> PlainTextResponse:
 
 
 class _Once(Collector):
-    """Yields the metrics that were read for one scrape."""
+    """A collector for one scrape: it yields metrics that were already read."""
 
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics

@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1")
 
 @router.post("/chat/completions", **inference_schema("ChatRequest"))
 def chat_completions() -> None:
-    """Answer a chat."""
+    """Return the next message of a chat."""
 
 
 @router.post("/completions", **inference_schema("CompletionRequest"))
@@ -25,7 +25,7 @@ def completions() -> None:
 
 @router.post("/embeddings", **inference_schema("EmbeddingRequest"))
 def embeddings() -> None:
-    """Turn texts into vectors."""
+    """Return the embedding vectors of texts."""
 
 
 @router.get("/models")

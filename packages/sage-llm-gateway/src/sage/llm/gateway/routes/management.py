@@ -26,7 +26,7 @@ Cursor = Annotated[Annotated[int, Field(ge=0, lt=_MAX_INT)] | Literal["latest"],
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
 @router.post("/engines", status_code=status.HTTP_201_CREATED)
 async def start_engine(request: StartRequest, manager: Manager) -> EngineView:
-    """Create an engine; its dataset or model is checked in the state `validating`, after this answer."""
+    """Create an engine in the state `validating`. Its dataset or model is checked after this answer."""
     return await manager.start_engine(request)
 
 
@@ -39,7 +39,7 @@ async def list_engines(
     kind: Annotated[str | None, Query(max_length=200, description="Kinds, separated by commas.")] = None,
     order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first.")] = "asc",
 ) -> EnginePage:
-    """Return one page of the engines."""
+    """Return one page of the list of engines."""
     return await manager.page_engines(
         limit=limit,
         after=after,
@@ -60,8 +60,8 @@ async def list_changes(
 ) -> EventPage | EventStream:
     """Return the events of all engines after a cursor; `follow` streams them as server-sent events and never ends.
 
-    `after=latest` means the newest event: the answer has no events, and its `last_id` is the cursor to continue from.
-    The id of a server-sent event is its cursor; `Last-Event-ID`, which clients send when they reconnect, overrides `after`.
+    `after=latest` means the newest event: the answer has no events, and `last_id` is the cursor to continue from.
+    The id of a server-sent event is a cursor. Clients send it as `Last-Event-ID` when they reconnect; it overrides `after`.
     """
     if follow and last_event_id is not None:
         after = last_event_id
@@ -106,7 +106,7 @@ async def checkpoint_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.post("/engines/{engine_id}/remove")
 async def remove_engine(engine_id: str, manager: Manager) -> dict[str, Any]:
-    """Delete a settled engine, with its run directory or log."""
+    """Delete a settled engine and its run directory or log."""
     await manager.remove_engine(engine_id)
     return {"id": engine_id, "object": "engine", "deleted": True}
 
@@ -121,8 +121,8 @@ async def engine_logs(
 ) -> Response:
     """Return the last lines of an engine's log; `follow` streams new lines until the engine has settled.
 
-    The header X-Log-Offset of a stream is the byte of the log at which it begins, so that a client can continue from
-    `offset` if the stream breaks off; an offset beyond the end means the end.
+    A stream begins at the byte of the log that the header X-Log-Offset gives. If the stream breaks off, a client adds the
+    bytes that it received, and continues from this `offset`. An offset after the end of the log means the end.
     """
     if not follow:
         return PlainTextResponse("".join(f"{line}\n" for line in await manager.get_logs(engine_id, tail)))
@@ -133,7 +133,7 @@ async def engine_logs(
 
 @router.get("/engines/{engine_id}/events", response_class=EventStream)
 async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> EventStream:
-    """Stream an engine's past events, then each new event until the engine has settled, as server-sent events."""
+    """Stream an engine's past events as server-sent events; `follow` adds new events until the engine has settled."""
     await manager.get_engine(engine_id)
     return EventStream(until_removed(engine_transitions(manager, engine_id, follow)))
 
@@ -162,7 +162,7 @@ async def backends() -> dict[str, Any]:
 
 
 def _members(members: type[E], text: str | None, param: str) -> list[E] | None:
-    """Return the members that a comma-separated filter names, None if there is no filter."""
+    """Return the enum members that a comma-separated filter names; None if there is no filter. Raises ConfigError."""
     if text is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The HTTP interface of routes: names that requests use as `model`, each for one or several engines."""
+"""The HTTP interface of model routes. A model route is a name that requests use as `model`; it selects an engine."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ router = APIRouter(prefix="/v1/management/routes")
 
 @router.get("")
 async def list_routes(manager: Manager) -> dict[str, Any]:
-    """Return all routes in the order of their names."""
+    """Return all routes, sorted by name."""
     return {"object": "list", "data": manager.list_routes()}
 
 
@@ -30,6 +30,6 @@ async def set_route(name: str, request: RouteRequest, manager: Manager) -> Route
 
 @router.delete("/{name:path}")
 async def remove_route(name: str, manager: Manager) -> dict[str, Any]:
-    """Delete a route; its engines are not changed."""
+    """Delete a route; the engines are not changed."""
     await manager.remove_route(name)
     return {"name": name, "object": "route", "deleted": True}
