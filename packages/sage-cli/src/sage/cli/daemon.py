@@ -52,7 +52,7 @@ def find_client() -> SageClient:
     """
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        # The process is checked instead of the lock, because a gateway that was a standby may not hold the lock.
+        # Not the lock: a gateway that was a standby and became active does not always hold it.
         if ProcessIdentity(saved["pid"], saved["started"]).is_alive():
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings

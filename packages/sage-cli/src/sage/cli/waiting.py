@@ -28,7 +28,7 @@ def until_validated(client: SageClient, engine_id: str) -> EngineView:
 
 
 def until_running(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine serves or trains, or has settled. Raises SageError if it failed."""
+    """Wait until an engine serves, trains or has ended. Raises SageError if it failed."""
     engine = until_begun(client, engine_id)
     if engine.state is EngineState.FAILED:
         raise failure(engine)
@@ -36,12 +36,12 @@ def until_running(client: SageClient, engine_id: str) -> EngineView:
 
 
 def until_begun(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine serves or trains, or has settled in any state."""
+    """Wait until an engine serves or trains, or has ended (stopped, completed or failed)."""
     return _watch(client, engine_id, lambda e: e.state is EngineState.RUNNING or e.state in SETTLED)
 
 
 def until_settled(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine has settled in any state."""
+    """Wait until an engine has ended (stopped, completed or failed)."""
     return _watch(client, engine_id, lambda e: e.state in SETTLED)
 
 

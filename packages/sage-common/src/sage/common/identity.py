@@ -16,7 +16,7 @@ import psutil
 _UNKNOWN_PID = 0
 #: Indexes of the start time (field 22) and the state (field 3) in the part of /proc/PID/stat after the process name.
 _START_TICKS, _STATE = 19, 0
-#: Maximum number of scans of a session to kill. One scan is not enough, because processes may fork during a scan.
+#: Maximum number of times that a session's processes are listed and killed: processes may fork meanwhile.
 _KILL_ROUNDS = 10
 
 

@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two reconciliations.")
     engine_start_seconds: float = Field(300, gt=0, description="Maximum seconds until a new inference engine answers.")
     stop_seconds: float = Field(20, gt=0, description="Seconds from SIGTERM to SIGKILL of an inference engine.")
-    engine_unresponsive_seconds: float = Field(30, gt=0, description="Seconds without an answer until requests are refused.")
+    engine_unresponsive_seconds: float = Field(
+        30, gt=0, description="If an engine has not answered for this many seconds, requests to it are refused."
+    )
     restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
         "no", description="When engines are restarted: no, on-failure (exit, kill), unless-stopped (also after a power cut)."
     )

@@ -191,7 +191,7 @@ class FinishedEvent(RunEvent):
     """The run was completed, and its result was written."""
 
     event: Literal["finished"] = "finished"
-    step: int | None = Field(None, description="Step whose weights the result has.")
+    step: int | None = Field(None, description="Training step of the result's weights.")
     output_dir: str | None = Field(None, description="Folder of the result.")
     heldout_loss: float | None = Field(None, description="Held-out loss of the result, in nats per token.")
 

@@ -74,7 +74,7 @@ class FinetuneConfig(BaseModel):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     batch_size: int = Field(4, ge=1, le=4096, description="Samples per forward pass (micro-batch).")
     pack_tokens: int | None = Field(
-        None, ge=8, description="Fill micro-batches with samples up to this many tokens, instead of batch_size samples."
+        None, ge=8, description="Maximum tokens of a micro-batch, filled with as many samples as fit; replaces batch_size."
     )
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
     num_processes: int = Field(1, ge=1, le=64, description="Number of data-parallel processes; each uses its own GPU.")

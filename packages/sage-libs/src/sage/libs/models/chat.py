@@ -31,7 +31,10 @@ def ensure_chat_template(tokenizer: Any) -> str | None:
     end = "<|im_end|>" if "<|im_end|>" in known or not tokenizer.eos_token else tokenizer.eos_token
     bos = "{{- bos_token }}" if tokenizer.bos_token and ChatFormat(tokenizer).prefix == [tokenizer.bos_token_id] else ""
     tokenizer.chat_template = bos + _CHATML.replace("END", end)
-    return f"The model has no chat template: ChatML is used, with {end!r} at the end of each turn, and saved with it."
+    return (
+        f"The model has no chat template: ChatML is used, with {end!r} at the end of each turn. "
+        "The result is saved with this template."
+    )
 
 
 class ChatFormat:
@@ -45,7 +48,7 @@ class ChatFormat:
         around = list(tokenizer(_PROBE)["input_ids"])
         #: Token ids that the tokenizer adds before a text: [BOS] or [].
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether the parts of a text, tokenized separately, give the tokens of the whole text if no token spans two parts.
+        #: Whether a text can be tokenized in parts: if no token spans two parts, this gives the tokens of the whole text.
         #: It is False for a tokenizer that adds a space before every text.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
@@ -104,13 +107,16 @@ class ChatFormat:
             before = wholes[at - 1] if at else []
             if whole[: len(before)] == before:
                 split.append(whole[len(before) :])
-            else:  # tokenize the part after a line break, where the tokenizer adds no space
+            else:  # put a line break before the part, because the tokenizer adds no space after one
                 line_end, part = self.ids(["\n", f"\n{parts[at]}"])
                 split.append(part[len(line_end) :])
         return split
 
     def opening(self, text: str) -> str:
-        """Return the part of `text` before the answer.  text: a rendered chat that begins with an assistant message."""
+        """Return the text before the content of the first message.
+
+        text: a rendered chat that begins with an assistant message.
+        """
         asked = [{"role": "user", "content": _PROBE}]
         header = self.render(asked, prompt=True).rpartition(_PROBE)[2]
         header = header.removeprefix(self.render(asked).rpartition(_PROBE)[2])

@@ -60,6 +60,6 @@ def _weights_problem(header: Mapping[str, Any]) -> str | None:
 
 
 def _base_problem(config: Mapping[str, Any], base_folder: Path) -> str | None:
-    """Return a problem if the base of the adapter is also an adapter, because both adapters must be merged; else None."""
+    """Return a problem if the base of the adapter is itself an adapter: both must be merged. Otherwise return None."""
     is_adapter = (base_folder / "adapter_config.json").is_file()
     return f"its base {config.get('base_model_name_or_path')} is an adapter" if is_adapter else None

@@ -112,7 +112,7 @@ class AsyncSageClient:
         return await self._send(calls.logs(engine_id, tail))
 
     async def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> AsyncIterator[str]:
-        """Yield the last lines of an engine's log, then each new line until the engine has settled.
+        """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
         If the gateway restarts, the log continues at the same byte.
         patience_seconds: maximum time for which the gateway may be unreachable.
@@ -127,7 +127,7 @@ class AsyncSageClient:
         return [event async for event in self._follow(lambda: calls.events(engine_id, follow=False), reader, 0)]
 
     async def follow_events(self, engine_id: str, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
-        """Yield the past events of one engine, then each new event until the engine has settled."""
+        """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
         async for event in self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds):
             yield event

@@ -127,7 +127,7 @@ def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
 
 
 def events(engine_id: str, *, follow: bool) -> Call[None]:
-    """Return the call that streams the past events of one engine; follow: also new events until the engine has settled."""
+    """Return the call that streams the past events of one engine; follow: also new events until the engine has ended."""
     return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
 
 

@@ -114,7 +114,7 @@ class SageClient:
         return self._send(calls.logs(engine_id, tail))
 
     def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> Iterator[str]:
-        """Yield the last lines of an engine's log, then each new line until the engine has settled.
+        """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
         If the gateway restarts, the log continues at the same byte.
         patience_seconds: maximum time for which the gateway may be unreachable.
@@ -128,7 +128,7 @@ class SageClient:
         return list(self._follow(lambda: calls.events(engine_id, follow=False), reader, 0))
 
     def follow_events(self, engine_id: str, patience_seconds: float = 60) -> Iterator[EngineEvent]:
-        """Yield the past events of one engine, then each new event until the engine has settled."""
+        """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
         yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
 

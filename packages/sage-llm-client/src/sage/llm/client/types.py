@@ -97,7 +97,7 @@ class StartRequest(BaseModel):
     backend: str = Field("auto", max_length=64, description="Program that runs the engine; auto: the fastest installed.")
     restart_policy: RestartPolicy | None = Field(None, description="When the engine is restarted; default: the setting.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Notes to store with the engine.")
-    dedicated: bool = Field(False, description="Use a separate server; an adapter is merged into its base.")
+    dedicated: bool = Field(False, description="Run it on a server of its own; if it is an adapter, merge it into its base.")
     idle_stop_minutes: float | None = Field(
         None, gt=0, le=525_600, description="Unload an inference engine after this time without requests; see `paused`."
     )

@@ -61,7 +61,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if a new observation of an engine changes a value that the plan reads."""
+        """on_change: called if a new observation of an engine differs in a value that `plan` depends on."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -172,7 +172,7 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # to serve new versions soon
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # its checkpoints are served soon
         target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod

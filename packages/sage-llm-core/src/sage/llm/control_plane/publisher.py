@@ -106,7 +106,7 @@ class Publisher:
         engine = new_engine(engine_id, run.node, request, prepared, run.restart_policy)
         placed = await asyncio.to_thread(placement, engine)
         if step is not None and placed["adapter"] is None:
-            raise ModelError(code="adapter_unfit", message=f"Its checkpoints would be {placed['form']}.")
+            raise ModelError(code="adapter_unfit", message=f"No server can load its checkpoints: {placed['form']}.")
         engine = await self._like_its_base(engine, placed["base"])
         noted = serve.published(step, engine.id).model_dump()
         added = await self._write(self._store.add, engine, serves=(run, noted), replaces=replaced)

@@ -18,7 +18,7 @@ from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Number of tokens at the end of a prompt in which the reasoning marker is searched; a marker has fewer tokens.
+#: Number of tokens at the end of a prompt that are searched for the reasoning marker; a marker has fewer tokens.
 _MARKER_TOKENS = 16
 #: Time limit for a chat template. A template is a program, which may never end.
 RENDER_SECONDS = 10.0
@@ -59,7 +59,7 @@ class Voice:
             raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
 
     def ends_in_reasoning(self, prompt: list[int]) -> bool:
-        """Return whether a prompt ends with the marker before the reasoning; some templates write this marker."""
+        """Return whether a prompt ends with the marker that opens the reasoning; some templates write it there."""
         marker = self.answer_format.think_open
         return bool(marker) and self.tokenizer.decode(prompt[-_MARKER_TOKENS:]).rstrip().endswith(marker)
 

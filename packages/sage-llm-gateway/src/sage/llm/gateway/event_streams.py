@@ -58,7 +58,7 @@ async def all_changes(manager: ControlPlaneManager, cursor: int) -> AsyncIterato
 
 
 async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follow: bool) -> AsyncIterator[str]:
-    """Yield the past events of an engine; with `follow`, also each new event until the engine has settled."""
+    """Yield the past events of an engine; with `follow`, also each new event until the engine has ended."""
     cursor = 0
     while True:
         # The state is read before the events, so that the last event is sent.

@@ -29,7 +29,7 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="--wait: until the engine has settled; --no-wait: until it is validated; default: until it serves or trains.",
+        help="--wait: until the engine has ended; --no-wait: until it is validated; default: until it serves or trains.",
     ),
 ]
 _WATCH_SECONDS = 1.0
@@ -187,7 +187,7 @@ def status(engine_id: EngineId, json_: Json = False) -> None:
 def logs(
     engine_id: EngineId,
     tail: Annotated[int, typer.Option(min=0, help="Number of lines to print, from the end.")] = 100,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the engine has settled.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the engine has ended.")] = False,
 ) -> None:
     """Print an engine's log."""
     from sage.cli import daemon
@@ -202,7 +202,7 @@ def logs(
 @app.command("events")
 def events(
     engine_id: EngineId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new events until the engine has settled.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new events until the engine has ended.")] = False,
     json_: Json = False,
 ) -> None:
     """Print an engine's events: each state with its time, actor and reason."""

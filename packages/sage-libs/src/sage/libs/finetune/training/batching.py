@@ -1,4 +1,4 @@
-"""Build micro-batches: samples packed into one sequence if the kernels are installed, else padded to the longest sample."""
+"""Build micro-batches: samples packed into one sequence if SAGE's attention is used, else padded to the longest sample."""
 
 import bisect
 import heapq
@@ -140,7 +140,7 @@ def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, no secret
     packs: list[list[int]] = []
-    rooms: list[int] = []  # the different numbers of free tokens of packs, ascending
+    rooms: list[int] = []  # each number of free tokens that a pack has, once, ascending
     by_room: dict[int, list[int]] = {}  # indexes of packs, by number of free tokens
     for index in order:
         length = lengths[index]

@@ -93,7 +93,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _configure_postgresql(connection: Any, _: object) -> None:
-    """Limit the time for which a suspended control plane holds locks, and the time for which another one waits for locks."""
+    """Limit how long a suspended control plane may hold locks, and how long others wait for locks."""
     with connection.cursor() as cursor:
         cursor.execute("SET idle_in_transaction_session_timeout = '3s'")
         cursor.execute("SET lock_timeout = '5s'")

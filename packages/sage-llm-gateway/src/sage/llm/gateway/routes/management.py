@@ -119,7 +119,7 @@ async def engine_logs(
     follow: bool = False,
     offset: Annotated[int | None, Query(ge=0, lt=_MAX_INT)] = None,
 ) -> Response:
-    """Return the last lines of an engine's log; `follow` streams new lines until the engine has settled.
+    """Return the last lines of an engine's log; `follow` streams new lines until the engine has ended.
 
     A stream begins at the byte of the log that the header X-Log-Offset gives. If the stream breaks off, a client adds the
     bytes that it received, and continues from this `offset`. An offset after the end of the log means the end.
@@ -133,7 +133,7 @@ async def engine_logs(
 
 @router.get("/engines/{engine_id}/events", response_class=EventStream)
 async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> EventStream:
-    """Stream an engine's past events as server-sent events; `follow` adds new events until the engine has settled."""
+    """Stream an engine's past events as server-sent events; `follow` adds new events until the engine has ended."""
     await manager.get_engine(engine_id)
     return EventStream(until_removed(engine_transitions(manager, engine_id, follow)))
 
