@@ -106,6 +106,7 @@ class ControlPlaneManager(EngineReads, Routes):
         )
         self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits)
         self._views = Views(self._node, self._executors)
+        self._server_key = functools.lru_cache(1024)(server_key)  # every request needs it
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -261,7 +262,7 @@ class ControlPlaneManager(EngineReads, Routes):
         if route.address is None or route.token is None:
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
         return Upstream(
-            route.address, route.model_name, route.engine_id, route.name, server_key(route.token),
+            route.address, route.model_name, route.engine_id, route.name, self._server_key(route.token),
             registry.serving(route.backend).parameters,
         )  # fmt: skip
 
