@@ -97,9 +97,9 @@ def _rows(
 
 def _row(url: str, name: str, engines: Sequence[EngineView], at_once: int, answers: int, tokens: int) -> Row:
     path = "gateway" if url else "direct"
-    models = [engine.name for engine in engines] if url else _names_at_server(engines)
-    address = url or f"http://{engines[0].address}"
     key = "" if url else server_key(f"engine-{suffix_of(engines[0].server_id or '')}")
+    models = [engine.name for engine in engines] if url else _names_at_server(engines, key)
+    address = url or f"http://{engines[0].address}"
     measure(address, models, key, count=len(models), at_once=at_once, max_tokens=1)  # warm-up
     count = max(1, answers // 8) if at_once == 1 else answers
     found = measure(address, models, key, count=count, at_once=at_once, max_tokens=tokens)
@@ -108,13 +108,14 @@ def _row(url: str, name: str, engines: Sequence[EngineView], at_once: int, answe
     return Row(name, at_once, path, found.tokens_per_second, found.first_token_seconds)
 
 
-def _names_at_server(engines: Sequence[EngineView]) -> list[str]:
+def _names_at_server(engines: Sequence[EngineView], key: str) -> list[str]:
     """Return the model names of engines at the engines' server.
 
     The names may belong to other adapters of the server, which does not matter, because all adapters cost the same.
     """
-    answer = httpx.get(f"http://{engines[0].address}/v1/models", trust_env=False).raise_for_status().json()
-    names = [model["id"] for model in answer["data"]]
+    headers = {"Authorization": f"Bearer {key}"}
+    answer = httpx.get(f"http://{engines[0].address}/v1/models", headers=headers, trust_env=False).raise_for_status()
+    names = [model["id"] for model in answer.json()["data"]]
     is_base = engines[0].name == "base"
     return names[:1] if is_base or len(names) == 1 else names[1 : 1 + len(engines)]
 
