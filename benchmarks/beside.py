@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -32,24 +33,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="transformers")
     parser.add_argument("--seconds", type=float, default=60, help="length of each of the three measurements")
+    parser.add_argument("--threads", type=int, help="CPU threads of each, if they run beside each other; default: all")
     arguments = parser.parse_args()
     base = local_folder(resolve_model(MODEL))
-    with tempfile.TemporaryDirectory() as work, gateway(Path(work)) as client:
-        served, _ = start(client, base, "served", arguments.backend, {})
-        answers_alone = asyncio.run(answer_times(client, arguments.seconds))
-        run = client.start_engine(
-            model=str(base), engine_kind="finetune",
-            options={"dataset_path": str(DATA), "output_dir": f"{work}/out", "num_epochs": 10_000, "save_steps": 10_000},
-        )  # fmt: skip
-        wait_for_step(client, run.id, 3)  # the first steps are slower than the others
-        step, began = last_step(client, run.id), time.perf_counter()
-        answers_beside = asyncio.run(answer_times(client, arguments.seconds))
-        beside = (last_step(client, run.id) - step) / (time.perf_counter() - began)
-        stop(client, served.id)
-        step, began = last_step(client, run.id), time.perf_counter()
-        time.sleep(arguments.seconds)
-        alone = (last_step(client, run.id) - step) / (time.perf_counter() - began)
-        stop(client, run.id)
+    with tempfile.TemporaryDirectory() as work:
+        with gateway(Path(work) / "alone") as client:
+            served, _ = start(client, base, "served", arguments.backend, {})
+            answers_alone = asyncio.run(answer_times(client, arguments.seconds))
+            stop(client, served.id)
+            alone = steps_per_second(client, train(client, base, Path(work)), lambda: time.sleep(arguments.seconds))
+        if arguments.threads:
+            os.environ["SAGE_TRAINING_THREADS"] = str(arguments.threads)
+        with gateway(Path(work) / "beside") as client:
+            start(client, base, "served", arguments.backend, {"threads": arguments.threads} if arguments.threads else {})
+            answers: list[float] = []
+            run = train(client, base, Path(work))
+            beside = steps_per_second(
+                client, run, lambda: answers.append(asyncio.run(answer_times(client, arguments.seconds)))
+            )
+            answers_beside = answers[0]
     rows = [
         ("training, steps/s", f"{alone:.2f}", f"{beside:.2f}", f"{beside / alone:.2f}"),
         ("an answer, median s", f"{answers_alone:.2f}", f"{answers_beside:.2f}", f"{answers_beside / answers_alone:.2f}"),
@@ -57,10 +59,32 @@ def main() -> None:
     table = "\n".join(f"| {' | '.join(row)} |" for row in [("", "alone", "beside the other", "ratio"), ("---",) * 4, *rows])
     head = (
         f"{processor()}, {os.cpu_count()} cores; SmolLM2-135M; backend {arguments.backend}; {arguments.seconds:.0f} s each;"
+        + (f" beside each other with {arguments.threads} thread(s) each;" if arguments.threads else "")
     )
     head += f" an answer of {ANSWER_TOKENS} tokens every {EVERY_SECONDS:g} s beside a LoRA training on the same cores."
     RESULTS.write_text(f"{head}\n\n{table}\n")
     print(f"{head}\n{table}")
+
+
+def train(client: SageClient, base: Path, work: Path) -> str:
+    """Start an endless run, and return its id after its first steps, which are slower than the others."""
+    run = client.start_engine(
+        model=str(base), engine_kind="finetune",
+        options={
+            "dataset_path": str(DATA), "output_dir": tempfile.mkdtemp(dir=work), "num_epochs": 10_000, "save_steps": 10_000,
+        },
+    )  # fmt: skip
+    wait_for_step(client, run.id, 3)
+    return run.id
+
+
+def steps_per_second(client: SageClient, run: str, work: Callable[[], object]) -> float:
+    """Return the speed of a run while `work` is done; stop the run."""
+    step, began = last_step(client, run), time.perf_counter()
+    work()
+    speed = (last_step(client, run) - step) / (time.perf_counter() - began)
+    stop(client, run)
+    return speed
 
 
 async def answer_times(client: SageClient, seconds: float) -> float:
