@@ -58,7 +58,8 @@ async def _measure(url: str, models: Sequence[str], key: str, count: int, at_onc
             found.append(await ask(session, url, model, number, max_tokens))
 
     headers = {"Authorization": f"Bearer {key}"}
-    async with aiohttp.ClientSession(timeout=_TIMEOUT, headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # llama.cpp closes a connection after a stream
+    async with aiohttp.ClientSession(timeout=_TIMEOUT, headers=headers, connector=connector) as session:
         began = time.perf_counter()
         await asyncio.gather(*(client(session) for _ in range(at_once)))
         seconds = time.perf_counter() - began
