@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_adapters_that_start_together_share_one_new_server_and_the_next_one_gets
         options = {"start_seconds": 0.3, "max_adapters": 2}
         engines = [await start(manager, folder, options=options) for folder in adapters]
         views = [await until(manager, engine.id, S.RUNNING) for engine in engines]
-        assert views[0].pid == views[1].pid != views[2].pid
+        assert sorted(Counter(view.pid for view in views).values()) == [1, 2]  # their checks end in any order
         for folder, view in zip(adapters, views, strict=True):
             assert await answered(manager, view.id) == str(folder)
 
