@@ -82,8 +82,11 @@ def _measured(client: SageClient, backend: BackendView, model: str, max_tokens: 
 
 
 def _tokens_per_second(client: SageClient, engine_id: str, *, answers: int, at_once: int, max_tokens: int) -> float:
-    options = {"base_url": client.base_url, "headers": calls.headers(client.api_key), "timeout": _TIMEOUT_SECONDS}
-    with httpx.Client(**options, trust_env=False) as http, ThreadPoolExecutor(at_once) as pool:  # type: ignore[arg-type]
+    headers = calls.headers(client.api_key)
+    with (
+        httpx.Client(base_url=client.base_url, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False) as http,
+        ThreadPoolExecutor(at_once) as pool,
+    ):
 
         def tokens(number: int) -> int:
             prompt = f"Write a long story about {number} people who build a house."

@@ -3,6 +3,7 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from sage.llm.client.types import DesiredState, EngineState
 from sage.llm.control_plane.backends import registry
@@ -44,11 +45,17 @@ class Hosts:
             seen = observed.get(engine.id)
             if seen and (seen.orphaned or not seen.alive):
                 self._dead.add(engine.server_id)
-        self._shared: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
-        self._ports = {_port(server): server for server in servers.values()}
-        for server in servers.values():
+        self._servers = servers.values()
+        self._ports = {_port(server): server for server in self._servers}
+
+    @cached_property
+    def _shared(self) -> Mapping[_Key, list[ServerRecord]]:
+        """The servers that an engine can join; only the plan of a queued engine needs them."""
+        found: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
+        for server in self._servers:
             if server.shared and server.state is not ServerState.CLOSING:
-                self._shared[_key(server.backend, server.model, server.options)].append(server)
+                found[_key(server.backend, server.model, server.options)].append(server)
+        return found
 
     def is_last(self, engine: EngineRecord) -> bool:
         """Return whether the engine's server hosts no other engine."""
