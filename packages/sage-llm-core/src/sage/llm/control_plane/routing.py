@@ -9,7 +9,8 @@ from datetime import datetime
 from itertools import islice
 
 from sage.common.errors import NotFound, Overloaded
-from sage.llm.client.types import DEFAULT_MODEL, SETTLED, DesiredState, EngineKind, EngineState, EventKind
+from sage.llm.client.types import DEFAULT_MODEL, SETTLED, EngineKind, EngineState, EventKind
+from sage.llm.control_plane.idle import is_pausing
 from sage.llm.control_plane.splitting import in_order_of_preference
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.routes import RouteRecord
@@ -51,14 +52,9 @@ class Route:
     token: str | None  #: token of the engine's server
     backend: str
     model_name: str | None
-    desired: DesiredState
     idle_stop_minutes: float | None
-
-    @property
-    def is_pausing(self) -> bool:
-        """Whether the engine is being unloaded because it was idle; a request waits until the engine is loaded again."""
-        is_reloaded = self.idle_stop_minutes is not None and self.desired is not DesiredState.STOPPED
-        return is_reloaded and self.state is EngineState.STOPPING
+    #: Whether the engine, if it is stopping, is only being unloaded; a request waits until the engine is loaded again.
+    is_pausing: bool
 
 
 @dataclass
@@ -105,8 +101,8 @@ class RoutingTable:
                 token=server.token if server else None,
                 backend=engine.backend,
                 model_name=engine.served_as,
-                desired=engine.desired,
                 idle_stop_minutes=engine.idle_stop_minutes,
+                is_pausing=is_pausing(engine),
             )
             for entries, order in self._entries(route):
                 insort(entries, (order, engine.id))
