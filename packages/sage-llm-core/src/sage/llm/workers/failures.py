@@ -1,12 +1,28 @@
 """Report and log unexpected exceptions without text from the request."""
 
+import contextlib
 import logging
+import sys
 import traceback
+from collections.abc import Iterator
 
 from sage.common.errors import Overloaded, SageError
 from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """If the block raises a SageError, exit with code 1, and print the error as the last line of the log.
+
+    The control plane reports this line.
+    """
+    try:
+        yield
+    except SageError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
 
 
 def internal_error(error: BaseException, doing: str) -> SageError:

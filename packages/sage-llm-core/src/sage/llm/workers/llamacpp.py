@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sage.common.errors import SageError
 from sage.common.logs import configure_logging
 from sage.libs.models.export.cache import cached_gguf
 from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.resolve import ModelKind, resolve_model
+from sage.llm.workers.failures import exit_on_error
 
 #: Maximum context length in tokens if the user sets none. Also the context length of models whose files do not contain it.
 _CONTEXT_TOKENS = 8192
@@ -64,11 +64,8 @@ def main() -> None:
     given = parser.parse_args()
     configure_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # also ends a running conversion
-    try:
+    with exit_on_error():
         options = server_options(given)
-    except SageError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
     script = str(Path(__file__).with_name("llamacpp_server.py"))
     os.execv(given.interpreter, [str(given.interpreter), script, json.dumps(options)])
 

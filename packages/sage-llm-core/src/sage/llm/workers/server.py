@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -23,6 +22,7 @@ from sage.common.settings import load_settings
 from sage.libs.models.loading import local_folder
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.workers.bodies import JsonRoute
+from sage.llm.workers.failures import exit_on_error
 from sage.llm.workers.guard import Guard, error_response
 from sage.llm.workers.jobs import ClientGone
 
@@ -138,11 +138,8 @@ def load_source(name: str) -> tuple[ModelSource, Path]:
 def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
     """Load the model and serve it. If loading fails, print the error as the last line of the log and exit with code 1."""
     configure_logging()
-    try:
+    with exit_on_error():
         app = build()
-    except SageError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # the control plane reports the last line
-        sys.exit(1)
     config = uvicorn.Config(
         app,
         host="127.0.0.1",

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sage.common.errors import SageError
 from sage.common.logs import configure_logging
 from sage.libs.models.export.copies import usable_copy
 from sage.libs.models.export.folder import parameter_count
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
+from sage.llm.workers.failures import exit_on_error
 
 _FP32_BYTES = 4
 
@@ -77,11 +77,8 @@ def main() -> None:
     given, options = parser.parse_known_args()
     configure_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
+    with exit_on_error():
         folder = serving_folder(resolve_model(given.model))
-    except SageError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
     script = Path(__file__).with_name("vllm_server.py")
     os.execv(given.interpreter, [given.interpreter, "-I", str(script), "--model", str(folder), *options])
 
