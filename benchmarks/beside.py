@@ -17,11 +17,12 @@ from pathlib import Path
 import aiohttp
 from serving.home import gateway, start, stop
 from serving.load import ask
-from train import MODEL, processor
+from train import MODEL
 
 from sage.libs.models.loading import local_folder
 from sage.libs.models.resolve import resolve_model
 from sage.llm.client import SageClient
+from sage.llm.control_plane.backends.speeds import processor
 
 RESULTS = Path(__file__).parent / "results/beside.md"
 DATA = Path(__file__).parents[1] / "examples/data/sample_train.jsonl"

@@ -24,13 +24,13 @@ import uvicorn
 from crowded_home import MODEL, Crowd, crowded_home, engine_record, server_record
 from fastapi import FastAPI
 from pydantic import BaseModel
-from train import processor
 
 from sage.common.settings import load_settings
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind, EngineState, StartRequest
 from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
 from sage.llm.control_plane.backends.registry import BACKENDS
+from sage.llm.control_plane.backends.speeds import processor
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
 from sage.llm.control_plane.manager import ControlPlaneManager

@@ -12,9 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from train import MODEL, processor, trained
+from train import MODEL, trained
 
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
+from sage.llm.control_plane.backends.speeds import processor
 
 STEPS = 4
 CUTOFFS, MICRO_BATCHES, RANKS = (128, 512, 2048, 8192), (1, 2, 4, 8, 16), (8, 32, 128)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from train import MODEL, PACK_TOKENS, processor
+from train import MODEL, PACK_TOKENS
 
 from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.finetune.data.tokenizing import IGNORED
 from sage.libs.finetune.training.batching import Batch
 from sage.libs.finetune.training.stopping import StopRequest
 from sage.libs.finetune.training.trainer import TrainingRun
+from sage.llm.control_plane.backends.speeds import processor
 
 STEPS = 6
 #: The autograd functions of each part. The time of a function includes all functions that it calls.

@@ -30,6 +30,7 @@ from sage.libs.finetune.data.tokenizing import Encoder
 from sage.libs.finetune.manager import WORKER_ENVIRONMENT
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
+from sage.llm.control_plane.backends.speeds import processor
 
 MODEL, CUTOFF = "smollm2-135m-instruct", 512
 PACK_TOKENS = 800
@@ -230,12 +231,6 @@ def picture(rows: list[dict[str, Any]]) -> str:
     )
     size = f'width="760" height="{20 + 30 * len(rows)}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="14">{bars}</svg>\n'
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    return found[1] if found else platform.processor()
 
 
 if __name__ == "__main__":

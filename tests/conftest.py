@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from llama_cpp import installed_home
+from llama_cpp import link_backend
 from postgres import PostgresServer, postgres_server
 from support import SAMPLES, free_port, make_tiny_model
 
@@ -50,13 +50,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama_cpp(sage_home: Path) -> LlamaCpp:
-    """Return the llama.cpp that `make setup` installed, linked into the home of this test."""
-    folder = environments.chosen("llamacpp").folder
-    installed = installed_home() / folder.relative_to(sage_home)
-    if not installed.is_dir():
-        pytest.skip(f"llama.cpp is not installed in {installed_home()}; `make setup` installs it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.symlink_to(installed)
+    """Return the llama.cpp that `make integration` installed, linked into the home of this test."""
+    link_backend("llamacpp", sage_home)
     return LlamaCpp(Path(environments.interpreter("llamacpp")))
 
 

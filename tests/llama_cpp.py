@@ -9,8 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 from sage.libs.models.chat import ChatFormat
 from sage.libs.models.export.formats import LlamaCpp
+from sage.llm.control_plane.backends import environments
 
 #: Program that serves the GGUF file given as its argument and prints its address. It exits when its stdin is closed.
 _PROGRAM = """
@@ -63,8 +66,18 @@ class LlamaServer:
 
 
 def installed_home() -> Path:
-    """Return the SAGE_HOME in which `make setup` installs the backends for the tests."""
+    """Return the SAGE_HOME with the backends for the tests; `make integration` installs llama.cpp there."""
     return Path(os.environ.get("TEST_BACKENDS_HOME", Path(sys.prefix) / "backends"))
+
+
+def link_backend(name: str, sage_home: Path) -> None:
+    """Link an installed backend into the home of a test; skip the test if the backend is not installed."""
+    folder = environments.chosen(name).folder
+    installed = installed_home() / folder.relative_to(sage_home)
+    if not installed.is_dir():
+        pytest.skip(f"The backend '{name}' is not installed: SAGE_HOME={installed_home()} sage backend install {name}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(installed)
 
 
 def trained_model(base: Path, adapter: Path) -> Any:

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gateway import load
 from gateway.load import Figures
 from gateway.programs import PEERS, PROXIES, Program, UnusableError, upstream
-from train import processor
+
+from sage.llm.control_plane.backends.speeds import processor
 
 _RESULTS = Path(__file__).parents[1] / "results/gateway.md"
 _BENCH = Path(__file__).parents[2] / ".bench/gateway"

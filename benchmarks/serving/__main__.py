@@ -11,11 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train import MODEL, processor
+from train import MODEL
 
 from sage.libs.models.loading import local_folder
 from sage.libs.models.resolve import resolve_model
 from sage.llm.client.types import BackendView
+from sage.llm.control_plane.backends.speeds import processor
 from serving import report
 from serving.home import gateway
 from serving.measuring import SAME_PRECISION, Result, run

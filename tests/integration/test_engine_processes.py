@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 from pydantic import BaseModel
+from serving import until
 from support import free_port
 
 from sage.common.errors import Conflict, NotFound, Overloaded, SageError
 from sage.common.identity import session_members
 from sage.common.settings import load_settings
 from sage.libs.models.resolve import ModelSource
-from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView, RestartPolicy, StartRequest
+from sage.llm.client.types import EngineKind, EngineState, EngineView, RestartPolicy, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.transformers import TransformersBackend, TransformersOptions
 from sage.llm.control_plane.executors import inference_executor
@@ -94,15 +95,6 @@ def run(test: Callable[[ControlPlaneManager], Awaitable[None]]) -> None:
             await manager.close()
 
     asyncio.run(main())
-
-
-async def until(manager: ControlPlaneManager, engine_id: str, *states: EngineState) -> EngineView:
-    deadline = time.monotonic() + 60
-    while (view := await manager.get_engine(engine_id)).state not in states:
-        assert time.monotonic() < deadline, view
-        assert view.state not in SETTLED, view
-        await asyncio.sleep(0.01)
-    return view
 
 
 async def start(manager: ControlPlaneManager, model: str, name: str | None = None, port: int | None = None, **options: Any

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from llama_cpp import greedy_answer, installed_home, trained_model
+from llama_cpp import greedy_answer, link_backend, trained_model
 from support import HELDOUT, sage, wait_for
 
 from sage.libs.models.chat import ChatFormat
@@ -18,7 +18,6 @@ from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
 from sage.llm.client import SageClient
 from sage.llm.client.types import EngineView
-from sage.llm.control_plane.backends import environments
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800), pytest.mark.usefixtures("_vllm")]
 _ANSWER_TOKENS = 16
@@ -28,12 +27,7 @@ _EQUAL_SHARE = 0.9
 
 @pytest.fixture
 def _vllm(sage_home: Path) -> None:
-    folder = environments.chosen("vllm").folder
-    installed = installed_home() / folder.relative_to(sage_home)
-    if not installed.is_dir():
-        pytest.skip(f"vLLM is not installed in {installed_home()}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.symlink_to(installed)
+    link_backend("vllm", sage_home)
 
 
 @pytest.fixture
