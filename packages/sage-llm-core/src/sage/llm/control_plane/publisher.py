@@ -117,7 +117,8 @@ class Publisher:
         """Return `engine`, with the backend and options of a server that has loaded `base`, if there is one."""
         for server in await self._pool.run(self._store.servers, engine.node):
             if server.shared and server.model == base and server.state is not ServerState.CLOSING:
-                return dataclasses.replace(engine, backend=server.backend, options=server.options or engine.options)
+                options, reason = server.options or engine.options, "its base is loaded by this backend"
+                return dataclasses.replace(engine, backend=server.backend, options=options, backend_reason=reason)
         return engine
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
