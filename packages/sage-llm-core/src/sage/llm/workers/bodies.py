@@ -56,7 +56,7 @@ class JsonRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads its body with JsonRequest, and accepts application/json only.
 
-    With other content types, a web page of another site could send requests to loopback without a CORS preflight.
+    Other content types are rejected, because a web page of another site can send them to loopback without a CORS preflight.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]

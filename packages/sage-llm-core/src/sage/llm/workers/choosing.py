@@ -8,9 +8,9 @@ from torch import Tensor
 from sage.llm.workers.penalties import Adjustment, adjustments
 from sage.llm.workers.sampling import Sampling
 
-#: A temperature below this value means greedy decoding, because the division of logits by it could overflow.
+#: If the temperature is below this value, decoding is greedy, because logits divided by the temperature could overflow.
 _GREEDY_BELOW = 1e-5
-#: Number of most likely tokens in which the top_p nucleus is searched first. Sorting all tokens would take milliseconds.
+#: The top_p nucleus is first searched among this number of most likely tokens. Sorting all tokens would take milliseconds.
 _NUCLEUS_TOKENS = 256
 
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of a request. None: use the value in the model's generation_config.json."""
+    """Sampling parameters of a request.
+
+    If a parameter is None that the model's generation_config.json has, the value in generation_config.json is used.
+    """
 
     max_tokens: int
     temperature: float | None = None  #: 0 = greedy decoding
@@ -25,9 +28,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """Log-probability of one token, before temperature and penalties."""
+    """Log-probability of one token, computed without temperature and penalties."""
 
-    token: bytes  #: valid UTF-8 if the token consists of complete characters
+    token: bytes  #: bytes of the token's text; a token can end inside a character, so they may not be valid UTF-8
     logprob: float | None  #: natural logarithm; None for the first token of a prompt
     top: tuple[tuple[bytes, float], ...]  #: most likely tokens with log-probabilities, best first
     text_offset: int  #: number of characters in the answer before this token

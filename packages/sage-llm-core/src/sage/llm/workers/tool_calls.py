@@ -1,4 +1,4 @@
-"""Find tool calls and reasoning in an answer, either complete or during generation."""
+"""Find tool calls and reasoning in an answer, while the answer is generated or when it is complete."""
 
 import json
 import re
@@ -167,7 +167,7 @@ class AnswerReader:
             self._held = ""
         elif self._format.call_open:
             text, is_call = self._until(self._format.call_open)
-        elif not self._has_content:  # a call is the whole answer
+        elif not self._has_content:  # a call has no marker, so it must be the whole answer
             text, is_call = "", self._held.lstrip()[:1] in ("{", "[")
             if not is_call and (self._held.strip() or self._is_end):
                 text, self._held = self._held, ""

@@ -29,4 +29,7 @@ def choose(candidates: Sequence[Backend], device: str) -> tuple[Backend, str]:
     fastest = max(compared, key=lambda backend: speeds.get(backend.name, 0.0))
     if measured:
         return fastest, f"the fastest in `sage backend benchmark` of {measured.date}"
-    return fastest, f"the first choice for the device {device}; `sage backend benchmark MODEL` measures all backends on this machine"
+    return (
+        fastest,
+        f"the first choice for the device {device}; `sage backend benchmark MODEL` measures all backends on this machine",
+    )

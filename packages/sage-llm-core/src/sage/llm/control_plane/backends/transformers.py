@@ -17,7 +17,9 @@ class TransformersOptions(ServingOptions):
     """The options of an llm engine."""
 
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
-    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit.")
+    context_tokens: int | None = Field(
+        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
+    )
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 

@@ -31,7 +31,9 @@ class VllmOptions(ServingOptions):
     """The options of an engine that vLLM serves."""
 
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
-    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit.")
+    context_tokens: int | None = Field(
+        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
+    )
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
     kv_cache_gb: int = Field(1, ge=1, description="Size of the key/value cache, in GiB.")
     max_adapters: int = Field(16, ge=1, le=512, description="Maximum number of adapters in one server.")
