@@ -92,7 +92,7 @@ class AsyncSageClient:
         return await self._send(calls.get(engine_id))
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine saves its state and exits, and do not wait for the exit; force: kill the engine."""
+        """Request that an engine saves its state and exits, without waiting for the exit; force: kill the engine."""
         return await self._send(calls.stop(engine_id, force=force))
 
     async def pause_engine(self, engine_id: str) -> EngineView:
@@ -137,7 +137,7 @@ class AsyncSageClient:
             yield event
 
     async def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
-        """Return the events of all engines that follow the event with the id `after`, at most `limit`.
+        """Return at most `limit` events of all engines, starting after the event with the id `after`.
 
         If `after` is "latest", the page has no events, and its `last_id` is the id of the newest event.
         """
@@ -231,7 +231,7 @@ class AsyncSageClient:
     async def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> AsyncIterator[T]:
-        """Yield the items of a stream. If the connection breaks, send `call()`, which continues where the reader is."""
+        """Yield the items of a stream. If the connection breaks, request the rest of the stream with `call()`."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

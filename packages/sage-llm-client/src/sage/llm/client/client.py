@@ -24,9 +24,11 @@ from sage.llm.client.types import (
 )
 
 T = TypeVar("T")
+#: Time limit for opening a connection.
 CONNECT_SECONDS = 10.0
 #: Time limits of a stream. Reading has no limit, because an engine can run for a long time without new output.
 STREAM_TIMEOUT = httpx.Timeout(CONNECT_SECONDS, read=None)
+#: Pause before a broken stream is requested again.
 RECONNECT_SECONDS = 0.3
 
 
@@ -97,7 +99,7 @@ class SageClient:
         return self._send(calls.get(engine_id))
 
     def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine saves its state and exits, and do not wait for the exit; force: kill the engine."""
+        """Request that an engine saves its state and exits, without waiting for the exit; force: kill the engine."""
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
@@ -140,7 +142,7 @@ class SageClient:
         yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
 
     def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
-        """Return the events of all engines that follow the event with the id `after`, at most `limit`.
+        """Return at most `limit` events of all engines, starting after the event with the id `after`.
 
         If `after` is "latest", the page has no events, and its `last_id` is the id of the newest event.
         """
@@ -232,7 +234,7 @@ class SageClient:
     def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> Iterator[T]:
-        """Yield the items of a stream. If the connection breaks, send `call()`, which continues where the reader is."""
+        """Yield the items of a stream. If the connection breaks, request the rest of the stream with `call()`."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

@@ -34,7 +34,7 @@ class StreamReader(Generic[T]):
         self.has_begun = False
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Prepare to read after a request was answered: the first request or a repeated one; headers: of the answer."""
+        """Prepare to read the stream in a new answer; headers: the headers of this answer."""
         self.has_begun, self._lines = True, Lines()
 
     def feed(self, chunk: bytes) -> list[T]:
@@ -42,7 +42,7 @@ class StreamReader(Generic[T]):
         raise NotImplementedError
 
     def finish(self) -> list[T]:
-        """Return the remaining items after the end of the stream. Raises GatewayUnreachable if the stream is endless."""
+        """Return the remaining items at the end of the stream. Raises GatewayUnreachable if the end is unexpected."""
         return []
 
 

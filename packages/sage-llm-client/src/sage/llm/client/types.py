@@ -116,7 +116,7 @@ class StartRequest(BaseModel):
         description="Unload an inference engine after this time without requests; its state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options that the kind and the backend define.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the backend or of the training run.")
 
     @field_validator("model")
     @classmethod
@@ -160,7 +160,7 @@ class EngineView(BaseModel):
     node: str = Field(description="Id of the node that runs the engine; each state folder is one node.")
     server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
     address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
-    form: str | None = Field(None, description="How the server loads the model, for example `merged` or `adapter`.")
+    form: str | None = Field(None, description="How the server loads the model, as text for users.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
     idle_stop_minutes: float | None = Field(None, description="The engine is unloaded after this time without requests.")
@@ -193,13 +193,13 @@ class EventKind(StrEnum):
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: the engine changed in the same state, for example to a newer version of its adapter
+    UPDATED = "updated"  #: the engine changed but not its state: for example, it now has a newer version of its adapter
     REMOVED = "removed"
     ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
 
 
 class EngineEvent(BaseModel):
-    """One event of the change feed. To read the events after it, use `id` as the cursor."""
+    """One event of the change feed. To read later events, use `id` as the cursor."""
 
     id: int
     engine_id: str
@@ -285,7 +285,7 @@ def check_route_name(name: str) -> str:
 
 
 class Device(BaseModel):
-    """A memory that engines share: the memory of a GPU, or the main memory of a node."""
+    """A device with memory that engines share: a GPU, or the main memory of a node."""
 
     node: str
     kind: str

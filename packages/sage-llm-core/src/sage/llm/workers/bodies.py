@@ -12,7 +12,7 @@ from starlette.responses import Response
 from sage.common.errors import ConfigError
 
 MAX_NESTING = 100
-#: A JSON escape of a surrogate, which may be a lone surrogate.
+#: A JSON escape of a surrogate. A surrogate is half a character; it is not valid Unicode without the other half.
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 

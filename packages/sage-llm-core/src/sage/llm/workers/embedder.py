@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 #: Maximum number of characters per token, far more than in real texts. Longer inputs are rejected without tokenization.
 _MAX_CHARACTERS_PER_TOKEN = 100
 _PROBE = "Which engine answers?"
-#: Largest difference between the vectors of the same text in two batches, caused by rounding.
+#: Largest difference that rounding can cause between the vectors of the same text in two batches.
 _TOLERANCE = 1e-3
 
 
@@ -38,7 +38,7 @@ class Embedder:
         self._model = _load(folder)
         self._tokenizer: Any = self._model.tokenizer
         limit = self._model.max_seq_length
-        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # inf for static vectors
+        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # inf for static word vectors
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
         try:
             expected = self._embed([_PROBE])

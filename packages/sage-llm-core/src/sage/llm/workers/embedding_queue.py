@@ -31,7 +31,7 @@ class Request:
 
 
 class Entry(NamedTuple, Generic[T]):
-    """A waiting input. The entries of a length class are served in ascending order."""
+    """A waiting input. The entries of a length class are served in ascending order of `turn` and `order`."""
 
     turn: float  #: virtual time at which the input would be complete
     order: int  #: order of arrival, for inputs with the same turn
@@ -54,7 +54,7 @@ class FairQueue(Generic[T]):
     def __init__(self, max_tokens: int) -> None:
         """max_tokens: maximum number of tokens in a batch, with padding; a longer input is computed alone."""
         self._max_tokens = max_tokens
-        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: heap by padded length
+        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: by padded length: a heap of waiting inputs
         self._waiting: Counter[Request] = Counter()
         self._served, self._order = 0.0, count()  #: virtual time of fair queueing, in tokens
 

@@ -81,7 +81,7 @@ class Hosting:
         self._loading = asyncio.Lock()
 
     def find(self, name: str) -> Hosted:
-        """Return the model with a name. Raises NotFound."""
+        """Return the loaded model with this name. Raises NotFound."""
         if found := self._adapters.get(name):
             return found
         if self._served_name in (None, name):
@@ -146,7 +146,7 @@ class Hosting:
         return Hosted(folder, self._voice(folder), adapter), adapter
 
     def _voice(self, folder: Path) -> Voice:
-        """Return the Voice of an adapter: of the tokenizer in its folder, or of the base model if the folder has none."""
+        """Return the Voice of an adapter, or the base model's Voice if the adapter's folder has no tokenizer."""
         if not (folder / "tokenizer.json").is_file():
             return self._generator.voice
         digest = hashlib.sha256()

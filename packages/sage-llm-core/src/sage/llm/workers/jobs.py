@@ -93,7 +93,7 @@ class Lane:
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function, and return its result. If the caller is cancelled early, the function is not called."""
+        """Queue a function, and return its result. If the caller is cancelled before, the function is not called."""
 
         def work(job: Job[T]) -> None:
             job.put(function())

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API. Unknown fields are rejected. Some known fields are accepted only with a value without effect."""
+"""Requests of OpenAI's API. Unknown fields are rejected. Some fields may only have a value that has no effect."""
 
 from typing import Annotated, Any, Literal
 

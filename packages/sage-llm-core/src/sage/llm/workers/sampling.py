@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 class Sampling:
     """Sampling parameters of a request.
 
-    If a parameter is None that the model's generation_config.json has, the value in generation_config.json is used.
+    If temperature, top_p, top_k, min_p or repetition_penalty is None, the value in the model's
+    generation_config.json is used.
     """
 
     max_tokens: int
@@ -30,7 +31,7 @@ class Sampling:
 class TokenScore:
     """Log-probability of one token, computed without temperature and penalties."""
 
-    token: bytes  #: bytes of the token's text; a token can end inside a character, so they may not be valid UTF-8
+    token: bytes  #: the token's text; the bytes are not valid UTF-8 if the token has only a part of a character
     logprob: float | None  #: natural logarithm; None for the first token of a prompt
     top: tuple[tuple[bytes, float], ...]  #: most likely tokens with log-probabilities, best first
     text_offset: int  #: number of characters in the answer before this token

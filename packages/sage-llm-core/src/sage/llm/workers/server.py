@@ -50,7 +50,7 @@ class ErrorAnswer(BaseModel):
 
 
 _REFUSALS = {400: "invalid request", 403: "request from another site or host", 413: "body too large",
-             415: "body is not JSON", 500: "unexpected error", 503: "out of memory, or engine is stopping"}  # fmt: skip
+             415: "content type is not JSON", 500: "unexpected error", 503: "out of memory, or stopping"}  # fmt: skip
 ANSWERED: dict[int | str, dict[str, Any]] = {
     status: {"description": description, "model": ErrorAnswer} for status, description in _REFUSALS.items()
 }

@@ -26,7 +26,7 @@ class Shape:
         self.prompt_tokens = 0
 
     def whole(self, pieces: Iterable[Piece]) -> dict[str, Any]:
-        """Return a complete response from all pieces."""
+        """Return the complete response, built from all pieces."""
         choices: dict[int, list[Piece]] = {}
         for piece in pieces:
             choices.setdefault(piece.index, []).append(piece)

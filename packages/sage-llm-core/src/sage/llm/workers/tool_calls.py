@@ -127,7 +127,7 @@ class AnswerReader:
         self._step = self._reasoning if is_reasoning else self._beginning if answer_format.think_open else self._content
 
     def push(self, text: str) -> Part:
-        """Add a piece of the answer, and return the text and calls whose kind is now certain."""
+        """Add a piece of the answer, and return what is now certain to be content, reasoning or a call."""
         self._held += text
         while self._step():
             pass

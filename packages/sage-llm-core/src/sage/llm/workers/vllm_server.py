@@ -47,7 +47,7 @@ def _vocabulary(folder: Path) -> Any:
     return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
 
 
-#: The parts of a model that must be equal in an adapter and its base, by their names in messages: functions that read them.
+#: Functions that read a part of a model, by the part's name in messages. The part must be equal in an adapter and its base.
 _VOICE: dict[str, Callable[[Path], Any]] = {"chat template": _template, "tokenizer": _vocabulary}
 
 

@@ -30,9 +30,9 @@ class Environment:
     download_bytes: int
     disk_bytes: int
     check: str  #: Python code that fails if the backend cannot run
-    before: tuple[str, ...] = ()  #: packages to install first, because pip would choose other builds of them
+    before: tuple[str, ...] = ()  #: packages to install first, because pip would otherwise choose other builds
     index: str = ""  #: package index for `before`, if the user's index does not have these packages
-    unwanted: tuple[str, ...] = ()  #: dependencies to uninstall, because the backend does not start with them
+    unwanted: tuple[str, ...] = ()  #: dependencies to uninstall, because the backend fails with them on this device
 
     @property
     def requirement(self) -> str:
@@ -66,7 +66,7 @@ class Environment:
         return [folder for folder in mine if folder != self.folder]
 
     def incomplete(self) -> list[Path]:
-        """Return the folders of all other environments that are being installed or removed, or were left incomplete."""
+        """Return the folders of other environments without a marker file, whose installation or removal has not finished."""
         folders = [folder for folder in self.folder.parent.glob("*") if folder.is_dir() and folder != self.folder]
         return [folder for folder in folders if not (folder / MARKER).is_file()]
 

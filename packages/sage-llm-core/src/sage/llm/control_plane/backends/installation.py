@@ -64,7 +64,7 @@ def remove(environment: Environment, report: Report) -> bool:
             raise Conflict(
                 code="backend_in_use",
                 message=f"The backend '{environment.backend}' is in use by the process {running[0]}.",
-                hint="First stop the engines of this backend; `sage llm engine list` shows the backend of each engine.",
+                hint="First stop the engines that use this backend; `sage llm engine list` shows the running engines.",
             )
         for folder in folders:
             _delete(folder)
@@ -73,7 +73,7 @@ def remove(environment: Environment, report: Report) -> bool:
 
 
 def fault(environment: Environment) -> str | None:
-    """Run the check of an installed backend. Return None if it succeeds, or why it failed; it takes some seconds."""
+    """Run the check of an installed backend, which takes some seconds. Return why the check failed; None if it succeeded."""
     try:
         done = subprocess.run(
             [environment.python, "-c", environment.check], capture_output=True, text=True, timeout=_CHECK_SECONDS,

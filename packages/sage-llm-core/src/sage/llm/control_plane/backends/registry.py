@@ -24,7 +24,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and the reason of an automatic choice.
+    """Return a backend that can run `model`, and why it was chosen automatically.
 
     If `name` is `auto`, return the best installed backend; otherwise return the backend with this name, and None.
 
