@@ -17,6 +17,7 @@ from sage.llm.workers.requests import EmbeddingRequest
 logger = logging.getLogger(__name__)
 #: Maximum number of characters per token, far more than in real texts. Longer inputs are rejected without tokenization.
 _MAX_CHARACTERS_PER_TOKEN = 100
+#: Text that is embedded to check a model.
 _PROBE = "Which engine answers?"
 #: Largest difference that rounding can cause between the vectors of the same text in two batches.
 _TOLERANCE = 1e-3
@@ -45,7 +46,7 @@ class Embedder:
         except Exception as error:  # modules raise all kinds of exceptions
             if is_out_of_memory(error):
                 raise
-            raise _unusable(folder, f"does not embed a text: {first_line(error)}") from error
+            raise _unusable(folder, f"cannot embed a text: {first_line(error)}") from error
         self.dimensions = expected.shape[1]
         self._takes_tokens = callable(self._tokenizer) and self._embeds_tokens_as(expected)
 
@@ -133,7 +134,7 @@ def _load(folder: Path) -> Any:
     except Exception as error:  # broken folders raise all kinds of exceptions
         if is_out_of_memory(error):
             raise
-        raise _unusable(folder, f"does not load as an embedding model: {first_line(error)}") from error
+        raise _unusable(folder, f"cannot be loaded as an embedding model: {first_line(error)}") from error
     if not (folder / "modules.json").is_file():
         pooling = model[-1].pooling_mode if len(model) > 1 else "its own"
         logger.warning(

@@ -16,7 +16,9 @@ from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGU
 class TransformersOptions(ServingOptions):
     """The options of an llm engine."""
 
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Data type of the weights; auto: fp32 on a CPU, bf16 on a GPU."
+    )
     context_tokens: int | None = Field(
         None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
     )

@@ -30,7 +30,9 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 class VllmOptions(ServingOptions):
     """The options of an engine that vLLM serves."""
 
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Data type of the weights; auto: fp32 on a CPU, vLLM's choice on a GPU."
+    )
     context_tokens: int | None = Field(
         None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
     )
