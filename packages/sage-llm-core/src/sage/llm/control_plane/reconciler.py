@@ -21,7 +21,7 @@ class Reconciler:
     """Each tick reads the store, passes the engines to the prober, and runs the plan if this control plane is active."""
 
     def __init__(self, store: Store, pool: Pool, node: str, prober: Prober, runner: Runner, limits: Limits) -> None:
-        """pool: runs calls of the store."""
+        """pool: threads for the calls of `store`."""
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
         self._watches: dict[str, Watch] = {}
