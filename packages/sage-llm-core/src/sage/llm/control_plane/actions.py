@@ -43,7 +43,7 @@ class LoadAdapter:
 
 @dataclass(frozen=True)
 class UnloadAdapter:
-    """Unload the adapter `name` from a server; if `engine` is stopping, complete its stop afterwards."""
+    """Unload the adapter `name` from a server; if `engine` is stopping, then set its state to `stopped` or `paused`."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -72,7 +72,7 @@ class SendSignal:
     engine: EngineRecord
     server: ServerRecord
     signal: Signal
-    closes: bool = False  #: first mark the server as closing, so that no engine can join it; it hosts no other engine
+    closes: bool = False  #: mark the server as closing before the signal is sent, so that no engine joins it
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Transition:
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: after a failure: number of the restart that is queued at once; None: no restart
+    restarts: int | None = None  #: number of the restart that follows a failure at once; None: no restart
     must_remain: bool = False  #: raise StaleWrite if no other engine would remain on the server
     values: Mapping[str, Any] = field(default_factory=dict)  #: other columns to write
 

@@ -1,4 +1,4 @@
-"""Record when engines that are unloaded when idle receive requests. Every gateway of a node does this, also a standby."""
+"""Record the requests to engines that are unloaded when idle. All gateways of a node do this, not only the active one."""
 
 import asyncio
 import logging

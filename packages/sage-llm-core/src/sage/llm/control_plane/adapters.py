@@ -10,7 +10,7 @@ from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
-#: After an adapter was loaded, it can be missing in observations of its server for at most this number of seconds.
+#: Seconds after loading an adapter during which observations of its server may not contain the adapter yet.
 _LOOK_SECONDS = 5.0
 
 

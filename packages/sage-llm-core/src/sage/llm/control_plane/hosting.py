@@ -70,7 +70,7 @@ class Hosts:
         return (engine.server_id or "") in self._running
 
     def server_for(self, engine: EngineRecord) -> ServerRecord | None:
-        """Return the server that an engine joins, and count the engine there; None if the engine needs a new server."""
+        """Return the server that an engine joins, and count the engine as hosted; None if the engine needs a new server."""
         if engine.base is None:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.options)]:
@@ -83,8 +83,9 @@ class Hosts:
     def must_wait(self, engine: EngineRecord) -> bool:
         """Return whether an engine must wait before a new server is planned for it.
 
-        If the engine requests a port, it waits while a closing or dead server has this port. Otherwise the engine waits
-        while a server that it can join is being planned, or is dead but still stored.
+        If the engine requests a port, it waits while a server with this port is closing or dead. Otherwise the engine waits
+        while a server that it can join is being planned or is dead. A server is dead if its process has exited, but its row
+        still exists.
         """
         if engine.requested_port:
             server = self._ports.get(engine.requested_port)

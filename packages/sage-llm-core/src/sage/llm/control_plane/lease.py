@@ -58,7 +58,7 @@ class LeaseKeeper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._held:
-            with contextlib.suppress(SQLAlchemyError):  # runs after a renewal in progress
+            with contextlib.suppress(SQLAlchemyError):  # the thread first completes a renewal in progress
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._store.release_lease, self._held)
             self._held = None
         self._thread.shutdown(wait=False)

@@ -348,7 +348,7 @@ class ControlPlaneManager(EngineReads, Routes):
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
-        """Cut off the first part of the logs of the engines and the gateway if they exceed the limit."""
+        """Until cancelled, shorten the logs of the engines and the gateway that exceed the limit."""
         # Half of the limit, because the part that is cut off is kept in a second file.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:

@@ -23,7 +23,8 @@ def engine_metrics(
 ) -> Iterator[Metric]:
     """Yield the metrics of engines and devices.
 
-    counts: number of engines by kind and state; active: engines that are not settled; most metrics have one value for each.
+    counts: number of engines by kind and state; active: the engines that are not settled. Metrics of single engines are
+    yielded only for the engines in `active`.
     """
     number = GaugeMetricFamily("sage_engines", "Number of engines of a kind in a state.", labels=("kind", "state"))
     for kind in EngineKind:

@@ -28,7 +28,8 @@ class Limits:
     """Time limits in seconds. Training runs may take any time to start, train and save their result."""
 
     start_seconds: float  #: maximum time until a started inference engine answers
-    stop_seconds: float  #: maximum time until an inference engine exits after SIGTERM, or a run after its end
+    #: Maximum time until an inference engine exits after SIGTERM, and until the process of an ended training run exits.
+    stop_seconds: float
     #: Time without an answer after which requests are refused. After twice this time, the engine is restarted.
     unresponsive_seconds: float = 30.0
     look_seconds: float = 5.0  #: maximum time that is added to a duration between two observations

@@ -17,7 +17,7 @@ class ServedRun(BaseModel):
 
     name: str  #: name of the engine that serves the run
     checkpoints: bool = False  #: whether every checkpoint is served
-    after_step: int | None = None  #: a user requested to serve the next checkpoint after this step
+    after_step: int | None = None  #: if set, a user has requested to serve the next checkpoint after this step
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
     step: int = 0  #: step of the last checkpoint that was published or could not be published
     is_complete: bool = False  #: the result was published or could not be published
@@ -28,7 +28,7 @@ class ServedRun(BaseModel):
         return None if engine.serve is None else cls.model_validate(engine.serve)
 
     def published(self, step: int | None, engine_id: str | None) -> Self:
-        """Return the values after a publication; step: step of the published checkpoint; None: the result was published."""
+        """Return a copy with the values after a publication; step: the published checkpoint; None: the result."""
         version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
         return self.model_copy(update={"engine_id": engine_id, **version})
 

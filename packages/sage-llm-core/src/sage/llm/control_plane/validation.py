@@ -12,7 +12,8 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.store.records import EngineRecord
 
 logger = logging.getLogger(__name__)
-#: Maximum number of concurrent validations for each kind of engine. Hashing large datasets does not delay other kinds.
+#: Maximum number of concurrent validations for each kind of engine. Each kind has a separate limit, so that hashing large
+#: datasets does not delay the validations of other kinds.
 _MAX_VALIDATIONS = 2
 
 

@@ -48,7 +48,7 @@ class FinetuneEngine:
         task_id: str | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        """Create no files yet; `create` or `start` creates the run.
+        """Store the configuration of a run; `create` or `start` creates its run directory.
 
         task_id: id of an existing run, or the id for a new run; None: a new run gets a random id.
         launcher: starts and observes the process of the run; None: a LocalLauncher.

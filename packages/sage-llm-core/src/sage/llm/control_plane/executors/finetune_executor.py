@@ -176,8 +176,8 @@ class FinetuneExecutor:
             reason = self._exit_reason(engine, run, process) if run.code == "worker_died" else failure_of(run)
             ended = EngineState(run.state.value)
             return Observed(alive=process.alive, ended=ended, reason=reason, process=process, training=training)
-        # `status` has checked the run's lock after `process` was observed. If the worker was launched between the two, it is
-        # alive.
+        # `status` has checked the run's lock later than `process` was observed. Therefore a worker that was launched in
+        # between also counts as alive.
         alive = process.alive or run.state in ALIVE
         return Observed(alive=alive, ready=run.state is RunState.RUNNING, process=process, training=training)
 

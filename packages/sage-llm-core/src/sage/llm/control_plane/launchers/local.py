@@ -56,7 +56,7 @@ class LocalLauncher:
         _listen(port).close()
 
     async def launch(self, spec: ProcessSpec) -> str | None:
-        """Start a process that holds its lock file, and return its address; raises Conflict or OSError.
+        """Start a process, which keeps its lock file locked, and return its address; raises Conflict or OSError.
 
         Raises TimeoutError if the launch takes too long. The launch continues, and the next call waits for it.
         """

@@ -1,9 +1,9 @@
 """Leases. A lease is the right to write the rows of a node; every write checks the lease in its transaction.
 
-Each takeover of a lease increments a number, the fence. If a suspended control plane continues after another control plane
-has taken over its lease, its fence is outdated, and its writes are refused. If a control plane is suspended in the middle
-of a transaction, the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end the transaction, so nobody
-can write until the suspended process continues or exits.
+Each takeover of a lease increments a number, the fence. A control plane can be suspended while another control
+plane takes over its lease. When it continues, its fence is outdated, and its writes are refused. If a control plane is
+suspended in the middle of a transaction, the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end
+the transaction, so nobody can write until the suspended process continues or exits.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class LeaseStore:
         holder: token of this control plane; me: its process; url: URL of its gateway.
         The lease can be taken if it is free or expired, or if the holder was a process of this host and has exited.
         """
-        with self._read() as connection:  # does not lock, because a standby calls this every second
+        with self._read() as connection:  # only reads, because a standby calls this every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
             row = connection.execute(query.where(leases.c.node == node)).one()
         has_exited = row.host == host and not ProcessIdentity(row.pid, row.pid_started).is_alive()

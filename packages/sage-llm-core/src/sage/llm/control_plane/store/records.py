@@ -31,7 +31,7 @@ class LeaderInfo:
 
 
 class ServerState(StrEnum):
-    """The last step of a server's launch or end that is stored. The state does not say whether the process is alive."""
+    """Progress of a server from its launch to its end. The state does not say whether the process is alive."""
 
     PLANNED = "planned"  #: stored before the launch; the process may already exist
     LAUNCHED = "launched"  #: stored after the launch
@@ -60,7 +60,10 @@ class ServerRecord:
 
     @property
     def token(self) -> str:
-        """Token in the environment of the process that identifies it: `engine-` and the suffix of the server's id."""
+        """The token that identifies the process: `engine-` and the suffix of the server's id.
+
+        The environment of the process contains this token.
+        """
         return f"engine-{suffix_of(self.id)}"
 
 
@@ -110,7 +113,7 @@ class EngineRecord:
 
 
 def internal_prefix(engine_id: str) -> str:
-    """Return the prefix that all values of `internal_name` of an engine have."""
+    """Return the prefix that the values of `internal_name` have for all revisions of an engine."""
     return f"{INTERNAL}{suffix_of(engine_id)}-"
 
 

@@ -37,7 +37,7 @@ def _to_column(value: Any) -> Any:
 
 def engine_record(row: Row[Any] | Mapping[str, Any]) -> EngineRecord:
     """Return the EngineRecord of a row of `engines`."""
-    values: dict[str, Any] = dict(row if isinstance(row, Mapping) else row._mapping)  # noqa: SLF001 - its public name
+    values: dict[str, Any] = dict(row if isinstance(row, Mapping) else row._mapping)  # noqa: SLF001 - public in SQLAlchemy
     values["kind"] = EngineKind(values["kind"])
     values["state"] = EngineState(values["state"])
     values["desired"] = DesiredState(values["desired"])
@@ -52,7 +52,7 @@ def engine_record(row: Row[Any] | Mapping[str, Any]) -> EngineRecord:
 
 def server_record(row: Row[Any]) -> ServerRecord:
     """Return the ServerRecord of a row of `servers`."""
-    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
+    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - public in SQLAlchemy
     values["state"] = ServerState(values["state"])
     values["devices"] = _devices(values["devices"])
     values["created_at"] = in_utc(values["created_at"])
@@ -61,7 +61,7 @@ def server_record(row: Row[Any]) -> ServerRecord:
 
 def engine_event(row: Row[Any]) -> EngineEvent:
     """Return the EngineEvent of a row of `engine_events`; the gateway sends this object to clients."""
-    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
+    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - public in SQLAlchemy
     values["kind"] = EventKind(values["kind"])
     values["at"] = in_utc(values["at"])
     return EngineEvent(**values)

@@ -13,7 +13,7 @@ _ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
 
 
 def upgrade() -> None:
-    """Create the table of the owner and the index of ports; replace the table of leases, which is not used meanwhile."""
+    """Create the table of the owner and the index of ports; replace the table of leases (nobody holds one now)."""
     op.create_table(
         "owner",
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),
