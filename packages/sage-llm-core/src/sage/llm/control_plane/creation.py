@@ -32,7 +32,7 @@ def served_run(request: StartRequest) -> ServedRun | None:
     try:
         return ServedRun(name=check_engine_name(name), checkpoints=request.serve.checkpoints)
     except ValueError as error:
-        message = f"The result cannot be served under the name '{name}': it {error}."
+        message = f"The result cannot be served under the name '{name}': the name {error}."
         raise ConfigError(code="config_invalid", message=message, hint="Use --serve-as NAME.", param="serve.name") from error
 
 

@@ -44,7 +44,7 @@ def check_absolute(option: str, path: str) -> None:
     if not path.startswith("/"):
         raise ConfigError(
             code="path_not_absolute",
-            message=f"{option}: '{path[:200]}' is not an absolute path, which the gateway needs.",
+            message=f"{option}: '{path[:200]}' is not an absolute path; the gateway cannot resolve it.",
             hint=f"Use an absolute path for '{option}'.",
             param=option,
         )

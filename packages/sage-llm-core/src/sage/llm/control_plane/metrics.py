@@ -26,12 +26,12 @@ def engine_metrics(
     counts: number of engines by kind and state; active: the engines that are not settled. Metrics of single engines are
     yielded only for the engines in `active`.
     """
-    number = GaugeMetricFamily("sage_engines", "Number of engines of a kind in a state.", labels=("kind", "state"))
+    number = GaugeMetricFamily("sage_engines", "Number of engines, by kind and state.", labels=("kind", "state"))
     for kind in EngineKind:
         for candidate in EngineState:
             number.add_metric([kind, candidate], counts.get((kind, candidate), 0))
-    state = GaugeMetricFamily("sage_engine_state", "1 for the current state of an engine.", labels=(*_LABELS, "state"))
-    memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that an engine's processes use.", labels=_LABELS)
+    state = GaugeMetricFamily("sage_engine_state", "Current state of an engine; always 1.", labels=(*_LABELS, "state"))
+    memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that the processes of an engine use.", labels=_LABELS)
     for engine in active:
         state.add_metric([*_labels(engine), engine.state], 1)
         if engine.memory_bytes is not None:

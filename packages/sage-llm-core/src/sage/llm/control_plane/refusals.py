@@ -28,8 +28,8 @@ def not_training(engine: EngineRecord) -> Conflict:
     """Return the error for an engine that cannot save a checkpoint."""
     return Conflict(
         code="not_training",
-        message=f"{engine.id} (kind {engine.kind}, state {engine.state}) cannot save a checkpoint: only a training run "
-        "in state running can.",
+        message=f"{engine.id} (kind {engine.kind}, state {engine.state}) cannot save a checkpoint. Only a running "
+        "training run can save one.",
         hint=f"`sage llm engine status {engine.id}` shows its state.",
     )
 

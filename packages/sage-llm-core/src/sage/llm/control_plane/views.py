@@ -79,7 +79,7 @@ class Views:
                 return self._read(_Key(engine))
             return self._executors[engine.kind].view_fields(engine, observed)
         except Exception as error:
-            logger.debug("%s cannot be described", engine.id, exc_info=error)
+            logger.debug("the view of %s cannot be created", engine.id, exc_info=error)
             message = f"The engine's files cannot be read: {type(error).__name__}: {error}."
             return {"reason": engine.reason or Reason(code="engine_unreadable", message=message)}
 
@@ -106,5 +106,5 @@ def _unresponsive(engine: EngineRecord, silent_seconds: float) -> Reason:
     return Reason(
         code="engine_unresponsive",
         message=f"The engine has not answered for {silent_seconds:.0f} s. Requests are refused until it answers again.",
-        hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume`.",
+        hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume {engine.id}`.",
     )

@@ -123,7 +123,7 @@ def _omitted_if_unknown(lock: Path) -> Iterator[None]:
     except OSError as error:
         if _reported.get(lock) != str(error):  # log a repeated error only once
             _reported[lock] = str(error)
-            logger.warning("the process of %s cannot be observed: %s", lock, error)
+            logger.warning("the process that locks %s cannot be observed: %s", lock, error)
 
 
 def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> ProcessObservation:
