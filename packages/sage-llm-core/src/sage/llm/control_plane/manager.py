@@ -128,7 +128,7 @@ class ControlPlaneManager(EngineReads, Routes):
         await self._keeper.open()
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
-            logger.warning("another control plane of this node is active; this control plane takes over when it exits")
+            logger.warning("another control plane of this node is active; this one takes over when the active one exits")
         work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
                 self._activity.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]

@@ -46,9 +46,9 @@ class Publisher:
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        A checkpoint is served only if a running server of its base model can load it as an adapter. If this method raises
-        StaleWrite or OSError, the caller must call it again. If publishing a result has failed for a minute, the method
-        stops trying, so that the run can end.
+        A checkpoint is served only if a server of its base model can load it as an adapter. If this method raises StaleWrite
+        or OSError, the caller must call it again. If publishing a result fails with OSError for a minute, the method stops
+        trying, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -119,7 +119,7 @@ class Publisher:
         """Return `engine` with the backend and options of a server that has loaded `base`; unchanged if no server has."""
         for server in await self._pool.run(self._store.servers, engine.node):
             if server.shared and server.model == base and server.state is not ServerState.CLOSING:
-                options, reason = server.options or engine.options, "this backend has loaded the base model"
+                options, reason = server.options or engine.options, "a server of this backend has loaded the base model"
                 return dataclasses.replace(engine, backend=server.backend, options=options, backend_reason=reason)
         return engine
 
