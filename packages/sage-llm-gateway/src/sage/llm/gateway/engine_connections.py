@@ -12,7 +12,7 @@ from sage.llm.gateway.headers import value
 #: Seconds after which an idle connection is closed. Servers keep idle connections longer (uvicorn and vLLM: 5 s).
 _IDLE_SECONDS = 3
 _CONNECT_SECONDS = 5
-#: Maximum number of received bytes that wait to be returned by `piece`; above it, reading from the connection is paused.
+#: Maximum number of received bytes that wait to be returned by `piece`. Above this number, reading is paused.
 _WAITING_BYTES = 256 * 1024
 _FRAMING = (b"content-length", b"transfer-encoding")
 
@@ -68,7 +68,7 @@ class EngineConnection(asyncio.Protocol):
         return content
 
     def end(self) -> bool:
-        """End the request. Return whether the connection can be used again; otherwise close it."""
+        """End the request, and return whether the connection can be used again. If not, the connection is closed."""
         self._is_busy = False
         if self._is_complete and self._is_reusable and not self.transport.is_closing():
             return True
@@ -97,7 +97,7 @@ class EngineConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Call `forget`, and end the request in progress.
 
-        The request is complete if its answer has no length and no error occurred; otherwise the request fails.
+        An answer without a length is complete when the connection ends without an error; other incomplete answers fail.
         """
         self._forget(self)
         if self._ends_at_eof and exc is None:
@@ -150,7 +150,7 @@ class EngineConnection(asyncio.Protocol):
 
 
 class EngineConnections:
-    """Sends requests to servers, and keeps the idle connections. A server is identified by its address, HOST:PORT."""
+    """Sends requests to servers, and keeps idle connections for reuse. A server is identified by its address, HOST:PORT."""
 
     def __init__(self) -> None:
         self._idle: dict[str, dict[EngineConnection, None]] = {}
@@ -198,7 +198,7 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last, or None if the server may have closed it already."""
+        """Return the connection that became idle last; None if there is none, or if the server may have closed it."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
             if asyncio.get_running_loop().time() - connection.idle_since_seconds < _IDLE_SECONDS:
