@@ -17,7 +17,7 @@ import psutil
 from yarl import URL
 
 _CLIENTS = 256
-#: `max_tokens` of all requests. It is the same, so that the time to wait for earlier requests can be computed.
+#: `max_tokens` of all requests. Because it is the same for all, the time to wait for earlier requests can be computed.
 _TOKENS = 16
 _LONGEST_PAUSE_SECONDS = 3.0
 #: The gateway closes idle connections to engines within this number of seconds.

@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default="transformers,vllm,llamacpp", help="names, separated by commas")
     parser.add_argument(
-        "--answers", type=int, default=16, help="answers with 16 concurrent requests; an eighth of this number one by one"
+        "--answers", type=int, default=16, help="answers with 16 requests at a time; an eighth of it with one"
     )
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--adapters", type=int, default=16)

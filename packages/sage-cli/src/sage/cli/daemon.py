@@ -99,7 +99,8 @@ def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
                 code="gateway_foreign",
                 message=f"The gateway at {client.base_url} belongs to another SAGE_HOME "
                 f"(PID {process.pid}, user {process.username()}).",
-                hint="Set SAGE_GATEWAY_PORT to a free port to start a new gateway, or SAGE_API_KEY to use that gateway.",
+                hint="To start your own gateway, set SAGE_GATEWAY_PORT to a free port. "
+                "To use that gateway, set SAGE_API_KEY to its key.",
             )
 
 
@@ -159,7 +160,7 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
 def _unwritable() -> str:
     """Return the reason why no file can be written in the state folder; "" if files can be written.
 
-    In this case, the gateway could not write the reason to its log.
+    If no file can be written, the gateway's log does not contain the reason.
     """
     folder = get_user_paths().state_dir
     try:

@@ -1,4 +1,4 @@
-"""Check this installation: what works, what is missing, and how to fix it."""
+"""Check this installation, and report what works, what is missing and how to fix it."""
 
 import importlib.util
 import json

@@ -77,7 +77,7 @@ def is_interactive() -> bool:
 
 
 def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
-    if not model:  # for example, an unset shell variable; do not use the working directory
+    if not model:  # for example, a shell variable that is not set
         raise ConfigError(code="config_invalid", message="The model's name is empty.", hint="Give a name or a folder.")
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == EngineKind.FINETUNE and field not in options:
@@ -94,7 +94,7 @@ def _named(model: str, kind: str) -> dict[str, str]:
 
 
 def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
-    """Return the engine, or a new engine if it failed because of dataset warnings and the user accepts them."""
+    """Return the engine; return a new engine if this engine failed because of dataset warnings that the user accepts."""
     engine = waiting.until_begun(client, engine.id)
     if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
         return engine

@@ -131,7 +131,7 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
     for name in PATH_FIELDS:
         if name in given:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
-            if "" in paths:  # for example, an unset shell variable; do not use the working directory
+            if "" in paths:  # for example, a shell variable that is not set
                 raise ConfigError(code="config_invalid", message=f"{name} is empty.", hint="Give a path.", param=name)
             absolute = [str(Path(os.path.expanduser(path)).absolute()) for path in paths]  # noqa: PTH111 - Path.expanduser can raise
             given[name] = absolute[0] if len(absolute) == 1 else absolute

@@ -31,7 +31,9 @@ class StepMetrics(BaseModel):
 
     epoch: float | None = _figure("Epoch", "", ".2f", "Completed passes over the dataset.")
     loss: float | None = _figure("Loss", "nats per token", ".4f", "Training loss of the step.")
-    token_accuracy: float | None = _figure("Token accuracy", "ratio", ".1%", "Share of trained tokens predicted correctly.")
+    token_accuracy: float | None = _figure(
+        "Token accuracy", "ratio", ".1%", "Share of trained tokens that the model predicts."
+    )
     reward: float | None = _figure("Reward", "", ".3f", "Mean reward of the step's completions (grpo).")
     reward_accuracy: float | None = _figure(
         "Reward accuracy", "ratio", ".1%", "Share of pairs in which the chosen answer has the higher reward (dpo, orpo)."

@@ -18,9 +18,9 @@ from sage.llm.gateway.connections import BoundedHttp, connection_limit
 from sage.llm.gateway.instance import publish_address, take_lock
 
 logger = logging.getLogger(__name__)
-#: After a request to stop, streams that are still open are closed after this many seconds.
+#: Seconds between the request to stop the gateway and the end of streams that are still open.
 _SHUTDOWN_SECONDS = 2
-#: Idle client connections are closed after this many seconds. The clients close idle connections earlier (httpx: 5 s,
+#: Seconds after which an idle client connection is closed. The clients close idle connections earlier (httpx: 5 s,
 #: aiohttp: 15 s), so a client does not send a request on a connection that the gateway has just closed.
 _KEEP_ALIVE_SECONDS = 30
 #: Number of descriptors of the listening socket. libuv accepts one connection per descriptor in each event loop iteration.
@@ -54,7 +54,7 @@ def main() -> int:
         )
     )  # fmt: skip
     server.run(sockets=[listener, *(listener.dup() for _ in range(1, _LISTENING_DESCRIPTORS))])
-    return 0 if server.started else _fail("The gateway exited while starting; its log shows why.", 1)
+    return 0 if server.started else _fail("The gateway exited while starting; its log shows the reason.", 1)
 
 
 def _fail(reason: str, exit_code: int) -> int:

@@ -131,7 +131,7 @@ class EngineConnection(asyncio.Protocol):
         self._waiting_bytes += len(body)
 
     def on_message_complete(self) -> None:
-        """Note that the answer is complete, unless it was an interim answer."""
+        """Record that the answer is complete, unless it was an interim answer."""
         self._is_complete = self._has_head
 
     async def _wait(self) -> None:

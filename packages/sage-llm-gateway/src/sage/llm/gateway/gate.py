@@ -1,4 +1,4 @@
-"""Middleware before all routes. It checks access, body size and JSON, sets request ids, and reports unexpected errors."""
+"""Middleware in front of all routes. It checks access, body and JSON, sets request ids, and reports unexpected errors."""
 
 import logging
 import re
@@ -37,7 +37,7 @@ class Gate:
         self._budget = BodyBudget(settings.max_request_mb * 1_000_000)
 
     def in_front_of(self, app: ASGIApp) -> Self:
-        """Put the gate in front of an application, and return the gate. Starlette calls this as the middleware's factory."""
+        """Put the gate in front of an application, and return the gate. Starlette calls this to create the middleware."""
         self._app = app
         return self
 

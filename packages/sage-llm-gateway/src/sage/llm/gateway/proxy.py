@@ -47,7 +47,7 @@ class EngineProxy:
         self._connections.close()
 
     async def forward(self, body: JsonBody | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. If the client disconnects before the answer is complete, the engine's request is cancelled.
+        """Answer a request. If the client disconnects before the answer is complete, the request to the engine is cancelled.
 
         Raises SageError if the request cannot be answered, ClientDisconnect if the client disconnects.
         """

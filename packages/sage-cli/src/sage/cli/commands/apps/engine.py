@@ -29,7 +29,7 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="Wait until the engine has ended, or is validated (--no-wait); default: until it serves or trains.",
+        help="--wait: wait until the engine has ended; --no-wait: until it is valid; default: until it serves or trains.",
     ),
 ]
 _WATCH_SECONDS = 1.0
@@ -84,7 +84,7 @@ def start(
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum tokens of prompt and answer; default: the model's maximum.")
+        int | None, typer.Option(help="llm: maximum tokens of prompt plus answer; default: the model's maximum.")
     ] = None,
     slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
     quantize: Annotated[
@@ -264,7 +264,7 @@ def checkpoint(
     engine_id: EngineId,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the checkpoint is saved.")] = True,
 ) -> None:
-    """Save a checkpoint of a training run after its current step. If the run is served, the new checkpoint is served."""
+    """Save a checkpoint of a training run after its current step. A run that was started with --serve also serves it."""
     from sage.cli import daemon, waiting
 
     client = daemon.connect()

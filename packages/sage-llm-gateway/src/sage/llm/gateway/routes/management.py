@@ -61,7 +61,7 @@ async def list_changes(
     """Return the events of all engines after a cursor; with `follow`, stream them as server-sent events without end.
 
     `after=latest` means the newest event: the answer has no events, and `last_id` is the cursor to continue from.
-    The id of a server-sent event is a cursor. Clients send it as `Last-Event-ID` when they reconnect; it overrides `after`.
+    The id of a server-sent event is a cursor. Clients that reconnect send the id as `Last-Event-ID`; it overrides `after`.
     """
     if follow and last_event_id is not None:
         after = last_event_id
@@ -100,7 +100,7 @@ async def resume_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.post("/engines/{engine_id}/checkpoint", status_code=status.HTTP_202_ACCEPTED)
 async def checkpoint_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Ask a training run to save a checkpoint after its current step; if the run is served, the checkpoint is served."""
+    """Ask a training run to save a checkpoint after its current step. A run with `serve` also serves this checkpoint."""
     return await manager.checkpoint_engine(engine_id)
 
 
@@ -157,7 +157,7 @@ async def gpu() -> dict[str, Any]:
 
 @router.get("/backends")
 async def backends() -> dict[str, Any]:
-    """Return the programs that run engines, and whether each is installed."""
+    """Return the backends (programs that run engines), and whether each is installed."""
     return {"object": "list", "data": await asyncio.to_thread(list_backends)}
 
 
@@ -168,5 +168,5 @@ def _members(members: type[E], text: str | None, param: str) -> list[E] | None:
     try:
         return [members(name.strip()) for name in text.split(",")]
     except ValueError as error:
-        message = f"{param}: {error}; valid: {', '.join(members)}."
+        message = f"{param}: {error}; valid values: {', '.join(members)}."
         raise ConfigError(code="config_invalid", message=message, param=param) from error
