@@ -102,7 +102,7 @@ def _gateway() -> Iterator[int]:
 
 
 def list_pages() -> Iterator[tuple[str, str]]:
-    """Measure the first page of the list in both orders, and a minimal route that returns the same JSON."""
+    """Measure the first page of the list, oldest or newest first, and a minimal route that returns the same JSON."""
     with httpx.Client(base_url=f"http://127.0.0.1:{_PORT}", trust_env=False, timeout=60) as client:
         for order in ("asc", "desc"):
             route = f"{_LIST}&order={order}"
@@ -190,7 +190,7 @@ async def tick_ms() -> float:
 
 
 async def start_seconds() -> float:
-    """Return the time from the start request of a healthy engine until the engine runs, in seconds."""
+    """Return the seconds from the request to start an engine until the engine runs."""
     async with _manager() as manager:
         await asyncio.sleep(8)  # wait until the control plane has noticed that the other servers do not answer
         began = time.perf_counter()

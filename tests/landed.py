@@ -27,7 +27,7 @@ DATA = Path(__file__).parent / "data"
 #: Folder in which archives are created. `unpack` replaces this folder in all stored paths.
 _ORIGIN = Path("/tmp/sage-landed")
 _ENDED = ("stopped", "completed", "failed")
-#: Options of a run with many steps of some milliseconds, so that a test can stop the run before its end and resume it.
+#: Options of a run with many short steps (some milliseconds). A test can stop the run before its end and resume it.
 RUN_OPTIONS = {
     "batch_size": 1, "max_steps": 400, "learning_rate": 1e-3, "precision": "fp32", "save_steps": 400, "keep_checkpoints": 1,
     "lora_rank": 2,

@@ -88,7 +88,7 @@ def find_health(client: SageClient) -> dict[str, Any] | None:
 def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
     """Raise GatewayUnreachable if the gateway belongs to another SAGE_HOME on this machine.
 
-    A gateway is accepted if the user has its API key, or if it runs on another machine and is reached through a tunnel.
+    A gateway is accepted if the user has its API key. It is also accepted if it runs on another machine (through a tunnel).
     """
     if client.api_key or find_process():
         return

@@ -32,7 +32,7 @@ class Measured:
     refused: list[Fault] = field(default_factory=list)
 
     def raise_for_unusable(self) -> None:
-        """Raise the error that prevents a run with these samples, if there is one."""
+        """Raise `error` if it is set. In this case, no run can use the samples."""
         if self.error:
             raise self.error
 
@@ -43,7 +43,7 @@ def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_
     If the model cannot be loaded, `problem` of the result contains the reason.
     """
     if not report.sample_count:
-        return Measured(model, cutoff, [], problem="there is no sample")
+        return Measured(model, cutoff, [], problem="the dataset has no samples")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # hide the output of libraries that convert a model
             from sage.libs.finetune.data.checking import as_chats, load_encoder

@@ -12,7 +12,7 @@ from sage.common.errors import DatasetError
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Styles of trained, untrained and cut text, and the brackets to use around the text if there are no colours.
+#: For trained, untrained and cut text: the style, and the brackets that replace colours on a terminal without colours.
 _LOOKS = {"trained": ("bold green", "⟦", "⟧"), "untrained": ("", "", ""), "cut": ("red strike", "⟨cut: ", "⟩")}
 _SPECIAL_STYLE = "reverse"
 

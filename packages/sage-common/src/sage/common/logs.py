@@ -39,7 +39,7 @@ def tail_lines(path: Path, count: int) -> list[str]:
 
 
 class LogFile:
-    """A log file whose beginning can be cut off to limit its size; byte offsets stay valid after a cut.
+    """A log file of limited size: `cut` removes its beginning. The byte offsets of the remaining text stay valid.
 
     A cut moves the last part of the log to a second file, and deletes the second file of the previous cut. The name
     of the second file ends with the offset of its first byte. For example, `engine.log.0` begins at byte 0.
@@ -115,7 +115,7 @@ class LogFile:
             yield
 
     def _old_part(self) -> tuple[Path | None, int]:
-        """Return the second file (None if it does not exist), and the offset of the first byte of the log file."""
+        """Return the second file (None if it does not exist), and the log offset of the first byte of the log file."""
         begins = {}
         for path in self.path.parent.glob(f"{self.path.name}.*"):
             if (number := path.name.removeprefix(f"{self.path.name}.")).isdecimal():

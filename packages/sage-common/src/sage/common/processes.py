@@ -29,7 +29,7 @@ __all__ = ["ProcessIdentity", "ProcessSpec", "claimed_lock", "describe_exit", "e
 LOCK_FD_VARIABLE = "SAGE_LOCK_FD"
 _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 
-#: Seconds for which `try_lock` retries, because `holder` takes a shared lock for a moment.
+#: Seconds for which `try_lock` retries. `holder` may have the lock, but only for a moment.
 _PROBE_SECONDS = 0.1
 #: Maximum seconds to wait for the exit code of a child whose lock is already free.
 _COLLECT_SECONDS = 1.0
@@ -234,7 +234,7 @@ def describe_exit(code: int | None) -> str:
 
 def _lock_of(pid: int) -> str:
     """Return the path of a process's lock from the process's environment, or "" if it was started without a lock."""
-    with contextlib.suppress(psutil.Error):  # an OSError, such as no free descriptor, must not mean "no lock"
+    with contextlib.suppress(psutil.Error):  # do not suppress OSError, because the process may have a lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

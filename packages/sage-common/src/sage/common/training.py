@@ -1,8 +1,8 @@
 """Types of a training run: the figures (measured values) of a step, the events of the run, and its progress.
 
-To add a figure, add a field to `StepMetrics`, and measure the value in the training callback. No other code must change,
-because events, status, progress, the training series, Prometheus metrics, the command line and the dashboard contain
-`StepMetrics` or iterate over `FIGURES`. For example:
+To add a figure, add a field to `StepMetrics`, and measure the value in the training callback. No other code needs a change:
+events, status, progress and the training series contain `StepMetrics`. Prometheus metrics, the command line and the
+dashboard iterate over `FIGURES`. For example:
 
     for figure in FIGURES:
         value = getattr(progress, figure.name)  # progress: TrainingProgress, TrainingStep or StepEvent
@@ -193,7 +193,7 @@ class FinishedEvent(RunEvent):
     """The run was completed, and its result was written."""
 
     event: Literal["finished"] = "finished"
-    step: int | None = Field(None, description="Training step of the result's weights.")
+    step: int | None = Field(None, description="Step after which the weights of the result were saved.")
     output_dir: str | None = Field(None, description="Folder of the result.")
     heldout_loss: float | None = Field(None, description="Held-out loss of the result, in nats per token.")
 

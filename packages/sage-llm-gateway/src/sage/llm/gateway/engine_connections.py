@@ -116,7 +116,7 @@ class EngineConnection(asyncio.Protocol):
         self.headers.append((name.lower(), content))
 
     def on_headers_complete(self) -> None:
-        """Read the status and the framing from the complete head of the answer."""
+        """Read the status from the head of the answer, and find out how the end of the body is marked."""
         self.status = self._parser.get_status_code()
         if self.status < 200:  # an interim answer, such as 100 Continue: the final answer follows
             self.headers.clear()
@@ -159,9 +159,8 @@ class EngineConnections:
     async def post(self, address: str, head: bytes, body: bytes) -> EngineConnection:
         """Send a request and wait for the head of its answer. The caller must `release` the returned connection.
 
-        If a reused connection ends before the first byte of the answer, the server probably did not read the request. Then
-        the request is sent once more on a new connection. If the server reads the request twice, this does no harm, because
-        inference changes no state.
+        If a reused connection ends before the first byte of the answer, the request is sent again on a new connection,
+        because the server probably did not read it. Even if the server reads the request twice, inference changes no state.
         Raises TimeoutError if the server does not accept connections, ConnectionError, or another OSError.
         """
         if connection := self._take(address):

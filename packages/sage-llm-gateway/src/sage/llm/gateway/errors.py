@@ -53,7 +53,7 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first: dict[str, Any] = error.errors()[0]
         place, *names = first["loc"]
-        parts = names[:1] if place == "query" else names  # a query's other parts name a member of a union
+        parts = names[:1] if place == "query" else names  # the query parameter's name is the first part
         name = ".".join(str(part) for part in parts) or "body"
         message = f"{name}: {first['msg'].removeprefix('Value error, ')}."
         return error_response(ConfigError(code="config_invalid", message=message, param=name))

@@ -18,7 +18,7 @@ from sage.llm.gateway.json_text import JsonBody
 from sage.llm.gateway.relay import Relay
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
-#: Forwarded routes, each with the kind of engine that answers it.
+#: Routes that are forwarded to engines, and the kind of engine for each route.
 _KINDS = {
     "/v1/chat/completions": EngineKind.LLM,
     "/v1/completions": EngineKind.LLM,
