@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_before_the_mode
     assert not (tmp_path / "none").exists()
     run = TinyRun(tiny_model, tmp_path / "out", **given)
     damage(whole, 5)
-    with pytest.raises(RunError, match="differs from what was saved"):
+    with pytest.raises(RunError, match="its checksum differs"):
         run.trained()
 
 

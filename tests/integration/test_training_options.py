@@ -361,7 +361,7 @@ def test_full_fine_tuning_leaves_a_model_that_loads_and_goes_on_exactly(tiny_mod
     assert whole.status.heldout_loss is not None
     assert whole.status.heldout_loss < (whole.status.heldout_loss_before or 0)
     assert resolve_model(str(whole.output)).kind is ModelKind.FULL
-    with pytest.raises(OutputError, match="holds the result of"):
+    with pytest.raises(OutputError, match="contains the result of"):
         TinyRun(tiny_model, whole.output)
 
 

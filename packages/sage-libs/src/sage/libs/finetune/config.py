@@ -33,7 +33,8 @@ class FinetuneConfig(BaseModel):
     )
     dataset_path: str | list[str] = Field(
         min_length=1,
-        description="Files (.jsonl .json .csv .parquet .arrow) or folders; FILE=2 uses the samples of FILE twice.",
+        description="One or more files (.jsonl .json .csv .parquet .arrow) or folders; "
+        "FILE=WEIGHT uses the samples of FILE WEIGHT times.",
     )
     output_dir: str = Field(min_length=1, description="Folder for the result; it must be new or empty.")
     finetuning_type: Literal["lora", "full"] = Field(
@@ -74,7 +75,9 @@ class FinetuneConfig(BaseModel):
     max_steps: int | None = Field(None, ge=1, description="Total number of optimizer steps; overrides num_epochs.")
     batch_size: int = Field(4, ge=1, le=4096, description="Samples per forward pass (micro-batch).")
     pack_tokens: int | None = Field(
-        None, ge=8, description="Maximum tokens per micro-batch; it is filled with samples. Replaces batch_size."
+        None,
+        ge=8,
+        description="Maximum tokens per micro-batch; each micro-batch gets as many samples as fit. Replaces batch_size.",
     )
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
     num_processes: int = Field(1, ge=1, le=64, description="Number of data-parallel processes; each uses its own GPU.")
