@@ -21,7 +21,7 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
     (foreign / "thesis.tex").touch()
     cases: list[tuple[tuple[str, ...], int, str, str]] = [
         (finetune(tiny_model, tmp_path / "none.jsonl", out), 1, "none.jsonl does not exist", "Use a .jsonl"),
-        (finetune("org/unknown", SAMPLES, out), 1, "No model 'org/unknown': tried", "model list"),
+        (finetune("org/unknown", SAMPLES, out), 1, "No model 'org/unknown': it is not in", "model list"),
         (finetune("./unknown", SAMPLES, out), 1, "No model", "model list"),
         (finetune(tiny_model, SAMPLES, foreign), 1, "is not empty: it contains thesis.tex", "--output"),
         (

@@ -385,7 +385,7 @@ def test_a_queued_run_owns_its_output_folder_under_every_path(tmp_path: Path) ->
     run.append_event(LaunchedEvent())
     run.append_event(FailedEvent(code="c", message="m"))
     assert claim(tmp_path / "link", "task-b", tmp_path) is None
-    with pytest.raises(OutputError, match="belongs to task-b now"):
+    with pytest.raises(OutputError, match="now belongs to task-b"):
         write_record(tmp_path / "out", {"task_id": "task-a"})
     assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN_FILE]
 

@@ -87,7 +87,7 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Dequantize the weights into the layers, for transformers' `forward`. Call `free_dense_weights` to free them again."""
+        """Dequantize the weights into the layers for transformers' `forward`; `free_dense_weights` frees them again."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 
