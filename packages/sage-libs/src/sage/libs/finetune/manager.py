@@ -119,7 +119,7 @@ class FinetuneManager:
         """Append the event `launched`, and return the worker process to start; raises Conflict if the run has a process."""
         run = self.run_directory(task_id)
         if not self._wait_for_exit(task_id):
-            raise Conflict(code="already_running", message=f"{task_id} is running already.")
+            raise Conflict(code="already_running", message=f"{task_id} is already running.")
         run.append_event(LaunchedEvent())
         argv = (sys.executable, "-m", "sage.libs.finetune.worker", str(run.path))
         environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
@@ -183,7 +183,7 @@ class FinetuneManager:
     def status(self, task_id: str) -> RunStatus:
         """Return the status of a run."""
         run = self.run_directory(task_id)
-        alive = holder(run.lock_path) is not None  # check first: a process that exits later has written its last event
+        alive = holder(run.lock_path) is not None  # before reading: a process writes its last event before it exits
         summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
         self._status_cache[task_id] = summary
         return derive(summary.status, alive=alive)

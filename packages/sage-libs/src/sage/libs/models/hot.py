@@ -9,7 +9,7 @@ from typing import Any
 from sage.common.errors import ModelError
 from sage.libs.models.resolve import safetensors_header
 
-#: Entries of adapter_config.json that may have any value. All other entries must be null, false, empty or 0.
+#: Supported entries of adapter_config.json. All other entries must be null, false, empty or 0.
 _PLAIN = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",

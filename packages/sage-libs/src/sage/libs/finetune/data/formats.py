@@ -172,6 +172,6 @@ def _check_chat(messages: list[Message]) -> None:
             raise RecordError(f"messages[{index}]: a system message must be the first message.")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise RecordError("no assistant turn: there is nothing to learn.", "Add the answer, or remove the record.")
+        raise RecordError("no assistant turn, so there is nothing to learn.", "Add the answer, or remove the record.")
     if not any(map(has_content, answers)):
         raise RecordError("every assistant turn is empty.", "Add the answer, or remove the record.")

@@ -61,7 +61,7 @@ def _pair(record: Record, method: Method, *tools: str) -> Parsed:
     row: Row = {"prompt": context, **{name: _answer(answer[shared:], name) for name, answer in answers.items()}}
     if row["chosen"] == row["rejected"]:
         raise RecordError("'chosen' and 'rejected' are equal, so there is nothing to learn.")
-    # `messages` counts as used: if the record has a prompt, `messages` repeats the prompt and the chosen answer.
+    # `messages` is listed as used, because records with a prompt may repeat prompt and chosen answer in `messages`.
     return _parsed("preference_pair", row, record, ("chosen", "rejected", "messages", *fields), tools)
 
 

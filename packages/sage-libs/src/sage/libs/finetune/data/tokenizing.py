@@ -132,8 +132,8 @@ class Encoder:
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
         """Yield for each sequence whether a token spans the beginning of an answer.
 
-        In this case, the answer has other tokens as part of the next prompt. The end of an answer is not checked, because
-        the end token is always separate.
+        In this case, the answer has different tokens inside the prompt of the next answer. The end of an answer is not
+        checked, because the end token is always separate.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]

@@ -39,7 +39,7 @@ class Kernels:
     """The kernels installed in a model. The model accepts packed samples, and its `logits` are the last hidden states."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
-        """Install the kernels. The logits are not compared; the function `install` does this."""
+        """Install the kernels without comparing the logits; the function `install` also compares them."""
         self.model, self.compute_dtype = model, compute_dtype
         self.head = model.get_output_embeddings()
         self._implementation = model.config._attn_implementation  # noqa: SLF001 - transformers has no getter

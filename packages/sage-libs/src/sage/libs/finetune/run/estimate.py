@@ -47,7 +47,7 @@ class Estimate:
         return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
     def describe(self, tokens: int, available_bytes: int) -> str:
-        """Return a message with the needed and the free memory. If the run does not fit, it says how many tokens fit."""
+        """Return a message with the needed and the free memory, and with the number of tokens that fit, if not all do."""
         needed_bytes = self.total_bytes(tokens)
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(available_bytes)} are free"
         if needed_bytes <= available_bytes:
@@ -98,7 +98,7 @@ def check_memory(needs: Estimate, available_bytes: int, config: FinetuneConfig) 
         code="model_too_large",
         message=f"The model and its trained parameters need {gigabytes(needs.least_bytes)} of memory, "
         f"but only {gigabytes(available_bytes)} are free.",
-        hint=f"Free some memory, then `resume`; or {', or '.join(ways)}.",
+        hint=f"Free some memory, then `resume` the run; or {', or '.join(ways)}.",
     )
 
 

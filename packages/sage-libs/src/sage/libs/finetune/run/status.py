@@ -97,7 +97,7 @@ def derive(status: RunStatus, *, alive: bool) -> RunStatus:
     """Return the actual status: if the run should be running but no process is alive, the status is `failed`."""
     if alive or status.state not in ALIVE:
         return status
-    start = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "its beginning"
+    start = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "the beginning of the run"
     return replace(
         status,
         state=RunState.FAILED,

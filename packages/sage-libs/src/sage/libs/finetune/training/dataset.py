@@ -89,7 +89,8 @@ class _Reader:
         if samples.stats.truncated:
             self.report.warn(
                 f"{samples.stats.truncated} of {samples.stats.samples} samples in {path} are longer than "
-                f"{self.max_seq_length} tokens and were cut; {samples.stats.dropped} had no answer left and were dropped."
+                f"{self.max_seq_length} tokens and were cut; {samples.stats.dropped} of them had no answer left "
+                "and were dropped."
             )
         self.report.findings(Findings(samples.stats.findings), path)
         return samples

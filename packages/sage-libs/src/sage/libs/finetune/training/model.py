@@ -29,7 +29,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    # Load the base directly onto its device. The kernels make the weights views of larger matrices; a move would copy them.
+    # Load the base directly onto its device. The kernels later combine its weights into matrices that must not be moved.
     place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False

@@ -57,7 +57,7 @@ class Precision:
         """Return a copy for a model whose layers are not quantized."""
         if not self.int8_products:
             return self
-        return replace(self, int8_products=False, held="base not in int8: the model's layers do not support it")
+        return replace(self, int8_products=False, held="base not in int8: the model's layers do not support int8")
 
 
 def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Precision:
@@ -73,7 +73,7 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
     if begun.bf16 is not None:
         is_int8 = bool(begun.int8_products)
         held = "8-bit base" if is_int8 else held
-        return Precision(begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "as before the resume", held)
+        return Precision(begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "as before the run was resumed", held)
     if asked is False or (asked and not may_mix):
         return Precision(asked, asked, base_bits, False, "set by --precision", held)
     products, measured = _fastest()

@@ -79,14 +79,14 @@ class AdaptingTrainer(Trainer):
         tokens = part["input_ids"].shape[1]
         if samples_in(part) > 1:
             self._halvings += 1
-            done = f"computing micro-batches in up to {2**self._halvings} parts; the steps stay the same"
+            done = f"computing micro-batches in up to {2**self._halvings} parts; the optimizer steps do not change"
         elif self._may_checkpoint:
             self._checkpoint()
             done = "enabling gradient checkpointing, which is slower"
         else:
             raise RunError(
                 code="out_of_memory",
-                message=f"Out of memory: a single sample of {tokens} tokens does not fit.",
+                message=f"Out of memory: a single sample of {tokens} tokens does not fit into memory.",
                 hint="Start again with a smaller --max-seq-length or a smaller model.",
             )
         if torch.cuda.is_available():

@@ -73,7 +73,7 @@ class TrainingRun:
         self.estimated_bytes = self._report_estimate(plan) if plan else None
         if self.base.adapter:
             self.report.progress(
-                f"training continues from the adapter in {self.base.adapter}, with its rank, scaling and modules"
+                f"the adapter in {self.base.adapter} is trained further, with its own rank, scaling and modules"
             )
 
     def _report_estimate(self, plan: MemoryPlan) -> int | None:
@@ -145,7 +145,7 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint or from the beginning; return the last step."""
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA needs more address space than memory
+        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves too much address space
             refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # RunCallback logs the steps instead
         checkpoint = self.team.broadcast(checkpoint)
