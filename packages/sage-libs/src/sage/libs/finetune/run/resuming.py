@@ -29,7 +29,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
     if trained_on not in (None, fingerprint(base)):
         raise ModelError(
             code="base_changed",
-            message=f"The base model in {base} has changed since the run began, so the run cannot continue.",
+            message=f"The base model in {base} has changed since the run began, so the run cannot be resumed.",
             hint="Restore the old model, or start a new run.",
             param="base_model",
         )
@@ -51,6 +51,6 @@ def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | No
     try:
         best.verify()
     except RunError as error:
-        warn(f"The result has the weights of the last step, not of step {step}, which had the lowest loss: {error.message}")
+        warn(f"The result is not from step {step}, which had the lowest loss, but from the last step: {error.message}")
         return None
     return best
