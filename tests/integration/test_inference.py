@@ -191,7 +191,7 @@ def test_a_model_that_does_not_load_fails_the_command_with_the_reason(tiny_model
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "no_such_architecture"}))
     done = sage("llm", "engine", "start", str(broken), check=1)
-    assert "does not load" in done.stderr
+    assert "cannot be loaded" in done.stderr
     assert "no_such_architecture" in done.stderr
 
 
