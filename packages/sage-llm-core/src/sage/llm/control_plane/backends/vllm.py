@@ -81,7 +81,7 @@ class VllmBackend(WorkerBackend):
         }
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why vLLM cannot load the adapter into a running server of its base; None if it can."""
+        """Return why a running vLLM server of `base` cannot load the adapter; None if the server can load it."""
         if reason := why_not_hot(adapter, base):
             return reason
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

@@ -51,7 +51,8 @@ class Executor(Protocol):
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, for example of the dataset, and create the files of the engine; raises SageError.
 
-        Returns the columns of the engine to write. Called before each start that a user requests, possibly more than once.
+        Returns the values of the engine's columns to store. Called before each start that a user requests, possibly more
+        than once.
         """
 
     async def discard(self, engine_id: str) -> None:
@@ -63,7 +64,7 @@ class Executor(Protocol):
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the process to launch; blocking.
 
-        Call this only immediately before a launch, because a training run records the launch in its events.
+        Call this only immediately before a launch: for a training run, this method records the launch in the run's events.
         """
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
@@ -73,7 +74,7 @@ class Executor(Protocol):
         """
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Return the condition of an engine; process: the observation of its process. Raises OSError if it is not known."""
+        """Return the condition of an engine; process: the observation of its process. Raises OSError if unknown."""
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return the fields of EngineView that only the executor knows; blocking."""
@@ -88,7 +89,7 @@ class Executor(Protocol):
         """Ask a training run to save a checkpoint after its current step."""
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder that contains a checkpoint of a training run in the form of a model.
+        """Return a folder that contains a checkpoint of a training run as a model that can be served.
 
         The folder is kept even if the run removes the checkpoint. Raises ModelError if the checkpoint is not an adapter.
         """
