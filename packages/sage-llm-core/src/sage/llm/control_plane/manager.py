@@ -221,7 +221,7 @@ class ControlPlaneManager(EngineReads, Routes):
         raise NotImplementedYet(
             code="not_implemented",
             message="Engines cannot be paused yet.",
-            hint=f"To free its memory, stop it: `sage llm engine stop {engine_id}`. Resume it later.",
+            hint=f"To free the engine's memory, stop it: `sage llm engine stop {engine_id}`. You can resume it later.",
         )
 
     async def remove_engine(self, engine_id: str) -> None:
@@ -272,7 +272,7 @@ class ControlPlaneManager(EngineReads, Routes):
         return Upstream(route.address, route.model_name, route.engine_id, route.name, key, parameters)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
-        """Return the server to which a request for `model` is sent; if its engine is starting, wait until it is running.
+        """Return the server to which a request for `model` is sent; wait for an engine that is still starting.
 
         client: identifies the sender of the request; see `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
@@ -288,7 +288,7 @@ class ControlPlaneManager(EngineReads, Routes):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
                     await change.wait()
-            change = self._routing.next_change()  # before `may_use`: a change while `may_use` waits must be noticed
+            change = self._routing.next_change()  # before `may_use`, so that changes during `may_use` are noticed
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -343,13 +343,13 @@ class ControlPlaneManager(EngineReads, Routes):
             self._woken.clear()
             await self._reconciler.tick(is_active=self._keeper.lease is not None)
             with contextlib.suppress(TimeoutError):
-                # `asyncio.wait_for` is not used: in Python 3.11, it ignores a cancellation while the event is being set.
+                # `asyncio.wait_for` is not used: in Python 3.11, it loses a cancellation while the event is being set.
                 async with asyncio.timeout(self._settings.reconcile_seconds):
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
         """Until cancelled, shorten the logs of the engines and the gateway that exceed the limit."""
-        # Half of the limit, because the part that is cut off is kept in a second file.
+        # Half of the limit for each file: the part that is cut off from a log is kept in a second file.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)

@@ -30,7 +30,7 @@ def engine_metrics(
     for kind in EngineKind:
         for candidate in EngineState:
             number.add_metric([kind, candidate], counts.get((kind, candidate), 0))
-    state = GaugeMetricFamily("sage_engine_state", "Current state of an engine; always 1.", labels=(*_LABELS, "state"))
+    state = GaugeMetricFamily("sage_engine_state", "State of an engine as a label; always 1.", labels=(*_LABELS, "state"))
     memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that the processes of an engine use.", labels=_LABELS)
     for engine in active:
         state.add_metric([*_labels(engine), engine.state], 1)

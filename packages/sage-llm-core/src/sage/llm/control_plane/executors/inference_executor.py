@@ -61,7 +61,7 @@ class InferenceExecutor:
         """Raise Conflict if the requested port of the engine is taken, ModelError if its model no longer exists."""
         handle = self._handle(server_id_of(engine))
         if (process := (await self._launcher.observe([handle])).get(handle)) and process.alive:
-            return  # this process may hold the port, so the port is not checked
+            return  # the port is not checked, because the engine's running process can hold the port
         await asyncio.to_thread(resolve_model, engine.model)
         if engine.requested_port:
             await self._launcher.check_port(engine.requested_port)
