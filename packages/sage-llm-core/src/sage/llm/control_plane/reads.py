@@ -1,4 +1,4 @@
-"""Read engines, logs, events and training steps, on the active control plane or on a standby."""
+"""Read engines, logs, events and training steps. This is also possible on a control plane that is on standby."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping

@@ -39,7 +39,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
 
 
 def next_try(engine: EngineRecord) -> int | None:
-    """Return the number of the next restart of an engine whose failure was caused by its server; None after MAX_RESTARTS.
+    """Return the number of the next restart of an engine whose failure was caused by its server; None if none is left.
 
     The restart policy is ignored, because the engine did not cause the failure.
     """

@@ -37,7 +37,10 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Route:
-    """The values of an engine that are needed to route requests to it. A settled engine has no route."""
+    """The values of an engine that are needed to route requests to it; a route that a user defines is a `RouteRecord`.
+
+    Settled engines (stopped, completed or failed) have no `Route`.
+    """
 
     engine_id: str
     name: str
@@ -82,7 +85,7 @@ class RoutingTable:
         self._loading = asyncio.Lock()
 
     def apply(self, engine: EngineRecord, server: ServerRecord | None) -> None:
-        """Update the route of an engine from its record; ignore a record that is older than the last one."""
+        """Update the route of an engine from its record; ignore a record that is older than the last applied record."""
         known = self._routes.get(engine.id)
         if engine.node != self._node or (known and engine.version < known.version):
             return

@@ -125,7 +125,8 @@ class Runner:
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
-        # Loading and unloading need no slot, because a server that does not answer must not delay actions of other servers.
+        # The limit of `_MAX_ACTIONS` does not apply to loading and unloading adapters, because a server that does not answer
+        # must not delay actions of other servers.
         slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
             async with slots:
@@ -258,7 +259,8 @@ class Runner:
     async def _load(self, engine: EngineRecord, server: ServerRecord) -> None:
         """Load the current version of an adapter.
 
-        If the server refuses it, a starting engine gets a separate server, and a running engine keeps its older version.
+        If the server refuses the adapter, a starting engine gets a separate server, and a running engine keeps the older
+        version of its adapter.
         """
         self._held_lease()
         try:
@@ -267,7 +269,7 @@ class Runner:
             if engine.state is EngineState.STARTING:
                 form = f"merged, because the adapter cannot be loaded into a running server: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
-            elif is_refused(engine):  # its older version is no longer loaded either
+            elif is_refused(engine):  # the adapter's older version is no longer loaded either
                 await self._give_up(engine, server, _reason(error))
             else:
                 message = f"{server.id} cannot load {engine.adapter}: {error.message}. The previous version is still used."

@@ -89,7 +89,7 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Lock the database when a writing transaction begins, so that others cannot change rows that it has read."""
+    """Lock the database when a writing transaction begins, so that nobody changes the rows that the transaction has read."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 

@@ -53,7 +53,7 @@ class LeaseStore:
         holder: token of this control plane; me: its process; url: URL of its gateway.
         The lease can be taken if it is free or expired, or if the holder was a process of this host and has exited.
         """
-        with self._read() as connection:  # only reads, because a standby calls this every second
+        with self._read() as connection:  # this only reads, because a standby calls it every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
             row = connection.execute(query.where(leases.c.node == node)).one()
         has_exited = row.host == host and not ProcessIdentity(row.pid, row.pid_started).is_alive()

@@ -93,8 +93,8 @@ class EngineRecord:
     version: int  #: incremented by every write
     created_at: datetime
     state_at: datetime
-    first_event: int  #: id of the event of its creation; defines the order of engines, independent of the clock
-    last_event: int  #: id of the event of its last transition
+    first_event: int  #: id of the event that the engine was created; defines the order of engines, not the clock
+    last_event: int  #: id of the event of the engine's last transition
     dedicated: bool = False  #: the user requested a server for this engine only
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
@@ -113,7 +113,7 @@ class EngineRecord:
 
 
 def internal_prefix(engine_id: str) -> str:
-    """Return the prefix that the values of `internal_name` have for all revisions of an engine."""
+    """Return the prefix that the internal names of all revisions of an engine have in common."""
     return f"{INTERNAL}{suffix_of(engine_id)}-"
 
 

@@ -121,7 +121,7 @@ routes = Table(
     Column("updated_at", _Time, nullable=False),
 )
 
-#: The nodes that use this database; a node is a state folder.
+#: The nodes that use this database. A node is a SAGE installation with its own state folder.
 nodes = Table(
     "nodes",
     metadata,
@@ -129,7 +129,7 @@ nodes = Table(
     Column("host", String, nullable=False),
 )
 
-#: One row for each node. Rows are never deleted, so that the fence never decreases.
+#: One row for each node. Rows are never deleted, so that the fence (the number of takeovers) never decreases.
 leases = Table(
     "leases",
     metadata,
