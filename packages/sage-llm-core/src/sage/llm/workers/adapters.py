@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-#: LoRA weights by name of the linear layer: A, (rank, in_features), and transposed B, (rank, out_features), scaled.
+#: LoRA weights by name of the linear layer: A, (rank, in_features), and the transposed B, (rank, out_features). One of the
+#: two matrices already contains the adapter's scaling factor.
 Weights = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -42,7 +43,7 @@ class Adapters:
         self._model = model
         self._hooked: set[str] = set()
         self._stack = _Stack(())
-        self._owners = torch.empty(0)  #: (tokens,): index of each token's adapter in the stack, -1 for the base
+        self._owners = torch.empty(0)  #: (tokens,): index of each token's adapter in the stack; -1: no adapter
         self._is_mixed = False
         self._is_on = False
         self._masks: dict[tuple[int, ...], Tensor] = {}
@@ -61,7 +62,11 @@ class Adapters:
             self._stack = _Stack(())
 
     def begin(self, adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> None:
-        """Set the adapters of the next pass. Its first lengths[0] tokens use adapters[0], and so on; None: no adapter."""
+        """Set the adapters of the next forward pass.
+
+        The first lengths[0] tokens of the pass use adapters[0], the next lengths[1] tokens use adapters[1], and so on.
+        Tokens whose entry in `adapters` is None use only the base model.
+        """
         needed = dict.fromkeys(adapter for adapter in adapters if adapter)
         self._is_on = bool(needed)
         if not needed:

@@ -9,7 +9,7 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Texts before and after a call. They are needed for templates that mention them only in instructions (Granite 3, Phi-4).
+#: Texts before and after a tool call, for templates that mention these texts only in instructions (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),

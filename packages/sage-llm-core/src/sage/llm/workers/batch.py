@@ -1,8 +1,9 @@
 """Run the answers in progress as a batch, one forward pass after another, on one thread.
 
-Before each pass, cancelled answers are removed from the batch and waiting answers are added. A free slot is given to the
-request with the fewest answers in progress, so that a request with many answers does not block others. A pass computes one
-token of each answer and a limited number of prompt tokens. Therefore a long prompt does not stop the other answers.
+The batch has a fixed number of slots; a slot is a place for one answer. Before each pass, cancelled answers are removed from
+the batch and waiting answers are added. A free slot is given to the request with the fewest answers in progress, so that a
+request with many answers does not block other requests. A pass computes one token of each answer and a limited number of
+prompt tokens. Therefore a long prompt does not stop the other answers.
 """
 
 from collections import deque
