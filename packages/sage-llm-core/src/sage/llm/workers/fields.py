@@ -101,6 +101,6 @@ class Body(BaseModel):
     def _null_is_absent(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if len(values) > _MAX_FIELDS:  # because pydantic builds an error for each unknown field
+        if len(values) > _MAX_FIELDS:  # limited, because pydantic builds an error for each unknown field
             raise ValueError(f"must have at most {_MAX_FIELDS} fields")
         return {name: value for name, value in values.items() if value is not None}

@@ -44,16 +44,16 @@ class Job(Generic[T]):
 
     def _finish(self, ending: SageError | None) -> None:
         self._on_finish()
-        self._on_finish = lambda: None  # a JobThread that ends may finish a job a second time
+        self._on_finish = lambda: None  # a JobThread that ends can finish a job a second time
         self._arrived.put_nowait(ending)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed only when the process ends
+        with contextlib.suppress(RuntimeError):  # raised if the event loop is closed, because the process ends
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job; if `reason` is given, the consumer of the pieces receives it as an exception."""
-        if reason:  # put the error before `gone` is set: the worker may put the end of the answer after `gone`
+        if reason:  # before `gone` is set, because the worker can then put the end of the answer first
             self.put(reason)
         self.gone.set()
 
@@ -93,7 +93,7 @@ class Lane:
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function, and return its result. If the caller is cancelled before, the function is not called."""
+        """Queue a function, and return its result. If the caller is cancelled while it waits, the function is not called."""
 
         def work(job: Job[T]) -> None:
             job.put(function())

@@ -21,7 +21,7 @@ def parameters(given: dict[str, Any]) -> Any:
     params.model.path, params.model_alias = given["model"], {given["name"]}
     params.hostnames, params.port = ["127.0.0.1"], given["port"]
     params.api_keys = [os.environ["SAGE_SERVER_KEY"]]  # so that web pages cannot use the server
-    # All slots share one cache.
+    # A slot computes one answer at a time; all slots share one cache.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True
     params.kv_unified_per_slot = given["context_tokens"]
     params.n_predict, params.use_jinja, params.ui = given["max_tokens"], True, False

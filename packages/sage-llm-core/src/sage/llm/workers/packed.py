@@ -37,7 +37,7 @@ class KeyValueCache:
     def __init__(self, layers: int, limit_tokens: int) -> None:
         self._layers, self._limit = layers, limit_tokens
         self._room = 0
-        self.keys = self.values = torch.empty(0)  #: (layers, kv_heads, room, head_dim)
+        self.keys = self.values = torch.empty(0)  #: (layers, kv_heads, room, head_dim); room: capacity in tokens
         self.length = 0  #: number of stored tokens
 
     def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
@@ -50,7 +50,7 @@ class KeyValueCache:
         room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
         self.keys = self._grown(self.keys, key, room)
         self.values = self._grown(self.values, value, room)
-        self._room = room  # set last, because the allocation above may fail
+        self._room = room  # only after both allocations, because they can fail
 
     def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
         new = like.new_empty(self._layers, like.shape[0], room, like.shape[2])

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API. Unknown fields are rejected. Some fields may only have a value that has no effect."""
+"""Requests of OpenAI's API. Unknown fields are rejected. For some known fields, only a value without effect is accepted."""
 
 from typing import Annotated, Any, Literal
 
