@@ -68,7 +68,7 @@ class EngineConnection(asyncio.Protocol):
         return content
 
     def end(self) -> bool:
-        """End the request, and return whether the connection can be used again. If not, the connection is closed."""
+        """End the request, and return whether the connection can be used again; otherwise, close the connection."""
         self._is_busy = False
         if self._is_complete and self._is_reusable and not self.transport.is_closing():
             return True
@@ -159,8 +159,9 @@ class EngineConnections:
     async def post(self, address: str, head: bytes, body: bytes) -> EngineConnection:
         """Send a request and wait for the head of its answer. The caller must `release` the returned connection.
 
-        If a reused connection ends before the first byte of the answer, the request is sent again on a new connection,
-        because the server probably did not read it. Even if the server reads the request twice, inference changes no state.
+        If a reused connection ends before the first byte of the answer, the server probably did not read the request. The
+        request is then sent again on a new connection. If the server did read it, this does no harm, because inference
+        changes no state.
         Raises TimeoutError if the server does not accept connections, ConnectionError, or another OSError.
         """
         if connection := self._take(address):

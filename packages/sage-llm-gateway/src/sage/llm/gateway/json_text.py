@@ -61,8 +61,8 @@ def answer_with_model(answer: bytes, model: bytes) -> bytes:
     """Return an engine's answer with another `model`; everything else is unchanged.
 
     answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
-    The answer is parsed only if `"model"` occurs more than once in it. An answer that has no `model` or is not valid JSON
-    is returned unchanged.
+    If the answer contains the text `"model"` only once, this place is changed without parsing the answer. Otherwise, the
+    answer is parsed. An answer without `model`, or one that must be parsed and is not valid JSON, is returned unchanged.
     """
     at = answer.find(_MODEL)
     if at < 0:

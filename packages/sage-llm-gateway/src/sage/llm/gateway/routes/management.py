@@ -26,7 +26,7 @@ Cursor = Annotated[Annotated[int, Field(ge=0, lt=_MAX_INT)] | Literal["latest"],
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
 @router.post("/engines", status_code=status.HTTP_201_CREATED)
 async def start_engine(request: StartRequest, manager: Manager) -> EngineView:
-    """Create an engine in the state `validating`. Its dataset or model is checked after the answer."""
+    """Create an engine in the state `validating`. The response is sent before the dataset or model is checked."""
     return await manager.start_engine(request)
 
 
@@ -37,7 +37,7 @@ async def list_engines(
     after: Annotated[str | None, Query(max_length=100, description="`last_id` of the previous page.")] = None,
     state: Annotated[str | None, Query(max_length=200, description="States, separated by commas.")] = None,
     kind: Annotated[str | None, Query(max_length=200, description="Kinds, separated by commas.")] = None,
-    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first.")] = "asc",
+    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first; desc: newest first.")] = "asc",
 ) -> EnginePage:
     """Return one page of the list of engines."""
     return await manager.page_engines(
