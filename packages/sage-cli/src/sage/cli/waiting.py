@@ -72,7 +72,7 @@ def failure(engine: EngineView) -> SageError:
     return kind(
         code=code,
         message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",
-        hint=hint if is_complete else f"{hint} Its log: {log}.".strip(),
+        hint=hint if is_complete else f"{hint} The engine's log: {log}.".strip(),
     )
 
 
