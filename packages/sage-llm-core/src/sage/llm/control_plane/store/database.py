@@ -94,7 +94,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _configure_postgresql(connection: Any, _: object) -> None:
-    """Limit how long a suspended control plane may hold locks, and how long a control plane waits for a lock."""
+    """Limit the time for which a suspended control plane holds locks, and the time that a control plane waits for a lock."""
     with connection.cursor() as cursor:
         cursor.execute("SET idle_in_transaction_session_timeout = '3s'")
         cursor.execute("SET lock_timeout = '5s'")

@@ -33,9 +33,9 @@ class LeaderInfo:
 class ServerState(StrEnum):
     """Progress of a server from its launch to its end. The state does not say whether the process is alive."""
 
-    PLANNED = "planned"  #: stored before the launch; the process may already exist
+    PLANNED = "planned"  #: stored before the launch; the process possibly exists already
     LAUNCHED = "launched"  #: stored after the launch
-    CLOSING = "closing"  #: stored before the signal that ends the process; no engine may join the server
+    CLOSING = "closing"  #: stored before the signal that ends the process; no engine can join the server any more
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ServerRecord:
     created_at: datetime
     options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of the engine
     served_name: str | None = None  #: name of `model` in requests to the server; None: any name is accepted
-    shared: bool = False  #: other engines with the same base model, backend and options may join
+    shared: bool = False  #: other engines with the same base model, backend and options can join
     max_adapters: int | None = None  #: None: no limit
 
     @property
@@ -86,7 +86,7 @@ class EngineRecord:
     reason: Reason | None
     figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists of engines read no files
     node: str
-    server_id: str | None  #: id of the last server that hosted the engine; the server may no longer exist
+    server_id: str | None  #: id of the last server that hosted the engine; the server possibly no longer exists
     requested_port: int | None
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None

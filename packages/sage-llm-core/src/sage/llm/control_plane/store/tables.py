@@ -18,8 +18,8 @@ from sqlalchemy import (
     text,
 )
 
-#: SQL condition for engines that are not settled. It is literal text, because the database uses a partial index only if the
-#: query has exactly the condition of the index.
+#: SQL condition for engines that are not stopped, completed or failed. The condition is literal text, because the database
+#: uses a partial index only if the query has exactly the condition of the index.
 ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
 
 metadata = MetaData()
