@@ -44,7 +44,7 @@ class Activity:
         return await self._touch(route)
 
     def wake(self, engine_id: str) -> None:
-        """Record that a request prefers a paused engine, so that the engine is loaded again; another engine answers it."""
+        """Record that a request prefers a paused engine, so that the engine is loaded again; another engine answers now."""
         route = self._routing.get(engine_id)
         if route and engine_id not in self._waking and self._is_due(route):
             self._waking[engine_id] = task = asyncio.create_task(self._touch(route))

@@ -27,7 +27,7 @@ _RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
 
 
 class LeaseKeeper:
-    """Acquires the lease of a node and renews it; `lease` is None while another control plane holds it."""
+    """Acquires the lease of a node and renews it; `lease` is None while this control plane does not hold it."""
 
     def __init__(
         self, store: LeaseStore, node: str, url: str, on_change: Callable[[Lease | None], None] = lambda _: None

@@ -159,7 +159,7 @@ class ControlPlaneManager(EngineReads, Routes):
         return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request an engine to stop, and return without waiting for it. A settled engine is not changed.
+        """Request an engine to stop, and return without waiting for its end. A settled engine is not changed.
 
         force: kill the process of the engine.
         """
@@ -256,7 +256,7 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
-        """Return the route of an engine that can answer a request for `model`; the engine may still be starting.
+        """Return the route of an engine that can answer a request for `model`, now or after its start.
 
         Does not access the database.
         client: identifies the sender of the request; see `RoutingTable.find`.
@@ -322,7 +322,7 @@ class ControlPlaneManager(EngineReads, Routes):
         return written
 
     async def _own(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine that this control plane may change, and its server.
+        """Return an engine that belongs to this control plane's node, and the server of the engine.
 
         Raises NotFound; Conflict if the engine belongs to another node; Overloaded on standby.
         """

@@ -48,9 +48,9 @@ class Validation:
 class Snapshot:
     """The input of the plan."""
 
-    engines: Sequence[EngineRecord]  #: the engines that are not settled, oldest first
+    engines: Sequence[EngineRecord]  #: the engines that are not stopped, completed or failed, oldest first
     servers: Mapping[str, ServerRecord]  #: by server id
-    observed: Mapping[str, Observed]  #: by engine id; if missing, the condition is not known: the process may be alive
+    observed: Mapping[str, Observed]  #: by engine id; if missing, it is not known whether the process is alive
     watches: Mapping[str, Watch]  #: by engine id
     validations: Mapping[str, Validation]  #: by engine id; if missing, the validation has not begun
     limits: Limits

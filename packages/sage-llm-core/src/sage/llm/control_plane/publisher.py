@@ -39,7 +39,7 @@ class Publisher:
         routing: RoutingTable,
         held_lease: Callable[[], Lease],
     ) -> None:
-        """pool: threads for the calls of `store`; held_lease: returns the lease, raises LeaseLost if it is not held."""
+        """pool: threads for the calls of `store`; held_lease: returns the lease or raises LeaseLost."""
         self._store, self._pool, self._executors = store, pool, executors
         self._routing, self._held_lease = routing, held_lease
         self._failing: dict[str, float] = {}  #: by run id: time.monotonic() when publishing its result first failed
@@ -130,7 +130,7 @@ class Publisher:
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
         """Store a newer version in the record of an engine, so that it is loaded.
 
-        The old version stays loaded until the requests that use it have ended.
+        The old version stays loaded until all requests that use the old version have ended.
         """
         if engine.state is EngineState.VALIDATING:  # the validation in progress checks the older version
             raise StaleWrite(engine.id)

@@ -66,7 +66,7 @@ class EngineReads:
             after = page.last_id
 
     async def list_active(self) -> list[EngineView]:
-        """Return the engines of this node that are not settled, oldest first."""
+        """Return the engines of this node that are not settled (stopped, completed or failed), oldest first."""
         engines = await self._pool.run(self._store.active, self._node)
         servers = await self._servers(engines)
         return await asyncio.to_thread(self._view_all, engines, servers)

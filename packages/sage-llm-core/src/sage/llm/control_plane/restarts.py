@@ -9,7 +9,7 @@ MAX_RESTARTS = 5
 _MAX_BACKOFF_SECONDS = 60.0
 #: If an engine fails after this time in state `running`, its restarts are counted from zero again.
 _HEALTHY_SECONDS = 600.0
-#: Reason code of a run whose process exited without reporting an error; a restart may succeed.
+#: Reason code of a run whose process exited without reporting an error; after a restart, the run can succeed.
 _EXITED_WITHOUT_REPORT = "worker_died"
 
 
@@ -31,7 +31,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
     match engine.restart_policy:
         case RestartPolicy.NO:
             return None
-        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the process was already dead when it was first observed
+        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the first observation already found the process dead
             return None
     is_healthy = engine.state is EngineState.RUNNING and watch.state_seconds >= _HEALTHY_SECONDS
     restarts = 0 if is_healthy else engine.restarts

@@ -61,7 +61,7 @@ class _Trouble:
 
 
 class Runner:
-    """Executes actions and stores their results, but only while the lease is held."""
+    """Executes actions and stores their results, but only while this control plane holds the lease (the right to write)."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class Runner:
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
                 address = await self._launcher.launch(spec)
-            except TimeoutError:  # the process may have been started: the next plan observes it first
+            except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
@@ -251,7 +251,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server if it is not `server` and no other engine needs it."""
+        """Remove the files of the engine's previous server, if this is not `server` and no other engine needs the files."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)

@@ -24,7 +24,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and the reason of an automatic choice.
+    """Return a backend that can run `model`, and the reason for an automatic choice.
 
     If `name` is `auto`, return the best installed backend and why it is the best. Otherwise, return the backend with this
     name, and None as the reason.

@@ -1,4 +1,4 @@
-"""Load adapters into running servers and unload them, with the HTTP routes that vLLM defines for this."""
+"""Load and unload adapters of running servers, with the HTTP routes that vLLM defines for this purpose."""
 
 import asyncio
 import logging

@@ -79,7 +79,7 @@ class FinetuneExecutor:
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
-        """Return the specification of the worker process, and record in the run's events that it is launched."""
+        """Return the specification of the worker process, and record the launch of the worker in the run's events."""
         spec = self._manager.process_spec(task_id_of(engine.id))
         return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(self._threads)}) if self._threads else spec
 
@@ -117,7 +117,7 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder that contains a checkpoint as a model; the run never removes it. Raises ModelError or OSError."""
+        """Return a folder with a checkpoint as a model; the run never removes this folder. Raises ModelError or OSError."""
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:

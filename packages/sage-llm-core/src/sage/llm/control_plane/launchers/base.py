@@ -14,7 +14,7 @@ PORT_ARGUMENT, DESCRIPTOR_ARGUMENT = "{port}", "{descriptor}"
 class Signal(StrEnum):
     """The signals that end a process."""
 
-    STOP = "stop"  #: send SIGTERM, so that the process saves its state and exits; if it is suspended, continue it
+    STOP = "stop"  #: send SIGTERM, so that the process saves its state and exits; also continue a suspended process
     KILL = "kill"  #: send SIGKILL to the process and all other processes of its session
 
 

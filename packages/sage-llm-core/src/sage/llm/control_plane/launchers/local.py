@@ -107,7 +107,7 @@ def _observe(locks: Collection[Path]) -> Mapping[str, ProcessObservation]:
     observations = {}
     for lock, process in processes.items():
         with _omitted_if_unknown(lock):
-            # After the process has exited, a child process that inherited the lock may still hold it.
+            # After the process has exited, a child process that inherited the lock can still hold the lock.
             if process is None or (process != last_holder(lock) and leftovers(lock)):
                 observations[str(lock)] = _dead(lock)
             else:
