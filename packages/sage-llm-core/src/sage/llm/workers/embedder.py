@@ -31,7 +31,7 @@ class Input(NamedTuple):
 
 
 class Embedder:
-    """A loaded model with its tokenizer. One thread may call `read` while another thread calls `embed`."""
+    """A loaded model with its tokenizer. One thread can call `read` while another thread calls `embed`."""
 
     def __init__(self, name: str) -> None:
         """Load the model and embed a text to check it. Raises ModelError."""
@@ -143,7 +143,7 @@ def _load(folder: Path) -> Any:
     if not (folder / "modules.json").is_file():
         pooling = model[-1].pooling_mode if len(model) > 1 else "its own"
         logger.warning(
-            "%s has no settings of sentence-transformers, so %s pooling is used; the model may need another pooling.",
+            "%s has no settings of sentence-transformers, so %s pooling is used; perhaps the model needs another pooling.",
             folder, pooling,
         )  # fmt: skip
     return model

@@ -119,7 +119,7 @@ class AnswerReader:
         """functions: functions that the model may call; is_reasoning: the prompt ends inside the reasoning."""
         self._format = answer_format
         self._functions = functions if answer_format.call_open is not None else {}
-        self._held = ""  #: text not returned yet, because it may belong to a marker or to a call
+        self._held = ""  #: text not returned yet, because it can be part of a marker or of a call
         self._spaces = ""  #: whitespace that is returned only if more text of the same kind follows
         self._is_trimming, self._is_end, self._has_content, self._has_called = is_reasoning, False, False, False
         self._parts: list[Part] = []

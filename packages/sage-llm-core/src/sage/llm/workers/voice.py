@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 #: Number of tokens at the end of a prompt that are searched for the reasoning marker; a marker has fewer tokens.
 _MARKER_TOKENS = 16
-#: Time limit for a chat template, in seconds. A template is a program, so it may run forever.
+#: Time limit for a chat template, in seconds. A template is a program, so it can run forever.
 RENDER_SECONDS = 10.0
 
 

@@ -198,7 +198,7 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last; None if there is none, or if the server may have closed it."""
+        """Return the connection that became idle last; None if no connection is idle, or if this one was idle too long."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
             if asyncio.get_running_loop().time() - connection.idle_since_seconds < _IDLE_SECONDS:

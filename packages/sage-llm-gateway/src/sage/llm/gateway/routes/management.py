@@ -61,7 +61,8 @@ async def list_changes(
     """Return the events of all engines after a cursor; with `follow`, stream them as server-sent events without end.
 
     `after=latest` means the newest event: the answer has no events, and `last_id` is the cursor to continue from.
-    The id of a server-sent event is a cursor. Clients that reconnect send the id as `Last-Event-ID`; it overrides `after`.
+    The id of a server-sent event is a cursor. Clients that reconnect send this id as the header `Last-Event-ID`, which
+    overrides `after`.
     """
     if follow and last_event_id is not None:
         after = last_event_id
