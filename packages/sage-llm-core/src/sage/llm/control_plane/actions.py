@@ -43,7 +43,7 @@ class LoadAdapter:
 
 @dataclass(frozen=True)
 class UnloadAdapter:
-    """Unload the adapter `name` from a server; if `engine` is stopping, then set its state to `stopped` or `paused`."""
+    """Unload the adapter `name` from a server. Afterwards, a stopping `engine` gets the state `stopped` or `paused`."""
 
     engine: EngineRecord
     server: ServerRecord

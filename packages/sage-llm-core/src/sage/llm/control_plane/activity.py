@@ -24,7 +24,7 @@ _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUS
 
 
 class Activity:
-    """Records the requests of this gateway to engines for which `idle_stop_minutes` is set; ignores other engines."""
+    """Records requests of this gateway to engines for which `idle_stop_minutes` is set; ignores all other engines."""
 
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
         """pool: threads for the calls of `store`; on_paused: called after recording a request to an unloaded engine."""

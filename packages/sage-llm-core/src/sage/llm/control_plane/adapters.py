@@ -10,8 +10,8 @@ from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
-#: For this many seconds after an adapter was loaded, the last observation of the server can be older than the load. A
-#: missing adapter is then not loaded again.
+#: An adapter that was loaded less than this number of seconds ago is not loaded again if the last observation of the server
+#: does not contain the adapter, because the observation can be older than the load.
 _LOOK_SECONDS = 5.0
 
 

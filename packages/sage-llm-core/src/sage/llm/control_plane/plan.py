@@ -32,7 +32,7 @@ class Limits:
     stop_seconds: float
     #: Time without an answer after which requests are refused. After twice this time, the engine is restarted.
     unresponsive_seconds: float = 30.0
-    look_seconds: float = 5.0  #: if more time passes between two observations, only this time is added to a duration
+    look_seconds: float = 5.0  #: if more time passes between two observations, only this number of seconds is counted
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class _Target:
 
     engine: EngineRecord
     server: ServerRecord
-    is_first: bool = True  #: whether it is the first engine of its server: only this one reports the process's memory
+    is_first: bool = True  #: the first engine of its server; only this engine reports the memory of the process
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
@@ -173,7 +173,7 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # a new checkpoint is served soon
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # to serve checkpoints soon
         target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod

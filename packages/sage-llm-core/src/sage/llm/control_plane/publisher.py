@@ -151,5 +151,5 @@ class Publisher:
 
 
 def _has_merged(engine: EngineRecord) -> bool:
-    """Return whether the version that an engine serves is merged into the base model, so that no other can be loaded."""
+    """Return whether an engine serves a version that is merged into the base model; no other version can be loaded then."""
     return engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)

@@ -56,7 +56,7 @@ class Route:
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None
-    #: True and the engine is stopping: the engine is only being unloaded, and requests wait until it is loaded again.
+    #: If True and the engine is stopping, the engine is only being unloaded. Requests then wait until it is loaded again.
     is_pausing: bool
 
 
@@ -227,7 +227,7 @@ class RoutingTable:
             group = self._groups.setdefault((route.kind, key), _Group())
             if route.state is not EngineState.RUNNING:
                 yield group.starting, route.first_event
-            else:  # `sage-default` prefers the engine that was last to start; other keys prefer the engine created last
+            else:  # `sage-default` prefers the engine that became ready last; other keys prefer the newest engine
                 yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
 
     def _keys_of(self, model: str, client: str | None) -> list[str]:

@@ -87,7 +87,7 @@ class Runner:
         self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Start an action if no other action of its engine is running.
+        """Start an action if no other action of the same engine is running.
 
         observed, server: the last observation and the server of the engine. If the engine must be killed, a running load or
         unload of its adapter is cancelled.

@@ -43,7 +43,7 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    #: The options that a user may set.
+    #: The options that a user can set.
     options: ClassVar[type[BaseModel]]
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:

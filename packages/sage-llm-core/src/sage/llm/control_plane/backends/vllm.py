@@ -75,7 +75,7 @@ class VllmBackend(WorkerBackend):
         return {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads may use any core, because other processes use the cores too
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads can use any core, because other processes use the cores too
             "VLLM_NO_USAGE_STATS": "1",
             **thread_variables(options.threads),
         }

@@ -30,7 +30,7 @@ class Observed:
     alive: bool  #: the engine has a process
     ready: bool = False  #: the engine answers requests, or trains
     ended: EngineState | None = None  #: the state that the engine reported when it ended
-    reason: Reason | None = None  #: why the engine ended, or why its process exited
+    reason: Reason | None = None  #: why the engine or its process ended
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
@@ -74,7 +74,10 @@ class Executor(Protocol):
         """
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Return the condition of an engine; process: the observation of its process. Raises OSError if unknown."""
+        """Return the condition of an engine; process: the observation of the engine's process.
+
+        Raises OSError if the condition is not known.
+        """
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return the fields of EngineView that only the executor knows; blocking."""

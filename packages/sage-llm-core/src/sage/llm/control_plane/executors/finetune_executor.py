@@ -169,8 +169,8 @@ class FinetuneExecutor:
         except UNREADABLE as error:  # the events cannot be read, so report only the state of the process
             return Observed(alive=process.alive, ready=process.alive, reason=unreadable(error), process=process)
         training = run.training_progress()
-        # While a new launch is planned, the run directory still contains the events of the previous launch. This is not
-        # true for a completed run, because a completed run is never launched again.
+        # Until a planned launch has happened, the newest events are from the previous launch, so they are ignored. The
+        # events of a completed run are never ignored, because a completed run is not launched again.
         is_earlier = server.state is ServerState.PLANNED and not process.alive and run.state is not RunState.COMPLETED
         if run.state in SETTLED and not is_earlier:
             reason = self._exit_reason(engine, run, process) if run.code == "worker_died" else failure_of(run)

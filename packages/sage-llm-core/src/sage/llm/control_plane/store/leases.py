@@ -104,7 +104,7 @@ class LeaseStore:
             yield connection
 
     def _check_lease(self, connection: Connection, lease: Lease) -> None:
-        """Raise LeaseLost if the lease is not valid; otherwise nobody can take over the lease before this transaction ends.
+        """Raise LeaseLost if the lease is not valid. A valid lease cannot be taken over before this transaction ends.
 
         SQLite has one writer at a time. On PostgreSQL, a takeover waits for the shared lock on the row.
         """

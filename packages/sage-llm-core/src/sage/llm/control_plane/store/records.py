@@ -93,7 +93,7 @@ class EngineRecord:
     version: int  #: incremented by every write
     created_at: datetime
     state_at: datetime
-    first_event: int  #: id of the event that the engine was created; defines the order of engines, not the clock
+    first_event: int  #: id of the event of the engine's creation; engines are ordered by this id, not by time
     last_event: int  #: id of the event of the engine's last transition
     dedicated: bool = False  #: the user requested a server for this engine only
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
