@@ -22,8 +22,9 @@ class Adapter:
 class _Stack:
     """The stacked weights of several adapters, so that two matrix products per layer compute all adapters.
 
-    The result of the product with all A has some columns for each adapter. For each token, the columns of the other adapters
-    are set to 0, so they add nothing in the product with all B. The weights must be finite, because 0 * infinity is not 0.
+    The product of the inputs and all matrices A has a group of columns for each adapter. For each token, the columns of the
+    adapters that the token does not use are set to 0, so these columns add nothing in the product with all matrices B. The
+    weights must be finite, because 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -98,7 +99,7 @@ class Adapters:
         output.view(-1, output.shape[-1]).addmm_(inner, up)
 
     def _mask(self, ranks: tuple[int, ...]) -> Tensor:
-        """Return a bool mask, (tokens, sum of the ranks): True if the column belongs to another adapter than the token."""
+        """Return a bool mask, (tokens, sum of the ranks): True if the column's adapter is not the token's adapter."""
         if ranks not in self._masks:
             columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(self._owners.device)
             self._masks[ranks] = columns[None] != self._owners[:, None]

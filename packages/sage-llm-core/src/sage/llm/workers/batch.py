@@ -125,7 +125,7 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Give each free slot to the request with the fewest answers in progress; of equal requests, to the oldest."""
+        """Give each free slot to the request with the fewest answers in progress; among equals, to the oldest request."""
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
             request.in_progress += 1

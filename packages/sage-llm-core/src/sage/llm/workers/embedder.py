@@ -34,7 +34,7 @@ class Embedder:
     """A loaded model with its tokenizer. One thread can call `read` while another thread calls `embed`."""
 
     def __init__(self, name: str) -> None:
-        """Load the model and embed a text to check it. Raises ModelError."""
+        """Load the model, and check the model by embedding a text. Raises ModelError."""
         _, folder = server.load_source(name)
         self._model = _load(folder)
         self._tokenizer: Any = self._model.tokenizer
@@ -100,7 +100,7 @@ class Embedder:
             features = self._model.preprocess(inputs, prompt=self._prompt or None)
         else:
             rows = [torch.tensor(ids) for ids in inputs]
-            features = {  # pad here, because the tokenizer's padding changes its state while another thread uses it
+            features = {  # pad here, because padding by the tokenizer changes its state, which another thread uses
                 "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }

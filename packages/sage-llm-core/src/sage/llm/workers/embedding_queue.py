@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from sage.llm.workers.jobs import Job, JobThread
 
 T = TypeVar("T")
-#: Inputs with at most this number of tokens form one class, because they take about the same time.
+#: Inputs with at most this number of tokens form one class, because all such inputs take about the same time.
 _SHORTEST_CLASS_TOKENS = 16
 
 

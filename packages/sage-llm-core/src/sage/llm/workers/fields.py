@@ -59,7 +59,7 @@ _NAMED: dict[str, Any] = {
 
 
 class ToolChoice(NamedTuple):
-    """Whether the model may or must call tools, and the name of the required tool."""
+    """Whether the model can or must call tools, and the name of the required tool."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     name: str | None = None

@@ -53,7 +53,7 @@ class Job(Generic[T]):
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job; if `reason` is given, the consumer of the pieces receives it as an exception."""
-        if reason:  # before `gone` is set, because the worker can then put the end of the answer first
+        if reason:  # put the error first: as soon as `gone` is set, the worker can put the end of the answer
             self.put(reason)
         self.gone.set()
 
@@ -93,7 +93,10 @@ class Lane:
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function, and return its result. If the caller is cancelled while it waits, the function is not called."""
+        """Queue a function, wait until it was called, and return its result.
+
+        If the caller is cancelled before the function is called, the function is not called.
+        """
 
         def work(job: Job[T]) -> None:
             job.put(function())
@@ -127,7 +130,7 @@ class JobThread:
         """Start the thread."""
         self._name = name
         self._jobs: WeakSet[Job[Any]] = WeakSet()
-        self._lock = threading.RLock()  # reentrant, because a signal handler may call `close` at any time
+        self._lock = threading.RLock()  # reentrant, because a signal handler can call `close` at any time
         self._ending: Callable[[], SageError] | None = None  #: returns the error for new jobs; None: new jobs are accepted
         threading.Thread(target=self._run, name=name, daemon=True).start()
 

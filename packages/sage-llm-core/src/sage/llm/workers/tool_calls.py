@@ -167,7 +167,7 @@ class AnswerReader:
             self._held = ""
         elif self._format.call_open:
             text, is_call = self._until(self._format.call_open)
-        elif not self._has_content:  # a call has no marker, so it must be the whole answer
+        elif not self._has_content:  # calls have no marker, so a call must be the whole answer
             text, is_call = "", self._held.lstrip()[:1] in ("{", "[")
             if not is_call and (self._held.strip() or self._is_end):
                 text, self._held = self._held, ""
@@ -197,7 +197,7 @@ class AnswerReader:
     def _until(self, marker: str) -> tuple[str, bool]:
         """Return the buffered text before a marker, and whether the marker was found; remove both from the buffer.
 
-        If no marker is found, text that may be the beginning of the marker stays in the buffer.
+        If no marker is found, text that can be the beginning of the marker stays in the buffer.
         """
         text, found, rest = self._held.partition(marker)
         if not found and not self._is_end:
