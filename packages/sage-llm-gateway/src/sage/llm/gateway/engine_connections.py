@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for the servers of engines. It reuses connections."""
+"""A small HTTP/1.1 client for the servers of engines. The client reuses connections."""
 
 import asyncio
 import errno
@@ -18,7 +18,7 @@ _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection to a server. It transfers one request and its answer at a time."""
+    """A connection to a server. A connection transfers one request and its answer at a time."""
 
     transport: asyncio.Transport
 
@@ -162,7 +162,7 @@ class EngineConnections:
         If a reused connection ends before the first byte of the answer, the server probably did not read the request. The
         request is then sent again on a new connection. If the server did read it, this does no harm, because inference
         changes no state.
-        Raises TimeoutError if the server does not accept connections, ConnectionError, or another OSError.
+        Raises TimeoutError if the server does not accept connections. Can also raise ConnectionError or another OSError.
         """
         if connection := self._take(address):
             try:

@@ -36,7 +36,7 @@ class JsonBody:
     content: bytes
     names: frozenset[str]  #: names of the top-level members that are not null
     texts: Mapping[str, str]  #: top-level members that are strings of at most `MAX_MODEL_CHARS` characters
-    #: Start and end offsets of the value of each top-level `model`; the member may occur several times.
+    #: Start and end offsets of the value of each top-level `model`; this member can occur several times.
     model_spans: tuple[tuple[int, int], ...]
 
     def with_model(self, model: str) -> bytes:
@@ -159,7 +159,7 @@ def _too_deep() -> Refusal:
 
 
 def _has_many_brackets(text: str) -> bool:
-    """Return whether a text has so many brackets that its nesting may be too deep."""
+    """Return whether a text has so many brackets that its nesting is possibly too deep."""
     for bracket in "[{":
         count, at = 0, text.find(bracket)  # `find` is fast for long texts with few brackets
         while at >= 0:

@@ -89,7 +89,7 @@ async def stop_engine(engine_id: str, manager: Manager, force: bool = False) -> 
 @router.post("/engines/{engine_id}/pause", status_code=status.HTTP_202_ACCEPTED,
              responses={501: {"description": "Pausing is not available in this version."}})  # fmt: skip
 async def pause_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Ask an engine to release its memory until it is resumed."""
+    """Ask an engine to release its memory until the engine is resumed."""
     return await manager.pause_engine(engine_id)
 
 
