@@ -25,7 +25,7 @@ class Output:
     """The form of the answer that a request requires."""
 
     schema: dict[str, Any] | None = None  #: JSON schema of the text; None: any text
-    functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that the model can call, as in OpenAI's `tools`
+    functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that can be called, as in OpenAI's `tools`
     must_call: bool = False  #: the answer must consist of calls
     may_call_several: bool = True
 
