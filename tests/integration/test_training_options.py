@@ -22,7 +22,7 @@ from sage.common.errors import ModelError, OutputError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 from sage.libs.finetune.kernels import int8
-from sage.libs.finetune.run.estimate import estimate
+from sage.libs.finetune.run.estimate import Formats, TrainingMemory
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunState, RunStatus
 from sage.libs.finetune.training import loaded, memory, planning
@@ -31,6 +31,7 @@ from sage.libs.finetune.training.model import decoder
 from sage.libs.finetune.training.precision import Precision, choose_precision
 from sage.libs.finetune.training.stopping import StopRequest
 from sage.libs.finetune.training.trainer import TrainingRun
+from sage.libs.models.architecture import read_architecture
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Trains with so many MiB of address space as are in use once everything is loaded, and these besides.
@@ -153,13 +154,23 @@ def cgroup() -> Iterator[Path]:
     pytest.skip("needs the right to make a control group for memory")
 
 
-def test_what_a_run_needs_is_told_before_its_first_step(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_estimated_memory_is_reported_before_the_first_step_and_the_measured_peak_after_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1).trained()
-    [started] = run.events("started")
-    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None, int8=False)
-    assert needs.trained_bytes == 16 * started["trainable_parameters"]
-    assert started["estimated_memory_bytes"] > needs.least_bytes
-    assert any("the run needs about 0.0 GB" in event["message"] for event in run.events("progress"))
+    [started], [step] = run.events("started"), run.events("step")
+    sizes = read_architecture(tiny_model)
+    assert sizes
+    needs = TrainingMemory(sizes, run.config, Formats(), has_kernels=True)
+    assert needs.at([1]).adapter_bytes == 4 * started["trainable_parameters"]
+    assert any("the run needs about" in event["message"] for event in run.events("progress"))
+    assert step["peak_memory_bytes"] >= step["memory_bytes"]
+    metrics = run.run_file()["metrics"]
+    assert metrics["estimated_memory_bytes"] == started["estimated_memory_bytes"]
+    assert metrics["peak_memory_bytes"] >= step["peak_memory_bytes"]
+    assert run.status.training_progress().memory_estimate_error_ratio == pytest.approx(
+        started["estimated_memory_bytes"] / step["peak_memory_bytes"] - 1
+    )
 
 
 def test_a_model_larger_than_the_memory_is_refused_before_the_data_is_read(tiny_model: Path, tmp_path: Path) -> None:
@@ -292,10 +303,12 @@ def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = TinyRun(tiny_model, tmp_path / "roomy", max_steps=2, precision="fp32").trained()
-    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None, int8=False)
+    sizes = read_architecture(tiny_model)
+    assert sizes
+    one_token = TrainingMemory(sizes, run.config, Formats(), has_kernels=True, framework_bytes=planning.LATER_BYTES).at([1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(planning, "available_bytes", lambda: needs.total_bytes(1))
+    monkeypatch.setattr(planning, "available_bytes", lambda: one_token.total_bytes)
     scarce = TinyRun(tiny_model, tmp_path / "scarce", max_steps=2, precision="auto").trained()
     [started] = scarce.events("started")
     assert started["precision"].startswith("bf16, matrix products in fp32: memory is scarce")
@@ -309,7 +322,7 @@ def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(planning, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(planning, "available_bytes", lambda: planning.LATER_BYTES + 2**20)
     monkeypatch.setattr(loaded, "install", lambda *_, **__: (None, "fallback: another model"))
     monkeypatch.setattr(int8, "measured_speedup", lambda *_: (2.0, "measured"))
     for asked, bf16 in (("auto", False), ("bf16", True)):

@@ -23,7 +23,7 @@ from sage.libs.finetune.training.dataset import TrainingData, load_data
 from sage.libs.finetune.training.export import export_result
 from sage.libs.finetune.training.heldout import HeldOut
 from sage.libs.finetune.training.loaded import Install, install_kernels, load_model, no_kernels
-from sage.libs.finetune.training.memory import refuse_beyond_limit
+from sage.libs.finetune.training.memory import peak_bytes, refuse_beyond_limit
 from sage.libs.finetune.training.model import load_weights, loraplus_optimizer, width_of
 from sage.libs.finetune.training.planning import MemoryPlan, plan_memory
 from sage.libs.finetune.training.precision import Precision, choose_precision
@@ -59,7 +59,7 @@ class TrainingRun:
             precision = choose_precision(config, begun(run, origin), width_of(self.base.folder))
             plan = plan_memory(self.base.folder, config, precision, self.team.size)
             self.data = self._load_data()
-            plan = plan.fitted(self.data.most_tokens)
+            plan = plan.fitted(self.data.largest_batch)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
         if not self.team.is_main_process:  # the main process has tokenized and stored the dataset
@@ -76,15 +76,13 @@ class TrainingRun:
                 f"the adapter in {self.base.adapter} is trained further, with its own rank, scaling and modules"
             )
 
-    def _report_estimate(self, plan: MemoryPlan) -> int | None:
-        """Report the estimated memory and return it in bytes; None if the run does not use SAGE's training step."""
-        if not self.loaded.kernels or self.config.gradient_checkpointing == "on":
-            return None
-        needs, most_tokens = plan.needs, self.data.most_tokens
-        needed_bytes = needs.total_bytes(most_tokens)
+    def _report_estimate(self, plan: MemoryPlan) -> int:
+        """Report the estimated memory and return it in bytes."""
+        plan = plan.loaded_as(self.loaded.precision, has_kernels=self.loaded.kernels is not None)
+        needed_bytes = plan.estimate(self.data.largest_batch).total_bytes
         report = self.report.progress if needed_bytes <= plan.available_bytes else self.report.warn
-        report(needs.describe(most_tokens, plan.available_bytes))
-        return plan.held_bytes + needed_bytes
+        report(plan.describe(self.data.largest_batch))
+        return needed_bytes
 
     def _load_data(self) -> TrainingData:
         config = self.config
@@ -258,5 +256,6 @@ class TrainingRun:
 
     def _export(self, step: int, heldout_loss: float | None) -> None:
         losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
-        metrics = {"step": step, "total_steps": read_status(self.run).total_steps or self._total_steps(), **losses}
+        memory = {"estimated_memory_bytes": self.estimated_bytes, "peak_memory_bytes": peak_bytes()}
+        metrics = {"step": step, "total_steps": read_status(self.run).total_steps or self._total_steps(), **losses, **memory}
         export_result(self.loaded.model, self.base.tokenizer, self.spec, self.run.path, self.base.folder, metrics)
