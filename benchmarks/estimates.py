@@ -58,7 +58,10 @@ class Case:
 
 
 CASES = [
-    *(Case(*values, sample_tokens=256) for values in itertools.product(_PRECISIONS, (8, 64), (512, 2048, 8192))),
+    *(
+        Case(precision, rank, pack_tokens, 256)
+        for precision, rank, pack_tokens in itertools.product(_PRECISIONS, (8, 64), (512, 2048, 8192))
+    ),
     *(Case(precision, 8, 4096, length) for precision in _PRECISIONS for length in (1024, 4096)),
     *(Case(precision, 8, 1024, 256, fast_kernels="off") for precision in ("fp32", "bf16")),
     Case("fp32", 8, 512, 256, finetuning_type="full"),
@@ -92,6 +95,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the cases and print one JSON object for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="Run only the cases whose text contains this text.")
     given = parser.parse_args()

@@ -32,6 +32,9 @@ Wait = Annotated[
         help="--wait: until the engine has ended; --no-wait: until it is validated; default: until it serves or trains.",
     ),
 ]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Further option of the backend; may be repeated.")
+]
 _WATCH_SECONDS = 1.0
 
 
@@ -97,9 +100,7 @@ def start(
     serve: Serve = False,
     serve_as: ServeAs = None,
     serve_checkpoints: ServeCheckpoints = False,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Further option of the backend; may be repeated.")
-    ] = None,
+    option: Options = None,
     wait: Wait = None,
     json_: Json = False,
     **training: Any,
@@ -112,8 +113,7 @@ def start(
 
     serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize,
                "max_tokens": max_tokens}  # fmt: skip
-    further = {key: int(value) if value.isdecimal() else value for key, value in map(_option, option or ())}
-    options = {**{key: value for key, value in serving.items() if value is not None}, **further}
+    options = {**{key: value for key, value in serving.items() if value is not None}, **further_options(option)}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
                "dedicated": dedicated or None, "idle_stop_minutes": idle_stop}  # fmt: skip
     request |= serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
@@ -124,6 +124,11 @@ def start(
 
 def _note(text: str) -> tuple[str, str]:
     return _pair(text, "metadata", "team=search")
+
+
+def further_options(given: list[str] | None) -> dict[str, str | int]:
+    """Return the options that were given as KEY=VALUE; a number becomes an integer. Raises ConfigError."""
+    return {key: int(value) if value.isdecimal() else value for key, value in map(_option, given or ())}
 
 
 def _option(text: str) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from sage.common.errors import RunError
@@ -25,6 +26,8 @@ _GAPS, _LONG_GAPS = 0.12, 0.27
 #: Copies of all logits in the training step of transformers: the logits, those of trained tokens, their logarithms, and two
 #: gradients. They are in fp32.
 _PLAIN_LOSS_COPIES = 5
+#: Maximum result of `fitting_samples`.
+_MOST_SAMPLES = 2**20
 #: Number of sequences per sample in TRL's methods: the chosen and the rejected answer.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
 
@@ -84,10 +87,13 @@ class TrainingMemory:
     framework_bytes: int = FRAMEWORK_BYTES
     checkpointing: bool = False  #: gradient checkpointing
 
-    def at(self, lengths: Sequence[int]) -> TrainingEstimate:
-        """Return the memory for a micro-batch with samples of these numbers of tokens."""
+    def at(self, lengths: Sequence[int] | Mapping[int, int]) -> TrainingEstimate:
+        """Return the memory for a micro-batch.
+
+        lengths: the number of tokens of each sample, or the number of samples for each number of tokens.
+        """
         sizes, formats, trained = self.sizes, self.formats, self._trained_parameters()
-        activation_bytes, temporary_bytes = self._activations(lengths)
+        activation_bytes, temporary_bytes = self._activations(Counter(lengths))
         gradient_bytes = trained * _GRADIENT_BYTES
         accumulated_bytes = gradient_bytes if self.config.gradient_accumulation_steps > 1 else 0
         in_step_bytes = activation_bytes + temporary_bytes + accumulated_bytes
@@ -126,24 +132,25 @@ class TrainingMemory:
         return fits
 
     def _fits(self, available_bytes: int, length: int, samples: int) -> bool:
-        return self.at([length] * samples).total_bytes <= available_bytes
+        return samples <= _MOST_SAMPLES and self.at({length: samples}).total_bytes <= available_bytes
 
     @property
     def _is_full(self) -> bool:
         return self.config.finetuning_type == "full"
 
-    def _activations(self, lengths: Sequence[int]) -> tuple[int, int]:
+    def _activations(self, lengths: Counter[int]) -> tuple[int, int]:
         """Return the bytes of the saved activations, and the bytes of temporary values at the peak."""
         sizes, config, formats = self.sizes, self.config, self.formats
         rank = 0 if self._is_full else config.lora_rank
         per_token: Activations = (kernel_activations if self.has_kernels else plain_activations)(sizes, rank)
         repeats = _SEQUENCES.get(config.method, 1)
-        tokens = repeats * sum(lengths)
+        tokens = repeats * sum(length * count for length, count in lengths.items())
         if not self.has_kernels:  # samples are padded to the longest sample
-            tokens = repeats * len(lengths) * max(lengths)
+            tokens = repeats * lengths.total() * max(lengths)
         value_bytes = formats.value_bytes
         of_layer = tokens * (per_token.saved * value_bytes + per_token.inner * formats.product_bytes)
-        of_layer += repeats * sum(map(per_token.attention_values, lengths)) * value_bytes
+        weights = sum(per_token.attention_values(length) * count for length, count in lengths.items())
+        of_layer += repeats * weights * value_bytes
         if self.checkpointing:
             saved = per_token.layers * tokens * per_token.layer_input * value_bytes + of_layer
         else:
@@ -205,15 +212,15 @@ def expected_kernels(config: FinetuneConfig, formats: Formats) -> bool:
     return is_lora_sft and config.fast_kernels == "auto" and is_plain and formats.base_bits is None
 
 
-def batch_limit(config: FinetuneConfig) -> list[int]:
-    """Return the sample lengths of the largest micro-batch that a run can have.
+def batch_limit(config: FinetuneConfig) -> dict[int, int]:
+    """Return the number of samples for each number of tokens, for the largest micro-batch that a run can have.
 
     Short samples need more memory per token, because their attention weights are saved.
     """
     if not config.pack_tokens:
-        return [config.max_seq_length] * config.batch_size
+        return {config.max_seq_length: config.batch_size}
     length = min(config.max_seq_length, config.pack_tokens, BLOCK_TOKENS)
-    return [length] * max(1, config.pack_tokens // length)
+    return {length: max(1, config.pack_tokens // length)}
 
 
 def check_memory(needs: TrainingMemory, length: int, available_bytes: int) -> None:

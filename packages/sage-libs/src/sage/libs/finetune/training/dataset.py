@@ -1,7 +1,7 @@
 """Third phase of a run: read, split, mix and pack the data."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class TrainingData:
     samples: int | None  #: number of training samples; None for streaming
     heldout: Sequence[Encoded]
     micro_batch: int  #: number of packs per micro-batch
-    largest_batch: Sequence[int]  #: numbers of tokens of the samples in the largest micro-batch
+    largest_batch: Mapping[int, int]  #: the largest micro-batch: number of samples for each number of tokens
 
 
 def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:

@@ -1,6 +1,6 @@
 """Second phase of a run: choose the precision and estimate the memory, before the data is read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +34,10 @@ class MemoryPlan:
     available_bytes: int  #: free memory, and the memory that this process already uses
     smaller: Precision | None  #: another precision that needs less memory, if the run may use it
 
-    def fitted(self, largest_batch: Sequence[int]) -> "MemoryPlan":
+    def fitted(self, largest_batch: Mapping[int, int]) -> "MemoryPlan":
         """Return this plan if the run fits into memory; otherwise, return a plan with the precision `smaller`, if it is set.
 
-        largest_batch: numbers of tokens of the samples in the largest micro-batch.
+        largest_batch: number of samples for each number of tokens, in the largest micro-batch.
         """
         if self.smaller and self.estimate(largest_batch).total_bytes > self.available_bytes:
             needs = replace(self.needs, formats=formats_of(self.smaller))
@@ -48,21 +48,22 @@ class MemoryPlan:
         """Return the plan for the loaded model, which may not support the planned precision or the kernels."""
         return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
 
-    def estimate(self, largest_batch: Sequence[int]) -> TrainingEstimate:
+    def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:
         """Return the memory that the run needs."""
-        return self.needs.at(largest_batch or [0])
+        return self.needs.at(largest_batch or {0: 1})
 
-    def describe(self, largest_batch: Sequence[int]) -> str:
+    def describe(self, largest_batch: Mapping[int, int]) -> str:
         """Return a message with the needed and the available memory, and with the batch that fits, if not all do."""
         needed_bytes = self.estimate(largest_batch).total_bytes
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(self.available_bytes)} are available"
         if needed_bytes <= self.available_bytes:
             return text
         longest = max(largest_batch)
+        tokens = sum(length * count for length, count in largest_batch.items())
         samples = self.needs.fitting_samples(self.available_bytes, longest)
         return (
             f"{text}, enough for about {samples * longest:,} tokens at once; micro-batches of up to "
-            f"{sum(largest_batch):,} tokens are computed in parts if they do not fit"
+            f"{tokens:,} tokens are computed in parts if they do not fit"
         )
 
 

@@ -10,8 +10,9 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sage.common.errors import ConfigError
-from sage.llm.client.types import EngineKind, EnginePage, EngineState, EngineView, EventPage, StartRequest
+from sage.llm.client.types import EngineKind, EnginePage, EngineState, EngineView, EstimateView, EventPage, StartRequest
 from sage.llm.control_plane.backends.registry import list_backends
+from sage.llm.control_plane.estimates import estimate_engine
 from sage.llm.control_plane.inventory import list_devices
 from sage.llm.gateway.event_streams import EventStream, all_changes, engine_transitions, until_removed
 from sage.llm.gateway.routes.dependencies import Manager
@@ -154,6 +155,12 @@ async def training_steps(
 async def gpu() -> dict[str, Any]:
     """Return the devices and their memory: GPUs first, main memory last."""
     return {"object": "list", "data": await asyncio.to_thread(list_devices)}
+
+
+@router.post("/estimate")
+async def estimate(request: StartRequest) -> EstimateView:
+    """Return the memory that an engine would need. Options of a training run that name files may be omitted."""
+    return await asyncio.to_thread(estimate_engine, request)
 
 
 @router.get("/backends")
