@@ -25,7 +25,7 @@ from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.run.estimate import Formats, TrainingMemory
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunState, RunStatus
-from sage.libs.finetune.training import loaded, memory, planning
+from sage.libs.finetune.training import loaded, memory, planning, stepping
 from sage.libs.finetune.training.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.training.model import decoder
 from sage.libs.finetune.training.precision import Precision, choose_precision
@@ -443,3 +443,27 @@ def test_a_fault_in_a_stream_is_named_where_it_stands(tiny_model: Path, tmp_path
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(data), streaming=True, max_steps=400)
     data.write_text(data.read_text() + "{broken\n")
     assert "data.jsonl:301: not valid JSON" in str(run.start().until_ended().message)
+
+
+def test_the_largest_micro_batch_is_tried_first_if_memory_is_scarce_and_changes_no_result(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    step = stepping.AdaptingTrainer._adapted_step
+
+    def counted(self: Any, model: Any, inputs: Any, count: Any) -> Any:
+        tokens.append(int(inputs["attention_mask"].sum()))
+        return step(self, model, inputs, count)
+
+    monkeypatch.setattr(stepping.AdaptingTrainer, "_adapted_step", counted)
+    options = {"max_steps": 3, "lora_dropout": 0.2, "batch_size": 2}
+    roomy = TinyRun(tiny_model, tmp_path / "roomy", **options).trained()
+    assert len(tokens) == 3
+    monkeypatch.setattr(planning, "_SCARCE_SHARE", 0)
+    scarce = TinyRun(tiny_model, tmp_path / "scarce", **options).trained()
+    assert len(tokens) == 3 + 4
+    assert tokens[3] >= max(tokens)
+    assert scarce.losses() == roomy.losses()
+    assert scarce.adapter_bytes() == roomy.adapter_bytes()
+    accuracies = [[event["token_accuracy"] for event in run.events("step")] for run in (roomy, scarce)]
+    assert accuracies[0] == accuracies[1]

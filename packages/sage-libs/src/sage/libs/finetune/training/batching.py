@@ -6,7 +6,6 @@ For SAGE's attention, the samples are packed into one sequence. Otherwise, they 
 import bisect
 import heapq
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,13 +129,13 @@ class Packs(Sequence[Pack]):
         return tuple(self._samples[index] for index in ((at,) if self._groups is None else self._groups[at]))
 
 
-def largest_batch(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, micro_batch: int) -> Counter[int]:
-    """Return the number of samples for each number of tokens, for the largest possible micro-batch.
+def largest_packs(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, micro_batch: int) -> list[int]:
+    """Return the indexes of the packs in the largest possible micro-batch.
 
     groups: sample indexes of each pack; None: one sample per pack.  micro_batch: number of packs per micro-batch.
     """
-    packs = [[length] for length in lengths] if groups is None else [[lengths[index] for index in group] for group in groups]
-    return Counter(length for pack in heapq.nlargest(micro_batch, packs, key=sum) for length in pack)
+    sums = lengths if groups is None else [sum(lengths[index] for index in group) for group in groups]
+    return heapq.nlargest(micro_batch, range(len(sums)), key=sums.__getitem__)
 
 
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:

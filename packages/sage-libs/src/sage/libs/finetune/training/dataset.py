@@ -1,6 +1,7 @@
 """Third phase of a run: read, split, mix and pack the data."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from sage.libs.finetune.data.mixing import Mixture, repeated_by_weight
 from sage.libs.finetune.data.store import StoredSamples, load_or_tokenize
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder
 from sage.libs.finetune.run.estimate import batch_limit
-from sage.libs.finetune.training.batching import Packs, largest_batch, pack
+from sage.libs.finetune.training.batching import Packs, largest_packs, pack
 from sage.libs.finetune.training.reporting import Reporter
 from sage.libs.finetune.training.stopping import StopRequested
 from sage.libs.finetune.training.streaming import StreamedPacks
@@ -29,6 +30,7 @@ class TrainingData:
     heldout: Sequence[Encoded]
     micro_batch: int  #: number of packs per micro-batch
     largest_batch: Mapping[int, int]  #: the largest micro-batch: number of samples for each number of tokens
+    largest_packs: Sequence[int] = ()  #: indexes of the packs in the largest micro-batch; empty if they are not known
 
 
 def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:
@@ -49,8 +51,10 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
         train, heldout = _split(config, reader)
         lengths = train.lengths()
         groups = pack(lengths, config.pack_tokens, config.seed) if config.pack_tokens else None
-        largest = largest_batch(lengths, groups, micro_batch)
-        return TrainingData(Packs(train, groups), len(train), heldout, micro_batch, largest)
+        largest = largest_packs(lengths, groups, micro_batch)
+        samples = (index for at in largest for index in ([at] if groups is None else groups[at]))
+        in_largest = Counter(lengths[index] for index in samples)
+        return TrainingData(Packs(train, groups), len(train), heldout, micro_batch, in_largest, largest)
     except StopRequested:  # without packs, nothing is trained, and the result is the unchanged model
         return TrainingData(Packs([]), 0, heldout, micro_batch, limit)
 

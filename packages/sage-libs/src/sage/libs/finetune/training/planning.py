@@ -24,6 +24,9 @@ from sage.libs.models.architecture import read_architecture
 #: Main memory that libraries allocate after this phase, until the end of the first step. Measured with torch 2.9 on Linux.
 LATER_BYTES = 60_000_000
 
+#: If a run needs a larger share of the available memory, its largest micro-batch is tried before the first step.
+_SCARCE_SHARE = 0.5
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -51,6 +54,10 @@ class MemoryPlan:
     def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:
         """Return the memory that the run needs."""
         return self.needs.at(largest_batch or {0: 1})
+
+    def is_scarce(self, largest_batch: Mapping[int, int]) -> bool:
+        """Return whether the run needs so much of the available memory that an estimate may be too low."""
+        return self.estimate(largest_batch).total_bytes > _SCARCE_SHARE * self.available_bytes
 
     def describe(self, largest_batch: Mapping[int, int]) -> str:
         """Return a message with the needed and the available memory, and with the batch that fits, if not all do."""

@@ -17,7 +17,7 @@ from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_t
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
 from sage.libs.finetune.training.base import open_base
-from sage.libs.finetune.training.batching import Packs
+from sage.libs.finetune.training.batching import Batch, Packs
 from sage.libs.finetune.training.callbacks import RunCallback
 from sage.libs.finetune.training.dataset import TrainingData, load_data
 from sage.libs.finetune.training.export import export_result
@@ -70,19 +70,22 @@ class TrainingRun:
         )  # fmt: skip
         self.loaded = load_model(self.base, config, chosen, self._installer())
         self.loss = self.loaded.new_loss()
-        self.estimated_bytes = self._report_estimate(plan) if plan else None
+        self.estimated_bytes: int | None = None
+        self.is_scarce = False
+        if plan:
+            self.estimated_bytes, self.is_scarce = self._report_estimate(plan)
         if self.base.adapter:
             self.report.progress(
                 f"the adapter in {self.base.adapter} is trained further, with its own rank, scaling and modules"
             )
 
-    def _report_estimate(self, plan: MemoryPlan) -> int:
-        """Report the estimated memory and return it in bytes."""
+    def _report_estimate(self, plan: MemoryPlan) -> tuple[int, bool]:
+        """Report the estimated memory; return it in bytes, and whether memory is scarce."""
         plan = plan.loaded_as(self.loaded.precision, has_kernels=self.loaded.kernels is not None)
         needed_bytes = plan.estimate(self.data.largest_batch).total_bytes
         report = self.report.progress if needed_bytes <= plan.available_bytes else self.report.warn
         report(plan.describe(self.data.largest_batch))
-        return needed_bytes
+        return needed_bytes, plan.is_scarce(self.data.largest_batch)
 
     def _load_data(self) -> TrainingData:
         config = self.config
@@ -160,6 +163,7 @@ class TrainingRun:
             halvings=status.halvings,
             checkpointing="on" if status.activation_checkpointing else config.gradient_checkpointing,
             on_adapted=self.report.adapted,
+            rehearsal=self._largest_batch if self.is_scarce and self.data.largest_packs else None,
             model=self.loaded.model,
             args=arguments,
             train_dataset=self.data.packs,
@@ -171,6 +175,9 @@ class TrainingRun:
                 None,
             ),
         )
+
+    def _largest_batch(self) -> Batch:
+        return self.loaded.collator([self.data.packs[index] for index in self.data.largest_packs])
 
     def _arguments(self) -> dict[str, Any]:
         """Return the arguments that are the same for every Trainer."""
