@@ -20,9 +20,10 @@ _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
 #: Number of tokens whose logits SAGE's training step has in memory, and number of copies: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc as a share of the activations and logits: for short samples, and for samples that attention
-#: splits into blocks of different sizes. Measured; benchmarks/results/estimates.md compares estimates with measured peaks.
-_GAPS, _LONG_GAPS = 0.12, 0.27
+#: Gaps in the heap of glibc as a share of the activations and logits: for short samples; for samples that attention splits
+#: into blocks of different sizes; and if saved values in bf16 are computed in fp32. Measured, as in
+#: benchmarks/results/estimates.md.
+_GAPS, _LONG_GAPS, _MIXED_GAPS = 0.12, 0.27, 0.47
 #: Copies of all logits in the training step of transformers: the logits, those of trained tokens, their logarithms, and two
 #: gradients. They are in fp32.
 _PLAIN_LOSS_COPIES = 5
@@ -105,7 +106,7 @@ class TrainingMemory:
             gradient_bytes=accumulated_bytes + max(0, gradient_bytes - in_step_bytes),
             activation_bytes=activation_bytes,
             loss_bytes=temporary_bytes,
-            heap_bytes=int((activation_bytes + temporary_bytes) * (_LONG_GAPS if max(lengths) > BLOCK_TOKENS else _GAPS)),
+            heap_bytes=int((activation_bytes + temporary_bytes) * self._gaps(max(lengths))),
         )
         # While the model is loaded, the file's pages are in memory together with the weights, which are not quantized yet.
         # bitsandbytes quantizes each weight when it is loaded.
@@ -133,6 +134,11 @@ class TrainingMemory:
 
     def _fits(self, available_bytes: int, length: int, samples: int) -> bool:
         return samples <= _MOST_SAMPLES and self.at({length: samples}).total_bytes <= available_bytes
+
+    def _gaps(self, longest: int) -> float:
+        if self.formats.bf16 != self.formats.bf16_products:
+            return _MIXED_GAPS
+        return _LONG_GAPS if longest > BLOCK_TOKENS else _GAPS
 
     @property
     def _is_full(self) -> bool:
