@@ -43,7 +43,8 @@ def estimate_lines(estimate: EstimateView) -> list[str]:
         f"{size(device.memory_total_bytes)}"
         for device in estimate.devices
     ]
-    lines.append(f"The engine {'fits' if estimate.fits else 'does not fit'}; it can work with {size(estimate.least_bytes)}.")
+    verb = "fits" if estimate.fits else "does not fit"
+    lines.append(f"With the backend {estimate.backend}, the engine {verb}; it needs at least {size(estimate.least_bytes)}.")
     if estimate.fitting_samples is not None:
         lines.append(f"The largest micro-batch that fits has {estimate.fitting_samples:,} samples of the maximum length.")
     if estimate.training_seconds is not None:

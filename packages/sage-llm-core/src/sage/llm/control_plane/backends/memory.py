@@ -46,7 +46,6 @@ class ServingEstimate:
     weights_bytes: int  #: the base model, in its precision in memory
     adapters_bytes: int  #: adapters that are not merged into the base
     cache_bytes: int  #: keys and values
-    loading_bytes: int = 0  #: additional memory while the model is loaded, if that is the peak
 
     @property
     def total_bytes(self) -> int:
