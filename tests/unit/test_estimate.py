@@ -99,6 +99,7 @@ def test_gradient_checkpointing_and_accumulation_change_the_peak(model: Path) ->
 def test_only_the_chosen_modules_are_trained(model: Path) -> None:
     assert needs(model, target_modules=["up_proj"]).at([1]).adapter_bytes == 4 * 2 * ENDS // 2
     assert needs(model, exclude_modules=["up_proj"]).at([1]).adapter_bytes == 4 * 2 * ENDS // 2
+    assert needs(model, target_modules="(.+)+up_proj!").at([1]).adapter_bytes == 4 * 2 * ENDS  # a slow pattern
     saved = needs(model, modules_to_save=["embed_tokens"]).at([1])
     assert saved.adapter_bytes == 4 * (2 * ENDS + 800)
 

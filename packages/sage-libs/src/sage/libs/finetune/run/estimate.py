@@ -1,7 +1,6 @@
 """Estimate the memory of a run from the sizes of the model; does not import torch."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -189,13 +188,14 @@ class TrainingMemory:
         return adapted + sum(saved_modules)
 
     def _adapted(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the matrices that get an adapter."""
+        """Return the shapes of the matrices that get an adapter; if they are chosen by a pattern, of all linear layers."""
         targets, excluded = self.config.target_modules, self.config.exclude_modules
-        if targets == "all-linear":
+        if isinstance(targets, str):  # a pattern is not evaluated, because some patterns take very long
             chosen = dict(self.sizes.layer_matrices)
         else:
             chosen = {name: shape for name, shape in self.sizes.matrices.items() if _matches(name, targets)}
-        return {name: shape for name, shape in chosen.items() if not (excluded and _matches(name, excluded))}
+        names = excluded if isinstance(excluded, list) else []
+        return {name: shape for name, shape in chosen.items() if not _matches(name, names)}
 
     def _stacked_values(self) -> int:
         """Return the number of values in the copies of the adapters that SAGE's training step saves.
@@ -255,8 +255,6 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def _matches(name: str, modules: str | Sequence[str]) -> bool:
-    """Return whether PEFT would select a module: by a pattern for the whole name, or by the end of the name."""
-    if isinstance(modules, str):
-        return name.endswith(f".{modules}") or bool(re.fullmatch(modules, name))
+def _matches(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a module has one of these names, or a name that ends with one of them, as in PEFT."""
     return any(name == module or name.endswith(f".{module}") for module in modules)

@@ -3,6 +3,8 @@
 import contextlib
 import heapq
 import importlib.util
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +35,14 @@ def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
 
     root: folder of the run directories.
     """
+    wanted = config.model_dump(mode="json", include=set(_DECISIVE))
     for run in _newest(root):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged run, or a run of a later version
-            spec, status = run.read_spec().config, read_status(run)
-            if status.bf16 is not None and all(getattr(spec, name) == getattr(config, name) for name in _DECISIVE):
+            found = json.loads(run.spec_path.read_bytes())["config"]
+            if any(found[name] != value for name, value in wanted.items()):
+                continue
+            status = read_status(run)
+            if status.bf16 is not None:
                 bits = None if config.quantization in (None, "none") else int(config.quantization[0])
                 formats = Formats(status.bf16, bool(status.bf16_products), bits, bool(status.int8_products))
                 return EarlierRun(formats, status.metrics.tokens_per_second)
@@ -76,8 +82,9 @@ def _tokens(config: FinetuneConfig) -> float | None:
 
 
 def _newest(root: Path) -> Iterator[RunDirectory]:
-    begun: list[tuple[float, Path]] = []
-    for spec in root.glob("*/spec.json"):
-        with contextlib.suppress(OSError):  # the run was removed in the meantime
-            begun.append((spec.stat().st_mtime, spec.parent))
-    yield from (RunDirectory(path) for _, path in heapq.nlargest(_SEARCHED_RUNS, begun))
+    """Yield the runs that were changed last."""
+    if not root.is_dir():
+        return
+    with os.scandir(root) as entries:
+        changed = [(entry.stat().st_mtime, entry.path) for entry in entries if entry.is_dir()]
+    yield from (RunDirectory(Path(path)) for _, path in heapq.nlargest(_SEARCHED_RUNS, changed))
