@@ -29,7 +29,7 @@ _PROMPT_HINT = "Add a prompt, or begin both answers with the same messages."
 
 
 def parser_of(method: Method) -> Callable[[Any], Parsed]:
-    """Return the function that parses records for a training method; the function raises RecordError."""
+    """Return the function that parses records for a training method, and raises RecordError for invalid records."""
     match method:
         case "sft":
             return parse_record
@@ -110,7 +110,7 @@ def _require(record: Record, method: Method, *fields: str) -> None:
 
 
 def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return how many messages at the beginning of two answers are equal, without the last message of each answer."""
+    """Return the number of equal messages at the beginning of two answers; the last messages are not counted."""
     alike = 0
     while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
         alike += 1

@@ -39,7 +39,7 @@ def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> 
     if asked:
         raise RecordError(
             f"{where}[0] is a {asked[0]['role']} message that differs from the prompt.",
-            f"Change the message to the prompt, or remove it from {where}.",
+            f"Replace this message by the prompt, or remove the message from {where}.",
         )
     return prompt, spoken
 
