@@ -1,7 +1,7 @@
 """Install the kernels in a model if its structure is supported.
 
 Each kernel replaces the `forward` of one module instance; modules, parameters and their names stay the same. Then the new
-logits are compared with the logits of the original model. If they differ too much, all kernels are removed again.
+logits are compared with the logits of the original model. If the difference is too large, all kernels are removed again.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ AttentionInterface.register(attention.NAME, attention.attention_interface)
 
 
 class Kernels:
-    """The kernels installed in a model. The model accepts packed samples, and its `logits` are the last hidden states."""
+    """The kernels installed in a model, which then accepts packed samples and returns the last hidden states as `logits`."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
         """Install the kernels without comparing the logits; the function `install` also compares them."""
@@ -133,7 +133,7 @@ def _unsupported_reason(model: PreTrainedModel) -> str:
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
-    """Return the logits of two random samples, (tokens, vocab); packed if `kernels` is given, else one by one."""
+    """Return the logits of two random samples, (tokens, vocab). If `kernels` is given, the samples are packed."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]
     samples = [torch.randint(vocab, (1, n), generator=generator).to(model.device) for n in _PROBE_LENGTHS]

@@ -49,7 +49,7 @@ class Checkpoint:
             ) from error
 
     def verify(self) -> None:
-        """Raise RunError if a file is missing or its checksum differs from the manifest."""
+        """Raise RunError if a file is missing, or has another checksum than in the manifest."""
         try:
             manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
             for name, expected in manifest["files_sha256"].items():
@@ -79,7 +79,7 @@ class Checkpoint:
     def check_can_continue(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
         """Raise ConfigError if a run with this config and data would not have the same result as the checkpoint's run.
 
-        It also raises ConfigError if no steps are left to train.  base: returns the folder of a base model, given its name.
+        ConfigError is also raised if no step is left to train.  base: returns the folder of a base model, given its name.
         """
         origin = self._origin()
         found, wanted = origin.config, config
@@ -114,7 +114,7 @@ class Checkpoint:
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
     """Write checksums into the folder `written`, sync it, and rename it to `checkpoint-<step>` in the run's directory.
 
-    If an intact checkpoint of this step exists already, it is kept, because its content is the same.
+    If an intact checkpoint of this step exists already, the existing checkpoint is kept, because both have the same content.
     """
     files = {str(f.relative_to(written)): _sha256(f) for f in sorted(written.rglob("*")) if f.is_file()}
     (written / _MANIFEST).write_text(json.dumps({"step": step, "files_sha256": files}, indent=1), encoding="utf-8")
@@ -140,7 +140,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint or None, and the problems of newer ones. Damaged checkpoints are renamed."""
+    """Return the newest intact checkpoint or None, and the problems of newer checkpoints; damaged ones are renamed."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):
@@ -151,7 +151,7 @@ def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collection[int] = ()) -> list[str]:
-    """Keep the `keep` newest intact checkpoints and the best one; remove older ones. Return the problems of damaged ones.
+    """Remove old checkpoints, but keep the `keep` newest intact ones and the best one; return the problems of damaged ones.
 
     trusted: steps of checkpoints that this process has written or verified.
     """
