@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     try:
         private_folder(run.path)
         run.clear_staging()
-        run.take_checkpoint_request()  # discard a request that an earlier process did not handle
+        run.take_checkpoint_request()  # discard a checkpoint request that an earlier process did not handle
         run.reserve_space()
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
@@ -90,7 +90,7 @@ def _follow(run: RunDirectory) -> int:
 
 
 def _fail(run: RunDirectory, error: Exception) -> None:
-    """Report why a run has failed, if no other process of the run has reported a failure."""
+    """Report why a run has failed, unless another process of the run has already reported a failure."""
     logger.error("%s", "".join(traceback.format_exception(error)))
     run.release_space()
     if read_status(run).state is not RunState.FAILED:
@@ -118,14 +118,14 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
     if _is_full(error, run.path):
         return RunError(
             code="disk_full",
-            message=f"The disk of {_fullest(run)} is full, so the run could not save. Earlier checkpoints are intact.",
+            message=f"The disk of {_fullest(run)} is full: the run could not save files. Earlier checkpoints are intact.",
             hint="Free some space, then `resume` the run.",
         )
     if is_out_of_memory(error):
         return RunError(
             code="out_of_memory",
             message=f"Out of memory: {_first_line(error)}",
-            hint="Start again with a smaller --batch-size or --max-seq-length.",
+            hint="Start a new run with a smaller --batch-size or --max-seq-length.",
         )
     if isinstance(error, OSError) and error.filename:
         return RunError(

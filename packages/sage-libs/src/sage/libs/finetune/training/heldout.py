@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class HeldOut:
-    """Measures the held-out loss. Losses that earlier processes of the run have measured are read from the run's events."""
+    """Measures the held-out loss. Losses measured by earlier processes of the run are read from the events of the run."""
 
     def __init__(
         self,
