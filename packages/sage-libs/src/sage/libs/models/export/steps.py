@@ -20,7 +20,7 @@ def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], No
     text: standard input of the step.  while_running: called regularly until the step ends.
     Raises the SageError that the step printed, or ModelError with the last line of the step's log.
     """
-    # Block SIGINT and SIGTERM until the step can be killed; otherwise, an interruption could leave it running. The step
+    # Block SIGINT and SIGTERM until the step can be killed. Otherwise, a signal could end only this process. The step
     # inherits the blocked signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
