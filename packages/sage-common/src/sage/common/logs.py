@@ -108,7 +108,7 @@ class LogFile:
     @contextlib.contextmanager
     def _locked(self, operation: int) -> Iterator[None]:
         """Lock the log: shared for readers, exclusive for a cut, so that no reader sees a partial cut."""
-        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS requires a file opened for writing for an exclusive lock
+        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # on NFS, an exclusive lock needs a writable file
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):
                 fcntl.flock(stack.enter_context(self.path.open(mode)), operation)

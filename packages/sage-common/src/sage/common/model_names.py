@@ -1,4 +1,4 @@
-"""Tell whether the name of a model is a path. To start fast, this module imports no library that loads models."""
+"""Decide whether the name of a model is a path. This module starts fast: it does not import libraries that load models."""
 
 from pathlib import Path
 
