@@ -29,7 +29,7 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     base_model: str = Field(
-        min_length=1, description="Model to train: folder, name in the models folder, or hub id. It may be an adapter."
+        min_length=1, description="Model or adapter to train: folder, name in the models folder, or hub id."
     )
     dataset_path: str | list[str] = Field(
         min_length=1,
@@ -93,7 +93,7 @@ class FinetuneConfig(BaseModel):
     max_seq_length: int = Field(
         512, ge=8, le=1_048_576, description="Maximum tokens per sample; longer samples are truncated."
     )
-    allow_warnings: bool = Field(False, description="Train even if the dataset check reports warnings.")
+    allow_warnings: bool = Field(False, description="Train even if the check of the dataset reports warnings.")
     streaming: bool = Field(False, description="Tokenize the samples during the training instead of before.")
     eval_path: str | None = Field(
         None,
@@ -120,7 +120,7 @@ class FinetuneConfig(BaseModel):
         "auto", description="Recompute activations instead of storing them; auto: only if memory is insufficient."
     )
     use_8bit: bool = Field(
-        True, description="Quantize the base model to 8 bits. On a CPU, this is done only if it makes the training faster."
+        True, description="Quantize the base model to 8 bits. On a CPU, do this only if 8 bits make the training faster."
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
         None, description="Quantization of the frozen base model, if bitsandbytes supports the device; overrides use_8bit."

@@ -1,4 +1,4 @@
-"""Convert samples to tokens with a model's chat template, to check or show them without training."""
+"""Convert samples to tokens with a model's chat template, to check or show the samples without training."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

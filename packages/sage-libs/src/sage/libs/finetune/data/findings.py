@@ -52,11 +52,11 @@ _MEANING: dict[Code, tuple[Severity, str, str]] = {
     Code.DOUBLE_BOS: (_W, "the sequence begins with two BOS tokens", "Remove BOS from the text."),
     Code.FLAG_IGNORED: (_W, "a field that looks like a weight or flag is ignored", 'Use "weight": 0 to exclude a turn.'),
     Code.FIELD_IGNORED: (_N, "fields are ignored", ""),
-    Code.NOTHING_TRAINED: (_N, "the sample has no tokens to train on, so it is omitted", ""),
+    Code.NOTHING_TRAINED: (_N, "the sample is omitted, because it has no tokens to train on", ""),
     Code.END_NOT_CONFIGURED: (
         _N,
         "the model's generation_config.json does not list the token that ends answers",
-        "SAGE stops at this token; other servers may not.",
+        "SAGE stops at this token, but other servers possibly do not.",
     ),
 }
 

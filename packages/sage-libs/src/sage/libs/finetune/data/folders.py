@@ -194,7 +194,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def _card(folder: Path) -> dict[str, Any]:
-    """Return the YAML header of a hub repository's README.md, or {} if it is missing or invalid."""
+    """Return the YAML header of a hub repository's README.md, or {} if the header is missing or invalid."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         head = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") and text.count("---") > 1 else None

@@ -1,4 +1,4 @@
-"""Detect the format of a record from its fields, and convert it to a chat or a text.
+"""Detect the format of a record from its fields, and convert the record to a chat or a text.
 
 A format has two functions, `matches` and `parse`. To add a format, write both functions and add an entry to `FORMATS`.
 """

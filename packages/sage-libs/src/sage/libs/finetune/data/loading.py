@@ -18,7 +18,7 @@ from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unus
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-#: Maximum size of a CSV cell and of a .jsonl line in bytes. A cell or line may contain a whole conversation.
+#: Maximum size of a CSV cell and of a .jsonl line in bytes. A cell or line can contain a whole conversation.
 _CSV_FIELD_BYTES = 64 * 2**20
 _LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024

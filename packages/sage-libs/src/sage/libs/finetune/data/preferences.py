@@ -22,7 +22,7 @@ from sage.libs.finetune.data.values import RecordError, check_encodable, kind_of
 Row = dict[str, Any]
 #: Training method: supervised fine-tuning, or one of TRL's methods.
 Method = Literal["sft", "dpo", "orpo", "kto", "grpo"]
-#: Fields that contain a whole conversation, which may include the answer, as in LLaMA-Factory.
+#: Fields that contain a whole conversation, with or without the answer, as in LLaMA-Factory.
 _CONVERSATIONS = ("conversations", "messages")
 _ASKED = ("instruction", "input", "history")
 _PROMPT_HINT = "Add a prompt, or begin both answers with the same messages."
@@ -61,7 +61,7 @@ def _pair(record: Record, method: Method, *tools: str) -> Parsed:
     row: Row = {"prompt": context, **{name: _answer(answer[shared:], name) for name, answer in answers.items()}}
     if row["chosen"] == row["rejected"]:
         raise RecordError("'chosen' and 'rejected' are equal, so there is nothing to learn.")
-    # `messages` is listed as used, because records with a prompt may repeat prompt and chosen answer in `messages`.
+    # `messages` is listed as used, because some records with a prompt repeat the prompt and the chosen answer in `messages`.
     return _parsed("preference_pair", row, record, ("chosen", "rejected", "messages", *fields), tools)
 
 
@@ -96,7 +96,7 @@ def _prompt(record: Record) -> Parsed:
 
 
 def _prompt_of_pair(record: Record) -> tuple[list[Message], tuple[str, ...]]:
-    """Return the messages before the answer ([] if there are none), and the names of the fields that contain them."""
+    """Return the messages before the answer ([] if there are none), and the names of the fields with these messages."""
     if "prompt" in record:
         return behind_system(prompt_of(record["prompt"], "prompt"), record, "prompt").messages, ("prompt", "system")
     if field := next((name for name in _CONVERSATIONS if name in record), None):

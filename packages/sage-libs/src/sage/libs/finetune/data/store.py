@@ -1,4 +1,4 @@
-"""Tokenized datasets on disk. Samples are read one by one, so that the memory use does not grow with the dataset.
+"""Tokenized datasets on disk. Samples are read one by one, so that the needed memory does not depend on the dataset's size.
 
 tokens.bin   token ids of all samples, concatenated, as 32-bit integers; an untrained token t is stored as -1 - t
 bounds.bin   index of the first token of each sample, followed by the total number of tokens, as 64-bit integers
@@ -95,9 +95,9 @@ class StoredSamples(Sequence[Encoded]):
 
 
 def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split = "train") -> StoredSamples:
-    """Return the tokenized dataset from the cache; if it is not in the cache, tokenize the dataset first.
+    """Return the tokenized dataset from the cache; tokenize the dataset first if the cache does not contain the result.
 
-    Raises DatasetError if the dataset has faults, has nothing to train on, or changes while it is read.
+    Raises DatasetError if the dataset has faults, has nothing to train on, or changes during reading.
     """
     root = get_user_paths().cache_dir / "tokenized"
     if skipped := select_files(path, split).skipped:
@@ -123,7 +123,7 @@ def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, spli
             found = _publish(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another process may remove the folder; open files stay readable
+    with contextlib.suppress(OSError):  # if another process has removed the folder; open files stay readable
         os.utime(folder)
     return found
 

@@ -40,7 +40,7 @@ class Encoded:
 
     @property
     def trained_tokens(self) -> int:
-        """Number of tokens that the loss covers. The first token is not counted, because it is never predicted."""
+        """Number of tokens that the loss covers. The first token is not counted, because the model never predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -88,7 +88,7 @@ class Encoder:
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
-        """Return all values, besides the samples, that influence the sequences; they are part of the cache key."""
+        """Return all values, besides the samples, that influence the sequences, for the cache key."""
         vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 

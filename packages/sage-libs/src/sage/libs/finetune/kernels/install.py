@@ -109,7 +109,7 @@ def install(
     except (RuntimeError, ValueError, TypeError) as error:
         kernels.uninstall()
         return None, f"fallback: unsupported module structure in {type(model).__name__} ({str(error).splitlines()[0]})"
-    # A quantized base gets the larger tolerance, because it rounds its inputs, and rounding can enlarge a tiny difference.
+    # A quantized base gets the larger tolerance, because rounding of the inputs can enlarge a tiny difference.
     if not difference < _TOLERANCE[torch.bfloat16 if getattr(model, "is_quantized", False) else before.dtype]:
         kernels.uninstall()
         return None, f"fallback: outputs of {type(model).__name__} differ by {difference:.1%}"

@@ -18,9 +18,9 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
-#: Error codes for a file that is missing or permanently unreadable. After other errors, the checkpoint may be intact.
+#: Error codes for a file that is missing or permanently unreadable. After other errors, the checkpoint can be intact.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that may differ when a run continues from a checkpoint. A difference in any other option changes the result.
+#: Options that are allowed to differ if a run continues from another run's checkpoint. Others change the result.
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
@@ -70,7 +70,7 @@ class Checkpoint:
             raise _damaged(f"{self.path}/trainer_state.json is not readable.") from error
 
     def set_aside(self) -> None:
-        """Rename a damaged checkpoint, so that it is no longer listed as a checkpoint."""
+        """Rename a damaged checkpoint, so that `list_checkpoints` no longer returns it."""
         target = self.path.with_name(_DAMAGED + self.path.name)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self.path, target)
@@ -112,7 +112,7 @@ class Checkpoint:
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Write checksums into the folder `written`, sync it, and rename it to `checkpoint-<step>` in the run's directory.
+    """Add checksums to the folder `written`, sync it, and rename the folder to `checkpoint-<step>` in the run's directory.
 
     If an intact checkpoint of this step exists already, the existing checkpoint is kept, because both have the same content.
     """
@@ -168,7 +168,7 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
 
 
 def _problem(checkpoint: Checkpoint) -> str:
-    """Verify a checkpoint; return "" if it is intact, else rename it and return the problem."""
+    """Verify a checkpoint. If it is intact, return ""; if it is damaged, rename it and return the problem."""
     try:
         checkpoint.verify()
     except RunError as error:

@@ -115,7 +115,7 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
 
 
 class Packs(Sequence[Pack]):
-    """Samples grouped into packs. A sample is read from disk when it is accessed."""
+    """Samples grouped into packs. Each access to a sample reads it from disk."""
 
     def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
         """groups: indexes of the samples of each pack; None: one sample per pack."""

@@ -30,7 +30,7 @@ class HeldOut:
     ) -> None:
         """Read earlier measurements from the run's events.
 
-        samples: may be empty.  check: called before each batch; if it raises an exception, the measurement ends.
+        samples: the held-out samples, or [].  check: called before each batch; an exception ends the measurement.
         eval_steps: steps between two measurements; None: measure only before and after training.
         patience: number of measurements without improvement after which the run ends; None: no early stopping.
         """

@@ -37,7 +37,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
         # Copy the weights out of the memory-mapped file, because the mapped pages count as memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # Prevent bitsandbytes from repacking 4-bit weights in evaluation mode: it does not restore them for training.
+        # Prevent bitsandbytes from repacking 4-bit weights for evaluation: it would not restore these weights for training.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -80,7 +80,7 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     for file in checkpoint.glob("model*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)  # not strict: each file may contain only a part of the weights
+        model.load_state_dict(load_file(file), strict=False)  # not strict: the weights can be split over several files
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:

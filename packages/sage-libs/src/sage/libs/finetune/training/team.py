@@ -57,7 +57,7 @@ class Team:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Send the main process's value to every process, and return it. Every process must call this method."""
+        """Send the main process's value to every process, and return this value. Every process must call this method."""
         if self.size == 1:
             return value
         values = [value]

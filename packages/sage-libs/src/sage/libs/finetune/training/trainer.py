@@ -102,7 +102,7 @@ class TrainingRun:
         try:
             self._lead()
         except Exception:
-            self.team.check()  # the cause may be a failure of another process
+            self.team.check()  # the failure of another process is possibly the cause
             raise
         finally:
             self.team.close()
