@@ -103,7 +103,7 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
     found = fingerprint(Path(base.name_or_path))
     if _trained_base(folder, found) != found:
         logger.warning(
-            "The adapter in %s was trained on a base model other than %s, so its answers may be wrong.",
+            "The adapter in %s was trained on a base model other than %s, so answers with the adapter are possibly wrong.",
             folder, base.name_or_path,
         )  # fmt: skip
 

@@ -60,7 +60,7 @@ def copies_bytes() -> int:
 
 @contextlib.contextmanager
 def _unused(use: Path) -> Iterator[bool]:
-    """Yield whether a copy is unused. If it is unused, no other process can begin to use it during the `with` block."""
+    """Yield whether a copy is unused. If the copy is unused, no process can begin to use it during the `with` block."""
     with use.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
