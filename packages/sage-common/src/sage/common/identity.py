@@ -37,7 +37,7 @@ class ProcessIdentity:
 
     @classmethod
     def unknown(cls) -> "ProcessIdentity":
-        """Return the identity of a process that is alive but has an unknown PID; no signals can be sent to it."""
+        """Return the identity for a process that is alive but has an unknown PID, so that no signals can be sent."""
         return cls(_UNKNOWN_PID, "")
 
     def is_alive(self) -> bool:
@@ -46,7 +46,7 @@ class ProcessIdentity:
         return found is not None and found.started == self.started and not found.is_zombie
 
     def process(self) -> psutil.Process | None:
-        """Return the process, or None if it is gone or its PID was reused."""
+        """Return the process, or None if the process is gone, even if another process has the same PID now."""
         with contextlib.suppress(psutil.Error):
             return psutil.Process(self.pid) if self.is_alive() else None
         return None

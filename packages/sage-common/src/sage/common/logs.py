@@ -50,7 +50,7 @@ class LogFile:
         self.path = path
 
     def cut(self, limit_bytes: int) -> bool:
-        """Cut the file if it is longer than `limit_bytes`, and return whether it was cut.
+        """Cut the file if it is longer than `limit_bytes`; return whether the file was cut.
 
         The last `limit_bytes` bytes are moved to the second file, and the log file is truncated. The writing process has the
         log file open for appending, so its next write starts at the beginning of the empty file.

@@ -1,4 +1,4 @@
-"""Decide whether the name of a model is a path. This module starts fast: it does not import libraries that load models."""
+"""Decide whether the name of a model is a path. To start fast, this module does not import model libraries."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Start and find detached processes. Each process holds a file lock, which SAGE uses to find the process later.
 
 A process is alive as long as its lock is held. The kernel releases the lock when the last process that holds it exits or is
-killed. A PID would be less reliable, because the kernel may give it to another process later. A child process inherits the
+killed. A PID would be less reliable, because another process can get the same PID later. A child process inherits the
 locked file descriptor, so its program needs no code for the lock.
 """
 
@@ -49,7 +49,7 @@ class ProcessSpec:
     lock_path: Path  #: locked as long as the process is alive
     log_path: Path  #: stdout and stderr of the process are appended to this file
     env: Mapping[str, str] = field(default_factory=dict)  #: added to the parent's environment
-    holds_sigterm: bool = False  #: whether SIGTERM is blocked at the start; it is delivered when the process can handle it
+    holds_sigterm: bool = False  #: whether SIGTERM is blocked at the start, until the process can handle this signal
     pass_fds: tuple[int, ...] = ()  #: descriptors that the process inherits, with the same numbers
     port: int | None = None  #: port to listen on (0: any free port); None: the process does not listen
 
@@ -72,7 +72,7 @@ def try_lock(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def held_lock(path: Path) -> Iterator[None]:
-    """Wait for the lock and hold it in the `with` block. Keep the block short, because other processes wait for the lock."""
+    """Wait for the lock, and hold the lock in the `with` block. Keep the block short, because other processes wait."""
     with private_file(path).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -170,8 +170,8 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
     """Search the environment variables of all processes, and return for each of these locks its process.
 
-    This is slow, but it does not need the lock files. It finds a process even if its parent crashed before it wrote the lock
-    file, or if the file was removed. If several processes have the same lock, the oldest is returned.
+    This search is slow, but it does not need the lock files. A process is found even if its parent crashed before it wrote
+    the lock file, or if the lock file was removed. If several processes have the same lock, the oldest is returned.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
     for pid in psutil.pids() if wanted else ():
@@ -183,7 +183,7 @@ def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessId
 
 
 def last_holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process whose identity is in the lock file, even if it has exited; None if no identity is found."""
+    """Return the process whose identity is in the lock file, even if the process has exited; None if there is none."""
     try:
         with lock_path.open("rb") as file:
             return _read(file.fileno())
@@ -234,7 +234,7 @@ def describe_exit(code: int | None) -> str:
 
 def _lock_of(pid: int) -> str:
     """Return the lock path in the environment of a process, or "" if the process was started without a lock."""
-    with contextlib.suppress(psutil.Error):  # do not suppress OSError, because the process may have a lock
+    with contextlib.suppress(psutil.Error):  # after an OSError, it is unknown whether the process has a lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

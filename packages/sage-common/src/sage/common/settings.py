@@ -36,7 +36,11 @@ class Settings(BaseSettings):
     engine_start_seconds: float = Field(
         300, gt=0, description="Maximum seconds from the start of an inference engine until it answers."
     )
-    stop_seconds: float = Field(20, gt=0, description="Seconds that an inference engine has to exit before it is killed.")
+    stop_seconds: float = Field(
+        20,
+        gt=0,
+        description="Seconds to wait for the exit of an inference engine that is stopped; then the engine is killed.",
+    )
     engine_unresponsive_seconds: float = Field(
         30, gt=0, description="If an engine has not answered for this number of seconds, requests to it are rejected."
     )

@@ -41,7 +41,7 @@ def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
     try:
         return reader(response)
     except (ValueError, KeyError, TypeError, IndexError) as error:  # pydantic's ValidationError is a ValueError
-        raise not_a_gateway("the answer has an unexpected form") from error
+        raise not_a_gateway("the answer has unexpected content") from error
 
 
 def raise_for_error(response: httpx.Response) -> None:

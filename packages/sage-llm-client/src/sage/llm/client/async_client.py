@@ -119,7 +119,7 @@ class AsyncSageClient:
         """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
         If the gateway restarts, each line is still returned exactly once.
-        patience_seconds: maximum time for which the gateway may be unreachable.
+        patience_seconds: maximum time to wait if the gateway is unreachable.
         """
         reader = streams.LogReader()
         async for line in self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds):

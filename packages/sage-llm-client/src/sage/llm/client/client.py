@@ -126,7 +126,7 @@ class SageClient:
         """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
         If the gateway restarts, each line is still returned exactly once.
-        patience_seconds: maximum time for which the gateway may be unreachable.
+        patience_seconds: maximum time to wait if the gateway is unreachable.
         """
         reader = streams.LogReader()
         yield from self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds)

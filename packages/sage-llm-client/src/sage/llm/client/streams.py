@@ -105,10 +105,10 @@ def _event(text: str) -> EngineEvent:
 
 
 class Patience:
-    """Decides whether to open a broken stream again, or to give up."""
+    """Decides whether to request a broken stream again, or to give up."""
 
     def __init__(self, seconds: float) -> None:
-        """seconds: maximum time for which the gateway may be unreachable."""
+        """seconds: maximum time to wait if the gateway is unreachable."""
         self._seconds = seconds
         self._lost_at: float | None = None
 

@@ -257,7 +257,7 @@ class RouteRequest(BaseModel):
     @classmethod
     def _distinct(cls, engines: list[RouteTarget]) -> list[RouteTarget]:
         if len({target.engine for target in engines}) < len(engines):
-            raise ValueError("each engine may be listed only once; its weight sets its share of the requests")
+            raise ValueError("each engine can be listed only once; the weight sets the engine's share of the requests")
         return engines
 
 
