@@ -34,7 +34,7 @@ class FinetuneConfig(BaseModel):
     dataset_path: str | list[str] = Field(
         min_length=1,
         description="One or more files (.jsonl .json .csv .parquet .arrow) or folders; "
-        "FILE=WEIGHT uses the samples of FILE WEIGHT times.",
+        "with FILE=WEIGHT, each sample of FILE is used WEIGHT times.",
     )
     output_dir: str = Field(min_length=1, description="New or empty folder for the result.")
     finetuning_type: Literal["lora", "full"] = Field(

@@ -101,7 +101,7 @@ def _event(text: str) -> EngineEvent:
     try:
         return EngineEvent.model_validate_json(text)
     except ValidationError as error:
-        raise not_a_gateway("an event has an unexpected form") from error
+        raise not_a_gateway("an event has unexpected content") from error
 
 
 class Patience:
@@ -146,7 +146,7 @@ class ChatReader:
             choices = content["choices"]
             return str(choices[0]["delta"].get("content") or "") if choices else ""
         except (KeyError, TypeError, AttributeError, IndexError) as problem:
-            raise not_a_gateway(f"a part of the answer has an unexpected form: {json.dumps(sorted(content))}") from problem
+            raise not_a_gateway(f"a part of the answer has unexpected content: {json.dumps(sorted(content))}") from problem
 
     def finish(self) -> None:
         """Raise EngineError if the answer is incomplete."""

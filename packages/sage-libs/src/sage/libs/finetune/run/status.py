@@ -50,7 +50,7 @@ class RunStatus:
     heldout_loss_before: float | None = None
     heldout_loss: float | None = None
     code: str | None = None
-    message: str | None = None  #: reason of the failure, or current activity
+    message: str | None = None  #: reason for the failure, or current activity
     hint: str | None = None
     warnings: tuple[str, ...] = ()
     base_sha256: str | None = None  #: fingerprint of the base model

@@ -1,4 +1,7 @@
-"""Save the status of a run, so that readers parse only later events. The worker saves at checkpoints and at the end."""
+"""Save the status of a run, so that readers parse only later events.
+
+The worker saves the status at each checkpoint and at the end of the run.
+"""
 
 import zlib
 from collections.abc import Iterator
