@@ -58,7 +58,7 @@ def downloaded(source: ModelSource) -> Path:
 
 
 def with_downloads(source: ModelSource) -> ModelSource:
-    """Download a model and its base model if they are only on the hub; return the location. Raises ModelError on failure."""
+    """Download a model and its base model from the hub if needed; return the location. Raises ModelError on failure."""
     missing = [part for part in (source, source.base) if part and part.kind is ModelKind.HUB]
     for part in missing:
         downloaded(part)

@@ -1,4 +1,4 @@
-"""Export a model into a new folder by running the steps in order. Does not import torch."""
+"""Export a model into a new folder by running the steps in order. This module does not import torch."""
 
 import json
 import shutil

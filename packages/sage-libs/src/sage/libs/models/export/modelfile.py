@@ -75,7 +75,7 @@ def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: b
 
 
 def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
-    """Derive the constant texts of a chat template. Raises ModelError if prompts with these texts differ.
+    """Derive the constant texts of a chat template. Raises ModelError if they do not give the template's prompts.
 
     bos: text that is removed from the beginning of rendered chats.
     """
