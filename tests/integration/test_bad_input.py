@@ -49,7 +49,7 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
         (("llm", "engine", "remove", "engine-none"), 1, "No engine 'engine-none'", "engine list"),
         (("llm", "chat", "nobody", "--message", "hi"), 1, "serves the model 'nobody'", "engine start nobody"),
         (("llm", "chat", "--message", "hi"), 1, "serves the model 'sage-default'", "engine start MODEL"),
-        (("llm", "model", "import", str(tmp_path / "none")), 1, "is not a folder", ""),
+        (("llm", "model", "import", str(tmp_path / "none")), 1, "is not a folder", "Give the folder of a model"),
         (("llm", "dataset", "check", str(tmp_path / "none.jsonl")), 1, "does not exist", "Use a .jsonl"),
         (("llm", "nonsense"), 2, "No such command 'nonsense'", ""),
     ]
