@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sage.common.errors import ModelError
+from sage.libs.models.fingerprint import version
 from sage.libs.models.originals import original
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.control_plane.backends import registry
@@ -12,21 +13,21 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 def placement(engine: EngineRecord) -> Mapping[str, Any]:
-    """Return the columns `base`, `adapter` and `form` (how the model is served, as text) of an engine.
+    """Return the columns `base`, `adapter` and `form` (how the model is served, as text), among others, of an engine.
 
     Reads files of the model. Raises ModelError.
     """
     source, backend = resolve_model(engine.model), registry.serving(engine.backend)
     if source.base is None:
         is_shared = backend.capabilities.hot_adapters and not engine.dedicated
-        return {"base": _name(source) if is_shared else None, "adapter": None, "form": "whole model"}
+        return {**_shared(source if is_shared else None), "adapter": None, "form": "whole model"}
     problem = _problem(source, source.base, engine, backend)
     if problem is None:
-        return {"base": _name(source.base), "adapter": str(source.folder.resolve()), "form": None}
+        return {**_shared(source.base), "adapter": str(source.folder.resolve()), "form": None}
     if not backend.capabilities.merges_adapters:
         message = f"The backend '{backend.name}' cannot serve the adapter {source.name}: {problem}."
         raise ModelError(code="adapter_unfit", message=message, hint="Use `--backend transformers`.", param="backend")
-    return {"base": None, "adapter": None, "form": f"merged, because {problem}"}
+    return {**_shared(None), "adapter": None, "form": f"merged, because {problem}"}
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
@@ -40,6 +41,14 @@ def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backe
     return backend.can_join(source.folder, base.folder)
 
 
-def _name(source: ModelSource) -> str:
-    """Return the name of a model; a GGUF file and its converted form have the same name."""
-    return source.name if source.kind is ModelKind.HUB else str(original(source.folder).resolve())
+def _shared(base: ModelSource | None) -> dict[str, str | None]:
+    """Return the columns `base` and `base_version`; base: the model that a shared server loads, None: not shared.
+
+    A GGUF file and its converted form are the same model.
+    """
+    if base is None:
+        return {"base": None, "base_version": None}
+    if base.kind is ModelKind.HUB:
+        return {"base": base.name, "base_version": None}
+    folder = original(base.folder).resolve()
+    return {"base": str(folder), "base_version": version(folder)}
