@@ -56,6 +56,15 @@ def test_the_form_of_an_adapter_with_a_server_of_its_own_names_the_reason(base: 
     assert placed(base, dedicated=True) == {"base": None, "adapter": None, "form": "whole model"}
 
 
+def test_the_form_of_a_quantized_model_names_the_quantization(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostingBackend, "capabilities", Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind)))
+    adapter, options = make_adapter(tmp_path / "a", base), {"quantize": "int8"}
+    assert placed(base, options=options)["form"] == "whole model, int8"
+    assert placed(adapter, options=options)["form"].startswith("merged, int8, because")
+
+
 @pytest.mark.parametrize("merges", [True, False])
 def test_a_backend_that_loads_no_adapters_merges_them_or_refuses(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merges: bool

@@ -289,6 +289,7 @@ class BackendView(BaseModel):
     formats: list[str] = Field(description="Model formats that the backend can load.")
     devices: list[str]
     hot_adapters: bool = Field(description="Adapters can be loaded and unloaded while the server runs.")
+    quantizes: list[str] = Field(default=[], description="Values of the option `quantize`, in addition to `none`.")
     sleep: bool = Field(description="The server can release its memory and allocate it again without a restart.")
     has_environment: bool = Field(description="The backend has a separate Python environment: `sage backend install NAME`.")
     is_installed: bool

@@ -65,6 +65,14 @@ class Policy(StrEnum):
     unless_stopped = "unless-stopped"
 
 
+class Quantize(StrEnum):
+    """Values of the option `quantize`."""
+
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
+
+
 @app.command("start")
 @with_training_options
 def start(
@@ -90,7 +98,7 @@ def start(
     ] = None,
     slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="llm, backend llamacpp: q8_0, q5_1, q5_0, q4_1 or q4_0; default: not quantized.")
+        Quantize | None, typer.Option(help="llm: quantize the weights: less memory, faster, less exact; default: none.")
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="llm: maximum length of an answer if the request sets none, in tokens.")
@@ -112,8 +120,8 @@ def start(
     """
     from sage.cli.starting import serve_request, start_engine
 
-    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize,
-               "max_tokens": max_tokens}  # fmt: skip
+    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots,
+               "quantize": quantize and quantize.value, "max_tokens": max_tokens}  # fmt: skip
     further = {key: int(value) if value.isdecimal() else value for key, value in map(_option, option or ())}
     options = {**{key: value for key, value in serving.items() if value is not None}, **further}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,

@@ -13,15 +13,17 @@ RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
 }
 
 
-def choose(candidates: Sequence[Backend], device: str) -> tuple[Backend, str]:
+def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this model") -> tuple[Backend, str]:
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
+
+    purpose: what only the candidates can do, as the end of a sentence.
 
     If some candidates can load adapters into a running server, the other candidates are ignored. Adapters can then share a
     server.
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:
-        which = "that loads adapters into a running server" if compared[0].capabilities.hot_adapters else "for this model"
+        which = "that loads adapters into a running server" if compared[0].capabilities.hot_adapters else purpose
         return compared[0], f"the only installed backend {which}"
     measured = saved_speeds(device)
     speeds = measured.tokens_per_second if measured else RELATIVE_SPEEDS.get(device, {})

@@ -1,6 +1,6 @@
 """Find a backend by name, or choose one for an engine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -23,11 +23,12 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, str | None]:
+def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = None) -> tuple[Backend, str | None]:
     """Return a backend that can run `model`, and the reason of an automatic choice.
 
     For `auto`, return the best installed backend; for another name, return the backend with this name and None.
 
+    quantize: the requested value of the option; the options of the backend reject an unknown value.
     Raises ConfigError if the backend is not installed, or if no backend can run the model as an engine of `kind`.
     """
     if name != "auto" and name not in BACKENDS:
@@ -36,9 +37,12 @@ def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, s
     of_kind = [backend for backend in candidates if kind in backend.capabilities.kinds]
     if not of_kind:
         raise _refused(f"The backend '{name}' does not run engines of kind {kind}.", kind)
+    purpose = "for this model"
+    if quantize in ("int8", "int4"):
+        of_kind, purpose = _quantizing(str(quantize), of_kind), f"that can quantize the model to {quantize}"
     able = [backend for backend in of_kind if model.kind in backend.capabilities.formats]
     if name == "auto" and (installed := [backend for backend in able if environments.is_installed(backend.name)]):
-        return choose(installed, environments.device())
+        return choose(installed, environments.device(), purpose)
     if able:
         if environments.environment(able[0].name):
             environments.interpreter(able[0].name)
@@ -68,6 +72,19 @@ def complete_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]
         return options
 
 
+def _quantizing(quantize: str, candidates: Sequence[Backend]) -> list[Backend]:
+    """Return the candidates that quantize to `quantize`; raises ConfigError if there are none."""
+    if found := [backend for backend in candidates if quantize in backend.capabilities.quantizes]:
+        return found
+    able = ", ".join(backend.name for backend in BACKENDS.values() if quantize in backend.capabilities.quantizes)
+    raise ConfigError(
+        code="backend_unusable",
+        message=f"{' and '.join(backend.name for backend in candidates)} cannot quantize a model to {quantize}.",
+        hint=f"Omit --quantize, or use a backend for llm engines that can quantize to {quantize}: {able}.",
+        param="quantize",
+    )
+
+
 def _refused(problem: str, kind: EngineKind) -> ConfigError:
     names = ", ".join(name for name, backend in BACKENDS.items() if kind in backend.capabilities.kinds)
     return ConfigError(
@@ -79,8 +96,8 @@ def _view(backend: Backend, environment: environments.Environment | None) -> Bac
     can = backend.capabilities
     return BackendView(
         name=backend.name, kinds=sorted(can.kinds), formats=sorted(can.formats), devices=sorted(can.devices),
-        hot_adapters=can.hot_adapters, sleep=can.sleep, has_environment=environment is not None,
-        is_installed=environments.is_installed(backend.name),
+        hot_adapters=can.hot_adapters, quantizes=sorted(can.quantizes), sleep=can.sleep,
+        has_environment=environment is not None, is_installed=environments.is_installed(backend.name),
         version=environment.version if environment else version("sage-llm-core"),
         disk_bytes=environment and environment.disk_bytes,
     )  # fmt: skip

@@ -166,7 +166,7 @@ class InferenceExecutor:
 
 def _prepare(request: StartRequest) -> Prepared:
     model = resolve_model(request.model)
-    backend, reason = registry.resolve(request.backend, request.engine_kind, model)
+    backend, reason = registry.resolve(request.backend, request.engine_kind, model, request.options.get("quantize"))
     options = validated(backend.options, request.options)
     return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)
 

@@ -16,14 +16,14 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
     source, backend = resolve_model(engine.model), registry.serving(engine.backend)
     if source.base is None:
         is_shared = backend.capabilities.hot_adapters and not engine.dedicated
-        return {"base": _name(source) if is_shared else None, "adapter": None, "form": "whole model"}
+        return {"base": _name(source) if is_shared else None, "adapter": None, "form": _form("whole model", engine)}
     problem = _problem(source, source.base, engine, backend)
     if problem is None:
         return {"base": _name(source.base), "adapter": str(source.folder.resolve()), "form": None}
     if not backend.capabilities.merges_adapters:
         message = f"The backend '{backend.name}' cannot serve {source.name} by itself: {problem}."
         raise ModelError(code="adapter_unfit", message=message, hint="Use `--backend transformers`.", param="backend")
-    return {"base": None, "adapter": None, "form": f"merged, because {problem}"}
+    return {"base": None, "adapter": None, "form": f"{_form('merged', engine)}, because {problem}"}
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
@@ -35,6 +35,12 @@ def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backe
     if base.kind is ModelKind.ADAPTER:
         return "its base is an adapter itself"
     return backend.can_join(source.folder, base.folder)
+
+
+def _form(how: str, engine: EngineRecord) -> str:
+    """Return how a model is served, with its quantization if it is quantized."""
+    quantize = engine.options.get("quantize", "none")
+    return how if quantize == "none" else f"{how}, {quantize}"
 
 
 def _name(source: ModelSource) -> str:
