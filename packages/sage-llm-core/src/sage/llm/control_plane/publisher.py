@@ -1,7 +1,6 @@
 """Publish the results of training runs: start the engine that serves a run, and load newer versions into it."""
 
 import asyncio
-import dataclasses
 import functools
 import logging
 import time
@@ -14,11 +13,11 @@ from sage.common.ids import random_suffix
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, StartRequest
 from sage.llm.control_plane.creation import new_engine
 from sage.llm.control_plane.executors.base import Executor
-from sage.llm.control_plane.executors.placement import placement
+from sage.llm.control_plane.executors.placement import like_its_base, placement
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.served_run import ServedRun
-from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerState
+from sage.llm.control_plane.store.records import EngineRecord, Lease
 from sage.llm.control_plane.store.store import StaleWrite, Store
 
 logger = logging.getLogger(__name__)
@@ -104,22 +103,15 @@ class Publisher:
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)
         engine = new_engine(engine_id, run.node, request, prepared, run.restart_policy)
+        servers = await self._pool.run(self._store.servers, engine.node)
+        engine = await asyncio.to_thread(like_its_base, engine, servers, {})
         placed = await asyncio.to_thread(placement, engine)
         if step is not None and placed["adapter"] is None:
             raise ModelError(code="adapter_unfit", message=f"No server can load its checkpoints: {placed['form']}.")
-        engine = await self._like_its_base(engine, placed["base"])
         noted = serve.published(step, engine.id).model_dump()
         added = await self._write(self._store.add, engine, serves=(run, noted), replaces=replaced)
         self._routing.apply(added, None)
         logger.info("%s: %s serves it as '%s'", run.id, added.id, added.name)
-
-    async def _like_its_base(self, engine: EngineRecord, base: str | None) -> EngineRecord:
-        """Return `engine`, with the backend and options of a server that has loaded `base`, if there is one."""
-        for server in await self._pool.run(self._store.servers, engine.node):
-            if server.shared and server.model == base and server.state is not ServerState.CLOSING:
-                options, reason = server.options or engine.options, "its base is loaded by this backend"
-                return dataclasses.replace(engine, backend=server.backend, options=options, backend_reason=reason)
-        return engine
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
         """Load a newer version into an engine. The old version stays loaded until its answers in progress have ended."""

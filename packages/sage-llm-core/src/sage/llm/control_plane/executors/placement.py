@@ -1,6 +1,7 @@
-"""Decide during the validation whether an engine can share a server."""
+"""Decide whether an engine can share a server."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sage.common.errors import ModelError
@@ -8,7 +9,7 @@ from sage.libs.models.originals import original
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.base import ServingBackend
-from sage.llm.control_plane.store.records import EngineRecord
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 
 def placement(engine: EngineRecord) -> Mapping[str, Any]:
@@ -24,6 +25,25 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
         message = f"The backend '{backend.name}' cannot serve {source.name} by itself: {problem}."
         raise ModelError(code="adapter_unfit", message=message, hint="Use `--backend transformers`.", param="backend")
     return {"base": None, "adapter": None, "form": f"{_form('merged', engine)}, because {problem}"}
+
+
+def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: Mapping[str, Any]) -> EngineRecord:
+    """Return an engine of an adapter with the backend and options of the first server that it can join.
+
+    If `auto` did not choose the backend, or if the engine can join none of the servers, return the engine unchanged.
+    given: options that the user has set; the server must have the same values. Reads files of the model. Raises ModelError.
+    """
+    base = resolve_model(engine.model).base
+    if base is None or engine.backend_reason is None or engine.requested_port:
+        return engine
+    for server in servers:
+        if server.shared and server.model == _name(base) and server.state is not ServerState.CLOSING:
+            options = registry.complete_options(server.backend, server.options or {})
+            reason = "its base is loaded by this backend"
+            like = dataclasses.replace(engine, backend=server.backend, options=options, backend_reason=reason)
+            if given.items() <= options.items() and placement(like)["adapter"]:
+                return like
+    return engine
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
