@@ -98,6 +98,10 @@ class StartRequest(BaseModel):
     restart_policy: RestartPolicy | None = Field(None, description="When the engine is restarted; default: the setting.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Notes to store with the engine.")
     dedicated: bool = Field(False, description="Run it on a server of its own; if it is an adapter, merge it into its base.")
+    merge_in_background: bool = Field(
+        False,
+        description="For an adapter: answer at once, merge it into its base meanwhile, then answer with the merged model.",
+    )
     idle_stop_minutes: float | None = Field(
         None, gt=0, le=525_600, description="Unload an inference engine after this time without requests; see `paused`."
     )

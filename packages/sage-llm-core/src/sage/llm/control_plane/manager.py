@@ -189,7 +189,9 @@ class ControlPlaneManager(EngineReads, Routes):
             with contextlib.suppress(StaleWrite):
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=_ACTOR, restarts=0)
                 serve = engine.serve and {**engine.serve, "is_complete": False}
-                engine = await self._write(resume, desired=DesiredState.RUNNING, force=False, serve=serve)
+                engine = await self._write(
+                    resume, desired=DesiredState.RUNNING, force=False, serve=serve, merger_id=engine.merger_id and ""
+                )
                 self._routing.apply(engine, None)
                 return await self._view(engine, None)
         raise busy(engine_id)

@@ -109,7 +109,7 @@ class Publisher:
         if step is not None and placed["adapter"] is None:
             raise ModelError(code="adapter_unfit", message=f"No server can load its checkpoints: {placed['form']}.")
         noted = serve.published(step, engine.id).model_dump()
-        added = await self._write(self._store.add, engine, serves=(run, noted), replaces=replaced)
+        added = await self._write(self._store.add, engine, notes=(run, {"serve": noted}), replaces=replaced)
         self._routing.apply(added, None)
         logger.info("%s: %s serves it as '%s'", run.id, added.id, added.name)
 

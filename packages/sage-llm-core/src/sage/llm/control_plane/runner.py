@@ -16,6 +16,7 @@ from sage.common.errors import SageError
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
+    EndMerge,
     Join,
     Launch,
     LoadAdapter,
@@ -23,6 +24,8 @@ from sage.llm.control_plane.actions import (
     Revise,
     SendSignal,
     SetDesired,
+    StartMerge,
+    SwapServers,
     Transition,
     UnloadAdapter,
     Validate,
@@ -31,6 +34,7 @@ from sage.llm.control_plane.adapters import is_refused, leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
+from sage.llm.control_plane.merger import Merger
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.routing import RoutingTable
@@ -76,6 +80,7 @@ class Runner:
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
         self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
+        self._merger = Merger(store, pool, executors, adapters, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
@@ -180,6 +185,8 @@ class Runner:
                     await self._transition(leave(engine), target, observed)
             case Publish(engine, step):
                 await self._publisher.publish(engine, step)
+            case StartMerge() | SwapServers() | EndMerge():
+                await self._merger.act(action, observed)
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SetDesired(engine, desired):
@@ -294,6 +301,8 @@ class Runner:
         else:
             engine = await self._restart(engine, action.restarts, action.reason, **values)
         self._routing.apply(engine, None if is_unloaded else server)
+        if engine.merges and state is EngineState.STOPPED:
+            await self._merger.remove(engine)
 
     async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
         revise = functools.partial(self._store.revise, engine, actor=_ACTOR, lease=self._held_lease())

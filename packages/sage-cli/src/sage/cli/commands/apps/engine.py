@@ -92,6 +92,10 @@ def start(
     dedicated: Annotated[
         bool, typer.Option("--dedicated", help="Use a separate process, with the adapter merged into its base.")
     ] = False,
+    merge_in_background: Annotated[
+        bool,
+        typer.Option("--merge-in-background", help="Adapter: answer at once; merge it meanwhile, which is faster then."),
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
         int | None, typer.Option(help="llm: maximum length of prompt and answer, in tokens; default: the model's.")
@@ -125,7 +129,8 @@ def start(
     further = {key: int(value) if value.isdecimal() else value for key, value in map(_option, option or ())}
     options = {**{key: value for key, value in serving.items() if value is not None}, **further}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
-               "dedicated": dedicated or None, "idle_stop_minutes": idle_stop}  # fmt: skip
+               "dedicated": dedicated or None, "merge_in_background": merge_in_background or None,
+               "idle_stop_minutes": idle_stop}  # fmt: skip
     request |= serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
     given = {key: value for key, value in request.items() if value is not None}
     notes = {"metadata": dict(map(_note, metadata))} if metadata else {}

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 import httpx
 
 from sage.common.errors import EngineError
+from sage.common.server_keys import server_key
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.store.records import ServerRecord
 
@@ -45,6 +46,12 @@ class AdapterClient:
             if registry.serving(server.backend).capabilities.warm_up:
                 await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
 
+    async def warm_up(self, server: ServerRecord, name: str) -> None:
+        """Let a model generate one token. Raises EngineError if it cannot, OSError if the result is not known."""
+        answer = await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
+        if answer.is_error:
+            raise EngineError(code="engine_unusable", message=f"{server.id} does not answer: {_message(answer)}.")
+
     async def unload(self, server: ServerRecord, name: str) -> None:
         """Unload an adapter; a name that is not loaded is ignored. Raises OSError."""
         async with self._turns.setdefault(server.id, asyncio.Lock()):
@@ -61,8 +68,9 @@ class AdapterClient:
             raise OSError(f"the models of {server.id} cannot be listed: {error!r}") from None
 
     async def _post(self, server: ServerRecord, route: str, timeout_seconds: float, **content: Any) -> httpx.Response:
+        url, headers = f"http://{server.address}/v1/{route}", {"Authorization": f"Bearer {server_key(server.token)}"}
         try:
-            return await self._http.post(f"http://{server.address}/v1/{route}", json=content, timeout=timeout_seconds)
+            return await self._http.post(url, json=content, headers=headers, timeout=timeout_seconds)
         except httpx.HTTPError as error:
             raise OSError(f"{server.id} did not answer {route}: {error!r}") from None
 

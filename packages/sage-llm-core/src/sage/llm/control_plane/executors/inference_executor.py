@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from sage.common.errors import ConfigError
 from sage.common.ids import random_suffix
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessSpec
@@ -108,9 +109,8 @@ class InferenceExecutor:
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return how the model is served, and the limits that the server reports."""
-        form = f"adapter on {engine.server_id}" if engine.adapter and engine.server_id else engine.form
         fields = {"context_tokens": observed.context_tokens, "slots": observed.slots} if observed else {}
-        return {"form": None if engine.state in SETTLED else form, **fields}
+        return {"form": None if engine.state in SETTLED else _form(engine), **fields}
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return no steps: an inference engine does not train."""
@@ -164,8 +164,24 @@ class InferenceExecutor:
         return self._launcher.handle(ProcessSpec((), folder / "process.lock", folder / "engine.log"))
 
 
+def _form(engine: EngineRecord) -> str | None:
+    """Return how the model is served, as text for users; None if that is not decided yet."""
+    if not (engine.adapter and engine.server_id):
+        return engine.form
+    merge = engine.form if engine.merger_id is None else "it is being merged in the background"
+    return f"adapter on {engine.server_id}{f'; {merge}' if merge else ''}"
+
+
 def _prepare(request: StartRequest) -> Prepared:
     model = resolve_model(request.model)
+    if request.merge_in_background and (model.base is None or request.dedicated):
+        problem = "with --dedicated, it is merged before it answers" if model.base else f"{model.name} is not an adapter"
+        raise ConfigError(
+            code="config_invalid",
+            message=f"--merge-in-background is only for an adapter on the server of its base: {problem}.",
+            hint="Omit --merge-in-background.",
+            param="merge_in_background",
+        )
     backend, reason = registry.resolve(request.backend, request.engine_kind, model, request.options.get("quantize"))
     options = validated(backend.options, request.options)
     return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)
