@@ -159,10 +159,10 @@ def _end(
         return None
     if not is_last:
         return _stop(engine, leave(engine) if is_forced else unload(engine, server, observed))
+    if must_unload(engine, observed) and not is_killed:
+        return _stop(engine, unload(engine, server, observed))
     if is_forced:
         return _stop(engine, SendSignal(engine, server, Signal.KILL, closes=True))
-    if must_unload(engine, observed):
-        return _stop(engine, unload(engine, server, observed))
     return None if watch.is_stop_sent else _stop(engine, SendSignal(engine, server, Signal.STOP, closes=True))
 
 
