@@ -167,6 +167,7 @@ class EngineView(BaseModel):
     form: str | None = Field(None, description="How the server loads the model, as text for users.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
+    kv_cache_tokens: int | None = Field(None, description="Size of the key/value cache in tokens; null: the default.")
     idle_stop_minutes: float | None = Field(None, description="The engine is unloaded after this time without requests.")
     port: int | None = None
     pid: int | None = None

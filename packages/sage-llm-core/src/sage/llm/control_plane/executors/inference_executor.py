@@ -110,7 +110,11 @@ class InferenceExecutor:
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return how the model is served, and the limits that the server reports."""
         fields = {"context_tokens": observed.context_tokens, "slots": observed.slots} if observed else {}
-        return {"form": None if engine.state in SETTLED else _form(engine), **fields}
+        return {
+            "form": None if engine.state in SETTLED else _form(engine),
+            "kv_cache_tokens": engine.options.get("kv_cache_tokens"),
+            **fields,
+        }
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return no steps: an inference engine does not train."""
