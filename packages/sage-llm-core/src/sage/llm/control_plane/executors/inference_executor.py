@@ -16,7 +16,7 @@ from sage.common.processes import ProcessSpec
 from sage.common.server_keys import KEY_VARIABLE, server_key
 from sage.common.training import TrainingStep
 from sage.common.validation import validated
-from sage.libs.models.resolve import resolve_model
+from sage.libs.models.resolve import ModelSource, resolve_model
 from sage.llm.client.types import SETTLED, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
@@ -178,17 +178,25 @@ def _form(engine: EngineRecord) -> str | None:
 
 def _prepare(request: StartRequest) -> Prepared:
     model = resolve_model(request.model)
-    if request.merge_in_background and (model.base is None or request.dedicated):
-        problem = "with --dedicated, it is merged before it answers" if model.base else f"{model.name} is not an adapter"
+    if request.merge_in_background and (problem := _merge_problem(request, model)):
         raise ConfigError(
             code="config_invalid",
-            message=f"--merge-in-background is only for an adapter on the server of its base: {problem}.",
+            message=f"--merge-in-background cannot be used: {problem}.",
             hint="Omit --merge-in-background.",
             param="merge_in_background",
         )
     backend, reason = registry.resolve(request.backend, request.engine_kind, model, request.options.get("quantize"))
     options = validated(backend.options, request.options)
     return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)
+
+
+def _merge_problem(request: StartRequest, model: ModelSource) -> str | None:
+    """Return why the engine's model cannot be merged in the background, as part of a sentence; None if it can."""
+    if model.base is None:
+        return f"{model.name} is not an adapter"
+    if request.dedicated:
+        return "with --dedicated, the adapter is merged before the engine answers"
+    return "the merged model answers on another port than --port" if request.port else None
 
 
 def _number(value: object) -> int | None:
