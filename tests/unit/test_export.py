@@ -261,9 +261,10 @@ def test_llama_cpp_without_its_converter_is_reported(tmp_path: Path) -> None:
 
 def test_the_command_of_llama_cpp_has_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "interpreter", lambda name: f"/env/{name}/bin/python")
-    argv = LlamaCppBackend().argv("m", "sage-1", LlamaCppOptions(quantize="q4_1", slots=3, kv_cache_tokens=99, threads=2))
+    argv = LlamaCppBackend().argv("m", "sage-1", LlamaCppOptions(quantize="int4", slots=3, kv_cache_tokens=99, threads=2))
     for pair in ("--model m", "--served-name sage-1", "--precision q4_1", "--slots 3", "--cache-tokens 99", "--threads 2"):
         assert pair in " ".join(argv)
+    assert "--precision q8_0" in " ".join(LlamaCppBackend().argv("m", "sage-1", LlamaCppOptions(quantize="int8")))
     assert "--precision" not in LlamaCppBackend().argv("m", "sage-1", LlamaCppOptions())
     assert "--precision f32" in " ".join(LlamaCppBackend().argv("m", "sage-1", LlamaCppOptions(dtype="fp32")))
 

@@ -59,6 +59,7 @@ def engine_lines(engine: EngineView) -> list[str]:
         ("state", engine.state), ("reason", engine.reason and f"{engine.reason.message} {engine.reason.hint}".strip()),
         ("desired", engine.desired.value), ("backend", f"{engine.backend}{why}"), ("form", engine.form),
         ("context", engine.context_tokens and f"{engine.context_tokens} tokens"), ("slots", engine.slots),
+        ("cache", engine.kv_cache_tokens and f"{engine.kv_cache_tokens} tokens"),
         ("restart policy", engine.restart_policy), ("restarts", engine.restarts or None),
         ("port", engine.port), ("pid", engine.pid),
         ("memory", None if engine.memory_bytes is None else size(engine.memory_bytes)),

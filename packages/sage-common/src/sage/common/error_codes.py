@@ -32,8 +32,8 @@ _CODES: Mapping[type[SageError], str] = {
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
         training_failed""",
     errors.EngineError: """
-        adapter_refused engine_died engine_unreadable gateway_stuck killed launch_failed run_unreadable start_timeout
-        stream_cut worker_died""",
+        adapter_load_failed adapter_refused engine_died engine_unreadable engine_unusable gateway_stuck killed launch_failed
+        run_unreadable start_timeout stream_cut worker_died""",
     errors.BackendError: "backend_install_failed disk_full index_unreachable",
     errors.Overloaded: """
         database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby

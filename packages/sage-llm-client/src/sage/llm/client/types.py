@@ -109,6 +109,10 @@ class StartRequest(BaseModel):
     dedicated: bool = Field(
         False, description="Run the engine on a separate server; an adapter is then merged into its base model."
     )
+    merge_in_background: bool = Field(
+        False,
+        description="For an adapter: answer at once, merge it into its base meanwhile, then answer with the merged model.",
+    )
     idle_stop_minutes: float | None = Field(
         None,
         gt=0,
@@ -168,6 +172,7 @@ class EngineView(BaseModel):
     form: str | None = Field(None, description="How the server loads the model, as text for users.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
+    kv_cache_tokens: int | None = Field(None, description="Size of the key/value cache in tokens; null: the default.")
     idle_stop_minutes: float | None = Field(None, description="Minutes without requests after which the engine is unloaded.")
     port: int | None = None
     pid: int | None = None
@@ -310,6 +315,7 @@ class BackendView(BaseModel):
     formats: list[str] = Field(description="Model formats that the backend can load.")
     devices: list[str]
     hot_adapters: bool = Field(description="Whether adapters can be loaded and unloaded while the server runs.")
+    quantizes: list[str] = Field(default=[], description="Values of the option `quantize`, in addition to `none`.")
     sleep: bool = Field(description="Whether the server can free its memory and allocate it again without a restart.")
     has_environment: bool = Field(
         description="Whether the backend has its own Python environment, which `sage backend install NAME` installs."

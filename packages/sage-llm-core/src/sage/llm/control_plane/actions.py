@@ -95,4 +95,31 @@ class Publish:
     step: int | None  #: step of the checkpoint; None: the result in the output folder
 
 
-Action = Publish | Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SetDesired | SendSignal | Transition
+@dataclass(frozen=True)
+class StartMerge:
+    """Start a second engine that merges the adapter of an engine."""
+
+    engine: EngineRecord
+
+
+@dataclass(frozen=True)
+class SwapServers:
+    """Give an engine the server that has its merged model; its previous server is given to the merger, which is stopped."""
+
+    engine: EngineRecord
+    server: ServerRecord
+    merger: EngineRecord
+    merger_server: ServerRecord
+
+
+@dataclass(frozen=True)
+class EndMerge:
+    """Write to an engine why the merge of its adapter has failed."""
+
+    engine: EngineRecord
+
+
+Merge = StartMerge | SwapServers | EndMerge
+Action = (
+    Merge | Publish | Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SetDesired | SendSignal | Transition
+)

@@ -19,6 +19,10 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 def served_run(request: StartRequest) -> ServedRun | None:
     """Return how the result of a training run will be served; None if the request has no `serve`. Raises ConfigError."""
+    if request.engine_kind is EngineKind.FINETUNE and request.merge_in_background:
+        message = "--merge-in-background is only for engines of kind llm, not for a training run."
+        hint = "Omit --merge-in-background."
+        raise ConfigError(code="config_invalid", message=message, hint=hint, param="merge_in_background")
     if request.serve is None:
         if request.engine_kind is EngineKind.FINETUNE and request.idle_stop_minutes:
             message = "--idle-stop applies only to the engine that serves the run's result; a run is never idle."
@@ -74,5 +78,6 @@ def new_engine(
         last_event=0,
         dedicated=request.dedicated,
         idle_stop_minutes=request.idle_stop_minutes,
+        merger_id="" if request.merge_in_background else None,
         serve=serve.model_dump() if serve else None,
     )

@@ -28,6 +28,7 @@ class Hosts:
     def __init__(
         self, engines: Sequence[EngineRecord], servers: Mapping[str, ServerRecord], observed: Mapping[str, Observed]
     ) -> None:
+        self.engines = {engine.id: engine for engine in engines}
         self._hosted: defaultdict[str, list[EngineRecord]] = defaultdict(list)
         self._running: dict[str, EngineRecord] = {}
         self._launchers: dict[str, EngineRecord] = {}

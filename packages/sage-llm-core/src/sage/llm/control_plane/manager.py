@@ -34,6 +34,7 @@ from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
+from sage.llm.control_plane.executors.placement import like_its_base
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
 from sage.llm.control_plane.node import open_state_folder
@@ -154,6 +155,9 @@ class ControlPlaneManager(EngineReads, Routes):
         prepared = await executor.prepare(engine_id, request)
         policy = RestartPolicy(self._settings.restart_policy)
         record = new_engine(engine_id, self._node, request, prepared, policy, served)
+        if request.engine_kind is EngineKind.LLM:
+            servers = await self._pool.run(self._store.servers, self._node)
+            record = await asyncio.to_thread(like_its_base, record, servers, request.options)
         engine = await self._write(self._store.add, record, _ACTOR)
         self._routing.apply(engine, None)
         return await self._view(engine, None)
@@ -192,7 +196,9 @@ class ControlPlaneManager(EngineReads, Routes):
             with contextlib.suppress(StaleWrite):
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=_ACTOR, restarts=0)
                 serve = engine.serve and {**engine.serve, "is_complete": False}
-                engine = await self._write(resume, desired=DesiredState.RUNNING, force=False, serve=serve)
+                engine = await self._write(
+                    resume, desired=DesiredState.RUNNING, force=False, serve=serve, merger_id=engine.merger_id and ""
+                )
                 self._routing.apply(engine, None)
                 return await self._view(engine, None)
         raise busy(engine_id)

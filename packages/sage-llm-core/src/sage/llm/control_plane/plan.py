@@ -15,6 +15,7 @@ from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop, state_without_process
 from sage.llm.control_plane.launchers.base import Signal
+from sage.llm.control_plane.merging import is_draining, must_unload, next_merge, stop_merger
 from sage.llm.control_plane.restarts import backoff_seconds, next_restart, next_try
 from sage.llm.control_plane.served_run import due
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
@@ -69,7 +70,7 @@ def plan(snapshot: Snapshot) -> list[Action]:
 def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts) -> Action | None:
     server = snapshot.servers.get(engine.server_id or "")
     is_wanted = engine.desired is DesiredState.RUNNING
-    if change := idle_change(engine, snapshot.watches[engine.id]):
+    if change := idle_change(engine, snapshot.watches[engine.id]) or stop_merger(engine, hosts.engines):
         return change
     match engine.state:
         case _S.VALIDATING | _S.QUEUED if engine.desired is DesiredState.STOPPED:
@@ -134,23 +135,36 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
         return kill if is_killed or watch.ended_seconds > limits.stop_seconds else None
     if observed.ended or not observed.alive:
         return _settle(engine, server, observed, snapshot)
-    if is_stopping(engine) and not is_last:
-        is_late = watch.state_seconds > limits.stop_seconds
-        return _stop(engine, leave(engine) if is_killed or is_late else unload(engine, server, observed))
     if is_stopping(engine):
-        is_late = engine.state is _S.STOPPING and _is_inference(engine) and watch.state_seconds > limits.stop_seconds
-        if is_killed or is_late:
-            return _stop(engine, kill)
-        return None if watch.is_stop_sent else _stop(engine, SendSignal(engine, server, Signal.STOP, closes=True))
+        return _end(engine, server, observed, snapshot, is_last=is_last, is_killed=is_killed)
     match engine.state:
         case _S.STARTING:
             return _start(engine, server, observed, snapshot, hosts)
         case _S.RUNNING if _is_hung(engine, watch, limits):
             return kill
         case _S.RUNNING if observed.ready and server.shared:
-            return keep(engine, server, observed, hosts, snapshot.watches)
+            merge = next_merge(engine, server, hosts.engines, snapshot.servers, snapshot.observed)
+            return keep(engine, server, observed, hosts, snapshot.watches) or merge
         case _:
             return None
+
+
+def _end(
+    engine: EngineRecord, server: ServerRecord, observed: Observed, snapshot: Snapshot, *, is_last: bool, is_killed: bool
+) -> Action | None:
+    """Return the action for a stopping engine whose process is alive."""
+    watch, stop_seconds = snapshot.watches[engine.id], snapshot.limits.stop_seconds
+    is_late = engine.state is _S.STOPPING and _is_inference(engine) and watch.state_seconds > stop_seconds
+    is_forced = is_killed or is_late
+    if engine.state is _S.STOPPING and not is_forced and is_draining(engine, watch):
+        return None
+    if not is_last:
+        return _stop(engine, leave(engine) if is_forced else unload(engine, server, observed))
+    if must_unload(engine, observed) and not is_killed:
+        return _stop(engine, unload(engine, server, observed))
+    if is_forced:
+        return _stop(engine, SendSignal(engine, server, Signal.KILL, closes=True))
+    return None if watch.is_stop_sent else _stop(engine, SendSignal(engine, server, Signal.STOP, closes=True))
 
 
 def _start(

@@ -90,7 +90,7 @@ class RoutingTable:
         if engine.node != self._node or (known and engine.version < known.version):
             return
         self._drop(engine.id)
-        if engine.state not in SETTLED:
+        if engine.state not in SETTLED and engine.merges is None:  # clients do not know mergers
             self._routes[engine.id] = route = Route(
                 engine_id=engine.id,
                 name=engine.name,

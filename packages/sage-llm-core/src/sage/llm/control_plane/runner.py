@@ -19,6 +19,7 @@ from sage.common.errors import SageError
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
+    EndMerge,
     Join,
     Launch,
     LoadAdapter,
@@ -26,14 +27,17 @@ from sage.llm.control_plane.actions import (
     Revise,
     SendSignal,
     SetDesired,
+    StartMerge,
+    SwapServers,
     Transition,
     UnloadAdapter,
     Validate,
 )
-from sage.llm.control_plane.adapters import is_refused, leave
+from sage.llm.control_plane.adapters import leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
+from sage.llm.control_plane.merger import Merger
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.routing import RoutingTable
@@ -79,6 +83,7 @@ class Runner:
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
         self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
+        self._merger = Merger(store, pool, executors, adapters, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
@@ -142,7 +147,8 @@ class Runner:
     async def _note(self, action: Action, server: ServerRecord | None, error: Exception) -> None:
         """Log the error of an action, but a repeated error only once.
 
-        After `_MAX_FAILURES` errors, a queued or starting engine fails. System errors are not counted.
+        After `_MAX_FAILURES` errors, a queued or starting engine fails, and a running engine keeps the older version of its
+        adapter. System errors are not counted.
         """
         engine = action.engine
         trouble = self._troubles.setdefault(engine.id, _Trouble(type(action)))
@@ -153,9 +159,13 @@ class Runner:
             return
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
-        if trouble.failures >= _MAX_FAILURES and engine.state in (EngineState.QUEUED, EngineState.STARTING):
+        if trouble.failures >= _MAX_FAILURES:
             with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # retried after the next failed action
-                await self._give_up(engine, server, _reason(error))
+                if engine.state in (EngineState.QUEUED, EngineState.STARTING):
+                    await self._give_up(engine, server, _reason(error))
+                elif isinstance(action, LoadAdapter):
+                    await self._keep_older(engine, action.server, _reason(error))
+                    self._troubles.pop(engine.id, None)
 
     async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
         """Set an engine's state to `failed`; kill its process if the process hosts no other engine."""
@@ -187,6 +197,8 @@ class Runner:
                     await self._transition(leave(engine), target, observed)
             case Publish(engine, step):
                 await self._publisher.publish(engine, step)
+            case StartMerge() | SwapServers() | EndMerge():
+                await self._merger.act(action, observed)
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SetDesired(engine, desired):
@@ -269,18 +281,29 @@ class Runner:
             if engine.state is EngineState.STARTING:
                 form = f"merged, because the adapter cannot be loaded into a running server: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
-            elif is_refused(engine):  # the adapter's older version is no longer loaded either
-                await self._give_up(engine, server, _reason(error))
             else:
-                message = f"{server.id} cannot load {engine.adapter}: {error.message}. The previous version is still used."
-                logger.warning("%s: %s", engine.id, message)
-                await self._revise(engine, server, reason=Reason(code=error.code, message=message))
+                await self._keep_older(engine, server, _reason(error))
             return
         if engine.state is EngineState.STARTING:
             loaded = {"served_as": engine.internal_name}
             await self._transition(Transition(engine, EngineState.RUNNING, values=loaded), server)
         else:
             await self._revise(engine, server, served_as=engine.internal_name)
+
+    async def _keep_older(self, engine: EngineRecord, server: ServerRecord, reason: Reason) -> None:
+        """Write why the newer version of an adapter is not used, and set `model` to the version that answers.
+
+        If the server has no older version, the engine fails.
+        """
+        loaded = await self._adapters.folders(server)
+        if engine.served_as is None or engine.served_as == engine.internal_name or engine.served_as not in loaded:
+            await self._give_up(engine, server, reason)
+            return
+        message = f"{server.id} cannot load {engine.adapter}: {reason.message}. The previous version is still used."
+        logger.warning("%s: %s", engine.id, message)
+        older = loaded[engine.served_as]
+        versions = {"model": older, "adapter": older} if older else {}
+        await self._revise(engine, server, reason=Reason(code="adapter_refused", message=message), **versions)
 
     async def _signal(self, action: SendSignal) -> None:
         lease, server = self._held_lease(), action.server
@@ -302,6 +325,8 @@ class Runner:
         else:
             engine = await self._restart(engine, action.restarts, action.reason, **values)
         self._routing.apply(engine, None if is_unloaded else server)
+        if engine.merges and state is EngineState.STOPPED:
+            await self._merger.remove(engine)
 
     async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
         revise = functools.partial(self._store.revise, engine, actor=_ACTOR, lease=self._held_lease())

@@ -65,6 +65,14 @@ class Policy(StrEnum):
     unless_stopped = "unless-stopped"
 
 
+class Quantize(StrEnum):
+    """Values of the option `quantize`."""
+
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
+
+
 @app.command("start")
 @with_training_options
 def start(
@@ -82,13 +90,18 @@ def start(
     dedicated: Annotated[
         bool, typer.Option("--dedicated", help="Use a separate process; an adapter is merged into its base model.")
     ] = False,
+    merge_in_background: Annotated[
+        bool,
+        typer.Option("--merge-in-background", help="For an adapter: answer at once, and switch to its merged model later."),
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="For llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
         int | None, typer.Option(help="For llm: maximum tokens of prompt plus answer; default: the model's maximum.")
     ] = None,
     slots: Annotated[int | None, typer.Option(help="For llm: maximum number of answers generated at the same time.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="For llm with the backend llamacpp: quantize to q8_0, q5_1, q5_0, q4_1 or q4_0.")
+        Quantize | None,
+        typer.Option(help="For llm: quantize the weights, which makes answers faster but less exact; default: none."),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="For llm: maximum tokens of an answer, if the request sets no maximum.")
@@ -110,12 +123,13 @@ def start(
     """
     from sage.cli.starting import serve_request, start_engine
 
-    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize,
-               "max_tokens": max_tokens}  # fmt: skip
+    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots,
+               "quantize": quantize and quantize.value, "max_tokens": max_tokens}  # fmt: skip
     further = {key: int(value) if value.isdecimal() else value for key, value in map(_option, option or ())}
     options = {**{key: value for key, value in serving.items() if value is not None}, **further}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
-               "dedicated": dedicated or None, "idle_stop_minutes": idle_stop}  # fmt: skip
+               "dedicated": dedicated or None, "merge_in_background": merge_in_background or None,
+               "idle_stop_minutes": idle_stop}  # fmt: skip
     request |= serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
     given = {key: value for key, value in request.items() if value is not None}
     notes = {"metadata": dict(map(_note, metadata))} if metadata else {}

@@ -17,6 +17,8 @@ from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGU
 from sage.llm.control_plane.store.records import ServerRecord
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+#: GGUF type for each value of `quantize`. The converter cannot write the more exact 4-bit types, such as q4_k_m.
+_QUANTIZED = {"int8": "q8_0", "int4": "q4_1"}
 #: Request fields that llama.cpp's server reads, and OpenAI's request fields that do not change an answer.
 _PARAMETERS = frozenset({
     "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "top_k",
@@ -34,9 +36,6 @@ class LlamaCppOptions(ServingOptions):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Data type of the weights; auto: the type of the GGUF file, or fp32 for other models."
     )
-    quantize: Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = Field(
-        None, description="Quantize the weights to this GGUF type: smaller and faster, but less exact."
-    )
     context_tokens: int | None = Field(
         None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit, but at most 8192."
     )
@@ -50,7 +49,7 @@ class LlamaCppOptions(ServingOptions):
     @property
     def precision(self) -> str | None:
         """The precision of the GGUF file to create; None: the same precision if the model is a GGUF file, otherwise f32."""
-        return self.quantize or _PRECISIONS.get(self.dtype)
+        return _QUANTIZED.get(self.quantize) or _PRECISIONS.get(self.dtype)
 
 
 class LlamaCppBackend(WorkerBackend):
@@ -58,7 +57,7 @@ class LlamaCppBackend(WorkerBackend):
 
     name: ClassVar[str] = "llamacpp"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        frozenset({EngineKind.LLM}), frozenset(ModelKind), devices=frozenset({"cpu"})
+        frozenset({EngineKind.LLM}), frozenset(ModelKind), devices=frozenset({"cpu"}), quantizes=frozenset(_QUANTIZED)
     )
     options: ClassVar[type[BaseModel]] = LlamaCppOptions
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)

@@ -106,6 +106,9 @@ class EngineRecord:
     idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
     last_request_at: datetime | None = None  #: time of the last request since the start, accurate to a few seconds
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
+    #: id of the engine that merges this engine's adapter in the background; "": not started yet; None: no merge is requested
+    merger_id: str | None = None
+    merges: str | None = None  #: id of the engine whose adapter this engine merges in the background; None: no such engine
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property

@@ -64,6 +64,8 @@ engines = Table(
     Column("idle_stop_minutes", Float),
     Column("last_request_at", _Time),
     Column("serve", _Json),
+    Column("merger_id", String),
+    Column("merges", String),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
