@@ -139,7 +139,11 @@ def build(
     served_name: str | None = None,
 ) -> FastAPI:
     """Load the model and return the server. Raises ModelError."""
-    engine = Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name)
+    return create_server(Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name))
+
+
+def create_server(engine: Engine) -> FastAPI:
+    """Return the server for an engine."""
     app = server.create_app("SAGE generation", engine.close, engine.about)
     add_routes(app, engine.hosting)
 
