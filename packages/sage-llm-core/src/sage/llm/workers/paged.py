@@ -53,9 +53,10 @@ class PagedRunner:
         }
         self._block_tokens = next(iter(shapes.values()))[1]
         count = slots * -(-context_tokens // self._block_tokens)
-        for name, shape in shapes.items():
-            # The system allocates memory only for blocks that are used, and blocks with low numbers are used first.
-            self._request.set_tensor(name, openvino.Tensor(np.empty((count, *shape), np.float32), shared_memory=True))
+        # The system allocates memory only for blocks that are used, and blocks with low numbers are used first.
+        self._memory = {name: np.empty((count, *shape), np.float32) for name, shape in shapes.items()}
+        for name, memory in self._memory.items():
+            self._request.set_tensor(name, openvino.Tensor(memory, shared_memory=True))
         self._free = list(range(count))  #: numbers of the free blocks, as a heap
 
     def new_cache(self, _limit_tokens: int) -> Blocks:
