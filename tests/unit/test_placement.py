@@ -50,7 +50,7 @@ def test_the_form_of_an_adapter_with_a_server_of_its_own_names_the_reason(base: 
     expected = {
         "a separate server was requested": placed(adapter, dedicated=True),
         "it uses DoRA": placed(dora),
-        "its base is an adapter itself": placed(second),
+        "its base model is also an adapter": placed(second),
     }
     for reason, values in expected.items():
         assert values == {"base": None, "adapter": None, "form": f"merged, because {reason}"}
@@ -77,7 +77,7 @@ def test_a_backend_that_loads_no_adapters_merges_them_or_refuses(
     if merges:
         assert placed(adapter)["form"] == "merged, because the backend 'hosting' cannot load adapters into a running server"
     else:
-        with pytest.raises(ModelError, match=r"cannot serve .* by itself: the backend 'hosting' cannot load adapters"):
+        with pytest.raises(ModelError, match=r"cannot serve the adapter .*: the backend 'hosting' cannot load adapters"):
             placed(adapter)
 
 
@@ -107,7 +107,7 @@ def test_auto_takes_the_backend_and_options_of_a_server_that_has_loaded_the_base
     if not joins:
         assert like == chosen
         return
-    assert (like.backend, like.backend_reason) == ("hosting", "its base is loaded by this backend")
+    assert (like.backend, like.backend_reason) == ("hosting", "a server of this backend has loaded the base model")
     assert like.options == registry.complete_options("hosting", loaded["options"])
 
 

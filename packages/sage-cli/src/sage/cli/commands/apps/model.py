@@ -44,7 +44,7 @@ def import_(
 
 
 class Format(StrEnum):
-    """The export formats, copied from the library, so that `--help` does not import the library. A test compares them."""
+    """The export formats. They are repeated here, so that `--help` does not import the library; a test compares both."""
 
     adapter = "adapter"
     merged = "merged"
@@ -54,7 +54,7 @@ class Format(StrEnum):
 
 
 class Precision(StrEnum):
-    """The precisions of GGUF files and of OpenVINO's format; copied from the library, like `Format`."""
+    """The precisions of GGUF files and of OpenVINO's format, repeated here for the same reason as `Format`."""
 
     f32 = "f32"
     bf16 = "bf16"
@@ -76,7 +76,7 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT; merged: safetensors, adapter merged; gguf: for llama.cpp; openvino: for OpenVINO GenAI; "
+            help="adapter: PEFT; merged: safetensors with merged adapter; gguf: for llama.cpp; openvino: OpenVINO GenAI; "
             "ollama: GGUF and Modelfile.",
         ),
     ],
@@ -84,11 +84,11 @@ def export(
     quantize: Annotated[
         Precision | None,
         typer.Option(
-            help="Precision of the weights. gguf, ollama: default: the model's. openvino: none, int8, int4; none is fp32."
+            help="Precision of the weights. Default for gguf and ollama: unchanged. For openvino: none (fp32), int8, int4."
         ),
     ] = None,
 ) -> None:
-    """Write a model or an adapter for other programs, with a model card. After Ctrl-C, incomplete files are removed."""
+    """Export a model or an adapter for other programs, with a model card. After Ctrl-C, incomplete files are removed."""
     from sage.cli import extras
 
     extras.require("sage.libs.models.export", "An export")

@@ -10,7 +10,7 @@ from sage.libs.models.resolve import ModelSource
 from sage.llm.client.types import BackendView, EngineKind
 from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Backend, ServingBackend
-from sage.llm.control_plane.backends.choice import choose
+from sage.llm.control_plane.backends.choice import MERGED_SPEEDS, choose, fastest
 from sage.llm.control_plane.backends.embedding import EmbeddingBackend
 from sage.llm.control_plane.backends.llamacpp import LlamaCppBackend
 from sage.llm.control_plane.backends.openvino import OpenVinoBackend
@@ -32,9 +32,9 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = None) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and the reason of an automatic choice.
+    """Return a backend that can run `model`, and why it was chosen automatically.
 
-    For `auto`, return the best installed backend; for another name, return the backend with this name and None.
+    If `name` is `auto`, return the best installed backend; otherwise return the backend with this name, and None.
 
     quantize: the requested value of the option; the options of the backend reject an unknown value.
     Raises ConfigError if the backend is not installed, or if no backend can run the model as an engine of `kind`.
@@ -58,6 +58,21 @@ def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = 
     formats = sorted({str(model_format) for backend in of_kind for model_format in backend.capabilities.formats})
     problem = f"{model.name} is a model in the format '{model.kind}'; engines of kind {kind} need {' or '.join(formats)}."
     raise _refused(problem, kind)
+
+
+def resolve_merged(model: ModelSource) -> tuple[Backend, str]:
+    """Return the fastest installed backend that can serve an adapter merged into its base, and the reason of the choice."""
+    device = environments.device()
+    able = [
+        backend
+        for backend in BACKENDS.values()
+        if EngineKind.LLM in backend.capabilities.kinds
+        and model.kind in backend.capabilities.formats
+        and backend.capabilities.merges_adapters
+        and device in backend.capabilities.devices
+        and environments.is_installed(backend.name)
+    ]
+    return fastest(able, device, MERGED_SPEEDS)
 
 
 def list_backends() -> list[BackendView]:

@@ -1,4 +1,4 @@
-"""Load adapters into running servers, and unload them, with vLLM's HTTP interface."""
+"""Load adapters into running servers and unload them, with the HTTP routes that vLLM defines for this."""
 
 import asyncio
 import logging
@@ -8,13 +8,14 @@ from weakref import WeakValueDictionary
 import httpx
 
 from sage.common.errors import EngineError
+from sage.common.server_keys import server_key
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: Timeout of an unload request. The server first completes the answers in progress that use the adapter. After a timeout,
-#: the request is repeated later.
+#: Seconds until an unload request times out; it is then repeated later. Before the server unloads an adapter, it completes
+#: the requests that use the adapter.
 _UNLOAD_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 
@@ -45,6 +46,12 @@ class AdapterClient:
             if registry.serving(server.backend).capabilities.warm_up:
                 await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
 
+    async def warm_up(self, server: ServerRecord, name: str) -> None:
+        """Let a model generate one token. Raises EngineError if it cannot, OSError if the result is not known."""
+        answer = await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
+        if answer.is_error:
+            raise EngineError(code="engine_unusable", message=f"{server.id} does not answer: {_message(answer)}.")
+
     async def unload(self, server: ServerRecord, name: str) -> None:
         """Unload an adapter; a name that is not loaded is ignored. Raises OSError."""
         async with self._turns.setdefault(server.id, asyncio.Lock()):
@@ -61,14 +68,15 @@ class AdapterClient:
             raise OSError(f"the models of {server.id} cannot be listed: {error!r}") from None
 
     async def _post(self, server: ServerRecord, route: str, timeout_seconds: float, **content: Any) -> httpx.Response:
+        url, headers = f"http://{server.address}/v1/{route}", {"Authorization": f"Bearer {server_key(server.token)}"}
         try:
-            return await self._http.post(f"http://{server.address}/v1/{route}", json=content, timeout=timeout_seconds)
+            return await self._http.post(url, json=content, headers=headers, timeout=timeout_seconds)
         except httpx.HTTPError as error:
-            raise OSError(f"{server.id} did not answer {route}: {error!r}") from None
+            raise OSError(f"{server.id} did not answer the request to {route}: {error!r}") from None
 
 
 def _message(answer: httpx.Response) -> str:
-    """Return the message of an error in OpenAI's format, on one line."""
+    """Return the message of an error response in OpenAI's format, on one line."""
     try:
         message = str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -19,11 +19,24 @@ from sage.llm.control_plane.store.rows import engine_record, server_record, to_c
 from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
+#: Columns of an engine that belong to its server and to the way in which the server has loaded the model.
+_OF_SERVER = (
+    "server_id",
+    "backend",
+    "backend_reason",
+    "options",
+    "dedicated",
+    "base",
+    "adapter",
+    "served_as",
+    "reserved_bytes",
+)
+
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
 
 class Store(ServerStore, RouteStore):
-    """The database of the control plane. Each method is one transaction and blocks: call it in a thread.
+    """The database of the control plane. Each method is one transaction. The methods block, so call them in a thread.
 
     Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
     """
@@ -33,22 +46,22 @@ class Store(ServerStore, RouteStore):
         record: EngineRecord,
         actor: str,
         lease: Lease,
-        serves: tuple[EngineRecord, Mapping[str, Any]] | None = None,
+        notes: tuple[EngineRecord, Mapping[str, Any]] | None = None,
         replaces: EngineRecord | None = None,
     ) -> EngineRecord:
         """Insert a new engine and set its times, version and event ids. Raises Conflict if its port is taken.
 
-        serves: the training run whose result the engine serves, and the run's new column `serve`; replaces: an engine to
-        stop. Both are changed in the same transaction. Raises StaleWrite if either record was changed after it was read.
+        notes: another engine, and columns to write to it; replaces: an engine to stop. Both are changed in the same
+        transaction. Raises StaleWrite if either record was changed after it was read.
         """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.CREATED, actor, after=record.state)
             values |= {"first_event": event, "last_event": event}
-            if serves:
-                run, fields = serves
-                self._event(connection, run.id, EventKind.UPDATED, actor)
-                self._update(connection, run, {"serve": fields})
+            if notes:
+                other, columns = notes
+                self._event(connection, other.id, EventKind.UPDATED, actor)
+                self._update(connection, other, columns)
             if replaces:
                 self._set_desired(connection, replaces, DesiredState.STOPPED, actor)
             return engine_record(connection.execute(insert(engines).values(values).returning(engines)).one())
@@ -71,7 +84,7 @@ class Store(ServerStore, RouteStore):
 
         put_server: server to insert or replace; join_server: id of a server that hosts other engines; leave_server: id of
         the server that the engine leaves; values: other columns. When the last engine leaves a server, the row of the
-        server is removed. With `must_remain`, the last engine cannot leave: StaleWrite is raised.
+        server is removed; with `must_remain`, StaleWrite is raised instead.
 
         Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change. Raises
         IllegalTransition if the transition is not legal, Conflict if another active engine has the engine's port.
@@ -111,21 +124,36 @@ class Store(ServerStore, RouteStore):
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease, **values: Any
     ) -> EngineRecord:
-        """Write a desired state, and other columns. Raises StaleWrite if the engine was changed after it was read."""
+        """Write the desired state of an engine, and other columns. Raises StaleWrite if the engine was changed meanwhile."""
         with self._fenced(lease, record.node) as connection:
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
     def revise(self, record: EngineRecord, *, actor: str, lease: Lease, **values: Any) -> EngineRecord:
-        """Write columns of an engine and an event, without a transition. Raises StaleWrite."""
+        """Write columns of an engine and add an event; the state does not change. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             self._event(connection, record.id, EventKind.UPDATED, actor)
             return self._update(connection, record, values)
 
+    def swap_servers(
+        self, record: EngineRecord, merger: EngineRecord, *, actor: str, lease: Lease, form: str
+    ) -> tuple[EngineRecord, EngineRecord]:
+        """Swap the servers of two engines, with all columns that belong to the servers, and stop the second engine.
+
+        form: the new form of `record`. Raises StaleWrite if either engine was changed after it was read.
+        """
+        new, old = ({name: getattr(engine, name) for name in _OF_SERVER} for engine in (merger, record))
+        with self._fenced(lease, record.node) as connection:
+            self._event(connection, record.id, EventKind.UPDATED, actor)
+            return (
+                self._update(connection, record, {**new, "form": form, "merger_id": None}),
+                self._set_desired(connection, merger, DesiredState.STOPPED, actor, **old, form=None),
+            )
+
     def touch(self, engine_id: str) -> EngineRecord:
         """Record a request to an engine, and return the engine; raises NotFound.
 
-        No lease is needed, so that a standby can call this. If a pause of the engine was planned earlier, the write of
-        the pause raises StaleWrite.
+        No lease is needed, so that a standby can call this. The version of the engine is incremented. Therefore, if a pause
+        of the engine was planned before the request, writing the pause raises StaleWrite.
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
@@ -211,7 +239,7 @@ class Store(ServerStore, RouteStore):
         reason: Reason | None,
         **values: Any,
     ) -> EngineRecord:
-        """Write a new state with its event."""
+        """Write a new state of an engine and add an event."""
         check_transition(record.state, state)
         message = reason.message if reason else ""
         event = self._event(
@@ -242,7 +270,7 @@ def _one_engine_a_port(record: EngineRecord) -> Iterator[None]:
         yield
     except IntegrityError as error:
         if "ix_engines_active_port" in str(error.orig) or "engines.requested_port" in str(error.orig):
-            raise port_taken(record.requested_port, "another engine has it") from None
+            raise port_taken(record.requested_port, "another engine uses it") from None
         raise
 
 
@@ -251,6 +279,6 @@ def port_taken(port: int | None, why: str) -> Conflict:
     return Conflict(
         code="port_taken",
         message=f"Port {port} cannot be used: {why}.",
-        hint="Use another --port, or omit it for a free one.",
+        hint="Use another --port, or omit --port to use a free port.",
         param="port",
     )
