@@ -129,7 +129,8 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     assert (too_long.status_code, "context has 256" in too_long.text) == (400, True)
     same = [ask(client, temperature=1.5, seed=7).json()["choices"][0]["message"]["content"] for _ in range(2)]
     assert same[0] == same[1]
-    scored = ask(client, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
+    never_end = {str(token): -100 for token in range(3)}
+    scored = ask(client, logprobs=True, top_logprobs=2, logit_bias=never_end).json()["choices"][0]["logprobs"]["content"]
     assert all(len(token["top_logprobs"]) == 2 for token in scored)
 
 
