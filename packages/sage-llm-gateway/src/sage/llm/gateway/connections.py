@@ -5,11 +5,14 @@ import json
 import resource
 from http import HTTPStatus
 from typing import ClassVar
+from urllib.parse import unquote
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sage.common.errors import RETRY_AFTER_SECONDS, Overloaded, SageError
 from sage.llm.gateway.errors import Refusal
+from sage.llm.gateway.request_cycle import RequestCycle
 
 _MOST_DESCRIPTORS = 65_536
 #: File descriptors reserved for the database, logs, locks, devices, listening sockets, and processes being started.
@@ -87,7 +90,33 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES:
             self._reason = _head_too_large()
             raise self._reason  # the parser then calls send_400_response
-        super().on_headers_complete()
+        self._set_scope()
+        previous, self.cycle = self.cycle, self._new_cycle()
+        if previous is None or previous.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:  # a pipelined request: it starts when the answer to the previous request is complete
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def _set_scope(self) -> None:
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        self.scope |= {
+            "method": self.parser.get_method().decode("ascii"),
+            "http_version": self.parser.get_http_version(),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+        }
+
+    def _new_cycle(self) -> RequestCycle:
+        return RequestCycle(
+            self.scope, self.transport, self.flow, self.logger, self.access_logger, access_log=False,
+            default_headers=self.server_state.default_headers, message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=self.scope["http_version"] != "1.0" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )  # fmt: skip
 
     def send_400_response(self, msg: str) -> None:
         """Reject a request that is not valid HTTP or has a head that is too large."""
