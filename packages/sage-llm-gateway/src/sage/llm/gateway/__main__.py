@@ -20,9 +20,6 @@ from sage.llm.gateway.instance import publish_address, take_lock
 logger = logging.getLogger(__name__)
 #: After a request to stop, streams that are still open are closed after this many seconds.
 _SHUTDOWN_SECONDS = 2
-#: Idle client connections are closed after this many seconds. The clients close idle connections earlier (httpx: 5 s,
-#: aiohttp: 15 s), so a client does not send a request on a connection that the gateway has just closed.
-_KEEP_ALIVE_SECONDS = 30
 #: Number of descriptors of the listening socket. libuv accepts one connection per descriptor in each event loop iteration.
 #: With one descriptor and 256 clients that connect at the same time, the last client waits for about 256 * 256 / 2 requests.
 _LISTENING_DESCRIPTORS = 16
@@ -49,7 +46,7 @@ def main() -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app, http=BoundedHttp, ws="none", log_config=None, access_log=False, proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
     )  # fmt: skip
     server.run(sockets=[listener, *(listener.dup() for _ in range(1, _LISTENING_DESCRIPTORS))])

@@ -52,19 +52,15 @@ class Body:
         if length.isdigit() and int(length) > self._budget.max_bytes:
             raise self._too_large()
         chunks: list[bytes] = []
-        while await self._read_chunk(chunks, receive):
-            pass
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            self._hold(len(chunk))
+            chunks.append(chunk)
         self.content = b"".join(chunks)
-
-    async def _read_chunk(self, chunks: list[bytes], receive: Receive) -> bool:
-        """Receive a chunk and append it to `chunks`; return whether more chunks follow."""
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunks.append(message.get("body", b""))
-        self._hold(len(chunks[-1]))
-        more: bool = message.get("more_body", False)
-        return more
 
     def _hold(self, count_bytes: int) -> None:
         if self._held_bytes + count_bytes > self._budget.max_bytes:

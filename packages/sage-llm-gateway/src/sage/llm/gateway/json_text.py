@@ -1,9 +1,10 @@
 """Parse a JSON body once, and replace its top-level `model` without serializing the body again."""
 
 import asyncio
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BEGIN = re.compile(r"[ \t\n\r]*{[ \t\n\r]*")
 _BLANK = re.compile(r"[ \t\n\r]*")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+#: A name without escapes, and the colon.
+_SIMPLE_NAME = re.compile(r'"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 _COMMA_OR_END = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 _MODEL = b'"model"'
 _TEXT_VALUE = re.compile(rb'[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -27,6 +30,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_number)
+_scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined] # C code of `raw_decode`
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ async def parsed(body: bytes) -> JsonBody:
     return await asyncio.to_thread(_parse, body) if len(body) > LARGE_BYTES else _parse(body)
 
 
+@functools.lru_cache(1024)
 def quoted(text: str) -> bytes:
     """Return a text as a JSON string."""
     return json.dumps(text, ensure_ascii=False).encode()
@@ -97,14 +102,14 @@ def _parse(body: bytes) -> JsonBody:
         raise _too_deep()
     members = content.items() if isinstance(content, dict) else ()
     texts = {name: value for name, value in members if isinstance(value, str) and len(value) <= MAX_MODEL_CHARS}
-    names = frozenset(name for name, value in members if value is not None)
+    names = frozenset([name for name, value in members if value is not None])
     return JsonBody(body, names, texts, _byte_spans(text, spans))
 
 
 def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
     """Return the parsed content, and the offsets of each top-level `model` value. Raises ValueError or RecursionError."""
     if not _BEGIN.match(text):
-        return json.loads(text, parse_constant=_no_number), []
+        return _DECODER.decode(text), []
     content: dict[str, Any] = {}
     spans = []
     for name, value, start, end in _members(text):
@@ -120,16 +125,28 @@ def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
     if text.startswith("}", at):
         at, separator = _match(_BLANK, text, at + 1).end(), "}"
     while separator == ",":
-        if not text.startswith('"', at):
-            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
-        name, end = _DECODER.raw_decode(text, at)
-        start = _match(_COLON, text, end, "Expecting ':' delimiter").end()
-        value, end = _DECODER.raw_decode(text, start)
+        if simple := _SIMPLE_NAME.match(text, at):
+            name, start = simple[1], simple.end()
+        else:
+            name, start = _name(text, at)
+        try:
+            value, end = _scan(text, start)
+        except StopIteration as error:
+            raise json.JSONDecodeError("Expecting value", text, error.value) from None
         yield name, value, start, end
-        found = _match(_COMMA_OR_END, text, end, "Expecting ',' delimiter")
+        if not (found := _COMMA_OR_END.match(text, end)):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         at, separator = found.end(), found[1]
     if at != len(text):
         raise json.JSONDecodeError("Extra data", text, at)
+
+
+def _name(text: str, at: int) -> tuple[str, int]:
+    """Return a member's name, and the offset of its value. Raises ValueError."""
+    if not text.startswith('"', at):
+        raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+    name, end = _DECODER.raw_decode(text, at)
+    return name, _match(_COLON, text, end, "Expecting ':' delimiter").end()
 
 
 def _match(pattern: re.Pattern[str], text: str, at: int, missing: str = "") -> re.Match[str]:
