@@ -21,17 +21,18 @@ def served_run(request: StartRequest) -> ServedRun | None:
     """Return how the result of a training run will be served; None if the request has no `serve`. Raises ConfigError."""
     if request.serve is None:
         if request.engine_kind is EngineKind.FINETUNE and request.idle_stop_minutes:
-            message = "--idle-stop: a training run is never idle; the option is for the engine that serves its result."
-            raise ConfigError(code="config_invalid", message=message, hint="Add --serve.", param="idle_stop_minutes")
+            message = "--idle-stop applies only to the engine that serves the run's result; a run is never idle."
+            hint = "Add --serve, or omit --idle-stop."
+            raise ConfigError(code="config_invalid", message=message, hint=hint, param="idle_stop_minutes")
         return None
     if request.engine_kind is not EngineKind.FINETUNE:
-        message = f"--serve: only a training run has a result to serve, not an engine of kind {request.engine_kind}."
+        message = f"--serve: only a training run has a result to serve; the engine kind is {request.engine_kind}."
         raise ConfigError(code="config_invalid", message=message, hint="Omit --serve.", param="serve")
     name = request.serve.name or request.name or Path(str(request.options.get("output_dir"))).name
     try:
         return ServedRun(name=check_engine_name(name), checkpoints=request.serve.checkpoints)
     except ValueError as error:
-        message = f"The result cannot be served under the name '{name}': it {error}."
+        message = f"The result cannot be served under the name '{name}': the name {error}."
         raise ConfigError(code="config_invalid", message=message, hint="Use --serve-as NAME.", param="serve.name") from error
 
 
@@ -43,7 +44,7 @@ def new_engine(
     restart_policy: RestartPolicy,
     serve: ServedRun | None = None,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`; restart_policy: used if the request has none."""
+    """Return the record of a new engine in state `validating`; restart_policy: used if the request does not set it."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,

@@ -66,7 +66,7 @@ class Body:
         if self._held_bytes + count_bytes > self._budget.max_bytes:
             raise self._too_large()
         if count_bytes > self._budget.left_bytes:
-            raise Overloaded(code="too_many_requests", message="Other requests with large bodies are being answered.",
+            raise Overloaded(code="too_many_requests", message="Other requests use all memory for request bodies.",
                              hint="Retry in some seconds.")  # fmt: skip
         self._held_bytes += count_bytes
         self._budget.left_bytes -= count_bytes

@@ -39,10 +39,10 @@ class Watch:
 
 
 class Interruption:
-    """A context manager that cancels its block, like `asyncio.timeout`, and raises the reason.
+    """A context manager that cancels its block if the client disconnects or the engine does not respond.
 
-    The reason is ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. Read the request's body before
-    the block: during the block, all messages except the disconnection are discarded.
+    After the cancellation, it raises ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. Read the
+    request's body before the block, because the block discards all received messages except the disconnection.
     """
 
     _reason: Exception | None = None
@@ -64,7 +64,7 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop watching; if this context cancelled the block, raise the reason."""
+        """Stop watching. If `_interrupt` cancelled the block, raise the reason."""
         self._watch.remove(self)
         if self._listening:
             self._listening.cancel()
