@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from sage.llm.gateway.errors import Refusal
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
+Piece = bytes | memoryview
 #: Bodies above this size are parsed in a thread.
 LARGE_BYTES = 1_000_000
 _MAX_DEPTH = 100
@@ -43,9 +44,9 @@ class JsonBody:
     #: Start and end offsets of the value of each top-level `model`; the member may occur several times.
     model_spans: tuple[tuple[int, int], ...]
 
-    def with_model(self, model: str) -> bytes:
-        """Return the body with another `model`; everything else is unchanged."""
-        return _spliced(self.content, self.model_spans, quoted(model))
+    def with_model(self, model: str) -> list[Piece]:
+        """Return the body with another `model`, in pieces; everything else is unchanged. The text is not copied."""
+        return _pieces(memoryview(self.content), self.model_spans, quoted(model))
 
 
 async def parsed(body: bytes) -> JsonBody:
@@ -163,12 +164,16 @@ def _byte_spans(text: str, spans: list[tuple[int, int]]) -> tuple[tuple[int, int
 
 
 def _spliced(content: bytes, spans: Iterable[tuple[int, int]], replacement: bytes) -> bytes:
-    pieces: list[bytes] = []
+    return b"".join(_pieces(content, spans, replacement))
+
+
+def _pieces(content: Piece, spans: Iterable[tuple[int, int]], replacement: bytes) -> list[Piece]:
+    pieces: list[Piece] = []
     at = 0
     for start, end in spans:
         pieces += [content[at:start], replacement]
         at = end
-    return b"".join([*pieces, content[at:]])
+    return [*pieces, content[at:]]
 
 
 def _too_deep() -> Refusal:

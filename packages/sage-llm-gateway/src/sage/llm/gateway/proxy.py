@@ -70,9 +70,10 @@ class EngineProxy:
 
     async def _exchange(self, upstream: Upstream, body: JsonBody, scope: Scope, relay: Relay) -> None:
         _check_parameters(upstream, body)
-        renames = upstream.model_name not in (None, body.texts["model"])
-        content = body.with_model(upstream.model_name) if upstream.model_name and renames else body.content
-        answer = await self._connections.post(upstream.address, _head(upstream, scope, len(content)), content)
+        name = upstream.model_name
+        pieces = [body.content] if name in (None, body.texts["model"]) else body.with_model(name)
+        head = _head(upstream, scope, sum(map(len, pieces)))
+        answer = await self._connections.post(upstream.address, head, pieces)
         try:
             await relay.forward(answer)
         finally:
