@@ -14,6 +14,9 @@ from sage.llm.gateway.schema import MAX_MODEL_CHARS
 Piece = bytes | memoryview
 #: Bodies above this size are parsed in a thread.
 LARGE_BYTES = 1_000_000
+#: Texts below this length are parsed in one call, which is faster than member by member. In longer texts, the search for
+#: `model` would take longer.
+_SHORT_CHARS = 4096
 _MAX_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BEGIN = re.compile(r"[ \t\n\r]*{[ \t\n\r]*")
@@ -76,7 +79,7 @@ def answer_with_model(answer: bytes, model: bytes) -> bytes:
     end = at + len(_MODEL)
     if answer.find(_MODEL, end) < 0 and answer[at - 1 : at] != b"\\":
         found = _TEXT_VALUE.match(answer, end)
-        return _spliced(answer, [found.span(1)], model) if found else answer
+        return answer[: found.start(1)] + model + answer[found.end(1) :] if found else answer
     begin = answer.find(b"{")
     try:
         text = answer[begin:].decode()
@@ -111,8 +114,15 @@ def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
     """Return the parsed content, and the offsets of each top-level `model` value. Raises ValueError or RecursionError."""
     if not _BEGIN.match(text):
         return _DECODER.decode(text), []
-    content: dict[str, Any] = {}
-    spans = []
+    if len(text) < _SHORT_CHARS and "\\u006" not in text:  # `model` has no other spelling in this text
+        content = _DECODER.decode(text)
+        at = text.find('"model"')
+        if at < 0 or "model" not in content:
+            return content, []
+        if text.find('"model"', at + 1) < 0:
+            start = _match(_COLON, text, at + len(_MODEL)).end()
+            return content, [(start, _scan(text, start)[1])]
+    content, spans = {}, []
     for name, value, start, end in _members(text):
         content[name] = value
         if name == "model":

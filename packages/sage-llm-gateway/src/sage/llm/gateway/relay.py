@@ -48,7 +48,7 @@ class EventLines:
     def _renamed(self, lines: bytes) -> bytes:
         if lines.count(b'"model"') < 2:  # at most one answer
             return answer_with_model(lines, self._model)
-        return b"\n".join([answer_with_model(line, self._model) for line in lines.split(b"\n")])
+        return b"\n".join([line and answer_with_model(line, self._model) for line in lines.split(b"\n")])
 
 
 class Relay:

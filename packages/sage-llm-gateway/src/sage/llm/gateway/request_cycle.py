@@ -101,20 +101,20 @@ class RequestCycle:
         """
         assert not self._has_begun
         self._has_begun, self._waits_for_100_continue = True, False
-        self._is_chunked = status not in (204, 304) and self._scope["method"] != "HEAD"
         lines = [STATUS_LINE[status]]
-        for name, value in (*self._default_headers, *headers):
-            if name == b"content-length":
-                self._is_chunked, self._left_bytes = False, int(value)
-            elif name == b"connection" and b"close" in value.lower():
-                self.keep_alive = False
-                continue
-            lines.append(b"%b: %b\r\n" % (name, value))
+        lines += [b"%b: %b\r\n" % header for header in (*self._default_headers, *headers)]
+        known = dict(headers)
+        if b"content-length" in known:
+            self._left_bytes = int(known[b"content-length"])
+        else:
+            self._is_chunked = status not in (204, 304) and self._scope["method"] != "HEAD"
+        if b"close" in known.get(b"connection", b"").lower():
+            self.keep_alive = False
+        elif not self.keep_alive:
+            lines.append(b"connection: close\r\n")
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
             raise ValueError("A header of the answer has a line break or a null byte.")
-        if not self.keep_alive:
-            head += b"connection: close\r\n"
         if self._is_chunked:
             self._transport.write(head + b"transfer-encoding: chunked\r\n\r\n")
         else:
