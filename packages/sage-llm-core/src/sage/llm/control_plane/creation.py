@@ -44,7 +44,7 @@ def new_engine(
     restart_policy: RestartPolicy,
     serve: ServedRun | None = None,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`; restart_policy: used if the request does not set it."""
+    """Return the record of a new engine in state `validating`; restart_policy: used if the request has none."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,

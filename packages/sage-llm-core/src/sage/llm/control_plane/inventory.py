@@ -27,7 +27,7 @@ def list_devices() -> list[Device]:
 
 
 def gpu_memory_of(pid: int) -> int | None:
-    """Return the memory that a process and its children use on all GPUs; None if they use none."""
+    """Return the memory that a process and its children use on all GPUs; None if they use no GPU."""
     nvml = _nvml()
     if nvml is None:
         return None

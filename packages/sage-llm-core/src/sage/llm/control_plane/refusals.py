@@ -38,13 +38,13 @@ def other_node(engine: EngineRecord) -> Conflict:
     """Return the error for a request about an engine of another node."""
     return Conflict(
         code="other_node",
-        message=f"{engine.id} belongs to {engine.node}, another node of this database.",
+        message=f"{engine.id} belongs to node {engine.node}, and this gateway manages another node.",
         hint="Send the request to the gateway of that node.",
     )
 
 
 def standby(leader: LeaderInfo | None) -> Overloaded:
-    """Return the error for a write by a control plane that does not hold the lease."""
+    """Return the error for a write by a control plane that does not hold the lease (the right to change engines)."""
     where = f"; the active gateway is {leader.url}" if leader and leader.url else ""
     hint = f"Send the request to {leader.url}." if leader and leader.url else "Retry in some seconds."
     return Overloaded(code="standby", message=f"This gateway is on standby{where}.", hint=hint)

@@ -23,7 +23,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _LOGGED_CHARS = 200
 #: Methods of requests whose body is ignored.
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
-#: Path suffixes of streams. A HEAD request for a stream is not handled like GET, because the stream may never end.
+#: Path suffixes of streams. A HEAD request for a stream is not handled like GET, because a stream can continue forever.
 _STREAMS = ("/logs", "/events")
 
 

@@ -41,8 +41,8 @@ class Watch:
 class Interruption:
     """A context manager that cancels its block if the client disconnects or the engine does not respond.
 
-    After the cancellation, it raises ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. Read the
-    request's body before the block, because the block discards all received messages except the disconnection.
+    After the cancellation, the end of the block raises ClientDisconnect, or Overloaded if the engine `engine_id` does not
+    respond. Read the request's body before the block, because messages that arrive during the block are discarded.
     """
 
     _reason: Exception | None = None

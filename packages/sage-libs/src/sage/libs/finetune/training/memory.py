@@ -26,7 +26,8 @@ def available_bytes() -> int:
 def refuse_beyond_limit() -> None:
     """Limit this process to the free memory of the container or machine, so that an allocation beyond the limit fails.
 
-    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. Linux only.
+    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
+    than Linux, this function does nothing.
     """
     if not _CGROUPS.is_dir():
         return
@@ -40,12 +41,12 @@ def refuse_beyond_limit() -> None:
 
 
 def _own_cgroups() -> Iterator[Path]:
-    """Yield the folders of this process's memory control groups, innermost first; yield none if the system is not Linux."""
+    """Yield the folders of the memory cgroups that contain this process, innermost first; yield nothing if not on Linux."""
     if not _CGROUPS.is_dir():
         return
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):  # the field is empty in version 2 of control groups
+        if controllers not in ("", "memory"):  # the list of controllers is empty for cgroup v2
             continue
         root = _CGROUPS / controllers
         inner = root / path.lstrip("/")
@@ -53,9 +54,10 @@ def _own_cgroups() -> Iterator[Path]:
 
 
 def _available(groups: Iterator[Path]) -> Iterator[int]:
-    """Yield the free bytes of each group with a limit. File pages count as free, because the kernel can drop them.
+    """Yield the free bytes of each cgroup that has a memory limit. File pages count as free: the kernel can drop them.
 
-    If a group has no limit, the file contains `max` in version 2 of control groups, and a huge number in version 1.
+    The file of the limit is `memory.max` in cgroup v2, and `memory.limit_in_bytes` in cgroup v1. If a group has no limit,
+    `memory.max` contains `max`, and `memory.limit_in_bytes` contains a huge number, which is yielded like a limit.
     """
     for group in groups:
         for limit_name, used_name in (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")):
