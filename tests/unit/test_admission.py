@@ -135,6 +135,14 @@ CASES: dict[str, tuple[Sequence[DeviceMemory], list[Holder], list[Claim], list[D
     "a paused model does not take its memory back first": (
         ONE, [], [want("t", 20, "preempt"), want("a", 20)], [start("g0", 20), wait(2, Cause.MEMORY, 4)],
     ),
+    "who waits ahead does not take the room that was made for another": (
+        ONE, [run("r", 10), model("a", 14, is_leaving=True)], [want("s", 14), want("t", 14, "preempt", has_room=True)],
+        [wait(1, Cause.MEMORY, 0), wait(2, Cause.ROOM, 0)],
+    ),
+    "nor when the paused model has exited": (
+        ONE, [run("r", 10)], [want("s", 14), want("t", 14, "preempt", has_room=True)],
+        [wait(1, Cause.MEMORY, 0), start("g0", 14)],
+    ),
     "two preempt at once, each makes its own room": (
         ONE, [model("a", 12), model("b", 12)], [want("t", 12, "preempt"), want("u", 12, "preempt")],
         [MakeRoom(("a",), ("g0",)), MakeRoom(("b",), ("g0",))],
@@ -176,7 +184,8 @@ CASES: dict[str, tuple[Sequence[DeviceMemory], list[Holder], list[Claim], list[D
 @pytest.mark.parametrize("case", CASES)
 def test_each_case_gets_its_decision(case: str) -> None:
     devices, holders, waiting, expected = CASES[case]
-    assert list(admit(devices, holders, waiting).values()) == expected
+    decisions = admit(devices, holders, waiting)
+    assert [decisions[claim.engine_id] for claim in waiting] == expected
 
 
 class World:
@@ -210,6 +219,7 @@ class World:
                         claim.engine_id, memory_bytes, devices, claim.priority, is_pausable=not is_run, ends=is_run
                     )
                 case MakeRoom(pause, _):
+                    self.queue[self.queue.index(claim)] = dataclasses.replace(claim, has_room=True)
                     for engine_id in pause:
                         assert self.holders[engine_id].is_pausable
                         assert self.holders[engine_id].priority <= claim.priority

@@ -53,6 +53,7 @@ class Claim:
     priority: int = 0
     on_busy: OnBusy = OnBusy.WAIT
     is_due: bool = True  #: False: the time at which it may start has not come
+    has_room: bool = False  #: engines were paused for it, so it gets their memory before engines ahead of it in the queue
 
     @property
     def smallest_bytes(self) -> int:
@@ -153,7 +154,8 @@ def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: S
     waiting: in the order of the queue: by priority, then by time or as the user ordered it.
     """
     state = _State(devices, holders)
-    return {claim.engine_id: state.decide(position, claim) for position, claim in enumerate(waiting, start=1)}
+    queue = sorted(enumerate(waiting, start=1), key=lambda entry: not entry[1].has_room)
+    return {claim.engine_id: state.decide(position, claim) for position, claim in queue}
 
 
 class _State:
