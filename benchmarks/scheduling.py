@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sage.llm.control_plane.admission import Claim, Decision, DeviceMemory, Holder, MakeRoom, OnBusy, Start, Wait, admit
+from sage.llm.client.types import OnBusy
+from sage.llm.control_plane.admission import Claim, Decision, DeviceMemory, Holder, MakeRoom, Start, Wait, admit
 
 GIB, HOUR, DAY = 2**30, 3600.0, 86_400.0
 #: Time in which a paused engine answers its open requests and exits, and time in which it starts again.

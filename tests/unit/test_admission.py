@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sage.llm.client.types import OnBusy
 from sage.llm.control_plane.admission import (
     Cause,
     Claim,
@@ -15,7 +16,6 @@ from sage.llm.control_plane.admission import (
     DeviceMemory,
     Holder,
     MakeRoom,
-    OnBusy,
     Refuse,
     Start,
     Wait,

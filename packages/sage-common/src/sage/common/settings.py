@@ -39,6 +39,12 @@ class Settings(BaseSettings):
     restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
         "no", description="When engines are restarted: no, on-failure (exit, kill), unless-stopped (also after a power cut)."
     )
+    on_busy: Literal["wait", "preempt", "share", "fail"] = Field(
+        "wait", description="What an engine does if the memory is not free: wait, preempt, share or fail."
+    )
+    memory_limit_gb: float | None = Field(
+        None, gt=0, description="Main memory that all engines together may use, in GB (10^9 bytes); default: all of it."
+    )
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(1024, ge=1, description="Maximum requests in progress per engine; more get a 429.")

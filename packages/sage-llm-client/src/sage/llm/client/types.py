@@ -5,7 +5,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 from sage.common.training import TrainingProgress as TrainingProgress
 from sage.common.training import TrainingStep as TrainingStep
@@ -18,7 +18,7 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: the engine waits to be started
     STARTING = "starting"  #: the server or worker process has been started and is not ready yet
     RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded, because it had no requests; the next request loads it again
+    PAUSED = "paused"  #: the engine was unloaded and will be loaded again; `reason` says when
     STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
     STOPPED = "stopped"  #: the engine ended because a user requested it
     COMPLETED = "completed"  #: the training run finished
@@ -62,6 +62,15 @@ class RestartPolicy(StrEnum):
     UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
 
 
+class OnBusy(StrEnum):
+    """What an engine does if the memory that it needs is not free."""
+
+    WAIT = "wait"  #: wait in the queue until enough memory is free
+    PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
+    SHARE = "share"  #: start with the memory that is free, if the smallest need fits; otherwise wait
+    FAIL = "fail"  #: fail at once
+
+
 def check_engine_name(name: str) -> str:
     """Return `name` if it is allowed as the name of an engine. Raises ValueError if it is not allowed."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
@@ -85,6 +94,10 @@ class ServeRequest(BaseModel):
         return name if name is None else check_engine_name(name)
 
 
+#: The id of a device: `cpu` for the main memory, `cuda:0` for the first GPU.
+DeviceId = Annotated[str, Field(pattern=r"^(cpu|cuda:\d{1,3})$")]
+
+
 class StartRequest(BaseModel):
     """A request to start an engine."""
 
@@ -102,6 +115,15 @@ class StartRequest(BaseModel):
         None, gt=0, le=525_600, description="Unload an inference engine after this time without requests; see `paused`."
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
+    on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
+    priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
+    devices: list[DeviceId] | None = Field(
+        None, min_length=1, max_length=64, description="Devices that the engine may use; default: any."
+    )
+    memory_gb: float | None = Field(
+        None, gt=0, le=1e6, description="Memory to reserve, in GB (10^9 bytes); default: an estimate from the model."
+    )
+    not_before: AwareDatetime | None = Field(None, description="Earliest time to start the engine, with a time zone.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the engine's kind and backend.")
 
     @field_validator("model")

@@ -23,6 +23,8 @@ class Launch:
     engine: EngineRecord
     server: ServerRecord | None  #: None: no server is planned yet
     is_moved: bool = False  #: no server is planned yet, and other engines use the engine's last server
+    devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any
+    reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class SetDesired:
 
     engine: EngineRecord
     desired: DesiredState
+    paused_by: str | None = None  #: `idle`, or the id of the engine that it makes room for
 
 
 @dataclass(frozen=True)

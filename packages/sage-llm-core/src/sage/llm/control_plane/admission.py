@@ -9,14 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-
-class OnBusy(StrEnum):
-    """What an engine does if its memory is not free."""
-
-    WAIT = "wait"  #: wait in the queue until enough memory is free
-    PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
-    SHARE = "share"  #: start with the memory that is free, if the smallest need fits; otherwise wait
-    FAIL = "fail"  #: fail at once
+from sage.llm.client.types import OnBusy
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sage.common.errors import ConfigError
+from sage.common.settings import Settings
 from sage.llm.client.types import (
     DesiredState,
     EngineKind,
     EngineState,
+    OnBusy,
     RestartPolicy,
     StartRequest,
     check_engine_name,
@@ -40,10 +42,10 @@ def new_engine(
     node: str,
     request: StartRequest,
     prepared: Prepared,
-    restart_policy: RestartPolicy,
+    settings: Settings,
     serve: ServedRun | None = None,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`; restart_policy: used if the request has none."""
+    """Return the record of a new engine in state `validating`; settings: used for what the request does not set."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,
@@ -56,7 +58,7 @@ def new_engine(
         metadata=request.metadata,
         desired=DesiredState.RUNNING,
         force=False,
-        restart_policy=request.restart_policy or restart_policy,
+        restart_policy=request.restart_policy or RestartPolicy(settings.restart_policy),
         restarts=0,
         state=EngineState.VALIDATING,
         reason=None,
@@ -64,8 +66,12 @@ def new_engine(
         node=node,
         server_id=None,
         requested_port=request.port,
-        devices=None,
-        reserved_bytes=prepared.reserved_bytes,
+        devices=tuple(request.devices) if request.devices else None,
+        reserved_bytes=int(request.memory_gb * 1e9) if request.memory_gb else prepared.reserved_bytes,
+        least_bytes=None if request.memory_gb else prepared.least_bytes,
+        on_busy=request.on_busy or OnBusy(settings.on_busy),
+        priority=request.priority,
+        not_before=request.not_before,
         version=1,
         created_at=now,
         state_at=now,

@@ -148,8 +148,7 @@ class ControlPlaneManager(EngineReads, Routes):
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
         served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        policy = RestartPolicy(self._settings.restart_policy)
-        record = new_engine(engine_id, self._node, request, prepared, policy, served)
+        record = new_engine(engine_id, self._node, request, prepared, self._settings, served)
         engine = await self._write(self._store.add, record, _ACTOR)
         self._routing.apply(engine, None)
         return await self._view(engine, None)
@@ -174,11 +173,12 @@ class ControlPlaneManager(EngineReads, Routes):
         Raises Conflict if the engine is active or completed, or cannot be resumed.
         """
         for _ in range(_ATTEMPTS):
-            engine, _server = await self._own(engine_id)
-            if engine.state is EngineState.PAUSED:
-                engine = await self._pool.run(self._store.touch, engine_id)
-                self._woken.set()
-                return await self._view(engine, None)
+            engine, server = await self._own(engine_id)
+            if engine.desired is DesiredState.PAUSED:
+                with contextlib.suppress(StaleWrite):
+                    run = functools.partial(self._store.set_desired, engine, DesiredState.RUNNING, force=False)
+                    return await self._view(await self._write(run, actor=_ACTOR, queue_rank=rank(engine)[1]), server)
+                continue
             if engine.state not in (EngineState.STOPPED, EngineState.FAILED):
                 raise not_resumable(engine_id, engine.state)
             await self._executors[engine.kind].check_resumable(engine)
@@ -209,13 +209,24 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     async def pause_engine(self, engine_id: str) -> EngineView:
-        """Raise NotImplementedYet, or NotFound if the engine does not exist."""
-        await self._own(engine_id)
-        raise NotImplementedYet(
-            code="not_implemented",
-            message="Engines cannot be paused yet.",
-            hint=f"To free the memory of {engine_id}: `sage llm engine stop {engine_id}`, and `resume` later.",
-        )
+        """Request that an engine frees its memory until it is resumed, and return the engine at once.
+
+        An inference engine answers its open requests first; a training run saves a checkpoint. Raises Conflict if the engine
+        is settled, is being stopped or is being validated.
+        """
+        for _ in range(_ATTEMPTS):
+            engine, server = await self._own(engine_id)
+            if engine.paused_by == "user" and engine.desired is DesiredState.PAUSED:
+                return await self._view(engine, server)
+            is_stopping = engine.desired is DesiredState.STOPPED or engine.state in SETTLED
+            if is_stopping or engine.state is EngineState.VALIDATING:
+                raise not_pausable(engine)
+            with contextlib.suppress(StaleWrite):
+                pause = functools.partial(self._store.set_desired, engine, DesiredState.PAUSED, force=False)
+                written = await self._write(pause, actor=_ACTOR, paused_by="user", last_request_at=None)
+                self._routing.apply(written, server)
+                return await self._view(written, server)
+        raise busy(engine_id)
 
     async def remove_engine(self, engine_id: str) -> None:
         """Remove a settled engine with its run directory or log; its output folder stays.

@@ -1,7 +1,7 @@
 """The errors that the control plane returns if it refuses a request."""
 
 from sage.common.errors import Conflict, Overloaded
-from sage.llm.client.types import EngineState, Reason
+from sage.llm.client.types import SETTLED, DesiredState, EngineState, Reason
 from sage.llm.control_plane.store.records import EngineRecord, LeaderInfo
 
 
@@ -21,6 +21,16 @@ def not_resumable(engine_id: str, state: EngineState) -> Conflict:
         code="not_resumable",
         message=f"{engine_id} is {state}: only stopped and failed engines can be resumed.",
         hint=f"`sage llm engine status {engine_id}` shows its state.",
+    )
+
+
+def not_pausable(engine: EngineRecord) -> Conflict:
+    """Return the error for an engine that cannot be paused."""
+    what = "being stopped" if engine.desired is DesiredState.STOPPED and engine.state not in SETTLED else engine.state
+    return Conflict(
+        code="not_pausable",
+        message=f"{engine.id} is {what}: only an engine that is queued, starting or running can be paused.",
+        hint=f"`sage llm engine status {engine.id}` shows its state.",
     )
 
 

@@ -33,6 +33,7 @@ from sage.llm.control_plane.executors.base import Executor, Observed, server_id_
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
+from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
@@ -45,6 +46,8 @@ _MAX_ACTIONS = 16
 _CLOSE_SECONDS = 10.0
 #: An engine fails after this number of failed actions. The time between two attempts doubles.
 _MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
+#: Columns of an engine that has left the queue.
+_PLACED = {"queue_rank": None, "paused_by": None}
 
 
 @dataclass
@@ -165,10 +168,10 @@ class Runner:
 
     async def _act(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         match action:
-            case Launch(engine, planned, is_moved):
-                await self._launch(engine, planned, is_moved=is_moved)
+            case Launch(engine, planned):
+                await self._launch(action, planned)
             case Join(engine, target):
-                joined = {"revision": engine.revision + 1, "served_as": None}
+                joined = {"revision": engine.revision + 1, "served_as": None, **_PLACED}
                 self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=target.id, **joined), target)
                 await self._clean(engine, target)
             case LoadAdapter(engine, target):
@@ -182,24 +185,27 @@ class Runner:
                 await self._publisher.publish(engine, step)
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
-            case SetDesired(engine, desired):
+            case SetDesired(engine, desired, paused_by):
                 write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
-                cleared = {"last_request_at": None} if desired is DesiredState.PAUSED else {}
-                self._routing.apply(await self._pool.run(write, force=False, **cleared), server)
+                # A returning engine keeps its place in the queue.
+                values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
+                self._routing.apply(await self._pool.run(write, force=False, **values), server)
             case SendSignal():
                 await self._signal(action)
             case Transition():
                 await self._transition(action, server, observed)
 
-    async def _launch(self, engine: EngineRecord, server: ServerRecord | None, *, is_moved: bool) -> None:
+    async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
         """Store the planned server, start or adopt its process, and store the address of the process."""
+        engine = action.engine
         executor = self._executors[engine.kind]
         if server is None:
             revision = engine.revision + 1
-            server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=is_moved)
+            server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=action.is_moved)
+            server = dataclasses.replace(server, devices=action.devices, reserved_bytes=action.reserved_bytes)
             if server.served_name:  # an earlier process uses another model name
                 await self._end_process(server)
-            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None}
+            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None, **_PLACED}
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
             await self._clean(before, server)

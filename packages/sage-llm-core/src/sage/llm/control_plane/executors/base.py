@@ -20,6 +20,7 @@ class Prepared:
     backend: str  #: name in the registry, never `auto`
     options: Mapping[str, Any] = field(default_factory=dict)
     reserved_bytes: int | None = None  #: memory that the engine is expected to need; None: not known
+    least_bytes: int | None = None  #: smallest memory with which it can run, in smaller parts; None: `reserved_bytes`
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
 
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, OnBusy, Reason, RestartPolicy
 
 #: Prefix of the internal model names in requests to a server.
 INTERNAL = "sage-"
@@ -101,6 +101,13 @@ class EngineRecord:
     idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
     last_request_at: datetime | None = None  #: time of the last request since the start; updated every few seconds
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
+    on_busy: OnBusy = OnBusy.WAIT
+    priority: int = 0  #: engines with a higher number are ahead in the queue
+    not_before: datetime | None = None  #: earliest time to start the engine
+    queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event`
+    #: Who paused the engine: `idle`, `user`, or the id of the engine that it makes room for; None: it is not paused.
+    paused_by: str | None = None
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property

@@ -63,6 +63,12 @@ engines = Table(
     Column("idle_stop_minutes", Float),
     Column("last_request_at", _Time),
     Column("serve", _Json),
+    Column("on_busy", String, nullable=False, server_default="wait"),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("not_before", _Time),
+    Column("queue_rank", Float),
+    Column("paused_by", String),
+    Column("least_bytes", BigInteger),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),

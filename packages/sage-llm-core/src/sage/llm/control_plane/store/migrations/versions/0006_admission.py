@@ -1,0 +1,20 @@
+"""Add the columns with which engines wait for memory and make room for each other.
+
+Revision ID: 0006
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+
+
+def upgrade() -> None:
+    """Add columns."""
+    op.add_column("engines", sa.Column("on_busy", sa.String(), nullable=False, server_default="wait"))
+    op.add_column("engines", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
+    op.add_column("engines", sa.Column("not_before", sa.DateTime(timezone=True)))
+    op.add_column("engines", sa.Column("queue_rank", sa.Float()))
+    op.add_column("engines", sa.Column("paused_by", sa.String()))
+    op.add_column("engines", sa.Column("least_bytes", sa.BigInteger()))
