@@ -33,8 +33,8 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="transformers")
-    parser.add_argument("--seconds", type=float, default=60, help="length of each of the three measurements")
-    parser.add_argument("--threads", type=int, help="CPU threads of each, if they run beside each other; default: all")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of each of the three measurements")
+    parser.add_argument("--threads", type=int, help="CPU threads for the model and for the run while both run; default: all")
     arguments = parser.parse_args()
     base = local_folder(resolve_model(MODEL))
     with tempfile.TemporaryDirectory() as work:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def train(client: SageClient, base: Path, work: Path) -> str:
-    """Start an endless run, and return its id after its first steps, which are slower than the others."""
+    """Start a run that does not end, and return its id after its first three steps, which are slower than later steps."""
     run = client.start_engine(
         model=str(base), engine_kind="finetune",
         options={
@@ -80,7 +80,7 @@ def train(client: SageClient, base: Path, work: Path) -> str:
 
 
 def steps_per_second(client: SageClient, run: str, work: Callable[[], object]) -> float:
-    """Return the speed of a run while `work` is done; stop the run."""
+    """Call `work` while a run trains, stop the run, and return the run's steps per second during the call."""
     step, began = last_step(client, run), time.perf_counter()
     work()
     speed = (last_step(client, run) - step) / (time.perf_counter() - began)
@@ -89,7 +89,7 @@ def steps_per_second(client: SageClient, run: str, work: Callable[[], object]) -
 
 
 async def answer_times(client: SageClient, seconds: float) -> float:
-    """Send a request every `EVERY_SECONDS`, or when the previous answer is complete; return the median time of an answer."""
+    """Return the median time of an answer. A request is sent every `EVERY_SECONDS`, but not before the previous answer."""
     times: list[float] = []
     ends_at = time.perf_counter() + seconds
     async with aiohttp.ClientSession() as session:
@@ -103,13 +103,13 @@ async def answer_times(client: SageClient, seconds: float) -> float:
 
 
 def wait_for_step(client: SageClient, run: str, step: int) -> None:
-    """Wait until a run has trained the step `step`."""
+    """Wait until a run has completed the step `step`."""
     while last_step(client, run) < step:
         time.sleep(0.2)
 
 
 def last_step(client: SageClient, run: str) -> int:
-    """Return the number of steps that a run has trained."""
+    """Return the number of steps that a run has completed."""
     training = client.get_engine(run).training
     return training.step if training else 0
 

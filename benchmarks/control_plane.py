@@ -1,6 +1,6 @@
-"""Measure the control plane with 10,000 settled and 200 active engines: lists, routing, reconciler ticks, and idle writes.
+"""Measure the control plane with 10,000 ended and 200 active engines: lists, routing, reconciler ticks, and idle writes.
 
-One stand-in process replaces the processes of the active engines (crowded_home.py). The list is compared with a minimal
+One process (crowded_home.py) stands in for the processes of the active engines. The list is compared with a minimal
 FastAPI route that returns the same JSON. The table is printed and written to `benchmarks/results/control_plane.md`.
 """
 
@@ -102,13 +102,13 @@ def _gateway() -> Iterator[int]:
 
 
 def list_pages() -> Iterator[tuple[str, str]]:
-    """Measure the first page of the list in both orders, and a minimal route that returns the same JSON."""
+    """Measure the first page of the list, oldest or newest first, and a minimal route that returns the same JSON."""
     with httpx.Client(base_url=f"http://127.0.0.1:{_PORT}", trust_env=False, timeout=60) as client:
         for order in ("asc", "desc"):
             route = f"{_LIST}&order={order}"
             content = client.get(route).raise_for_status().json()
             yield f"first page of the list, 100 engines, {order}", f"{median_ms(partial(client.get, route), 50):.1f} ms"
-            yield "… a bare route that returns the same JSON", f"{_bare_route_ms(content):.1f} ms"
+            yield "… a minimal FastAPI route that returns the same JSON", f"{_bare_route_ms(content):.1f} ms"
 
 
 def _bare_route_ms(content: Any) -> float:
@@ -149,7 +149,7 @@ def idle_bytes(pid: int, home: Path, seconds: float) -> Iterator[tuple[str, str]
         time.sleep(0.02)
     between = sum(size for at, size in writes if all(abs(at - renewal) > 0.3 for renewal in renewed_at))
     yield (
-        f"bytes that an idle gateway writes in {seconds:.0f} s, {len(renewed_at)} renewals of the lease included",
+        f"bytes that an idle gateway writes in {seconds:.0f} s, with {len(renewed_at)} renewals of the lease",
         (f"{sum(size for _, size in writes):,}"),
     )
     yield "… between the renewals", f"{between:,}"
@@ -190,7 +190,7 @@ async def tick_ms() -> float:
 
 
 async def start_seconds() -> float:
-    """Return the time from the start request of a healthy engine until the engine runs, in seconds."""
+    """Return the seconds from the request to start an engine until the engine runs."""
     async with _manager() as manager:
         await asyncio.sleep(8)  # wait until the control plane has noticed that the other servers do not answer
         began = time.perf_counter()
@@ -237,16 +237,16 @@ def measure(root: Path, settled: int, idle_seconds: float) -> Iterator[tuple[str
         yield "… 2 engines", _us(routing_ms("model-engine-s000000000"))
     for living in (50, 100, 200, 400):
         with crowded_home(root / str(living), Crowd(settled, living)):
-            yield f"a tick of the reconciler, {living} living engines", f"{asyncio.run(tick_ms()):.1f} ms"
+            yield f"a tick of the reconciler, {living} active engines", f"{asyncio.run(tick_ms()):.1f} ms"
     with crowded_home(root / "few", Crowd(0, 100)):
-        yield "… 100 living engines and none that is settled", f"{asyncio.run(tick_ms()):.1f} ms"
+        yield "… 100 active engines and no ended engine", f"{asyncio.run(tick_ms()):.1f} ms"
     BACKENDS[_QuickBackend.name] = _QuickBackend()
     for hung in (0, 100):
         with crowded_home(root / f"hung-{hung}", Crowd(0, 0, hung)):
             yield f"start of a healthy engine beside {hung} hung servers", f"{asyncio.run(start_seconds()):.2f} s"
     for living in (100, 1_000, 10_000):
         taken_ms = plan_ms(living)
-        yield f"`plan` alone, {living:,} living engines", f"{taken_ms:.2f} ms ({taken_ms / living * 1000:.2f} µs an engine)"
+        yield f"`plan` alone, {living:,} active engines", f"{taken_ms:.2f} ms ({taken_ms / living * 1000:.2f} µs per engine)"
 
 
 def _us(taken_ms: Awaitable[float]) -> str:
@@ -262,12 +262,12 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "SAGE_LOG_LEVEL": "ERROR"}
     lines = [
-        f"{processor()}, {os.cpu_count()} cores; medians; stand-ins for the processes of engines.",
+        f"{processor()}, {os.cpu_count()} cores; all times are medians; one process stands in for the engines' processes.",
         "",
         "| what | cost |",
         "|---|---|",
     ]
-    scratch = Path(".bench")  # not in /tmp, which may be in memory: such writes are not counted
+    scratch = Path(".bench")  # not in /tmp: if /tmp is in memory, writes to it are not counted
     scratch.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch.absolute()) as root:
         for name, figure in measure(Path(root), arguments.settled, arguments.idle_seconds):

@@ -1,7 +1,7 @@
 """Create a state folder with many settled and active engines, for benchmarks.
 
-If this file is run as a program, it replaces the processes of all active engines: it keeps their locks and answers their
-health checks.
+If this file is run as a program, its process stands in for the processes of all active engines: it holds their locks and
+answers their health checks.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ _STEPS = 300
 
 @dataclass(frozen=True)
 class Crowd:
-    """The number of engines of each sort."""
+    """The numbers of engines to create."""
 
     settled: int = 0
     living: int = 0  #: active engines: one half are inference servers that answer, the other half are training runs
@@ -47,7 +47,7 @@ class Crowd:
 
 @contextmanager
 def crowded_home(home: Path, crowd: Crowd) -> Iterator[None]:
-    """Create a home with engines, set SAGE_HOME to it in this process, and run the stand-in process during the block."""
+    """Create a SAGE_HOME with engines and set it in this process; during the block, the stand-in process runs."""
     os.environ["SAGE_HOME"] = str(home)
     node, database = open_state_folder(), open_database(f"sqlite:///{get_user_paths().state_dir / 'engines.db'}")
     serving = [_id("s", number) for number in range(crowd.living // 2 + crowd.hung)]
@@ -137,7 +137,7 @@ def _event(engine: EngineRecord) -> dict[str, object]:
 
 
 def _make_runs(engine_ids: list[str]) -> None:
-    """Create the run directories of runs that are still training. The first one is created, the others are copies of it."""
+    """Create the run directories of runs that are still training. The first directory is copied to create the others."""
     first, *others = map(_run, engine_ids)
     config = FinetuneConfig(base_model=MODEL, dataset_path=str(_DATASET), output_dir=str(get_user_paths().data_dir / "out"))
     FinetuneManager().create(config, first.name)

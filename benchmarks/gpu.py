@@ -1,8 +1,8 @@
 """Compare SAGE's training step on a GPU with TRL, TRL with Liger kernels, and Unsloth.
 
-The models are the 135M model, and larger shapes with random weights. The speed does not depend on the weights' values.
+The models are SmolLM2-135M and larger models with random weights. The values of the weights do not change the speed.
 The peers are TRL and Unsloth. Each peer runs in a separate Python environment: `--plain PYTHON` (trl, peft, datasets),
-`--liger PYTHON` (also liger-kernel), `--unsloth PYTHON` (unsloth). A peer without this option is not measured.
+`--liger PYTHON` (also liger-kernel), `--unsloth PYTHON` (unsloth). A peer whose option is missing is not measured.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from sage.libs.finetune import FinetuneConfig, FinetuneManager
 from sage.libs.models.loading import load_tokenizer, local_folder
 from sage.libs.models.resolve import resolve_model
 
-#: Configurations with the published shapes of Llama-3.2-1B and Qwen2.5-7B, and a tiny one to try out this benchmark.
+#: Configurations with the published shapes of Llama-3.2-1B and Qwen2.5-7B, and of a tiny model to test this benchmark.
 SHAPES = {
     "llama-3.2-1b": LlamaConfig(
         vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -81,9 +81,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/bench/alpaca_train.jsonl"))
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--models", default=f"{MODEL},llama-3.2-1b,qwen2.5-7b")
-    parser.add_argument("--plain", help="Python of TRL without Liger kernels")
-    parser.add_argument("--liger", help="Python of TRL with Liger kernels")
-    parser.add_argument("--unsloth", help="Python of Unsloth")
+    parser.add_argument("--plain", help="Python interpreter of an environment with TRL")
+    parser.add_argument("--liger", help="Python interpreter of an environment with TRL and Liger kernels")
+    parser.add_argument("--unsloth", help="Python interpreter of an environment with Unsloth")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)

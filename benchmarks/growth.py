@@ -1,6 +1,7 @@
 """Measure training speed and peak memory for several sequence lengths, micro-batch sizes, LoRA ranks and dataset sizes.
 
-Each measurement is a short run of SmolLM2-135M-Instruct in a separate process. The first step is a warm-up and not counted.
+Each measurement is a short run of SmolLM2-135M-Instruct in a separate process. The first step is a warm-up and does not
+count.
 """
 
 import argparse
@@ -23,8 +24,8 @@ WORDS = ("the", "model", "learns", "from", "what", "it", "reads", "and", "answer
 
 
 def chat(words: int, number: int) -> dict[str, Any]:
-    """Return a chat of `words` words, two fifths of them in the answer. Each word is about one token."""
-    chance = random.Random(number)  # noqa: S311 - `number` is the seed, so that each call returns the same chat
+    """Return a chat of `words` words. The answer has two fifths of the words. Each word is about one token."""
+    chance = random.Random(number)  # noqa: S311 - the seed makes the chat reproducible
     said = [chance.choice(WORDS) for _ in range(words)]
     cut = 3 * words // 5
     messages = [("user", f"{number}: {' '.join(said[:cut])}"), ("assistant", " ".join(said[cut:]))]
@@ -67,7 +68,7 @@ def main() -> None:
     """Run the measurements, and write the results as JSON, as a table and as a chart."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".bench"))
-    parser.add_argument("--samples", type=int, default=1_000_000, help="of the largest dataset")
+    parser.add_argument("--samples", type=int, default=1_000_000, help="number of samples in the largest dataset")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/growth"))
     arguments = parser.parse_args()
     work = arguments.work.resolve()
@@ -84,7 +85,7 @@ def main() -> None:
     large = dataset(work / f"chats-{arguments.samples}.jsonl", arguments.samples, 150)
     small = dataset(work / "chats-small.jsonl", 1000, 149)
     panels["samples"] = {1000: point(work, small), arguments.samples: point(work, large)}
-    panels["samples, tokenised before"] = {1000: point(work, small), arguments.samples: point(work, large)}
+    panels["samples, already tokenized"] = {1000: point(work, small), arguments.samples: point(work, large)}
     arguments.out.with_suffix(".json").write_text(json.dumps({"processor": processor(), "panels": panels}, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(table(panels))
     arguments.out.with_suffix(".svg").write_text(picture(panels))
@@ -98,7 +99,7 @@ def table(panels: dict[str, dict[int, dict[str, float]]]) -> str:
         for name, points in panels.items()
         for value, p in points.items()
     ]
-    head = f"{processor()}\n\n| over | value | tokens/s | peak RSS | until the first step |\n" + "|---" * 5 + "|\n"
+    head = f"{processor()}\n\n| varied option | value | tokens/s | peak RSS | until the first step |\n" + "|---" * 5 + "|\n"
     return head + "".join(lines)
 
 

@@ -29,7 +29,10 @@ PARTS = {
 
 
 def products(run: TrainingRun, batch: Batch) -> dict[str, float]:
-    """Return the floating-point operations of a step, by part: matrix products with frozen weights, and attention."""
+    """Return the number of floating-point operations of a step, by part.
+
+    Only the matrix products with frozen weights and the products of attention are counted.
+    """
     config = run.loaded.model.get_base_model().config
     tokens, layers, width = batch["input_ids"].numel(), config.num_hidden_layers, config.hidden_size
     head_width = width // config.num_attention_heads
@@ -39,7 +42,7 @@ def products(run: TrainingRun, batch: Batch) -> dict[str, float]:
     return {
         "feed-forward blocks": 2.0 * 2 * 3 * layers * tokens * width * config.intermediate_size,
         "attention's projections": 2.0 * 2 * layers * tokens * width * columns,
-        # Two products forward, four backward. The causal mask halves each product.
+        # The forward pass has two matrix products, the backward pass four. The causal mask halves each product.
         "attention": 6.0 * 2 * layers * squares / 2 * width,
         "head and loss": 2.0 * 2 * trained * width * config.vocab_size,
     }
@@ -60,7 +63,7 @@ def peak_flops(dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    """Profile the training steps of `STEPS` packs, and print the table."""
+    """Profile `STEPS` training steps with packed samples, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/bench/alpaca_train.jsonl"))
     parser.add_argument("--work", type=Path, default=Path(".bench"))
@@ -99,13 +102,13 @@ def main() -> None:
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     print(
         f"{processor()}; {run.loaded.precision.reason}; {tokens / seconds:.0f} tokens/s; "
-        f"products reach {peak / 1e9:.0f} GFLOP/s\n"
+        f"matrix products reach {peak / 1e9:.0f} GFLOP/s\n"
     )
-    print("| part | share | its products at that speed |\n|---|---|---|")
+    print("| part | share of the time | minimum time of its products |\n|---|---|---|")
     for part, names in PARTS.items():
         share = sum(spent.get(name, 0.0) for name in names) / whole
         limit = sum(flops.get(part, 0.0) for flops in needed) / peak / (share * seconds)
-        print(f"| {part} | {share:.1%} | {f'{limit:.0%} of it' if limit else ''} |")
+        print(f"| {part} | {share:.1%} | {f'{limit:.0%} of the measured time' if limit else ''} |")
 
 
 if __name__ == "__main__":

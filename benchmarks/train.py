@@ -44,7 +44,7 @@ class Run:
     other_seconds: float  #: time for start-up, loading and saving
     peak_bytes: int
     adapter: Path
-    heldout_loss: float | None = None  #: measured only for the first run of a row
+    heldout_loss: float | None = None  #: None except for the first run of a row
 
 
 class Bench:
@@ -99,7 +99,7 @@ class Bench:
         return Run(train, seconds - train, peak_bytes, output)
 
     def heldout_loss(self, adapter: Path) -> float:
-        """Return an adapter's loss on the held-out chats, in fp32. The script that computes it does not use SAGE."""
+        """Return an adapter's loss on the held-out chats, in fp32. A script that does not use SAGE computes the loss."""
         argv = [sys.executable, str(self.data / "heldout_loss.py"), str(self.model), str(adapter)]
         return float(re.search(r"heldout_loss ([\d.]+)", measured(argv)[2])[1])  # type: ignore[index]
 
@@ -114,12 +114,12 @@ def _packed(how: str, **options: Any) -> tuple[str, Callable[[Bench], Run]]:
 
 ROWS: dict[str, tuple[str, Callable[[Bench], Run]]] = {
     "sage-packed": _packed(""),
-    "sage": ("SAGE, by four samples", lambda b: b.ours()),
+    "sage": ("SAGE, four samples per micro-batch", lambda b: b.ours()),
     "sage-packed-bf16": _packed(", bf16", precision="bf16"),
-    "sage-packed-whole": _packed(", whole base", quantization="none"),
+    "sage-packed-whole": _packed(", base not quantized", quantization="none"),
     "sage-8bit": _packed(", bitsandbytes in 8 bits", quantization="8bit"),
     "sage-4bit": _packed(", bitsandbytes in 4 bits", quantization="4bit"),
-    "sage-fp32": ("SAGE, by four samples, fp32", lambda b: b.ours(precision="fp32")),
+    "sage-fp32": ("SAGE, four samples per micro-batch, fp32", lambda b: b.ours(precision="fp32")),
     "llama-factory-packed": ("LLaMA-Factory, bf16, neat packing to 800", lambda b: b.llama_factory("packed")),
     "llama-factory-packed-fp32": (
         "LLaMA-Factory, fp32, neat packing to 800",
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/bench"))
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, of: " + ", ".join(ROWS))
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows to measure, separated by commas: " + ", ".join(ROWS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train"))
     arguments = parser.parse_args()
     bench = Bench(arguments.data.resolve(), arguments.work.resolve())

@@ -18,7 +18,7 @@ CHATML = (
     _TOOLS + "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + (m.content or '') }}" + _CALLS
     + "{{- '<|im_end|>\\n' }}{%- endfor %}" + _PROMPT
 )  # fmt: skip
-#: EOS ends an answer; user and assistant must alternate; the ids of tool calls must have nine characters.
+#: EOS ends an answer. User and assistant messages must alternate. The ids of tool calls must have nine characters.
 MISTRAL = (
     "{{- bos_token }}{%- set ns = namespace(n=0) %}{%- for m in messages %}"
     "{%- if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls) %}{%- if (m.role == 'user') != (ns.n % 2 == 0) %}"
@@ -42,7 +42,7 @@ THINK = (
     "{{- said.lstrip('\\n') }}" + _CALLS + "{{- '<|im_end|>\\n' }}"
     "{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}" + _PROMPT
 )  # fmt: skip
-#: The generation prompt begins the reasoning; the reasoning of each assistant message is removed.
+#: The generation prompt opens the reasoning with `<think>`. The template removes the reasoning of all assistant messages.
 DROPTHINK = (
     "{{- bos_token }}{%- for m in messages %}{%- if m.role == 'assistant' %}"
     "{{- '<A>' + m.content.split('</think>')[-1] + eos_token }}{%- else %}{{- '<U>' + m.content }}{%- endif %}{%- endfor %}"

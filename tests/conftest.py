@@ -15,14 +15,14 @@ from sage.libs.models.export.formats import LlamaCpp
 from sage.llm.control_plane.backends import environments
 
 pytest.register_assert_rewrite("store_promises", "lease_promises", "migration_promises")
-# Handle SIGINT again: a shell starts background jobs with SIGINT ignored, and the tests' commands inherit this. Without a
-# handler, tests of Ctrl-C would wait until they time out.
+# Set a handler for SIGINT. If pytest is a background job of a shell, SIGINT is ignored in pytest and in the commands that
+# the tests start, so that tests of Ctrl-C would time out.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def sage_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return an empty SAGE_HOME. Processes that still run in it after the test are killed."""
+    """Yield the path of an empty SAGE_HOME. After the test, processes that hold a lock in it are killed."""
     home = tmp_path / "sage-home"
     for name in [name for name in os.environ if name.startswith("SAGE_")]:
         monkeypatch.delenv(name)
@@ -50,7 +50,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama_cpp(sage_home: Path) -> LlamaCpp:
-    """Return the llama.cpp that `make integration` installed, linked into the home of this test."""
+    """Link the llama.cpp that `make integration` installed into this test's SAGE_HOME, and return it."""
     link_backend("llamacpp", sage_home)
     return LlamaCpp(Path(environments.interpreter("llamacpp")))
 

@@ -1,6 +1,7 @@
-"""Load test of a gateway: many clients connect, send requests and disconnect at random times, and one client is patient.
+"""Load test of a gateway: many clients connect, send requests and disconnect at random times.
 
-`python tests/crowd.py --model tiny --seconds 300` reports the answer times of the patient client at a running gateway.
+One more client, the patient client, waits for each of its answers. `python tests/crowd.py --model tiny --seconds 300`
+reports the answer times of the patient client at a running gateway.
 """
 
 import argparse
@@ -16,12 +17,12 @@ import psutil
 from yarl import URL
 
 _CLIENTS = 256
-#: All requests have the same `max_tokens`, so that the time of the requests in front of another one can be computed.
+#: `max_tokens` of all requests. Because it is the same for all, the time to wait for earlier requests can be computed.
 _TOKENS = 16
 _LONGEST_PAUSE_SECONDS = 3.0
 #: The gateway closes idle connections to engines within this number of seconds.
 _IDLE_SECONDS = 20
-#: Number of additional descriptors that are allowed after the test, because the database keeps connections open.
+#: Maximum number of additional descriptors after the test. The database keeps some connections open.
 SPARE_DESCRIPTORS = 24
 
 
@@ -32,7 +33,7 @@ class Report:
     alone_seconds: float  #: median answer time of the patient client without other clients
     slowest_seconds: float = 0.0
     slowest_ahead: int = 0  #: number of requests in progress when the slowest request was sent
-    worst_ratio: float = 0.0  #: maximum of: answer time / ((2 + requests in progress) * alone_seconds)
+    worst_ratio: float = 0.0  #: maximum of `answer time / ((2 + requests in progress) * alone_seconds)`
     honest_answers: int = 0
     asked: int = 0
     answered: int = 0

@@ -1,4 +1,4 @@
-"""Run a gateway and engines without a model in the test's process, with real HTTP on loopback."""
+"""Run a gateway and engines in the test's process, with real HTTP on loopback. The engines load no model."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,6 @@
 """Install and run earlier versions of SAGE from the repository's history, and read the files that they write.
 
-`python tests/landed.py COMMIT` creates `tests/data/landed-COMMIT.tar.xz`: the home that this version leaves after a crash.
+`python tests/landed.py COMMIT` creates `tests/data/landed-COMMIT.tar.xz`, the SAGE_HOME after a crash of that version.
 """
 
 import argparse
@@ -27,7 +27,7 @@ DATA = Path(__file__).parent / "data"
 #: Folder in which archives are created. `unpack` replaces this folder in all stored paths.
 _ORIGIN = Path("/tmp/sage-landed")
 _ENDED = ("stopped", "completed", "failed")
-#: Options of a run with many short steps (milliseconds), which a test can stop before its end and resume.
+#: Options of a run with many short steps (some milliseconds). A test can stop the run before its end and resume it.
 RUN_OPTIONS = {
     "batch_size": 1, "max_steps": 400, "learning_rate": 1e-3, "precision": "fp32", "save_steps": 400, "keep_checkpoints": 1,
     "lora_rank": 2,
@@ -37,8 +37,8 @@ RUN_OPTIONS = {
 def install(commit: str, folder: Path) -> Path:
     """Install an earlier version into a new environment and return its interpreter.
 
-    Only SAGE's packages have that version; all other packages are those of the running interpreter. The test is skipped if
-    the repository does not contain the commit.
+    Only SAGE's packages are installed in that version; all other packages come from the running interpreter. The test is
+    skipped if the repository does not contain the commit.
     """
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit, "packages"], capture_output=True, check=False)
     if archive.returncode != 0:
@@ -48,7 +48,8 @@ def install(commit: str, folder: Path) -> Path:
     subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
     environment = folder / "environment"
     venv.create(environment, symlinks=True)
-    # Python does not read .pth files in the folders that this .pth file names, so the current version is not importable.
+    # This .pth file adds folders to the import path. Python ignores the .pth files in those folders, so it cannot import the
+    # current version of SAGE, which one of the ignored files adds.
     paths = [*sorted((source / "packages").glob("*/src")), Path(sysconfig.get_path("purelib"))]
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "landed.pth").write_text("".join(f"{path}\n" for path in paths))
@@ -66,10 +67,10 @@ class LandedGateway:
             command = [str(python), "-m", "sage.llm.gateway"]
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=120)
-        wait_for(self._is_up, "the landed version's gateway")
+        wait_for(self._is_up, "the earlier version's gateway")
 
     def _is_up(self) -> bool:
-        assert self._process.poll() is None, "the landed version's gateway exited"
+        assert self._process.poll() is None, "the earlier version's gateway exited"
         with contextlib.suppress(httpx.TransportError):
             return self._http.get("/health").is_success
         return False
@@ -86,7 +87,7 @@ class LandedGateway:
         return self.start(model, "finetune", dataset_path=str(SAMPLES), output_dir=str(output), **{**RUN_OPTIONS, **options})
 
     def engine(self, engine_id: str) -> dict[str, Any]:
-        """Return an engine, as the gateway of that version describes it."""
+        """Return an engine in the JSON format of that version's gateway."""
         return dict(self._http.get(f"/v1/management/engines/{engine_id}").json())
 
     def until(self, engine_id: str, *states: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class LeasePromises(Stored):
         with pytest.raises(LeaseLost):
             store.transition(engine, S.STARTING, actor="r", lease=lease)
         assert store.acquire_lease("n", "b", "another host", ME)
-        expire(store, 2 * LEASE_SECONDS - 1)  # a renewal can have written this expiry
+        expire(store, 2 * LEASE_SECONDS - 1)  # this expiry is possible after a renewal
         assert store.acquire_lease("n", "c", "another host", ME) is None
 
     def test_a_node_writes_its_own_rows_only(self, store: Store, lease: Lease) -> None:

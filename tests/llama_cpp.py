@@ -15,7 +15,7 @@ from sage.libs.models.chat import ChatFormat
 from sage.libs.models.export.formats import LlamaCpp
 from sage.llm.control_plane.backends import environments
 
-#: Program that serves the GGUF file given as its argument and prints its address. It exits when its stdin is closed.
+#: Program that serves the GGUF file named by its argument, and prints the server's address. It exits when stdin is closed.
 _PROGRAM = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()

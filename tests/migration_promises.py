@@ -1,4 +1,4 @@
-"""Tests of opening and migrating a database that every kind of database must pass."""
+"""Tests of opening and migrating a database. They must pass with every kind of database."""
 
 from datetime import UTC, datetime
 from pathlib import Path

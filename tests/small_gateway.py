@@ -67,7 +67,7 @@ class Gateway(BaseHTTPRequestHandler):
         }
 
     def send_stream(self, path: str, query: str) -> None:
-        """Send a stream. With `follow`, the first answer of each path breaks off in the middle."""
+        """Send a stream. With `follow`, the first answer of each path is cut off before its end."""
         begin = int(query.rpartition("=")[2]) if "offset=" in query else 0
         after = int(query.partition("after=")[2].partition("&")[0] or 0)
         whole, first = (

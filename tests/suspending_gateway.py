@@ -1,4 +1,4 @@
-"""Run a gateway that suspends itself once during a write: `python tests/suspending_gateway.py LEASE_SECONDS POINT`.
+"""Run a gateway that suspends itself once during a write. Usage: `python tests/suspending_gateway.py LEASE_SECONDS POINT`.
 
 The write is the creation or a transition of the second engine. POINT selects when the gateway suspends itself.
 `add`, `transition`: after the data for the write was read, and before the transaction begins.

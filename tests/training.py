@@ -18,7 +18,7 @@ class TinyRun:
     """A training run of the tiny model."""
 
     def __init__(self, model: Path, output: Path, **options: Any) -> None:
-        # The precision is fixed, because on a busy machine two runs could measure different precisions as the fastest.
+        # The precision is fixed. With `auto`, two runs on a busy machine could choose different precisions.
         values = {
             "dataset_path": str(SAMPLES), "batch_size": 4, "max_steps": 12, "learning_rate": 1e-2, "precision": "fp32",
             **options,
@@ -33,7 +33,7 @@ class TinyRun:
         return self
 
     def trained(self) -> "TinyRun":
-        """Train in this process, which has already imported the libraries; a worker needs seconds to import them."""
+        """Train in this process. This is faster than a worker process, which needs seconds to import the libraries."""
         run, stop = self.manager.run_directory(self.task_id), StopRequest()
         if self.config.method == "sft":
             from sage.libs.finetune.training.trainer import TrainingRun as Run
@@ -56,7 +56,7 @@ class TinyRun:
 
     def until_ended(self) -> RunStatus:
         wait_for(lambda: self.status.state in ENDED, "the end")
-        wait_for(lambda: self.manager.process(self.task_id) is None, "the process to leave")
+        wait_for(lambda: self.manager.process(self.task_id) is None, "the exit of the process")
         return self.status
 
     def stopped_at(self, step: int) -> "TinyRun":

@@ -1,4 +1,4 @@
-"""Measure the time and memory that a proxy in front of an engine costs: SAGE's gateway, nginx, vllm-router and LiteLLM.
+"""Measure the time and memory that proxies in front of an engine need: SAGE's gateway, nginx, vllm-router and LiteLLM.
 
 Each proxy forwards requests on loopback to the same upstream, which returns a fixed chat completion. The tables are printed
 and written to `benchmarks/results/gateway.md`. The file also names the proxies that cannot be installed.
@@ -59,7 +59,7 @@ def main() -> None:
     _BENCH.mkdir(parents=True, exist_ok=True)
     lines = [
         "# What the gateway costs", "",
-        f"`python benchmarks/gateway`, {arguments.seconds:g} s a row. {processor()}, {os.cpu_count()} cores, "
+        f"`python benchmarks/gateway`, {arguments.seconds:g} s per row. {processor()}, {os.cpu_count()} cores, "
         f"{platform.platform()}, Python {platform.python_version()}. Load: {load.name()}, on the same cores.",
     ]  # fmt: skip
     missing: dict[str, str] = {}
@@ -77,19 +77,24 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python benchmarks/gateway", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10, help="length of each row")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"comma-separated; default: {','.join(PEERS)}")
-    parser.add_argument("--case", default="", help="only cases with this in their title")
-    parser.add_argument("--soak", action=argparse.BooleanOptionalAction, default=True, help="measure memory, too")
-    parser.add_argument("--port", type=int, default=18_900, help="first of the ports used")
+    parser.add_argument("--seconds", type=float, default=10, help="duration of each measurement")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"proxies, separated by commas; default: {','.join(PEERS)}")
+    parser.add_argument("--case", default="", help="measure only the cases whose titles contain this text")
+    parser.add_argument(
+        "--soak", action=argparse.BooleanOptionalAction, default=True, help="also measure the memory after many requests"
+    )
+    parser.add_argument("--port", type=int, default=18_900, help="first of two ports to use")
     parser.add_argument("--output", type=Path, default=_RESULTS, help="file to write")
     return parser.parse_args()
 
 
 def _measure(case: Case, arguments: argparse.Namespace, folder: Path, missing: dict[str, str]) -> Iterator[str]:
-    """Measure a case with each proxy, and yield the lines of its table; missing: reasons why proxies cannot be measured."""
+    """Measure a case with each proxy, and yield the lines of its table.
+
+    missing: for each proxy that cannot be measured, the reason; this function adds entries.
+    """
     port: int = arguments.port
-    # A delay above zero selects upstream.py, because nginx cannot send event streams.
+    # For streams, a delay above zero selects upstream.py, because nginx cannot send event streams.
     with upstream(port, case.delay_ms or (1e-6 if case.streams else 0), folder) as server:
         yield f"Upstream: {server}."
         yield ""
@@ -110,7 +115,7 @@ def _measure(case: Case, arguments: argparse.Namespace, folder: Path, missing: d
 
 
 def _figures(program: Program, case: Case, connections: int, seconds: float, folder: Path) -> tuple[Figures, float]:
-    """Return the figures, and the program's CPU time per request in milliseconds."""
+    """Measure a case with one program. Return the figures, and the program's CPU time per request in milliseconds."""
     body = folder / "body.json"
     prompt = "word " * case.prompt_tokens
     request = {"model": program.model, "messages": [{"role": "user", "content": prompt}], "stream": case.streams}

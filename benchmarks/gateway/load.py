@@ -1,6 +1,6 @@
 """Send requests in a closed loop: each connection sends the next request when the previous answer is complete.
 
-The program wrk sends the requests if it is installed, otherwise this file.
+If the program wrk is installed, wrk sends the requests; otherwise, this file sends them.
 
 `load.py URL CONNECTIONS SECONDS BODY_FILE` prints the figures as JSON.
 """

@@ -20,9 +20,9 @@ from gateway.upstream import ANSWER, INNER_NAME, health
 
 _HERE = Path(__file__).parent
 _START_SECONDS = 120
-#: Id and name of the benchmark's engine in SAGE's database. Requests to other proxies use `INNER_NAME` instead.
+#: Id and name of the benchmark's engine in SAGE's database. Requests to other proxies use the model name `INNER_NAME`.
 _ENGINE_ID, _ENGINE_NAME = "engine-s000000000", "model-engine-s000000000"
-#: litellm is below 1.107, because the package index warns that 1.107.0 is compromised.
+#: Version 1.107 of litellm is excluded, because the package index warns that 1.107.0 is compromised.
 REQUIREMENTS: Mapping[str, str] = {"vllm-router": "vllm-router", "litellm": "litellm[proxy]==1.106.*"}
 PEERS = ("nginx", *REQUIREMENTS)
 
@@ -70,7 +70,7 @@ class Program:
 
 @contextlib.contextmanager
 def upstream(port: int, delay_ms: float, folder: Path) -> Iterator[str]:
-    """Run an upstream during the block, and yield the name of its program.
+    """Run an upstream (the server behind the proxies) during the block, and yield the name of its program.
 
     The program is nginx if it is installed and `delay_ms` is 0; otherwise it is upstream.py.
     """
@@ -89,7 +89,7 @@ def upstream(port: int, delay_ms: float, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def direct(upstream_port: int, _port: int, _folder: Path) -> Iterator[Program]:
-    """Yield a program without a proxy: requests go directly to the upstream."""
+    """Yield a Program without a process, so that requests go directly to the upstream."""
     yield Program("direct", upstream_port, INNER_NAME)
 
 
@@ -201,7 +201,7 @@ def _running(
         deadline_seconds = time.monotonic() + _START_SECONDS
         while not _answers(url):
             if process.poll() is not None or time.monotonic() > deadline_seconds:
-                raise UnusableError(f"{Path(str(command[0])).name} does not answer; its log: {log}")
+                raise UnusableError(f"{Path(str(command[0])).name} does not answer; see the log {log}")
             time.sleep(0.05)
         yield psutil.Process(process.pid)
     finally:

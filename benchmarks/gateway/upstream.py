@@ -1,4 +1,4 @@
-"""The upstream of the benchmark: a server that returns a fixed chat completion, as a stream if the request asks for one.
+"""The upstream of the benchmark: a server that returns a fixed chat completion, streamed if `stream` is true.
 
 `upstream.py PORT DELAY_MS ENGINE_ID` answers health checks as the engine ENGINE_ID. If nginx is installed, nginx is used
 instead of this server for the cases that have no delay and no stream.
@@ -11,7 +11,7 @@ import sys
 import httptools
 import uvloop
 
-#: The model's name inside this server.
+#: Name of the model at this server.
 INNER_NAME = "sage-inner-1"
 _TEXT = "The capital of France is Paris, which lies on the Seine and has been the capital for most of its history."
 EVENTS = 32
@@ -65,7 +65,7 @@ class _Connection(asyncio.Protocol):
         self._path, self._body_tail = url, b""
 
     def on_body(self, body: bytes) -> None:
-        # The end of the body is enough, because `stream` is the last member of the benchmark's requests.
+        # Keep only the end of the body: the benchmark's requests have `stream` as their last member.
         self._body_tail = (self._body_tail + body)[-200:]
 
     def on_message_complete(self) -> None:

@@ -26,7 +26,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default="transformers,vllm,llamacpp", help="names, separated by commas")
-    parser.add_argument("--answers", type=int, default=16, help="answers at 16 at once; at 1 at once, an eighth of them")
+    parser.add_argument(
+        "--answers", type=int, default=16, help="answers with 16 requests at a time; an eighth of it with one"
+    )
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--adapters", type=int, default=16)
     arguments = parser.parse_args()
@@ -55,8 +57,8 @@ def main() -> None:
 
 def _result(name: str, backend: BackendView | None) -> Result:
     if backend is None:
-        return Result(name, "", "", reason="not a backend of this version")
-    result = Result(name, backend.version, SAME_PRECISION.get(name, ({}, "its default"))[1])
+        return Result(name, "", "", reason="this version does not have this backend")
+    result = Result(name, backend.version, SAME_PRECISION.get(name, ({}, "the default"))[1])
     result.reason = "" if backend.is_installed else f"not installed: `sage backend install {name}`"
     return result
 

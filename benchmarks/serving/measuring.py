@@ -17,7 +17,7 @@ from serving.home import start, stop
 from serving.load import measure
 from serving.memory import PeakMemory
 
-#: For each backend: the options with which all backends compute at the same precision, and the name of the precision.
+#: For each backend: options that select the same precision in all backends, and the name of this precision.
 SAME_PRECISION: dict[str, tuple[dict[str, Any], str]] = {
     "transformers": ({"dtype": "fp32"}, "fp32"),
     "vllm": ({"dtype": "fp32"}, "fp32"),
@@ -88,9 +88,9 @@ def _rows(
         for at_once in (1, 16):
             for path in ("direct", "gateway"):
                 if name.startswith(str(adapter_count)) and not is_shared:
-                    yield Row(name, at_once, path, reason="each adapter needs a server of its own")
+                    yield Row(name, at_once, path, reason="each adapter needs a separate server")
                 elif at_once == 1 and len(chosen) > 1:
-                    continue  # with one request at a time, the result is the same as with one adapter
+                    continue  # with one request at a time, several adapters are as fast as one
                 else:
                     yield _row(url if path == "gateway" else "", name, chosen, at_once, answers, tokens)
 
@@ -104,14 +104,15 @@ def _row(url: str, name: str, engines: Sequence[EngineView], at_once: int, answe
     count = max(1, answers // 8) if at_once == 1 else answers
     found = measure(address, models, key, count=count, at_once=at_once, max_tokens=tokens)
     if found.tokens != count * tokens:
-        return Row(name, at_once, path, reason=f"{found.tokens} tokens instead of {count * tokens}")
+        return Row(name, at_once, path, reason=f"the answers have {found.tokens} tokens instead of {count * tokens}")
     return Row(name, at_once, path, found.tokens_per_second, found.first_token_seconds)
 
 
 def _names_at_server(engines: Sequence[EngineView], key: str) -> list[str]:
-    """Return the model names of engines at the engines' server.
+    """Return the model names that the engines' server accepts for these engines.
 
-    The names may belong to other adapters of the server, which does not matter, because all adapters cost the same.
+    A name may belong to another adapter of the server. This does not change the result, because all adapters are equally
+    fast.
     """
     headers = {"Authorization": f"Bearer {key}"}
     answer = httpx.get(f"http://{engines[0].address}/v1/models", headers=headers, trust_env=False).raise_for_status()

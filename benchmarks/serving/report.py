@@ -33,11 +33,11 @@ def _lines(results: Sequence[Result], machine: str, what: str) -> Iterator[str]:
         if result.reason:
             yield f"| {result.backend} {result.version} | {result.precision} | | | {result.reason} | | | | |"
     yield ""
-    yield "| backend | base starts in | one more adapter in | its first token after | peak memory |"
+    yield "| backend | start of the base | start of an adapter | first token of the adapter | peak memory |"
     yield "|---|---|---|---|---|"
     for result in results:
         if not result.reason:
-            how = "" if result.is_shared else " (a server of its own)"
+            how = "" if result.is_shared else " (on a separate server)"
             yield (
                 f"| {result.backend} {result.version} | {_seconds(result.start_seconds)} "
                 f"| {_seconds(median(result.add_seconds))}{how} | {_seconds(median(result.add_first_token_seconds))} "

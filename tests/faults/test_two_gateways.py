@@ -133,7 +133,7 @@ def test_a_gateway_suspended_in_the_middle_of_a_write_writes_nothing_after_the_o
         if point == "transition":
             request.result()
             # The latter if the signal took effect a moment later, in the transaction, whose session PostgreSQL then closes.
-            refused = ("was written by another process", "server closed the connection")
+            refused = ("was changed after it was read", "server closed the connection")
             wait_for(lambda: any(words in active.log.read_text() for words in refused), "the write that is refused")
         else:
             with pytest.raises(SageError):

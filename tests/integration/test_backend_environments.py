@@ -132,7 +132,7 @@ def test_a_version_that_the_index_lacks_is_named_as_the_reason(sage_home: Path, 
 
 def test_too_little_space_is_found_before_anything_is_made(sage_home: Path) -> None:
     _, errors = done(backend("install", "toy", disk_bytes=10**18), code=1)
-    assert "needs 1000000000.0 GB on the disk" in errors
+    assert "needs 1000000000.0 GB of disk space" in errors
     assert leftovers(sage_home) == []
 
 

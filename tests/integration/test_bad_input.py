@@ -21,9 +21,9 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
     (foreign / "thesis.tex").touch()
     cases: list[tuple[tuple[str, ...], int, str, str]] = [
         (finetune(tiny_model, tmp_path / "none.jsonl", out), 1, "none.jsonl does not exist", "Use a .jsonl"),
-        (finetune("org/unknown", SAMPLES, out), 1, "No model 'org/unknown': tried", "model list"),
+        (finetune("org/unknown", SAMPLES, out), 1, "No model 'org/unknown': it is not in", "model list"),
         (finetune("./unknown", SAMPLES, out), 1, "No model", "model list"),
-        (finetune(tiny_model, SAMPLES, foreign), 1, "is not empty: it holds thesis.tex", "--output"),
+        (finetune(tiny_model, SAMPLES, foreign), 1, "is not empty: it contains thesis.tex", "--output"),
         (
             finetune(tiny_model, SAMPLES, out, "--lora-rank", "0"),
             2,
@@ -175,7 +175,7 @@ def test_two_runs_do_not_share_an_output_folder(tiny_model: Path, tmp_path: Path
     assert "is being written by task-" in done.stderr
     sage("llm", "engine", "stop", first)
     done = sage(*finetune(tiny_model, SAMPLES, out), check=1)
-    assert "holds the result of task-" in done.stderr
+    assert "contains the result of task-" in done.stderr
     done = sage("llm", "engine", "stop", first)
     assert "was already stopped" in done.stdout
 

@@ -427,7 +427,7 @@ def test_a_standby_serves_reads_and_inference_refuses_writes_and_takes_over(mode
             assert (upstream.engine_id, upstream.address) == (engine.id, engine.address)
             assert [view.state for view in await standby.list_engines()] == [S.RUNNING]
             for write in (standby.stop_engine, standby.resume_engine, standby.remove_engine, standby.pause_engine):
-                with pytest.raises(Overloaded, match="is standby; http") as caught:
+                with pytest.raises(Overloaded, match="is on standby; the active gateway is http") as caught:
                     await write(engine.id)
                 assert caught.value.code == "standby"
             await active.close()

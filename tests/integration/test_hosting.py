@@ -96,7 +96,7 @@ def test_an_adapter_that_its_server_refuses_gets_a_server_of_its_own(
         other = None if is_alone else await started(manager, adapters[0])
         refused = await start(manager, make_adapter(tmp_path / "r", tiny_model, "refused"))
         view = await until(manager, refused.id, S.RUNNING)
-        assert (view.form or "").endswith("cannot be loaded into a running base: its rank is too large")
+        assert (view.form or "").endswith("cannot be loaded into a running server: its rank is too large")
         assert view.restarts == 0
         assert await answered(manager, refused.id) == str(tmp_path / "r")
         if other:

@@ -255,7 +255,7 @@ def test_an_adapter_on_a_layer_that_sees_only_some_tokens_is_refused_with_the_re
     monkeypatch.setattr(Adapters, "begin", more)
     error = error_of(load("expert", adapter_on(tiny_model, tmp_path / "adapter", target_modules=["up_proj"])))
     assert error["code"] == "adapter_not_hot"
-    assert "model.layers.0.mlp.up_proj does not see every token" in error["message"]
+    assert "model.layers.0.mlp.up_proj does not receive every token" in error["message"]
     assert names_of(app) == ["base"]
 
 

@@ -120,7 +120,7 @@ def test_reward_files_are_off_unless_allowed_and_are_checked(
     tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = tmp_path / "reward.py"
-    for content, told in (("def other(): ...", "defines no function `reward`"), ("def reward(:", "is not Python")):
+    for content, told in (("def other(): ...", "defines no function `reward`"), ("def reward(:", "is not valid Python")):
         reward.write_text(content)
         with pytest.raises(ConfigError, match=told):
             TinyRun(tiny_model, tmp_path / "out", **options["grpo"])

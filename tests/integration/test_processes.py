@@ -239,7 +239,7 @@ def test_the_address_is_known_to_a_launcher_that_did_not_start_the_process(spec:
 def test_a_second_launch_neither_starts_a_process_nor_changes_the_address(spec: ProcessSpec) -> None:
     address = launch(server(spec))
     (before,) = observe(spec)
-    with pytest.raises(Conflict, match="already runs"):
+    with pytest.raises(Conflict, match="already holds"):
         launch(server(spec))
     assert observe(spec)[0].pid == before.pid
     assert observe(spec)[0].address == address

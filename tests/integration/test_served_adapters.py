@@ -69,7 +69,7 @@ def test_an_adapter_answers_from_the_server_of_its_base_as_peft_does(
     print(f"two adapters were loaded in {time.monotonic() - begin:.2f} s")
     own = start(dora)
     assert {engine["pid"] for engine in joined} == {base["pid"]} != {own["pid"]}
-    assert own["form"] == "merged, because it uses use_dora"
+    assert own["form"] == "merged, because the adapter uses use_dora"
     assert (base["slots"], base["context_tokens"]) == (16, 512)
     for folder in (*folders, dora):
         assert answer(folder.name) == greedy(tiny_model, folder)

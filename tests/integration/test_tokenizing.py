@@ -122,7 +122,8 @@ def test_a_model_without_a_template_gets_chatml_and_a_warning(tokenizer: Any) ->
 
 def test_what_the_template_refuses_is_told_with_its_line(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DatasetError, match=r"t\.jsonl:3: the model's chat template rejects it: roles must alternate"):
+    message = r"t\.jsonl:3: the model's chat template rejects this record: roles must alternate"
+    with pytest.raises(DatasetError, match=message):
         encode(tokenizer, TURNS)
 
 

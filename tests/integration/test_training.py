@@ -78,7 +78,7 @@ def test_a_run_in_8_bits_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path) -
     assert parts.losses() == whole.losses()
     assert parts.adapter_bytes() == whole.adapter_bytes()
     *_, started = parts.events("started")
-    assert started["precision"] == "fp32: as before the resume; 8-bit base"
+    assert started["precision"] == "fp32: as before the run was resumed; 8-bit base"
     assert "int8: 10 of 10 weights quantized" in started["kernels"]
     assert len(whole.events("sample")) == 2
     metrics = whole.run_file()["metrics"]
@@ -105,7 +105,7 @@ def test_a_killed_worker_resumes_from_its_last_complete_checkpoint(tiny_model: P
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out").start().at_step(1)
     run.manager.stop(run.task_id, force=True)
-    assert "its beginning" in str(run.until_ended().hint)
+    assert "the beginning of the run" in str(run.until_ended().hint)
     run.manager.resume(run.task_id)
     run.completed()
 
@@ -147,7 +147,7 @@ def test_what_cannot_resume_says_why(tiny_model: Path, tmp_path: Path, train_fil
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(train_file), max_steps=30).start().at_step(1)
     with pytest.raises(Conflict, match="is running"):
         run.manager.resume(run.task_id)
-    with pytest.raises(Conflict, match="is running already"):
+    with pytest.raises(Conflict, match="is already running"):
         run.manager.start_training(run.task_id)
     with pytest.raises(Conflict, match="is running"):
         run.manager.delete(run.task_id)

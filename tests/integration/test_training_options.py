@@ -243,7 +243,7 @@ def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path) 
     assert run.status.activation_checkpointing
     assert any("enabling gradient checkpointing" in text for text in run.status.warnings)
     log = limited(run_with("kept", "off"), sage_home, mebibytes)
-    assert "Out of memory: a single sample of 512 tokens does not fit." in log
+    assert "Out of memory: a single sample of 512 tokens does not fit into memory." in log
 
 
 def precision(asked: str, width: int = 64, *, use_8bit: bool = True, **begun: bool) -> Precision:
@@ -315,7 +315,7 @@ def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
     for asked, bf16 in (("auto", False), ("bf16", True)):
         run = TinyRun(tiny_model, tmp_path / asked, max_steps=1, precision=asked).trained()
         assert (run.status.bf16, run.status.bf16_products, run.status.int8_products) == (bf16, bf16, False)
-        assert "base not in int8: the model's layers do not support it" in run.events("started")[0]["precision"]
+        assert "base not in int8: the model's layers do not support int8" in run.events("started")[0]["precision"]
 
 
 def batch(collator: PackedCollator | PaddedCollator) -> Batch:
@@ -361,7 +361,7 @@ def test_full_fine_tuning_leaves_a_model_that_loads_and_goes_on_exactly(tiny_mod
     assert whole.status.heldout_loss is not None
     assert whole.status.heldout_loss < (whole.status.heldout_loss_before or 0)
     assert resolve_model(str(whole.output)).kind is ModelKind.FULL
-    with pytest.raises(OutputError, match="holds the result of"):
+    with pytest.raises(OutputError, match="contains the result of"):
         TinyRun(tiny_model, whole.output)
 
 

@@ -58,7 +58,8 @@ def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: Embed
     [
         ("", {}, "input", "input 0 is empty"), (["a", ""], {}, "input", "input 1 is empty"),
         ([], {}, "input", "input is empty"), ([[]], {}, "input", "input is empty"),
-        ("word " * 300, {}, "input", "has 302 tokens; this model takes 256"), ([5] * 300, {}, "input", "has 300 tokens"),
+        ("word " * 300, {}, "input", "has 302 tokens; this model takes at most 256"),
+        ([5] * 300, {}, "input", "has 300 tokens"),
         ("a" * 10**6, {}, "input", "has 1000000 characters"), ([10**6], {}, "input", "does not exist"),
         ("a", {"dimensions": 385}, "dimensions", "dimensions is 385; this model's vectors have 384"),
         ("a", {"input_type": "query"}, "input_type", "not supported"),

@@ -105,7 +105,7 @@ def test_a_layer_that_sees_only_some_tokens_is_reported_by_its_name(owners: list
         adapters = Adapters(model)
         adapters.hook(ADAPTERS[0])
         adapters.begin(owners, [2] * len(owners))
-        with pytest.raises(NotImplementedError, match="layer 0 does not see every token"):
+        with pytest.raises(NotImplementedError, match="layer 0 does not receive every token"):
             model(torch.randn(1, 2 * len(owners), WIDTH))
 
 

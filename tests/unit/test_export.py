@@ -169,7 +169,7 @@ def test_the_go_template_has_the_texts_of_the_turns_as_quoted_strings() -> None:
 
 
 def test_a_template_that_depends_on_more_than_roles_and_contents_is_refused() -> None:
-    with pytest.raises(ModelError, match="cannot be written as a template of Ollama"):
+    with pytest.raises(ModelError, match="cannot be converted to a template of Ollama"):
         turns_of(QWEN.replace("m.content", "loop.index|string + m.content"))
 
 
@@ -191,7 +191,7 @@ def test_a_vocabulary_that_the_converter_does_not_know_has_the_pre_tokenizer_of_
 
 def test_a_pre_tokenizer_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": {"type": "Whitespace"}}')
-    with pytest.raises(ModelError, match="its pre-tokenizer Whitespace is unknown") as caught:
+    with pytest.raises(ModelError, match="the model's pre-tokenizer Whitespace is unknown") as caught:
         _pre_tokenizer_of(tmp_path)
     assert caught.value.code == "export_unsupported"
 

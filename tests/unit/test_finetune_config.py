@@ -84,10 +84,10 @@ def test_the_engine_config_has_exactly_the_fields_and_defaults_of_the_requiremen
     ("options", "expected"),
     [
         ({"finetuning_type": "full", "use_dora": True}, "omit use_dora"),
-        ({"method": "dpo", "pack_tokens": 800}, "method dpo does not take pack_tokens"),
+        ({"method": "dpo", "pack_tokens": 800}, "method dpo does not accept pack_tokens"),
         ({"method": "dpo", "dataset_path": "a.jsonl=2"}, "weights of datasets"),
-        ({"method": "grpo"}, "needs a reward_file"),
-        ({"reward_file": "r.py"}, "no other method takes one"),
+        ({"method": "grpo"}, "reward_file is required for method grpo"),
+        ({"reward_file": "r.py"}, "not accepted for other methods"),
         ({"method": "grpo", "reward_file": "r.py", "num_generations": 3}, "a multiple of num_generations"),
         ({"dataset_path": ["a.jsonl=0"]}, "a weight must be a number above 0"),
         ({"dataset_path": []}, "dataset_path"),

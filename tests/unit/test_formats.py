@@ -157,7 +157,7 @@ def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
         ({"text": "\ud83d"}, "text has half a character (lone surrogate \\ud83d)"),
         ({"\ud83d": 1}, "no known format has the fields ?"),
         ({"instruction": "q", "output": {"part": "seal"}}, "output must be text, found an object"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "are for the methods dpo and orpo"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "are only for the methods dpo and orpo"),
         ({"messages": [USER, ANSWER], "images": ["a.jpg"]}, "'images' is not supported: only text can be trained on"),
         ({"text": "x", "audio": {"path": "a.wav"}}, "'audio' is not supported: only text can be trained on"),
         ({"messages": [{"role": "system", "content": "t"}, USER, ANSWER], "system": "s"}, "two different system messages"),

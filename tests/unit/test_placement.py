@@ -49,7 +49,7 @@ def test_the_form_of_an_adapter_with_a_server_of_its_own_names_the_reason(base: 
     expected = {
         "a separate server was requested": placed(adapter, dedicated=True),
         "it uses DoRA": placed(dora),
-        "its base is an adapter itself": placed(second),
+        "its base model is also an adapter": placed(second),
     }
     for reason, values in expected.items():
         assert values == {"base": None, "adapter": None, "form": f"merged, because {reason}"}
@@ -67,5 +67,5 @@ def test_a_backend_that_loads_no_adapters_merges_them_or_refuses(
     if merges:
         assert placed(adapter)["form"] == "merged, because the backend 'hosting' cannot load adapters into a running server"
     else:
-        with pytest.raises(ModelError, match=r"cannot serve .* by itself: the backend 'hosting' cannot load adapters"):
+        with pytest.raises(ModelError, match=r"cannot serve the adapter .*: the backend 'hosting' cannot load adapters"):
             placed(adapter)

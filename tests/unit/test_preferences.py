@@ -109,7 +109,7 @@ def test_tools_of_a_pair_reach_trl_as_text() -> None:
         (
             "dpo",
             {"prompt": "other", "chosen": [*CHAT, GOOD], "rejected": [*CHAT, BAD]},
-            "chosen[0] is a user message, but not",
+            "chosen[0] is a user message that differs",
         ),
         ("dpo", {"prompt": "a", "chosen": [GOOD, *CHAT, GOOD], "rejected": [BAD]}, "'chosen' has a user message inside"),
         ("dpo", {"prompt": "a", "chosen": CHAT, "rejected": [*CHAT, BAD]}, "'chosen' is empty"),

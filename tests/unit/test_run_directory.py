@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_reported_once(tm
     publish(written(tmp_path, 5), tmp_path, 5)
     newer = publish(written(tmp_path, 10), tmp_path, 10)
     damage(newer)
-    with pytest.raises(RunError, match="differs from what was saved"):
+    with pytest.raises(RunError, match="its checksum differs"):
         newer.verify()
     found, problems = latest_good(tmp_path)
     assert found is not None
@@ -385,7 +385,7 @@ def test_a_queued_run_owns_its_output_folder_under_every_path(tmp_path: Path) ->
     run.append_event(LaunchedEvent())
     run.append_event(FailedEvent(code="c", message="m"))
     assert claim(tmp_path / "link", "task-b", tmp_path) is None
-    with pytest.raises(OutputError, match="belongs to task-b now"):
+    with pytest.raises(OutputError, match="now belongs to task-b"):
         write_record(tmp_path / "out", {"task_id": "task-a"})
     assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN_FILE]
 
@@ -400,11 +400,11 @@ def test_an_output_folder_is_claimed_and_claimed_again_by_the_same_run(tmp_path:
 def test_other_files_and_the_result_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(OutputError, match=r"is not empty: it holds thesis\.tex"):
+    with pytest.raises(OutputError, match=r"is not empty: it contains thesis\.tex"):
         claim_output(tmp_path / "out", "task-a", tmp_path)
     claim_output(tmp_path / "done", "task-a", tmp_path)
     (tmp_path / "done" / "adapter_config.json").touch()
-    with pytest.raises(OutputError, match="holds the result of task-a"):
+    with pytest.raises(OutputError, match="contains the result of task-a"):
         claim_output(tmp_path / "done", "task-b", tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):

@@ -224,7 +224,7 @@ def test_a_newer_version_that_is_refused_leaves_the_older_one_and_a_warning_in_t
         engine = world.store.get("engine-a")
         assert engine.reason
         assert (engine.state, engine.served_as, engine.reason.code) == (S.RUNNING, "sage-a-1", "adapter_refused")
-        assert "/newer: its rank is too large. The version before it still answers." in engine.reason.message
+        assert "/newer: its rank is too large. The previous version is still used." in engine.reason.message
         runner.run(LoadAdapter(engine, world.host()), None, world.host())  # the server has lost the older one
         await runner.idle()
 

@@ -166,7 +166,7 @@ def test_the_engine_gets_backend_and_options_of_a_server_that_has_its_base(world
     w.store.transition(base, S.STARTING, actor="r", lease=w.lease, put_server=host, server_id=host.id)
     w.publish(5)
     assert (w.engine().backend, w.engine().options) == ("hosting", {"load_seconds": 7.0})
-    assert w.engine().backend_reason == "its base is loaded by this backend"
+    assert w.engine().backend_reason == "a server of this backend has loaded the base model"
 
 
 def test_an_adapter_that_needs_a_server_of_its_own_is_served_when_the_run_has_ended(world: Callable[..., World]) -> None:

@@ -29,7 +29,7 @@ class Measurement:
     start_seconds: float | None = None
     memory_bytes: int | None = None
     one_tokens_per_second: float | None = None  #: measured with one answer at a time
-    many_tokens_per_second: float | None = None  #: sum over 16 answers at the same time
+    many_tokens_per_second: float | None = None  #: total of 16 answers at the same time
     problem: str | None = None  #: reason why the backend could not be measured
 
 

@@ -52,7 +52,7 @@ def find_client() -> SageClient:
     """
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        # Not the lock: a gateway that was a standby and became active does not always hold it.
+        # Check the process, not the lock: an active gateway that was started as a standby may not hold the lock.
         if ProcessIdentity(saved["pid"], saved["started"]).is_alive():
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings
@@ -70,7 +70,7 @@ def connect() -> SageClient:
     if urlsplit(client.base_url).hostname not in _LOOPBACK:
         raise GatewayUnreachable(
             code="gateway_unreachable", message=f"The gateway at {client.base_url} does not answer.",
-            hint="It is on another machine: start it there, or change SAGE_GATEWAY_HOST.",
+            hint="Start the gateway on that machine, or change SAGE_GATEWAY_HOST.",
         )  # fmt: skip
     start()
     return find_client()
@@ -88,7 +88,7 @@ def find_health(client: SageClient) -> dict[str, Any] | None:
 def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
     """Raise GatewayUnreachable if the gateway belongs to another SAGE_HOME on this machine.
 
-    A gateway is accepted if the user has an API key for it, or if it runs on another machine (reached through a tunnel).
+    A gateway is accepted if the user has its API key. It is also accepted if it runs on another machine (through a tunnel).
     """
     if client.api_key or find_process():
         return
@@ -99,7 +99,8 @@ def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
                 code="gateway_foreign",
                 message=f"The gateway at {client.base_url} belongs to another SAGE_HOME "
                 f"(PID {process.pid}, user {process.username()}).",
-                hint="Set SAGE_GATEWAY_PORT to a free port to start your own, or SAGE_API_KEY to the key of that gateway.",
+                hint="To start your own gateway, set SAGE_GATEWAY_PORT to a free port. "
+                "To use that gateway, set SAGE_API_KEY to its key.",
             )
 
 
@@ -135,7 +136,7 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
         time.sleep(_POLL_SECONDS)
     raise GatewayUnreachable(
         code="gateway_slow", message=f"The gateway did not answer within {_START_SECONDS:.0f} s.",
-        hint=f"Its log is {log_path()}.",
+        hint=f"The gateway's log is {log_path()}.",
     )  # fmt: skip
 
 
@@ -152,14 +153,14 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
     return GatewayUnreachable(
         code="gateway_failed",
         message=f"The gateway did not start: {reasons[-1] if reasons else unknown}",
-        hint=f"Its log is {log_path()}.",
+        hint=f"The gateway's log is {log_path()}.",
     )
 
 
 def _unwritable() -> str:
     """Return the reason why no file can be written in the state folder; "" if files can be written.
 
-    If files cannot be written, the gateway's log does not contain the reason.
+    If no file can be written, the gateway's log does not contain the reason.
     """
     folder = get_user_paths().state_dir
     try:
@@ -183,15 +184,16 @@ def stop() -> bool:
     if process is None:
         return False
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)  # a suspended gateway does not handle SIGTERM until it continues
+    process.send_signal(signal.SIGCONT)  # a suspended gateway handles SIGTERM only after SIGCONT
     deadline = time.monotonic() + _START_SECONDS
     while find_process():
         if time.monotonic() > deadline:
             name = f"PID {process.pid}" if process.pid else "PID unknown"
             end = f"`kill -9 {process.pid}`" if process.pid else f"`fuser -k -KILL {lock_path()}`"
             raise EngineError(
-                code="gateway_stuck", message=f"The gateway ({name}) does not exit.",
-                hint=f"Run {end} to kill it; its engines continue to run.",
+                code="gateway_stuck",
+                message=f"The gateway ({name}) is still running {_START_SECONDS:.0f} s after the request to stop.",
+                hint=f"Run {end} to kill the gateway; its engines continue to run.",
             )  # fmt: skip
         time.sleep(_POLL_SECONDS)
     return True

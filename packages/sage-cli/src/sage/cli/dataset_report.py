@@ -1,4 +1,4 @@
-"""The report of `dataset check`: counts, token lengths, samples that the cutoff affects, duplicates."""
+"""Create the report of `dataset check`: counts, token lengths, truncated samples and duplicates."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ class Measured:
     refused: list[Fault] = field(default_factory=list)
 
     def raise_for_unusable(self) -> None:
-        """Raise SageError if no run can use the samples."""
+        """Raise `error` if it is set. In this case, no run can use the samples."""
         if self.error:
             raise self.error
 
@@ -43,9 +43,9 @@ def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_
     If the model cannot be loaded, `problem` of the result contains the reason.
     """
     if not report.sample_count:
-        return Measured(model, cutoff, [], problem="there is no sample")
+        return Measured(model, cutoff, [], problem="the dataset has no samples")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # hide what libraries print while they convert a model
+        with contextlib.redirect_stderr(io.StringIO()):  # hide the output of libraries that convert a model
             from sage.libs.finetune.data.checking import as_chats, load_encoder
 
             encoder = load_encoder(model, cutoff, train_on)
@@ -59,7 +59,7 @@ def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_
         counts["trained_tokens"] = sum(sequence.trained_tokens for sequence in encoder.encode(samples))
     except DatasetError as error:
         if encoder.faults:
-            problem = f"its chat template rejects {len(encoder.faults)} samples"
+            problem = f"the model's chat template rejects {len(encoder.faults)} samples"
             return Measured(model, cutoff, [], problem=problem, **counts)
         if not encoder.lengths and not encoder.untrained:
             return Measured(model, cutoff, [], problem="the samples are prompts without answers")
@@ -76,7 +76,7 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
         f"{report.path}: {report.sample_count} samples ({formats}), {report.assistant_turns} assistant turns, "
         f"{len(report.faults) + len(measured.refused)} faults, {len(report.duplicates)} duplicates",
         *(f"  {again} has the same content as {first.place}" for again, first in report.duplicates[:_SHOWN_DUPLICATES]),
-        *(f"  {file} is not used: it belongs to another split" for file in report.skipped_files),
+        *(f"  {file} is not used, because it belongs to another split" for file in report.skipped_files),
         *(f"{finding.severity}: {finding} {finding.hint}".rstrip() for finding in measured.findings),
     ]
     if measured.problem:
@@ -87,7 +87,8 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
         f"tokens with {measured.tokenizer}: {total}, of which {measured.trained_tokens} are trained; "
         f"shortest {min(measured.lengths)}, longest {max(measured.lengths)}, mean {total / len(measured.lengths):.0f}",
         *_histogram(measured.lengths),
-        f"cutoff {measured.cutoff_tokens}: {measured.truncated} samples truncated, {measured.dropped} without their answer",
+        f"cutoff {measured.cutoff_tokens}: {measured.truncated} samples truncated, "
+        f"{measured.dropped} dropped, because their answer was cut off",
     ])  # fmt: skip
 
 

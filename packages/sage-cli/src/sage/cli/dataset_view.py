@@ -1,4 +1,4 @@
-"""Print samples as the model sees them, with trained tokens in colour, for `dataset show`."""
+"""Print samples with the chat template applied and with trained tokens in colour, for `dataset show`."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from sage.common.errors import DatasetError
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Styles of trained, untrained and cut text, and the brackets to use around the text if there are no colours.
+#: For trained, untrained and cut text: the style, and the brackets that replace colours on a terminal without colours.
 _LOOKS = {"trained": ("bold green", "⟦", "⟧"), "untrained": ("", "", ""), "cut": ("red strike", "⟨cut: ", "⟩")}
 _SPECIAL_STYLE = "reverse"
 
@@ -23,7 +23,7 @@ def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_js
     encoder.raise_for_faults()
     if not shown:
         raise DatasetError(
-            code="line_not_found", message="The dataset has no such sample.", hint="Omit --line to see the first samples."
+            code="line_not_found", message="The dataset has no sample to show.", hint="Omit --line to see the first samples."
         )
     if as_json:
         console.out(json.dumps([_as_dict(*each, encoder) for each in shown], indent=2), highlight=False)
@@ -56,7 +56,7 @@ def _text(sequence: Encoded, encoder: Encoder, has_colours: bool) -> Text:
     text = Text()
     for kind, content in _segments(sequence, encoder):
         style, begin, end = _LOOKS[kind]
-        # Control characters of a dataset must not reach the terminal.
+        # Escape control characters, because they could change the state of the terminal.
         visible = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in content)
         text.append(visible if has_colours else f"{begin}{visible}{end}", style)
     text.highlight_words(encoder.tokenizer.all_special_tokens, _SPECIAL_STYLE)

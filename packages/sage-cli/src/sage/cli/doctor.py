@@ -1,4 +1,4 @@
-"""Check this installation: what works, what is missing, and how to fix it."""
+"""Check this installation, and report what works, what is missing and how to fix it."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from sage.common.errors import SageError
 from sage.common.paths import get_user_paths
 from sage.common.settings import load_settings
 
-#: Free disk space that the checkpoints of a run need. If less space is free, a warning is reported.
+#: If less disk space than this is free, a warning is reported, because the checkpoints of a run need space.
 _LOW_BYTES = 5 * 10**9
 _TORCH = """
 import json, torch
@@ -75,7 +75,7 @@ def everything() -> Iterator[Finding]:
 def backends(name: str | None = None) -> Iterator[Finding]:
     """Check the environments of installed backends, or the environment of one backend."""
     if importlib.util.find_spec("sage.llm.control_plane") is None:
-        yield Finding("backends", "warning", "This machine has no control plane, so it runs no backends.", _WITHOUT_LOCAL)
+        yield Finding("backends", "warning", "The control plane is not installed, so no backend can run.", _WITHOUT_LOCAL)
         return
     from sage.llm.control_plane.backends import environments, installation
 
@@ -97,7 +97,7 @@ def backends(name: str | None = None) -> Iterator[Finding]:
 
 def _torch() -> Iterator[Finding]:
     if importlib.util.find_spec("torch") is None:
-        yield Finding("torch", "warning", "torch is not installed: no training, no transformers backend.", _WITHOUT_LOCAL)
+        yield Finding("torch", "warning", "torch is not installed; training and transformers need it.", _WITHOUT_LOCAL)
         return
     from sage.libs.finetune import quantization
 
@@ -113,11 +113,11 @@ def _torch() -> Iterator[Finding]:
     yield Finding("torch", "ok", f"{found['version']}, {gpus}, {found['threads']} CPU threads")
     if quantization.has_gpu() and not found["gpus"]:
         remedy = "Install a build of torch for CUDA, and check `nvidia-smi`."
-        yield Finding("gpu", "failed", "This machine has a GPU that torch does not see.", remedy)
+        yield Finding("gpu", "failed", "This machine has a GPU, but torch cannot use it.", remedy)
     if folder := quantization.find_bitsandbytes():
         yield Finding("bitsandbytes", "ok", f"in {folder}")
     elif found["gpus"]:
-        remedy = "pip install 'sage-libs[quantization]'; without it, runs do not quantize the base."
+        remedy = "Install it to quantize base models: pip install 'sage-libs[quantization]'."
         yield Finding("bitsandbytes", "warning", "bitsandbytes is not installed.", remedy)
 
 
@@ -128,9 +128,11 @@ def _folders() -> Iterator[Finding]:
         free_bytes = shutil.disk_usage(existing).free
         free = f"{free_bytes / 1e9:.1f} GB free" + (_copies() if name == "cache" else "")
         if not os.access(existing, os.W_OK | os.X_OK):
-            yield Finding(name, "failed", f"{existing} is not writable.", "Make it writable, or set SAGE_HOME.")
+            yield Finding(name, "failed", f"{existing} is not writable.", "Make the folder writable, or set SAGE_HOME.")
         elif free_bytes < _LOW_BYTES:
-            yield Finding(name, "warning", f"{folder}: {free}", "Free some space, or set SAGE_HOME to another disk.")
+            yield Finding(
+                name, "warning", f"{folder}: {free}", "Free disk space, or set SAGE_HOME to a folder on another disk."
+            )
         else:
             yield Finding(name, "ok", f"{folder}: {free}")
 
@@ -145,10 +147,10 @@ def _copies() -> str:
 
 
 def _database() -> Finding:
-    """Check the SQLite database. If the settings name a database server, the gateway's `/ready` checks it instead."""
+    """Check the SQLite database. A database on a server is not checked here; the gateway's `/ready` checks it."""
     path = get_user_paths().state_dir / "engines.db"
     if load_settings().database_url:
-        return Finding("database", "ok", "is on a server; see the check of the gateway")
+        return Finding("database", "ok", "the database is on a server; the gateway checks it")
     if not path.exists():
         return Finding("database", "ok", f"{path} does not exist yet; the gateway creates it")
     try:
@@ -156,9 +158,11 @@ def _database() -> Finding:
             [answer] = database.execute("PRAGMA quick_check(1)").fetchone()
             [revision] = database.execute("SELECT version_num FROM alembic_version").fetchone()
     except (sqlite3.Error, TypeError, ValueError) as error:
-        return Finding("database", "failed", f"{path} cannot be read: {error}.", "Restore it, or move it away.")
+        return Finding(
+            "database", "failed", f"{path} cannot be read: {error}.", "Restore it from a backup, or move it away."
+        )
     if answer != "ok":
-        return Finding("database", "failed", f"{path} is damaged: {answer}.", "Restore it, or move it away.")
+        return Finding("database", "failed", f"{path} is damaged: {answer}.", "Restore it from a backup, or move it away.")
     return Finding("database", "ok", f"{path}, schema {revision}")
 
 
@@ -167,12 +171,12 @@ def _gateway() -> Finding:
         client = daemon.find_client()
         health = daemon.find_health(client)
         if health is None:
-            return Finding("gateway", "ok", f"does not run at {client.base_url}; commands that need the gateway start it")
+            return Finding("gateway", "ok", f"no gateway runs at {client.base_url}; commands that need it start it")
         daemon.refuse_foreign(client, health)
-        client.models()  # this request needs the API key and the database
+        client.models()  # this request checks the API key and the database
     except SageError as error:
         return Finding("gateway", "failed", error.message, error.hint)
     if health["version"] != version("sage-cli"):
-        remedy = "`sage gateway stop`; the next command starts the new version, and engines continue to run."
-        return Finding("gateway", "warning", f"{client.base_url} has version {health['version']}.", remedy)
+        remedy = "Run `sage gateway stop`: the next command starts the new version. Engines continue to run."
+        return Finding("gateway", "warning", f"The gateway at {client.base_url} has version {health['version']}.", remedy)
     return Finding("gateway", "ok", f"{client.base_url}, PID {health['pid']}")

@@ -1,4 +1,4 @@
-"""Check whether optional packages are installed. Commands that run on this machine without a gateway need them."""
+"""Check whether optional packages are installed. Commands that do not use a gateway need these packages."""
 
 import importlib.util
 

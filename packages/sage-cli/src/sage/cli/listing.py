@@ -28,6 +28,6 @@ def select(client: SageClient, selection: Selection) -> tuple[list[EngineView], 
         page = client.page_engines(limit=max(selection.settled_limit, 1), states=settled, kinds=kinds, order="desc")
         shown = page.data[: selection.settled_limit]
         has_more = page.has_more or len(shown) < len(page.data)
-        settled_ids = {engine.id for engine in shown}  # an engine may have settled between the two requests
+        settled_ids = {engine.id for engine in shown}  # an engine that ended between the two requests is in both answers
         engines = sorted([*(e for e in engines if e.id not in settled_ids), *shown], key=lambda e: e.created_at)
     return engines, has_more

@@ -15,15 +15,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(llm.app, name="llm", help="Engines, models, datasets and chat.")
-app.add_typer(route.app, name="route", help="Model names in requests, each for one or several engines.")
-app.add_typer(gateway.app, name="gateway", help="The process that manages the engines and serves HTTP.")
-app.add_typer(backend.app, name="backend", help="The programs that run engines, and their environments.")
+app.add_typer(llm.app, name="llm", help="Fine-tune, serve and chat; manage engines, models and datasets.")
+app.add_typer(route.app, name="route", help="Set, list and remove model names that select engines.")
+app.add_typer(gateway.app, name="gateway", help="Start, stop and check the process that manages the engines.")
+app.add_typer(backend.app, name="backend", help="Install, check and compare the programs that run engines.")
 
 
 @app.command("studio")
 def studio(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the dashboard on 127.0.0.1.")] = 8890) -> None:
-    """Start the dashboard; Ctrl-C ends it, and engines continue to run."""
+    """Start the dashboard. Ctrl-C stops the dashboard; engines continue to run."""
     import os
     import socket
 
@@ -63,7 +63,7 @@ def gpu(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fal
 
 @app.command("doctor")
 def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check this installation and show what is missing; exit code 1 if something does not work."""
+    """Check this installation and show what is missing. The exit code is 1 if a check fails."""
     from sage.cli import doctor
 
     doctor.report(doctor.everything(), as_json=json_)

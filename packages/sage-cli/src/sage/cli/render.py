@@ -21,7 +21,7 @@ _STATE_STYLES = {
     "starting": "yellow",
     "stopping": "yellow",
 }
-#: Width of output to pipes: large, so that no line is cut.
+#: Number of columns for output to a pipe. It is large, so that no line is cut.
 _PIPE_COLUMNS = 240
 
 
@@ -98,7 +98,7 @@ def event_line(event: EngineEvent) -> str:
 
 
 def route_table(routes: Iterable[RouteView]) -> Table:
-    """Return the table of routes, with a row for each engine that a route names."""
+    """Return the table of routes. A route with several engines has one row for each engine."""
     table = Table("ROUTE", "ENGINE", "ID", "STATE", box=None, pad_edge=False, header_style="bold")
     table.add_column("SHARE", justify="right")
     for route in routes:

@@ -28,7 +28,7 @@ def start_engine(
     """Start an engine, print its id, and wait for the engine.
 
     request: other fields of StartRequest.
-    wait: if False, wait until the engine has been validated; if None, until it serves or trains; if True, until it settles.
+    wait: False: wait until the engine is validated; None: until it serves or trains; True: until it has ended.
     announce: format of the output line with the id.
     """
     _check_given(model, kind, options)
@@ -36,7 +36,7 @@ def start_engine(
     client = daemon.connect()
 
     def begin(options: dict[str, Any]) -> EngineView:
-        # If Ctrl-C interrupted this request, the engine could start although the id is never printed.
+        # Ctrl-C must not interrupt this request: the engine could have started, but its id would not be printed.
         with waiting.interrupts_noted() as interrupted:
             engine = client.start_engine(**fields, options=options)
         if interrupted.noted:
@@ -65,7 +65,7 @@ def start_engine(
 
 
 def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[str, Any]:
-    """Return a dictionary with the field `serve` of StartRequest; it is empty if the result will not be served."""
+    """Return the field `serve` of StartRequest in a dictionary; {} if the training result will not be served."""
     if not (serve or name or checkpoints):
         return {}
     return {"serve": {"name": name, "checkpoints": checkpoints}}
@@ -77,7 +77,7 @@ def is_interactive() -> bool:
 
 
 def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
-    if not model:  # for example, an unset shell variable; an empty name must not mean the working directory
+    if not model:  # for example, a shell variable that is not set
         raise ConfigError(code="config_invalid", message="The model's name is empty.", hint="Give a name or a folder.")
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == EngineKind.FINETUNE and field not in options:
@@ -94,7 +94,7 @@ def _named(model: str, kind: str) -> dict[str, str]:
 
 
 def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
-    """Return the engine. If it failed because of dataset warnings and the user accepts them, return a new engine."""
+    """Return the engine; return a new engine if this engine failed because of dataset warnings that the user accepts."""
     engine = waiting.until_begun(client, engine.id)
     if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
         return engine

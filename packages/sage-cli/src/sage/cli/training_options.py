@@ -1,7 +1,7 @@
-"""The options of a fine-tuning run, for all commands that start a run.
+"""Define the command-line options of a fine-tuning run, for all commands that start a run.
 
-The fields of FinetuneConfig are repeated in a table, so that `sage --help` does not import FinetuneConfig. A test compares
-the table with FinetuneConfig.
+`OPTIONS` repeats the fields of FinetuneConfig, because the import of FinetuneConfig would make `sage --help` slow. A test
+compares `OPTIONS` with FinetuneConfig.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from sage.common.errors import ConfigError
 
 
 class TrainingOption(NamedTuple):
-    """One option of a run: a field of FinetuneConfig."""
+    """A command-line option that sets a field of FinetuneConfig."""
 
     field: str
     type: type
@@ -25,7 +25,7 @@ class TrainingOption(NamedTuple):
     flag: str | None = None  #: name of the command-line option; None: derived from the name of the field
 
 
-#: Fields that are paths. They are made absolute here, because the gateway has a different working directory.
+#: Fields that are paths. They are made absolute, because the gateway may have another working directory.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
 #: Fields that are names of a model's modules.
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -35,41 +35,45 @@ OPTIONS = (
         "dataset_path",
         list[str],
         None,
-        "Dataset: .jsonl, .json, .csv, .parquet or a folder; FILE=0.5 uses half of it; may be repeated.",
+        "Dataset (.jsonl, .json, .csv, .parquet or folder); FILE=WEIGHT uses its samples WEIGHT times; may be repeated.",
         "--dataset",
     ),
     TrainingOption("output_dir", str, None, "Folder to write the result to.", "--output"),
     TrainingOption("finetuning_type", str, "lora", "lora (trains an adapter) or full (trains all weights)."),
     TrainingOption("eval_path", str, None, "Held-out dataset, evaluated before and after training.", "--eval"),
-    TrainingOption("eval_split", float, 0.0, "Share of the dataset to hold out, if no held-out dataset is given."),
+    TrainingOption("eval_split", float, 0.0, "Share of the samples to hold out (0 to 0.5), if --eval is not given."),
     TrainingOption("eval_steps", int, None, "Steps between evaluations during training."),
-    TrainingOption("early_stopping_patience", int, None, "Stop after this many evaluations without improvement."),
+    TrainingOption("early_stopping_patience", int, None, "Stop after this number of evaluations without improvement."),
     TrainingOption(
-        "sample_prompts", list[str], None, "Prompt to generate from at each evaluation; may be repeated.", "--sample-prompt"
+        "sample_prompts",
+        list[str],
+        None,
+        "Prompt for the model to answer at each evaluation; may be repeated.",
+        "--sample-prompt",
     ),
-    TrainingOption("keep_best", bool, False, "Keep the weights with the lowest held-out loss.", "--keep-best"),
+    TrainingOption("keep_best", bool, False, "Save the weights with the lowest held-out loss.", "--keep-best"),
     TrainingOption("streaming", bool, False, "Tokenize samples during training instead of before it.", "--streaming"),
-    TrainingOption("allow_warnings", bool, False, "Train even if the dataset check warns.", "--allow-warnings"),
+    TrainingOption("allow_warnings", bool, False, "Train even if the dataset check reports warnings.", "--allow-warnings"),
     TrainingOption("num_epochs", int, 3, "Passes over the dataset."),
     TrainingOption("max_steps", int, None, "Optimizer steps; overrides --num-epochs."),
     TrainingOption("batch_size", int, 4, "Samples per micro-batch."),
     TrainingOption("pack_tokens", int, None, "Pack samples into micro-batches of up to this many tokens."),
     TrainingOption("gradient_accumulation_steps", int, 1, "Micro-batches per optimizer step."),
     TrainingOption("num_processes", int, 1, "Data-parallel processes, one GPU each."),
-    TrainingOption("max_seq_length", int, 512, "Cutoff in tokens: longer samples are truncated."),
+    TrainingOption("max_seq_length", int, 512, "Maximum tokens of a sample; longer samples are truncated."),
     TrainingOption("lora_rank", int, 8, "Rank of the adapter."),
     TrainingOption("lora_alpha", int, 16, "Alpha: the adapter's output is scaled by alpha / rank."),
     TrainingOption("lora_dropout", float, 0.0, "Dropout probability of the adapter's inputs."),
-    TrainingOption("target_modules", str, "all-linear", "Layers to adapt: a,b,c."),
-    TrainingOption("exclude_modules", str, None, "Layers not to adapt: a,b,c."),
-    TrainingOption("modules_to_save", str, None, "Modules to train fully: a,b,c."),
+    TrainingOption("target_modules", str, "all-linear", "Names of the layers to adapt, separated by commas."),
+    TrainingOption("exclude_modules", str, None, "Names of layers not to adapt, separated by commas."),
+    TrainingOption("modules_to_save", str, None, "Names of modules to train fully, separated by commas."),
     TrainingOption("use_rslora", bool, False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).", "--use-rslora"),
     TrainingOption("use_dora", bool, False, "Train magnitude and direction separately (DoRA); slower.", "--use-dora"),
-    TrainingOption("loraplus_lr_ratio", float, None, "Learning rate of B as a multiple of A's (LoRA+)."),
-    TrainingOption("train_on", str, "assistant", "Tokens that the loss covers: assistant, last_turn or all."),
+    TrainingOption("loraplus_lr_ratio", float, None, "LoRA+: learning rate of matrix B divided by that of A."),
+    TrainingOption("train_on", str, "assistant", "Tokens to compute the loss on: assistant, last_turn or all."),
     TrainingOption("method", str, "sft", "sft (answers), dpo, orpo or kto (preferences), grpo (rewards)."),
     TrainingOption("beta", float, None, "Strength of the KL or preference term, for dpo, orpo, kto, grpo."),
-    TrainingOption("reward_file", str, None, "Python file with reward(prompts, completions, **columns), for grpo."),
+    TrainingOption("reward_file", str, None, "Python file that defines reward(prompts, completions, **columns); for grpo."),
     TrainingOption("num_generations", int, 4, "Completions per prompt, for grpo."),
     TrainingOption("max_completion_length", int, 256, "Maximum completion length in tokens, for grpo."),
     TrainingOption("learning_rate", float, 1e-4, "Peak learning rate."),
@@ -77,23 +81,25 @@ OPTIONS = (
     TrainingOption("warmup_steps", int, 5, "Steps of learning rate warmup."),
     TrainingOption("weight_decay", float, 0.0, "AdamW's weight decay."),
     TrainingOption("max_grad_norm", float, 1.0, "Gradient clipping norm; 0 disables it."),
-    TrainingOption("neftune_noise_alpha", float, None, "NEFTune: noise on the embeddings; 5 is common."),
+    TrainingOption("neftune_noise_alpha", float, None, "Strength of NEFTune's noise on the embeddings; 5 is common."),
     TrainingOption("save_steps", int, 50, "Steps between checkpoints."),
     TrainingOption("keep_checkpoints", int, 2, "Number of checkpoints to keep."),
     TrainingOption("precision", str, "auto", "Precision: auto, fp32 or bf16."),
-    TrainingOption("fast_kernels", str, "auto", "Optimized training step: auto, or off (PEFT's own step)."),
-    TrainingOption("gradient_checkpointing", str, "auto", "Gradient checkpointing: on, off, or auto (if memory is short)."),
+    TrainingOption("fast_kernels", str, "auto", "Optimized training step: auto, or off (use PEFT's step)."),
     TrainingOption(
-        "use_8bit", bool, True, "Keep the base model in 8 bits, if the device supports it.", "--use-8bit/--no-use-8bit"
+        "gradient_checkpointing", str, "auto", "Gradient checkpointing: on, off or auto (on if memory is short)."
+    ),
+    TrainingOption(
+        "use_8bit", bool, True, "Store the base model in 8 bits, if the device supports it.", "--use-8bit/--no-use-8bit"
     ),
     TrainingOption("quantization", str, None, "Quantization of the base model on any device: 8bit, 4bit or none."),
-    TrainingOption("seed", int, 42, "Seed of the adapter, the order of samples and dropout."),
+    TrainingOption("seed", int, 42, "Random seed of adapter weights, sample order and dropout."),
     TrainingOption("resume_from_checkpoint", str, None, "Checkpoint folder to continue from."),
 )
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a run to a command. The command's parameter `**training` receives the options that are given."""
+    """Add the options of a run to a command. Its parameter `**training` receives the options that the user sets."""
 
     def run(**values: Any) -> None:
         names = {option.field for option in OPTIONS}
@@ -125,7 +131,7 @@ def _normalised(given: dict[str, Any]) -> dict[str, Any]:
     for name in PATH_FIELDS:
         if name in given:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
-            if "" in paths:  # for example, an unset shell variable; an empty path must not mean the working directory
+            if "" in paths:  # for example, a shell variable that is not set
                 raise ConfigError(code="config_invalid", message=f"{name} is empty.", hint="Give a path.", param=name)
             absolute = [str(Path(os.path.expanduser(path)).absolute()) for path in paths]  # noqa: PTH111 - Path.expanduser can raise
             given[name] = absolute[0] if len(absolute) == 1 else absolute

@@ -15,7 +15,7 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: A command fails if the gateway is unreachable for this many seconds. A shorter time may be a restart of the gateway.
+#: A command fails if the gateway is unreachable for more than this number of seconds. A gateway restarts faster.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -58,7 +58,9 @@ def until_checkpoint(client: SageClient, before: EngineView) -> int:
     engine = _watch(client, before.id, lambda e: step_of(e) > old_step or e.state in SETTLED)
     if step_of(engine) > old_step:
         return step_of(engine)
-    raise Conflict(code="not_training", message=f"{engine.id} ended before it saved a checkpoint: it is {engine.state}.")
+    raise Conflict(
+        code="not_training", message=f"{engine.id} ended before it saved a checkpoint. Its state is {engine.state}."
+    )
 
 
 def failure(engine: EngineView) -> SageError:
@@ -66,7 +68,7 @@ def failure(engine: EngineView) -> SageError:
     code = engine.reason.code if engine.reason else "unknown"
     hint = engine.reason.hint if engine.reason else ""
     kind, log = error_class(code), f"`sage llm engine logs {engine.id}`"
-    is_complete = log in hint or (hint and kind.http_status == 400)  # the log has no details of a rejected request
+    is_complete = log in hint or (hint and kind.http_status == 400)  # if a request was rejected, the log has no details
     return kind(
         code=code,
         message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",
@@ -98,7 +100,7 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
 class Interrupt:
     """Stores whether Ctrl-C was pressed.
 
-    threading.Event is not used: `set` in a signal handler hangs if the interrupted code holds the event's lock.
+    threading.Event cannot be used, because `set` in a signal handler hangs if the interrupted code holds the event's lock.
     """
 
     noted: bool = False
@@ -108,7 +110,8 @@ class Interrupt:
 def interrupts_noted() -> Iterator[Interrupt]:
     """Record Ctrl-C during the `with` block instead of raising KeyboardInterrupt.
 
-    A KeyboardInterrupt can be lost if it is raised in a finalizer. The second Ctrl-C raises KeyboardInterrupt.
+    A KeyboardInterrupt could be lost, because Python ignores exceptions in finalizers. A second Ctrl-C raises
+    KeyboardInterrupt.
     """
     interrupt = Interrupt()
 

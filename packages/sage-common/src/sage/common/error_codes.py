@@ -1,4 +1,4 @@
-"""Find the class of an error by its code, for errors received over HTTP or stored as the reason of a failed engine."""
+"""Return the class of an error by its code, for errors that were received over HTTP or stored as an engine's failure."""
 
 from collections.abc import Mapping
 
@@ -69,7 +69,7 @@ def codes_of(kind: type[SageError]) -> frozenset[str]:
 def error_class(code: str, http_status: int | None = None) -> type[SageError]:
     """Return the class of the errors that have this code.
 
-    http_status: selects the class if several classes use the code, or if a later version added the code.
+    http_status: HTTP status of the error. It selects the class if several classes use the code, or if the code is unknown.
     """
     kinds = _CLASSES.get(code, [])
     same_status = [kind for kind in kinds if kind.http_status == http_status]

@@ -1,10 +1,10 @@
 """All errors that SAGE reports to users.
 
 SageError
-├── ConfigError           an option or setting is invalid: nothing was started
-├── DatasetError          a dataset cannot be trained on
+├── ConfigError           an option or setting is invalid
+├── DatasetError          a dataset cannot be used for training
 ├── ModelError            a model cannot be used
-│   └── ModelNotFound     neither a folder, a package nor the hub has the model
+│   └── ModelNotFound     the model is not found in a folder, in a package or on the hub
 ├── OutputError           the output folder cannot be used
 ├── NotFound              no engine, task or route has this name
 ├── Conflict              the current state does not allow the operation
@@ -20,7 +20,7 @@ SageError
 
 from typing import Any, ClassVar
 
-#: Seconds after which a client retries if it receives `Overloaded`.
+#: Seconds after which a client should retry a request that failed with `Overloaded`.
 RETRY_AFTER_SECONDS = 5
 
 
@@ -29,7 +29,7 @@ class SageError(Exception):
 
     http_status: int = 500
     exit_code: ClassVar[int] = 1
-    #: OpenAI's name for this class of errors.
+    #: Value of the field `type` in OpenAI's error format.
     type: ClassVar[str] = "api_error"
 
     def __init__(self, *, code: str, message: str, hint: str = "", param: str | None = None) -> None:
@@ -42,7 +42,7 @@ class SageError(Exception):
         return f"{self.message} {self.hint}".strip()
 
     def body(self) -> dict[str, Any]:
-        """Return the body of the error in HTTP responses and streams: OpenAI's format with an additional field `hint`.
+        """Return the error as JSON content for HTTP responses and streams: OpenAI's format with an additional field `hint`.
 
         `message` includes the hint too, because most clients show only the message.
         """
@@ -63,7 +63,7 @@ class ConfigError(_BadRequest):
 
 
 class DatasetError(_BadRequest):
-    """A dataset cannot be trained on."""
+    """A dataset cannot be used for training."""
 
 
 class ModelError(_BadRequest):
@@ -71,7 +71,7 @@ class ModelError(_BadRequest):
 
 
 class ModelNotFound(ModelError):
-    """Neither a folder, a package nor the hub has the model."""
+    """The model is not found in a folder, in a package or on the hub."""
 
     http_status = 404
 
@@ -140,7 +140,7 @@ class GatewayUnreachable(SageError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the most informative line of a library's error message, without its full stop."""
+    """Return the most informative line of a library's error message, without the final period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # in torch, line 2 names the tensor
+    is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch: line 2 names the tensor
     return lines[is_heading].rstrip(".")

@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Replace a file atomically: readers see the old or the new content.  mode: permissions before the umask."""
+    """Replace a file atomically, so that readers see either the old or the new content.
+
+    mode: permissions of the file, before the umask is applied.
+    """
     aside = path.with_name(f".{path.name}.partial")
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(content)
@@ -22,7 +25,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Call fsync for a file, or for a folder (this syncs its entries)."""
+    """Call fsync for a file or a folder. For a folder, this syncs the list of its entries, but not their content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

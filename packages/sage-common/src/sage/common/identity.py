@@ -1,4 +1,4 @@
-"""Identity of a process: its PID and its start time in kernel ticks, which do not depend on the system clock."""
+"""Identify a process by its PID and its start time. The start time does not depend on the system clock."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ import psutil
 _UNKNOWN_PID = 0
 #: Indexes of the start time (field 22) and the state (field 3) in the part of /proc/PID/stat after the process name.
 _START_TICKS, _STATE = 19, 0
-#: Maximum number of times that a session's processes are listed and killed: processes may fork meanwhile.
+#: Maximum number of times that the processes of a session are listed and killed. A process may fork after it was listed.
 _KILL_ROUNDS = 10
 
 
@@ -80,7 +80,7 @@ def session_members(session_id: int) -> list[int]:
 
 
 def all_sessions() -> Mapping[int, list[int]]:
-    """Scan all processes once and return the PIDs of each session, including zombies."""
+    """Return the PIDs of all processes, including zombies, by session id."""
     sessions: dict[int, list[int]] = defaultdict(list)
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -39,10 +39,10 @@ def tail_lines(path: Path, count: int) -> list[str]:
 
 
 class LogFile:
-    """A log file whose beginning can be cut off to limit its size; byte offsets stay valid after a cut.
+    """A log file of limited size: `cut` removes its beginning. The byte offsets of the remaining text stay valid.
 
-    A cut moves the last part of the log to a second file, and deletes the second file of the previous cut. The suffix of
-    the second file is the offset of its first byte: `engine.log.0` may contain the first 50 MB, and `engine.log` the rest.
+    A cut moves the last part of the log to a second file, and deletes the second file of the previous cut. The name
+    of the second file ends with the offset of its first byte. For example, `engine.log.0` begins at byte 0.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,14 +108,14 @@ class LogFile:
     @contextlib.contextmanager
     def _locked(self, operation: int) -> Iterator[None]:
         """Lock the log: shared for readers, exclusive for a cut, so that no reader sees a partial cut."""
-        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS requires a writable file for an exclusive lock
+        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS requires a file opened for writing for an exclusive lock
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):
                 fcntl.flock(stack.enter_context(self.path.open(mode)), operation)
             yield
 
     def _old_part(self) -> tuple[Path | None, int]:
-        """Return the second file, or None, and the offset of the first byte of the current file."""
+        """Return the second file (None if it does not exist), and the log offset of the first byte of the log file."""
         begins = {}
         for path in self.path.parent.glob(f"{self.path.name}.*"):
             if (number := path.name.removeprefix(f"{self.path.name}.")).isdecimal():

@@ -1,10 +1,10 @@
-"""Find out whether a model's name is a path; the command line does this without importing libraries that load models."""
+"""Tell whether the name of a model is a path. To start fast, this module imports no library that loads models."""
 
 from pathlib import Path
 
 
 def absolute_name(name: str, base_dir: Path) -> str:
-    """Return the absolute path for a name that is a path or a folder below `base_dir`; return any other name unchanged."""
+    """Return the absolute path of a name that is a path or names a folder below `base_dir`; return other names unchanged."""
     folder = expanded(name)
     if folder and (is_path(name) or is_folder(base_dir / folder)):
         return str(base_dir.absolute() / folder)
@@ -25,8 +25,8 @@ def expanded(name: str) -> Path | None:
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a path is a folder; False if the name is invalid or its parent folder may not be read."""
+    """Return whether a path is a folder; False if the path is invalid or its parent folder cannot be read."""
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # the name is too long or contains NUL, or the parent folder may not be read
+    except (OSError, ValueError):  # the path is too long or contains NUL, or its parent folder cannot be read
         return False

@@ -1,4 +1,4 @@
-"""Find the folders in which SAGE stores its files: the XDG folders, or folders below SAGE_HOME."""
+"""Return the folders in which SAGE stores its files. They are folders below SAGE_HOME if it is set, else XDG folders."""
 
 import contextlib
 import os
@@ -60,14 +60,15 @@ def usable_state_folder() -> Iterator[None]:
         raise ConfigError(
             code="state_folder_unusable",
             message=f"The state folder {get_user_paths().state_dir} cannot be used: {error.strerror or error}.",
-            hint="Make it writable, free some space, or set SAGE_HOME to another folder.",
+            hint="Make the folder writable, free disk space, or set SAGE_HOME to another folder.",
         ) from error
 
 
 def private_folder(path: Path) -> Path:
-    """Create a folder that only the user may access, and its parents; if it exists, remove the access of other users.
+    """Create a folder and its missing parents, with access for this user only.
 
-    Use this function only for SAGE's own folders. The mode of a folder chosen by the user must not change.
+    If the folder exists, the access of other users is removed. Therefore, use this function only for SAGE's own folders: the
+    mode of a folder that the user chose must not change.
     """
     if not path.parent.is_dir():
         private_folder(path.parent)
@@ -77,7 +78,7 @@ def private_folder(path: Path) -> Path:
 
 
 def private_file(path: Path) -> Path:
-    """Create a file that only the user may access, and its folders; if it exists, remove the access of other users."""
+    """Create a file and its missing folders, with access for this user only; an existing file loses other users' access."""
     if not path.parent.is_dir():
         private_folder(path.parent)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -94,7 +95,7 @@ def _tighten(path: Path, mode: int) -> None:
 def tighten(folder: Path) -> None:
     """If the folder exists, remove the access of other users to it and its content.
 
-    Earlier versions of SAGE created folders that other users could read.
+    This is necessary because earlier versions of SAGE created folders that other users could read.
     """
     if folder.is_dir():
         for path in (folder, *folder.rglob("*")):

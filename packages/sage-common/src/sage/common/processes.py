@@ -1,7 +1,8 @@
-"""Detached processes: each holds a file lock, so that SAGE can find the process after its parent has exited.
+"""Start and find detached processes. Each holds a file lock, so that SAGE can find it after its parent has exited.
 
-A process is alive as long as its lock is held. The kernel releases a lock when the last process that holds it ends for any
-reason, and unlike a PID, a lock is not reused. The child inherits the locked descriptor, so it needs no locking code.
+A process is alive as long as its lock is held. The kernel releases the lock when the last process that holds it exits or is
+killed. A PID would be less reliable, because the kernel may give it to another process later. A child process inherits the
+locked file descriptor, so its program needs no code for the lock.
 """
 
 import contextlib
@@ -28,14 +29,14 @@ __all__ = ["ProcessIdentity", "ProcessSpec", "claimed_lock", "describe_exit", "e
 LOCK_FD_VARIABLE = "SAGE_LOCK_FD"
 _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 
-#: Seconds for which `try_lock` retries, because `holder` takes a shared lock for a moment.
+#: Seconds for which `try_lock` retries. `holder` may have the lock, but only for a moment.
 _PROBE_SECONDS = 0.1
-#: Maximum seconds between the release of a process's lock and the time when the parent can read the exit code.
+#: Maximum seconds to wait for the exit code of a child whose lock is already free.
 _COLLECT_SECONDS = 1.0
 #: Maximum number of exit codes kept in `_exit_codes`.
 _EXIT_CODES = 1000
 
-#: Children of this process, by lock path, until their exit codes are read.
+#: Children of this process whose exit codes were not read yet, by lock path.
 _children: dict[Path, "subprocess.Popen[bytes]"] = {}
 _exit_codes: dict[Path, int] = {}
 
@@ -48,7 +49,7 @@ class ProcessSpec:
     lock_path: Path  #: locked as long as the process is alive
     log_path: Path  #: stdout and stderr of the process are appended to this file
     env: Mapping[str, str] = field(default_factory=dict)  #: added to the parent's environment
-    holds_sigterm: bool = False  #: block SIGTERM until the process unblocks it, so that an early SIGTERM is not lost
+    holds_sigterm: bool = False  #: block SIGTERM at the start, so that it waits until the process can handle it
     pass_fds: tuple[int, ...] = ()  #: descriptors that the process inherits, with the same numbers
     port: int | None = None  #: port to listen on (0: any free port); None: the process does not listen
 
@@ -71,7 +72,7 @@ def try_lock(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def held_lock(path: Path) -> Iterator[None]:
-    """Wait for the lock and hold it in the `with` block. Use it for short work that must not run concurrently."""
+    """Wait for the lock and hold it in the `with` block. Keep the block short, because other processes wait for the lock."""
     with private_file(path).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -85,7 +86,7 @@ def write_identity(descriptor: int) -> ProcessIdentity:
 
 
 def spawn(spec: ProcessSpec) -> ProcessIdentity:
-    """Start a detached process under its lock, in a new session.
+    """Start a detached process that holds the lock `spec.lock_path`, in a new session.
 
     Raises Conflict if a process already holds the lock, and OSError if the new process cannot be started.
     """
@@ -95,10 +96,10 @@ def spawn(spec: ProcessSpec) -> ProcessIdentity:
 
 @contextlib.contextmanager
 def claimed_lock(path: Path) -> Iterator[int]:
-    """Hold a lock that a new process will inherit; raises Conflict if another process already holds the lock."""
+    """Take a lock for a process to be started, and yield its descriptor. Raises Conflict if a process already holds it."""
     descriptor = try_lock(path)
     if descriptor is None:
-        raise Conflict(code="already_running", message=f"A process already runs under {path}.")
+        raise Conflict(code="already_running", message=f"A running process already holds the lock {path}.")
     try:
         yield descriptor
     finally:
@@ -106,7 +107,10 @@ def claimed_lock(path: Path) -> Iterator[int]:
 
 
 def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
-    """Start a process that inherits `lock`, the descriptor of its claimed lock; raises OSError."""
+    """Start a process that inherits its lock, and write its identity to the lock file. Raises OSError.
+
+    lock: the descriptor from `claimed_lock`.
+    """
     private_folder(spec.log_path.parent)
     env = {**os.environ, **spec.env, LOCK_FD_VARIABLE: str(lock), _LOCK_PATH_VARIABLE: str(spec.lock_path)}
     with private_file(spec.log_path).open("ab") as log, _blocked_sigterm(spec.holds_sigterm):
@@ -122,7 +126,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
     try:
         identity = ProcessIdentity.of(child.pid)
         _write(lock, identity)
-    except BaseException:  # for example, the disk is full: without its identity in the file, the process cannot be found
+    except BaseException:  # for example, the disk is full; without the identity, the process could not be found
         child.kill()
         child.wait()
         raise
@@ -164,10 +168,10 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
-    """Return the processes that were started under these locks, found by their environment variables.
+    """Search the environment variables of all processes, and return the process that holds each of these locks.
 
-    Reading the variables of all processes is slow, but needs no lock file: a process is also found if its parent crashed
-    before writing the lock file, or if the file was removed. If a lock has several processes, the oldest is returned.
+    This is slow, but it does not need the lock files. It finds a process even if its parent crashed before it wrote the lock
+    file, or if the file was removed. If several processes have the same lock, the oldest is returned.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
     for pid in psutil.pids() if wanted else ():
@@ -188,7 +192,7 @@ def last_holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def leftovers(lock_path: Path) -> list[int]:
-    """Return the PIDs that still run in the session of an exited process; [] if that process is still alive."""
+    """Return the PIDs of the remaining processes in the session of an exited process; [] if that process is still alive."""
     recorded = last_holder(lock_path)
     if recorded is None or recorded.is_alive():
         return []
@@ -196,7 +200,7 @@ def leftovers(lock_path: Path) -> list[int]:
 
 
 def exit_code(lock_path: Path) -> int | None:
-    """Return the exit code of the last process under a lock (negative if a signal killed it).
+    """Return the exit code of the process that held a lock last; a negative code means that a signal killed it.
 
     The result is None if the process is alive, was started by another process, or exited long ago.
     """
@@ -221,7 +225,7 @@ def _collect(lock_path: Path) -> None:
 def describe_exit(code: int | None) -> str:
     """Return a description of how a process ended, as part of a sentence."""
     if code is None:
-        return "exited (its exit code is unknown, since another gateway had started it)"
+        return "exited (the exit code is unknown, because another gateway started it)"
     if code >= 0:
         return f"exited with code {code}"
     name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
@@ -230,7 +234,7 @@ def describe_exit(code: int | None) -> str:
 
 def _lock_of(pid: int) -> str:
     """Return the path of a process's lock from the process's environment, or "" if it was started without a lock."""
-    with contextlib.suppress(psutil.Error):  # not OSError: without a free file descriptor, the lock cannot be read
+    with contextlib.suppress(psutil.Error):  # do not suppress OSError, because the process may have a lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

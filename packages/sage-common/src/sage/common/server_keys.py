@@ -1,4 +1,7 @@
-"""Keys that the gateway sends to inference servers. A web page in a browser has no key, so its requests are refused."""
+"""Compute the keys that the gateway sends to inference servers. A server rejects requests without its key.
+
+Without keys, a web page in a browser could send requests to the servers.
+"""
 
 import functools
 import hmac
@@ -14,7 +17,7 @@ KEY_VARIABLE = "SAGE_SERVER_KEY"
 
 
 def server_key(token: str) -> str:
-    """Return the key of a server, derived from its token and a secret in the state folder."""
+    """Return the key of a server. It is computed from the server's token and a secret in the state folder."""
     return hmac.new(_secret(get_user_paths().state_dir), token.encode(), "sha256").hexdigest()
 
 

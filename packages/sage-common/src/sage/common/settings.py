@@ -27,17 +27,19 @@ class Settings(BaseSettings):
 
     gateway_host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
     gateway_port: int = Field(8889, ge=1, le=65535, description="Port that the gateway listens on.")
-    api_key: SecretStr | None = Field(None, description="Key that every request must send; required unless on loopback.")
+    api_key: SecretStr | None = Field(
+        None, description="Key that requests must send; required if other machines can connect."
+    )
     database_url: str | None = Field(None, repr=False, description="SQLAlchemy URL of the database; default: SQLite.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Minimum level of log messages.")
-    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two reconciliations.")
+    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two checks of all engines.")
     engine_start_seconds: float = Field(300, gt=0, description="Maximum seconds until a new inference engine answers.")
-    stop_seconds: float = Field(20, gt=0, description="Seconds from SIGTERM to SIGKILL of an inference engine.")
+    stop_seconds: float = Field(20, gt=0, description="Seconds that an inference engine has to exit before it is killed.")
     engine_unresponsive_seconds: float = Field(
-        30, gt=0, description="If an engine has not answered for this many seconds, requests to it are refused."
+        30, gt=0, description="If an engine has not answered for this number of seconds, requests to it are rejected."
     )
     restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
-        "no", description="When engines are restarted: no, on-failure (exit, kill), unless-stopped (also after a power cut)."
+        "no", description="When to restart engines: no, on-failure (error, kill), unless-stopped (also after a reboot)."
     )
     on_busy: Literal["wait", "preempt", "share", "fail"] = Field(
         "wait", description="What an engine does if the memory is not free: wait, preempt, share or fail."
@@ -47,7 +49,9 @@ class Settings(BaseSettings):
     )
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
-    max_engine_requests: int = Field(1024, ge=1, description="Maximum requests in progress per engine; more get a 429.")
+    max_engine_requests: int = Field(
+        1024, ge=1, description="Maximum requests in progress per engine; others get status 429."
+    )
     model_cache_gb: float = Field(50, gt=0, description="Maximum size of model copies for serving, in GB (10^9 bytes).")
     allow_reward_files: bool = Field(False, description="Allow runs to use Python files with reward functions (grpo).")
     training_threads: int | None = Field(
@@ -110,5 +114,5 @@ def _invalid(path: Path, problem: str) -> ConfigError:
     return ConfigError(
         code="settings_invalid",
         message=f"A setting is invalid: {problem.rstrip('.')}.",
-        hint=f"Correct it in {path} or in the SAGE_… environment variable of that name.",
+        hint=f"Correct the setting in {path} or in its environment variable (SAGE_…).",
     )

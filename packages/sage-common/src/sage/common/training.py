@@ -1,8 +1,8 @@
-"""Types of a training run: the figures of a step, the run's events, and its progress.
+"""Types of a training run: the figures (measured values) of a step, the events of the run, and its progress.
 
-A figure of a step is declared only as a field of `StepMetrics`, and measured only in the training callback. Events, status,
-progress, the training series, Prometheus metrics, the command line and the dashboard embed `StepMetrics` or iterate over
-`FIGURES`:
+To add a figure, add a field to `StepMetrics`, and measure the value in the training callback. No other code needs a change:
+events, status, progress and the training series contain `StepMetrics`. Prometheus metrics, the command line and the
+dashboard iterate over `FIGURES`. For example:
 
     for figure in FIGURES:
         value = getattr(progress, figure.name)  # progress: TrainingProgress, TrainingStep or StepEvent
@@ -31,7 +31,9 @@ class StepMetrics(BaseModel):
 
     epoch: float | None = _figure("Epoch", "", ".2f", "Completed passes over the dataset.")
     loss: float | None = _figure("Loss", "nats per token", ".4f", "Training loss of the step.")
-    token_accuracy: float | None = _figure("Token accuracy", "ratio", ".1%", "Share of trained tokens predicted correctly.")
+    token_accuracy: float | None = _figure(
+        "Token accuracy", "ratio", ".1%", "Share of trained tokens that the model predicts."
+    )
     reward: float | None = _figure("Reward", "", ".3f", "Mean reward of the step's completions (grpo).")
     reward_accuracy: float | None = _figure(
         "Reward accuracy", "ratio", ".1%", "Share of pairs in which the chosen answer has the higher reward (dpo, orpo)."
@@ -41,12 +43,12 @@ class StepMetrics(BaseModel):
     tokens_per_second: float | None = _figure(
         "Tokens per second", "tokens per second", ".0f", "Training throughput over the last 20 steps."
     )
-    memory_bytes: int | None = _figure("Memory", "bytes", ".0f", "GPU memory of the process, or main memory without a GPU.")
+    memory_bytes: int | None = _figure("Memory", "bytes", ".0f", "GPU memory of the process; main memory without a GPU.")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """How a field of `StepMetrics` is presented."""
+    """Title, unit and number format of a field of `StepMetrics`."""
 
     name: str  #: name of the field
     title: str
@@ -55,7 +57,7 @@ class Figure:
     format_spec: str
 
     def text(self, value: float) -> str:
-        """Format a value for people: bytes in GB, ratios in percent."""
+        """Return a value as text for users. Bytes are shown in GB, ratios in percent."""
         return f"{value / 1e9:.1f} GB" if self.unit == "bytes" else format(value, self.format_spec)
 
 
@@ -125,18 +127,18 @@ class WarningEvent(RunEvent):
 
 
 class StartedEvent(RunEvent):
-    """Training began, or continued from a checkpoint."""
+    """Training began at step 0 or continued from a checkpoint."""
 
     event: Literal["started"] = "started"
-    step: int = Field(description="Steps completed before; 0 if the run starts at the beginning.")
+    step: int = Field(description="Step from which training starts; 0 without a checkpoint.")
     total_steps: int = Field(description="Optimizer steps of the whole run.")
-    samples: int | None = Field(None, description="Number of training samples; null while streaming.")
-    heldout_samples: int | None = Field(None, description="Held-out samples.")
+    samples: int | None = Field(None, description="Number of training samples; null if the dataset is streamed.")
+    heldout_samples: int | None = Field(None, description="Number of held-out samples.")
     trainable_parameters: int | None = Field(None, description="Number of trained parameters.")
-    base_sha256: str | None = Field(None, description="Fingerprint of the base model; a resumed run must have the same.")
+    base_sha256: str | None = Field(None, description="Fingerprint of the base model; it must not change before a resume.")
     bf16: bool | None = Field(None, description="Whether base model and activations are in bf16 instead of fp32.")
-    bf16_products: bool | None = Field(None, description="Whether matrix products are in bf16; default: like `bf16`.")
-    int8_products: bool = Field(False, description="Whether SAGE's own step stores and multiplies layers in 8 bits.")
+    bf16_products: bool | None = Field(None, description="Whether matrix products use bf16; null: the same as `bf16`.")
+    int8_products: bool = Field(False, description="Whether SAGE's training step stores and multiplies layers in 8 bits.")
     precision: str | None = Field(None, description="The precision and why it was chosen, as text for users.")
     kernels: str | None = Field(None, description="The training step that is used and why, as text for users.")
     estimated_memory_bytes: int | None = Field(None, description="Expected memory of the run.")
@@ -144,7 +146,7 @@ class StartedEvent(RunEvent):
 
 
 class StepEvent(StepMetrics, RunEvent):
-    """An optimizer step was completed; a resumed run repeats the steps after its checkpoint."""
+    """An optimizer step was completed. A resumed run reports the steps after its checkpoint a second time."""
 
     event: Literal["step"] = "step"
     step: int = Field(description="Number of the step, from 1.")
@@ -166,7 +168,7 @@ class EvalEvent(RunEvent):
     event: Literal["eval"] = "eval"
     step: int = Field(description="Step after which the loss was measured; 0: before training.")
     loss: float = Field(description="Mean loss over all trained tokens, in nats per token.")
-    samples: int | None = Field(None, description="Held-out samples.")
+    samples: int | None = Field(None, description="Number of held-out samples.")
     seconds: float = Field(0.0, description="Duration of the evaluation.")
 
 
@@ -191,7 +193,7 @@ class FinishedEvent(RunEvent):
     """The run was completed, and its result was written."""
 
     event: Literal["finished"] = "finished"
-    step: int | None = Field(None, description="Training step of the result's weights.")
+    step: int | None = Field(None, description="Step after which the weights of the result were saved.")
     output_dir: str | None = Field(None, description="Folder of the result.")
     heldout_loss: float | None = Field(None, description="Held-out loss of the result, in nats per token.")
 

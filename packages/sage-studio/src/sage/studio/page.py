@@ -1,4 +1,4 @@
-"""The page of the dashboard: the engines, and the loss curve of the selected run."""
+"""The dashboard page. It shows the engines and the loss curve of the selected run."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _REFRESH_SECONDS = 1.0
 _LIVING = [state for state in EngineState if state not in SETTLED]
-#: Maximum number of settled engines to show; the newest are shown.
+#: Maximum number of settled engines (stopped, completed or failed) to show; the newest are shown.
 _SETTLED_SHOWN = 100
 _MAX_EVENTS = 1000
 #: Maximum number of points of the loss curve in one request.
@@ -27,7 +27,7 @@ _COLUMNS = [
 
 
 class EnginesPage:
-    """The page in one browser tab.
+    """The dashboard page of one browser tab.
 
     Each second, the page reads the active engines, the change feed, and the new steps of the selected run.
     """
@@ -67,7 +67,7 @@ class EnginesPage:
             self._error.text = str(error)
 
     async def _has_changed(self) -> bool:
-        """Read all new events of the change feed, and return whether there were any. The first call returns true."""
+        """Read all new events of the change feed, and return whether there were new events. The first call returns True."""
         has_changed = self._cursor is None
         while True:
             page = await self._client.changes("latest" if self._cursor is None else self._cursor, _MAX_EVENTS)

@@ -1,7 +1,7 @@
 """Fine-tuning: runs, their data, the trainer, and the worker process.
 
-`FinetuneManager` and `FinetuneConfig` are the public interface. They do not import torch. They are imported on first use,
-because a command that only shows progress does not need them.
+`FinetuneManager` and `FinetuneConfig` are the public interface. They do not import torch. Each of them is
+imported when it is first used, so that commands that do not use it start faster.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
-"""`python -m sage.libs.finetune`: runs without the control plane, in the foreground, for notebooks and batch jobs.
+"""Fine-tune in the foreground, without the control plane, for notebooks and batch jobs: `python -m sage.libs.finetune`.
 
-Ctrl-C or SIGTERM saves a checkpoint and the result so far; the command `resume` continues the run.
+On Ctrl-C or SIGTERM, the run saves a checkpoint and its current result, and stops. The command `resume` continues the run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="train with the options of a YAML file")
     train.add_argument("--config", type=Path, required=True, help="options of FinetuneConfig, as YAML")
     resume = commands.add_parser("resume", help="continue a run that was stopped or failed")
-    resume.add_argument("task", help="the run's id, as `train` printed it")
+    resume.add_argument("task", help="id of the run, as printed by `train`")
     commands.add_parser("list", help="list the runs")
     arguments = parser.parse_args(argv)
     manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
@@ -81,7 +81,7 @@ def _finish(manager: FinetuneManager, task_id: str, status: RunStatus) -> int:
             print(f"Completed: the result is in {output}.", file=sys.stderr)
             return 0
         case RunState.STOPPED:
-            print(f"Stopped at step {status.step}; `resume {task_id}` continues.", file=sys.stderr)
+            print(f"Stopped at step {status.step}; `resume {task_id}` continues the run.", file=sys.stderr)
             return 0
         case _:
             raise RunError(code=status.code or "failed", message=status.message or "The run failed.", hint=status.hint or "")

@@ -11,12 +11,12 @@ from sage.common.validation import validated
 from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.data.sources import Source, absolute
 
-#: Options of adapters and of the frozen base model; full fine-tuning does not accept them.
+#: Options of adapters and of the frozen base model. They are rejected if `finetuning_type` is `full`.
 _OF_LORA = (
     "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora",
     "use_dora", "loraplus_lr_ratio", "quantization",
 )  # fmt: skip
-#: Options of supervised fine-tuning; the methods that use TRL do not accept them.
+#: Options of supervised fine-tuning. They are rejected if `method` is not `sft`.
 _OF_SFT = (
     "train_on", "pack_tokens", "eval_path", "eval_split", "eval_steps", "early_stopping_patience", "sample_prompts",
     "keep_best", "streaming", "neftune_noise_alpha", "loraplus_lr_ratio", "num_processes",
@@ -24,39 +24,40 @@ _OF_SFT = (
 
 
 class FinetuneConfig(BaseModel):
-    """Configuration of a run. The same configuration, data, machine and software versions give the same losses."""
+    """Configuration of a run. Runs with the same configuration, data, machine and software versions have the same losses."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     base_model: str = Field(
-        min_length=1, description="Folder, name in the models folder, or hub id; an adapter is trained further."
+        min_length=1, description="Model to train: folder, name in the models folder, or hub id. It may be an adapter."
     )
     dataset_path: str | list[str] = Field(
         min_length=1,
-        description="File (.jsonl .json .csv .parquet .arrow) or folder, or several; FILE=WEIGHT repeats its samples.",
+        description="One or more files (.jsonl .json .csv .parquet .arrow) or folders; "
+        "FILE=WEIGHT uses the samples of FILE WEIGHT times.",
     )
-    output_dir: str = Field(min_length=1, description="Folder for the result: new, empty, or with an earlier result.")
+    output_dir: str = Field(min_length=1, description="Folder for the result; it must be new or empty.")
     finetuning_type: Literal["lora", "full"] = Field(
         "lora", description="lora: train an adapter on a frozen base; full: train all weights (for small models)."
     )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter's matrices.")
-    lora_alpha: int = Field(16, ge=1, le=4096, description="The adapter's output is scaled by alpha / rank.")
+    lora_alpha: int = Field(16, ge=1, le=4096, description="The adapter's output is scaled by lora_alpha / lora_rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability of the adapter's inputs in training.")
     target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
     exclude_modules: str | list[str] | None = Field(None, description="Layers excluded from target_modules.")
     modules_to_save: list[str] | None = Field(None, description="Modules trained in full and saved with the adapter.")
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilised LoRA).")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA).")
     use_dora: bool = Field(False, description="Train magnitude and direction separately (DoRA); slower.")
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, le=1000, description="Learning rate of LoRA matrix B as a multiple of A's learning rate (LoRA+)."
     )
-    method: Method = Field("sft", description="sft: from answers; dpo, orpo, kto: from preferences; grpo: from rewards.")
-    beta: float | None = Field(None, ge=0, le=10, description="Strength of the KL or preference term; default: TRL's.")
+    method: Method = Field("sft", description="Learn from answers (sft), preferences (dpo, orpo, kto), or rewards (grpo).")
+    beta: float | None = Field(None, ge=0, le=10, description="Strength of the KL or preference term; default: set by TRL.")
     reward_file: str | None = Field(
         None, description="Python file with `reward(prompts, completions, **columns)`, for grpo."
     )
-    num_generations: int = Field(4, ge=2, le=256, description="Answers per prompt that grpo compares.")
-    max_completion_length: int = Field(256, ge=1, description="Maximum length of an answer of grpo, in tokens.")
+    num_generations: int = Field(4, ge=2, le=256, description="Number of answers per prompt that grpo compares.")
+    max_completion_length: int = Field(256, ge=1, description="Maximum tokens of an answer that grpo generates.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Schedule of the learning rate after the warm-up."
@@ -68,13 +69,15 @@ class FinetuneConfig(BaseModel):
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
     train_on: Literal["assistant", "last_turn", "all"] = Field(
-        "assistant", description="What the loss covers: every answer, each chat's last answer, or all tokens."
+        "assistant", description="Tokens to train on: every answer, the last answer of each chat, or all tokens."
     )
     num_epochs: int = Field(3, ge=1, le=10_000, description="Passes over the dataset.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
+    max_steps: int | None = Field(None, ge=1, description="Total number of optimizer steps; overrides num_epochs.")
     batch_size: int = Field(4, ge=1, le=4096, description="Samples per forward pass (micro-batch).")
     pack_tokens: int | None = Field(
-        None, ge=8, description="Maximum tokens of a micro-batch, filled with as many samples as fit; replaces batch_size."
+        None,
+        ge=8,
+        description="Maximum tokens per micro-batch; each micro-batch gets as many samples as fit. Replaces batch_size.",
     )
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
     num_processes: int = Field(1, ge=1, le=64, description="Number of data-parallel processes; each uses its own GPU.")
@@ -82,7 +85,7 @@ class FinetuneConfig(BaseModel):
     allow_warnings: bool = Field(False, description="Train even if the dataset check has warnings.")
     streaming: bool = Field(False, description="Tokenize samples during training instead of before it.")
     eval_path: str | None = Field(
-        None, description="Held-out samples, evaluated before the first step and at the end; a file or folder."
+        None, description="File or folder with held-out samples. Their loss is measured at least at the start and the end."
     )
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset to hold out, if eval_path is not set.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations on the held-out samples.")
@@ -95,10 +98,10 @@ class FinetuneConfig(BaseModel):
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints to keep.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Number format of base and activations; auto: the fastest that fits. Adapters are always in fp32.",
+        description="Number format of the base model; auto: the fastest that fits into memory. Adapters are always in fp32.",
     )
     fast_kernels: Literal["auto", "off"] = Field(
-        "auto", description="auto: SAGE's training step if the model supports it; off: the step of transformers and PEFT."
+        "auto", description="auto: SAGE's training step if it supports the model; off: the training step of transformers."
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Recompute activations instead of storing them; auto: only if memory is insufficient."
@@ -107,10 +110,10 @@ class FinetuneConfig(BaseModel):
         True, description="Quantize the base model to 8 bits: always on CUDA, on a CPU only if it makes training faster."
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
-        None, description="Quantization of the frozen base, on devices that bitsandbytes supports; overrides use_8bit."
+        None, description="Quantization of the frozen base model, if bitsandbytes supports the device; overrides use_8bit."
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the adapter, the order of the data and dropout.")
-    resume_from_checkpoint: str | None = Field(None, description="Checkpoint folder of a run to continue from.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Random seed for the adapter, the order of the data, and dropout.")
+    resume_from_checkpoint: str | None = Field(None, description="Checkpoint of another run; training continues from it.")
 
     @property
     def sources(self) -> list[Source]:
@@ -135,17 +138,17 @@ class FinetuneConfig(BaseModel):
     @model_validator(mode="after")
     def _lora_options_need_lora(self) -> "FinetuneConfig":
         if self.finetuning_type == "full" and (given := self._given(_OF_LORA)):
-            raise ValueError(f"finetuning_type full trains all weights and has no adapter: omit {', '.join(given)}")
+            raise ValueError(f"finetuning_type full trains all weights without an adapter; omit {', '.join(given)}")
         return self
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> "FinetuneConfig":
         if self.method != "sft" and (given := self._given(_OF_SFT)):
-            raise ValueError(f"method {self.method} does not take {', '.join(given)}")
+            raise ValueError(f"method {self.method} does not accept {', '.join(given)}")
         if self.method != "sft" and any(source.weight != 1 for source in self.sources):
             raise ValueError(f"method {self.method} does not support weights of datasets")
         if (self.method == "grpo") != bool(self.reward_file):
-            raise ValueError("method grpo needs a reward_file, and no other method takes one")
+            raise ValueError("reward_file is required for method grpo, and not accepted for other methods")
         if self.method == "grpo" and self.batch_size * self.gradient_accumulation_steps % self.num_generations:
             raise ValueError("batch_size times gradient_accumulation_steps must be a multiple of num_generations")
         return self
@@ -172,7 +175,7 @@ class FinetuneConfig(BaseModel):
 def load_config(path: Path) -> FinetuneConfig:
     """Load the configuration from a YAML file; relative paths in the file are resolved from the working directory.
 
-    Raises ConfigError, which names the file, or the invalid option and its allowed values.
+    Raises ConfigError if the file cannot be read, is not valid YAML, or contains an invalid option.
     """
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -182,5 +185,5 @@ def load_config(path: Path) -> FinetuneConfig:
         problem = " ".join(str(error).split())
         raise ConfigError(code="config_invalid", message=f"{path} is not valid YAML: {problem}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(code="config_invalid", message=f"{path}: a mapping of options to values is expected.")
+        raise ConfigError(code="config_invalid", message=f"{path} must contain a mapping of options to values.")
     return validated(FinetuneConfig, values)

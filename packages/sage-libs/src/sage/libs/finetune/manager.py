@@ -34,11 +34,11 @@ from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive
 from sage.libs.finetune.run.summary import Summary, catch_up, read_summary
 from sage.libs.models.resolve import ModelKind, resolve_model
 
-#: Maximum seconds between the last event of a run and the exit of its worker; a new worker is started after the exit.
+#: Maximum seconds to wait for a worker to exit after the last event of its run.
 _EXIT_SECONDS = 10.0
 #: Maximum number of samples per dataset that `create` checks; the worker checks all samples.
 _CHECKED_SAMPLES = 20_000
-#: Maximum number of runs whose steps are cached, so that the next request reads only new events.
+#: Maximum number of runs whose steps are cached. For a cached run, a request parses only new events.
 _KEPT_SERIES = 16
 #: glibc settings that keep the memory of freed tensors. By default, glibc returns large blocks to the kernel, and the kernel
 #: clears the pages for each new tensor. With these settings a step on a CPU takes 5 % less time, with the same peak memory.
@@ -54,21 +54,22 @@ class FinetuneManager:
     """Creates, starts, stops and reads runs below one folder."""
 
     def __init__(self, root: Path | None = None, *, allow_reward_files: bool = False) -> None:
-        """root: folder of the run directories; default: the user's `models/finetuned`.
+        """root: folder that contains the run directories; default: the user's `models/finetuned`.
 
         allow_reward_files: whether runs may use Python files with reward functions; the worker executes these files.
         """
         self.root = root or get_user_paths().finetuned_dir
         self._allow_reward_files = allow_reward_files
         self._status_cache: dict[str, Summary] = {}
-        self._series: dict[str, StepSeries] = {}  #: by task id; the most recently used is the last
+        self._series: dict[str, StepSeries] = {}  #: steps by task id; the last entry was used most recently
         self._series_lock = threading.Lock()
 
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
         """Check the configuration without loading a model, create the run directory, and return the run's id.
 
-        Raises DatasetError, ModelError, OutputError, or ConfigError (the checkpoint to continue from does not match). If it
-        raises an error, nothing was written.
+        task_id: id of the new run; default: a random id.
+        Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method cannot be used, or if the run cannot
+        continue from the given checkpoint. If an error is raised, no files are kept.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
@@ -89,7 +90,7 @@ class FinetuneManager:
             raise ModelError(
                 code="base_is_adapter",
                 message=f"{config.base_model} is an adapter whose base is an adapter too; it cannot be trained further.",
-                hint=f"Train on {source.base.name}, or on its base.",
+                hint=f"Use {source.base.name} or its base model instead.",
                 param="base_model",
             )
         task_id = task_id or f"task-{random_suffix()}"
@@ -108,7 +109,7 @@ class FinetuneManager:
         return task_id
 
     def start_training(self, task_id: str) -> ProcessIdentity:
-        """Start the worker of a run. It continues from the newest checkpoint if there is one.
+        """Start the worker of a run. The run continues from its newest checkpoint, if it has one.
 
         Raises Conflict if the run already has a process.
         """
@@ -118,7 +119,7 @@ class FinetuneManager:
         """Append the event `launched`, and return the worker process to start; raises Conflict if the run has a process."""
         run = self.run_directory(task_id)
         if not self._wait_for_exit(task_id):
-            raise Conflict(code="already_running", message=f"{task_id} is running already.")
+            raise Conflict(code="already_running", message=f"{task_id} is already running.")
         run.append_event(LaunchedEvent())
         argv = (sys.executable, "-m", "sage.libs.finetune.worker", str(run.path))
         environment = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
@@ -127,8 +128,8 @@ class FinetuneManager:
     def resume(self, task_id: str) -> ProcessIdentity:
         """Start a stopped or failed run again.
 
-        Raises Conflict if the run is running or completed, or if its data has changed. Raises OutputError if its output
-        folder belongs to another run.
+        Raises Conflict if the run is running or completed, or if its data has changed. Raises OutputError if the run's
+        output folder belongs to another run.
         """
         self.check_resumable(task_id)
         return self.start_training(task_id)
@@ -142,8 +143,8 @@ class FinetuneManager:
             files += [spec.config.reward_file] if spec.config.reward_file else []
             raise Conflict(
                 code="dataset_changed",
-                message=f"The data of {task_id} has changed since the run began, so it cannot be resumed exactly: "
-                f"{', '.join(files)}.",
+                message=f"The data of {task_id} has changed since the run began, so the run cannot be resumed "
+                f"with the same result. Data: {', '.join(files)}.",
                 hint="Restore the old data, or start a new run.",
             )
 
@@ -161,16 +162,19 @@ class FinetuneManager:
         check_claim(Path(spec.config.output_dir), task_id)
 
     def stop(self, task_id: str, *, force: bool = False) -> bool:
-        """Ask a run to save a checkpoint and exit (`force`: kill it); do not wait. Return False if it has no process."""
+        """Ask a run to save a checkpoint and exit; do not wait for the exit. Return False if the run has no process.
+
+        force: kill the process instead; no checkpoint is saved.
+        """
         process = self.process(task_id)
         return process.send_signal(signal.SIGKILL if force else signal.SIGTERM) if process else False
 
     def request_checkpoint(self, task_id: str) -> None:
-        """Ask a run to save a checkpoint after its current step; do not wait. The losses of the run do not change."""
+        """Ask a run to save a checkpoint after its current step; do not wait. The checkpoint does not influence training."""
         self.run_directory(task_id).request_checkpoint()
 
     def publish_checkpoint(self, task_id: str, step: int) -> Path:
-        """Return a folder with the adapter and tokenizer of a checkpoint. The run does not remove or change this folder.
+        """Return a folder with a checkpoint's adapter and tokenizer. The folder stays if the run removes the checkpoint.
 
         Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
         """
@@ -179,7 +183,7 @@ class FinetuneManager:
     def status(self, task_id: str) -> RunStatus:
         """Return the status of a run."""
         run = self.run_directory(task_id)
-        alive = holder(run.lock_path) is not None  # before reading events, so that the last event is not missed
+        alive = holder(run.lock_path) is not None  # before reading: a process writes its last event before it exits
         summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
         self._status_cache[task_id] = summary
         return derive(summary.status, alive=alive)
@@ -193,7 +197,10 @@ class FinetuneManager:
         return self.run_directory(task_id).read_events(offset)
 
     def training_steps(self, task_id: str, after: int = 0, max_points: int | None = None) -> Sequence[TrainingStep]:
-        """Return the steps of a run after step `after`, downsampled to at most `max_points`. Only new events are read."""
+        """Return the steps of a run after step `after`, downsampled to at most `max_points`.
+
+        The steps are cached, so that the next call parses only new events.
+        """
         run = self.run_directory(task_id)
         with self._series_lock:  # concurrent requests share one series
             series = self._series.pop(task_id, None) or StepSeries(run)
@@ -210,12 +217,12 @@ class FinetuneManager:
         """Return the ids of all runs, oldest first."""
         begun: list[tuple[float, str]] = []
         for spec in self.root.glob("*/spec.json"):
-            with contextlib.suppress(FileNotFoundError):  # the run was removed just now
+            with contextlib.suppress(FileNotFoundError):  # the run was removed in the meantime
                 begun.append((spec.stat().st_mtime, spec.parent.name))
         return [name for _, name in sorted(begun)]
 
     def delete(self, task_id: str) -> None:
-        """Remove a run's directory with its checkpoints, but not its output folder. Raises Conflict if it is running."""
+        """Remove a run's directory with its checkpoints, but not its output folder; raises Conflict if it is running."""
         if not self._wait_for_exit(task_id):
             raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop it first.")
         shutil.rmtree(self.run_directory(task_id).path)
@@ -224,7 +231,7 @@ class FinetuneManager:
             self._series.pop(task_id, None)
 
     def _wait_for_exit(self, task_id: str) -> bool:
-        """Return whether a run has no process. If the run has reported its end, wait first until its process exits."""
+        """Return True if a run has no process. If the run has ended, first wait up to 10 s until its process exits."""
         deadline = time.monotonic() + _EXIT_SECONDS
         while self.process(task_id):
             if self.status(task_id).state in ALIVE or time.monotonic() > deadline:
@@ -233,7 +240,7 @@ class FinetuneManager:
         return True
 
     def run_directory(self, task_id: str) -> RunDirectory:
-        """Return the directory of a run; raises NotFound if there is no such run."""
+        """Return the directory of a run; raises NotFound if the run does not exist."""
         run = RunDirectory(self.root / task_id)
         if not run.spec_path.is_file():
             known = json.dumps(self.list()[-5:])
@@ -244,7 +251,7 @@ class FinetuneManager:
 
 
 def _data_hash(config: FinetuneConfig) -> str:
-    """Return the SHA-256 of training data and reward file; raises DatasetError or ConfigError if a file is missing."""
+    """Return the SHA-256 of the training data and reward file. Raises DatasetError or ConfigError if a file is missing."""
     datasets = dataset_hash(*(dataset.path for dataset in config.sources))
     if not config.reward_file:
         return datasets
@@ -266,7 +273,7 @@ def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
     if not allow_reward_files:
         raise ConfigError(
             code="reward_files_off",
-            message="Reward files are disabled: a reward file is Python code, which any user who starts engines could run.",
+            message="Reward files are disabled, because every user who starts engines could run Python code with them.",
             hint="To allow them, set SAGE_ALLOW_REWARD_FILES=true in the gateway's environment or in config.toml.",
             param="reward_file",
         )

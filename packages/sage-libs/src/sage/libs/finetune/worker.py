@@ -1,4 +1,4 @@
-"""`python -m sage.libs.finetune.worker RUN_DIR`: the process that executes one run.
+"""The worker process, which executes one run: `python -m sage.libs.finetune.worker RUN_DIR`.
 
 The process holds the run's lock, appends the run's events, and exits with code 0 if the run is completed or stopped.
 """
@@ -29,11 +29,11 @@ from sage.libs.finetune.training.stopping import StopRequest
 from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
-#: If fewer bytes of disk space are free, an error is reported as a full disk.
+#: If fewer bytes than this are free on the disk when an error occurs, the error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: Packages that transformers imports if they are installed. SAGE does not use them; the imports take 1 s and 120 MB.
+#: Packages that SAGE does not use, but that transformers imports if they are installed, which takes 1 s and 120 MB.
 _UNUSED = ("datasets", "pandas", "scipy", "sklearn")
-#: Seconds after which a failed process checks whether the main process has exited.
+#: Seconds that a failed additional process waits before it checks whether the main process still runs.
 _LEADER_SECONDS = 1.0
 
 
@@ -48,23 +48,23 @@ def main(argv: list[str]) -> int:
     if LOCK_FD_VARIABLE not in os.environ:
         descriptor = try_lock(run.lock_path)
         if descriptor is None:
-            print(f"{run.path} already has a worker.", file=sys.stderr)
+            print(f"{run.path} already has a running worker.", file=sys.stderr)
             return 1
         write_identity(descriptor)
         run.append_event(LaunchedEvent())
     configure_logging()
-    warnings.simplefilter("ignore", FutureWarning)  # caused by libraries; users cannot fix them
+    warnings.simplefilter("ignore", FutureWarning)  # libraries cause these warnings; users cannot fix them
     stop = StopRequest()
     stop.install()
     try:
         private_folder(run.path)
         run.clear_staging()
-        run.take_checkpoint_request()  # discard a request to an earlier process
+        run.take_checkpoint_request()  # discard a request that an earlier process did not handle
         run.reserve_space()
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
-        with contextlib.suppress(OSError):  # the summary is optional: it makes reading faster
+        with contextlib.suppress(OSError):  # the summary is optional: it only makes reading the status faster
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         _fail(run, error)
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def _follow(run: RunDirectory) -> int:
-    """Train as an additional process of a run, under the control of the main process; return the exit code."""
+    """Train as an additional process of a run that has several processes; return the exit code."""
     configure_logging("WARNING")
     warnings.simplefilter("ignore", FutureWarning)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -101,7 +101,7 @@ def _fail(run: RunDirectory, error: Exception) -> None:
 def _train(run: RunDirectory, stop: StopRequest) -> None:
     config = run.read_spec().config
     make_importable(config)
-    # Both modules import torch, which takes seconds; the signal handlers are already installed.
+    # Both modules import torch, which takes seconds. They are imported here, after the signal handlers are installed.
     if config.method == "sft":
         sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # treat the packages as not installed
         from sage.libs.finetune.training.trainer import TrainingRun as Run
@@ -118,8 +118,8 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
     if _is_full(error, run.path):
         return RunError(
             code="disk_full",
-            message=f"The disk of {_fullest(run)} is full: the run could not save. Earlier checkpoints are intact.",
-            hint="Free some space, then `resume`.",
+            message=f"The disk of {_fullest(run)} is full, so the run could not save. Earlier checkpoints are intact.",
+            hint="Free some space, then `resume` the run.",
         )
     if is_out_of_memory(error):
         return RunError(
@@ -131,7 +131,7 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
         return RunError(
             code="file_unusable",
             message=f"{error.filename} cannot be used: {error.strerror}. Earlier checkpoints are intact.",
-            hint=f"Fix that, then `resume`. {log}",
+            hint=f"Solve this problem, then `resume` the run. {log}",
         )
     return RunError(
         code="training_failed", message=f"Training failed: {type(error).__name__}: {_first_line(error)}", hint=log

@@ -1,1 +1,1 @@
-"""Resolve model names to local folders, and load models from them."""
+"""Find models by their names, and load them from local folders."""

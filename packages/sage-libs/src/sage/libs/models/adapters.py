@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Attach the adapter in a folder to a base model; log a warning if it was trained on another base model.
+    """Attach the adapter in a folder to a base model. If the adapter was trained on another base model, log a warning.
 
     Raises ModelError if the adapter does not fit the base model: different shapes, missing or unexpected weights.
     """
@@ -30,28 +30,28 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if getattr(config, "megatron_config", None):
-            raise ValueError("megatron_config names a module to import, which is not supported")
+            raise ValueError("megatron_config is not supported, because it imports a module")
         config.inference_mode, base_name = not is_trainable, config.base_model_name_or_path
         model = get_peft_model(base, config)
-        config.base_model_name_or_path = base_name  # restore the name: get_peft_model replaces it by the local folder
+        config.base_model_name_or_path = base_name  # get_peft_model has replaced the name by the local folder
         result = model.load_adapter(str(folder), model.active_adapter, is_trainable=is_trainable)
-    except Exception as error:  # PEFT raises all kinds of exceptions for a broken config
+    except Exception as error:  # PEFT raises exceptions of any type for a broken config
         if is_out_of_memory(error):
             raise
         raise _unfit(folder, first_line(error)) from error
     if result.unexpected_keys and not config.is_prompt_learning:  # PEFT loads virtual tokens separately
-        raise _unfit(folder, f"the base has no layer for its weight {result.unexpected_keys[0]}")
+        raise _unfit(folder, f"the base has no layer for the adapter's weight {result.unexpected_keys[0]}")
     if result.missing_keys:
-        raise _unfit(folder, f"it has no weight for {result.missing_keys[0]}")
+        raise _unfit(folder, f"the adapter has no weight for {result.missing_keys[0]}")
     assert isinstance(model, PeftModel)
     return model
 
 
 def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the weights (A, B) of a plain LoRA adapter, by name of the linear layer; the base model is not changed.
+    """Return the weights (A, B) of a plain LoRA adapter for each linear layer, by layer name; the base model is not changed.
 
     A: (rank, in_features).  B: (rank, out_features), scaled. The adapter adds x @ A.T @ B to the layer's output for x.
-    PEFT loads the adapter, so that patterns for layers, ranks and scalings in its config have the same meaning as in PEFT.
+    The adapter is loaded with PEFT, so that patterns in its config for layers, ranks and scalings are applied correctly.
     Raises ModelError if the adapter does not fit the base model, or if a weight is not finite.
     """
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
@@ -69,9 +69,9 @@ def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Te
 
 
 def merged(model: PeftModel) -> Any:
-    """Merge the adapter into its base model and return the base model; if this is not supported, return `model` unchanged.
+    """Merge the adapter into its base model and return the base model; return `model` unchanged if merging is not supported.
 
-    Merging changes weights in place. Therefore lm_head and embedding are untied first if the adapter changes one of them.
+    Merging changes weights in place. If the adapter changes lm_head or the embedding, tied weights are untied first.
     """
     if not hasattr(model.base_model, "merge_and_unload"):
         return model
@@ -93,7 +93,7 @@ def _untie_head(base: PreTrainedModel) -> None:
 
 
 def _without_adapter(module: Any) -> Any:
-    """Return the layer without PEFT's wrappers."""
+    """Return the original layer inside PEFT's wrappers."""
     while inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None):
         module = inner
     return module
@@ -103,7 +103,7 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
     found = fingerprint(Path(base.name_or_path))
     if _trained_base(folder, found) != found:
         logger.warning(
-            "The adapter in %s was trained on another base model than %s: its answers may be wrong.",
+            "The adapter in %s was trained on a base model other than %s, so its answers may be wrong.",
             folder, base.name_or_path,
         )  # fmt: skip
 
@@ -111,7 +111,8 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
 def _trained_base(folder: Path, found: str) -> str:
     """Return the fingerprint of the base model that an adapter was trained on.
 
-    It is read from sage_run.json. If it is not there, the first base model that was used with the adapter is assumed.
+    It is read from sage_run.json. If this file does not contain it, the adapter is assumed to be trained on the first base
+    model that it was used with.
     found: fingerprint of the base model that is used now.
     """
     try:
@@ -128,7 +129,7 @@ def _trained_base(folder: Path, found: str) -> str:
             replace_file(private_folder(seen.parent) / key, found.encode())
         return seen.read_text(encoding="utf-8")
     except OSError as error:
-        logger.info("the fingerprint of the base of %s cannot be saved: %s", folder, error)
+        logger.info("the fingerprint of the base model of %s cannot be saved: %s", folder, error)
         return found
 
 
@@ -136,7 +137,7 @@ def _not_finite(folder: Path, layer: str) -> ModelError:
     return ModelError(
         code="adapter_not_finite",
         message=f"The adapter in {folder} has weights of {layer} that are not finite numbers.",
-        hint="Its training diverged: use an earlier checkpoint, or train it with a lower learning rate.",
+        hint="The training of the adapter diverged. Use an earlier checkpoint, or train again with a lower learning rate.",
         param="model",
     )
 
@@ -145,6 +146,6 @@ def _unfit(folder: Path, problem: str) -> ModelError:
     return ModelError(
         code="adapter_unfit",
         message=f"The adapter in {folder} does not fit its base model: {problem}.",
-        hint="adapter_config.json names the base ('base_model_name_or_path'); it must be the model that was trained on.",
+        hint="'base_model_name_or_path' in adapter_config.json must be the model that the adapter was trained on.",
         param="model",
     )

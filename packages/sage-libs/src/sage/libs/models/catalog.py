@@ -51,7 +51,7 @@ def import_model(folder: Path, name: str) -> Path:
     """
     if not _NAME.fullmatch(name) or ".." in name or name.startswith(("finetuned", ".")):
         raise ConfigError(
-            code="config_invalid", message=f"'{name}' cannot be a model's name.", hint="Use org/name.", param="name"
+            code="config_invalid", message=f"'{name}' is not a valid model name.", hint="Use org/name.", param="name"
         )
     if not folder.is_dir():
         raise ModelNotFound(code="model_not_found", message=f"{folder} is not a folder.")
@@ -59,7 +59,7 @@ def import_model(folder: Path, name: str) -> Path:
     target = get_user_paths().models_dir / name
     with held_lock(get_user_paths().models_dir / ".locks" / "import.lock"):
         if target.exists():
-            raise Conflict(code="model_exists", message=f"{target} exists already.", hint="Give another --name.")
+            raise Conflict(code="model_exists", message=f"{target} exists already.", hint="Use another name with --name.")
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:

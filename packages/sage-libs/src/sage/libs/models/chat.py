@@ -1,4 +1,4 @@
-"""Convert chats to tokens. Training, evaluation, sample answers and serving use `ChatFormat`, so their tokens are equal."""
+"""Convert chats to tokens. Training, evaluation, sample answers and serving use `ChatFormat`, so all use the same tokens."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
-#: Placeholder for the text of a message, to find its position in a rendered chat. No real text or template contains it.
+#: Placeholder for the text of a message. It shows where a template writes the text. Templates do not contain it.
 _PROBE = "Zq7Zq7"
 _CHATML = (
     "{%- if tools %}{{- '<|im_start|>system\n' }}"
@@ -32,8 +32,8 @@ def ensure_chat_template(tokenizer: Any) -> str | None:
     bos = "{{- bos_token }}" if tokenizer.bos_token and ChatFormat(tokenizer).prefix == [tokenizer.bos_token_id] else ""
     tokenizer.chat_template = bos + _CHATML.replace("END", end)
     return (
-        f"The model has no chat template: ChatML is used, with {end!r} at the end of each turn. "
-        "The result is saved with this template."
+        f"The model has no chat template, so ChatML is used, with {end!r} at the end of each turn. "
+        "This template is saved with the result."
     )
 
 
@@ -48,12 +48,12 @@ class ChatFormat:
         around = list(tokenizer(_PROBE)["input_ids"])
         #: Token ids that the tokenizer adds before a text: [BOS] or [].
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether a text can be tokenized in parts: if no token spans two parts, this gives the tokens of the whole text.
-        #: It is False for a tokenizer that adds a space before every text.
+        #: Whether parts of a text can be tokenized separately. The result has the tokens of the whole text if no token
+        #: spans two parts. False if the tokenizer adds a space before every text.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text; no special tokens are added. All texts of a call are tokenized in parallel."""
+        """Return the token ids of each text, without added special tokens. The texts are tokenized in parallel."""
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
@@ -85,7 +85,7 @@ class ChatFormat:
         return self.ids([self.render(messages, tools, prompt=True)])[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the token ids of a plain text without EOS. It begins with one BOS if the tokenizer adds BOS."""
+        """Return the token ids of a plain text without EOS. If the tokenizer adds BOS, the ids begin with one BOS."""
         return [*self.prefix_of(text), *self.ids([text])[0]]
 
     def prefix_of(self, text: str) -> list[int]:
@@ -107,15 +107,15 @@ class ChatFormat:
             before = wholes[at - 1] if at else []
             if whole[: len(before)] == before:
                 split.append(whole[len(before) :])
-            else:  # put a line break before the part, because the tokenizer adds no space after one
+            else:  # add a line break before the part, because the tokenizer adds no space after a line break
                 line_end, part = self.ids(["\n", f"\n{parts[at]}"])
                 split.append(part[len(line_end) :])
         return split
 
     def opening(self, text: str) -> str:
-        """Return the text before the content of the first message.
+        """Return the part of `text` before the content of the first message.
 
-        text: a rendered chat that begins with an assistant message.
+        text: a rendered chat whose first message is an answer of the assistant.
         """
         asked = [{"role": "user", "content": _PROBE}]
         header = self.render(asked, prompt=True).rpartition(_PROBE)[2]
@@ -123,16 +123,16 @@ class ChatFormat:
         return text[: text.index(header) + len(header)] if header and header in text else self.header([], None, text)
 
     def header(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """Return the part of `text` before the answer.  text: the rendered chat of `messages` and an answer."""
+        """Return the part of `text` before the answer.  text: `messages` and an answer, rendered as one chat."""
         probe = self.render([*messages, {"role": "assistant", "content": _PROBE}], tools)
         at = next((i for i, (a, b) in enumerate(zip(probe, text, strict=False)) if a != b), min(len(probe), len(text)))
         return text[:at]
 
     @functools.cache  # noqa: B019 - the object and its tokenizer have the same lifetime
     def answer_end(self, *, calls: bool = False) -> int | None:
-        """Return the id of the special token that the template writes after an answer (calls: after tool calls).
+        """Return the id of the special token that the template writes after an answer.  calls: after tool calls instead.
 
-        If the template writes no special token there, return the first special token of the next message, else EOS.
+        If there is no special token after an answer, return the first special token of the next message, else EOS.
         """
         asked = {"role": "user", "content": "Hi"}
         if calls:
@@ -144,7 +144,7 @@ class ChatFormat:
             answered, then = {"role": "assistant", "content": _PROBE}, asked
         for messages in ([asked, answered], [asked, answered, then]):
             rest = ""
-            with contextlib.suppress(Exception):  # templates raise all kinds of exceptions
+            with contextlib.suppress(Exception):  # templates can raise exceptions of any type
                 rest = self.render(messages).rpartition(_PROBE)[2]
             found = next((token for token in self.ids([rest])[0] if token in self.special_ids), None)
             if found is not None:

@@ -1,4 +1,4 @@
-"""Prepare models once before loading: convert GGUF files to safetensors, download models from the hub."""
+"""Prepare models for loading: convert GGUF files to safetensors, and download models from the hub. The results are kept."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ _HASH_DIGITS = 16
 
 
 def converted(folder: Path) -> Path:
-    """Return a folder with the bf16 safetensors of a GGUF file; convert the file if its content is new."""
+    """Return a folder with bf16 safetensors of the GGUF file in `folder`; convert the file if its content is new."""
     gguf = next(folder.glob("*.gguf"))
     root = get_user_paths().models_dir / FOLDER
     with _reported(f"{gguf} cannot be converted to safetensors", root):
@@ -38,7 +38,7 @@ def converted(folder: Path) -> Path:
                 remember(target, gguf)
         with held_lock(root / f".{target.name}.lock"):
             if not (target / "config.json").is_file():
-                logger.info("converting %s to safetensors, once", gguf)
+                logger.info("converting %s to safetensors (only once)", gguf)
                 shutil.rmtree(target, ignore_errors=True)
                 _make(target, lambda aside: _convert(gguf, aside))
     return target
@@ -58,7 +58,7 @@ def downloaded(source: ModelSource) -> Path:
 
 
 def with_downloads(source: ModelSource) -> ModelSource:
-    """Download a model and its base model if they are on the hub, and return the model; raises ModelError on failure."""
+    """Download a model and its base model if they are only on the hub; return the model. Raises ModelError on failure."""
     missing = [part for part in (source, source.base) if part and part.kind is ModelKind.HUB]
     for part in missing:
         downloaded(part)
@@ -69,7 +69,7 @@ def _make(target: Path, write: Callable[[Path], None]) -> None:
     """Create the folder `target` atomically; the caller must hold the lock of the folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
+    shutil.rmtree(aside, ignore_errors=True)  # files of a killed process
     try:
         write(aside)
         fsync_tree(aside)
@@ -81,7 +81,10 @@ def _make(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _reported(failure: str, place: Path) -> Iterator[None]:
-    """Convert any exception to ModelError, because libraries raise many types (broken file, full disk, network error)."""
+    """Convert any exception in the `with` block to ModelError, because libraries raise exceptions of many types.
+
+    failure: beginning of the message.  place: folder that is written, for the hint about a full disk.
+    """
     try:
         yield
     except SageError:
@@ -100,7 +103,7 @@ def _convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
     )
-    # Remove the quantization config: the weights are not quantized now, and save_pretrained would refuse the model.
+    # The weights are not quantized now. With the quantization config, save_pretrained would reject the model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

@@ -1,4 +1,4 @@
-"""Compute a fingerprint of a base model without reading all weights, to check which base an adapter was trained on."""
+"""Compute a fingerprint of a base model from a part of its weights, to check which base an adapter was trained on."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
 def fingerprint(folder: Path) -> str:
     """Return the fingerprint of a base model: 64 hex digits.
 
-    It depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor. Therefore it differs
-    between models of the same shape.
-    Raises ModelError if the folder has no complete model.
+    It depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor. Therefore two
+    different models of the same shape have different fingerprints.
+    Raises ModelError if the folder does not contain a complete model.
     """
     digest = hashlib.sha256()
     try:

@@ -1,4 +1,4 @@
-"""Decide whether a running server can load an adapter. Does not read weights, and does not import torch."""
+"""Decide whether a running server can load an adapter. This module does not read weights or import torch."""
 
 import json
 import re
@@ -9,23 +9,23 @@ from typing import Any
 from sage.common.errors import ModelError
 from sage.libs.models.resolve import safetensors_header
 
-#: Entries of adapter_config.json that are supported. Any other entry must be null, false, empty or 0.
+#: Supported entries of adapter_config.json. All other entries must be null, false, empty or 0.
 _PLAIN = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
     "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
 })  # fmt: skip
-#: Initializations that do not change the base model. Other initializations, such as PiSSA, change its weights.
+#: Values of init_lora_weights that do not change the base model. Other values, such as PiSSA, change its weights.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _LORA_WEIGHT = re.compile(r".*\.lora_[AB]\.weight")
 _HEAD = re.compile(r".*\.(lm_head|embed_out|output_projection)\.lora_[AB]\.weight")
 
 
 def why_not_hot(folder: Path, base_folder: Path) -> str | None:
-    """Return None if a running server of the base model can load an adapter; otherwise return the reason why it cannot.
+    """Return the reason why a running server of the base model cannot load an adapter; None if it can.
 
-    If it cannot, the adapter must be merged into a copy of its base model. Raises ModelError if a file cannot be read.
+    An adapter that cannot be loaded must be merged into a copy of its base model. Raises ModelError for unreadable files.
     """
     path = folder / "adapter_config.json"
     try:
@@ -41,25 +41,25 @@ def why_not_hot(folder: Path, base_folder: Path) -> str | None:
 
 def _config_problem(config: Mapping[str, Any]) -> str | None:
     if config.get("peft_type") != "LORA":
-        return f"its type is {config.get('peft_type')}, not LORA"
+        return f"the adapter's type is {config.get('peft_type')}, not LORA"
     if config.get("bias") not in (None, "none"):
-        return f"it trains biases ({config['bias']})"
+        return f"the adapter trains biases ({config['bias']})"
     if config.get("init_lora_weights") not in _PLAIN_INITS:
-        return f"its initialization ({config['init_lora_weights']}) changes the base"
+        return f"the adapter's initialization ({config['init_lora_weights']}) changes the base model"
     others = sorted(name for name, value in config.items() if value and name not in {*_PLAIN, "bias"})
-    return f"it uses {others[0]}" if others else None
+    return f"the adapter uses {others[0]}" if others else None
 
 
 def _weights_problem(header: Mapping[str, Any]) -> str | None:
     for name in sorted(header):
         if not _LORA_WEIGHT.fullmatch(name):
-            return f"it has the weight {name}, which is not part of a LoRA of a linear layer"
+            return f"the adapter has the weight {name}, which is not a LoRA weight of a linear layer"
         if _HEAD.fullmatch(name):
-            return "it changes the output head"
+            return "the adapter changes the output head"
     return None
 
 
 def _base_problem(config: Mapping[str, Any], base_folder: Path) -> str | None:
-    """Return a problem if the base of the adapter is itself an adapter: both must be merged. Otherwise return None."""
+    """Return a problem if the base of the adapter is an adapter too, because both must be merged; else return None."""
     is_adapter = (base_folder / "adapter_config.json").is_file()
-    return f"its base {config.get('base_model_name_or_path')} is an adapter" if is_adapter else None
+    return f"the adapter's base {config.get('base_model_name_or_path')} is an adapter too" if is_adapter else None

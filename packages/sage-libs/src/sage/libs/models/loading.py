@@ -1,4 +1,4 @@
-"""Load weights and tokenizers from local folders only; pickles and remote code are not allowed."""
+"""Load weights and tokenizers from local folders. Pickles and code from models are never executed."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ _MOST_NAMED = 5
 
 
 def local_folder(source: ModelSource) -> Path:
-    """Return a local folder that transformers and PEFT can load; convert or download the model first if needed.
+    """Return a local folder that transformers and PEFT can load. If necessary, first convert or download the model.
 
     A GGUF file is converted once to bf16 safetensors in the models folder. A hub model is downloaded to the models folder.
     Raises ModelError if the conversion or the download fails.
@@ -32,12 +32,14 @@ def tokenizer_folder(source: ModelSource, base: Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a model's folder; raises ModelError if the folder has no fast tokenizer."""
+    """Load the tokenizer in a model's folder; raises ModelError if the tokenizer is missing, invalid, or not fast."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # broken files raise all kinds of exceptions
+    except Exception as error:  # broken files cause exceptions of any type
         raise ModelError(
-            code="tokenizer_missing", message=f"{folder} has no tokenizer that loads: {first_line(error)}.", param="model"
+            code="tokenizer_missing",
+            message=f"The tokenizer in {folder} is missing or cannot be loaded: {first_line(error)}.",
+            param="model",
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(code="tokenizer_slow", message=f"{folder} has no fast tokenizer (tokenizer.json).", param="model")
@@ -47,10 +49,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise ModelError if the tokenizer can produce a token without an embedding in the model.
+    """Raise ModelError if the tokenizer can produce a token that has no embedding in the model.
 
-    Special tokens without an embedding are allowed if they are not in the chat template and are not BOS, EOS or padding.
-    For example, Gemma 3 has such a token for images.  folder: folder of the model.
+    Unused special tokens may have no embedding, for example the image token of Gemma 3. A special token counts as used if
+    it is BOS, EOS or padding, or if the chat template contains it.  folder: folder of the model.
     """
     rows = embedding_rows(folder)
     special = set(tokenizer.all_special_tokens) | {
@@ -66,7 +68,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         named = ", ".join(used[:_MOST_NAMED]) + (f" and {len(used) - _MOST_NAMED} more" if len(used) > _MOST_NAMED else "")
         raise ModelError(
             code="tokenizer_too_large",
-            message=f"The tokenizer of {folder} has tokens beyond the {rows:,} rows of the model's embedding: {named}.",
+            message=f"The tokenizer of {folder} has tokens without an embedding in the model ({rows:,} rows): {named}.",
             hint="Use the model's own tokenizer, or resize the model's embedding.",
             param="base_model",
         )
@@ -84,7 +86,7 @@ def model_config(folder: Path) -> Any:
         if not isinstance(config.vocab_size, int):
             raise TypeError(f"vocab_size is {config.vocab_size!r}")
     except Exception as error:
-        raise _invalid(folder, f"config.json does not load: {first_line(error)}") from error
+        raise _invalid(folder, f"has a config.json that cannot be loaded: {first_line(error)}") from error
     return config
 
 
@@ -98,7 +100,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrain
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise _invalid(folder, f"does not load: {first_line(error)}") from error
+        raise _invalid(folder, f"cannot be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):  # transformers has initialized these weights randomly
         raise _invalid(folder, f"has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
     return model

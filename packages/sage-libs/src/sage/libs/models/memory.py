@@ -1,4 +1,4 @@
-"""Recognize errors that mean that memory could not be allocated. Does not import torch."""
+"""Recognize errors that were caused by insufficient memory. This module does not import torch."""
 
 #: Parts of error messages after failed allocations in CUDA, torch (CPU), C++ and oneDNN.
 _MESSAGES = (
@@ -11,6 +11,6 @@ _MESSAGES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that an allocation failed."""
+    """Return whether an error was caused by insufficient memory."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch.OutOfMemoryError
     return is_named or any(words in str(error) for words in _MESSAGES)

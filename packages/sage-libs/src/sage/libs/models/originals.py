@@ -1,7 +1,7 @@
-"""Find the original GGUF file of a converted model. Does not import torch.
+"""Find the original GGUF file of a converted model. This module does not import torch.
 
 .converted/<name>-<hash>/          safetensors of the GGUF file whose SHA-256 begins with <hash>
-.converted/<name>-<hash>.sources   files with this hash, with their sizes and times, so that they are not hashed again
+.converted/<name>-<hash>.sources   identities of files with this hash; these files are not hashed again
 """
 
 import json
@@ -23,13 +23,13 @@ def original(folder: Path) -> Path:
 
 
 def identity(gguf: Path) -> list[object]:
-    """Return path, inode, size and times of a file. They show whether the file was replaced."""
+    """Return path, device, inode, size and times of a file. Any difference shows that the file was replaced."""
     found = gguf.stat()
     return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def known(root: Path, gguf: Path) -> Path | None:
-    """Return the folder of the model that was converted from a file, or None if the file is not recorded."""
+    """Return the folder of the model that was converted from `gguf`, or None if no conversion of this file is recorded."""
     return next((path.with_suffix("") for path in root.glob("*.sources") if identity(gguf) in sources(path)), None)
 
 
@@ -41,7 +41,7 @@ def remember(target: Path, gguf: Path) -> None:
 
 
 def sources(path: Path) -> list[list[object]]:
-    """Return the file identities that a `.sources` file contains; [] if it cannot be read."""
+    """Return the file identities in a `.sources` file, or [] if the file cannot be read."""
     try:
         return list(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

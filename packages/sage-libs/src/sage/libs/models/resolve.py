@@ -1,7 +1,7 @@
-"""Find the files of a model by its name. Does not read weights, and does not import torch.
+"""Find the files of a model by its name. This module does not read weights or import torch.
 
-An absolute path is a folder. Any other name is looked up in the user's models folder, then in installed Python packages,
-then on the hub. Only commands resolve relative paths, because only commands have a working directory.
+A name that is an absolute path is a folder. Any other name is looked up in the user's models folder, then in installed
+Python packages, then on the hub. Only commands resolve relative paths, because services have no working directory.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from sage.common.errors import ModelError, ModelNotFound
 from sage.common.model_names import absolute_name, expanded, is_folder, is_path
 from sage.common.paths import get_user_paths
 
-#: Maximum length of a chain of adapters: the base of an adapter can be another adapter.
+#: Maximum length of a chain of adapters in which each adapter is the base of the next.
 _MAX_DEPTH = 4
 _SHOWN_LETTERS = 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -56,7 +56,7 @@ PACKAGED: Mapping[str, Packaged] = {
 class ModelSource:
     """Location of a model's weights."""
 
-    name: str  #: name in the request
+    name: str  #: name as given by the user
     kind: ModelKind
     folder: Path  #: folder with the files; for HUB: target folder of the download
     base: "ModelSource | None" = None  #: for ADAPTER: the base model; else None
@@ -65,9 +65,8 @@ class ModelSource:
 def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
     """Find the model `name` and return its location.
 
-    base_dir: folder in which relative names are looked up first. If it is None (in a service), only absolute paths are
-    treated as folders.
-    Raises ModelNotFound, which lists the searched places, or ModelError if the folder has no valid model.
+    base_dir: folder in which relative names are looked up first; None: only absolute paths are treated as folders.
+    Raises ModelNotFound if the model is not found, and ModelError if the folder has no valid model.
     """
     return _resolve(absolute_name(name, base_dir) if base_dir else name, depth=0)
 
@@ -75,7 +74,7 @@ def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
 def _resolve(name: str, depth: int) -> ModelSource:
     if depth > _MAX_DEPTH:
         raise ModelError(
-            code="model_invalid", message=f"'{name}' is an adapter whose base is an adapter, several levels deep"
+            code="model_invalid", message=f"'{name}' is an adapter in a chain of more than {_MAX_DEPTH} adapters"
         )
     if not name.strip():
         raise ModelNotFound(code="model_not_found", message="The name of the model is empty.")
@@ -100,19 +99,17 @@ def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelN
     shown = name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…"
     if is_path(name):
         is_known = tried or expanded(name) is None
-        problem = "there is no such folder" if is_known else "the path is not absolute"
-        hint = (
-            "Give a folder that holds a model; `sage llm model list` shows names." if is_known else "Give an absolute path."
-        )
+        problem = "the folder does not exist" if is_known else "the path is not absolute"
+        hint = "Give a folder with a model, or a name from `sage llm model list`." if is_known else "Give an absolute path."
         message = f"No model '{shown}': {problem}."
     else:
         if packaged:
             tried = [*tried, f"the package {packaged.package}, which is not installed"]
         places = ", ".join(place for place in tried if len(shown) == len(name)) or "the models folder"
-        message = f"No model '{shown}': tried {places}, and the hub, which does not have it or cannot be reached."
+        message = f"No model '{shown}': it is not in {places}, and not on the hub (or the hub cannot be reached)."
         hint = (
             "`sage llm model list` shows the available models; `sage llm model import FOLDER` adds one. "
-            "A folder elsewhere needs its absolute path."
+            "For a model in another folder, give the absolute path."
         )
     return ModelNotFound(code="model_not_found", message=message, hint=hint, param="model")
 
@@ -120,7 +117,7 @@ def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelN
 def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
     """Check the files of the model in a folder and return its location; weights are not read.
 
-    Raises ModelError, which names the missing or invalid file.
+    Raises ModelError with the missing or invalid file in its message.
     """
     if not os.access(folder, os.R_OK | os.X_OK):
         raise _invalid(folder, "cannot be read (Permission denied)")
@@ -132,7 +129,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
         safetensors_header(weights)
         base_name = _read_json(adapter_config).get("base_model_name_or_path")
         if not isinstance(base_name, str):
-            raise _invalid(adapter_config, "names no base model ('base_model_name_or_path')")
+            raise _invalid(adapter_config, "contains no base model ('base_model_name_or_path')")
         try:
             base = _resolve(base_name, depth + 1)
         except ModelNotFound as error:
@@ -148,15 +145,15 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
             safetensors_header(weights)
         _check_shards(folder)
         return ModelSource(name, ModelKind.FULL, folder)
-    if (folder / "modules.json").is_file():  # a sentence-transformers model: subfolders have the weights
+    if (folder / "modules.json").is_file():  # a sentence-transformers model, whose subfolders contain the weights
         return ModelSource(name, ModelKind.FULL, folder)
     if len(list(folder.glob("*.gguf"))) == 1:
         return ModelSource(name, ModelKind.GGUF, folder)
     if (folder / "sage_run.json").is_file():
         raise _invalid(folder, "belongs to a training run that has not written its adapter yet")
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-        raise _invalid(folder, "holds its weights as pickles, which can run code when loaded; convert to safetensors")
-    raise _invalid(folder, "holds no model: config.json with *.safetensors, an adapter, or one *.gguf is needed")
+        raise _invalid(folder, "has its weights in pickles, which can run code when loaded; convert them to safetensors")
+    raise _invalid(folder, "contains no model: config.json with *.safetensors, an adapter, or one *.gguf is needed")
 
 
 def _check_shards(folder: Path) -> None:
@@ -169,13 +166,13 @@ def _check_shards(folder: Path) -> None:
             else []
         )
         if missing:
-            raise _invalid(index, f"names {missing[0]}, which is missing; copy or download it")
+            raise _invalid(index, f"lists {missing[0]}, which is missing; copy or download this file")
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
     """Return the header of a safetensors file: for each tensor name, `dtype`, `shape` and `data_offsets`.
 
-    File format: 8 bytes with the length of the header, the header as JSON, the data. Raises ModelError if the file is
+    The file contains the length of the header (8 bytes), the header as JSON, and the data. Raises ModelError if the file is
     incomplete or damaged.
     """
     try:
@@ -183,7 +180,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             header_bytes = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
             if header_bytes > size:
-                raise ValueError("its header is longer than the file")
+                raise ValueError("the header is longer than the file")
             header: dict[str, Any] = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -192,7 +189,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise _invalid(path, f"cannot be read ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _invalid(path, f"is not a complete safetensors file ({error}); copy or download it again") from error
+        raise _invalid(path, f"is not a complete safetensors file ({error}); copy or download the file again") from error
     return header
 
 

@@ -45,7 +45,7 @@ def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
 
 
 def raise_for_error(response: httpx.Response) -> None:
-    """Raise a SageError if an answer reports an error. The caller must read the answer's body before."""
+    """Raise a SageError if an answer reports an error. The body of the answer must already be read."""
     if response.is_success:
         return
     try:
@@ -59,16 +59,16 @@ def raise_for_error(response: httpx.Response) -> None:
 def rebuild_error(error: dict[str, Any], http_status: int | None = None) -> SageError:
     """Return the SageError for an error object in OpenAI's format; the error's code determines the class."""
     code, hint = error.get("code") or "unknown", error.get("hint") or ""
-    message = error["message"].removesuffix(hint).rstrip()  # the gateway appends the hint to the message for other clients
+    message = error["message"].removesuffix(hint).rstrip()  # for other clients, the gateway appends the hint to the message
     return error_class(code, http_status)(code=code, message=message, hint=hint, param=error.get("param"))
 
 
 def not_a_gateway(problem: str) -> GatewayUnreachable:
-    """Return the error for an answer that no gateway of this version sends."""
+    """Return the error for an answer that does not come from a gateway of this version."""
     return GatewayUnreachable(
         code="not_a_gateway",
-        message=f"The program at this address is not a SAGE gateway, or has another version: {problem}.",
-        hint="`sage gateway status` shows its address; SAGE_GATEWAY_HOST and SAGE_GATEWAY_PORT set it.",
+        message=f"The program at this address is not a SAGE gateway, or is a gateway of another version: {problem}.",
+        hint="`sage gateway status` shows the gateway's address; SAGE_GATEWAY_HOST and SAGE_GATEWAY_PORT set the address.",
     )
 
 
@@ -83,5 +83,5 @@ def unreachable(base_url: str, error: httpx.HTTPError) -> GatewayUnreachable:
     return GatewayUnreachable(
         code="gateway_unreachable",
         message=f"The gateway at {base_url} does not answer ({type(error).__name__}).",
-        hint="`sage gateway start` starts it; `sage gateway status` shows its address.",
+        hint="`sage gateway start` starts the gateway; `sage gateway status` shows its address.",
     )

@@ -1,4 +1,4 @@
-"""The calls of the clients' methods: each is an HTTP request and the function that reads the answer."""
+"""The HTTP requests that the clients' methods send; each has a function that reads the answer."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -29,7 +29,7 @@ Cursor = int | Literal["latest"]
 #: Time-out of starts, resumes and removals, which can take long. After a shorter time-out, users would repeat a request
 #: that is still in progress.
 _LONG_SECONDS = 3600.0
-#: Number of engines per request when all engines are listed. The gateway allows no larger number.
+#: Number of engines per request when all engines are listed; this is the largest number that the gateway allows.
 PAGE_LIMIT = 1000
 _PREFIX = "/v1/management"
 _ID = re.compile(r"[\w-]+", re.ASCII)
@@ -57,9 +57,9 @@ def headers(api_key: str | None) -> dict[str, str]:
 
 
 def _engine(engine_id: str, route: str = "") -> str:
-    """Return the path of an engine's route.
+    """Return the URL path of an engine, with `route` at the end.
 
-    Raises NotFound if `engine_id` is not an id, because any other text could result in the path of another route.
+    Raises NotFound if `engine_id` has characters that no id has, because the result could then be another valid path.
     """
     if not _ID.fullmatch(engine_id):
         raise NotFound(
@@ -111,7 +111,7 @@ def checkpoint(engine_id: str) -> Call[EngineView]:
 
 
 def remove(engine_id: str) -> Call[None]:
-    """Return the call that deletes a settled engine."""
+    """Return the call that deletes a stopped, completed or failed engine."""
     return Call("POST", _engine(engine_id, "/remove"), lambda _: None, timeout_seconds=_LONG_SECONDS)
 
 
@@ -137,7 +137,7 @@ def changes(after: Cursor, limit: int) -> Call[EventPage]:
 
 
 def follow_changes(after: int) -> Call[None]:
-    """Return the call that streams the change feed."""
+    """Return the call that streams the change feed after the event with the id `after`."""
     return Call("GET", f"{_PREFIX}/events", lambda _: None, params={"after": after, "follow": True})
 
 

@@ -24,17 +24,25 @@ from sage.llm.client.types import (
 )
 
 T = TypeVar("T")
+#: Time limit for opening a connection.
 CONNECT_SECONDS = 10.0
-#: Reads have no time limit, because a stream sends nothing while the engine writes nothing.
+#: Time limits of a stream. Reading has no limit, because an engine can run for a long time without new output.
 STREAM_TIMEOUT = httpx.Timeout(CONNECT_SECONDS, read=None)
+#: Pause before a broken stream is requested again.
 RECONNECT_SECONDS = 0.3
 
 
 class SageClient:
-    """Client of a gateway. Each method raises the SageError that the gateway reports, or GatewayUnreachable."""
+    """Client of a gateway.
+
+    Each method raises the SageError that the gateway reports, or GatewayUnreachable if no gateway answers.
+    """
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: URL of the gateway; timeout_seconds: for one answer, except streams, starts, resumes and removals."""
+        """base_url: URL of the gateway.
+
+        timeout_seconds: maximum wait for an answer. It does not apply to streams, starts, resumes and removals.
+        """
         self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.Client(
             base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
@@ -63,7 +71,8 @@ class SageClient:
     ) -> EnginePage:
         """Return one page of the list of engines.
 
-        after: `last_id` of the previous page.  states, kinds: return only these; empty: no filter.
+        after: `last_id` of the previous page.
+        states, kinds: the states and kinds of engines to return; if empty, engines of all states or kinds are returned.
         """
         return self._send(calls.page(limit, after, states, kinds, order))
 
@@ -90,11 +99,11 @@ class SageClient:
         return self._send(calls.get(engine_id))
 
     def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Ask an engine to save its state and exit, without waiting for the exit; force: kill the engine."""
+        """Request that an engine saves its state and exits, without waiting for the exit; force: kill the engine."""
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
-        """Ask an engine to pause. Raises SageError `not_implemented`: this version cannot pause engines."""
+        """Raise SageError with the code `not_implemented`, because the gateway cannot pause engines in this version."""
         return self._send(calls.pause(engine_id))
 
     def resume_engine(self, engine_id: str) -> EngineView:
@@ -102,11 +111,11 @@ class SageClient:
         return self._send(calls.resume(engine_id))
 
     def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Ask a training run to save a checkpoint after its current step, and to serve it if the run is served."""
+        """Request a checkpoint of a training run after its current step. If the run is served, serve the checkpoint."""
         return self._send(calls.checkpoint(engine_id))
 
     def remove_engine(self, engine_id: str) -> None:
-        """Delete a settled engine, with its log and checkpoints."""
+        """Delete an engine that is stopped, completed or failed, with its log and checkpoints."""
         self._send(calls.remove(engine_id))
 
     def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
@@ -116,7 +125,7 @@ class SageClient:
     def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> Iterator[str]:
         """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
-        If the gateway restarts, the log continues at the same byte.
+        If the gateway restarts, each line is still returned exactly once.
         patience_seconds: maximum time for which the gateway may be unreachable.
         """
         reader = streams.LogReader()
@@ -133,9 +142,9 @@ class SageClient:
         yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
 
     def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
-        """Return the events of all engines after the event with the id `after`.
+        """Return at most `limit` events of all engines, starting after the event with the id `after`.
 
-        If `after` is "latest", the page has no events, and `last_id` is the id of the newest event.
+        If `after` is "latest", the page has no events, and its `last_id` is the id of the newest event.
         """
         return self._send(calls.changes(after, limit))
 
@@ -160,7 +169,8 @@ class SageClient:
     def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
         """Create or replace a route.
 
-        engines: weight of each engine, by id, name or model.  fallback: engine that answers if none of `engines` can.
+        engines: maps the id, name or model of each engine to its weight.
+        fallback: id, name or model of the engine that answers if none of `engines` can answer.
         """
         return self._send(calls.set_route(name, engines, fallback))
 
@@ -177,7 +187,10 @@ class SageClient:
         return self._send(calls.backends())
 
     def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and PID. The time-out is short, because another program may listen on the port."""
+        """Return the gateway's version and PID.
+
+        The time-out is short, because another program that uses the port may never answer.
+        """
         return self._send(calls.health(timeout_seconds))
 
     def models(self) -> list[str]:
@@ -185,11 +198,11 @@ class SageClient:
         return self._send(calls.models())
 
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Return a model's answer."""
+        """Return the text of a model's answer; options: other fields of the request."""
         return self._send(calls.chat(model, messages, options))
 
     def chat_stream(self, model: str, messages: list[dict[str, Any]], **options: Any) -> Iterator[str]:
-        """Yield a model's answer piece by piece."""
+        """Yield the text of a model's answer in pieces; options: other fields of the request."""
         reader = streams.ChatReader()
         with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
             for chunk in response.iter_bytes():
@@ -221,7 +234,7 @@ class SageClient:
     def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> Iterator[T]:
-        """Yield the items of a stream. If it breaks off, request it again with `call()`, at the reader's position."""
+        """Yield the items of a stream. If the connection breaks, request the rest of the stream with `call()`."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

@@ -27,14 +27,14 @@ class Lines:
 
 
 class StreamReader(Generic[T]):
-    """Reads one stream, which may break off and be continued by a new request."""
+    """Reads the items of one stream. If the connection breaks, a new request can continue the same stream."""
 
     def __init__(self) -> None:
         self._lines = Lines()
         self.has_begun = False
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Prepare for the bytes of a stream that was opened, for the first time or again; headers: headers of the answer."""
+        """Prepare to read the stream in a new answer; headers: the headers of this answer."""
         self.has_begun, self._lines = True, Lines()
 
     def feed(self, chunk: bytes) -> list[T]:
@@ -42,7 +42,7 @@ class StreamReader(Generic[T]):
         raise NotImplementedError
 
     def finish(self) -> list[T]:
-        """Return the remaining items when the stream has ended. Raises GatewayUnreachable if this stream must not end."""
+        """Return the remaining items at the end of the stream. Raises GatewayUnreachable if the end is unexpected."""
         return []
 
 
@@ -52,7 +52,7 @@ class LogReader(StreamReader[str]):
     offset: int | None = None  #: byte offset in the log after the last complete line
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Read from the headers the offset in the log at which the stream begins."""
+        """Set `offset` to the position in the log at which the stream begins, from the header X-Log-Offset."""
         super().begin(headers)
         try:
             self.offset = int(headers["X-Log-Offset"])
@@ -67,7 +67,7 @@ class LogReader(StreamReader[str]):
         return lines
 
     def finish(self) -> list[str]:
-        """Return the last line if it has no line end."""
+        """Return a list with the last line if this line has no line end, or an empty list."""
         return [self._lines.rest.decode(errors="replace")] if self._lines.rest else []
 
 
@@ -75,7 +75,7 @@ class EventReader(StreamReader[EngineEvent]):
     """Reads server-sent events of engines, and returns each event once."""
 
     def __init__(self, cursor: int = 0, *, endless: bool = False) -> None:
-        """cursor: id of the last event that was already read.  endless: whether the stream must not end."""
+        """cursor: id of the last event that was already read.  endless: whether the end of the stream is an error."""
         super().__init__()
         self.cursor, self._endless = cursor, endless
 
@@ -91,7 +91,7 @@ class EventReader(StreamReader[EngineEvent]):
         return found
 
     def finish(self) -> list[EngineEvent]:
-        """Raise GatewayUnreachable if the stream must not end."""
+        """Return no events, or raise GatewayUnreachable if the stream is endless."""
         if self._endless:
             raise GatewayUnreachable(code="stream_cut", message="The gateway ended the change feed.")
         return []
@@ -105,7 +105,7 @@ def _event(text: str) -> EngineEvent:
 
 
 class Patience:
-    """Decides whether to open a stream again after it broke off."""
+    """Decides whether to open a broken stream again, or to give up."""
 
     def __init__(self, seconds: float) -> None:
         """seconds: maximum time for which the gateway may be unreachable."""
@@ -113,11 +113,11 @@ class Patience:
         self._lost_at: float | None = None
 
     def reset(self) -> None:
-        """Note that the gateway answers."""
+        """Record that the gateway is reachable."""
         self._lost_at = None
 
     def is_over(self, reader: StreamReader[T]) -> bool:
-        """Note that the gateway does not answer, and return whether to give up."""
+        """Record that the gateway is unreachable, and return whether to give up."""
         now = time.monotonic()
         self._lost_at = self._lost_at or now
         return not reader.has_begun or now - self._lost_at > self._seconds
@@ -154,5 +154,5 @@ class ChatReader:
             raise EngineError(
                 code="stream_cut",
                 message="The answer ended before it was complete.",
-                hint="`sage llm engine list` shows whether its engine still runs.",
+                hint="`sage llm engine list` shows whether the engine still runs.",
             )

@@ -25,7 +25,7 @@ class EngineState(StrEnum):
     FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
 
 
-#: Final states: the engine does not change until a user makes a request.
+#: Final states. Only a request of a user can change the state of the engine again.
 SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 
@@ -38,7 +38,8 @@ class EngineKind(StrEnum):
 
 
 SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
-#: Model name that selects, among the running engines of the requested kind, the engine that was started last.
+#: Model name for requests that do not need a certain model: the engine that was started last answers. Only running engines
+#: of the requested kind count.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 #: Each part between slashes begins with a letter or digit, so that no part of the route's URL path is `.` or `..`.
@@ -74,7 +75,7 @@ class OnBusy(StrEnum):
 def check_engine_name(name: str) -> str:
     """Return `name` if it is allowed as the name of an engine. Raises ValueError if it is not allowed."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
-        raise ValueError(f"must be letters, digits and ./@:+-_ and not {DEFAULT_MODEL!r}")
+        raise ValueError(f"must consist of letters, digits and ./@:+-_ and must not be {DEFAULT_MODEL!r}")
     return name
 
 
@@ -84,7 +85,9 @@ class ServeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str | None = Field(
-        None, max_length=200, description="Model name in requests; default: the name of the run, or of its output folder."
+        None,
+        max_length=200,
+        description="Model name in requests; default: the name of the run, or of its output folder if the run has no name.",
     )
     checkpoints: bool = Field(False, description="Serve the newest checkpoint while the run trains.")
 
@@ -103,16 +106,27 @@ class StartRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(min_length=1, max_length=512, description="Folder, name in the models folder, or hub id.")
+    model: str = Field(
+        min_length=1, max_length=512, description="Path of a folder, name of a model in the models folder, or hub id."
+    )
     engine_kind: EngineKind = EngineKind.LLM
     name: str | None = Field(None, max_length=200, description="Model name in requests; default: the value of `model`.")
     port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free port.")
-    backend: str = Field("auto", max_length=64, description="Program that runs the engine; auto: the fastest installed.")
-    restart_policy: RestartPolicy | None = Field(None, description="When the engine is restarted; default: the setting.")
+    backend: str = Field(
+        "auto", max_length=64, description="Program that runs the engine; auto: the fastest installed backend for the model."
+    )
+    restart_policy: RestartPolicy | None = Field(
+        None, description="When the engine is restarted automatically; default: the setting restart_policy."
+    )
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Notes to store with the engine.")
-    dedicated: bool = Field(False, description="Run it on a server of its own; if it is an adapter, merge it into its base.")
+    dedicated: bool = Field(
+        False, description="Run the engine on a separate server; an adapter is then merged into its base model."
+    )
     idle_stop_minutes: float | None = Field(
-        None, gt=0, le=525_600, description="Unload an inference engine after this time without requests; see `paused`."
+        None,
+        gt=0,
+        le=525_600,
+        description="Unload an inference engine after this time without requests; its state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
     on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
@@ -124,13 +138,13 @@ class StartRequest(BaseModel):
         None, gt=0, le=1e6, description="Memory to reserve, in GB (10^9 bytes); default: an estimate from the model."
     )
     not_before: AwareDatetime | None = Field(None, description="Earliest time to start the engine, with a time zone.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the engine's kind and backend.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the backend or of the training run.")
 
     @field_validator("model")
     @classmethod
     def _usable_model(cls, model: str) -> str:
         if not model.isprintable():
-            raise ValueError("must be printable characters")
+            raise ValueError("must contain only printable characters")
         if model.startswith(("./", "../", "~")) or "\\" in model or model in (".", ".."):
             raise ValueError("a folder must be given as an absolute path, because the gateway has another working folder")
         return model
@@ -165,10 +179,10 @@ class EngineView(BaseModel):
     restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
-    node: str = Field(description="Id of the node (a state folder) that runs the engine.")
+    node: str = Field(description="Id of the node that runs the engine; each state folder is one node.")
     server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
     address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
-    form: str | None = Field(None, description="How the server has loaded the model, for example merged or as an adapter.")
+    form: str | None = Field(None, description="How the server loads the model, as text for users.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
     idle_stop_minutes: float | None = Field(None, description="The engine is unloaded after this time without requests.")
@@ -181,7 +195,7 @@ class EngineView(BaseModel):
     task_id: str | None = None
     output_dir: str | None = None
     run_dir: str | None = None
-    served_by: str | None = Field(None, description="The engine that serves the result or checkpoints of this run.")
+    served_by: str | None = Field(None, description="Id of the engine that serves the result or checkpoints of this run.")
     log_path: str
 
 
@@ -191,7 +205,7 @@ class EnginePage(BaseModel):
     object: str = "list"
     data: list[EngineView]
     first_id: str | None
-    last_id: str | None = Field(description="`after` of the next page.")
+    last_id: str | None = Field(description="Value of `after` for the next page.")
     has_more: bool
 
 
@@ -201,13 +215,13 @@ class EventKind(StrEnum):
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: the engine changed without a transition, for example to a newer version of its adapter
+    UPDATED = "updated"  #: the engine changed but not its state: for example, it now has a newer version of its adapter
     REMOVED = "removed"
     ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
 
 
 class EngineEvent(BaseModel):
-    """One event of the change feed. To read the events after it, use `id` as the cursor."""
+    """One event of the change feed. To read later events, use `id` as the cursor."""
 
     id: int
     engine_id: str
@@ -225,13 +239,13 @@ class EventPage(BaseModel):
 
     object: str = "list"
     data: list[EngineEvent]
-    last_id: int = Field(description="Cursor: `after` of the next page.")
+    last_id: int = Field(description="Value of `after` for the next page.")
     has_more: bool
 
 
 def _printable(engine: str) -> str:
     if not engine.isprintable():
-        raise ValueError("must be printable characters")
+        raise ValueError("must contain only printable characters")
     return engine
 
 
@@ -253,28 +267,28 @@ class RouteRequest(BaseModel):
 
     engines: list[RouteTarget] = Field(min_length=1, max_length=64)
     fallback: EngineName | None = Field(
-        None, description="Id, name or model of the engine that answers if none of `engines` does."
+        None, description="Id, name or model of the engine that answers if none of `engines` can answer."
     )
 
     @field_validator("engines")
     @classmethod
     def _distinct(cls, engines: list[RouteTarget]) -> list[RouteTarget]:
         if len({target.engine for target in engines}) < len(engines):
-            raise ValueError("each engine may be listed only once; use its weight instead")
+            raise ValueError("each engine may be listed only once; its weight sets its share of the requests")
         return engines
 
 
 class RouteTargetView(RouteTarget):
     """A target of a route, and the active engine that the target currently selects."""
 
-    engine_id: str | None = Field(None, description="Id of the active engine that it selects; null if none.")
-    state: EngineState | None = Field(None, description="State of that engine.")
+    engine_id: str | None = Field(None, description="Id of the active engine that the target selects; null if none.")
+    state: EngineState | None = Field(None, description="State of the selected engine.")
 
 
 class RouteView(BaseModel):
     """A route, as the HTTP interface returns it."""
 
-    name: str = Field(description="`model` in requests.")
+    name: str = Field(description="Name that requests use as `model`.")
     object: str = "route"
     engines: list[RouteTargetView]
     fallback: str | None
@@ -284,14 +298,16 @@ class RouteView(BaseModel):
 def check_route_name(name: str) -> str:
     """Return `name` if it is allowed as the name of a route. Raises ValueError if it is not allowed."""
     if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
-        raise ValueError("must be at most 200 letters, digits and ./@:+-_, and each part must begin with a letter or digit")
+        raise ValueError(
+            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter or digit"
+        )
     if _ENGINE_ID.fullmatch(name):
         raise ValueError("must not be an engine's id")
     return name
 
 
 class Device(BaseModel):
-    """A device whose memory engines share: a GPU, or the main memory of a node."""
+    """A device with memory that engines share: a GPU, or the main memory of a node."""
 
     node: str
     kind: str
@@ -312,7 +328,9 @@ class BackendView(BaseModel):
     devices: list[str]
     hot_adapters: bool = Field(description="Adapters can be loaded and unloaded while the server runs.")
     sleep: bool = Field(description="The server can release its memory and allocate it again without a restart.")
-    has_environment: bool = Field(description="The backend has a separate Python environment: `sage backend install NAME`.")
+    has_environment: bool = Field(
+        description="The backend has a separate Python environment, which `sage backend install NAME` installs."
+    )
     is_installed: bool
     version: str
     disk_bytes: int | None = Field(None, description="Size of the backend's environment.")

@@ -1,6 +1,6 @@
-"""The control plane: compares the desired state of engines with their actual state, and acts on differences.
+"""The control plane: compares the desired and the actual state of each engine, and changes engines whose states differ.
 
-`ControlPlaneManager` is the facade. It is imported on first use, because clients import this package only for the types.
+`ControlPlaneManager` is the main class. It is imported only when a program uses it, because clients need only the types.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The actions of the plan, which the runner executes."""
+"""The actions that the plan can contain; the runner executes them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 
 @dataclass(frozen=True)
 class Validate:
-    """Run the slow checks of an engine, outside of requests."""
+    """Run the slow checks of an engine in the background."""
 
     engine: EngineRecord
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Start the server of an engine, or adopt the process if it exists already."""
+    """Start the server of an engine; if the process of the server is already running, take it over."""
 
     engine: EngineRecord
     server: ServerRecord | None  #: None: no server is planned yet
-    is_moved: bool = False  #: no server is planned yet, and other engines use the engine's last server
+    is_moved: bool = False  #: the new server needs a new id, because other engines use the engine's last server
     devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any
     reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
 
@@ -45,7 +45,7 @@ class LoadAdapter:
 
 @dataclass(frozen=True)
 class UnloadAdapter:
-    """Unload an adapter from a server; if the adapter's engine is stopping, the engine is then stopped."""
+    """Unload the adapter `name` from a server; if `engine` is stopping, then set its state to `stopped` or `paused`."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -54,14 +54,14 @@ class UnloadAdapter:
 
 @dataclass(frozen=True)
 class Revise:
-    """Write that the server has loaded the current version of the engine's adapter."""
+    """Store that the server has loaded the current version of the engine's adapter."""
 
     engine: EngineRecord
 
 
 @dataclass(frozen=True)
 class SetDesired:
-    """Write that an engine should be paused, or should run again."""
+    """Store that an engine should be paused, or should run again."""
 
     engine: EngineRecord
     desired: DesiredState
@@ -75,18 +75,18 @@ class SendSignal:
     engine: EngineRecord
     server: ServerRecord
     signal: Signal
-    closes: bool = False  #: the server hosts no other engine, and from now on no engine may join it
+    closes: bool = False  #: mark the server as closing before the signal is sent, so that no engine joins it
 
 
 @dataclass(frozen=True)
 class Transition:
-    """Write a new state of an engine. The same write removes a settled or queued engine from its server."""
+    """Store a new state of an engine. In the same transaction, an engine that ends or is paused leaves its server."""
 
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: number of the restart to queue in the same write, after a failure; None: no restart
-    must_remain: bool = False  #: the engine's server is alive and must continue to host another engine
+    restarts: int | None = None  #: number of the restart that follows a failure at once; None: no restart
+    must_remain: bool = False  #: raise StaleWrite if no other engine would remain on the server
     values: Mapping[str, Any] = field(default_factory=dict)  #: other columns to write
 
 

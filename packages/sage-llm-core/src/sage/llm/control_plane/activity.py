@@ -1,4 +1,4 @@
-"""Record requests to engines that are unloaded when idle. Every gateway of a node does this, including a standby."""
+"""Record the requests to engines that are unloaded when idle. All gateways of a node do this, not only the active one."""
 
 import asyncio
 import logging
@@ -16,40 +16,42 @@ from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
-#: Minimum time between two writes for an engine: seconds, and a fraction of `idle_stop_minutes`. The smaller time applies.
+#: Minimum time between two writes for the same engine: the smaller of `_TOUCH_SECONDS` and `_TOUCH_SHARE` of its
+#: `idle_stop_minutes`.
 _TOUCH_SECONDS, _TOUCH_SHARE = 10.0, 0.25
 _CHECK_SECONDS = 1.0
 _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUSED)
 
 
 class Activity:
-    """Records this gateway's requests to engines that have `idle_stop_minutes`; ignores requests to other engines."""
+    """Records the requests of this gateway to engines for which `idle_stop_minutes` is set; ignores other engines."""
 
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
-        """pool: runs calls of the store; on_paused: called after a request to a paused engine was recorded."""
+        """pool: threads for the calls of `store`; on_paused: called after recording a request to an unloaded engine."""
         self._store, self._pool, self._routing, self._on_paused = store, pool, routing, on_paused
-        self.in_progress: Counter[str] = Counter()  #: number of requests by engine id; the gateway counts them
+        self.in_progress: Counter[str] = Counter()  #: number of requests in progress by engine id; the gateway updates it
         self._touched_seconds: dict[str, float] = {}
         self._waking: dict[str, asyncio.Task[bool]] = {}
 
     async def may_use(self, route: Route) -> bool:
-        """Record a request to an engine, and return whether it can be sent: the engine runs and is not about to be unloaded.
+        """Record a request to an engine, and return whether the request can be sent to the engine now.
 
-        If it cannot be sent, the recorded request causes the engine to be loaded again.
+        Returns False if the engine is not running or is about to be unloaded. If an engine is unloaded because it was idle,
+        the recorded request causes the control plane to load it again.
         """
         if route.idle_stop_minutes is None or route.state not in _LOADED_OR_PAUSED or not self._is_due(route):
             return route.state is EngineState.RUNNING
         return await self._touch(route)
 
     def wake(self, engine_id: str) -> None:
-        """Record a request to a paused engine; another engine answers the request."""
+        """Record a request to a paused engine, so that it is loaded again. Another engine answers this request."""
         route = self._routing.get(engine_id)
         if route and route.idle_stop_minutes is not None and engine_id not in self._waking and self._is_due(route):
             self._waking[engine_id] = task = asyncio.create_task(self._touch(route))
             task.add_done_callback(lambda _: self._waking.pop(engine_id, None))
 
     async def run(self) -> None:
-        """Record requests that are still in progress, until cancelled."""
+        """Until cancelled, record regularly which engines still have requests in progress."""
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             for engine_id in list(self.in_progress):
@@ -66,8 +68,8 @@ class Activity:
     async def _touch(self, route: Route) -> bool:
         """Store the time of a request; return whether the engine is running and has not changed since the route was read.
 
-        If the database fails, return whether the state in the route is `running`. If the engine has changed, return False:
-        the routing table receives the change soon.
+        If the database fails, return whether the state in the route is `running`. If the engine has changed, return False,
+        so that the caller waits until the routing table has received the change.
         """
         at_seconds = time.monotonic()
         try:

@@ -1,4 +1,4 @@
-"""The part of the plan for engines that share a server: load, replace and unload their adapters."""
+"""Plan when the adapters of engines that share a server are loaded, replaced and unloaded."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
-#: Seconds after loading in which an adapter may be missing from the last observation of its server.
+#: Seconds after loading an adapter during which observations of its server may not contain the adapter yet.
 _LOOK_SECONDS = 5.0
 
 
@@ -20,7 +20,7 @@ def is_misplaced(engine: EngineRecord, server: ServerRecord | None) -> bool:
 
 
 def has_joined(engine: EngineRecord, server: ServerRecord | None) -> bool:
-    """Return whether the server of an engine was planned for another engine."""
+    """Return whether an engine uses a server that was planned for another engine."""
     return server is not None and server.shared and not (server.served_name or "").startswith(internal_prefix(engine.id))
 
 
@@ -41,7 +41,10 @@ def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Acti
 def keep(
     engine: EngineRecord, server: ServerRecord, observed: Observed, hosts: Hosts, watches: Mapping[str, Watch]
 ) -> Action | None:
-    """Return the action for a running engine whose server answers: load a newer adapter version, or unload an unused one."""
+    """Return the next action for a running engine whose server answers; None if no adapter must be loaded or unloaded.
+
+    The action loads a newer version of the engine's adapter, or unloads an adapter that no engine uses.
+    """
     answers_older = is_refused(engine) and engine.served_as in observed.models
     if engine.adapter is not None and not answers_older:
         is_recent = engine.served_as == engine.internal_name and watches[engine.id].served_seconds < _LOOK_SECONDS
@@ -54,11 +57,14 @@ def keep(
 
 
 def unload(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Return the action for an engine that leaves a server which hosts other engines: unload its adapter, then leave."""
+    """Return the next action for an engine that leaves a shared server: first unload its adapter, then leave."""
     loaded = observed.models & {engine.internal_name, engine.served_as}
     return UnloadAdapter(engine, server, min(loaded)) if engine.adapter and loaded else leave(engine)
 
 
 def leave(engine: EngineRecord) -> Transition:
-    """Return the transition that stops an engine but not its process; another engine of the server unloads the adapter."""
+    """Return the transition with which an engine leaves a server that other engines use; the process is not stopped.
+
+    If the engine's adapter is still loaded, an action of another engine of the server unloads it later.
+    """
     return Transition(engine, state_without_process(engine), reason_of_stop(engine), must_remain=True)

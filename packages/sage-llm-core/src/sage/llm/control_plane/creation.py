@@ -4,7 +4,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sage.common.errors import ConfigError
-from sage.common.settings import Settings
 from sage.llm.client.types import (
     DesiredState,
     EngineKind,
@@ -23,17 +22,18 @@ def served_run(request: StartRequest) -> ServedRun | None:
     """Return how the result of a training run will be served; None if the request has no `serve`. Raises ConfigError."""
     if request.serve is None:
         if request.engine_kind is EngineKind.FINETUNE and request.idle_stop_minutes:
-            message = "--idle-stop: a training run is never idle; the option is for the engine that serves its result."
-            raise ConfigError(code="config_invalid", message=message, hint="Add --serve.", param="idle_stop_minutes")
+            message = "--idle-stop applies only to the engine that serves the run's result; a run is never idle."
+            hint = "Add --serve, or omit --idle-stop."
+            raise ConfigError(code="config_invalid", message=message, hint=hint, param="idle_stop_minutes")
         return None
     if request.engine_kind is not EngineKind.FINETUNE:
-        message = f"--serve: only a training run has a result to serve, not an engine of kind {request.engine_kind}."
+        message = f"--serve: only a training run has a result to serve; the engine kind is {request.engine_kind}."
         raise ConfigError(code="config_invalid", message=message, hint="Omit --serve.", param="serve")
     name = request.serve.name or request.name or Path(str(request.options.get("output_dir"))).name
     try:
         return ServedRun(name=check_engine_name(name), checkpoints=request.serve.checkpoints)
     except ValueError as error:
-        message = f"The result cannot be served under the name '{name}': it {error}."
+        message = f"The result cannot be served under the name '{name}': the name {error}."
         raise ConfigError(code="config_invalid", message=message, hint="Use --serve-as NAME.", param="serve.name") from error
 
 
@@ -42,10 +42,11 @@ def new_engine(
     node: str,
     request: StartRequest,
     prepared: Prepared,
-    settings: Settings,
+    restart_policy: RestartPolicy,
     serve: ServedRun | None = None,
+    on_busy: OnBusy = OnBusy.WAIT,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`; settings: used for what the request does not set."""
+    """Return the record of a new engine in state `validating`; restart_policy, on_busy: used if the request sets none."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,
@@ -58,7 +59,7 @@ def new_engine(
         metadata=request.metadata,
         desired=DesiredState.RUNNING,
         force=False,
-        restart_policy=request.restart_policy or RestartPolicy(settings.restart_policy),
+        restart_policy=request.restart_policy or restart_policy,
         restarts=0,
         state=EngineState.VALIDATING,
         reason=None,
@@ -69,7 +70,7 @@ def new_engine(
         devices=tuple(request.devices) if request.devices else None,
         reserved_bytes=int(request.memory_gb * 1e9) if request.memory_gb else prepared.reserved_bytes,
         least_bytes=None if request.memory_gb else prepared.least_bytes,
-        on_busy=request.on_busy or OnBusy(settings.on_busy),
+        on_busy=request.on_busy or on_busy,
         priority=request.priority,
         not_before=request.not_before,
         version=1,

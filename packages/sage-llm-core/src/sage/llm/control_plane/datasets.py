@@ -1,4 +1,4 @@
-"""Resolve the dataset reference in a request to the file or folder that contains the dataset."""
+"""Find the file or folder that contains the dataset to which a request refers."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ FILE_ID = "file-"
 
 
 class DatasetResolver(Protocol):
-    """Resolves references to datasets."""
+    """Finds the file or folder of a dataset, given a reference to it."""
 
     def resolve(self, reference: str) -> Path:
         """Return the file or folder that contains a dataset.
@@ -21,15 +21,15 @@ class DatasetResolver(Protocol):
 
 
 class LocalDatasets:
-    """Datasets on this machine, by absolute path."""
+    """Finds datasets on this machine by their absolute paths."""
 
     def resolve(self, reference: str) -> Path:
-        """Return the path of the dataset; raises DatasetError if it does not exist."""
+        """Return the path; raises DatasetError if it does not exist, ConfigError if it is relative or the id of a file."""
         if reference.startswith(FILE_ID):
             raise ConfigError(
                 code="file_ids_unsupported",
-                message=f"'{reference[:200]}' is the id of an uploaded file, and files cannot be uploaded yet.",
-                hint="Give the absolute path of a file or folder on the gateway's machine.",
+                message=f"'{reference[:200]}' is the id of an uploaded file, but files cannot be uploaded yet.",
+                hint="Use the absolute path of a file or folder on the gateway's machine.",
                 param="dataset_path",
             )
         check_absolute("dataset_path", reference)
@@ -40,11 +40,11 @@ class LocalDatasets:
 
 
 def check_absolute(option: str, path: str) -> None:
-    """Raise ConfigError if a path is relative, because the gateway and its clients have different working folders."""
+    """Raise ConfigError if a path is relative, because the working folders of the gateway and a client can differ."""
     if not path.startswith("/"):
         raise ConfigError(
             code="path_not_absolute",
-            message=f"{option}: '{path[:200]}' is not an absolute path, and the gateway has another working folder.",
+            message=f"{option}: '{path[:200]}' is not an absolute path; the gateway cannot resolve it.",
             hint=f"Use an absolute path for '{option}'.",
             param=option,
         )

@@ -1,4 +1,4 @@
-"""Decide which server an engine joins or leaves; a part of the plan, for servers that host several engines."""
+"""Decide which server an engine joins, and which engine launches a server. The plan uses this for shared servers."""
 
 import json
 from collections import Counter, defaultdict
@@ -19,7 +19,7 @@ _DRAIN_SECONDS = 5.0
 
 
 class Hosts:
-    """The servers of a snapshot, with the engines that they host. Each method takes constant time per server."""
+    """The servers of a snapshot, with the engines that each server hosts. No method searches all engines."""
 
     def __init__(
         self, engines: Sequence[EngineRecord], servers: Mapping[str, ServerRecord], observed: Mapping[str, Observed]
@@ -39,7 +39,7 @@ class Hosts:
             if engine.state is EngineState.RUNNING:
                 self._running.setdefault(engine.server_id, engine)
             elif engine.state is EngineState.STARTING and engine.desired is DesiredState.RUNNING:
-                # An engine with a requested port launches the server, because the server must listen on this port.
+                # If an engine requests a port, this engine launches the server, because the server must listen on the port.
                 launcher = engine if engine.requested_port else self._launchers.get(engine.server_id, engine)
                 self._launchers[engine.server_id] = launcher
             seen = observed.get(engine.id)
@@ -50,7 +50,7 @@ class Hosts:
 
     @cached_property
     def _shared(self) -> Mapping[_Key, list[ServerRecord]]:
-        """The servers that an engine can join; only the plan of a queued engine needs them."""
+        """The servers that engines can join, by key. Computed at first use, because only queued engines need it."""
         found: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
         for server in self._servers:
             if server.shared and server.state is not ServerState.CLOSING:
@@ -62,7 +62,7 @@ class Hosts:
         return len(self._hosted[engine.server_id or ""]) <= 1
 
     def is_launcher(self, engine: EngineRecord) -> bool:
-        """Return whether this engine launches its server; only one of the engines that wait for a server launches it."""
+        """Return whether this engine launches its server. If several engines wait for a server, only one launches it."""
         return self._launchers.get(engine.server_id or "") is engine
 
     def is_serving_others(self, engine: EngineRecord) -> bool:
@@ -70,7 +70,7 @@ class Hosts:
         return (engine.server_id or "") in self._running
 
     def server_for(self, engine: EngineRecord) -> ServerRecord | None:
-        """Return the server that an engine joins, and add the engine to it; None if the engine needs a new server."""
+        """Return the server that an engine joins, and count the engine as hosted; None if the engine needs a new server."""
         if engine.base is None:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.options)]:
@@ -83,8 +83,9 @@ class Hosts:
     def must_wait(self, engine: EngineRecord) -> bool:
         """Return whether an engine must wait before a new server is planned for it.
 
-        If it requests a port, it waits while the server on this port is closing, or is dead but not removed.
-        Otherwise it waits while a server that it can join is being planned, or is dead but not removed.
+        If the engine requests a port, it waits while a server with this port is closing or dead. Otherwise the engine waits
+        while a server that it can join is being planned or is dead. A server is dead if its process has exited, but its row
+        still exists.
         """
         if engine.requested_port:
             server = self._ports.get(engine.requested_port)

@@ -1,7 +1,7 @@
-"""The part of the plan for engines that are unloaded when idle, and loaded again at the next request.
+"""Plan when an idle engine is unloaded, and when it is loaded again.
 
-To pause an engine, the control plane sets the desired state `paused` and clears `last_request_at`. If a later request
-sets `last_request_at`, even before the engine is unloaded, the plan sets the desired state `running`.
+To pause an engine, the control plane sets the desired state to `paused` and clears `last_request_at`. The next request
+sets `last_request_at`. Then the plan sets the desired state to `running`, even if the engine is not unloaded yet.
 """
 
 from sage.llm.client.types import DesiredState, EngineState, Reason
@@ -11,7 +11,7 @@ from sage.llm.control_plane.watch import Watch
 
 
 def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
-    """Return the action that pauses an idle engine, or resumes a paused engine that has a request; otherwise None."""
+    """Return the action that pauses an idle engine, or that resumes a paused engine after a request; otherwise None."""
     if engine.desired is DesiredState.PAUSED:
         is_wanted = engine.last_request_at is not None and engine.paused_by in (None, "idle")
         return SetDesired(engine, DesiredState.RUNNING) if is_wanted else None
@@ -27,14 +27,14 @@ def is_stopping(engine: EngineRecord) -> bool:
 
 
 def is_pausing(engine: EngineRecord) -> bool:
-    """Return whether an engine that is being stopped will be loaded again, at the next request or when memory is free."""
+    """Return whether an engine that is stopping will be `paused` afterwards, and will be loaded again."""
     if engine.desired is DesiredState.PAUSED:
         return True
     return engine.idle_stop_minutes is not None and engine.desired is DesiredState.RUNNING
 
 
 def state_without_process(engine: EngineRecord) -> EngineState:
-    """Return the state that a stopping engine gets when it is unloaded."""
+    """Return the next state of a stopping engine: `paused` if it is only unloaded, otherwise `stopped`."""
     return EngineState.PAUSED if is_pausing(engine) else EngineState.STOPPED
 
 
@@ -49,5 +49,5 @@ def reason_of_stop(engine: EngineRecord) -> Reason | None:
         message = f"It makes room for {engine.paused_by}; it is loaded again when enough memory is free."
         return Reason(code="makes_room", message=message)
     minutes = f"{engine.idle_stop_minutes:g} min"
-    message = f"It had no requests for {minutes} and is unloaded; the next request loads it again."
+    message = f"The engine had no requests for {minutes}, so it is unloaded. The next request loads it again."
     return Reason(code="idle", message=message)

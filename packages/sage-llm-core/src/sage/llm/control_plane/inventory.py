@@ -1,4 +1,4 @@
-"""Find the devices of this node: its GPUs and its main memory."""
+"""Find the devices of this node: GPUs and main memory."""
 
 import contextlib
 import functools

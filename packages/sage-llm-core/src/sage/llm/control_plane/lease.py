@@ -37,7 +37,7 @@ class LeaseKeeper:
         self._renewed_seconds = 0.0
         self._trouble = ""
         self._task: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "lease")  # dedicated: no other work delays a renewal
+        self._thread = ThreadPoolExecutor(1, "lease")  # a separate thread, so that no other work delays a renewal
 
     @property
     def lease(self) -> Lease | None:
@@ -58,7 +58,7 @@ class LeaseKeeper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._held:
-            with contextlib.suppress(SQLAlchemyError):  # this thread first ends a running renewal
+            with contextlib.suppress(SQLAlchemyError):  # the thread first completes a renewal in progress
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._store.release_lease, self._held)
             self._held = None
         self._thread.shutdown(wait=False)

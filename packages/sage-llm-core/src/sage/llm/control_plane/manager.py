@@ -1,4 +1,4 @@
-"""ControlPlaneManager: the facade of the control plane."""
+"""ControlPlaneManager: the main class of the control plane, with all operations on engines."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import NotFound, NotImplementedYet, Overloaded, SageError
+from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
 from sage.common.logs import LogFile
 from sage.common.paths import get_user_paths
@@ -24,6 +24,7 @@ from sage.llm.client.types import (
     EngineKind,
     EngineState,
     EngineView,
+    OnBusy,
     RestartPolicy,
     StartRequest,
 )
@@ -40,9 +41,10 @@ from sage.llm.control_plane.node import open_state_folder
 from sage.llm.control_plane.plan import Limits
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_pausable, not_resumable, not_training, standby, still_running
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -65,16 +67,17 @@ _LOGS_SECONDS = 10.0
 
 
 class ControlPlaneManager(EngineReads, Routes):
-    """Starts, stops, resumes and describes engines of this node; background tasks probe and reconcile them.
+    """Starts, stops, resumes and describes the engines of this node.
 
-    If one node has several control planes, only the holder of the lease is active. The others are standby: they serve
-    reads and inference, and one of them takes over when the lease becomes free.
+    Background tasks observe the engines and bring them to their desired states. An engine is settled if it is stopped,
+    completed or failed. If one node has several control planes, only the holder of the lease is active. The others are
+    on standby: they answer reads and inference requests, and one of them takes over when the lease becomes free.
     """
 
     def __init__(self, settings: Settings, *, standby: bool = False) -> None:
-        """Open the state folder and the database. Raises ConfigError if either cannot be used.
+        """Open the state folder and the database. Raises ConfigError if one of them cannot be used.
 
-        standby: do not warn if another control plane of this node is active.
+        standby: if True, do not log a warning if another control plane of this node is active.
         """
         self._settings, self._is_standby_expected = settings, standby
         self._node = open_state_folder()
@@ -106,7 +109,7 @@ class ControlPlaneManager(EngineReads, Routes):
         )
         self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits)
         self._views = Views(self._node, self._executors)
-        self._key_and_parameters = functools.lru_cache(1024)(_key_and_parameters)  # every request needs them
+        self._key_and_parameters = functools.lru_cache(1024)(_key_and_parameters)  # every inference request calls it
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -116,21 +119,24 @@ class ControlPlaneManager(EngineReads, Routes):
 
     @property
     def requests_in_progress(self) -> Counter[str]:
-        """The number of requests in progress per engine, counted by the gateway; an engine with requests is not idle."""
+        """The number of requests in progress by engine id. The gateway updates it. Engines with requests are not idle."""
         return self._activity.in_progress
 
     async def open(self) -> None:
-        """Try to acquire the lease, and start to probe and reconcile: adopt living engines and settle dead ones."""
+        """Try to acquire the lease, and start the background tasks.
+
+        The tasks take over engines whose processes are still running, and record the end of engines whose processes exited.
+        """
         await self._keeper.open()
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
-            logger.warning("another control plane of this node is active; this one takes over when the other one exits")
+            logger.warning("another control plane of this node is active; this one takes over when the active one exits")
         work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
                 self._activity.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
-        """Stop reconciling and release the lease; the engines continue to run."""
+        """Stop the background tasks and release the lease; the engines continue to run."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -140,7 +146,7 @@ class ControlPlaneManager(EngineReads, Routes):
         self._pool.close()
 
     async def start_engine(self, request: StartRequest) -> EngineView:
-        """Run the fast checks, store the engine, and return it in state `validating`.
+        """Run the fast checks of a request, store a new engine, and return the engine in state `validating`.
 
         Raises SageError if a check fails; in this case, nothing is stored.
         """
@@ -148,13 +154,17 @@ class ControlPlaneManager(EngineReads, Routes):
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
         served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        record = new_engine(engine_id, self._node, request, prepared, self._settings, served)
+        policy, on_busy = RestartPolicy(self._settings.restart_policy), OnBusy(self._settings.on_busy)
+        record = new_engine(engine_id, self._node, request, prepared, policy, served, on_busy)
         engine = await self._write(self._store.add, record, _ACTOR)
         self._routing.apply(engine, None)
         return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine stops, and return the engine at once; force: kill it. A settled engine does not change."""
+        """Request an engine to stop, and return without waiting for it. A settled engine is not changed.
+
+        force: kill the process of the engine.
+        """
         for _ in range(_ATTEMPTS):
             engine, server = await self._own(engine_id)
             if engine.state in SETTLED:
@@ -191,9 +201,9 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step; if the run is served, serve the checkpoint too.
+        """Ask a training run to save a checkpoint after its current step. If the run is served, serve the checkpoint too.
 
-        Raises Conflict if the engine does not train.
+        Raises Conflict if the engine is not a training run in state `running`.
         """
         for _ in range(_ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -229,7 +239,7 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     async def remove_engine(self, engine_id: str) -> None:
-        """Remove a settled engine with its run directory or log; its output folder stays.
+        """Remove a settled engine with its run directory or log. The output folder is kept.
 
         Raises Conflict if the engine is not settled. If a removal and a resume run at the same time, only one succeeds.
         """
@@ -246,7 +256,8 @@ class ControlPlaneManager(EngineReads, Routes):
             process = (await self._launcher.observe([handle])).get(handle)
             is_hosting_others = server is not None
             if not is_hosting_others and (process is None or process.alive):
-                raise still_running(engine_id, "still has a process", "Retry; `sage llm engine resume {}` adopts it.")
+                hint = "Retry, or take over the process: `sage llm engine resume {}`."
+                raise still_running(engine_id, "still has a process", hint)
             with contextlib.suppress(StaleWrite):
                 await self._write(self._store.remove, engine, actor=_ACTOR)
                 self._routing.forget(engine_id)
@@ -254,7 +265,7 @@ class ControlPlaneManager(EngineReads, Routes):
                     if not await self._pool.run(self._store.is_server_needed, server_id_of(engine), engine_id):
                         await executor.remove(engine)
                 except (SageError, OSError) as error:
-                    logger.warning("%s was removed, but its files were not: %s", engine_id, error)
+                    logger.warning("%s was removed, but its files cannot be removed: %s", engine_id, error)
                 return
         raise busy(engine_id)
 
@@ -262,7 +273,6 @@ class ControlPlaneManager(EngineReads, Routes):
         """Return the route of an engine that can answer a request for `model`; the engine may still be starting.
 
         Does not access the database.
-
         client: identifies the sender of the request; see `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if all matching engines are running and none responds.
         """
@@ -292,7 +302,7 @@ class ControlPlaneManager(EngineReads, Routes):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
                     await change.wait()
-            change = self._routing.next_change()  # must be called before `may_use`, which awaits
+            change = self._routing.next_change()  # before `may_use`: a change while `may_use` waits must be noticed
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -308,13 +318,16 @@ class ControlPlaneManager(EngineReads, Routes):
         self._woken.set()
 
     async def _lease(self) -> Lease:
-        """Return the lease; on a standby, raises Overloaded with the URL of the active control plane."""
+        """Return the lease. On standby, raise Overloaded with the URL of the active control plane."""
         if lease := self._keeper.lease:
             return lease
         raise standby(await self._pool.run(self._store.leader, self._node))
 
     async def _write(self, write: Callable[..., T], *args: object, **values: object) -> T:
-        """Call a method of the store that writes, with the lease, and wake the reconciler. Raises StaleWrite."""
+        """Call the store method `write` with the lease, then start a reconciliation.
+
+        Raises StaleWrite if the row was changed after it was read, Overloaded on standby.
+        """
         try:
             written = await self._pool.run(write, *args, lease=await self._lease(), **values)
         except LeaseLost:
@@ -323,12 +336,15 @@ class ControlPlaneManager(EngineReads, Routes):
         return written
 
     async def _own(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine that this control plane may write; raises NotFound, Conflict, or Overloaded on a standby."""
+        """Return an engine that this control plane may change, and its server.
+
+        Raises NotFound; Conflict if the engine belongs to another node; Overloaded on standby.
+        """
         await self._lease()
         return await self._local(engine_id)
 
     async def _serving_a_checkpoint(self, run: EngineRecord) -> str | None:
-        """Return the id of the active engine that serves a checkpoint from the run's directory; None if there is none."""
+        """Return the id of the active engine that serves a checkpoint in the directory of `run`; None if no engine does."""
         serve = ServedRun.of(run)
         engine = serve and serve.engine_id and self._routing.get(serve.engine_id)
         if not engine:
@@ -341,12 +357,12 @@ class ControlPlaneManager(EngineReads, Routes):
             self._woken.clear()
             await self._reconciler.tick(is_active=self._keeper.lease is not None)
             with contextlib.suppress(TimeoutError):
-                # Not `wait_for`: in Python 3.11 it ignores a cancellation that coincides with the event.
+                # `asyncio.wait_for` is not used: in Python 3.11, it ignores a cancellation while the event is being set.
                 async with asyncio.timeout(self._settings.reconcile_seconds):
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
-        """Cut the logs of the engines and the gateway if they exceed the limit."""
+        """Until cancelled, shorten the logs of the engines and the gateway that exceed the limit."""
         # Half of the limit, because the part that is cut off is kept in a second file.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
@@ -359,9 +375,9 @@ class ControlPlaneManager(EngineReads, Routes):
                 for path in (*paths, get_user_paths().state_dir / "gateway.log"):
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
             except (OSError, SQLAlchemyError) as error:
-                logger.warning("the logs cannot be cut: %s", error)
+                logger.warning("the logs cannot be shortened: %s", error)
 
 
 def _key_and_parameters(token: str, backend: str) -> tuple[str, frozenset[str] | None]:
-    """Return the key of the server with a token, and the request fields that its backend supports."""
+    """Return the key of the server that has `token`, and the request fields that `backend` supports (None: not limited)."""
     return server_key(token), registry.serving(backend).parameters

@@ -23,14 +23,15 @@ def engine_metrics(
 ) -> Iterator[Metric]:
     """Yield the metrics of engines and devices.
 
-    counts: number of engines by kind and state; active: engines that are not settled, each with its own metrics.
+    counts: number of engines by kind and state; active: the engines that are not settled. Metrics of single engines are
+    yielded only for the engines in `active`.
     """
-    number = GaugeMetricFamily("sage_engines", "Number of engines of a kind in a state.", labels=("kind", "state"))
+    number = GaugeMetricFamily("sage_engines", "Number of engines, by kind and state.", labels=("kind", "state"))
     for kind in EngineKind:
         for candidate in EngineState:
             number.add_metric([kind, candidate], counts.get((kind, candidate), 0))
-    state = GaugeMetricFamily("sage_engine_state", "1 for the state of an active engine.", labels=(*_LABELS, "state"))
-    memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that an engine's processes use.", labels=_LABELS)
+    state = GaugeMetricFamily("sage_engine_state", "Current state of an engine; always 1.", labels=(*_LABELS, "state"))
+    memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that the processes of an engine use.", labels=_LABELS)
     for engine in active:
         state.add_metric([*_labels(engine), engine.state], 1)
         if engine.memory_bytes is not None:
@@ -43,8 +44,8 @@ def engine_metrics(
             if value is not None:
                 family.add_metric(_labels(engine), value)
         yield family
-    used = GaugeMetricFamily("sage_device_memory_used_bytes", "Memory in use.", labels=("node", "kind", "index"))
-    total = GaugeMetricFamily("sage_device_memory_total_bytes", "Total memory.", labels=("node", "kind", "index"))
+    used = GaugeMetricFamily("sage_device_memory_used_bytes", "Used memory of a device.", labels=("node", "kind", "index"))
+    total = GaugeMetricFamily("sage_device_memory_total_bytes", "Memory of a device.", labels=("node", "kind", "index"))
     for device in devices:
         labels = [device.node, device.kind, str(device.index)]
         used.add_metric(labels, device.memory_used_bytes)

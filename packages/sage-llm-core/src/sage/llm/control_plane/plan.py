@@ -1,7 +1,7 @@
 """The plan: a pure function that returns the actions which bring engines closer to their desired states.
 
-It is level-triggered: each call uses only the store and the newest observations. Therefore missed changes and repeated
-actions do no harm.
+Each call uses only the current records of the store and the newest observations. Therefore it does no harm if a change
+is missed or an action is repeated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
-from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, Transition, Validate
-from sage.llm.control_plane.admission import Refuse, Start
+from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, SetDesired, Transition, Validate
 from sage.llm.control_plane.adapters import has_joined, is_misplaced, keep, leave, load, unload
+from sage.llm.control_plane.admission import Refuse, Start
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop, state_without_process
@@ -27,13 +27,14 @@ _S = EngineState
 
 @dataclass(frozen=True)
 class Limits:
-    """Time limits. They do not apply to training runs, which may take any time to start, train and stop."""
+    """Time limits in seconds. Training runs may take any time to start, train and save their result."""
 
     start_seconds: float  #: maximum time until a started inference engine answers
-    stop_seconds: float  #: maximum time until an inference engine exits after SIGTERM
+    #: Maximum time until an inference engine exits after SIGTERM, and until the process of an ended training run exits.
+    stop_seconds: float
     #: Time without an answer after which requests are refused. After twice this time, the engine is restarted.
     unresponsive_seconds: float = 30.0
-    look_seconds: float = 5.0  #: durations grow at most by this time between two observations
+    look_seconds: float = 5.0  #: maximum time that is added to a duration between two observations
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Snapshot:
 
     engines: Sequence[EngineRecord]  #: the engines that are not settled, oldest first
     servers: Mapping[str, ServerRecord]  #: by server id
-    observed: Mapping[str, Observed]  #: by engine id; missing: the condition is not known, the process may be alive
+    observed: Mapping[str, Observed]  #: by engine id; if missing, the condition is not known: the process may be alive
     watches: Mapping[str, Watch]  #: by engine id
     validations: Mapping[str, Validation]  #: by engine id; if missing, the validation has not begun
     limits: Limits
@@ -63,7 +64,7 @@ _NO_SERVER = Observed(alive=False, reason=Reason(code="server_lost", message="Th
 
 
 def plan(snapshot: Snapshot) -> list[Action]:
-    """Return at most one action for each engine, oldest engine first; linear in the number of engines."""
+    """Return at most one action for each engine, oldest engine first. The time is linear in the number of engines."""
     return decide(snapshot)[0]
 
 
@@ -140,13 +141,13 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
     is_last = hosts.is_last(engine)
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)
     is_killed = engine.force and engine.desired is DesiredState.STOPPED
-    if observed is None:  # a kill is correct even if the process is dead
+    if observed is None:  # the process may have exited; a kill then does no harm
         return _stop(engine, kill if is_last else leave(engine)) if is_killed else None
     if observed.orphaned:
         return kill
     if not is_killed and (publish := due(engine, observed)):
         return publish
-    if observed.ended and observed.alive:  # the process is about to exit; write the result afterwards
+    if observed.ended and observed.alive:  # the process is about to exit; the result is stored after the exit
         return kill if is_killed or watch.ended_seconds > limits.stop_seconds else None
     if observed.ended or not observed.alive:
         return _settle(engine, server, observed, snapshot)
@@ -177,7 +178,7 @@ def _start(
     If the start fails, the process is killed only if no other engine uses it.
     """
     is_last = hosts.is_last(engine)
-    kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # `_settle` writes the reason when the process is dead
+    kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # after the exit, `_settle` stores the reason
     if is_misplaced(engine, server):
         return kill if is_last else _settle(engine, server, observed, snapshot)
     action = load(engine, server, observed) if observed.ready else None
@@ -190,25 +191,25 @@ def _start(
 def _stop(engine: EngineRecord, action: Action) -> Action:
     """Return `action` if the engine is already in state `stopping`; otherwise return the transition to `stopping`.
 
-    The next plan then returns the action, even in another control plane.
+    After the transition, the next plan returns `action`, even if another control plane has taken over.
     """
     return action if engine.state is _S.STOPPING else Transition(engine, _S.STOPPING, reason_of_stop(engine))
 
 
 def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observed, snapshot: Snapshot) -> Action | None:
-    """Return the action for an engine whose process has exited, or which leaves an unsuitable server."""
+    """Return the action for an engine whose process has exited, or whose start on a shared server has failed."""
     watch, limits = snapshot.watches[engine.id], snapshot.limits
     match engine.state, observed.ended:
         case _S.STARTING, _S.COMPLETED:
-            return Transition(engine, _S.RUNNING)  # it completed before it was observed running; the next plan settles it
+            return Transition(engine, _S.RUNNING)  # the run has completed already: the next plan sets `completed`
         case _S.STOPPING, None:
             return Transition(engine, state_without_process(engine), reason_of_stop(engine))
-        case _S.RUNNING, None if engine.desired is DesiredState.PAUSED:  # it exited before it was stopped
+        case _S.RUNNING, None if engine.desired is DesiredState.PAUSED:  # the process exited before it was stopped
             return Transition(engine, _S.PAUSED, reason_of_stop(engine))
         case _, _S.STOPPED if engine.desired is DesiredState.PAUSED:  # a training run that saved a checkpoint
             return Transition(engine, _S.PAUSED, reason_of_stop(engine))
-        case _S.STOPPING, _S.FAILED if engine.force:  # not STOPPED, because a stopped run has a result
-            message = "It was killed, as requested; the steps since its last checkpoint are lost."
+        case _S.STOPPING, _S.FAILED if engine.force:  # not `stopped`, because a killed run has no result
+            message = "The run was killed, as requested. The steps since its last checkpoint are lost."
             hint = observed.reason.hint if observed.reason else ""
             return Transition(engine, _S.FAILED, Reason(code="killed", message=message, hint=hint))
         case _, _S.STOPPED | _S.COMPLETED as ended:
@@ -220,7 +221,7 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
 def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed, watch: Watch, limits: Limits) -> Transition:
     """Return the transition to `failed`, with a restart if the restart policy allows one."""
     if is_misplaced(engine, server):
-        refused = Reason(code="adapter_refused", message=f"It is {engine.form}.")
+        refused = Reason(code="adapter_refused", message=f"The adapter is {engine.form}.")
         return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)
     reason = _reason_of_kill(engine, watch, limits) or observed.reason
     if engine.state is _S.STARTING and not observed.alive and has_joined(engine, server):

@@ -1,4 +1,4 @@
-"""The prober observes engines concurrently with the reconciler. It stores the last observation of each engine with its time.
+"""The prober observes engines concurrently with the reconciler. It stores the last observation of each engine.
 
 A probe that hangs or fails does not delay other probes. If the last observation of an engine is too old, the condition
 of the engine is treated as unknown.
@@ -20,11 +20,12 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Seconds between two probes of an engine. The first value applies while the engine starts or stops, or if its result is
-#: served; the second value applies otherwise.
+#: Seconds between two probes of an engine. The first value applies while an engine starts or stops, and to a training run
+#: that is served. The second value applies to all other engines.
 _FAST_SECONDS, _SLOW_SECONDS = 0.2, 1.0
 _TIMEOUT_SECONDS = 5.0
-#: Maximum concurrent probes per lane. Servers that hang have a separate lane, so they do not delay probes of other servers.
+#: Maximum number of concurrent probes in each lane. Servers that do not answer have a separate lane, so that they do not
+#: delay the probes of other servers.
 _MAX_PROBES = 64
 _CHANGING = (EngineState.STARTING, EngineState.STOPPING)
 
@@ -35,7 +36,7 @@ class _Target:
 
     engine: EngineRecord
     server: ServerRecord
-    is_first: bool = True  #: this engine is the first one of its server, and reports the memory of the process
+    is_first: bool = True  #: only the first engine of a server reports the memory of the process
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
@@ -45,7 +46,7 @@ class _Target:
 
     @property
     def lane(self) -> str:
-        """The lane of the engine's probes; a probe waits only for other probes of the same lane."""
+        """The name of the lane in which the engine is probed; a probe waits only for other probes of the same lane."""
         if self.engine.state in _CHANGING:
             return "changing"
         return "answering" if self.is_answering else "silent"
@@ -61,7 +62,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if a new observation of an engine differs in a value that `plan` depends on."""
+        """on_change: called if an observation of an engine differs from the last one in a value that `plan` uses."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -70,7 +71,7 @@ class Prober:
         self._changed = asyncio.Event()
 
     def watch(self, engines: Iterable[EngineRecord], servers: Mapping[str, ServerRecord]) -> None:
-        """Set the engines to probe. If the server of an engine has changed, its earlier observations are discarded."""
+        """Set the engines to probe. If the server of an engine has changed, discard the last observation of the engine."""
         targets, seen = {}, set[str]()
         for engine in engines:
             if engine.state in HOSTED and (server := servers.get(engine.server_id or "")):
@@ -104,12 +105,12 @@ class Prober:
         return target.observed if target else None
 
     def trouble(self, engine_id: str) -> str:
-        """Return why the last probe of an engine failed; empty if it succeeded."""
+        """Return why the last probe of an engine failed; an empty text if the probe succeeded."""
         target = self._targets.get(engine_id)
         return target.trouble if target else ""
 
     async def run(self) -> None:
-        """Probe until cancelled."""
+        """Probe the engines until cancelled."""
         while True:
             self._changed.clear()
             now_seconds = time.monotonic()
@@ -128,7 +129,7 @@ class Prober:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(self, due: list[_Target]) -> None:
-        """Observe all due processes in one call of the launcher, then probe each engine separately."""
+        """Observe the processes of all due engines with one call of the launcher, then probe each engine separately."""
         look = asyncio.create_task(self._observe({target.server.handle for target in due}))
         self._looks.add(look)
         look.add_done_callback(self._looks.discard)
@@ -172,7 +173,7 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # its checkpoints are served soon
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # to serve a new checkpoint soon
         target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod

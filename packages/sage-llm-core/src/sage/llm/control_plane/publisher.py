@@ -23,12 +23,12 @@ from sage.llm.control_plane.store.store import StaleWrite, Store
 
 logger = logging.getLogger(__name__)
 _ACTOR = "reconciler"
-#: Seconds in which publishing a result is retried after an OSError. The run does not end during this time.
+#: Seconds for which publishing a result is retried after the first OSError. The run's engine does not end in this time.
 _RETRY_SECONDS = 60.0
 
 
 class Publisher:
-    """Carries out the action Publish; a repeated action does no harm."""
+    """Executes the action Publish. Executing the same action again does no harm."""
 
     def __init__(
         self,
@@ -38,16 +38,17 @@ class Publisher:
         routing: RoutingTable,
         held_lease: Callable[[], Lease],
     ) -> None:
-        """pool: for calls of the store; held_lease: raises LeaseLost if the lease is not held."""
+        """pool: threads for the calls of `store`; held_lease: returns the lease, raises LeaseLost if it is not held."""
         self._store, self._pool, self._executors = store, pool, executors
         self._routing, self._held_lease = routing, held_lease
-        self._failing: dict[str, float] = {}  #: time.monotonic() of the first OSError of a run's result
+        self._failing: dict[str, float] = {}  #: by run id: time.monotonic() when publishing its result first failed
 
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        A checkpoint is served only as an adapter that joins the server of its base. If this raises StaleWrite
-        or OSError, the caller must call it again. After a minute of errors, a result is given up, so that the run can end.
+        A checkpoint is served only if a server of its base model can load it as an adapter. If this method raises StaleWrite
+        or OSError, the caller must call it again. If publishing a result fails with OSError for a minute, the method stops
+        trying, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -59,12 +60,12 @@ class Publisher:
             elif engine is None or (step is None and _has_merged(engine)):
                 await self._start(run, serve, model, step, engine)
             elif _has_merged(engine):
-                message = f"{engine.id} has merged an earlier version into its base."
+                message = f"{engine.id} has merged an earlier version into its base model."
                 raise ModelError(code="adapter_unfit", message=message)
             else:
                 await self._replace(engine, model, is_result=step is None)
                 await self._revise(run, serve=serve.published(step, engine.id).model_dump())
-        except (SageError, ValueError) as error:  # ValueError: a path that cannot be a model's name
+        except (SageError, ValueError) as error:  # ValueError: the path is not allowed as a model's name
             await self._give_up(run, serve, step, error)
         except OSError as error:
             if step is not None or not self._has_failed_for_long(run):
@@ -77,7 +78,7 @@ class Publisher:
         return time.monotonic() - since_seconds >= _RETRY_SECONDS
 
     async def _give_up(self, run: EngineRecord, serve: ServedRun, step: int | None, error: Exception) -> None:
-        logger.warning("%s: %s is not served: %s", run.id, f"step {step}" if step else "its result", error)
+        logger.warning("%s: %s is not served: %s", run.id, f"the checkpoint of step {step}" if step else "the result", error)
         await self._revise(run, serve=serve.published(step, serve.engine_id).model_dump())
 
     async def _version(self, run: EngineRecord, step: int | None) -> str:
@@ -99,31 +100,35 @@ class Publisher:
     async def _start(
         self, run: EngineRecord, serve: ServedRun, model: str, step: int | None, replaced: EngineRecord | None
     ) -> None:
-        """Create the engine, store its id in the run, and stop the engine that it replaces, in one transaction."""
+        """Create an engine that serves the run and stop the engine `replaced`, in one transaction."""
         engine_id = f"engine-{random_suffix()}"
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)
         engine = new_engine(engine_id, run.node, request, prepared, run.restart_policy)
         placed = await asyncio.to_thread(placement, engine)
         if step is not None and placed["adapter"] is None:
-            raise ModelError(code="adapter_unfit", message=f"No server can load its checkpoints: {placed['form']}.")
+            message = f"The run's checkpoints cannot be loaded into a running server: {placed['form']}."
+            raise ModelError(code="adapter_unfit", message=message)
         engine = await self._like_its_base(engine, placed["base"])
         noted = serve.published(step, engine.id).model_dump()
         added = await self._write(self._store.add, engine, serves=(run, noted), replaces=replaced)
         self._routing.apply(added, None)
-        logger.info("%s: %s serves it as '%s'", run.id, added.id, added.name)
+        logger.info("%s: %s serves the run as '%s'", run.id, added.id, added.name)
 
     async def _like_its_base(self, engine: EngineRecord, base: str | None) -> EngineRecord:
-        """Return `engine`, with the backend and options of a server that has loaded `base`, if there is one."""
+        """Return `engine` with the backend and options of a server that has loaded `base`; unchanged if no server has."""
         for server in await self._pool.run(self._store.servers, engine.node):
             if server.shared and server.model == base and server.state is not ServerState.CLOSING:
-                options, reason = server.options or engine.options, "its base is loaded by this backend"
+                options, reason = server.options or engine.options, "a server of this backend has loaded the base model"
                 return dataclasses.replace(engine, backend=server.backend, options=options, backend_reason=reason)
         return engine
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
-        """Load a newer version into an engine. The old version stays loaded until its answers in progress have ended."""
-        if engine.state is EngineState.VALIDATING:  # the running checks use the older version
+        """Store a newer version in the record of an engine, so that it is loaded.
+
+        The old version stays loaded until the requests that use it have ended.
+        """
+        if engine.state is EngineState.VALIDATING:  # the validation in progress checks the older version
             raise StaleWrite(engine.id)
         values: dict[str, Any] = {"model": model}
         if engine.state is EngineState.FAILED and is_result and engine.desired is DesiredState.RUNNING:
@@ -142,5 +147,5 @@ class Publisher:
 
 
 def _has_merged(engine: EngineRecord) -> bool:
-    """Return whether an engine has merged a version into its base, so that it cannot load another version."""
+    """Return whether an engine has merged a version into its base model, so that it cannot load another version."""
     return engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sage.llm.client.types import DesiredState, EngineKind, EngineState, OnBusy, Reason
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason
 from sage.llm.control_plane.admission import (
     Cause,
     Claim,
@@ -107,7 +107,7 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
         engine.id,
         engine.reserved_bytes or 0,
         engine.least_bytes,
-        devices=_usable(engine, memory),
+        devices=_usable(engine, memory) if memory else engine.devices,
         priority=engine.priority,
         on_busy=engine.on_busy,
         is_due=is_due,
@@ -116,12 +116,12 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
     return claim.after_pause() if engine.paused_by else claim
 
 
-def _usable(engine: EngineRecord, memory: Memory | None) -> tuple[str, ...] | None:
+def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
     """Return the devices that an engine may use: the requested ones; otherwise all GPUs if its backend can use them."""
-    if engine.devices or memory is None:
+    if engine.devices:
         return engine.devices
     gpus = tuple(device.id for device in memory.devices if device.id != "cpu")
-    return gpus if gpus and "cuda" in registry.get(engine.backend).capabilities.devices else ("cpu",)
+    return gpus if gpus and "cuda" in registry.BACKENDS[engine.backend].capabilities.devices else ("cpu",)
 
 
 def _holders(
@@ -129,7 +129,7 @@ def _holders(
 ) -> Iterator[Holder]:
     for server in servers:
         engines = hosted.get(server.id, ())
-        devices = server.devices or (engines and _usable(engines[0], memory)[:1]) or ("cpu",)
+        devices = server.devices or (_usable(engines[0], memory)[:1] if engines else ("cpu",))
         is_leaving = server.state is ServerState.CLOSING or not any(
             engine.desired is DesiredState.RUNNING and engine.state is not EngineState.STOPPING for engine in engines
         )

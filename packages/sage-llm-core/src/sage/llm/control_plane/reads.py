@@ -1,4 +1,4 @@
-"""Reads of engines, on the active control plane and on a standby: pages, logs, events, training steps."""
+"""Read engines, logs, events and training steps, on the active control plane or on a standby."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -22,7 +22,7 @@ _LIST_PAGE = 1000
 
 
 class EngineReads:
-    """The methods of ControlPlaneManager that only read; ControlPlaneManager sets the attributes."""
+    """Base class of ControlPlaneManager with the methods that only read. ControlPlaneManager sets the attributes."""
 
     _settings: Settings
     _node: str
@@ -42,7 +42,10 @@ class EngineReads:
         kinds: Collection[EngineKind] | None = None,
         newest_first: bool = False,
     ) -> EnginePage:
-        """Return one page of the engines of all nodes, in order of creation; after: `last_id` of the previous page."""
+        """Return one page of the engines of all nodes, in order of creation.
+
+        after: `last_id` of the previous page; None: return the first page.
+        """
         found, has_more = await self._pool.run(
             self._store.page, limit=limit, after=after, states=states, kinds=kinds, newest_first=newest_first
         )
@@ -82,7 +85,7 @@ class EngineReads:
         return await asyncio.to_thread(tail_lines, await self._log_path(engine_id), tail)
 
     async def follow_logs(self, engine_id: str, offset: int) -> AsyncIterator[bytes]:
-        """Yield an engine's log from byte `offset`, then each new part, until the engine is settled."""
+        """Yield the log of an engine from byte `offset`, then new content as it is written, until the engine is settled."""
 
         async def has_ended() -> bool:
             return (await self._pool.run(self._store.get, engine_id)).state in SETTLED
@@ -93,7 +96,8 @@ class EngineReads:
     async def log_offset(self, engine_id: str, tail: int, offset: int | None = None) -> int:
         """Return the offset at which the last `tail` lines of an engine's log begin, or `offset` if it is given.
 
-        If `offset` is beyond the end, return the end. If the byte at `offset` was cut off, return the first existing byte.
+        If `offset` is beyond the end of the log, return the end. If the byte at `offset` was removed because the log was
+        too long, return the offset of the first byte that still exists.
         """
         log = LogFile(await self._log_path(engine_id))
         if offset is None:
@@ -120,12 +124,12 @@ class EngineReads:
         return await self._executors[engine.kind].training_steps(engine, after, max_points)
 
     async def _hosted(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine with its server; raises NotFound."""
+        """Return an engine and its server, or None for the server if there is none; raises NotFound."""
         found = await self._pool.run(self._store.hosted, [engine_id])
         return found[0] if found else (await self._pool.run(self._store.get, engine_id), None)
 
     async def _local(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine of this node with its server; raises NotFound or Conflict."""
+        """Return an engine of this node and its server; raises NotFound, or Conflict for an engine of another node."""
         engine, server = await self._hosted(engine_id)
         if engine.node != self._node:
             raise other_node(engine)
@@ -148,7 +152,7 @@ class EngineReads:
         return await asyncio.to_thread(self._blocking_view, engine, server)
 
     def _blocking_view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
-        if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # the last observation is outdated
+        if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # no process: the last observation is outdated
             return self._views.view(engine, None, None)
         silent_seconds = 0.0 if self.is_responsive(engine.id) else self._reconciler.silent_seconds(engine.id)
         return self._views.view(

@@ -1,4 +1,4 @@
-"""The loop that brings engines closer to their desired states: read the store, observe, plan, act."""
+"""Bring engines closer to their desired states: read the store, observe the engines, plan, and start the actions."""
 
 import logging
 import time
@@ -21,14 +21,14 @@ class Reconciler:
     """Each tick reads the store, passes the engines to the prober, and runs the plan if this control plane is active."""
 
     def __init__(self, store: Store, pool: Pool, node: str, prober: Prober, runner: Runner, limits: Limits) -> None:
-        """pool: runs calls of the store."""
+        """pool: threads for the calls of `store`."""
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
         self._watches: dict[str, Watch] = {}
         self._trouble = ""
 
     async def tick(self, *, is_active: bool) -> None:
-        """Update the durations and, if `is_active`, start the next actions; never raises an exception."""
+        """Update the durations of all engines and, if `is_active`, start the next actions; never raises an exception."""
         try:
             engines = await self._pool.run(self._store.active, self._node)
             servers = {server.id: server for server in await self._pool.run(self._store.servers, self._node)}
@@ -51,7 +51,7 @@ class Reconciler:
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
 
     def silent_seconds(self, engine_id: str) -> float:
-        """Return the time since a running inference engine stopped answering; 0 if it answers, or if it was not observed."""
+        """Return the time since a running inference engine stopped answering; 0 if it answers or was not observed yet."""
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
 

@@ -1,4 +1,4 @@
-"""The errors that the control plane returns if it refuses a request."""
+"""The errors with which the control plane refuses requests."""
 
 from sage.common.errors import Conflict, Overloaded
 from sage.llm.client.types import SETTLED, DesiredState, EngineState, Reason
@@ -38,8 +38,8 @@ def not_training(engine: EngineRecord) -> Conflict:
     """Return the error for an engine that cannot save a checkpoint."""
     return Conflict(
         code="not_training",
-        message=f"{engine.id} is an engine of kind {engine.kind} and {engine.state}: only a training run that is running "
-        "can save a checkpoint.",
+        message=f"{engine.id} (kind {engine.kind}, state {engine.state}) cannot save a checkpoint. Only a running "
+        "training run can save one.",
         hint=f"`sage llm engine status {engine.id}` shows its state.",
     )
 
@@ -55,13 +55,13 @@ def other_node(engine: EngineRecord) -> Conflict:
 
 def standby(leader: LeaderInfo | None) -> Overloaded:
     """Return the error for a write by a control plane that does not hold the lease."""
-    where = f"; {leader.url} is active" if leader and leader.url else ""
+    where = f"; the active gateway is {leader.url}" if leader and leader.url else ""
     hint = f"Send the request to {leader.url}." if leader and leader.url else "Retry in some seconds."
-    return Overloaded(code="standby", message=f"This gateway is standby{where}.", hint=hint)
+    return Overloaded(code="standby", message=f"This gateway is on standby{where}.", hint=hint)
 
 
 def ended(engine_id: str, model: str, state: EngineState, reason: Reason | None) -> Overloaded:
-    """Return the error for a request whose engine was settled before it was ready."""
+    """Return the error for a request that waited for an engine which ended before it was ready."""
     why = f": {reason.message}" if reason else ""
     return Overloaded(
         code="engine_ended",

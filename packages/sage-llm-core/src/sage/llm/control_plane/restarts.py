@@ -7,14 +7,14 @@ from sage.llm.control_plane.watch import Watch
 
 MAX_RESTARTS = 5
 _MAX_BACKOFF_SECONDS = 60.0
-#: After this time in state `running`, the number of restarts is counted from zero again.
+#: If an engine fails after this time in state `running`, its restarts are counted from zero again.
 _HEALTHY_SECONDS = 600.0
-#: Code of a run that exited without reporting an error; a restart may succeed.
+#: Reason code of a run whose process exited without reporting an error; a restart may succeed.
 _EXITED_WITHOUT_REPORT = "worker_died"
 
 
 def backoff_seconds(restarts: int) -> float:
-    """Return the seconds that an engine waits before its n-th restart: 1, 2, 4, …; 0 for a first start."""
+    """Return the seconds to wait before a restart: 1 before the first restart, then 2, 4, …; 0 before the first start."""
     return min(2.0 ** (restarts - 1), _MAX_BACKOFF_SECONDS) if restarts else 0.0
 
 
@@ -31,7 +31,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
     match engine.restart_policy:
         case RestartPolicy.NO:
             return None
-        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # it was dead when first observed
+        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the process was already dead when it was first observed
             return None
     is_healthy = engine.state is EngineState.RUNNING and watch.state_seconds >= _HEALTHY_SECONDS
     restarts = 0 if is_healthy else engine.restarts
@@ -39,5 +39,8 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
 
 
 def next_try(engine: EngineRecord) -> int | None:
-    """Return the number of the next restart of an engine that did not cause its failure; ignores the restart policy."""
+    """Return the number of the next restart of an engine whose failure was caused by its server; None after MAX_RESTARTS.
+
+    The restart policy is ignored, because the engine did not cause the failure.
+    """
     return engine.restarts + 1 if engine.desired is DesiredState.RUNNING and engine.restarts < MAX_RESTARTS else None

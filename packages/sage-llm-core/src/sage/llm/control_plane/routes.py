@@ -22,7 +22,7 @@ _INFERENCE = (EngineKind.LLM, EngineKind.EMBEDDING)
 
 
 class Routes:
-    """The methods of ControlPlaneManager for routes; ControlPlaneManager sets the attributes."""
+    """Base class of ControlPlaneManager with the methods for routes. ControlPlaneManager sets the attributes."""
 
     _store: Store
     _pool: Pool
@@ -30,7 +30,7 @@ class Routes:
     _write: Callable[..., Any]
 
     async def set_route(self, name: str, request: RouteRequest) -> RouteView:
-        """Create or replace a route. Its engines need not exist yet. Raises ConfigError if the name is not allowed."""
+        """Create or replace a route, also if its engines do not exist yet. Raises ConfigError if the name is not allowed."""
         try:
             check_route_name(name)
         except ValueError as error:
@@ -41,7 +41,7 @@ class Routes:
 
     async def remove_route(self, name: str) -> None:
         """Delete a route; its engines are not changed. Raises NotFound."""
-        self.get_route(name)  # also raises NotFound for names with NUL, which the database rejects
+        self.get_route(name)  # checked first, because the database rejects names that contain NUL
         await self._write(self._store.remove_route, name, actor="user")
         await self._routing.load_named_routes(self._store)
 
@@ -61,7 +61,10 @@ class Routes:
         return [route for kind in _INFERENCE for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
     def served_routes(self) -> dict[str, Route]:
-        """Return one running engine for each route that has one, by name of the route. Does not access the database."""
+        """Return one running engine of each route, by name of the route; routes without a running engine are missing.
+
+        Does not access the database.
+        """
         found: dict[str, Route] = {}
         for route in self._routing.named_routes():
             names = [*(target.engine for target in route.engines), route.fallback or ""]

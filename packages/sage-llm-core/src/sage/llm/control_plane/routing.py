@@ -30,14 +30,14 @@ class Upstream:
     address: str  #: HOST:PORT
     model_name: str | None  #: the model name that the server expects; None: the request is forwarded unchanged
     engine_id: str
-    name: str  #: the engine's name, sent as `model` in the answers
-    key: str = ""  #: the server's key
+    name: str  #: name of the engine; responses contain it as `model`
+    key: str = ""  #: key that the server requires in requests
     parameters: frozenset[str] | None = None  #: request fields that the server supports; None: the server checks the fields
 
 
 @dataclass(frozen=True)
 class Route:
-    """The data that routing needs about an engine that is not settled."""
+    """The values of an engine that are needed to route requests to it. A settled engine has no route."""
 
     engine_id: str
     name: str
@@ -53,26 +53,27 @@ class Route:
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None
-    #: Whether the engine, if it is stopping, is only being unloaded; a request waits until the engine is loaded again.
+    #: If True and the engine is stopping, it is only being unloaded: requests wait until it is loaded again.
     is_pausing: bool
 
 
 @dataclass
 class _Group:
-    """The engines that match one key, as (order, engine id); the preferred engine is last."""
+    """The engines that match one key of the table, as sorted pairs (order, engine id); the preferred engine is last."""
 
     running: list[tuple[int, str]] = field(default_factory=list)
     starting: list[tuple[int, str]] = field(default_factory=list)
 
 
 class RoutingTable:
-    """The engines of a node that are not settled, updated by transitions and by the change feed.
+    """The engines of a node that are not settled, with an index of their ids, names and models.
 
-    The cost of a look-up does not depend on the number of engines. Use the table in one event loop only.
+    Writes of this process and events of the change feed update the table. The time of a look-up does not depend on the
+    number of engines. Use a table in one event loop only.
     """
 
     def __init__(self, node: str, on_wanted: Callable[[str], None] = lambda _: None) -> None:
-        """on_wanted: called with the id of a paused engine if a request prefers this engine, but another engine answers."""
+        """on_wanted: called with the id of a paused engine that a request prefers, if another engine answers the request."""
         self._node, self._on_wanted = node, on_wanted
         self._routes: dict[str, Route] = {}
         self._named: dict[str, RouteRecord] = {}
@@ -81,7 +82,7 @@ class RoutingTable:
         self._loading = asyncio.Lock()
 
     def apply(self, engine: EngineRecord, server: ServerRecord | None) -> None:
-        """Update the route of an engine that was read or written; ignore a record that is older than the known version."""
+        """Update the route of an engine from its record; ignore a record that is older than the last one."""
         known = self._routes.get(engine.id)
         if engine.node != self._node or (known and engine.version < known.version):
             return
@@ -118,12 +119,13 @@ class RoutingTable:
         return self._routes.get(engine_id)
 
     def routes(self, kind: EngineKind) -> list[Route]:
-        """Return the routes of a kind: first the running engines, then the starting engines, both newest first."""
+        """Return the engines of a kind: first the running engines, then the starting engines, each group newest first."""
         return list(self._newest_first(kind))
 
     def find(self, model: str, kind: EngineKind, is_responsive: Callable[[str], bool], client: str | None = None) -> Route:
-        """Return the engine for a request; `model` is a route's name, an engine's id, name or model, or `sage-default`.
+        """Return the engine that answers a request.
 
+        model: the name of a route; the id, name or model of an engine; or `sage-default`.
         client: identifies the sender of the request. A route sends all requests of a client to the same engine.
         If several engines match, the newest running engine that responds is returned. If none responds, the newest
         starting engine is returned, and the request waits for it. Raises Overloaded if all matching engines are running
@@ -148,7 +150,7 @@ class RoutingTable:
         raise self._not_found(model, kind)
 
     def set_named_routes(self, routes: Iterable[RouteRecord]) -> None:
-        """Replace the routes that users have defined."""
+        """Replace all routes that users have defined with `routes`."""
         self._named = {route.name: route for route in routes}
         self._notify()
 
@@ -163,11 +165,11 @@ class RoutingTable:
         return self._routes[entries[-1][1]] if entries else None
 
     def next_change(self) -> asyncio.Event:
-        """Return an event that is set at the next change after this call."""
+        """Return an event that is set when the table changes after this call."""
         return self._changed
 
     async def load(self, store: Store) -> int:
-        """Read all active engines and all routes, and return the cursor from which `follow` continues."""
+        """Read all active engines and all routes; return the position in the change feed at which `follow` must start."""
         cursor = await asyncio.to_thread(store.last_event)
         await self.load_named_routes(store)
         servers = {server.id: server for server in await asyncio.to_thread(store.servers, self._node)}
@@ -176,12 +178,15 @@ class RoutingTable:
         return cursor
 
     async def load_named_routes(self, store: Store) -> None:
-        """Read all routes. Concurrent calls run one after another, so that an old result never replaces a new one."""
+        """Read all routes from the database.
+
+        Concurrent calls run one after another, so that an older result never replaces a newer one.
+        """
         async with self._loading:
             self.set_named_routes(await asyncio.to_thread(store.routes, self._node))
 
     async def follow(self, store: Store, cursor: int) -> None:
-        """Apply the changes that other processes write after `cursor`; never returns."""
+        """Apply the events of the change feed after `cursor`, which other processes may have written; never returns."""
         while True:
             try:
                 cursor = await self._take_in(store, cursor)
@@ -212,18 +217,18 @@ class RoutingTable:
                     del self._groups[route.kind, key]
 
     def _entries(self, route: Route) -> Iterator[tuple[list[tuple[int, str]], int]]:
-        """Yield each list that contains a route, with the number that orders the route in this list."""
+        """Yield each list of engines that contains a route, with the route's sort key in this list."""
         if route.state is EngineState.STOPPING and not route.is_pausing:
             return
         for key in _keys(route):
             group = self._groups.setdefault((route.kind, key), _Group())
             if route.state is not EngineState.RUNNING:
                 yield group.starting, route.first_event
-            else:  # `sage-default` prefers the engine that started last; other keys prefer the newest engine
+            else:  # `sage-default` prefers the engine that was last to start; other keys prefer the engine created last
                 yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
 
     def _keys_of(self, model: str, client: str | None) -> list[str]:
-        """Return the keys to look up for a request, the key of the preferred engine first."""
+        """Return the keys to look up in `_groups` for a request; the key of the preferred engine is first."""
         if named := self._named.get(model):
             fallback = [named.fallback] if named.fallback else []
             return [*in_order_of_preference(model, named.engines, client), *fallback]
@@ -234,15 +239,15 @@ class RoutingTable:
             targets = ", ".join(target.engine for target in named.engines)
             return NotFound(
                 code="model_not_found",
-                message=f"No engine of kind {kind} serves the route '{model}', which names {_shortened(targets)}.",
+                message=f"No engine of kind {kind} serves the route '{model}', which refers to {_shortened(targets)}.",
                 hint=f"Start one of these engines, or choose another engine: `sage route set {model} ENGINE`.",
                 param="model",
             )
         wanted = "MODEL" if model == DEFAULT_MODEL else _shortened(model)
         return NotFound(
             code="model_not_found",
-            message=f"No engine of kind {kind} serves the model '{_shortened(model)}'; there are: {self._names(kind)}.",
-            hint=f"Start one: `sage llm engine start {wanted} --engine-kind {kind}`.",
+            message=f"No engine of kind {kind} serves the model '{_shortened(model)}'; available: {self._names(kind)}.",
+            hint=f"Start an engine: `sage llm engine start {wanted} --engine-kind {kind}`.",
             param="model",
         )
 
@@ -252,7 +257,7 @@ class RoutingTable:
             yield from (self._routes[engine_id] for _, engine_id in reversed(entries))
 
     def _names(self, kind: EngineKind) -> str:
-        """Return at most `_SHOWN_NAMES` engine names that a request can use, as text."""
+        """Return the names of engines that a request can use, at most `_SHOWN_NAMES`, as text."""
         names = list(dict.fromkeys(route.name for route in islice(self._newest_first(kind), _SHOWN_NAMES + 1)))
         shown = [*names[:_SHOWN_NAMES], "…"] if len(names) > _SHOWN_NAMES else names
         return ", ".join(shown) or "none"
@@ -274,7 +279,7 @@ def unresponsive(engine_id: str) -> Overloaded:
     return Overloaded(
         code="engine_unresponsive",
         message=f"{engine_id} is running, but does not respond.",
-        hint=f"Retry later, or restart it: `sage llm engine stop --force {engine_id}`, then `resume`.",
+        hint=f"Retry, or restart it: `sage llm engine stop --force {engine_id}`, then `sage llm engine resume {engine_id}`.",
     )
 
 

@@ -1,4 +1,7 @@
-"""The runner executes actions: a limited number at a time, one per engine. A failed action does not stop other actions."""
+"""The runner executes a limited number of actions at a time, at most one per engine.
+
+If an action fails, the runner continues to execute other actions.
+"""
 
 import asyncio
 import contextlib
@@ -13,7 +16,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import SageError
-from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason
+from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
     Join,
@@ -44,7 +47,7 @@ _ACTOR = "reconciler"
 _MAX_ACTIONS = 16
 #: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
-#: An engine fails after this number of failed actions. The time between two attempts doubles.
+#: An engine fails after `_MAX_FAILURES` failed actions. The time until the next attempt doubles after each failure.
 _MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
 #: Columns of an engine that has left the queue.
 _PLACED = {"queue_rank": None, "paused_by": None}
@@ -52,7 +55,7 @@ _PLACED = {"queue_rank": None, "paused_by": None}
 
 @dataclass
 class _Trouble:
-    """The last failure of the actions of an engine."""
+    """The recorded failures of an engine's actions."""
 
     action: type[Action]
     error: str = ""
@@ -74,7 +77,7 @@ class Runner:
         lease: Callable[[], Lease | None],
         on_done: Callable[[], None] = lambda: None,
     ) -> None:
-        """pool: runs calls of the store; on_done: called after each action that succeeded."""
+        """pool: threads for the calls of `store`; on_done: called after each action that succeeded."""
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
@@ -87,7 +90,7 @@ class Runner:
         self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Start an action, unless another action of its engine is running.
+        """Start an action if no other action of its engine is running.
 
         observed, server: the last observation and the server of the engine. If the engine must be killed, a running load or
         unload of its adapter is cancelled.
@@ -109,12 +112,12 @@ class Runner:
         return trouble is not None and trouble.action is type(action) and time.monotonic() < trouble.retry_at_seconds
 
     async def idle(self, timeout_seconds: float | None = _CLOSE_SECONDS) -> None:
-        """Wait for the running actions."""
+        """Wait until all running actions have ended, at most `timeout_seconds`."""
         if self._tasks:
             await asyncio.wait([task for _, task in self._tasks.values()], timeout=timeout_seconds)
 
     async def close(self) -> None:
-        """Wait for the running actions, and cancel the validations."""
+        """Wait until the running actions have ended, and cancel the validations."""
         await self.idle()
         await self.validator.close()
 
@@ -125,13 +128,13 @@ class Runner:
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
-        # These actions need no slot: a server that does not answer must not delay the actions of other servers.
+        # Loading and unloading need no slot, because a server that does not answer must not delay actions of other servers.
         slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
             async with slots:
                 await self._act(action, observed, server)
         except StaleWrite:
-            logger.debug("%s was written by another process; the next plan starts from that", engine_id)
+            logger.debug("%s was changed after it was read; the next plan uses the new version", engine_id)
         except Exception as error:  # noqa: BLE001 - logged
             await self._note(action, server, error)
         else:
@@ -139,7 +142,10 @@ class Runner:
             self._on_done()
 
     async def _note(self, action: Action, server: ServerRecord | None, error: Exception) -> None:
-        """Log an error, a repeated error only once. If it is not a system error, the engine fails after some retries."""
+        """Log the error of an action, but a repeated error only once.
+
+        After `_MAX_FAILURES` errors, a queued or starting engine fails. System errors are not counted.
+        """
         engine = action.engine
         trouble = self._troubles.setdefault(engine.id, _Trouble(type(action)))
         if trouble.error != repr(error):
@@ -150,7 +156,7 @@ class Runner:
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
         if trouble.failures >= _MAX_FAILURES and engine.state in (EngineState.QUEUED, EngineState.STARTING):
-            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # the next failed action tries this again
+            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # retried after the next failed action
                 await self._give_up(engine, server, _reason(error))
 
     async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
@@ -196,20 +202,20 @@ class Runner:
                 await self._transition(action, server, observed)
 
     async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
-        """Store the planned server, start or adopt its process, and store the address of the process."""
+        """Store the planned server, start its process or take over a running one, and store the address of the process."""
         engine = action.engine
         executor = self._executors[engine.kind]
         if server is None:
             revision = engine.revision + 1
             server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=action.is_moved)
             server = dataclasses.replace(server, devices=action.devices, reserved_bytes=action.reserved_bytes)
-            if server.served_name:  # an earlier process uses another model name
+            if server.served_name:  # an earlier process cannot be used, because it expects another model name
                 await self._end_process(server)
             planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None, **_PLACED}
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
             await self._clean(before, server)
-        if server.id in self._launching:  # the launch for an engine that was stopped still runs
+        if server.id in self._launching:  # an earlier launch of this server has not ended yet
             raise StaleWrite(server.id)
         self._launching.add(server.id)
         try:
@@ -228,7 +234,7 @@ class Runner:
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
                 address = await self._launcher.launch(spec)
-            except TimeoutError:  # the result is not known: the next plan observes the process first
+            except TimeoutError:  # the process may have been started: the next plan observes it first
                 raise
             except (SageError, OSError) as error:
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
@@ -250,7 +256,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server, if it is not `server` and no other engine needs it."""
+        """Remove the files of the engine's previous server if it is not `server` and no other engine needs it."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)
@@ -265,12 +271,12 @@ class Runner:
             await self._adapters.load(server, engine.internal_name, engine.adapter or "")
         except AdapterRefused as error:
             if engine.state is EngineState.STARTING:
-                form = f"merged, because the adapter cannot be loaded into a running base: {error.message}"
+                form = f"merged, because the adapter cannot be loaded into a running server: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
-            elif is_refused(engine):  # and the server no longer has the older version
+            elif is_refused(engine):  # its older version is no longer loaded either
                 await self._give_up(engine, server, _reason(error))
             else:
-                message = f"{server.id} cannot load {engine.adapter}: {error.message}. The version before it still answers."
+                message = f"{server.id} cannot load {engine.adapter}: {error.message}. The previous version is still used."
                 logger.warning("%s: %s", engine.id, message)
                 await self._revise(engine, server, reason=Reason(code=error.code, message=message))
             return
@@ -337,4 +343,4 @@ def _reason(error: Exception) -> Reason:
     if isinstance(error, OSError):
         return Reason(code="launch_failed", message=f"The engine could not be started: {error}.")
     message = f"The engine could not be started: {type(error).__name__}: {error}."
-    return Reason(code="launch_failed", message=message, hint="`sage gateway logs` shows where.")
+    return Reason(code="launch_failed", message=message, hint="`sage gateway logs` shows the traceback.")

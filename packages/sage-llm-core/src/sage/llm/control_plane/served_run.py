@@ -1,4 +1,4 @@
-"""Decide which version of a training run's adapter should be served."""
+"""Decide which checkpoint or result of a training run should be served."""
 
 from typing import Any, Self
 
@@ -16,25 +16,25 @@ class ServedRun(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str  #: name of the engine that serves the run
-    checkpoints: bool = False  #: whether each checkpoint is published
-    after_step: int | None = None  #: publish the next checkpoint after this step, as the user requested
+    checkpoints: bool = False  #: whether every checkpoint is served
+    after_step: int | None = None  #: if set, a user has requested to serve the next checkpoint after this step
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
     step: int = 0  #: step of the last checkpoint that was published or could not be published
-    is_complete: bool = False  #: the result is published
+    is_complete: bool = False  #: the result was published or could not be published
 
     @classmethod
     def of(cls, engine: EngineRecord) -> Self | None:
-        """Return how an engine's run is served; None if it is not served."""
+        """Return how the run of an engine is served; None if the run is not served."""
         return None if engine.serve is None else cls.model_validate(engine.serve)
 
     def published(self, step: int | None, engine_id: str | None) -> Self:
-        """Return the values after a publication; step: step of the published checkpoint; None: the result was published."""
+        """Return a copy with the values after a publication; step: the published checkpoint; None: the result."""
         version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
         return self.model_copy(update={"engine_id": engine_id, **version})
 
 
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
-    """Return the action that publishes the newest version of a run; None if it is published or should not be served.
+    """Return the action that publishes the newest version of a run; None if there is nothing to publish.
 
     A failed run has no result; its last published checkpoint is still served. If a run is about to end, its checkpoint is
     not published, because loading it would delay the result.

@@ -12,18 +12,18 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
     _S.STARTING: frozenset({_S.RUNNING, _S.STOPPING, _S.STOPPED, _S.FAILED}),
     _S.RUNNING: frozenset({_S.PAUSED, _S.STOPPING, _S.STOPPED, _S.COMPLETED, _S.FAILED}),
     _S.PAUSED: frozenset({_S.QUEUED, _S.STOPPING, _S.STOPPED, _S.FAILED}),
-    _S.STOPPING: frozenset({_S.PAUSED, _S.STOPPED, _S.COMPLETED, _S.FAILED}),  # PAUSED: unloaded because it was idle
+    _S.STOPPING: frozenset({_S.PAUSED, _S.STOPPED, _S.COMPLETED, _S.FAILED}),  # PAUSED: it was unloaded when idle
     _S.STOPPED: frozenset({_S.VALIDATING}),
     _S.COMPLETED: frozenset(),
-    _S.FAILED: frozenset({_S.VALIDATING, _S.QUEUED}),  # QUEUED: restarted by its restart policy
+    _S.FAILED: frozenset({_S.VALIDATING, _S.QUEUED}),  # QUEUED: the restart policy restarts the engine
 }
 
 
 class IllegalTransition(RuntimeError):
-    """The table does not contain this transition."""
+    """A transition that `TRANSITIONS` does not contain."""
 
 
 def check_transition(before: EngineState, after: EngineState) -> None:
-    """Raise IllegalTransition if the table does not contain the transition."""
+    """Raise IllegalTransition if `TRANSITIONS` does not contain the transition from `before` to `after`."""
     if after not in TRANSITIONS[before]:
         raise IllegalTransition(f"{before} → {after}")

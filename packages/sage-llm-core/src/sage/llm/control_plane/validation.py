@@ -1,4 +1,4 @@
-"""Validation: runs slow checks outside of requests, in separate threads and event loops."""
+"""Run the slow checks of engines in the background, in separate threads and event loops."""
 
 import asyncio
 import logging
@@ -12,7 +12,8 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.store.records import EngineRecord
 
 logger = logging.getLogger(__name__)
-#: Maximum concurrent validations per kind of engine, so that hashing large datasets does not delay other kinds.
+#: Maximum number of concurrent validations for each kind of engine. Each kind has a separate limit, so that hashing large
+#: datasets does not delay the validations of other kinds.
 _MAX_VALIDATIONS = 2
 
 
@@ -56,7 +57,7 @@ class Validator:
     async def _validate(self, engine: EngineRecord) -> Validation:
         """Return why an engine cannot be started, or the columns of the engine that the checks determined."""
         try:
-            # In a separate event loop, so that only this validation uses the threads of that loop.
+            # The checks run in a separate event loop, so that they do not use the threads of the main event loop.
             validate = self._executors[engine.kind].validate(engine)
             return Validation(is_done=True, values=await self._pools[engine.kind].run(asyncio.run, validate))
         except SageError as error:

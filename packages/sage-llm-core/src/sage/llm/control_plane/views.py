@@ -11,13 +11,13 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum number of cached engines that an older version of SAGE settled. The store does not contain their training figures,
-#: so the figures are read from files.
+#: Maximum number of engines in the cache. It contains engines that ended under an older version of SAGE, which did not store
+#: their training progress: the progress is read from files.
 _MAX_READ = 10_000
 
 
 class Views:
-    """Creates views. Blocks only for engines that an older version of SAGE settled; their files are read once."""
+    """Creates views of engines. If an engine ended under an older version of SAGE, its files are read once, which blocks."""
 
     def __init__(self, node: str, executors: Mapping[EngineKind, Executor]) -> None:
         self._node, self._executors = node, executors
@@ -73,13 +73,13 @@ class Views:
         )
 
     def _fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return the fields that only the executor knows; if they cannot be read, return only a reason."""
+        """Return the fields that only the executor knows; if the executor cannot read them, return only a reason."""
         try:
             if engine.state in SETTLED and engine.figures is None:
                 return self._read(_Key(engine))
             return self._executors[engine.kind].view_fields(engine, observed)
         except Exception as error:
-            logger.debug("%s cannot be described", engine.id, exc_info=error)
+            logger.debug("the view of %s cannot be created", engine.id, exc_info=error)
             message = f"The engine's files cannot be read: {type(error).__name__}: {error}."
             return {"reason": engine.reason or Reason(code="engine_unreadable", message=message)}
 
@@ -88,7 +88,7 @@ class Views:
 
 
 class _Key:
-    """A key of the cache: one version of an engine's record."""
+    """A key of the cache. Two keys are equal if they have the same engine id and the same version of the record."""
 
     def __init__(self, engine: EngineRecord) -> None:
         self.engine = engine
@@ -105,6 +105,6 @@ class _Key:
 def _unresponsive(engine: EngineRecord, silent_seconds: float) -> Reason:
     return Reason(
         code="engine_unresponsive",
-        message=f"It has not answered for {silent_seconds:.0f} s; requests to it are refused until it answers.",
-        hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume`.",
+        message=f"The engine has not answered for {silent_seconds:.0f} s. Requests are refused until it answers again.",
+        hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume {engine.id}`.",
     )

@@ -1,1 +1,1 @@
-"""Inference server processes. They import torch; nothing else may import them."""
+"""Inference server processes. Other packages must not import these modules, because most of them import torch."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-#: LoRA weights by name of the linear layer: A, (rank, in_features), and B, (rank, out_features). B includes the scaling.
+#: LoRA weights by name of the linear layer: A, (rank, in_features), and transposed B, (rank, out_features), scaled.
 Weights = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -21,8 +21,8 @@ class Adapter:
 class _Stack:
     """The stacked weights of several adapters, so that two matrix products per layer compute all adapters.
 
-    The product with all A has columns for every adapter. For each token, the columns of other adapters are set to 0.
-    Therefore the weights must be finite, because 0 * infinity is not 0.
+    The result of the product with all A has some columns for each adapter. For each token, the columns of the other adapters
+    are set to 0, so they add nothing in the product with all B. The weights must be finite, because 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -61,7 +61,7 @@ class Adapters:
             self._stack = _Stack(())
 
     def begin(self, adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> None:
-        """Set the adapters for the next pass: the next lengths[i] tokens use adapters[i]; None: only the base model."""
+        """Set the adapters of the next pass. Its first lengths[0] tokens use adapters[0], and so on; None: no adapter."""
         needed = dict.fromkeys(adapter for adapter in adapters if adapter)
         self._is_on = bool(needed)
         if not needed:
@@ -79,20 +79,21 @@ class Adapters:
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
         """Add the adapters' output to a layer's output in place; inputs: (..., in_features), output: (..., out_features).
 
-        Raises NotImplementedError if the layer does not receive each token of the pass exactly once, for example an expert.
+        Raises NotImplementedError if the layer does not receive each token of the pass exactly once. For example, an expert
+        receives only some tokens.
         """
         if not self._is_on or name not in self._stack.layers:
             return
         down, up, ranks = self._stack.layers[name]
         inner = linear(inputs.flatten(end_dim=-2), down)
         if len(inner) != len(self._owners):
-            raise NotImplementedError(f"the layer {name} does not see every token")
+            raise NotImplementedError(f"the layer {name} does not receive every token")
         if self._is_mixed:
             inner.masked_fill_(self._mask(ranks), 0)
         output.view(-1, output.shape[-1]).addmm_(inner, up)
 
     def _mask(self, ranks: tuple[int, ...]) -> Tensor:
-        """Return a bool mask, (tokens, sum of the ranks): True if the adapters of token and column differ."""
+        """Return a bool mask, (tokens, sum of the ranks): True if the column belongs to another adapter than the token."""
         if ranks not in self._masks:
             columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(self._owners.device)
             self._masks[ranks] = columns[None] != self._owners[:, None]

@@ -9,7 +9,7 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Markers of calls that some templates mention only in their instructions (Granite 3, Phi-4).
+#: Texts before and after a call. They are needed for templates that mention them only in instructions (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -104,7 +104,7 @@ def _json_call(chat: ChatFormat, value: Any, call: dict[str, Any], before: str, 
 
 
 def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
-    """Return the markers in a tokenizer's `response_template`, if they are literal; ("", "") if it declares none."""
+    """Return the markers of a field in a tokenizer's `response_template`; ("", "") if it has no literal markers."""
     declared = getattr(tokenizer, "response_template", None)
     spec = declared.get("fields", {}).get(field, {}) if isinstance(declared, dict) else {}
     opening, closing = spec.get("open"), spec.get("close", "")
@@ -112,7 +112,7 @@ def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
 
 
 def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
-    """Return the markers of calls that the template mentions, or that are tokens; {} if the template has no tools."""
+    """Return the markers of calls that are in the template or in the vocabulary; {} if the template has no tools."""
     known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
     for opening, closing in _CALL_MARKERS if "tools" in template else ():
         if all(not marker or marker in template or marker in known for marker in (opening, closing)):

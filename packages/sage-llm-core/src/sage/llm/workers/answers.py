@@ -20,7 +20,7 @@ class Answer:
     ) -> None:  # fmt: skip
         """limit: maximum number of tokens of the answer; put: receives the pieces.
 
-        continues: the answer continues the text of the prompt, as in a completion.
+        continues: whether the answer continues the text of the prompt, as in a completion.
         """
         self.prompt, self.chooser = prompt, chooser
         self.tokens: list[int] = []  #: tokens of the answer
@@ -44,7 +44,7 @@ class Answer:
         self._before: Tensor | None = None  #: logits for the next token of the prompt
 
     def begin(self) -> None:
-        """Put the pieces that need no forward pass: an echoed prompt without scores, or the end of an empty answer."""
+        """Deliver the pieces that need no forward pass: an echoed prompt without scores, or the end of an empty answer."""
         if self._sampling.echo and not self.scores_prompt:
             self._echo("".join(map(self._echo_decoder.push, self.prompt)))
         if not self.limit and not self.scores_prompt:
@@ -80,7 +80,7 @@ class Answer:
         self._decoder.characters = self._characters = len(text)
 
     def _end(self, reason: str) -> None:
-        """Put the last piece, with the remaining text and the finish reason."""
+        """Deliver the last piece, with the remaining text and the finish reason."""
         self.has_ended = True
         rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
         is_cut = self._stops.is_met

@@ -69,7 +69,7 @@ class Batch(JobThread):
         self._arrivals.put(_Request(job, deque(answers), adapter))
 
     async def between_passes(self, function: Callable[[], None]) -> None:
-        """Call a function between two passes, and wait for it. Raises SageError if it fails."""
+        """Call a function between two passes, and wait for its end. Raises SageError if the function fails."""
         job: Job[None] = Job()
         self._track(job)
 
@@ -124,7 +124,7 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Give each free slot to the oldest of the requests with the fewest answers in progress."""
+        """Give each free slot to the request with the fewest answers in progress; of equal requests, to the oldest."""
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
             request.in_progress += 1
@@ -140,7 +140,7 @@ class Batch(JobThread):
                 if count > room:
                     continue
                 room -= count
-                self._rows.remove(row)  # the next pass starts with another prompt
+                self._rows.remove(row)  # move the row to the end, so that the next pass starts with another prompt
                 self._rows.append(row)
             if row.cache is None:
                 row.cache = self._runner.new_cache(len(row.answer.prompt) + row.answer.limit)
@@ -159,7 +159,7 @@ class Batch(JobThread):
             logits = self._runner.run(parts, check)
         except Abandoned:
             return
-        except BaseException as error:  # noqa: BLE001 # the thread must continue: clients wait for results
+        except BaseException as error:  # noqa: BLE001 # the thread must continue, because clients wait for answers
             if len(rows) == 1:
                 rows[0].request.job.fail(error, "Generation")
                 return
@@ -173,7 +173,7 @@ class Batch(JobThread):
         """Give each answer its logits, and choose the next token of each answer whose prompt is processed."""
         try:
             best = torch.stack([own[-1] for own in logits]).argmax(-1).tolist()
-        except BaseException as error:  # noqa: BLE001 # the pass cannot be repeated: the caches have changed
+        except BaseException as error:  # noqa: BLE001 # the pass cannot be repeated, because the caches have changed
             for row in rows:
                 row.request.job.fail(error, "Generation")
             return
@@ -196,5 +196,5 @@ class Batch(JobThread):
 def _attempt(request: _Request, work: Callable[[], None]) -> None:
     try:
         work()
-    except BaseException as error:  # noqa: BLE001 # must not end the thread
+    except BaseException as error:  # noqa: BLE001 # an error in one request must not end the thread
         request.job.fail(error, "Generation")

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from sage.common.errors import ConfigError
 
 MAX_NESTING = 100
-#: A JSON escape of a surrogate, which may be a lone surrogate.
+#: A JSON escape of a surrogate. A surrogate is half a character; it is not valid Unicode without the other half.
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -56,7 +56,7 @@ class JsonRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads its body with JsonRequest, and accepts application/json only.
 
-    With other content types, a web page of another site could send requests to loopback without a CORS preflight.
+    Other content types are rejected, because a web page of another site can send them to loopback without a CORS preflight.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]

@@ -8,9 +8,9 @@ from torch import Tensor
 from sage.llm.workers.penalties import Adjustment, adjustments
 from sage.llm.workers.sampling import Sampling
 
-#: A temperature below this value means greedy decoding, because the division of logits by it could overflow.
+#: If the temperature is below this value, decoding is greedy, because logits divided by the temperature could overflow.
 _GREEDY_BELOW = 1e-5
-#: Number of most likely tokens in which the top_p nucleus is searched first. Sorting all tokens would take milliseconds.
+#: The top_p nucleus is first searched among this number of most likely tokens. Sorting all tokens would take milliseconds.
 _NUCLEUS_TOKENS = 256
 
 
@@ -28,7 +28,7 @@ class Chooser:
         self._top_k: int = value("top_k", 0)
         self._top_p: float = value("top_p", 1.0)
         self._min_p: float = value("min_p", 0.0)
-        #: Adjustments of the logits. More may be added before the first token, for example to enforce a grammar.
+        #: Functions that adjust the logits. More functions may be added before the first token, for example for a grammar.
         self.adjustments: list[Adjustment] = adjustments(sampling, prompt, value("repetition_penalty", 1.0))
         self._is_greedy = self._temperature < _GREEDY_BELOW
         self._random = torch.Generator()
@@ -67,7 +67,7 @@ class Chooser:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return probabilities and indices of the most likely tokens, best first, up to a total of top_p; at least one."""
+    """Return the probabilities and indices of the fewest tokens whose total probability reaches `top_p`, best first."""
     count = _NUCLEUS_TOKENS
     while True:
         best, tokens = probabilities.topk(min(count, len(probabilities)))

@@ -15,10 +15,11 @@ from sage.llm.workers import server
 from sage.llm.workers.requests import EmbeddingRequest
 
 logger = logging.getLogger(__name__)
-#: Upper limit of characters per token, far above real texts. Longer inputs are rejected without tokenization.
+#: Maximum number of characters per token, far more than in real texts. Longer inputs are rejected without tokenization.
 _MAX_CHARACTERS_PER_TOKEN = 100
+#: Text that is embedded to check a model.
 _PROBE = "Which engine answers?"
-#: Largest difference between the vectors of the same text in two batches, caused by rounding.
+#: Largest difference that rounding can cause between the vectors of the same text in two batches.
 _TOLERANCE = 1e-3
 
 
@@ -38,19 +39,19 @@ class Embedder:
         self._model = _load(folder)
         self._tokenizer: Any = self._model.tokenizer
         limit = self._model.max_seq_length
-        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # inf for static vectors
+        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # inf for static word vectors
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
         try:
             expected = self._embed([_PROBE])
         except Exception as error:  # modules raise all kinds of exceptions
             if is_out_of_memory(error):
                 raise
-            raise _unusable(folder, f"does not embed a text: {first_line(error)}") from error
+            raise _unusable(folder, f"cannot embed a text: {first_line(error)}") from error
         self.dimensions = expected.shape[1]
         self._takes_tokens = callable(self._tokenizer) and self._embeds_tokens_as(expected)
 
     def read(self, request: EmbeddingRequest) -> list[Input]:
-        """Return the inputs of a request, tokenized. Raises ConfigError if one is empty, too long, or has unknown tokens."""
+        """Return the checked inputs of a request. Raises ConfigError if one is empty, too long, or has unknown tokens."""
         if request.dimensions and request.dimensions > self.dimensions:
             raise _invalid(f"dimensions is {request.dimensions}; this model's vectors have {self.dimensions}.", "dimensions")
         return [self._read(f"input {index}", given) for index, given in enumerate(request.input)]
@@ -66,7 +67,7 @@ class Embedder:
             if not self._takes_tokens:
                 raise _invalid(f"{place}: this model takes text, not token ids.", "input")
             if max(given) >= (known := self._vocabulary_size()):
-                raise _invalid(f"{place}: token {max(given)} does not exist, the model has {known}.", "input")
+                raise _invalid(f"{place}: token {max(given)} does not exist; the model has {known} tokens.", "input")
             read = Input(given, len(given))
         elif self._max_tokens and len(given) > self._max_tokens * _MAX_CHARACTERS_PER_TOKEN:
             raise self._too_long(f"{place} has {len(given)} characters")
@@ -95,7 +96,7 @@ class Embedder:
             features = self._model.preprocess(inputs, prompt=self._prompt or None)
         else:
             rows = [torch.tensor(ids) for ids in inputs]
-            features = {  # padding with the tokenizer would change its state, and another thread uses the tokenizer
+            features = {  # pad here, because the tokenizer's padding changes its state while another thread uses it
                 "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }
@@ -106,17 +107,20 @@ class Embedder:
         return vectors.float().cpu()
 
     def _embeds_tokens_as(self, expected: Tensor) -> bool:
-        """Return whether token ids give the same vector as their text; False for a model that uses a chat template."""
+        """Return whether the token ids of the test text give the vector `expected` of the text itself.
+
+        The vectors differ if the model adds a chat template to texts.
+        """
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
-        except Exception as error:  # in this case, the model must tokenize the texts
+        except Exception as error:  # the model accepts only texts
             if is_out_of_memory(error):
                 raise
             return False
 
     def _too_long(self, what: str) -> ConfigError:
-        message = f"{what}; this model takes {self._max_tokens} tokens."
-        return ConfigError(code="context_length_exceeded", message=message, hint="Split it.", param="input")
+        message = f"{what}; this model takes at most {self._max_tokens} tokens."
+        return ConfigError(code="context_length_exceeded", message=message, hint="Split the input.", param="input")
 
 
 def _load(folder: Path) -> Any:
@@ -130,11 +134,11 @@ def _load(folder: Path) -> Any:
     except Exception as error:  # broken folders raise all kinds of exceptions
         if is_out_of_memory(error):
             raise
-        raise _unusable(folder, f"does not load as an embedding model: {first_line(error)}") from error
+        raise _unusable(folder, f"cannot be loaded as an embedding model: {first_line(error)}") from error
     if not (folder / "modules.json").is_file():
         pooling = model[-1].pooling_mode if len(model) > 1 else "its own"
         logger.warning(
-            "%s is not a folder of sentence-transformers: %s pooling is used, which may not be what it was trained for.",
+            "%s has no settings of sentence-transformers, so %s pooling is used; the model may need another pooling.",
             folder, pooling,
         )  # fmt: skip
     return model

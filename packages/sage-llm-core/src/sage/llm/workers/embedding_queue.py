@@ -31,10 +31,10 @@ class Request:
 
 
 class Entry(NamedTuple, Generic[T]):
-    """A waiting input. The entries of a length class are served in ascending order."""
+    """A waiting input. The entries of a length class are served in ascending order of `turn` and `order`."""
 
-    turn: float
-    order: int
+    turn: float  #: virtual time at which the input would be complete
+    order: int  #: order of arrival, for inputs with the same turn
     tokens: int
     request: Request
     position: int  #: position among the inputs of the request
@@ -45,17 +45,16 @@ class FairQueue(Generic[T]):
     """Inputs of several requests, in classes of similar length (up to 16 tokens, up to 32, up to 64, ...).
 
     A batch is taken from one class, so that less than half of the batch is padding. The class is chosen by weighted fair
-    queueing (Demers, Keshav and Shenker 1989). This method assumes that all requests are computed at the same time with
-    equal shares, the shortest input of a request first. Inputs are served in the order in which they would then be
-    complete. Therefore a short request waits for about one batch, even if other requests have many inputs. A long
+    queueing (Demers, Keshav and Shenker 1989). This method simulates that all requests are computed at the same time with
+    equal shares, the shortest input of a request first. Inputs are served in the order in which they are complete in the
+    simulation. Therefore a short request waits for about one batch, even if other requests have many inputs. A long
     request also gets its share.
-
     """
 
     def __init__(self, max_tokens: int) -> None:
         """max_tokens: maximum number of tokens in a batch, with padding; a longer input is computed alone."""
         self._max_tokens = max_tokens
-        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: heap by padded length
+        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: by padded length: a heap of waiting inputs
         self._waiting: Counter[Request] = Counter()
         self._served, self._order = 0.0, count()  #: virtual time of fair queueing, in tokens
 
@@ -98,7 +97,10 @@ class Batcher(JobThread, Generic[T]):
         super().__init__("Embedding")
 
     def submit(self, inputs: Sequence[T], lengths: Sequence[int]) -> Job[list[Any]]:
-        """Queue a request; the returned job delivers the list of vectors in the order of the inputs. Raises like `check`."""
+        """Queue a request; the returned job delivers the list of vectors in the order of the inputs.
+
+        Raises SageError if the thread has ended or was closed.
+        """
         request = Request(Job(), len(inputs))
         self._track(request.job)
         with self._changed:
@@ -117,7 +119,7 @@ class Batcher(JobThread, Generic[T]):
         """Compute a batch. If the batch fails, compute each input alone, so that only requests with a failing input fail."""
         try:
             computed = list(zip(batch, self._embed([entry.given for entry in batch]), strict=True))
-        except BaseException as error:  # noqa: BLE001 # the thread must continue: clients wait for results
+        except BaseException as error:  # noqa: BLE001 # the thread must continue, because clients wait for results
             if len(batch) == 1:
                 batch[0].request.job.fail(error, "Embedding")
                 return

@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """If the block raises a SageError, exit with code 1, and print the error as the last line of the log.
+    """If the block raises a SageError, print the error as the last line of the log, and exit with code 1.
 
-    The control plane reports this line.
+    The control plane shows this line to users.
     """
     try:
         yield
@@ -28,7 +28,7 @@ def exit_on_error() -> Iterator[None]:
 def internal_error(error: BaseException, doing: str) -> SageError:
     """Return the error for the client, and log the traceback.
 
-    The error and the log do not contain the exception's message, because libraries quote their input in messages.
+    The error and the log do not contain the exception's message, because it may quote text from the request.
     """
     if isinstance(error, SageError):
         return error

@@ -28,8 +28,8 @@ def _inputs(value: Any) -> Any:
         if all(isinstance(part, str) for part in value) or all(map(_are_ids, value)):
             return value
     if value in ([], [[]]):
-        raise ValueError(f"is empty; it must be text, token ids, or a list of 1 to {MAX_INPUTS} of either")
-    raise ValueError(f"must be text, token ids, or a list of 1 to {MAX_INPUTS} of either")
+        raise ValueError(f"is empty; it must be text, token ids, or a list of 1 to {MAX_INPUTS} texts or lists of token ids")
+    raise ValueError(f"must be text, token ids, or a list of 1 to {MAX_INPUTS} texts or lists of token ids")
 
 
 def _are_ids(value: Any) -> bool:
@@ -101,6 +101,6 @@ class Body(BaseModel):
     def _null_is_absent(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if len(values) > _MAX_FIELDS:  # because each unknown field causes an error
+        if len(values) > _MAX_FIELDS:  # because pydantic builds an error for each unknown field
             raise ValueError(f"must have at most {_MAX_FIELDS} fields")
         return {name: value for name, value in values.items() if value is not None}

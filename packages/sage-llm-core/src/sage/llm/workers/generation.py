@@ -114,7 +114,7 @@ class Engine:
         try:
             if not request.stream:
                 return shape.whole(sorted([piece async for piece in job], key=lambda piece: piece.index))
-            first = await anext(job)  # report early errors as an HTTP status, not inside the stream
+            first = await anext(job)  # an error before the first piece is reported by the HTTP status
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return EventStream(_events(first, job, shape, with_usage=with_usage), job)
         except BaseException:
@@ -157,7 +157,7 @@ def build(
 
 
 def _read_chat(request: ChatRequest, shape: ChatShape, voice: Voice) -> Task:
-    """Return the prompt and grammar of a chat, and set the reader of `shape`.
+    """Return the prompt and grammar of a chat, and set the function that creates the answer readers of `shape`.
 
     Raises ConfigError if the model cannot satisfy the request.
     """
@@ -180,7 +180,7 @@ def _chat_prompt(voice: Voice, request: ChatRequest) -> list[int]:
     without_tools = rendered(lambda: voice.chat_prompt(messages, None)) if tools else []
     if prompt == without_tools:
         message = "tools: the model's chat template does not support tools."
-        raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param="tools")
+        raise ConfigError(code="unsupported_value", message=message, hint="Remove 'tools'.", param="tools")
     return prompt
 
 
@@ -224,9 +224,9 @@ def _characters(value: Any) -> int:
 if __name__ == "__main__":
     options = server.parser()
     options.add_argument("--dtype", default="auto")
-    options.add_argument("--max-tokens", type=int, default=1024, help="Maximum tokens of an answer if a request sets none.")
+    options.add_argument("--max-tokens", type=int, default=1024, help="Default of max_tokens in requests.")
     options.add_argument("--slots", type=int, default=16, help="Maximum number of answers in progress at the same time.")
-    options.add_argument("--context-tokens", type=int, help="Context length in tokens, if shorter than the model's.")
+    options.add_argument("--context-tokens", type=int, help="Context length in tokens. Default: the model's limit.")
     options.add_argument("--served-name", help="The model's name in requests. Default: any name is accepted.")
     given = options.parse_args()
     build_it = partial(

@@ -23,7 +23,7 @@ class Generator:
     """A base model, or a base with an adapter merged into it."""
 
     def __init__(self, name: str, dtype: str, context_tokens: int | None = None) -> None:
-        """Load the model. context_tokens: context length; None: the model's context length. Raises ModelError."""
+        """Load the model. context_tokens: maximum context length; None: the model's own limit. Raises ModelError."""
         source, base_folder = load_source(name)
         default = "bf16" if torch.cuda.is_available() else "fp32"
         model = load_causal_lm(base_folder, _DTYPES[default if dtype == "auto" else dtype])
@@ -42,7 +42,7 @@ class Generator:
         return isinstance(self.runner, PackedRunner)
 
     def voice_of(self, folder: Any) -> Voice:
-        """Return the tokenizer in a folder, for use with this model. Raises ModelError."""
+        """Return the Voice of the tokenizer in a folder, for use with this model. Raises ModelError."""
         embeddings = self.model.get_input_embeddings().num_embeddings
         return Voice(folder, self.model.generation_config, self.context_tokens, embeddings)
 

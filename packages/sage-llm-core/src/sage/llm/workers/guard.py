@@ -21,8 +21,9 @@ def error_response(error: SageError, status: int | None = None) -> JSONResponse:
 class Guard:
     """Rejects requests that a web page of another site may have sent, and turns unexpected exceptions into responses.
 
-    The servers need no key, because they listen only on loopback. But a web page in the user's browser can also reach
-    loopback. Its requests have the `Origin` of the page, or a host name that resolves to 127.0.0.1 (DNS rebinding).
+    The servers need no key, because they listen only on loopback. But a web page in the user's browser can send requests to
+    loopback, too. Such requests have an `Origin` header with the page's site, or a `Host` header with a host name of another
+    site that resolves to 127.0.0.1 (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp) -> None:

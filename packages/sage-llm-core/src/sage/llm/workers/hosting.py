@@ -81,7 +81,7 @@ class Hosting:
         self._loading = asyncio.Lock()
 
     def find(self, name: str) -> Hosted:
-        """Return the model with a name. Raises NotFound."""
+        """Return the loaded model with this name. Raises NotFound."""
         if found := self._adapters.get(name):
             return found
         if self._served_name in (None, name):
@@ -130,7 +130,7 @@ class Hosting:
     def _runner(self) -> PackedRunner:
         runner = self._generator.runner
         if not isinstance(runner, PackedRunner):
-            raise _not_hot("the base answers one request at a time")
+            raise _not_hot("the base model answers only one request at a time")
         return runner
 
     def _read(self, folder: Path) -> tuple[Hosted, Adapter]:
@@ -146,7 +146,7 @@ class Hosting:
         return Hosted(folder, self._voice(folder), adapter), adapter
 
     def _voice(self, folder: Path) -> Voice:
-        """Return the tokenizer in an adapter's folder; if the folder has no tokenizer, return the base model's."""
+        """Return the Voice of an adapter, or the base model's Voice if the adapter's folder has no tokenizer."""
         if not (folder / "tokenizer.json").is_file():
             return self._generator.voice
         digest = hashlib.sha256()
@@ -184,6 +184,6 @@ def _not_hot(reason: str) -> ConfigError:
     return ConfigError(
         code="adapter_not_hot",
         message=f"The adapter cannot be loaded into a running server: {reason}.",
-        hint="Start its engine with `--dedicated`: it is merged into a copy of its base.",
+        hint="Start the engine with `--dedicated`; the adapter is then merged into a copy of its base model.",
         param="lora_path",
     )

@@ -21,11 +21,14 @@ class ClientGone(Exception):
 
 
 class Job(Generic[T]):
-    """The work of one request. A worker thread delivers pieces to the event loop; every exception ends the job."""
+    """The work of one request.
+
+    A worker thread computes pieces of the result and delivers them to the event loop. An exception ends the job.
+    """
 
     def __init__(self, on_finish: Callable[[], None] = lambda: None) -> None:
         """on_finish: called in the event loop when the work has ended, even if the job was cancelled."""
-        #: Set when the job is cancelled; the worker thread must check this often.
+        #: Set when the job is cancelled. The worker thread must check this event often.
         self.gone = threading.Event()
         self._on_finish = on_finish
         self._loop = asyncio.get_running_loop()
@@ -36,28 +39,28 @@ class Job(Generic[T]):
         self._call(self._arrived.put_nowait, piece)
 
     def finish(self, ending: SageError | None) -> None:
-        """Deliver the end of the answer, or an error. Called when the work has ended."""
+        """Tell the event loop that the work has ended; ending: the error that ended the work, or None."""
         self._call(self._finish, ending)
 
     def _finish(self, ending: SageError | None) -> None:
         self._on_finish()
-        self._on_finish = lambda: None  # when a JobThread ends, it finishes some jobs again
+        self._on_finish = lambda: None  # a JobThread that ends may finish a job a second time
         self._arrived.put_nowait(ending)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # if the event loop is closed, the process is ending
+        with contextlib.suppress(RuntimeError):  # the event loop is closed only when the process ends
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job; if `reason` is given, the consumer of the pieces receives it as an exception."""
-        if reason:  # before `gone` is set: otherwise the consumer could receive the end of the answer first
+        if reason:  # put the error before `gone` is set: the worker may put the end of the answer after `gone`
             self.put(reason)
         self.gone.set()
 
     def fail(self, error: BaseException, doing: str) -> None:
         """Cancel the job because of an unexpected exception; the consumer receives a SageError."""
         reason: SageError = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
-        with contextlib.suppress(Exception):  # there may be no memory to build the error
+        with contextlib.suppress(Exception):  # building this error can fail if no memory is free
             reason = internal_error(error, doing)
         self.abandon(reason)
 
@@ -90,7 +93,7 @@ class Lane:
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function and return its result. If the caller is cancelled before the start, it is not called."""
+        """Queue a function, and return its result. If the caller is cancelled before, the function is not called."""
 
         def work(job: Job[T]) -> None:
             job.put(function())
@@ -112,7 +115,7 @@ class Lane:
             return
         try:
             work(job)
-        except BaseException as error:  # noqa: BLE001 # a client waits for the result
+        except BaseException as error:  # noqa: BLE001 # the client must receive an error
             job.fail(error, self._name)
         job.finish(None)
 
@@ -124,8 +127,8 @@ class JobThread:
         """Start the thread."""
         self._name = name
         self._jobs: WeakSet[Job[Any]] = WeakSet()
-        self._lock = threading.RLock()  # reentrant, because a signal handler calls `close`
-        self._ending: Callable[[], SageError] | None = None  #: returns the error for new jobs; None: the thread runs
+        self._lock = threading.RLock()  # reentrant, because a signal handler may call `close` at any time
+        self._ending: Callable[[], SageError] | None = None  #: returns the error for new jobs; None: new jobs are accepted
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def check(self) -> None:
@@ -144,13 +147,13 @@ class JobThread:
             self._jobs.add(job)
 
     def _work(self) -> None:
-        """Process jobs until `close`. Implementations must handle exceptions of a single job."""
+        """Process jobs until `close`. Implementations must catch an exception in one job, so that other jobs continue."""
         raise NotImplementedError
 
     def _run(self) -> None:
         try:
             self._work()
-        except BaseException as error:  # noqa: BLE001 # clients wait for the results
+        except BaseException as error:  # noqa: BLE001 # the clients must receive an error
             for job in self._end(_thread_ended):
                 job.finish(None)
             internal_error(error, self._name)
@@ -171,8 +174,8 @@ def engine_stopping() -> SageError:
 
 
 def _thread_ended() -> SageError:
-    message = "The engine cannot answer any more: the thread of its model has ended after an internal error."
-    return SageError(code="internal_error", message=message, hint="Restart the engine. Its log has the traceback.")
+    message = "The engine can no longer answer, because the thread that runs its model has ended after an internal error."
+    return SageError(code="internal_error", message=message, hint="Restart the engine. The engine's log has the traceback.")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -17,17 +17,17 @@ from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.resolve import ModelKind, resolve_model
 from sage.llm.workers.failures import exit_on_error
 
-#: Maximum context length in tokens if the user sets none. Also the context length of models whose files do not contain it.
+#: Maximum context length in tokens, if the user sets no limit. It is also used if a model's files contain no context length.
 _CONTEXT_TOKENS = 8192
 #: Cache size of each slot in tokens, if the user sets no cache size.
 _SLOT_TOKENS = 512
-#: Sampling settings: llama.cpp's name, and the default in OpenAI's API.
+#: Sampling parameters by OpenAI's name: llama.cpp's name, and the default value.
 _SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("top_k", 0), "min_p": ("min_p", 0.0),
              "repetition_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
 
 
 def server_options(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `llamacpp_server`; creates the GGUF file if it does not exist. Raises SageError."""
+    """Return the options of `llamacpp_server`, after creating the GGUF file if it does not exist. Raises SageError."""
     source = resolve_model(given.model)
     if source.kind is ModelKind.GGUF and given.precision is None:
         file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()
@@ -50,12 +50,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--served-name", required=True, help="The model's name in requests.")
-    parser.add_argument("--interpreter", type=Path, required=True, help="Python of llama.cpp's environment.")
+    parser.add_argument("--interpreter", type=Path, required=True, help="Python interpreter of llama.cpp's environment.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument(
-        "--fd", type=int, required=True, help="Inherited socket that reserves the port until the server listens."
+        "--fd", type=int, required=True, help="File descriptor of a socket that reserves the port until the server listens."
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="Default: the GGUF file's, or f32 for other models.")
+    parser.add_argument("--precision", choices=PRECISIONS, help="Default: the precision of a GGUF file, else f32.")
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--context-tokens", type=int)
     parser.add_argument("--cache-tokens", type=int)

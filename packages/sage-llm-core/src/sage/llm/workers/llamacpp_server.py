@@ -1,4 +1,4 @@
-"""Serve a GGUF file with llama.cpp's HTTP server. Runs in llama.cpp's environment, so it cannot import SAGE."""
+"""Serve a GGUF file with llama.cpp's HTTP server. This script runs in llama.cpp's environment, without SAGE's packages."""
 
 import json
 import os
@@ -12,10 +12,10 @@ _F32, _BF16 = xllamacpp.ggml_type.GGML_TYPE_F32, xllamacpp.ggml_type.GGML_TYPE_B
 
 
 def parameters(given: dict[str, Any]) -> Any:
-    """Return llama.cpp's parameters.
+    """Return the parameters of llama.cpp's server.
 
-    given: model (path), name, port, context_tokens, cache_tokens, slots, threads, max_tokens, is_exact, and sampling
-    (default sampling parameters for requests).
+    given: the options that `server_options` in llamacpp.py returns. If `is_exact` is set, keys and values are stored in
+    fp32. `sampling` has the defaults for the sampling parameters of requests.
     """
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
@@ -35,7 +35,7 @@ def parameters(given: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Serve until SIGTERM; then answers in progress end immediately."""
+    """Serve until SIGTERM or SIGINT, then exit immediately, even if answers are in progress."""
     given = json.loads(sys.argv[1])
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     os.close(given["descriptor"])  # the launcher's socket, which reserved the port until now

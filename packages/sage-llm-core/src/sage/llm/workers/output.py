@@ -12,10 +12,10 @@ from typing import Any
 from sage.common.errors import ConfigError
 from sage.llm.workers.answer_format import AnswerFormat
 
-#: Allows only the whitespace that chat templates write. If more were allowed, a weak model could write spaces up to the
-#: token limit.
+#: Options for JSON in grammars: allow only the whitespace that chat templates write. If more whitespace were allowed, a weak
+#: model could write spaces until the token limit.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-#: Allowed number of calls after the first call. Without this limit, a weak model could repeat a call up to the token limit.
+#: Allowed number of calls after the first call. Without this limit, a weak model could repeat a call until the token limit.
 _MORE_CALLS = "{0,15}"
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -36,9 +36,9 @@ class Output:
     def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
         """Return the grammar of the answer; None if every text is allowed.
 
-        special: the tokenizer's special tokens; is_reasoning: the prompt ends inside the reasoning. The grammar does not
-        restrict the reasoning.
-        Raises ConfigError if there is no grammar for the model's notation of calls.
+        special: ids of the tokenizer's special tokens, by text.
+        is_reasoning: whether the prompt ends inside the reasoning. The grammar does not restrict the reasoning.
+        Raises ConfigError if the format in which the model writes calls cannot be enforced.
         """
         is_strict = any(function.get("strict") for function in self.functions)
         if self.schema is None and not (self.must_call or is_strict or (self.functions and not self.may_call_several)):
@@ -66,7 +66,7 @@ class Output:
         if answer_format.calls == "other":
             raise ConfigError(
                 code="unsupported_value",
-                message="tools: this model writes calls in a notation that cannot be enforced.",
+                message="tools: the format in which this model writes calls cannot be enforced.",
                 hint="Omit 'strict', 'parallel_tool_calls' and 'tool_choice'.",
                 param="tools",
             )
@@ -97,21 +97,21 @@ def _literal(text: str) -> str:
 
 
 def _marker(text: str, special: Mapping[str, int]) -> str:
-    """Return the part of a grammar that matches a marker: special tokens and literal text."""
+    """Return a grammar expression that matches a marker, which may contain special tokens and other text."""
     names = sorted((name for name in special if name in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     return " ".join(f"<[{special[part]}]>" if part in special else _literal(part) for part in parts if part)
 
 
 def _rule_until(name: str, marker: str, special: Mapping[str, int]) -> str:
-    """Return a grammar rule that matches any text up to a marker, and the marker."""
+    """Return a grammar rule that matches any text up to a marker, including the marker."""
     if marker in special:
         return f"{name}: /(?s:.*)/ <[{special[marker]}]>"
     return f"{name}[lazy]: /(?s:.*){_pattern(marker)}/"
 
 
 def _text_without(marker: str | None) -> str:
-    """Return a grammar expression that matches any text without a call."""
+    """Return a grammar expression that matches any text without a call; marker: text that begins a call, if any."""
     return f"/(?s:.*)/ & ~/(?s:.*){_pattern(marker)}(?s:.*)/" if marker else r"/([^\s{\[](?s:.*))?/"
 
 

@@ -18,11 +18,12 @@ from sage.llm.workers.adapters import Adapter, Adapters
 
 #: Name of this attention function in transformers; training uses another name for its attention function.
 ATTENTION = "sage_serving_packed"
+#: Capacity of a new cache, in tokens.
 _FIRST_ROOM_TOKENS = 256
-#: Maximum number of prompt tokens in a pass. It is small on a CPU, because the other answers wait for the pass.
+#: Maximum number of prompt tokens in a pass. It is small on a CPU, where a large pass would delay all answers.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
-#: Length of the prompt for the test of a new adapter; long enough that different experts receive tokens.
+#: Length of the prompt that tests a new adapter. It is long enough to use several experts in a mixture of experts.
 _PROBE_TOKENS = 16
 
 
@@ -31,7 +32,7 @@ class Abandoned(Exception):
 
 
 class KeyValueCache:
-    """Keys and values of one answer, for all layers. The capacity doubles when it is full."""
+    """Keys and values of one answer, for all layers. The capacity doubles when the cache is full."""
 
     def __init__(self, layers: int, limit_tokens: int) -> None:
         self._layers, self._limit = layers, limit_tokens
@@ -49,7 +50,7 @@ class KeyValueCache:
         room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
         self.keys = self._grown(self.keys, key, room)
         self.values = self._grown(self.values, value, room)
-        self._room = room  # set last, because the allocation of the values may fail
+        self._room = room  # set last, because the allocation above may fail
 
     def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
         new = like.new_empty(self._layers, like.shape[0], room, like.shape[2])
@@ -116,7 +117,7 @@ class _Pass:
         heads, tokens, _ = query.shape
         kv_heads, length, _ = keys.shape
         grouped = query.unflatten(0, (kv_heads, heads // kv_heads))  # (kv_heads, group, tokens, head_dim)
-        if tokens == 1:  # compute the queries of a group like several tokens with the same keys
+        if tokens == 1:  # the queries of a group have the same keys, so compute them like several tokens
             if window and window < length:
                 keys, values = keys[:, -window:], values[:, -window:]
             output = scaled_dot_product_attention(grouped[None, :, :, 0], keys[None], values[None], scale=scaling)
@@ -150,7 +151,7 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Compute attention; this function has the interface of transformers."""
     if packed is None or options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise NotImplementedError("this kind of attention is not packed")
+        raise NotImplementedError("packed passes do not support this kind of attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return packed.attend(module.layer_idx, query, key, value, scale, sliding_window), None
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from sage.llm.workers.sampling import Sampling
 
-#: A function that receives the answer's tokens and the logits, (vocab_size,), and returns logits. It may change its input.
+#: A function that receives the answer's tokens and the logits, (vocab_size,), and returns the adjusted logits. It may change
+#: the given logits in place.
 Adjustment = Callable[[list[int], Tensor], Tensor]
 
 
 class RepetitionPenalty:
-    """Penalizes tokens of prompt and answer as in CTRL: divides positive logits by a factor, and multiplies others."""
+    """Penalizes tokens in prompt and answer, as in CTRL: divides positive logits by a factor, multiplies other logits."""
 
     def __init__(self, prompt: Iterable[int], factor: float) -> None:
         self._seen, self._factor = set(prompt), factor
@@ -28,7 +29,7 @@ class RepetitionPenalty:
 
 
 class OccurrencePenalty:
-    """Lowers the logits of tokens in the answer: the frequency penalty per occurrence, the presence penalty once."""
+    """Subtracts from the logit of each token in the answer: `frequency` per occurrence, and `presence` once."""
 
     def __init__(self, frequency: float, presence: float) -> None:
         self._counts = Counter[int]()

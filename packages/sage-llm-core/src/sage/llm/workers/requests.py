@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API. Each field is supported, allowed only with a value that has no effect, or rejected."""
+"""Requests of OpenAI's API. Unknown fields are rejected. Some fields may only have a value that has no effect."""
 
 from typing import Annotated, Any, Literal
 
@@ -46,9 +46,9 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """Return the JSON schema of the answer; None: plain text. Raises ConfigError if fields contradict each other."""
+        """Return the JSON schema of the answer; None: any text. Raises ConfigError if fields contradict each other."""
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise _refusal("response_format", "'json_schema' is required with type 'json_schema', and only allowed with it.")
+            raise _refusal("response_format", "'json_schema' is required if 'type' is 'json_schema', else not allowed.")
         if self.json_schema:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
@@ -96,7 +96,7 @@ class GenerationRequest(Body):
 
 
 class TextPart(Body):
-    """A part of a message; this engine reads text only."""
+    """A part of a message. Only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -216,7 +216,7 @@ class CompletionRequest(GenerationRequest):
             raise _refusal("best_of", "is supported only if it equals n.")
         answers = len(self.prompt) * (self.n or 1)
         if answers > MAX_INPUTS:
-            raise _refusal("n", f"n times the number of prompts is {answers}; at most {MAX_INPUTS} are allowed.")
+            raise _refusal("n", f"{answers} answers are requested (n for each prompt); at most {MAX_INPUTS} are allowed.")
         given = (self.max_completion_tokens, self.max_tokens, default_max_tokens)
         limit = next(tokens for tokens in given if tokens is not None)
         return self._sampling(limit, self.logprobs, echo=bool(self.echo))

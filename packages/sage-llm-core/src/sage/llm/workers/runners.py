@@ -1,4 +1,4 @@
-"""Choose the runner for a model: packed passes, if they give the same logits as the model's own forward pass."""
+"""Choose the runner for a model. Packed passes are used if they give the same logits as the model's own forward pass."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from sage.llm.workers.packed import ATTENTION, PackedRunner, Part
 from sage.llm.workers.sequential import SequentialRunner
 
 logger = logging.getLogger(__name__)
-#: Largest difference between logits that rounding can cause, relative to the largest logit.
+#: Largest difference that rounding can cause between logits, relative to the largest logit, by data type.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 #: Types of rotary embeddings whose values depend on the longest answer in a pass.
 _SHARED_ROPE = frozenset({"dynamic", "longrope"})
@@ -40,15 +40,15 @@ def runner_for(model: Any) -> Runner:
         if is_out_of_memory(error):
             raise
         model.set_attn_implementation(own)
-        logger.warning("This model answers one request at a time: %s", error)
+        logger.warning("This model answers only one request at a time: %s", error)
         return SequentialRunner(model)
     return PackedRunner(model)
 
 
 def _packed_problem(model: Any) -> str | None:
-    """Set the packed attention; return why its results differ from the model's own results, or None.
+    """Switch the model to packed attention and test it; return why the results are wrong, or None if they are right.
 
-    Unsupported models may also raise an exception.
+    If the model does not support packed attention, any exception may also be raised.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -66,10 +66,10 @@ def _packed_problem(model: Any) -> str | None:
         runner.run([Part(long, prompts[0][:16]), Part(short, prompts[1][:-1])], lambda: None)
         found = runner.run([Part(long, prompts[0][16:]), Part(short, prompts[1][-1:])], lambda: None)
     if runner.windows != _expected_windows(config):
-        return "its sliding windows are not those of its configuration"
+        return "packed attention uses other sliding windows than the model's configuration"
     for own, packed in zip(expected, found, strict=True):
         if float((own - packed[-1]).abs().max()) > _TOLERANCE[model.dtype] * float(own.abs().max()):
-            return "its logits differ from those of the model's own attention"
+            return "packed attention gives other logits than the model's own attention"
     return None
 
 

@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of a request. None: use the value in the model's generation_config.json."""
+    """Sampling parameters of a request.
+
+    If temperature, top_p, top_k, min_p or repetition_penalty is None, the value in the model's
+    generation_config.json is used.
+    """
 
     max_tokens: int
     temperature: float | None = None  #: 0 = greedy decoding
@@ -25,9 +29,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """Log-probability of one token, before temperature and penalties."""
+    """Log-probability of one token, computed without temperature and penalties."""
 
-    token: bytes  #: valid UTF-8 if the token consists of complete characters
+    token: bytes  #: the token's text; the bytes are not valid UTF-8 if the token has only a part of a character
     logprob: float | None  #: natural logarithm; None for the first token of a prompt
     top: tuple[tuple[bytes, float], ...]  #: most likely tokens with log-probabilities, best first
     text_offset: int  #: number of characters in the answer before this token

@@ -13,11 +13,12 @@ from sage.llm.workers.packed import Part
 
 #: Maximum number of prompt tokens in a pass. Long prompts are run in parts, because their logits can take gigabytes.
 _PROMPT_TOKENS = 512
+#: Stands for "no limit".
 _WHOLE = 10**9
 
 
 class _State:
-    """The cache of one answer; `memory` has the model's cache type."""
+    """The cache of one answer; `memory` is the model's own cache object."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -44,7 +45,10 @@ class SequentialRunner:
         return _State()
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Run the only part, and return its logits, (tokens or 1, vocab_size); check: called before every layer."""
+        """Run the only item of `parts`, and return a list with its logits, (tokens or 1, vocab_size).
+
+        check: called before every layer.
+        """
         (part,) = parts
         self._check = check
         state, options = part.cache, dict[str, Any]()

@@ -1,4 +1,4 @@
-"""Common parts of the inference servers: error responses in OpenAI's format, health, start, shutdown."""
+"""Common parts of the inference servers: error responses in OpenAI's format, health check, start and shutdown."""
 
 import argparse
 import os
@@ -26,10 +26,10 @@ from sage.llm.workers.failures import exit_on_error
 from sage.llm.workers.guard import Guard, error_response
 from sage.llm.workers.jobs import ClientGone
 
-#: Time until an idle connection is closed. Clients close idle connections earlier, so that they never write to a connection
-#: which the server has closed.
+#: Seconds until the server closes an idle connection. Clients close idle connections earlier, so that they never send a
+#: request to a connection that the server has closed.
 _KEEP_ALIVE_SECONDS = 75
-#: Maximum time for answers in progress to end when the engine stops.
+#: Maximum seconds to wait for the end of answers in progress when the engine stops.
 _SHUTDOWN_SECONDS = 3
 
 
@@ -49,14 +49,14 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
-_REFUSALS = {400: "wrong request", 403: "not from this machine", 413: "body too large", 415: "not JSON",
-             500: "unexpected error", 503: "out of memory or stopping"}  # fmt: skip
+_REFUSALS = {400: "invalid request", 403: "request from another site or host", 413: "body too large",
+             415: "content type is not JSON", 500: "unexpected error", 503: "out of memory, or stopping"}  # fmt: skip
 ANSWERED: dict[int | str, dict[str, Any]] = {
     status: {"description": description, "model": ErrorAnswer} for status, description in _REFUSALS.items()
 }
 STREAMED: dict[int | str, dict[str, Any]] = {
     **ANSWERED, 404: {"description": "no such model", "model": ErrorAnswer},
-    200: {"description": "the answer, or its chunks", "content": {"text/event-stream": {"schema": {}}}},
+    200: {"description": "the answer, or the chunks of a stream", "content": {"text/event-stream": {"schema": {}}}},
 }  # fmt: skip
 
 
@@ -93,13 +93,16 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
 
     @app.exception_handler(ClientGone)
     async def gone(_: Request, __: ClientGone) -> Response:
-        return Response(status_code=499)  # no client receives it
+        return Response(status_code=499)  # no client receives this response
 
     return app
 
 
 def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
-    """Convert pydantic's errors to one error for the first invalid field; the deepest error is the most precise."""
+    """Return one error for the first invalid field that pydantic reports.
+
+    If pydantic reports several errors of this field, the most deeply nested error is used, because it is the most precise.
+    """
     place = findings[0]["loc"][:2]
     finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
     # The path from pydantic also contains the names of union members, which are not fields.

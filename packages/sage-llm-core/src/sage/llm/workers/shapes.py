@@ -26,7 +26,7 @@ class Shape:
         self.prompt_tokens = 0
 
     def whole(self, pieces: Iterable[Piece]) -> dict[str, Any]:
-        """Return a complete response from all pieces."""
+        """Return the complete response, built from all pieces."""
         choices: dict[int, list[Piece]] = {}
         for piece in pieces:
             choices.setdefault(piece.index, []).append(piece)
@@ -181,9 +181,9 @@ def _tool_call(call: Call) -> dict[str, Any]:
 
 
 def _by_token(score: TokenScore) -> dict[str, float] | None:
-    """Return log-probabilities by text of the token, for the most likely tokens and the generated token, as OpenAI does.
+    """Return the log-probabilities of the most likely tokens and of the generated token, by token text, as OpenAI does.
 
-    If several tokens have the same text, the first log-probability is returned. None for the first token of a prompt.
+    If several tokens have the same text, the first log-probability is used. Returns None for the first token of a prompt.
     """
     if score.logprob is None:
         return None

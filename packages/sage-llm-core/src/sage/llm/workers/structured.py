@@ -44,7 +44,7 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles grammars for a model and caches them. Use an instance in only one thread."""
+    """Compiles grammars for a model and caches the results. Each instance must be used in only one thread."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: list[int]) -> None:
         """vocab_size: number of logits; end_tokens: tokens that end an answer, allowed only at the end of the grammar."""
@@ -54,7 +54,7 @@ class Grammars:
 
     def _compile(self, text: str) -> Grammar:
         """Compile a grammar from `Output.grammar`. Raises ConfigError if a part of the schema is not supported."""
-        import llguidance  # imported here because few servers need it; reading the vocabulary takes up to a second
+        import llguidance  # imported only if a request needs it, because the import takes time
         from llguidance.hf import from_tokenizer
 
         if self._vocabulary is None:
@@ -62,20 +62,20 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0)
         probe = matcher.deep_copy()
         if not matcher.is_error():
-            probe.compute_logit_bias()  # detects endless references
+            probe.compute_logit_bias()  # fails if the schema has endless references
         if probe.is_error():
             raise _unsupported(probe.get_error(), text)
         return Grammar(matcher)
 
 
 def _unsupported(error: str, grammar: str) -> ConfigError:
-    """Return the error for the client. A line of the grammar that begins with `json:` comes from response_format."""
+    """Return the error for the client. Lines of the grammar with `json:` come from response_format, others from tools."""
     lines = grammar.splitlines()
     if found := _ERROR.match(error):
         reason = " ".join(found["reason"].split()).partition(". ")[0]
         lines = [lines[int(found["line"]) - 1]]
     else:
-        reason = "no JSON matches it"
+        reason = "no JSON matches the schema"
     param = "response_format" if any(line.startswith("json:") for line in lines) else "tools"
     message = f"{param}: the JSON schema cannot be enforced: {reason}."
     return ConfigError(code="unsupported_value", message=message, param=param)

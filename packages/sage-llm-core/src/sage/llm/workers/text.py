@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-#: Maximum number of tokens without a complete character. After them, the text is returned with replacement characters.
+#: Maximum number of tokens to wait for a complete character. Then the text is returned with replacement characters.
 _MAX_PENDING_TOKENS = 256
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -14,12 +14,12 @@ class TextDecoder:
     """Decodes tokens one by one. The returned texts together equal the text of all tokens decoded at once.
 
     A token cannot be decoded alone: a character can consist of several byte tokens, and SentencePiece tokenizers remove a
-    space at the beginning of a text. Therefore each token is decoded together with the tokens before it, and the added text
-    is returned. If the added text ends with an incomplete character, it is returned when the character is complete.
+    space at the beginning of a text. Therefore each token is decoded together with the tokens before it, and only the added
+    text is returned. An incomplete character at the end is returned later, when the character is complete.
     """
 
     def __init__(self, tokenizer: Any, context: list[int] | None = None, shown_tokens: frozenset[int] = frozenset()) -> None:
-        """context: tokens before the text, not returned; shown_tokens: special tokens whose text is returned."""
+        """context: tokens before the text; their text is not returned.  shown_tokens: special tokens to return as text."""
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids) - shown_tokens
         self._ids: list[int] = []
@@ -96,7 +96,7 @@ class StopStrings:
 
 
 class TokenBytes:
-    """Returns the bytes of tokens, including a leading space: `Answer` and ` Answer` are different tokens."""
+    """Returns the bytes of tokens. A leading space is included, because `Answer` and ` Answer` are different tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -122,7 +122,7 @@ class TokenBytes:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte for each character in GPT-2's byte-level vocabulary."""
+    """Return a dict with the byte that each character in GPT-2's byte-level vocabulary stands for."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}

@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 
 class TimeLimitExceeded(BaseException):
-    """The code took too long. This is a BaseException, so that `except Exception` in the code does not catch it."""
+    """A function took too long. This is a BaseException, so that `except Exception` in the function does not catch it."""
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """Call `function` and return its result; raise TimeLimitExceeded inside it after `seconds`.
+    """Call `function` and return its result; after `seconds`, raise TimeLimitExceeded inside the function.
 
     The exception is raised between two Python instructions; a call into C code is not interrupted.
     """
@@ -31,5 +31,5 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     finally:
         with turn:
             is_over = True
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # cancel a scheduled exception
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # cancel a scheduled exception that is not yet raised
         timer.cancel()

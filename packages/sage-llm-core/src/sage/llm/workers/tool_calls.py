@@ -1,4 +1,4 @@
-"""Find tool calls and reasoning in an answer, either complete or during generation."""
+"""Find tool calls and reasoning in an answer, while the answer is generated or when it is complete."""
 
 import json
 import re
@@ -127,7 +127,7 @@ class AnswerReader:
         self._step = self._reasoning if is_reasoning else self._beginning if answer_format.think_open else self._content
 
     def push(self, text: str) -> Part:
-        """Add a piece of the answer, and return the text and calls whose kind is now certain."""
+        """Add a piece of the answer, and return what is now certain to be content, reasoning or a call."""
         self._held += text
         while self._step():
             pass
@@ -167,7 +167,7 @@ class AnswerReader:
             self._held = ""
         elif self._format.call_open:
             text, is_call = self._until(self._format.call_open)
-        elif not self._has_content:  # a call is the whole answer
+        elif not self._has_content:  # a call has no marker, so it must be the whole answer
             text, is_call = "", self._held.lstrip()[:1] in ("{", "[")
             if not is_call and (self._held.strip() or self._is_end):
                 text, self._held = self._held, ""

@@ -73,7 +73,7 @@ def main() -> None:
     """Replace this process with the server. On an error, print it as the last line of the log and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--interpreter", required=True, help="Python of vLLM's environment.")
+    parser.add_argument("--interpreter", required=True, help="Python interpreter of vLLM's environment.")
     given, options = parser.parse_known_args()
     configure_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -1,10 +1,11 @@
 """Run vLLM's OpenAI server on an inherited socket: `python vllm_server.py --fd N`, followed by vLLM's options.
 
-This script runs in vLLM's environment, where SAGE is not installed. It changes vLLM's server:
+This script runs in vLLM's environment, where SAGE is not installed. The server differs from vLLM's own server:
 
 - It listens on the launcher's socket, and rejects requests that a web page of another site may have sent.
-- Unknown parameters are rejected with status 400 (vLLM ignores them). Error codes are words, as in OpenAI's API.
-- An adapter is rejected if it has another tokenizer or chat template than the base model.
+- Unknown parameters are rejected with status 400 (vLLM's own server ignores them).
+- Error codes are words, as in OpenAI's API.
+- An adapter is rejected if its tokenizer or chat template differs from the base model's.
 - `/health` returns the token that identifies the server, and the limits of the server.
 """
 
@@ -46,11 +47,12 @@ def _vocabulary(folder: Path) -> Any:
     return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
 
 
+#: Functions that read a part of a model, by the part's name in messages. The part must be equal in an adapter and its base.
 _VOICE: dict[str, Callable[[Path], Any]] = {"chat template": _template, "tokenizer": _vocabulary}
 
 
 class Rules:
-    """Middleware that applies SAGE's rules to requests and errors."""
+    """Middleware that checks requests before vLLM receives them, and replaces the codes of vLLM's errors."""
 
     #: The parameters that vLLM supports, by path of the request.
     known: ClassVar[Mapping[str, Collection[str]]] = {}
@@ -91,13 +93,13 @@ class Rules:
             await _send_error(send, 400, f"The adapter cannot be read: {error!r}.", "invalid_value", "lora_path")
             return
         if name:
-            await _send_error(send, 400, f"The adapter's {name} differs from its base's.", "adapter_not_hot")
+            await _send_error(send, 400, f"The adapter's {name} differs from the base model's.", "adapter_not_hot")
         else:
             await self._app(scope, _Replay(body, receive), _WithCodes(send, is_refusal=True))
 
 
 class _Replay:
-    """A receive function that returns a body which was already read."""
+    """An ASGI receive function that returns a request body which was already read."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
@@ -111,7 +113,7 @@ class _Replay:
 
 
 class _Health:
-    """A send function that adds a body to vLLM's answer to `/health`, which has no body."""
+    """An ASGI send function that replaces vLLM's empty answer to `/health` by a JSON object."""
 
     def __init__(self, send: Send, state: Any) -> None:
         self._send, self._state = send, state
@@ -132,9 +134,10 @@ class _Health:
 
 
 class _WithCodes:
-    """A send function that replaces vLLM's numeric error codes with words.
+    """An ASGI send function that replaces vLLM's numeric error codes by words.
 
-    is_refusal: report every error as a rejected request, even if vLLM's status is 500 (for example, if a rank is too large).
+    is_refusal: send every error with status 400. vLLM uses status 500 for some errors in requests, for example if the rank
+    of an adapter is too large.
     """
 
     def __init__(self, send: Send, *, is_refusal: bool = False) -> None:
@@ -185,11 +188,11 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _unknown(body: bytes, known: Collection[str]) -> str | None:
-    """Return the first parameter that vLLM does not support; None if vLLM supports all."""
+    """Return the first parameter in a request body that vLLM does not support; None if vLLM supports all parameters."""
     try:
         request = json.loads(body)
     except ValueError:
-        return None  # vLLM rejects the body
+        return None  # vLLM itself rejects a body that is not JSON
     given = request.items() if isinstance(request, dict) else ()
     return next((name for name, value in given if value is not None and name not in known and name not in _IGNORED), None)
 
@@ -224,7 +227,7 @@ def main() -> None:
     given.middleware = [*given.middleware, f"{__name__}.Rules"]
     configure_logging_from_args(given)
     validate_parsed_serve_args(given)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server sets its own handler
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end on SIGTERM until the server sets its own handler
     uvloop.run(run_server_worker(f"http://127.0.0.1:{given.port}", socket.socket(fileno=given.fd), given))
 
 

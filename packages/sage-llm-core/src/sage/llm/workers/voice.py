@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 #: Number of tokens at the end of a prompt that are searched for the reasoning marker; a marker has fewer tokens.
 _MARKER_TOKENS = 16
-#: Time limit for a chat template. A template is a program, which may never end.
+#: Time limit for a chat template, in seconds. A template is a program, so it may run forever.
 RENDER_SECONDS = 10.0
 
 
@@ -46,20 +46,20 @@ class Voice:
         self._characters_per_token = max(32, *map(len, self.tokenizer.get_vocab()))
 
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
-        """Return the prompt of a chat as token ids. Raises ConfigError if the model's template rejects it."""
+        """Return the prompt of a chat as token ids. Raises ConfigError if they are invalid or the template fails."""
         try:
             asked = read_conversation(messages, "messages")
         except RecordError as error:
             raise _invalid(error.message, "messages", error.hint) from error
         if asked.ignored:
-            raise _invalid(f"{asked.ignored[0]} is not supported.", "messages", "Remove it.")
+            raise _invalid(f"{asked.ignored[0]} is not supported.", "messages", "Remove this field.")
         try:
             return self.chat_format.prompt_ids(asked.messages, tools or None)
         except Exception as error:  # jinja and templates raise all kinds of exceptions
             raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
 
     def ends_in_reasoning(self, prompt: list[int]) -> bool:
-        """Return whether a prompt ends with the marker that opens the reasoning; some templates write it there."""
+        """Return whether a prompt ends with the marker that opens the reasoning. Some templates add it to every prompt."""
         marker = self.answer_format.think_open
         return bool(marker) and self.tokenizer.decode(prompt[-_MARKER_TOKENS:]).rstrip().endswith(marker)
 
@@ -68,14 +68,17 @@ class Voice:
         return self.chat_format.text_ids(text)
 
     def check_characters(self, characters: int, param: str) -> None:
-        """Raise ConfigError if a prompt with `characters` characters cannot fit into the context; needs no tokenization."""
+        """Raise ConfigError if a prompt with this number of characters cannot fit into the context.
+
+        This check is fast, because it needs no tokenization.
+        """
         limit = self.context_tokens * self._characters_per_token
         if characters > limit:
             raise ConfigError(
                 code="context_length_exceeded",
-                message=f"The prompt has {characters} characters, more than the {limit} that can fit into the model's "
+                message=f"The prompt has {characters} characters, but at most {limit} can fit into the model's "
                 f"context of {self.context_tokens} tokens.",
-                hint="Shorten it.",
+                hint="Shorten the prompt.",
                 param=param,
             )
 
@@ -85,14 +88,14 @@ class Voice:
         if not prompt:
             raise _invalid(f"{param} is empty; the model needs at least one token.", param)
         if max(prompt) >= known:
-            raise _invalid(f"{param}: token {max(prompt)} does not exist, the model has {known}.", param)
+            raise _invalid(f"{param}: token {max(prompt)} does not exist; the model has {known} tokens.", param)
         if (token := max(sampling.logit_bias, default=0)) >= known:
-            raise _invalid(f"logit_bias: token {token} does not exist, the model has {known}.", "logit_bias")
+            raise _invalid(f"logit_bias: token {token} does not exist; the model has {known} tokens.", "logit_bias")
         if len(prompt) + min(1, sampling.max_tokens) > self.context_tokens:
             raise ConfigError(
                 code="context_length_exceeded",
                 message=f"The prompt has {len(prompt)} tokens; the model's context has {self.context_tokens}.",
-                hint="Shorten it.",
+                hint="Shorten the prompt.",
                 param=param,
             )
 

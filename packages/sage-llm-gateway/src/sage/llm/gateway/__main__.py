@@ -18,13 +18,14 @@ from sage.llm.gateway.connections import BoundedHttp, connection_limit
 from sage.llm.gateway.instance import publish_address, take_lock
 
 logger = logging.getLogger(__name__)
-#: After a request to stop, streams that are still open are closed after this many seconds.
+#: Seconds between the request to stop the gateway and the end of streams that are still open.
 _SHUTDOWN_SECONDS = 2
-#: Idle client connections are closed after this many seconds. The clients close idle connections earlier (httpx: 5 s,
+#: Seconds after which an idle client connection is closed. The clients close idle connections earlier (httpx: 5 s,
 #: aiohttp: 15 s), so a client does not send a request on a connection that the gateway has just closed.
 _KEEP_ALIVE_SECONDS = 30
 #: Number of descriptors of the listening socket. libuv accepts one connection per descriptor in each event loop iteration.
-#: With one descriptor and 256 clients that connect at the same time, the last client waits for about 256 * 256 / 2 requests.
+#: With one descriptor, if 256 clients connect at the same time, the gateway answers about 256 * 256 / 2 requests of the
+#: other clients before it accepts the last client.
 _LISTENING_DESCRIPTORS = 16
 
 
@@ -53,7 +54,7 @@ def main() -> int:
         )
     )  # fmt: skip
     server.run(sockets=[listener, *(listener.dup() for _ in range(1, _LISTENING_DESCRIPTORS))])
-    return 0 if server.started else _fail("The gateway exited while starting; its log shows why.", 1)
+    return 0 if server.started else _fail("The gateway exited while starting; its log shows the reason.", 1)
 
 
 def _fail(reason: str, exit_code: int) -> int:
@@ -64,7 +65,7 @@ def _fail(reason: str, exit_code: int) -> int:
 def _prepare() -> tuple[FastAPI, socket.socket]:
     """Return the application and its listening socket.
 
-    The lock and the port are taken before the database is opened: only a gateway that can run may migrate the database.
+    The lock and the port are taken before the database is opened, because only a gateway that can run may migrate it.
     """
     settings, standby = _arguments(load_settings())
     configure_logging(settings.log_level)
@@ -84,7 +85,7 @@ def _arguments(settings: Settings) -> tuple[Settings, bool]:
     parser.add_argument("--host", default=settings.gateway_host, help="address to listen on")
     parser.add_argument("--port", type=int, default=settings.gateway_port, help="port to listen on")
     parser.add_argument(
-        "--standby", action="store_true", help="run beside the gateway of this state folder, and take over if it fails"
+        "--standby", action="store_true", help="wait beside the active gateway, and take over if that gateway fails"
     )
     arguments = parser.parse_args()
     update = {"gateway_host": arguments.host, "gateway_port": arguments.port}
@@ -97,7 +98,7 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.gateway_host, settings.gateway_port))
-        listener.listen()  # before `listen`, another socket can be bound to the same address
+        listener.listen()  # until this call, another socket can be bound to the same address
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Conflict(

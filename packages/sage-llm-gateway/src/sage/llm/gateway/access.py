@@ -27,7 +27,7 @@ def check_exposure(settings: Settings) -> None:
     if settings.gateway_host not in LOOPBACK and key_of(settings) is None:
         raise ConfigError(
             code="api_key_needed",
-            message=f"Without a key, everyone who can reach {settings.gateway_host} could run engines.",
+            message=f"Without an API key, everyone who can connect to {settings.gateway_host} could start engines.",
             hint="Set SAGE_API_KEY, or listen on 127.0.0.1.",
             param="gateway_host",
         )
@@ -43,16 +43,16 @@ def check_access(path: str, headers: RawHeaders, key: str | None) -> None:
             raise Unauthorized(
                 code="invalid_api_key",
                 message="The API key is missing or wrong.",
-                hint="Send it as 'Authorization: Bearer KEY'; the command line takes it from SAGE_API_KEY.",
+                hint="Send the header 'Authorization: Bearer KEY'; for the command line, set SAGE_API_KEY.",
             )
 
 
 def _refuse_pages(headers: RawHeaders) -> None:
     """Raise Refusal if a web page of another site sent the request.
 
-    The header Host is also checked, because a site can let its own host name point to the loopback address (DNS rebinding).
+    The header Host is also checked, because the host name of a site can resolve to the loopback address (DNS rebinding).
     """
-    hint = "Without SAGE_API_KEY the gateway answers to localhost only."
+    hint = "If SAGE_API_KEY is not set, the gateway answers only requests from and to localhost."
     for name, content in headers:
         if name == b"host" and _host_name(b"//" + content) not in LOOPBACK:
             raise Refusal(403, "host_not_allowed", "The Host header does not name this machine.", hint)

@@ -33,7 +33,7 @@ class Gateway(FastAPI):
 def create_app(settings: Settings, *, standby: bool = False) -> Gateway:
     """Return the gateway's application with an open database.
 
-    standby: another gateway of the same state folder is expected to be active.
+    standby: True if another gateway of the same state folder is expected to be active.
     Raises ConfigError if the settings allow network access without an API key, or if the database cannot be used.
     """
     check_exposure(settings)

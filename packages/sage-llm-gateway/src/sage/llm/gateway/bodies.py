@@ -13,7 +13,7 @@ from sage.llm.gateway.headers import RawHeaders, value
 
 #: Maximum size of all bodies in memory, as a multiple of the largest allowed body.
 _HELD_BODIES = 8
-#: Seconds without data after which a client counts as disconnected.
+#: Seconds without data after which a request fails with status 408.
 _SILENCE_SECONDS = 60
 
 
@@ -49,7 +49,7 @@ class Body:
     async def read(self, headers: RawHeaders, receive: Receive) -> None:
         """Read the whole body into `content`.
 
-        Raises Refusal if the body is too large or too slow, Overloaded if the budget is used up, or ClientDisconnect.
+        Raises Refusal if the body is too large or arrives too slowly, Overloaded if the budget is used up, ClientDisconnect.
         """
         length = value(headers, b"content-length")
         if length.isdigit() and int(length) > self._budget.max_bytes:
@@ -78,7 +78,7 @@ class Body:
         if self._held_bytes + count_bytes > self._budget.max_bytes:
             raise self._too_large()
         if count_bytes > self._budget.left_bytes:
-            raise Overloaded(code="too_many_requests", message="Other requests with large bodies are being answered.",
+            raise Overloaded(code="too_many_requests", message="Other requests use all memory for request bodies.",
                              hint="Retry in some seconds.")  # fmt: skip
         self._held_bytes += count_bytes
         self._budget.left_bytes -= count_bytes

@@ -22,7 +22,7 @@ _SPARE_CONNECTIONS = 8
 
 
 def connection_limit() -> int:
-    """Raise this process's limit of file descriptors to the maximum, and return the number of clients that it allows.
+    """Raise this process's limit of file descriptors to the maximum, and return how many clients the limit allows.
 
     A request uses two descriptors: one for the client's connection, and one for the connection to the engine.
     """
@@ -77,12 +77,12 @@ class BoundedHttp(HttpToolsProtocol):
                 self._time_head()
 
     def on_message_begin(self) -> None:
-        """Note that the head of a request begins."""
+        """Record that the head of a request begins."""
         super().on_message_begin()
         self._head_is_open = True
 
     def on_headers_complete(self) -> None:
-        """Note that the head of a request is complete. Raises Refusal if the head is too large."""
+        """Record that the head of a request is complete. Raises Refusal if the head is too large."""
         self._close_head()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD_BYTES:
             self._reason = _head_too_large()
@@ -109,8 +109,8 @@ class BoundedHttp(HttpToolsProtocol):
         if isinstance(error, Overloaded):
             head += f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        # Continue to read the client's data for some seconds: to close now would reset the connection, and the client could
-        # lose the answer.
+        # Close the connection only after some seconds. If it were closed while data of the client is unread, it would be
+        # reset, and the client could lose the answer.
         self.transport.write_eof()
         self._is_refused = True
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -12,7 +12,7 @@ from sage.llm.gateway.headers import value
 #: Seconds after which an idle connection is closed. Servers keep idle connections longer (uvicorn and vLLM: 5 s).
 _IDLE_SECONDS = 3
 _CONNECT_SECONDS = 5
-#: Maximum number of received bytes that wait to be returned by `piece`; above it, reading from the connection is paused.
+#: Maximum number of received bytes that wait to be returned by `piece`. Above this number, reading is paused.
 _WAITING_BYTES = 256 * 1024
 _FRAMING = (b"content-length", b"transfer-encoding")
 
@@ -68,7 +68,7 @@ class EngineConnection(asyncio.Protocol):
         return content
 
     def end(self) -> bool:
-        """End the request. Return whether the connection can be used again; otherwise close it."""
+        """End the request, and return whether the connection can be used again. If not, the connection is closed."""
         self._is_busy = False
         if self._is_complete and self._is_reusable and not self.transport.is_closing():
             return True
@@ -97,7 +97,7 @@ class EngineConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Call `forget`, and end the request in progress.
 
-        The request is complete if its answer has no length and no error occurred; otherwise the request fails.
+        An answer without a length is complete when the connection ends without an error; other incomplete answers fail.
         """
         self._forget(self)
         if self._ends_at_eof and exc is None:
@@ -116,7 +116,7 @@ class EngineConnection(asyncio.Protocol):
         self.headers.append((name.lower(), content))
 
     def on_headers_complete(self) -> None:
-        """Read the status and the framing from the complete head of the answer."""
+        """Read the status from the head of the answer, and find out how the end of the body is marked."""
         self.status = self._parser.get_status_code()
         if self.status < 200:  # an interim answer, such as 100 Continue: the final answer follows
             self.headers.clear()
@@ -131,7 +131,7 @@ class EngineConnection(asyncio.Protocol):
         self._waiting_bytes += len(body)
 
     def on_message_complete(self) -> None:
-        """Note that the answer is complete, unless it was an interim answer."""
+        """Record that the answer is complete, unless it was an interim answer."""
         self._is_complete = self._has_head
 
     async def _wait(self) -> None:
@@ -150,7 +150,7 @@ class EngineConnection(asyncio.Protocol):
 
 
 class EngineConnections:
-    """Sends requests to servers, and keeps the idle connections. A server is identified by its address, HOST:PORT."""
+    """Sends requests to servers, and keeps idle connections for reuse. A server is identified by its address, HOST:PORT."""
 
     def __init__(self) -> None:
         self._idle: dict[str, dict[EngineConnection, None]] = {}
@@ -159,9 +159,8 @@ class EngineConnections:
     async def post(self, address: str, head: bytes, body: bytes) -> EngineConnection:
         """Send a request and wait for the head of its answer. The caller must `release` the returned connection.
 
-        If a reused connection ends before the first byte of the answer, the server probably did not read the request. Then
-        the request is sent once more on a new connection. If the server reads the request twice, this does no harm, because
-        inference changes no state.
+        If a reused connection ends before the first byte of the answer, the request is sent again on a new connection,
+        because the server probably did not read it. Even if the server reads the request twice, inference changes no state.
         Raises TimeoutError if the server does not accept connections, ConnectionError, or another OSError.
         """
         if connection := self._take(address):
@@ -198,7 +197,7 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last, or None if the server may have closed it already."""
+        """Return the connection that became idle last; None if there is none, or if the server may have closed it."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
             if asyncio.get_running_loop().time() - connection.idle_since_seconds < _IDLE_SECONDS:

@@ -43,7 +43,7 @@ def out_of_descriptors(error: BaseException) -> Overloaded | None:
 
 
 def install(app: FastAPI) -> None:
-    """Make an application report expected errors in OpenAI's format. The gate reports unexpected exceptions."""
+    """Make an application report expected errors in OpenAI's format. `Gate` reports unexpected exceptions."""
 
     @app.exception_handler(SageError)
     async def expected(_: Request, error: SageError) -> JSONResponse:
@@ -53,7 +53,7 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first: dict[str, Any] = error.errors()[0]
         place, *names = first["loc"]
-        parts = names[:1] if place == "query" else names  # the other parts name the member of a union type
+        parts = names[:1] if place == "query" else names  # the query parameter's name is the first part
         name = ".".join(str(part) for part in parts) or "body"
         message = f"{name}: {first['msg'].removeprefix('Value error, ')}."
         return error_response(ConfigError(code="config_invalid", message=message, param=name))

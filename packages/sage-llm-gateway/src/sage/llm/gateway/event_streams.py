@@ -13,7 +13,7 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 
 _POLL_SECONDS = 0.3
 _EVENTS_AT_ONCE = 500
-#: After this many seconds without an event, a comment is sent, so that no proxy closes the connection.
+#: Seconds without an event after which a comment is sent, so that no proxy closes the connection.
 _KEEP_ALIVE_SECONDS = 15.0
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 async def all_changes(manager: ControlPlaneManager, cursor: int) -> AsyncIterator[str]:
-    """Yield the events of all engines after a cursor, then each new event; never ends."""
+    """Yield the events of all engines after a cursor, then each new event. The iterator never ends."""
     while True:
         events = await manager.changes(cursor, _EVENTS_AT_ONCE)
         for event in events:
@@ -61,7 +61,7 @@ async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follo
     """Yield the past events of an engine; with `follow`, also each new event until the engine has ended."""
     cursor = 0
     while True:
-        # The state is read before the events, so that the last event is sent.
+        # Read the state before the events: if the engine ends between the two reads, its last event is still sent.
         has_ended = (await manager.get_engine(engine_id)).state in SETTLED
         for event in await manager.get_events(engine_id, cursor):
             cursor = event.id

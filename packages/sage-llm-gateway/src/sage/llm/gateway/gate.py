@@ -1,4 +1,4 @@
-"""Middleware before all routes. It checks access, body size and JSON, sets request ids, and reports unexpected errors."""
+"""Middleware in front of all routes. It checks access, body and JSON, sets request ids, and reports unexpected errors."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ from sage.llm.gateway.proxy import EngineProxy, is_inference
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _LOGGED_CHARS = 200
-#: Ends of the paths of streams. A HEAD request for a stream is not handled like GET, because the stream may never end.
+#: Path suffixes of streams. A HEAD request for a stream is not handled like GET, because the stream may never end.
 _STREAMS = ("/logs", "/events")
 
 
@@ -37,7 +37,7 @@ class Gate:
         self._budget = BodyBudget(settings.max_request_mb * 1_000_000)
 
     def in_front_of(self, app: ASGIApp) -> Self:
-        """Put the gate in front of an application, and return the gate. Starlette calls this as the middleware's factory."""
+        """Put the gate in front of an application, and return the gate. Starlette calls this to create the middleware."""
         self._app = app
         return self
 
@@ -102,7 +102,7 @@ class _Answer:
             headers = message["headers"] = list(message["headers"])
             if not value(headers, b"x-request-id"):
                 headers.append((b"x-request-id", self._id))
-            # Clients read again and again, so reads are logged only at DEBUG, except server errors.
+            # Clients poll often, so GET and HEAD requests are logged at DEBUG, except if the server failed.
             is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500
             logger.log(logging.DEBUG if is_read else logging.INFO, "%s: %d", self.request, message["status"])
         await self._send(message)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
-#: Headers that a proxy does not forward: headers of one connection (RFC 9110, section 7.6.1), and headers that the HTTP
-#: server or client sets itself.
+#: Headers that a proxy does not forward: headers that concern only one connection (RFC 9110, section 7.6.1), and headers
+#: that the HTTP server or client sets itself.
 _HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"content-length", b"date", b"server", b"expect",

@@ -1,4 +1,4 @@
-"""Allow only one active gateway per state folder, with a lock, and publish the gateway's address for the command line."""
+"""Use a lock to allow only one active gateway per state folder, and publish its address for the command line."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ def publish_address(settings: Settings) -> None:
 
 
 async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:
-    """Publish the address each time this gateway becomes active. A standby also takes the gateway lock when it is free."""
+    """Publish the address each time this gateway becomes active. A standby takes the gateway lock when the lock is free."""
     has_lock, was_active = not standby, not standby
     while True:
         is_active = manager.role == "active"

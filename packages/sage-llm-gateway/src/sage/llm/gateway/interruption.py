@@ -10,16 +10,16 @@ from starlette.types import Receive
 
 from sage.llm.control_plane.routing import unresponsive
 
-#: A request is watched after this many seconds; for shorter requests, watching costs more than it saves.
+#: Seconds from the start of a request to the first check. Shorter requests are not checked, to save time.
 _FIRST_SECONDS = 0.05
 _CHECK_SECONDS = 0.5
 
 
 class Interruption:
-    """A context manager that cancels its block, like `asyncio.timeout`, and raises the reason.
+    """A context manager that cancels its block if the client disconnects or the engine does not respond.
 
-    The reason is ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. Read the request's body before
-    the block: during the block, all messages except the disconnection are discarded.
+    After the cancellation, it raises ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. Read the
+    request's body before the block, because the block discards all received messages except the disconnection.
     """
 
     def __init__(self, receive: Receive, is_responsive: Callable[[str], bool]) -> None:
@@ -40,7 +40,7 @@ class Interruption:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop watching; if this context cancelled the block, raise the reason."""
+        """Stop watching. If `_interrupt` cancelled the block, raise the reason."""
         self._timer.cancel()
         if self._listening:
             self._listening.cancel()

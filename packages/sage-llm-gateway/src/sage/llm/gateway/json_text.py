@@ -90,7 +90,7 @@ def _parse(body: bytes) -> JsonBody:
         raise _too_deep() from error
     except UnicodeEncodeError as error:
         message = "The body has half of a surrogate pair (for example, a broken emoji)."
-        raise Refusal(400, "invalid_unicode", message, "Send both halves of the pair, or remove it.") from error
+        raise Refusal(400, "invalid_unicode", message, "Send both halves of the pair, or remove this half.") from error
     except ValueError as error:
         raise Refusal(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
     if _has_many_brackets(text) and _is_deeper(content, _MAX_DEPTH):
@@ -115,7 +115,7 @@ def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
 
 
 def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
-    """Yield name, value, and the value's start and end offsets of each member of a JSON object. Raises ValueError."""
+    """For each member of a JSON object, yield name, value, and start and end offsets of the value. Raises ValueError."""
     at, separator = _match(_BEGIN, text, 0, "Expecting an object").end(), ","
     if text.startswith("}", at):
         at, separator = _match(_BLANK, text, at + 1).end(), "}"
@@ -161,7 +161,7 @@ def _too_deep() -> Refusal:
 def _has_many_brackets(text: str) -> bool:
     """Return whether a text has so many brackets that its nesting may be too deep."""
     for bracket in "[{":
-        count, at = 0, text.find(bracket)  # `find` is the fastest search: most texts are long and have few brackets
+        count, at = 0, text.find(bracket)  # `find` is fast for long texts with few brackets
         while at >= 0:
             count, at = count + 1, text.find(bracket, at + 1)
             if count > _MAX_DEPTH // 2:

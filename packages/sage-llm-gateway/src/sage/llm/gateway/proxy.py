@@ -18,7 +18,7 @@ from sage.llm.gateway.json_text import JsonBody
 from sage.llm.gateway.relay import Relay
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
-#: Forwarded routes, each with the kind of engine that answers it.
+#: Routes that are forwarded to engines, and the kind of engine for each route.
 _KINDS = {
     "/v1/chat/completions": EngineKind.LLM,
     "/v1/completions": EngineKind.LLM,
@@ -29,7 +29,7 @@ _GATEWAY_ONLY = frozenset({b"authorization", b"cookie", b"host", b"origin", b"re
 
 
 def is_inference(scope: Scope) -> bool:
-    """Return whether the proxy answers a request."""
+    """Return whether a request is an inference request, which the proxy answers."""
     return scope["path"] in _KINDS and scope["method"] == "POST"
 
 
@@ -47,7 +47,7 @@ class EngineProxy:
         self._connections.close()
 
     async def forward(self, body: JsonBody | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. If the client disconnects before the answer is complete, the engine's request is cancelled.
+        """Answer a request. If the client disconnects before the answer is complete, the request to the engine is cancelled.
 
         Raises SageError if the request cannot be answered, ClientDisconnect if the client disconnects.
         """
@@ -97,12 +97,12 @@ def requested_model(body: JsonBody | None) -> str:
     if model := body.texts.get("model"):
         return model
     message = f"'model' is required and must be text of 1 to {MAX_MODEL_CHARS} characters."
-    hint = f"'{DEFAULT_MODEL}' means the engine that was started last."
+    hint = f"Send '{DEFAULT_MODEL}' to use the engine that was started last."
     raise ConfigError(code="model_required", message=message, hint=hint, param="model")
 
 
 def _client(body: JsonBody, scope: Scope) -> str | None:
-    """Return the identity of a request's client: the field `user`, else the header Authorization, else None.
+    """Return a text that identifies a request's client: the field `user`, else the header Authorization, else None.
 
     Model routes with several engines send all requests of a client to the same engine.
     """

@@ -1,4 +1,4 @@
-"""Relay an engine's answer, whole or streamed, to the client, and set its `model` to the engine's name."""
+"""Relay an engine's complete or streamed answer to the client, with the engine's name as the answer's `model`."""
 
 import json
 import logging
@@ -35,10 +35,10 @@ class EventLines:
         return self._renamed(lines) + newline
 
     def end(self) -> bytes:
-        """End the stream, and return the last line if it has no line end.
+        """End the stream, and return the last line if it does not end with a line break.
 
-        Raises EOFError if the last line is neither [DONE] nor an error. Then an incomplete last line is not sent, so that an
-        error event can follow.
+        Raises EOFError if the last line is neither [DONE] nor an error. In this case, an incomplete last line is not sent,
+        so that the caller can send an error event next.
         """
         last_line = self._rest.strip() or self._last_lines.strip().rpartition(b"\n")[2]
         if not last_line.startswith(_DONE) and _ERROR not in last_line[:20]:
@@ -99,7 +99,7 @@ class Relay:
         return out_of_descriptors(error) or EngineError(
             code="engine_died",
             message=f"{engine_id} ('{self._upstream.name}') exited before its answer was complete.",
-            hint=f"`sage llm engine status {engine_id}` shows why.",
+            hint=f"`sage llm engine status {engine_id}` shows the reason.",
         )
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:

@@ -30,7 +30,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         (400, "The request is invalid; `param` names the field."),
         (401, "The API key is missing or wrong."),
         (403, "The request comes from a web page of another site."),
-        (404, "No such engine, model or route."),
+        (404, "The engine, model or route does not exist."),
         (405, "The route does not support this method."),
         (408, "The body did not arrive in time."),
         (409, "The engine's state does not allow this."),
@@ -40,7 +40,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         (431, "The headers are too large."),
         (500, "The disk, the database or the gateway failed."),
         (502, "The engine exited before its answer was complete."),
-        (503, "The engine is starting or does not respond, this is a standby, or there are too many requests."),
+        (503, "The engine is starting or does not respond, the gateway is a standby, or there are too many requests."),
     )
 }
 
@@ -151,7 +151,7 @@ _BODIES = {
 
 
 def inference_schema(body: str) -> dict[str, Any]:
-    """Return arguments for the decorator of an inference route, which document the request and the answer.
+    """Return keyword arguments for the decorator of an inference route. They document the request and the answer.
 
     body: key of `_BODIES`.
     """
@@ -161,12 +161,12 @@ def inference_schema(body: str) -> dict[str, Any]:
     request = {"required": True, "content": {"application/json": {"schema": _BODIES[body]}}}
     return {
         "openapi_extra": {"requestBody": request},
-        "responses": {200: {"description": "OpenAI's answer.", "content": content}},
+        "responses": {200: {"description": "The answer in OpenAI's format.", "content": content}},
     }
 
 
 def install(app: FastAPI) -> None:
-    """Remove status 422 from an application's document, because no route returns it."""
+    """Remove status 422 from an application's OpenAPI document, because no route returns this status."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -54,7 +54,7 @@ def install(
 
 @app.command("remove")
 def remove(name: Name, json_: Json = False) -> None:
-    """Delete the environment of a backend that no engine uses."""
+    """Delete the environment of a backend. This fails if an engine uses the backend."""
     from sage.cli import extras
 
     extras.require("sage.llm.control_plane", "An environment on this machine")
@@ -67,7 +67,7 @@ def remove(name: Name, json_: Json = False) -> None:
 
 @app.command("doctor")
 def doctor(name: Annotated[str | None, typer.Argument(help="Check only this backend.")] = None, json_: Json = False) -> None:
-    """Check that installed backends can run; exit code 1 if a backend cannot run."""
+    """Check whether installed backends can run. The exit code is 1 if a backend cannot run."""
     from sage.cli import doctor, extras
 
     extras.require("sage.llm.control_plane", "An environment on this machine")
@@ -80,7 +80,7 @@ def benchmark(
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer, in tokens.")] = 64,
     json_: Json = False,
 ) -> None:
-    """Measure the speed of each installed backend with a model; `auto` then chooses the fastest. Takes minutes."""
+    """Measure the speed of each installed backend. New engines use the fastest backend. The benchmark takes minutes."""
     from sage.cli import extras
 
     extras.require("sage.llm.control_plane", "A benchmark of this machine")
@@ -95,7 +95,7 @@ def benchmark(
     if measured:
         date = datetime.now(UTC).date().isoformat()
         path = speeds.save_speeds(speeds.Speeds(environments.device(), speeds.processor(), model, date, measured))
-        typer.echo(f"Saved in {path}. Engines without --backend get the fastest backend.", err=True)
+        typer.echo(f"Saved in {path}. New engines without --backend use the fastest backend.", err=True)
     if json_:
         _print_json(True, model=model, backends=[asdict(figure) for figure in figures])
     else:

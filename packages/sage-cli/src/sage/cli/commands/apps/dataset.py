@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """The training methods, copied from the library, so that `--help` does not import the library. A test compares them."""
+    """The training methods. They are repeated here, so that `--help` does not import the library; a test compares both."""
 
     sft = "sft"
     dpo = "dpo"
@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """The parts of a chat on which the loss is computed; copied from the library, like `Method`."""
+    """The parts of a chat on which the loss is computed, repeated here for the same reason as `Method`."""
 
     assistant = "assistant"
     last_turn = "last_turn"
@@ -26,10 +26,10 @@ class TrainOn(StrEnum):
 
 
 app = typer.Typer(no_args_is_help=True)
-DatasetFile = Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a folder of them.")]
+DatasetFile = Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a folder with such files.")]
 Model = Annotated[str, typer.Option(help="Model whose tokenizer and chat template to use.")]
 Cutoff = Annotated[int, typer.Option(min=8, help="Maximum tokens of a sample; longer samples are truncated.")]
-TrainedOn = Annotated[TrainOn, typer.Option(help="Parts of a chat that the loss covers.")]
+TrainedOn = Annotated[TrainOn, typer.Option(help="Parts of a chat on which the loss is computed.")]
 LearntBy = Annotated[Method, typer.Option(help="Training method of the run.")]
 
 
@@ -43,7 +43,7 @@ def check(
     allow_warnings: Annotated[bool, typer.Option("--allow-warnings", help="Exit with code 0 despite warnings.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List all errors and warnings with their lines, and count samples; exit code 1 if a run would reject the dataset."""
+    """List all errors and warnings with their lines, and count samples. Exit code 1: a run would reject the dataset."""
     from sage.cli.dataset_report import describe, measure
     from sage.libs.finetune.data.linting import check_dataset
     from sage.libs.finetune.data.preferences import parser_of
@@ -65,14 +65,14 @@ def check(
 def show(
     file: DatasetFile,
     model: Model = "smollm2-135m-instruct",
-    line: Annotated[int | None, typer.Option(min=1, help="Line (or record) to show.")] = None,
+    line: Annotated[int | None, typer.Option(min=1, help="Number of the line (or record) to show.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of samples to show.")] = 3,
     max_seq_length: Cutoff = 512,
     train_on: TrainedOn = TrainOn.assistant,
     method: LearntBy = Method.sft,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show samples as the model sees them: special tokens visible, trained tokens in colour."""
+    """Show samples with the chat template applied, with visible special tokens and with trained tokens in colour."""
     import contextlib
     import io
     import itertools
@@ -82,7 +82,7 @@ def show(
     from sage.libs.finetune.data.linting import DatasetReport, read_samples
     from sage.libs.finetune.data.preferences import parser_of
 
-    with contextlib.redirect_stderr(io.StringIO()):  # hide what libraries print while they convert a model
+    with contextlib.redirect_stderr(io.StringIO()):  # hide the output of libraries that convert a model
         encoder = load_encoder(model, max_seq_length, train_on.value)
     report = DatasetReport(file)
     samples = as_chats(read_samples(report, parser_of(method.value)))

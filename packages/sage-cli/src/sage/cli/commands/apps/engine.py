@@ -18,9 +18,9 @@ IdleStop = Annotated[
     float | None,
     typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next request loads it."),
 ]
-Serve = Annotated[bool, typer.Option("--serve", help="finetune: serve the result as soon as the run is completed.")]
+Serve = Annotated[bool, typer.Option("--serve", help="finetune: serve the result when the run is completed.")]
 ServeAs = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Name to serve the result under; default: --name, or the folder's name.")
+    str | None, typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the folder's name.")
 ]
 ServeCheckpoints = Annotated[
     bool, typer.Option("--serve-checkpoints", help="Serve the newest checkpoint while the run trains.")
@@ -29,14 +29,14 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="--wait: until the engine has ended; --no-wait: until it is validated; default: until it serves or trains.",
+        help="--wait: wait until the engine has ended; --no-wait: until it is valid; default: until it serves or trains.",
     ),
 ]
 _WATCH_SECONDS = 1.0
 
 
 class Kind(StrEnum):
-    """The engine kinds, copied from the client, so that `--help` does not import the client. A test compares them."""
+    """The engine kinds. They are repeated here, so that `--help` does not import the client; a test compares both lists."""
 
     llm = "llm"
     embedding = "embedding"
@@ -44,7 +44,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """The engine states; copied from the client, like `Kind`."""
+    """The engine states, repeated here for the same reason as `Kind`."""
 
     validating = "validating"
     queued = "queued"
@@ -58,7 +58,7 @@ class State(StrEnum):
 
 
 class Policy(StrEnum):
-    """The restart policies; copied from the client, like `Kind`."""
+    """The restart policies, repeated here for the same reason as `Kind`."""
 
     no = "no"
     on_failure = "on-failure"
@@ -72,9 +72,7 @@ def start(
     engine_kind: Annotated[Kind, typer.Option(help="Kind of engine.")] = Kind.llm,
     name: Annotated[str | None, typer.Option(help="Model name in requests; default: the MODEL argument.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Program that runs the engine; default: the fastest installed.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the fastest one.")] = None,
     restart_policy: Annotated[
         Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting restart_policy.")
     ] = None,
@@ -82,18 +80,18 @@ def start(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
     ] = None,
     dedicated: Annotated[
-        bool, typer.Option("--dedicated", help="Use a separate process, with the adapter merged into its base.")
+        bool, typer.Option("--dedicated", help="Use a separate process; an adapter is merged into its base.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum length of prompt and answer, in tokens; default: the model's.")
+        int | None, typer.Option(help="llm: maximum tokens of prompt plus answer; default: the model's maximum.")
     ] = None,
     slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="llm, backend llamacpp: q8_0, q5_1, q5_0, q4_1 or q4_0; default: not quantized.")
+        str | None, typer.Option(help="llm, backend llamacpp: quantize to q8_0, q5_1, q5_0, q4_1 or q4_0.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum length of an answer if the request sets none, in tokens.")
+        int | None, typer.Option(help="llm: maximum tokens of an answer, if the request sets no maximum.")
     ] = None,
     idle_stop: IdleStop = None,
     serve: Serve = False,
@@ -108,7 +106,7 @@ def start(
 ) -> None:
     """Start an engine and print its id.
 
-    Waits until the engine serves or trains. Exit code 2 if an option is wrong, 1 if the engine fails.
+    Waits until the engine serves or trains. The exit code is 2 if an option is wrong, 1 if the engine fails.
     """
     from sage.cli.starting import serve_request, start_engine
 
@@ -219,7 +217,7 @@ def stop(
     force: Annotated[bool, typer.Option(help="Kill the engine; training since the last checkpoint is lost.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the engine has stopped.")] = True,
 ) -> None:
-    """Stop an engine; a training run saves a checkpoint and a model that can be loaded."""
+    """Stop an engine. A training run first saves a checkpoint and the model trained so far."""
     from sage.cli import daemon, waiting
     from sage.cli.render import ending
 
@@ -246,7 +244,7 @@ def pause(engine_id: EngineId) -> None:
 
 @app.command("resume")
 def resume(engine_id: EngineId, wait: Wait = None) -> None:
-    """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
+    """Start a stopped or failed engine again. A training run continues from its last checkpoint."""
     from sage.cli import daemon, waiting
     from sage.cli.render import ending
 
@@ -266,7 +264,7 @@ def checkpoint(
     engine_id: EngineId,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the checkpoint is saved.")] = True,
 ) -> None:
-    """Save a checkpoint of a training run now; if the run is served, the checkpoint is served."""
+    """Save a checkpoint of a training run after its current step. A run that was started with --serve also serves it."""
     from sage.cli import daemon, waiting
 
     client = daemon.connect()
@@ -278,7 +276,7 @@ def checkpoint(
 
 @app.command("remove")
 def remove(engine_id: EngineId) -> None:
-    """Delete a settled engine with its log and checkpoints; its output folder is kept."""
+    """Delete an engine that has ended, with its log and checkpoints. The output folder is kept."""
     from sage.cli import daemon
 
     daemon.connect().remove_engine(engine_id)

@@ -25,7 +25,7 @@ def start(
 
 @app.command("stop")
 def stop() -> None:
-    """Stop the gateway; engines and training runs continue without it."""
+    """Stop the gateway. Engines and training runs continue to run."""
     from sage.cli import daemon
 
     typer.echo("The gateway is stopped; engines continue to run." if daemon.stop() else "No gateway was running.")
@@ -33,7 +33,7 @@ def stop() -> None:
 
 @app.command("status")
 def status(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show the gateway's address and process; exit code 3 if no gateway answers."""
+    """Show the gateway's address and process. The exit code is 3 if no gateway answers."""
     import json
 
     from sage.cli import daemon

@@ -9,8 +9,8 @@ from sage.cli.training_options import with_training_options
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(engine.app, name="engine", help="Start, list, stop and resume engines.")
-app.add_typer(model.app, name="model", help="Models on this machine.")
-app.add_typer(dataset.app, name="dataset", help="Datasets.")
+app.add_typer(model.app, name="model", help="List, import and export models.")
+app.add_typer(dataset.app, name="dataset", help="Check and show datasets.")
 
 
 @app.command("fine-tune")
@@ -23,7 +23,7 @@ def fine_tune(
     wait: engine.Wait = None,
     **training: Any,
 ) -> None:
-    """Fine-tune a model, like `engine start --engine-kind finetune`."""
+    """Fine-tune a model. This is a short form of `engine start --engine-kind finetune`."""
     from sage.cli.starting import serve_request, start_engine
 
     request = serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)

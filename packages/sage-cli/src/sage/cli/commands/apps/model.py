@@ -44,7 +44,7 @@ def import_(
 
 
 class Format(StrEnum):
-    """The export formats, copied from the library, so that `--help` does not import the library. A test compares them."""
+    """The export formats. They are repeated here, so that `--help` does not import the library; a test compares both."""
 
     adapter = "adapter"
     merged = "merged"
@@ -53,7 +53,7 @@ class Format(StrEnum):
 
 
 class Precision(StrEnum):
-    """The precisions of a GGUF file; copied from the library, like `Format`."""
+    """The precisions of a GGUF file, repeated here for the same reason as `Format`."""
 
     f32 = "f32"
     bf16 = "bf16"
@@ -72,15 +72,15 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT; merged: safetensors, adapter merged; gguf: for llama.cpp; ollama: GGUF and Modelfile.",
+            help="adapter: PEFT; merged: safetensors with merged adapter; gguf: for llama.cpp; ollama: GGUF and Modelfile.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="New folder for the result.")],
     quantize: Annotated[
-        Precision | None, typer.Option(help="gguf, ollama: precision of the weights; default: the model's.")
+        Precision | None, typer.Option(help="For gguf and ollama: precision of the weights; default: unchanged.")
     ] = None,
 ) -> None:
-    """Write a model or an adapter for other programs, with a model card. After Ctrl-C, incomplete files are removed."""
+    """Export a model or an adapter for other programs, with a model card. After Ctrl-C, incomplete files are removed."""
     from sage.cli import extras
 
     extras.require("sage.libs.models.export", "An export")

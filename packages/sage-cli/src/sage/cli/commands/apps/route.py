@@ -12,12 +12,12 @@ _MAX_DIGITS = 7
 
 @app.command("set")
 def set_(
-    name: Annotated[str, typer.Argument(help="Name in requests.")],
+    name: Annotated[str, typer.Argument(help="Model name that requests use.")],
     engines: Annotated[
         list[str],
-        typer.Argument(metavar="ENGINE[=WEIGHT]…", help="Ids, names or models of engines; weight: share of the requests."),
+        typer.Argument(metavar="ENGINE[=WEIGHT]…", help="Ids, names or models of engines; WEIGHT: share of requests."),
     ],
-    fallback: Annotated[str | None, typer.Option(metavar="ENGINE", help="Engine that answers if no other one does.")] = None,
+    fallback: Annotated[str | None, typer.Option(metavar="ENGINE", help="Engine to use if no other can answer.")] = None,
 ) -> None:
     """Send the requests for a name to an engine, or split them among several engines by weight.
 
@@ -27,7 +27,8 @@ def set_(
 
     weights = dict(map(_weight, engines))
     if len(weights) < len(engines):
-        raise ConfigError(code="config_invalid", message="An engine is listed twice.", hint="Use a weight: ENGINE=2.")
+        hint = "For a larger share of the requests, use a weight: ENGINE=2."
+        raise ConfigError(code="config_invalid", message="An engine is listed twice.", hint=hint)
     route = daemon.connect().set_route(name, weights, fallback)
     for target in route.engines:
         if target.engine_id is None:

@@ -1,4 +1,4 @@
-"""Render samples as a model sees them: for `dataset check`, `dataset show` and the check before each run."""
+"""Convert samples to tokens with a model's chat template, to check or show them without training."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -11,12 +11,12 @@ from sage.libs.models.chat import ensure_chat_template
 from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder, tokenizer_folder
 from sage.libs.models.resolve import resolve_model
 
-#: Fields of a preference row that contain answers; TRL renders an answer after the prompt.
+#: Fields of a preference row that contain answers. Each answer follows the prompt.
 _ANSWERS = ("chosen", "rejected", "completion")
 
 
 def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> Encoder:
-    """Return an encoder for a model. The encoder's `findings` already contain the findings about the model itself.
+    """Return an encoder for a model. Its `findings` already contain the findings about the model.
 
     Raises SageError if the model or its tokenizer cannot be loaded.
     """
@@ -31,7 +31,7 @@ def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> En
 
 
 def as_chats(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Yield each sample as a chat or text. A preference row yields one chat per answer; without answers, it is skipped."""
+    """Yield each sample as a chat or text. A preference row yields one chat per answer; a row without answers is skipped."""
     for sample in samples:
         if isinstance(sample.content, str | Chat):
             yield sample

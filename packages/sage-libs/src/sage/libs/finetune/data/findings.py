@@ -1,4 +1,4 @@
-"""Findings: content of valid samples that a model would not learn, or would learn wrongly."""
+"""Findings about valid samples: content that a model would not learn, or would learn wrongly."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ _KEPT = 5
 class Severity(StrEnum):
     """Effect of a finding on a run."""
 
-    WARNING = "warning"  #: the model would learn something wrong: the run fails if warnings are not allowed
+    WARNING = "warning"  #: the model would learn wrongly; the run fails unless warnings are allowed
     NOTE = "note"  #: information only
 
 
@@ -38,25 +38,25 @@ class Code(StrEnum):
 _W, _N = Severity.WARNING, Severity.NOTE
 #: Severity, description and hint of each kind.
 _MEANING: dict[Code, tuple[Severity, str, str]] = {
-    Code.ANSWER_LOST: (_W, "the chat template leaves out text of the answer", "Use a model whose template keeps it."),
-    Code.REASONING_LOST: (_W, "the chat template leaves out the answer's reasoning", "Write it into content."),
-    Code.CALLS_LOST: (_W, "the chat template leaves out tool calls", "Use a model whose template renders them."),
-    Code.TOOLS_LOST: (_W, "the chat template leaves out the tools", "Use a model whose template renders them."),
+    Code.ANSWER_LOST: (_W, "the chat template leaves out text of the answer", "Use a model whose template keeps the text."),
+    Code.REASONING_LOST: (_W, "the chat template leaves out the answer's reasoning", "Write the reasoning into content."),
+    Code.CALLS_LOST: (_W, "the chat template leaves out tool calls", "Use a model whose template renders tool calls."),
+    Code.TOOLS_LOST: (_W, "the chat template leaves out the tools", "Use a model whose template renders tools."),
     Code.MESSAGE_LOST: (_W, "the chat template leaves out text of a message before the answer", "Fix the message."),
-    Code.NO_END_TOKEN: (_W, "no token that ends the answer is trained: generation would not stop", "Set an eos_token."),
+    Code.NO_END_TOKEN: (_W, "no end token is trained, so generation would not stop", "Set an eos_token."),
     Code.PROMPT_DIFFERS: (
         _W,
         "the prompt of the served model ends with text that is not in the training data",
         "Add the reasoning to the answers.",
     ),
     Code.DOUBLE_BOS: (_W, "the sequence begins with two BOS tokens", "Remove BOS from the text."),
-    Code.FLAG_IGNORED: (_W, "a field that looks like a weight or flag is ignored", 'Use "weight": 0 to leave a turn out.'),
+    Code.FLAG_IGNORED: (_W, "a field that looks like a weight or flag is ignored", 'Use "weight": 0 to exclude a turn.'),
     Code.FIELD_IGNORED: (_N, "fields are ignored", ""),
-    Code.NOTHING_TRAINED: (_N, "nothing of the sample is trained on, so it is omitted", ""),
+    Code.NOTHING_TRAINED: (_N, "the sample has no tokens to train on, so it is omitted", ""),
     Code.END_NOT_CONFIGURED: (
         _N,
         "the model's generation_config.json does not list the token that ends answers",
-        "SAGE stops there; other servers may not.",
+        "SAGE stops at this token; other servers may not.",
     ),
 }
 
@@ -77,7 +77,7 @@ class Finding:
 
     @property
     def hint(self) -> str:
-        """What the user can do about the finding, or ""."""
+        """Hint how to solve the problem; "" if there is none."""
         return _MEANING[self.code][2]
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class Findings:
         self._found = {finding.code: finding for finding in each}
 
     def add(self, code: Code, place: object, *details: str) -> None:
-        """Add a finding about a sample; repeated findings with the same code and place count once."""
+        """Add a finding about a sample; the same code and place are counted only once."""
         finding = self._found.setdefault(code, Finding(code))
         finding.details += [detail for detail in details if detail not in finding.details][: _KEPT - len(finding.details)]
         if str(place) not in finding.places[-1:]:
@@ -117,7 +117,7 @@ class Findings:
                 finding.places.append(str(place))
 
     def add_of_model(self, code: Code, detail: str) -> None:
-        """Add a finding about the model, independent of the samples."""
+        """Add a finding about the model itself."""
         self._found[code] = Finding(code, details=[detail])
 
     def __iter__(self) -> Iterator[Finding]:
@@ -142,8 +142,8 @@ class Findings:
             hints = " ".join(dict.fromkeys(finding.hint for finding in warnings))
             raise DatasetError(
                 code="dataset_warnings",
-                message=f"The model would not learn {path} as it is written. {' '.join(map(str, warnings))}",
-                hint=f"{hints} `sage llm dataset show {path} --model {model}` shows what is trained on; "
-                "`--allow-warnings` starts the training in spite of the warnings.",
+                message=f"The model would not learn all of {path} correctly. {' '.join(map(str, warnings))}",
+                hint=f"{hints} `sage llm dataset show {path} --model {model}` shows the trained text; "
+                "`--allow-warnings` trains despite the warnings.",
                 param="dataset_path",
             )

@@ -1,7 +1,7 @@
-"""Select the files of a dataset: a file, or the files of one split of a folder, in the layouts of common tools.
+"""Select the files of a dataset: a single file, or the files of one split in a folder with a common layout.
 
-The train split is used for training, the validation split for evaluation. Files of the test split are read only if the user
-gives their paths.
+The train split is used for training, the validation split for evaluation. A file of the test split is read only if the user
+gives the path of this file.
 """
 
 import json
@@ -52,7 +52,7 @@ def suffix_of(path: Path) -> str:
 def select_files(path: Path, split: Split = "train") -> Selection:
     """Return the files to read: the file itself, or the files of one split of a folder.
 
-    Raises DatasetError if there are no such files.
+    Raises DatasetError if there are no files to read.
     """
     try:
         return _folder_files(path, split) if path.is_dir() else Selection([_file(path)])
@@ -80,7 +80,7 @@ def _folder_files(folder: Path, split: Split) -> Selection:
     found = sorted(_data_files(folder))
     if not found:
         inside = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(_data_files(sub)))
-        hint = f"Name one of its folders: {', '.join(inside)}." if inside else ""
+        hint = f"Give one of its folders: {', '.join(inside)}." if inside else ""
         raise unusable(folder, f"is a folder without {', '.join(FORMATS)} files", hint)
     return _of_split(folder, [(_split_of(file.relative_to(folder)), file) for file in found], split)
 
@@ -102,7 +102,7 @@ def _is_cache(path: Path) -> bool:
 
 
 def _split_of(name: Path) -> str:
-    """Return the split that a file or folder name contains, or ""."""
+    """Return the split that is named in a file or folder name, or ""."""
     words = set(re.split(r"[^a-z]+", str(name).lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), "")
 
@@ -115,7 +115,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
     if not files:
         raise unusable(
             folder,
-            f"has files of {' and '.join(sorted(there - {''}))}, but none of {split}",
+            f"has files for {' and '.join(sorted(there - {''}))}, but none for {split}",
             "Give the path of the file to use.",
         )
     if wanted:
@@ -124,13 +124,13 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files of one dataset: if shards have different names (`train`, `train_sft`), only shards named `split`."""
+    """Return the files of one dataset. If shards have different names (`train`, `train_sft`), return those named `split`."""
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:
         return files
     if split not in names:
-        raise unusable(folder, f"has several datasets for {split}: {', '.join(names)}", "Give the files of one of them.")
+        raise unusable(folder, f"has several datasets for {split}: {', '.join(names)}", "Give the files of one dataset.")
     return [file for file, name in shards.items() if name == split]
 
 
@@ -139,23 +139,23 @@ def _saved_files(folder: Path) -> list[Path]:
     state = _json(folder / "state.json")
     names = [str(entry.get("filename")) for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
     if not names:
-        raise unusable(folder, "has a state.json that names no data files")
+        raise unusable(folder, "has a state.json that lists no data files")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise unusable(folder, f"lacks {missing[0]}, which its state.json names", "Save it again.")
+        raise unusable(folder, f"lacks {missing[0]}, which is listed in its state.json", "Save the dataset again.")
     return [folder / name for name in names]
 
 
 def _saved_splits(folder: Path, split: Split) -> Selection:
     splits = [str(name) for name in _json(folder / "dataset_dict.json").get("splits") or []]
     if not splits:
-        raise unusable(folder, "has a dataset_dict.json that names no splits")
+        raise unusable(folder, "has a dataset_dict.json that lists no splits")
     found = [(_split_of(Path(name)), folder / name) for name in splits]
     chosen = _of_split(folder, found, split)
     if len(chosen.files) > 1:
         exact = [saved for saved in chosen.files if saved.name == split]
         if not exact:
             names = ", ".join(saved.name for saved in chosen.files)
-            raise unusable(folder, f"has several datasets for {split}: {names}", "Give the folder of one of them.")
+            raise unusable(folder, f"has several datasets for {split}: {names}", "Give the folder of one dataset.")
         chosen = Selection(exact)
     skipped = [saved for _, saved in found if saved not in chosen.files]
     return Selection([file for saved in chosen.files for file in _saved_files(saved)], skipped)
@@ -174,7 +174,7 @@ def _configured(folder: Path) -> list[tuple[str, Path]]:
     default = [config for config in configs if config.get("default") or config.get("config_name") == "default"] or configs
     if len(default) > 1:
         names = ", ".join(str(config.get("config_name")) for config in configs)
-        raise unusable(folder, f"has several datasets ({names})", "Give the files or the folder of one of them.")
+        raise unusable(folder, f"has several datasets ({names})", "Give the files or the folder of one dataset.")
     data_files = default[0]["data_files"]
     entries = data_files if isinstance(data_files, list) else [data_files]
     found = []

@@ -14,7 +14,7 @@ from sage.libs.finetune.data.values import RecordError, kind_of, list_of, printa
 
 Record = Mapping[str, Any]
 Content = Chat | str
-#: Fields that a text model cannot read.
+#: Fields with images, videos or audio, which are not supported.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TOOLS = ("tools", "functions")
 _HARMLESS = {*BOOKKEEPING, *_MEDIA}
@@ -51,7 +51,7 @@ def parse_record(record: Any) -> Parsed:
             return Parsed(candidate.name, content, ignored)
     names = ", ".join(sorted(map(printable, present))) or "(none)"
     if {"chosen", "rejected"} <= present.keys():
-        raise RecordError("'chosen' and 'rejected' are for the methods dpo and orpo.", "Select one with --method.")
+        raise RecordError("'chosen' and 'rejected' are only for the methods dpo and orpo.", "Select a method with --method.")
     raise RecordError(
         f"no known format has the fields {names}.",
         "Use messages (OpenAI), conversations (ShareGPT), instruction and output (Alpaca), prompt and completion, or text.",
@@ -59,7 +59,7 @@ def parse_record(record: Any) -> Parsed:
 
 
 def present_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a record that are not null; raises RecordError if the record is no object or has media."""
+    """Return the fields of a record that are not null; raises RecordError if the record is not an object or has media."""
     if not isinstance(record, Mapping):
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}
@@ -84,7 +84,7 @@ def conversation_of(record: Record, field: str) -> Conversation:
 
 
 def behind_system(conversation: Conversation, record: Record, where: str) -> Conversation:
-    """Return the conversation, with the text of the record's field `system` as first message. Raises RecordError."""
+    """Return the conversation with the record's system message at its beginning. Raises RecordError."""
     system = system_of(record)
     if system and conversation.messages[:1] == system:
         return conversation
@@ -100,7 +100,7 @@ def system_of(record: Record) -> list[Message]:
 
 
 def alpaca_question(record: Record) -> list[Message]:
-    """Return the messages of an Alpaca record that precede the answer. Raises RecordError."""
+    """Return the messages before the answer of an Alpaca record. Raises RecordError."""
     messages = system_of(record)
     for index, turn in enumerate(list_of(record.get("history") or [], "history")):
         if not isinstance(turn, list) or len(turn) != 2:
@@ -172,6 +172,6 @@ def _check_chat(messages: list[Message]) -> None:
             raise RecordError(f"messages[{index}]: a system message must be the first message.")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise RecordError("no assistant turn: there is nothing to learn.", "Add the answer, or remove the record.")
+        raise RecordError("no assistant turn, so there is nothing to learn.", "Add the answer, or remove the record.")
     if not any(map(has_content, answers)):
         raise RecordError("every assistant turn is empty.", "Add the answer, or remove the record.")

@@ -1,4 +1,4 @@
-"""Compare rendered samples with their records; each function adds a finding if content is missing."""
+"""Compare rendered samples with their records, and add findings about missing content."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _THINK_TAG = re.compile(r"</?think>")
 
 
 def inspect_fields(sample: Sample, findings: Findings) -> None:
-    """Report fields that have no effect."""
+    """Add a finding for each field that has no effect."""
     for name in sample.ignored:
         code = Code.TOOLS_LOST if name == "tools" else Code.FIELD_IGNORED
         if "." in name and _FLAG.search(name.rpartition(".")[2]):
@@ -25,7 +25,7 @@ def inspect_fields(sample: Sample, findings: Findings) -> None:
 
 
 def inspect_answer(sample: Sample, message: Message, trained: str, findings: Findings) -> None:
-    """Report content, reasoning or tool calls of an answer that are missing in the trained text."""
+    """Add findings for content, reasoning or tool calls of an answer that are missing in the trained text."""
     if any(part.strip() not in trained for part in _THINK_TAG.split(message["content"])):
         findings.add(Code.ANSWER_LOST, sample.origin)
     if message.get("reasoning_content", "").strip() not in trained:
@@ -37,7 +37,7 @@ def inspect_answer(sample: Sample, message: Message, trained: str, findings: Fin
 def inspect_prompt(
     sample: Sample, asked: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: str, findings: Findings
 ) -> None:
-    """Report messages and tools that are missing in the rendered prompt."""
+    """Add findings for messages and tools that are missing in the rendered prompt."""
     for message in asked:
         content = message["content"].strip()
         # Some templates write tool results as JSON.
@@ -48,7 +48,7 @@ def inspect_prompt(
 
 
 def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> None:
-    """Report an end token that the model's configuration does not list; other servers would not stop at it."""
+    """Add a finding if the configuration does not list the model's end token, because other servers would not stop at it."""
     end = chat_format.answer_end()
     listed: list[Any] = []
     for name in ("generation_config.json", "config.json"):
@@ -62,7 +62,7 @@ def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> No
 def inspect_tokens(
     sample: Sample, ids: Sequence[int], labels: Sequence[int], bos: int | None, ends: Sequence[int], findings: Findings
 ) -> None:
-    """Report a second BOS token or a missing end token; ends: ids of the tokens that end an answer."""
+    """Add findings for a second BOS token and a missing end token.  ends: ids of the tokens that end an answer."""
     if bos is not None and list(ids[:2]) == [bos, bos]:
         findings.add(Code.DOUBLE_BOS, sample.origin)
     if labels[-1] not in ends:

@@ -15,7 +15,7 @@ from sage.libs.finetune.data.loading import read_records
 from sage.libs.finetune.data.samples import Chat, Fault, Origin, Sample
 from sage.libs.finetune.data.values import RecordError
 
-#: A function that parses a record, or raises RecordError.
+#: A function that parses a record; it raises RecordError if the record is invalid.
 Parse = Callable[[Any], Parsed]
 #: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
@@ -33,7 +33,7 @@ class DatasetReport:
     faults: list[Fault] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     assistant_turns: int = 0
-    #: Pairs: a repeated record, and the first record with the same content.
+    #: For each repeated record: its position, and the position of the first record with the same content.
     duplicates: list[tuple[Origin, Origin]] = field(default_factory=list)
 
     def raise_for_faults(self) -> None:
@@ -50,7 +50,7 @@ class DatasetReport:
         if not self.sample_count:
             raise DatasetError(
                 code="dataset_empty",
-                message=f"The dataset {self.path} is empty: it has no records.",
+                message=f"The dataset {self.path} is empty.",
                 hint='Each line is one JSON object, such as {"messages": [...]}.',
                 param="dataset_path",
             )
@@ -74,7 +74,7 @@ def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator
             report.faults.append(Fault(origin, error.message, error.hint))
             continue
         except RecursionError:
-            report.faults.append(Fault(origin, "it is nested too deeply.", "Fix or remove the record."))
+            report.faults.append(Fault(origin, "the record is nested too deeply.", "Fix or remove the record."))
             continue
         report.sample_count += 1
         report.formats[name] += 1
@@ -86,7 +86,7 @@ def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator
 def check_dataset(
     path: Path, at_most: int | None = None, parse: Parse = parse_record, split: Split = "train"
 ) -> DatasetReport:
-    """Read a dataset, or its first `at_most` samples, and return a report.
+    """Read the first `at_most` samples of a dataset (None: all samples), and return a report.
 
     Raises DatasetError only if no file is found or a file cannot be read; faults in the data are listed in the report.
     """

@@ -18,22 +18,22 @@ from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unus
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-#: Maximum size of a CSV cell and of a .jsonl line; a cell or line may contain a whole conversation.
+#: Maximum size of a CSV cell and of a .jsonl line in bytes. A cell or line may contain a whole conversation.
 _CSV_FIELD_BYTES = 64 * 2**20
 _LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
 _BLANK = re.compile(r"[ \t\n\r]*")
 _SEPARATORS = ((";", "semicolons"), ("\t", "tabs"))
 _AS_UTF8 = "Save the file as UTF-8."
-_ONE_A_LINE = "Write each record on one line; if the file is one list, name it .json."
+_ONE_A_LINE = "Write each record on one line. If the file contains one list, rename it to .json."
 _LFS_POINTER = b"version https://git-lfs"
 
-#: A record with its position, or a fault.
+#: The position of a record and the record, or a fault.
 Item = tuple[Origin, Any] | Fault
 
 
 def dataset_hash(*paths: Path, split: Split = "train") -> str:
-    """Return the SHA-256 hash of the contents of all files of the datasets, as 64 hex digits."""
+    """Return the SHA-256 hash of the contents of the datasets' files, as 64 hex digits."""
     digest = hashlib.sha256()
     for file in (file for path in paths for file in select_files(path, split).files):
         with file.open("rb") as stream:
@@ -57,7 +57,7 @@ def _read(path: Path) -> Iterator[Item]:
     with path.open("rb") as file:
         begin = file.read(len(_LFS_POINTER))
     if begin == _LFS_POINTER:
-        raise unusable(path, "is a Git LFS pointer, not the data", "Run `git lfs pull` in its repository.")
+        raise unusable(path, "is a Git LFS pointer, not the data", "Run `git lfs pull` in the dataset's repository.")
     match suffix_of(path).split(".")[1]:
         case "parquet":
             return _read_columns(path, _parquet_batches)
@@ -131,13 +131,15 @@ def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         return
     at = _behind_blanks(text, 0)
     if text[at : at + 1] != "[":
-        yield Fault(Origin(path, 1), "a list of records is expected.", "If it has one object per line, rename it to .jsonl.")
+        yield Fault(
+            Origin(path, 1), "a list of records is expected.", "If the file has one object per line, rename it to .jsonl."
+        )
         return
     yield from _read_list(path, text, at + 1)
 
 
 def _read_list(path: Path, text: str, at: int) -> Iterator[Item]:
-    """Yield the records of a JSON list; at: the index after its opening bracket."""
+    """Yield the records of a JSON list.  at: index of the character after the opening bracket."""
     at = _behind_blanks(text, at)
     is_end = text[at : at + 1] == "]"
     for number in itertools.count(1):
@@ -179,7 +181,7 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield Fault(origin, f"not valid CSV: {error}.", "Close and double the quotes in the cells of this row.")
+            yield Fault(origin, f"not valid CSV: {error}.", 'Close quoted cells, and write "" for a quote inside a cell.')
             return
         if row is None:
             return
@@ -199,7 +201,7 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
 
 
 def _record_broken(lines: Iterable[str], broken: list[int]) -> Iterator[str]:
-    """Yield all lines; add the number of each line that is not valid UTF-8 to `broken`."""
+    """Yield all lines. If a line is not valid UTF-8, add its number to `broken`."""
     for number, line in enumerate(lines, 1):
         if not line.isascii() and any("\udc80" <= letter <= "\udcff" for letter in line):
             broken.append(number)
@@ -210,7 +212,7 @@ def _header_problem(header: list[str]) -> tuple[str, str] | None:
     if len(header) == 1 and (found := next((name for sign, name in _SEPARATORS if sign in header[0]), None)):
         return f"the columns are separated by {found}.", "Save the file with commas between the columns."
     if len(set(header)) < len(header):
-        return "two columns have the same name.", "Rename or remove one."
+        return "two columns have the same name.", "Rename or remove one of them."
     return None
 
 
@@ -228,7 +230,11 @@ def _read_columns(path: Path, batches: Callable[[Path], Iterator[Any]]) -> Itera
     except (pa.ArrowException, ValueError) as error:
         problem = str(error).splitlines()[0]
         origin = Origin(path, number + 1, "record")
-        yield Fault(origin, f"the {path.suffix[1:].lower()} file is damaged from here on: {problem}.", "Write it again.")
+        yield Fault(
+            origin,
+            f"the {path.suffix[1:].lower()} file is damaged after this position: {problem}.",
+            "Create the file again.",
+        )
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
@@ -244,7 +250,7 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
     with pa.OSFile(str(path)) as source:
         try:
             batches: Iterable[Any] = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:  # not the stream format, so try Arrow's file format
+        except pa.ArrowInvalid:  # not Arrow's stream format, so try the file format
             source.seek(0)
             file = pa.ipc.open_file(source)
             batches = (file.get_batch(index) for index in range(file.num_record_batches))

@@ -17,7 +17,7 @@ _ROLE_ALIASES = {
 }  # fmt: skip
 #: Roles of turns whose text is a tool call of the assistant, or a list of tool calls.
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-#: Fields that can exclude an answer from training: `weight` with value 0, or another field with value false.
+#: Fields that can exclude an answer from training: `weight` if it is 0, or another of these fields if it is false.
 _FLAGS = ("weight", "loss", "train", "trainable", "training", "train_on_turn")
 #: Possible names of the field that contains the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -48,19 +48,19 @@ class Conversation(NamedTuple):
 
 class _Turn(NamedTuple):
     message: Message
-    is_call: bool  #: the turn has only tool calls
+    is_call: bool  #: whether the turn contains only tool calls
     untrained: bool
     ignored: list[str]
 
 
 def read_conversation(value: Any, where: str) -> Conversation:
-    """Parse a list of turns; where: name of the record's field. Raises RecordError, which names the turn and its field."""
+    """Parse a list of turns.  where: name of the record's field. Raises RecordError with the position of the turn."""
     items = _transposed(value) or list_of(value, where)
     return _read([(item, f"{where}[{index}]") for index, item in enumerate(items)], f"{where}[].")
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Convert an object of lists, as older versions of `datasets` write it, to a list of turns; else return None."""
+    """Convert an object of lists, which old versions of `datasets` write, to a list of turns. Other values: return None."""
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None
     if len({len(column) for column in value.values()}) != 1:
@@ -69,7 +69,7 @@ def _transposed(value: Any) -> list[Any] | None:
 
 
 def read_message(value: Any, where: str) -> Conversation:
-    """Parse one message as a conversation; where: name of the record's field. Raises RecordError."""
+    """Parse one message as a conversation.  where: name of the record's field. Raises RecordError."""
     return _read([(value, where)], f"{where}.")
 
 
@@ -86,7 +86,7 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
             if turn.untrained != (last in untrained):
                 raise RecordError(
                     f"{place} continues the previous answer, but only one of the two is excluded from training.",
-                    "Give both the same weight.",
+                    "Give both turns the same weight.",
                 )
             messages[last] = _merged_answer(messages[last], turn.message, place)
             continue
@@ -120,13 +120,13 @@ def _turn(item: Any, where: str) -> _Turn:
         message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
     flags = [name for name in _FLAGS if name in item]
     untrained = bool(flags) and _untrained(item, flags, where)
-    if role != "assistant" and not untrained:  # the flag has no effect: other roles are never trained on
+    if role != "assistant" and not untrained:  # the flag has no effect, because only answers are trained on
         ignored += flags
     return _Turn(message, is_call, untrained and role == "assistant", ignored)
 
 
 def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored: list[str]) -> None:
-    """Add the remaining fields of a turn to its message; add the names of fields without effect to `ignored`."""
+    """Copy further fields of a turn to its message. Add the names of fields without effect to `ignored`."""
     unknown = item.keys() - _CONTENT - BOOKKEEPING - _DETAILS
     if message["role"] != "assistant":
         unknown |= item.keys() & _OF_ASSISTANT
@@ -142,7 +142,7 @@ def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored:
 
 
 def _merged_answer(answer: Message, call: Message, where: str) -> Message:
-    """Merge an answer with the turn of tool calls that follows it, because OpenAI's format has one message for both."""
+    """Merge an answer with the following turn of tool calls, because OpenAI's format has one message for both."""
     if "reasoning_content" in call and answer.get("reasoning_content") != call["reasoning_content"]:
         raise RecordError(f"{where} continues the previous answer, but has different reasoning.")
     return {**answer, "tool_calls": [*answer.get("tool_calls", []), *call["tool_calls"]]}

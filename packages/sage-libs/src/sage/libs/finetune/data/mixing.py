@@ -31,7 +31,7 @@ class Mixture(Sequence[Encoded]):
 
 
 def repeated_by_weight(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
-    """Repeat the samples `weight` times; for the fractional part of `weight`, add randomly selected samples.
+    """Repeat the samples `weight` times. For the fractional part of `weight`, repeat randomly selected samples once more.
 
     The selection depends only on the seed, and is the same in every epoch.
     """

@@ -25,7 +25,7 @@ Method = Literal["sft", "dpo", "orpo", "kto", "grpo"]
 #: Fields that contain a whole conversation, which may include the answer, as in LLaMA-Factory.
 _CONVERSATIONS = ("conversations", "messages")
 _ASKED = ("instruction", "input", "history")
-_PROMPT_HINT = "Add it, or begin both answers with the same messages."
+_PROMPT_HINT = "Add a prompt, or begin both answers with the same messages."
 
 
 def parser_of(method: Method) -> Callable[[Any], Parsed]:
@@ -55,13 +55,13 @@ def _pair(record: Record, method: Method, *tools: str) -> Parsed:
     if contexts[0] != contexts[1]:
         if not prompt:
             raise RecordError("'prompt' is missing, and 'chosen' and 'rejected' begin differently.", _PROMPT_HINT)
-        raise RecordError("Only one of 'chosen' and 'rejected' repeats the prompt.", "Remove it there.")
+        raise RecordError("Only one of 'chosen' and 'rejected' repeats the prompt.", "Remove the repeated prompt.")
     shared = _common_length(answers["chosen"], answers["rejected"])
     context = _context(contexts[0] + answers["chosen"][:shared])
     row: Row = {"prompt": context, **{name: _answer(answer[shared:], name) for name, answer in answers.items()}}
     if row["chosen"] == row["rejected"]:
-        raise RecordError("'chosen' and 'rejected' are equal: there is nothing to learn.")
-    # If the record has a prompt, `messages` repeats the conversation with the chosen answer.
+        raise RecordError("'chosen' and 'rejected' are equal, so there is nothing to learn.")
+    # `messages` is listed as used, because records with a prompt may repeat prompt and chosen answer in `messages`.
     return _parsed("preference_pair", row, record, ("chosen", "rejected", "messages", *fields), tools)
 
 
@@ -96,7 +96,7 @@ def _prompt(record: Record) -> Parsed:
 
 
 def _prompt_of_pair(record: Record) -> tuple[list[Message], tuple[str, ...]]:
-    """Return the messages before the answer ([] if there are none), and the names of their fields in the record."""
+    """Return the messages before the answer ([] if there are none), and the names of the fields that contain them."""
     if "prompt" in record:
         return behind_system(prompt_of(record["prompt"], "prompt"), record, "prompt").messages, ("prompt", "system")
     if field := next((name for name in _CONVERSATIONS if name in record), None):
@@ -110,7 +110,7 @@ def _require(record: Record, method: Method, *fields: str) -> None:
 
 
 def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return how many messages at the beginning of two answers are equal; the last message of each is not counted."""
+    """Return how many messages at the beginning of two answers are equal, without the last message of each answer."""
     alike = 0
     while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
         alike += 1
@@ -125,7 +125,7 @@ def _context(messages: list[Message]) -> list[Message]:
 
 def _answer(messages: list[Message], where: str) -> list[Message]:
     if other := next((message["role"] for message in messages if message["role"] in ("system", "user")), None):
-        raise RecordError(f"'{where}' has a {other} message inside the answer.", "Move it into the prompt.")
+        raise RecordError(f"'{where}' has a {other} message inside the answer.", "Move this message into the prompt.")
     return _not_empty(messages, where)
 
 
@@ -137,5 +137,5 @@ def _not_empty(messages: list[Message], where: str) -> list[Message]:
 
 def _parsed(name: str, row: Row, record: Record, fields: tuple[str, ...], tools: tuple[str, ...]) -> Parsed:
     if tools and (found := tools_of(record)):
-        row["tools"] = json.dumps(found)  # as JSON text: a struct column would add the keys of other rows, with null
+        row["tools"] = json.dumps(found)  # JSON text, because a struct column would add null keys
     return Parsed(name, row, ignored_fields(record, {*fields, *tools}))

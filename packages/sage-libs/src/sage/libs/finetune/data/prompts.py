@@ -1,4 +1,4 @@
-"""Parse prompts and answers, which can be text or messages. Remove a repetition of the prompt from an answer."""
+"""Parse prompts and answers, which can be text or messages, and remove a repeated prompt from an answer."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -9,13 +9,13 @@ from sage.libs.finetune.data.values import RecordError, text_of, unpacked
 
 
 def prompt_of(value: Any, where: str) -> Conversation:
-    """Parse a prompt: a text becomes a user message, except if it is a JSON list of messages. Raises RecordError."""
+    """Parse a prompt. A text becomes a user message; a JSON list of messages is parsed. Raises RecordError."""
     messages = _packed_messages(value)
     return _turns(value if messages is None else messages, where, "user")
 
 
 def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
-    """Parse the answer to a prompt; prompt: the prompt field of the record, or None. Raises RecordError.
+    """Parse the answer to a prompt.  prompt: the prompt field of the record, or None. Raises RecordError.
 
     A text usually becomes one assistant message. A JSON list of messages is parsed as messages in three cases: the prompt
     is also a JSON list of messages, the first messages repeat the prompt, or the record has no prompt.
@@ -27,7 +27,7 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
 
 
 def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
-    """Return the prompt and the answer.  spoken: the answer, perhaps with the prompt before it. Raises RecordError."""
+    """Return the prompt and the answer.  spoken: the answer, which may begin with the prompt. Raises RecordError."""
     prompt, spoken = list(prompt), list(spoken)
     for begin in (0, 1):  # a repeated prompt may follow a system message
         end = begin + len(prompt)
@@ -38,8 +38,8 @@ def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> 
         return prompt or asked, spoken[len(asked) :]
     if asked:
         raise RecordError(
-            f"{where}[0] is a {asked[0]['role']} message, but not the prompt.",
-            f"Make it the same as the prompt, or remove it from {where}.",
+            f"{where}[0] is a {asked[0]['role']} message that differs from the prompt.",
+            f"Change the message to the prompt, or remove it from {where}.",
         )
     return prompt, spoken
 

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Origin:
-    """Position of a record: in a text file its first line, in other files its record number. Both count from 1."""
+    """Position of a record: the number of its first line in a text file, else the number of the record. Both begin at 1."""
 
     path: Path
     line: int
     unit: Literal["line", "record"] = "line"
 
     def __str__(self) -> str:
-        """Return `file:line`, or file and record number."""
+        """Return `file:line`, or `file, record N`."""
         return f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}, {self.place}"
 
     @property

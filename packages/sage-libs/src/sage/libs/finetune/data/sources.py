@@ -25,7 +25,7 @@ class Source:
         weighed = None if _exists(absolute(text)) else _WEIGHED.fullmatch(text)
         path, weight = (weighed["path"], float(weighed["weight"])) if weighed else (text, 1.0)
         if not 0 < weight < math.inf:
-            raise ValueError(f"{text}: a weight must be a number above 0; to leave the dataset out, omit it")
+            raise ValueError(f"{text}: a weight must be a number above 0; to exclude a dataset, remove it")
         return cls(absolute(path), weight)
 
     def __str__(self) -> str:

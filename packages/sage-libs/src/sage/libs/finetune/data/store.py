@@ -1,4 +1,4 @@
-"""Tokenized datasets on disk: written once, then read sample by sample, so that memory does not grow with the dataset.
+"""Tokenized datasets on disk. Samples are read one by one, so that the memory use does not grow with the dataset.
 
 tokens.bin   token ids of all samples, concatenated, as 32-bit integers; an untrained token t is stored as -1 - t
 bounds.bin   index of the first token of each sample, followed by the total number of tokens, as 64-bit integers
@@ -30,14 +30,14 @@ from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Part of the cache key. Increment it if the reading or the tokenization of samples changes.
+#: Version of the cached data, part of the cache key. Increment it after a change in how samples are read or tokenized.
 _VERSION = 2
 _PROGRESS_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
-#: Seconds without a write after which an incomplete folder is considered to be left by a crashed process.
+#: Seconds without a write after which an incomplete folder is removed, because its process has probably crashed.
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIAL = ".partial-"
-#: A function that is called regularly with a description of the progress. If it raises an exception, the work ends.
+#: A function that is called regularly with a description of the progress. If it raises an exception, reading ends.
 OnProgress = Callable[[str], None]
 Indexes = npt.NDArray[np.int64]
 
@@ -53,9 +53,9 @@ class TokenizationStats:
 
 
 class StoredSamples(Sequence[Encoded]):
-    """The tokenized sequences in a folder, or a selection of them; they stay readable after the folder is removed.
+    """The tokenized sequences in a folder, or a selection of them. They stay readable after the folder is removed.
 
-    The file is read and not memory-mapped, because mapped pages count as the process's memory.
+    The file is not memory-mapped, because mapped pages count as the process's memory.
     """
 
     def __init__(self, stats: TokenizationStats, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
@@ -101,7 +101,7 @@ def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, spli
     """
     root = get_user_paths().cache_dir / "tokenized"
     if skipped := select_files(path, split).skipped:
-        on_progress(f"reading {split} of {path}; left out: {', '.join(str(file.relative_to(path)) for file in skipped)}")
+        on_progress(f"reading {split} of {path}; not read: {', '.join(str(file.relative_to(path)) for file in skipped)}")
     before = _file_stats(path, split)
     folder = root / _key(path, encoder, split)
     found = _open_if_intact(folder)
@@ -121,7 +121,7 @@ def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, spli
             found = _publish(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # the folder may be removed by another process; open files stay readable
+    with contextlib.suppress(OSError):  # another process may remove the folder; open files stay readable
         os.utime(folder)
     return found
 
@@ -157,7 +157,7 @@ def _synced(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _publish(aside: Path, folder: Path) -> StoredSamples:
-    """Rename `aside` to `folder` and return its samples; if another process was first, return that process's samples."""
+    """Rename `aside` to `folder` and return its samples; if an intact `folder` exists already, return its samples."""
     samples = StoredSamples.of_folder(aside)
     try:
         aside.rename(folder)
@@ -174,7 +174,7 @@ def _publish(aside: Path, folder: Path) -> StoredSamples:
 
 
 def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
-    """Yield the samples; after a fault, only collect the remaining faults, and raise DatasetError at the end."""
+    """Yield the samples until the first fault. Then only collect faults, and raise DatasetError at the end."""
     for sample in read_samples(report):
         if report.sample_count % _PROGRESS_SAMPLES == 0:
             on_progress(f"tokenizing {report.path}: {report.sample_count:,} samples")
@@ -184,7 +184,7 @@ def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[S
 
 
 def _file_stats(path: Path, split: Split) -> list[tuple[str, int, int]]:
-    """Return path, size and modification time of each file of a dataset, to detect changes."""
+    """Return the path, size and modification time of each file of a dataset. A difference shows that a file has changed."""
     stats = [(file, file.stat()) for file in select_files(path, split).files]
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 

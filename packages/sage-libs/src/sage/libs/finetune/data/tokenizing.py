@@ -1,10 +1,10 @@
-"""Tokenize samples and mark the tokens that the loss covers: only the answers of the assistant.
+"""Tokenize samples, and mark the tokens to train on: by default, the answers of the assistant.
 
-Each answer is trained as the served model generates it: after exactly the tokens of its prompt, and with its end token.
-If the template marks answers (`{% generation %}`), these marks are used. Otherwise an answer is the text that follows its
-prompt in the rendered chat. The answers of a chat share one sequence if the prompt of each answer begins with the previous
-prompt and answer. Otherwise each answer gets a separate sequence, for example because the template removes old reasoning,
-or because a token spans the beginning of an answer.
+In training, each answer follows exactly the tokens that a served model gets as prompt, and ends with its end token.
+If the chat template marks answers (`{% generation %}`), these marks are used. Otherwise, an answer is the text that follows
+its prompt in the rendered chat. The answers of a chat share one sequence if the prompt of each answer begins with the
+previous prompt and answer. Otherwise, answers get separate sequences, for example if the template removes reasoning from
+earlier answers, or if a token contains both the end of a prompt and the beginning of its answer.
 """
 
 import itertools
@@ -19,13 +19,13 @@ from sage.libs.finetune.data.inspection import inspect_answer, inspect_fields, i
 from sage.libs.finetune.data.samples import Chat, Fault, Sample
 from sage.libs.models.chat import ChatFormat
 
-#: The part of a chat that the loss covers.
+#: The part of a chat to train on: all answers, the last answer, or all tokens.
 TrainOn = Literal["assistant", "last_turn", "all"]
 #: Label that torch's cross-entropy ignores.
 IGNORED = -100
 #: Number of samples that are tokenized at once.
 _BATCH = 256
-#: Number of characters before and after the beginning of an answer that are searched for a token that spans it.
+#: Number of characters before and after the beginning of an answer that are tokenized to find a token that spans it.
 _EDGE_CHARACTERS = 24
 #: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
@@ -46,7 +46,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer: the text of its prompt, the text to learn, and the id of the end token to append (None: no token)."""
+    """An answer: the text of its prompt, the text to learn, and the id of the end token to append (None: append none)."""
 
     prompt: str
     text: str
@@ -70,10 +70,10 @@ class Encoder:
     tokenizer: Any
     cutoff: int  #: maximum number of tokens of a sequence
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: rows of the model's embedding; a token id without a row is a fault
+    embedding_rows: int | None = None  #: rows of the model's embedding; larger token ids are faults
     truncated: int = 0  #: number of sequences that were cut at the cutoff
     dropped: int = 0  #: number of sequences without trained tokens before the cutoff
-    untrained: int = 0  #: number of samples without trained tokens, even before the cut
+    untrained: int = 0  #: number of samples without any tokens to train on
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: tokens of each sequence before the cut
     findings: Findings = field(default_factory=Findings)
 
@@ -132,8 +132,8 @@ class Encoder:
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
         """Yield for each sequence whether a token spans the beginning of an answer.
 
-        The answer then has different tokens in the prompt of the next answer. The end of an answer is not checked, because
-        it is always a separate token.
+        In this case, the answer has different tokens inside the prompt of the next answer. The end of an answer is not
+        checked, because the end token is always separate.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -158,7 +158,7 @@ class Encoder:
             raise DatasetError(code="dataset_template", message=message, hint=hint, param="dataset_path")
 
     def _checked(self, sample: Sample, sequences: list[Encoded]) -> list[Encoded]:
-        """Return the sequences of a sample, labelled as `train_on` requires; add findings and faults."""
+        """Return the sequences of a sample with labels for `train_on`, and add findings and faults."""
         if not any(sequence.trained_tokens for sequence in sequences):
             self.untrained += 1
             self.findings.add(Code.NOTHING_TRAINED, sample.origin)
@@ -181,8 +181,8 @@ class Encoder:
         if not self.dropped:
             return DatasetError(
                 code="nothing_to_train",
-                message=f"None of the {self.untrained} samples has an answer to train on: every answer has weight 0, or the "
-                "chat template marks no answer.",
+                message=f"None of the {self.untrained} samples has an answer to train on: all answers have weight 0, or the "
+                "chat template marks none of them.",
                 hint='Remove "weight": 0 from the answers to train on, or use a model with another chat template.',
                 param="dataset_path",
             )
@@ -202,7 +202,7 @@ class Encoder:
         try:
             return list(self._merged_sequences(self._answers(sample, sample.content)))
         except Exception as error:  # noqa: BLE001 - templates raise all kinds of exceptions
-            self.faults.append(Fault(sample.origin, f"the model's chat template rejects it: {error}"))
+            self.faults.append(Fault(sample.origin, f"the model's chat template rejects this record: {error}"))
             return None
 
     def _plain(self, text: str) -> _Sequence:
@@ -227,7 +227,7 @@ class Encoder:
         return answers
 
     def _answer(self, sample: Sample, chat: Chat, at: int) -> _Answer:
-        """Return the answer `messages[at]`, with the prompt that a served model would get."""
+        """Return the answer `messages[at]` with the prompt that a served model gets."""
         before, message = chat.messages[:at], chat.messages[at]
         whole = self.format.render([*before, message], chat.tools)
         prompt = self.format.render(before, chat.tools, prompt=True) if before else self.format.opening(whole)
@@ -239,7 +239,7 @@ class Encoder:
         return answer
 
     def _rewritten(self, sample: Sample, chat: Chat, at: int, whole: str, prompt: str) -> _Answer:
-        """Return an answer whose prompt is not a prefix of the rendered chat.
+        """Return the answer `messages[at]` if its prompt is not a prefix of the rendered chat.
 
         For example, the prompt ends with `<think>`, but the template omits the reasoning in the rendered chat.
         """
@@ -265,7 +265,7 @@ class Encoder:
         return _Answer(answer.prompt, text, self.format.answer_end(calls=calls))
 
     def _merged_sequences(self, answers: list[_Answer]) -> Iterator[_Sequence]:
-        """Merge consecutive answers into one sequence while each prompt begins with the whole text before it."""
+        """Merge consecutive answers into one sequence if each prompt begins with the previous prompt and answer."""
         so_far = ""
         sequence = _Sequence([], [])
         for answer in answers:

@@ -82,9 +82,9 @@ def _call(call: Any, where: str, ignored: list[str]) -> Call:
 
 
 def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """Return the arguments as an object, which chat templates expect; OpenAI's format has them as JSON text."""
+    """Return the arguments of a call as an object, because chat templates expect one; JSON text is decoded."""
     if isinstance(arguments, str):
-        arguments = decoded(arguments, where, "Write them as an object.") if arguments.strip() else {}
+        arguments = decoded(arguments, where, "Write the arguments as an object.") if arguments.strip() else {}
     if arguments is None:
         return {}
     if not isinstance(arguments, Mapping):

@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-#: Maximum number of characters of a value that a message quotes. Longer training data must not appear in logs.
+#: Maximum length of a value in a message, so that logs contain no long training data.
 _SHOWN_LETTERS = 40
 
 
 class RecordError(ValueError):
-    """A record cannot be trained on. The message names the field, and the hint names the next step."""
+    """Raised if a record cannot be trained on. The message names the field, and the hint names the next step."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ def json_problem(error: ValueError | RecursionError) -> str:
     """Return a short description of an error that DECODER raised."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return "the value is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def unpacked(value: Any) -> Any:
@@ -59,14 +59,14 @@ def _is_packed(value: Any) -> bool:
 def list_of(value: Any, where: str) -> list[Any]:
     """Return a list; a list given as JSON text is decoded. Raises RecordError."""
     if _is_packed(value):
-        value = decoded(value, f"'{where}'", "Write it as JSON, with double quotes.")
+        value = decoded(value, f"'{where}'", "Write the list as JSON, with double quotes.")
     if not isinstance(value, list):
         raise RecordError(f"'{where}' must be a list, found {kind_of(value)}.")
     return value
 
 
 def text_of(value: Any, where: str) -> str:
-    """Return a text unchanged, or join a list of text parts in OpenAI's format. Raises RecordError, which names `where`."""
+    """Return a text unchanged, or join a list of text parts in OpenAI's format. Raises RecordError."""
     if type(value) is str and value.isascii():
         return value
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
@@ -101,7 +101,7 @@ def check_encodable(value: Any, where: str) -> None:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a copy of a value, without keys whose value is null; nested objects and lists are included."""
+    """Return a copy of a value without the keys whose value is null, also in nested objects and lists."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -116,7 +116,7 @@ def printable(name: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as JSON, or the kind of the value if the JSON is long."""
+    """Return a value as JSON, or its kind (such as `a list`) if the JSON is longer than 40 characters."""
     text = json.dumps(value, default=str)
     return text if len(text) <= _SHOWN_LETTERS else kind_of(value)
 

@@ -1,7 +1,8 @@
-"""Causal attention over packed samples: a token attends only to its own sample; no other scores are computed.
+"""Causal attention over packed samples: a token attends only to tokens of its own sample.
 
-Samples are short in fine-tuning, so an explicit softmax over batched matrix products is faster than a tiled kernel. Long
-samples are split into blocks of queries, which limits the memory. Grouped-query attention does not copy the keys.
+Scores between different samples are not computed. Samples are short in fine-tuning, so an explicit softmax over batched
+matrix products is faster than a tiled kernel. Long samples are split into blocks of queries, which limits the memory.
+Grouped-query attention does not copy the keys.
 """
 
 import functools
@@ -135,7 +136,7 @@ def attention_interface(
     cu_seq_lens_q: Tensor | None = None,
     **_more: Any,
 ) -> tuple[Tensor, None]:
-    """Call `packed_attention` from transformers' attention interface; query, key, value: (1, heads, tokens, head_dim)."""
+    """Attention function for transformers; calls `packed_attention`. query, key, value: (1, heads, tokens, head_dim)."""
     assert cu_seq_lens_q is not None, "cu_seq_lens_q is missing"
     shape = AttentionShape(query.shape[1], key.shape[1], query.shape[3], scaling or query.shape[3] ** -0.5, sliding_window)
     tokens = query.shape[2]
@@ -150,6 +151,7 @@ def _sample_backward(
     """Return the gradients of the query, key and value of one sample, in the shapes of these tensors.
 
     grad: (num_kv_heads, groups, tokens, head_dim), without padding.
+    probabilities: the attention weights if the forward pass saved them; None: they are recomputed block by block.
     """
     filled = torch.zeros_like(query)
     filled[:, :, : grad.shape[2]] = grad

@@ -1,7 +1,7 @@
 """Install the kernels in a model if its structure is supported.
 
 Each kernel replaces the `forward` of one module instance; modules, parameters and their names stay the same. Then the new
-logits are compared with the logits of the original model; if they differ, all kernels are removed again.
+logits are compared with the logits of the original model. If they differ too much, all kernels are removed again.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Kernels:
     """The kernels installed in a model. The model accepts packed samples, and its `logits` are the last hidden states."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
-        """Install the kernels, without the check of the logits that the function `install` does."""
+        """Install the kernels without comparing the logits; the function `install` also compares them."""
         self.model, self.compute_dtype = model, compute_dtype
         self.head = model.get_output_embeddings()
         self._implementation = model.config._attn_implementation  # noqa: SLF001 - transformers has no getter
@@ -109,7 +109,7 @@ def install(
     except (RuntimeError, ValueError, TypeError) as error:
         kernels.uninstall()
         return None, f"fallback: unsupported module structure in {type(model).__name__} ({str(error).splitlines()[0]})"
-    # A quantized base needs the larger tolerance: it rounds its inputs, which can enlarge a tiny difference.
+    # A quantized base gets the larger tolerance, because it rounds its inputs, and rounding can enlarge a tiny difference.
     if not difference < _TOLERANCE[torch.bfloat16 if getattr(model, "is_quantized", False) else before.dtype]:
         kernels.uninstall()
         return None, f"fallback: outputs of {type(model).__name__} differ by {difference:.1%}"
@@ -169,7 +169,7 @@ def _norm_forward(weight: Tensor, eps: float) -> Forward:
 
 
 def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None, make: MakeProjections) -> Forward | None:
-    """Return a `forward` with fused projections for an attention block, or None if its structure is not supported."""
+    """Return a `forward` with fused projections for an attention block, or None if the block is not supported."""
     names = {name for name, _ in module.named_children()}
     if not names.issuperset(_PROJECTIONS) or names - {*_PROJECTIONS, "q_norm", "k_norm"}:
         return None
@@ -199,7 +199,7 @@ def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None, mak
 
 
 def _normalize_heads(projected: Tensor, norms: list[tuple[Tensor, float]], shape: attention.AttentionShape) -> Tensor:
-    """Return the columns with RMSNorm applied to each head of query and key, as in Qwen3."""
+    """Return `projected` with RMSNorm applied to each head of query and key, as in Qwen3."""
     heads = projected.view(projected.shape[0], -1, shape.head_dim)
     query, key, value = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
     (query_norm, key_norm) = norms

@@ -1,7 +1,7 @@
 """Int8 matrix products with a frozen weight; the forward and the backward pass use the same int8 copy of the weight.
 
 Activations are quantized with one scale per row. If some columns of the activations are much larger than others, small
-columns would lose precision. Therefore a factor per column moves part of the difference into the weight.
+columns would lose precision. Therefore each column is multiplied by a factor, and the weight is divided by it.
 Sources: Xiao et al. 2023, "SmoothQuant", for the factors; Wortsman et al. 2023, "Stable and low-precision training for
 large-scale vision-language models" (SwitchBack), for int8 in the backward pass.
 """
@@ -92,7 +92,7 @@ def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, a
 
 
 def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the speedup of int8 products over products in `dtype`, and an explanation. 0: int8 is not supported."""
+    """Return the speedup of int8 products over products in `dtype` (0 if int8 is not supported), and an explanation."""
     capabilities = torch.cpu.get_capabilities()
     if not any(capabilities.get(name) for name in _INSTRUCTIONS):
         return 0.0, "the processor lacks int8 instructions"
@@ -106,7 +106,7 @@ def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _int_matmul(integers: Tensor, matrix: Tensor) -> Tensor:
-    """Return integers @ matrix as int32. The next call overwrites the result: all calls use one buffer in the CPU cache."""
+    """Return integers @ matrix as int32. The next call overwrites the result, because all calls share one buffer."""
     shape = integers.shape[0], matrix.shape[1]
     buffer: Tensor | None = getattr(_scratch, "sums", None)
     if buffer is None or buffer.numel() < math.prod(shape):

@@ -1,7 +1,7 @@
-"""Compute linear layers with the same input, and their LoRA adapters, as one matrix product.
+"""Compute linear layers with the same input as one larger layer, and their LoRA adapters as one larger adapter.
 
-PEFT's modules are not changed. The adapter parameters are read from them at every call, and receive gradients. The frozen
-weights receive no gradients. Only the inputs are saved for the backward pass.
+PEFT's modules are not changed. The adapter parameters are read from these modules at every call, and receive gradients. The
+frozen weights receive no gradients. Only the inputs are saved for the backward pass.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": y = W x + alpha / rank * B A x.
 """
 
@@ -23,7 +23,7 @@ _INT8_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Adapter:
-    """Position of one adapter: its columns in the product, and its rows in the stacked matrix A."""
+    """Position and scaling of one adapter: its columns in the outputs, and its rows in the stacked matrix A."""
 
     columns: slice
     rows: slice
@@ -43,7 +43,7 @@ class Projections:
     """Linear layers with the same input. Their weights become views of one matrix, so that no weight is stored twice."""
 
     def __init__(self, layers: Sequence[nn.Module], compute_dtype: torch.dtype | None = None) -> None:
-        """layers: `is_fusible` must be true for each.  compute_dtype: dtype of products; default: dtype of the weights."""
+        """layers: all must be fusible (`is_fusible`).  compute_dtype: dtype of products; default: dtype of the weights."""
         self._layers = tuple(layers)
         bases = [_base(layer) for layer in layers]
         self._widths = [base.out_features for base in bases]
@@ -58,7 +58,7 @@ class Projections:
             self.bias = torch.cat([zeros(base.out_features) if base.bias is None else base.bias.data for base in bases])
 
     def record_inputs(self) -> None:
-        """Record all inputs until `quantize` is called."""
+        """Record all inputs of `forward` until `quantize` is called."""
         self._recorded = []
 
     def quantize(self) -> float | None:
@@ -87,7 +87,7 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Dequantize the weights into the layers for transformers' `forward`, until `free_dense_weights` is called."""
+        """Dequantize the weights into the layers for transformers' `forward`; `free_dense_weights` frees them again."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 
@@ -143,7 +143,7 @@ class Projections:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Return the gradient of the inputs and the gradients of `parameters()`; grad: (tokens, outputs).
 
-        onto: a gradient of the same inputs in `compute_dtype`; the gradient of the inputs is added to it in place.
+        onto: another gradient of the same inputs in `compute_dtype`; the new gradient is added to `onto` in place.
         """
         grad = grad.to(self.compute_dtype)
         grad_inputs = None

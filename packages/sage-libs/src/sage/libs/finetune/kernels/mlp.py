@@ -1,4 +1,4 @@
-"""A gated feed-forward block as one autograd function. It saves the outputs of gate and up, and recomputes the rest."""
+"""A gated feed-forward block as one autograd function. For the backward pass, only the outputs of gate and up are saved."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

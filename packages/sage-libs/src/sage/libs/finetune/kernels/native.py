@@ -56,7 +56,7 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
 
 
 def _processor() -> str:
-    """Return the processor's model and features. The cache key includes them: machines may share a cache folder."""
+    """Return the processor's model and features, for the cache key: machines with different processors may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-#: Maximum size of the rows of one chunk, as a share of the L2 caches of all threads together.
+#: Approximate size of one chunk of rows, divided by the size of the L2 caches of all threads together.
 _CACHE_SHARE = 0.3
 #: Chunk sizes of products with lm_head, so that a chunk fits the processor's cache. _CHUNK_VOCAB (vocabulary entries) is
 #: used if lm_head must be cast to the compute dtype, otherwise _CHUNK_ROWS.

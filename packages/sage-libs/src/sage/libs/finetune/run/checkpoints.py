@@ -18,9 +18,9 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
-#: Errors that show that a file is missing or permanently unreadable. After other errors, the checkpoint may be intact.
+#: Error codes for a file that is missing or permanently unreadable. After other errors, the checkpoint may be intact.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that may differ when a run continues from a checkpoint; any other difference would change the result.
+#: Options that may differ when a run continues from a checkpoint. A difference in any other option changes the result.
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
@@ -54,7 +54,7 @@ class Checkpoint:
             manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
             for name, expected in manifest["files_sha256"].items():
                 if _sha256(self.path / name) != expected:
-                    raise _damaged(f"{self.path / name} differs from what was saved.")
+                    raise _damaged(f"{self.path / name} is damaged: its checksum differs from the checksum in the manifest.")
         except OSError as error:
             if error.errno not in _LOST:
                 raise
@@ -77,7 +77,7 @@ class Checkpoint:
         fsync_path(self.path.parent)
 
     def check_can_continue(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
-        """Raise ConfigError if a run with this config and data cannot continue the checkpoint's run exactly.
+        """Raise ConfigError if a run with this config and data would not have the same result as the checkpoint's run.
 
         It also raises ConfigError if no steps are left to train.  base: returns the folder of a base model, given its name.
         """
@@ -108,11 +108,11 @@ class Checkpoint:
         try:
             return RunDirectory(self.path.resolve().parent).read_spec()
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _mismatch(f"{self.path} is not in its run's directory, whose spec.json is needed") from error
+            raise _mismatch(f"{self.path} is not in its run's directory, so the run's spec.json cannot be read") from error
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Write checksums into a staged folder, sync it, and rename it to `checkpoint-<step>` of a run.
+    """Write checksums into the folder `written`, sync it, and rename it to `checkpoint-<step>` in the run's directory.
 
     If an intact checkpoint of this step exists already, it is kept, because its content is the same.
     """
@@ -140,7 +140,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint, and the problems of newer checkpoints, which are damaged and were renamed."""
+    """Return the newest intact checkpoint or None, and the problems of newer ones. Damaged checkpoints are renamed."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):
@@ -151,7 +151,7 @@ def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collection[int] = ()) -> list[str]:
-    """Keep the `keep` newest intact checkpoints and the best checkpoint, and remove older ones; return problems found.
+    """Keep the `keep` newest intact checkpoints and the best one; remove older ones. Return the problems of damaged ones.
 
     trusted: steps of checkpoints that this process has written or verified.
     """
@@ -186,7 +186,7 @@ def _damaged(message: str) -> RunError:
 def _mismatch(message: str) -> ConfigError:
     return ConfigError(
         code="checkpoint_mismatch",
-        message=f"{message}, so this run cannot continue from it.",
+        message=f"{message}; this run cannot continue from this checkpoint.",
         hint="To train on other data or for another number of steps, omit resume_from_checkpoint and use the "
         "output folder of the checkpoint's run as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
         param="resume_from_checkpoint",

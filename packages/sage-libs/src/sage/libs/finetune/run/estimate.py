@@ -13,7 +13,7 @@ from sage.libs.models.resolve import safetensors_header
 _TRAINED_BYTES = 16
 #: Bytes per quantized weight, by number of bits; the scales are included.
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
-#: Number of tokens whose logits are in memory at the same time, and number of copies (logits, probabilities, gradient).
+#: Number of tokens whose logits are in memory at the same time, and number of copies of these logits in memory.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2.5
 
 
@@ -24,8 +24,8 @@ class Estimate:
     base_bytes: int  #: frozen weights, in the precision used in memory
     trained_bytes: int  #: trained parameters with gradients and optimizer state
     token_bytes: int  #: activations per token that SAGE's training step saves for the backward pass
-    logits_bytes: int  #: logits of one token, multiplied by the number of copies in memory
-    loading_bytes: int  #: peak while the base is loaded in full precision, before it is quantized to 8 bits
+    logits_bytes: int  #: logits of one token, for all copies in memory
+    loading_bytes: int  #: peak while the base is loaded, before SAGE quantizes it to int8; else 0
 
     @property
     def held_bytes(self) -> int:
@@ -47,14 +47,14 @@ class Estimate:
         return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
     def describe(self, tokens: int, available_bytes: int) -> str:
-        """Return a message with the needed and the free memory. If memory is insufficient, it says how many tokens fit."""
+        """Return a message with the needed and the free memory, and with the number of tokens that fit, if not all do."""
         needed_bytes = self.total_bytes(tokens)
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(available_bytes)} are free"
         if needed_bytes <= available_bytes:
             return text
         return (
             f"{text}, enough for about {self.fitting_tokens(available_bytes):,} tokens at once; micro-batches of up to "
-            f"{tokens:,} tokens are computed in parts if needed"
+            f"{tokens:,} tokens are computed in parts if they do not fit"
         )
 
 
@@ -93,12 +93,12 @@ def check_memory(needs: Estimate, available_bytes: int, config: FinetuneConfig) 
     if config.finetuning_type == "full":
         ways.append("train an adapter (omit --finetuning-type)")
     elif config.quantization != "4bit":
-        ways.append("quantize it to 4 bits (--quantization 4bit)")
+        ways.append("quantize the model to 4 bits (--quantization 4bit)")
     raise RunError(
         code="model_too_large",
         message=f"The model and its trained parameters need {gigabytes(needs.least_bytes)} of memory, "
         f"but only {gigabytes(available_bytes)} are free.",
-        hint=f"Free some memory, then `resume`; or {', or '.join(ways)}.",
+        hint=f"Free some memory, then `resume` the run; or {', or '.join(ways)}.",
     )
 
 

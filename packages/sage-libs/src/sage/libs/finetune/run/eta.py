@@ -9,10 +9,10 @@ _WINDOW_STEPS = 20
 
 
 class ProgressMeter:
-    """Measures throughput and remaining time. The remaining time ignores the first step, because it includes warm-up."""
+    """Measures throughput and remaining time. The duration of the first step is ignored, because it includes warm-up."""
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
-        """remaining_steps: steps left to train; closing_seconds: expected time of all remaining work except steps."""
+        """remaining_steps: steps left to train.  closing_seconds: expected seconds of all remaining work except steps."""
         self._remaining = remaining_steps
         self.closing_seconds = closing_seconds
         self._steps = 0

@@ -21,9 +21,9 @@ RUN_FILE = "sage_run.json"
 def claim_output(output: Path, task_id: str, run: Path) -> None:
     """Create the output folder and record its owner; if several runs claim it at the same time, only one succeeds.
 
-    A run owns its folder from its creation on. If it ends without a result, another run may claim the folder. The owner may
-    claim its folder again. Raises OutputError if the folder cannot be written, belongs to another run, or contains files
-    that no run has written.
+    A run claims its folder when the run is created, and may claim the same folder again. If the run ends without a result,
+    another run may claim the folder.
+    Raises OutputError if the folder cannot be written, belongs to another run, or contains files that no run has written.
     """
     output = output.resolve()
     try:
@@ -49,7 +49,7 @@ def check_claim(output: Path, task_id: str) -> None:
 def check_owner(output: Path, task_id: str) -> None:
     """Raise OutputError if another run owns the output folder now."""
     if (owner := read_run_file(output).get("task_id", task_id)) != task_id:
-        raise _refused(output, f"belongs to {owner} now")
+        raise _refused(output, f"now belongs to {owner}")
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ def _write(output: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder itself, so that no lock file is needed; if the file system has no locks, continue without a lock."""
+    """Hold a lock on the folder itself in the `with` block; if the file system does not support locks, hold no lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
@@ -89,9 +89,9 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
         raise _refused(output, "cannot be written: Permission denied")
     others = sorted(entry.name for entry in output.iterdir() if entry.name not in (RUN_FILE, f".{RUN_FILE}.partial"))
     if owner and any((output / name).exists() for name in ("adapter_config.json", "config.json")):
-        raise _refused(output, f"holds the result of {owner.get('task_id')}")
+        raise _refused(output, f"contains the result of {owner.get('task_id')}")
     if others:
-        raise _refused(output, f"is not empty: it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}")
+        raise _refused(output, f"is not empty: it contains {', '.join(others[:3])}{' …' if len(others) > 3 else ''}")
     if owner and (use := _claim_of(RunDirectory(Path(str(owner.get("run")))))):
         raise _refused(output, f"{use} {owner.get('task_id')}")
 

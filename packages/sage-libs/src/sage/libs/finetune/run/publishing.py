@@ -7,15 +7,15 @@ from pathlib import Path
 from sage.common.errors import ModelError
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: Suffixes of the files of an adapter and its tokenizer. Files of the Trainer with the same suffixes are omitted.
+#: Suffixes of the files of an adapter and its tokenizer. The files in `_OF_TRAINER` are not published.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".txt"})
 _OF_TRAINER = frozenset({"trainer_state.json", "manifest.json"})
-#: Number of published checkpoints to keep: two, because requests may still use the previous one.
+#: Number of published checkpoints to keep. Requests may still use the previous checkpoint.
 _KEPT = 2
 
 
 def publish_checkpoint(run: RunDirectory, step: int) -> Path:
-    """Publish a checkpoint as a folder of hard links and return the folder; keep the previous folder, remove older ones.
+    """Publish a checkpoint as a folder of hard links and return the folder. Keep the previous folder; remove older ones.
 
     Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
     """

@@ -21,7 +21,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
     """
     checkpoint, problems = latest_good(run.path)
     for problem in problems:
-        warn(f"Skipped a damaged checkpoint: {problem}")
+        warn(f"A damaged checkpoint was skipped: {problem}")
     if checkpoint is None and given:
         checkpoint = Checkpoint.of(Path(given))
         checkpoint.verify()
@@ -29,7 +29,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
     if trained_on not in (None, fingerprint(base)):
         raise ModelError(
             code="base_changed",
-            message=f"The base model in {base} has changed since the run began, so it cannot continue exactly.",
+            message=f"The base model in {base} has changed since the run began, so the run cannot be resumed.",
             hint="Restore the old model, or start a new run.",
             param="base_model",
         )
@@ -37,7 +37,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
 
 
 def begun(run: RunDirectory, given: str | None) -> RunStatus:
-    """Return the status of a run. If it has not trained yet, return the status of the run that wrote `given`."""
+    """Return the status of a run. Before its first step, return the status of the run that wrote the checkpoint `given`."""
     status = read_status(run)
     if status.bf16 is None and given:
         origin = RunDirectory(Path(given).resolve().parent)
@@ -51,6 +51,6 @@ def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | No
     try:
         best.verify()
     except RunError as error:
-        warn(f"The result has the weights of the last step, not of step {step}, which had the lowest loss: {error.message}")
+        warn(f"The result is not from step {step}, which had the lowest loss, but from the last step: {error.message}")
         return None
     return best

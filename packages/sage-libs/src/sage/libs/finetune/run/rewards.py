@@ -1,6 +1,6 @@
 """The reward function of GRPO, which the user writes in a Python file.
 
-`def reward(prompts, completions, **columns)` returns one number per completion. `columns` are the records' other fields.
+`def reward(prompts, completions, **columns)` returns one number per completion. `columns` has the other fields.
 """
 
 import ast
@@ -21,7 +21,7 @@ def check_reward_file(path: Path) -> None:
     except OSError as error:
         raise _unusable(path, f"cannot be read: {error.strerror}") from error
     except (SyntaxError, ValueError) as error:
-        raise _unusable(path, f"is not Python: {error}") from error
+        raise _unusable(path, f"is not valid Python: {error}") from error
     if not any(isinstance(node, ast.FunctionDef) and node.name == _NAME for node in tree.body):
         raise _unusable(path, f"defines no function `{_NAME}`")
 

@@ -13,12 +13,12 @@ from sage.common.paths import private_folder
 from sage.common.training import AnyRunEvent, parse_event
 from sage.libs.finetune.config import FinetuneConfig
 
-#: Environment variable with the rank of a process if several processes train together; it is not set in the main process.
+#: Environment variable with the rank of an additional process of a run; it is not set in the main process.
 RANK_VARIABLE = "SAGE_WORKER_RANK"
 #: Events that are synced to disk before the run continues. A power failure can lose `step` events; a resumed run repeats
 #: these steps.
 _DURABLE = ("launched", "started", "checkpoint", "stopped", "finished", "failed")
-#: Size of a file that is removed if the disk is full, so that the run can still write its last events.
+#: Size of a file that is removed when a run fails, so that the run can write its last events even if the disk is full.
 _RESERVE_BYTES = 64 * 1024
 
 
@@ -36,7 +36,7 @@ class RunDirectory:
     """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
-        """path: the folder; it need not exist yet."""
+        """path: the folder; it may not exist yet."""
         self.path = path
         self.spec_path = path / "spec.json"
         self.events_path = path / "events.jsonl"
@@ -125,7 +125,7 @@ class RunDirectory:
 
 
 class SilentRunDirectory(RunDirectory):
-    """The run directory in all processes except the main process; it appends no events."""
+    """The run directory in all processes except the main process; no events are appended."""
 
     def append_event(self, event: AnyRunEvent) -> None:
         """Do nothing."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sage.common.training import StepEvent, TrainingStep
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: Number of steps after downsampling; steps are downsampled when twice this number are in memory.
+#: Number of steps after downsampling; if more than twice this number are in memory, they are downsampled.
 KEPT_STEPS = 5_000
 
 

@@ -1,4 +1,4 @@
-"""The status of a run. It is computed from the events and the lock of the run, and from nothing else."""
+"""The status of a run. It is computed only from the events and the lock of the run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ class RunState(StrEnum):
     FAILED = "failed"  #: the run ended with an error; `message` describes the error
 
 
-#: States in which a run should have a process. If the process is missing, it has crashed.
+#: States in which a run should have a process. If there is no process, the process has crashed.
 ALIVE = (RunState.STARTING, RunState.RUNNING)
 
 
@@ -97,7 +97,7 @@ def derive(status: RunStatus, *, alive: bool) -> RunStatus:
     """Return the actual status: if the run should be running but no process is alive, the status is `failed`."""
     if alive or status.state not in ALIVE:
         return status
-    start = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "its beginning"
+    start = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "the beginning of the run"
     return replace(
         status,
         state=RunState.FAILED,
@@ -158,7 +158,7 @@ def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:
         "step": event.step,
         "total_steps": event.total_steps,
         "base_sha256": event.base_sha256 or status.base_sha256,
-        "checkpoint_step": min(status.checkpoint_step or 0, event.step) or None,  # newer checkpoints were damaged
+        "checkpoint_step": min(status.checkpoint_step or 0, event.step) or None,  # newer checkpoints are damaged
         "bf16": event.bf16,
         "bf16_products": event.bf16 if event.bf16_products is None else event.bf16_products,
         "int8_products": event.int8_products,

@@ -1,4 +1,4 @@
-"""Saved status of a run, so that readers parse only later events. The worker saves it at each checkpoint and at the end."""
+"""Saved status of a run, so that readers parse only later events. The worker saves it at checkpoints and at the end."""
 
 import zlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from sage.common.training import AnyRunEvent
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunStatus, fold
 
-#: Number of bytes of `events.jsonl` before the offset that `crc32` covers. If they have changed, the summary is ignored.
+#: Number of bytes before the offset whose checksum is stored. If these bytes have changed, the summary is ignored.
 _COMPARED_BYTES = 512
 
 
@@ -56,7 +56,7 @@ def catch_up(run: RunDirectory, summary: Summary) -> Summary:
 
 
 def write_summary(run: RunDirectory) -> None:
-    """Save the status of a run beside its events."""
+    """Save the status of a run in `summary.json`."""
     summary = catch_up(run, read_summary(run))
     saved = Summary(summary.offset, _crc32(run, summary.offset), summary.status)
     replace_file(run.summary_path, _SUMMARY.dump_json(saved), mode=0o600)

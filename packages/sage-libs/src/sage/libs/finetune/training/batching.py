@@ -1,4 +1,7 @@
-"""Build micro-batches: samples packed into one sequence if SAGE's attention is used, else padded to the longest sample."""
+"""Build micro-batches from samples.
+
+For SAGE's attention, the samples are packed into one sequence. Otherwise, they are padded to the longest sample.
+"""
 
 import bisect
 import heapq
@@ -13,7 +16,7 @@ from torch.nn import functional
 
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 
-#: Samples that always share a micro-batch. A pack is one item of the Trainer's dataset.
+#: Samples that are always in the same micro-batch. A pack is one item of the Trainer's dataset.
 Pack = tuple[Encoded, ...]
 Batch = dict[str, Tensor]
 #: A packed micro-batch is padded to a multiple of this many tokens.
@@ -24,14 +27,14 @@ _TOKENS_STEP = 64
 class PackedCollator:
     """Concatenates samples into one sequence for the kernels, with at most 63 tokens of padding at the end.
 
-    The padding keeps the number of sizes small, because oneDNN compiles a matrix product for each new size (3 ms, 1 MB).
+    The padding keeps the number of different sizes small: oneDNN compiles a matrix product for each new size (3 ms, 1 MB).
     """
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
         """Return input_ids, position_ids, attention_mask, labels (1, tokens), and cu_seq_lens_q (samples + 1,), all int64.
 
-        cu_seq_lens_q: index of the first token of each sample, followed by the number of tokens without padding. All names
-        are argument names of transformers.
+        cu_seq_lens_q: index of the first token of each sample, followed by the number of tokens without padding. All these
+        names are arguments of transformers models.
         """
         sequences = list(_flat(packs))
         lengths = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)])
@@ -127,7 +130,10 @@ class Packs(Sequence[Pack]):
 
 
 def most_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, micro_batch: int) -> int:
-    """Return the largest possible number of tokens in a micro-batch; groups: as in Packs."""
+    """Return the largest possible number of tokens in a micro-batch.
+
+    groups: sample indexes of each pack; None: one sample per pack.  micro_batch: number of packs per micro-batch.
+    """
     sums = lengths if groups is None else [sum(lengths[index] for index in group) for group in groups]
     return sum(heapq.nlargest(micro_batch, sums))
 
@@ -135,12 +141,13 @@ def most_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, 
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
     """Group samples into packs of at most `tokens` tokens; return the sample indexes of each pack.
 
-    A longer sample gets its own pack. Best-fit packing in random order fills the packs and mixes samples of all lengths.
+    A sample longer than `tokens` gets its own pack. Samples are taken in random order, and each is put into the pack with
+    the least free space that is sufficient. Therefore packs are well filled, and contain samples of different lengths.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, no secret
     packs: list[list[int]] = []
-    rooms: list[int] = []  # each number of free tokens that a pack has, once, ascending
+    rooms: list[int] = []  # the different numbers of free tokens in packs, ascending
     by_room: dict[int, list[int]] = {}  # indexes of packs, by number of free tokens
     for index in order:
         length = lengths[index]

@@ -23,7 +23,7 @@ from sage.libs.finetune.training.streaming import StreamedPacks
 class TrainingData:
     """The training data and the held-out data of a run."""
 
-    packs: Packs | StreamedPacks | Sequence[Any]  #: for TRL's methods: a sequence of rows
+    packs: Packs | StreamedPacks | Sequence[Any]  #: a sequence of rows if TRL is used
     samples: int | None  #: number of training samples; None for streaming
     heldout: Sequence[Encoded]
     micro_batch: int  #: number of packs per micro-batch
@@ -31,7 +31,10 @@ class TrainingData:
 
 
 def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:
-    """Load the data of a run. If a stop is requested meanwhile, return data without packs. Raises DatasetError."""
+    """Load the data of a run. If a stop is requested during loading, return data without packs.
+
+    new_encoder: returns a new encoder for each dataset.  Raises DatasetError if the data is invalid.
+    """
     micro_batch = 1 if config.pack_tokens else config.batch_size
     limit_tokens = config.pack_tokens or config.batch_size * config.max_seq_length
     reader = _Reader(new_encoder, report, config.max_seq_length)
@@ -52,7 +55,7 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
 
 
 def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence[Encoded]]:
-    """Return the training samples and the held-out samples. They are split before the dataset weights are applied."""
+    """Return the training samples, repeated by the dataset weights, and the held-out samples, which are never repeated."""
     parts, heldout = [], []
     for source in config.sources:
         samples = reader.read(source.path)
@@ -86,7 +89,8 @@ class _Reader:
         if samples.stats.truncated:
             self.report.warn(
                 f"{samples.stats.truncated} of {samples.stats.samples} samples in {path} are longer than "
-                f"{self.max_seq_length} tokens and were cut; {samples.stats.dropped} had no answer left and were dropped."
+                f"{self.max_seq_length} tokens and were cut; {samples.stats.dropped} of them had no answer left "
+                "and were dropped."
             )
         self.report.findings(Findings(samples.stats.findings), path)
         return samples

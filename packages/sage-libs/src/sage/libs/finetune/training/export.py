@@ -76,7 +76,7 @@ def _card(model: Trainable, spec: RunSpec, metrics: dict[str, Any]) -> str:
         name=Path(spec.config.output_dir).name,
         dataset=", ".join(f"`{source.path.name}`" for source in spec.config.sources),
         dataset_sha256=spec.dataset_sha256,
-        steps=f"{metrics['step']} of {metrics['total_steps']} steps" if metrics["total_steps"] else "before its first step",
+        steps=f"{metrics['step']} of {metrics['total_steps']} steps" if metrics["total_steps"] else "0 steps",
         heldout=heldout,
         output=spec.config.output_dir,
     )

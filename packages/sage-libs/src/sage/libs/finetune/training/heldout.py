@@ -45,7 +45,7 @@ class HeldOut:
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
 
     def measure(self, step: int, model: Any, collator: Collator, loss_function: CompletionLoss) -> float | None:
-        """Return the held-out loss after a step; measure it if it is not known yet. None: there are no samples."""
+        """Return the held-out loss after a step, or None if there are no samples. A known loss is not measured again."""
         if not self.samples:
             return None
         if step not in self.losses:
@@ -63,7 +63,7 @@ class HeldOut:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest loss so far (the earliest such step). The loss before training (step 0) is ignored."""
+        """The earliest step with the lowest loss so far. The loss before training (step 0) is ignored."""
         trained = {step: loss for step, loss in self.losses.items() if step}
         return min(trained, key=lambda step: (trained[step], step), default=None)
 
@@ -74,7 +74,7 @@ class HeldOut:
         return patience is not None and best is not None and sum(step > best for step in self.losses) >= patience
 
     def seconds_left(self, step: int, total_steps: int) -> float:
-        """Return the estimated time of all measurements after `step`."""
+        """Return the estimated seconds that all measurements after `step` take."""
         between = (total_steps // self._eval_steps - step // self._eval_steps) if self._eval_steps else 0
         at_end = 0 if self.is_due(total_steps) else 1
         return (between + at_end) * self._seconds

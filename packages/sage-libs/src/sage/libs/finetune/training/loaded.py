@@ -30,7 +30,7 @@ class LoadedModel:
     collator: Collator
 
     def new_loss(self) -> CompletionLoss:
-        """Return a new loss function for the model; its counts start at zero."""
+        """Return a new loss function for the model; its token counts are zero."""
         return CompletionLoss(self.kernels.head.weight, self.kernels.compute_dtype) if self.kernels else CompletionLoss()
 
 

@@ -47,7 +47,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _row_max(probs: Tensor) -> Tensor:
-    """Return the largest probability of each row. The bits are compared as integers: same order, but faster."""
+    """Return the largest probability of each row. Comparing the bits as integers gives the same order, but is faster."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[probs.element_size()]
     return probs.view(integers).amax(-1).view(probs.dtype)
 
@@ -69,7 +69,7 @@ class CompletionLoss:
     """The Trainer's loss function. It also counts trained tokens and correctly predicted tokens for the progress events."""
 
     def __init__(self, lm_head: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
-        """lm_head: (vocab, hidden_size) if the model's `logits` are last hidden states; None if they are real logits.
+        """lm_head: (vocab, hidden_size) if the model returns last hidden states as `logits`; None if it returns real logits.
 
         compute_dtype: dtype of products with lm_head; default: the dtype of the hidden states.
         """

@@ -19,12 +19,12 @@ def trim_heap() -> None:
 
 
 def available_bytes() -> int:
-    """Return the bytes that this process can still allocate: the minimum of machine (with swap) and containers."""
+    """Return the bytes that this process can still allocate on the machine (with swap) and within its container limits."""
     return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_available(_own_cgroups())])
 
 
 def refuse_beyond_limit() -> None:
-    """Limit this process to the memory of the container or machine, so that a larger allocation fails.
+    """Limit this process to the free memory of the container or machine, so that an allocation beyond the limit fails.
 
     A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. Linux only.
     """
@@ -40,7 +40,7 @@ def refuse_beyond_limit() -> None:
 
 
 def _own_cgroups() -> Iterator[Path]:
-    """Yield the folders of this process's memory control groups, innermost first; on other systems than Linux, none."""
+    """Yield the folders of this process's memory control groups, innermost first; yield none if the system is not Linux."""
     if not _CGROUPS.is_dir():
         return
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():

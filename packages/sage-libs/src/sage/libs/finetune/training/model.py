@@ -21,22 +21,23 @@ Trainable: TypeAlias = PeftModel | PreTrainedModel
 
 
 def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, adapter: Path | None = None) -> Trainable:
-    """Load the base model in `folder`, and add a trainable fp32 adapter: from the folder `adapter`, or a new adapter.
+    """Load the base model in `folder`, and add an fp32 adapter to train.
 
-    For full fine-tuning, load the model in fp32 with all weights trainable.
-    Raises ModelError if base or adapter cannot be loaded, and ConfigError if the base has no such target modules.
+    adapter: folder of an existing adapter to train further; None: add a new adapter.
+    For full fine-tuning, no adapter is added, and the model is loaded in fp32 with all weights trainable.
+    Raises ModelError if base or adapter cannot be loaded, and ConfigError if no module of the base matches `target_modules`.
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    # Load the base directly onto its device, because the kernels later replace the weights by views of larger matrices.
+    # Load the base directly onto its device. The kernels later combine its weights into matrices that must not be moved.
     place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
     if not torch.cuda.is_available():
-        # Copy the weights: they are views of a memory-mapped file, which counts as memory of this process.
+        # Copy the weights out of the memory-mapped file, because the mapped pages count as memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # In evaluation mode, bitsandbytes would repack 4-bit weights for inference, and not restore them for training.
+        # Otherwise, bitsandbytes repacks 4-bit weights in evaluation mode, and does not restore them for training.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -50,7 +51,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
 def loraplus_optimizer(
     model: Trainable, lr_ratio: float | None, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer | None:
-    """Return the LoRA+ optimizer; None if `lr_ratio` is None.
+    """Return the LoRA+ optimizer, or None if `lr_ratio` is None.
 
     lr_ratio: learning rate of the matrices B, divided by the learning rate of the matrices A.
     """
@@ -79,7 +80,7 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     for file in checkpoint.glob("model*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)  # not strict: a file may contain only part of the weights
+        model.load_state_dict(load_file(file), strict=False)  # not strict: each file may contain only a part of the weights
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 class EmbeddingNoise:
-    """Adds noise in training mode. The noise depends on the length of each sample, without padding or other samples."""
+    """Adds noise in training mode. Its strength depends only on the length of each sample, which excludes padding."""
 
     def __init__(self, model: PreTrainedModel, alpha: float) -> None:
         """model: transformers' model, not PEFT's wrapper.  alpha: strength of the noise; 5 to 15 in the paper."""

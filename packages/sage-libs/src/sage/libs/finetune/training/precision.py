@@ -11,7 +11,7 @@ from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.run.status import RunStatus
 from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
-#: Minimum measured speedup for the use of bf16 or int8. Both round more than fp32, and on some processors bf16 is slower.
+#: Minimum measured speedup at which bf16 or int8 is used. Both are less exact than fp32, and bf16 is sometimes slower.
 _LEAST_GAIN = 1.25
 _PROBE_WIDTH = 768
 
@@ -24,9 +24,9 @@ class Precision:
     bf16_products: bool  #: dtype of matrix products: bf16 if True; else operands are cast to fp32
     base_bits: int | None  #: 8 or 4 if bitsandbytes quantizes the base, else None
     int8_products: bool  #: whether SAGE's kernels quantize the frozen layers and use int8 products in training
-    why: str
+    why: str  #: reason for bf16 or fp32
     held: str  #: number format of the base model, and the reason
-    may_shrink: bool = False  #: bf16 for base and activations is allowed if memory is scarce (it is slower)
+    may_shrink: bool = False  #: whether base and activations may use bf16 if memory is scarce (bf16 is slower)
 
     @property
     def reason(self) -> str:
@@ -44,7 +44,7 @@ class Precision:
         return replace(self, bf16=True, may_shrink=False, why=f"memory is scarce; {self.why}")
 
     def without_kernels(self, asked: str) -> "Precision":
-        """Return a copy for a model that does not support the kernels: the same dtype for storage and products.
+        """Return a copy for a model that the kernels do not support: stored values and products have the same dtype.
 
         asked: value of the option `precision`.
         """
@@ -57,13 +57,13 @@ class Precision:
         """Return a copy for a model whose layers are not quantized."""
         if not self.int8_products:
             return self
-        return replace(self, int8_products=False, held="base not in int8: the model's layers do not support it")
+        return replace(self, int8_products=False, held="base not in int8: the model's layers do not support int8")
 
 
 def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Precision:
     """Return the fastest number formats on this machine that the config allows.
 
-    begun: status of the run; a resumed run keeps its number formats.
+    begun: status of the run before it is resumed; a resumed run keeps its number formats.
     width: hidden size of the model.
     """
     base_bits, held = _base(config)
@@ -73,7 +73,7 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
     if begun.bf16 is not None:
         is_int8 = bool(begun.int8_products)
         held = "8-bit base" if is_int8 else held
-        return Precision(begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "as before the resume", held)
+        return Precision(begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "as before the run was resumed", held)
     if asked is False or (asked and not may_mix):
         return Precision(asked, asked, base_bits, False, "set by --precision", held)
     products, measured = _fastest()
@@ -85,7 +85,7 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
 
 
 def _base(config: FinetuneConfig) -> tuple[int | None, str]:
-    """Return to how many bits bitsandbytes quantizes the base model (None: not quantized), and the reason.
+    """Return the bits per weight after bitsandbytes has quantized the base model (None: not quantized), and the reason.
 
     Raises ConfigError if bitsandbytes is required but not installed.
     """
@@ -126,6 +126,6 @@ def _fastest() -> tuple[bool, str]:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the shortest measured time of a matrix product with the size of a layer (about 1 ms)."""
+    """Measure a matrix product with the size of a typical layer (about 1 ms); return the shortest duration."""
     left, right = torch.ones(PROBE_ROWS, _PROBE_WIDTH, dtype=dtype), torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
     return least_seconds(lambda: left @ right.t())

@@ -55,7 +55,7 @@ class PreferenceRun(TrainingRun):
         return TrainingData(rows, len(rows), [], config.batch_size, config.batch_size * config.max_seq_length)
 
     def _inspect(self, samples: list[Sample], path: Path) -> None:
-        """Render the answers of a dataset with the chat template, and report content that the model would not learn."""
+        """Render the answers of a dataset with the chat template, and report content that the template omits."""
         encoder = self.base.encoder(self.config.max_seq_length, self.config.train_on)
         for sample in as_chats(samples):
             encoder.encode_whole([sample])

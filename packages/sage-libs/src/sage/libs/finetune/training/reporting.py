@@ -15,7 +15,7 @@ class Reporter:
     """Appends progress and warnings to the events of a run, and writes them to the log."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest, checked_model: str | None) -> None:
-        """checked_model: name of the model in the error about warnings; None if the user allows warnings."""
+        """checked_model: model name for the error that dataset warnings cause; None: the user allows warnings."""
         self._run, self._stop, self._checked_model = run, stop, checked_model
         self._reported: set[tuple[Path, Code]] = set()
 
@@ -35,7 +35,7 @@ class Reporter:
         logger.warning("%s", message)
 
     def adapted(self, message: str, halvings: int, checkpointing: bool) -> None:
-        """Report that the next steps use less memory; a resumed run starts with the same two values."""
+        """Report that the next steps use less memory; a resumed run starts with these `halvings` and `checkpointing`."""
         self._run.append_event(WarningEvent(message=message, halvings=halvings, activation_checkpointing=checkpointing))
         logger.warning("%s", message)
 

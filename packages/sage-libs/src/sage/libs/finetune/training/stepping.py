@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptingTrainer(Trainer):
-    """Computes a micro-batch in parts if it does not fit into memory. Each step has the same samples in the same order.
+    """Computes a micro-batch in parts if it does not fit into memory. The samples of a step and their order do not change.
 
     The loss is a sum over tokens divided by the number of tokens in the step. Therefore any split gives the same gradient.
     """
@@ -33,7 +33,7 @@ class AdaptingTrainer(Trainer):
     ) -> None:
         """halvings: how many times each micro-batch is cut in half.  checkpointing: `on`, `off`, or `auto` (if needed).
 
-        on_adapted: called after a change, with a message, `halvings`, and whether gradient checkpointing is on.
+        on_adapted: called when memory use is reduced, with a message, `halvings`, and whether gradient checkpointing is on.
         """
         super().__init__(compute_loss_func=loss, **options)
         self._loss = loss
@@ -47,7 +47,7 @@ class AdaptingTrainer(Trainer):
     ) -> Tensor:
         """Compute the loss of a micro-batch, add its gradient to the gradients of the parameters, and return the loss.
 
-        If several processes train together, they do not adapt, because all must compute the same micro-batches.
+        If several processes train together, micro-batches are not cut, because all processes must compute the same number.
         """
         if self.args.world_size > 1:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -79,14 +79,14 @@ class AdaptingTrainer(Trainer):
         tokens = part["input_ids"].shape[1]
         if samples_in(part) > 1:
             self._halvings += 1
-            done = f"computing micro-batches in up to {2**self._halvings} parts; the steps stay the same"
+            done = f"computing micro-batches in up to {2**self._halvings} parts; the optimizer steps do not change"
         elif self._may_checkpoint:
             self._checkpoint()
             done = "enabling gradient checkpointing, which is slower"
         else:
             raise RunError(
                 code="out_of_memory",
-                message=f"Out of memory: a single sample of {tokens} tokens does not fit.",
+                message=f"Out of memory: a single sample of {tokens} tokens does not fit into memory.",
                 hint="Start again with a smaller --max-seq-length or a smaller model.",
             )
         if torch.cuda.is_available():

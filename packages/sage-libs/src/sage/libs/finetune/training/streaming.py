@@ -18,7 +18,7 @@ _MIXED_SAMPLES = 1000
 
 
 class StreamedPacks(IterableDataset[Pack]):
-    """Yields the packs of several datasets one after the other, and starts again at the end.
+    """Yields the packs of several datasets one after the other; after the last dataset, it starts again with the first.
 
     Each iterator yields the same packs in the same order, so that a run can resume.
     """
@@ -29,7 +29,7 @@ class StreamedPacks(IterableDataset[Pack]):
     ) -> None:  # fmt: skip
         """pack_tokens: maximum number of tokens of a pack; None: one sample per pack.
 
-        report: called with all findings so far and a path; if it raises an exception, the run ends.
+        report: called with all findings so far and the first path; if it raises an exception, the run ends.
         """
         self._paths, self._new_encoder, self._pack_tokens, self._seed = paths, new_encoder, pack_tokens, seed
         self._report = report

@@ -1,8 +1,8 @@
 """Data-parallel training with several processes, each on its own device.
 
 The main process is the run's worker. Only the main process holds the lock, handles signals, evaluates, and writes events
-and results. It starts the other processes, which only compute steps. It sets the same environment variables as torch's
-launcher.
+and results. It starts the other processes, which only compute training steps, with the environment variables that torch's
+launcher sets.
 """
 
 import os
@@ -24,7 +24,7 @@ from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
-#: Timeout of messages. It is long, because the other processes wait while the main process tokenizes or evaluates.
+#: Timeout of messages between processes. The other processes wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
 _LOOK_SECONDS = 0.5
 
@@ -57,7 +57,7 @@ class Team:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Return in every process the value of the main process. Every process must call this method."""
+        """Send the main process's value to every process, and return it. Every process must call this method."""
         if self.size == 1:
             return value
         values = [value]
@@ -91,7 +91,7 @@ class Team:
             process.wait()
 
     def _group(self) -> Any:
-        """Return the process group for messages; it is created on first use. Gradients use another group."""
+        """Return the process group for messages, and create it on first use. Gradients are exchanged in another group."""
         if self._control is None:
             PartialState(cpu=not torch.cuda.is_available())
             self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -116,7 +116,7 @@ class Team:
                 continue
             if code and code < 0:  # killed by a signal; in other cases the process has reported the error
                 message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
-                self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues."))
+                self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues the run."))
             self.close()
             os._exit(1)
 

@@ -39,7 +39,7 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingRun:
-    """One training run. Each phase returns a frozen value. Short phases that can fail run first."""
+    """One training run. Each phase returns a frozen value. Short phases run first, so that errors are found early."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest) -> None:
         """Load the data and the model of a run. Raises DatasetError, ModelError, RunError or ConfigError."""
@@ -62,7 +62,7 @@ class TrainingRun:
             plan = plan.fitted(self.data.most_tokens)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
-        if not self.team.is_main_process:  # after the main process has tokenized the dataset
+        if not self.team.is_main_process:  # the main process has tokenized and stored the dataset
             self.data = self._load_data()
         self.heldout = HeldOut(
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
@@ -73,7 +73,7 @@ class TrainingRun:
         self.estimated_bytes = self._report_estimate(plan) if plan else None
         if self.base.adapter:
             self.report.progress(
-                f"training continues from the adapter in {self.base.adapter}, with its rank, scaling and modules"
+                f"the adapter in {self.base.adapter} is trained further, with its own rank, scaling and modules"
             )
 
     def _report_estimate(self, plan: MemoryPlan) -> int | None:
@@ -95,7 +95,7 @@ class TrainingRun:
         return install_kernels if self.config.fast_kernels == "auto" else no_kernels("fast_kernels is off")
 
     def train(self) -> None:
-        """Train to the end or until a stop is requested, write the result, and append `finished` or `stopped`."""
+        """Train to the end or until a stop is requested, write the result, and append the event `finished` or `stopped`."""
         if not self.team.is_main_process:
             self._train(None)
             return
@@ -145,9 +145,9 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint or from the beginning; return the last step."""
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # no limit with CUDA: it reserves unused address space
+        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves too much address space
             refuse_beyond_limit()
-        trainer.remove_callback(PrinterCallback)  # it prints a dict per step, but RunCallback logs the steps
+        trainer.remove_callback(PrinterCallback)  # RunCallback logs the steps instead
         checkpoint = self.team.broadcast(checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
         # Remove accelerate's wrapper, so that the held-out loss is measured in the same precision as before training.

@@ -60,7 +60,7 @@ def copies_bytes() -> int:
 
 @contextlib.contextmanager
 def _unused(use: Path) -> Iterator[bool]:
-    """Yield whether a copy is unused. If it is, no other process can begin to use it in the `with` block."""
+    """Yield whether a copy is unused. If it is unused, no other process can begin to use it during the `with` block."""
     with use.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +71,7 @@ def _unused(use: Path) -> Iterator[bool]:
 
 
 def _delete_partial(target: Path) -> None:
-    for left in target.parent.glob(f".{target.name}.partial-*"):  # left by a killed process
+    for left in target.parent.glob(f".{target.name}.partial-*"):  # files of a killed process
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -47,7 +47,7 @@ def export_model(
     source = resolve_model(name)
     if format_ is ExportFormat.ADAPTER and source.kind is not ModelKind.ADAPTER:
         raise ConfigError(
-            code="config_invalid", message=f"{name} is not an adapter.", hint="Export it as 'merged'.", param="format"
+            code="config_invalid", message=f"{name} is not an adapter.", hint="Export the model as 'merged'.", param="format"
         )
     with new_folder(output.absolute(), _needed_bytes(source, format_, precision)) as folder:
         match format_:
@@ -109,7 +109,7 @@ def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[
                 code="export_unsupported",
                 message=f"llama.cpp tokenizes a prompt differently: {tokens[:20]} instead of {probe['tokens'][:20]} for "
                 f"{probe['messages'][-1]['content']!r}.",
-                hint="Export it as 'merged', and serve it with another program.",
+                hint="Export the model as 'merged', and serve it with another program.",
                 param="format",
             )
 

@@ -22,7 +22,7 @@ def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
     Raises OutputError if the target exists or cannot be written, or if less than `needed_bytes` are free on the disk.
     """
     if target.exists():
-        raise _unusable(target, "exists already", "Give a folder that does not exist with --output.")
+        raise _unusable(target, "exists already", "Use --output with a folder that does not exist yet.")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -35,7 +35,9 @@ def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
         partial.rename(target)  # fails if another process has created the target
         fsync_path(target.parent)
     except OSError as error:
-        raise _unusable(target, f"cannot be written: {error.strerror or error}", "Choose another --output.") from error
+        raise _unusable(
+            target, f"cannot be written: {error.strerror or error}", "Choose another folder with --output."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

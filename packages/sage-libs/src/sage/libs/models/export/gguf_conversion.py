@@ -27,7 +27,7 @@ _KNOWN_ENDS = {
 _BEGIN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 #: GGUF names of pre-tokenizers, by the regular expression in tokenizer.json that splits the text. They are used if the
-#: converter does not know the hash of a vocabulary. After the conversion, the tokens of prompts are compared.
+#: converter does not know a vocabulary. The tokens of prompts are compared afterwards, so a wrong choice is detected.
 _SPLITS: Mapping[str, str] = {
     rf"{_BEGIN}\p{{N}}{{1,3}}{_END}": "llama-bpe",
     rf"{_BEGIN}\p{{N}}{_END}": "qwen2",
@@ -53,7 +53,7 @@ def convert(folder: Path, target: Path, precision: str, end_tokens: Collection[i
 
 
 def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *, begins_with_bos: bool) -> None:
-    """Change the converter: it quantizes to each precision, keeps all end tokens, and recognizes more pre-tokenizers."""
+    """Change the converter so that it supports each precision, keeps all end tokens, and recognizes more pre-tokenizers."""
     set_vocab, forced_type, pre_tokenizer = model.set_vocab, model.tensor_force_quant, model.get_vocab_base_pre
 
     def vocabulary() -> None:
@@ -80,14 +80,14 @@ def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *
 
 
 def _keep_specials(model: Any, gguf: Any, end_tokens: Collection[int], *, begins_with_bos: bool) -> None:
-    """Store the end tokens that llama.cpp does not know by name; if chats begin without BOS, tell llama.cpp to add none."""
+    """Store the end tokens that llama.cpp does not know by name. If chats begin without BOS, disable BOS in llama.cpp."""
     keys, values = gguf.Keys.Tokenizer, model.gguf_writer.kv_data[0]
     tokens = values[keys.LIST].value
     free = [key for key in (keys.EOS_ID, keys.EOT_ID, keys.EOM_ID) if key not in values]
     recorded = {values[key].value for key in (keys.EOS_ID, keys.EOT_ID, keys.EOM_ID) if key in values}
     further = [token for token in end_tokens if token not in recorded and tokens[token] not in _KNOWN_ENDS]
     if len(further) > len(free):
-        raise _unsupported(model.dir_model, f"it has {len(end_tokens)} end tokens, more than a GGUF file can name")
+        raise _unsupported(model.dir_model, f"the model has {len(end_tokens)} end tokens, more than a GGUF file can store")
     for key, token in zip(free, further, strict=False):
         model.gguf_writer.add_uint32(key, token)
     if not begins_with_bos:
@@ -106,14 +106,14 @@ def _pre_tokenizer_of(folder: Path) -> str:
         case [{"type": "Split", "pattern": {"Regex": pattern}}, {"type": "ByteLevel"}] if pattern in _SPLITS:
             return _SPLITS[pattern]
         case _:
-            raise _unsupported(folder, f"its pre-tokenizer {found.get('type')} is unknown")
+            raise _unsupported(folder, f"the model's pre-tokenizer {found.get('type')} is unknown")
 
 
 def _unsupported(folder: Path, problem: str) -> ModelError:
     return ModelError(
         code="export_unsupported",
         message=f"llama.cpp does not support the model in {folder}: {problem}.",
-        hint="Export it as 'merged', and serve it with another program.",
+        hint="Export the model as 'merged', and serve it with another program.",
         param="format",
     )
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--precision", choices=PRECISIONS, required=True)
-    parser.add_argument("--packages", type=Path, required=True, help="Folder of the environment with the converter.")
+    parser.add_argument("--packages", type=Path, required=True, help="Folder that contains the converter.")
     parser.add_argument("--end-tokens", type=json.loads, required=True)
     parser.add_argument("--begins-with-bos", action="store_true")
     given = parser.parse_args()

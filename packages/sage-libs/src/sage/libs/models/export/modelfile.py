@@ -1,4 +1,4 @@
-"""Write Ollama's Modelfile. Its Go template is derived from the model's Jinja chat template, and compared with it."""
+"""Write Ollama's Modelfile. Its Go template is derived from the model's chat template; both must give the same prompts."""
 
 import json
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: b
 
 
 def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
-    """Derive the constant texts of a chat template; raises ModelError if they do not give the same prompts.
+    """Derive the constant texts of a chat template. Raises ModelError if the texts do not give the same prompts.
 
     bos: text that is removed from the beginning of rendered chats.
     """
@@ -88,8 +88,8 @@ def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
             return turns
     raise ModelError(
         code="export_unsupported",
-        message="The model's chat template cannot be written as a template of Ollama.",
-        hint="Export to gguf, and serve it with llama.cpp, which uses the model's own template.",
+        message="The model's chat template cannot be converted to a template of Ollama.",
+        hint="Export the model as 'gguf', and serve it with llama.cpp, which uses the model's own template.",
         param="format",
     )
 

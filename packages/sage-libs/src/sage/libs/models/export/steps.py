@@ -15,13 +15,13 @@ _POLL_SECONDS = 0.5
 
 
 def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], None] = lambda: None) -> Any:
-    """Run a step to its end and return the value that it printed. If this process gets an exception, the step is killed.
+    """Run a step to its end and return the value that it printed. If an exception occurs meanwhile, the step is killed.
 
     text: standard input of the step.  while_running: called regularly until the step ends.
     Raises the SageError that the step printed, or ModelError with the last line of the step's log.
     """
-    # Block SIGINT and SIGTERM: the step inherits the blocked signals, and this process is not interrupted before it can
-    # kill the step.
+    # Block SIGINT and SIGTERM until the step can be killed; otherwise, an interruption could leave it running. The step
+    # inherits the blocked signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         process = subprocess.Popen(

@@ -74,7 +74,7 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
 
 
 def _described(model: Any, chat_format: ChatFormat) -> dict[str, Any]:
-    """Return what a server must know or reproduce: prompts with token ids, end tokens, BOS, dtype, sampling, context."""
+    """Return facts about a model: prompts with token ids, end tokens, BOS, dtype, sampling settings, context length."""
     probes: list[dict[str, Any]] = []
     for messages in _PROBES:
         try:
@@ -102,7 +102,7 @@ def _located(name: str) -> tuple[ModelSource, Path]:
     source = resolve_model(name)
     if source.kind is ModelKind.ADAPTER and source.base and source.base.kind is ModelKind.ADAPTER:
         raise ModelError(
-            code="base_is_adapter", message=f"The base of {name} is itself an adapter.", hint="Merge the base first."
+            code="base_is_adapter", message=f"The base of {name} is itself an adapter.", hint="First merge the base."
         )
     return source, local_folder(source.base or source)
 
@@ -111,7 +111,7 @@ def _not_merged(name: str, kind: str) -> ModelError:
     return ModelError(
         code="export_unsupported",
         message=f"{name} is an adapter of the type {kind}, which cannot be merged into its base.",
-        hint="Export it as 'adapter'.",
+        hint="Export the model as 'adapter'.",
         param="format",
     )
 
@@ -125,7 +125,7 @@ def main() -> None:
     """Write the model if the option --folder is given; otherwise check the adapter."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--folder", type=Path, help="Folder to write the model to; if omitted, only the adapter is checked.")
+    parser.add_argument("--folder", type=Path, help="Folder to write the model to; if omitted, the adapter is only checked.")
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--modelfile", action="store_true")
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The backend interface: a program that runs engines.
+"""The interface of backends. A backend is a program that runs engines.
 
 To add a backend, write a class in this folder with the attributes of `ServingBackend`, and list it in `BACKENDS`.
 """
@@ -34,7 +34,7 @@ class Capabilities:
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     hot_adapters: bool = False  #: adapters can be loaded and unloaded while the server runs
     merges_adapters: bool = True  #: the backend can serve a base with an adapter merged into it
-    warm_up: bool = False  #: the first request to an adapter is slow, so a request is sent after loading
+    warm_up: bool = False  #: after an adapter is loaded, a request is sent to it, because the first request is slow
     sleep: bool = False  #: the server can release its memory and allocate it again without a restart
 
 
@@ -52,7 +52,10 @@ class Backend(Protocol):
 
 @runtime_checkable
 class ServingBackend(Backend, Protocol):
-    """A backend whose server has OpenAI's HTTP interface; with `hot_adapters`, it also has vLLM's interface for adapters."""
+    """A backend whose server has OpenAI's HTTP interface.
+
+    If `hot_adapters` is set, the server also has vLLM's HTTP interface to load and unload adapters.
+    """
 
     #: Path of the health check, which shows whether the server is ready.
     health_path: ClassVar[str]
@@ -60,8 +63,9 @@ class ServingBackend(Backend, Protocol):
     parameters: ClassVar[frozenset[str] | None]
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
-        """Return the command that serves `model`; the launcher replaces PORT_ARGUMENT and DESCRIPTOR_ARGUMENT in it.
+        """Return the command that serves `model`.
 
+        The launcher replaces PORT_ARGUMENT and DESCRIPTOR_ARGUMENT in the command by the port and the socket's descriptor.
         served_name: the name of the model in requests to the server.
         """
 
@@ -69,13 +73,13 @@ class ServingBackend(Backend, Protocol):
         """Return additional environment variables for the process."""
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether an answer of `health_path` comes from `server`, not from another program, and reports readiness."""
+        """Return whether an answer of `health_path` reports that `server` is ready; False if another program answered."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
         """Return `context_tokens` and `slots` from an answer of `health_path`, if the answer has them."""
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why an adapter cannot be loaded into a running server of `base`, as part of a sentence; None if it can."""
+        """Return why a running server of `base` cannot load an adapter, as a clause without a period; None if it can."""
 
     def max_adapters(self, options: Any) -> int | None:
         """Return the maximum number of adapters in a server; None: no limit."""
@@ -102,7 +106,7 @@ class WorkerBackend:
         return thread_variables(options.threads)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether the answer has the server's token, which the process got in its environment."""
+        """Return whether the answer has the server's token, which the launcher passes to the process in its environment."""
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
@@ -114,12 +118,12 @@ class WorkerBackend:
         return None
 
     def max_adapters(self, options: Any) -> int | None:
-        """Return None, because the number is not limited."""
+        """Return None, because the number of adapters is not limited."""
         return None
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """Return the JSON object in `content`; {} if it is anything else."""
+    """Return the JSON object in `content`; {} if `content` is not a JSON object."""
     try:
         value = json.loads(content)
     except ValueError:
@@ -128,7 +132,7 @@ def parsed(content: bytes) -> dict[str, Any]:
 
 
 def parameter_count(model: ModelSource) -> int | None:
-    """Return the number of parameters of a model and its base, from the headers of the weights; None if not known."""
+    """Return the number of parameters of a model and its base, read from the weight files; None if it is not known."""
     files = sorted(model.folder.glob("*.safetensors"))
     base = parameter_count(model.base) if model.base else 0
     if not files or base is None:

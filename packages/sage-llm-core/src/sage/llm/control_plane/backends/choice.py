@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from sage.llm.control_plane.backends.base import Backend
 from sage.llm.control_plane.backends.speeds import saved_speeds
 
-#: Tokens per second with 16 answers of one adapter at once, relative to transformers, by kind of device. CPU: measured, see
-#: benchmarks/results/serving.md. GPU: not measured yet; the figure only says that vLLM is chosen first.
+#: Generation speed of each backend relative to transformers, by kind of device, if 16 concurrent requests use one adapter.
+#: The values for a CPU are measured (benchmarks/results/serving.md). The values for a GPU are not measured, and only make
+#: vLLM the first choice.
 RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "vllm": 0.54},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
@@ -16,8 +17,8 @@ RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
 def choose(candidates: Sequence[Backend], device: str) -> tuple[Backend, str]:
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
 
-    If some candidates can load adapters into a running server, the other candidates are ignored. Adapters can then share a
-    server.
+    If some candidates can load adapters into a running server, the other candidates are ignored, because adapters can then
+    share a server.
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:
@@ -28,4 +29,7 @@ def choose(candidates: Sequence[Backend], device: str) -> tuple[Backend, str]:
     fastest = max(compared, key=lambda backend: speeds.get(backend.name, 0.0))
     if measured:
         return fastest, f"the fastest in `sage backend benchmark` of {measured.date}"
-    return fastest, f"the first choice for the device {device}; `sage backend benchmark MODEL` measures all on this machine"
+    return (
+        fastest,
+        f"the first choice for the device {device}; `sage backend benchmark MODEL` measures all backends on this machine",
+    )

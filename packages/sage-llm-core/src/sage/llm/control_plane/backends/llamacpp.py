@@ -1,4 +1,4 @@
-"""The backend for llama.cpp's server, which runs GGUF files, also quantized, on a CPU; it has a separate environment."""
+"""The backend for llama.cpp's server, which runs GGUF files (also quantized files) on a CPU in a separate environment."""
 
 import os
 import sys
@@ -32,24 +32,24 @@ class LlamaCppOptions(ServingOptions):
     """The options of an engine that llama.cpp serves."""
 
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Data type of the weights; auto: the GGUF file's, or fp32 for other models."
+        "auto", description="Data type of the weights; auto: the type of the GGUF file, or fp32 for other models."
     )
     quantize: Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = Field(
         None, description="Quantize the weights to this GGUF type: smaller and faster, but less exact."
     )
     context_tokens: int | None = Field(
-        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's, up to 8192."
+        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit, but at most 8192."
     )
-    slots: int = Field(16, ge=1, le=256, description="Maximum number of answers at once.")
+    slots: int = Field(16, ge=1, le=256, description="Maximum number of answers that are generated at the same time.")
     kv_cache_tokens: int | None = Field(
         None, ge=16, description="Size of the key/value cache that all slots share, in tokens; default: 512 for each slot, "
-        "at least `context_tokens`.",
+        "but at least `context_tokens`.",
     )  # fmt: skip
-    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer if the request sets none, in tokens.")
+    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
     @property
     def precision(self) -> str | None:
-        """The precision of the GGUF file to create; None: the precision of a GGUF model, or f32 for others."""
+        """The precision of the GGUF file to create; None: keep the precision of a GGUF file, use f32 for other models."""
         return self.quantize or _PRECISIONS.get(self.dtype)
 
 
@@ -77,7 +77,7 @@ class LlamaCppBackend(WorkerBackend):
         return (*self.interpreter, "-m", "sage.llm.workers.llamacpp", *flags)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether the answer has the name of the server's model; while the server loads it, the status is 503."""
+        """Return whether the answer has the name of the server's model; while the model is loading, the status is 503."""
         return status == 200 and parsed(content).get("model_alias") == server.served_name
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
@@ -87,8 +87,8 @@ class LlamaCppBackend(WorkerBackend):
         return {"context_tokens": settings.get("n_ctx"), "slots": found.get("total_slots")}
 
     def can_join(self, adapter: Path, base: Path) -> str:
-        """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence."""
-        return "llama.cpp loads adapters only at its start"
+        """Return why a running server cannot load an adapter, as a clause without a period."""
+        return "llama.cpp loads adapters only when it starts"
 
     def memory_bytes(self, model: ModelSource, options: LlamaCppOptions) -> int | None:
         """Return the size of the weights in memory."""

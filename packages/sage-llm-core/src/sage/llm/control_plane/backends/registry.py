@@ -24,9 +24,9 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and the reason of an automatic choice.
+    """Return a backend that can run `model`, and why it was chosen automatically.
 
-    For `auto`, return the best installed backend; for another name, return the backend with this name and None.
+    If `name` is `auto`, return the best installed backend; otherwise return the backend with this name, and None.
 
     Raises ConfigError if the backend is not installed, or if no backend can run the model as an engine of `kind`.
     """

@@ -1,4 +1,4 @@
-"""The backend for SAGE's own trainer: each run has its own process; `FinetuneManager` returns the command."""
+"""The backend for SAGE's own trainer. Each run has its own process, whose command `FinetuneManager` returns."""
 
 import sys
 from typing import ClassVar
@@ -21,7 +21,7 @@ class TrainerBackend:
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
 
     def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
-        """Return the memory for the longest micro-batch with an unquantized base; a quantized base needs less."""
+        """Return the memory that the longest micro-batch needs with an unquantized base. A quantized base needs less."""
         folder = (model.base or model).folder
         if not any(folder.glob("*.safetensors")):
             return None

@@ -1,4 +1,4 @@
-"""The backend for SAGE's own server, which uses transformers: it supports every model and every processor."""
+"""The backend for SAGE's own server, which uses transformers and supports every model and every processor."""
 
 import sys
 from pathlib import Path
@@ -16,10 +16,14 @@ from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGU
 class TransformersOptions(ServingOptions):
     """The options of an llm engine."""
 
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
-    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
-    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
-    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer if the request sets none, in tokens.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Data type of the weights; auto: fp32 on a CPU, bf16 on a GPU."
+    )
+    context_tokens: int | None = Field(
+        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
+    )
+    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
+    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
 
 class TransformersBackend(WorkerBackend):
@@ -40,7 +44,7 @@ class TransformersBackend(WorkerBackend):
         )  # fmt: skip
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why the adapter is not plain LoRA; None if it is plain LoRA."""
+        """Return why the server cannot load the adapter while it runs; None if it can, because the adapter is plain LoRA."""
         return why_not_hot(adapter, base)
 
     def memory_bytes(self, model: ModelSource, options: TransformersOptions) -> int | None:

@@ -1,4 +1,4 @@
-"""The backend for vLLM, in a separate environment: one batch can contain many requests and many adapters."""
+"""The backend for vLLM, which runs in a separate environment. One batch can contain requests to different adapters."""
 
 import json
 import sys
@@ -30,13 +30,17 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 class VllmOptions(ServingOptions):
     """The options of an engine that vLLM serves."""
 
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Data type of the weights; auto: fp32 on a CPU.")
-    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
-    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Data type of the weights; auto: fp32 on a CPU, vLLM's choice on a GPU."
+    )
+    context_tokens: int | None = Field(
+        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
+    )
+    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
     kv_cache_gb: int = Field(1, ge=1, description="Size of the key/value cache, in GiB.")
     max_adapters: int = Field(16, ge=1, le=512, description="Maximum number of adapters in one server.")
     max_rank: Literal[8, 16, 32, 64, 128, 256] | None = Field(
-        None, description="Largest rank of an adapter; default: 64, on a CPU 8, because a larger value slows all adapters."
+        None, description="Largest rank of an adapter; default: 64, or 8 on a CPU. A larger value slows down all adapters."
     )
 
 
@@ -71,7 +75,7 @@ class VllmBackend(WorkerBackend):
         return {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # because other processes use the same cores
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads may use any core, because other processes use the cores too
             "VLLM_NO_USAGE_STATS": "1",
             **thread_variables(options.threads),
         }
@@ -89,7 +93,7 @@ class VllmBackend(WorkerBackend):
         return options.max_adapters
 
     def memory_bytes(self, model: ModelSource, options: VllmOptions) -> int | None:
-        """Return the size of the weights and the cache in memory."""
+        """Return the size in memory of the weights and the key/value cache."""
         parameters = parameter_count(model)
         is_fp32 = options.dtype == "fp32" or (options.dtype == "auto" and environments.device() == "cpu")
         return parameters and parameters * (4 if is_fp32 else 2) + options.kv_cache_gb * _GIB

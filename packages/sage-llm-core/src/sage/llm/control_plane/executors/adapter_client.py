@@ -1,4 +1,4 @@
-"""Load adapters into running servers, and unload them, with vLLM's HTTP interface."""
+"""Load adapters into running servers and unload them, with the HTTP routes that vLLM defines for this."""
 
 import asyncio
 import logging
@@ -13,8 +13,8 @@ from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: Timeout of an unload request. The server first completes the answers in progress that use the adapter. After a timeout,
-#: the request is repeated later.
+#: Seconds until an unload request times out; it is then repeated later. Before the server unloads an adapter, it completes
+#: the requests that use the adapter.
 _UNLOAD_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 
@@ -64,11 +64,11 @@ class AdapterClient:
         try:
             return await self._http.post(f"http://{server.address}/v1/{route}", json=content, timeout=timeout_seconds)
         except httpx.HTTPError as error:
-            raise OSError(f"{server.id} did not answer {route}: {error!r}") from None
+            raise OSError(f"{server.id} did not answer the request to {route}: {error!r}") from None
 
 
 def _message(answer: httpx.Response) -> str:
-    """Return the message of an error in OpenAI's format, on one line."""
+    """Return the message of an error response in OpenAI's format, on one line."""
     try:
         message = str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -15,13 +15,13 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 @dataclass(frozen=True)
 class Prepared:
-    """Values of a checked request, for the engine's record."""
+    """The values of a checked request that are stored in the record of the engine."""
 
     backend: str  #: name in the registry, never `auto`
     options: Mapping[str, Any] = field(default_factory=dict)
     reserved_bytes: int | None = None  #: memory that the engine is expected to need; None: not known
-    least_bytes: int | None = None  #: smallest memory with which it can run, in smaller parts; None: `reserved_bytes`
-    backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
+    backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Observed:
     ready: bool = False  #: the engine answers requests, or trains
     ended: EngineState | None = None  #: the state that the engine reported when it ended
     reason: Reason | None = None  #: why the engine ended, or why its process exited
-    orphaned: bool = False  #: the engine's process is gone, but child processes are alive
+    orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
@@ -47,7 +47,7 @@ class Executor(Protocol):
     """
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check a request in milliseconds and without side effects; raises SageError."""
+        """Check a request; raises SageError. Takes milliseconds and changes nothing."""
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, for example of the dataset, and create the files of the engine; raises SageError.
@@ -62,13 +62,19 @@ class Executor(Protocol):
         """Raise SageError if the engine cannot be started again; takes milliseconds."""
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
-        """Return the process to launch; blocking. Call this only to launch it, because a training run records the launch."""
+        """Return the specification of the process to launch; blocking.
+
+        Call this only immediately before a launch, because a training run records the launch in its events.
+        """
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return the server to launch for an engine; is_moved: use a new id, because other engines use the old server."""
+        """Return the record of a new server for an engine.
+
+        is_moved: use a new id, because other engines use the engine's last server.
+        """
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Return the condition of an engine, given the observation of its process; raises OSError if it is not known."""
+        """Return the condition of an engine; process: the observation of its process. Raises OSError if it is not known."""
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return the fields of EngineView that only the executor knows; blocking."""
@@ -83,9 +89,9 @@ class Executor(Protocol):
         """Ask a training run to save a checkpoint after its current step."""
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder that contains a checkpoint of a training run as a model.
+        """Return a folder that contains a checkpoint of a training run in the form of a model.
 
-        The folder stays if the run removes the checkpoint. Raises ModelError if the checkpoint is not an adapter.
+        The folder is kept even if the run removes the checkpoint. Raises ModelError if the checkpoint is not an adapter.
         """
 
     def log_path(self, engine: EngineRecord) -> Path:

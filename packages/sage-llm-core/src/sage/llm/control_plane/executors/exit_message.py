@@ -14,7 +14,10 @@ _NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWar
 
 
 def exit_message(what: str, code: int | None, log_path: Path) -> str:
-    """Return a sentence that says how the process `what` exited; reads the log if the exit code is positive or not known."""
+    """Return a sentence that says how a process exited, with the last error in its log if there is one.
+
+    what: subject of the sentence. The log is read only if the exit code is positive or not known.
+    """
     sentence = f"{what} {describe_exit(code)}"
     error = "" if code is not None and code <= 0 else _last_error(log_path)
     return f"{sentence}: {error}" if error else f"{sentence}."
@@ -25,8 +28,8 @@ def log_hint(engine_id: str, log_path: Path) -> str:
     command = f"`sage llm engine logs {engine_id}`"
     lines = [line[:_SHOWN_CHARACTERS] for line in tail_lines(log_path, _SHOWN_LINES) if line.strip()]
     if not lines:
-        return f"Its log: {command}."
-    return "\n".join(["Its log ends with:", *(f"  {line}" for line in lines), f"The whole log: {command}."])
+        return f"The log of the engine: {command}."
+    return "\n".join(["The log of the engine ends with:", *(f"  {line}" for line in lines), f"The whole log: {command}."])
 
 
 def _last_error(log_path: Path) -> str:

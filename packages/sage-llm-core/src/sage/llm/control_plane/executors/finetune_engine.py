@@ -1,4 +1,4 @@
-"""`FinetuneEngine`: one training run, for Python programs without a control plane."""
+"""`FinetuneEngine`: control one training run from a Python program, without a control plane."""
 
 import asyncio
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass
 class FinetuneEngineConfig:
-    """Configuration of a fine-tune engine."""
+    """The basic options of a fine-tuning; `FinetuneConfig` has all options."""
 
     base_model: str
     dataset_path: str
@@ -38,7 +38,7 @@ class FinetuneEngineConfig:
 
 
 class FinetuneEngine:
-    """Fine-tune engine managed by Control Plane."""
+    """Starts, stops and observes one training run."""
 
     engine_kind = "finetune"
 
@@ -48,7 +48,11 @@ class FinetuneEngine:
         task_id: str | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        """config: a FinetuneConfig has all options; task_id: id of an existing run; launcher: LocalLauncher if None."""
+        """Store the configuration of a run; `create` or `start` creates its run directory.
+
+        task_id: id of an existing run, or the id for a new run; None: a new run gets a random id.
+        launcher: starts and observes the process of the run; None: a LocalLauncher.
+        """
         self.config = config
         self.manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
         self.task_id: str | None = task_id
@@ -58,7 +62,7 @@ class FinetuneEngine:
     async def create(self) -> str:
         """Run the checks that do not load the model, create the run directory, and return the task id.
 
-        Raises ConfigError, DatasetError, ModelError or OutputError. After an error, nothing is created.
+        Raises ConfigError, DatasetError, ModelError or OutputError; in this case, nothing is created.
         """
         config = self.config
         if not isinstance(config, FinetuneConfig):

@@ -1,4 +1,4 @@
-"""Engines of kind finetune: training runs, each in its own process."""
+"""The executor for engines of kind finetune, which are training runs. Each run has its own process."""
 
 import asyncio
 import contextlib
@@ -47,7 +47,7 @@ class FinetuneExecutor:
         allow_reward_files: bool = False,
         threads: int | None = None,
     ) -> None:
-        """datasets: if None, only local paths are allowed; threads: CPU threads of a run; if None, one per core."""
+        """datasets: if None, only local paths are allowed; threads: CPU threads of each run; if None, one per core."""
         self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
@@ -68,18 +68,18 @@ class FinetuneExecutor:
         return {}
 
     async def discard(self, engine_id: str) -> None:
-        """Remove the run directory if it exists, so that another run can use its output folder."""
+        """Remove the run directory if it exists, so that another run can use the same output folder."""
         with contextlib.suppress(NotFound):
             await asyncio.to_thread(self._manager.delete, task_id_of(engine_id))
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict if the run is completed, OutputError if its output folder belongs to another run."""
-        was_launched = engine.server_id is not None  # if False, the run directory may not exist
+        """Raise Conflict if the run is completed, OutputError if the run's output folder belongs to another run."""
+        was_launched = engine.server_id is not None  # otherwise, the run directory may not exist
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
-        """Return the worker process, and record its launch in the run's events."""
+        """Return the specification of the worker process, and record in the run's events that it is launched."""
         spec = self._manager.process_spec(task_id_of(engine.id))
         return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(self._threads)}) if self._threads else spec
 
@@ -94,7 +94,7 @@ class FinetuneExecutor:
         return await self._reading.run(self._probe, engine, server, process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return the run's folders and progress; reads files only if the progress was neither observed nor stored."""
+        """Return the run's folders and progress. If no progress was observed or stored, read it from the run's files."""
         return {
             "task_id": task_id_of(engine.id),
             "output_dir": engine.options["output_dir"],
@@ -117,15 +117,15 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint as a model; the run does not remove it. Raises ModelError or OSError."""
+        """Return a folder that contains a checkpoint as a model; the run never removes it. Raises ModelError or OSError."""
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
-        """Return the worker's log."""
+        """Return the path of the worker's log."""
         return self._run(engine).log_path
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove the run directory with its checkpoints; the output folder stays."""
+        """Remove the run directory with its checkpoints. The output folder is kept."""
         await self.discard(engine.id)
 
     def _prepare(self, engine_id: str, request: StartRequest) -> Prepared:
@@ -176,7 +176,8 @@ class FinetuneExecutor:
             reason = self._exit_reason(engine, run, process) if run.code == "worker_died" else failure_of(run)
             ended = EngineState(run.state.value)
             return Observed(alive=process.alive, ended=ended, reason=reason, process=process, training=training)
-        # Reading the events also checked the lock again, so a process launched after `process` was observed counts as alive.
+        # `status` has checked the run's lock later than `process` was observed. Therefore a worker that was launched in
+        # between also counts as alive.
         alive = process.alive or run.state in ALIVE
         return Observed(alive=alive, ready=run.state is RunState.RUNNING, process=process, training=training)
 

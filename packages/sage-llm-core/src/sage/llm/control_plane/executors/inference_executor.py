@@ -1,4 +1,4 @@
-"""Engines of kind llm and embedding: inference servers."""
+"""The executor for engines of kind llm and embedding, which are inference servers."""
 
 import asyncio
 import dataclasses
@@ -27,7 +27,7 @@ from sage.llm.control_plane.refusals import not_training
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
 
 _HEALTH_SECONDS = 2.0
-#: Environment variable that contains the token of a server; the health check of SAGE's own servers returns the token.
+#: Environment variable with the token of a server. Servers of SAGE return this token in their answer to a health check.
 _ENGINE_VARIABLE = "SAGE_ENGINE_ID"
 
 
@@ -37,9 +37,9 @@ class InferenceExecutor:
     def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
         self._launcher, self._adapters = launcher, adapters or AdapterClient()
         self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
-        # No limit of connections: servers that do not answer must not block requests to other servers. The prober already
-        # limits the number of concurrent requests.
-        # No idle connections: httpx scans all idle connections at each request.
+        # The number of connections has no limit, because servers that do not answer must not block requests to other
+        # servers. The prober already limits the number of concurrent requests.
+        # Idle connections are closed, because httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
 
@@ -61,13 +61,13 @@ class InferenceExecutor:
         """Raise Conflict if the requested port of the engine is taken, ModelError if its model no longer exists."""
         handle = self._handle(server_id_of(engine))
         if (process := (await self._launcher.observe([handle])).get(handle)) and process.alive:
-            return  # the engine joins the living process, or replaces it
+            return  # this process may hold the port, so the port is not checked
         await asyncio.to_thread(resolve_model, engine.model)
         if engine.requested_port:
             await self._launcher.check_port(engine.requested_port)
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
-        """Return the process to launch, with the command of the backend."""
+        """Return the specification of the process to launch, with the command that the backend defines."""
         backend = registry.serving(server.backend)
         options = validated(backend.options, dict(engine.options if server.options is None else server.options))
         folder = _folder(server.id)
@@ -80,7 +80,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return a new server for an engine; if the engine can share its base model, other engines may join it."""
+        """Return a new server for an engine; other engines may join the server if the engine can share its base model."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
@@ -93,7 +93,7 @@ class InferenceExecutor:
         )
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Request the server's health, or find out why the server exited."""
+        """Send a health check to the server; if its process has exited, find out why."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:
@@ -137,7 +137,7 @@ class InferenceExecutor:
         await asyncio.to_thread(shutil.rmtree, _folder(server_id_of(engine)), ignore_errors=True)
 
     async def _answer(self, server: ServerRecord, address: str | None) -> Observed:
-        """Return the observation of a server; one request to a server is used for all its engines."""
+        """Return the observation of a server. Concurrent calls for the engines of one server share one request."""
         key = server.id, address
         asked = self._answers.get(key)
         if asked is None or asked.done():
@@ -176,5 +176,5 @@ def _number(value: object) -> int | None:
 
 
 def _folder(server_id: str) -> Path:
-    """Return the folder of a server; its name is the server's token."""
+    """Return the folder of a server; the name of the folder is the server's token."""
     return get_user_paths().state_dir / "engines" / f"engine-{suffix_of(server_id)}"

@@ -1,4 +1,4 @@
-"""Decide during the validation whether an engine can share a server."""
+"""Decide whether an engine can share a server with other engines; called during the validation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,19 +21,19 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
     if problem is None:
         return {"base": _name(source.base), "adapter": str(source.folder.resolve()), "form": None}
     if not backend.capabilities.merges_adapters:
-        message = f"The backend '{backend.name}' cannot serve {source.name} by itself: {problem}."
+        message = f"The backend '{backend.name}' cannot serve the adapter {source.name}: {problem}."
         raise ModelError(code="adapter_unfit", message=message, hint="Use `--backend transformers`.", param="backend")
     return {"base": None, "adapter": None, "form": f"merged, because {problem}"}
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
-    """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence; None if it can."""
+    """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence; None if it can be."""
     if engine.dedicated:
         return "a separate server was requested"
     if not backend.capabilities.hot_adapters:
         return f"the backend '{backend.name}' cannot load adapters into a running server"
     if base.kind is ModelKind.ADAPTER:
-        return "its base is an adapter itself"
+        return "its base model is also an adapter"
     return backend.can_join(source.folder, base.folder)
 
 

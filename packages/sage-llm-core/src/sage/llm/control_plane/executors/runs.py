@@ -6,7 +6,7 @@ from sage.llm.client.types import Reason
 
 #: The states in which a run has ended.
 SETTLED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
-#: Exceptions that occur if the files of a run are missing or contain other data than events.
+#: Exceptions that occur if the files of a run are missing or contain invalid events.
 UNREADABLE = (NotFound, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -14,7 +14,7 @@ def failure_of(run: RunStatus) -> Reason | None:
     """Return why a run failed; None if it did not fail."""
     if run.state is not RunState.FAILED:
         return None
-    return Reason(code=run.code or "failed", message=run.message or "It failed.", hint=run.hint or "")
+    return Reason(code=run.code or "failed", message=run.message or "The run failed.", hint=run.hint or "")
 
 
 def unreadable(error: Exception) -> Reason:
@@ -24,5 +24,5 @@ def unreadable(error: Exception) -> Reason:
     return Reason(
         code="run_unreadable",
         message=f"The run's events cannot be read: {type(error).__name__}: {error}.",
-        hint="Fix or remove the wrong line in events.jsonl of its run directory.",
+        hint="Fix or remove the invalid line in events.jsonl in the run directory.",
     )

@@ -14,8 +14,8 @@ PORT_ARGUMENT, DESCRIPTOR_ARGUMENT = "{port}", "{descriptor}"
 class Signal(StrEnum):
     """The signals that end a process."""
 
-    STOP = "stop"  #: SIGTERM to the process, which saves its state and exits; also continues a suspended process
-    KILL = "kill"  #: SIGKILL to the process and its whole session
+    STOP = "stop"  #: send SIGTERM, so that the process saves its state and exits; continue a suspended process
+    KILL = "kill"  #: send SIGKILL to the process and all other processes of its session
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class ProcessObservation:
     """The result of observing a process."""
 
     alive: bool
-    leftovers: bool = False  #: the process is gone, but other processes of its session are alive
+    leftovers: bool = False  #: the process has exited, but other processes of its session are alive
     address: str | None = None  #: HOST:PORT on which the process listens
-    pid: int | None = None  #: None: the process is gone, or its PID is not known
+    pid: int | None = None  #: None: the process has exited, or its PID is not known
     memory_bytes: int | None = None  #: resident memory of all processes of the session
-    exit_code: int | None = None  #: -N: the process was killed by signal N; None: alive, or not known
+    exit_code: int | None = None  #: -N: killed by signal N; None: the process is alive, or the code is not known
 
 
 class Launcher(Protocol):
     """Starts, observes and signals processes, which outlive the control plane."""
 
     def handle(self, spec: ProcessSpec) -> str:
-        """Return the identifier of a process for `observe` and `signal`. Works before the launch, without side effects."""
+        """Return the identifier of a process for `observe` and `signal`; the process need not exist yet."""
 
     async def check_port(self, port: int) -> None:
         """Raise Conflict if a process cannot listen on a port."""
@@ -48,7 +48,7 @@ class Launcher(Protocol):
         """
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
-        """Return the observations by handle; the handle of a process that could not be observed is missing."""
+        """Return the observation of each process by its handle; processes that could not be observed are missing."""
 
     async def signal(self, handle: str, signal: Signal) -> None:
-        """Send a signal; a process that is gone is ignored. Raises OSError if the process cannot be observed."""
+        """Send a signal to a process, unless it has exited. Raises OSError if the process cannot be observed."""

@@ -1,6 +1,7 @@
 """The local launcher: detached processes on this machine, which listen on the loopback interface.
 
-A handle is the path of the lock that the process holds. The file `port` in the same folder contains its port.
+A handle is the path of the lock file that the process keeps locked. The file `port` in the same folder contains the
+port of the process.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from sage.llm.control_plane.store.store import port_taken
 logger = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 _MAX_LAUNCHES, _LAUNCH_SECONDS = 8, 30.0
-#: The last error of each process that cannot be observed.
+#: The last error of each process that cannot be observed, by the path of its lock file.
 _reported: dict[Path, str] = {}
 
 
@@ -40,14 +41,14 @@ class LocalLauncher:
     """Starts, observes and signals processes on this machine; each process has its own session."""
 
     def __init__(self) -> None:
-        # Dedicated threads: an observation must not wait for other blocking work, for example hashing a dataset. It must not
-        # wait for a launch on storage that does not respond.
+        # Observations have separate threads, so that they never wait for other blocking work, for example hashing a
+        # dataset. Launches have separate threads too, because a launch can hang if the storage does not respond.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="launcher")
         self._launch_threads = ThreadPoolExecutor(_MAX_LAUNCHES, thread_name_prefix="launch")
         self._launches: dict[Path, asyncio.Future[str | None]] = {}
 
     def handle(self, spec: ProcessSpec) -> str:
-        """Return the path of the process's lock."""
+        """Return the path of the lock file of the process."""
         return str(spec.lock_path)
 
     async def check_port(self, port: int) -> None:
@@ -55,7 +56,7 @@ class LocalLauncher:
         _listen(port).close()
 
     async def launch(self, spec: ProcessSpec) -> str | None:
-        """Start a process under its lock and return its address; raises Conflict or OSError.
+        """Start a process, which keeps its lock file locked, and return its address; raises Conflict or OSError.
 
         Raises TimeoutError if the launch takes too long. The launch continues, and the next call waits for it.
         """
@@ -68,7 +69,7 @@ class LocalLauncher:
             return await asyncio.shield(launch)
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
-        """Observe all processes in one thread call; the handle of a process that could not be observed is missing."""
+        """Observe all processes with one call in a thread; processes that could not be observed are missing."""
         locks = [Path(handle) for handle in handles]
         return await asyncio.get_running_loop().run_in_executor(self._threads, _observe, locks)
 
@@ -106,7 +107,8 @@ def _observe(locks: Collection[Path]) -> Mapping[str, ProcessObservation]:
     observations = {}
     for lock, process in processes.items():
         with _omitted_if_unknown(lock):
-            if process is None or (process != last_holder(lock) and leftovers(lock)):  # a child may hold the inherited lock
+            # After the process has exited, a child process that inherited the lock may still hold it.
+            if process is None or (process != last_holder(lock) and leftovers(lock)):
                 observations[str(lock)] = _dead(lock)
             else:
                 observations[str(lock)] = _living(lock, process, sessions.get(process.pid, [process.pid]))
@@ -121,7 +123,7 @@ def _omitted_if_unknown(lock: Path) -> Iterator[None]:
     except OSError as error:
         if _reported.get(lock) != str(error):  # log a repeated error only once
             _reported[lock] = str(error)
-            logger.warning("the process of %s cannot be observed: %s", lock, error)
+            logger.warning("the process that locks %s cannot be observed: %s", lock, error)
 
 
 def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> ProcessObservation:
@@ -133,7 +135,7 @@ def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> P
 
 def _dead(lock: Path) -> ProcessObservation:
     code = exit_code(lock)
-    # Check the session last: the process has exited, so it cannot start more processes.
+    # `leftovers` is called last: the process has exited, so it cannot start other processes any more.
     return ProcessObservation(alive=False, leftovers=bool(leftovers(lock)), exit_code=code)
 
 

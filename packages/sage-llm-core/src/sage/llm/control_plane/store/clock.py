@@ -1,7 +1,8 @@
-"""SQL clocks that all control planes of a database share: one for timestamps, and one for leases.
+"""SQL clocks that all control planes of a database share: one clock for timestamps, and one clock for leases.
 
-If the machine's clock is changed, a lease must not end earlier or later. All users of an SQLite database are on one
-machine, so the lease clock is the time since the machine was booted. On PostgreSQL, it is the clock of the database server.
+If somebody sets the machine's clock, a lease must not end earlier or later. Control planes that share an SQLite database
+run on one machine, so the lease clock is the time since the machine was booted. On PostgreSQL, the lease clock is the clock
+of the database server.
 """
 
 import time
@@ -12,7 +13,7 @@ from sqlalchemy import DateTime, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-#: A clock that nobody can set. CLOCK_BOOTTIME, if the system has it, also counts the time in which the machine is suspended.
+#: A clock that nobody can set. If the system has CLOCK_BOOTTIME, the time while the machine is suspended is also counted.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -34,7 +35,7 @@ class lease_clock(FunctionElement[datetime]):  # noqa: N801
 
 
 def uptime_seconds() -> float:
-    """Return the time of this machine's lease clock in seconds."""
+    """Return the time of this machine's lease clock (`_CLOCK`) in seconds."""
     return time.clock_gettime(_CLOCK)
 
 
@@ -45,7 +46,7 @@ def add_uptime(connection: Any) -> None:
 
 @compiles(clock, "sqlite")
 def _sqlite(*_: Any, **__: Any) -> str:
-    """Return the time in SQLAlchemy's format, which has six decimal places for the seconds."""
+    """Return SQL for the current time in SQLAlchemy's format, which has six decimal places for the seconds."""
     return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
 
 

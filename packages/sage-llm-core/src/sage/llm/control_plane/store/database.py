@@ -23,8 +23,9 @@ _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 def open_database(url: str) -> Engine:
     """Open a database, bring its schema up to date, and return its SQLAlchemy engine.
 
-    SQLite is opened in WAL mode and synced at every commit; only the user can read the file. Raises ConfigError if the URL
-    is wrong, the database is unreachable, or its schema is newer. The error does not contain the password.
+    SQLite uses WAL mode and writes each commit to the disk at once; only the user can read the file. Raises ConfigError if
+    the URL is wrong, the database is unreachable, or its schema is newer than this version of SAGE. The message of the error
+    does not contain the password.
     """
     parsed = _parse(url)
     try:
@@ -65,7 +66,7 @@ def _open_postgresql(url: URL) -> Engine:
 
 
 def shown(url: URL) -> str:
-    """Return a URL for messages, without user, password and options."""
+    """Return the URL as text for messages, without user, password and options."""
     return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
 
 
@@ -88,12 +89,12 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Lock the database when a writing transaction begins, so that no other writer changes rows which it has read."""
+    """Lock the database when a writing transaction begins, so that others cannot change rows that it has read."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
 def _configure_postgresql(connection: Any, _: object) -> None:
-    """Limit how long a suspended control plane may hold locks, and how long others wait for locks."""
+    """Limit how long a suspended control plane may hold locks, and how long a control plane waits for a lock."""
     with connection.cursor() as cursor:
         cursor.execute("SET idle_in_transaction_session_timeout = '3s'")
         cursor.execute("SET lock_timeout = '5s'")
@@ -103,7 +104,7 @@ def _configure_postgresql(connection: Any, _: object) -> None:
 def _migrate(database: Engine, name: str) -> None:
     with database.connect() as connection:
         revision = _known_revision(connection, name)
-    if revision == REVISIONS[-1]:  # usual case; importing Alembic would be slow
+    if revision == REVISIONS[-1]:  # the usual case: return before the slow import of Alembic
         return
     from alembic import command
     from alembic.config import Config

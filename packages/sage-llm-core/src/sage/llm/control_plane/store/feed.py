@@ -18,7 +18,7 @@ class FeedStore(LeaseStore):
     def events(self, after: int = 0, *, limit: int, engine_id: str | None = None) -> list[EngineEvent]:
         """Return events with ids above `after`, oldest first.
 
-        After an event can be read, no event with a lower id is added.
+        Events become visible in the order of their ids, so a reader that continues after the last known id misses no event.
         """
         query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
         if engine_id is not None:
@@ -43,7 +43,7 @@ class FeedStore(LeaseStore):
         reason: str = "",
         route: str | None = None,
     ) -> int:
-        """Append an event and return its id. On PostgreSQL, other events wait until this transaction ends."""
+        """Append an event and return its id. On PostgreSQL, other transactions cannot append until this transaction ends."""
         if connection.dialect.name == "postgresql":
             connection.execute(text(f"SELECT pg_advisory_xact_lock({_FEED_LOCK})"))
         row = {"engine_id": engine_id, "kind": kind, "at": clock(), "before": before, "after": after,

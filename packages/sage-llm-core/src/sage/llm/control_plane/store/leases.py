@@ -1,9 +1,9 @@
-"""Leases: the right to write the rows of a node, checked in the transaction of every write.
+"""Leases. A lease is the right to write the rows of a node; every write checks the lease in its transaction.
 
-A suspended control plane may continue after another control plane has taken over its lease. The fence of the first
-control plane is then outdated, and its writes are refused. If a control plane is suspended in the middle of a transaction,
-the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end the transaction, so that nobody can write
-until the process continues or exits.
+Each takeover of a lease increments a number, the fence. A control plane can be suspended while another control
+plane takes over its lease. When it continues, its fence is outdated, and its writes are refused. If a control plane is
+suspended in the middle of a transaction, the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end
+the transaction, so nobody can write until the suspended process continues or exits.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class LeaseStore:
         self.lease_seconds = lease_seconds
 
     def register_node(self, node: str, host: str) -> None:
-        """Insert a node with a lease that nobody holds; if the node exists, only update its host."""
+        """Insert a node and a lease that nobody holds; if the node exists, only update its host."""
         insert = insert_sqlite if self._database.dialect.name == "sqlite" else insert_postgresql
         lease = {"fence": 0, "host": "", "pid": 0, "pid_started": "", "url": "", "expires_at": NEVER_HELD}
         with self._write() as connection:
@@ -53,14 +53,14 @@ class LeaseStore:
         holder: token of this control plane; me: its process; url: URL of its gateway.
         The lease can be taken if it is free or expired, or if the holder was a process of this host and has exited.
         """
-        with self._read() as connection:  # only read: a standby calls this every second
+        with self._read() as connection:  # only reads, because a standby calls this every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
             row = connection.execute(query.where(leases.c.node == node)).one()
         has_exited = row.host == host and not ProcessIdentity(row.pid, row.pid_started).is_alive()
         if row.holder not in (None, holder) and row.is_valid and not has_exited:
             return None
         taken = update(leases).where(leases.c.node == node, leases.c.fence == row.fence)
-        if row.holder not in (None, holder) and not has_exited:  # the lease may have been renewed after the read
+        if row.holder not in (None, holder) and not has_exited:  # the holder may have renewed the lease after the read
             taken = taken.where(~_is_valid(self.lease_seconds))
         taken = taken.values(
             fence=row.fence + 1,
@@ -96,7 +96,7 @@ class LeaseStore:
 
     @contextlib.contextmanager
     def _fenced(self, lease: Lease, node: str) -> Iterator[Connection]:
-        """Open a transaction; the lease stays valid until the transaction ends. Raises LeaseLost."""
+        """Open a transaction in which nobody can take over the lease. Raises LeaseLost if the lease is not valid."""
         if lease.node != node:
             raise LeaseLost(f"the lease of {lease.node} does not allow a write to {node}")
         with self._write() as connection:
@@ -104,13 +104,13 @@ class LeaseStore:
             yield connection
 
     def _check_lease(self, connection: Connection, lease: Lease) -> None:
-        """Raise LeaseLost if the lease is not valid; on success, nobody can take it before this transaction ends.
+        """Raise LeaseLost if the lease is not valid; otherwise nobody can take over the lease before this transaction ends.
 
-        SQLite has one writer at a time. On PostgreSQL the shared lock of the row makes a takeover wait.
+        SQLite has one writer at a time. On PostgreSQL, a takeover waits for the shared lock on the row.
         """
         query = select(leases.c.fence).where(_is_of(lease), _is_valid(self.lease_seconds)).with_for_update(read=True)
         if connection.execute(query).first() is None:
-            raise LeaseLost(f"{lease.node} is no longer held with fence {lease.fence}")
+            raise LeaseLost(f"the lease of {lease.node} with fence {lease.fence} is no longer held")
 
     def _read(self) -> AbstractContextManager[Connection]:
         return self._database.begin()
@@ -126,7 +126,7 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
     """Return the SQL condition for a lease that has not expired.
 
-    If the expiry is too far in the future, it was written before the clock was set back or the machine was booted. In this
-    case, the lease is not valid.
+    A lease whose expiry is too far in the future is not valid either: its expiry was written before the clock was set back
+    or the machine was booted.
     """
     return and_(leases.c.expires_at > lease_clock(), leases.c.expires_at <= lease_clock(2 * lease_seconds))

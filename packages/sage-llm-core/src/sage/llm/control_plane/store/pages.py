@@ -34,7 +34,10 @@ def page_query(
     node: str | None,
     newest_first: bool,
 ) -> Select[Any]:
-    """Return the query for one page. With filters, it merges the first engines of each combination of state and kind."""
+    """Return the query for one page of engines; behind: the position after which the page starts.
+
+    If there are filters, the query merges the first engines of each combination of state and kind.
+    """
     order = _ORDER.desc() if newest_first else _ORDER.asc()
 
     def in_order(query: Select[Any]) -> Select[Any]:

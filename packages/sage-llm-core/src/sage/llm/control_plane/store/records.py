@@ -1,4 +1,4 @@
-"""The rows of the store as frozen values."""
+"""The records of the store: rows of the database as immutable values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, OnBusy, Reason, RestartPolicy
 
-#: Prefix of the internal model names in requests to a server.
+#: Prefix of the model names that the control plane uses in requests to a server.
 INTERNAL = "sage-"
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write the rows of a node. Every write checks the lease. A takeover increments the fence."""
+    """The right to write the rows of a node. Every write checks the lease. Each takeover increments the fence."""
 
     node: str
     fence: int
@@ -31,7 +31,7 @@ class LeaderInfo:
 
 
 class ServerState(StrEnum):
-    """Progress of the launch or end of a server's process. The store does not say whether the process is alive."""
+    """Progress of a server from its launch to its end. The state does not say whether the process is alive."""
 
     PLANNED = "planned"  #: stored before the launch; the process may already exist
     LAUNCHED = "launched"  #: stored after the launch
@@ -54,13 +54,16 @@ class ServerRecord:
     version: int  #: incremented by every write
     created_at: datetime
     options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of the engine
-    served_name: str | None = None  #: name of `model` in requests to the server; None: any name
+    served_name: str | None = None  #: name of `model` in requests to the server; None: any name is accepted
     shared: bool = False  #: other engines with the same base model, backend and options may join
     max_adapters: int | None = None  #: None: no limit
 
     @property
     def token(self) -> str:
-        """Token in the environment of the process, which identifies it: `engine-` and the suffix of the server's id."""
+        """The token that identifies the process: `engine-` and the suffix of the server's id.
+
+        The environment of the process contains this token.
+        """
         return f"engine-{suffix_of(self.id)}"
 
 
@@ -81,26 +84,26 @@ class EngineRecord:
     restarts: int  #: number of restarts since a user last started or resumed the engine
     state: EngineState
     reason: Reason | None
-    figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists read no files
+    figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists of engines read no files
     node: str
-    server_id: str | None  #: id of the last server that hosted the engine; its row may have been removed
+    server_id: str | None  #: id of the last server that hosted the engine; the server may no longer exist
     requested_port: int | None
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
     version: int  #: incremented by every write
     created_at: datetime
     state_at: datetime
-    first_event: int  #: orders engines by creation, independent of the clock
-    last_event: int  #: orders engines by their last transition, independent of the clock
+    first_event: int  #: id of the event of its creation; defines the order of engines, independent of the clock
+    last_event: int  #: id of the event of its last transition
     dedicated: bool = False  #: the user requested a server for this engine only
-    base: str | None = None  #: model that the shared server loads; None: the server is not shared
+    base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
     form: str | None = None  #: how the model is served, as text for users; written by the validation
     revision: int = 0  #: incremented at each start and for each newer version of the adapter
-    served_as: str | None = None  #: model name in requests to the server; None: not loaded yet, or any name
+    served_as: str | None = None  #: model name in requests to the server; None: not loaded yet, or any name is accepted
     idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
-    last_request_at: datetime | None = None  #: time of the last request since the start; updated every few seconds
-    backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named it
+    last_request_at: datetime | None = None  #: time of the last request since the start, accurate to a few seconds
+    backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
     on_busy: OnBusy = OnBusy.WAIT
     priority: int = 0  #: engines with a higher number are ahead in the queue
     not_before: datetime | None = None  #: earliest time to start the engine
@@ -112,12 +115,12 @@ class EngineRecord:
 
     @property
     def internal_name(self) -> str:
-        """The model name of the current revision in requests to the server; each revision has a new name."""
+        """The model name for the current revision in requests to the server; each revision has a different name."""
         return f"{internal_prefix(self.id)}{self.revision}"
 
 
 def internal_prefix(engine_id: str) -> str:
-    """Return the prefix of the internal names of an engine."""
+    """Return the prefix that the values of `internal_name` have for all revisions of an engine."""
     return f"{INTERNAL}{suffix_of(engine_id)}-"
 
 

@@ -1,4 +1,4 @@
-"""Convert frozen values to rows, and rows to frozen values."""
+"""Convert records to rows of the database, and rows to records."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 
 def to_columns(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a record as column values."""
+    """Return the fields of a record as values of columns."""
     return {name: _to_column(value) for name, value in values.items()}
 
 
@@ -37,8 +37,8 @@ def _to_column(value: Any) -> Any:
 
 
 def engine_record(row: Row[Any] | Mapping[str, Any]) -> EngineRecord:
-    """Return a row of `engines` as a frozen value."""
-    values: dict[str, Any] = dict(row if isinstance(row, Mapping) else row._mapping)  # noqa: SLF001 - its public name
+    """Return the EngineRecord of a row of `engines`."""
+    values: dict[str, Any] = dict(row if isinstance(row, Mapping) else row._mapping)  # noqa: SLF001 - public in SQLAlchemy
     values["kind"] = EngineKind(values["kind"])
     values["state"] = EngineState(values["state"])
     values["desired"] = DesiredState(values["desired"])
@@ -54,8 +54,8 @@ def engine_record(row: Row[Any] | Mapping[str, Any]) -> EngineRecord:
 
 
 def server_record(row: Row[Any]) -> ServerRecord:
-    """Return a row of `servers` as a frozen value."""
-    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
+    """Return the ServerRecord of a row of `servers`."""
+    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - public in SQLAlchemy
     values["state"] = ServerState(values["state"])
     values["devices"] = _devices(values["devices"])
     values["created_at"] = in_utc(values["created_at"])
@@ -63,8 +63,8 @@ def server_record(row: Row[Any]) -> ServerRecord:
 
 
 def engine_event(row: Row[Any]) -> EngineEvent:
-    """Return a row of `engine_events` in the form that the gateway sends."""
-    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - its public name
+    """Return the EngineEvent of a row of `engine_events`; the gateway sends this object to clients."""
+    values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - public in SQLAlchemy
     values["kind"] = EventKind(values["kind"])
     values["at"] = in_utc(values["at"])
     return EngineEvent(**values)
@@ -75,5 +75,5 @@ def _devices(value: list[str] | None) -> tuple[str, ...] | None:
 
 
 def in_utc(moment: datetime) -> datetime:
-    """Return a time in UTC: SQLite stores no time zone, and PostgreSQL returns the zone of its session."""
+    """Return a time in UTC. SQLite returns times without a time zone, PostgreSQL in the time zone of the session."""
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -28,7 +28,7 @@ class ServerStore(LeaseStore):
             return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
 
     def is_server_needed(self, server_id: str, engine_id: str) -> bool:
-        """Return whether a server still has a row, or is the last server of an engine other than `engine_id`."""
+        """Return whether a server still has a row, or is the last server of any engine except `engine_id`."""
         others = select(engines.c.id).where(engines.c.server_id == server_id, engines.c.id != engine_id).limit(1)
         with self._read() as connection:
             row = connection.execute(select(servers.c.id).where(servers.c.id == server_id)).first()
@@ -61,7 +61,7 @@ class ServerStore(LeaseStore):
 
     def _leave(self, connection: Connection, engine: EngineRecord, server_id: str, *, must_remain: bool) -> None:
         is_it = _is(server_id, engine.node)
-        connection.execute(update(servers).where(is_it).values(version=servers.c.version))  # locks the row
+        connection.execute(update(servers).where(is_it).values(version=servers.c.version))  # lock the row
         if self._hosts_others(connection, server_id, engine):
             return
         if must_remain:

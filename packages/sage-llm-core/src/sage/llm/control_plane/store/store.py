@@ -23,7 +23,7 @@ __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
 
 class Store(ServerStore, RouteStore):
-    """The database of the control plane. Each method is one transaction and blocks: call it in a thread.
+    """The database of the control plane. Each method is one transaction. The methods block, so call them in a thread.
 
     Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
     """
@@ -38,8 +38,9 @@ class Store(ServerStore, RouteStore):
     ) -> EngineRecord:
         """Insert a new engine and set its times, version and event ids. Raises Conflict if its port is taken.
 
-        serves: the training run whose result the engine serves, and the run's new column `serve`; replaces: an engine to
-        stop. Both are changed in the same transaction. Raises StaleWrite if either record was changed after it was read.
+        serves: the training run whose result the engine serves, and the new value of the run's column `serve`; replaces: an
+        engine to stop. Both records are changed in the same transaction. Raises StaleWrite if one of them was changed after
+        it was read.
         """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
@@ -71,7 +72,7 @@ class Store(ServerStore, RouteStore):
 
         put_server: server to insert or replace; join_server: id of a server that hosts other engines; leave_server: id of
         the server that the engine leaves; values: other columns. When the last engine leaves a server, the row of the
-        server is removed. With `must_remain`, the last engine cannot leave: StaleWrite is raised.
+        server is removed; with `must_remain`, StaleWrite is raised instead.
 
         Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change. Raises
         IllegalTransition if the transition is not legal, Conflict if another active engine has the engine's port.
@@ -111,12 +112,12 @@ class Store(ServerStore, RouteStore):
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease, **values: Any
     ) -> EngineRecord:
-        """Write a desired state, and other columns. Raises StaleWrite if the engine was changed after it was read."""
+        """Write the desired state of an engine, and other columns. Raises StaleWrite if the engine was changed meanwhile."""
         with self._fenced(lease, record.node) as connection:
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
     def revise(self, record: EngineRecord, *, actor: str, lease: Lease, **values: Any) -> EngineRecord:
-        """Write columns of an engine and an event, without a transition. Raises StaleWrite."""
+        """Write columns of an engine and add an event; the state does not change. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             self._event(connection, record.id, EventKind.UPDATED, actor)
             return self._update(connection, record, values)
@@ -124,8 +125,8 @@ class Store(ServerStore, RouteStore):
     def touch(self, engine_id: str) -> EngineRecord:
         """Record a request to an engine, and return the engine; raises NotFound.
 
-        No lease is needed, so that a standby can call this. If a pause of the engine was planned earlier, the write of
-        the pause raises StaleWrite.
+        No lease is needed, so that a standby can call this. The version of the engine is incremented. Therefore, if a pause
+        of the engine was planned before the request, writing the pause raises StaleWrite.
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
@@ -211,7 +212,7 @@ class Store(ServerStore, RouteStore):
         reason: Reason | None,
         **values: Any,
     ) -> EngineRecord:
-        """Write a new state with its event."""
+        """Write a new state of an engine and add an event."""
         check_transition(record.state, state)
         message = reason.message if reason else ""
         event = self._event(
@@ -242,7 +243,7 @@ def _one_engine_a_port(record: EngineRecord) -> Iterator[None]:
         yield
     except IntegrityError as error:
         if "ix_engines_active_port" in str(error.orig) or "engines.requested_port" in str(error.orig):
-            raise port_taken(record.requested_port, "another engine has it") from None
+            raise port_taken(record.requested_port, "another engine uses it") from None
         raise
 
 
@@ -251,6 +252,6 @@ def port_taken(port: int | None, why: str) -> Conflict:
     return Conflict(
         code="port_taken",
         message=f"Port {port} cannot be used: {why}.",
-        hint="Use another --port, or omit it for a free one.",
+        hint="Use another --port, or omit --port to use a free port.",
         param="port",
     )

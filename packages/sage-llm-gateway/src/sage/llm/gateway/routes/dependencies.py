@@ -1,4 +1,4 @@
-"""FastAPI dependencies: arguments of routes that come from the application's state."""
+"""FastAPI dependencies. They pass objects of the application's state to the functions of routes."""
 
 from typing import Annotated
 

@@ -28,7 +28,7 @@ def health() -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report that the database answers, this gateway's role on its node, and the number of engines by state."""
+    """Report this gateway's role on its node and the number of engines by state. Fails if the database does not answer."""
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():
@@ -46,7 +46,7 @@ async def metrics(manager: Manager) -> PlainTextResponse:
 
 
 class _Once(Collector):
-    """A collector for one scrape: it yields metrics that were already read."""
+    """A collector for one request to `/metrics`. It yields metrics that were read before."""
 
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics

@@ -26,7 +26,7 @@ Cursor = Annotated[Annotated[int, Field(ge=0, lt=_MAX_INT)] | Literal["latest"],
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
 @router.post("/engines", status_code=status.HTTP_201_CREATED)
 async def start_engine(request: StartRequest, manager: Manager) -> EngineView:
-    """Create an engine in the state `validating`. Its dataset or model is checked after this answer."""
+    """Create an engine in the state `validating`. Its dataset or model is checked after the answer."""
     return await manager.start_engine(request)
 
 
@@ -58,10 +58,10 @@ async def list_changes(
     follow: bool = False,
     last_event_id: Annotated[int | None, Header(ge=0, lt=_MAX_INT)] = None,
 ) -> EventPage | EventStream:
-    """Return the events of all engines after a cursor; `follow` streams them as server-sent events and never ends.
+    """Return the events of all engines after a cursor; with `follow`, stream them as server-sent events without end.
 
     `after=latest` means the newest event: the answer has no events, and `last_id` is the cursor to continue from.
-    The id of a server-sent event is a cursor. Clients send it as `Last-Event-ID` when they reconnect; it overrides `after`.
+    The id of a server-sent event is a cursor. Clients that reconnect send the id as `Last-Event-ID`; it overrides `after`.
     """
     if follow and last_event_id is not None:
         after = last_event_id
@@ -81,7 +81,7 @@ async def get_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.delete("/engines/{engine_id}", status_code=status.HTTP_202_ACCEPTED)
 async def stop_engine(engine_id: str, manager: Manager, force: bool = False) -> EngineView:
-    """Ask an engine to save its state and exit; `force` kills it."""
+    """Ask an engine to save its state and exit; with `force`, kill the engine."""
     return await manager.stop_engine(engine_id, force=force)
 
 
@@ -100,13 +100,13 @@ async def resume_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.post("/engines/{engine_id}/checkpoint", status_code=status.HTTP_202_ACCEPTED)
 async def checkpoint_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Ask a training run to save a checkpoint after its current step; if the run is served, the checkpoint is served."""
+    """Ask a training run to save a checkpoint after its current step. A run with `serve` also serves this checkpoint."""
     return await manager.checkpoint_engine(engine_id)
 
 
 @router.post("/engines/{engine_id}/remove")
 async def remove_engine(engine_id: str, manager: Manager) -> dict[str, Any]:
-    """Delete a settled engine and its run directory or log."""
+    """Delete an engine that is stopped, completed or failed, and its run directory or log."""
     await manager.remove_engine(engine_id)
     return {"id": engine_id, "object": "engine", "deleted": True}
 
@@ -119,10 +119,10 @@ async def engine_logs(
     follow: bool = False,
     offset: Annotated[int | None, Query(ge=0, lt=_MAX_INT)] = None,
 ) -> Response:
-    """Return the last lines of an engine's log; `follow` streams new lines until the engine has ended.
+    """Return the last lines of an engine's log; with `follow`, also stream new lines until the engine has ended.
 
-    A stream begins at the byte of the log that the header X-Log-Offset gives. If the stream breaks off, a client adds the
-    bytes that it received, and continues from this `offset`. An offset after the end of the log means the end.
+    The header X-Log-Offset contains the byte offset at which a stream begins. To continue an interrupted stream, add the
+    number of received bytes to this offset, and send the sum as `offset`. An offset beyond the end means the end.
     """
     if not follow:
         return PlainTextResponse("".join(f"{line}\n" for line in await manager.get_logs(engine_id, tail)))
@@ -133,7 +133,7 @@ async def engine_logs(
 
 @router.get("/engines/{engine_id}/events", response_class=EventStream)
 async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> EventStream:
-    """Stream an engine's past events as server-sent events; `follow` adds new events until the engine has ended."""
+    """Stream an engine's past events as server-sent events; with `follow`, also new events until the engine has ended."""
     await manager.get_engine(engine_id)
     return EventStream(until_removed(engine_transitions(manager, engine_id, follow)))
 
@@ -157,7 +157,7 @@ async def gpu() -> dict[str, Any]:
 
 @router.get("/backends")
 async def backends() -> dict[str, Any]:
-    """Return the programs that run engines, and whether each is installed."""
+    """Return the backends (programs that run engines), and whether each is installed."""
     return {"object": "list", "data": await asyncio.to_thread(list_backends)}
 
 
@@ -168,5 +168,5 @@ def _members(members: type[E], text: str | None, param: str) -> list[E] | None:
     try:
         return [members(name.strip()) for name in text.split(",")]
     except ValueError as error:
-        message = f"{param}: {error}; valid: {', '.join(members)}."
+        message = f"{param}: {error}; valid values: {', '.join(members)}."
         raise ConfigError(code="config_invalid", message=message, param=param) from error

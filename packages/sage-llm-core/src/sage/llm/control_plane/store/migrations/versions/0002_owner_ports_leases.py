@@ -1,4 +1,4 @@
-"""Add the owner of the database, one active engine per port, and leases with the process identity.
+"""Add a table of the owner, allow one active engine per port, and store the identity of the process in the lease.
 
 Revision ID: 0002
 """
@@ -13,7 +13,7 @@ _ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
 
 
 def upgrade() -> None:
-    """Create the table of the owner and the index of ports; replace the leases, which nobody holds during a migration."""
+    """Create the table of the owner and the index of ports; replace the table of leases (nobody holds one now)."""
     op.create_table(
         "owner",
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),

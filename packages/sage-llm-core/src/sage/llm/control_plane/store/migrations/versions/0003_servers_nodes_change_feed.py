@@ -38,9 +38,9 @@ def upgrade() -> None:
     events = [row._asdict() for row in connection.execute(sa.select(_OLD_EVENTS).order_by(_OLD_EVENTS.c.id))]
     first = {event["engine_id"]: event["id"] for event in reversed(events)}
     last = {event["engine_id"]: event["id"] for event in events}
-    engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]  # skip hidden rows
+    engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]  # only with events
     node = connection.scalar(sa.text("SELECT node FROM owner"))
-    if node is None and engines:  # 0001 used the host name; 0002 would have set the node id at its first start
+    if node is None and engines:  # no control plane of revision 0002 has stored the node id yet
         node = open_state_folder()
     for table in ("engine_events", "engines", "leases", "owner"):
         op.drop_table(table)
