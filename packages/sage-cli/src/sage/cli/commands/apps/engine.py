@@ -1,7 +1,6 @@
 """The commands `sage llm engine …`."""
 
 import sys
-import time
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -32,7 +31,6 @@ Wait = Annotated[
         help="--wait: wait until the engine has ended; --no-wait: until it is valid; default: until it serves or trains.",
     ),
 ]
-_WATCH_SECONDS = 1.0
 
 
 class Kind(StrEnum):
@@ -160,12 +158,9 @@ def list_(
 
         typer.echo(json.dumps([engine.model_dump(mode="json") for engine in engines], indent=2))
     elif watch:
-        from rich.live import Live
+        from sage.cli.watching import watch as refresh
 
-        with Live(render.engine_table(engines), console=render.stdout(), auto_refresh=False) as live:
-            while True:
-                time.sleep(_WATCH_SECONDS)
-                live.update(render.engine_table(listing.select(client, selection)[0]), refresh=True)
+        refresh(lambda: render.engine_table(listing.select(client, selection)[0]))
     else:
         render.stdout().print(render.engine_table(engines))
     if has_more:
