@@ -65,6 +65,27 @@ def rank(engine: EngineRecord) -> tuple[int, float]:
     return -engine.priority, engine.last_event if engine.queue_rank is None else engine.queue_rank
 
 
+def rank_at(engine: EngineRecord, position: int, waiting: Sequence[EngineRecord]) -> float:
+    """Return the `queue_rank` that moves an engine to a place in the queue, as near as its priority allows.
+
+    waiting: all waiting engines, in the order of the queue.
+    """
+    others = [other for other in waiting if other.id != engine.id]
+    ahead = sum(other.priority > engine.priority for other in others)
+    ranks = [rank(other)[1] for other in others if other.priority == engine.priority]
+    index = min(max(position - 1 - ahead, 0), len(ranks))
+    match ranks[:index], ranks[index:]:
+        case [], []:
+            return rank(engine)[1]
+        case [], [after, *_]:
+            return after - 1
+        case [*_, before], []:
+            return before + 1
+        case [*_, before], [after, *_]:
+            return (before + after) / 2
+    raise AssertionError
+
+
 def queue_of(
     engines: Sequence[EngineRecord],
     servers: Iterable[ServerRecord],
