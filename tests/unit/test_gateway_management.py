@@ -10,8 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from engines import record
-from gateways import gateway
-from support import until
+from gateways import gateway, until
 
 from sage.common.identity import ProcessIdentity
 from sage.common.settings import load_settings

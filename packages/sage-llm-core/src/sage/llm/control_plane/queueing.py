@@ -124,11 +124,16 @@ def queue_of(
 
 
 def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_room: bool) -> Claim:
+    devices = _usable(engine, memory) if memory else engine.devices
+    need_bytes = engine.reserved_bytes or 0
+    if engine.least_bytes is not None and memory:  # a training run that is larger than the devices uses smaller batches
+        largest_bytes = max((device.usable_bytes for device in memory.devices if device.id in (devices or ())), default=0)
+        need_bytes = min(need_bytes, max(engine.least_bytes, largest_bytes))
     claim = Claim(
         engine.id,
-        engine.reserved_bytes or 0,
+        need_bytes,
         engine.least_bytes,
-        devices=_usable(engine, memory) if memory else engine.devices,
+        devices=devices,
         priority=engine.priority,
         on_busy=engine.on_busy,
         is_due=is_due,
