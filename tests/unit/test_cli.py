@@ -22,6 +22,7 @@ from sage.libs.finetune.data.preferences import Method
 from sage.llm.client.types import (
     SUPPORTED_ENGINE_KINDS,
     Device,
+    DeviceEngine,
     EngineEvent,
     EnginePage,
     EngineState,
@@ -133,12 +134,27 @@ def test_an_event_other_than_a_transition_is_shown_with_its_kind() -> None:
     assert "desired" in event_line(desired)
 
 
-def test_devices_are_shown_with_their_memory() -> None:
-    device = Device(node="n", kind="gpu", index=0, name="X", memory_total_bytes=2_000_000_000, memory_used_bytes=5_000_000)
+def test_devices_are_shown_with_their_memory_and_the_engines_that_use_it() -> None:
+    memory = {"memory_total_bytes": 2_000_000_000, "memory_used_bytes": 5_000_000}
+    engines = [
+        DeviceEngine(id="engine-a", name="[a]", memory_bytes=3_000_000, reserved_bytes=4_000_000),
+        DeviceEngine(id="engine-b", name="b", memory_bytes=0),
+    ]
+    devices = [
+        Device(node="n", kind="cuda", index=1, name="fake 2 GB", is_fake=True, temperature_celsius=41.0, **memory),
+        Device(node="n", kind="cpu", index=0, name="X", memory_usable_bytes=10**9, engines=engines,
+               utilization_percent=7.0, **memory),
+    ]  # fmt: skip
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(device_table([device]))
-    assert capture.get().split()[-4:] == ["gpu:0", "X", "5MB", "2.0GB"]
+        console.print(device_table(devices))
+    header, *rows = [line.split() for line in capture.get().splitlines()]
+    assert header == ["DEVICE", "NAME", "USED", "TOTAL", "USABLE", "LOAD", "TEMP", "ENGINE", "MODEL", "MEMORY", "RESERVED"]
+    assert rows == [
+        ["cuda:1", "fake", "2", "GB", "5MB", "2.0GB", "41°C"],
+        ["cpu", "X", "5MB", "2.0GB", "1.0GB", "7%", "engine-a", "[a]", "3MB", "4MB"],
+        ["engine-b", "b", "0B"],
+    ]
 
 
 class Pages:

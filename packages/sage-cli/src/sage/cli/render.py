@@ -129,16 +129,28 @@ def route_table(routes: Iterable[RouteView]) -> Table:
 
 
 def device_table(devices: Iterable[Device]) -> Table:
-    """Return the table of devices."""
+    """Return the table of devices. A device with several engines has one row for each engine."""
     table = Table("DEVICE", "NAME", box=None, pad_edge=False, header_style="bold")
-    for name in ("USED", "TOTAL", "LOAD"):
+    for name in ("USED", "TOTAL", "USABLE", "LOAD", "TEMP"):
+        table.add_column(name, justify="right")
+    for name in ("ENGINE", "MODEL"):
+        table.add_column(name)
+    for name in ("MEMORY", "RESERVED"):
         table.add_column(name, justify="right")
     for device in devices:
-        load = device.utilization_percent
+        engines = [
+            (engine.id, escape(engine.name), size(engine.memory_bytes), _size(engine.reserved_bytes))
+            for engine in device.engines
+        ]
+        first, *others = engines or [("", "", "", "")]
+        load, temperature = device.utilization_percent, device.temperature_celsius
         table.add_row(
-            f"{device.kind}:{device.index}", escape(device.name), size(device.memory_used_bytes),
-            size(device.memory_total_bytes), "" if load is None else f"{load:.0f}%",
+            device.id, escape(device.name), size(device.memory_used_bytes), size(device.memory_total_bytes),
+            _size(device.memory_usable_bytes), "" if load is None else f"{load:.0f}%",
+            "" if temperature is None else f"{temperature:.0f}°C", *first,
         )  # fmt: skip
+        for engine in others:
+            table.add_row("", "", "", "", "", "", "", *engine)
     return table
 
 
@@ -184,6 +196,10 @@ def size(size_bytes: float) -> str:
             return f"{size_bytes:.0f}{unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f}GB"
+
+
+def _size(size_bytes: float | None) -> str:
+    return "" if size_bytes is None else size(size_bytes)
 
 
 def _training_cells(engine: EngineView) -> tuple[str, str, str]:

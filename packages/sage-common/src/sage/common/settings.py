@@ -13,6 +13,7 @@ from pydantic_settings import (
 )
 
 from sage.common.errors import ConfigError
+from sage.common.fake_devices import parse_fake_devices
 from sage.common.paths import get_user_paths
 from sage.common.validation import config_error
 
@@ -47,6 +48,9 @@ class Settings(BaseSettings):
     memory_limit_gb: float | None = Field(
         None, gt=0, description="Main memory that all engines together may use, in GB (10^9 bytes); default: all of it."
     )
+    fake_devices: str | None = Field(
+        None, description="Fake GPUs that replace the GPUs of this machine, for example 2x24GiB; to try policies."
+    )
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(
@@ -71,6 +75,13 @@ class Settings(BaseSettings):
         if not text.isascii() or not text.isprintable() or " " in text:  # the key is sent in an HTTP header
             raise ValueError("must be printable ASCII characters without spaces")
         return key
+
+    @field_validator("fake_devices")
+    @classmethod
+    def _parsable_devices(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_fake_devices(text)
+        return text
 
     @classmethod
     def settings_customise_sources(

@@ -5,7 +5,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, computed_field, field_validator
 
 from sage.common.training import TrainingProgress as TrainingProgress
 from sage.common.training import TrainingStep as TrainingStep
@@ -327,6 +327,15 @@ def check_route_name(name: str) -> str:
     return name
 
 
+class DeviceEngine(BaseModel):
+    """The memory of an engine on a device. If engines share a server, the first of them stands for all."""
+
+    id: str
+    name: str
+    memory_bytes: int = Field(description="Memory that the engine's processes use; 0 if it cannot be measured.")
+    reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null: none.")
+
+
 class Device(BaseModel):
     """A device with memory that engines share: a GPU, or the main memory of a node."""
 
@@ -334,9 +343,23 @@ class Device(BaseModel):
     kind: str
     index: int
     name: str
+    uuid: str | None = Field(None, description="Id that selects the GPU in CUDA_VISIBLE_DEVICES.")
     memory_total_bytes: int
+    memory_usable_bytes: int | None = Field(
+        None, description="Memory that engines may use, within the limits of the settings and of a container."
+    )
     memory_used_bytes: int
     utilization_percent: float | None = None
+    temperature_celsius: float | None = None
+    is_mig: bool = Field(False, description="The device is a part of a GPU (multi-instance GPU).")
+    is_fake: bool = Field(False, description="The device does not exist; the setting `fake_devices` defines it.")
+    engines: list[DeviceEngine] = []
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def id(self) -> str:
+        """The id that requests use: `cpu` for the main memory, `cuda:0` for the first GPU."""
+        return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
 class BackendView(BaseModel):

@@ -35,6 +35,7 @@ from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
+from sage.llm.control_plane.inventory import Inventory
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
 from sage.llm.control_plane.node import open_state_folder
@@ -109,9 +110,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
             settings.engine_unresponsive_seconds,
             look_seconds=5 + 2 * settings.reconcile_seconds,
         )
-        self._reconciler = Reconciler(
-            self._store, self._pool, self._node, self._prober, self._runner, limits, NodeMemory(self._inventory.memory)
-        )
+        self._inventory = Inventory(settings)
+        memory = NodeMemory(self._inventory.memory)
+        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory)
         self._views = Views(self._node, self._executors)
         self._key_and_parameters = functools.lru_cache(1024)(_key_and_parameters)  # every inference request calls it
         self._tasks: list[asyncio.Task[None]] = []

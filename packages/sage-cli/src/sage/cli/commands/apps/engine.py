@@ -1,7 +1,6 @@
 """The commands `sage llm engine …`."""
 
 import sys
-import time
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -48,7 +47,6 @@ MemoryGb = Annotated[
 NotBefore = Annotated[
     str | None, typer.Option(metavar="TIME", help="Start at this time or later: HH:MM, or a date and time (ISO 8601).")
 ]
-_WATCH_SECONDS = 1.0
 
 
 class Busy(StrEnum):
@@ -191,12 +189,9 @@ def list_(
 
         typer.echo(json.dumps([engine.model_dump(mode="json") for engine in engines], indent=2))
     elif watch:
-        from rich.live import Live
+        from sage.cli.watching import watch as refresh
 
-        with Live(render.engine_table(engines), console=render.stdout(), auto_refresh=False) as live:
-            while True:
-                time.sleep(_WATCH_SECONDS)
-                live.update(render.engine_table(listing.select(client, selection)[0]), refresh=True)
+        refresh(lambda: render.engine_table(listing.select(client, selection)[0]))
     else:
         render.stdout().print(render.engine_table(engines))
     if has_more:

@@ -21,7 +21,6 @@ from sage.llm.client.types import (
     StartRequest,
 )
 from sage.llm.control_plane.backends.registry import list_backends
-from sage.llm.control_plane.inventory import list_devices
 from sage.llm.gateway.event_streams import EventStream, all_changes, engine_transitions, until_removed
 from sage.llm.gateway.routes.dependencies import Manager
 
@@ -170,9 +169,9 @@ async def training_steps(
 
 
 @router.get("/gpu")
-async def gpu() -> dict[str, Any]:
-    """Return the devices and their memory: GPUs first, main memory last."""
-    return {"object": "list", "data": await asyncio.to_thread(list_devices)}
+async def gpu(manager: Manager) -> dict[str, Any]:
+    """Return the devices, their memory and the engines that use it: GPUs first, main memory last."""
+    return {"object": "list", "data": await manager.list_devices()}
 
 
 @router.get("/backends")

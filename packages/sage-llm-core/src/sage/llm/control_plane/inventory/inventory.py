@@ -1,0 +1,131 @@
+"""List the devices of this node, and measure their memory for admission."""
+
+import contextlib
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from sage.common.cgroups import MemoryLimit, memory_limits
+from sage.common.identity import all_sessions
+from sage.common.settings import Settings
+from sage.llm.client.types import Device, DeviceEngine
+from sage.llm.control_plane.admission import DeviceMemory
+from sage.llm.control_plane.inventory.gpus import Gpu, fake_gpus, list_gpus
+
+_CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Occupant:
+    """A server process of this node, under the name of the first engine that it hosts."""
+
+    engine_id: str
+    engine_name: str
+    pid: int | None  #: None: the process is not known
+    memory_bytes: int | None  #: main memory of the process
+    devices: tuple[str, ...]  #: ids of the devices on which memory is reserved
+    reserved_bytes: int | None  #: on each of its devices
+
+
+class Inventory:
+    """The devices of this node. All methods block for some milliseconds."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._fake_devices = settings.fake_devices
+        self._limit_bytes = None if settings.memory_limit_gb is None else round(settings.memory_limit_gb * 1e9)
+
+    def devices(self, occupants: Sequence[Occupant] = ()) -> list[Device]:
+        """Return all devices, GPUs first, main memory last; each device has the engines that use its memory."""
+        node, sessions = socket.gethostname(), all_sessions()
+        members = {occupant.engine_id: _members([occupant.pid or 0], sessions) for occupant in occupants}
+        gpus = []
+        for gpu in self._gpus():
+            used_bytes = {engine_id: gpu.bytes_of(pids) for engine_id, pids in members.items()}
+            engines = _engines(_cuda(gpu), occupants, used_bytes)
+            usable_bytes = gpu.memory_total_bytes
+            gpus.append(Device(node=node, kind="cuda", memory_usable_bytes=usable_bytes, engines=engines, **vars(gpu)))
+        memory = psutil.virtual_memory()
+        main = Device(
+            node=node,
+            kind=_CPU,
+            index=0,
+            name="main memory",
+            memory_total_bytes=memory.total,
+            memory_usable_bytes=self._main_memory(own_bytes=0).usable_bytes,
+            memory_used_bytes=memory.total - memory.available,
+            utilization_percent=psutil.cpu_percent(),
+            engines=_engines(_CPU, occupants, {occupant.engine_id: occupant.memory_bytes or 0 for occupant in occupants}),
+        )
+        return [*gpus, main]
+
+    def memory(self, pids: Collection[int]) -> list[DeviceMemory]:
+        """Return the usable memory of each device, and the part of it that other programs use.
+
+        pids: the processes of this node's servers. The other processes of their sessions belong to the servers too.
+        """
+        own = _members(pids, all_sessions())
+        gpus = [
+            DeviceMemory(_cuda(gpu), gpu.memory_total_bytes, max(0, gpu.memory_used_bytes - gpu.bytes_of(own)))
+            for gpu in self._gpus()
+        ]
+        return [self._main_memory(_private_bytes(own)), *gpus]
+
+    def _gpus(self) -> list[Gpu]:
+        return fake_gpus(self._fake_devices) if self._fake_devices else list_gpus()
+
+    def _main_memory(self, own_bytes: int) -> DeviceMemory:
+        memory = psutil.virtual_memory()
+        bounds = [MemoryLimit(memory.total, memory.total - memory.available), *memory_limits()]
+        return within(_CPU, bounds, own_bytes, self._limit_bytes)
+
+
+def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_bytes: int | None) -> DeviceMemory:
+    """Return the memory that engines may use if several bounds apply at the same time.
+
+    own_bytes: the memory that engines use; it is part of the used memory of each bound. limit_bytes: the memory that all
+    engines together may use, without other programs; None: no limit.
+    """
+    limits = [bound.limit_bytes for bound in bounds]
+    rooms = [bound.limit_bytes - max(0, bound.used_bytes - own_bytes) for bound in bounds]
+    if limit_bytes is not None:
+        limits.append(limit_bytes)
+        rooms.append(limit_bytes)
+    return DeviceMemory(device, min(limits), max(0, min(limits) - min(rooms)))
+
+
+def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str, int]) -> list[DeviceEngine]:
+    """Return the engines that use memory of a device, or for which memory of it is reserved."""
+    found = []
+    for occupant in occupants:
+        reserved_bytes = occupant.reserved_bytes if device in occupant.devices else None
+        if used_bytes[occupant.engine_id] or reserved_bytes:
+            found.append(
+                DeviceEngine(
+                    id=occupant.engine_id,
+                    name=occupant.engine_name,
+                    memory_bytes=used_bytes[occupant.engine_id],
+                    reserved_bytes=reserved_bytes,
+                )
+            )
+    return found
+
+
+def _members(pids: Collection[int], sessions: Mapping[int, Collection[int]]) -> set[int]:
+    """Return the processes of the sessions that the processes `pids` lead."""
+    return {member for pid in pids for member in sessions.get(pid, [pid])}
+
+
+def _cuda(gpu: Gpu) -> str:
+    return f"cuda:{gpu.index}"
+
+
+def _private_bytes(pids: Collection[int]) -> int:
+    """Return the memory of processes that no file can provide again. Shared file pages are not part of the used memory."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            memory = psutil.Process(pid).memory_info()
+            total += memory.rss - getattr(memory, "shared", 0)  # `shared` exists only on Linux
+    return total
