@@ -82,10 +82,7 @@ class Gateway(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-        if self.path.endswith("/pause"):
-            error = errors.NotImplementedYet(code="not_implemented", message="Not in this version.", hint="Omit it.")
-            self.send_json(501, error.body())
-        elif body.get("stream"):
+        if body.get("stream"):
             parts = [{"choices": [{"delta": {"content": text}}]} for text in ("Hel", "lo")]
             if body["model"] == "dies":
                 parts.append(errors.EngineError(code="engine_died", message="It died.", hint="See its log.").body())

@@ -1,4 +1,5 @@
 import typing
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,11 @@ from rich.console import Console
 from sage.cli.commands.apps import dataset, engine, route
 from sage.cli.listing import Selection, select
 from sage.cli.render import bar, device_table, ending, engine_lines, engine_table, event_line, size
+from sage.cli.starting import start_time
 from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
 from sage.cli.waiting import failure
 from sage.common import errors
+from sage.common.errors import ConfigError
 from sage.common.progress_bar import duration
 from sage.common.training import FIGURES
 from sage.libs.finetune.config import FinetuneConfig
@@ -24,6 +27,7 @@ from sage.llm.client.types import (
     EnginePage,
     EngineState,
     EngineView,
+    OnBusy,
     RestartPolicy,
     RouteView,
 )
@@ -39,6 +43,7 @@ def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
     assert [kind.value for kind in engine.Kind] == SUPPORTED_ENGINE_KINDS
     assert [state.value for state in engine.State] == [state.value for state in EngineState]
     assert [policy.value for policy in engine.Policy] == [policy.value for policy in RestartPolicy]
+    assert [busy.value for busy in engine.Busy] == [busy.value for busy in OnBusy]
     assert [method.value for method in dataset.Method] == list(typing.get_args(Method))
 
 
@@ -217,3 +222,26 @@ def test_a_route_is_set_with_weights_and_listed_with_shares(
     assert rows[1:] == [
         ["prod", "new", "engine-a", "running", "25%"], ["prod", "old", "-", "-", "75%"], ["prod", "base", "fallback"],
     ]  # fmt: skip
+
+
+NOON = datetime(2030, 5, 1, 12, 0, tzinfo=timezone(timedelta(hours=2)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("22:00", "2030-05-01T22:00:00+02:00"),
+        ("09:30", "2030-05-02T09:30:00+02:00"),
+        ("12:00", "2030-05-02T12:00:00+02:00"),
+        ("2031-01-31T06:00", "2031-01-31T06:00:00+02:00"),
+        ("2031-01-31 06:00+00:00", "2031-01-31T06:00:00+00:00"),
+    ],
+)
+def test_a_start_time_is_a_time_of_day_or_a_date_with_a_time(text: str, expected: str) -> None:
+    assert start_time(text, NOON).isoformat() == expected
+
+
+@pytest.mark.parametrize("text", ["tonight", "25:00", "", "2030-13-01T00:00"])
+def test_a_wrong_start_time_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a time"):
+        start_time(text, NOON)

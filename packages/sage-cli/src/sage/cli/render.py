@@ -51,6 +51,18 @@ def engine_table(engines: Iterable[EngineView]) -> Table:
     return table
 
 
+def queue_table(engines: Iterable[EngineView]) -> Table:
+    """Return the table of waiting engines."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("PLACE", "ENGINE", "KIND", "MODEL", "PRIORITY", "MEMORY", "WHY"):
+        table.add_column(name, no_wrap=name not in ("MODEL", "WHY"), overflow="fold")
+    for place, engine in enumerate(engines, start=1):
+        memory = "" if engine.reserved_bytes is None else size(engine.reserved_bytes)
+        why = engine.reason.message if engine.reason else ""
+        table.add_row(str(place), engine.id, engine.kind, escape(engine.name), str(engine.priority), memory, escape(why))
+    return table
+
+
 def engine_lines(engine: EngineView) -> list[str]:
     """Return the details of one engine, one per line."""
     why = f" ({engine.backend_reason})" if engine.backend_reason else ""
@@ -60,6 +72,10 @@ def engine_lines(engine: EngineView) -> list[str]:
         ("desired", engine.desired.value), ("backend", f"{engine.backend}{why}"), ("form", engine.form),
         ("context", engine.context_tokens and f"{engine.context_tokens} tokens"), ("slots", engine.slots),
         ("restart policy", engine.restart_policy), ("restarts", engine.restarts or None),
+        ("queue", engine.queue_position and f"place {engine.queue_position}"), ("priority", engine.priority or None),
+        ("not before", engine.not_before and f"{engine.not_before:%Y-%m-%d %H:%M} UTC"),
+        ("devices", engine.devices and ", ".join(engine.devices)),
+        ("reserved", None if engine.reserved_bytes is None else size(engine.reserved_bytes)),
         ("port", engine.port), ("pid", engine.pid),
         ("memory", None if engine.memory_bytes is None else size(engine.memory_bytes)),
     ]  # fmt: skip

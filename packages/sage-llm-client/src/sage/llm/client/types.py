@@ -176,6 +176,12 @@ class EngineView(BaseModel):
     state: EngineState
     desired: DesiredState
     restart_policy: RestartPolicy
+    on_busy: OnBusy = Field(OnBusy.WAIT, description="What the engine does if the memory that it needs is not free.")
+    priority: int = Field(0, description="Engines with a higher number are ahead in the queue.")
+    not_before: datetime | None = Field(None, description="Earliest time to start the engine.")
+    queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
+    devices: list[str] | None = Field(None, description="Devices of the engine's server; null if it has no server.")
+    reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
     restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
@@ -207,6 +213,21 @@ class EnginePage(BaseModel):
     first_id: str | None
     last_id: str | None = Field(description="Value of `after` for the next page.")
     has_more: bool
+
+
+class MoveRequest(BaseModel):
+    """A request to move a waiting engine in the queue."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    position: int = Field(ge=1, le=1_000_000, description="New place among the waiting engines, from 1.")
+
+
+class EngineQueue(BaseModel):
+    """The waiting engines of a node, in the order of the queue."""
+
+    object: str = "list"
+    data: list[EngineView]
 
 
 class EventKind(StrEnum):

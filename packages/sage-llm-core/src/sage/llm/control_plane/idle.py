@@ -42,11 +42,11 @@ def reason_of_stop(engine: EngineRecord) -> Reason | None:
     """Return why an engine is unloaded; None if a user requested its stop."""
     if not is_pausing(engine):
         return None
-    if engine.paused_by == "user":
+    if engine.paused_by == "user" or (engine.paused_by is None and engine.idle_stop_minutes is None):
         hint = f"`sage llm engine resume {engine.id}` continues it."
-        return Reason(code="paused", message="It was paused, as requested, and uses no memory.", hint=hint)
+        return Reason(code="paused", message="The engine was paused, as requested, and uses no memory.", hint=hint)
     if engine.paused_by not in (None, "idle"):
-        message = f"It makes room for {engine.paused_by}; it is loaded again when enough memory is free."
+        message = f"The engine makes room for {engine.paused_by}. It is loaded again when enough memory is free."
         return Reason(code="makes_room", message=message)
     minutes = f"{engine.idle_stop_minutes:g} min"
     message = f"The engine had no requests for {minutes}, so it is unloaded. The next request loads it again."

@@ -39,13 +39,14 @@ from sage.llm.control_plane.inventory import Inventory
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
 from sage.llm.control_plane.node import open_state_folder
+from sage.llm.control_plane.node_memory import NodeMemory
 from sage.llm.control_plane.plan import Limits
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import busy, ended, not_pausable, not_resumable, not_training, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, standby, still_running
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -54,6 +55,7 @@ from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.views import Views
+from sage.llm.control_plane.waiting import Waiting
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
@@ -67,7 +69,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes):
+class ControlPlaneManager(EngineReads, Routes, Waiting):
     """Starts, stops, resumes and describes the engines of this node.
 
     Background tasks observe the engines and bring them to their desired states. An engine is settled if it is stopped,
@@ -108,8 +110,9 @@ class ControlPlaneManager(EngineReads, Routes):
             settings.engine_unresponsive_seconds,
             look_seconds=5 + 2 * settings.reconcile_seconds,
         )
-        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits)
         self._inventory = Inventory(settings)
+        memory = NodeMemory(self._inventory.memory)
+        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory)
         self._views = Views(self._node, self._executors)
         self._key_and_parameters = functools.lru_cache(1024)(_key_and_parameters)  # every inference request calls it
         self._tasks: list[asyncio.Task[None]] = []
@@ -218,26 +221,6 @@ class ControlPlaneManager(EngineReads, Routes):
                     engine = await self._write(self._store.revise, engine, actor=_ACTOR, serve=noted.model_dump())
                 await executor.request_checkpoint(engine)
                 return await self._view(engine, server)
-        raise busy(engine_id)
-
-    async def pause_engine(self, engine_id: str) -> EngineView:
-        """Request that an engine frees its memory until it is resumed, and return the engine at once.
-
-        An inference engine answers its open requests first; a training run saves a checkpoint. Raises Conflict if the engine
-        is settled, is being stopped or is being validated.
-        """
-        for _ in range(_ATTEMPTS):
-            engine, server = await self._own(engine_id)
-            if engine.paused_by == "user" and engine.desired is DesiredState.PAUSED:
-                return await self._view(engine, server)
-            is_stopping = engine.desired is DesiredState.STOPPED or engine.state in SETTLED
-            if is_stopping or engine.state is EngineState.VALIDATING:
-                raise not_pausable(engine)
-            with contextlib.suppress(StaleWrite):
-                pause = functools.partial(self._store.set_desired, engine, DesiredState.PAUSED, force=False)
-                written = await self._write(pause, actor=_ACTOR, paused_by="user", last_request_at=None)
-                self._routing.apply(written, server)
-                return await self._view(written, server)
         raise busy(engine_id)
 
     async def remove_engine(self, engine_id: str) -> None:

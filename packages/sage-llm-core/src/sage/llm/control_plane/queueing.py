@@ -65,6 +65,27 @@ def rank(engine: EngineRecord) -> tuple[int, float]:
     return -engine.priority, engine.last_event if engine.queue_rank is None else engine.queue_rank
 
 
+def rank_at(engine: EngineRecord, position: int, waiting: Sequence[EngineRecord]) -> float:
+    """Return the `queue_rank` that moves an engine to a place in the queue, as near as its priority allows.
+
+    waiting: all waiting engines, in the order of the queue.
+    """
+    others = [other for other in waiting if other.id != engine.id]
+    ahead = sum(other.priority > engine.priority for other in others)
+    ranks = [rank(other)[1] for other in others if other.priority == engine.priority]
+    index = min(max(position - 1 - ahead, 0), len(ranks))
+    match ranks[:index], ranks[index:]:
+        case [], []:
+            return rank(engine)[1]
+        case [], [after, *_]:
+            return after - 1
+        case [*_, before], []:
+            return before + 1
+        case [*_, before], [after, *_]:
+            return (before + after) / 2
+    raise AssertionError
+
+
 def queue_of(
     engines: Sequence[EngineRecord],
     servers: Iterable[ServerRecord],
@@ -103,11 +124,16 @@ def queue_of(
 
 
 def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_room: bool) -> Claim:
+    devices = _usable(engine, memory) if memory else engine.devices
+    need_bytes = engine.reserved_bytes or 0
+    if engine.least_bytes is not None and memory:  # a training run that is larger than the devices uses smaller batches
+        largest_bytes = max((device.usable_bytes for device in memory.devices if device.id in (devices or ())), default=0)
+        need_bytes = min(need_bytes, max(engine.least_bytes, largest_bytes))
     claim = Claim(
         engine.id,
-        engine.reserved_bytes or 0,
+        need_bytes,
         engine.least_bytes,
-        devices=_usable(engine, memory) if memory else engine.devices,
+        devices=devices,
         priority=engine.priority,
         on_busy=engine.on_busy,
         is_due=is_due,

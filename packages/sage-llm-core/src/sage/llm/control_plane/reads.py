@@ -8,11 +8,13 @@ from sage.common.logs import LogFile, tail_lines
 from sage.common.settings import Settings
 from sage.common.training import TrainingStep
 from sage.llm.client.types import SETTLED, Device, EngineEvent, EngineKind, EnginePage, EngineState, EngineView
+from sage.llm.control_plane.admission import Wait
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.inventory import Inventory, Occupant
 from sage.llm.control_plane.logfile import follow
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.queueing import is_waiting
 from sage.llm.control_plane.reconciler import Reconciler
 from sage.llm.control_plane.refusals import other_node
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
@@ -167,11 +169,19 @@ class EngineReads:
         return await asyncio.to_thread(self._blocking_view, engine, server)
 
     def _blocking_view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
+        if is_waiting(engine):
+            decision = self._reconciler.queue.decisions.get(engine.id)
+            position = decision.position if isinstance(decision, Wait) else None
+            return self._views.view(engine, None, None, self._reconciler.queue.reason(engine), position)
         if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # no process: the last observation is outdated
             return self._views.view(engine, None, None)
         silent_seconds = 0.0 if self.is_responsive(engine.id) else self._reconciler.silent_seconds(engine.id)
         return self._views.view(
-            engine, server, self._prober.last(engine.id), self._prober.trouble(engine.id), silent_seconds
+            engine,
+            server,
+            self._prober.last(engine.id),
+            trouble=self._prober.trouble(engine.id),
+            silent_seconds=silent_seconds,
         )
 
     def is_responsive(self, engine_id: str) -> bool:

@@ -34,6 +34,15 @@ def not_pausable(engine: EngineRecord) -> Conflict:
     )
 
 
+def not_queued(engine: EngineRecord) -> Conflict:
+    """Return the error for an engine that cannot be moved in the queue."""
+    return Conflict(
+        code="not_queued",
+        message=f"{engine.id} is {engine.state}: only a waiting engine can be moved in the queue.",
+        hint="`sage llm queue` shows the waiting engines.",
+    )
+
+
 def not_training(engine: EngineRecord) -> Conflict:
     """Return the error for an engine that cannot save a checkpoint."""
     return Conflict(

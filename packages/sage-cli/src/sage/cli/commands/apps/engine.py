@@ -31,6 +31,31 @@ Wait = Annotated[
         help="--wait: wait until the engine has ended; --no-wait: until it is valid; default: until it serves or trains.",
     ),
 ]
+OnBusyOption = Annotated[
+    "Busy | None",
+    typer.Option("--on-busy", help="What to do if the memory is not free; default: the setting on_busy (wait)."),
+]
+Priority = Annotated[
+    int | None, typer.Option(min=-100, max=100, help="Engines with a higher number are ahead in the queue; default: 0.")
+]
+Devices = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Devices that the engine may use, for example cuda:0,cuda:1 or cpu.")
+]
+MemoryGb = Annotated[
+    float | None, typer.Option(help="Memory to reserve, in GB (10^9 bytes); default: an estimate from the model.")
+]
+NotBefore = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Start at this time or later: HH:MM, or a date and time (ISO 8601).")
+]
+
+
+class Busy(StrEnum):
+    """What an engine does if the memory is not free; copied from the client, like `Kind`."""
+
+    wait = "wait"
+    preempt = "preempt"
+    share = "share"
+    fail = "fail"
 
 
 class Kind(StrEnum):
@@ -91,6 +116,11 @@ def start(
     max_tokens: Annotated[
         int | None, typer.Option(help="llm: maximum tokens of an answer, if the request sets no maximum.")
     ] = None,
+    on_busy: OnBusyOption = None,
+    priority: Priority = None,
+    devices: Devices = None,
+    memory_gb: MemoryGb = None,
+    not_before: NotBefore = None,
     idle_stop: IdleStop = None,
     serve: Serve = False,
     serve_as: ServeAs = None,
@@ -106,7 +136,7 @@ def start(
 
     Waits until the engine serves or trains. The exit code is 2 if an option is wrong, 1 if the engine fails.
     """
-    from sage.cli.starting import serve_request, start_engine
+    from sage.cli.starting import admission_request, serve_request, start_engine
 
     serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize,
                "max_tokens": max_tokens}  # fmt: skip
@@ -114,6 +144,7 @@ def start(
     options = {**{key: value for key, value in serving.items() if value is not None}, **further}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
                "dedicated": dedicated or None, "idle_stop_minutes": idle_stop}  # fmt: skip
+    request |= admission_request(on_busy and on_busy.value, priority, devices, memory_gb, not_before)
     request |= serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
     given = {key: value for key, value in request.items() if value is not None}
     notes = {"metadata": dict(map(_note, metadata))} if metadata else {}
@@ -231,10 +262,13 @@ def stop(
 
 @app.command("pause")
 def pause(engine_id: EngineId) -> None:
-    """Pause an engine (not available in this version)."""
-    from sage.cli import daemon
+    """Free the memory of an engine until it is resumed; a training run saves a checkpoint first."""
+    from sage.cli import daemon, waiting
 
-    daemon.connect().pause_engine(engine_id)
+    client = daemon.connect()
+    client.pause_engine(engine_id)
+    engine = waiting.until_paused(client, engine_id)
+    typer.echo(f"{engine_id} is {engine.state}.", err=True)
 
 
 @app.command("resume")
