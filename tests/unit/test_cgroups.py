@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sage.common import cgroups
@@ -28,6 +29,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
 
     monkeypatch.setattr(cgroups, "_ROOT", tmp_path / "cgroup")
     monkeypatch.setattr(cgroups, "_OWN", tmp_path / "self")
+    monkeypatch.setattr(cgroups, "_CPUS", tmp_path / "cgroup" / "cpus")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     return write
 
@@ -91,7 +93,12 @@ def test_the_smallest_limit_and_the_affinity_set_the_number_of_cores(
     assert available_cores() == cores
 
 
-def test_without_an_affinity_all_cores_are_available(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logical_cpus_of_one_core_count_once(tree: Tree) -> None:
+    tree(V2, {f"cpus/cpu{cpu}/topology/thread_siblings_list": f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)})
+    assert available_cores() == 4
+
+
+def test_on_a_system_without_affinity_all_cores_are_available(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
     assert available_cores() == 1

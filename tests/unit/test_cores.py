@@ -1,10 +1,14 @@
 """How the CPU cores are shared among engines."""
 
 import pytest
+from engines import record, server
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage.llm.control_plane.cores import share_cores
+from sage.llm.client.types import EngineKind, EngineState
+from sage.llm.control_plane.actions import Action, Launch, Transition
+from sage.llm.control_plane.cores import Cores, share_cores, with_threads
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,46 @@ def test_the_threads_add_up_to_the_cores_if_there_are_enough_cores(cores: int, r
     if least <= cores:
         expected = cores if None in requested else least
         assert sum(shared.values()) == expected
+
+
+CPU, GPU, TRAINING = ("cpu",), ("cuda:0",), {"kind": EngineKind.FINETUNE}
+ON_CPU, ON_GPU = server(devices=CPU, options={"threads": None}), server(devices=GPU, options={})
+
+
+def launch(devices: tuple[str, ...] | None = CPU, **values: object) -> Launch:
+    return Launch(record(**values), None, devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("action", "servers", "training_threads", "threads"),
+    [
+        (launch(), [], None, 8),
+        (launch(devices=None), [], None, 8),
+        (launch(), [ON_CPU], None, 4),
+        (launch(**TRAINING), [ON_CPU], None, 4),
+        (launch(), [ON_GPU], None, 8),
+        (launch(devices=GPU), [ON_CPU], None, None),
+        (launch(), [server(ServerState.CLOSING, devices=CPU)], None, 8),
+        (launch(), [server(devices=CPU, options={"threads": 6})], None, 2),
+        (launch(), [server(devices=CPU)], 5, 3),  # a training run has no options in its server
+        (launch(options={"threads": 3}), [ON_CPU], None, 3),
+        (launch(**TRAINING), [ON_CPU], 2, 2),
+        (launch(threads=7), [ON_CPU], None, 4),
+        (launch(threads=7, **TRAINING), [ON_CPU], None, 7),  # a resumed run continues exactly
+        (Launch(record(), server(ServerState.PLANNED)), [ON_CPU], None, None),  # it already has its threads
+    ],
+)
+def test_a_launch_on_the_cpu_gets_its_share_of_the_cores(
+    action: Launch, servers: list[ServerRecord], training_threads: int | None, threads: int | None
+) -> None:
+    [planned] = with_threads([action], servers, Cores(8, training_threads))
+    assert isinstance(planned, Launch)
+    assert planned.threads == threads
+
+
+def test_engines_that_are_launched_together_share_the_cores_and_other_actions_are_not_changed() -> None:
+    engines: list[EngineRecord] = [record(id=f"engine-{name}") for name in "abc"]
+    actions: list[Action] = [*(Launch(engine, None) for engine in engines), Transition(record(), EngineState.STOPPED)]
+    *launches, other = with_threads(actions, [], Cores(8))
+    assert [action.threads for action in launches if isinstance(action, Launch)] == [3, 3, 2]
+    assert other == actions[-1]

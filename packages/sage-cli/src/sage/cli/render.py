@@ -71,6 +71,7 @@ def engine_lines(engine: EngineView) -> list[str]:
         ("state", engine.state), ("reason", engine.reason and f"{engine.reason.message} {engine.reason.hint}".strip()),
         ("desired", engine.desired.value), ("backend", f"{engine.backend}{why}"), ("form", engine.form),
         ("context", engine.context_tokens and f"{engine.context_tokens} tokens"), ("slots", engine.slots),
+        ("threads", engine.threads),
         ("restart policy", engine.restart_policy), ("restarts", engine.restarts or None),
         ("queue", engine.queue_position and f"place {engine.queue_position}"), ("priority", engine.priority or None),
         ("not before", engine.not_before and f"{engine.not_before:%Y-%m-%d %H:%M} UTC"),

@@ -1,4 +1,4 @@
-"""Read the limits of this process's control groups (cgroups), version 1 or 2. Only Linux has control groups.
+"""Read the limits of this process: CPU affinity, and control groups (cgroups) of version 1 or 2. Only Linux has both.
 
 The limit of a group also applies to the groups inside this group. Therefore, the smallest limit counts.
 """
@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 _ROOT = Path("/sys/fs/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
 #: The groups of this process, one per line: `NUMBER:CONTROLLERS:PATH`. In version 2, the controllers are empty.
 _OWN = Path("/proc/self/cgroup")
 
@@ -36,9 +39,11 @@ def memory_limits() -> list[MemoryLimit]:
 
 
 def available_cores() -> int:
-    """Return the number of CPU cores that this process may use, by its affinity and the CPU limits of its groups."""
+    """Return the number of physical CPU cores that this process may use, within the CPU limits of its groups."""
     affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if affinity is None:
+        return psutil.cpu_count(logical=False) or 1
+    cores = len({_core(cpu) for cpu in affinity(0)})
     return max(1, min([cores, *map(int, _core_limits())]))
 
 
@@ -53,6 +58,14 @@ def own_groups(controller: str) -> Iterator[Path]:
         root = _ROOT / controller if controllers else _ROOT
         inner = root / path.lstrip("/")
         yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(root) and folder.is_dir())
+
+
+def _core(cpu: int) -> str:
+    """Return a text that is the same for all logical CPUs of one physical core."""
+    try:
+        return _read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list")
+    except OSError:
+        return str(cpu)
 
 
 def _core_limits() -> Iterator[float]:

@@ -191,6 +191,7 @@ class EngineView(BaseModel):
     form: str | None = Field(None, description="How the server loads the model, as text for users.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
+    threads: int | None = Field(None, description="CPU threads of the process; null: the default of the engine's program.")
     idle_stop_minutes: float | None = Field(None, description="The engine is unloaded after this time without requests.")
     port: int | None = None
     pid: int | None = None

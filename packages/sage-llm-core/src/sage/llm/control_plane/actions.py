@@ -25,6 +25,7 @@ class Launch:
     is_moved: bool = False  #: the new server needs a new id, because other engines use the engine's last server
     devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any
     reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
+    threads: int | None = None  #: the CPU threads that the planned server gets; None: the default of its program
 
 
 @dataclass(frozen=True)

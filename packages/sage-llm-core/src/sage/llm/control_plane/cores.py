@@ -1,6 +1,37 @@
 """Share the CPU cores among engines, so that their threads do not wait for each other's cores."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.actions import Action, Launch
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The CPU cores of this node."""
+
+    count: int
+    training_threads: int | None = None  #: threads of each training run, by the settings
+
+
+def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cores: Cores) -> list[Action]:
+    """Return the actions with the number of CPU threads in each launch of a new server that uses the CPU.
+
+    servers: the servers of this node. They also get shares, but a process that already runs keeps its number of threads.
+    """
+    launches = {action.engine.id: action.engine for action in actions if _takes_cores(action)}
+    if not launches:
+        return list(actions)
+    hosts = [server for server in servers if server.state is not ServerState.CLOSING and _uses_cpu(server.devices)]
+    requested = {server.id: _requested_by(server, cores) for server in hosts}
+    requested |= {engine.id: _requested(engine, cores) for engine in launches.values()}
+    shares = share_cores(cores.count, requested)
+    return [
+        replace(action, threads=shares[action.engine.id]) if isinstance(action, Launch) and _takes_cores(action) else action
+        for action in actions
+    ]
 
 
 def share_cores(cores: int, engines: Mapping[str, int | None]) -> dict[str, int]:
@@ -16,3 +47,22 @@ def share_cores(cores: int, engines: Mapping[str, int | None]) -> dict[str, int]
     share, rest = divmod(max(0, cores - sum(requested.values())), max(1, len(others)))
     shares = {engine: max(1, share + (place < rest)) for place, engine in enumerate(others)}
     return {engine: {**requested, **shares}[engine] for engine in engines}
+
+
+def _takes_cores(action: Action) -> bool:
+    return isinstance(action, Launch) and action.server is None and _uses_cpu(action.devices)
+
+
+def _uses_cpu(devices: Sequence[str] | None) -> bool:
+    return not devices or "cpu" in devices
+
+
+def _requested(engine: EngineRecord, cores: Cores) -> int | None:
+    """Return the threads that an engine must get. A resumed training run keeps its number, so that it continues exactly."""
+    if engine.kind is EngineKind.FINETUNE:
+        return cores.training_threads or engine.threads
+    return engine.options.get("threads")
+
+
+def _requested_by(server: ServerRecord, cores: Cores) -> int | None:
+    return cores.training_threads if server.options is None else server.options.get("threads")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from sage.common.cgroups import available_cores
 from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
 from sage.common.logs import LogFile
@@ -30,6 +32,7 @@ from sage.llm.client.types import (
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.creation import new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
@@ -112,7 +115,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         )
         self._inventory = Inventory(settings)
         memory = NodeMemory(self._inventory.memory)
-        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory)
+        cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
+        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
         self._views = Views(self._node, self._executors)
         self._key_and_parameters = functools.lru_cache(1024)(_key_and_parameters)  # every inference request calls it
         self._tasks: list[asyncio.Task[None]] = []

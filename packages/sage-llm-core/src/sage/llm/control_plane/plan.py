@@ -12,6 +12,7 @@ from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason,
 from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, SetDesired, Transition, Validate
 from sage.llm.control_plane.adapters import has_joined, is_misplaced, keep, leave, load, unload
 from sage.llm.control_plane.admission import Refuse, Start
+from sage.llm.control_plane.cores import Cores, with_threads
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop, state_without_process
@@ -57,6 +58,7 @@ class Snapshot:
     validations: Mapping[str, Validation]  #: by engine id; if missing, the validation has not begun
     limits: Limits
     memory: Memory | None = None  #: None: the devices are not known, so each engine can start
+    cores: Cores | None = None  #: None: each program uses its default number of threads
 
 
 #: The observation of an engine that should have a process, but has no server.
@@ -72,7 +74,8 @@ def decide(snapshot: Snapshot) -> tuple[list[Action], Queue]:
     """Return the actions of the plan, and the queue from which they were derived."""
     hosts = Hosts(snapshot.engines, snapshot.servers, snapshot.observed)
     queue = queue_of(snapshot.engines, snapshot.servers.values(), snapshot.watches, hosts, snapshot.memory)
-    return [action for engine in snapshot.engines if (action := _next(engine, snapshot, hosts, queue))], queue
+    actions = [action for engine in snapshot.engines if (action := _next(engine, snapshot, hosts, queue))]
+    return with_threads(actions, snapshot.servers.values(), snapshot.cores) if snapshot.cores else actions, queue
 
 
 def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts, queue: Queue) -> Action | None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from sage.llm.client.types import EngineState
+from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.node_memory import NodeMemory
 from sage.llm.control_plane.plan import Limits, Snapshot, decide
@@ -31,9 +32,14 @@ class Reconciler:
         runner: Runner,
         limits: Limits,
         memory: NodeMemory | None = None,
+        cores: Cores | None = None,
     ) -> None:
-        """pool: threads for the calls of `store`; memory: measures the devices; None: each engine can start."""
-        self._memory = memory
+        """pool: threads for the calls of `store`.
+
+        memory: measures the devices; None: each engine can start. cores: the cores that engines share; None: they are not
+        shared, so that each program uses its default number of threads.
+        """
+        self._memory, self._cores = memory, cores
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
         self.queue = Queue()  #: the waiting engines at the last tick; empty on a standby
@@ -59,7 +65,7 @@ class Reconciler:
         validating = [engine.id for engine in engines if engine.state is EngineState.VALIDATING]
         results = self._runner.validator.results(validating)
         memory = await self._look_at_memory(observed) if any(map(is_waiting, engines)) else None
-        snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory)
+        snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
         for action in actions:
             engine = action.engine

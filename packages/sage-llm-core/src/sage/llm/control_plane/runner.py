@@ -177,7 +177,7 @@ class Runner:
             case Launch(engine, planned):
                 await self._launch(action, planned)
             case Join(engine, target):
-                joined = {"revision": engine.revision + 1, "served_as": None, **_PLACED}
+                joined = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
                 self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=target.id, **joined), target)
                 await self._clean(engine, target)
             case LoadAdapter(engine, target):
@@ -211,7 +211,8 @@ class Runner:
             server = dataclasses.replace(server, devices=action.devices, reserved_bytes=action.reserved_bytes)
             if server.served_name:  # an earlier process cannot be used, because it expects another model name
                 await self._end_process(server)
-            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None, **_PLACED}
+            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None,
+                       "threads": action.threads, **_PLACED}  # fmt: skip
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
             await self._clean(before, server)

@@ -111,6 +111,7 @@ class EngineRecord:
     #: Who paused the engine: `idle`, `user`, or the id of the engine that it makes room for; None: it is not paused.
     paused_by: str | None = None
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
+    threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the default of its program
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property

@@ -1,4 +1,4 @@
-"""Add the columns with which engines wait for memory and make room for each other.
+"""Add the columns with which engines wait for memory, make room for each other and share the CPU cores.
 
 Revision ID: 0006
 """
@@ -18,3 +18,4 @@ def upgrade() -> None:
     op.add_column("engines", sa.Column("queue_rank", sa.Float()))
     op.add_column("engines", sa.Column("paused_by", sa.String()))
     op.add_column("engines", sa.Column("least_bytes", sa.BigInteger()))
+    op.add_column("engines", sa.Column("threads", sa.Integer()))
