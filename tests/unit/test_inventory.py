@@ -160,7 +160,7 @@ def test_fake_devices_replace_the_gpus_and_are_named_as_fake(monkeypatch: pytest
     ]  # fmt: skip
     assert [(memory.id, memory.foreign_bytes) for memory in measured.memory([PID])[1:]] == [("cuda:0", 0), ("cuda:1", 0)]
     samples = [sample for metric in engine_metrics({}, [], devices) for sample in metric.samples]
-    assert {sample.labels["name"] for sample in samples if sample.labels.get("kind") == "cuda"} == {"fake 24 GiB"}
+    assert {sample.labels["kind"] for sample in samples if sample.name.startswith("sage_device_")} == {"fake", "cpu"}
 
 
 @pytest.mark.parametrize(
