@@ -59,6 +59,7 @@ class Gateway(BaseHTTPRequestHandler):
             "/v1/management/engines/engine-a/training": {"data": [{"step": 1, "loss": 2.0}]},
             "/v1/management/events": {"data": [{"id": 1, **EVENT}], "last_id": 1, "has_more": False},
             "/v1/management/gpu": {"data": [device]},
+            "/v1/management/queue": {"data": [engine_view().model_dump(mode="json")]},
             "/v1/management/routes": {"data": [ROUTE]},
             "/v1/management/routes/org%2Fa": ROUTE,
             "/v1/management/backends": {"data": [backend]},

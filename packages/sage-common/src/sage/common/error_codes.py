@@ -37,7 +37,7 @@ _CODES: Mapping[type[SageError], str] = {
         stream_cut worker_died""",
     errors.BackendError: "backend_install_failed disk_full index_unreachable",
     errors.Overloaded: """
-        database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby
+        database_error engine_ended engine_paused engine_starting engine_stopping engine_unresponsive out_of_memory standby
         too_many_connections too_many_requests""",
     errors.Busy: "engine_busy",
     errors.Unauthorized: "invalid_api_key",

@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     fake_devices: str | None = Field(
         None, description="Fake GPUs that replace the GPUs of this machine, for example 2x24GiB; to try policies."
     )
+    paused_requests: Literal["hold", "reject"] = Field(
+        "hold", description="Requests to an engine that makes room for another: hold them, or reject them with a 503."
+    )
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(

@@ -33,6 +33,16 @@ def is_pausing(engine: EngineRecord) -> bool:
     return engine.idle_stop_minutes is not None and engine.desired is DesiredState.RUNNING
 
 
+def is_making_room(engine: EngineRecord) -> bool:
+    """Return whether an engine is paused, or about to be paused, so that another engine can run."""
+    return engine.desired is DesiredState.PAUSED and engine.paused_by not in (None, "idle", "user")
+
+
+def is_paused_by_user(engine: EngineRecord) -> bool:
+    """Return whether an engine is paused, or about to be paused, until a user resumes it."""
+    return engine.desired is DesiredState.PAUSED and engine.paused_by == "user"
+
+
 def state_without_process(engine: EngineRecord) -> EngineState:
     """Return the next state of a stopping engine: `paused` if it is only unloaded, otherwise `stopped`."""
     return EngineState.PAUSED if is_pausing(engine) else EngineState.STOPPED

@@ -49,7 +49,7 @@ from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, paused, standby, still_running
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -284,6 +284,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         change, route = self._routing.next_change(), self.find(model, kind, client)
         engine_id = route.engine_id
         while not await self._activity.may_use(route):
+            if route.paused_by == "user" or (route.paused_by and self._settings.paused_requests == "reject"):
+                raise paused(route.engine_id, route.paused_by)
             left_seconds = deadline_seconds - time.monotonic()
             if left_seconds <= 0:
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",

@@ -20,6 +20,7 @@ from sage.llm.control_plane.admission import (
 )
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.hosting import Hosts
+from sage.llm.control_plane.idle import is_making_room
 from sage.llm.control_plane.restarts import backoff_seconds
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 from sage.llm.control_plane.store.servers import HOSTED
@@ -46,11 +47,6 @@ class Queue:
         """Return why an engine waits or cannot start; None if it does not wait for memory."""
         decision = self.decisions.get(engine.id)
         return _reason(engine, decision) if isinstance(decision, Wait | Refuse) else None
-
-
-def is_making_room(engine: EngineRecord) -> bool:
-    """Return whether an engine is paused, or about to be paused, so that another engine can run."""
-    return engine.desired is DesiredState.PAUSED and engine.paused_by not in (None, "idle", "user")
 
 
 def is_waiting(engine: EngineRecord) -> bool:

@@ -69,6 +69,15 @@ def standby(leader: LeaderInfo | None) -> Overloaded:
     return Overloaded(code="standby", message=f"This gateway is on standby{where}.", hint=hint)
 
 
+def paused(engine_id: str, paused_by: str) -> Overloaded:
+    """Return the error for a request to an engine that is paused.  paused_by: as in EngineRecord."""
+    if paused_by == "user":
+        message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads it again."
+    else:
+        message, hint = f"{engine_id} makes room for {paused_by}.", "Retry later: it is loaded again when memory is free."
+    return Overloaded(code="engine_paused", message=message, hint=hint)
+
+
 def ended(engine_id: str, model: str, state: EngineState, reason: Reason | None) -> Overloaded:
     """Return the error for a request that waited for an engine which ended before it was ready."""
     why = f": {reason.message}" if reason else ""
