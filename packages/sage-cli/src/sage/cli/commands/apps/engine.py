@@ -31,8 +31,19 @@ Wait = Annotated[
         help="--wait: wait until the engine has ended; --no-wait: until it is valid; default: until it serves or trains.",
     ),
 ]
+
+
+class Busy(StrEnum):
+    """What an engine does if the memory is not free; copied from the client, like `Kind`."""
+
+    wait = "wait"
+    preempt = "preempt"
+    share = "share"
+    fail = "fail"
+
+
 OnBusyOption = Annotated[
-    "Busy | None",
+    Busy | None,
     typer.Option("--on-busy", help="What to do if the memory is not free; default: the setting on_busy (wait)."),
 ]
 Priority = Annotated[
@@ -47,15 +58,6 @@ MemoryGb = Annotated[
 NotBefore = Annotated[
     str | None, typer.Option(metavar="TIME", help="Start at this time or later: HH:MM, or a date and time (ISO 8601).")
 ]
-
-
-class Busy(StrEnum):
-    """What an engine does if the memory is not free; copied from the client, like `Kind`."""
-
-    wait = "wait"
-    preempt = "preempt"
-    share = "share"
-    fail = "fail"
 
 
 class Kind(StrEnum):
