@@ -99,10 +99,10 @@ def test_sizes_and_shares_are_formatted_with_units() -> None:
     assert bar(1) == "██████████ 100%"
 
 
-@pytest.mark.parametrize("hint", ["", "Its log: `sage llm engine logs engine-a`."])
+@pytest.mark.parametrize("hint", ["", "The engine's log: `sage llm engine logs engine-a`."])
 def test_a_failure_names_its_log_once(hint: str) -> None:
     told = failure(engine_view(state="failed", reason={"code": "engine_died", "message": "It died.", "hint": hint})).hint
-    assert told == "Its log: `sage llm engine logs engine-a`."
+    assert told == "The engine's log: `sage llm engine logs engine-a`."
 
 
 @pytest.mark.parametrize("name", PATH_FIELDS)

@@ -41,7 +41,7 @@ def _model_of(source: str) -> str:
 
 
 def _llama_cpp() -> LlamaCpp:
-    extras.require("sage.llm.control_plane", "A GGUF file")
+    extras.require("sage.llm.control_plane", "The export of a GGUF file")
     from sage.llm.control_plane.backends import environments
 
     return LlamaCpp(Path(environments.interpreter("llamacpp")))

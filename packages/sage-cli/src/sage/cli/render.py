@@ -21,7 +21,7 @@ _STATE_STYLES = {
     "starting": "yellow",
     "stopping": "yellow",
 }
-#: Number of columns for output to a pipe. It is large, so that no line is cut.
+#: Number of columns for output to a pipe. The number is large, so that no line is cut.
 _PIPE_COLUMNS = 240
 
 

@@ -29,7 +29,7 @@ def start_engine(
     """Start an engine, print its id, and wait for the engine.
 
     request: other fields of StartRequest.
-    wait: False: wait until the engine is validated; None: until it serves or trains; True: until it has ended.
+    wait: if False, wait until the engine is validated; if None, until it serves or trains; if True, until it has ended.
     announce: format of the output line with the id.
     """
     _check_given(model, kind, options)

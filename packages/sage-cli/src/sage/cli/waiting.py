@@ -15,7 +15,7 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: A command fails if the gateway is unreachable for more than this number of seconds. A gateway restarts faster.
+#: A command fails if the gateway is unreachable for more than this number of seconds. A restart of the gateway takes less.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -28,7 +28,7 @@ def until_validated(client: SageClient, engine_id: str) -> EngineView:
 
 
 def until_running(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine serves, trains or has ended. Raises SageError if it failed."""
+    """Wait until an engine serves, trains or has ended. Raises SageError if the engine failed."""
     engine = until_begun(client, engine_id)
     if engine.state is EngineState.FAILED:
         raise failure(engine)
@@ -77,7 +77,7 @@ def failure(engine: EngineView) -> SageError:
     return kind(
         code=code,
         message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",
-        hint=hint if is_complete else f"{hint} Its log: {log}.".strip(),
+        hint=hint if is_complete else f"{hint} The engine's log: {log}.".strip(),
     )
 
 
@@ -145,7 +145,7 @@ def _show(bar: ProgressBar, engine: EngineView) -> None:
 
 
 def interrupted_exit(engine_id: str, state: EngineState | None) -> typer.Exit:
-    """Print the engine's state and the commands to show or stop it; return the exception that ends the command."""
+    """Print the engine's state, and commands to show or stop the engine; return the exception that ends this command."""
     text = f"\n{engine_id} is still {state or 'active'}. Show it: `sage llm engine status {engine_id}`"
     stop = "" if state is EngineState.STOPPING else f"; stop it: `sage llm engine stop {engine_id}`"
     typer.echo(f"{text}{stop}.", err=True)

@@ -170,7 +170,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request an engine to stop, and return without waiting for it. A settled engine is not changed.
+        """Request an engine to stop, and return without waiting for its end. A settled engine is not changed.
 
         force: kill the process of the engine.
         """
@@ -259,7 +259,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         raise busy(engine_id)
 
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
-        """Return the route of an engine that can answer a request for `model`; the engine may still be starting.
+        """Return the route of an engine that can answer a request for `model`, now or after its start.
 
         Does not access the database.
         client: identifies the sender of the request; see `RoutingTable.find`.
@@ -275,7 +275,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         return Upstream(route.address, route.model_name, route.engine_id, route.name, key, parameters)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
-        """Return the server to which a request for `model` is sent; if its engine is starting, wait until it is running.
+        """Return the server to which a request for `model` is sent; wait for an engine that is still starting.
 
         client: identifies the sender of the request; see `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
@@ -293,7 +293,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
                     await change.wait()
-            change = self._routing.next_change()  # before `may_use`: a change while `may_use` waits must be noticed
+            change = self._routing.next_change()  # before `may_use`, so that changes during `may_use` are noticed
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -327,7 +327,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         return written
 
     async def _own(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine that this control plane may change, and its server.
+        """Return an engine that belongs to this control plane's node, and the server of the engine.
 
         Raises NotFound; Conflict if the engine belongs to another node; Overloaded on standby.
         """
@@ -348,13 +348,13 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
             self._woken.clear()
             await self._reconciler.tick(is_active=self._keeper.lease is not None)
             with contextlib.suppress(TimeoutError):
-                # `asyncio.wait_for` is not used: in Python 3.11, it ignores a cancellation while the event is being set.
+                # `asyncio.wait_for` is not used: in Python 3.11, it loses a cancellation while the event is being set.
                 async with asyncio.timeout(self._settings.reconcile_seconds):
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
         """Until cancelled, shorten the logs of the engines and the gateway that exceed the limit."""
-        # Half of the limit, because the part that is cut off is kept in a second file.
+        # Half of the limit for each file: the part that is cut off from a log is kept in a second file.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)

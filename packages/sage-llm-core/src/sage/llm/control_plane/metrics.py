@@ -24,14 +24,14 @@ def engine_metrics(
 ) -> Iterator[Metric]:
     """Yield the metrics of engines and devices.
 
-    counts: number of engines by kind and state; active: the engines that are not settled. Metrics of single engines are
-    yielded only for the engines in `active`.
+    counts: number of engines by kind and state; active: the engines that are not stopped, completed or failed. Metrics of
+    single engines are yielded only for the engines in `active`.
     """
     number = GaugeMetricFamily("sage_engines", "Number of engines, by kind and state.", labels=("kind", "state"))
     for kind in EngineKind:
         for candidate in EngineState:
             number.add_metric([kind, candidate], counts.get((kind, candidate), 0))
-    state = GaugeMetricFamily("sage_engine_state", "Current state of an engine; always 1.", labels=(*_LABELS, "state"))
+    state = GaugeMetricFamily("sage_engine_state", "State of an engine as a label; always 1.", labels=(*_LABELS, "state"))
     memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that the processes of an engine use.", labels=_LABELS)
     for engine in active:
         state.add_metric([*_labels(engine), engine.state], 1)

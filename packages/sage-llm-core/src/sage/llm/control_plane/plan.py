@@ -28,14 +28,14 @@ _S = EngineState
 
 @dataclass(frozen=True)
 class Limits:
-    """Time limits in seconds. Training runs may take any time to start, train and save their result."""
+    """Time limits in seconds. No limit applies while a training run starts, trains or saves its result."""
 
     start_seconds: float  #: maximum time until a started inference engine answers
-    #: Maximum time until an inference engine exits after SIGTERM, and until the process of an ended training run exits.
+    #: Maximum time from SIGTERM until an inference engine exits, and from the end of a training run until its process exits.
     stop_seconds: float
     #: Time without an answer after which requests are refused. After twice this time, the engine is restarted.
     unresponsive_seconds: float = 30.0
-    look_seconds: float = 5.0  #: maximum time that is added to a duration between two observations
+    look_seconds: float = 5.0  #: if more time passes between two observations, only this number of seconds is counted
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Validation:
 class Snapshot:
     """The input of the plan."""
 
-    engines: Sequence[EngineRecord]  #: the engines that are not settled, oldest first
+    engines: Sequence[EngineRecord]  #: the engines that are not stopped, completed or failed, oldest first
     servers: Mapping[str, ServerRecord]  #: by server id
-    observed: Mapping[str, Observed]  #: by engine id; if missing, the condition is not known: the process may be alive
+    observed: Mapping[str, Observed]  #: by engine id; if missing, it is not known whether the process is alive
     watches: Mapping[str, Watch]  #: by engine id
     validations: Mapping[str, Validation]  #: by engine id; if missing, the validation has not begun
     limits: Limits
@@ -144,7 +144,7 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
     is_last = hosts.is_last(engine)
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)
     is_killed = engine.force and engine.desired is DesiredState.STOPPED
-    if observed is None:  # the process may have exited; a kill then does no harm
+    if observed is None:  # killing does no harm if the process has already exited
         return _stop(engine, kill if is_last else leave(engine)) if is_killed else None
     if observed.orphaned:
         return kill
@@ -211,7 +211,7 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
             return Transition(engine, _S.PAUSED, reason_of_stop(engine))
         case _, _S.STOPPED if engine.desired is DesiredState.PAUSED:  # a training run that saved a checkpoint
             return Transition(engine, _S.PAUSED, reason_of_stop(engine))
-        case _S.STOPPING, _S.FAILED if engine.force:  # not `stopped`, because a killed run has no result
+        case _S.STOPPING, _S.FAILED if engine.force:  # the new state is not `stopped`, because a killed run has no result
             message = "The run was killed, as requested. The steps since its last checkpoint are lost."
             hint = observed.reason.hint if observed.reason else ""
             return Transition(engine, _S.FAILED, Reason(code="killed", message=message, hint=hint))
@@ -224,7 +224,8 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
 def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed, watch: Watch, limits: Limits) -> Transition:
     """Return the transition to `failed`, with a restart if the restart policy allows one."""
     if is_misplaced(engine, server):
-        refused = Reason(code="adapter_refused", message=f"The adapter is {engine.form}.")
+        message = f"The shared server refused the adapter, so the engine gets a separate server ({engine.form})."
+        refused = Reason(code="adapter_refused", message=message)
         return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)
     reason = _reason_of_kill(engine, watch, limits) or observed.reason
     if engine.state is _S.STARTING and not observed.alive and has_joined(engine, server):
@@ -245,7 +246,7 @@ def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reaso
     if engine.state is _S.STARTING and _is_inference(engine) and watch.state_seconds > limits.start_seconds:
         problem = "engine's server did not load the adapter" if engine.adapter else "engine did not answer"
         message = f"The {problem} within {limits.start_seconds:.0f} s and was killed."
-        hint = f"`sage llm engine logs {engine.id}` shows its progress; SAGE_ENGINE_START_SECONDS sets the limit."
+        hint = f"`sage llm engine logs {engine.id}` shows its log; SAGE_ENGINE_START_SECONDS sets the limit."
         return Reason(code="start_timeout", message=message, hint=hint)
     if engine.state is _S.RUNNING and _is_hung(engine, watch, limits):
         message = f"The engine did not answer for {watch.silent_seconds:.0f} s and was killed."

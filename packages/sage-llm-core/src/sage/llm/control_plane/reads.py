@@ -1,4 +1,4 @@
-"""Read engines, logs, events and training steps, on the active control plane or on a standby."""
+"""Read engines, logs, events and training steps. This is also possible on a control plane that is on standby."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -70,7 +70,7 @@ class EngineReads:
             after = page.last_id
 
     async def list_active(self) -> list[EngineView]:
-        """Return the engines of this node that are not settled, oldest first."""
+        """Return the engines of this node that are not settled (stopped, completed or failed), oldest first."""
         engines = await self._pool.run(self._store.active, self._node)
         servers = await self._servers(engines)
         return await asyncio.to_thread(self._view_all, engines, servers)

@@ -63,7 +63,7 @@ def other_node(engine: EngineRecord) -> Conflict:
 
 
 def standby(leader: LeaderInfo | None) -> Overloaded:
-    """Return the error for a write by a control plane that does not hold the lease."""
+    """Return the error for a write by a control plane that does not hold the lease (the right to change engines)."""
     where = f"; the active gateway is {leader.url}" if leader and leader.url else ""
     hint = f"Send the request to {leader.url}." if leader and leader.url else "Retry in some seconds."
     return Overloaded(code="standby", message=f"This gateway is on standby{where}.", hint=hint)

@@ -64,7 +64,7 @@ class _Trouble:
 
 
 class Runner:
-    """Executes actions and stores their results, but only while the lease is held."""
+    """Executes actions and stores their results, but only while this control plane holds the lease (the right to write)."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Runner:
         self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Start an action if no other action of its engine is running.
+        """Start an action if no other action of the same engine is running.
 
         observed, server: the last observation and the server of the engine. If the engine must be killed, a running load or
         unload of its adapter is cancelled.
@@ -128,7 +128,8 @@ class Runner:
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
-        # Loading and unloading need no slot, because a server that does not answer must not delay actions of other servers.
+        # The limit of `_MAX_ACTIONS` does not apply to loading and unloading adapters, because a server that does not answer
+        # must not delay actions of other servers.
         slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
             async with slots:
@@ -235,7 +236,7 @@ class Runner:
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
                 address = await self._launcher.launch(spec)
-            except TimeoutError:  # the process may have been started: the next plan observes it first
+            except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
@@ -257,7 +258,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server if it is not `server` and no other engine needs it."""
+        """Remove the files of the engine's previous server, if this is not `server` and no other engine needs the files."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)
@@ -265,7 +266,8 @@ class Runner:
     async def _load(self, engine: EngineRecord, server: ServerRecord) -> None:
         """Load the current version of an adapter.
 
-        If the server refuses it, a starting engine gets a separate server, and a running engine keeps its older version.
+        If the server refuses the adapter, a starting engine gets a separate server, and a running engine keeps the older
+        version of its adapter.
         """
         self._held_lease()
         try:
@@ -274,7 +276,7 @@ class Runner:
             if engine.state is EngineState.STARTING:
                 form = f"merged, because the adapter cannot be loaded into a running server: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
-            elif is_refused(engine):  # its older version is no longer loaded either
+            elif is_refused(engine):  # the adapter's older version is no longer loaded either
                 await self._give_up(engine, server, _reason(error))
             else:
                 message = f"{server.id} cannot load {engine.adapter}: {error.message}. The previous version is still used."

@@ -11,13 +11,13 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum number of engines in the cache. It contains engines that ended under an older version of SAGE, which did not store
-#: their training progress: the progress is read from files.
+#: Maximum number of engines in the cache. The cache contains only engines that ended under an older version of SAGE. That
+#: version did not store the training progress, so the progress is read from files.
 _MAX_READ = 10_000
 
 
 class Views:
-    """Creates views of engines. If an engine ended under an older version of SAGE, its files are read once, which blocks."""
+    """Creates views of engines. For an engine that ended under an older version of SAGE, the first view reads files."""
 
     def __init__(self, node: str, executors: Mapping[EngineKind, Executor]) -> None:
         self._node, self._executors = node, executors

@@ -9,7 +9,7 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Texts before and after a call. They are needed for templates that mention them only in instructions (Granite 3, Phi-4).
+#: Texts before and after a tool call, for templates that mention these texts only in instructions (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -26,7 +26,7 @@ _THINK_MARKERS = (
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The markers in a model's answers. A marker is text, which may contain special tokens."""
+    """The markers in a model's answers. A marker is text, and can contain special tokens."""
 
     call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
     call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer
@@ -38,7 +38,7 @@ class AnswerFormat:
 
     @classmethod
     def of(cls, chat: ChatFormat) -> "AnswerFormat":
-        """Return the format of a model's answers. Runs the model's chat template, which may take long or never end."""
+        """Return the format of a model's answers. Runs the model's chat template, which can take long or never end."""
         template = str(chat.tokenizer.chat_template or "")
         fields = _call_in_template(chat) or _markers_of_calls(chat, template)
         if not fields and (declared := _declared_markers(chat.tokenizer, "tool_calls"))[0]:
@@ -47,7 +47,7 @@ class AnswerFormat:
         return cls(**fields, think_open=opening, think_close=closing)
 
     def special_tokens(self, tokenizer: Any) -> frozenset[int]:
-        """Return the special tokens that are part of a marker. They must not be removed from the text of an answer."""
+        """Return the special tokens that are part of a marker, and must therefore stay in the text of an answer."""
         markers = [self.call_open or "", self.call_close, self.think_open, self.think_close, "[ARGS]", "[CALL_ID]"]
         special = set(tokenizer.all_special_ids)
         return frozenset(

@@ -1,8 +1,9 @@
 """Run the answers in progress as a batch, one forward pass after another, on one thread.
 
-Before each pass, cancelled answers are removed from the batch and waiting answers are added. A free slot is given to the
-request with the fewest answers in progress, so that a request with many answers does not block others. A pass computes one
-token of each answer and a limited number of prompt tokens. Therefore a long prompt does not stop the other answers.
+The batch has a fixed number of slots; a slot is a place for one answer. Before each pass, cancelled answers are removed from
+the batch and waiting answers are added. A free slot is given to the request with the fewest answers in progress, so that a
+request with many answers does not block other requests. A pass computes one token of each answer and a limited number of
+prompt tokens. Therefore a long prompt does not stop the other answers.
 """
 
 from collections import deque
@@ -124,7 +125,7 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Give each free slot to the request with the fewest answers in progress; of equal requests, to the oldest."""
+        """Give each free slot to the request with the fewest answers in progress; among equals, to the oldest request."""
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
             request.in_progress += 1

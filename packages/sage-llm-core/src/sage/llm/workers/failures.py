@@ -28,7 +28,7 @@ def exit_on_error() -> Iterator[None]:
 def internal_error(error: BaseException, doing: str) -> SageError:
     """Return the error for the client, and log the traceback.
 
-    The error and the log do not contain the exception's message, because it may quote text from the request.
+    The error and the log do not contain the exception's message, because the message can quote text from the request.
     """
     if isinstance(error, SageError):
         return error

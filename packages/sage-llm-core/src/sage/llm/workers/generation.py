@@ -114,7 +114,7 @@ class Engine:
         try:
             if not request.stream:
                 return shape.whole(sorted([piece async for piece in job], key=lambda piece: piece.index))
-            first = await anext(job)  # an error before the first piece is reported by the HTTP status
+            first = await anext(job)  # if this raises an error, the client gets it as an HTTP status
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return EventStream(_events(first, job, shape, with_usage=with_usage), job)
         except BaseException:
@@ -157,7 +157,7 @@ def build(
 
 
 def _read_chat(request: ChatRequest, shape: ChatShape, voice: Voice) -> Task:
-    """Return the prompt and grammar of a chat, and set the function that creates the answer readers of `shape`.
+    """Return the prompt and grammar of a chat, and tell `shape` how to create the readers that split answers into parts.
 
     Raises ConfigError if the model cannot satisfy the request.
     """

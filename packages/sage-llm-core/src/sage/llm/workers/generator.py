@@ -20,7 +20,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Generator:
-    """A base model, or a base with an adapter merged into it."""
+    """A base model, possibly with an adapter merged into it."""
 
     def __init__(self, name: str, dtype: str, context_tokens: int | None = None) -> None:
         """Load the model. context_tokens: maximum context length; None: the model's own limit. Raises ModelError."""
@@ -42,7 +42,7 @@ class Generator:
         return isinstance(self.runner, PackedRunner)
 
     def voice_of(self, folder: Any) -> Voice:
-        """Return the Voice of the tokenizer in a folder, for use with this model. Raises ModelError."""
+        """Return a Voice for this model: the tokenizer, chat template and end tokens in `folder`. Raises ModelError."""
         embeddings = self.model.get_input_embeddings().num_embeddings
         return Voice(folder, self.model.generation_config, self.context_tokens, embeddings)
 

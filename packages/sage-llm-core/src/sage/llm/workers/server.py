@@ -101,7 +101,7 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
 def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
     """Return one error for the first invalid field that pydantic reports.
 
-    If pydantic reports several errors of this field, the most deeply nested error is used, because it is the most precise.
+    If pydantic reports several errors for this field, the most deeply nested error is used: it is the most precise one.
     """
     place = findings[0]["loc"][:2]
     finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
@@ -110,7 +110,7 @@ def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
     name, param = ".".join(path) or "The body", str(place[1]) if len(place) > 1 else None
     match finding["type"]:
         case "extra_forbidden":
-            problem, code, hint = "is not supported by this engine", "unsupported_value", "Remove it."
+            problem, code, hint = "is not supported by this engine", "unsupported_value", "Remove this field."
         case "literal_error":
             problem, code, hint = f"can only be {finding['ctx']['expected']}", "unsupported_value", ""
         case "missing":
@@ -132,7 +132,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_source(name: str) -> tuple[ModelSource, Path]:
-    """Return the source of a model and the folder of its base weights; convert or download the weights if needed."""
+    """Return the ModelSource of a model, and the folder with the weights of the model (for an adapter: of its base model).
+
+    The weights are converted or downloaded if necessary.
+    """
     source = resolve_model(name)
     base = source.base if source.kind is ModelKind.ADAPTER and source.base else source
     return source, local_folder(base)

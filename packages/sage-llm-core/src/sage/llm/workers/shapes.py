@@ -103,7 +103,10 @@ class ChatShape(Shape):
         self._calls: Counter[int] = Counter()  #: number of calls by index of the choice
 
     def read_with(self, reader: Callable[[], AnswerReader]) -> None:
-        """Set the function that creates a reader for each choice. Call this once, before the first piece."""
+        """Set the function that creates a reader for each choice. Call this once, before the first piece.
+
+        A reader splits the answer of a choice into content, reasoning and tool calls.
+        """
         self._readers = defaultdict(reader)
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Body:
     async def read(self, headers: RawHeaders, receive: Receive) -> None:
         """Read the whole body into `content`.
 
-        Raises Refusal if the body is too large or arrives too slowly, Overloaded if the budget is used up, ClientDisconnect.
+        Raises Refusal if the body is too large or arrives too slowly, Overloaded if the budget is used up, and
+        ClientDisconnect if the client disconnects.
         """
         length = value(headers, b"content-length")
         if length.isdigit() and int(length) > self._budget.max_bytes:

@@ -109,8 +109,8 @@ class BoundedHttp(HttpToolsProtocol):
         if isinstance(error, Overloaded):
             head += f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        # Close the connection only after some seconds. If it were closed while data of the client is unread, it would be
-        # reset, and the client could lose the answer.
+        # Close the connection only after some seconds. Closing a connection with unread data of the client resets the
+        # connection, and then the client can lose the answer.
         self.transport.write_eof()
         self._is_refused = True
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for the servers of engines. It reuses connections."""
+"""A small HTTP/1.1 client for the servers of engines. The client reuses connections."""
 
 import asyncio
 import errno
@@ -18,7 +18,7 @@ _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection to a server. It transfers one request and its answer at a time."""
+    """A connection to a server. A connection transfers one request and its answer at a time."""
 
     transport: asyncio.Transport
 
@@ -68,7 +68,7 @@ class EngineConnection(asyncio.Protocol):
         return content
 
     def end(self) -> bool:
-        """End the request, and return whether the connection can be used again. If not, the connection is closed."""
+        """End the request, and return whether the connection can be used again; otherwise, close the connection."""
         self._is_busy = False
         if self._is_complete and self._is_reusable and not self.transport.is_closing():
             return True
@@ -159,9 +159,10 @@ class EngineConnections:
     async def post(self, address: str, head: bytes, body: bytes) -> EngineConnection:
         """Send a request and wait for the head of its answer. The caller must `release` the returned connection.
 
-        If a reused connection ends before the first byte of the answer, the request is sent again on a new connection,
-        because the server probably did not read it. Even if the server reads the request twice, inference changes no state.
-        Raises TimeoutError if the server does not accept connections, ConnectionError, or another OSError.
+        If a reused connection ends before the first byte of the answer, the server probably did not read the request. The
+        request is then sent again on a new connection. If the server did read it, this does no harm, because inference
+        changes no state.
+        Raises TimeoutError if the server does not accept connections. Can also raise ConnectionError or another OSError.
         """
         if connection := self._take(address):
             try:
@@ -197,7 +198,7 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last; None if there is none, or if the server may have closed it."""
+        """Return the connection that became idle last; None if no connection is idle, or if this one was idle too long."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
             if asyncio.get_running_loop().time() - connection.idle_since_seconds < _IDLE_SECONDS:

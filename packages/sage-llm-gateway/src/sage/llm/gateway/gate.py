@@ -20,7 +20,7 @@ from sage.llm.gateway.proxy import EngineProxy, is_inference
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _LOGGED_CHARS = 200
-#: Path suffixes of streams. A HEAD request for a stream is not handled like GET, because the stream may never end.
+#: Path suffixes of streams. A HEAD request for a stream is not handled like GET, because a stream can continue forever.
 _STREAMS = ("/logs", "/events")
 
 

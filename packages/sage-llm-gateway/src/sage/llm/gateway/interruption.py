@@ -18,8 +18,8 @@ _CHECK_SECONDS = 0.5
 class Interruption:
     """A context manager that cancels its block if the client disconnects or the engine does not respond.
 
-    After the cancellation, it raises ClientDisconnect, or Overloaded if the engine `engine_id` does not respond. Read the
-    request's body before the block, because the block discards all received messages except the disconnection.
+    After the cancellation, the end of the block raises ClientDisconnect, or Overloaded if the engine `engine_id` does not
+    respond. Read the request's body before the block, because messages that arrive during the block are discarded.
     """
 
     def __init__(self, receive: Receive, is_responsive: Callable[[str], bool]) -> None:

@@ -36,7 +36,7 @@ class JsonBody:
     content: bytes
     names: frozenset[str]  #: names of the top-level members that are not null
     texts: Mapping[str, str]  #: top-level members that are strings of at most `MAX_MODEL_CHARS` characters
-    #: Start and end offsets of the value of each top-level `model`; the member may occur several times.
+    #: Start and end offsets of the value of each top-level `model`; this member can occur several times.
     model_spans: tuple[tuple[int, int], ...]
 
     def with_model(self, model: str) -> bytes:
@@ -61,8 +61,8 @@ def answer_with_model(answer: bytes, model: bytes) -> bytes:
     """Return an engine's answer with another `model`; everything else is unchanged.
 
     answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
-    The answer is parsed only if `"model"` occurs more than once in it. An answer that has no `model` or is not valid JSON
-    is returned unchanged.
+    If the answer contains the text `"model"` only once, this place is changed without parsing the answer. Otherwise, the
+    answer is parsed. An answer without `model`, or one that must be parsed and is not valid JSON, is returned unchanged.
     """
     at = answer.find(_MODEL)
     if at < 0:
@@ -159,7 +159,7 @@ def _too_deep() -> Refusal:
 
 
 def _has_many_brackets(text: str) -> bool:
-    """Return whether a text has so many brackets that its nesting may be too deep."""
+    """Return whether a text has so many brackets that its nesting is possibly too deep."""
     for bracket in "[{":
         count, at = 0, text.find(bracket)  # `find` is fast for long texts with few brackets
         while at >= 0:

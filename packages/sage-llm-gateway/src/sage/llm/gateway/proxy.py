@@ -97,7 +97,7 @@ def requested_model(body: JsonBody | None) -> str:
     if model := body.texts.get("model"):
         return model
     message = f"'model' is required and must be text of 1 to {MAX_MODEL_CHARS} characters."
-    hint = f"Send '{DEFAULT_MODEL}' to use the engine that was started last."
+    hint = f"Send '{DEFAULT_MODEL}' to use the most recently started engine."
     raise ConfigError(code="model_required", message=message, hint=hint, param="model")
 
 
@@ -114,7 +114,7 @@ def _check_parameters(upstream: Upstream, body: JsonBody) -> None:
     """Raise ConfigError if the request has a field that the engine's server would ignore."""
     if upstream.parameters is not None and (unknown := sorted(body.names - upstream.parameters)):
         message = f"{unknown[0]} is not supported by this engine."
-        raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param=unknown[0])
+        raise ConfigError(code="unsupported_value", message=message, hint="Remove this field.", param=unknown[0])
 
 
 def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:

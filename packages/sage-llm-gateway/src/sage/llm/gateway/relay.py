@@ -37,8 +37,8 @@ class EventLines:
     def end(self) -> bytes:
         """End the stream, and return the last line if it does not end with a line break.
 
-        Raises EOFError if the last line is neither [DONE] nor an error. In this case, an incomplete last line is not sent,
-        so that the caller can send an error event next.
+        Raises EOFError if the last line is neither [DONE] nor an error. An incomplete last line is then discarded, so that
+        the caller can send an error event next.
         """
         last_line = self._rest.strip() or self._last_lines.strip().rpartition(b"\n")[2]
         if not last_line.startswith(_DONE) and _ERROR not in last_line[:20]:

@@ -15,9 +15,9 @@ EngineId = Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGIN
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 IdleStop = Annotated[
     float | None,
-    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next request loads it."),
+    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next request reloads it."),
 ]
-Serve = Annotated[bool, typer.Option("--serve", help="finetune: serve the result when the run is completed.")]
+Serve = Annotated[bool, typer.Option("--serve", help="For finetune: serve the result when the run is completed.")]
 ServeAs = Annotated[
     str | None, typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the folder's name.")
 ]
@@ -28,7 +28,7 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="--wait: wait until the engine has ended; --no-wait: until it is valid; default: until it serves or trains.",
+        help="--wait: until the engine has ended; --no-wait: until it is validated; default: until it serves or trains.",
     ),
 ]
 
@@ -61,7 +61,7 @@ NotBefore = Annotated[
 
 
 class Kind(StrEnum):
-    """The engine kinds. They are repeated here, so that `--help` does not import the client; a test compares both lists."""
+    """The engine kinds, repeated here so that `--help` does not import the client; a test compares both lists."""
 
     llm = "llm"
     embedding = "embedding"
@@ -99,24 +99,24 @@ def start(
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
     backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the fastest one.")] = None,
     restart_policy: Annotated[
-        Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting restart_policy.")
+        Policy | None, typer.Option(help="When to restart the engine automatically; default: restart_policy in config.toml.")
     ] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
     ] = None,
     dedicated: Annotated[
-        bool, typer.Option("--dedicated", help="Use a separate process; an adapter is merged into its base.")
+        bool, typer.Option("--dedicated", help="Use a separate process; an adapter is merged into its base model.")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="For llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum tokens of prompt plus answer; default: the model's maximum.")
+        int | None, typer.Option(help="For llm: maximum tokens of prompt plus answer; default: the model's maximum.")
     ] = None,
-    slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
+    slots: Annotated[int | None, typer.Option(help="For llm: maximum number of answers generated at the same time.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="llm, backend llamacpp: quantize to q8_0, q5_1, q5_0, q4_1 or q4_0.")
+        str | None, typer.Option(help="For llm with the backend llamacpp: quantize to q8_0, q5_1, q5_0, q4_1 or q4_0.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum tokens of an answer, if the request sets no maximum.")
+        int | None, typer.Option(help="For llm: maximum tokens of an answer, if the request sets no maximum.")
     ] = None,
     on_busy: OnBusyOption = None,
     priority: Priority = None,
@@ -295,7 +295,7 @@ def checkpoint(
     engine_id: EngineId,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the checkpoint is saved.")] = True,
 ) -> None:
-    """Save a checkpoint of a training run after its current step. A run that was started with --serve also serves it."""
+    """Save a checkpoint of a training run after its current step. With --serve, the run also serves the checkpoint."""
     from sage.cli import daemon, waiting
 
     client = daemon.connect()

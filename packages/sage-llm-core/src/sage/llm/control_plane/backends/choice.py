@@ -17,8 +17,8 @@ RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
 def choose(candidates: Sequence[Backend], device: str) -> tuple[Backend, str]:
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
 
-    If some candidates can load adapters into a running server, the other candidates are ignored, because adapters can then
-    share a server.
+    If some candidates can load adapters into a running server, only these candidates are compared, because with them,
+    several adapters can share one server.
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:

@@ -66,7 +66,7 @@ class Environment:
         return [folder for folder in mine if folder != self.folder]
 
     def incomplete(self) -> list[Path]:
-        """Return the folders of other environments without a marker file, whose installation or removal has not finished."""
+        """Return the folders of other environments that have no marker file: their installation or removal is incomplete."""
         folders = [folder for folder in self.folder.parent.glob("*") if folder.is_dir() and folder != self.folder]
         return [folder for folder in folders if not (folder / MARKER).is_file()]
 

@@ -49,7 +49,7 @@ class LlamaCppOptions(ServingOptions):
 
     @property
     def precision(self) -> str | None:
-        """The precision of the GGUF file to create; None: keep the precision of a GGUF file, use f32 for other models."""
+        """The precision of the GGUF file to create; None: the same precision if the model is a GGUF file, otherwise f32."""
         return self.quantize or _PRECISIONS.get(self.dtype)
 
 
@@ -77,7 +77,10 @@ class LlamaCppBackend(WorkerBackend):
         return (*self.interpreter, "-m", "sage.llm.workers.llamacpp", *flags)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether the answer has the name of the server's model; while the model is loading, the status is 503."""
+        """Return whether the status is 200 and the answer contains the name of the server's model.
+
+        While the server loads the model, it answers with status 503.
+        """
         return status == 200 and parsed(content).get("model_alias") == server.served_name
 
     def limits(self, content: bytes) -> Mapping[str, Any]:

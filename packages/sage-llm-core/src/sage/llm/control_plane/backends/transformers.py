@@ -27,7 +27,7 @@ class TransformersOptions(ServingOptions):
 
 
 class TransformersBackend(WorkerBackend):
-    """Serves a base model with adapters that are loaded while the server runs, or a base with one adapter merged into it."""
+    """Serves a base model with adapters that are loaded while the server runs, or with one adapter merged into it."""
 
     name: ClassVar[str] = "transformers"
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True)
@@ -44,7 +44,7 @@ class TransformersBackend(WorkerBackend):
         )  # fmt: skip
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why the server cannot load the adapter while it runs; None if it can, because the adapter is plain LoRA."""
+        """Return why a running server cannot load the adapter; None if the adapter is plain LoRA, which it can load."""
         return why_not_hot(adapter, base)
 
     def memory_bytes(self, model: ModelSource, options: TransformersOptions) -> int | None:

@@ -1,4 +1,4 @@
-"""Load adapters into running servers and unload them, with the HTTP routes that vLLM defines for this."""
+"""Load and unload adapters of running servers, with the HTTP routes that vLLM defines for this purpose."""
 
 import asyncio
 import logging
@@ -13,8 +13,8 @@ from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: Seconds until an unload request times out; it is then repeated later. Before the server unloads an adapter, it completes
-#: the requests that use the adapter.
+#: Seconds until an unload request times out; the runner then repeats the request later. Before a server unloads an adapter,
+#: the server completes the requests that use the adapter.
 _UNLOAD_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 

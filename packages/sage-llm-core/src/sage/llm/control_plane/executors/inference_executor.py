@@ -58,10 +58,10 @@ class InferenceExecutor:
         """Do nothing, because `validate` creates no files."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict if the requested port of the engine is taken, ModelError if its model no longer exists."""
+        """Raise Conflict if the engine's requested port is taken, ModelError if the engine's model no longer exists."""
         handle = self._handle(server_id_of(engine))
         if (process := (await self._launcher.observe([handle])).get(handle)) and process.alive:
-            return  # this process may hold the port, so the port is not checked
+            return  # the port is not checked, because the engine's running process can hold the port
         await asyncio.to_thread(resolve_model, engine.model)
         if engine.requested_port:
             await self._launcher.check_port(engine.requested_port)
@@ -81,7 +81,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return a new server for an engine; other engines may join the server if the engine can share its base model."""
+        """Return a new server for an engine; other engines can join the server if the engine can share its base model."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
@@ -94,7 +94,7 @@ class InferenceExecutor:
         )
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Send a health check to the server; if its process has exited, find out why."""
+        """Send a health check to the server; if the server's process has exited, find out why it exited."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:

@@ -1,4 +1,4 @@
-"""Decide whether an engine can share a server with other engines; called during the validation."""
+"""Decide whether an engine can share a server with other engines. The decision is part of the engine's validation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,10 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 def placement(engine: EngineRecord) -> Mapping[str, Any]:
-    """Return the columns `base`, `adapter` and `form` of an engine; reads files of the model. Raises ModelError."""
+    """Return the columns `base`, `adapter` and `form` (how the model is served, as text) of an engine.
+
+    Reads files of the model. Raises ModelError.
+    """
     source, backend = resolve_model(engine.model), registry.serving(engine.backend)
     if source.base is None:
         is_shared = backend.capabilities.hot_adapters and not engine.dedicated
@@ -27,7 +30,7 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
-    """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence; None if it can be."""
+    """Return why a running server of `base` cannot load the adapter `source`, as part of a sentence; None if it can."""
     if engine.dedicated:
         return "a separate server was requested"
     if not backend.capabilities.hot_adapters:

@@ -33,9 +33,9 @@ class LeaderInfo:
 class ServerState(StrEnum):
     """Progress of a server from its launch to its end. The state does not say whether the process is alive."""
 
-    PLANNED = "planned"  #: stored before the launch; the process may already exist
+    PLANNED = "planned"  #: stored before the launch; the process possibly exists already
     LAUNCHED = "launched"  #: stored after the launch
-    CLOSING = "closing"  #: stored before the signal that ends the process; no engine may join the server
+    CLOSING = "closing"  #: stored before the signal that ends the process; no engine can join the server any more
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ServerRecord:
     created_at: datetime
     options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of the engine
     served_name: str | None = None  #: name of `model` in requests to the server; None: any name is accepted
-    shared: bool = False  #: other engines with the same base model, backend and options may join
+    shared: bool = False  #: other engines with the same base model, backend and options can join
     max_adapters: int | None = None  #: None: no limit
 
     @property
@@ -86,15 +86,15 @@ class EngineRecord:
     reason: Reason | None
     figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists of engines read no files
     node: str
-    server_id: str | None  #: id of the last server that hosted the engine; the server may no longer exist
+    server_id: str | None  #: id of the last server that hosted the engine; the server possibly no longer exists
     requested_port: int | None
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
     version: int  #: incremented by every write
     created_at: datetime
     state_at: datetime
-    first_event: int  #: id of the event of its creation; defines the order of engines, independent of the clock
-    last_event: int  #: id of the event of its last transition
+    first_event: int  #: id of the event of the engine's creation; engines are ordered by this id, not by time
+    last_event: int  #: id of the event of the engine's last transition
     dedicated: bool = False  #: the user requested a server for this engine only
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
@@ -121,7 +121,7 @@ class EngineRecord:
 
 
 def internal_prefix(engine_id: str) -> str:
-    """Return the prefix that the values of `internal_name` have for all revisions of an engine."""
+    """Return the prefix that the internal names of all revisions of an engine have in common."""
     return f"{INTERNAL}{suffix_of(engine_id)}-"
 
 

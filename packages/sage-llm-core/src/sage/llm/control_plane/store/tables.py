@@ -18,8 +18,8 @@ from sqlalchemy import (
     text,
 )
 
-#: SQL condition for engines that are not settled. It is literal text, because the database uses a partial index only if the
-#: query has exactly the condition of the index.
+#: SQL condition for engines that are not stopped, completed or failed. The condition is literal text, because the database
+#: uses a partial index only if the query has exactly the condition of the index.
 ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
 
 metadata = MetaData()
@@ -128,7 +128,7 @@ routes = Table(
     Column("updated_at", _Time, nullable=False),
 )
 
-#: The nodes that use this database; a node is a state folder.
+#: The nodes that use this database. A node is a SAGE installation with its own state folder.
 nodes = Table(
     "nodes",
     metadata,
@@ -136,7 +136,7 @@ nodes = Table(
     Column("host", String, nullable=False),
 )
 
-#: One row for each node. Rows are never deleted, so that the fence never decreases.
+#: One row for each node. Rows are never deleted, so that the fence (the number of takeovers) never decreases.
 leases = Table(
     "leases",
     metadata,

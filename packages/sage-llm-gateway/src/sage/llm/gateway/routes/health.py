@@ -26,7 +26,7 @@ def health() -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report this gateway's role on its node and the number of engines by state. Fails if the database does not answer."""
+    """Report the gateway's role (active or standby) and the number of engines by state; fails without the database."""
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():

@@ -34,7 +34,7 @@ Cursor = Annotated[Annotated[int, Field(ge=0, lt=_MAX_INT)] | Literal["latest"],
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
 @router.post("/engines", status_code=status.HTTP_201_CREATED)
 async def start_engine(request: StartRequest, manager: Manager) -> EngineView:
-    """Create an engine in the state `validating`. Its dataset or model is checked after the answer."""
+    """Create an engine in the state `validating`. The response is sent before the dataset or model is checked."""
     return await manager.start_engine(request)
 
 
@@ -45,7 +45,7 @@ async def list_engines(
     after: Annotated[str | None, Query(max_length=100, description="`last_id` of the previous page.")] = None,
     state: Annotated[str | None, Query(max_length=200, description="States, separated by commas.")] = None,
     kind: Annotated[str | None, Query(max_length=200, description="Kinds, separated by commas.")] = None,
-    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first.")] = "asc",
+    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first; desc: newest first.")] = "asc",
 ) -> EnginePage:
     """Return one page of the list of engines."""
     return await manager.page_engines(
@@ -69,7 +69,8 @@ async def list_changes(
     """Return the events of all engines after a cursor; with `follow`, stream them as server-sent events without end.
 
     `after=latest` means the newest event: the answer has no events, and `last_id` is the cursor to continue from.
-    The id of a server-sent event is a cursor. Clients that reconnect send the id as `Last-Event-ID`; it overrides `after`.
+    The id of a server-sent event is a cursor. Clients that reconnect send this id as the header `Last-Event-ID`, which
+    overrides `after`.
     """
     if follow and last_event_id is not None:
         after = last_event_id
@@ -107,7 +108,7 @@ async def move_engine(engine_id: str, request: MoveRequest, manager: Manager) ->
 
 @router.post("/engines/{engine_id}/pause", status_code=status.HTTP_202_ACCEPTED)
 async def pause_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Ask an engine to release its memory until it is resumed."""
+    """Ask an engine to release its memory until the engine is resumed."""
     return await manager.pause_engine(engine_id)
 
 
