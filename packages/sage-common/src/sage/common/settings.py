@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     model_cache_gb: float = Field(50, gt=0, description="Maximum size of model copies for serving, in GB (10^9 bytes).")
     allow_reward_files: bool = Field(False, description="Allow runs to use Python files with reward functions (grpo).")
     training_threads: int | None = Field(
-        None, ge=1, description="CPU threads of a training run; default: one for each core."
+        None, ge=1, description="CPU threads of a training run; default: an equal share of the cores."
     )
     request_wait_seconds: float = Field(60, ge=0, description="Maximum seconds that a request waits for a starting engine.")
 
