@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from sage.common.cgroups import MemoryLimit
-from sage.common.errors import ConfigError
+from sage.common.errors import ConfigError, EngineError
 from sage.common.fake_devices import FakeDevice, parse_fake_devices
 from sage.common.settings import load_settings
 from sage.llm.control_plane.admission import DeviceMemory
@@ -118,6 +118,34 @@ def test_the_memory_of_own_servers_is_not_counted_as_used_by_other_programs() ->
     ]
     assert gpu_memory_of(PID) == 12
     assert gpu_memory_of(2**22) is None
+
+
+@pytest.mark.usefixtures("nvml")
+@pytest.mark.parametrize(
+    ("devices", "visible"),
+    [
+        (("cuda:0",), "0"),
+        (("cuda:4", "cuda:0"), "0,3"),
+        (("cuda:3",), "MIG-4"),  # a number selects only whole GPUs
+        (("cpu",), ""),
+    ],
+)
+def test_a_process_sees_only_the_gpus_that_it_was_given(devices: tuple[str, ...], visible: str) -> None:
+    variables = Inventory(load_settings()).variables(devices)
+    assert variables == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_process_without_devices_may_use_all_and_one_with_a_missing_device_is_not_launched() -> None:
+    assert Inventory(load_settings()).variables(()) == {}
+    with pytest.raises(EngineError, match=r"does not have the devices cuda:1, cuda:9\."):
+        Inventory(load_settings()).variables(("cuda:9", "cuda:0", "cuda:1"))
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_process_on_a_fake_gpu_uses_no_real_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_FAKE_DEVICES", "2x24GiB")
+    assert Inventory(load_settings()).variables(("cuda:1",))["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_no_gpu_is_listed_if_the_driver_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,7 +344,7 @@ class Device(BaseModel):
     kind: str
     index: int
     name: str
-    uuid: str | None = Field(None, description="Id that selects the GPU in CUDA_VISIBLE_DEVICES.")
+    uuid: str | None = Field(None, description="NVIDIA's id of the GPU or MIG device.")
     memory_total_bytes: int
     memory_usable_bytes: int | None = Field(
         None, description="Memory that engines may use, within the limits of the settings and of a container."

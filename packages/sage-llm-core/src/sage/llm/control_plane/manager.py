@@ -104,16 +104,17 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         self._activity = Activity(self._store, self._pool, self._routing, self._woken.set)
         self._prober = Prober(self._executors, launcher, self._woken.set)
         lease = lambda: self._keeper.lease  # noqa: E731
+        self._inventory = Inventory(settings)
         self._runner = Runner(
-            self._store, self._pool, self._executors, launcher, adapters, self._routing, lease, self._woken.set
-        )
+            self._store, self._pool, self._executors, launcher, adapters, self._routing, lease, self._woken.set,
+            self._inventory.variables,
+        )  # fmt: skip
         limits = Limits(
             settings.engine_start_seconds,
             settings.stop_seconds,
             settings.engine_unresponsive_seconds,
             look_seconds=5 + 2 * settings.reconcile_seconds,
         )
-        self._inventory = Inventory(settings)
         memory = NodeMemory(self._inventory.memory)
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
         self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,13 @@ class Runner:
         routing: RoutingTable,
         lease: Callable[[], Lease | None],
         on_done: Callable[[], None] = lambda: None,
+        variables: Callable[[Collection[str]], Mapping[str, str]] = lambda _: {},
     ) -> None:
-        """pool: threads for the calls of `store`; on_done: called after each action that succeeded."""
+        """pool: threads for the calls of `store`; on_done: called after each action that succeeded.
+
+        variables: returns the environment variables that restrict a process to devices; it blocks.
+        """
+        self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
@@ -235,7 +240,8 @@ class Runner:
             self._held_lease()
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
-                address = await self._launcher.launch(spec)
+                variables = await asyncio.to_thread(self._variables, server.devices or ())
+                address = await self._launcher.launch(dataclasses.replace(spec, env={**spec.env, **variables}))
             except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:

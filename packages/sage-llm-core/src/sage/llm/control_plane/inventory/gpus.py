@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sage.common.fake_devices import parse_fake_devices
@@ -18,12 +18,21 @@ class Gpu:
     name: str
     memory_total_bytes: int
     memory_used_bytes: int = 0
-    uuid: str | None = None  #: selects the GPU in `CUDA_VISIBLE_DEVICES`
+    uuid: str | None = None
+    number: int | None = None  #: NVML's number of the GPU, or of the GPU that contains the MIG device; None: a fake GPU
     utilization_percent: float | None = None
     temperature_celsius: float | None = None
     is_mig: bool = False
     is_fake: bool = False
     process_bytes: Mapping[int, int] = field(default_factory=dict)  #: memory by process id
+
+    @property
+    def selector(self) -> str | None:
+        """The value that selects the GPU in `CUDA_VISIBLE_DEVICES`; None for a fake GPU.
+
+        It is a number if possible, because vLLM does not accept UUIDs of GPUs.
+        """
+        return self.uuid if self.is_mig or self.number is None else str(self.number)
 
     def bytes_of(self, pids: Collection[int]) -> int:
         """Return the memory that processes use on this GPU."""
@@ -60,7 +69,7 @@ def _gpus(nvml: Any) -> Iterator[Gpu]:
         parts = _parts(nvml, handle) if handle is not None else []
         for part in parts or [handle]:
             if part is not None and (gpu := _gpu(nvml, index, part, handle, is_mig=bool(parts))):
-                yield gpu
+                yield replace(gpu, number=number)
             index += 1
 
 

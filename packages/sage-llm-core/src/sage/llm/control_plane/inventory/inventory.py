@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 
 from sage.common.cgroups import MemoryLimit, memory_limits
+from sage.common.errors import EngineError
 from sage.common.identity import all_sessions
 from sage.common.settings import Settings
 from sage.llm.client.types import Device, DeviceEngine
@@ -71,6 +72,23 @@ class Inventory:
             for gpu in self._gpus()
         ]
         return [self._main_memory(_private_bytes(own)), *gpus]
+
+    def variables(self, devices: Collection[str]) -> Mapping[str, str]:
+        """Return the environment variables that restrict a process to devices. On fake GPUs, the process uses the CPU.
+
+        devices: ids; if empty, the process may use all devices. Raises EngineError if a device does not exist.
+        """
+        gpus = {_cuda(gpu): gpu for gpu in self._gpus()}
+        if missing := set(devices) - {_CPU, *gpus}:
+            raise EngineError(
+                code="device_not_found",
+                message=f"This node does not have the devices {', '.join(sorted(missing))}.",
+                hint="`sage gpu` shows the devices.",
+            )
+        if not devices or not gpus:
+            return {}
+        visible = [gpu.selector for key, gpu in gpus.items() if key in devices and gpu.selector]
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(visible)}
 
     def _gpus(self) -> list[Gpu]:
         return fake_gpus(self._fake_devices) if self._fake_devices else list_gpus()
