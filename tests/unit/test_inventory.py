@@ -69,6 +69,28 @@ class Nvml:
 def nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace NVIDIA's library, because the machine of the tests has no GPU."""
     monkeypatch.setattr(gpus, "_nvml", Nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("nvml")
+@pytest.mark.parametrize(
+    ("visible", "ids"),
+    [
+        ("0", ["cuda:0"]),
+        ("3, 0", ["cuda:0", "cuda:4"]),
+        ("2", ["cuda:2", "cuda:3"]),
+        ("MIG-4", ["cuda:3"]),
+        ("GPU-0", ["cuda:0"]),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_only_gpus_that_the_gateway_may_use_are_listed(
+    visible: str, ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [device.id for device in Inventory(load_settings()).devices()] == [*ids, "cpu"]
+    assert has_gpu() == bool(ids)
 
 
 @pytest.mark.usefixtures("nvml")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,9 +41,12 @@ class Gpu:
 
 
 def list_gpus() -> list[Gpu]:
-    """Return the GPUs of this machine. A GPU that does not report its memory is omitted, but keeps its index."""
+    """Return the GPUs of this machine that CUDA_VISIBLE_DEVICES of this process does not exclude.
+
+    A GPU that is excluded or does not report its memory is omitted; the other GPUs keep their indexes.
+    """
     nvml = _nvml()
-    return list(_gpus(nvml)) if nvml else []
+    return [gpu for gpu in _gpus(nvml) if _is_visible(gpu)] if nvml else []
 
 
 def fake_gpus(text: str) -> list[Gpu]:
@@ -71,6 +75,14 @@ def _gpus(nvml: Any) -> Iterator[Gpu]:
             if part is not None and (gpu := _gpu(nvml, index, part, handle, is_mig=bool(parts))):
                 yield replace(gpu, number=number)
             index += 1
+
+
+def _is_visible(gpu: Gpu) -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES is not set, or contains the number or the beginning of the UUID of a GPU."""
+    entries = os.environ.get("CUDA_VISIBLE_DEVICES", str(gpu.number)).split(",")
+    return any(
+        entry and (entry == str(gpu.number) or (gpu.uuid or "").startswith(entry)) for entry in map(str.strip, entries)
+    )
 
 
 def _parts(nvml: Any, handle: Any) -> list[Any]:
