@@ -25,6 +25,9 @@ def test_fake_devices_and_the_memory_of_engines_are_shown_and_refreshed(
         24 * 2**30,
     )
     assert (main["id"], main["name"], main["memory_usable_bytes"]) == ("cpu", "main memory", 4 * 10**9)
+    [placed] = fake["engines"]
+    assert (placed["id"], placed["memory_bytes"]) == (engine, 0)
+    assert placed["reserved_bytes"] > 0
     [user] = main["engines"]
     assert (user["id"], user["name"]) == (engine, "tiny")
     assert user["memory_bytes"] > 10**8

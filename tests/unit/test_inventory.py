@@ -19,7 +19,7 @@ from sage.llm.control_plane.inventory.inventory import within
 from sage.llm.control_plane.metrics import engine_metrics
 
 PID = os.getpid()
-SIZES = (("gpu-0", 80, 8), ("gpu-2", 40, 9), ("gpu-3", 24, 1), ("mig-0", 20, 0), ("mig-4", 5, 3))
+SIZES = (("gpu-0", 80, 8), ("gpu-2", 40, 9), ("gpu-3", 24, 1), ("gpu-4", 40, 0), ("mig-0", 20, 0), ("mig-4", 5, 3))
 MEMORY = {name: SimpleNamespace(total=total, used=used) for name, total, used in SIZES}
 
 
@@ -28,17 +28,18 @@ class NVMLError(Exception):
 
 
 class Nvml:
-    """NVIDIA's library on a machine with four GPUs.
+    """NVIDIA's library on a machine with five GPUs.
 
-    GPU 0 is ordinary, GPU 1 was lost, GPU 2 is partitioned into two MIG devices, GPU 3 reports only its memory.
+    GPU 0 is ordinary, GPU 1 was lost, GPU 2 is partitioned into two MIG devices,
+    GPU 3 reports only its memory, and GPU 4 is partitioned, but has no MIG devices yet.
     """
 
     NVMLError = NVMLError
     NVML_DEVICE_MIG_ENABLE, NVML_TEMPERATURE_GPU = 1, 0
     processes = (SimpleNamespace(pid=PID, usedGpuMemory=6), SimpleNamespace(pid=1, usedGpuMemory=None))
     values: ClassVar[dict[str, dict[Any, Any]]] = {
-        "nvmlDeviceGetHandleByIndex": {0: "gpu-0", 2: "gpu-2", 3: "gpu-3"},
-        "nvmlDeviceGetMigMode": {"gpu-0": [0, 1], "gpu-2": [1, 1]},
+        "nvmlDeviceGetHandleByIndex": {0: "gpu-0", 2: "gpu-2", 3: "gpu-3", 4: "gpu-4"},
+        "nvmlDeviceGetMigMode": {"gpu-0": [0, 1], "gpu-2": [1, 1], "gpu-4": [1, 1]},
         "nvmlDeviceGetMaxMigDeviceCount": {"gpu-2": 7},
         "nvmlDeviceGetName": {"gpu-0": "H100", "mig-0": "A100 MIG 3g.20gb", "mig-4": "A100 MIG 1g.5gb"},
         "nvmlDeviceGetUUID": {"gpu-0": "GPU-0", "mig-0": "MIG-0", "mig-4": "MIG-4"},
@@ -57,7 +58,7 @@ class Nvml:
         return call
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 4
+        return 5
 
     def nvmlDeviceGetMigDeviceHandleByIndex(self, _: str, index: int) -> str:  # noqa: N802
         if index not in (0, 4):

@@ -31,7 +31,7 @@ class Gpu:
     def selector(self) -> str | None:
         """The value that selects the GPU in `CUDA_VISIBLE_DEVICES`; None for a fake GPU.
 
-        It is a number if possible, because vLLM does not accept UUIDs of GPUs.
+        Whole GPUs are selected by number, because not every version of vLLM accepts UUIDs.
         """
         return self.uuid if self.is_mig or self.number is None else str(self.number)
 
@@ -70,9 +70,9 @@ def _gpus(nvml: Any) -> Iterator[Gpu]:
     index = 0
     for number in range(_supported(nvml, nvml.nvmlDeviceGetCount) or 0):
         handle = _supported(nvml, nvml.nvmlDeviceGetHandleByIndex, number)
-        parts = _parts(nvml, handle) if handle is not None else []
-        for part in parts or [handle]:
-            if part is not None and (gpu := _gpu(nvml, index, part, handle, is_mig=bool(parts))):
+        parts = _parts(nvml, handle)
+        for part in [handle] if parts is None else parts:
+            if part is not None and (gpu := _gpu(nvml, index, part, handle, is_mig=parts is not None)):
                 yield replace(gpu, number=number)
             index += 1
 
@@ -85,11 +85,11 @@ def _is_visible(gpu: Gpu) -> bool:
     )
 
 
-def _parts(nvml: Any, handle: Any) -> list[Any]:
-    """Return the handles of the MIG devices of a GPU; [] if the GPU is not partitioned."""
-    mode = _supported(nvml, nvml.nvmlDeviceGetMigMode, handle)
+def _parts(nvml: Any, handle: Any | None) -> list[Any] | None:
+    """Return the handles of the MIG devices of a GPU; None if the GPU is not partitioned or was lost."""
+    mode = None if handle is None else _supported(nvml, nvml.nvmlDeviceGetMigMode, handle)
     if not mode or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
-        return []
+        return None
     places = range(_supported(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0)
     found = (_supported(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place) for place in places)
     return [part for part in found if part is not None]
