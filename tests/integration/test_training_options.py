@@ -382,7 +382,7 @@ def test_several_datasets_are_taken_as_often_as_they_weigh(tiny_model: Path, tmp
     assert started["samples"] == round(len(SAMPLES.read_text().splitlines()) / 2) + 25
     assert "`few.jsonl`" in (run.output / "README.md").read_text()
     run = TinyRun(tiny_model, tmp_path / "none", dataset_path=[f"{few}=0.01"]).start()
-    assert "select no samples" in str(run.until_ended().message)
+    assert "no sample is selected" in str(run.until_ended().message)
 
 
 def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_files_need_absolute_paths_because_the_gateway_has_another_working_direc
         (1, "12it/s\n", "It exited with code 1."),
         (1, "2026-11-25T10:00:00+0000 INFO    sage: loaded\n", "It exited with code 1."),
         (-9, "ModelError: of an earlier start.\n", "It was killed by SIGKILL (out of memory?)."),
-        (None, "", "It exited (the exit code is unknown, because another gateway started it)."),
+        (None, "", "It exited (the exit code is unknown, because another gateway started the process)."),
         (1, "", "It exited with code 1."),
     ],
 )

@@ -1,4 +1,4 @@
-"""Return the class of an error by its code, for errors that were received over HTTP or stored as an engine's failure."""
+"""Find the class of an error by its code, for errors that were received over HTTP or stored as an engine's failure."""
 
 from collections.abc import Mapping
 

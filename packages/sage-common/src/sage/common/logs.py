@@ -50,7 +50,7 @@ class LogFile:
         self.path = path
 
     def cut(self, limit_bytes: int) -> bool:
-        """Cut the file if it is longer than `limit_bytes`, and return whether it was cut.
+        """Cut the file if it is longer than `limit_bytes`; return whether the file was cut.
 
         The last `limit_bytes` bytes are moved to the second file, and the log file is truncated. The writing process has the
         log file open for appending, so its next write starts at the beginning of the empty file.
@@ -108,7 +108,7 @@ class LogFile:
     @contextlib.contextmanager
     def _locked(self, operation: int) -> Iterator[None]:
         """Lock the log: shared for readers, exclusive for a cut, so that no reader sees a partial cut."""
-        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS requires a file opened for writing for an exclusive lock
+        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # on NFS, an exclusive lock needs a writable file
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):
                 fcntl.flock(stack.enter_context(self.path.open(mode)), operation)

@@ -33,9 +33,15 @@ class Settings(BaseSettings):
     )
     database_url: str | None = Field(None, repr=False, description="SQLAlchemy URL of the database; default: SQLite.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Minimum level of log messages.")
-    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two checks of all engines.")
-    engine_start_seconds: float = Field(300, gt=0, description="Maximum seconds until a new inference engine answers.")
-    stop_seconds: float = Field(20, gt=0, description="Seconds that an inference engine has to exit before it is killed.")
+    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two checks of the engines.")
+    engine_start_seconds: float = Field(
+        300, gt=0, description="Maximum seconds from the start of an inference engine until it answers."
+    )
+    stop_seconds: float = Field(
+        20,
+        gt=0,
+        description="Seconds to wait for the exit of an inference engine that is stopped; then the engine is killed.",
+    )
     engine_unresponsive_seconds: float = Field(
         30, gt=0, description="If an engine has not answered for this number of seconds, requests to it are rejected."
     )
@@ -57,7 +63,7 @@ class Settings(BaseSettings):
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(
-        1024, ge=1, description="Maximum requests in progress per engine; others get status 429."
+        1024, ge=1, description="Maximum requests in progress per engine; further requests get HTTP status 429."
     )
     model_cache_gb: float = Field(50, gt=0, description="Maximum size of model copies for serving, in GB (10^9 bytes).")
     allow_reward_files: bool = Field(False, description="Allow runs to use Python files with reward functions (grpo).")

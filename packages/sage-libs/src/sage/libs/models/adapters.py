@@ -30,7 +30,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if getattr(config, "megatron_config", None):
-            raise ValueError("megatron_config is not supported, because it imports a module")
+            raise ValueError("megatron_config is not supported, because PEFT would import a module named in it")
         config.inference_mode, base_name = not is_trainable, config.base_model_name_or_path
         model = get_peft_model(base, config)
         config.base_model_name_or_path = base_name  # get_peft_model has replaced the name by the local folder
@@ -50,7 +50,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
 def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the weights (A, B) of a plain LoRA adapter for each linear layer, by layer name; the base model is not changed.
 
-    A: (rank, in_features).  B: (rank, out_features), scaled. The adapter adds x @ A.T @ B to the layer's output for x.
+    A: (rank, in_features).  B: (rank, out_features), scaled. For an input x, the adapter adds x @ A.T @ B to the output.
     The adapter is loaded with PEFT, so that patterns in its config for layers, ranks and scalings are applied correctly.
     Raises ModelError if the adapter does not fit the base model, or if a weight is not finite.
     """
@@ -103,7 +103,7 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
     found = fingerprint(Path(base.name_or_path))
     if _trained_base(folder, found) != found:
         logger.warning(
-            "The adapter in %s was trained on a base model other than %s, so its answers may be wrong.",
+            "The adapter in %s was trained on a base model other than %s, so answers with the adapter are possibly wrong.",
             folder, base.name_or_path,
         )  # fmt: skip
 
@@ -111,8 +111,8 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
 def _trained_base(folder: Path, found: str) -> str:
     """Return the fingerprint of the base model that an adapter was trained on.
 
-    It is read from sage_run.json. If this file does not contain it, the adapter is assumed to be trained on the first base
-    model that it was used with.
+    The fingerprint is read from sage_run.json. If this file contains no fingerprint, SAGE assumes that the adapter was
+    trained on the base model with which SAGE first used the adapter.
     found: fingerprint of the base model that is used now.
     """
     try:

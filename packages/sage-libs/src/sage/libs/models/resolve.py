@@ -1,7 +1,7 @@
 """Find the files of a model by its name. This module does not read weights or import torch.
 
-A name that is an absolute path is a folder. Any other name is looked up in the user's models folder, then in installed
-Python packages, then on the hub. Only commands resolve relative paths, because services have no working directory.
+A name that is an absolute path denotes a folder. Any other name is looked up in the user's models folder, then in installed
+Python packages, then on the hub. Only commands resolve relative paths: a service does not know the user's working folder.
 """
 
 import importlib.util

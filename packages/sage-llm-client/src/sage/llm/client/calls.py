@@ -1,4 +1,4 @@
-"""The HTTP requests that the clients' methods send; each has a function that reads the answer."""
+"""The HTTP requests that the methods of both clients send. Each request has a function that reads the answer."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -59,7 +59,7 @@ def headers(api_key: str | None) -> dict[str, str]:
 def _engine(engine_id: str, route: str = "") -> str:
     """Return the URL path of an engine, with `route` at the end.
 
-    Raises NotFound if `engine_id` has characters that no id has, because the result could then be another valid path.
+    Raises NotFound if `engine_id` has characters that no id has, because the path could then belong to another object.
     """
     if not _ID.fullmatch(engine_id):
         raise NotFound(

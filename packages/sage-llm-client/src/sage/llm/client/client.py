@@ -24,11 +24,11 @@ from sage.llm.client.types import (
 )
 
 T = TypeVar("T")
-#: Time limit for opening a connection.
+#: Maximum seconds to open a connection.
 CONNECT_SECONDS = 10.0
 #: Time limits of a stream. Reading has no limit, because an engine can run for a long time without new output.
 STREAM_TIMEOUT = httpx.Timeout(CONNECT_SECONDS, read=None)
-#: Pause before a broken stream is requested again.
+#: Seconds to wait before a broken stream is requested again.
 RECONNECT_SECONDS = 0.3
 
 
@@ -119,7 +119,7 @@ class SageClient:
         return self._send(calls.resume(engine_id))
 
     def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, serve the checkpoint."""
+        """Request a checkpoint of a training run after its current step. If the run is served, serve the new checkpoint."""
         return self._send(calls.checkpoint(engine_id))
 
     def remove_engine(self, engine_id: str) -> None:
@@ -134,7 +134,7 @@ class SageClient:
         """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
         If the gateway restarts, each line is still returned exactly once.
-        patience_seconds: maximum time for which the gateway may be unreachable.
+        patience_seconds: maximum time to wait if the gateway is unreachable.
         """
         reader = streams.LogReader()
         yield from self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds)

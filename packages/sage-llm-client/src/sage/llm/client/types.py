@@ -25,7 +25,7 @@ class EngineState(StrEnum):
     FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
 
 
-#: Final states. Only a request of a user can change the state of the engine again.
+#: States in which an engine has ended. An engine leaves such a state only if a user requests it.
 SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 
@@ -34,12 +34,12 @@ class EngineKind(StrEnum):
 
     LLM = "llm"  #: answers chats and completions
     EMBEDDING = "embedding"  #: returns the embedding vectors of texts
-    FINETUNE = "finetune"  #: trains an adapter
+    FINETUNE = "finetune"  #: trains an adapter or a whole model
 
 
 SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
-#: Model name for requests that do not need a certain model: the engine that was started last answers. Only running engines
-#: of the requested kind count.
+#: Model name for requests that do not need a certain model. The most recently started engine answers, among the running
+#: engines of the requested kind.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 #: Each part between slashes begins with a letter or digit, so that no part of the route's URL path is `.` or `..`.
@@ -116,7 +116,7 @@ class StartRequest(BaseModel):
         "auto", max_length=64, description="Program that runs the engine; auto: the fastest installed backend for the model."
     )
     restart_policy: RestartPolicy | None = Field(
-        None, description="When the engine is restarted automatically; default: the setting restart_policy."
+        None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
     )
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Notes to store with the engine.")
     dedicated: bool = Field(
@@ -126,7 +126,7 @@ class StartRequest(BaseModel):
         None,
         gt=0,
         le=525_600,
-        description="Unload an inference engine after this time without requests; its state is then `paused`.",
+        description="Unload an inference engine after this number of minutes without requests; the state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
     on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
@@ -172,7 +172,9 @@ class EngineView(BaseModel):
     model: str
     name: str
     backend: str = Field(description="The program that runs the engine.")
-    backend_reason: str | None = Field(None, description="Why `auto` chose the backend; null if the request named it.")
+    backend_reason: str | None = Field(
+        None, description="Why `auto` chose the backend; null if the request named a backend."
+    )
     state: EngineState
     desired: DesiredState
     restart_policy: RestartPolicy
@@ -185,14 +187,17 @@ class EngineView(BaseModel):
     restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
-    node: str = Field(description="Id of the node that runs the engine; each state folder is one node.")
+    node: str = Field(
+        description="Id of the node that runs the engine. A node is a SAGE installation with its own state folder; several "
+        "nodes can share one database."
+    )
     server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
     address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
     form: str | None = Field(None, description="How the server loads the model, as text for users.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
     threads: int | None = Field(None, description="CPU threads of the process; null: the default of the engine's program.")
-    idle_stop_minutes: float | None = Field(None, description="The engine is unloaded after this time without requests.")
+    idle_stop_minutes: float | None = Field(None, description="Minutes without requests after which the engine is unloaded.")
     port: int | None = None
     pid: int | None = None
     memory_bytes: int | None = None
@@ -237,13 +242,13 @@ class EventKind(StrEnum):
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: the engine changed but not its state: for example, it now has a newer version of its adapter
+    UPDATED = "updated"  #: something other than the state changed, for example: a newer version of the adapter was loaded
     REMOVED = "removed"
     ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
 
 
 class EngineEvent(BaseModel):
-    """One event of the change feed. To read later events, use `id` as the cursor."""
+    """One event of the change feed. To read later events, send its `id` as `after`."""
 
     id: int
     engine_id: str
@@ -296,7 +301,7 @@ class RouteRequest(BaseModel):
     @classmethod
     def _distinct(cls, engines: list[RouteTarget]) -> list[RouteTarget]:
         if len({target.engine for target in engines}) < len(engines):
-            raise ValueError("each engine may be listed only once; its weight sets its share of the requests")
+            raise ValueError("each engine can be listed only once; the weight sets the engine's share of the requests")
         return engines
 
 
@@ -371,11 +376,11 @@ class BackendView(BaseModel):
     kinds: list[EngineKind]
     formats: list[str] = Field(description="Model formats that the backend can load.")
     devices: list[str]
-    hot_adapters: bool = Field(description="Adapters can be loaded and unloaded while the server runs.")
-    sleep: bool = Field(description="The server can release its memory and allocate it again without a restart.")
+    hot_adapters: bool = Field(description="Whether adapters can be loaded and unloaded while the server runs.")
+    sleep: bool = Field(description="Whether the server can free its memory and allocate it again without a restart.")
     has_environment: bool = Field(
-        description="The backend has a separate Python environment, which `sage backend install NAME` installs."
+        description="Whether the backend has its own Python environment, which `sage backend install NAME` installs."
     )
     is_installed: bool
     version: str
-    disk_bytes: int | None = Field(None, description="Size of the backend's environment.")
+    disk_bytes: int | None = Field(None, description="Size of the backend's environment in bytes.")

@@ -27,7 +27,8 @@ def available_bytes() -> int:
 def refuse_beyond_limit() -> None:
     """Limit this process to the free memory of the container or machine, so that an allocation beyond the limit fails.
 
-    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. Linux only.
+    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
+    than Linux, this function does nothing.
     """
     if sys.platform != "linux":
         return
