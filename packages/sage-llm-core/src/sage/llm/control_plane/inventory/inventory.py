@@ -20,7 +20,7 @@ _CPU = "cpu"
 
 @dataclass(frozen=True)
 class Occupant:
-    """A server process of this node, under the name of the first engine that it hosts."""
+    """A server process of this node, with the id and the name of the first engine that it hosts."""
 
     engine_id: str
     engine_name: str
@@ -38,9 +38,9 @@ class Inventory:
         self._limit_bytes = None if settings.memory_limit_gb is None else round(settings.memory_limit_gb * 1e9)
 
     def devices(self, occupants: Sequence[Occupant] = ()) -> list[Device]:
-        """Return all devices, GPUs first, main memory last; each device has the engines that use its memory."""
+        """Return all devices, GPUs first, main memory last; each device lists the engines that use its memory."""
         node, sessions = socket.gethostname(), all_sessions()
-        members = {occupant.engine_id: _members([occupant.pid or 0], sessions) for occupant in occupants}
+        members = {each.engine_id: _members([each.pid] if each.pid else [], sessions) for each in occupants}
         gpus = []
         for gpu in self._gpus():
             used_bytes = {engine_id: gpu.bytes_of(pids) for engine_id, pids in members.items()}
@@ -74,9 +74,9 @@ class Inventory:
         return [self._main_memory(_private_bytes(own)), *gpus]
 
     def variables(self, devices: Collection[str]) -> Mapping[str, str]:
-        """Return the environment variables that restrict a process to devices. On fake GPUs, the process uses the CPU.
+        """Return the environment variables that restrict a process to devices; a fake GPU restricts it to the CPU.
 
-        devices: ids; if empty, the process may use all devices. Raises EngineError if a device does not exist.
+        devices: ids of devices; if empty, the process may use all devices. Raises EngineError if a device does not exist.
         """
         gpus = {_cuda(gpu): gpu for gpu in self._gpus()}
         if missing := set(devices) - {_CPU, *gpus}:
@@ -100,10 +100,10 @@ class Inventory:
 
 
 def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_bytes: int | None) -> DeviceMemory:
-    """Return the memory that engines may use if several bounds apply at the same time.
+    """Return the memory of a device on which several bounds apply at the same time.
 
-    own_bytes: the memory that engines use; it is part of the used memory of each bound. limit_bytes: the memory that all
-    engines together may use, without other programs; None: no limit.
+    own_bytes: the memory that engines use. The used memory of each bound includes this memory.
+    limit_bytes: the memory that all engines together may use; other programs do not count. None: no limit.
     """
     limits = [bound.limit_bytes for bound in bounds]
     rooms = [bound.limit_bytes - max(0, bound.used_bytes - own_bytes) for bound in bounds]
@@ -114,7 +114,7 @@ def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_byt
 
 
 def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str, int]) -> list[DeviceEngine]:
-    """Return the engines that use memory of a device, or for which memory of it is reserved."""
+    """Return the engines that use or have reserved memory of a device."""
     found = []
     for occupant in occupants:
         reserved_bytes = occupant.reserved_bytes if device in occupant.devices else None
@@ -140,7 +140,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the memory of processes that no file can provide again. Shared file pages are not part of the used memory."""
+    """Return the resident memory of processes without shared pages, because the system does not count file pages as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):
