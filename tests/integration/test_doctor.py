@@ -19,7 +19,7 @@ def test_a_new_home_is_in_order_and_remains_empty(sage_home: Path, monkeypatch: 
     assert {"python", "torch", "models", "state", "cache", "database", "gateway", "vllm"} <= set(found)
     assert "failed" not in {finding["state"] for finding in found.values()}
     assert "`sage backend install vllm`" in found["vllm"]["remedy"]
-    assert "does not run" in found["gateway"]["message"]
+    assert "no gateway runs" in found["gateway"]["message"]
     assert not sage_home.exists()
 
 
