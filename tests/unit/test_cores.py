@@ -47,6 +47,7 @@ def test_the_threads_add_up_to_the_cores_if_there_are_enough_cores(cores: int, r
 
 
 CPU, GPU, TRAINING = ("cpu",), ("cuda:0",), {"kind": EngineKind.FINETUNE}
+RESUMED = {**TRAINING, "server_id": "server-a"}
 ON_CPU, ON_GPU = server(devices=CPU, options={"threads": None}), server(devices=GPU, options={})
 
 
@@ -69,11 +70,13 @@ def launch(devices: tuple[str, ...] | None = CPU, **values: object) -> Launch:
         (launch(options={"threads": 3}), [ON_CPU], None, 3),
         (launch(**TRAINING), [ON_CPU], 2, 2),
         (launch(threads=7), [ON_CPU], None, 4),
-        (launch(threads=7, **TRAINING), [ON_CPU], None, 7),  # a resumed run continues exactly
+        (launch(threads=7, **RESUMED), [ON_CPU], None, 7),
+        (launch(threads=None, **RESUMED), [ON_CPU], None, None),  # it began with the default of its program
+        (launch(threads=7, **RESUMED), [ON_CPU], 2, 2),
         (Launch(record(), server(ServerState.PLANNED)), [ON_CPU], None, None),  # it already has its threads
     ],
 )
-def test_a_launch_on_the_cpu_gets_its_share_of_the_cores(
+def test_a_launch_on_the_cpu_gets_its_share_of_the_cores_and_a_resumed_run_keeps_its_threads(
     action: Launch, servers: list[ServerRecord], training_threads: int | None, threads: int | None
 ) -> None:
     [planned] = with_threads([action], servers, Cores(8, training_threads))

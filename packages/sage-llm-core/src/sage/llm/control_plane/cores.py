@@ -28,8 +28,9 @@ def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cor
     requested = {server.id: _requested_by(server, cores) for server in hosts}
     requested |= {engine.id: _requested(engine, cores) for engine in launches.values()}
     shares = share_cores(cores.count, requested)
+    threads = {key: engine.threads if _keeps_threads(engine, cores) else shares[key] for key, engine in launches.items()}
     return [
-        replace(action, threads=shares[action.engine.id]) if isinstance(action, Launch) and _takes_cores(action) else action
+        replace(action, threads=threads[action.engine.id]) if isinstance(action, Launch) and _takes_cores(action) else action
         for action in actions
     ]
 
@@ -57,10 +58,14 @@ def _uses_cpu(devices: Sequence[str] | None) -> bool:
     return not devices or "cpu" in devices
 
 
+def _keeps_threads(engine: EngineRecord, cores: Cores) -> bool:
+    """Return whether an engine is a resumed run. With another number of threads, its losses would differ slightly."""
+    return engine.kind is EngineKind.FINETUNE and engine.server_id is not None and cores.training_threads is None
+
+
 def _requested(engine: EngineRecord, cores: Cores) -> int | None:
-    """Return the threads that an engine must get. A resumed training run keeps its number, so that it continues exactly."""
     if engine.kind is EngineKind.FINETUNE:
-        return cores.training_threads or engine.threads
+        return engine.threads if _keeps_threads(engine, cores) else cores.training_threads
     return engine.options.get("threads")
 
 
