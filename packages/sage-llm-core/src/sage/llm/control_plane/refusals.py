@@ -57,7 +57,7 @@ def other_node(engine: EngineRecord) -> Conflict:
     """Return the error for a request about an engine of another node."""
     return Conflict(
         code="other_node",
-        message=f"{engine.id} belongs to {engine.node}, another node of this database.",
+        message=f"{engine.id} belongs to node {engine.node}, and this gateway manages another node.",
         hint="Send the request to the gateway of that node.",
     )
 

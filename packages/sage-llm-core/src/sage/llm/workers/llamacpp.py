@@ -17,8 +17,7 @@ from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.resolve import ModelKind, resolve_model
 from sage.llm.workers.failures import exit_on_error
 
-#: Maximum context length in tokens, if the user sets no limit. If a model's files contain no context length, this value is
-#: used too.
+#: Maximum context length in tokens, if the user sets no limit.
 _CONTEXT_TOKENS = 8192
 #: Size of the key/value cache per slot in tokens, if the user sets no cache size. A slot computes one answer at a time.
 _SLOT_TOKENS = 512
@@ -34,8 +33,8 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
         file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()
     else:
         file, defaults = cached_gguf(source, given.precision or "f32", LlamaCpp(given.interpreter))
-    own = defaults.get("context_tokens", _CONTEXT_TOKENS)
-    context_tokens = min(own, given.context_tokens or _CONTEXT_TOKENS)
+    limit = given.context_tokens or _CONTEXT_TOKENS
+    context_tokens = min(limit, defaults.get("context_tokens", limit))
     chosen = defaults.get("sampling", {})
     return {
         "model": str(file), "name": given.served_name, "port": given.port, "descriptor": given.fd,

@@ -1,7 +1,7 @@
 """Tokenized datasets on disk. Samples are read one by one, so that the needed memory does not depend on the dataset's size.
 
-tokens.bin   token ids of all samples, concatenated, as 32-bit integers; an untrained token t is stored as -1 - t
-bounds.bin   index of the first token of each sample, followed by the total number of tokens, as 64-bit integers
+tokens.bin   token ids of all sequences, concatenated, as 32-bit integers; a token t without loss is stored as -1 - t
+bounds.bin   index of the first token of each sequence, followed by the total number of tokens, as 64-bit integers
 facts.json   TokenizationStats
 """
 

@@ -188,8 +188,8 @@ class Encoder:
             )
         return DatasetError(
             code="dataset_too_long",
-            message=f"In all {self.dropped} samples, the answer begins after the cutoff of {self.cutoff} tokens, so nothing "
-            "is trained on.",
+            message=f"In all {self.dropped} samples, the answer begins after the cutoff of {self.cutoff} tokens, so no "
+            "token is left to train on.",
             hint=f"Raise max_seq_length (the shortest sample has {min(self.lengths)} tokens) or shorten the prompts.",
             param="max_seq_length",
         )

@@ -68,7 +68,7 @@ async def list_changes(
 ) -> EventPage | EventStream:
     """Return the events of all engines after a cursor; with `follow`, stream them as server-sent events without end.
 
-    `after=latest` means the newest event: the answer has no events, and `last_id` is the cursor to continue from.
+    With `after=latest`, the response contains no events, and `last_id` is the cursor for events from now on.
     The id of a server-sent event is a cursor. Clients that reconnect send this id as the header `Last-Event-ID`, which
     overrides `after`.
     """
@@ -114,7 +114,7 @@ async def pause_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.post("/engines/{engine_id}/resume", status_code=status.HTTP_202_ACCEPTED)
 async def resume_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
+    """Start a stopped or failed engine again, or load a paused engine. A training run continues from its last checkpoint."""
     return await manager.resume_engine(engine_id)
 
 
