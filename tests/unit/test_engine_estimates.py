@@ -17,7 +17,7 @@ from sage.libs.finetune.run.estimate import Formats
 from sage.libs.finetune.run.history import default_formats, earlier_run, training_seconds
 from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
-from sage.llm.client.types import EngineKind, StartRequest
+from sage.llm.client.types import Device, EngineKind, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.memory import ServingEstimate
 from sage.llm.control_plane.backends.trainer import TrainerBackend
@@ -26,6 +26,7 @@ from sage.llm.control_plane.estimates import estimate_engine
 CONFIG = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
           "intermediate_size": 24, "max_position_embeddings": 2048}  # fmt: skip
 NUMBERS = 100 * 8 + 2 * 24 * 8
+DEVICE = Device(node="n", kind="cpu", index=0, name="memory", memory_total_bytes=9 * 10**9, memory_used_bytes=10**9)
 TOKEN_BYTES = 2 * 2 * 4 * 4  #: keys and values of two layers with four columns, in fp32
 
 
@@ -58,9 +59,11 @@ def serving(weights: Path, backend: str, **options: Any) -> ServingEstimate:
     [
         ("transformers", {"dtype": "fp32"}, 4 * NUMBERS, 16 * 512 * TOKEN_BYTES),
         ("transformers", {"dtype": "bf16", "slots": 2, "context_tokens": 64}, 2 * NUMBERS, 2 * 64 * TOKEN_BYTES // 2),
+        ("transformers", {"dtype": "fp32", "kv_cache_tokens": 64}, 4 * NUMBERS, 64 * TOKEN_BYTES),
+        ("openvino", {"quantize": "int8"}, NUMBERS * 105 // 100, 16 * 512 * TOKEN_BYTES),
         ("vllm", {"dtype": "bf16", "kv_cache_gb": 2}, 2 * NUMBERS, 2 * 2**30),
         ("llamacpp", {"slots": 2}, 4 * NUMBERS, 2048 * TOKEN_BYTES),
-        ("llamacpp", {"quantize": "q8_0", "kv_cache_tokens": 64}, NUMBERS * 34 // 32, 64 * TOKEN_BYTES // 2),
+        ("llamacpp", {"quantize": "int8", "kv_cache_tokens": 64}, NUMBERS * 34 // 32, 64 * TOKEN_BYTES // 2),
         ("embedding", {}, 4 * NUMBERS, 0),
     ],
 )
@@ -132,7 +135,7 @@ def test_the_duration_of_a_run_follows_from_its_tokens_and_the_speed(weights: Pa
 
 def test_an_estimate_of_a_run_needs_neither_dataset_nor_output(weights: Path) -> None:
     request = StartRequest(model=str(weights), engine_kind=EngineKind.FINETUNE, options={"lora_rank": 4})
-    estimate = estimate_engine(request)
+    estimate = estimate_engine(request, [DEVICE])
     assert estimate.total_bytes == sum(estimate.parts.values())
     assert estimate.parts["adapter"] == 4 * 4 * 2 * 32
     assert estimate.fits
@@ -146,4 +149,4 @@ def test_an_estimate_without_weights_says_what_to_do(monkeypatch: pytest.MonkeyP
     model = ModelSource("org/name", ModelKind.HUB, Path("/nowhere"))
     monkeypatch.setattr("sage.llm.control_plane.estimates.resolve_model", lambda _: model)
     with pytest.raises(ModelError, match="not on this machine"):
-        estimate_engine(StartRequest(model="org/name", backend="transformers"))
+        estimate_engine(StartRequest(model="org/name", backend="transformers"), [DEVICE])

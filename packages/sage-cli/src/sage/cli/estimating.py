@@ -39,7 +39,7 @@ def estimate_table(estimate: EstimateView) -> Table:
 def estimate_lines(estimate: EstimateView) -> list[str]:
     """Return the free memory of the devices, the largest micro-batch, and the expected duration, one per line."""
     lines = [
-        f"{device.kind}:{device.index} {device.name}: {size(device.memory_total_bytes - device.memory_used_bytes)} free of "
+        f"{device.id} {device.name}: {size(device.memory_total_bytes - device.memory_used_bytes)} free of "
         f"{size(device.memory_total_bytes)}"
         for device in estimate.devices
     ]

@@ -1,5 +1,6 @@
 """Estimate the memory of an engine before it is started. No weights are loaded, and torch is not imported."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sage.common.errors import ModelError
@@ -11,16 +12,15 @@ from sage.libs.models.resolve import ModelSource, resolve_model
 from sage.llm.client.types import Device, EngineKind, EstimateView, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.trainer import training_memory
-from sage.llm.control_plane.inventory import list_devices
 
 #: Options that a run requires, but that do not influence its memory.
 _PLACEHOLDERS = {"dataset_path": "dataset.jsonl", "output_dir": "output"}
 
 
-def estimate_engine(request: StartRequest) -> EstimateView:
+def estimate_engine(request: StartRequest, devices: Sequence[Device]) -> EstimateView:
     """Return the memory that an engine would need. Raises ModelError or ConfigError.
 
-    The options `dataset_path` and `output_dir` of a training run may be missing.
+    devices: the devices of this node.  The options `dataset_path` and `output_dir` of a training run may be missing.
     """
     model = resolve_model(request.model)
     backend, _ = registry.resolve(request.backend, request.engine_kind, model)
@@ -33,8 +33,8 @@ def estimate_engine(request: StartRequest) -> EstimateView:
             hint="Start the engine once, which downloads the model.",
             param="model",
         )
-    devices = _usable_devices()
-    free_bytes = max(device.memory_total_bytes - device.memory_used_bytes for device in devices)
+    usable = [device for device in devices if device.kind != "cpu"] or list(devices)
+    free_bytes = max(map(free_bytes_of, usable))
     return EstimateView(
         model=request.model,
         kind=request.engine_kind,
@@ -42,7 +42,7 @@ def estimate_engine(request: StartRequest) -> EstimateView:
         parts=dict(estimate.breakdown.parts()),
         total_bytes=estimate.breakdown.total_bytes,
         least_bytes=estimate.least_bytes,
-        devices=devices,
+        devices=usable,
         fits=estimate.total_bytes <= free_bytes,
         **(_of_run(model, options, free_bytes) if isinstance(options, FinetuneConfig) else {}),
     )
@@ -63,7 +63,7 @@ def _of_run(model: ModelSource, config: FinetuneConfig, free_bytes: int) -> dict
     }
 
 
-def _usable_devices() -> list[Device]:
-    """Return the GPUs of this machine; if there are none, the main memory."""
-    devices = list_devices()
-    return [device for device in devices if device.kind != "cpu"] or devices
+def free_bytes_of(device: Device) -> int:
+    """Return the memory of a device that engines may use and that is free."""
+    total_bytes = device.memory_total_bytes if device.memory_usable_bytes is None else device.memory_usable_bytes
+    return max(0, min(total_bytes, device.memory_total_bytes - device.memory_used_bytes))

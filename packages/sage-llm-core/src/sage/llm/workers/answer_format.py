@@ -9,7 +9,8 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Texts before and after a tool call, for templates that mention these texts only in instructions (Granite 3, Phi-4).
+#: Known texts before and after a tool call. They are used if the template itself writes no calls: it only tells the model in
+#: the system prompt how to write them (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -104,7 +105,7 @@ def _json_call(chat: ChatFormat, value: Any, call: dict[str, Any], before: str, 
 
 
 def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
-    """Return the markers of a field in a tokenizer's `response_template`; ("", "") if it has no literal markers."""
+    """Return the markers of a field in a tokenizer's `response_template`; ("", "") if the field has no plain strings."""
     declared = getattr(tokenizer, "response_template", None)
     spec = declared.get("fields", {}).get(field, {}) if isinstance(declared, dict) else {}
     opening, closing = spec.get("open"), spec.get("close", "")
@@ -112,7 +113,10 @@ def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
 
 
 def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
-    """Return the markers of calls that are in the template or in the vocabulary; {} if the template has no tools."""
+    """Return the first known pair of call markers that the template or the vocabulary contains.
+
+    Returns {} if neither contains a pair, or if the template does not use the variable `tools`.
+    """
     known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
     for opening, closing in _CALL_MARKERS if "tools" in template else ():
         if all(not marker or marker in template or marker in known for marker in (opening, closing)):

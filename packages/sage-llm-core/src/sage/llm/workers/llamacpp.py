@@ -30,8 +30,8 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
         file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()
     else:
         file, defaults = cached_gguf(source, given.precision or "f32", LlamaCpp(given.interpreter))
-    own = defaults.get("context_tokens", CONTEXT_TOKENS)
-    context_tokens = min(own, given.context_tokens or CONTEXT_TOKENS)
+    limit = given.context_tokens or CONTEXT_TOKENS
+    context_tokens = min(limit, defaults.get("context_tokens", limit))
     chosen = defaults.get("sampling", {})
     return {
         "model": str(file), "name": given.served_name, "port": given.port, "descriptor": given.fd,

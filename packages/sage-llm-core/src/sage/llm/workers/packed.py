@@ -117,7 +117,7 @@ class _Pass:
         heads, tokens, _ = query.shape
         kv_heads, length, _ = keys.shape
         grouped = query.unflatten(0, (kv_heads, heads // kv_heads))  # (kv_heads, group, tokens, head_dim)
-        if tokens == 1:  # the queries of a group have the same keys, so the queries are treated like several tokens
+        if tokens == 1:  # the query heads of a group share keys and values: pass them as tokens of one head
             if window and window < length:
                 keys, values = keys[:, -window:], values[:, -window:]
             output = scaled_dot_product_attention(grouped[None, :, :, 0], keys[None], values[None], scale=scaling)

@@ -186,7 +186,8 @@ def _tool_call(call: Call) -> dict[str, Any]:
 def _by_token(score: TokenScore) -> dict[str, float] | None:
     """Return the log-probabilities of the most likely tokens and of the generated token, by token text, as OpenAI does.
 
-    If several tokens have the same text, the first log-probability is used. Returns None for the first token of a prompt.
+    If several tokens have the same text, the first log-probability is used. With `echo`, prompt tokens
+    have log-probabilities too, except the first prompt token: for this token, None is returned.
     """
     if score.logprob is None:
         return None

@@ -4,11 +4,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sage.cli.commands.apps import dataset, engine, model
+from sage.cli.commands.apps import dataset, engine, model, queue
 from sage.cli.training_options import with_training_options
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(engine.app, name="engine", help="Start, list, stop and resume engines.")
+app.add_typer(queue.app, name="queue", help="List and move the engines that wait for memory.")
 app.add_typer(model.app, name="model", help="List, import and export models.")
 app.add_typer(dataset.app, name="dataset", help="Check and show datasets.")
 
@@ -20,13 +21,19 @@ def fine_tune(
     serve: engine.Serve = False,
     serve_as: engine.ServeAs = None,
     serve_checkpoints: engine.ServeCheckpoints = False,
+    on_busy: engine.OnBusyOption = None,
+    priority: engine.Priority = None,
+    devices: engine.Devices = None,
+    memory_gb: engine.MemoryGb = None,
+    not_before: engine.NotBefore = None,
     wait: engine.Wait = None,
     **training: Any,
 ) -> None:
     """Fine-tune a model. This is a short form of `engine start --engine-kind finetune`."""
-    from sage.cli.starting import serve_request, start_engine
+    from sage.cli.starting import admission_request, serve_request, start_engine
 
     request = serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
+    request |= admission_request(on_busy and on_busy.value, priority, devices, memory_gb, not_before)
     start_engine(base_model, "finetune", training, request=request, wait=wait, announce="Fine-tune engine started: {id}")
     typer.echo("Use `sage llm engine list` to monitor progress.", err=True)
 
@@ -40,7 +47,7 @@ def estimate(
     dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[int | None, typer.Option(help="llm: maximum tokens of prompt plus answer.")] = None,
     slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="llm, backend llamacpp: quantize to this GGUF type.")] = None,
+    quantize: Annotated[engine.Quantize | None, typer.Option(help="llm: quantize the weights.")] = None,
     option: engine.Options = None,
     json_: engine.Json = False,
     **training: Any,
@@ -48,7 +55,7 @@ def estimate(
     """Show how much memory an engine would need, and whether it fits. The options are those of `engine start`."""
     from sage.cli.estimating import show_estimate
 
-    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize}
+    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize and quantize.value}
     given = {key: value for key, value in serving.items() if value is not None}
     options = {**given, **engine.further_options(option), **training}
     show_estimate(model, engine_kind.value, options, backend=backend, json=json_)

@@ -103,7 +103,7 @@ class TrainingRun:
         try:
             self._lead()
         except Exception:
-            self.team.check()  # the cause may be a failure of another process
+            self.team.check()  # the failure of another process is possibly the cause
             raise
         finally:
             self.team.close()
@@ -146,7 +146,7 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint or from the beginning; return the last step."""
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves too much address space
+        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves more address space than the limit allows
             refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # RunCallback logs the steps instead
         checkpoint = self.team.broadcast(checkpoint)

@@ -10,6 +10,8 @@ from sage.libs.models.architecture import Architecture, read_architecture
 from sage.libs.models.originals import FOLDER, known
 from sage.libs.models.resolve import ModelKind, ModelSource
 
+#: Tokens of a typical prompt with its answer.
+_ANSWER_TOKENS = 512
 #: Bytes of a value in the adapters that a server holds.
 _ADAPTER_VALUE_BYTES = 4
 
@@ -89,6 +91,15 @@ def sizes_of(model: ModelSource) -> Architecture | None:
         gguf = next(model.folder.glob("*.gguf"))
         folder = known(get_user_paths().models_dir / FOLDER, gguf)
     return (read_architecture(folder) if folder else None) or read_architecture(model.folder)
+
+
+def cache_tokens(context_tokens: int, slots: int, *, is_limited: bool) -> int:
+    """Return the number of tokens in the cache of a server that allocates it as the answers grow.
+
+    is_limited: the user has set the context length, so that every slot may use all of it; otherwise, typical answers are
+    assumed, and one answer of full length.
+    """
+    return slots * context_tokens if is_limited else max(context_tokens, slots * _ANSWER_TOKENS)
 
 
 def token_bytes(sizes: Architecture, value_bytes: int) -> int:

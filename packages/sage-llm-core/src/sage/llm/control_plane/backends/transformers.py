@@ -11,13 +11,11 @@ from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
-from sage.llm.control_plane.backends.memory import MemoryEstimate, estimate_server, sizes_of, token_bytes
+from sage.llm.control_plane.backends.memory import MemoryEstimate, cache_tokens, estimate_server, sizes_of, token_bytes
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
 #: Memory of a server without the model: Python, torch and transformers. Measured on Linux.
 _FRAMEWORK_BYTES = 500_000_000
-#: Tokens of a typical prompt with its answer. They are used if the user sets no context length.
-_ANSWER_TOKENS = 512
 
 
 class TransformersOptions(ServingOptions):
@@ -30,6 +28,11 @@ class TransformersOptions(ServingOptions):
         None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
     )
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
+    kv_cache_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Maximum tokens of all prompts and answers in progress, further answers wait; default: no limit.",
+    )
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
 
@@ -43,11 +46,12 @@ class TransformersBackend(WorkerBackend):
 
     def argv(self, model: str, served_name: str, options: TransformersOptions) -> tuple[str, ...]:
         """Return the command that serves `model` on the socket that the launcher passes."""
-        context = ("--context-tokens", str(options.context_tokens)) if options.context_tokens else ()
+        limits = {"--context-tokens": options.context_tokens, "--cache-tokens": options.kv_cache_tokens}
+        given = [text for name, value in limits.items() if value for text in (name, str(value))]
         return (
             *self.interpreter, "-m", "sage.llm.workers.generation", "--model", model, "--served-name", served_name,
             "--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT, "--dtype", options.dtype, "--slots", str(options.slots),
-            "--max-tokens", str(options.max_tokens), *context,
+            "--max-tokens", str(options.max_tokens), *given,
         )  # fmt: skip
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
@@ -62,7 +66,9 @@ class TransformersBackend(WorkerBackend):
         is_bf16 = options.dtype == "bf16" or (options.dtype == "auto" and environments.device() == "cuda")
         value_bytes = 2 if is_bf16 else 4
         context = min(sizes.max_position_embeddings, options.context_tokens or sizes.max_position_embeddings)
-        tokens = options.slots * context if options.context_tokens else max(context, options.slots * _ANSWER_TOKENS)
+        tokens = options.kv_cache_tokens or cache_tokens(
+            context, options.slots, is_limited=options.context_tokens is not None
+        )
         of_token = token_bytes(sizes, value_bytes)
         return estimate_server(
             model, framework_bytes=_FRAMEWORK_BYTES, weight_bytes=value_bytes,

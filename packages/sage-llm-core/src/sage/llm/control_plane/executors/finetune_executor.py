@@ -81,7 +81,8 @@ class FinetuneExecutor:
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the worker process, and record the launch of the worker in the run's events."""
         spec = self._manager.process_spec(task_id_of(engine.id))
-        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(self._threads)}) if self._threads else spec
+        threads = self._threads or engine.threads
+        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(threads)}) if threads else spec
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the record of a new server, which represents the process of the run's worker."""
@@ -137,7 +138,13 @@ class FinetuneExecutor:
         model = resolve_model(request.model)
         backend, _ = registry.resolve(request.backend, request.engine_kind, model)
         check_claim(Path(config.output_dir), task_id_of(engine_id))
-        return Prepared(backend.name, config.model_dump(mode="json"), backend.memory_bytes(model, config))
+        estimate = backend.estimate(model, config)
+        return Prepared(
+            backend.name,
+            config.model_dump(mode="json"),
+            reserved_bytes=estimate.total_bytes if estimate else None,
+            least_bytes=estimate.least_bytes if estimate else None,
+        )
 
     def _absolute(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options with dataset ids replaced by paths; raises ConfigError if a path is relative."""

@@ -1,0 +1,71 @@
+"""The backend for OpenVINO, which runs models on a CPU, also quantized; it has a separate environment."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, Field
+
+from sage.libs.models.export.formats import OPENVINO_PRECISIONS
+from sage.libs.models.resolve import ModelKind, ModelSource
+from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.backends import environments
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
+from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstimate, cache_tokens, sizes_of, token_bytes
+from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
+
+#: Memory of a server without the model, about: Python and OpenVINO.
+_FRAMEWORK_BYTES = 400_000_000
+
+
+class OpenVinoOptions(ServingOptions):
+    """The options of an engine that OpenVINO serves. The weights are fp32 if they are not quantized."""
+
+    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
+    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
+    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer if the request sets none, in tokens.")
+
+
+class OpenVinoBackend(WorkerBackend):
+    """Serves one model, or a base model with an adapter merged into it."""
+
+    name: ClassVar[str] = "openvino"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        frozenset({EngineKind.LLM}), frozenset(ModelKind), devices=frozenset({"cpu"}),
+        quantizes=frozenset(OPENVINO_PRECISIONS) - {"none"},
+    )  # fmt: skip
+    options: ClassVar[type[BaseModel]] = OpenVinoOptions
+
+    def argv(self, model: str, served_name: str, options: OpenVinoOptions) -> tuple[str, ...]:
+        """Return the command that serves `model` under `served_name` on the socket that the launcher passes."""
+        given: dict[str, object] = {
+            "model": model, "served-name": served_name, "port": PORT_ARGUMENT, "fd": DESCRIPTOR_ARGUMENT,
+            "quantize": options.quantize, "slots": options.slots, "max-tokens": options.max_tokens,
+            "context-tokens": options.context_tokens, "threads": options.threads or os.cpu_count(),
+        }  # fmt: skip
+        flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+        return (environments.interpreter(self.name), "-P", "-m", "sage.llm.workers.openvino", *flags)
+
+    def environment(self, options: OpenVinoOptions) -> Mapping[str, str]:
+        """Return additional environment variables: the number of threads, and the path of SAGE's packages."""
+        return {
+            **super().environment(options),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if Path(path).is_dir()),
+        }
+
+    def can_join(self, adapter: Path, base: Path) -> str:
+        """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence."""
+        return "OpenVINO serves only adapters that are merged into their base"
+
+    def estimate(self, model: ModelSource, options: OpenVinoOptions) -> MemoryEstimate | None:
+        """Return the memory of the server; keys and values are in fp32."""
+        sizes = sizes_of(model.base or model)
+        if sizes is None:
+            return None
+        weights_bytes = int(sizes.parameters * OPENVINO_PRECISIONS[options.quantize])
+        context = min(sizes.max_position_embeddings, options.context_tokens or sizes.max_position_embeddings)
+        tokens = cache_tokens(context, options.slots, is_limited=options.context_tokens is not None)
+        breakdown = ServingEstimate(_FRAMEWORK_BYTES, weights_bytes, 0, tokens * token_bytes(sizes, 4))
+        return MemoryEstimate(breakdown, breakdown.total_bytes - (tokens - context) * token_bytes(sizes, 4))
