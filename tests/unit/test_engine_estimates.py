@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_views import engine_view, training_progress
 
 from sage.cli.estimating import estimate_lines, estimate_table
 from sage.common.errors import ModelError
@@ -22,6 +23,7 @@ from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.memory import ServingEstimate
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.estimates import estimate_engine
+from sage.llm.control_plane.metrics import engine_metrics
 
 CONFIG = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
           "intermediate_size": 24, "max_position_embeddings": 2048}  # fmt: skip
@@ -150,3 +152,11 @@ def test_an_estimate_without_weights_says_what_to_do(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sage.llm.control_plane.estimates.resolve_model", lambda _: model)
     with pytest.raises(ModelError, match="not on this machine"):
         estimate_engine(StartRequest(model="org/name", backend="transformers"), [DEVICE])
+
+
+def test_the_error_of_an_estimate_is_a_metric() -> None:
+    measured = training_progress(estimated_memory_bytes=90, peak_memory_bytes=100)
+    views = [engine_view(training=measured), engine_view(training=training_progress(estimated_memory_bytes=90))]
+    metrics = {metric.name: metric for metric in engine_metrics({}, views, [])}
+    [sample] = metrics["sage_training_memory_estimate_error_ratio"].samples
+    assert sample.value == pytest.approx(-0.1)

@@ -46,7 +46,7 @@ class StepMetrics(BaseModel):
     memory_bytes: int | None = _figure(
         "Memory", "bytes", ".0f", "GPU memory used by the process, or main memory if there is no GPU."
     )
-    peak_memory_bytes: int | None = _figure("Peak memory", "bytes", ".0f", "Largest memory since the process started.")
+    peak_memory_bytes: int | None = _figure("Peak memory", "bytes", ".0f", "Largest memory of the process since it started.")
 
 
 @dataclass(frozen=True)
