@@ -30,6 +30,8 @@ FP32, BF16 = Formats(), Formats(bf16=True, bf16_products=True)
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Write the config and the headers of a model in two files, without weights."""
+    tmp_path = tmp_path / "model"
+    tmp_path.mkdir()
     for part in ("embed_tokens", "layers"):
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name, shape in SHAPES.items():
@@ -160,6 +162,15 @@ def test_a_damaged_gguf_file_is_reported(tmp_path: Path, content: bytes) -> None
     file.write_bytes(content)
     with pytest.raises(ModelError, match="not a complete GGUF file"):
         gguf_header(file)
+
+
+def test_the_weights_of_a_sentence_transformers_model_may_be_in_a_subfolder(model: Path) -> None:
+    inner = model.parent / "whole" / "0_Transformer"
+    inner.parent.mkdir()
+    model.rename(inner)
+    sizes = read_architecture(inner.parent)
+    assert sizes
+    assert (sizes.parameters, sizes.hidden_size) == (NUMBERS, 8)
 
 
 def test_a_folder_without_weights_has_no_sizes(tmp_path: Path) -> None:

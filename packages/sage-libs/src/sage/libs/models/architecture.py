@@ -85,12 +85,14 @@ class Architecture:
 
 
 def read_architecture(folder: Path) -> Architecture | None:
-    """Return the sizes of the model in a folder; None if the folder has no weights. Raises ModelError."""
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
+    """Return the sizes of the model in a folder; None if the folder has no weights. Raises ModelError.
+
+    A sentence-transformers model may have its weights in a subfolder.
+    """
+    if files := sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*/*.safetensors")):
         headers = [safetensors_header(file) for file in files]
         shapes = {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}
-        config = _text_config(folder / "config.json")
+        config = _text_config(files[0].with_name("config.json"))
     elif files := sorted(folder.glob("*.gguf"))[:1]:
         metadata, stored = gguf_header(files[0])
         shapes = {_transformers_name(name): shape for name, shape in stored.items()}
