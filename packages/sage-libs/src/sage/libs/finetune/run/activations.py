@@ -14,7 +14,7 @@ _ADAPTED = 7
 
 @dataclass(frozen=True)
 class Activations:
-    """Values per token that a step has in memory, as numbers of values, not bytes."""
+    """Numbers of values that a training step has in memory for each token; the data type decides their bytes."""
 
     saved: float  #: saved by one layer for the backward pass
     inner: float  #: saved products with the LoRA matrices A of one layer; they have the data type of matrix products

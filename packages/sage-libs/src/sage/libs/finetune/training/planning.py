@@ -56,7 +56,7 @@ class MemoryPlan:
         return self.needs.at(largest_batch or {0: 1})
 
     def is_scarce(self, largest_batch: Mapping[int, int]) -> bool:
-        """Return whether the run needs so much of the available memory that an estimate may be too low."""
+        """Return whether the run needs so much memory that it may not fit if the estimate is too low."""
         return self.estimate(largest_batch).total_bytes > _SCARCE_SHARE * self.available_bytes
 
     def describe(self, largest_batch: Mapping[int, int]) -> str:
