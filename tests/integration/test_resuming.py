@@ -140,7 +140,7 @@ def test_a_result_with_several_chat_templates_is_written_again(tiny_model: Path,
     model = load_causal_lm(tiny_model, torch.float32)
     for answer in ("one", "two"):
         tokenizer.chat_template = {"default": "a default", "tool_use": answer}
-        export_result(model, tokenizer, spec, run.path, tiny_model, {"step": 1, "total_steps": 1})
+        export_result(model, tokenizer, spec, run.path, tiny_model, {"step": 1, "total_steps": 1}, {})
         assert (run.output / "additional_chat_templates" / "tool_use.jinja").read_text() == answer
     assert not (run.output / ".partial").exists()
 

@@ -166,9 +166,9 @@ def test_the_estimated_memory_is_reported_before_the_first_step_and_the_measured
     assert needs.at([1]).adapter_bytes == 4 * started["trainable_parameters"]
     assert any("the run needs about" in event["message"] for event in run.events("progress"))
     assert step["peak_memory_bytes"] >= step["memory_bytes"]
-    metrics = run.run_file()["metrics"]
-    assert metrics["estimated_memory_bytes"] == started["estimated_memory_bytes"]
-    assert metrics["peak_memory_bytes"] >= step["peak_memory_bytes"]
+    memory = run.run_file()["memory"]
+    assert memory["estimated_memory_bytes"] == started["estimated_memory_bytes"]
+    assert memory["peak_memory_bytes"] >= step["peak_memory_bytes"]
     assert run.status.training_progress().memory_estimate_error_ratio == pytest.approx(
         started["estimated_memory_bytes"] / step["peak_memory_bytes"] - 1
     )

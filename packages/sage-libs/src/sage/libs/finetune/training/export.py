@@ -31,12 +31,19 @@ tags: [{tag}, sage]
 
 
 def export_result(
-    model: Trainable, tokenizer: PreTrainedTokenizerBase, spec: RunSpec, run: Path, source: Path, metrics: dict[str, Any]
+    model: Trainable,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: RunSpec,
+    run: Path,
+    source: Path,
+    metrics: dict[str, Any],
+    memory: dict[str, int | None],
 ) -> None:
     """Write the current trained weights to the output folder; each file is replaced atomically.
 
     source: folder of the base model.
     metrics: step, total_steps, and held-out losses (None: not measured); written to `sage_run.json` with the configuration.
+    memory: estimated memory and measured peak, in bytes; also written to `sage_run.json`.
     """
     output = Path(spec.config.output_dir)
     check_owner(output, spec.task_id)
@@ -48,6 +55,7 @@ def export_result(
         "dataset_sha256": spec.dataset_sha256,
         "base_sha256": fingerprint(source),
         "metrics": metrics,
+        "memory": memory,
     }
     aside = output / ".partial"
     shutil.rmtree(aside, ignore_errors=True)

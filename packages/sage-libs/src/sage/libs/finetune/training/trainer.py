@@ -264,5 +264,5 @@ class TrainingRun:
     def _export(self, step: int, heldout_loss: float | None) -> None:
         losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
         memory = {"estimated_memory_bytes": self.estimated_bytes, "peak_memory_bytes": peak_bytes()}
-        metrics = {"step": step, "total_steps": read_status(self.run).total_steps or self._total_steps(), **losses, **memory}
-        export_result(self.loaded.model, self.base.tokenizer, self.spec, self.run.path, self.base.folder, metrics)
+        metrics = {"step": step, "total_steps": read_status(self.run).total_steps or self._total_steps(), **losses}
+        export_result(self.loaded.model, self.base.tokenizer, self.spec, self.run.path, self.base.folder, metrics, memory)
