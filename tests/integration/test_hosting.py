@@ -38,6 +38,18 @@ def folders() -> set[str]:
     return {folder.name for folder in (get_user_paths().state_dir / "engines").glob("*")}
 
 
+def test_an_adapter_without_a_backend_in_its_request_joins_the_server_of_its_base(
+    tiny_model: Path, adapters: list[Path]
+) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        base = await started(manager, tiny_model, options={"load_seconds": 0.01})
+        joined = await started(manager, adapters[0], backend="auto")
+        assert (joined.backend, joined.server_id) == ("hosting", base.server_id)
+        assert joined.backend_reason == "a server of this backend has loaded the base model"
+
+    run(test)
+
+
 def test_an_adapter_joins_the_server_of_its_base_and_leaves_it(tiny_model: Path, adapters: list[Path]) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         base = await started(manager, tiny_model, name="base")

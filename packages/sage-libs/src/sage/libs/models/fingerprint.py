@@ -27,8 +27,8 @@ def version(folder: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """Return the fingerprint of a base model: 64 hex digits.
 
-    It depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor. Therefore two
-    different models of the same shape have different fingerprints.
+    The fingerprint depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor.
+    Therefore two different models of the same shape have different fingerprints.
     Raises ModelError if the folder does not contain a complete model.
     """
     digest = hashlib.sha256()

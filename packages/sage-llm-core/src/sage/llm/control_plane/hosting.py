@@ -1,4 +1,7 @@
-"""Decide which server an engine joins, and which engine launches a server. The plan uses this for shared servers."""
+"""Decide which server an engine joins, and which engine launches a server. The plan needs this for shared servers.
+
+A shared server is a process that can host several engines with the same base model, backend and options.
+"""
 
 import json
 from collections import Counter, defaultdict
@@ -14,7 +17,8 @@ from sage.llm.control_plane.watch import Watch
 
 #: Backend, model, version of the model's files, and options. Two engines with the same key can share a server.
 _Key = tuple[str, str, str | None, str]
-#: Seconds in which requests may still use the previous version of an adapter after a new version was loaded.
+#: After a new version of an adapter was loaded, the previous version stays loaded for this many seconds, because requests
+#: can still use the previous version.
 _DRAIN_SECONDS = 5.0
 
 
@@ -24,6 +28,7 @@ class Hosts:
     def __init__(
         self, engines: Sequence[EngineRecord], servers: Mapping[str, ServerRecord], observed: Mapping[str, Observed]
     ) -> None:
+        self.engines = {engine.id: engine for engine in engines}
         self._hosted: defaultdict[str, list[EngineRecord]] = defaultdict(list)
         self._running: dict[str, EngineRecord] = {}
         self._launchers: dict[str, EngineRecord] = {}
@@ -39,7 +44,7 @@ class Hosts:
             if engine.state is EngineState.RUNNING:
                 self._running.setdefault(engine.server_id, engine)
             elif engine.state is EngineState.STARTING and engine.desired is DesiredState.RUNNING:
-                # If an engine requests a port, this engine launches the server, because the server must listen on the port.
+                # If an engine requests a port, this engine launches the server, because the server must listen on this port.
                 launcher = engine if engine.requested_port else self._launchers.get(engine.server_id, engine)
                 self._launchers[engine.server_id] = launcher
             seen = observed.get(engine.id)
@@ -105,7 +110,7 @@ class Hosts:
         """Return the name of an adapter to unload: an older version, or the adapter of an engine that has left the server.
 
         Returns None if `engine` is not the oldest running engine of the server, or if no adapter must be unloaded.
-        An older version stays loaded for `_DRAIN_SECONDS`.
+        After a new version was loaded, the older version stays loaded for `_DRAIN_SECONDS`.
         """
         if self._running.get(server.id) is not engine:
             return None

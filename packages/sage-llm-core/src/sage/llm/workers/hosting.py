@@ -1,4 +1,7 @@
-"""Manage the models of one server: the base model, and adapters that are loaded and unloaded while the server runs."""
+"""Manage the models of one server: the base model, and adapters that are loaded and unloaded while the server runs.
+
+Each model has a Voice: its tokenizer, chat template and end tokens.
+"""
 
 import asyncio
 import hashlib
@@ -22,7 +25,8 @@ from sage.llm.workers.generator import Generator
 from sage.llm.workers.packed import PackedRunner
 from sage.llm.workers.voice import Voice
 
-#: Files that determine the prompt. Adapters with equal files share one tokenizer, which takes about 30 MB of memory.
+#: Files that determine how a prompt is built. Adapters for which these files are equal share one tokenizer, because a
+#: tokenizer takes about 30 MB of memory.
 _VOICE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
     "added_tokens.json",
@@ -114,11 +118,16 @@ class Hosting:
             self._adapters[name] = hosted
 
     async def unload(self, name: str) -> None:
-        """Wait until the adapter's answers in progress have ended, then unload the adapter. Raises NotFound."""
-        hosted = self._adapters.pop(name, None)
+        """Wait until the adapter's answers in progress have ended, then unload the adapter. Raises NotFound.
+
+        If the caller disconnects, the adapter remains loaded and a repeated call waits again.
+        """
+        hosted = self._adapters.get(name)
         if not hosted or not hosted.adapter:
             raise NotFound(code="model_not_found", message=f"No adapter '{name}' is loaded.", param="lora_name")
         await hosted.unused()
+        if self._adapters.pop(name, None) is None:  # another call has unloaded it
+            return
         await self._batch.between_passes(partial(self._runner().adapters.forget, hosted.adapter))
 
     def _add(self, adapter: Adapter) -> None:

@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """The training methods. They are repeated here, so that `--help` does not import the library; a test compares both."""
+    """The training methods, repeated here so that `--help` does not import the library; a test compares both lists."""
 
     sft = "sft"
     dpo = "dpo"
@@ -30,7 +30,7 @@ DatasetFile = Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .par
 Model = Annotated[str, typer.Option(help="Model whose tokenizer and chat template to use.")]
 Cutoff = Annotated[int, typer.Option(min=8, help="Maximum tokens of a sample; longer samples are truncated.")]
 TrainedOn = Annotated[TrainOn, typer.Option(help="Parts of a chat on which the loss is computed.")]
-LearntBy = Annotated[Method, typer.Option(help="Training method of the run.")]
+LearntBy = Annotated[Method, typer.Option(help="Training method that will use the dataset.")]
 
 
 @app.command("check")

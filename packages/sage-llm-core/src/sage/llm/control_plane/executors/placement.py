@@ -1,6 +1,7 @@
-"""Decide whether an engine can share a server with other engines; called during the validation."""
+"""Decide whether an engine can share a server with other engines."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sage.common.errors import ModelError
@@ -9,26 +10,50 @@ from sage.libs.models.originals import original
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.base import ServingBackend
-from sage.llm.control_plane.store.records import EngineRecord
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 
 def placement(engine: EngineRecord) -> Mapping[str, Any]:
-    """Return the columns of an engine that say how its model is served; reads files of the model. Raises ModelError."""
+    """Return the columns `base`, `adapter` and `form` (how the model is served, as text), among others, of an engine.
+
+    Reads files of the model. Raises ModelError.
+    """
     source, backend = resolve_model(engine.model), registry.serving(engine.backend)
     if source.base is None:
         is_shared = backend.capabilities.hot_adapters and not engine.dedicated
-        return {**_shared(source if is_shared else None), "adapter": None, "form": "whole model"}
+        return {**_shared(source if is_shared else None), "adapter": None, "form": _form("whole model", engine)}
     problem = _problem(source, source.base, engine, backend)
     if problem is None:
         return {**_shared(source.base), "adapter": str(source.folder.resolve()), "form": None}
     if not backend.capabilities.merges_adapters:
         message = f"The backend '{backend.name}' cannot serve the adapter {source.name}: {problem}."
         raise ModelError(code="adapter_unfit", message=message, hint="Use `--backend transformers`.", param="backend")
-    return {**_shared(None), "adapter": None, "form": f"merged, because {problem}"}
+    return {**_shared(None), "adapter": None, "form": f"{_form('merged', engine)}, because {problem}"}
+
+
+def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: Mapping[str, Any]) -> EngineRecord:
+    """Return an engine of an adapter with the backend and options of the first server that it can join.
+
+    If `auto` did not choose the backend, or if the engine can join none of the servers, return the engine unchanged.
+    given: options that the user has set; the server must have the same values. Reads files of the model. Raises ModelError.
+    """
+    base = resolve_model(engine.model).base
+    if base is None or engine.backend_reason is None or engine.requested_port:
+        return engine
+    loaded = tuple(_shared(base).values())
+    for server in servers:
+        is_open = server.shared and server.state is not ServerState.CLOSING
+        if is_open and (server.model, server.model_version) == loaded:
+            options = registry.complete_options(server.backend, server.options or {})
+            reason = "a server of this backend has loaded the base model"
+            like = dataclasses.replace(engine, backend=server.backend, options=options, backend_reason=reason)
+            if given.items() <= options.items() and placement(like)["adapter"]:
+                return like
+    return engine
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
-    """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence; None if it can be."""
+    """Return why a running server of `base` cannot load the adapter `source`, as part of a sentence; None if it can."""
     if engine.dedicated:
         return "a separate server was requested"
     if not backend.capabilities.hot_adapters:
@@ -36,6 +61,12 @@ def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backe
     if base.kind is ModelKind.ADAPTER:
         return "its base model is also an adapter"
     return backend.can_join(source.folder, base.folder)
+
+
+def _form(how: str, engine: EngineRecord) -> str:
+    """Return how a model is served, with its quantization if it is quantized."""
+    quantize = engine.options.get("quantize", "none")
+    return how if quantize == "none" else f"{how}, {quantize}"
 
 
 def _shared(base: ModelSource | None) -> dict[str, str | None]:

@@ -91,12 +91,12 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Lock the database when a writing transaction begins, so that others cannot change rows that it has read."""
+    """Lock the database when a writing transaction begins, so that nobody changes the rows that the transaction has read."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
 def _configure_postgresql(connection: Any, _: object) -> None:
-    """Limit how long a suspended control plane may hold locks, and how long a control plane waits for a lock."""
+    """Limit the time for which a suspended control plane holds locks, and the time that a control plane waits for a lock."""
     with connection.cursor() as cursor:
         cursor.execute("SET idle_in_transaction_session_timeout = '3s'")
         cursor.execute("SET lock_timeout = '5s'")
