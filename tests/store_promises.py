@@ -123,6 +123,24 @@ class StorePromises(Stored):
         with pytest.raises(StaleWrite):
             store.transition(third, S.STARTING, join_server="server-a", **starting)
 
+    def test_two_engines_swap_servers_in_one_write(self, store: Store, lease: Lease) -> None:
+        starting: dict[str, Any] = {"actor": "r", "lease": lease}
+        engine, merger = (store.add(record(id=f"engine-{name}"), "user", lease) for name in "ab")
+        host = {name: server(id=f"server-{name}") for name in "ab"}
+        engine = store.transition(engine, S.STARTING, put_server=host["a"], server_id="server-a", base="/base",
+                                  adapter="/a", served_as="sage-a-1", merger_id="engine-b", **starting)  # fmt: skip
+        merger = store.transition(merger, S.STARTING, put_server=host["b"], server_id="server-b", backend="llamacpp",
+                                  dedicated=True, served_as="sage-b-1", **starting)  # fmt: skip
+        with pytest.raises(StaleWrite):
+            store.swap_servers(engine, replace(merger, version=1), form="merged", **starting)
+        assert store.get("engine-a") == engine
+        merged, old = store.swap_servers(engine, merger, form="merged", **starting)
+        assert (merged.server_id, merged.served_as, merged.base, merged.adapter) == ("server-b", "sage-b-1", None, None)
+        assert (merged.backend, merged.form, merged.merger_id, merged.dedicated) == ("llamacpp", "merged", None, True)
+        assert (old.server_id, old.served_as, old.adapter, old.backend) == ("server-a", "sage-a-1", "/a", "transformers")
+        assert (old.desired, old.state) == (DesiredState.STOPPED, S.STARTING)
+        assert {event.engine_id for event in store.events(store.last_event() - 2, limit=9)} == {"engine-a", "engine-b"}
+
     def test_of_two_engines_that_leave_a_server_at_once_one_is_the_last(self, store: Store, lease: Lease) -> None:
         for round_ in range(5):
             ids, host = [f"engine-{round_}{name}" for name in "ab"], server(id=f"server-{round_}")

@@ -72,6 +72,13 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "repetition_penalty")
 
 
+def test_a_quantized_engine_names_its_quantization_in_its_form(adapter: Path, client: SageClient) -> None:
+    engine = client.get_engine(start(client, adapter, quantize="int8", context_tokens=256))
+    assert engine.form
+    assert engine.form.startswith("merged, int8, because")
+    assert ask(client).status_code == 200
+
+
 @pytest.mark.long
 def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_comes_back(
     tiny_model: Path, tmp_path: Path, client: SageClient

@@ -10,15 +10,12 @@ from typing import Any
 import openai
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from served_adapters import HELLO, greedy, make_lora
 from support import engine_of, list_engines, sage
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage.llm.client import AsyncSageClient
 from sage.llm.client.types import SETTLED, EngineState
-
-HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture
@@ -28,31 +25,11 @@ def client() -> openai.OpenAI:
     return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
 
 
-def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> Path:
-    torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    get_peft_model(model, LoraConfig(**{**settings, **config})).save_pretrained(folder)
-    return folder
-
-
-def greedy(base: Path, adapter: Path | None) -> str:
-    """Return what transformers and PEFT answer."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
-    prompt = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        ids = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
 def test_an_adapter_answers_from_the_server_of_its_base_as_peft_does(
     tiny_model: Path, tmp_path: Path, client: openai.OpenAI
 ) -> None:
-    folders = [make_adapter(tiny_model, tmp_path / f"a{seed}", seed) for seed in range(2)]
-    dora = make_adapter(tiny_model, tmp_path / "dora", 5, use_dora=True)
+    folders = [make_lora(tiny_model, tmp_path / f"a{seed}", seed) for seed in range(2)]
+    dora = make_lora(tiny_model, tmp_path / "dora", 5, use_dora=True)
 
     def start(model: Path, *options: str) -> dict[str, Any]:
         engine = engine_of(sage("llm", "engine", "start", str(model), "--name", model.name, *options))
@@ -106,7 +83,7 @@ def copies(adapter: Path, folder: Path, count: int) -> list[Path]:
 def test_thirty_adapters_answer_from_one_server_while_others_come_and_go(
     tiny_model: Path, tmp_path: Path, client: openai.OpenAI
 ) -> None:
-    folders = copies(make_adapter(tiny_model, tmp_path / "first", 1), tmp_path, 30)
+    folders = copies(make_lora(tiny_model, tmp_path / "first", 1), tmp_path, 30)
     expected = {folder.name: greedy(tiny_model, folder) for folder in folders}
     loading_seconds, first_seconds = [], []
     is_over = False

@@ -102,6 +102,30 @@ def test_a_backend_that_cannot_run_an_engine_is_refused_with_the_names_of_those_
     )
 
 
+def test_a_quantized_form_is_served_only_by_backends_that_can_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "is_installed", lambda _: True)
+    monkeypatch.setattr(environments, "interpreter", lambda name: f"/{name}/bin/python")
+    backend, reason = registry.resolve("auto", EngineKind.LLM, model(), "int8")
+    assert "int4" in backend.capabilities.quantizes
+    assert reason
+    for name in ("none", None, "int3"):
+        assert registry.resolve("auto", EngineKind.LLM, model(), name)[0].name == "transformers"
+    assert registry.resolve("llamacpp", EngineKind.LLM, model(), "int4")[0].name == "llamacpp"
+    for kind, name in [(EngineKind.LLM, "transformers"), (EngineKind.LLM, "vllm"), (EngineKind.EMBEDDING, "auto")]:
+        with pytest.raises(ConfigError, match="cannot quantize a model to int8") as caught:
+            registry.resolve(name, kind, model(), "int8")
+        assert "llamacpp" in caught.value.hint
+        assert caught.value.param == "quantize"
+
+
+def test_an_engine_with_a_quantization_is_checked_before_it_is_stored(weights: Path) -> None:
+    for quantize, code in (("int8", "backend_unusable"), ("q8_0", "config_invalid"), ({}, "config_invalid")):
+        request = StartRequest(model=str(weights), backend="transformers", options={"quantize": quantize})
+        with pytest.raises(ConfigError) as caught:
+            asyncio.run(executor().prepare("engine-a", request))
+        assert (caught.value.code, caught.value.param) == (code, "quantize")
+
+
 def test_a_new_backend_needs_only_an_entry_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(TransformersBackend):
         name = "other"

@@ -165,7 +165,7 @@ def test_the_engine_gets_backend_and_options_of_a_server_that_has_its_base(world
     base = w.store.add(record(id="engine-base"), "user", w.lease)
     w.store.transition(base, S.STARTING, actor="r", lease=w.lease, put_server=host, server_id=host.id)
     w.publish(5)
-    assert (w.engine().backend, w.engine().options) == ("hosting", {"load_seconds": 7.0})
+    assert (w.engine().backend, w.engine().options["load_seconds"]) == ("hosting", 7.0)
     assert w.engine().backend_reason == "a server of this backend has loaded the base model"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -44,6 +45,8 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
     if result.missing_keys:
         raise _unfit(folder, f"the adapter has no weight for {result.missing_keys[0]}")
     assert isinstance(model, PeftModel)
+    if not is_trainable:
+        _check_finite(folder)
     return model
 
 
@@ -63,8 +66,6 @@ def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Te
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             scaled = (up.detach().float() * layer.scaling[adapter]).T.contiguous()
             weights[name] = down.detach().to(base.dtype), scaled.to(base.dtype)
-            if not all(weight.isfinite().all() for weight in weights[name]):
-                raise _not_finite(folder, name)
     return weights
 
 
@@ -77,6 +78,14 @@ def merged(model: PeftModel) -> Any:
         return model
     _untie_head(model.get_base_model())
     return model.merge_and_unload()
+
+
+def _check_finite(folder: Path) -> None:
+    """Raise ModelError if a weight in the file of an adapter is not a finite number."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
+            if not file.get_tensor(name).isfinite().all():
+                raise _not_finite(folder, name)
 
 
 def _untie_head(base: PreTrainedModel) -> None:
@@ -133,10 +142,10 @@ def _trained_base(folder: Path, found: str) -> str:
         return found
 
 
-def _not_finite(folder: Path, layer: str) -> ModelError:
+def _not_finite(folder: Path, name: str) -> ModelError:
     return ModelError(
         code="adapter_not_finite",
-        message=f"The adapter in {folder} has weights of {layer} that are not finite numbers.",
+        message=f"The adapter in {folder} has the weight {name} with values that are not finite numbers.",
         hint="The training of the adapter diverged. Use an earlier checkpoint, or train again with a lower learning rate.",
         param="model",
     )

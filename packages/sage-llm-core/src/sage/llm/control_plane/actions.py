@@ -23,6 +23,9 @@ class Launch:
     engine: EngineRecord
     server: ServerRecord | None  #: None: no server is planned yet
     is_moved: bool = False  #: the new server needs a new id, because other engines use the engine's last server
+    devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any
+    reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
+    threads: int | None = None  #: the CPU threads that the planned server gets; None: the default of its program
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class SetDesired:
 
     engine: EngineRecord
     desired: DesiredState
+    paused_by: str | None = None  #: `idle`, or the id of the engine that it makes room for
 
 
 @dataclass(frozen=True)
@@ -95,4 +99,31 @@ class Publish:
     step: int | None  #: step of the checkpoint; None: the result in the output folder
 
 
-Action = Publish | Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SetDesired | SendSignal | Transition
+@dataclass(frozen=True)
+class StartMerge:
+    """Start a second engine that merges the adapter of an engine."""
+
+    engine: EngineRecord
+
+
+@dataclass(frozen=True)
+class SwapServers:
+    """Give an engine the server that has its merged model; its previous server is given to the merger, which is stopped."""
+
+    engine: EngineRecord
+    server: ServerRecord
+    merger: EngineRecord
+    merger_server: ServerRecord
+
+
+@dataclass(frozen=True)
+class EndMerge:
+    """Write to an engine why the merge of its adapter has failed."""
+
+    engine: EngineRecord
+
+
+Merge = StartMerge | SwapServers | EndMerge
+Action = (
+    Merge | Publish | Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SetDesired | SendSignal | Transition
+)

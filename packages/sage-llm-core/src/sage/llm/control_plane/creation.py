@@ -8,6 +8,7 @@ from sage.llm.client.types import (
     DesiredState,
     EngineKind,
     EngineState,
+    OnBusy,
     RestartPolicy,
     StartRequest,
     check_engine_name,
@@ -19,6 +20,10 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 def served_run(request: StartRequest) -> ServedRun | None:
     """Return how the result of a training run will be served; None if the request has no `serve`. Raises ConfigError."""
+    if request.engine_kind is EngineKind.FINETUNE and request.merge_in_background:
+        message = "--merge-in-background is only for engines of kind llm, not for a training run."
+        hint = "Omit --merge-in-background."
+        raise ConfigError(code="config_invalid", message=message, hint=hint, param="merge_in_background")
     if request.serve is None:
         if request.engine_kind is EngineKind.FINETUNE and request.idle_stop_minutes:
             message = "--idle-stop applies only to the engine that serves the run's result; a run is never idle."
@@ -43,8 +48,9 @@ def new_engine(
     prepared: Prepared,
     restart_policy: RestartPolicy,
     serve: ServedRun | None = None,
+    on_busy: OnBusy = OnBusy.WAIT,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`; restart_policy: used if the request has none."""
+    """Return the record of a new engine in state `validating`; restart_policy, on_busy: used if the request sets none."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,
@@ -65,8 +71,12 @@ def new_engine(
         node=node,
         server_id=None,
         requested_port=request.port,
-        devices=None,
-        reserved_bytes=prepared.reserved_bytes,
+        devices=tuple(request.devices) if request.devices else None,
+        reserved_bytes=int(request.memory_gb * 1e9) if request.memory_gb else prepared.reserved_bytes,
+        least_bytes=None if request.memory_gb else prepared.least_bytes,
+        on_busy=request.on_busy or on_busy,
+        priority=request.priority,
+        not_before=request.not_before,
         version=1,
         created_at=now,
         state_at=now,
@@ -74,5 +84,6 @@ def new_engine(
         last_event=0,
         dedicated=request.dedicated,
         idle_stop_minutes=request.idle_stop_minutes,
+        merger_id="" if request.merge_in_background else None,
         serve=serve.model_dump() if serve else None,
     )

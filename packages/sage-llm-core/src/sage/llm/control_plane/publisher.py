@@ -1,7 +1,6 @@
 """Publish training runs: start an engine that serves a run's checkpoints or result, and load newer versions into it."""
 
 import asyncio
-import dataclasses
 import functools
 import logging
 import time
@@ -14,11 +13,11 @@ from sage.common.ids import random_suffix
 from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, StartRequest
 from sage.llm.control_plane.creation import new_engine
 from sage.llm.control_plane.executors.base import Executor
-from sage.llm.control_plane.executors.placement import placement
+from sage.llm.control_plane.executors.placement import like_its_base, placement
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.served_run import ServedRun
-from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerState
+from sage.llm.control_plane.store.records import EngineRecord, Lease
 from sage.llm.control_plane.store.store import StaleWrite, Store
 
 logger = logging.getLogger(__name__)
@@ -106,26 +105,16 @@ class Publisher:
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)
         engine = new_engine(engine_id, run.node, request, prepared, run.restart_policy)
+        servers = await self._pool.run(self._store.servers, engine.node)
+        engine = await asyncio.to_thread(like_its_base, engine, servers, {})
         placed = await asyncio.to_thread(placement, engine)
         if step is not None and placed["adapter"] is None:
             message = f"The run's checkpoints cannot be loaded as adapters. They could only be served as: {placed['form']}."
             raise ModelError(code="adapter_unfit", message=message)
-        engine = await self._like_its_base(engine, placed["base"])
         noted = serve.published(step, engine.id).model_dump()
-        added = await self._write(self._store.add, engine, serves=(run, noted), replaces=replaced)
+        added = await self._write(self._store.add, engine, notes=(run, {"serve": noted}), replaces=replaced)
         self._routing.apply(added, None)
         logger.info("%s: %s serves the run as '%s'", run.id, added.id, added.name)
-
-    async def _like_its_base(self, engine: EngineRecord, base: str | None) -> EngineRecord:
-        """Return a copy of `engine` with the backend and options of a server that has loaded the model `base`.
-
-        If no server has loaded this model, return `engine` unchanged.
-        """
-        for server in await self._pool.run(self._store.servers, engine.node):
-            if server.shared and server.model == base and server.state is not ServerState.CLOSING:
-                options, reason = server.options or engine.options, "a server of this backend has loaded the base model"
-                return dataclasses.replace(engine, backend=server.backend, options=options, backend_reason=reason)
-        return engine
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
         """Store a newer version in the record of an engine, so that it is loaded.

@@ -118,11 +118,16 @@ class Hosting:
             self._adapters[name] = hosted
 
     async def unload(self, name: str) -> None:
-        """Wait until the adapter's answers in progress have ended, then unload the adapter. Raises NotFound."""
-        hosted = self._adapters.pop(name, None)
+        """Wait until the adapter's answers in progress have ended, then unload the adapter. Raises NotFound.
+
+        If the caller disconnects, the adapter remains loaded and a repeated call waits again.
+        """
+        hosted = self._adapters.get(name)
         if not hosted or not hosted.adapter:
             raise NotFound(code="model_not_found", message=f"No adapter '{name}' is loaded.", param="lora_name")
         await hosted.unused()
+        if self._adapters.pop(name, None) is None:  # another call has unloaded it
+            return
         await self._batch.between_passes(partial(self._runner().adapters.forget, hosted.adapter))
 
     def _add(self, adapter: Adapter) -> None:

@@ -11,7 +11,7 @@ from weakref import WeakSet
 from starlette.requests import Request
 
 from sage.common.errors import Overloaded, SageError
-from sage.llm.workers.failures import internal_error
+from sage.llm.workers.failures import internal_error, is_device_lost
 
 T = TypeVar("T")
 
@@ -58,7 +58,12 @@ class Job(Generic[T]):
         self.gone.set()
 
     def fail(self, error: BaseException, doing: str) -> None:
-        """Cancel the job because of an unexpected exception; the consumer receives a SageError."""
+        """Cancel the job because of an unexpected exception; the consumer receives a SageError.
+
+        If the process cannot use its GPU any more, raise the exception again, so that the thread and then the server end.
+        """
+        if is_device_lost(error):
+            raise error
         reason: SageError = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
         with contextlib.suppress(Exception):  # building this error can fail if no memory is free
             reason = internal_error(error, doing)

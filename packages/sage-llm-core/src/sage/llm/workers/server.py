@@ -67,7 +67,7 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
-    app.state.close = close
+    app.state.close, app.state.about = close, about
     app.state.max_request_bytes = load_settings().max_request_mb * 1_000_000
     app.add_middleware(Guard)
 
@@ -156,15 +156,34 @@ def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     inherited = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
-    _Server(config, app.state.close).run(sockets=inherited)
+    with exit_on_error():
+        serve(config, app, inherited)
+
+
+def serve(config: uvicorn.Config, app: FastAPI, sockets: list[socket.socket] | None) -> None:
+    """Answer requests until the process receives a stop signal. Raises SageError if the server cannot answer any more."""
+    running = _Server(config, app.state.close, app.state.about)
+    running.run(sockets=sockets)
+    if running.problem:
+        raise running.problem
 
 
 class _Server(uvicorn.Server):
     """A server that ends the answers in progress immediately when it receives a stop signal."""
 
-    def __init__(self, config: uvicorn.Config, close: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, close: Callable[[], None], about: Callable[[], dict[str, Any]]) -> None:
         super().__init__(config)
-        self._close = close
+        self._close, self._about = close, about
+        self.problem: SageError | None = None  #: why the server cannot answer any more
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether the server must end: after a stop signal, or if it cannot answer any more."""
+        try:
+            self._about()
+        except SageError as error:
+            self.problem = None if self.should_exit else error
+            return True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a stop signal: stop the server and end the answers."""

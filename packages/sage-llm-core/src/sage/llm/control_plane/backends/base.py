@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,7 +22,11 @@ class ServingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Quantize the weights: they need less memory and are faster on a CPU, but answers are less exact.",
+    )
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Capabilities:
     hot_adapters: bool = False  #: adapters can be loaded and unloaded while the server runs
     merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
     warm_up: bool = False  #: each loaded adapter immediately receives a request, because its first request is slow
+    quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
     sleep: bool = False  #: the server can release its memory and later allocate memory again, without a restart
 
 

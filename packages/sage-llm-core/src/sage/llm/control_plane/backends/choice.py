@@ -12,24 +12,41 @@ RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "vllm": 0.54},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
 }
+#: The same for one whole model, such as an adapter that is merged into its base. GPU: not measured yet.
+MERGED_SPEEDS: Mapping[str, Mapping[str, float]] = {
+    "cpu": {"transformers": 1.0, "llamacpp": 2.1, "vllm": 1.25},
+    "cuda": {"vllm": 2.0, "transformers": 1.0},
+}
 
 
-def choose(candidates: Sequence[Backend], device: str) -> tuple[Backend, str]:
+def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this model") -> tuple[Backend, str]:
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
+
+    purpose: what only the candidates can do, as the end of a sentence.
 
     If some candidates can load adapters into a running server, only these candidates are compared, because with them,
     several adapters can share one server.
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:
-        which = "that loads adapters into a running server" if compared[0].capabilities.hot_adapters else "for this model"
+        which = "that loads adapters into a running server" if compared[0].capabilities.hot_adapters else purpose
         return compared[0], f"the only installed backend {which}"
+    return fastest(compared, device, RELATIVE_SPEEDS)
+
+
+def fastest(
+    candidates: Sequence[Backend], device: str, default_speeds: Mapping[str, Mapping[str, float]]
+) -> tuple[Backend, str]:
+    """Return the fastest backend according to the measurements of this machine, and the reason to show to users.
+
+    default_speeds: relative speeds by kind of device, used if this machine has no measurements.
+    """
     measured = saved_speeds(device)
-    speeds = measured.tokens_per_second if measured else RELATIVE_SPEEDS.get(device, {})
-    fastest = max(compared, key=lambda backend: speeds.get(backend.name, 0.0))
+    speeds = measured.tokens_per_second if measured else default_speeds.get(device, {})
+    first = max(candidates, key=lambda backend: speeds.get(backend.name, 0.0))
     if measured:
-        return fastest, f"the fastest in `sage backend benchmark` of {measured.date}"
+        return first, f"the fastest in `sage backend benchmark` of {measured.date}"
     return (
-        fastest,
+        first,
         f"the first choice for the device {device}; `sage backend benchmark MODEL` measures all backends on this machine",
     )

@@ -1,6 +1,6 @@
 """Find a backend by name, or choose one for an engine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -10,25 +10,34 @@ from sage.libs.models.resolve import ModelSource
 from sage.llm.client.types import BackendView, EngineKind
 from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Backend, ServingBackend
-from sage.llm.control_plane.backends.choice import choose
+from sage.llm.control_plane.backends.choice import MERGED_SPEEDS, choose, fastest
 from sage.llm.control_plane.backends.embedding import EmbeddingBackend
 from sage.llm.control_plane.backends.llamacpp import LlamaCppBackend
+from sage.llm.control_plane.backends.openvino import OpenVinoBackend
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
 from sage.llm.control_plane.backends.vllm import VllmBackend
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), VllmBackend(), LlamaCppBackend())
+    for backend in (
+        TransformersBackend(),
+        EmbeddingBackend(),
+        TrainerBackend(),
+        VllmBackend(),
+        LlamaCppBackend(),
+        OpenVinoBackend(),
+    )
 }
 
 
-def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, str | None]:
+def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = None) -> tuple[Backend, str | None]:
     """Return a backend that can run `model`, and the reason for an automatic choice.
 
     If `name` is `auto`, return the best installed backend and why it is the best. Otherwise, return the backend with this
     name, and None as the reason.
 
+    quantize: the requested value of the option; the options of the backend reject an unknown value.
     Raises ConfigError if the backend is not installed, or if no backend can run the model as an engine of `kind`.
     """
     if name != "auto" and name not in BACKENDS:
@@ -37,9 +46,12 @@ def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, s
     of_kind = [backend for backend in candidates if kind in backend.capabilities.kinds]
     if not of_kind:
         raise _refused(f"The backend '{name}' does not run engines of kind {kind}.", kind)
+    purpose = "for this model"
+    if quantize in ("int8", "int4"):
+        of_kind, purpose = _quantizing(str(quantize), of_kind), f"that can quantize the model to {quantize}"
     able = [backend for backend in of_kind if model.kind in backend.capabilities.formats]
     if name == "auto" and (installed := [backend for backend in able if environments.is_installed(backend.name)]):
-        return choose(installed, environments.device())
+        return choose(installed, environments.device(), purpose)
     if able:
         if environments.environment(able[0].name):
             environments.interpreter(able[0].name)
@@ -47,6 +59,21 @@ def resolve(name: str, kind: EngineKind, model: ModelSource) -> tuple[Backend, s
     formats = sorted({str(model_format) for backend in of_kind for model_format in backend.capabilities.formats})
     problem = f"{model.name} is a model in the format '{model.kind}'; engines of kind {kind} need {' or '.join(formats)}."
     raise _refused(problem, kind)
+
+
+def resolve_merged(model: ModelSource) -> tuple[Backend, str]:
+    """Return the fastest installed backend that can serve an adapter merged into its base, and the reason of the choice."""
+    device = environments.device()
+    able = [
+        backend
+        for backend in BACKENDS.values()
+        if EngineKind.LLM in backend.capabilities.kinds
+        and model.kind in backend.capabilities.formats
+        and backend.capabilities.merges_adapters
+        and device in backend.capabilities.devices
+        and environments.is_installed(backend.name)
+    ]
+    return fastest(able, device, MERGED_SPEEDS)
 
 
 def list_backends() -> list[BackendView]:
@@ -72,6 +99,19 @@ def complete_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]
         return options
 
 
+def _quantizing(quantize: str, candidates: Sequence[Backend]) -> list[Backend]:
+    """Return the candidates that quantize to `quantize`; raises ConfigError if there are none."""
+    if found := [backend for backend in candidates if quantize in backend.capabilities.quantizes]:
+        return found
+    able = ", ".join(backend.name for backend in BACKENDS.values() if quantize in backend.capabilities.quantizes)
+    raise ConfigError(
+        code="backend_unusable",
+        message=f"{' and '.join(backend.name for backend in candidates)} cannot quantize a model to {quantize}.",
+        hint=f"Omit --quantize, or use a backend for llm engines that can quantize to {quantize}: {able}.",
+        param="quantize",
+    )
+
+
 def _refused(problem: str, kind: EngineKind) -> ConfigError:
     names = ", ".join(name for name, backend in BACKENDS.items() if kind in backend.capabilities.kinds)
     return ConfigError(
@@ -83,8 +123,8 @@ def _view(backend: Backend, environment: environments.Environment | None) -> Bac
     can = backend.capabilities
     return BackendView(
         name=backend.name, kinds=sorted(can.kinds), formats=sorted(can.formats), devices=sorted(can.devices),
-        hot_adapters=can.hot_adapters, sleep=can.sleep, has_environment=environment is not None,
-        is_installed=environments.is_installed(backend.name),
+        hot_adapters=can.hot_adapters, quantizes=sorted(can.quantizes), sleep=can.sleep,
+        has_environment=environment is not None, is_installed=environments.is_installed(backend.name),
         version=environment.version if environment else version("sage-llm-core"),
         disk_bytes=environment and environment.disk_bytes,
     )  # fmt: skip

@@ -23,6 +23,11 @@ class TransformersOptions(ServingOptions):
         None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
     )
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
+    kv_cache_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Maximum tokens of all prompts and answers in progress, further answers wait; default: no limit.",
+    )
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
 
@@ -36,11 +41,12 @@ class TransformersBackend(WorkerBackend):
 
     def argv(self, model: str, served_name: str, options: TransformersOptions) -> tuple[str, ...]:
         """Return the command that serves `model` on the socket that the launcher passes."""
-        context = ("--context-tokens", str(options.context_tokens)) if options.context_tokens else ()
+        limits = {"--context-tokens": options.context_tokens, "--cache-tokens": options.kv_cache_tokens}
+        given = [text for name, value in limits.items() if value for text in (name, str(value))]
         return (
             *self.interpreter, "-m", "sage.llm.workers.generation", "--model", model, "--served-name", served_name,
             "--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT, "--dtype", options.dtype, "--slots", str(options.slots),
-            "--max-tokens", str(options.max_tokens), *context,
+            "--max-tokens", str(options.max_tokens), *given,
         )  # fmt: skip
 
     def can_join(self, adapter: Path, base: Path) -> str | None:

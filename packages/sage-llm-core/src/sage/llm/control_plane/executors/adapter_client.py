@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 import httpx
 
 from sage.common.errors import EngineError
+from sage.common.server_keys import server_key
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.store.records import ServerRecord
 
@@ -34,16 +36,23 @@ class AdapterClient:
     async def load(self, server: ServerRecord, name: str, folder: str) -> None:
         """Load the adapter in `folder` with the name `name`; do nothing if an adapter with this name is already loaded.
 
-        Raises AdapterRefused if the server refuses the adapter, OSError if the result is not known.
+        Raises AdapterRefused if the server refuses the adapter, EngineError if the server fails to load it, OSError if the
+        result is not known.
         """
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "load_lora_adapter", _LOAD_SECONDS, lora_name=name, lora_path=folder)
             if answer.is_client_error and name not in await self.loaded(server):
                 raise AdapterRefused(code="adapter_refused", message=_message(answer))
             if answer.is_server_error:
-                raise OSError(f"{server.id} failed to load {name}: {_message(answer)}")
+                raise EngineError(code="adapter_load_failed", message=_message(answer))
             if registry.serving(server.backend).capabilities.warm_up:
                 await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
+
+    async def warm_up(self, server: ServerRecord, name: str) -> None:
+        """Let a model generate one token. Raises EngineError if it cannot, OSError if the result is not known."""
+        answer = await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
+        if answer.is_error:
+            raise EngineError(code="engine_unusable", message=f"{server.id} does not answer: {_message(answer)}.")
 
     async def unload(self, server: ServerRecord, name: str) -> None:
         """Unload an adapter; a name that is not loaded is ignored. Raises OSError."""
@@ -54,15 +63,20 @@ class AdapterClient:
 
     async def loaded(self, server: ServerRecord) -> frozenset[str]:
         """Return the names of the models that a server has loaded. Raises OSError."""
+        return frozenset(await self.folders(server))
+
+    async def folders(self, server: ServerRecord) -> Mapping[str, str | None]:
+        """Return the folders of the loaded models by name; None: the server does not report the folder. Raises OSError."""
         try:
             answer = await self._http.get(f"http://{server.address}/v1/models", timeout=_UNLOAD_SECONDS)
-            return frozenset(str(model["id"]) for model in answer.raise_for_status().json()["data"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            return {str(model["id"]): model.get("root") for model in answer.raise_for_status().json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OSError(f"the models of {server.id} cannot be listed: {error!r}") from None
 
     async def _post(self, server: ServerRecord, route: str, timeout_seconds: float, **content: Any) -> httpx.Response:
+        url, headers = f"http://{server.address}/v1/{route}", {"Authorization": f"Bearer {server_key(server.token)}"}
         try:
-            return await self._http.post(f"http://{server.address}/v1/{route}", json=content, timeout=timeout_seconds)
+            return await self._http.post(url, json=content, headers=headers, timeout=timeout_seconds)
         except httpx.HTTPError as error:
             raise OSError(f"{server.id} did not answer the request to {route}: {error!r}") from None
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import httpx
 
+from sage.common.errors import ConfigError
 from sage.common.ids import random_suffix
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessSpec
 from sage.common.server_keys import KEY_VARIABLE, server_key
 from sage.common.training import TrainingStep
 from sage.common.validation import validated
-from sage.libs.models.resolve import resolve_model
+from sage.libs.models.resolve import ModelSource, resolve_model
 from sage.llm.client.types import SETTLED, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
@@ -69,7 +70,8 @@ class InferenceExecutor:
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the process to launch, with the command that the backend defines."""
         backend = registry.serving(server.backend)
-        options = validated(backend.options, dict(engine.options if server.options is None else server.options))
+        given = dict(engine.options if server.options is None else server.options)
+        options = validated(backend.options, given | ({"threads": engine.threads} if engine.threads else {}))
         folder = _folder(server.id)
         return ProcessSpec(
             backend.argv(server.model, server.served_name or server.model, options),
@@ -89,6 +91,7 @@ class InferenceExecutor:
             options=engine.options,
             served_name=base_name,
             shared=engine.base is not None,
+            model_version=engine.base_version,
             max_adapters=backend.max_adapters(validated(backend.options, dict(engine.options))),
         )
 
@@ -108,9 +111,12 @@ class InferenceExecutor:
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return how the model is served, and the limits that the server reports."""
-        form = f"adapter on {engine.server_id}" if engine.adapter and engine.server_id else engine.form
         fields = {"context_tokens": observed.context_tokens, "slots": observed.slots} if observed else {}
-        return {"form": None if engine.state in SETTLED else form, **fields}
+        return {
+            "form": None if engine.state in SETTLED else _form(engine),
+            "kv_cache_tokens": engine.options.get("kv_cache_tokens"),
+            **fields,
+        }
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return no steps: an inference engine does not train."""
@@ -164,11 +170,35 @@ class InferenceExecutor:
         return self._launcher.handle(ProcessSpec((), folder / "process.lock", folder / "engine.log"))
 
 
+def _form(engine: EngineRecord) -> str | None:
+    """Return how the model is served, as text for users; None if that is not decided yet."""
+    if not (engine.adapter and engine.server_id):
+        return engine.form
+    merge = engine.form if engine.merger_id is None else "it is being merged in the background"
+    return f"adapter on {engine.server_id}{f'; {merge}' if merge else ''}"
+
+
 def _prepare(request: StartRequest) -> Prepared:
     model = resolve_model(request.model)
-    backend, reason = registry.resolve(request.backend, request.engine_kind, model)
+    if request.merge_in_background and (problem := _merge_problem(request, model)):
+        raise ConfigError(
+            code="config_invalid",
+            message=f"--merge-in-background cannot be used: {problem}.",
+            hint="Omit --merge-in-background.",
+            param="merge_in_background",
+        )
+    backend, reason = registry.resolve(request.backend, request.engine_kind, model, request.options.get("quantize"))
     options = validated(backend.options, request.options)
     return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)
+
+
+def _merge_problem(request: StartRequest, model: ModelSource) -> str | None:
+    """Return why the engine's model cannot be merged in the background, as part of a sentence; None if it can."""
+    if model.base is None:
+        return f"{model.name} is not an adapter"
+    if request.dedicated:
+        return "with --dedicated, the adapter is merged before the engine answers"
+    return "the merged model answers on another port than --port" if request.port else None
 
 
 def _number(value: object) -> int | None:

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, OnBusy, Reason, RestartPolicy
 
 #: Prefix of the model names that the control plane uses in requests to a server.
 INTERNAL = "sage-"
@@ -57,6 +57,7 @@ class ServerRecord:
     served_name: str | None = None  #: name of `model` in requests to the server; None: any name is accepted
     shared: bool = False  #: other engines with the same base model, backend and options can join
     max_adapters: int | None = None  #: None: no limit
+    model_version: str | None = None  #: `base_version` of the engine that the server was launched for
 
     @property
     def token(self) -> str:
@@ -97,6 +98,7 @@ class EngineRecord:
     last_event: int  #: id of the event of the engine's last transition
     dedicated: bool = False  #: the user requested a server for this engine only
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
+    base_version: str | None = None  #: changes if the files of `base` are replaced; None: not known
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
     form: str | None = None  #: how the model is served, as text for users; written by the validation
     revision: int = 0  #: incremented at each start and for each newer version of the adapter
@@ -104,6 +106,17 @@ class EngineRecord:
     idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
     last_request_at: datetime | None = None  #: time of the last request since the start, accurate to a few seconds
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
+    #: id of the engine that merges this engine's adapter in the background; "": not started yet; None: no merge is requested
+    merger_id: str | None = None
+    merges: str | None = None  #: id of the engine whose adapter this engine merges in the background; None: no such engine
+    on_busy: OnBusy = OnBusy.WAIT
+    priority: int = 0  #: engines with a higher number are ahead in the queue
+    not_before: datetime | None = None  #: earliest time to start the engine
+    queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event`
+    #: Who paused the engine: `idle`, `user`, or the id of the engine that it makes room for; None: it is not paused.
+    paused_by: str | None = None
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
+    threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the default of its program
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property

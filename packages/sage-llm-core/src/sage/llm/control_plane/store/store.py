@@ -19,6 +19,19 @@ from sage.llm.control_plane.store.rows import engine_record, server_record, to_c
 from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
+#: Columns of an engine that belong to its server and to the way in which the server has loaded the model.
+_OF_SERVER = (
+    "server_id",
+    "backend",
+    "backend_reason",
+    "options",
+    "dedicated",
+    "base",
+    "adapter",
+    "served_as",
+    "reserved_bytes",
+)
+
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
 
@@ -33,23 +46,22 @@ class Store(ServerStore, RouteStore):
         record: EngineRecord,
         actor: str,
         lease: Lease,
-        serves: tuple[EngineRecord, Mapping[str, Any]] | None = None,
+        notes: tuple[EngineRecord, Mapping[str, Any]] | None = None,
         replaces: EngineRecord | None = None,
     ) -> EngineRecord:
         """Insert a new engine and set its times, version and event ids. Raises Conflict if its port is taken.
 
-        serves: the training run whose result the engine serves, and the new value of the run's column `serve`; replaces: an
-        engine to stop. Both records are changed in the same transaction. Raises StaleWrite if one of them was changed after
-        it was read.
+        notes: another engine, and columns to write to it; replaces: an engine to stop. Both are changed in the same
+        transaction. Raises StaleWrite if either record was changed after it was read.
         """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             event = self._event(connection, record.id, EventKind.CREATED, actor, after=record.state)
             values |= {"first_event": event, "last_event": event}
-            if serves:
-                run, fields = serves
-                self._event(connection, run.id, EventKind.UPDATED, actor)
-                self._update(connection, run, {"serve": fields})
+            if notes:
+                other, columns = notes
+                self._event(connection, other.id, EventKind.UPDATED, actor)
+                self._update(connection, other, columns)
             if replaces:
                 self._set_desired(connection, replaces, DesiredState.STOPPED, actor)
             return engine_record(connection.execute(insert(engines).values(values).returning(engines)).one())
@@ -121,6 +133,21 @@ class Store(ServerStore, RouteStore):
         with self._fenced(lease, record.node) as connection:
             self._event(connection, record.id, EventKind.UPDATED, actor)
             return self._update(connection, record, values)
+
+    def swap_servers(
+        self, record: EngineRecord, merger: EngineRecord, *, actor: str, lease: Lease, form: str
+    ) -> tuple[EngineRecord, EngineRecord]:
+        """Swap the servers of two engines, with all columns that belong to the servers, and stop the second engine.
+
+        form: the new form of `record`. Raises StaleWrite if either engine was changed after it was read.
+        """
+        new, old = ({name: getattr(engine, name) for name in _OF_SERVER} for engine in (merger, record))
+        with self._fenced(lease, record.node) as connection:
+            self._event(connection, record.id, EventKind.UPDATED, actor)
+            return (
+                self._update(connection, record, {**new, "form": form, "merger_id": None}),
+                self._set_desired(connection, merger, DesiredState.STOPPED, actor, **old, form=None),
+            )
 
     def touch(self, engine_id: str) -> EngineRecord:
         """Record a request to an engine, and return the engine; raises NotFound.

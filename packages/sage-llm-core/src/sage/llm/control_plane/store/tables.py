@@ -55,6 +55,7 @@ engines = Table(
     Column("last_event", BigInteger, nullable=False),
     Column("dedicated", Boolean, nullable=False, server_default=text("false")),
     Column("base", Text),
+    Column("base_version", String),
     Column("adapter", Text),
     Column("form", Text),
     Column("backend_reason", Text),
@@ -63,6 +64,15 @@ engines = Table(
     Column("idle_stop_minutes", Float),
     Column("last_request_at", _Time),
     Column("serve", _Json),
+    Column("merger_id", String),
+    Column("merges", String),
+    Column("on_busy", String, nullable=False, server_default="wait"),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("not_before", _Time),
+    Column("queue_rank", Float),
+    Column("paused_by", String),
+    Column("least_bytes", BigInteger),
+    Column("threads", Integer),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
@@ -91,6 +101,7 @@ servers = Table(
     Column("served_name", String),
     Column("shared", Boolean, nullable=False, server_default=text("false")),
     Column("max_adapters", Integer),
+    Column("model_version", String),
 )
 
 #: The change feed. Ids increase in the order of commits and are never reused.
