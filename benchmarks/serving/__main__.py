@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from train import MODEL
@@ -25,7 +26,8 @@ from serving.measuring import SAME_PRECISION, Result, run
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backends", default="transformers,vllm,llamacpp", help="names, separated by commas")
+    parser.add_argument("--backends", default="transformers,vllm,llamacpp,openvino,openvino:int8",
+                        help="names, separated by commas; NAME:int8 or NAME:int4 quantizes the weights")  # fmt: skip
     parser.add_argument(
         "--answers", type=int, default=16, help="answers with 16 requests at a time; an eighth of it with one"
     )
@@ -41,8 +43,8 @@ def main() -> None:
         results = []
         with gateway(home) as client:
             known = {backend.name: backend for backend in client.backends()}
-            for name in arguments.backends.split(","):
-                result = _result(name, known.get(name))
+            for candidate in arguments.backends.split(","):
+                result = _result(candidate, known)
                 results.append(result)
                 if result.reason:
                     continue
@@ -55,10 +57,13 @@ def main() -> None:
         print(report.write(results, machine, what))
 
 
-def _result(name: str, backend: BackendView | None) -> Result:
+def _result(candidate: str, known: Mapping[str, BackendView]) -> Result:
+    name, _, quantize = candidate.partition(":")
+    backend = known.get(name)
     if backend is None:
         return Result(name, "", "", reason="this version does not have this backend")
-    result = Result(name, backend.version, SAME_PRECISION.get(name, ({}, "the default"))[1])
+    options, precision = ({"quantize": quantize}, quantize) if quantize else SAME_PRECISION.get(name, ({}, "the default"))
+    result = Result(name, backend.version, precision, options)
     result.reason = "" if backend.is_installed else f"not installed: `sage backend install {name}`"
     return result
 

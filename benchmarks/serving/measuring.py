@@ -22,6 +22,7 @@ SAME_PRECISION: dict[str, tuple[dict[str, Any], str]] = {
     "transformers": ({"dtype": "fp32"}, "fp32"),
     "vllm": ({"dtype": "fp32"}, "fp32"),
     "llamacpp": ({"dtype": "fp32"}, "fp32"),
+    "openvino": ({}, "fp32"),
 }
 
 
@@ -44,6 +45,7 @@ class Result:
     backend: str
     version: str
     precision: str
+    options: dict[str, Any] = field(default_factory=dict)  #: options of the engines
     rows: list[Row] = field(default_factory=list)
     start_seconds: float | None = None  #: time until the base model runs
     add_seconds: list[float] = field(default_factory=list)  #: for each adapter: time until it runs
@@ -55,12 +57,11 @@ class Result:
 
 def run(client: SageClient, result: Result, base: Path, adapters: Sequence[Path], *, answers: int, tokens: int) -> None:
     """Measure a backend, and add its figures to `result`."""
-    options = SAME_PRECISION.get(result.backend, ({}, ""))[0]
-    engine, result.start_seconds = start(client, base, "base", result.backend, options)
+    engine, result.start_seconds = start(client, base, "base", result.backend, result.options)
     engines = [engine]
     try:
         for adapter in adapters:
-            added, seconds = start(client, adapter, adapter.name, result.backend, options)
+            added, seconds = start(client, adapter, adapter.name, result.backend, result.options)
             engines.append(added)
             result.add_seconds.append(seconds)
             began = time.perf_counter()

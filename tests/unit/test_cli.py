@@ -9,6 +9,7 @@ from rich.console import Console
 from sage.cli.commands.apps import dataset, engine, route
 from sage.cli.listing import Selection, select
 from sage.cli.render import bar, device_table, ending, engine_lines, engine_table, event_line, size
+from sage.cli.starting import start_engine
 from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
 from sage.cli.waiting import failure
 from sage.common import errors
@@ -201,3 +202,9 @@ def test_a_route_is_set_with_weights_and_listed_with_shares(
     assert rows[1:] == [
         ["prod", "new", "engine-a", "running", "25%"], ["prod", "old", "-", "-", "75%"], ["prod", "base", "fallback"],
     ]  # fmt: skip
+
+
+def test_a_training_option_for_an_engine_that_serves_is_rejected_by_its_flag() -> None:
+    with pytest.raises(errors.ConfigError, match="--use-8bit is an option of training runs") as caught:
+        start_engine("model", "llm", {"use_8bit": False})
+    assert "--engine-kind finetune" in caught.value.hint

@@ -16,7 +16,7 @@ from sage.libs.models.export import folder as folders
 from sage.libs.models.export.card import write_card
 from sage.libs.models.export.exporting import export_model
 from sage.libs.models.export.folder import new_folder
-from sage.libs.models.export.formats import PRECISIONS, ExportFormat, LlamaCpp
+from sage.libs.models.export.formats import OPENVINO_PRECISIONS, PRECISIONS, ExportFormat, LlamaCpp
 from sage.libs.models.export.gguf_conversion import _SPLITS, _pre_tokenizer_of
 from sage.libs.models.export.modelfile import Turns, derive
 from sage.libs.models.export.steps import run_step
@@ -251,7 +251,7 @@ def test_a_full_model_has_no_adapter_to_export(tmp_path: Path) -> None:
 
 def test_the_command_line_has_the_formats_and_precisions() -> None:
     assert [member.value for member in command.Format] == [member.value for member in ExportFormat]
-    assert [member.value for member in command.Precision] == list(PRECISIONS)
+    assert [member.value for member in command.Precision] == [*PRECISIONS, *OPENVINO_PRECISIONS]
 
 
 def test_llama_cpp_without_its_converter_is_reported(tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ from sage.cli.installing import interruptible
 from sage.common.errors import ConfigError
 from sage.common.model_names import absolute_name
 from sage.libs.models.export.exporting import Report, export_model
-from sage.libs.models.export.formats import ExportFormat, LlamaCpp
+from sage.libs.models.export.formats import OPENVINO_PRECISIONS, PRECISIONS, ExportFormat, LlamaCpp, OpenVino
+
+_PRECISIONS = {
+    ExportFormat.GGUF: PRECISIONS, ExportFormat.OLLAMA: PRECISIONS, ExportFormat.OPENVINO: OPENVINO_PRECISIONS,
+}  # fmt: skip
 
 
 def run_export(source: str, format_: str, output: Path, precision: str | None) -> None:
@@ -23,14 +27,19 @@ def run_export(source: str, format_: str, output: Path, precision: str | None) -
     source: an engine, a folder, or a name in the models folder. If an engine has a training result, the result is exported.
     """
     wanted = ExportFormat(format_)
-    is_gguf = wanted in (ExportFormat.GGUF, ExportFormat.OLLAMA)
-    if precision and not is_gguf:
+    known = _PRECISIONS.get(wanted, {})
+    if precision and precision not in known:
         raise ConfigError(
-            code="config_invalid", message=f"--quantize does not apply to the format '{format_}'.", hint="Omit --quantize."
+            code="config_invalid",
+            message=f"--quantize {precision} does not apply to the format '{format_}'.",
+            hint=f"Values for this format: {', '.join(known)}." if known else "Omit --quantize.",
         )
-    llama_cpp = _llama_cpp() if is_gguf else None
+    llama_cpp = LlamaCpp(_interpreter("llamacpp", "A GGUF file")) if known is PRECISIONS else None
+    open_vino = OpenVino(_interpreter("openvino", "OpenVINO's format")) if known is OPENVINO_PRECISIONS else None
     with interruptible(), _progress() as report:
-        export_model(_model_of(source), wanted, output, precision=precision, llama_cpp=llama_cpp, report=report)
+        export_model(
+            _model_of(source), wanted, output, precision=precision, llama_cpp=llama_cpp, open_vino=open_vino, report=report
+        )
 
 
 def _model_of(source: str) -> str:
@@ -40,11 +49,12 @@ def _model_of(source: str) -> str:
     return engine.output_dir or engine.model
 
 
-def _llama_cpp() -> LlamaCpp:
-    extras.require("sage.llm.control_plane", "The export of a GGUF file")
+def _interpreter(backend: str, what: str) -> Path:
+    """Return the interpreter of a backend's environment.  what: what needs the backend, for the error."""
+    extras.require("sage.llm.control_plane", what)
     from sage.llm.control_plane.backends import environments
 
-    return LlamaCpp(Path(environments.interpreter("llamacpp")))
+    return Path(environments.interpreter(backend))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import typer
 
 from sage.cli import daemon, waiting
 from sage.cli.render import ending
+from sage.cli.training_options import OPTIONS
 from sage.common.errors import ConfigError
 from sage.common.model_names import absolute_name
 from sage.llm.client import SageClient
@@ -82,6 +83,12 @@ def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == EngineKind.FINETUNE and field not in options:
             raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
+    for option in OPTIONS:
+        if kind != EngineKind.FINETUNE and option.field in options:
+            flag = option.declaration.partition("/")[0]
+            message = f"{flag} is an option of training runs; an engine of kind {kind} does not have it."
+            hint = f"To train, add `--engine-kind finetune`. Otherwise, omit {flag}."
+            raise ConfigError(code="config_invalid", message=message, hint=hint, param=option.field)
 
 
 def _named(model: str, kind: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from sage.common.errors import SageError
 _CODES: Mapping[type[SageError], str] = {
     errors.ConfigError: """
         adapter_not_hot api_key_invalid api_key_needed bitsandbytes_missing checkpoint_mismatch config_invalid config_missing
-        context_length_exceeded database_in_use database_newer database_unusable host_not_allowed invalid_value
+        context_length_exceeded database_newer database_unusable host_not_allowed invalid_value
         model_required option_missing origin_not_allowed path_not_absolute reward_file_unusable reward_files_off
         settings_invalid state_folder_unusable target_modules_unknown too_few_gpus trl_missing unsupported_value
         cursor_unknown package_missing backend_not_installed backend_unusable

@@ -57,7 +57,7 @@ def import_model(folder: Path, name: str) -> Path:
             param="name",
         )
     if not folder.is_dir():
-        raise ModelNotFound(code="model_not_found", message=f"{folder} is not a folder.")
+        raise ModelNotFound(code="model_not_found", message=f"{folder} is not a folder.", hint="Give the folder of a model.")
     inspect_folder(folder.absolute(), name)
     target = get_user_paths().models_dir / name
     with held_lock(get_user_paths().models_dir / ".locks" / "import.lock"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sage.common.errors import ModelError, SageError, first_line
 from sage.common.files import fsync_path, fsync_tree
@@ -100,9 +101,14 @@ def _reported(failure: str, place: Path) -> Iterator[None]:
 
 def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
-    )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it gives advice about memory that does not apply here
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     # The loaded weights are not quantized. If the quantization config stayed, save_pretrained would reject the model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

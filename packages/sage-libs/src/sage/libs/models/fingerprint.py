@@ -5,12 +5,23 @@ import json
 from pathlib import Path
 
 from sage.common.errors import ModelError
+from sage.libs.models.originals import identity
 from sage.libs.models.resolve import safetensors_header
 
 #: Number of bytes read from the middle of each tensor.
 _SAMPLE_BYTES = 256
 #: Entries of config.json that do not change the results of the model.
 _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
+
+
+def version(folder: Path) -> str:
+    """Return a hash that changes if a model is replaced: of the GGUF file's identity, or else the fingerprint.
+
+    Raises ModelError if the folder has no complete model.
+    """
+    if (folder / "config.json").is_file():
+        return fingerprint(folder)
+    return hashlib.sha256(json.dumps([identity(file) for file in sorted(folder.glob("*.gguf"))]).encode()).hexdigest()
 
 
 def fingerprint(folder: Path) -> str:

@@ -15,8 +15,8 @@ from sage.llm.control_plane.store.records import INTERNAL, EngineRecord, ServerR
 from sage.llm.control_plane.store.servers import HOSTED
 from sage.llm.control_plane.watch import Watch
 
-#: Backend, model and options. Two engines with the same key can share a server.
-_Key = tuple[str, str, str]
+#: Backend, model, version of the model's files, and options. Two engines with the same key can share a server.
+_Key = tuple[str, str, str | None, str]
 #: After a new version of an adapter was loaded, the previous version stays loaded for this many seconds, because requests
 #: can still use the previous version.
 _DRAIN_SECONDS = 5.0
@@ -59,7 +59,7 @@ class Hosts:
         found: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
         for server in self._servers:
             if server.shared and server.state is not ServerState.CLOSING:
-                found[_key(server.backend, server.model, server.options)].append(server)
+                found[_key(server.backend, server.model, server.model_version, server.options)].append(server)
         return found
 
     def is_last(self, engine: EngineRecord) -> bool:
@@ -78,7 +78,7 @@ class Hosts:
         """Return the server that an engine joins, and count the engine as hosted; None if the engine needs a new server."""
         if engine.base is None:
             return None
-        for server in self._shared[_key(engine.backend, engine.base, engine.options)]:
+        for server in self._shared[_key(engine.backend, engine.base, engine.base_version, engine.options)]:
             has_port = engine.requested_port in (None, _port(server))
             if has_port and not self._is_gone(server) and self._has_room(server, engine):
                 self._count(engine, server.id)
@@ -97,13 +97,13 @@ class Hosts:
             return server is not None and (server.state is ServerState.CLOSING or self._is_gone(server))
         if engine.base is None:
             return False
-        key = _key(engine.backend, engine.base, engine.options)
+        key = _key(engine.backend, engine.base, engine.base_version, engine.options)
         return key in self._launching or any(map(self._is_gone, self._shared[key]))
 
     def launches(self, engine: EngineRecord) -> None:
         """Record that a server for this engine is being planned."""
         if engine.base is not None:
-            self._launching.add(_key(engine.backend, engine.base, engine.options))
+            self._launching.add(_key(engine.backend, engine.base, engine.base_version, engine.options))
 
     def unneeded(self, engine: EngineRecord, server: ServerRecord, models: frozenset[str], watches: Mapping[str, Watch]
                  ) -> str | None:  # fmt: skip
@@ -141,5 +141,5 @@ def _port(server: ServerRecord) -> int | None:
     return int(server.address.rpartition(":")[2]) if server.address else None
 
 
-def _key(backend: str, model: str, options: Mapping[str, object] | None) -> _Key:
-    return backend, model, json.dumps(registry.complete_options(backend, options or {}), sort_keys=True)
+def _key(backend: str, model: str, version: str | None, options: Mapping[str, object] | None) -> _Key:
+    return backend, model, version, json.dumps(registry.complete_options(backend, options or {}), sort_keys=True)

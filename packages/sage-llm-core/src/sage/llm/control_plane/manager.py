@@ -108,7 +108,7 @@ class ControlPlaneManager(EngineReads, Routes):
         )
         self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits)
         self._views = Views(self._node, self._executors)
-        self._key_and_parameters = functools.lru_cache(1024)(_key_and_parameters)  # every inference request calls it
+        self._new_upstream = functools.lru_cache(1024)(_upstream)  # every inference request needs one
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -274,8 +274,7 @@ class ControlPlaneManager(EngineReads, Routes):
         """Return the server to which requests for a running engine are sent."""
         if route.address is None or route.token is None:
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
-        key, parameters = self._key_and_parameters(route.token, route.backend)
-        return Upstream(route.address, route.model_name, route.engine_id, route.name, key, parameters)
+        return self._new_upstream(route.address, route.model_name, route.engine_id, route.name, route.token, route.backend)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
         """Return the server to which a request for `model` is sent; wait for an engine that is still starting.
@@ -370,6 +369,6 @@ class ControlPlaneManager(EngineReads, Routes):
                 logger.warning("the logs cannot be shortened: %s", error)
 
 
-def _key_and_parameters(token: str, backend: str) -> tuple[str, frozenset[str] | None]:
-    """Return the key of the server that has `token`, and the request fields that `backend` supports (None: not limited)."""
-    return server_key(token), registry.serving(backend).parameters
+def _upstream(address: str, model_name: str | None, engine_id: str, name: str, token: str, backend: str) -> Upstream:
+    parameters = registry.serving(backend).parameters
+    return Upstream(address, model_name, engine_id, name, server_key(token), parameters)

@@ -162,7 +162,11 @@ def build(
     cache_tokens: int | None = None,
 ) -> FastAPI:
     """Load the model and return the server. Raises ModelError."""
-    engine = Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name, cache_tokens)
+    return create_server(Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name, cache_tokens))
+
+
+def create_server(engine: Engine) -> FastAPI:
+    """Return the server for an engine."""
     app = server.create_app("SAGE generation", engine.close, engine.about)
     add_routes(app, engine.hosting)
 

@@ -10,9 +10,9 @@ from sage.libs.models.loading import load_causal_lm, tokenizer_folder
 from sage.libs.models.resolve import ModelKind
 from sage.llm.workers.answers import Answer
 from sage.llm.workers.choosing import Chooser
-from sage.llm.workers.packed import PackedRunner
 from sage.llm.workers.runners import Runner, runner_for
 from sage.llm.workers.sampling import Piece, Sampling
+from sage.llm.workers.sequential import SequentialRunner
 from sage.llm.workers.server import load_source
 from sage.llm.workers.voice import Voice
 
@@ -30,6 +30,8 @@ class Generator:
         if source.kind is ModelKind.ADAPTER:
             model = merged(attach_adapter(model, source.folder))
         self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.generation_config: Any = model.generation_config
+        self.embeddings = int(self.model.get_input_embeddings().num_embeddings)
         own_context = int(getattr(model.config, "max_position_embeddings", 4096))
         self.context_tokens = min(own_context, context_tokens or own_context)
         self.folder = source.folder if source.kind is ModelKind.ADAPTER else base_folder
@@ -39,17 +41,16 @@ class Generator:
     @property
     def is_batching(self) -> bool:
         """Whether several answers can be in progress at the same time."""
-        return isinstance(self.runner, PackedRunner)
+        return not isinstance(self.runner, SequentialRunner)
 
     def voice_of(self, folder: Any) -> Voice:
         """Return a Voice for this model: the tokenizer, chat template and end tokens in `folder`. Raises ModelError."""
-        embeddings = self.model.get_input_embeddings().num_embeddings
-        return Voice(folder, self.model.generation_config, self.context_tokens, embeddings)
+        return Voice(folder, self.generation_config, self.context_tokens, self.embeddings)
 
     def answer(
         self, voice: Voice, prompt: list[int], sampling: Sampling, put: Callable[[Piece], None], *, continues: bool
     ) -> Answer:
         """Return an answer that is ready to run; the caller must have checked the prompt."""
-        chooser = Chooser(sampling, self.model.generation_config, prompt)
+        chooser = Chooser(sampling, self.generation_config, prompt)
         limit = min(sampling.max_tokens, self.context_tokens - len(prompt))
         return Answer(voice, prompt, sampling, chooser, limit, put, continues=continues)

@@ -20,9 +20,6 @@ from sage.llm.gateway.instance import publish_address, take_lock
 logger = logging.getLogger(__name__)
 #: Seconds between the request to stop the gateway and the end of streams that are still open.
 _SHUTDOWN_SECONDS = 2
-#: Seconds after which an idle client connection is closed. The clients close idle connections earlier (httpx: 5 s,
-#: aiohttp: 15 s), so a client does not send a request on a connection that the gateway has just closed.
-_KEEP_ALIVE_SECONDS = 30
 #: Number of descriptors of the listening socket. libuv accepts one connection per descriptor in each event loop iteration.
 #: With one descriptor, if 256 clients connect at the same time, the gateway answers about 256 * 256 / 2 requests of the
 #: other clients before it accepts the last client.
@@ -50,7 +47,7 @@ def main() -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app, http=BoundedHttp, ws="none", log_config=None, access_log=False, proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
     )  # fmt: skip
     server.run(sockets=[listener, *(listener.dup() for _ in range(1, _LISTENING_DESCRIPTORS))])

@@ -46,9 +46,9 @@ class EventLines:
         return self._renamed(self._rest)
 
     def _renamed(self, lines: bytes) -> bytes:
-        if b'"model"' not in lines:
-            return lines
-        return b"\n".join(answer_with_model(line, self._model) for line in lines.split(b"\n"))
+        if lines.count(b'"model"') < 2:  # at most one answer
+            return answer_with_model(lines, self._model)
+        return b"\n".join([line and answer_with_model(line, self._model) for line in lines.split(b"\n")])
 
 
 class Relay:

@@ -86,5 +86,7 @@ def show(
         encoder = load_encoder(model, max_seq_length, train_on.value)
     report = DatasetReport(file)
     samples = as_chats(read_samples(report, parser_of(method.value)))
-    chosen = (sample for sample in samples if line in (None, sample.origin.line))
-    dataset_view.show(itertools.islice(chosen, limit), encoder, render.stdout(), as_json=json_)
+    chosen = list(itertools.islice((sample for sample in samples if line in (None, sample.origin.line)), limit))
+    if not chosen:
+        dataset_view.raise_for_missing(report, line)
+    dataset_view.show(chosen, encoder, render.stdout(), as_json=json_)

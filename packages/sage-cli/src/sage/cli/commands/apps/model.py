@@ -49,11 +49,12 @@ class Format(StrEnum):
     adapter = "adapter"
     merged = "merged"
     gguf = "gguf"
+    openvino = "openvino"
     ollama = "ollama"
 
 
 class Precision(StrEnum):
-    """The precisions of a GGUF file, repeated here for the same reason as `Format`."""
+    """The precisions of GGUF files and of OpenVINO's format, repeated here for the same reason as `Format`."""
 
     f32 = "f32"
     bf16 = "bf16"
@@ -63,6 +64,9 @@ class Precision(StrEnum):
     q5_0 = "q5_0"
     q4_1 = "q4_1"
     q4_0 = "q4_0"
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
 
 
 @app.command("export")
@@ -72,12 +76,16 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT; merged: safetensors with merged adapter; gguf: for llama.cpp; ollama: GGUF and Modelfile.",
+            help="adapter: PEFT; merged: safetensors with merged adapter; gguf: for llama.cpp; openvino: OpenVINO GenAI; "
+            "ollama: GGUF and Modelfile.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="New folder for the result.")],
     quantize: Annotated[
-        Precision | None, typer.Option(help="For gguf and ollama: precision of the weights; default: unchanged.")
+        Precision | None,
+        typer.Option(
+            help="Precision of the weights. Default for gguf and ollama: unchanged. For openvino: none (fp32), int8, int4."
+        ),
     ] = None,
 ) -> None:
     """Export a model or an adapter for other programs, with a model card. After Ctrl-C, incomplete files are removed."""

@@ -1,4 +1,7 @@
-"""Cache of the GGUF files for serving, in `cache_dir/gguf/KEY`. The key is a hash of the model's content."""
+"""Cache of converted models for serving, in `cache_dir/gguf/KEY` and `cache_dir/openvino/KEY`.
+
+The key is a hash of the model's content.
+"""
 
 import hashlib
 import json
@@ -6,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sage.libs.models.export.copies import usable_copy
-from sage.libs.models.export.exporting import write_gguf
+from sage.libs.models.export.exporting import write_gguf, write_openvino
 from sage.libs.models.export.folder import parameter_count
-from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
+from sage.libs.models.export.formats import OPENVINO_PRECISIONS, PRECISIONS, LlamaCpp, OpenVino
 from sage.libs.models.fingerprint import fingerprint
 from sage.libs.models.resolve import ModelKind, ModelSource
 
@@ -24,24 +27,44 @@ def cached_gguf(source: ModelSource, precision: str, llama_cpp: LlamaCpp) -> tup
 
     Raises ModelError if llama.cpp does not support the model, and OutputError if too little disk space is free.
     """
-    if ModelKind.HUB in (source.kind, source.base and source.base.kind):
-        from sage.libs.models.conversion import with_downloads  # imports torch
-
-        source = with_downloads(source)
+    source = _downloaded(source)
 
     def write(folder: Path) -> None:
         defaults = write_gguf(source.name, folder, precision, llama_cpp)
         (folder / "defaults.json").write_text(json.dumps(defaults), encoding="utf-8")
 
     weight_bytes = (4 if precision == "f32" else 2) + PRECISIONS[precision]
-    key = _key(source, precision, llama_cpp)
+    key = _key(source, precision, llama_cpp.interpreter)
     target = usable_copy("gguf", key, parameter_count(source) * weight_bytes, write)
     return target / "model.gguf", json.loads((target / "defaults.json").read_text(encoding="utf-8"))
 
 
-def _key(source: ModelSource, precision: str, llama_cpp: LlamaCpp) -> str:
+def cached_openvino(source: ModelSource, quantize: str, open_vino: OpenVino) -> Path:
+    """Return the folder with a model in OpenVINO's format (an adapter is merged); create it if needed.
+
+    quantize: a key of OPENVINO_PRECISIONS.
+    Raises ModelError if OpenVINO does not support the model, and OutputError if too little disk space is free.
+    """
+    source = _downloaded(source)
+
+    def write(folder: Path) -> None:
+        write_openvino(source.name, folder, quantize, open_vino)
+
+    needed_bytes = parameter_count(source) * (4 + OPENVINO_PRECISIONS[quantize])
+    return usable_copy("openvino", _key(source, quantize, open_vino.interpreter), needed_bytes, write)
+
+
+def _downloaded(source: ModelSource) -> ModelSource:
+    if ModelKind.HUB not in (source.kind, source.base and source.base.kind):
+        return source
+    from sage.libs.models.conversion import with_downloads  # imports torch
+
+    return with_downloads(source)
+
+
+def _key(source: ModelSource, precision: str, interpreter: Path) -> str:
     base = source.base or source
-    digest = hashlib.sha256(f"{precision} {llama_cpp.interpreter.parent.parent.name} {_base_key(base)}".encode())
+    digest = hashlib.sha256(f"{precision} {interpreter.parent.parent.name} {_base_key(base)}".encode())
     for folder in (base.folder, source.folder):
         for file in (folder / name for name in _SMALL_FILES):
             digest.update(file.read_bytes() if file.is_file() else b"-")

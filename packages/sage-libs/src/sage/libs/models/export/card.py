@@ -12,10 +12,12 @@ _USE = {
     ExportFormat.ADAPTER: 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")',
     ExportFormat.MERGED: 'AutoModelForCausalLM.from_pretrained("{folder}")',
     ExportFormat.GGUF: "llama-server --model {folder}/model.gguf --jinja",
+    ExportFormat.OPENVINO: 'openvino_genai.LLMPipeline("{folder}", "CPU")',
     ExportFormat.OLLAMA: "ollama create {folder} --file {folder}/Modelfile",
 }
 _GGUF = {ExportFormat.GGUF, ExportFormat.OLLAMA}
-_LIBRARY = {ExportFormat.ADAPTER: "peft", ExportFormat.MERGED: "transformers"}
+_LIBRARY = {ExportFormat.ADAPTER: "peft", ExportFormat.MERGED: "transformers",
+            ExportFormat.OPENVINO: "openvino"}  # fmt: skip
 
 
 def write_card(folder: Path, target_name: str, source: ModelSource, format_: ExportFormat, precision: str | None) -> None:

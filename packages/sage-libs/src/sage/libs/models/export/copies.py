@@ -1,4 +1,4 @@
-"""Copies of models in the formats of inference servers, in `cache_dir/gguf` and `cache_dir/vllm`, with a maximum size.
+"""Copies of models in the formats of inference servers, in `cache_dir/gguf`, `openvino` and `vllm`, with a maximum size.
 
 A copy is the folder `ROOT/KEY`. A process that uses a copy holds a shared lock on `ROOT/.KEY.use` until the process
 exits, even after `exec`. The modification time of `ROOT/.KEY.use` is the time of the last use.
@@ -16,7 +16,7 @@ from sage.common.processes import held_lock
 from sage.common.settings import load_settings
 from sage.libs.models.export.folder import new_folder
 
-_KINDS = ("gguf", "vllm")
+_KINDS = ("gguf", "openvino", "vllm")
 
 
 def usable_copy(kind: str, key: str, needed_bytes: float, write: Callable[[Path], None]) -> Path:

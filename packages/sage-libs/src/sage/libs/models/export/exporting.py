@@ -10,7 +10,7 @@ from typing import Any
 from sage.common.errors import ConfigError, ModelError
 from sage.libs.models.export.card import write_card
 from sage.libs.models.export.folder import new_folder, parameter_count
-from sage.libs.models.export.formats import PRECISIONS, ExportFormat, LlamaCpp
+from sage.libs.models.export.formats import OPENVINO_PRECISIONS, PRECISIONS, ExportFormat, LlamaCpp, OpenVino
 from sage.libs.models.export.steps import run_step
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
@@ -36,12 +36,13 @@ def export_model(
     *,
     precision: str | None = None,
     llama_cpp: LlamaCpp | None = None,
+    open_vino: OpenVino | None = None,
     report: Report = silent,
 ) -> None:
     """Write a model and a model card into a new folder; after any exception, the folder is removed.
 
-    precision: precision of a GGUF file, a key of PRECISIONS; None: the model's precision.
-    llama_cpp: required for GGUF files.
+    precision: a key of PRECISIONS for a GGUF file, or of OPENVINO_PRECISIONS; None: the model's precision (OpenVINO: fp32).
+    llama_cpp: required for GGUF files.  open_vino: required for OpenVINO's format.
     Raises ConfigError, ModelError or OutputError.
     """
     source = resolve_model(name)
@@ -62,6 +63,9 @@ def export_model(
                 assert llama_cpp, "GGUF files need llama.cpp's converter"
                 modelfile = folder / "Modelfile" if format_ is ExportFormat.OLLAMA else None
                 write_gguf(name, folder, precision, llama_cpp, report=report, modelfile=modelfile)
+            case ExportFormat.OPENVINO:
+                assert open_vino, "OpenVINO's format needs OpenVINO"
+                write_openvino(name, folder, precision or "none", open_vino, report=report, with_tokenizer=True)
         write_card(folder, output.name, source, format_, precision)
 
 
@@ -98,6 +102,28 @@ def write_gguf(
     return {"sampling": facts["sampling"], "context_tokens": facts["context_tokens"]}
 
 
+def write_openvino(
+    name: str, folder: Path, quantize: str, open_vino: OpenVino, *, with_tokenizer: bool = False, report: Report = silent
+) -> None:
+    """Write a model in OpenVINO's format into a folder, with its configuration, tokenizer and chat template.
+
+    quantize: a key of OPENVINO_PRECISIONS.  with_tokenizer: also write the tokenizer in OpenVINO's format, and check that
+    OpenVINO GenAI tokenizes prompts in the same way as transformers.
+    Raises ModelError if OpenVINO does not support the model.
+    """
+    dense = folder / ".safetensors"
+    facts = _weights(report, folder, "Writing safetensors", "--model", name, "--folder", str(dense), "--fp32")
+    weights = set(dense.glob("*.safetensors*"))
+    for file in set(dense.iterdir()) - weights:
+        shutil.copy(file, folder)
+    conversion = (
+        sys.executable, "-m", "sage.libs.models.export.openvino_conversion", "--folder", str(dense), "--target", str(folder),
+        "--quantize", quantize, "--packages", str(open_vino.packages), *(("--with-tokenizer",) if with_tokenizer else ()),
+    )  # fmt: skip
+    _run(report, folder, "Converting to OpenVINO's format", conversion, json.dumps(facts["probes"]))
+    shutil.rmtree(dense)
+
+
 def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[dict[str, Any]]) -> None:
     """Raise ModelError if llama.cpp tokenizes a chat differently from transformers."""
     chats = json.dumps([probe["messages"] for probe in probes])
@@ -130,6 +156,8 @@ def _needed_bytes(source: ModelSource, format_: ExportFormat, precision: str | N
     """Return the disk space in bytes that an export needs at most, without small files; 0 if this is unknown."""
     if format_ is ExportFormat.ADAPTER:
         return sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    if format_ is ExportFormat.OPENVINO:
+        return parameter_count(source) * (4 + OPENVINO_PRECISIONS[precision or "none"])
     weight_bytes = 4.0 if precision == "f32" else 2
     if format_ is not ExportFormat.MERGED:
         weight_bytes += PRECISIONS[precision or "bf16"]

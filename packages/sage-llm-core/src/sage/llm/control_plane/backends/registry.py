@@ -13,13 +13,21 @@ from sage.llm.control_plane.backends.base import Backend, ServingBackend
 from sage.llm.control_plane.backends.choice import MERGED_SPEEDS, choose, fastest
 from sage.llm.control_plane.backends.embedding import EmbeddingBackend
 from sage.llm.control_plane.backends.llamacpp import LlamaCppBackend
+from sage.llm.control_plane.backends.openvino import OpenVinoBackend
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.backends.transformers import TransformersBackend
 from sage.llm.control_plane.backends.vllm import VllmBackend
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (TransformersBackend(), EmbeddingBackend(), TrainerBackend(), VllmBackend(), LlamaCppBackend())
+    for backend in (
+        TransformersBackend(),
+        EmbeddingBackend(),
+        TrainerBackend(),
+        VllmBackend(),
+        LlamaCppBackend(),
+        OpenVinoBackend(),
+    )
 }
 
 

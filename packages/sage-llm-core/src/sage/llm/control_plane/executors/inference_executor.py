@@ -90,6 +90,7 @@ class InferenceExecutor:
             options=engine.options,
             served_name=base_name,
             shared=engine.base is not None,
+            model_version=engine.base_version,
             max_adapters=backend.max_adapters(validated(backend.options, dict(engine.options))),
         )
 

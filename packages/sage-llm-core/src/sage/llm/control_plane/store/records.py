@@ -57,6 +57,7 @@ class ServerRecord:
     served_name: str | None = None  #: name of `model` in requests to the server; None: any name is accepted
     shared: bool = False  #: other engines with the same base model, backend and options can join
     max_adapters: int | None = None  #: None: no limit
+    model_version: str | None = None  #: `base_version` of the engine that the server was launched for
 
     @property
     def token(self) -> str:
@@ -97,6 +98,7 @@ class EngineRecord:
     last_event: int  #: id of the event of the engine's last transition
     dedicated: bool = False  #: the user requested a server for this engine only
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
+    base_version: str | None = None  #: changes if the files of `base` are replaced; None: not known
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
     form: str | None = None  #: how the model is served, as text for users; written by the validation
     revision: int = 0  #: incremented at each start and for each newer version of the adapter

@@ -55,6 +55,7 @@ engines = Table(
     Column("last_event", BigInteger, nullable=False),
     Column("dedicated", Boolean, nullable=False, server_default=text("false")),
     Column("base", Text),
+    Column("base_version", String),
     Column("adapter", Text),
     Column("form", Text),
     Column("backend_reason", Text),
@@ -93,6 +94,7 @@ servers = Table(
     Column("served_name", String),
     Column("shared", Boolean, nullable=False, server_default=text("false")),
     Column("max_adapters", Integer),
+    Column("model_version", String),
 )
 
 #: The change feed. Ids increase in the order of commits and are never reused.

@@ -1,0 +1,61 @@
+"""The backend for OpenVINO, which runs models on a CPU, also quantized; it has a separate environment."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, Field
+
+from sage.libs.models.export.formats import OPENVINO_PRECISIONS
+from sage.libs.models.resolve import ModelKind, ModelSource
+from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.backends import environments
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count
+from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
+
+
+class OpenVinoOptions(ServingOptions):
+    """The options of an engine that OpenVINO serves. The weights are fp32 if they are not quantized."""
+
+    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
+    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
+    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer if the request sets none, in tokens.")
+
+
+class OpenVinoBackend(WorkerBackend):
+    """Serves one model, or a base model with an adapter merged into it."""
+
+    name: ClassVar[str] = "openvino"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        frozenset({EngineKind.LLM}), frozenset(ModelKind), devices=frozenset({"cpu"}),
+        quantizes=frozenset(OPENVINO_PRECISIONS) - {"none"},
+    )  # fmt: skip
+    options: ClassVar[type[BaseModel]] = OpenVinoOptions
+
+    def argv(self, model: str, served_name: str, options: OpenVinoOptions) -> tuple[str, ...]:
+        """Return the command that serves `model` under `served_name` on the socket that the launcher passes."""
+        given: dict[str, object] = {
+            "model": model, "served-name": served_name, "port": PORT_ARGUMENT, "fd": DESCRIPTOR_ARGUMENT,
+            "quantize": options.quantize, "slots": options.slots, "max-tokens": options.max_tokens,
+            "context-tokens": options.context_tokens, "threads": options.threads or os.cpu_count(),
+        }  # fmt: skip
+        flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+        return (environments.interpreter(self.name), "-P", "-m", "sage.llm.workers.openvino", *flags)
+
+    def environment(self, options: OpenVinoOptions) -> Mapping[str, str]:
+        """Return additional environment variables: the number of threads, and the path of SAGE's packages."""
+        return {
+            **super().environment(options),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if Path(path).is_dir()),
+        }
+
+    def can_join(self, adapter: Path, base: Path) -> str:
+        """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence."""
+        return "OpenVINO serves only adapters that are merged into their base"
+
+    def memory_bytes(self, model: ModelSource, options: OpenVinoOptions) -> int | None:
+        """Return the size of the weights in memory."""
+        parameters = parameter_count(model)
+        return parameters and int(parameters * OPENVINO_PRECISIONS[options.quantize])
