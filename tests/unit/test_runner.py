@@ -70,6 +70,7 @@ class World:
 
     async def launch(self, spec: ProcessSpec) -> str:
         self.launches += 1
+        self.launched = spec
         await self.release.wait()
         return "127.0.0.1:9000"
 
@@ -92,8 +93,9 @@ class World:
             parts: Any = self
             executors: Any = {EngineKind.LLM: self}
             held = Runner(
-                self.store, Pool("store", 1), executors, parts, parts, RoutingTable("n"), lambda: self.lease, self.note
-            )
+                self.store, Pool("store", 1), executors, parts, parts, RoutingTable("n"), lambda: self.lease, self.note,
+                lambda devices: {"CUDA_VISIBLE_DEVICES": ",".join(devices)},
+            )  # fmt: skip
             async with asyncio.timeout(20):
                 await test(held)
 
@@ -104,6 +106,21 @@ class World:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(runner, "_BACKOFF_SECONDS", 0.0)
     return World(tmp_path)
+
+
+def test_a_launch_stores_devices_and_threads_and_restricts_the_process_to_the_devices(world: World) -> None:
+    engine = world.add(S.QUEUED)
+
+    async def test(runner: Runner) -> None:
+        world.release.set()
+        runner.run(Launch(engine, None, devices=("cuda:1", "cuda:3"), reserved_bytes=5, threads=4), None, None)
+        while not world.done:
+            await asyncio.sleep(0)
+
+    world.run(test)
+    assert world.store.get(engine.id).threads == 4
+    assert (world.host().devices, world.host().reserved_bytes) == (("cuda:1", "cuda:3"), 5)
+    assert world.launched.env == {"CUDA_VISIBLE_DEVICES": "cuda:1,cuda:3"}
 
 
 def test_an_engine_whose_server_another_one_launches_does_not_wake_the_reconciler(world: World) -> None:

@@ -64,10 +64,13 @@ def everything() -> Iterator[Finding]:
     yield from backends()
     yield from _folders()
     try:
-        load_settings()
+        settings = load_settings()
     except SageError as error:
         yield Finding("settings", "failed", error.message, error.hint)
     else:
+        if fake := settings.fake_devices:
+            remedy = "To use the real GPUs, remove the setting, or unset SAGE_FAKE_DEVICES."
+            yield Finding("fake_devices", "warning", f"The gateway uses fake GPUs: {fake}.", remedy)
         yield _database()
         yield _gateway()
 

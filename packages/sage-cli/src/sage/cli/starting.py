@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,40 @@ def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[s
     if not (serve or name or checkpoints):
         return {}
     return {"serve": {"name": name, "checkpoints": checkpoints}}
+
+
+def admission_request(
+    on_busy: str | None, priority: int | None, devices: str | None, memory_gb: float | None, not_before: str | None
+) -> dict[str, Any]:
+    """Return the fields of StartRequest for the queue in a dictionary, without the options that are not given."""
+    fields = {
+        "on_busy": on_busy,
+        "priority": priority,
+        "devices": devices.replace(" ", "").split(",") if devices else None,
+        "memory_gb": memory_gb,
+        "not_before": start_time(not_before, datetime.now().astimezone()).isoformat() if not_before else None,
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def start_time(text: str, now: datetime) -> datetime:
+    """Return the time that a user entered: HH:MM for the next such time of day, or an ISO 8601 date and time.
+
+    now: has a time zone, which applies if the text has none. Raises ConfigError.
+    """
+    try:
+        if len(text) <= len("22:00"):
+            at = datetime.combine(now.date(), time.fromisoformat(text), now.tzinfo)
+            return at if at > now else at + timedelta(days=1)
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(
+            code="config_invalid",
+            message=f"--not-before '{text}' is not a time.",
+            hint="Examples: --not-before 22:00, --not-before 2027-01-31T22:00",
+            param="not_before",
+        ) from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=now.tzinfo)
 
 
 def is_interactive() -> bool:

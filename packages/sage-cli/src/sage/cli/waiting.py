@@ -40,6 +40,11 @@ def until_begun(client: SageClient, engine_id: str) -> EngineView:
     return _watch(client, engine_id, lambda e: e.state is EngineState.RUNNING or e.state in SETTLED)
 
 
+def until_paused(client: SageClient, engine_id: str) -> EngineView:
+    """Wait until an engine is paused, or has ended (stopped, completed or failed)."""
+    return _watch(client, engine_id, lambda e: e.state is EngineState.PAUSED or e.state in SETTLED)
+
+
 def until_settled(client: SageClient, engine_id: str) -> EngineView:
     """Wait until an engine has ended (stopped, completed or failed)."""
     return _watch(client, engine_id, lambda e: e.state in SETTLED)
@@ -77,7 +82,7 @@ def failure(engine: EngineView) -> SageError:
 
 
 def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], bool]) -> EngineView:
-    state = None
+    state, shown = None, ""
     with ProgressBar(engine_id) as bar, interrupts_noted() as interrupted:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not interrupted.noted:
@@ -89,6 +94,9 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
             else:
                 deadline = time.monotonic() + _PATIENCE_SECONDS
                 state = engine.state
+                if engine.queue_position and engine.reason and engine.reason.code != shown:
+                    shown = engine.reason.code
+                    typer.echo(f"{engine_id} waits. {engine.reason.message} {engine.reason.hint}".rstrip(), err=True)
                 _show(bar, engine)
                 if is_done(engine):
                     return engine

@@ -100,6 +100,16 @@ def pause(engine_id: str) -> Call[EngineView]:
     return Call("POST", _engine(engine_id, "/pause"), as_model(EngineView))
 
 
+def queue() -> Call[list[EngineView]]:
+    """Return the call that lists the waiting engines."""
+    return Call("GET", f"{_PREFIX}/queue", as_list(EngineView))
+
+
+def move(engine_id: str, position: int) -> Call[EngineView]:
+    """Return the call that moves a waiting engine in the queue."""
+    return Call("POST", _engine(engine_id, "/move"), as_model(EngineView), json={"position": position})
+
+
 def resume(engine_id: str) -> Call[EngineView]:
     """Return the call that starts a stopped or failed engine again."""
     return Call("POST", _engine(engine_id, "/resume"), as_model(EngineView), timeout_seconds=_LONG_SECONDS)

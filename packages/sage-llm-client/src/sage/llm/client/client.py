@@ -103,8 +103,16 @@ class SageClient:
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
-        """Raise SageError with the code `not_implemented`, because the gateway cannot pause engines in this version."""
+        """Request that an engine frees its memory until it is resumed. A training run first saves a checkpoint."""
         return self._send(calls.pause(engine_id))
+
+    def queue(self) -> list[EngineView]:
+        """Return the waiting engines of the gateway's node, in the order of the queue."""
+        return self._send(calls.queue())
+
+    def move_engine(self, engine_id: str, position: int) -> EngineView:
+        """Move a waiting engine to another place in the queue, among the engines of its priority; 1 is the first place."""
+        return self._send(calls.move(engine_id, position))
 
     def resume_engine(self, engine_id: str) -> EngineView:
         """Start a stopped or failed engine again; a training run continues from its last checkpoint."""

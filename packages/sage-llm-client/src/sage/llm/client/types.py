@@ -5,7 +5,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, computed_field, field_validator
 
 from sage.common.training import TrainingProgress as TrainingProgress
 from sage.common.training import TrainingStep as TrainingStep
@@ -18,7 +18,7 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: the engine waits to be started
     STARTING = "starting"  #: the server or worker process has been started and is not ready yet
     RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded, because it had no requests; the next request loads it again
+    PAUSED = "paused"  #: the engine was unloaded and will be loaded again; `reason` says when
     STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
     STOPPED = "stopped"  #: the engine ended because a user requested it
     COMPLETED = "completed"  #: the training run finished
@@ -63,6 +63,15 @@ class RestartPolicy(StrEnum):
     UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
 
 
+class OnBusy(StrEnum):
+    """What an engine does if the memory that it needs is not free."""
+
+    WAIT = "wait"  #: wait in the queue until enough memory is free
+    PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
+    SHARE = "share"  #: start with the memory that is free, if the smallest need fits; otherwise wait
+    FAIL = "fail"  #: fail at once
+
+
 def check_engine_name(name: str) -> str:
     """Return `name` if it is allowed as the name of an engine. Raises ValueError if it is not allowed."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
@@ -86,6 +95,10 @@ class ServeRequest(BaseModel):
     @classmethod
     def _usable_name(cls, name: str | None) -> str | None:
         return name if name is None else check_engine_name(name)
+
+
+#: The id of a device: `cpu` for the main memory, `cuda:0` for the first GPU.
+DeviceId = Annotated[str, Field(pattern=r"^(cpu|cuda:\d{1,3})$")]
 
 
 class StartRequest(BaseModel):
@@ -120,6 +133,15 @@ class StartRequest(BaseModel):
         description="Unload an inference engine after this number of minutes without requests; the state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
+    on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
+    priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
+    devices: list[DeviceId] | None = Field(
+        None, min_length=1, max_length=64, description="Devices that the engine may use; default: any."
+    )
+    memory_gb: float | None = Field(
+        None, gt=0, le=1e6, description="Memory to reserve, in GB (10^9 bytes); default: an estimate from the model."
+    )
+    not_before: AwareDatetime | None = Field(None, description="Earliest time to start the engine, with a time zone.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the backend or of the training run.")
 
     @field_validator("model")
@@ -160,6 +182,12 @@ class EngineView(BaseModel):
     state: EngineState
     desired: DesiredState
     restart_policy: RestartPolicy
+    on_busy: OnBusy = Field(OnBusy.WAIT, description="What the engine does if the memory that it needs is not free.")
+    priority: int = Field(0, description="Engines with a higher number are ahead in the queue.")
+    not_before: datetime | None = Field(None, description="Earliest time to start the engine.")
+    queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
+    devices: list[str] | None = Field(None, description="Devices of the engine's server; null if it has no server.")
+    reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
     restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
@@ -173,6 +201,7 @@ class EngineView(BaseModel):
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
     kv_cache_tokens: int | None = Field(None, description="Size of the key/value cache in tokens; null: the default.")
+    threads: int | None = Field(None, description="CPU threads of the process; null: the default of the engine's program.")
     idle_stop_minutes: float | None = Field(None, description="Minutes without requests after which the engine is unloaded.")
     port: int | None = None
     pid: int | None = None
@@ -195,6 +224,21 @@ class EnginePage(BaseModel):
     first_id: str | None
     last_id: str | None = Field(description="Value of `after` for the next page.")
     has_more: bool
+
+
+class MoveRequest(BaseModel):
+    """A request to move a waiting engine in the queue."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    position: int = Field(ge=1, le=1_000_000, description="New place among the waiting engines, from 1.")
+
+
+class EngineQueue(BaseModel):
+    """The waiting engines of a node, in the order of the queue."""
+
+    object: str = "list"
+    data: list[EngineView]
 
 
 class EventKind(StrEnum):
@@ -294,6 +338,15 @@ def check_route_name(name: str) -> str:
     return name
 
 
+class DeviceEngine(BaseModel):
+    """The memory of an engine on a device. If engines share a server, the first of them stands for all."""
+
+    id: str
+    name: str
+    memory_bytes: int = Field(description="Memory that the engine's processes use; 0 if it cannot be measured.")
+    reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null: none.")
+
+
 class Device(BaseModel):
     """A device with memory that engines share: a GPU, or the main memory of a node."""
 
@@ -301,9 +354,23 @@ class Device(BaseModel):
     kind: str
     index: int
     name: str
+    uuid: str | None = Field(None, description="NVIDIA's id of the GPU or MIG device.")
     memory_total_bytes: int
+    memory_usable_bytes: int | None = Field(
+        None, description="Memory that engines may use, within the limits of the settings and of a container."
+    )
     memory_used_bytes: int
     utilization_percent: float | None = None
+    temperature_celsius: float | None = None
+    is_mig: bool = Field(False, description="The device is a part of a GPU (multi-instance GPU).")
+    is_fake: bool = Field(False, description="The device does not exist; the setting `fake_devices` defines it.")
+    engines: list[DeviceEngine] = []
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def id(self) -> str:
+        """The id that requests use: `cpu` for the main memory, `cuda:0` for the first GPU."""
+        return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
 class BackendView(BaseModel):

@@ -23,6 +23,9 @@ class Launch:
     engine: EngineRecord
     server: ServerRecord | None  #: None: no server is planned yet
     is_moved: bool = False  #: the new server needs a new id, because other engines use the engine's last server
+    devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any
+    reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
+    threads: int | None = None  #: the CPU threads that the planned server gets; None: the default of its program
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class SetDesired:
 
     engine: EngineRecord
     desired: DesiredState
+    paused_by: str | None = None  #: `idle`, or the id of the engine that it makes room for
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Activity:
     def wake(self, engine_id: str) -> None:
         """Record that a request prefers a paused engine, so that the engine is loaded again; another engine answers now."""
         route = self._routing.get(engine_id)
-        if route and engine_id not in self._waking and self._is_due(route):
+        if route and route.idle_stop_minutes is not None and engine_id not in self._waking and self._is_due(route):
             self._waking[engine_id] = task = asyncio.create_task(self._touch(route))
             task.add_done_callback(lambda _: self._waking.pop(engine_id, None))
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,7 +12,8 @@ from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import NotFound, NotImplementedYet, Overloaded, SageError
+from sage.common.cgroups import available_cores
+from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
 from sage.common.logs import LogFile
 from sage.common.paths import get_user_paths
@@ -24,26 +26,31 @@ from sage.llm.client.types import (
     EngineKind,
     EngineState,
     EngineView,
+    OnBusy,
     RestartPolicy,
     StartRequest,
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.creation import new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
 from sage.llm.control_plane.executors.placement import like_its_base
+from sage.llm.control_plane.inventory import Inventory
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
 from sage.llm.control_plane.node import open_state_folder
+from sage.llm.control_plane.node_memory import NodeMemory
 from sage.llm.control_plane.plan import Limits
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, paused, standby, still_running
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -52,6 +59,7 @@ from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.views import Views
+from sage.llm.control_plane.waiting import Waiting
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
@@ -65,7 +73,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes):
+class ControlPlaneManager(EngineReads, Routes, Waiting):
     """Starts, stops, resumes and describes the engines of this node.
 
     Background tasks observe the engines and bring them to their desired states. An engine is settled if it is stopped,
@@ -97,16 +105,20 @@ class ControlPlaneManager(EngineReads, Routes):
         self._activity = Activity(self._store, self._pool, self._routing, self._woken.set)
         self._prober = Prober(self._executors, launcher, self._woken.set)
         lease = lambda: self._keeper.lease  # noqa: E731
+        self._inventory = Inventory(settings)
         self._runner = Runner(
-            self._store, self._pool, self._executors, launcher, adapters, self._routing, lease, self._woken.set
-        )
+            self._store, self._pool, self._executors, launcher, adapters, self._routing, lease, self._woken.set,
+            self._inventory.variables,
+        )  # fmt: skip
         limits = Limits(
             settings.engine_start_seconds,
             settings.stop_seconds,
             settings.engine_unresponsive_seconds,
             look_seconds=5 + 2 * settings.reconcile_seconds,
         )
-        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits)
+        memory = NodeMemory(self._inventory.memory)
+        cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
+        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
         self._views = Views(self._node, self._executors)
         self._new_upstream = functools.lru_cache(1024)(_upstream)  # every inference request needs one
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,8 +165,8 @@ class ControlPlaneManager(EngineReads, Routes):
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
         served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        policy = RestartPolicy(self._settings.restart_policy)
-        record = new_engine(engine_id, self._node, request, prepared, policy, served)
+        policy, on_busy = RestartPolicy(self._settings.restart_policy), OnBusy(self._settings.on_busy)
+        record = new_engine(engine_id, self._node, request, prepared, policy, served, on_busy)
         if request.engine_kind is EngineKind.LLM:
             servers = await self._pool.run(self._store.servers, self._node)
             record = await asyncio.to_thread(like_its_base, record, servers, request.options)
@@ -185,11 +197,12 @@ class ControlPlaneManager(EngineReads, Routes):
         Raises Conflict if the engine is active or completed, or cannot be resumed.
         """
         for _ in range(_ATTEMPTS):
-            engine, _server = await self._own(engine_id)
-            if engine.state is EngineState.PAUSED:
-                engine = await self._pool.run(self._store.touch, engine_id)
-                self._woken.set()
-                return await self._view(engine, None)
+            engine, server = await self._own(engine_id)
+            if engine.desired is DesiredState.PAUSED:
+                with contextlib.suppress(StaleWrite):
+                    run = functools.partial(self._store.set_desired, engine, DesiredState.RUNNING, force=False)
+                    return await self._view(await self._write(run, actor=_ACTOR, queue_rank=rank(engine)[1]), server)
+                continue
             if engine.state not in (EngineState.STOPPED, EngineState.FAILED):
                 raise not_resumable(engine_id, engine.state)
             await self._executors[engine.kind].check_resumable(engine)
@@ -220,15 +233,6 @@ class ControlPlaneManager(EngineReads, Routes):
                 await executor.request_checkpoint(engine)
                 return await self._view(engine, server)
         raise busy(engine_id)
-
-    async def pause_engine(self, engine_id: str) -> EngineView:
-        """Raise NotImplementedYet, or NotFound if the engine does not exist."""
-        await self._own(engine_id)
-        raise NotImplementedYet(
-            code="not_implemented",
-            message="Engines cannot be paused yet.",
-            hint=f"To free the engine's memory, stop it: `sage llm engine stop {engine_id}`. You can resume it later.",
-        )
 
     async def remove_engine(self, engine_id: str) -> None:
         """Remove a settled engine with its run directory or log. The output folder is kept.
@@ -286,6 +290,8 @@ class ControlPlaneManager(EngineReads, Routes):
         change, route = self._routing.next_change(), self.find(model, kind, client)
         engine_id = route.engine_id
         while not await self._activity.may_use(route):
+            if route.paused_by == "user" or (route.paused_by and self._settings.paused_requests == "reject"):
+                raise paused(route.engine_id, route.paused_by)
             left_seconds = deadline_seconds - time.monotonic()
             if left_seconds <= 0:
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",

@@ -10,7 +10,7 @@ from itertools import islice
 
 from sage.common.errors import NotFound, Overloaded
 from sage.llm.client.types import DEFAULT_MODEL, SETTLED, EngineKind, EngineState, EventKind
-from sage.llm.control_plane.idle import is_pausing
+from sage.llm.control_plane.idle import is_making_room, is_paused_by_user, is_pausing
 from sage.llm.control_plane.splitting import in_order_of_preference
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.routes import RouteRecord
@@ -58,6 +58,7 @@ class Route:
     idle_stop_minutes: float | None
     #: If True and the engine is stopping, the engine is only being unloaded. Requests then wait until it is loaded again.
     is_pausing: bool
+    paused_by: str | None  #: `user`, or the id of the engine for which this engine makes room; None: requests can load it
 
 
 @dataclass
@@ -107,6 +108,7 @@ class RoutingTable:
                 model_name=engine.served_as,
                 idle_stop_minutes=engine.idle_stop_minutes,
                 is_pausing=is_pausing(engine),
+                paused_by=engine.paused_by if is_making_room(engine) or is_paused_by_user(engine) else None,
             )
             for entries, order in self._entries(route):
                 insort(entries, (order, engine.id))

@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import SageError
-from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason
+from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
     EndMerge,
@@ -40,6 +40,7 @@ from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, 
 from sage.llm.control_plane.merger import Merger
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
+from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
@@ -52,6 +53,8 @@ _MAX_ACTIONS = 16
 _CLOSE_SECONDS = 10.0
 #: An engine fails after `_MAX_FAILURES` failed actions. The time until the next attempt doubles after each failure.
 _MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
+#: Columns of an engine that has left the queue.
+_PLACED = {"queue_rank": None, "paused_by": None}
 
 
 @dataclass
@@ -77,8 +80,13 @@ class Runner:
         routing: RoutingTable,
         lease: Callable[[], Lease | None],
         on_done: Callable[[], None] = lambda: None,
+        variables: Callable[[Collection[str]], Mapping[str, str]] = lambda _: {},
     ) -> None:
-        """pool: threads for the calls of `store`; on_done: called after each action that succeeded."""
+        """pool: threads for the calls of `store`; on_done: called after each action that succeeded.
+
+        variables: returns the environment variables that restrict a process to devices; it blocks.
+        """
+        self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
@@ -182,10 +190,10 @@ class Runner:
 
     async def _act(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         match action:
-            case Launch(engine, planned, is_moved):
-                await self._launch(engine, planned, is_moved=is_moved)
+            case Launch(engine, planned):
+                await self._launch(action, planned)
             case Join(engine, target):
-                joined = {"revision": engine.revision + 1, "served_as": None}
+                joined = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
                 self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=target.id, **joined), target)
                 await self._clean(engine, target)
             case LoadAdapter(engine, target):
@@ -201,24 +209,28 @@ class Runner:
                 await self._merger.act(action, observed)
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
-            case SetDesired(engine, desired):
+            case SetDesired(engine, desired, paused_by):
                 write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
-                cleared = {"last_request_at": None} if desired is DesiredState.PAUSED else {}
-                self._routing.apply(await self._pool.run(write, force=False, **cleared), server)
+                # A returning engine keeps its place in the queue.
+                values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
+                self._routing.apply(await self._pool.run(write, force=False, **values), server)
             case SendSignal():
                 await self._signal(action)
             case Transition():
                 await self._transition(action, server, observed)
 
-    async def _launch(self, engine: EngineRecord, server: ServerRecord | None, *, is_moved: bool) -> None:
+    async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
         """Store the planned server, start its process or take over a running one, and store the address of the process."""
+        engine = action.engine
         executor = self._executors[engine.kind]
         if server is None:
             revision = engine.revision + 1
-            server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=is_moved)
+            server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=action.is_moved)
+            server = dataclasses.replace(server, devices=action.devices, reserved_bytes=action.reserved_bytes)
             if server.served_name:  # an earlier process cannot be used, because it expects another model name
                 await self._end_process(server)
-            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None}
+            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None,
+                       "threads": action.threads, **_PLACED}  # fmt: skip
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
             await self._clean(before, server)
@@ -240,7 +252,8 @@ class Runner:
             self._held_lease()
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
-                address = await self._launcher.launch(spec)
+                variables = await asyncio.to_thread(self._variables, server.devices or ())
+                address = await self._launcher.launch(dataclasses.replace(spec, env={**spec.env, **variables}))
             except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:

@@ -8,7 +8,7 @@ _S = EngineState
 #: Every legal transition. Any other transition is a bug and raises IllegalTransition.
 TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
     _S.VALIDATING: frozenset({_S.QUEUED, _S.STOPPED, _S.FAILED}),
-    _S.QUEUED: frozenset({_S.STARTING, _S.STOPPED, _S.FAILED}),
+    _S.QUEUED: frozenset({_S.STARTING, _S.PAUSED, _S.STOPPED, _S.FAILED}),
     _S.STARTING: frozenset({_S.RUNNING, _S.STOPPING, _S.STOPPED, _S.FAILED}),
     _S.RUNNING: frozenset({_S.PAUSED, _S.STOPPING, _S.STOPPED, _S.COMPLETED, _S.FAILED}),
     _S.PAUSED: frozenset({_S.QUEUED, _S.STOPPING, _S.STOPPED, _S.FAILED}),

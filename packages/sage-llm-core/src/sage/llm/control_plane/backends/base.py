@@ -22,7 +22,7 @@ class ServingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Quantize the weights: they need less memory and are faster on a CPU, but answers are less exact.",

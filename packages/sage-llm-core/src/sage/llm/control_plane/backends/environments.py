@@ -15,7 +15,7 @@ import psutil
 
 from sage.common.errors import ConfigError
 from sage.common.paths import get_user_paths
-from sage.llm.control_plane.inventory import list_devices
+from sage.llm.control_plane.inventory import has_gpu
 
 MARKER = "sage-backend.json"
 
@@ -108,7 +108,7 @@ ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
 @functools.cache
 def device() -> str:
     """Return the kind of device for which environments are installed: cuda if the machine has an NVIDIA GPU, else cpu."""
-    return "cuda" if any(device.kind == "cuda" for device in list_devices()) else "cpu"
+    return "cuda" if has_gpu() else "cpu"
 
 
 def environment(backend: str) -> Environment | None:

@@ -1,6 +1,5 @@
 """The backend for llama.cpp's server, which runs GGUF files (also quantized files) on a CPU in a separate environment."""
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from sage.common.cgroups import available_cores
 from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
@@ -70,7 +70,7 @@ class LlamaCppBackend(WorkerBackend):
             "model": model, "served-name": served_name, "interpreter": environments.interpreter(self.name),
             "port": PORT_ARGUMENT, "fd": DESCRIPTOR_ARGUMENT, "precision": options.precision, "slots": options.slots,
             "context-tokens": options.context_tokens, "cache-tokens": options.kv_cache_tokens,
-            "max-tokens": options.max_tokens, "threads": options.threads or os.cpu_count(),
+            "max-tokens": options.max_tokens, "threads": options.threads or available_cores(),
         }  # fmt: skip
         flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
         return (*self.interpreter, "-m", "sage.llm.workers.llamacpp", *flags)

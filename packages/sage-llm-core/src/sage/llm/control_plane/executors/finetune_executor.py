@@ -81,7 +81,8 @@ class FinetuneExecutor:
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the worker process, and record the launch of the worker in the run's events."""
         spec = self._manager.process_spec(task_id_of(engine.id))
-        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(self._threads)}) if self._threads else spec
+        threads = self._threads or engine.threads
+        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(threads)}) if threads else spec
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the record of a new server, which represents the process of the run's worker."""

@@ -70,7 +70,8 @@ class InferenceExecutor:
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the process to launch, with the command that the backend defines."""
         backend = registry.serving(server.backend)
-        options = validated(backend.options, dict(engine.options if server.options is None else server.options))
+        given = dict(engine.options if server.options is None else server.options)
+        options = validated(backend.options, given | ({"threads": engine.threads} if engine.threads else {}))
         folder = _folder(server.id)
         return ProcessSpec(
             backend.argv(server.model, server.served_name or server.model, options),

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, OnBusy, Reason, RestartPolicy
 
 #: Prefix of the model names that the control plane uses in requests to a server.
 INTERNAL = "sage-"
@@ -109,6 +109,14 @@ class EngineRecord:
     #: id of the engine that merges this engine's adapter in the background; "": not started yet; None: no merge is requested
     merger_id: str | None = None
     merges: str | None = None  #: id of the engine whose adapter this engine merges in the background; None: no such engine
+    on_busy: OnBusy = OnBusy.WAIT
+    priority: int = 0  #: engines with a higher number are ahead in the queue
+    not_before: datetime | None = None  #: earliest time to start the engine
+    queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event`
+    #: Who paused the engine: `idle`, `user`, or the id of the engine that it makes room for; None: it is not paused.
+    paused_by: str | None = None
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
+    threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the default of its program
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property

@@ -66,6 +66,13 @@ engines = Table(
     Column("serve", _Json),
     Column("merger_id", String),
     Column("merges", String),
+    Column("on_busy", String, nullable=False, server_default="wait"),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("not_before", _Time),
+    Column("queue_rank", Float),
+    Column("paused_by", String),
+    Column("least_bytes", BigInteger),
+    Column("threads", Integer),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),

@@ -10,9 +10,17 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sage.common.errors import ConfigError
-from sage.llm.client.types import EngineKind, EnginePage, EngineState, EngineView, EventPage, StartRequest
+from sage.llm.client.types import (
+    EngineKind,
+    EnginePage,
+    EngineQueue,
+    EngineState,
+    EngineView,
+    EventPage,
+    MoveRequest,
+    StartRequest,
+)
 from sage.llm.control_plane.backends.registry import list_backends
-from sage.llm.control_plane.inventory import list_devices
 from sage.llm.gateway.event_streams import EventStream, all_changes, engine_transitions, until_removed
 from sage.llm.gateway.routes.dependencies import Manager
 
@@ -86,8 +94,19 @@ async def stop_engine(engine_id: str, manager: Manager, force: bool = False) -> 
     return await manager.stop_engine(engine_id, force=force)
 
 
-@router.post("/engines/{engine_id}/pause", status_code=status.HTTP_202_ACCEPTED,
-             responses={501: {"description": "Pausing is not available in this version."}})  # fmt: skip
+@router.get("/queue")
+async def get_queue(manager: Manager) -> EngineQueue:
+    """Return the waiting engines of this node, in the order of the queue."""
+    return EngineQueue(data=await manager.waiting_engines())
+
+
+@router.post("/engines/{engine_id}/move", status_code=status.HTTP_202_ACCEPTED)
+async def move_engine(engine_id: str, request: MoveRequest, manager: Manager) -> EngineView:
+    """Move a waiting engine to another place in the queue, among the engines of its priority."""
+    return await manager.move_engine(engine_id, request.position)
+
+
+@router.post("/engines/{engine_id}/pause", status_code=status.HTTP_202_ACCEPTED)
 async def pause_engine(engine_id: str, manager: Manager) -> EngineView:
     """Ask an engine to release its memory until the engine is resumed."""
     return await manager.pause_engine(engine_id)
@@ -151,9 +170,9 @@ async def training_steps(
 
 
 @router.get("/gpu")
-async def gpu() -> dict[str, Any]:
-    """Return the devices and their memory: GPUs first, main memory last."""
-    return {"object": "list", "data": await asyncio.to_thread(list_devices)}
+async def gpu(manager: Manager) -> dict[str, Any]:
+    """Return the devices, their memory and the engines that use it: GPUs first, main memory last."""
+    return {"object": "list", "data": await manager.list_devices()}
 
 
 @router.get("/backends")
