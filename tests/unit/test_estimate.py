@@ -63,7 +63,7 @@ def test_the_message_for_a_micro_batch_that_does_not_fit_names_the_size_that_fit
     room_bytes = run.total_bytes(5000)
     assert run.fitting_tokens(room_bytes) == 5000
     assert "fit" not in run.describe(5000, room_bytes)
-    assert "about 5,000 tokens at once; micro-batches of up to 6,000 tokens" in run.describe(6000, room_bytes)
+    assert "about 5,000 tokens at once; larger micro-batches (up to 6,000 tokens)" in run.describe(6000, room_bytes)
     assert run.fitting_tokens(run.base_bytes) == 0
 
 

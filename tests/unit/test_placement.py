@@ -8,6 +8,7 @@ from engines import record, server
 from serving import HostingBackend, make_adapter
 
 from sage.common.errors import ModelError
+from sage.libs.models.fingerprint import version
 from sage.libs.models.resolve import ModelKind
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import registry
@@ -117,6 +118,7 @@ def test_a_backend_that_loads_no_adapters_merges_them_or_refuses(
         ({}, {"shared": False}, {}, False),
         ({}, {"state": ServerState.CLOSING}, {}, False),
         ({}, {"model": "/another"}, {}, False),
+        ({}, {"model_version": "of files that were replaced"}, {}, False),
     ],
 )
 def test_auto_takes_the_backend_and_options_of_a_server_that_has_loaded_the_base(
@@ -124,7 +126,8 @@ def test_auto_takes_the_backend_and_options_of_a_server_that_has_loaded_the_base
 ) -> None:
     adapter = make_adapter(tmp_path / "a", base)
     chosen = record(**{"model": str(adapter), "backend_reason": "the fastest", **engine})
-    loaded = {"backend": "hosting", "model": str(base), "shared": True, "options": {"load_seconds": 7.0}, **host}
+    loaded = {"backend": "hosting", "model": str(base), "shared": True, "options": {"load_seconds": 7.0},
+              "model_version": version(base), **host}  # fmt: skip
     like = like_its_base(chosen, [server(id="server-b", model="/b"), server(**loaded)], given)
     if not joins:
         assert like == chosen
@@ -134,7 +137,7 @@ def test_auto_takes_the_backend_and_options_of_a_server_that_has_loaded_the_base
 
 
 def test_an_adapter_that_cannot_join_the_server_of_its_base_keeps_the_chosen_backend(base: Path, tmp_path: Path) -> None:
-    host = server(backend="hosting", model=str(base), shared=True)
+    host = server(backend="hosting", model=str(base), model_version=version(base), shared=True)
     for model in (make_adapter(tmp_path / "d", base, "dora"), base):
         chosen = record(model=str(model), backend_reason="the fastest")
         assert like_its_base(chosen, [host], {}) == chosen
