@@ -1,7 +1,7 @@
 # Needs Python 3.11 or newer, make and the package index. Everything else goes into .venv.
 PYTHON ?= python3
-# Requests that each fuzz test of `make test-long` sends.
-FUZZ_CASES ?= 7000
+# Requests that each of the three fuzz tests of `make test-long` sends; `make fuzz` sends 7,000 each.
+FUZZ_CASES ?= 2000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -9,7 +9,7 @@ PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-cor
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-long lint unit integration e2e coverage bench bench-train bench-serving clean
+.PHONY: setup demo test test-long lint unit integration e2e fuzz coverage bench bench-train bench-serving clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +54,9 @@ e2e: $(VENV)/backends/.installed
 # What takes minutes: many more cases of what `make test` samples.
 test-long: $(VENV)/backends/.installed
 	OMP_NUM_THREADS=1 SAGE_FUZZ_CASES=$(FUZZ_CASES) $(BIN)/pytest tests -m long -n 2
+
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 SAGE_FUZZ_CASES=7000 $(BIN)/pytest tests/fuzz -m long -n 2
 
 coverage: $(VENV)/backends/.installed
 	$(BIN)/coverage erase

@@ -59,6 +59,7 @@ class Gateway(BaseHTTPRequestHandler):
             "/v1/management/engines/engine-a/training": {"data": [{"step": 1, "loss": 2.0}]},
             "/v1/management/events": {"data": [{"id": 1, **EVENT}], "last_id": 1, "has_more": False},
             "/v1/management/gpu": {"data": [device]},
+            "/v1/management/queue": {"data": [engine_view().model_dump(mode="json")]},
             "/v1/management/routes": {"data": [ROUTE]},
             "/v1/management/routes/org%2Fa": ROUTE,
             "/v1/management/backends": {"data": [backend]},
@@ -82,10 +83,7 @@ class Gateway(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-        if self.path.endswith("/pause"):
-            error = errors.NotImplementedYet(code="not_implemented", message="Not in this version.", hint="Omit it.")
-            self.send_json(501, error.body())
-        elif body.get("stream"):
+        if body.get("stream"):
             parts = [{"choices": [{"delta": {"content": text}}]} for text in ("Hel", "lo")]
             if body["model"] == "dies":
                 parts.append(errors.EngineError(code="engine_died", message="It died.", hint="See its log.").body())

@@ -65,6 +65,25 @@ def served(folder: Path) -> Any:
     return merged(attach_adapter(load_causal_lm(source.base.folder, torch.float32), source.folder))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}],
+)
+def test_an_adapter_with_a_weight_that_is_not_finite_is_not_merged(
+    tiny_model: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    model = get_peft_model(load_causal_lm(tiny_model, torch.float32), LoraConfig(**{"target_modules": ["q_proj"], **config}))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    for name, weight in load_file(file).items():
+        weight.view(-1)[0] = float("nan")
+        save_file({**load_file(file), name: weight}, file)
+        with pytest.raises(ModelError, match="not finite numbers") as caught:
+            attach_adapter(load_causal_lm(tiny_model, torch.float32), tmp_path)
+        assert caught.value.code == "adapter_not_finite"
+        model.save_pretrained(tmp_path)
+
+
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())))
 

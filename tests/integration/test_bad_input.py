@@ -33,7 +33,7 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
         (finetune(tiny_model, SAMPLES, out, "--learning-rate", "-1"), 2, "learning_rate: input should be", "got -1"),
         (finetune(tiny_model, SAMPLES, out, "--precision", "fp8"), 2, "precision: input should be 'auto'", "fp32"),
         (("llm", "engine", "start", str(tiny_model), "--engine-kind", "finetune"), 2, "needs --dataset", ""),
-        (("llm", "engine", "start", str(tiny_model), "--dataset", str(SAMPLES)), 2, "dataset_path: is not an option", ""),
+        (("llm", "engine", "start", str(tiny_model), "--dataset", str(SAMPLES)), 2, "--dataset is an option", "To train"),
         (("llm", "engine", "start", "org/unknown"), 1, "No model 'org/unknown'", "model import"),
         (("llm", "engine", "start", str(tiny_model), "--engine-kind", "nonsense"), 2, "nonsense", "finetune"),
         (("llm", "engine", "start", str(tiny_model), "--name", "sage-default"), 2, "name", "sage-default"),
@@ -49,7 +49,7 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
         (("llm", "engine", "remove", "engine-none"), 1, "No engine 'engine-none'", "engine list"),
         (("llm", "chat", "nobody", "--message", "hi"), 1, "serves the model 'nobody'", "engine start nobody"),
         (("llm", "chat", "--message", "hi"), 1, "serves the model 'sage-default'", "engine start MODEL"),
-        (("llm", "model", "import", str(tmp_path / "none")), 1, "is not a folder", ""),
+        (("llm", "model", "import", str(tmp_path / "none")), 1, "is not a folder", "Give the folder of a model"),
         (("llm", "dataset", "check", str(tmp_path / "none.jsonl")), 1, "does not exist", "Use a .jsonl"),
         (("llm", "nonsense"), 2, "No such command 'nonsense'", ""),
     ]

@@ -134,4 +134,19 @@ def test_show_prints_a_sample_as_the_model_sees_it(tiny_model: Path, tmp_path: P
     [sequence] = told["sequences"]
     assert sequence["segments"][-1] == {"kind": "trained", "text": "日本 second<|im_end|>"}
     assert len(sequence["ids"]) == len(sequence["trained"])
-    assert dataset("show", file, "--model", tiny_model, "--line", 3).exit_code == 1
+
+
+def test_show_without_a_sample_names_the_fault_or_the_missing_line(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"a": 1}\n' + json.dumps(chat_record("q", "a")) + "\n" + '{"b": 1}\n')
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": [')
+    for arguments, expected in {
+        (file, "--line", 3): f"{file}:3: no known format has the fields b",
+        (file, "--line", 4): "has no sample on line 4",
+        (broken,): f"{broken}:1: ",
+    }.items():
+        shown = dataset("show", *arguments, "--model", tiny_model)
+        assert shown.exit_code == 1
+        assert expected in str(shown.exception)
+        assert "fields a" not in str(shown.exception)

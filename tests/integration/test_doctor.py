@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support import sage
 
 
@@ -11,12 +12,14 @@ def findings(code: int = 0) -> dict[str, dict[str, Any]]:
     return {finding["check"]: finding for finding in json.loads(sage("doctor", "--json", check=code).stdout)}
 
 
-def test_a_new_home_is_in_order_and_remains_empty(sage_home: Path) -> None:
+def test_a_new_home_is_in_order_and_remains_empty(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_FAKE_DEVICES", "2x24GiB")
     found = findings()
+    assert (found["fake_devices"]["state"], "2x24GiB" in found["fake_devices"]["message"]) == ("warning", True)
     assert {"python", "torch", "models", "state", "cache", "database", "gateway", "vllm"} <= set(found)
     assert "failed" not in {finding["state"] for finding in found.values()}
     assert "`sage backend install vllm`" in found["vllm"]["remedy"]
-    assert "does not run" in found["gateway"]["message"]
+    assert "no gateway runs" in found["gateway"]["message"]
     assert not sage_home.exists()
 
 

@@ -1,7 +1,9 @@
 """Servers that host several engines, as processes; a server of a few lines stands for that of a model."""
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -69,6 +71,19 @@ def test_an_adapter_joins_the_server_of_its_base_and_leaves_it(tiny_model: Path,
         await until(manager, base.id, S.STOPPED)
         await manager.remove_engine(base.id)
         assert folders() == set()
+
+    run(test)
+
+
+def test_an_adapter_of_a_replaced_base_does_not_join_the_server_of_the_older_files(tiny_model: Path, tmp_path: Path) -> None:
+    async def test(manager: ControlPlaneManager) -> None:
+        base = shutil.copytree(tiny_model, tmp_path / "base")
+        older = await started(manager, base)
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+        newer = await started(manager, make_adapter(tmp_path / "a", base))
+        same = await started(manager, make_adapter(tmp_path / "b", base))
+        assert newer.server_id == same.server_id != older.server_id
 
     run(test)
 

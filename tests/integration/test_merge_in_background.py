@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -13,9 +14,10 @@ import psutil
 import pytest
 from llama_cpp import link_backend
 from served_adapters import HELLO, greedy, make_lora
-from serving import HostingBackend, answered, make_adapter, run, started, until
+from serving import HostingBackend, answered, make_adapter, run, start, started, until
 from support import engine_of, list_engines, sage, wait_for
 
+from sage.common.errors import ConfigError
 from sage.llm.client.types import EngineState, EngineView
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.choice import MERGED_SPEEDS
@@ -115,11 +117,31 @@ def test_an_adapter_that_cannot_be_merged_keeps_answering_and_its_form_names_the
     run(test)
 
 
+@pytest.mark.usefixtures("hosting")
+def test_a_merge_in_the_background_that_makes_no_sense_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a", tiny_model)
+
+    async def test(manager: ControlPlaneManager) -> None:
+        wrong: list[tuple[Path, dict[str, Any], str]] = [
+            (tiny_model, {}, "is not an adapter"),
+            (adapter, {"dedicated": True}, "merged before"),
+            (adapter, {"port": 9999}, "another port"),
+            (adapter, {"engine_kind": "finetune", "backend": "auto"}, "not for a training run"),
+        ]
+        for model, fields, problem in wrong:
+            with pytest.raises(ConfigError, match=problem) as caught:
+                await start(manager, model, merge_in_background=True, **fields)
+            assert caught.value.param == "merge_in_background"
+        assert await manager.list_engines() == []
+
+    run(test)
+
+
 def _lives(pid: int | None) -> bool:
     return pid is not None and psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("backend", ["transformers", "llamacpp"])
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("llamacpp", marks=pytest.mark.long)])
 def test_the_merged_model_takes_over_with_the_same_answers_and_no_request_fails(
     tiny_model: Path, tmp_path: Path, sage_home: Path, backend: str
 ) -> None:

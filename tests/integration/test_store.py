@@ -161,7 +161,7 @@ def test_a_folder_gives_each_split_its_own_samples(tokenizer: Any, tmp_path: Pat
     told: list[str] = []
     assert len(load_or_tokenize(tmp_path, Encoder(tokenizer, 64), told.append)) == 3
     assert len(load_or_tokenize(tmp_path, Encoder(tokenizer, 64), silent, "validation")) == 2
-    assert told == [f"reading train of {tmp_path}; not read: test.jsonl, valid.jsonl"]
+    assert told == [f"reading the train split of {tmp_path}; not read: test.jsonl, valid.jsonl"]
 
 
 def test_a_run_trains_on_a_folder_s_train_and_is_scored_on_its_validation(

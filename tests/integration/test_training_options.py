@@ -18,6 +18,7 @@ from support import HELDOUT, SAMPLES, chat_record, environment, make_tiny_model,
 from training import TinyRun
 from transformers import AutoModelForCausalLM
 
+from sage.common import cgroups
 from sage.common.errors import ModelError, OutputError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
@@ -25,7 +26,7 @@ from sage.libs.finetune.kernels import int8
 from sage.libs.finetune.run.estimate import estimate
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunState, RunStatus
-from sage.libs.finetune.training import loaded, memory, planning
+from sage.libs.finetune.training import loaded, planning
 from sage.libs.finetune.training.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.training.model import decoder
 from sage.libs.finetune.training.precision import Precision, choose_precision
@@ -139,7 +140,7 @@ def test_a_run_that_diverges_says_so(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
     """A control group for memory, inside of our own."""
-    for own in memory._own_cgroups():
+    for own in cgroups.own_groups("memory"):
         group = own / f"sage-test-{os.getpid()}"
         try:
             group.mkdir()
@@ -381,7 +382,7 @@ def test_several_datasets_are_taken_as_often_as_they_weigh(tiny_model: Path, tmp
     assert started["samples"] == round(len(SAMPLES.read_text().splitlines()) / 2) + 25
     assert "`few.jsonl`" in (run.output / "README.md").read_text()
     run = TinyRun(tiny_model, tmp_path / "none", dataset_path=[f"{few}=0.01"]).start()
-    assert "select no samples" in str(run.until_ended().message)
+    assert "no sample is selected" in str(run.until_ended().message)
 
 
 def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tmp_path: Path) -> None:

@@ -184,6 +184,16 @@ def test_a_prompt_that_the_model_cannot_be_asked_with_is_refused(server: Server,
         assert (error["code"], error["param"]) == (code, "prompt")
 
 
+@pytest.mark.usefixtures("server")  # build() then uses the loaded model
+def test_an_answer_that_needs_more_than_the_whole_cache_is_refused_with_the_numbers() -> None:
+    server = Server(generation.build("tiny", "fp32", 8, cache_tokens=20))
+    assert server.complete(prompt=[300] * 12).status_code == 200
+    error = error_of(server.complete(prompt=[300] * 13))
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert "has 13 tokens, and the answer may have 8; the engine's key/value cache has 20" in error["message"]
+    assert server.complete(prompt=[300] * 13, max_tokens=7).status_code == 200
+
+
 def test_a_prompt_fills_the_context_to_its_last_token(server: Server) -> None:
     full = server.complete(prompt=[300] * 511).json()
     assert full["usage"]["completion_tokens"] == 1

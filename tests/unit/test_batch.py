@@ -145,3 +145,37 @@ def test_if_the_thread_ends_all_requests_are_answered_with_an_error_and_no_more_
             await batch.between_passes(lambda: None)
 
     run(scenario)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("CUDA error: device-side assert"), RuntimeError("CUDA error: lost")]
+)
+@pytest.mark.parametrize("requests", [1, 2])
+def test_an_error_after_which_the_gpu_cannot_be_used_ends_the_thread(error: Exception, requests: int) -> None:
+    async def scenario(batch: Batch, runner: Runner) -> None:
+        def fail(*_: Any) -> list[Tensor]:
+            raise error
+
+        runner.run = fail  # type: ignore[method-assign]
+        for job in await submitted_at_once(batch, *((name, 1) for name in range(requests))):
+            with pytest.raises(SageError, match="can no longer answer"):
+                await texts_of(job)
+        with pytest.raises(SageError, match="can no longer answer"):
+            batch.check()
+
+    run(scenario)
+
+
+def test_answers_wait_until_the_cache_has_room_for_them() -> None:
+    async def main() -> None:
+        runner = Runner()
+        batch = Batch(runner, slots=4, cache_tokens=25)  # each answer needs 10
+        jobs = await submitted_at_once(batch, (1, 2), (2, 1), (3, 1))
+        assert [await texts_of(job) for job in jobs] == [["1", "1"], ["2"], ["3"]]
+        assert max(map(len, runner.passes)) == 2
+        large = Batch(runner, slots=4, cache_tokens=5)  # an answer that is too large is computed alone
+        assert await texts_of(submit(large, 4)) == ["4"]
+        batch.close()
+        large.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))

@@ -1,4 +1,5 @@
 import typing
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,11 @@ from rich.console import Console
 from sage.cli.commands.apps import dataset, engine, route
 from sage.cli.listing import Selection, select
 from sage.cli.render import bar, device_table, ending, engine_lines, engine_table, event_line, size
+from sage.cli.starting import start_engine, start_time
 from sage.cli.training_options import MODULE_FIELDS, OPTIONS, PATH_FIELDS, with_training_options
 from sage.cli.waiting import failure
 from sage.common import errors
+from sage.common.errors import ConfigError
 from sage.common.progress_bar import duration
 from sage.common.training import FIGURES
 from sage.libs.finetune.config import FinetuneConfig
@@ -19,10 +22,12 @@ from sage.libs.finetune.data.preferences import Method
 from sage.llm.client.types import (
     SUPPORTED_ENGINE_KINDS,
     Device,
+    DeviceEngine,
     EngineEvent,
     EnginePage,
     EngineState,
     EngineView,
+    OnBusy,
     RestartPolicy,
     RouteView,
 )
@@ -38,6 +43,7 @@ def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
     assert [kind.value for kind in engine.Kind] == SUPPORTED_ENGINE_KINDS
     assert [state.value for state in engine.State] == [state.value for state in EngineState]
     assert [policy.value for policy in engine.Policy] == [policy.value for policy in RestartPolicy]
+    assert [busy.value for busy in engine.Busy] == [busy.value for busy in OnBusy]
     assert [method.value for method in dataset.Method] == list(typing.get_args(Method))
 
 
@@ -93,10 +99,10 @@ def test_sizes_and_shares_are_formatted_with_units() -> None:
     assert bar(1) == "██████████ 100%"
 
 
-@pytest.mark.parametrize("hint", ["", "Its log: `sage llm engine logs engine-a`."])
+@pytest.mark.parametrize("hint", ["", "The engine's log: `sage llm engine logs engine-a`."])
 def test_a_failure_names_its_log_once(hint: str) -> None:
     told = failure(engine_view(state="failed", reason={"code": "engine_died", "message": "It died.", "hint": hint})).hint
-    assert told == "Its log: `sage llm engine logs engine-a`."
+    assert told == "The engine's log: `sage llm engine logs engine-a`."
 
 
 @pytest.mark.parametrize("name", PATH_FIELDS)
@@ -128,12 +134,27 @@ def test_an_event_other_than_a_transition_is_shown_with_its_kind() -> None:
     assert "desired" in event_line(desired)
 
 
-def test_devices_are_shown_with_their_memory() -> None:
-    device = Device(node="n", kind="gpu", index=0, name="X", memory_total_bytes=2_000_000_000, memory_used_bytes=5_000_000)
+def test_devices_are_shown_with_their_memory_and_the_engines_that_use_it() -> None:
+    memory = {"memory_total_bytes": 2_000_000_000, "memory_used_bytes": 5_000_000}
+    engines = [
+        DeviceEngine(id="engine-a", name="[a]", memory_bytes=3_000_000, reserved_bytes=4_000_000),
+        DeviceEngine(id="engine-b", name="b", memory_bytes=0),
+    ]
+    devices = [
+        Device(node="n", kind="cuda", index=1, name="fake 2 GB", is_fake=True, temperature_celsius=41.0, **memory),
+        Device(node="n", kind="cpu", index=0, name="X", memory_usable_bytes=10**9, engines=engines,
+               utilization_percent=7.0, **memory),
+    ]  # fmt: skip
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(device_table([device]))
-    assert capture.get().split()[-4:] == ["gpu:0", "X", "5MB", "2.0GB"]
+        console.print(device_table(devices))
+    header, *rows = [line.split() for line in capture.get().splitlines()]
+    assert header == ["DEVICE", "NAME", "USED", "TOTAL", "USABLE", "LOAD", "TEMP", "ENGINE", "MODEL", "MEMORY", "RESERVED"]
+    assert rows == [
+        ["cuda:1", "fake", "2", "GB", "5MB", "2.0GB", "41°C"],
+        ["cpu", "X", "5MB", "2.0GB", "1.0GB", "7%", "engine-a", "[a]", "3MB", "4MB"],
+        ["engine-b", "b", "0B"],
+    ]
 
 
 class Pages:
@@ -201,3 +222,32 @@ def test_a_route_is_set_with_weights_and_listed_with_shares(
     assert rows[1:] == [
         ["prod", "new", "engine-a", "running", "25%"], ["prod", "old", "-", "-", "75%"], ["prod", "base", "fallback"],
     ]  # fmt: skip
+
+
+def test_a_training_option_for_an_engine_that_serves_is_rejected_by_its_flag() -> None:
+    with pytest.raises(errors.ConfigError, match="--use-8bit is an option of training runs") as caught:
+        start_engine("model", "llm", {"use_8bit": False})
+    assert "--engine-kind finetune" in caught.value.hint
+
+
+NOON = datetime(2030, 5, 1, 12, 0, tzinfo=timezone(timedelta(hours=2)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("22:00", "2030-05-01T22:00:00+02:00"),
+        ("09:30", "2030-05-02T09:30:00+02:00"),
+        ("12:00", "2030-05-02T12:00:00+02:00"),
+        ("2031-01-31T06:00", "2031-01-31T06:00:00+02:00"),
+        ("2031-01-31 06:00+00:00", "2031-01-31T06:00:00+00:00"),
+    ],
+)
+def test_a_start_time_is_a_time_of_day_or_a_date_with_a_time(text: str, expected: str) -> None:
+    assert start_time(text, NOON).isoformat() == expected
+
+
+@pytest.mark.parametrize("text", ["tonight", "25:00", "", "2030-13-01T00:00"])
+def test_a_wrong_start_time_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a time"):
+        start_time(text, NOON)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from pydantic import ValidationError
 from sage.common.errors import ConfigError
 from sage.common.training import TrainingProgress
 from sage.llm.client.types import EngineKind, EngineState, StartRequest
-from sage.llm.control_plane import inventory
 from sage.llm.control_plane.executors import inference_executor
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.executors.exit_message import exit_message
@@ -28,7 +26,6 @@ from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
 from sage.llm.control_plane.launchers.base import ProcessObservation, Signal
 from sage.llm.control_plane.launchers.local import LocalLauncher
-from sage.llm.control_plane.metrics import engine_metrics
 from sage.llm.control_plane.store.records import EngineRecord, ServerState
 
 
@@ -76,7 +73,7 @@ def test_files_need_absolute_paths_because_the_gateway_has_another_working_direc
         (1, "12it/s\n", "It exited with code 1."),
         (1, "2026-11-25T10:00:00+0000 INFO    sage: loaded\n", "It exited with code 1."),
         (-9, "ModelError: of an earlier start.\n", "It was killed by SIGKILL (out of memory?)."),
-        (None, "", "It exited (the exit code is unknown, because another gateway started it)."),
+        (None, "", "It exited (the exit code is unknown, because another gateway started the process)."),
         (1, "", "It exited with code 1."),
     ],
 )
@@ -262,53 +259,3 @@ def test_a_server_that_exited_is_dead_once_its_launch_was_written() -> None:
     assert not observed.alive
     assert observed.reason is not None
     assert observed.reason.message == "The engine's process exited with code 1."
-
-
-class NVMLError(Exception):
-    """The error that NVIDIA's library raises for a value that a device does not support."""
-
-
-def unsupported(_: int) -> Any:
-    raise NVMLError("Not Supported")
-
-
-class Nvml:
-    """Four GPUs: an ordinary one, a partitioned one, a virtual one, and one that was lost."""
-
-    NVMLError = NVMLError
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 4
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index if index < 3 else unsupported(index)
-
-    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
-        return f"GPU {handle}"
-
-    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:  # noqa: N802
-        return SimpleNamespace(gpu=50) if handle == 0 else unsupported(handle)
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
-        return SimpleNamespace(total=80, used=8) if handle < 2 else unsupported(handle)
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> Any:  # noqa: N802
-        return unsupported(handle)
-
-
-def test_a_value_that_a_gpu_does_not_support_fails_neither_the_list_nor_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inventory, "_nvml", Nvml)
-    devices = inventory.list_devices()
-    assert [(device.name, device.utilization_percent) for device in devices[:2]] == [("GPU 0", 50.0), ("GPU 1", None)]
-    assert devices[2].kind == "cpu"
-    assert inventory.gpu_memory_of(1) is None
-    assert list(engine_metrics({}, [], devices))
-
-
-def test_no_gpu_is_listed_if_the_driver_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(Nvml):
-        def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-            return int(unsupported(0))
-
-    monkeypatch.setattr(inventory, "_nvml", Broken)
-    assert [device.kind for device in inventory.list_devices()] == ["cpu"]

@@ -150,7 +150,9 @@ def unusable(tmp_path: Path, url: str) -> str:
 def test_a_database_that_cannot_be_opened_is_reported_in_one_sentence_with_the_reason(
     tmp_path: Path, url: str, reason: str
 ) -> None:
-    assert reason in unusable(tmp_path, url)
+    message = unusable(tmp_path, url)
+    assert reason in message
+    assert ("move it away" in message) == url.startswith("sqlite")
 
 
 @pytest.mark.parametrize(

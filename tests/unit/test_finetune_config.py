@@ -85,7 +85,7 @@ def test_the_engine_config_has_exactly_the_fields_and_defaults_of_the_requiremen
     [
         ({"finetuning_type": "full", "use_dora": True}, "omit use_dora"),
         ({"method": "dpo", "pack_tokens": 800}, "method dpo does not accept pack_tokens"),
-        ({"method": "dpo", "dataset_path": "a.jsonl=2"}, "weights of datasets"),
+        ({"method": "dpo", "dataset_path": "a.jsonl=2"}, "dataset weights"),
         ({"method": "grpo"}, "reward_file is required for method grpo"),
         ({"reward_file": "r.py"}, "not accepted for other methods"),
         ({"method": "grpo", "reward_file": "r.py", "num_generations": 3}, "a multiple of num_generations"),

@@ -45,7 +45,7 @@ async def request(reader: asyncio.StreamReader) -> bytes:
 
 
 async def ask(pool: EngineConnections, address: str) -> bytes:
-    answer = await pool.post(address, HEAD, b"{}")
+    answer = await pool.post(address, HEAD, [b"{}"])
     try:
         return await answer.read()
     finally:
@@ -155,7 +155,7 @@ def test_every_framing_of_an_answer_is_understood(answer: bytes, body: bytes, pi
     async def main() -> None:
         async with server(serve) as address, connections() as pool:
             for _ in range(3):
-                got = await pool.post(address, HEAD, b"{}")
+                got = await pool.post(address, HEAD, [b"{}"])
                 assert await got.read() == body
                 assert all(name != b"link" for name, _ in got.headers)
                 pool.release(got)
@@ -221,7 +221,7 @@ def test_a_server_is_read_from_only_as_fast_as_its_answer_is_taken() -> None:
 
     async def main() -> None:
         async with server(serve) as address, connections() as pool:
-            answer = await pool.post(address, HEAD, b"{}")
+            answer = await pool.post(address, HEAD, [b"{}"])
             taken_bytes = 0
             while taken_bytes < size_bytes - most_bytes:
                 await until(lambda: not answer.transport.is_reading(), "a pause, as nothing was taken")
@@ -251,7 +251,7 @@ def test_a_slow_client_pauses_the_stream_of_its_engine() -> None:
             sent.extend(message.get("body", b""))
 
         async with server(serve) as address, connections() as pool:
-            answer = await pool.post(address, HEAD, b"{}")
+            answer = await pool.post(address, HEAD, [b"{}"])
             relay = asyncio.create_task(Relay(Upstream(address, "inner", "engine-a", "tiny"), send).forward(answer))
             await until(lambda: not answer.transport.is_reading(), "a pause")
             can_send.set()

@@ -4,12 +4,13 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import pytest
 from engines import record
-from gateways import gateway
+from gateways import gateway, until
 
 from sage.common.identity import ProcessIdentity
 from sage.common.settings import load_settings
@@ -188,13 +189,21 @@ async def _next_event(lines: Any) -> dict[str, Any]:
     return event
 
 
-def test_pause_is_a_501() -> None:
+def test_pause_and_resume_change_the_desired_state_and_a_settled_engine_cannot_be_paused() -> None:
     async def main() -> None:
         store, lease = stored(1)
+        queued = record(
+            EngineState.QUEUED, id=_id(1), node=store.get(_id(0)).node, not_before=datetime(2100, 1, 1, tzinfo=UTC)
+        )
+        store.add(queued, "user", lease)
         store.release_lease(lease)
         async with gateway() as client:
             answer = await client.post(f"{ENGINES}/{_id(0)}/pause")
-            assert (answer.status_code, answer.json()["error"]["code"]) == (501, "not_implemented")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "not_pausable")
+            assert (await client.post(f"{ENGINES}/{_id(1)}/pause")).json()["desired"] == "paused"
+            await until(lambda: store.get(_id(1)).state is EngineState.PAUSED, "the pause")
+            assert (await client.post(f"{ENGINES}/{_id(1)}/resume")).json()["desired"] == "running"
+            await until(lambda: store.get(_id(1)).state is EngineState.QUEUED, "the return into the queue")
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

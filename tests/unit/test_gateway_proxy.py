@@ -50,7 +50,7 @@ def test_a_parameter_that_a_server_would_ignore_is_a_400_that_names_it() -> None
             refused = await client.post(CHAT, json={**ASK, "frob": 1})
             error = refused.json()["error"]
             assert (refused.status_code, error["code"], error["param"]) == (400, "unsupported_value", "frob")
-            assert error["message"] == "frob is not supported by this engine. Remove it."
+            assert error["message"] == "frob is not supported by this engine. Remove this field."
 
     run(main())
 

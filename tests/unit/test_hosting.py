@@ -82,6 +82,7 @@ def test_an_adapter_joins_the_server_that_has_its_base() -> None:
     "engine",
     [
         adapter("x", base="/other"),
+        adapter("x", base_version="replaced"),
         adapter("x", options={"dtype": "bf16"}),
         adapter("x", backend="other"),
         adapter("x", base=None, adapter=None),  # dedicated, or it cannot be loaded into a running base

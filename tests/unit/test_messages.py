@@ -46,11 +46,11 @@ def test_an_answer_without_such_a_flag_is_trained_on(flag: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ({"weight": 0.5}, "messages[1].weight is 0.5. It must be 0 (context only) or 1."),
+        ({"weight": 0.5}, "messages[1].weight is 0.5. The weight must be 1, or 0 (context only)."),
         ({"weight": "0"}, 'messages[1].weight is "0".'),
         ({"weight": True}, "messages[1].weight is true."),
         ({"weight": 2}, "messages[1].weight is 2."),
-        ({"train": "no"}, 'messages[1].train is "no". It must be true or false'),
+        ({"train": "no"}, 'messages[1].train is "no". The value must be true, or false'),
         ({"loss": 0}, "messages[1].loss is 0."),
         ({"weight": 1, "train": False}, "weight and train contradict each other"),
     ],

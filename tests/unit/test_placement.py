@@ -36,12 +36,34 @@ def placed(model: Path, **values: Any) -> dict[str, Any]:
     return dict(placement(record(model=str(model), backend="hosting", **values)))
 
 
+def shown(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "base_version"}
+
+
 def test_a_model_and_its_adapters_share_a_server_by_whatever_path_they_are_named(base: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(base)
     adapter = make_adapter(tmp_path / "a", link)
-    assert placed(base) == {"base": str(base), "adapter": None, "form": "whole model"}
-    assert placed(adapter) == {"base": str(base), "adapter": str(adapter), "form": None}
+    assert shown(placed(base)) == {"base": str(base), "adapter": None, "form": "whole model"}
+    assert shown(placed(adapter)) == {"base": str(base), "adapter": str(adapter), "form": None}
+    assert placed(base)["base_version"] == placed(adapter)["base_version"] is not None
+
+
+def test_the_version_of_a_base_changes_if_its_files_are_replaced(base: Path, tmp_path: Path) -> None:
+    adapter, before = make_adapter(tmp_path / "a", base), placed(base)["base_version"]
+    config = (base / "config.json").read_text()
+    (base / "config.json").write_text('{"hidden_size": 8}')
+    assert placed(adapter)["base_version"] == placed(base)["base_version"] != before
+    (base / "config.json").write_text(config)
+    assert placed(base)["base_version"] == before
+    gguf = tmp_path / "gguf" / "model.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    before = placed(gguf.parent)["base_version"]
+    assert placed(gguf.parent)["base_version"] == before
+    gguf.unlink()
+    gguf.write_bytes(b"GGUF another")
+    assert placed(gguf.parent)["base_version"] not in (None, before)
 
 
 def test_the_form_of_an_adapter_with_a_server_of_its_own_names_the_reason(base: Path, tmp_path: Path) -> None:
@@ -53,8 +75,8 @@ def test_the_form_of_an_adapter_with_a_server_of_its_own_names_the_reason(base: 
         "its base model is also an adapter": placed(second),
     }
     for reason, values in expected.items():
-        assert values == {"base": None, "adapter": None, "form": f"merged, because {reason}"}
-    assert placed(base, dedicated=True) == {"base": None, "adapter": None, "form": "whole model"}
+        assert shown(values) == {"base": None, "adapter": None, "form": f"merged, because {reason}"}
+    assert shown(placed(base, dedicated=True)) == {"base": None, "adapter": None, "form": "whole model"}
 
 
 def test_the_form_of_a_quantized_model_names_the_quantization(

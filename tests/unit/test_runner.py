@@ -9,7 +9,7 @@ import pytest
 from engines import record, server
 from store_promises import lease_of
 
-from sage.common.errors import ConfigError
+from sage.common.errors import ConfigError, EngineError
 from sage.common.processes import ProcessSpec
 from sage.llm.client.types import DesiredState, EngineKind, EngineState
 from sage.llm.control_plane import runner
@@ -35,6 +35,7 @@ class World:
         self.done, self.launches, self.signals = 0, 0, list[Signal]()
         self.release = asyncio.Event()
         self.error: Exception | None = None
+        self.loaded: dict[str, str | None] = {"sage-a-1": "/older"}
 
     def add(self, state: EngineState, host: ServerState = ServerState.LAUNCHED, **values: Any) -> EngineRecord:
         """Add an engine; if it starts or runs, on the shared server."""
@@ -69,6 +70,7 @@ class World:
 
     async def launch(self, spec: ProcessSpec) -> str:
         self.launches += 1
+        self.launched = spec
         await self.release.wait()
         return "127.0.0.1:9000"
 
@@ -80,6 +82,9 @@ class World:
             raise self.error
         await self.release.wait()
 
+    async def folders(self, host: ServerRecord) -> dict[str, str | None]:
+        return self.loaded
+
     def note(self) -> None:
         self.done += 1
 
@@ -88,8 +93,9 @@ class World:
             parts: Any = self
             executors: Any = {EngineKind.LLM: self}
             held = Runner(
-                self.store, Pool("store", 1), executors, parts, parts, RoutingTable("n"), lambda: self.lease, self.note
-            )
+                self.store, Pool("store", 1), executors, parts, parts, RoutingTable("n"), lambda: self.lease, self.note,
+                lambda devices: {"CUDA_VISIBLE_DEVICES": ",".join(devices)},
+            )  # fmt: skip
             async with asyncio.timeout(20):
                 await test(held)
 
@@ -100,6 +106,21 @@ class World:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(runner, "_BACKOFF_SECONDS", 0.0)
     return World(tmp_path)
+
+
+def test_a_launch_stores_devices_and_threads_and_restricts_the_process_to_the_devices(world: World) -> None:
+    engine = world.add(S.QUEUED)
+
+    async def test(runner: Runner) -> None:
+        world.release.set()
+        runner.run(Launch(engine, None, devices=("cuda:1", "cuda:3"), reserved_bytes=5, threads=4), None, None)
+        while not world.done:
+            await asyncio.sleep(0)
+
+    world.run(test)
+    assert world.store.get(engine.id).threads == 4
+    assert (world.host().devices, world.host().reserved_bytes) == (("cuda:1", "cuda:3"), 5)
+    assert world.launched.env == {"CUDA_VISIBLE_DEVICES": "cuda:1,cuda:3"}
 
 
 def test_an_engine_whose_server_another_one_launches_does_not_wake_the_reconciler(world: World) -> None:
@@ -214,19 +235,35 @@ def test_an_action_that_failed_is_repeated_later_each_time_and_a_different_one_i
     assert world.store.get("engine-a").state is S.STOPPING
 
 
-def test_a_newer_version_that_is_refused_leaves_the_older_one_and_a_warning_in_the_status(world: World) -> None:
-    newer = world.store.revise(world.add(S.RUNNING), actor="r", lease=world.lease, revision=2)
-    world.error = AdapterRefused(code="adapter_refused", message="its rank is too large")
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (AdapterRefused(code="adapter_refused", message="its rank is too large"), 1),
+        (EngineError(code="adapter_load_failed", message="its rank is too large"), runner._MAX_FAILURES),
+    ],
+)
+def test_a_newer_version_that_cannot_be_loaded_leaves_the_older_one_and_a_warning_in_the_status(
+    world: World, error: Exception, tries: int
+) -> None:
+    newer = world.store.revise(world.add(S.RUNNING), actor="r", lease=world.lease, revision=2, model="/newer")
+    world.error = error
+
+    async def load(runner: Runner) -> EngineRecord:
+        runner.run(LoadAdapter(world.store.get("engine-a"), world.host()), None, world.host())
+        await runner.idle()
+        return world.store.get("engine-a")
 
     async def test(runner: Runner) -> None:
-        runner.run(LoadAdapter(newer, world.host()), None, world.host())
-        await runner.idle()
-        engine = world.store.get("engine-a")
+        for _ in range(tries):
+            assert world.store.get("engine-a") == newer
+            engine = await load(runner)
         assert engine.reason
         assert (engine.state, engine.served_as, engine.reason.code) == (S.RUNNING, "sage-a-1", "adapter_refused")
         assert "/newer: its rank is too large. The previous version is still used." in engine.reason.message
-        runner.run(LoadAdapter(engine, world.host()), None, world.host())  # the server has lost the older one
-        await runner.idle()
+        assert (engine.model, engine.adapter) == ("/older", "/older")
+        world.loaded = {}  # the server has lost the older one
+        for _ in range(tries):
+            engine = await load(runner)
+        assert engine.state is S.FAILED
 
     world.run(test)
-    assert world.store.get("engine-a").state is S.FAILED

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
@@ -279,3 +280,13 @@ def test_code_that_does_not_end_is_stopped() -> None:
     with pytest.raises(TimeLimitExceeded):
         within(0.05, spin)
     assert within(30, lambda: 5) == 5
+
+
+def test_a_server_that_cannot_answer_any_more_ends_with_the_reason() -> None:
+    def about() -> dict[str, Any]:
+        raise SageError(code="internal_error", message="The thread has ended.")
+
+    app = server.create_app("test", lambda: None, about)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
+    with pytest.raises(SageError, match="The thread has ended"):
+        server.serve(config, app, None)

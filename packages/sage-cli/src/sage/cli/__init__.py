@@ -1,1 +1,1 @@
-"""The command line. It controls engines only through the gateway's HTTP interface."""
+"""The command line, which controls engines only through the gateway's HTTP interface."""

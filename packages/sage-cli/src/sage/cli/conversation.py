@@ -72,7 +72,7 @@ class Conversation:
             self.ask(text)
         except KeyboardInterrupt:
             pass  # the user ended the answer, not the conversation
-        except SageError as error:  # continue, because the next message may succeed
+        except SageError as error:  # continue, because the next message can succeed
             typer.echo(f"Error: {error}", err=True)
             if not sys.stdin.isatty():
                 raise

@@ -52,7 +52,7 @@ def find_client() -> SageClient:
     """
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        # Check the process, not the lock: an active gateway that was started as a standby may not hold the lock.
+        # Check the process named in gateway.json. A gateway that was started with --standby does not hold the lock.
         if ProcessIdentity(saved["pid"], saved["started"]).is_alive():
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings
@@ -88,7 +88,8 @@ def find_health(client: SageClient) -> dict[str, Any] | None:
 def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
     """Raise GatewayUnreachable if the gateway belongs to another SAGE_HOME on this machine.
 
-    A gateway is accepted if the user has its API key. It is also accepted if it runs on another machine (through a tunnel).
+    A gateway is accepted if the client has an API key, if this user has a gateway process, or if no local process has the
+    gateway's PID. In the last case, the gateway runs on another machine, for example behind an SSH tunnel.
     """
     if client.api_key or find_process():
         return
@@ -160,7 +161,7 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
 def _unwritable() -> str:
     """Return the reason why no file can be written in the state folder; "" if files can be written.
 
-    If no file can be written, the gateway's log does not contain the reason.
+    This reason cannot be in the gateway's log, because the log is a file in this folder.
     """
     folder = get_user_paths().state_dir
     try:

@@ -88,7 +88,7 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
         f"shortest {min(measured.lengths)}, longest {max(measured.lengths)}, mean {total / len(measured.lengths):.0f}",
         *_histogram(measured.lengths),
         f"cutoff {measured.cutoff_tokens}: {measured.truncated} samples truncated, "
-        f"{measured.dropped} dropped, because their answer was cut off",
+        f"{measured.dropped} dropped, because nothing of the answer is left",
     ])  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 import itertools
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.text import Text
 
 from sage.common.errors import DatasetError
+from sage.libs.finetune.data.linting import DatasetReport
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
@@ -17,14 +18,18 @@ _LOOKS = {"trained": ("bold green", "⟦", "⟧"), "untrained": ("", "", ""), "c
 _SPECIAL_STYLE = "reverse"
 
 
+def raise_for_missing(report: DatasetReport, line: int | None) -> NoReturn:
+    """Raise DatasetError, because there is no sample to show. If the line was read, the error is the fault of this line."""
+    report.faults = [fault for fault in report.faults if line in (None, fault.origin.line)]
+    report.raise_for_faults()
+    message, hint = f"The dataset {report.path} has no sample on line {line}.", "Omit --line to see the first samples."
+    raise DatasetError(code="line_not_found", message=message, hint=hint)
+
+
 def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_json: bool) -> None:
     """Print samples, each with its sequences. Raises DatasetError if the chat template rejects a sample."""
     shown = [(sample, encoder.encode_whole([sample])[0]) for sample in samples]
     encoder.raise_for_faults()
-    if not shown:
-        raise DatasetError(
-            code="line_not_found", message="The dataset has no sample to show.", hint="Omit --line to see the first samples."
-        )
     if as_json:
         console.out(json.dumps([_as_dict(*each, encoder) for each in shown], indent=2), highlight=False)
         return

@@ -64,10 +64,13 @@ def everything() -> Iterator[Finding]:
     yield from backends()
     yield from _folders()
     try:
-        load_settings()
+        settings = load_settings()
     except SageError as error:
         yield Finding("settings", "failed", error.message, error.hint)
     else:
+        if fake := settings.fake_devices:
+            remedy = "To use the real GPUs, remove the setting, or unset SAGE_FAKE_DEVICES."
+            yield Finding("fake_devices", "warning", f"The gateway uses fake GPUs: {fake}.", remedy)
         yield _database()
         yield _gateway()
 
@@ -105,7 +108,7 @@ def _torch() -> Iterator[Finding]:
         [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
     )
     if done.returncode:
-        problem = (done.stderr.strip().splitlines() or ["it exited"])[-1]
+        problem = (done.stderr.strip().splitlines() or ["Python exited without a message"])[-1]
         yield Finding("torch", "failed", f"torch cannot be imported: {problem}.", "Install torch again for this machine.")
         return
     found = json.loads(done.stdout.splitlines()[-1])
@@ -171,7 +174,7 @@ def _gateway() -> Finding:
         client = daemon.find_client()
         health = daemon.find_health(client)
         if health is None:
-            return Finding("gateway", "ok", f"no gateway runs at {client.base_url}; commands that need it start it")
+            return Finding("gateway", "ok", f"no gateway runs at {client.base_url}; commands that need a gateway start one")
         daemon.refuse_foreign(client, health)
         client.models()  # this request checks the API key and the database
     except SageError as error:

@@ -12,7 +12,7 @@ class Selection:
 
     states: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
-    settled_limit: int | None = 20  #: maximum number of settled engines; None: no limit
+    settled_limit: int | None = 20  #: maximum number of stopped, completed and failed engines; None: no limit
 
 
 def select(client: SageClient, selection: Selection) -> tuple[list[EngineView], bool]:

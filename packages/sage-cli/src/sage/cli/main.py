@@ -48,17 +48,24 @@ def studio(port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the
 
 
 @app.command("gpu")
-def gpu(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show the memory and load of the GPUs and of the main memory."""
+def gpu(
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh the table until Ctrl-C.")] = False,
+) -> None:
+    """Show the GPUs and the main memory: load, temperature, and the memory that each engine uses."""
     from sage.cli import daemon, render
 
-    devices = daemon.connect().devices()
+    client = daemon.connect()
     if json_:
         import json
 
-        typer.echo(json.dumps([device.model_dump(mode="json") for device in devices], indent=2))
+        typer.echo(json.dumps([device.model_dump(mode="json") for device in client.devices()], indent=2))
+    elif watch:
+        from sage.cli.watching import watch as refresh
+
+        refresh(lambda: render.device_table(client.devices()))
     else:
-        render.stdout().print(render.device_table(devices))
+        render.stdout().print(render.device_table(client.devices()))
 
 
 @app.command("doctor")

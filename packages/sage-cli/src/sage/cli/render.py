@@ -21,7 +21,7 @@ _STATE_STYLES = {
     "starting": "yellow",
     "stopping": "yellow",
 }
-#: Number of columns for output to a pipe. It is large, so that no line is cut.
+#: Number of columns for output to a pipe. The number is large, so that no line is cut.
 _PIPE_COLUMNS = 240
 
 
@@ -51,6 +51,18 @@ def engine_table(engines: Iterable[EngineView]) -> Table:
     return table
 
 
+def queue_table(engines: Iterable[EngineView]) -> Table:
+    """Return the table of waiting engines."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("PLACE", "ENGINE", "KIND", "MODEL", "PRIORITY", "MEMORY", "WHY"):
+        table.add_column(name, no_wrap=name not in ("MODEL", "WHY"), overflow="fold")
+    for place, engine in enumerate(engines, start=1):
+        memory = "" if engine.reserved_bytes is None else size(engine.reserved_bytes)
+        why = engine.reason.message if engine.reason else ""
+        table.add_row(str(place), engine.id, engine.kind, escape(engine.name), str(engine.priority), memory, escape(why))
+    return table
+
+
 def engine_lines(engine: EngineView) -> list[str]:
     """Return the details of one engine, one per line."""
     why = f" ({engine.backend_reason})" if engine.backend_reason else ""
@@ -59,7 +71,13 @@ def engine_lines(engine: EngineView) -> list[str]:
         ("state", engine.state), ("reason", engine.reason and f"{engine.reason.message} {engine.reason.hint}".strip()),
         ("desired", engine.desired.value), ("backend", f"{engine.backend}{why}"), ("form", engine.form),
         ("context", engine.context_tokens and f"{engine.context_tokens} tokens"), ("slots", engine.slots),
+        ("cache", engine.kv_cache_tokens and f"{engine.kv_cache_tokens} tokens"),
+        ("threads", engine.threads),
         ("restart policy", engine.restart_policy), ("restarts", engine.restarts or None),
+        ("queue", engine.queue_position and f"place {engine.queue_position}"), ("priority", engine.priority or None),
+        ("not before", engine.not_before and f"{engine.not_before:%Y-%m-%d %H:%M} UTC"),
+        ("devices", engine.devices and ", ".join(engine.devices)),
+        ("reserved", None if engine.reserved_bytes is None else size(engine.reserved_bytes)),
         ("port", engine.port), ("pid", engine.pid),
         ("memory", None if engine.memory_bytes is None else size(engine.memory_bytes)),
     ]  # fmt: skip
@@ -113,16 +131,28 @@ def route_table(routes: Iterable[RouteView]) -> Table:
 
 
 def device_table(devices: Iterable[Device]) -> Table:
-    """Return the table of devices."""
+    """Return the table of devices. A device with several engines has one row for each engine."""
     table = Table("DEVICE", "NAME", box=None, pad_edge=False, header_style="bold")
-    for name in ("USED", "TOTAL", "LOAD"):
+    for name in ("USED", "TOTAL", "USABLE", "LOAD", "TEMP"):
+        table.add_column(name, justify="right")
+    for name in ("ENGINE", "MODEL"):
+        table.add_column(name)
+    for name in ("MEMORY", "RESERVED"):
         table.add_column(name, justify="right")
     for device in devices:
-        load = device.utilization_percent
+        engines = [
+            (engine.id, escape(engine.name), size(engine.memory_bytes), _size(engine.reserved_bytes))
+            for engine in device.engines
+        ]
+        first, *others = engines or [("", "", "", "")]
+        load, temperature = device.utilization_percent, device.temperature_celsius
         table.add_row(
-            f"{device.kind}:{device.index}", escape(device.name), size(device.memory_used_bytes),
-            size(device.memory_total_bytes), "" if load is None else f"{load:.0f}%",
+            device.id, escape(device.name), size(device.memory_used_bytes), size(device.memory_total_bytes),
+            _size(device.memory_usable_bytes), "" if load is None else f"{load:.0f}%",
+            "" if temperature is None else f"{temperature:.0f}°C", *first,
         )  # fmt: skip
+        for engine in others:
+            table.add_row("", "", "", "", "", "", "", *engine)
     return table
 
 
@@ -168,6 +198,10 @@ def size(size_bytes: float) -> str:
             return f"{size_bytes:.0f}{unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f}GB"
+
+
+def _size(size_bytes: float | None) -> str:
+    return "" if size_bytes is None else size(size_bytes)
 
 
 def _training_cells(engine: EngineView) -> tuple[str, str, str]:

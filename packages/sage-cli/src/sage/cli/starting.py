@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import typer
 
 from sage.cli import daemon, waiting
 from sage.cli.render import ending
+from sage.cli.training_options import OPTIONS
 from sage.common.errors import ConfigError
 from sage.common.model_names import absolute_name
 from sage.llm.client import SageClient
@@ -28,7 +30,7 @@ def start_engine(
     """Start an engine, print its id, and wait for the engine.
 
     request: other fields of StartRequest.
-    wait: False: wait until the engine is validated; None: until it serves or trains; True: until it has ended.
+    wait: if False, wait until the engine is validated; if None, until it serves or trains; if True, until it has ended.
     announce: format of the output line with the id.
     """
     _check_given(model, kind, options)
@@ -71,6 +73,40 @@ def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[s
     return {"serve": {"name": name, "checkpoints": checkpoints}}
 
 
+def admission_request(
+    on_busy: str | None, priority: int | None, devices: str | None, memory_gb: float | None, not_before: str | None
+) -> dict[str, Any]:
+    """Return the fields of StartRequest for the queue in a dictionary, without the options that are not given."""
+    fields = {
+        "on_busy": on_busy,
+        "priority": priority,
+        "devices": devices.replace(" ", "").split(",") if devices else None,
+        "memory_gb": memory_gb,
+        "not_before": start_time(not_before, datetime.now().astimezone()).isoformat() if not_before else None,
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def start_time(text: str, now: datetime) -> datetime:
+    """Return the time that a user entered: HH:MM for the next such time of day, or an ISO 8601 date and time.
+
+    now: has a time zone, which applies if the text has none. Raises ConfigError.
+    """
+    try:
+        if len(text) <= len("22:00"):
+            at = datetime.combine(now.date(), time.fromisoformat(text), now.tzinfo)
+            return at if at > now else at + timedelta(days=1)
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(
+            code="config_invalid",
+            message=f"--not-before '{text}' is not a time.",
+            hint="Examples: --not-before 22:00, --not-before 2027-01-31T22:00",
+            param="not_before",
+        ) from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=now.tzinfo)
+
+
 def is_interactive() -> bool:
     """Return whether a user can answer questions, because stdin and stderr are terminals."""
     return sys.stdin.isatty() and sys.stderr.isatty()
@@ -82,6 +118,12 @@ def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == EngineKind.FINETUNE and field not in options:
             raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
+    for option in OPTIONS:
+        if kind != EngineKind.FINETUNE and option.field in options:
+            flag = option.declaration.partition("/")[0]
+            message = f"{flag} is an option of training runs; an engine of kind {kind} does not have it."
+            hint = f"To train, add `--engine-kind finetune`. Otherwise, omit {flag}."
+            raise ConfigError(code="config_invalid", message=message, hint=hint, param=option.field)
 
 
 def _named(model: str, kind: str) -> dict[str, str]:

@@ -24,8 +24,13 @@ class TrainingOption(NamedTuple):
     help: str
     flag: str | None = None  #: name of the command-line option; None: derived from the name of the field
 
+    @property
+    def declaration(self) -> str:
+        """Return the name of the command-line option, with the negative name if there is one."""
+        return self.flag or f"--{self.field.replace('_', '-')}"
 
-#: Fields that are paths. They are made absolute, because the gateway may have another working directory.
+
+#: Fields that are paths. They are made absolute, because the gateway's working directory can differ.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
 #: Fields that are names of a model's modules.
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -99,7 +104,7 @@ OPTIONS = (
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a run to a command. Its parameter `**training` receives the options that the user sets."""
+    """Add the options of a run to a command; the command's parameter `**training` receives the options that a user sets."""
 
     def run(**values: Any) -> None:
         names = {option.field for option in OPTIONS}
@@ -115,12 +120,11 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(option: TrainingOption) -> inspect.Parameter:
-    flag = option.flag or f"--{option.field.replace('_', '-')}"
     shown = f" [default: {option.default}]" if option.default is not None else ""
     kind: Any = option.type
     annotation = Annotated[
         kind | None,
-        typer.Option(flag, help=f"{option.help}{shown}", show_default=False, rich_help_panel="Training"),
+        typer.Option(option.declaration, help=f"{option.help}{shown}", show_default=False, rich_help_panel="Training"),
     ]
     return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

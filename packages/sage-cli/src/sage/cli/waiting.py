@@ -15,7 +15,7 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: A command fails if the gateway is unreachable for more than this number of seconds. A gateway restarts faster.
+#: A command fails if the gateway is unreachable for more than this number of seconds. A restart of the gateway takes less.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -28,7 +28,7 @@ def until_validated(client: SageClient, engine_id: str) -> EngineView:
 
 
 def until_running(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine serves, trains or has ended. Raises SageError if it failed."""
+    """Wait until an engine serves, trains or has ended. Raises SageError if the engine failed."""
     engine = until_begun(client, engine_id)
     if engine.state is EngineState.FAILED:
         raise failure(engine)
@@ -38,6 +38,11 @@ def until_running(client: SageClient, engine_id: str) -> EngineView:
 def until_begun(client: SageClient, engine_id: str) -> EngineView:
     """Wait until an engine serves or trains, or has ended (stopped, completed or failed)."""
     return _watch(client, engine_id, lambda e: e.state is EngineState.RUNNING or e.state in SETTLED)
+
+
+def until_paused(client: SageClient, engine_id: str) -> EngineView:
+    """Wait until an engine is paused, or has ended (stopped, completed or failed)."""
+    return _watch(client, engine_id, lambda e: e.state is EngineState.PAUSED or e.state in SETTLED)
 
 
 def until_settled(client: SageClient, engine_id: str) -> EngineView:
@@ -72,12 +77,12 @@ def failure(engine: EngineView) -> SageError:
     return kind(
         code=code,
         message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",
-        hint=hint if is_complete else f"{hint} Its log: {log}.".strip(),
+        hint=hint if is_complete else f"{hint} The engine's log: {log}.".strip(),
     )
 
 
 def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], bool]) -> EngineView:
-    state = None
+    state, shown = None, ""
     with ProgressBar(engine_id) as bar, interrupts_noted() as interrupted:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not interrupted.noted:
@@ -89,6 +94,9 @@ def _watch(client: SageClient, engine_id: str, is_done: Callable[[EngineView], b
             else:
                 deadline = time.monotonic() + _PATIENCE_SECONDS
                 state = engine.state
+                if engine.queue_position and engine.reason and engine.reason.code != shown:
+                    shown = engine.reason.code
+                    typer.echo(f"{engine_id} waits. {engine.reason.message} {engine.reason.hint}".rstrip(), err=True)
                 _show(bar, engine)
                 if is_done(engine):
                     return engine
@@ -137,7 +145,7 @@ def _show(bar: ProgressBar, engine: EngineView) -> None:
 
 
 def interrupted_exit(engine_id: str, state: EngineState | None) -> typer.Exit:
-    """Print the engine's state and the commands to show or stop it; return the exception that ends the command."""
+    """Print the engine's state, and commands to show or stop the engine; return the exception that ends this command."""
     text = f"\n{engine_id} is still {state or 'active'}. Show it: `sage llm engine status {engine_id}`"
     stop = "" if state is EngineState.STOPPING else f"; stop it: `sage llm engine stop {engine_id}`"
     typer.echo(f"{text}{stop}.", err=True)

@@ -1,4 +1,4 @@
-"""Return the class of an error by its code, for errors that were received over HTTP or stored as an engine's failure."""
+"""Find the class of an error by its code, for errors that were received over HTTP or stored as an engine's failure."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from sage.common.errors import SageError
 _CODES: Mapping[type[SageError], str] = {
     errors.ConfigError: """
         adapter_not_hot api_key_invalid api_key_needed bitsandbytes_missing checkpoint_mismatch config_invalid config_missing
-        context_length_exceeded database_in_use database_newer database_unusable host_not_allowed invalid_value
+        context_length_exceeded database_newer database_unusable host_not_allowed invalid_value
         model_required option_missing origin_not_allowed path_not_absolute reward_file_unusable reward_files_off
         settings_invalid state_folder_unusable target_modules_unknown too_few_gpus trl_missing unsupported_value
         cursor_unknown package_missing backend_not_installed backend_unusable
@@ -25,22 +25,21 @@ _CODES: Mapping[type[SageError], str] = {
     errors.NotFound: "checkpoint_not_found engine_not_found task_not_found model_not_found route_not_found",
     errors.OutputError: "output_unusable",
     errors.Conflict: """
-        already_running backend_in_use busy dataset_changed gateway_running model_exists no_port not_resumable not_started
-        not_training
+        already_running backend_in_use busy dataset_changed gateway_running model_exists no_port not_pausable not_resumable
+        not_started not_queued not_training
         other_node port_taken still_running""",
     errors.RunError: """
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
         training_failed""",
     errors.EngineError: """
-        adapter_refused engine_died engine_unreadable engine_unusable gateway_stuck killed launch_failed run_unreadable
-        start_timeout stream_cut worker_died""",
+        adapter_load_failed adapter_refused device_not_found engine_died engine_unreadable engine_unusable gateway_stuck
+        killed launch_failed memory_busy memory_too_small run_unreadable start_timeout stream_cut worker_died""",
     errors.BackendError: "backend_install_failed disk_full index_unreachable",
     errors.Overloaded: """
-        database_error engine_ended engine_starting engine_stopping engine_unresponsive out_of_memory standby
+        database_error engine_ended engine_paused engine_starting engine_stopping engine_unresponsive out_of_memory standby
         too_many_connections too_many_requests""",
     errors.Busy: "engine_busy",
     errors.Unauthorized: "invalid_api_key",
-    errors.NotImplementedYet: "not_implemented",
 }
 _CLASSES: Mapping[str, list[type[SageError]]] = {
     code: [kind for kind, codes in _CODES.items() if code in codes.split()]
@@ -56,7 +55,6 @@ _BY_STATUS: Mapping[int, type[SageError]] = {
         errors.EngineError,
         errors.Overloaded,
         errors.Busy,
-        errors.NotImplementedYet,
     )
 }
 

@@ -8,7 +8,6 @@ SageError
 ├── OutputError           the output folder cannot be used
 ├── NotFound              no engine, task or route has this name
 ├── Conflict              the current state does not allow the operation
-├── NotImplementedYet     documented, but not available in this version
 ├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
 ├── BackendError          a backend's environment cannot be installed
@@ -90,12 +89,6 @@ class Conflict(_BadRequest):
     """The current state of the object does not allow the operation."""
 
     http_status = 409
-
-
-class NotImplementedYet(SageError):
-    """The operation is documented, but not available in this version."""
-
-    http_status = 501
 
 
 class RunError(SageError):

@@ -16,7 +16,7 @@ import psutil
 _UNKNOWN_PID = 0
 #: Indexes of the start time (field 22) and the state (field 3) in the part of /proc/PID/stat after the process name.
 _START_TICKS, _STATE = 19, 0
-#: Maximum number of times that the processes of a session are listed and killed. A process may fork after it was listed.
+#: Maximum number of times that a session's processes are listed and killed: a listed process can fork before it is killed.
 _KILL_ROUNDS = 10
 
 
@@ -29,7 +29,7 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity":
-        """Return the identity of a process, which may be a zombie; raises ProcessLookupError if it does not exist."""
+        """Return the identity of a process, possibly a zombie; raises ProcessLookupError if there is no such process."""
         found = _look(pid)
         if found is None:
             raise ProcessLookupError(pid)
@@ -37,7 +37,7 @@ class ProcessIdentity:
 
     @classmethod
     def unknown(cls) -> "ProcessIdentity":
-        """Return the identity of a process that is alive but has an unknown PID; no signals can be sent to it."""
+        """Return the identity for a process that is alive but has an unknown PID, so that no signals can be sent."""
         return cls(_UNKNOWN_PID, "")
 
     def is_alive(self) -> bool:
@@ -46,13 +46,13 @@ class ProcessIdentity:
         return found is not None and found.started == self.started and not found.is_zombie
 
     def process(self) -> psutil.Process | None:
-        """Return the process, or None if it is gone or its PID was reused."""
+        """Return the process, or None if the process is gone, even if another process has the same PID now."""
         with contextlib.suppress(psutil.Error):
             return psutil.Process(self.pid) if self.is_alive() else None
         return None
 
     def send_signal(self, signal_number: int) -> bool:
-        """Send a signal; return False if the process is gone. SIGKILL is sent to the whole session of a session leader."""
+        """Send a signal; return False if the process is gone. For a session leader, SIGKILL is sent to its whole session."""
         if not self.is_alive():
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -121,7 +121,7 @@ class _Found:
 
 
 def _look(pid: int) -> _Found | None:
-    """Return start time and state of a process, or None if it does not exist; raises OSError if they cannot be read."""
+    """Return start time and state of a process, or None if there is no such process; raises OSError if reading fails."""
     if sys.platform != "linux":
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)
@@ -136,7 +136,7 @@ def _look(pid: int) -> _Found | None:
 
 @functools.cache
 def boot_id() -> str:
-    """Return the id of the current boot; empty if the system does not provide one."""
+    """Return the id of the current boot of the system; "" if the system does not provide an id."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

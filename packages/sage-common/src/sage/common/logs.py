@@ -16,15 +16,25 @@ _BLOCK_BYTES = 64 * 1024
 
 def configure_logging(level: str = "INFO") -> None:
     """Write log messages to stderr. In a detached process, stderr is a log file."""
-    logging.basicConfig(
-        level=level,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "alembic", "aiohttp.access", "filelock"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+
+
+class _LineFormatter(logging.Formatter):
+    """A formatter that formats the time once per second."""
+
+    _second, _time = -1, ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record, followed by its traceback if it has one."""
+        if record.exc_info or record.exc_text or record.stack_info:
+            return super().format(record)
+        if int(record.created) != self._second:
+            self._second, self._time = int(record.created), self.formatTime(record, self.datefmt)
+        return f"{self._time} {record.levelname:<7} {record.name}: {record.getMessage()}"
 
 
 def tail_lines(path: Path, count: int) -> list[str]:
@@ -50,7 +60,7 @@ class LogFile:
         self.path = path
 
     def cut(self, limit_bytes: int) -> bool:
-        """Cut the file if it is longer than `limit_bytes`, and return whether it was cut.
+        """Cut the file if it is longer than `limit_bytes`; return whether the file was cut.
 
         The last `limit_bytes` bytes are moved to the second file, and the log file is truncated. The writing process has the
         log file open for appending, so its next write starts at the beginning of the empty file.
@@ -108,7 +118,7 @@ class LogFile:
     @contextlib.contextmanager
     def _locked(self, operation: int) -> Iterator[None]:
         """Lock the log: shared for readers, exclusive for a cut, so that no reader sees a partial cut."""
-        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # NFS requires a file opened for writing for an exclusive lock
+        mode = "r+b" if operation == fcntl.LOCK_EX else "rb"  # on NFS, an exclusive lock needs a writable file
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):
                 fcntl.flock(stack.enter_context(self.path.open(mode)), operation)

@@ -1,4 +1,4 @@
-"""Tell whether the name of a model is a path. To start fast, this module imports no library that loads models."""
+"""Decide whether the name of a model is a path. To start fast, this module does not import model libraries."""
 
 from pathlib import Path
 

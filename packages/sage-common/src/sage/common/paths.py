@@ -1,4 +1,4 @@
-"""Return the folders in which SAGE stores its files. They are folders below SAGE_HOME if it is set, else XDG folders."""
+"""Return the folders in which SAGE stores files: folders below SAGE_HOME if this variable is set, else XDG folders."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ class UserPaths:
 
 
 def get_user_paths() -> UserPaths:
-    """Return this user's folders: folders below `SAGE_HOME` if it is set, else the XDG folders.
+    """Return this user's folders: folders below `SAGE_HOME` if this variable is set, else the XDG folders.
 
     XDG folders are used on every platform, so that the documentation is the same for all platforms.
     Source: XDG Base Directory Specification 0.8.
@@ -78,7 +78,7 @@ def private_folder(path: Path) -> Path:
 
 
 def private_file(path: Path) -> Path:
-    """Create a file and its missing folders, with access for this user only; an existing file loses other users' access."""
+    """Create a file and its missing folders. Only this user gets access, also if the file exists already."""
     if not path.parent.is_dir():
         private_folder(path.parent)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -93,7 +93,7 @@ def _tighten(path: Path, mode: int) -> None:
 
 
 def tighten(folder: Path) -> None:
-    """If the folder exists, remove the access of other users to it and its content.
+    """If the folder exists, remove the access of other users to the folder and its content.
 
     This is necessary because earlier versions of SAGE created folders that other users could read.
     """

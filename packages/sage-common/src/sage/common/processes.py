@@ -1,7 +1,7 @@
-"""Start and find detached processes. Each holds a file lock, so that SAGE can find it after its parent has exited.
+"""Start and find detached processes. Each process holds a file lock, which SAGE uses to find the process later.
 
 A process is alive as long as its lock is held. The kernel releases the lock when the last process that holds it exits or is
-killed. A PID would be less reliable, because the kernel may give it to another process later. A child process inherits the
+killed. A PID would be less reliable, because another process can get the same PID later. A child process inherits the
 locked file descriptor, so its program needs no code for the lock.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["ProcessIdentity", "ProcessSpec", "claimed_lock", "describe_exit", "e
 LOCK_FD_VARIABLE = "SAGE_LOCK_FD"
 _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 
-#: Seconds for which `try_lock` retries. `holder` may have the lock, but only for a moment.
+#: Seconds for which `try_lock` retries, because `holder` takes the lock for a moment when it looks for a process.
 _PROBE_SECONDS = 0.1
 #: Maximum seconds to wait for the exit code of a child whose lock is already free.
 _COLLECT_SECONDS = 1.0
@@ -49,13 +49,13 @@ class ProcessSpec:
     lock_path: Path  #: locked as long as the process is alive
     log_path: Path  #: stdout and stderr of the process are appended to this file
     env: Mapping[str, str] = field(default_factory=dict)  #: added to the parent's environment
-    holds_sigterm: bool = False  #: block SIGTERM at the start, so that it waits until the process can handle it
+    holds_sigterm: bool = False  #: whether SIGTERM is blocked at the start, until the process can handle this signal
     pass_fds: tuple[int, ...] = ()  #: descriptors that the process inherits, with the same numbers
     port: int | None = None  #: port to listen on (0: any free port); None: the process does not listen
 
 
 def try_lock(path: Path) -> int | None:
-    """Take the lock and return its open descriptor, or None if another process holds it."""
+    """Take the lock and return its open descriptor, or None if another process holds the lock."""
     descriptor = os.open(private_file(path), os.O_RDWR | os.O_CLOEXEC)
     deadline = time.monotonic() + _PROBE_SECONDS
     while True:
@@ -72,7 +72,7 @@ def try_lock(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def held_lock(path: Path) -> Iterator[None]:
-    """Wait for the lock and hold it in the `with` block. Keep the block short, because other processes wait for the lock."""
+    """Wait for the lock, and hold the lock in the `with` block. Keep the block short, because other processes wait."""
     with private_file(path).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -96,7 +96,7 @@ def spawn(spec: ProcessSpec) -> ProcessIdentity:
 
 @contextlib.contextmanager
 def claimed_lock(path: Path) -> Iterator[int]:
-    """Take a lock for a process to be started, and yield its descriptor. Raises Conflict if a process already holds it."""
+    """Take a lock for a process to be started; yield the lock's descriptor. Raises Conflict if the lock is held."""
     descriptor = try_lock(path)
     if descriptor is None:
         raise Conflict(code="already_running", message=f"A running process already holds the lock {path}.")
@@ -126,7 +126,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
     try:
         identity = ProcessIdentity.of(child.pid)
         _write(lock, identity)
-    except BaseException:  # for example, the disk is full; without the identity, the process could not be found
+    except BaseException:  # for example, the disk is full; the process could not be found without its identity
         child.kill()
         child.wait()
         raise
@@ -149,7 +149,7 @@ def _blocked_sigterm(block: bool) -> Iterator[None]:
 
 
 def holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process that holds the lock, or None if the lock is free; the PID is 0 if the process is not found."""
+    """Return the process that holds the lock, or None if the lock is free; if the process is not found, its PID is 0."""
     _collect(lock_path)  # otherwise a child that has exited would stay a zombie
     try:
         descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -168,10 +168,10 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
-    """Search the environment variables of all processes, and return the process that holds each of these locks.
+    """Search the environment variables of all processes, and return for each of these locks its process.
 
-    This is slow, but it does not need the lock files. It finds a process even if its parent crashed before it wrote the lock
-    file, or if the file was removed. If several processes have the same lock, the oldest is returned.
+    This search is slow, but it does not need the lock files. A process is found even if its parent crashed before it wrote
+    the lock file, or if the lock file was removed. If several processes have the same lock, the oldest is returned.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
     for pid in psutil.pids() if wanted else ():
@@ -183,7 +183,7 @@ def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessId
 
 
 def last_holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process whose identity is in the lock file, even if it has exited; None if no identity is found."""
+    """Return the process whose identity is in the lock file, even if the process has exited; None if there is none."""
     try:
         with lock_path.open("rb") as file:
             return _read(file.fileno())
@@ -200,7 +200,7 @@ def leftovers(lock_path: Path) -> list[int]:
 
 
 def exit_code(lock_path: Path) -> int | None:
-    """Return the exit code of the process that held a lock last; a negative code means that a signal killed it.
+    """Return the exit code of the process that held a lock last; a negative code means that a signal killed the process.
 
     The result is None if the process is alive, was started by another process, or exited long ago.
     """
@@ -225,7 +225,7 @@ def _collect(lock_path: Path) -> None:
 def describe_exit(code: int | None) -> str:
     """Return a description of how a process ended, as part of a sentence."""
     if code is None:
-        return "exited (the exit code is unknown, because another gateway started it)"
+        return "exited (the exit code is unknown, because another gateway started the process)"
     if code >= 0:
         return f"exited with code {code}"
     name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
@@ -233,8 +233,8 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    """Return the path of a process's lock from the process's environment, or "" if it was started without a lock."""
-    with contextlib.suppress(psutil.Error):  # do not suppress OSError, because the process may have a lock
+    """Return the lock path in the environment of a process, or "" if the process was started without a lock."""
+    with contextlib.suppress(psutil.Error):  # after an OSError, it is unknown whether the process has a lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

@@ -29,7 +29,7 @@ class ProgressBar:
         self._progress.stop()
 
     def show(self, what: str, step: int, total_steps: int | None, loss: float | None, eta: str) -> None:
-        """Update the bar; before the first step, it shows only `what`, the current activity."""
+        """Update the bar; before the first step, the bar shows only `what`, the current activity."""
         figures = f"{step}/{total_steps}  loss {loss:.4f}  ETA {eta}" if step and loss is not None else ""
         self._progress.update(self._task, description=what, completed=step, total=total_steps, figures=figures)
 

@@ -1,4 +1,4 @@
-"""Compute the keys that the gateway sends to inference servers. A server rejects requests without its key.
+"""Compute the keys that the gateway sends to inference servers. A server rejects requests without this key.
 
 Without keys, a web page in a browser could send requests to the servers.
 """

@@ -13,6 +13,7 @@ from pydantic_settings import (
 )
 
 from sage.common.errors import ConfigError
+from sage.common.fake_devices import parse_fake_devices
 from sage.common.paths import get_user_paths
 from sage.common.validation import config_error
 
@@ -32,24 +33,42 @@ class Settings(BaseSettings):
     )
     database_url: str | None = Field(None, repr=False, description="SQLAlchemy URL of the database; default: SQLite.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Minimum level of log messages.")
-    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two checks of all engines.")
-    engine_start_seconds: float = Field(300, gt=0, description="Maximum seconds until a new inference engine answers.")
-    stop_seconds: float = Field(20, gt=0, description="Seconds that an inference engine has to exit before it is killed.")
+    reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two checks of the engines.")
+    engine_start_seconds: float = Field(
+        300, gt=0, description="Maximum seconds from the start of an inference engine until it answers."
+    )
+    stop_seconds: float = Field(
+        20,
+        gt=0,
+        description="Seconds to wait for the exit of an inference engine that is stopped; then the engine is killed.",
+    )
     engine_unresponsive_seconds: float = Field(
         30, gt=0, description="If an engine has not answered for this number of seconds, requests to it are rejected."
     )
     restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
         "no", description="When to restart engines: no, on-failure (error, kill), unless-stopped (also after a reboot)."
     )
+    on_busy: Literal["wait", "preempt", "share", "fail"] = Field(
+        "wait", description="What an engine does if the memory is not free: wait, preempt, share or fail."
+    )
+    memory_limit_gb: float | None = Field(
+        None, gt=0, description="Main memory that all engines together may use, in GB (10^9 bytes); default: all of it."
+    )
+    fake_devices: str | None = Field(
+        None, description="Fake GPUs that replace the GPUs of this machine, for example 2x24GiB; to try policies."
+    )
+    paused_requests: Literal["hold", "reject"] = Field(
+        "hold", description="Requests to an engine that makes room for another: hold them, or reject them with a 503."
+    )
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(
-        1024, ge=1, description="Maximum requests in progress per engine; others get status 429."
+        1024, ge=1, description="Maximum requests in progress per engine; further requests get HTTP status 429."
     )
     model_cache_gb: float = Field(50, gt=0, description="Maximum size of model copies for serving, in GB (10^9 bytes).")
     allow_reward_files: bool = Field(False, description="Allow runs to use Python files with reward functions (grpo).")
     training_threads: int | None = Field(
-        None, ge=1, description="CPU threads of a training run; default: one for each core."
+        None, ge=1, description="CPU threads of a training run; default: an equal share of the cores."
     )
     request_wait_seconds: float = Field(60, ge=0, description="Maximum seconds that a request waits for a starting engine.")
 
@@ -65,6 +84,13 @@ class Settings(BaseSettings):
         if not text.isascii() or not text.isprintable() or " " in text:  # the key is sent in an HTTP header
             raise ValueError("must be printable ASCII characters without spaces")
         return key
+
+    @field_validator("fake_devices")
+    @classmethod
+    def _parsable_devices(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_fake_devices(text)
+        return text
 
     @classmethod
     def settings_customise_sources(

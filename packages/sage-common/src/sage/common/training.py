@@ -32,7 +32,7 @@ class StepMetrics(BaseModel):
     epoch: float | None = _figure("Epoch", "", ".2f", "Completed passes over the dataset.")
     loss: float | None = _figure("Loss", "nats per token", ".4f", "Training loss of the step.")
     token_accuracy: float | None = _figure(
-        "Token accuracy", "ratio", ".1%", "Share of trained tokens that the model predicts."
+        "Token accuracy", "ratio", ".1%", "Share of trained tokens that the model predicts correctly."
     )
     reward: float | None = _figure("Reward", "", ".3f", "Mean reward of the step's completions (grpo).")
     reward_accuracy: float | None = _figure(
@@ -43,7 +43,9 @@ class StepMetrics(BaseModel):
     tokens_per_second: float | None = _figure(
         "Tokens per second", "tokens per second", ".0f", "Training throughput over the last 20 steps."
     )
-    memory_bytes: int | None = _figure("Memory", "bytes", ".0f", "GPU memory of the process; main memory without a GPU.")
+    memory_bytes: int | None = _figure(
+        "Memory", "bytes", ".0f", "GPU memory used by the process, or main memory if there is no GPU."
+    )
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,10 @@ class WarningEvent(RunEvent):
     """The run reported a warning to the user, and continues."""
 
     event: Literal["warning"] = "warning"
-    message: str = Field(description="What happened, as text for users.")
-    halvings: int | None = Field(None, description="From now on, each micro-batch is computed in up to 2^halvings parts.")
+    message: str = Field(description="The warning, as text for users.")
+    halvings: int | None = Field(
+        None, description="After this event, each micro-batch is computed in up to 2^halvings parts."
+    )
     activation_checkpointing: bool | None = Field(
         None,
         description="Whether gradient checkpointing is now on; version 0.1.0 named this field `checkpointing`.",
@@ -135,12 +139,14 @@ class StartedEvent(RunEvent):
     samples: int | None = Field(None, description="Number of training samples; null if the dataset is streamed.")
     heldout_samples: int | None = Field(None, description="Number of held-out samples.")
     trainable_parameters: int | None = Field(None, description="Number of trained parameters.")
-    base_sha256: str | None = Field(None, description="Fingerprint of the base model; it must not change before a resume.")
+    base_sha256: str | None = Field(
+        None, description="Fingerprint of the base model, which must not change before a resume."
+    )
     bf16: bool | None = Field(None, description="Whether base model and activations are in bf16 instead of fp32.")
     bf16_products: bool | None = Field(None, description="Whether matrix products use bf16; null: the same as `bf16`.")
     int8_products: bool = Field(False, description="Whether SAGE's training step stores and multiplies layers in 8 bits.")
-    precision: str | None = Field(None, description="The precision and why it was chosen, as text for users.")
-    kernels: str | None = Field(None, description="The training step that is used and why, as text for users.")
+    precision: str | None = Field(None, description="The precision and the reason for it, as text for users.")
+    kernels: str | None = Field(None, description="The training step that is used and the reason, as text for users.")
     estimated_memory_bytes: int | None = Field(None, description="Expected memory of the run.")
     versions: dict[str, str] = Field({}, description="Versions of the libraries that the training uses.")
 
@@ -178,7 +184,7 @@ class SampleEvent(RunEvent):
     event: Literal["sample"] = "sample"
     step: int = Field(description="Step after which the answer was generated.")
     prompt: str = Field(description="The prompt.")
-    answer: str = Field(description="Answer with greedy decoding, at most 64 tokens.")
+    answer: str = Field(description="The model's answer, generated with greedy decoding, at most 64 tokens.")
 
 
 class StoppedEvent(RunEvent):
@@ -203,7 +209,7 @@ class FailedEvent(RunEvent):
 
     event: Literal["failed"] = "failed"
     code: str = Field(description="Stable code of the error.")
-    message: str = Field(description="What happened, as text for users.")
+    message: str = Field(description="The error message, as text for users.")
     hint: str | None = Field(None, description="What to do next.")
 
 

@@ -22,11 +22,11 @@ _POLL_SECONDS = 0.2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0 completed or stopped, 1 failed, 2 wrong usage."""
+    """Run the command in `argv` and return the exit code. 0: the run is completed or stopped; 1: failure; 2: wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m sage.libs.finetune", description="Fine-tune in the foreground.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train with the options of a YAML file")
-    train.add_argument("--config", type=Path, required=True, help="options of FinetuneConfig, as YAML")
+    train.add_argument("--config", type=Path, required=True, help="YAML file with options of FinetuneConfig")
     resume = commands.add_parser("resume", help="continue a run that was stopped or failed")
     resume.add_argument("task", help="id of the run, as printed by `train`")
     commands.add_parser("list", help="list the runs")
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _follow(manager: FinetuneManager, task_id: str) -> RunStatus:
-    """Show a run's progress until it ends; SIGTERM and SIGINT stop the run."""
+    """Show the progress of a run until the run ends; SIGTERM or SIGINT stops the run."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: manager.stop(task_id))
     with ProgressBar(task_id) as bar:

@@ -29,35 +29,44 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     base_model: str = Field(
-        min_length=1, description="Model to train: folder, name in the models folder, or hub id. It may be an adapter."
+        min_length=1, description="Model or adapter to train: folder, name in the models folder, or hub id."
     )
     dataset_path: str | list[str] = Field(
         min_length=1,
         description="One or more files (.jsonl .json .csv .parquet .arrow) or folders; "
-        "FILE=WEIGHT uses the samples of FILE WEIGHT times.",
+        "with FILE=WEIGHT, each sample of FILE is used WEIGHT times.",
     )
-    output_dir: str = Field(min_length=1, description="Folder for the result; it must be new or empty.")
+    output_dir: str = Field(min_length=1, description="New or empty folder for the result.")
     finetuning_type: Literal["lora", "full"] = Field(
         "lora", description="lora: train an adapter on a frozen base; full: train all weights (for small models)."
     )
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter's matrices.")
     lora_alpha: int = Field(16, ge=1, le=4096, description="The adapter's output is scaled by lora_alpha / lora_rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability of the adapter's inputs in training.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout probability for the inputs of the adapter in training."
+    )
     target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
     exclude_modules: str | list[str] | None = Field(None, description="Layers excluded from target_modules.")
-    modules_to_save: list[str] | None = Field(None, description="Modules trained in full and saved with the adapter.")
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA).")
-    use_dora: bool = Field(False, description="Train magnitude and direction separately (DoRA); slower.")
+    modules_to_save: list[str] | None = Field(None, description="Modules that are fully trained and saved with the adapter.")
+    use_rslora: bool = Field(False, description="Scale the adapter's output by lora_alpha / sqrt(lora_rank) (rsLoRA).")
+    use_dora: bool = Field(False, description="Train magnitude and direction of the weights separately (DoRA); slower.")
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, le=1000, description="Learning rate of LoRA matrix B as a multiple of A's learning rate (LoRA+)."
+        None,
+        ge=1,
+        le=1000,
+        description="LoRA+: learning rate of the matrices B, divided by the learning rate of the matrices A.",
     )
-    method: Method = Field("sft", description="Learn from answers (sft), preferences (dpo, orpo, kto), or rewards (grpo).")
-    beta: float | None = Field(None, ge=0, le=10, description="Strength of the KL or preference term; default: set by TRL.")
+    method: Method = Field(
+        "sft", description="What to learn from: answers (sft), preferences (dpo, orpo, kto), rewards (grpo)."
+    )
+    beta: float | None = Field(
+        None, ge=0, le=10, description="Weight of the KL or preference term in the loss; default: TRL's."
+    )
     reward_file: str | None = Field(
-        None, description="Python file with `reward(prompts, completions, **columns)`, for grpo."
+        None, description="For grpo: Python file that defines `reward(prompts, completions, **columns)`."
     )
-    num_generations: int = Field(4, ge=2, le=256, description="Number of answers per prompt that grpo compares.")
-    max_completion_length: int = Field(256, ge=1, description="Maximum tokens of an answer that grpo generates.")
+    num_generations: int = Field(4, ge=2, le=256, description="For grpo: number of answers to compare per prompt.")
+    max_completion_length: int = Field(256, ge=1, description="For grpo: maximum length of a generated answer, in tokens.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Schedule of the learning rate after the warm-up."
@@ -77,43 +86,49 @@ class FinetuneConfig(BaseModel):
     pack_tokens: int | None = Field(
         None,
         ge=8,
-        description="Maximum tokens per micro-batch; each micro-batch gets as many samples as fit. Replaces batch_size.",
+        description="Fill each micro-batch with samples up to this number of tokens; batch_size is then ignored.",
     )
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Micro-batches per optimizer step.")
     num_processes: int = Field(1, ge=1, le=64, description="Number of data-parallel processes; each uses its own GPU.")
-    max_seq_length: int = Field(512, ge=8, le=1_048_576, description="Cutoff in tokens: longer samples are truncated.")
-    allow_warnings: bool = Field(False, description="Train even if the dataset check has warnings.")
-    streaming: bool = Field(False, description="Tokenize samples during training instead of before it.")
+    max_seq_length: int = Field(
+        512, ge=8, le=1_048_576, description="Maximum tokens per sample; longer samples are truncated."
+    )
+    allow_warnings: bool = Field(False, description="Train even if the check of the dataset reports warnings.")
+    streaming: bool = Field(False, description="Tokenize the samples during the training instead of before.")
     eval_path: str | None = Field(
-        None, description="File or folder with held-out samples. Their loss is measured at least at the start and the end."
+        None,
+        description="File or folder with held-out samples. The loss of these samples is measured at least at start and end.",
     )
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset to hold out, if eval_path is not set.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations on the held-out samples.")
     early_stopping_patience: int | None = Field(
-        None, ge=1, description="Stop after this many evaluations without improvement."
+        None, ge=1, description="Stop if the held-out loss has not improved for this number of evaluations."
     )
-    sample_prompts: list[str] | None = Field(None, description="Prompts to generate from at each evaluation.")
+    sample_prompts: list[str] | None = Field(None, description="Prompts that the model answers at each evaluation.")
     keep_best: bool = Field(False, description="Export the weights of the step with the lowest held-out loss.")
     save_steps: int = Field(50, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints to keep.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Number format of the base model; auto: the fastest that fits into memory. Adapters are always in fp32.",
+        description="Number format of the base model; auto: the fastest format that fits. Adapters are always in fp32.",
     )
     fast_kernels: Literal["auto", "off"] = Field(
-        "auto", description="auto: SAGE's training step if it supports the model; off: the training step of transformers."
+        "auto",
+        description="auto: SAGE's own training step, if possible for the model; off: the training step of transformers.",
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Recompute activations instead of storing them; auto: only if memory is insufficient."
     )
     use_8bit: bool = Field(
-        True, description="Quantize the base model to 8 bits: always on CUDA, on a CPU only if it makes training faster."
+        True, description="Quantize the base model to 8 bits. On a CPU, do this only if 8 bits make the training faster."
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
         None, description="Quantization of the frozen base model, if bitsandbytes supports the device; overrides use_8bit."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Random seed for the adapter, the order of the data, and dropout.")
-    resume_from_checkpoint: str | None = Field(None, description="Checkpoint of another run; training continues from it.")
+    resume_from_checkpoint: str | None = Field(
+        None, description="Checkpoint of another run, from which the training continues."
+    )
 
     @property
     def sources(self) -> list[Source]:
@@ -146,7 +161,7 @@ class FinetuneConfig(BaseModel):
         if self.method != "sft" and (given := self._given(_OF_SFT)):
             raise ValueError(f"method {self.method} does not accept {', '.join(given)}")
         if self.method != "sft" and any(source.weight != 1 for source in self.sources):
-            raise ValueError(f"method {self.method} does not support weights of datasets")
+            raise ValueError(f"method {self.method} does not support dataset weights")
         if (self.method == "grpo") != bool(self.reward_file):
             raise ValueError("reward_file is required for method grpo, and not accepted for other methods")
         if self.method == "grpo" and self.batch_size * self.gradient_accumulation_steps % self.num_generations:
@@ -158,7 +173,7 @@ class FinetuneConfig(BaseModel):
         if self.streaming and not self.max_steps:
             raise ValueError("streaming needs max_steps, because the number of samples is not known")
         if self.streaming and (self.eval_split or self.num_processes > 1 or any(s.weight != 1 for s in self.sources)):
-            raise ValueError("streaming supports neither eval_split, nor weights of datasets, nor several processes")
+            raise ValueError("streaming supports neither eval_split, nor dataset weights, nor several processes")
         return self
 
     @model_validator(mode="after")

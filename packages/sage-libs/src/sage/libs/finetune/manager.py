@@ -1,4 +1,4 @@
-"""Create, start, stop and read runs. The state is on disk; memory contains only caches. Does not import torch."""
+"""Create, start, stop and read runs. All state is on disk; memory contains caches. This module does not import torch."""
 
 import contextlib
 import hashlib
@@ -56,7 +56,7 @@ class FinetuneManager:
     def __init__(self, root: Path | None = None, *, allow_reward_files: bool = False) -> None:
         """root: folder that contains the run directories; default: the user's `models/finetuned`.
 
-        allow_reward_files: whether runs may use Python files with reward functions; the worker executes these files.
+        allow_reward_files: whether runs are allowed to use reward files (Python files that the worker executes).
         """
         self.root = root or get_user_paths().finetuned_dir
         self._allow_reward_files = allow_reward_files
@@ -89,7 +89,8 @@ class FinetuneManager:
         if source.base and source.base.kind is ModelKind.ADAPTER:
             raise ModelError(
                 code="base_is_adapter",
-                message=f"{config.base_model} is an adapter whose base is an adapter too; it cannot be trained further.",
+                message=f"{config.base_model} is an adapter whose base is an adapter too. Training such an adapter further "
+                "is not supported.",
                 hint=f"Use {source.base.name} or its base model instead.",
                 param="base_model",
             )
@@ -109,14 +110,14 @@ class FinetuneManager:
         return task_id
 
     def start_training(self, task_id: str) -> ProcessIdentity:
-        """Start the worker of a run. The run continues from its newest checkpoint, if it has one.
+        """Start the worker of a run. If the run has checkpoints, it continues from the newest checkpoint.
 
         Raises Conflict if the run already has a process.
         """
         return spawn(self.process_spec(task_id))
 
     def process_spec(self, task_id: str) -> ProcessSpec:
-        """Append the event `launched`, and return the worker process to start; raises Conflict if the run has a process."""
+        """Append the event `launched` and return the worker to start. Raises Conflict if the run already has a process."""
         run = self.run_directory(task_id)
         if not self._wait_for_exit(task_id):
             raise Conflict(code="already_running", message=f"{task_id} is already running.")
@@ -174,7 +175,7 @@ class FinetuneManager:
         self.run_directory(task_id).request_checkpoint()
 
     def publish_checkpoint(self, task_id: str, step: int) -> Path:
-        """Return a folder with a checkpoint's adapter and tokenizer. The folder stays if the run removes the checkpoint.
+        """Return a folder with a checkpoint's adapter and tokenizer, which remains if the run removes the checkpoint.
 
         Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
         """
@@ -183,7 +184,8 @@ class FinetuneManager:
     def status(self, task_id: str) -> RunStatus:
         """Return the status of a run."""
         run = self.run_directory(task_id)
-        alive = holder(run.lock_path) is not None  # before reading: a process writes its last event before it exits
+        # Check this before reading the events: if the process exits in between, its last event is then certainly read.
+        alive = holder(run.lock_path) is not None
         summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
         self._status_cache[task_id] = summary
         return derive(summary.status, alive=alive)
@@ -197,12 +199,12 @@ class FinetuneManager:
         return self.run_directory(task_id).read_events(offset)
 
     def training_steps(self, task_id: str, after: int = 0, max_points: int | None = None) -> Sequence[TrainingStep]:
-        """Return the steps of a run after step `after`, downsampled to at most `max_points`.
+        """Return the steps of a run after step `after`, downsampled to at most `max_points` steps.
 
         The steps are cached, so that the next call parses only new events.
         """
         run = self.run_directory(task_id)
-        with self._series_lock:  # concurrent requests share one series
+        with self._series_lock:  # concurrent requests for the same run use the same StepSeries
             series = self._series.pop(task_id, None) or StepSeries(run)
             while len(self._series) >= _KEPT_SERIES:
                 del self._series[next(iter(self._series))]
@@ -222,16 +224,16 @@ class FinetuneManager:
         return [name for _, name in sorted(begun)]
 
     def delete(self, task_id: str) -> None:
-        """Remove a run's directory with its checkpoints, but not its output folder; raises Conflict if it is running."""
+        """Remove a run's directory and checkpoints, but not the output folder; raises Conflict if the run is running."""
         if not self._wait_for_exit(task_id):
-            raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop it first.")
+            raise Conflict(code="still_running", message=f"{task_id} is running.", hint="Stop the run first.")
         shutil.rmtree(self.run_directory(task_id).path)
         self._status_cache.pop(task_id, None)
         with self._series_lock:
             self._series.pop(task_id, None)
 
     def _wait_for_exit(self, task_id: str) -> bool:
-        """Return True if a run has no process. If the run has ended, first wait up to 10 s until its process exits."""
+        """Return whether a run has no process. If the run has ended, first wait up to 10 s for the exit of its process."""
         deadline = time.monotonic() + _EXIT_SECONDS
         while self.process(task_id):
             if self.status(task_id).state in ALIVE or time.monotonic() > deadline:
@@ -273,7 +275,7 @@ def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
     if not allow_reward_files:
         raise ConfigError(
             code="reward_files_off",
-            message="Reward files are disabled, because every user who starts engines could run Python code with them.",
+            message="Reward files are disabled, because a reward file could execute any Python code on this machine.",
             hint="To allow them, set SAGE_ALLOW_REWARD_FILES=true in the gateway's environment or in config.toml.",
             param="reward_file",
         )

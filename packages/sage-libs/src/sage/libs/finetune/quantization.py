@@ -1,7 +1,7 @@
 """Find bitsandbytes, which is installed in a separate folder.
 
 If bitsandbytes is importable, PEFT imports it, which takes 2 s. Therefore `make setup` installs bitsandbytes into a separate
-folder. A run adds this folder to its path only if it may use bitsandbytes.
+folder. A run adds this folder to `sys.path` only if the options of the run allow bitsandbytes.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ def find_bitsandbytes() -> Path | None:
 
 
 def make_importable(config: FinetuneConfig) -> None:
-    """Add the folder of bitsandbytes to `sys.path` if the run may use bitsandbytes. Call this before importing PEFT."""
+    """Add the folder of bitsandbytes to `sys.path` if the config allows bitsandbytes. Call this before importing PEFT."""
     may_use = config.quantization in ("8bit", "4bit") or (config.quantization is None and config.use_8bit and has_gpu())
     if may_use and (folder := find_bitsandbytes()) and str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -31,7 +31,7 @@ from sage.libs.models.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 #: If fewer bytes than this are free on the disk when an error occurs, the error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: Packages that SAGE does not use, but that transformers imports if they are installed, which takes 1 s and 120 MB.
+#: Packages that SAGE does not use. If they are installed, transformers imports them, which takes 1 s and 120 MB.
 _UNUSED = ("datasets", "pandas", "scipy", "sklearn")
 #: Seconds that a failed additional process waits before it checks whether the main process still runs.
 _LEADER_SECONDS = 1.0
@@ -59,12 +59,12 @@ def main(argv: list[str]) -> int:
     try:
         private_folder(run.path)
         run.clear_staging()
-        run.take_checkpoint_request()  # discard a request that an earlier process did not handle
+        run.take_checkpoint_request()  # discard a checkpoint request that an earlier process did not handle
         run.reserve_space()
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
-        with contextlib.suppress(OSError):  # the summary is optional: it only makes reading the status faster
+        with contextlib.suppress(OSError):  # the run is valid without a summary, which only makes reading the status faster
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         _fail(run, error)
@@ -90,7 +90,7 @@ def _follow(run: RunDirectory) -> int:
 
 
 def _fail(run: RunDirectory, error: Exception) -> None:
-    """Report why a run has failed, if no other process of the run has reported a failure."""
+    """Report why a run has failed, unless another process of the run has already reported a failure."""
     logger.error("%s", "".join(traceback.format_exception(error)))
     run.release_space()
     if read_status(run).state is not RunState.FAILED:
@@ -118,14 +118,14 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
     if _is_full(error, run.path):
         return RunError(
             code="disk_full",
-            message=f"The disk of {_fullest(run)} is full, so the run could not save. Earlier checkpoints are intact.",
+            message=f"The disk of {_fullest(run)} is full: the run could not save files. Earlier checkpoints are intact.",
             hint="Free some space, then `resume` the run.",
         )
     if is_out_of_memory(error):
         return RunError(
             code="out_of_memory",
             message=f"Out of memory: {_first_line(error)}",
-            hint="Start again with a smaller --batch-size or --max-seq-length.",
+            hint="Start a new run with a smaller --batch-size or --max-seq-length.",
         )
     if isinstance(error, OSError) and error.filename:
         return RunError(
@@ -147,7 +147,7 @@ def _is_full(error: Exception, folder: Path) -> bool:
 def _fullest(run: RunDirectory) -> Path:
     """Return the folder with the least free disk space among the folders that a run writes to."""
     folders = [run.path]
-    with contextlib.suppress(Exception):  # the spec may be unreadable
+    with contextlib.suppress(Exception):  # for example, the spec cannot be read
         folders.append(Path(run.read_spec().config.output_dir))
     return min((folder for folder in folders if folder.is_dir()), key=lambda folder: shutil.disk_usage(folder).free)
 

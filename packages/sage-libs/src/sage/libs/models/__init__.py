@@ -1,1 +1,1 @@
-"""Find models by their names, and load them from local folders."""
+"""Find models by name, and load models from local folders."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +31,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if getattr(config, "megatron_config", None):
-            raise ValueError("megatron_config is not supported, because it imports a module")
+            raise ValueError("megatron_config is not supported, because PEFT would import a module named in it")
         config.inference_mode, base_name = not is_trainable, config.base_model_name_or_path
         model = get_peft_model(base, config)
         config.base_model_name_or_path = base_name  # get_peft_model has replaced the name by the local folder
@@ -44,13 +45,15 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
     if result.missing_keys:
         raise _unfit(folder, f"the adapter has no weight for {result.missing_keys[0]}")
     assert isinstance(model, PeftModel)
+    if not is_trainable:
+        _check_finite(folder)
     return model
 
 
 def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the weights (A, B) of a plain LoRA adapter for each linear layer, by layer name; the base model is not changed.
 
-    A: (rank, in_features).  B: (rank, out_features), scaled. The adapter adds x @ A.T @ B to the layer's output for x.
+    A: (rank, in_features).  B: (rank, out_features), scaled. For an input x, the adapter adds x @ A.T @ B to the output.
     The adapter is loaded with PEFT, so that patterns in its config for layers, ranks and scalings are applied correctly.
     Raises ModelError if the adapter does not fit the base model, or if a weight is not finite.
     """
@@ -63,8 +66,6 @@ def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Te
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             scaled = (up.detach().float() * layer.scaling[adapter]).T.contiguous()
             weights[name] = down.detach().to(base.dtype), scaled.to(base.dtype)
-            if not all(weight.isfinite().all() for weight in weights[name]):
-                raise _not_finite(folder, name)
     return weights
 
 
@@ -77,6 +78,14 @@ def merged(model: PeftModel) -> Any:
         return model
     _untie_head(model.get_base_model())
     return model.merge_and_unload()
+
+
+def _check_finite(folder: Path) -> None:
+    """Raise ModelError if a weight in the file of an adapter is not a finite number."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
+            if not file.get_tensor(name).isfinite().all():
+                raise _not_finite(folder, name)
 
 
 def _untie_head(base: PreTrainedModel) -> None:
@@ -103,7 +112,7 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
     found = fingerprint(Path(base.name_or_path))
     if _trained_base(folder, found) != found:
         logger.warning(
-            "The adapter in %s was trained on a base model other than %s, so its answers may be wrong.",
+            "The adapter in %s was trained on a base model other than %s, so answers with the adapter are possibly wrong.",
             folder, base.name_or_path,
         )  # fmt: skip
 
@@ -111,8 +120,8 @@ def _warn_of_another_base(base: PreTrainedModel, folder: Path) -> None:
 def _trained_base(folder: Path, found: str) -> str:
     """Return the fingerprint of the base model that an adapter was trained on.
 
-    It is read from sage_run.json. If this file does not contain it, the adapter is assumed to be trained on the first base
-    model that it was used with.
+    The fingerprint is read from sage_run.json. If this file contains no fingerprint, SAGE assumes that the adapter was
+    trained on the base model with which SAGE first used the adapter.
     found: fingerprint of the base model that is used now.
     """
     try:
@@ -133,10 +142,10 @@ def _trained_base(folder: Path, found: str) -> str:
         return found
 
 
-def _not_finite(folder: Path, layer: str) -> ModelError:
+def _not_finite(folder: Path, name: str) -> ModelError:
     return ModelError(
         code="adapter_not_finite",
-        message=f"The adapter in {folder} has weights of {layer} that are not finite numbers.",
+        message=f"The adapter in {folder} has the weight {name} with values that are not finite numbers.",
         hint="The training of the adapter diverged. Use an earlier checkpoint, or train again with a lower learning rate.",
         param="model",
     )

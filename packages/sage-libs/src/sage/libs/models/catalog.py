@@ -51,10 +51,13 @@ def import_model(folder: Path, name: str) -> Path:
     """
     if not _NAME.fullmatch(name) or ".." in name or name.startswith(("finetuned", ".")):
         raise ConfigError(
-            code="config_invalid", message=f"'{name}' is not a valid model name.", hint="Use org/name.", param="name"
+            code="config_invalid",
+            message=f"'{name}' is not a valid model name.",
+            hint="Use a name such as org/name.",
+            param="name",
         )
     if not folder.is_dir():
-        raise ModelNotFound(code="model_not_found", message=f"{folder} is not a folder.")
+        raise ModelNotFound(code="model_not_found", message=f"{folder} is not a folder.", hint="Give the folder of a model.")
     inspect_folder(folder.absolute(), name)
     target = get_user_paths().models_dir / name
     with held_lock(get_user_paths().models_dir / ".locks" / "import.lock"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
-#: Placeholder for the text of a message. It shows where a template writes the text. Templates do not contain it.
+#: Placeholder for the text of a message, to find where a template writes the text. No template contains the placeholder.
 _PROBE = "Zq7Zq7"
 _CHATML = (
     "{%- if tools %}{{- '<|im_start|>system\n' }}"
@@ -48,8 +48,8 @@ class ChatFormat:
         around = list(tokenizer(_PROBE)["input_ids"])
         #: Token ids that the tokenizer adds before a text: [BOS] or [].
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether parts of a text can be tokenized separately. The result has the tokens of the whole text if no token
-        #: spans two parts. False if the tokenizer adds a space before every text.
+        #: Whether parts of a text can be tokenized separately. The concatenated tokens of the parts are then the tokens of
+        #: the text, if no token spans two parts. False if the tokenizer adds a space before every text.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -123,14 +123,14 @@ class ChatFormat:
         return text[: text.index(header) + len(header)] if header and header in text else self.header([], None, text)
 
     def header(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """Return the part of `text` before the answer.  text: `messages` and an answer, rendered as one chat."""
+        """Return the part of `text` before the answer.  text: the rendered chat of `messages` and an answer."""
         probe = self.render([*messages, {"role": "assistant", "content": _PROBE}], tools)
         at = next((i for i, (a, b) in enumerate(zip(probe, text, strict=False)) if a != b), min(len(probe), len(text)))
         return text[:at]
 
     @functools.cache  # noqa: B019 - the object and its tokenizer have the same lifetime
     def answer_end(self, *, calls: bool = False) -> int | None:
-        """Return the id of the special token that the template writes after an answer.  calls: after tool calls instead.
+        """Return the id of the special token that the template writes after an answer.  calls: whether it has tool calls.
 
         If there is no special token after an answer, return the first special token of the next message, else EOS.
         """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sage.common.errors import ModelError, SageError, first_line
 from sage.common.files import fsync_path, fsync_tree
@@ -25,7 +26,7 @@ _HASH_DIGITS = 16
 
 
 def converted(folder: Path) -> Path:
-    """Return a folder with bf16 safetensors of the GGUF file in `folder`; convert the file if its content is new."""
+    """Return a folder with bf16 safetensors of the GGUF file in `folder`; convert the file if this was not done before."""
     gguf = next(folder.glob("*.gguf"))
     root = get_user_paths().models_dir / FOLDER
     with _reported(f"{gguf} cannot be converted to safetensors", root):
@@ -58,7 +59,7 @@ def downloaded(source: ModelSource) -> Path:
 
 
 def with_downloads(source: ModelSource) -> ModelSource:
-    """Download a model and its base model if they are only on the hub; return the model. Raises ModelError on failure."""
+    """Download a model and its base model from the hub if needed; return the location. Raises ModelError on failure."""
     missing = [part for part in (source, source.base) if part and part.kind is ModelKind.HUB]
     for part in missing:
         downloaded(part)
@@ -100,10 +101,15 @@ def _reported(failure: str, place: Path) -> Iterator[None]:
 
 def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
-    )
-    # The weights are not quantized now. With the quantization config, save_pretrained would reject the model.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it gives advice about memory that does not apply here
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    # The loaded weights are not quantized. If the quantization config stayed, save_pretrained would reject the model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

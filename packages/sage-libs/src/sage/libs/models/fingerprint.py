@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from sage.common.errors import ModelError
+from sage.libs.models.originals import identity
 from sage.libs.models.resolve import safetensors_header
 
 #: Number of bytes read from the middle of each tensor.
@@ -13,11 +14,21 @@ _SAMPLE_BYTES = 256
 _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
 
 
+def version(folder: Path) -> str:
+    """Return a hash that changes if a model is replaced: of the GGUF file's identity, or else the fingerprint.
+
+    Raises ModelError if the folder has no complete model.
+    """
+    if (folder / "config.json").is_file():
+        return fingerprint(folder)
+    return hashlib.sha256(json.dumps([identity(file) for file in sorted(folder.glob("*.gguf"))]).encode()).hexdigest()
+
+
 def fingerprint(folder: Path) -> str:
     """Return the fingerprint of a base model: 64 hex digits.
 
-    It depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor. Therefore two
-    different models of the same shape have different fingerprints.
+    The fingerprint depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor.
+    Therefore two different models of the same shape have different fingerprints.
     Raises ModelError if the folder does not contain a complete model.
     """
     digest = hashlib.sha256()

@@ -23,7 +23,7 @@ _HEAD = re.compile(r".*\.(lm_head|embed_out|output_projection)\.lora_[AB]\.weigh
 
 
 def why_not_hot(folder: Path, base_folder: Path) -> str | None:
-    """Return the reason why a running server of the base model cannot load an adapter; None if it can.
+    """Return the reason why a running server of the base model cannot load an adapter; None if the server can.
 
     An adapter that cannot be loaded must be merged into a copy of its base model. Raises ModelError for unreadable files.
     """

@@ -26,7 +26,7 @@ def local_folder(source: ModelSource) -> Path:
 
 
 def tokenizer_folder(source: ModelSource, base: Path) -> Path:
-    """Return the folder with a model's tokenizer: the adapter's folder if it has a tokenizer, else the base's folder."""
+    """Return the folder with a model's tokenizer: an adapter's folder if it has a tokenizer, else the base's folder."""
     is_own = source.kind is ModelKind.ADAPTER and (source.folder / "tokenizer.json").is_file()
     return source.folder if is_own else base
 
@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Raise ModelError if the tokenizer can produce a token that has no embedding in the model.
 
-    Unused special tokens may have no embedding, for example the image token of Gemma 3. A special token counts as used if
+    Unused special tokens need no embedding, for example the image token of Gemma 3. A special token counts as used if
     it is BOS, EOS or padding, or if the chat template contains it.  folder: folder of the model.
     """
     rows = embedding_rows(folder)

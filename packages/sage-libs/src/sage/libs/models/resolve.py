@@ -1,7 +1,7 @@
 """Find the files of a model by its name. This module does not read weights or import torch.
 
-A name that is an absolute path is a folder. Any other name is looked up in the user's models folder, then in installed
-Python packages, then on the hub. Only commands resolve relative paths, because services have no working directory.
+A name that is an absolute path denotes a folder. Any other name is looked up in the user's models folder, then in installed
+Python packages, then on the hub. Only commands resolve relative paths: a service does not know the user's working folder.
 """
 
 import importlib.util
@@ -74,7 +74,9 @@ def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
 def _resolve(name: str, depth: int) -> ModelSource:
     if depth > _MAX_DEPTH:
         raise ModelError(
-            code="model_invalid", message=f"'{name}' is an adapter in a chain of more than {_MAX_DEPTH} adapters"
+            code="model_invalid",
+            message=f"'{name}': an adapter's base model may be an adapter too, but at most {_MAX_DEPTH} in a row.",
+            hint="Export the base as a merged model, and use that model as the base.",
         )
     if not name.strip():
         raise ModelNotFound(code="model_not_found", message="The name of the model is empty.")

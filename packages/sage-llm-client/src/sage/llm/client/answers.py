@@ -23,12 +23,12 @@ def parse(text: str) -> Any:
 
 
 def as_model(model: type[M]) -> Callable[[httpx.Response], M]:
-    """Return a function that reads an answer whose content is one `model`."""
+    """Return a function that reads an answer whose content is one instance of `model`."""
     return lambda response: model.model_validate(parse(response.text))
 
 
 def as_list(model: type[M]) -> Callable[[httpx.Response], list[M]]:
-    """Return a function that reads an answer whose field `data` is a list of `model`."""
+    """Return a function that reads an answer whose field `data` is a list of instances of `model`."""
     return lambda response: [model.model_validate(item) for item in parse(response.text)["data"]]
 
 
@@ -41,7 +41,7 @@ def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
     try:
         return reader(response)
     except (ValueError, KeyError, TypeError, IndexError) as error:  # pydantic's ValidationError is a ValueError
-        raise not_a_gateway("the answer has an unexpected form") from error
+        raise not_a_gateway("the answer has unexpected content") from error
 
 
 def raise_for_error(response: httpx.Response) -> None:
@@ -78,7 +78,7 @@ def unreachable(base_url: str, error: httpx.HTTPError) -> GatewayUnreachable:
         return GatewayUnreachable(
             code="gateway_slow",
             message=f"The gateway at {base_url} accepted the request, but did not answer in time.",
-            hint="The request may still be executed: check `sage llm engine list` before you retry.",
+            hint="The request is possibly still in progress: check `sage llm engine list` before you retry.",
         )
     return GatewayUnreachable(
         code="gateway_unreachable",

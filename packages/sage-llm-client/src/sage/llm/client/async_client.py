@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class AsyncSageClient:
-    """Client of a gateway for asyncio. Each method raises the same errors as the method of SageClient with the same name."""
+    """Client of a gateway for asyncio. Each method raises the same errors as the method with the same name of SageClient."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
         """base_url: URL of the gateway.
@@ -96,15 +96,23 @@ class AsyncSageClient:
         return await self._send(calls.stop(engine_id, force=force))
 
     async def pause_engine(self, engine_id: str) -> EngineView:
-        """Raise SageError with the code `not_implemented`, because the gateway cannot pause engines in this version."""
+        """Request that an engine frees its memory until it is resumed. A training run first saves a checkpoint."""
         return await self._send(calls.pause(engine_id))
+
+    async def queue(self) -> list[EngineView]:
+        """Return the waiting engines of the gateway's node, in the order of the queue."""
+        return await self._send(calls.queue())
+
+    async def move_engine(self, engine_id: str, position: int) -> EngineView:
+        """Move a waiting engine to another place in the queue, among the engines of its priority; 1 is the first place."""
+        return await self._send(calls.move(engine_id, position))
 
     async def resume_engine(self, engine_id: str) -> EngineView:
         """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
         return await self._send(calls.resume(engine_id))
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, serve the checkpoint."""
+        """Request a checkpoint of a training run after its current step. If the run is served, serve the new checkpoint."""
         return await self._send(calls.checkpoint(engine_id))
 
     async def remove_engine(self, engine_id: str) -> None:
@@ -119,7 +127,7 @@ class AsyncSageClient:
         """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
         If the gateway restarts, each line is still returned exactly once.
-        patience_seconds: maximum time for which the gateway may be unreachable.
+        patience_seconds: maximum time to wait if the gateway is unreachable.
         """
         reader = streams.LogReader()
         async for line in self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds):

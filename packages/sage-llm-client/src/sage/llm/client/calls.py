@@ -1,4 +1,4 @@
-"""The HTTP requests that the clients' methods send; each has a function that reads the answer."""
+"""The HTTP requests that the methods of both clients send. Each request has a function that reads the answer."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -59,7 +59,7 @@ def headers(api_key: str | None) -> dict[str, str]:
 def _engine(engine_id: str, route: str = "") -> str:
     """Return the URL path of an engine, with `route` at the end.
 
-    Raises NotFound if `engine_id` has characters that no id has, because the result could then be another valid path.
+    Raises NotFound if `engine_id` has characters that no id has, because the path could then belong to another object.
     """
     if not _ID.fullmatch(engine_id):
         raise NotFound(
@@ -98,6 +98,16 @@ def stop(engine_id: str, *, force: bool) -> Call[EngineView]:
 def pause(engine_id: str) -> Call[EngineView]:
     """Return the call that pauses an engine."""
     return Call("POST", _engine(engine_id, "/pause"), as_model(EngineView))
+
+
+def queue() -> Call[list[EngineView]]:
+    """Return the call that lists the waiting engines."""
+    return Call("GET", f"{_PREFIX}/queue", as_list(EngineView))
+
+
+def move(engine_id: str, position: int) -> Call[EngineView]:
+    """Return the call that moves a waiting engine in the queue."""
+    return Call("POST", _engine(engine_id, "/move"), as_model(EngineView), json={"position": position})
 
 
 def resume(engine_id: str) -> Call[EngineView]:

@@ -24,11 +24,11 @@ from sage.llm.client.types import (
 )
 
 T = TypeVar("T")
-#: Time limit for opening a connection.
+#: Maximum seconds to open a connection.
 CONNECT_SECONDS = 10.0
 #: Time limits of a stream. Reading has no limit, because an engine can run for a long time without new output.
 STREAM_TIMEOUT = httpx.Timeout(CONNECT_SECONDS, read=None)
-#: Pause before a broken stream is requested again.
+#: Seconds to wait before a broken stream is requested again.
 RECONNECT_SECONDS = 0.3
 
 
@@ -103,15 +103,23 @@ class SageClient:
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
-        """Raise SageError with the code `not_implemented`, because the gateway cannot pause engines in this version."""
+        """Request that an engine frees its memory until it is resumed. A training run first saves a checkpoint."""
         return self._send(calls.pause(engine_id))
+
+    def queue(self) -> list[EngineView]:
+        """Return the waiting engines of the gateway's node, in the order of the queue."""
+        return self._send(calls.queue())
+
+    def move_engine(self, engine_id: str, position: int) -> EngineView:
+        """Move a waiting engine to another place in the queue, among the engines of its priority; 1 is the first place."""
+        return self._send(calls.move(engine_id, position))
 
     def resume_engine(self, engine_id: str) -> EngineView:
         """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
         return self._send(calls.resume(engine_id))
 
     def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, serve the checkpoint."""
+        """Request a checkpoint of a training run after its current step. If the run is served, serve the new checkpoint."""
         return self._send(calls.checkpoint(engine_id))
 
     def remove_engine(self, engine_id: str) -> None:
@@ -126,7 +134,7 @@ class SageClient:
         """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
         If the gateway restarts, each line is still returned exactly once.
-        patience_seconds: maximum time for which the gateway may be unreachable.
+        patience_seconds: maximum time to wait if the gateway is unreachable.
         """
         reader = streams.LogReader()
         yield from self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds)

@@ -101,14 +101,14 @@ def _event(text: str) -> EngineEvent:
     try:
         return EngineEvent.model_validate_json(text)
     except ValidationError as error:
-        raise not_a_gateway("an event has an unexpected form") from error
+        raise not_a_gateway("an event has unexpected content") from error
 
 
 class Patience:
-    """Decides whether to open a broken stream again, or to give up."""
+    """Decides whether to request a broken stream again, or to give up."""
 
     def __init__(self, seconds: float) -> None:
-        """seconds: maximum time for which the gateway may be unreachable."""
+        """seconds: maximum time to wait if the gateway is unreachable."""
         self._seconds = seconds
         self._lost_at: float | None = None
 
@@ -146,7 +146,7 @@ class ChatReader:
             choices = content["choices"]
             return str(choices[0]["delta"].get("content") or "") if choices else ""
         except (KeyError, TypeError, AttributeError, IndexError) as problem:
-            raise not_a_gateway(f"a part of the answer has an unexpected form: {json.dumps(sorted(content))}") from problem
+            raise not_a_gateway(f"a part of the answer has unexpected content: {json.dumps(sorted(content))}") from problem
 
     def finish(self) -> None:
         """Raise EngineError if the answer is incomplete."""

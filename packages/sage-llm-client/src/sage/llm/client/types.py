@@ -5,7 +5,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, computed_field, field_validator
 
 from sage.common.training import TrainingProgress as TrainingProgress
 from sage.common.training import TrainingStep as TrainingStep
@@ -18,14 +18,14 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: the engine waits to be started
     STARTING = "starting"  #: the server or worker process has been started and is not ready yet
     RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded, because it had no requests; the next request loads it again
+    PAUSED = "paused"  #: the engine was unloaded and will be loaded again; `reason` says when
     STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
     STOPPED = "stopped"  #: the engine ended because a user requested it
     COMPLETED = "completed"  #: the training run finished
     FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
 
 
-#: Final states. Only a request of a user can change the state of the engine again.
+#: States in which an engine has ended. An engine leaves such a state only if a user requests it.
 SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 
@@ -34,12 +34,12 @@ class EngineKind(StrEnum):
 
     LLM = "llm"  #: answers chats and completions
     EMBEDDING = "embedding"  #: returns the embedding vectors of texts
-    FINETUNE = "finetune"  #: trains an adapter
+    FINETUNE = "finetune"  #: trains an adapter or a whole model
 
 
 SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
-#: Model name for requests that do not need a certain model: the engine that was started last answers. Only running engines
-#: of the requested kind count.
+#: Model name for requests that do not need a certain model. The most recently started engine answers, among the running
+#: engines of the requested kind.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 #: Each part between slashes begins with a letter or digit, so that no part of the route's URL path is `.` or `..`.
@@ -61,6 +61,15 @@ class RestartPolicy(StrEnum):
     NO = "no"  #: the engine is never restarted
     ON_FAILURE = "on-failure"  #: restart if the process exits with an error, is killed, or no longer answers
     UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
+
+
+class OnBusy(StrEnum):
+    """What an engine does if the memory that it needs is not free."""
+
+    WAIT = "wait"  #: wait in the queue until enough memory is free
+    PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
+    SHARE = "share"  #: start with the memory that is free, if the smallest need fits; otherwise wait
+    FAIL = "fail"  #: fail at once
 
 
 def check_engine_name(name: str) -> str:
@@ -88,6 +97,10 @@ class ServeRequest(BaseModel):
         return name if name is None else check_engine_name(name)
 
 
+#: The id of a device: `cpu` for the main memory, `cuda:0` for the first GPU.
+DeviceId = Annotated[str, Field(pattern=r"^(cpu|cuda:\d{1,3})$")]
+
+
 class StartRequest(BaseModel):
     """A request to start an engine."""
 
@@ -103,7 +116,7 @@ class StartRequest(BaseModel):
         "auto", max_length=64, description="Program that runs the engine; auto: the fastest installed backend for the model."
     )
     restart_policy: RestartPolicy | None = Field(
-        None, description="When the engine is restarted automatically; default: the setting restart_policy."
+        None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
     )
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Notes to store with the engine.")
     dedicated: bool = Field(
@@ -117,9 +130,18 @@ class StartRequest(BaseModel):
         None,
         gt=0,
         le=525_600,
-        description="Unload an inference engine after this time without requests; its state is then `paused`.",
+        description="Unload an inference engine after this number of minutes without requests; the state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
+    on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
+    priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
+    devices: list[DeviceId] | None = Field(
+        None, min_length=1, max_length=64, description="Devices that the engine may use; default: any."
+    )
+    memory_gb: float | None = Field(
+        None, gt=0, le=1e6, description="Memory to reserve, in GB (10^9 bytes); default: an estimate from the model."
+    )
+    not_before: AwareDatetime | None = Field(None, description="Earliest time to start the engine, with a time zone.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the backend or of the training run.")
 
     @field_validator("model")
@@ -154,20 +176,33 @@ class EngineView(BaseModel):
     model: str
     name: str
     backend: str = Field(description="The program that runs the engine.")
-    backend_reason: str | None = Field(None, description="Why `auto` chose the backend; null if the request named it.")
+    backend_reason: str | None = Field(
+        None, description="Why `auto` chose the backend; null if the request named a backend."
+    )
     state: EngineState
     desired: DesiredState
     restart_policy: RestartPolicy
+    on_busy: OnBusy = Field(OnBusy.WAIT, description="What the engine does if the memory that it needs is not free.")
+    priority: int = Field(0, description="Engines with a higher number are ahead in the queue.")
+    not_before: datetime | None = Field(None, description="Earliest time to start the engine.")
+    queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
+    devices: list[str] | None = Field(None, description="Devices of the engine's server; null if it has no server.")
+    reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
     restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
-    node: str = Field(description="Id of the node that runs the engine; each state folder is one node.")
+    node: str = Field(
+        description="Id of the node that runs the engine. A node is a SAGE installation with its own state folder; several "
+        "nodes can share one database."
+    )
     server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
     address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
     form: str | None = Field(None, description="How the server loads the model, as text for users.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
-    idle_stop_minutes: float | None = Field(None, description="The engine is unloaded after this time without requests.")
+    kv_cache_tokens: int | None = Field(None, description="Size of the key/value cache in tokens; null: the default.")
+    threads: int | None = Field(None, description="CPU threads of the process; null: the default of the engine's program.")
+    idle_stop_minutes: float | None = Field(None, description="Minutes without requests after which the engine is unloaded.")
     port: int | None = None
     pid: int | None = None
     memory_bytes: int | None = None
@@ -191,19 +226,34 @@ class EnginePage(BaseModel):
     has_more: bool
 
 
+class MoveRequest(BaseModel):
+    """A request to move a waiting engine in the queue."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    position: int = Field(ge=1, le=1_000_000, description="New place among the waiting engines, from 1.")
+
+
+class EngineQueue(BaseModel):
+    """The waiting engines of a node, in the order of the queue."""
+
+    object: str = "list"
+    data: list[EngineView]
+
+
 class EventKind(StrEnum):
     """The kind of change that an event reports."""
 
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: the engine changed but not its state: for example, it now has a newer version of its adapter
+    UPDATED = "updated"  #: something other than the state changed, for example: a newer version of the adapter was loaded
     REMOVED = "removed"
     ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
 
 
 class EngineEvent(BaseModel):
-    """One event of the change feed. To read later events, use `id` as the cursor."""
+    """One event of the change feed. To read later events, send its `id` as `after`."""
 
     id: int
     engine_id: str
@@ -256,7 +306,7 @@ class RouteRequest(BaseModel):
     @classmethod
     def _distinct(cls, engines: list[RouteTarget]) -> list[RouteTarget]:
         if len({target.engine for target in engines}) < len(engines):
-            raise ValueError("each engine may be listed only once; its weight sets its share of the requests")
+            raise ValueError("each engine can be listed only once; the weight sets the engine's share of the requests")
         return engines
 
 
@@ -288,6 +338,15 @@ def check_route_name(name: str) -> str:
     return name
 
 
+class DeviceEngine(BaseModel):
+    """The memory of an engine on a device. If engines share a server, the first of them stands for all."""
+
+    id: str
+    name: str
+    memory_bytes: int = Field(description="Memory that the engine's processes use; 0 if it cannot be measured.")
+    reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null: none.")
+
+
 class Device(BaseModel):
     """A device with memory that engines share: a GPU, or the main memory of a node."""
 
@@ -295,9 +354,23 @@ class Device(BaseModel):
     kind: str
     index: int
     name: str
+    uuid: str | None = Field(None, description="NVIDIA's id of the GPU or MIG device.")
     memory_total_bytes: int
+    memory_usable_bytes: int | None = Field(
+        None, description="Memory that engines may use, within the limits of the settings and of a container."
+    )
     memory_used_bytes: int
     utilization_percent: float | None = None
+    temperature_celsius: float | None = None
+    is_mig: bool = Field(False, description="The device is a part of a GPU (multi-instance GPU).")
+    is_fake: bool = Field(False, description="The device does not exist; the setting `fake_devices` defines it.")
+    engines: list[DeviceEngine] = []
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def id(self) -> str:
+        """The id that requests use: `cpu` for the main memory, `cuda:0` for the first GPU."""
+        return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
 class BackendView(BaseModel):
@@ -308,12 +381,12 @@ class BackendView(BaseModel):
     kinds: list[EngineKind]
     formats: list[str] = Field(description="Model formats that the backend can load.")
     devices: list[str]
-    hot_adapters: bool = Field(description="Adapters can be loaded and unloaded while the server runs.")
+    hot_adapters: bool = Field(description="Whether adapters can be loaded and unloaded while the server runs.")
     quantizes: list[str] = Field(default=[], description="Values of the option `quantize`, in addition to `none`.")
-    sleep: bool = Field(description="The server can release its memory and allocate it again without a restart.")
+    sleep: bool = Field(description="Whether the server can free its memory and allocate it again without a restart.")
     has_environment: bool = Field(
-        description="The backend has a separate Python environment, which `sage backend install NAME` installs."
+        description="Whether the backend has its own Python environment, which `sage backend install NAME` installs."
     )
     is_installed: bool
     version: str
-    disk_bytes: int | None = Field(None, description="Size of the backend's environment.")
+    disk_bytes: int | None = Field(None, description="Size of the backend's environment in bytes.")

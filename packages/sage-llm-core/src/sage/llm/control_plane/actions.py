@@ -18,11 +18,14 @@ class Validate:
 
 @dataclass(frozen=True)
 class Launch:
-    """Start the server of an engine; if the process of the server is already running, take it over."""
+    """Start the process of an engine's server, or take over this process if it is already running."""
 
     engine: EngineRecord
     server: ServerRecord | None  #: None: no server is planned yet
     is_moved: bool = False  #: the new server needs a new id, because other engines use the engine's last server
+    devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any
+    reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
+    threads: int | None = None  #: the CPU threads that the planned server gets; None: the default of its program
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class LoadAdapter:
 
 @dataclass(frozen=True)
 class UnloadAdapter:
-    """Unload the adapter `name` from a server; if `engine` is stopping, then set its state to `stopped` or `paused`."""
+    """Unload the adapter `name` from a server. Afterwards, a stopping `engine` gets the state `stopped` or `paused`."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -63,6 +66,7 @@ class SetDesired:
 
     engine: EngineRecord
     desired: DesiredState
+    paused_by: str | None = None  #: `idle`, or the id of the engine that it makes room for
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Transition:
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: number of the restart that follows a failure at once; None: no restart
+    restarts: int | None = None  #: if `state` is failed: number of the restart that follows; None: no restart
     must_remain: bool = False  #: raise StaleWrite if no other engine would remain on the server
     values: Mapping[str, Any] = field(default_factory=dict)  #: other columns to write
 

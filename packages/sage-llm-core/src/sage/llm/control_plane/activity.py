@@ -1,4 +1,4 @@
-"""Record the requests to engines that are unloaded when idle. All gateways of a node do this, not only the active one."""
+"""Record the requests to engines that are unloaded when idle. Every gateway of a node records its own requests."""
 
 import asyncio
 import logging
@@ -16,15 +16,15 @@ from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
-#: Minimum time between two writes for the same engine: the smaller of `_TOUCH_SECONDS` and `_TOUCH_SHARE` of its
-#: `idle_stop_minutes`.
+#: Minimum time between two recorded requests to the same engine: `_TOUCH_SECONDS`, or the share `_TOUCH_SHARE` of the
+#: engine's `idle_stop_minutes` if this is shorter.
 _TOUCH_SECONDS, _TOUCH_SHARE = 10.0, 0.25
 _CHECK_SECONDS = 1.0
 _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUSED)
 
 
 class Activity:
-    """Records the requests of this gateway to engines for which `idle_stop_minutes` is set; ignores other engines."""
+    """Records requests of this gateway to engines for which `idle_stop_minutes` is set; ignores all other engines."""
 
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
         """pool: threads for the calls of `store`; on_paused: called after recording a request to an unloaded engine."""
@@ -36,17 +36,17 @@ class Activity:
     async def may_use(self, route: Route) -> bool:
         """Record a request to an engine, and return whether the request can be sent to the engine now.
 
-        Returns False if the engine is not running or is about to be unloaded. If an engine is unloaded because it was idle,
-        the recorded request causes the control plane to load it again.
+        Returns False if the engine is not running or is about to be unloaded. If the engine is unloaded because it was idle,
+        the control plane loads the engine again because of the recorded request.
         """
         if route.idle_stop_minutes is None or route.state not in _LOADED_OR_PAUSED or not self._is_due(route):
             return route.state is EngineState.RUNNING
         return await self._touch(route)
 
     def wake(self, engine_id: str) -> None:
-        """Record a request to a paused engine, so that it is loaded again. Another engine answers this request."""
+        """Record that a request prefers a paused engine, so that the engine is loaded again; another engine answers now."""
         route = self._routing.get(engine_id)
-        if route and engine_id not in self._waking and self._is_due(route):
+        if route and route.idle_stop_minutes is not None and engine_id not in self._waking and self._is_due(route):
             self._waking[engine_id] = task = asyncio.create_task(self._touch(route))
             task.add_done_callback(lambda _: self._waking.pop(engine_id, None))
 

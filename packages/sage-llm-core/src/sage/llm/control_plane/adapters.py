@@ -10,7 +10,8 @@ from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
-#: Seconds after loading an adapter during which observations of its server may not contain the adapter yet.
+#: An adapter that was loaded less than this number of seconds ago is not loaded again if the last observation of the server
+#: does not contain the adapter, because the observation can be older than the load.
 _LOOK_SECONDS = 5.0
 
 
@@ -30,7 +31,10 @@ def is_refused(engine: EngineRecord) -> bool:
 
 
 def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Return the action for a starting engine whose server answers: load its adapter, or set the state to `running`."""
+    """Return the next action for a starting engine whose server answers.
+
+    If the engine's adapter is not loaded yet, the action loads the adapter; otherwise, it sets the state to `running`.
+    """
     if engine.adapter is None:
         return Transition(engine, EngineState.RUNNING, values={"served_as": server.served_name})
     if engine.internal_name not in observed.models:
@@ -57,7 +61,10 @@ def keep(
 
 
 def unload(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Return the next action for an engine that leaves a shared server: first unload its adapter, then leave."""
+    """Return the next action for an engine that leaves a shared server.
+
+    If the engine's adapter is still loaded, the action unloads the adapter; otherwise the engine leaves the server.
+    """
     loaded = observed.models & {engine.internal_name, engine.served_as}
     return UnloadAdapter(engine, server, min(loaded)) if engine.adapter and loaded else leave(engine)
 
@@ -65,6 +72,6 @@ def unload(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Ac
 def leave(engine: EngineRecord) -> Transition:
     """Return the transition with which an engine leaves a server that other engines use; the process is not stopped.
 
-    If the engine's adapter is still loaded, an action of another engine of the server unloads it later.
+    If the engine's adapter is still loaded, an action of another engine on the same server unloads the adapter later.
     """
     return Transition(engine, state_without_process(engine), reason_of_stop(engine), must_remain=True)

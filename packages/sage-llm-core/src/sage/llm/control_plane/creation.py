@@ -8,6 +8,7 @@ from sage.llm.client.types import (
     DesiredState,
     EngineKind,
     EngineState,
+    OnBusy,
     RestartPolicy,
     StartRequest,
     check_engine_name,
@@ -47,8 +48,9 @@ def new_engine(
     prepared: Prepared,
     restart_policy: RestartPolicy,
     serve: ServedRun | None = None,
+    on_busy: OnBusy = OnBusy.WAIT,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`; restart_policy: used if the request does not set it."""
+    """Return the record of a new engine in state `validating`; restart_policy, on_busy: used if the request sets none."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,
@@ -69,8 +71,12 @@ def new_engine(
         node=node,
         server_id=None,
         requested_port=request.port,
-        devices=None,
-        reserved_bytes=prepared.reserved_bytes,
+        devices=tuple(request.devices) if request.devices else None,
+        reserved_bytes=int(request.memory_gb * 1e9) if request.memory_gb else prepared.reserved_bytes,
+        least_bytes=None if request.memory_gb else prepared.least_bytes,
+        on_busy=request.on_busy or on_busy,
+        priority=request.priority,
+        not_before=request.not_before,
         version=1,
         created_at=now,
         state_at=now,

@@ -24,7 +24,10 @@ class LocalDatasets:
     """Finds datasets on this machine by their absolute paths."""
 
     def resolve(self, reference: str) -> Path:
-        """Return the path; raises DatasetError if it does not exist, ConfigError if it is relative or the id of a file."""
+        """Return `reference` as a path.
+
+        Raises DatasetError if the path does not exist, ConfigError if it is relative or if `reference` is the id of a file.
+        """
         if reference.startswith(FILE_ID):
             raise ConfigError(
                 code="file_ids_unsupported",

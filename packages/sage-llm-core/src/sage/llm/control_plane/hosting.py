@@ -1,4 +1,7 @@
-"""Decide which server an engine joins, and which engine launches a server. The plan uses this for shared servers."""
+"""Decide which server an engine joins, and which engine launches a server. The plan needs this for shared servers.
+
+A shared server is a process that can host several engines with the same base model, backend and options.
+"""
 
 import json
 from collections import Counter, defaultdict
@@ -12,9 +15,10 @@ from sage.llm.control_plane.store.records import INTERNAL, EngineRecord, ServerR
 from sage.llm.control_plane.store.servers import HOSTED
 from sage.llm.control_plane.watch import Watch
 
-#: Backend, model and options. Two engines with the same key can share a server.
-_Key = tuple[str, str, str]
-#: Seconds in which requests may still use the previous version of an adapter after a new version was loaded.
+#: Backend, model, version of the model's files, and options. Two engines with the same key can share a server.
+_Key = tuple[str, str, str | None, str]
+#: After a new version of an adapter was loaded, the previous version stays loaded for this many seconds, because requests
+#: can still use the previous version.
 _DRAIN_SECONDS = 5.0
 
 
@@ -40,7 +44,7 @@ class Hosts:
             if engine.state is EngineState.RUNNING:
                 self._running.setdefault(engine.server_id, engine)
             elif engine.state is EngineState.STARTING and engine.desired is DesiredState.RUNNING:
-                # If an engine requests a port, this engine launches the server, because the server must listen on the port.
+                # If an engine requests a port, this engine launches the server, because the server must listen on this port.
                 launcher = engine if engine.requested_port else self._launchers.get(engine.server_id, engine)
                 self._launchers[engine.server_id] = launcher
             seen = observed.get(engine.id)
@@ -55,7 +59,7 @@ class Hosts:
         found: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
         for server in self._servers:
             if server.shared and server.state is not ServerState.CLOSING:
-                found[_key(server.backend, server.model, server.options)].append(server)
+                found[_key(server.backend, server.model, server.model_version, server.options)].append(server)
         return found
 
     def is_last(self, engine: EngineRecord) -> bool:
@@ -74,7 +78,7 @@ class Hosts:
         """Return the server that an engine joins, and count the engine as hosted; None if the engine needs a new server."""
         if engine.base is None:
             return None
-        for server in self._shared[_key(engine.backend, engine.base, engine.options)]:
+        for server in self._shared[_key(engine.backend, engine.base, engine.base_version, engine.options)]:
             has_port = engine.requested_port in (None, _port(server))
             if has_port and not self._is_gone(server) and self._has_room(server, engine):
                 self._count(engine, server.id)
@@ -93,20 +97,20 @@ class Hosts:
             return server is not None and (server.state is ServerState.CLOSING or self._is_gone(server))
         if engine.base is None:
             return False
-        key = _key(engine.backend, engine.base, engine.options)
+        key = _key(engine.backend, engine.base, engine.base_version, engine.options)
         return key in self._launching or any(map(self._is_gone, self._shared[key]))
 
     def launches(self, engine: EngineRecord) -> None:
         """Record that a server for this engine is being planned."""
         if engine.base is not None:
-            self._launching.add(_key(engine.backend, engine.base, engine.options))
+            self._launching.add(_key(engine.backend, engine.base, engine.base_version, engine.options))
 
     def unneeded(self, engine: EngineRecord, server: ServerRecord, models: frozenset[str], watches: Mapping[str, Watch]
                  ) -> str | None:  # fmt: skip
         """Return the name of an adapter to unload: an older version, or the adapter of an engine that has left the server.
 
         Returns None if `engine` is not the oldest running engine of the server, or if no adapter must be unloaded.
-        An older version stays loaded for `_DRAIN_SECONDS`.
+        After a new version was loaded, the older version stays loaded for `_DRAIN_SECONDS`.
         """
         if self._running.get(server.id) is not engine:
             return None
@@ -137,5 +141,5 @@ def _port(server: ServerRecord) -> int | None:
     return int(server.address.rpartition(":")[2]) if server.address else None
 
 
-def _key(backend: str, model: str, options: Mapping[str, object] | None) -> _Key:
-    return backend, model, json.dumps(registry.complete_options(backend, options or {}), sort_keys=True)
+def _key(backend: str, model: str, version: str | None, options: Mapping[str, object] | None) -> _Key:
+    return backend, model, version, json.dumps(registry.complete_options(backend, options or {}), sort_keys=True)

@@ -13,11 +13,12 @@ from sage.llm.control_plane.watch import Watch
 def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
     """Return the action that pauses an idle engine, or that resumes a paused engine after a request; otherwise None."""
     if engine.desired is DesiredState.PAUSED:
-        return SetDesired(engine, DesiredState.RUNNING) if engine.last_request_at else None
+        is_wanted = engine.last_request_at is not None and engine.paused_by in (None, "idle")
+        return SetDesired(engine, DesiredState.RUNNING) if is_wanted else None
     if engine.state is not EngineState.RUNNING or engine.desired is not DesiredState.RUNNING:
         return None
     is_idle = engine.idle_stop_minutes is not None and watch.idle_seconds >= 60 * engine.idle_stop_minutes
-    return SetDesired(engine, DesiredState.PAUSED) if is_idle else None
+    return SetDesired(engine, DesiredState.PAUSED, paused_by="idle") if is_idle else None
 
 
 def is_stopping(engine: EngineRecord) -> bool:
@@ -26,8 +27,20 @@ def is_stopping(engine: EngineRecord) -> bool:
 
 
 def is_pausing(engine: EngineRecord) -> bool:
-    """Return whether an engine that is stopping will be `paused` afterwards, so that the next request loads it again."""
-    return engine.idle_stop_minutes is not None and engine.desired is not DesiredState.STOPPED
+    """Return whether an engine that is stopping will be `paused` afterwards, and will be loaded again."""
+    if engine.desired is DesiredState.PAUSED:
+        return True
+    return engine.idle_stop_minutes is not None and engine.desired is DesiredState.RUNNING
+
+
+def is_making_room(engine: EngineRecord) -> bool:
+    """Return whether an engine is paused, or about to be paused, so that another engine can run."""
+    return engine.desired is DesiredState.PAUSED and engine.paused_by not in (None, "idle", "user")
+
+
+def is_paused_by_user(engine: EngineRecord) -> bool:
+    """Return whether an engine is paused, or about to be paused, until a user resumes it."""
+    return engine.desired is DesiredState.PAUSED and engine.paused_by == "user"
 
 
 def state_without_process(engine: EngineRecord) -> EngineState:
@@ -39,6 +52,12 @@ def reason_of_stop(engine: EngineRecord) -> Reason | None:
     """Return why an engine is unloaded; None if a user requested its stop."""
     if not is_pausing(engine):
         return None
+    if engine.paused_by == "user" or (engine.paused_by is None and engine.idle_stop_minutes is None):
+        hint = f"`sage llm engine resume {engine.id}` continues it."
+        return Reason(code="paused", message="The engine was paused, as requested, and uses no memory.", hint=hint)
+    if engine.paused_by not in (None, "idle"):
+        message = f"The engine makes room for {engine.paused_by}. It is loaded again when enough memory is free."
+        return Reason(code="makes_room", message=message)
     minutes = f"{engine.idle_stop_minutes:g} min"
     message = f"The engine had no requests for {minutes}, so it is unloaded. The next request loads it again."
     return Reason(code="idle", message=message)

@@ -1,4 +1,8 @@
-"""LeaseKeeper: acquires and renews the lease of a node, independently of the other work of the control plane."""
+"""LeaseKeeper: acquires and renews the lease of a node, independently of the other work of the control plane.
+
+A lease is the right to write the rows of a node in the database. If a node has several control planes, only one holds the
+lease. The others are on standby: they try regularly to acquire the lease.
+"""
 
 import asyncio
 import contextlib
@@ -23,7 +27,7 @@ _RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
 
 
 class LeaseKeeper:
-    """Acquires the lease of a node and renews it; `lease` is None while another control plane holds it."""
+    """Acquires the lease of a node and renews it; `lease` is None while this control plane does not hold it."""
 
     def __init__(
         self, store: LeaseStore, node: str, url: str, on_change: Callable[[Lease | None], None] = lambda _: None
@@ -46,7 +50,7 @@ class LeaseKeeper:
         return self._held if is_fresh else None
 
     async def open(self) -> None:
-        """Register the node and try to acquire the lease; until `close`, a task renews the lease or tries again."""
+        """Register the node and try to acquire the lease; a task then renews the lease or tries again, until `close`."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._store.register_node, self._node, socket.gethostname())
         await self._step()

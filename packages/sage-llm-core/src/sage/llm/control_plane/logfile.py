@@ -1,4 +1,4 @@
-"""Follow a log while other processes append to it. Its first part may be cut off at the same time."""
+"""Follow a log while other processes append to the log, or cut off the beginning of the log."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,7 +19,7 @@ async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool
     log = LogFile(path)
     offset = min(offset, (await asyncio.to_thread(log.range))[1])
     while True:
-        ended = await has_ended()  # before the read, so that the last bytes are also read
+        ended = await has_ended()  # check this before reading: if the engine ends in between, all its bytes are read
         offset = max(offset, (await asyncio.to_thread(log.range))[0])
         chunk = await asyncio.to_thread(log.read, offset, _CHUNK_BYTES)
         offset += len(chunk)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,7 +12,8 @@ from typing import Literal, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import NotFound, NotImplementedYet, Overloaded, SageError
+from sage.common.cgroups import available_cores
+from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
 from sage.common.logs import LogFile
 from sage.common.paths import get_user_paths
@@ -24,26 +26,31 @@ from sage.llm.client.types import (
     EngineKind,
     EngineState,
     EngineView,
+    OnBusy,
     RestartPolicy,
     StartRequest,
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.creation import new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
 from sage.llm.control_plane.executors.placement import like_its_base
+from sage.llm.control_plane.inventory import Inventory
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
 from sage.llm.control_plane.node import open_state_folder
+from sage.llm.control_plane.node_memory import NodeMemory
 from sage.llm.control_plane.plan import Limits
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
-from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, standby, still_running
+from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, paused, standby, still_running
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -52,6 +59,7 @@ from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.views import Views
+from sage.llm.control_plane.waiting import Waiting
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
@@ -65,7 +73,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes):
+class ControlPlaneManager(EngineReads, Routes, Waiting):
     """Starts, stops, resumes and describes the engines of this node.
 
     Background tasks observe the engines and bring them to their desired states. An engine is settled if it is stopped,
@@ -97,18 +105,22 @@ class ControlPlaneManager(EngineReads, Routes):
         self._activity = Activity(self._store, self._pool, self._routing, self._woken.set)
         self._prober = Prober(self._executors, launcher, self._woken.set)
         lease = lambda: self._keeper.lease  # noqa: E731
+        self._inventory = Inventory(settings)
         self._runner = Runner(
-            self._store, self._pool, self._executors, launcher, adapters, self._routing, lease, self._woken.set
-        )
+            self._store, self._pool, self._executors, launcher, adapters, self._routing, lease, self._woken.set,
+            self._inventory.variables,
+        )  # fmt: skip
         limits = Limits(
             settings.engine_start_seconds,
             settings.stop_seconds,
             settings.engine_unresponsive_seconds,
             look_seconds=5 + 2 * settings.reconcile_seconds,
         )
-        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits)
+        memory = NodeMemory(self._inventory.memory)
+        cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
+        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
         self._views = Views(self._node, self._executors)
-        self._key_and_parameters = functools.lru_cache(1024)(_key_and_parameters)  # every inference request calls it
+        self._new_upstream = functools.lru_cache(1024)(_upstream)  # every inference request needs one
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -153,8 +165,8 @@ class ControlPlaneManager(EngineReads, Routes):
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
         served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        policy = RestartPolicy(self._settings.restart_policy)
-        record = new_engine(engine_id, self._node, request, prepared, policy, served)
+        policy, on_busy = RestartPolicy(self._settings.restart_policy), OnBusy(self._settings.on_busy)
+        record = new_engine(engine_id, self._node, request, prepared, policy, served, on_busy)
         if request.engine_kind is EngineKind.LLM:
             servers = await self._pool.run(self._store.servers, self._node)
             record = await asyncio.to_thread(like_its_base, record, servers, request.options)
@@ -163,7 +175,7 @@ class ControlPlaneManager(EngineReads, Routes):
         return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request an engine to stop, and return without waiting for it. A settled engine is not changed.
+        """Request an engine to stop, and return without waiting for its end. A settled engine is not changed.
 
         force: kill the process of the engine.
         """
@@ -185,11 +197,12 @@ class ControlPlaneManager(EngineReads, Routes):
         Raises Conflict if the engine is active or completed, or cannot be resumed.
         """
         for _ in range(_ATTEMPTS):
-            engine, _server = await self._own(engine_id)
-            if engine.state is EngineState.PAUSED:
-                engine = await self._pool.run(self._store.touch, engine_id)
-                self._woken.set()
-                return await self._view(engine, None)
+            engine, server = await self._own(engine_id)
+            if engine.desired is DesiredState.PAUSED:
+                with contextlib.suppress(StaleWrite):
+                    run = functools.partial(self._store.set_desired, engine, DesiredState.RUNNING, force=False)
+                    return await self._view(await self._write(run, actor=_ACTOR, queue_rank=rank(engine)[1]), server)
+                continue
             if engine.state not in (EngineState.STOPPED, EngineState.FAILED):
                 raise not_resumable(engine_id, engine.state)
             await self._executors[engine.kind].check_resumable(engine)
@@ -220,15 +233,6 @@ class ControlPlaneManager(EngineReads, Routes):
                 await executor.request_checkpoint(engine)
                 return await self._view(engine, server)
         raise busy(engine_id)
-
-    async def pause_engine(self, engine_id: str) -> EngineView:
-        """Raise NotImplementedYet, or NotFound if the engine does not exist."""
-        await self._own(engine_id)
-        raise NotImplementedYet(
-            code="not_implemented",
-            message="Engines cannot be paused yet.",
-            hint=f"To free its memory, stop it: `sage llm engine stop {engine_id}`. Resume it later.",
-        )
 
     async def remove_engine(self, engine_id: str) -> None:
         """Remove a settled engine with its run directory or log. The output folder is kept.
@@ -262,7 +266,7 @@ class ControlPlaneManager(EngineReads, Routes):
         raise busy(engine_id)
 
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
-        """Return the route of an engine that can answer a request for `model`; the engine may still be starting.
+        """Return the route of an engine that can answer a request for `model`, now or after its start.
 
         Does not access the database.
         client: identifies the sender of the request; see `RoutingTable.find`.
@@ -274,11 +278,10 @@ class ControlPlaneManager(EngineReads, Routes):
         """Return the server to which requests for a running engine are sent."""
         if route.address is None or route.token is None:
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
-        key, parameters = self._key_and_parameters(route.token, route.backend)
-        return Upstream(route.address, route.model_name, route.engine_id, route.name, key, parameters)
+        return self._new_upstream(route.address, route.model_name, route.engine_id, route.name, route.token, route.backend)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
-        """Return the server to which a request for `model` is sent; if its engine is starting, wait until it is running.
+        """Return the server to which a request for `model` is sent; wait for an engine that is still starting.
 
         client: identifies the sender of the request; see `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
@@ -287,6 +290,8 @@ class ControlPlaneManager(EngineReads, Routes):
         change, route = self._routing.next_change(), self.find(model, kind, client)
         engine_id = route.engine_id
         while not await self._activity.may_use(route):
+            if route.paused_by == "user" or (route.paused_by and self._settings.paused_requests == "reject"):
+                raise paused(route.engine_id, route.paused_by)
             left_seconds = deadline_seconds - time.monotonic()
             if left_seconds <= 0:
                 raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
@@ -294,7 +299,7 @@ class ControlPlaneManager(EngineReads, Routes):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
                     await change.wait()
-            change = self._routing.next_change()  # before `may_use`: a change while `may_use` waits must be noticed
+            change = self._routing.next_change()  # before `may_use`, so that changes during `may_use` are noticed
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -328,7 +333,7 @@ class ControlPlaneManager(EngineReads, Routes):
         return written
 
     async def _own(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine that this control plane may change, and its server.
+        """Return an engine that belongs to this control plane's node, and the server of the engine.
 
         Raises NotFound; Conflict if the engine belongs to another node; Overloaded on standby.
         """
@@ -349,13 +354,13 @@ class ControlPlaneManager(EngineReads, Routes):
             self._woken.clear()
             await self._reconciler.tick(is_active=self._keeper.lease is not None)
             with contextlib.suppress(TimeoutError):
-                # `asyncio.wait_for` is not used: in Python 3.11, it ignores a cancellation while the event is being set.
+                # `asyncio.wait_for` is not used: in Python 3.11, it loses a cancellation while the event is being set.
                 async with asyncio.timeout(self._settings.reconcile_seconds):
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
         """Until cancelled, shorten the logs of the engines and the gateway that exceed the limit."""
-        # Half of the limit, because the part that is cut off is kept in a second file.
+        # Half of the limit for each file: the part that is cut off from a log is kept in a second file.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)
@@ -370,6 +375,6 @@ class ControlPlaneManager(EngineReads, Routes):
                 logger.warning("the logs cannot be shortened: %s", error)
 
 
-def _key_and_parameters(token: str, backend: str) -> tuple[str, frozenset[str] | None]:
-    """Return the key of the server that has `token`, and the request fields that `backend` supports (None: not limited)."""
-    return server_key(token), registry.serving(backend).parameters
+def _upstream(address: str, model_name: str | None, engine_id: str, name: str, token: str, backend: str) -> Upstream:
+    parameters = registry.serving(backend).parameters
+    return Upstream(address, model_name, engine_id, name, server_key(token), parameters)

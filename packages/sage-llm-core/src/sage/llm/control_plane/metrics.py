@@ -8,6 +8,7 @@ from sage.common.training import FIGURES
 from sage.llm.client.types import Device, EngineKind, EngineState, EngineView
 
 _LABELS = ("engine", "kind", "model")
+_DEVICE_LABELS = ("node", "kind", "index")
 #: Name of the metric, its documentation, and the field of TrainingProgress.
 _TRAINING = (
     ("sage_training_progress_ratio", "Completed share of the optimizer steps.", "progress"),
@@ -23,14 +24,14 @@ def engine_metrics(
 ) -> Iterator[Metric]:
     """Yield the metrics of engines and devices.
 
-    counts: number of engines by kind and state; active: the engines that are not settled. Metrics of single engines are
-    yielded only for the engines in `active`.
+    counts: number of engines by kind and state; active: the engines that are not stopped, completed or failed. Metrics of
+    single engines are yielded only for the engines in `active`.
     """
     number = GaugeMetricFamily("sage_engines", "Number of engines, by kind and state.", labels=("kind", "state"))
     for kind in EngineKind:
         for candidate in EngineState:
             number.add_metric([kind, candidate], counts.get((kind, candidate), 0))
-    state = GaugeMetricFamily("sage_engine_state", "Current state of an engine; always 1.", labels=(*_LABELS, "state"))
+    state = GaugeMetricFamily("sage_engine_state", "State of an engine as a label; always 1.", labels=(*_LABELS, "state"))
     memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that the processes of an engine use.", labels=_LABELS)
     for engine in active:
         state.add_metric([*_labels(engine), engine.state], 1)
@@ -44,10 +45,10 @@ def engine_metrics(
             if value is not None:
                 family.add_metric(_labels(engine), value)
         yield family
-    used = GaugeMetricFamily("sage_device_memory_used_bytes", "Used memory of a device.", labels=("node", "kind", "index"))
-    total = GaugeMetricFamily("sage_device_memory_total_bytes", "Memory of a device.", labels=("node", "kind", "index"))
+    used = GaugeMetricFamily("sage_device_memory_used_bytes", "Used memory of a device.", labels=_DEVICE_LABELS)
+    total = GaugeMetricFamily("sage_device_memory_total_bytes", "Memory of a device.", labels=_DEVICE_LABELS)
     for device in devices:
-        labels = [device.node, device.kind, str(device.index)]
+        labels = [device.node, "fake" if device.is_fake else device.kind, str(device.index)]
         used.add_metric(labels, device.memory_used_bytes)
         total.add_metric(labels, device.memory_total_bytes)
     yield from (used, total)

@@ -1,4 +1,7 @@
-"""The id of this node. A node is one state folder; its id does not depend on the name of the machine."""
+"""The id of this node. A node is a SAGE installation with its own state folder; several nodes can share one database.
+
+The id is stored in the state folder, so it does not depend on the name of the machine.
+"""
 
 import os
 import secrets
@@ -23,7 +26,7 @@ def open_state_folder() -> str:
 
 
 def _node_id() -> str:
-    """Return the id of this state folder; create the id if it does not exist."""
+    """Return the id of the node with this state folder; create the id if it does not exist."""
     path = node_id_path()
     with held_lock(path), path.open("r+", encoding="utf-8") as file:
         found = file.read().strip()

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
-from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, Transition, Validate
+from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, SetDesired, Transition, Validate
 from sage.llm.control_plane.adapters import has_joined, is_misplaced, keep, leave, load, unload
+from sage.llm.control_plane.admission import Refuse, Start
+from sage.llm.control_plane.cores import Cores, with_threads
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop, state_without_process
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.merging import is_draining, must_unload, next_merge, stop_merger
-from sage.llm.control_plane.restarts import backoff_seconds, next_restart, next_try
+from sage.llm.control_plane.queueing import Memory, Queue, queue_of
+from sage.llm.control_plane.restarts import next_restart, next_try
 from sage.llm.control_plane.served_run import due
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 from sage.llm.control_plane.watch import Watch
@@ -26,14 +29,14 @@ _S = EngineState
 
 @dataclass(frozen=True)
 class Limits:
-    """Time limits in seconds. Training runs may take any time to start, train and save their result."""
+    """Time limits in seconds. No limit applies while a training run starts, trains or saves its result."""
 
     start_seconds: float  #: maximum time until a started inference engine answers
-    #: Maximum time until an inference engine exits after SIGTERM, and until the process of an ended training run exits.
+    #: Maximum time from SIGTERM until an inference engine exits, and from the end of a training run until its process exits.
     stop_seconds: float
     #: Time without an answer after which requests are refused. After twice this time, the engine is restarted.
     unresponsive_seconds: float = 30.0
-    look_seconds: float = 5.0  #: maximum time that is added to a duration between two observations
+    look_seconds: float = 5.0  #: if more time passes between two observations, only this number of seconds is counted
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Validation:
 class Snapshot:
     """The input of the plan."""
 
-    engines: Sequence[EngineRecord]  #: the engines that are not settled, oldest first
+    engines: Sequence[EngineRecord]  #: the engines that are not stopped, completed or failed, oldest first
     servers: Mapping[str, ServerRecord]  #: by server id
-    observed: Mapping[str, Observed]  #: by engine id; if missing, the condition is not known: the process may be alive
+    observed: Mapping[str, Observed]  #: by engine id; if missing, it is not known whether the process is alive
     watches: Mapping[str, Watch]  #: by engine id
     validations: Mapping[str, Validation]  #: by engine id; if missing, the validation has not begun
     limits: Limits
+    memory: Memory | None = None  #: None: the devices are not known, so each engine can start
+    cores: Cores | None = None  #: None: each program uses its default number of threads
 
 
 #: The observation of an engine that should have a process, but has no server.
@@ -63,51 +68,66 @@ _NO_SERVER = Observed(alive=False, reason=Reason(code="server_lost", message="Th
 
 def plan(snapshot: Snapshot) -> list[Action]:
     """Return at most one action for each engine, oldest engine first. The time is linear in the number of engines."""
+    return decide(snapshot)[0]
+
+
+def decide(snapshot: Snapshot) -> tuple[list[Action], Queue]:
+    """Return the actions of the plan, and the queue from which they were derived."""
     hosts = Hosts(snapshot.engines, snapshot.servers, snapshot.observed)
-    return [action for engine in snapshot.engines if (action := _next(engine, snapshot, hosts))]
+    queue = queue_of(snapshot.engines, snapshot.servers.values(), snapshot.watches, hosts, snapshot.memory)
+    actions = [action for engine in snapshot.engines if (action := _next(engine, snapshot, hosts, queue))]
+    return with_threads(actions, snapshot.servers.values(), snapshot.cores) if snapshot.cores else actions, queue
 
 
-def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts) -> Action | None:
+def _next(engine: EngineRecord, snapshot: Snapshot, hosts: Hosts, queue: Queue) -> Action | None:
     server = snapshot.servers.get(engine.server_id or "")
     is_wanted = engine.desired is DesiredState.RUNNING
     if change := idle_change(engine, snapshot.watches[engine.id]) or stop_merger(engine, hosts.engines):
         return change
+    if engine.id in queue.pauses and is_wanted:
+        return SetDesired(engine, DesiredState.PAUSED, paused_by=queue.pauses[engine.id])
     match engine.state:
         case _S.VALIDATING | _S.QUEUED if engine.desired is DesiredState.STOPPED:
             return Transition(engine, _S.STOPPED)
         case _S.VALIDATING:
             return _validate(engine, snapshot.validations.get(engine.id))
+        case _S.QUEUED if engine.desired is DesiredState.PAUSED:
+            return Transition(engine, _S.PAUSED, reason_of_stop(engine))
         case _S.QUEUED:
-            is_due = snapshot.watches[engine.id].state_seconds >= backoff_seconds(engine.restarts)
-            return _place(engine, server, hosts) if is_wanted and is_due else None
+            return _place(engine, server, queue)
         case _S.STARTING if server and server.state is ServerState.PLANNED and is_wanted:
             return Launch(engine, server) if hosts.is_launcher(engine) else None
         case _S.PAUSED:  # a paused engine has no process
-            return _of_paused(engine)
+            return _of_paused(engine, queue)
         case _ if server is None:
             return _settle(engine, None, _NO_SERVER, snapshot)
         case _:
             return _of_process(engine, server, snapshot, hosts)
 
 
-def _of_paused(engine: EngineRecord) -> Action | None:
+def _of_paused(engine: EngineRecord, queue: Queue) -> Action | None:
     match engine.desired:
         case DesiredState.RUNNING:
             return Transition(engine, _S.QUEUED)
         case DesiredState.STOPPED:
             return Transition(engine, _S.STOPPED)
-        case DesiredState.PAUSED:
-            return None
+        case DesiredState.PAUSED:  # an engine that made room returns when its memory is free
+            may_return = engine.id in queue.joins or isinstance(queue.decisions.get(engine.id), Start)
+            return SetDesired(engine, DesiredState.RUNNING) if may_return else None
 
 
-def _place(engine: EngineRecord, last_server: ServerRecord | None, hosts: Hosts) -> Action | None:
-    """Return the action for a queued engine: join a server or launch a new one; None if the engine must wait."""
-    if server := hosts.server_for(engine):
+def _place(engine: EngineRecord, last_server: ServerRecord | None, queue: Queue) -> Action | None:
+    """Return the action for a queued engine: join a server, launch a new one, or fail; None if the engine must wait."""
+    if server := queue.joins.get(engine.id):
         return Join(engine, server)
-    if hosts.must_wait(engine):
-        return None
-    hosts.launches(engine)
-    return Launch(engine, None, is_moved=last_server is not None)
+    match queue.decisions.get(engine.id):
+        case Start(devices, memory_bytes):
+            reserved_bytes = None if engine.reserved_bytes is None else memory_bytes
+            return Launch(engine, None, last_server is not None, devices or None, reserved_bytes)
+        case Refuse():
+            return Transition(engine, _S.FAILED, queue.reason(engine))
+        case _:
+            return None
 
 
 def _validate(engine: EngineRecord, validation: Validation | None) -> Action | None:
@@ -125,7 +145,7 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
     is_last = hosts.is_last(engine)
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)
     is_killed = engine.force and engine.desired is DesiredState.STOPPED
-    if observed is None:  # the process may have exited; a kill then does no harm
+    if observed is None:  # killing does no harm if the process has already exited
         return _stop(engine, kill if is_last else leave(engine)) if is_killed else None
     if observed.orphaned:
         return kill
@@ -203,7 +223,9 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
             return Transition(engine, state_without_process(engine), reason_of_stop(engine))
         case _S.RUNNING, None if engine.desired is DesiredState.PAUSED:  # the process exited before it was stopped
             return Transition(engine, _S.PAUSED, reason_of_stop(engine))
-        case _S.STOPPING, _S.FAILED if engine.force:  # not `stopped`, because a killed run has no result
+        case _, _S.STOPPED if engine.desired is DesiredState.PAUSED:  # a training run that saved a checkpoint
+            return Transition(engine, _S.PAUSED, reason_of_stop(engine))
+        case _S.STOPPING, _S.FAILED if engine.force:  # the new state is not `stopped`, because a killed run has no result
             message = "The run was killed, as requested. The steps since its last checkpoint are lost."
             hint = observed.reason.hint if observed.reason else ""
             return Transition(engine, _S.FAILED, Reason(code="killed", message=message, hint=hint))
@@ -216,7 +238,8 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
 def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed, watch: Watch, limits: Limits) -> Transition:
     """Return the transition to `failed`, with a restart if the restart policy allows one."""
     if is_misplaced(engine, server):
-        refused = Reason(code="adapter_refused", message=f"The adapter is {engine.form}.")
+        message = f"The shared server refused the adapter, so the engine gets a separate server ({engine.form})."
+        refused = Reason(code="adapter_refused", message=message)
         return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)
     reason = _reason_of_kill(engine, watch, limits) or observed.reason
     if engine.state is _S.STARTING and not observed.alive and has_joined(engine, server):
@@ -237,7 +260,7 @@ def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reaso
     if engine.state is _S.STARTING and _is_inference(engine) and watch.state_seconds > limits.start_seconds:
         problem = "engine's server did not load the adapter" if engine.adapter else "engine did not answer"
         message = f"The {problem} within {limits.start_seconds:.0f} s and was killed."
-        hint = f"`sage llm engine logs {engine.id}` shows its progress; SAGE_ENGINE_START_SECONDS sets the limit."
+        hint = f"`sage llm engine logs {engine.id}` shows its log; SAGE_ENGINE_START_SECONDS sets the limit."
         return Reason(code="start_timeout", message=message, hint=hint)
     if engine.state is _S.RUNNING and _is_hung(engine, watch, limits):
         message = f"The engine did not answer for {watch.silent_seconds:.0f} s and was killed."

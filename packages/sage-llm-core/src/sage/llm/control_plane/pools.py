@@ -1,4 +1,4 @@
-"""Thread pools: each kind of blocking work has its own pool, so that it does not wait for other kinds."""
+"""Thread pools. Each kind of blocking work has its own pool, so that one kind of work does not wait for another kind."""
 
 import asyncio
 import functools

@@ -1,7 +1,7 @@
-"""The prober observes engines concurrently with the reconciler. It stores the last observation of each engine.
+"""The prober observes engines concurrently with the reconciler, and stores the last observation of each engine.
 
-A probe that hangs or fails does not delay other probes. If the last observation of an engine is too old, the condition
-of the engine is treated as unknown.
+A probe is one attempt to observe an engine. A probe that hangs or fails does not delay other probes. If the last observation
+of an engine is too old, the condition of the engine is treated as unknown.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class _Target:
 
     engine: EngineRecord
     server: ServerRecord
-    is_first: bool = True  #: only the first engine of a server reports the memory of the process
+    is_first: bool = True  #: the first engine of its server; only this engine reports the memory of the process
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
@@ -173,7 +173,7 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # to serve a new checkpoint soon
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # to serve checkpoints soon
         target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Publish the results of training runs: start the engine that serves a run, and load newer versions into it."""
+"""Publish training runs: start an engine that serves a run's checkpoints or result, and load newer versions into it."""
 
 import asyncio
 import functools
@@ -22,7 +22,8 @@ from sage.llm.control_plane.store.store import StaleWrite, Store
 
 logger = logging.getLogger(__name__)
 _ACTOR = "reconciler"
-#: Seconds for which publishing a result is retried after the first OSError. The run's engine does not end in this time.
+#: Seconds for which publishing a result is retried after the first OSError. The engine of the training run ends only after
+#: the last retry.
 _RETRY_SECONDS = 60.0
 
 
@@ -37,7 +38,7 @@ class Publisher:
         routing: RoutingTable,
         held_lease: Callable[[], Lease],
     ) -> None:
-        """pool: threads for the calls of `store`; held_lease: returns the lease, raises LeaseLost if it is not held."""
+        """pool: threads for the calls of `store`; held_lease: returns the lease or raises LeaseLost."""
         self._store, self._pool, self._executors = store, pool, executors
         self._routing, self._held_lease = routing, held_lease
         self._failing: dict[str, float] = {}  #: by run id: time.monotonic() when publishing its result first failed
@@ -46,8 +47,8 @@ class Publisher:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
         A checkpoint is served only if a server of its base model can load it as an adapter. If this method raises StaleWrite
-        or OSError, the caller must call it again. If publishing a result fails with OSError for a minute, the method stops
-        trying, so that the run can end.
+        or OSError, the caller must call it again. If publishing a result has failed with OSError for a minute, the method
+        returns without an error, and the result is not served, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -108,7 +109,7 @@ class Publisher:
         engine = await asyncio.to_thread(like_its_base, engine, servers, {})
         placed = await asyncio.to_thread(placement, engine)
         if step is not None and placed["adapter"] is None:
-            message = f"The run's checkpoints cannot be loaded into a running server: {placed['form']}."
+            message = f"The run's checkpoints cannot be loaded as adapters. They could only be served as: {placed['form']}."
             raise ModelError(code="adapter_unfit", message=message)
         noted = serve.published(step, engine.id).model_dump()
         added = await self._write(self._store.add, engine, notes=(run, {"serve": noted}), replaces=replaced)
@@ -118,7 +119,7 @@ class Publisher:
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
         """Store a newer version in the record of an engine, so that it is loaded.
 
-        The old version stays loaded until the requests that use it have ended.
+        The old version stays loaded until all requests that use the old version have ended.
         """
         if engine.state is EngineState.VALIDATING:  # the validation in progress checks the older version
             raise StaleWrite(engine.id)
@@ -139,5 +140,5 @@ class Publisher:
 
 
 def _has_merged(engine: EngineRecord) -> bool:
-    """Return whether an engine has merged a version into its base model, so that it cannot load another version."""
+    """Return whether an engine serves a version that is merged into the base model; no other version can be loaded then."""
     return engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)

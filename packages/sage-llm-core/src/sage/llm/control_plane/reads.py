@@ -1,4 +1,4 @@
-"""Read engines, logs, events and training steps, on the active control plane or on a standby."""
+"""Read engines, logs, events and training steps. This is also possible on a control plane that is on standby."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -7,11 +7,14 @@ from pathlib import Path
 from sage.common.logs import LogFile, tail_lines
 from sage.common.settings import Settings
 from sage.common.training import TrainingStep
-from sage.llm.client.types import SETTLED, EngineEvent, EngineKind, EnginePage, EngineState, EngineView
+from sage.llm.client.types import SETTLED, Device, EngineEvent, EngineKind, EnginePage, EngineState, EngineView
+from sage.llm.control_plane.admission import Wait
 from sage.llm.control_plane.executors.base import Executor
+from sage.llm.control_plane.inventory import Inventory, Occupant
 from sage.llm.control_plane.logfile import follow
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.queueing import is_waiting
 from sage.llm.control_plane.reconciler import Reconciler
 from sage.llm.control_plane.refusals import other_node
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
@@ -32,6 +35,7 @@ class EngineReads:
     _prober: Prober
     _reconciler: Reconciler
     _views: Views
+    _inventory: Inventory
 
     async def page_engines(
         self,
@@ -66,10 +70,16 @@ class EngineReads:
             after = page.last_id
 
     async def list_active(self) -> list[EngineView]:
-        """Return the engines of this node that are not settled, oldest first."""
+        """Return the engines of this node that are not settled (stopped, completed or failed), oldest first."""
         engines = await self._pool.run(self._store.active, self._node)
         servers = await self._servers(engines)
         return await asyncio.to_thread(self._view_all, engines, servers)
+
+    async def list_devices(self) -> list[Device]:
+        """Return the devices of this node, GPUs first, main memory last, with the engines that use their memory."""
+        engines = await self._pool.run(self._store.active, self._node)
+        servers = await self._servers(engines)
+        return await asyncio.to_thread(self._devices, engines, servers)
 
     async def counts(self) -> Mapping[tuple[EngineKind, EngineState], int]:
         """Return the number of engines of each kind in each state."""
@@ -148,17 +158,36 @@ class EngineReads:
     def _view_all(self, engines: Collection[EngineRecord], servers: Mapping[str, ServerRecord]) -> list[EngineView]:
         return [self._blocking_view(engine, servers.get(engine.server_id or "")) for engine in engines]
 
+    def _devices(self, engines: Collection[EngineRecord], servers: Mapping[str, ServerRecord]) -> list[Device]:
+        hosted: dict[str, EngineView] = {}
+        for view in self._view_all(engines, servers):
+            if view.server_id and view.server_id in servers:
+                hosted.setdefault(view.server_id, view)  # the first engine reports the memory of the server
+        return self._inventory.devices([_occupant(view, servers[server_id]) for server_id, view in hosted.items()])
+
     async def _view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
         return await asyncio.to_thread(self._blocking_view, engine, server)
 
     def _blocking_view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:
+        if is_waiting(engine):
+            decision = self._reconciler.queue.decisions.get(engine.id)
+            position = decision.position if isinstance(decision, Wait) else None
+            return self._views.view(engine, None, None, self._reconciler.queue.reason(engine), position)
         if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # no process: the last observation is outdated
             return self._views.view(engine, None, None)
         silent_seconds = 0.0 if self.is_responsive(engine.id) else self._reconciler.silent_seconds(engine.id)
         return self._views.view(
-            engine, server, self._prober.last(engine.id), self._prober.trouble(engine.id), silent_seconds
+            engine,
+            server,
+            self._prober.last(engine.id),
+            trouble=self._prober.trouble(engine.id),
+            silent_seconds=silent_seconds,
         )
 
     def is_responsive(self, engine_id: str) -> bool:
         """Return whether an engine has been silent for less than `engine_unresponsive_seconds`."""
         return self._reconciler.silent_seconds(engine_id) < self._settings.engine_unresponsive_seconds
+
+
+def _occupant(engine: EngineView, server: ServerRecord) -> Occupant:
+    return Occupant(engine.id, engine.name, engine.pid, engine.memory_bytes, server.devices or (), server.reserved_bytes)

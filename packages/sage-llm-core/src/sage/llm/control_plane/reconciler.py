@@ -5,10 +5,13 @@ import time
 from collections.abc import Sequence
 
 from sage.llm.client.types import EngineState
+from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.executors.base import Observed
-from sage.llm.control_plane.plan import Limits, Snapshot, plan
+from sage.llm.control_plane.node_memory import NodeMemory
+from sage.llm.control_plane.plan import Limits, Snapshot, decide
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
+from sage.llm.control_plane.queueing import Memory, Queue, is_waiting
 from sage.llm.control_plane.runner import Runner
 from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import Store
@@ -20,10 +23,26 @@ logger = logging.getLogger(__name__)
 class Reconciler:
     """Each tick reads the store, passes the engines to the prober, and runs the plan if this control plane is active."""
 
-    def __init__(self, store: Store, pool: Pool, node: str, prober: Prober, runner: Runner, limits: Limits) -> None:
-        """pool: threads for the calls of `store`."""
+    def __init__(
+        self,
+        store: Store,
+        pool: Pool,
+        node: str,
+        prober: Prober,
+        runner: Runner,
+        limits: Limits,
+        memory: NodeMemory | None = None,
+        cores: Cores | None = None,
+    ) -> None:
+        """pool: threads for the calls of `store`.
+
+        memory: measures the devices; None: each engine can start. cores: the cores that engines share; None: they are not
+        shared, so that each program uses its default number of threads.
+        """
+        self._memory, self._cores = memory, cores
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
+        self.queue = Queue()  #: the waiting engines at the last tick; empty on a standby
         self._watches: dict[str, Watch] = {}
         self._trouble = ""
 
@@ -45,8 +64,10 @@ class Reconciler:
             return
         validating = [engine.id for engine in engines if engine.state is EngineState.VALIDATING]
         results = self._runner.validator.results(validating)
-        snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits)
-        for action in plan(snapshot):
+        memory = await self._look_at_memory(observed) if any(map(is_waiting, engines)) else None
+        snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
+        actions, self.queue = decide(snapshot)
+        for action in actions:
             engine = action.engine
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
 
@@ -54,6 +75,10 @@ class Reconciler:
         """Return the time since a running inference engine stopped answering; 0 if it answers or was not observed yet."""
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
+
+    async def _look_at_memory(self, observed: dict[str, Observed]) -> Memory | None:
+        pids = [seen.process.pid for seen in observed.values() if seen.process and seen.process.pid]
+        return await self._memory.look(pids) if self._memory else None
 
     def _look(self, engines: Sequence[EngineRecord], observed: dict[str, Observed]) -> None:
         now_seconds = time.monotonic()

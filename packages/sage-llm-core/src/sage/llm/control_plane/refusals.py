@@ -1,7 +1,7 @@
 """The errors with which the control plane refuses requests."""
 
 from sage.common.errors import Conflict, Overloaded
-from sage.llm.client.types import EngineState, Reason
+from sage.llm.client.types import SETTLED, DesiredState, EngineState, Reason
 from sage.llm.control_plane.store.records import EngineRecord, LeaderInfo
 
 
@@ -24,6 +24,25 @@ def not_resumable(engine_id: str, state: EngineState) -> Conflict:
     )
 
 
+def not_pausable(engine: EngineRecord) -> Conflict:
+    """Return the error for an engine that cannot be paused."""
+    what = "being stopped" if engine.desired is DesiredState.STOPPED and engine.state not in SETTLED else engine.state
+    return Conflict(
+        code="not_pausable",
+        message=f"{engine.id} is {what}: only an engine that is queued, starting or running can be paused.",
+        hint=f"`sage llm engine status {engine.id}` shows its state.",
+    )
+
+
+def not_queued(engine: EngineRecord) -> Conflict:
+    """Return the error for an engine that cannot be moved in the queue."""
+    return Conflict(
+        code="not_queued",
+        message=f"{engine.id} is {engine.state}: only a waiting engine can be moved in the queue.",
+        hint="`sage llm queue` shows the waiting engines.",
+    )
+
+
 def not_training(engine: EngineRecord) -> Conflict:
     """Return the error for an engine that cannot save a checkpoint."""
     return Conflict(
@@ -38,16 +57,25 @@ def other_node(engine: EngineRecord) -> Conflict:
     """Return the error for a request about an engine of another node."""
     return Conflict(
         code="other_node",
-        message=f"{engine.id} belongs to {engine.node}, another node of this database.",
+        message=f"{engine.id} belongs to node {engine.node}, and this gateway manages another node.",
         hint="Send the request to the gateway of that node.",
     )
 
 
 def standby(leader: LeaderInfo | None) -> Overloaded:
-    """Return the error for a write by a control plane that does not hold the lease."""
+    """Return the error for a write by a control plane that does not hold the lease (the right to change engines)."""
     where = f"; the active gateway is {leader.url}" if leader and leader.url else ""
     hint = f"Send the request to {leader.url}." if leader and leader.url else "Retry in some seconds."
     return Overloaded(code="standby", message=f"This gateway is on standby{where}.", hint=hint)
+
+
+def paused(engine_id: str, paused_by: str) -> Overloaded:
+    """Return the error for a request to an engine that is paused.  paused_by: as in EngineRecord."""
+    if paused_by == "user":
+        message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads it again."
+    else:
+        message, hint = f"{engine_id} makes room for {paused_by}.", "Retry later: it is loaded again when memory is free."
+    return Overloaded(code="engine_paused", message=message, hint=hint)
 
 
 def ended(engine_id: str, model: str, state: EngineState, reason: Reason | None) -> Overloaded:

@@ -7,9 +7,9 @@ from sage.llm.control_plane.watch import Watch
 
 MAX_RESTARTS = 5
 _MAX_BACKOFF_SECONDS = 60.0
-#: If an engine fails after this time in state `running`, its restarts are counted from zero again.
+#: If an engine fails after it was in state `running` for this time, the count of its restarts begins at zero again.
 _HEALTHY_SECONDS = 600.0
-#: Reason code of a run whose process exited without reporting an error; a restart may succeed.
+#: Reason code of a run whose process exited without reporting an error; after a restart, the run can succeed.
 _EXITED_WITHOUT_REPORT = "worker_died"
 
 
@@ -21,7 +21,7 @@ def backoff_seconds(restarts: int) -> float:
 def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int | None:
     """Return the number of the next restart of an engine whose process has exited; None if the engine stays failed.
 
-    A run that reported its failure (a loss that is not finite, bad data) stays failed, because it would fail again.
+    A run that reported its failure (a loss that is not finite, bad data) stays failed, because the run would fail again.
     """
     has_reported = (
         observed.ended is EngineState.FAILED and observed.reason and observed.reason.code != _EXITED_WITHOUT_REPORT
@@ -31,7 +31,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
     match engine.restart_policy:
         case RestartPolicy.NO:
             return None
-        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the process was already dead when it was first observed
+        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the first observation already found the process dead
             return None
     is_healthy = engine.state is EngineState.RUNNING and watch.state_seconds >= _HEALTHY_SECONDS
     restarts = 0 if is_healthy else engine.restarts
@@ -39,7 +39,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
 
 
 def next_try(engine: EngineRecord) -> int | None:
-    """Return the number of the next restart of an engine whose failure was caused by its server; None after MAX_RESTARTS.
+    """Return the number of the next restart after a failure that an engine's server caused; None if no restart is left.
 
     The restart policy is ignored, because the engine did not cause the failure.
     """

@@ -30,7 +30,7 @@ class Routes:
     _write: Callable[..., Any]
 
     async def set_route(self, name: str, request: RouteRequest) -> RouteView:
-        """Create or replace a route, also if its engines do not exist yet. Raises ConfigError if the name is not allowed."""
+        """Create or replace a route, even if its engines do not exist yet. Raises ConfigError if the name is not allowed."""
         try:
             check_route_name(name)
         except ValueError as error:

@@ -10,7 +10,7 @@ from itertools import islice
 
 from sage.common.errors import NotFound, Overloaded
 from sage.llm.client.types import DEFAULT_MODEL, SETTLED, EngineKind, EngineState, EventKind
-from sage.llm.control_plane.idle import is_pausing
+from sage.llm.control_plane.idle import is_making_room, is_paused_by_user, is_pausing
 from sage.llm.control_plane.splitting import in_order_of_preference
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.routes import RouteRecord
@@ -37,7 +37,10 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Route:
-    """The values of an engine that are needed to route requests to it. A settled engine has no route."""
+    """The values of an engine that are needed to route requests to it; a route that a user defines is a `RouteRecord`.
+
+    Settled engines (stopped, completed or failed) have no `Route`.
+    """
 
     engine_id: str
     name: str
@@ -53,8 +56,9 @@ class Route:
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None
-    #: If True and the engine is stopping, it is only being unloaded: requests wait until it is loaded again.
+    #: If True and the engine is stopping, the engine is only being unloaded. Requests then wait until it is loaded again.
     is_pausing: bool
+    paused_by: str | None  #: `user`, or the id of the engine for which this engine makes room; None: requests can load it
 
 
 @dataclass
@@ -66,7 +70,7 @@ class _Group:
 
 
 class RoutingTable:
-    """The engines of a node that are not settled, with an index of their ids, names and models.
+    """The engines of a node that are not stopped, completed or failed, with an index of their ids, names and models.
 
     Writes of this process and events of the change feed update the table. The time of a look-up does not depend on the
     number of engines. Use a table in one event loop only.
@@ -82,7 +86,7 @@ class RoutingTable:
         self._loading = asyncio.Lock()
 
     def apply(self, engine: EngineRecord, server: ServerRecord | None) -> None:
-        """Update the route of an engine from its record; ignore a record that is older than the last one."""
+        """Update the route of an engine from its record; ignore a record that is older than the last applied record."""
         known = self._routes.get(engine.id)
         if engine.node != self._node or (known and engine.version < known.version):
             return
@@ -104,6 +108,7 @@ class RoutingTable:
                 model_name=engine.served_as,
                 idle_stop_minutes=engine.idle_stop_minutes,
                 is_pausing=is_pausing(engine),
+                paused_by=engine.paused_by if is_making_room(engine) or is_paused_by_user(engine) else None,
             )
             for entries, order in self._entries(route):
                 insort(entries, (order, engine.id))
@@ -115,7 +120,7 @@ class RoutingTable:
         self._notify()
 
     def get(self, engine_id: str) -> Route | None:
-        """Return the route of an engine; None if the engine is settled or unknown."""
+        """Return the route of an engine; None if the engine is stopped, completed, failed or unknown."""
         return self._routes.get(engine_id)
 
     def routes(self, kind: EngineKind) -> list[Route]:
@@ -186,7 +191,7 @@ class RoutingTable:
             self.set_named_routes(await asyncio.to_thread(store.routes, self._node))
 
     async def follow(self, store: Store, cursor: int) -> None:
-        """Apply the events of the change feed after `cursor`, which other processes may have written; never returns."""
+        """Apply the events of the change feed after `cursor`, including events from other processes; never returns."""
         while True:
             try:
                 cursor = await self._take_in(store, cursor)
@@ -212,7 +217,7 @@ class RoutingTable:
             for entries, order in self._entries(route):
                 del entries[bisect_left(entries, (order, engine_id))]
             for key in _keys(route):
-                group = self._groups.get((route.kind, key))  # None if the engine is stopping: it is in no group
+                group = self._groups.get((route.kind, key))  # None, because a stopping engine is in no group
                 if group and not group.running and not group.starting:
                     del self._groups[route.kind, key]
 
@@ -224,7 +229,7 @@ class RoutingTable:
             group = self._groups.setdefault((route.kind, key), _Group())
             if route.state is not EngineState.RUNNING:
                 yield group.starting, route.first_event
-            else:  # `sage-default` prefers the engine that was last to start; other keys prefer the engine created last
+            else:  # `sage-default` prefers the engine that became ready last; other keys prefer the newest engine
                 yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
 
     def _keys_of(self, model: str, client: str | None) -> list[str]:

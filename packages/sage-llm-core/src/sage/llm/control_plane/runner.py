@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import SageError
-from sage.llm.client.types import SETTLED, DesiredState, EngineKind, EngineState, Reason
+from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
     EndMerge,
@@ -33,13 +33,14 @@ from sage.llm.control_plane.actions import (
     UnloadAdapter,
     Validate,
 )
-from sage.llm.control_plane.adapters import is_refused, leave
+from sage.llm.control_plane.adapters import leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation, Signal
 from sage.llm.control_plane.merger import Merger
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
+from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
@@ -52,6 +53,8 @@ _MAX_ACTIONS = 16
 _CLOSE_SECONDS = 10.0
 #: An engine fails after `_MAX_FAILURES` failed actions. The time until the next attempt doubles after each failure.
 _MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
+#: Columns of an engine that has left the queue.
+_PLACED = {"queue_rank": None, "paused_by": None}
 
 
 @dataclass
@@ -65,7 +68,7 @@ class _Trouble:
 
 
 class Runner:
-    """Executes actions and stores their results, but only while the lease is held."""
+    """Executes actions and stores their results, but only while this control plane holds the lease (the right to write)."""
 
     def __init__(
         self,
@@ -77,8 +80,13 @@ class Runner:
         routing: RoutingTable,
         lease: Callable[[], Lease | None],
         on_done: Callable[[], None] = lambda: None,
+        variables: Callable[[Collection[str]], Mapping[str, str]] = lambda _: {},
     ) -> None:
-        """pool: threads for the calls of `store`; on_done: called after each action that succeeded."""
+        """pool: threads for the calls of `store`; on_done: called after each action that succeeded.
+
+        variables: returns the environment variables that restrict a process to devices; it blocks.
+        """
+        self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
@@ -92,7 +100,7 @@ class Runner:
         self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Start an action if no other action of its engine is running.
+        """Start an action if no other action of the same engine is running.
 
         observed, server: the last observation and the server of the engine. If the engine must be killed, a running load or
         unload of its adapter is cancelled.
@@ -130,7 +138,8 @@ class Runner:
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
-        # Loading and unloading need no slot, because a server that does not answer must not delay actions of other servers.
+        # The limit of `_MAX_ACTIONS` does not apply to loading and unloading adapters, because a server that does not answer
+        # must not delay actions of other servers.
         slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
             async with slots:
@@ -146,7 +155,8 @@ class Runner:
     async def _note(self, action: Action, server: ServerRecord | None, error: Exception) -> None:
         """Log the error of an action, but a repeated error only once.
 
-        After `_MAX_FAILURES` errors, a queued or starting engine fails. System errors are not counted.
+        After `_MAX_FAILURES` errors, a queued or starting engine fails, and a running engine keeps the older version of its
+        adapter. System errors are not counted.
         """
         engine = action.engine
         trouble = self._troubles.setdefault(engine.id, _Trouble(type(action)))
@@ -157,9 +167,13 @@ class Runner:
             return
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
-        if trouble.failures >= _MAX_FAILURES and engine.state in (EngineState.QUEUED, EngineState.STARTING):
+        if trouble.failures >= _MAX_FAILURES:
             with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # retried after the next failed action
-                await self._give_up(engine, server, _reason(error))
+                if engine.state in (EngineState.QUEUED, EngineState.STARTING):
+                    await self._give_up(engine, server, _reason(error))
+                elif isinstance(action, LoadAdapter):
+                    await self._keep_older(engine, action.server, _reason(error))
+                    self._troubles.pop(engine.id, None)
 
     async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
         """Set an engine's state to `failed`; kill its process if the process hosts no other engine."""
@@ -176,10 +190,10 @@ class Runner:
 
     async def _act(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         match action:
-            case Launch(engine, planned, is_moved):
-                await self._launch(engine, planned, is_moved=is_moved)
+            case Launch(engine, planned):
+                await self._launch(action, planned)
             case Join(engine, target):
-                joined = {"revision": engine.revision + 1, "served_as": None}
+                joined = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
                 self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=target.id, **joined), target)
                 await self._clean(engine, target)
             case LoadAdapter(engine, target):
@@ -195,24 +209,28 @@ class Runner:
                 await self._merger.act(action, observed)
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
-            case SetDesired(engine, desired):
+            case SetDesired(engine, desired, paused_by):
                 write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
-                cleared = {"last_request_at": None} if desired is DesiredState.PAUSED else {}
-                self._routing.apply(await self._pool.run(write, force=False, **cleared), server)
+                # A returning engine keeps its place in the queue.
+                values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
+                self._routing.apply(await self._pool.run(write, force=False, **values), server)
             case SendSignal():
                 await self._signal(action)
             case Transition():
                 await self._transition(action, server, observed)
 
-    async def _launch(self, engine: EngineRecord, server: ServerRecord | None, *, is_moved: bool) -> None:
+    async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
         """Store the planned server, start its process or take over a running one, and store the address of the process."""
+        engine = action.engine
         executor = self._executors[engine.kind]
         if server is None:
             revision = engine.revision + 1
-            server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=is_moved)
+            server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=action.is_moved)
+            server = dataclasses.replace(server, devices=action.devices, reserved_bytes=action.reserved_bytes)
             if server.served_name:  # an earlier process cannot be used, because it expects another model name
                 await self._end_process(server)
-            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None}
+            planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None,
+                       "threads": action.threads, **_PLACED}  # fmt: skip
             engine, before = await self._write(engine, EngineState.STARTING, **planned), engine
             self._routing.apply(engine, server)
             await self._clean(before, server)
@@ -234,8 +252,9 @@ class Runner:
             self._held_lease()
             try:
                 spec = await asyncio.to_thread(executor.spec, engine, server)
-                address = await self._launcher.launch(spec)
-            except TimeoutError:  # the process may have been started: the next plan observes it first
+                variables = await asyncio.to_thread(self._variables, server.devices or ())
+                address = await self._launcher.launch(dataclasses.replace(spec, env={**spec.env, **variables}))
+            except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
@@ -257,7 +276,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server if it is not `server` and no other engine needs it."""
+        """Remove the files of the engine's previous server, if this is not `server` and no other engine needs the files."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)
@@ -265,7 +284,8 @@ class Runner:
     async def _load(self, engine: EngineRecord, server: ServerRecord) -> None:
         """Load the current version of an adapter.
 
-        If the server refuses it, a starting engine gets a separate server, and a running engine keeps its older version.
+        If the server refuses the adapter, a starting engine gets a separate server, and a running engine keeps the older
+        version of its adapter.
         """
         self._held_lease()
         try:
@@ -274,18 +294,29 @@ class Runner:
             if engine.state is EngineState.STARTING:
                 form = f"merged, because the adapter cannot be loaded into a running server: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
-            elif is_refused(engine):  # its older version is no longer loaded either
-                await self._give_up(engine, server, _reason(error))
             else:
-                message = f"{server.id} cannot load {engine.adapter}: {error.message}. The previous version is still used."
-                logger.warning("%s: %s", engine.id, message)
-                await self._revise(engine, server, reason=Reason(code=error.code, message=message))
+                await self._keep_older(engine, server, _reason(error))
             return
         if engine.state is EngineState.STARTING:
             loaded = {"served_as": engine.internal_name}
             await self._transition(Transition(engine, EngineState.RUNNING, values=loaded), server)
         else:
             await self._revise(engine, server, served_as=engine.internal_name)
+
+    async def _keep_older(self, engine: EngineRecord, server: ServerRecord, reason: Reason) -> None:
+        """Write why the newer version of an adapter is not used, and set `model` to the version that answers.
+
+        If the server has no older version, the engine fails.
+        """
+        loaded = await self._adapters.folders(server)
+        if engine.served_as is None or engine.served_as == engine.internal_name or engine.served_as not in loaded:
+            await self._give_up(engine, server, reason)
+            return
+        message = f"{server.id} cannot load {engine.adapter}: {reason.message}. The previous version is still used."
+        logger.warning("%s: %s", engine.id, message)
+        older = loaded[engine.served_as]
+        versions = {"model": older, "adapter": older} if older else {}
+        await self._revise(engine, server, reason=Reason(code="adapter_refused", message=message), **versions)
 
     async def _signal(self, action: SendSignal) -> None:
         lease, server = self._held_lease(), action.server

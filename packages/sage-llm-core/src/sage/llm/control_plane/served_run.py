@@ -36,8 +36,8 @@ class ServedRun(BaseModel):
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
     """Return the action that publishes the newest version of a run; None if there is nothing to publish.
 
-    A failed run has no result; its last published checkpoint is still served. If a run is about to end, its checkpoint is
-    not published, because loading it would delay the result.
+    A failed run has no result; its last published checkpoint is still served. If a run is about to end, its newest
+    checkpoint is not published, because loading the checkpoint would delay the publication of the result.
     """
     serve, training = ServedRun.of(engine), observed.training
     if serve is None or training is None:

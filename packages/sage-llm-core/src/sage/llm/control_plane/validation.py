@@ -33,7 +33,7 @@ class Validator:
             task.add_done_callback(lambda _: self._on_done())
 
     def is_running(self, engine_id: str) -> bool:
-        """Return whether the validation of an engine is running; a running validation may write files of the engine."""
+        """Return whether the validation of an engine is running; a running validation can write files of the engine."""
         task = self._tasks.get(engine_id)
         return task is not None and not task.done()
 

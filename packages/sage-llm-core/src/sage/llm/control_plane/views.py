@@ -5,19 +5,19 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from sage.llm.client.types import SETTLED, EngineKind, EngineView, Reason
+from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView, Reason
 from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum number of engines in the cache. It contains engines that ended under an older version of SAGE, which did not store
-#: their training progress: the progress is read from files.
+#: Maximum number of engines in the cache. The cache contains only engines that ended under an older version of SAGE. That
+#: version did not store the training progress, so the progress is read from files.
 _MAX_READ = 10_000
 
 
 class Views:
-    """Creates views of engines. If an engine ended under an older version of SAGE, its files are read once, which blocks."""
+    """Creates views of engines. For an engine that ended under an older version of SAGE, the first view reads files."""
 
     def __init__(self, node: str, executors: Mapping[EngineKind, Executor]) -> None:
         self._node, self._executors = node, executors
@@ -28,16 +28,20 @@ class Views:
         engine: EngineRecord,
         server: ServerRecord | None,
         observed: Observed | None,
+        waits: Reason | None = None,
+        queue_position: int | None = None,
+        *,
         trouble: str = "",
         silent_seconds: float = 0.0,
     ) -> EngineView:
         """Return the view of an engine.
 
+        waits: why a queued engine waits; queue_position: its place in the queue, from 1.
         trouble: why the engine cannot be observed; silent_seconds: time without an answer, reported if it is above 0.
         """
         is_local, is_hosted = engine.node == self._node, engine.state in HOSTED
         address = server.address if server and is_hosted else None
-        fields: dict[str, Any] = {"reason": engine.reason}
+        fields: dict[str, Any] = {"reason": waits if waits and engine.state is EngineState.QUEUED else engine.reason}
         if is_local:
             fields |= self._fields(engine, observed)
         if observed:
@@ -59,10 +63,17 @@ class Views:
             state=engine.state,
             desired=engine.desired,
             restart_policy=engine.restart_policy,
+            on_busy=engine.on_busy,
+            priority=engine.priority,
+            not_before=engine.not_before,
+            queue_position=queue_position,
+            devices=list(server.devices) if server and server.devices and is_hosted else None,
+            reserved_bytes=server.reserved_bytes if server and is_hosted else engine.reserved_bytes,
             restarts=engine.restarts,
             node=engine.node,
             server_id=engine.server_id if is_hosted else None,
             idle_stop_minutes=engine.idle_stop_minutes,
+            threads=engine.threads if is_hosted else None,
             address=address,
             port=int(address.rpartition(":")[2]) if address else None,
             created_at=engine.created_at,

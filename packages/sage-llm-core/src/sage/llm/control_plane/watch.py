@@ -1,4 +1,4 @@
-"""Measure durations of an engine with the monotonic clock, for example the time since it last changed its state.
+"""Measure durations of an engine with the monotonic clock, for example the time since the last change of the engine's state.
 
 The time between two observations is added only up to a limit, so that a suspension of the control plane is not counted.
 If the control plane restarts, all durations start at zero.
@@ -20,7 +20,7 @@ class Watch:
     looked_at_seconds: float = 0.0  #: time.monotonic() at the last observation
     state_seconds: float = 0.0  #: time in the current state
     silent_seconds: float = 0.0  #: time in state `running` without an answer to the health check
-    ended_seconds: float = 0.0  #: time since the process reported the end of its work, while it is alive
+    ended_seconds: float = 0.0  #: time since a process that is still alive reported the end of its work
     seen_alive: bool = False  #: this control plane has observed a living process of the engine
     served_as: str | None = None
     served_seconds: float = 0.0  #: time since the server loaded the current version of the adapter

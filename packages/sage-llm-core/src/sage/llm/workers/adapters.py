@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-#: LoRA weights by name of the linear layer: A, (rank, in_features), and transposed B, (rank, out_features), scaled.
+#: LoRA weights by name of the linear layer: A, (rank, in_features), and the transposed B, (rank, out_features). One of the
+#: two matrices already contains the adapter's scaling factor.
 Weights = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -21,8 +22,9 @@ class Adapter:
 class _Stack:
     """The stacked weights of several adapters, so that two matrix products per layer compute all adapters.
 
-    The result of the product with all A has some columns for each adapter. For each token, the columns of the other adapters
-    are set to 0, so they add nothing in the product with all B. The weights must be finite, because 0 * infinity is not 0.
+    The product of the inputs and all matrices A has a group of columns for each adapter. For each token, the columns of the
+    adapters that the token does not use are set to 0, so these columns add nothing in the product with all matrices B. The
+    weights must be finite, because 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -42,7 +44,7 @@ class Adapters:
         self._model = model
         self._hooked: set[str] = set()
         self._stack = _Stack(())
-        self._owners = torch.empty(0)  #: (tokens,): index of each token's adapter in the stack, -1 for the base
+        self._owners = torch.empty(0)  #: (tokens,): index of each token's adapter in the stack; -1: no adapter
         self._is_mixed = False
         self._is_on = False
         self._masks: dict[tuple[int, ...], Tensor] = {}
@@ -61,7 +63,11 @@ class Adapters:
             self._stack = _Stack(())
 
     def begin(self, adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> None:
-        """Set the adapters of the next pass. Its first lengths[0] tokens use adapters[0], and so on; None: no adapter."""
+        """Set the adapters of the next forward pass.
+
+        The first lengths[0] tokens of the pass use adapters[0], the next lengths[1] tokens use adapters[1], and so on.
+        Tokens whose entry in `adapters` is None use only the base model.
+        """
         needed = dict.fromkeys(adapter for adapter in adapters if adapter)
         self._is_on = bool(needed)
         if not needed:
@@ -93,7 +99,7 @@ class Adapters:
         output.view(-1, output.shape[-1]).addmm_(inner, up)
 
     def _mask(self, ranks: tuple[int, ...]) -> Tensor:
-        """Return a bool mask, (tokens, sum of the ranks): True if the column belongs to another adapter than the token."""
+        """Return a bool mask, (tokens, sum of the ranks): True if the column's adapter is not the token's adapter."""
         if ranks not in self._masks:
             columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(self._owners.device)
             self._masks[ranks] = columns[None] != self._owners[:, None]

@@ -9,7 +9,8 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Texts before and after a call. They are needed for templates that mention them only in instructions (Granite 3, Phi-4).
+#: Known texts before and after a tool call. They are used if the template itself writes no calls: it only tells the model in
+#: the system prompt how to write them (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -26,7 +27,7 @@ _THINK_MARKERS = (
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The markers in a model's answers. A marker is text, which may contain special tokens."""
+    """The markers in a model's answers. A marker is text, and can contain special tokens."""
 
     call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
     call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer
@@ -38,7 +39,7 @@ class AnswerFormat:
 
     @classmethod
     def of(cls, chat: ChatFormat) -> "AnswerFormat":
-        """Return the format of a model's answers. Runs the model's chat template, which may take long or never end."""
+        """Return the format of a model's answers. Runs the model's chat template, which can take long or never end."""
         template = str(chat.tokenizer.chat_template or "")
         fields = _call_in_template(chat) or _markers_of_calls(chat, template)
         if not fields and (declared := _declared_markers(chat.tokenizer, "tool_calls"))[0]:
@@ -47,7 +48,7 @@ class AnswerFormat:
         return cls(**fields, think_open=opening, think_close=closing)
 
     def special_tokens(self, tokenizer: Any) -> frozenset[int]:
-        """Return the special tokens that are part of a marker. They must not be removed from the text of an answer."""
+        """Return the special tokens that are part of a marker, and must therefore stay in the text of an answer."""
         markers = [self.call_open or "", self.call_close, self.think_open, self.think_close, "[ARGS]", "[CALL_ID]"]
         special = set(tokenizer.all_special_ids)
         return frozenset(
@@ -104,7 +105,7 @@ def _json_call(chat: ChatFormat, value: Any, call: dict[str, Any], before: str, 
 
 
 def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
-    """Return the markers of a field in a tokenizer's `response_template`; ("", "") if it has no literal markers."""
+    """Return the markers of a field in a tokenizer's `response_template`; ("", "") if the field has no plain strings."""
     declared = getattr(tokenizer, "response_template", None)
     spec = declared.get("fields", {}).get(field, {}) if isinstance(declared, dict) else {}
     opening, closing = spec.get("open"), spec.get("close", "")
@@ -112,7 +113,10 @@ def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
 
 
 def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
-    """Return the markers of calls that are in the template or in the vocabulary; {} if the template has no tools."""
+    """Return the first known pair of call markers that the template or the vocabulary contains.
+
+    Returns {} if neither contains a pair, or if the template does not use the variable `tools`.
+    """
     known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
     for opening, closing in _CALL_MARKERS if "tools" in template else ():
         if all(not marker or marker in template or marker in known for marker in (opening, closing)):

@@ -1,4 +1,7 @@
-"""Convert the tokens of an answer to pieces of text, until an end token, a stop string or the token limit."""
+"""Convert the tokens of an answer to pieces, which are parts of a streamed answer.
+
+An answer ends at an end token, at a stop string, or when it reaches its maximum number of tokens.
+"""
 
 from collections.abc import Callable
 

@@ -1,8 +1,9 @@
 """Run the answers in progress as a batch, one forward pass after another, on one thread.
 
-Before each pass, cancelled answers are removed from the batch and waiting answers are added. A free slot is given to the
-request with the fewest answers in progress, so that a request with many answers does not block others. A pass computes one
-token of each answer and a limited number of prompt tokens. Therefore a long prompt does not stop the other answers.
+The batch has a fixed number of slots; a slot is a place for one answer. Before each pass, cancelled answers are removed from
+the batch and waiting answers are added. A free slot is given to the request with the fewest answers in progress, so that a
+request with many answers does not block other requests. A pass computes one token of each answer and a limited number of
+prompt tokens. Therefore a long prompt does not stop the other answers.
 """
 
 from collections import deque
@@ -51,9 +52,13 @@ class _Row:
 class Batch(JobThread):
     """A thread that computes answers in batches."""
 
-    def __init__(self, runner: Runner, slots: int) -> None:
-        """slots: maximum number of answers in progress; further answers wait."""
-        self._runner, self._slots = runner, slots
+    def __init__(self, runner: Runner, slots: int, cache_tokens: int | None = None) -> None:
+        """slots: maximum number of answers in progress; further answers wait.
+
+        cache_tokens: maximum sum of the tokens of the prompts and answers in progress; None: not limited. A longer answer is
+        computed alone.
+        """
+        self._runner, self._slots, self._cache_tokens = runner, slots, cache_tokens
         self._arrivals: SimpleQueue[_Request | Callable[[], None] | None] = SimpleQueue()
         self._requests: list[_Request] = []  #: in the order of arrival
         self._rows: list[_Row] = []
@@ -124,12 +129,19 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Give each free slot to the request with the fewest answers in progress; of equal requests, to the oldest."""
+        """Give each free slot to the request with the fewest answers in progress; among equals, to the oldest request."""
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
+            if not self._has_memory(request.waiting[0]):
+                return
             request.in_progress += 1
             answer = request.waiting.popleft()
             self._rows.append(_Row(answer, request, answer.prompt))
+
+    def _has_memory(self, answer: Answer) -> bool:
+        """Return whether the key/value cache has room for one more answer."""
+        used = sum(_tokens(row.answer) for row in self._rows)
+        return not (self._rows and self._cache_tokens) or used + _tokens(answer) <= self._cache_tokens
 
     def _plan(self) -> list[tuple[_Row, Part]]:
         """Return the parts of the next pass: the last token of each answer, and prompt tokens up to the runner's limit."""
@@ -143,7 +155,7 @@ class Batch(JobThread):
                 self._rows.remove(row)  # move the row to the end, so that the next pass starts with another prompt
                 self._rows.append(row)
             if row.cache is None:
-                row.cache = self._runner.new_cache(len(row.answer.prompt) + row.answer.limit)
+                row.cache = self._runner.new_cache(_tokens(row.answer))
             wants_all = row.is_reading and row.answer.scores_prompt
             chosen.append((row, Part(row.cache, row.pending[:count], wants_all, row.request.adapter)))
         return chosen
@@ -191,6 +203,10 @@ class Batch(JobThread):
         token = best if chooser.takes_the_best else chooser.choose(answer.tokens, logits[-1])
         answer.add(token, logits[-1])
         row.pending = [token]
+
+
+def _tokens(answer: Answer) -> int:
+    return len(answer.prompt) + answer.limit
 
 
 def _attempt(request: _Request, work: Callable[[], None]) -> None:

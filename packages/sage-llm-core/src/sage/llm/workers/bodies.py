@@ -17,7 +17,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonRequest(Request):
-    """A request that stops reading its body when it exceeds the size limit."""
+    """A request that stops reading its body as soon as the body exceeds the size limit."""
 
     async def body(self) -> bytes:
         """Return the body. Raises HTTPException 413 as soon as the body exceeds `app.state.max_request_bytes`."""
@@ -35,7 +35,10 @@ class JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """Return the parsed body. Raises HTTPException 400 if it is invalid, nested too deeply, or has lone surrogates."""
+        """Return the parsed body.
+
+        Raises HTTPException 400 if the body is not valid JSON, is nested too deeply, or contains lone surrogates.
+        """
         try:
             text = (await self.body()).decode()
             content = json.loads(text, parse_constant=_refuse_constant)

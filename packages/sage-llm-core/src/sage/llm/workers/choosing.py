@@ -28,7 +28,7 @@ class Chooser:
         self._top_k: int = value("top_k", 0)
         self._top_p: float = value("top_p", 1.0)
         self._min_p: float = value("min_p", 0.0)
-        #: Functions that adjust the logits. More functions may be added before the first token, for example for a grammar.
+        #: Functions that adjust the logits. More functions can be added before the first token, for example for a grammar.
         self.adjustments: list[Adjustment] = adjustments(sampling, prompt, value("repetition_penalty", 1.0))
         self._is_greedy = self._temperature < _GREEDY_BELOW
         self._random = torch.Generator()
@@ -67,7 +67,10 @@ class Chooser:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the probabilities and indices of the fewest tokens whose total probability reaches `top_p`, best first."""
+    """Return the smallest set of most likely tokens whose total probability reaches `top_p`.
+
+    The tokens are returned as probabilities and indices, with the most likely token first.
+    """
     count = _NUCLEUS_TOKENS
     while True:
         best, tokens = probabilities.topk(min(count, len(probabilities)))

@@ -31,15 +31,15 @@ class Input(NamedTuple):
 
 
 class Embedder:
-    """A loaded model with its tokenizer. One thread may call `read` while another thread calls `embed`."""
+    """A loaded model with its tokenizer. One thread can call `read` while another thread calls `embed`."""
 
     def __init__(self, name: str) -> None:
-        """Load the model and embed a text to check it. Raises ModelError."""
+        """Load the model, and check the model by embedding a text. Raises ModelError."""
         _, folder = server.load_source(name)
         self._model = _load(folder)
         self._tokenizer: Any = self._model.tokenizer
         limit = self._model.max_seq_length
-        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # inf for static word vectors
+        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # the limit of static word vectors is inf
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
         try:
             expected = self._embed([_PROBE])
@@ -51,7 +51,11 @@ class Embedder:
         self._takes_tokens = callable(self._tokenizer) and self._embeds_tokens_as(expected)
 
     def read(self, request: EmbeddingRequest) -> list[Input]:
-        """Return the checked inputs of a request. Raises ConfigError if one is empty, too long, or has unknown tokens."""
+        """Return the checked inputs of a request.
+
+        Raises ConfigError if an input is empty, is too long, or contains unknown tokens, or if the vectors of the model are
+        shorter than the request demands.
+        """
         if request.dimensions and request.dimensions > self.dimensions:
             raise _invalid(f"dimensions is {request.dimensions}; this model's vectors have {self.dimensions}.", "dimensions")
         return [self._read(f"input {index}", given) for index, given in enumerate(request.input)]
@@ -96,7 +100,7 @@ class Embedder:
             features = self._model.preprocess(inputs, prompt=self._prompt or None)
         else:
             rows = [torch.tensor(ids) for ids in inputs]
-            features = {  # pad here, because the tokenizer's padding changes its state while another thread uses it
+            features = {  # pad here, because padding by the tokenizer changes its state, which another thread uses
                 "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }
@@ -107,9 +111,10 @@ class Embedder:
         return vectors.float().cpu()
 
     def _embeds_tokens_as(self, expected: Tensor) -> bool:
-        """Return whether the token ids of the test text give the vector `expected` of the text itself.
+        """Return whether the model computes the same vector for the test text and for the token ids of this text.
 
-        The vectors differ if the model adds a chat template to texts.
+        expected: the vector that the model has computed for the text. The two vectors differ, for example, if the model adds
+        a chat template to texts but not to token ids.
         """
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
@@ -138,7 +143,7 @@ def _load(folder: Path) -> Any:
     if not (folder / "modules.json").is_file():
         pooling = model[-1].pooling_mode if len(model) > 1 else "its own"
         logger.warning(
-            "%s has no settings of sentence-transformers, so %s pooling is used; the model may need another pooling.",
+            "%s has no settings of sentence-transformers, so %s pooling is used; perhaps the model needs another pooling.",
             folder, pooling,
         )  # fmt: skip
     return model

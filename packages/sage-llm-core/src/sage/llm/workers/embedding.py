@@ -45,7 +45,7 @@ def build(name: str) -> FastAPI:
 
     @app.post("/v1/embeddings", response_model=None, responses=server.ANSWERED)
     async def embeddings(request: EmbeddingRequest, connection: Request) -> JSONResponse:
-        """Turn texts into vectors."""
+        """Return the embedding vectors of texts."""
         return await unless_gone(connection, answer(request))
 
     return app

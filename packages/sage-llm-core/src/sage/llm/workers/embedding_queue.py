@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from sage.llm.workers.jobs import Job, JobThread
 
 T = TypeVar("T")
-#: Inputs with at most this number of tokens form one class, because they take about the same time.
+#: Inputs with at most this number of tokens form one class, because all such inputs take about the same time.
 _SHORTEST_CLASS_TOKENS = 16
 
 
@@ -33,7 +33,7 @@ class Request:
 class Entry(NamedTuple, Generic[T]):
     """A waiting input. The entries of a length class are served in ascending order of `turn` and `order`."""
 
-    turn: float  #: virtual time at which the input would be complete
+    turn: float  #: time at which the input is complete in the simulation of `FairQueue`
     order: int  #: order of arrival, for inputs with the same turn
     tokens: int
     request: Request
@@ -56,7 +56,7 @@ class FairQueue(Generic[T]):
         self._max_tokens = max_tokens
         self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: by padded length: a heap of waiting inputs
         self._waiting: Counter[Request] = Counter()
-        self._served, self._order = 0.0, count()  #: virtual time of fair queueing, in tokens
+        self._served, self._order = 0.0, count()  #: time of the simulation, in tokens
 
     def add(self, request: Request, inputs: Sequence[T], lengths: Sequence[int]) -> None:
         """Add the inputs of a request; lengths: number of tokens of each input."""

@@ -25,10 +25,16 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(1)
 
 
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether a GPU has reported an error after which this process cannot use the GPU any more."""
+    is_named = isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    return (is_named or type(error).__name__ == "AcceleratorError") and not is_out_of_memory(error)
+
+
 def internal_error(error: BaseException, doing: str) -> SageError:
     """Return the error for the client, and log the traceback.
 
-    The error and the log do not contain the exception's message, because it may quote text from the request.
+    The error and the log do not contain the exception's message, because the message can quote text from the request.
     """
     if isinstance(error, SageError):
         return error

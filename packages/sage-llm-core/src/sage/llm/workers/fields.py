@@ -59,7 +59,7 @@ _NAMED: dict[str, Any] = {
 
 
 class ToolChoice(NamedTuple):
-    """Whether the model may or must call tools, and the name of the required tool."""
+    """Whether the model can or must call tools, and the name of the required tool."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     name: str | None = None
@@ -101,6 +101,6 @@ class Body(BaseModel):
     def _null_is_absent(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if len(values) > _MAX_FIELDS:  # because pydantic builds an error for each unknown field
+        if len(values) > _MAX_FIELDS:  # limited, because pydantic builds an error for each unknown field
             raise ValueError(f"must have at most {_MAX_FIELDS} fields")
         return {name: value for name, value in values.items() if value is not None}

@@ -51,11 +51,19 @@ class EventStream(StreamingResponse):
 class Engine:
     """Answers generation requests, many at the same time."""
 
-    def __init__(self, generator: Generator, default_max_tokens: int, slots: int, served_name: str | None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        default_max_tokens: int,
+        slots: int,
+        served_name: str | None,
+        cache_tokens: int | None = None,
+    ) -> None:
         """slots: maximum number of answers in progress; served_name: name of the base model; None: any name is accepted."""
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._slots = slots if generator.is_batching else 1
-        self._batch = Batch(generator.runner, self._slots)
+        self._cache_tokens = cache_tokens
+        self._batch = Batch(generator.runner, self._slots, cache_tokens)
         self._tokenization = Lane("Tokenization")
         self.hosting = Hosting(generator, self._batch, served_name)
 
@@ -95,7 +103,9 @@ class Engine:
         def prepare() -> list[Answer]:
             task = read(hosted.voice)
             for prompt in task.prompts:
-                hosted.voice.check_prompt(prompt, sampling, "messages" if isinstance(shape, ChatShape) else "prompt")
+                param = "messages" if isinstance(shape, ChatShape) else "prompt"
+                hosted.voice.check_prompt(prompt, sampling, param)
+                self._check_memory(len(prompt), sampling.max_tokens, param)
             shape.prompt_tokens = sum(map(len, task.prompts))
             choices = enumerate(prompt for prompt in task.prompts for _ in range(request.n or 1))
             continues = isinstance(shape, CompletionShape)
@@ -114,12 +124,24 @@ class Engine:
         try:
             if not request.stream:
                 return shape.whole(sorted([piece async for piece in job], key=lambda piece: piece.index))
-            first = await anext(job)  # an error before the first piece is reported by the HTTP status
+            first = await anext(job)  # if this raises an error, the client gets it as an HTTP status
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return EventStream(_events(first, job, shape, with_usage=with_usage), job)
         except BaseException:
             job.abandon()
             raise
+
+    def _check_memory(self, prompt_tokens: int, max_tokens: int, param: str) -> None:
+        """Raise ConfigError if an answer needs more than the whole key/value cache."""
+        answer_tokens = min(max_tokens, self._generator.context_tokens - prompt_tokens)
+        if self._cache_tokens and prompt_tokens + answer_tokens > self._cache_tokens:
+            raise ConfigError(
+                code="context_length_exceeded",
+                message=f"The prompt has {prompt_tokens} tokens, and the answer may have {answer_tokens}; the engine's "
+                f"key/value cache has {self._cache_tokens}.",
+                hint="Shorten the prompt, or set a smaller max_tokens.",
+                param=param,
+            )
 
     def _choice(
         self, index: int, prompt: list[int], sampling: Sampling, voice: Voice, job: Job[Piece], continues: bool
@@ -137,9 +159,10 @@ def build(
     slots: int = 16,
     context_tokens: int | None = None,
     served_name: str | None = None,
+    cache_tokens: int | None = None,
 ) -> FastAPI:
     """Load the model and return the server. Raises ModelError."""
-    return create_server(Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name))
+    return create_server(Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name, cache_tokens))
 
 
 def create_server(engine: Engine) -> FastAPI:
@@ -161,7 +184,7 @@ def create_server(engine: Engine) -> FastAPI:
 
 
 def _read_chat(request: ChatRequest, shape: ChatShape, voice: Voice) -> Task:
-    """Return the prompt and grammar of a chat, and set the function that creates the answer readers of `shape`.
+    """Return the prompt and grammar of a chat, and tell `shape` how to create the readers that split answers into parts.
 
     Raises ConfigError if the model cannot satisfy the request.
     """
@@ -231,9 +254,17 @@ if __name__ == "__main__":
     options.add_argument("--max-tokens", type=int, default=1024, help="Default of max_tokens in requests.")
     options.add_argument("--slots", type=int, default=16, help="Maximum number of answers in progress at the same time.")
     options.add_argument("--context-tokens", type=int, help="Context length in tokens. Default: the model's limit.")
+    options.add_argument("--cache-tokens", type=int, help="Maximum tokens of the prompts and answers in progress.")
     options.add_argument("--served-name", help="The model's name in requests. Default: any name is accepted.")
     given = options.parse_args()
     build_it = partial(
-        build, given.model, given.dtype, given.max_tokens, given.slots, given.context_tokens, given.served_name
+        build,
+        given.model,
+        given.dtype,
+        given.max_tokens,
+        given.slots,
+        given.context_tokens,
+        given.served_name,
+        given.cache_tokens,
     )
     server.run(build_it, given)

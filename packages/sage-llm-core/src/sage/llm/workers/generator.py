@@ -20,7 +20,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Generator:
-    """A base model, or a base with an adapter merged into it."""
+    """A base model, possibly with an adapter merged into it."""
 
     def __init__(self, name: str, dtype: str, context_tokens: int | None = None) -> None:
         """Load the model. context_tokens: maximum context length; None: the model's own limit. Raises ModelError."""
@@ -44,7 +44,7 @@ class Generator:
         return not isinstance(self.runner, SequentialRunner)
 
     def voice_of(self, folder: Any) -> Voice:
-        """Return the Voice of the tokenizer in a folder, for use with this model. Raises ModelError."""
+        """Return a Voice for this model: the tokenizer, chat template and end tokens in `folder`. Raises ModelError."""
         return Voice(folder, self.generation_config, self.context_tokens, self.embeddings)
 
     def answer(

@@ -19,7 +19,7 @@ def error_response(error: SageError, status: int | None = None) -> JSONResponse:
 
 
 class Guard:
-    """Rejects requests that a web page of another site may have sent, and turns unexpected exceptions into responses.
+    """Rejects requests from web pages of other sites, and turns unexpected exceptions into responses.
 
     The servers need no key, because they listen only on loopback. But a web page in the user's browser can send requests to
     loopback, too. Such requests have an `Origin` header with the page's site, or a `Host` header with a host name of another
@@ -59,7 +59,7 @@ def _refusal(headers: Headers) -> ConfigError | None:
         message = "The Host header is not this machine's loopback address."
         return ConfigError(code="host_not_allowed", message=message)
     if "origin" in headers and not _is_loopback(headers["origin"]):
-        return ConfigError(code="origin_not_allowed", message="Web pages of other sites may not use this engine.")
+        return ConfigError(code="origin_not_allowed", message="Requests from web pages of other sites are rejected.")
     return None
 
 

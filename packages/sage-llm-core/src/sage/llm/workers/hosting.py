@@ -1,4 +1,7 @@
-"""Manage the models of one server: the base model, and adapters that are loaded and unloaded while the server runs."""
+"""Manage the models of one server: the base model, and adapters that are loaded and unloaded while the server runs.
+
+Each model has a Voice: its tokenizer, chat template and end tokens.
+"""
 
 import asyncio
 import hashlib
@@ -22,7 +25,8 @@ from sage.llm.workers.generator import Generator
 from sage.llm.workers.packed import PackedRunner
 from sage.llm.workers.voice import Voice
 
-#: Files that determine the prompt. Adapters with equal files share one tokenizer, which takes about 30 MB of memory.
+#: Files that determine how a prompt is built. Adapters for which these files are equal share one tokenizer, because a
+#: tokenizer takes about 30 MB of memory.
 _VOICE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
     "added_tokens.json",

@@ -11,7 +11,7 @@ from weakref import WeakSet
 from starlette.requests import Request
 
 from sage.common.errors import Overloaded, SageError
-from sage.llm.workers.failures import internal_error
+from sage.llm.workers.failures import internal_error, is_device_lost
 
 T = TypeVar("T")
 
@@ -44,21 +44,26 @@ class Job(Generic[T]):
 
     def _finish(self, ending: SageError | None) -> None:
         self._on_finish()
-        self._on_finish = lambda: None  # a JobThread that ends may finish a job a second time
+        self._on_finish = lambda: None  # a JobThread that ends can finish a job a second time
         self._arrived.put_nowait(ending)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed only when the process ends
+        with contextlib.suppress(RuntimeError):  # raised if the event loop is closed, because the process ends
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job; if `reason` is given, the consumer of the pieces receives it as an exception."""
-        if reason:  # put the error before `gone` is set: the worker may put the end of the answer after `gone`
+        if reason:  # put the error first: as soon as `gone` is set, the worker can put the end of the answer
             self.put(reason)
         self.gone.set()
 
     def fail(self, error: BaseException, doing: str) -> None:
-        """Cancel the job because of an unexpected exception; the consumer receives a SageError."""
+        """Cancel the job because of an unexpected exception; the consumer receives a SageError.
+
+        If the process cannot use its GPU any more, raise the exception again, so that the thread and then the server end.
+        """
+        if is_device_lost(error):
+            raise error
         reason: SageError = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
         with contextlib.suppress(Exception):  # building this error can fail if no memory is free
             reason = internal_error(error, doing)
@@ -93,7 +98,10 @@ class Lane:
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function, and return its result. If the caller is cancelled before, the function is not called."""
+        """Queue a function, wait until it was called, and return its result.
+
+        If the caller is cancelled before the function is called, the function is not called.
+        """
 
         def work(job: Job[T]) -> None:
             job.put(function())
@@ -127,7 +135,7 @@ class JobThread:
         """Start the thread."""
         self._name = name
         self._jobs: WeakSet[Job[Any]] = WeakSet()
-        self._lock = threading.RLock()  # reentrant, because a signal handler may call `close` at any time
+        self._lock = threading.RLock()  # reentrant, because a signal handler can call `close` at any time
         self._ending: Callable[[], SageError] | None = None  #: returns the error for new jobs; None: new jobs are accepted
         threading.Thread(target=self._run, name=name, daemon=True).start()
 

@@ -17,9 +17,9 @@ from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.resolve import ModelKind, resolve_model
 from sage.llm.workers.failures import exit_on_error
 
-#: Maximum context length in tokens, if the user sets no limit. It is also used if a model's files contain no context length.
+#: Maximum context length in tokens, if the user sets no limit.
 _CONTEXT_TOKENS = 8192
-#: Cache size of each slot in tokens, if the user sets no cache size.
+#: Size of the key/value cache per slot in tokens, if the user sets no cache size. A slot computes one answer at a time.
 _SLOT_TOKENS = 512
 #: Sampling parameters by OpenAI's name: llama.cpp's name, and the default value.
 _SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("top_k", 0), "min_p": ("min_p", 0.0),
@@ -33,8 +33,8 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
         file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()
     else:
         file, defaults = cached_gguf(source, given.precision or "f32", LlamaCpp(given.interpreter))
-    own = defaults.get("context_tokens", _CONTEXT_TOKENS)
-    context_tokens = min(own, given.context_tokens or _CONTEXT_TOKENS)
+    limit = given.context_tokens or _CONTEXT_TOKENS
+    context_tokens = min(limit, defaults.get("context_tokens", limit))
     chosen = defaults.get("sampling", {})
     return {
         "model": str(file), "name": given.served_name, "port": given.port, "descriptor": given.fd,
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     given = parser.parse_args()
     configure_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # also ends a running conversion
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # this also ends a running conversion
     with exit_on_error():
         options = server_options(given)
     script = str(Path(__file__).with_name("llamacpp_server.py"))

@@ -20,13 +20,13 @@ def parameters(given: dict[str, Any]) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
     params.hostnames, params.port = ["127.0.0.1"], given["port"]
-    params.api_keys = [os.environ["SAGE_SERVER_KEY"]]  # so that web pages cannot use the server
-    # All slots share one cache.
+    params.api_keys = [os.environ["SAGE_SERVER_KEY"]]  # without a key, web pages could use the server
+    # A slot computes one answer at a time; all slots share one cache.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True
     params.kv_unified_per_slot = given["context_tokens"]
     params.n_predict, params.use_jinja, params.ui = given["max_tokens"], True, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given["threads"]
-    params.cpuparams.poll = 0  # waiting threads sleep, because a training run may need the cores
+    params.cpuparams.poll = 0  # waiting threads sleep, because a training run can need the cores
     if given["is_exact"]:
         params.cache_type_k = params.cache_type_v = _F32
     for name, value in given["sampling"].items():

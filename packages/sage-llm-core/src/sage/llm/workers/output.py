@@ -25,7 +25,7 @@ class Output:
     """The form of the answer that a request requires."""
 
     schema: dict[str, Any] | None = None  #: JSON schema of the text; None: any text
-    functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that may be called, as in OpenAI's `tools`
+    functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that can be called, as in OpenAI's `tools`
     must_call: bool = False  #: the answer must consist of calls
     may_call_several: bool = True
 
@@ -97,7 +97,7 @@ def _literal(text: str) -> str:
 
 
 def _marker(text: str, special: Mapping[str, int]) -> str:
-    """Return a grammar expression that matches a marker, which may contain special tokens and other text."""
+    """Return a grammar expression that matches a marker; a marker can contain special tokens and other text."""
     names = sorted((name for name in special if name in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     return " ".join(f"<[{special[part]}]>" if part in special else _literal(part) for part in parts if part)

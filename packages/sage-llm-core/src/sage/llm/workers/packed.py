@@ -20,10 +20,10 @@ from sage.llm.workers.adapters import Adapter, Adapters
 ATTENTION = "sage_serving_packed"
 #: Capacity of a new cache, in tokens.
 _FIRST_ROOM_TOKENS = 256
-#: Maximum number of prompt tokens in a pass. It is small on a CPU, where a large pass would delay all answers.
+#: Maximum number of prompt tokens in a pass. The number is small on a CPU, where a large pass would delay all answers.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
-#: Length of the prompt that tests a new adapter. It is long enough to use several experts in a mixture of experts.
+#: Length of the prompt that tests a new adapter. With this length, a mixture of experts uses several of its experts.
 _PROBE_TOKENS = 16
 
 
@@ -37,7 +37,7 @@ class KeyValueCache:
     def __init__(self, layers: int, limit_tokens: int) -> None:
         self._layers, self._limit = layers, limit_tokens
         self._room = 0
-        self.keys = self.values = torch.empty(0)  #: (layers, kv_heads, room, head_dim)
+        self.keys = self.values = torch.empty(0)  #: (layers, kv_heads, room, head_dim); room: capacity in tokens
         self.length = 0  #: number of stored tokens
 
     def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
@@ -50,7 +50,7 @@ class KeyValueCache:
         room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
         self.keys = self._grown(self.keys, key, room)
         self.values = self._grown(self.values, value, room)
-        self._room = room  # set last, because the allocation above may fail
+        self._room = room  # only after both allocations, because an allocation can fail
 
     def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
         new = like.new_empty(self._layers, like.shape[0], room, like.shape[2])
@@ -117,7 +117,7 @@ class _Pass:
         heads, tokens, _ = query.shape
         kv_heads, length, _ = keys.shape
         grouped = query.unflatten(0, (kv_heads, heads // kv_heads))  # (kv_heads, group, tokens, head_dim)
-        if tokens == 1:  # the queries of a group have the same keys, so compute them like several tokens
+        if tokens == 1:  # the query heads of a group share keys and values: pass them as tokens of one head
             if window and window < length:
                 keys, values = keys[:, -window:], values[:, -window:]
             output = scaled_dot_product_attention(grouped[None, :, :, 0], keys[None], values[None], scale=scaling)

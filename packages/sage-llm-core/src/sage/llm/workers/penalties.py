@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sage.llm.workers.sampling import Sampling
 
-#: A function that receives the answer's tokens and the logits, (vocab_size,), and returns the adjusted logits. It may change
-#: the given logits in place.
+#: A function that receives the answer's tokens and the logits, (vocab_size,), and returns the adjusted logits. The function
+#: can change the given logits in place.
 Adjustment = Callable[[list[int], Tensor], Tensor]
 
 

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API. Unknown fields are rejected. Some fields may only have a value that has no effect."""
+"""Requests of OpenAI's API. Unknown fields are rejected. For some known fields, only a value without effect is accepted."""
 
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ from sage.llm.workers.sampling import Sampling
 
 
 class StreamOptions(Body):
-    """OpenAI's stream_options."""
+    """The field `stream_options` of OpenAI's API."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
@@ -40,7 +40,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """OpenAI's response_format."""
+    """The field `response_format` of OpenAI's API."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -133,7 +133,7 @@ class Message(Body):
 
 
 class Function(Body):
-    """A function that a model may call."""
+    """A function that a model can call."""
 
     name: Name
     description: str | None = None
@@ -142,7 +142,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    """A tool that a model may call."""
+    """A tool that a model can call."""
 
     type: Literal["function"]
     function: Function

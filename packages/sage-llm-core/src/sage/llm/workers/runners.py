@@ -1,4 +1,8 @@
-"""Choose the runner for a model. Packed passes are used if they give the same logits as the model's own forward pass."""
+"""Choose the runner for a model.
+
+A packed pass computes tokens of several answers in one forward pass. Packed passes are used if they give the same logits as
+the model's own forward pass.
+"""
 
 import logging
 from collections.abc import Callable
@@ -46,9 +50,9 @@ def runner_for(model: Any) -> Runner:
 
 
 def _packed_problem(model: Any) -> str | None:
-    """Switch the model to packed attention and test it; return why the results are wrong, or None if they are right.
+    """Switch the model to packed attention and test the model; return why its results are wrong, or None if they are right.
 
-    If the model does not support packed attention, any exception may also be raised.
+    Can also raise any exception if the model does not support packed attention.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}

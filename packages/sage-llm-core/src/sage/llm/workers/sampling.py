@@ -33,7 +33,7 @@ class TokenScore:
 
     token: bytes  #: the token's text; the bytes are not valid UTF-8 if the token has only a part of a character
     logprob: float | None  #: natural logarithm; None for the first token of a prompt
-    top: tuple[tuple[bytes, float], ...]  #: most likely tokens with log-probabilities, best first
+    top: tuple[tuple[bytes, float], ...]  #: most likely tokens with log-probabilities, most likely token first
     text_offset: int  #: number of characters in the answer before this token
 
 

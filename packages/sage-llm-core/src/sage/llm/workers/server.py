@@ -67,7 +67,7 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
-    app.state.close = close
+    app.state.close, app.state.about = close, about
     app.state.max_request_bytes = load_settings().max_request_mb * 1_000_000
     app.add_middleware(Guard)
 
@@ -101,7 +101,7 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
 def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
     """Return one error for the first invalid field that pydantic reports.
 
-    If pydantic reports several errors of this field, the most deeply nested error is used, because it is the most precise.
+    If pydantic reports several errors for this field, the most deeply nested error is used: it is the most precise one.
     """
     place = findings[0]["loc"][:2]
     finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
@@ -110,7 +110,7 @@ def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
     name, param = ".".join(path) or "The body", str(place[1]) if len(place) > 1 else None
     match finding["type"]:
         case "extra_forbidden":
-            problem, code, hint = "is not supported by this engine", "unsupported_value", "Remove it."
+            problem, code, hint = "is not supported by this engine", "unsupported_value", "Remove this field."
         case "literal_error":
             problem, code, hint = f"can only be {finding['ctx']['expected']}", "unsupported_value", ""
         case "missing":
@@ -132,7 +132,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_source(name: str) -> tuple[ModelSource, Path]:
-    """Return the source of a model and the folder of its base weights; convert or download the weights if needed."""
+    """Return the ModelSource of a model, and the folder with the weights of the model (for an adapter: of its base model).
+
+    The weights are converted or downloaded if necessary.
+    """
     source = resolve_model(name)
     base = source.base if source.kind is ModelKind.ADAPTER and source.base else source
     return source, local_folder(base)
@@ -153,15 +156,34 @@ def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     inherited = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
-    _Server(config, app.state.close).run(sockets=inherited)
+    with exit_on_error():
+        serve(config, app, inherited)
+
+
+def serve(config: uvicorn.Config, app: FastAPI, sockets: list[socket.socket] | None) -> None:
+    """Answer requests until the process receives a stop signal. Raises SageError if the server cannot answer any more."""
+    running = _Server(config, app.state.close, app.state.about)
+    running.run(sockets=sockets)
+    if running.problem:
+        raise running.problem
 
 
 class _Server(uvicorn.Server):
     """A server that ends the answers in progress immediately when it receives a stop signal."""
 
-    def __init__(self, config: uvicorn.Config, close: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, close: Callable[[], None], about: Callable[[], dict[str, Any]]) -> None:
         super().__init__(config)
-        self._close = close
+        self._close, self._about = close, about
+        self.problem: SageError | None = None  #: why the server cannot answer any more
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether the server must end: after a stop signal, or if it cannot answer any more."""
+        try:
+            self._about()
+        except SageError as error:
+            self.problem = None if self.should_exit else error
+            return True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a stop signal: stop the server and end the answers."""

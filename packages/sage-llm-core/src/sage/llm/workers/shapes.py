@@ -103,7 +103,10 @@ class ChatShape(Shape):
         self._calls: Counter[int] = Counter()  #: number of calls by index of the choice
 
     def read_with(self, reader: Callable[[], AnswerReader]) -> None:
-        """Set the function that creates a reader for each choice. Call this once, before the first piece."""
+        """Set the function that creates a reader for each choice. Call this once, before the first piece.
+
+        A reader splits the answer of a choice into content, reasoning and tool calls.
+        """
         self._readers = defaultdict(reader)
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:
@@ -183,7 +186,8 @@ def _tool_call(call: Call) -> dict[str, Any]:
 def _by_token(score: TokenScore) -> dict[str, float] | None:
     """Return the log-probabilities of the most likely tokens and of the generated token, by token text, as OpenAI does.
 
-    If several tokens have the same text, the first log-probability is used. Returns None for the first token of a prompt.
+    If several tokens have the same text, the first log-probability is used. With `echo`, prompt tokens
+    have log-probabilities too, except the first prompt token: for this token, None is returned.
     """
     if score.logprob is None:
         return None

@@ -5,7 +5,8 @@ from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-#: Maximum number of tokens to wait for a complete character. Then the text is returned with replacement characters.
+#: Maximum number of tokens to wait for a complete character. If a character is still not complete after this number of
+#: tokens, the text is returned with replacement characters.
 _MAX_PENDING_TOKENS = 256
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -63,7 +64,7 @@ class TextDecoder:
 
 
 class StopStrings:
-    """Ends a text before the first stop string; delays text that may be the beginning of a stop string."""
+    """Ends a text before the first stop string; delays text that can be the beginning of a stop string."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops

@@ -1,4 +1,4 @@
-"""Set a time limit for Python code that may never end, such as a model's chat template."""
+"""Set a time limit for Python code that can run forever, such as a model's chat template."""
 
 import ctypes
 import threading

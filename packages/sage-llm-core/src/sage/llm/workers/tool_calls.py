@@ -119,7 +119,7 @@ class AnswerReader:
         """functions: functions that the model may call; is_reasoning: the prompt ends inside the reasoning."""
         self._format = answer_format
         self._functions = functions if answer_format.call_open is not None else {}
-        self._held = ""  #: text not returned yet, because it may belong to a marker or to a call
+        self._held = ""  #: text not returned yet, because it can be part of a marker or of a call
         self._spaces = ""  #: whitespace that is returned only if more text of the same kind follows
         self._is_trimming, self._is_end, self._has_content, self._has_called = is_reasoning, False, False, False
         self._parts: list[Part] = []
@@ -167,7 +167,7 @@ class AnswerReader:
             self._held = ""
         elif self._format.call_open:
             text, is_call = self._until(self._format.call_open)
-        elif not self._has_content:  # a call has no marker, so it must be the whole answer
+        elif not self._has_content:  # calls have no marker, so a call must be the whole answer
             text, is_call = "", self._held.lstrip()[:1] in ("{", "[")
             if not is_call and (self._held.strip() or self._is_end):
                 text, self._held = self._held, ""
@@ -197,7 +197,7 @@ class AnswerReader:
     def _until(self, marker: str) -> tuple[str, bool]:
         """Return the buffered text before a marker, and whether the marker was found; remove both from the buffer.
 
-        If no marker is found, text that may be the beginning of the marker stays in the buffer.
+        If no marker is found, text that can be the beginning of the marker stays in the buffer.
         """
         text, found, rest = self._held.partition(marker)
         if not found and not self._is_end:

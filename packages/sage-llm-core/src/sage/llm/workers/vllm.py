@@ -42,7 +42,7 @@ def serving_folder(source: ModelSource) -> Path:
 
 
 def _key(source: ModelSource, origin: Path) -> str:
-    """Return a name for the folder, which changes if a file of the model changes."""
+    """Return a name for the folder; the name changes if a file of the model changes."""
     folders = [origin, source.base.folder] if source.base else [origin]
     files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     facts = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]

@@ -2,7 +2,7 @@
 
 This script runs in vLLM's environment, where SAGE is not installed. The server differs from vLLM's own server:
 
-- It listens on the launcher's socket, and rejects requests that a web page of another site may have sent.
+- It listens on the socket that it inherits, and rejects requests from web pages of other sites.
 - Unknown parameters are rejected with status 400 (vLLM's own server ignores them).
 - Error codes are words, as in OpenAI's API.
 - An adapter is rejected if its tokenizer or chat template differs from the base model's.
@@ -47,7 +47,8 @@ def _vocabulary(folder: Path) -> Any:
     return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
 
 
-#: Functions that read a part of a model, by the part's name in messages. The part must be equal in an adapter and its base.
+#: Functions that read a part of a model, by the part's name in messages. The part must be equal in an adapter and in its
+#: base model.
 _VOICE: dict[str, Callable[[Path], Any]] = {"chat template": _template, "tokenizer": _vocabulary}
 
 
@@ -113,7 +114,7 @@ class _Replay:
 
 
 class _Health:
-    """An ASGI send function that replaces vLLM's empty answer to `/health` by a JSON object."""
+    """An ASGI send function that replaces vLLM's empty answer to `/health` with a JSON object."""
 
     def __init__(self, send: Send, state: Any) -> None:
         self._send, self._state = send, state
@@ -134,7 +135,7 @@ class _Health:
 
 
 class _WithCodes:
-    """An ASGI send function that replaces vLLM's numeric error codes by words.
+    """An ASGI send function that replaces vLLM's numeric error codes with words.
 
     is_refusal: send every error with status 400. vLLM uses status 500 for some errors in requests, for example if the rank
     of an adapter is too large.

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 #: Number of tokens at the end of a prompt that are searched for the reasoning marker; a marker has fewer tokens.
 _MARKER_TOKENS = 16
-#: Time limit for a chat template, in seconds. A template is a program, so it may run forever.
+#: Time limit for a chat template, in seconds. A template is a program, so it can run forever.
 RENDER_SECONDS = 10.0
 
 
@@ -46,7 +46,7 @@ class Voice:
         self._characters_per_token = max(32, *map(len, self.tokenizer.get_vocab()))
 
     def chat_prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
-        """Return the prompt of a chat as token ids. Raises ConfigError if they are invalid or the template fails."""
+        """Return the prompt of a chat as token ids. Raises ConfigError if the messages are invalid or the template fails."""
         try:
             asked = read_conversation(messages, "messages")
         except RecordError as error:
@@ -59,7 +59,7 @@ class Voice:
             raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
 
     def ends_in_reasoning(self, prompt: list[int]) -> bool:
-        """Return whether a prompt ends with the marker that opens the reasoning. Some templates add it to every prompt."""
+        """Return whether a prompt ends with the marker that opens the reasoning; some templates add this marker."""
         marker = self.answer_format.think_open
         return bool(marker) and self.tokenizer.decode(prompt[-_MARKER_TOKENS:]).rstrip().endswith(marker)
 

@@ -20,9 +20,6 @@ from sage.llm.gateway.instance import publish_address, take_lock
 logger = logging.getLogger(__name__)
 #: Seconds between the request to stop the gateway and the end of streams that are still open.
 _SHUTDOWN_SECONDS = 2
-#: Seconds after which an idle client connection is closed. The clients close idle connections earlier (httpx: 5 s,
-#: aiohttp: 15 s), so a client does not send a request on a connection that the gateway has just closed.
-_KEEP_ALIVE_SECONDS = 30
 #: Number of descriptors of the listening socket. libuv accepts one connection per descriptor in each event loop iteration.
 #: With one descriptor, if 256 clients connect at the same time, the gateway answers about 256 * 256 / 2 requests of the
 #: other clients before it accepts the last client.
@@ -50,7 +47,7 @@ def main() -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app, http=BoundedHttp, ws="none", log_config=None, access_log=False, proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
     )  # fmt: skip
     server.run(sockets=[listener, *(listener.dup() for _ in range(1, _LISTENING_DESCRIPTORS))])
@@ -65,7 +62,8 @@ def _fail(reason: str, exit_code: int) -> int:
 def _prepare() -> tuple[FastAPI, socket.socket]:
     """Return the application and its listening socket.
 
-    The lock and the port are taken before the database is opened, because only a gateway that can run may migrate it.
+    The lock and the port are taken first. A gateway that cannot take them must not open the database, because opening the
+    database can change its schema.
     """
     settings, standby = _arguments(load_settings())
     configure_logging(settings.log_level)

@@ -1,7 +1,7 @@
-"""Check whether a request may use the gateway.
+"""Check whether a request is allowed to use the gateway.
 
-If an API key is set, a request must send the key. If no API key is set, only programs on this machine may send requests;
-requests from web pages of other sites are rejected.
+If an API key is set, a request must send the key. If no API key is set, only requests from programs on this machine are
+accepted; requests from web pages of other sites are rejected.
 """
 
 import functools

@@ -1,6 +1,5 @@
 """Read request bodies, and limit the size of each body and of all bodies together."""
 
-import asyncio
 from types import TracebackType
 from typing import Self
 
@@ -13,8 +12,6 @@ from sage.llm.gateway.headers import RawHeaders, value
 
 #: Maximum size of all bodies in memory, as a multiple of the largest allowed body.
 _HELD_BODIES = 8
-#: Seconds without data after which a request fails with status 408.
-_SILENCE_SECONDS = 60
 
 
 class BodyBudget:
@@ -49,30 +46,22 @@ class Body:
     async def read(self, headers: RawHeaders, receive: Receive) -> None:
         """Read the whole body into `content`.
 
-        Raises Refusal if the body is too large or arrives too slowly, Overloaded if the budget is used up, ClientDisconnect.
+        Raises Refusal if the body is too large, Overloaded if the budget is used up, and
+        ClientDisconnect if the client disconnects.
         """
         length = value(headers, b"content-length")
         if length.isdigit() and int(length) > self._budget.max_bytes:
             raise self._too_large()
         chunks: list[bytes] = []
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(_SILENCE_SECONDS) as silence:
-                while await self._read_chunk(chunks, receive):
-                    silence.reschedule(loop.time() + _SILENCE_SECONDS)
-        except TimeoutError as error:
-            raise Refusal(408, "request_timeout", f"No byte of the body arrived for {_SILENCE_SECONDS} s.") from error
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            self._hold(len(chunk))
+            chunks.append(chunk)
         self.content = b"".join(chunks)
-
-    async def _read_chunk(self, chunks: list[bytes], receive: Receive) -> bool:
-        """Receive a chunk and append it to `chunks`; return whether more chunks follow."""
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunks.append(message.get("body", b""))
-        self._hold(len(chunks[-1]))
-        more: bool = message.get("more_body", False)
-        return more
 
     def _hold(self, count_bytes: int) -> None:
         if self._held_bytes + count_bytes > self._budget.max_bytes:

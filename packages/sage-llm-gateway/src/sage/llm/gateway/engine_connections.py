@@ -1,31 +1,33 @@
-"""A small HTTP/1.1 client for the servers of engines. It reuses connections."""
+"""A small HTTP/1.1 client for the servers of engines. The client reuses connections."""
 
 import asyncio
 import errno
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import httptools
 
 from sage.llm.gateway.headers import value
+from sage.llm.gateway.json_text import Piece
 
 #: Seconds after which an idle connection is closed. Servers keep idle connections longer (uvicorn and vLLM: 5 s).
 _IDLE_SECONDS = 3
 _CONNECT_SECONDS = 5
+#: Bodies below this size are joined with the head: one `write` is faster than `writelines`.
+_SMALL_BYTES = 16 * 1024
 #: Maximum number of received bytes that wait to be returned by `piece`. Above this number, reading is paused.
 _WAITING_BYTES = 256 * 1024
-_FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection to a server. It transfers one request and its answer at a time."""
+    """A connection to a server. A connection transfers one request and its answer at a time."""
 
     transport: asyncio.Transport
 
     def __init__(self, address: str, forget: Callable[["EngineConnection"], None]) -> None:
         """forget: function that is called when the connection ends."""
         self.address, self._forget = address, forget
-        self._parser = httptools.HttpResponseParser(self)
+        self.loop, self._parser = asyncio.get_running_loop(), httptools.HttpResponseParser(self)
         self.idle_since_seconds = 0.0
         self._is_busy = False
         self._begin()
@@ -40,20 +42,26 @@ class EngineConnection(asyncio.Protocol):
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def send(self, head: bytes, body: bytes) -> None:
+    async def send(self, head: bytes, body: Sequence[Piece]) -> None:
         """Send a request, and wait for the head of its answer. Raises ConnectionError."""
         self._begin()
         self._is_busy = True
-        self.transport.writelines((head, body))
+        if sum(map(len, body)) < _SMALL_BYTES:
+            self.transport.write(b"".join([head, *body]))
+        else:
+            self.transport.writelines([head, *body])
         while not self._has_head:
             await self._wait()
 
     async def read(self) -> bytes:
         """Return the rest of the body. Raises ConnectionError."""
-        pieces = []
+        content = await self.piece()
+        if self._is_complete and not self._pieces:
+            return content
+        pieces = [content]
         while piece := await self.piece():
             pieces.append(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     async def piece(self) -> bytes:
         """Wait for the next part of the body and return it; b"" at the end of the body. Raises ConnectionError."""
@@ -68,7 +76,7 @@ class EngineConnection(asyncio.Protocol):
         return content
 
     def end(self) -> bool:
-        """End the request, and return whether the connection can be used again. If not, the connection is closed."""
+        """End the request, and return whether the connection can be used again; otherwise, close the connection."""
         self._is_busy = False
         if self._is_complete and self._is_reusable and not self.transport.is_closing():
             return True
@@ -123,7 +131,8 @@ class EngineConnection(asyncio.Protocol):
             return
         self._has_head = True
         self._is_reusable = self._parser.should_keep_alive()
-        self._ends_at_eof = not any(value(self.headers, name) for name in _FRAMING) and self.status not in (204, 304)
+        has_length = value(self.headers, b"content-length") or value(self.headers, b"transfer-encoding")
+        self._ends_at_eof = not has_length and self.status not in (204, 304)
 
     def on_body(self, body: bytes) -> None:
         """Add a part of the answer's body."""
@@ -138,7 +147,7 @@ class EngineConnection(asyncio.Protocol):
         """Wait until data has arrived. Raises ConnectionError."""
         if self._error:
             raise self._error
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self.loop.create_future()
         await self._waiter
 
     def _wake(self) -> None:
@@ -156,12 +165,13 @@ class EngineConnections:
         self._idle: dict[str, dict[EngineConnection, None]] = {}
         self._sweep: asyncio.TimerHandle | None = None
 
-    async def post(self, address: str, head: bytes, body: bytes) -> EngineConnection:
+    async def post(self, address: str, head: bytes, body: Sequence[Piece]) -> EngineConnection:
         """Send a request and wait for the head of its answer. The caller must `release` the returned connection.
 
-        If a reused connection ends before the first byte of the answer, the request is sent again on a new connection,
-        because the server probably did not read it. Even if the server reads the request twice, inference changes no state.
-        Raises TimeoutError if the server does not accept connections, ConnectionError, or another OSError.
+        If a reused connection ends before the first byte of the answer, the server probably did not read the request. The
+        request is then sent again on a new connection. If the server did read it, this does no harm, because inference
+        changes no state.
+        Raises TimeoutError if the server does not accept connections. Can also raise ConnectionError or another OSError.
         """
         if connection := self._take(address):
             try:
@@ -175,11 +185,10 @@ class EngineConnections:
         """End a request. If the answer was read completely, keep the connection for the next request; otherwise close it."""
         if not connection.end():
             return
-        loop = asyncio.get_running_loop()
-        connection.idle_since_seconds = loop.time()
+        connection.idle_since_seconds = connection.loop.time()
         self._idle.setdefault(connection.address, {})[connection] = None
         if self._sweep is None:
-            self._sweep = loop.call_later(_IDLE_SECONDS, self._close_old)
+            self._sweep = connection.loop.call_later(_IDLE_SECONDS, self._close_old)
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -188,7 +197,7 @@ class EngineConnections:
             self._sweep = None
         self._close_idle_since(math.inf)
 
-    async def _exchange(self, connection: EngineConnection, head: bytes, body: bytes) -> EngineConnection:
+    async def _exchange(self, connection: EngineConnection, head: bytes, body: Sequence[Piece]) -> EngineConnection:
         try:
             await connection.send(head, body)
         except BaseException:
@@ -197,10 +206,10 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last; None if there is none, or if the server may have closed it."""
+        """Return the connection that became idle last; None if no connection is idle, or if this one was idle too long."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
-            if asyncio.get_running_loop().time() - connection.idle_since_seconds < _IDLE_SECONDS:
+            if connection.loop.time() - connection.idle_since_seconds < _IDLE_SECONDS:
                 return connection
             connection.transport.abort()
         return None

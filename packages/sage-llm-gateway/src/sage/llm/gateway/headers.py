@@ -1,11 +1,11 @@
 """Read HTTP headers in ASGI's form: pairs of name and value as bytes, with names in lower case."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 #: Headers that a proxy does not forward: headers that concern only one connection (RFC 9110, section 7.6.1), and headers
 #: that the HTTP server or client sets itself.
-_HOP_BY_HOP = frozenset({
+HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"content-length", b"date", b"server", b"expect",
 })  # fmt: skip
@@ -26,10 +26,11 @@ def value(headers: RawHeaders, name: bytes) -> bytes:
     return b""
 
 
-def forwarded(headers: RawHeaders, private: frozenset[bytes] = frozenset()) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the headers that a proxy forwards: all except hop-by-hop headers and the headers named in `private`."""
-    dropped = _HOP_BY_HOP | private
+def forwarded(headers: RawHeaders, dropped: frozenset[bytes] = HOP_BY_HOP) -> list[tuple[bytes, bytes]]:
+    """Return the headers that a proxy forwards: all except those named in `dropped` or in a Connection header."""
+    kept = [header for header in headers if header[0] not in dropped]
     for connection in values(headers, b"connection"):
         if connection.lower() not in _NO_NAMES:
-            dropped |= {name.strip().lower() for name in connection.split(b",")}
-    return (header for header in headers if header[0] not in dropped)
+            named = {name.strip().lower() for name in connection.split(b",")}
+            kept = [header for header in kept if header[0] not in named]
+    return kept

@@ -1,4 +1,4 @@
-"""Use a lock to allow only one active gateway per state folder, and publish its address for the command line."""
+"""Use a lock to allow only one active gateway per state folder, and publish the active gateway's address for the CLI."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def take_lock() -> None:
         raise Conflict(
             code="gateway_running",
             message=f"A gateway is already running (PID {process.pid if process and process.pid else 'unknown'}).",
-            hint="`sage gateway status` shows it, `sage gateway stop` stops it; `--standby` starts a second gateway.",
+            hint="Show it: `sage gateway status`; stop it: `sage gateway stop`. `--standby` starts a second gateway.",
         )
 
 
@@ -37,7 +37,11 @@ def publish_address(settings: Settings) -> None:
 
 
 async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:
-    """Publish the address each time this gateway becomes active. A standby takes the gateway lock when the lock is free."""
+    """Publish the address each time this gateway becomes active.
+
+    standby: whether this gateway was started while another gateway was active. This gateway then takes the lock when the
+    lock is free.
+    """
     has_lock, was_active = not standby, not standby
     while True:
         is_active = manager.role == "active"

@@ -1,22 +1,29 @@
 """Parse a JSON body once, and replace its top-level `model` without serializing the body again."""
 
 import asyncio
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sage.llm.gateway.errors import Refusal
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
+Piece = bytes | memoryview
 #: Bodies above this size are parsed in a thread.
 LARGE_BYTES = 1_000_000
+#: Texts below this length are parsed in one call, which is faster than member by member. In longer texts, the search for
+#: `model` would take longer.
+_SHORT_CHARS = 4096
 _MAX_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BEGIN = re.compile(r"[ \t\n\r]*{[ \t\n\r]*")
 _BLANK = re.compile(r"[ \t\n\r]*")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+#: A name without escapes, and the colon.
+_SIMPLE_NAME = re.compile(r'"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 _COMMA_OR_END = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 _MODEL = b'"model"'
 _TEXT_VALUE = re.compile(rb'[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -27,6 +34,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_number)
+_scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined] # C code of `raw_decode`
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +44,12 @@ class JsonBody:
     content: bytes
     names: frozenset[str]  #: names of the top-level members that are not null
     texts: Mapping[str, str]  #: top-level members that are strings of at most `MAX_MODEL_CHARS` characters
-    #: Start and end offsets of the value of each top-level `model`; the member may occur several times.
+    #: Start and end offsets of the value of each top-level `model`; this member can occur several times.
     model_spans: tuple[tuple[int, int], ...]
 
-    def with_model(self, model: str) -> bytes:
-        """Return the body with another `model`; everything else is unchanged."""
-        return _spliced(self.content, self.model_spans, quoted(model))
+    def with_model(self, model: str) -> list[Piece]:
+        """Return the body with another `model`, in pieces; everything else is unchanged. The text is not copied."""
+        return _pieces(memoryview(self.content), self.model_spans, quoted(model))
 
 
 async def parsed(body: bytes) -> JsonBody:
@@ -52,6 +60,7 @@ async def parsed(body: bytes) -> JsonBody:
     return await asyncio.to_thread(_parse, body) if len(body) > LARGE_BYTES else _parse(body)
 
 
+@functools.lru_cache(1024)
 def quoted(text: str) -> bytes:
     """Return a text as a JSON string."""
     return json.dumps(text, ensure_ascii=False).encode()
@@ -61,8 +70,8 @@ def answer_with_model(answer: bytes, model: bytes) -> bytes:
     """Return an engine's answer with another `model`; everything else is unchanged.
 
     answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
-    The answer is parsed only if `"model"` occurs more than once in it. An answer that has no `model` or is not valid JSON
-    is returned unchanged.
+    If the answer contains the text `"model"` only once, this place is changed without parsing the answer. Otherwise, the
+    answer is parsed. An answer without `model`, or one that must be parsed and is not valid JSON, is returned unchanged.
     """
     at = answer.find(_MODEL)
     if at < 0:
@@ -70,7 +79,7 @@ def answer_with_model(answer: bytes, model: bytes) -> bytes:
     end = at + len(_MODEL)
     if answer.find(_MODEL, end) < 0 and answer[at - 1 : at] != b"\\":
         found = _TEXT_VALUE.match(answer, end)
-        return _spliced(answer, [found.span(1)], model) if found else answer
+        return answer[: found.start(1)] + model + answer[found.end(1) :] if found else answer
     begin = answer.find(b"{")
     try:
         text = answer[begin:].decode()
@@ -97,16 +106,23 @@ def _parse(body: bytes) -> JsonBody:
         raise _too_deep()
     members = content.items() if isinstance(content, dict) else ()
     texts = {name: value for name, value in members if isinstance(value, str) and len(value) <= MAX_MODEL_CHARS}
-    names = frozenset(name for name, value in members if value is not None)
+    names = frozenset([name for name, value in members if value is not None])
     return JsonBody(body, names, texts, _byte_spans(text, spans))
 
 
 def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
     """Return the parsed content, and the offsets of each top-level `model` value. Raises ValueError or RecursionError."""
     if not _BEGIN.match(text):
-        return json.loads(text, parse_constant=_no_number), []
-    content: dict[str, Any] = {}
-    spans = []
+        return _DECODER.decode(text), []
+    if len(text) < _SHORT_CHARS and "\\u006" not in text:  # `model` has no other spelling in this text
+        content = _DECODER.decode(text)
+        at = text.find('"model"')
+        if at < 0 or "model" not in content:
+            return content, []
+        if text.find('"model"', at + 1) < 0:
+            start = _match(_COLON, text, at + len(_MODEL)).end()
+            return content, [(start, _scan(text, start)[1])]
+    content, spans = {}, []
     for name, value, start, end in _members(text):
         content[name] = value
         if name == "model":
@@ -120,16 +136,28 @@ def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
     if text.startswith("}", at):
         at, separator = _match(_BLANK, text, at + 1).end(), "}"
     while separator == ",":
-        if not text.startswith('"', at):
-            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
-        name, end = _DECODER.raw_decode(text, at)
-        start = _match(_COLON, text, end, "Expecting ':' delimiter").end()
-        value, end = _DECODER.raw_decode(text, start)
+        if simple := _SIMPLE_NAME.match(text, at):
+            name, start = simple[1], simple.end()
+        else:
+            name, start = _name(text, at)
+        try:
+            value, end = _scan(text, start)
+        except StopIteration as error:
+            raise json.JSONDecodeError("Expecting value", text, error.value) from None
         yield name, value, start, end
-        found = _match(_COMMA_OR_END, text, end, "Expecting ',' delimiter")
+        if not (found := _COMMA_OR_END.match(text, end)):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         at, separator = found.end(), found[1]
     if at != len(text):
         raise json.JSONDecodeError("Extra data", text, at)
+
+
+def _name(text: str, at: int) -> tuple[str, int]:
+    """Return a member's name, and the offset of its value. Raises ValueError."""
+    if not text.startswith('"', at):
+        raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+    name, end = _DECODER.raw_decode(text, at)
+    return name, _match(_COLON, text, end, "Expecting ':' delimiter").end()
 
 
 def _match(pattern: re.Pattern[str], text: str, at: int, missing: str = "") -> re.Match[str]:
@@ -146,12 +174,16 @@ def _byte_spans(text: str, spans: list[tuple[int, int]]) -> tuple[tuple[int, int
 
 
 def _spliced(content: bytes, spans: Iterable[tuple[int, int]], replacement: bytes) -> bytes:
-    pieces: list[bytes] = []
+    return b"".join(_pieces(content, spans, replacement))
+
+
+def _pieces(content: Piece, spans: Iterable[tuple[int, int]], replacement: bytes) -> list[Piece]:
+    pieces: list[Piece] = []
     at = 0
     for start, end in spans:
         pieces += [content[at:start], replacement]
         at = end
-    return b"".join([*pieces, content[at:]])
+    return [*pieces, content[at:]]
 
 
 def _too_deep() -> Refusal:
@@ -159,7 +191,7 @@ def _too_deep() -> Refusal:
 
 
 def _has_many_brackets(text: str) -> bool:
-    """Return whether a text has so many brackets that its nesting may be too deep."""
+    """Return whether a text has so many brackets that its nesting is possibly too deep."""
     for bracket in "[{":
         count, at = 0, text.find(bracket)  # `find` is fast for long texts with few brackets
         while at >= 0:

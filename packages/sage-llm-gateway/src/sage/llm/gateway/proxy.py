@@ -1,7 +1,6 @@
 """Forward inference requests to the engine that the request's `model` names, and relay the answer."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
 
 from starlette.types import Receive, Scope, Send
 
@@ -12,8 +11,8 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.control_plane.routing import Upstream
 from sage.llm.gateway.engine_connections import EngineConnections
 from sage.llm.gateway.errors import Refusal
-from sage.llm.gateway.headers import forwarded, value
-from sage.llm.gateway.interruption import Interruption
+from sage.llm.gateway.headers import HOP_BY_HOP, forwarded, value
+from sage.llm.gateway.interruption import Interruption, Watch
 from sage.llm.gateway.json_text import JsonBody
 from sage.llm.gateway.relay import Relay
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
@@ -24,8 +23,8 @@ _KINDS = {
     "/v1/completions": EngineKind.LLM,
     "/v1/embeddings": EngineKind.EMBEDDING,
 }
-#: Request headers that are meant for the gateway and not forwarded to the engine.
-_GATEWAY_ONLY = frozenset({b"authorization", b"cookie", b"host", b"origin", b"referer", b"accept-encoding"})
+#: Request headers that are not forwarded to the engine; most of them are meant for the gateway.
+_NOT_FORWARDED = HOP_BY_HOP | {b"authorization", b"cookie", b"host", b"origin", b"referer", b"accept-encoding"}
 
 
 def is_inference(scope: Scope) -> bool:
@@ -41,6 +40,7 @@ class EngineProxy:
         self._connections = EngineConnections()
         self._limit = settings.max_engine_requests
         self._in_progress = manager.requests_in_progress
+        self._watch = Watch()
 
     def close(self) -> None:
         """Close the idle connections to engines."""
@@ -54,12 +54,15 @@ class EngineProxy:
         model, relay = requested_model(body), None
         assert body
         try:
-            async with Interruption(receive, self._manager.is_responsive) as interruption:
+            with Interruption(self._watch, receive, self._manager.is_responsive) as interruption:
                 client = _client(body, scope)
                 upstream = await self._manager.running(model, _KINDS[scope["path"]], self._wait_seconds, client)
                 interruption.engine_id, relay = upstream.engine_id, Relay(upstream, send)
-                with self._place(upstream.engine_id):
+                self._enter(upstream.engine_id)
+                try:
                     await self._exchange(upstream, body, scope, relay)
+                finally:
+                    self._leave(upstream.engine_id)
         except (SageError, OSError, EOFError) as error:
             if relay is None:
                 raise
@@ -67,27 +70,26 @@ class EngineProxy:
 
     async def _exchange(self, upstream: Upstream, body: JsonBody, scope: Scope, relay: Relay) -> None:
         _check_parameters(upstream, body)
-        renames = upstream.model_name not in (None, body.texts["model"])
-        content = body.with_model(upstream.model_name) if upstream.model_name and renames else body.content
-        answer = await self._connections.post(upstream.address, _head(upstream, scope, len(content)), content)
+        name = upstream.model_name
+        pieces = [body.content] if name in (None, body.texts["model"]) else body.with_model(name)
+        head = _head(upstream, scope, sum(map(len, pieces)))
+        answer = await self._connections.post(upstream.address, head, pieces)
         try:
             await relay.forward(answer)
         finally:
             self._connections.release(answer)
 
-    @contextmanager
-    def _place(self, engine_id: str) -> Iterator[None]:
-        """Count a request to an engine during the `with` block. Raises Busy if the engine has too many requests."""
+    def _enter(self, engine_id: str) -> None:
+        """Count a request to an engine. Raises Busy if the engine has too many requests."""
         if self._in_progress[engine_id] >= self._limit:
             raise Busy(code="engine_busy", message=f"{engine_id} already has {self._limit} requests in progress.",
                        hint="Retry in some seconds, or raise the setting max_engine_requests.")  # fmt: skip
         self._in_progress[engine_id] += 1
-        try:
-            yield
-        finally:
-            self._in_progress[engine_id] -= 1
-            if not self._in_progress[engine_id]:
-                del self._in_progress[engine_id]
+
+    def _leave(self, engine_id: str) -> None:
+        self._in_progress[engine_id] -= 1
+        if not self._in_progress[engine_id]:
+            del self._in_progress[engine_id]
 
 
 def requested_model(body: JsonBody | None) -> str:
@@ -97,7 +99,7 @@ def requested_model(body: JsonBody | None) -> str:
     if model := body.texts.get("model"):
         return model
     message = f"'model' is required and must be text of 1 to {MAX_MODEL_CHARS} characters."
-    hint = f"Send '{DEFAULT_MODEL}' to use the engine that was started last."
+    hint = f"Send '{DEFAULT_MODEL}' to use the most recently started engine."
     raise ConfigError(code="model_required", message=message, hint=hint, param="model")
 
 
@@ -114,7 +116,7 @@ def _check_parameters(upstream: Upstream, body: JsonBody) -> None:
     """Raise ConfigError if the request has a field that the engine's server would ignore."""
     if upstream.parameters is not None and (unknown := sorted(body.names - upstream.parameters)):
         message = f"{unknown[0]} is not supported by this engine."
-        raise ConfigError(code="unsupported_value", message=message, hint="Remove it.", param=unknown[0])
+        raise ConfigError(code="unsupported_value", message=message, hint="Remove this field.", param=unknown[0])
 
 
 def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:
@@ -124,8 +126,12 @@ def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:
     """
     query = scope["query_string"]
     target = scope["path"].encode() + (b"?" + query if query else b"")
-    lines = [b"POST %s HTTP/1.1\r\nhost: %s\r\naccept-encoding: identity\r\n" % (target, upstream.address.encode())]
-    lines.append(b"authorization: Bearer %s\r\n" % upstream.key.encode())
-    lines += [b"%s: %s\r\n" % header for header in forwarded(scope["headers"], _GATEWAY_ONLY)]
-    lines.append(b"content-length: %d\r\n\r\n" % length)
-    return b"".join(lines)
+    lines = [b"%s: %s\r\n" % header for header in forwarded(scope["headers"], _NOT_FORWARDED)]
+    return b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
+        target, _server_headers(upstream.address, upstream.key), b"".join(lines), length
+    )  # fmt: skip
+
+
+@functools.lru_cache(1024)
+def _server_headers(address: str, key: str) -> bytes:
+    return f"host: {address}\r\naccept-encoding: identity\r\nauthorization: Bearer {key}\r\n".encode()

@@ -37,8 +37,8 @@ class EventLines:
     def end(self) -> bytes:
         """End the stream, and return the last line if it does not end with a line break.
 
-        Raises EOFError if the last line is neither [DONE] nor an error. In this case, an incomplete last line is not sent,
-        so that the caller can send an error event next.
+        Raises EOFError if the last line is neither [DONE] nor an error. An incomplete last line is then discarded, so that
+        the caller can send an error event next.
         """
         last_line = self._rest.strip() or self._last_lines.strip().rpartition(b"\n")[2]
         if not last_line.startswith(_DONE) and _ERROR not in last_line[:20]:
@@ -46,9 +46,9 @@ class EventLines:
         return self._renamed(self._rest)
 
     def _renamed(self, lines: bytes) -> bytes:
-        if b'"model"' not in lines:
-            return lines
-        return b"\n".join(answer_with_model(line, self._model) for line in lines.split(b"\n"))
+        if lines.count(b'"model"') < 2:  # at most one answer
+            return answer_with_model(lines, self._model)
+        return b"\n".join([line and answer_with_model(line, self._model) for line in lines.split(b"\n")])
 
 
 class Relay:

@@ -33,7 +33,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         (404, "The engine, model or route does not exist."),
         (405, "The route does not support this method."),
         (408, "The body did not arrive in time."),
-        (409, "The engine's state does not allow this."),
+        (409, "The engine's state does not allow the request."),
         (413, "The body is larger than the setting max_request_mb."),
         (415, "The body is not application/json."),
         (429, "The engine has too many requests in progress."),
@@ -151,7 +151,7 @@ _BODIES = {
 
 
 def inference_schema(body: str) -> dict[str, Any]:
-    """Return keyword arguments for the decorator of an inference route. They document the request and the answer.
+    """Return keyword arguments for the decorator of an inference route; the arguments document the request and the answer.
 
     body: key of `_BODIES`.
     """

@@ -45,7 +45,7 @@ def install(
         need = f"{render.size(environment.download_bytes)} to download, {render.size(environment.disk_bytes)} on the disk"
         typer.echo(f"{environment.requirement} for the device {environments.device()}: {need}.", err=True)
         if sys.stdin.isatty() and not yes:
-            typer.confirm(f"Install it into {environment.folder}?", abort=True, err=True)
+            typer.confirm(f"Install {name} into {environment.folder}?", abort=True, err=True)
     with interruptible(), progress(environment, is_verbose=verbose) as report:
         is_new = installation.install(environment, report)
     typer.echo(f"The backend {name} is{'' if is_new else ' already'} installed.", err=True)
@@ -80,7 +80,7 @@ def benchmark(
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer, in tokens.")] = 64,
     json_: Json = False,
 ) -> None:
-    """Measure the speed of each installed backend. New engines use the fastest backend. The benchmark takes minutes."""
+    """Measure the speed of each installed backend (takes minutes). New engines without --backend use the fastest one."""
     from sage.cli import extras
 
     extras.require("sage.llm.control_plane", "A benchmark of this machine")

@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """The training methods. They are repeated here, so that `--help` does not import the library; a test compares both."""
+    """The training methods, repeated here so that `--help` does not import the library; a test compares both lists."""
 
     sft = "sft"
     dpo = "dpo"
@@ -30,7 +30,7 @@ DatasetFile = Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .par
 Model = Annotated[str, typer.Option(help="Model whose tokenizer and chat template to use.")]
 Cutoff = Annotated[int, typer.Option(min=8, help="Maximum tokens of a sample; longer samples are truncated.")]
 TrainedOn = Annotated[TrainOn, typer.Option(help="Parts of a chat on which the loss is computed.")]
-LearntBy = Annotated[Method, typer.Option(help="Training method of the run.")]
+LearntBy = Annotated[Method, typer.Option(help="Training method that will use the dataset.")]
 
 
 @app.command("check")
@@ -86,5 +86,7 @@ def show(
         encoder = load_encoder(model, max_seq_length, train_on.value)
     report = DatasetReport(file)
     samples = as_chats(read_samples(report, parser_of(method.value)))
-    chosen = (sample for sample in samples if line in (None, sample.origin.line))
-    dataset_view.show(itertools.islice(chosen, limit), encoder, render.stdout(), as_json=json_)
+    chosen = list(itertools.islice((sample for sample in samples if line in (None, sample.origin.line)), limit))
+    if not chosen:
+        dataset_view.raise_for_missing(report, line)
+    dataset_view.show(chosen, encoder, render.stdout(), as_json=json_)

@@ -1,7 +1,6 @@
 """The commands `sage llm engine …`."""
 
 import sys
-import time
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -16,9 +15,9 @@ EngineId = Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGIN
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 IdleStop = Annotated[
     float | None,
-    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next request loads it."),
+    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next request reloads it."),
 ]
-Serve = Annotated[bool, typer.Option("--serve", help="finetune: serve the result when the run is completed.")]
+Serve = Annotated[bool, typer.Option("--serve", help="For finetune: serve the result when the run is completed.")]
 ServeAs = Annotated[
     str | None, typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the folder's name.")
 ]
@@ -29,14 +28,40 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="--wait: wait until the engine has ended; --no-wait: until it is valid; default: until it serves or trains.",
+        help="--wait: until the engine has ended; --no-wait: until it is validated; default: until it serves or trains.",
     ),
 ]
-_WATCH_SECONDS = 1.0
+
+
+class Busy(StrEnum):
+    """What an engine does if the memory is not free; copied from the client, like `Kind`."""
+
+    wait = "wait"
+    preempt = "preempt"
+    share = "share"
+    fail = "fail"
+
+
+OnBusyOption = Annotated[
+    Busy | None,
+    typer.Option("--on-busy", help="What to do if the memory is not free; default: the setting on_busy (wait)."),
+]
+Priority = Annotated[
+    int | None, typer.Option(min=-100, max=100, help="Engines with a higher number are ahead in the queue; default: 0.")
+]
+Devices = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Devices that the engine may use, for example cuda:0,cuda:1 or cpu.")
+]
+MemoryGb = Annotated[
+    float | None, typer.Option(help="Memory to reserve, in GB (10^9 bytes); default: an estimate from the model.")
+]
+NotBefore = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Start at this time or later: HH:MM, or a date and time (ISO 8601).")
+]
 
 
 class Kind(StrEnum):
-    """The engine kinds. They are repeated here, so that `--help` does not import the client; a test compares both lists."""
+    """The engine kinds, repeated here so that `--help` does not import the client; a test compares both lists."""
 
     llm = "llm"
     embedding = "embedding"
@@ -82,30 +107,35 @@ def start(
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
     backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the fastest one.")] = None,
     restart_policy: Annotated[
-        Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting restart_policy.")
+        Policy | None, typer.Option(help="When to restart the engine automatically; default: restart_policy in config.toml.")
     ] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
     ] = None,
     dedicated: Annotated[
-        bool, typer.Option("--dedicated", help="Use a separate process; an adapter is merged into its base.")
+        bool, typer.Option("--dedicated", help="Use a separate process; an adapter is merged into its base model.")
     ] = False,
     merge_in_background: Annotated[
         bool,
-        typer.Option("--merge-in-background", help="Adapter: answer at once; merge it meanwhile, which is faster then."),
+        typer.Option("--merge-in-background", help="For an adapter: answer at once, and switch to its merged model later."),
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="For llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum tokens of prompt plus answer; default: the model's maximum.")
+        int | None, typer.Option(help="For llm: maximum tokens of prompt plus answer; default: the model's maximum.")
     ] = None,
-    slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
+    slots: Annotated[int | None, typer.Option(help="For llm: maximum number of answers generated at the same time.")] = None,
     quantize: Annotated[
         Quantize | None,
-        typer.Option(help="llm: quantize the weights: less memory, faster on a CPU, less exact; default: none."),
+        typer.Option(help="For llm: quantize the weights, which makes answers faster but less exact; default: none."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="llm: maximum tokens of an answer, if the request sets no maximum.")
+        int | None, typer.Option(help="For llm: maximum tokens of an answer, if the request sets no maximum.")
     ] = None,
+    on_busy: OnBusyOption = None,
+    priority: Priority = None,
+    devices: Devices = None,
+    memory_gb: MemoryGb = None,
+    not_before: NotBefore = None,
     idle_stop: IdleStop = None,
     serve: Serve = False,
     serve_as: ServeAs = None,
@@ -121,7 +151,7 @@ def start(
 
     Waits until the engine serves or trains. The exit code is 2 if an option is wrong, 1 if the engine fails.
     """
-    from sage.cli.starting import serve_request, start_engine
+    from sage.cli.starting import admission_request, serve_request, start_engine
 
     serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots,
                "quantize": quantize and quantize.value, "max_tokens": max_tokens}  # fmt: skip
@@ -130,6 +160,7 @@ def start(
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
                "dedicated": dedicated or None, "merge_in_background": merge_in_background or None,
                "idle_stop_minutes": idle_stop}  # fmt: skip
+    request |= admission_request(on_busy and on_busy.value, priority, devices, memory_gb, not_before)
     request |= serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
     given = {key: value for key, value in request.items() if value is not None}
     notes = {"metadata": dict(map(_note, metadata))} if metadata else {}
@@ -174,12 +205,9 @@ def list_(
 
         typer.echo(json.dumps([engine.model_dump(mode="json") for engine in engines], indent=2))
     elif watch:
-        from rich.live import Live
+        from sage.cli.watching import watch as refresh
 
-        with Live(render.engine_table(engines), console=render.stdout(), auto_refresh=False) as live:
-            while True:
-                time.sleep(_WATCH_SECONDS)
-                live.update(render.engine_table(listing.select(client, selection)[0]), refresh=True)
+        refresh(lambda: render.engine_table(listing.select(client, selection)[0]))
     else:
         render.stdout().print(render.engine_table(engines))
     if has_more:
@@ -250,10 +278,13 @@ def stop(
 
 @app.command("pause")
 def pause(engine_id: EngineId) -> None:
-    """Pause an engine (not available in this version)."""
-    from sage.cli import daemon
+    """Free the memory of an engine until it is resumed; a training run saves a checkpoint first."""
+    from sage.cli import daemon, waiting
 
-    daemon.connect().pause_engine(engine_id)
+    client = daemon.connect()
+    client.pause_engine(engine_id)
+    engine = waiting.until_paused(client, engine_id)
+    typer.echo(f"{engine_id} is {engine.state}.", err=True)
 
 
 @app.command("resume")
@@ -278,7 +309,7 @@ def checkpoint(
     engine_id: EngineId,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the checkpoint is saved.")] = True,
 ) -> None:
-    """Save a checkpoint of a training run after its current step. A run that was started with --serve also serves it."""
+    """Save a checkpoint of a training run after its current step. With --serve, the run also serves the checkpoint."""
     from sage.cli import daemon, waiting
 
     client = daemon.connect()

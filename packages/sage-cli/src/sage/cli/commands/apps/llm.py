@@ -4,11 +4,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sage.cli.commands.apps import dataset, engine, model
+from sage.cli.commands.apps import dataset, engine, model, queue
 from sage.cli.training_options import with_training_options
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(engine.app, name="engine", help="Start, list, stop and resume engines.")
+app.add_typer(queue.app, name="queue", help="List and move the engines that wait for memory.")
 app.add_typer(model.app, name="model", help="List, import and export models.")
 app.add_typer(dataset.app, name="dataset", help="Check and show datasets.")
 
@@ -20,13 +21,19 @@ def fine_tune(
     serve: engine.Serve = False,
     serve_as: engine.ServeAs = None,
     serve_checkpoints: engine.ServeCheckpoints = False,
+    on_busy: engine.OnBusyOption = None,
+    priority: engine.Priority = None,
+    devices: engine.Devices = None,
+    memory_gb: engine.MemoryGb = None,
+    not_before: engine.NotBefore = None,
     wait: engine.Wait = None,
     **training: Any,
 ) -> None:
     """Fine-tune a model. This is a short form of `engine start --engine-kind finetune`."""
-    from sage.cli.starting import serve_request, start_engine
+    from sage.cli.starting import admission_request, serve_request, start_engine
 
     request = serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
+    request |= admission_request(on_busy and on_busy.value, priority, devices, memory_gb, not_before)
     start_engine(base_model, "finetune", training, request=request, wait=wait, announce="Fine-tune engine started: {id}")
     typer.echo("Use `sage llm engine list` to monitor progress.", err=True)
 

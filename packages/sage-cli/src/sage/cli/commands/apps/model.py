@@ -44,7 +44,7 @@ def import_(
 
 
 class Format(StrEnum):
-    """The export formats. They are repeated here, so that `--help` does not import the library; a test compares both."""
+    """The export formats, repeated here so that `--help` does not import the library; a test compares both lists."""
 
     adapter = "adapter"
     merged = "merged"

@@ -17,7 +17,9 @@ def set_(
         list[str],
         typer.Argument(metavar="ENGINE[=WEIGHT]…", help="Ids, names or models of engines; WEIGHT: share of requests."),
     ],
-    fallback: Annotated[str | None, typer.Option(metavar="ENGINE", help="Engine to use if no other can answer.")] = None,
+    fallback: Annotated[
+        str | None, typer.Option(metavar="ENGINE", help="Engine to use if no other engine can answer.")
+    ] = None,
 ) -> None:
     """Send the requests for a name to an engine, or split them among several engines by weight.
 

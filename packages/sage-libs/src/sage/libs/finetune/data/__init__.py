@@ -1,1 +1,1 @@
-"""Read datasets in any common format, and convert them to token ids and labels."""
+"""Read datasets in any common format, and convert the samples to token ids and labels."""

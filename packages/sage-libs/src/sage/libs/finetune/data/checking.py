@@ -1,4 +1,4 @@
-"""Convert samples to tokens with a model's chat template, to check or show them without training."""
+"""Convert samples to tokens with a model's chat template, to check or show the samples without training."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -11,12 +11,12 @@ from sage.libs.models.chat import ensure_chat_template
 from sage.libs.models.loading import check_vocabulary, embedding_rows, load_tokenizer, local_folder, tokenizer_folder
 from sage.libs.models.resolve import resolve_model
 
-#: Fields of a preference row that contain answers. Each answer follows the prompt.
+#: Fields of a preference row that contain an answer to the prompt of the row.
 _ANSWERS = ("chosen", "rejected", "completion")
 
 
 def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> Encoder:
-    """Return an encoder for a model. Its `findings` already contain the findings about the model.
+    """Return an encoder for a model. The encoder's `findings` already contain the findings about the model.
 
     Raises SageError if the model or its tokenizer cannot be loaded.
     """

@@ -43,7 +43,7 @@ _MEANING: dict[Code, tuple[Severity, str, str]] = {
     Code.CALLS_LOST: (_W, "the chat template leaves out tool calls", "Use a model whose template renders tool calls."),
     Code.TOOLS_LOST: (_W, "the chat template leaves out the tools", "Use a model whose template renders tools."),
     Code.MESSAGE_LOST: (_W, "the chat template leaves out text of a message before the answer", "Fix the message."),
-    Code.NO_END_TOKEN: (_W, "no end token is trained, so generation would not stop", "Set an eos_token."),
+    Code.NO_END_TOKEN: (_W, "no end token is trained, so generation would not stop", "Set the tokenizer's eos_token."),
     Code.PROMPT_DIFFERS: (
         _W,
         "the prompt of the served model ends with text that is not in the training data",
@@ -52,18 +52,18 @@ _MEANING: dict[Code, tuple[Severity, str, str]] = {
     Code.DOUBLE_BOS: (_W, "the sequence begins with two BOS tokens", "Remove BOS from the text."),
     Code.FLAG_IGNORED: (_W, "a field that looks like a weight or flag is ignored", 'Use "weight": 0 to exclude a turn.'),
     Code.FIELD_IGNORED: (_N, "fields are ignored", ""),
-    Code.NOTHING_TRAINED: (_N, "the sample has no tokens to train on, so it is omitted", ""),
+    Code.NOTHING_TRAINED: (_N, "the sample is omitted, because it has no tokens to train on", ""),
     Code.END_NOT_CONFIGURED: (
         _N,
         "the model's generation_config.json does not list the token that ends answers",
-        "SAGE stops at this token; other servers may not.",
+        "SAGE stops at this token, but other servers possibly do not.",
     ),
 }
 
 
 @dataclass
 class Finding:
-    """One kind of finding, with the positions of the first samples."""
+    """All findings of one kind, with the positions of the first affected samples."""
 
     code: Code
     count: int = 0  #: number of samples; 0 if the finding is about the model
@@ -77,7 +77,7 @@ class Finding:
 
     @property
     def hint(self) -> str:
-        """Hint how to solve the problem; "" if there is none."""
+        """Hint on how to solve the problem; "" if there is no hint."""
         return _MEANING[self.code][2]
 
     def __str__(self) -> str:
@@ -88,13 +88,13 @@ class Finding:
         more = " …" if self.count > len(self.places) else ""
         samples = "1 sample" if self.count == 1 else f"{self.count} samples"
         first, *others = self.places
-        # Omit the file name for further places in the same file.
+        # Show the name of the file only in the first place, and omit it from further places in the same file.
         file = first[: max(first.rfind(":"), first.rfind(" ")) + 1]
         places = ", ".join([first, *(place.removeprefix(file) for place in others)])
         return f"{samples}: {_MEANING[self.code][1]}{details}: {places}{more}."
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the finding for JSON."""
+        """Return the finding as a dict for JSON."""
         kept = {"count": self.count, "places": self.places, "details": self.details}
         return {"code": self.code, "severity": self.severity, "message": str(self), "hint": self.hint, **kept}
 
@@ -133,7 +133,7 @@ class Findings:
         return [finding for finding in self if finding.severity is Severity.WARNING]
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """Return the findings for JSON."""
+        """Return the findings as dicts for JSON."""
         return [finding.as_dict() for finding in self]
 
     def raise_for_warnings(self, path: object, model: str) -> None:

@@ -1,4 +1,4 @@
-"""Select the files of a dataset: a single file, or the files of one split in a folder with a common layout.
+"""Select the files of a dataset: a single file, or the files of one split in a folder with a common layout of files.
 
 The train split is used for training, the validation split for evaluation. A file of the test split is read only if the user
 gives the path of this file.
@@ -19,8 +19,8 @@ Split = Literal["train", "validation"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
-#: Words that name a split in file and folder names, as on the hub. The first match is used; `test` is first, so that test
-#: data is never used for training.
+#: Words that name a split in file and folder names, as on the hub. The first split with a match is used. `test` is the first
+#: split, so that test data is never used for training.
 _SPLIT_WORDS = {
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
@@ -41,7 +41,7 @@ class Selection:
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix of a data file in lower case, such as `.csv` or `.jsonl.gz`; "" if it is not a data file."""
+    """Return the suffix of a data file in lower case, such as `.csv` or `.jsonl.gz`; "" if the file is not a data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
@@ -66,7 +66,7 @@ def _file(path: Path) -> Path:
     if not path.is_file():
         raise unusable(path, "is not a regular file")
     if not suffix_of(path):
-        raise unusable(path, f"does not end in {', '.join(FORMATS)}")
+        raise unusable(path, f"has a name that does not end in {', '.join(FORMATS)}")
     return path
 
 
@@ -102,7 +102,7 @@ def _is_cache(path: Path) -> bool:
 
 
 def _split_of(name: Path) -> str:
-    """Return the split that is named in a file or folder name, or ""."""
+    """Return the split (such as `train`) that a file or folder name contains, or ""."""
     words = set(re.split(r"[^a-z]+", str(name).lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), "")
 
@@ -124,7 +124,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files of one dataset. If shards have different names (`train`, `train_sft`), return those named `split`."""
+    """Return the files of one dataset: of shards with several names (`train`, `train_sft`), those with the name `split`."""
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:
@@ -162,7 +162,7 @@ def _saved_splits(folder: Path, split: Split) -> Selection:
 
 
 def _configured(folder: Path) -> list[tuple[str, Path]]:
-    """Return the split and path of each file listed in `configs` of a hub repository's README.md, or []."""
+    """Return split and path of each file that the README.md of a hub repository lists in `configs`, or []."""
     named = _card(folder).get("configs")
     configs = (
         [config for config in named if isinstance(config, dict) and "data_files" in config]
@@ -190,11 +190,11 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     try:
         return sorted(folder.glob(pattern))
     except (ValueError, NotImplementedError) as error:
-        raise unusable(folder, f"has a README.md with the pattern {pattern!r}: {error}") from error
+        raise unusable(folder, f"has a README.md with the invalid pattern {pattern!r}: {error}") from error
 
 
 def _card(folder: Path) -> dict[str, Any]:
-    """Return the YAML header of a hub repository's README.md, or {} if it is missing or invalid."""
+    """Return the YAML header of a hub repository's README.md, or {} if the header is missing or invalid."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         head = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") and text.count("---") > 1 else None

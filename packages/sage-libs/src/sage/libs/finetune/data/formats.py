@@ -1,4 +1,4 @@
-"""Detect the format of a record from its fields, and convert it to a chat or a text.
+"""Detect the format of a record from its fields, and convert the record to a chat or a text.
 
 A format has two functions, `matches` and `parse`. To add a format, write both functions and add an entry to `FORMATS`.
 """
@@ -59,7 +59,7 @@ def parse_record(record: Any) -> Parsed:
 
 
 def present_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a record that are not null; raises RecordError if the record is not an object or has media."""
+    """Return the fields of a record that are not null; raises RecordError if the record is no object or contains media."""
     if not isinstance(record, Mapping):
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}
@@ -84,7 +84,7 @@ def conversation_of(record: Record, field: str) -> Conversation:
 
 
 def behind_system(conversation: Conversation, record: Record, where: str) -> Conversation:
-    """Return the conversation with the record's system message at its beginning. Raises RecordError."""
+    """Return the conversation after inserting the record's system message at the beginning. Raises RecordError."""
     system = system_of(record)
     if system and conversation.messages[:1] == system:
         return conversation
@@ -94,7 +94,7 @@ def behind_system(conversation: Conversation, record: Record, where: str) -> Con
 
 
 def system_of(record: Record) -> list[Message]:
-    """Return the system message of a record's field `system`, or []. Raises RecordError."""
+    """Return the system message in a record's field `system` as a list of one message, or []. Raises RecordError."""
     text = text_of(record.get("system", ""), "system")
     return [{"role": "system", "content": text}] if text else []
 

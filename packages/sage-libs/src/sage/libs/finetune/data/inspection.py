@@ -25,7 +25,7 @@ def inspect_fields(sample: Sample, findings: Findings) -> None:
 
 
 def inspect_answer(sample: Sample, message: Message, trained: str, findings: Findings) -> None:
-    """Add findings for content, reasoning or tool calls of an answer that are missing in the trained text."""
+    """Add findings for content, reasoning or tool calls of an answer that are missing from the trained text."""
     if any(part.strip() not in trained for part in _THINK_TAG.split(message["content"])):
         findings.add(Code.ANSWER_LOST, sample.origin)
     if message.get("reasoning_content", "").strip() not in trained:
@@ -37,7 +37,7 @@ def inspect_answer(sample: Sample, message: Message, trained: str, findings: Fin
 def inspect_prompt(
     sample: Sample, asked: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: str, findings: Findings
 ) -> None:
-    """Add findings for messages and tools that are missing in the rendered prompt."""
+    """Add findings for messages and tools that are missing from the rendered prompt."""
     for message in asked:
         content = message["content"].strip()
         # Some templates write tool results as JSON.
@@ -48,7 +48,7 @@ def inspect_prompt(
 
 
 def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> None:
-    """Add a finding if the configuration does not list the model's end token, because other servers would not stop at it."""
+    """Add a finding if the configuration does not list the model's end token: other servers would not stop at this token."""
     end = chat_format.answer_end()
     listed: list[Any] = []
     for name in ("generation_config.json", "config.json"):

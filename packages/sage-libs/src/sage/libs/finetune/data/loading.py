@@ -18,22 +18,22 @@ from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unus
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-#: Maximum size of a CSV cell and of a .jsonl line in bytes. A cell or line may contain a whole conversation.
+#: Maximum size of a CSV cell and of a .jsonl line in bytes. A cell or line can contain a whole conversation.
 _CSV_FIELD_BYTES = 64 * 2**20
 _LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
 _BLANK = re.compile(r"[ \t\n\r]*")
 _SEPARATORS = ((";", "semicolons"), ("\t", "tabs"))
 _AS_UTF8 = "Save the file as UTF-8."
-_ONE_A_LINE = "Write each record on one line. If the file contains one list, rename it to .json."
+_ONE_A_LINE = "Write each record on one line. If the file contains one list, change the suffix of the file to .json."
 _LFS_POINTER = b"version https://git-lfs"
 
-#: The position of a record and the record, or a fault.
+#: A record with its position, or a fault.
 Item = tuple[Origin, Any] | Fault
 
 
 def dataset_hash(*paths: Path, split: Split = "train") -> str:
-    """Return the SHA-256 hash of the contents of the datasets' files, as 64 hex digits."""
+    """Return the SHA-256 hash of the contents of all files of the datasets, as 64 hex digits."""
     digest = hashlib.sha256()
     for file in (file for path in paths for file in select_files(path, split).files):
         with file.open("rb") as stream:
@@ -116,7 +116,7 @@ def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
 
 
 def _is_multiline(line: bytes) -> bool:
-    """Return whether an invalid JSON line seems to be the first line of a value that has several lines."""
+    """Return whether an invalid JSON line seems to be the first line of a value that is written over several lines."""
     return line.rstrip()[-1:] in b"[{" or line.lstrip()[:1] == b"["
 
 
@@ -132,7 +132,9 @@ def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
     at = _behind_blanks(text, 0)
     if text[at : at + 1] != "[":
         yield Fault(
-            Origin(path, 1), "a list of records is expected.", "If the file has one object per line, rename it to .jsonl."
+            Origin(path, 1),
+            "a list of records is expected.",
+            "If the file has one object per line, change the suffix of the file to .jsonl.",
         )
         return
     yield from _read_list(path, text, at + 1)

@@ -17,7 +17,7 @@ _ROLE_ALIASES = {
 }  # fmt: skip
 #: Roles of turns whose text is a tool call of the assistant, or a list of tool calls.
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-#: Fields that can exclude an answer from training: `weight` if it is 0, or another of these fields if it is false.
+#: Fields that can exclude an answer from training: `weight` with the value 0, the others with the value false.
 _FLAGS = ("weight", "loss", "train", "trainable", "training", "train_on_turn")
 #: Possible names of the field that contains the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -60,7 +60,7 @@ def read_conversation(value: Any, where: str) -> Conversation:
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Convert an object of lists, which old versions of `datasets` write, to a list of turns. Other values: return None."""
+    """Convert an object of lists, which old versions of `datasets` write, to a list of turns; other values: None."""
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None
     if len({len(column) for column in value.values()}) != 1:
@@ -85,7 +85,7 @@ def _read(items: list[tuple[Any, str]], prefix: str) -> Conversation:
         if turn.is_call and messages and messages[last]["role"] == "assistant":
             if turn.untrained != (last in untrained):
                 raise RecordError(
-                    f"{place} continues the previous answer, but only one of the two is excluded from training.",
+                    f"{place} continues the previous answer, but only one of the two turns is excluded from training.",
                     "Give both turns the same weight.",
                 )
             messages[last] = _merged_answer(messages[last], turn.message, place)
@@ -126,7 +126,7 @@ def _turn(item: Any, where: str) -> _Turn:
 
 
 def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored: list[str]) -> None:
-    """Copy further fields of a turn to its message. Add the names of fields without effect to `ignored`."""
+    """Copy further fields of the turn `item` to `message`. Add the names of fields without effect to `ignored`."""
     unknown = item.keys() - _CONTENT - BOOKKEEPING - _DETAILS
     if message["role"] != "assistant":
         unknown |= item.keys() & _OF_ASSISTANT
@@ -142,7 +142,7 @@ def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored:
 
 
 def _merged_answer(answer: Message, call: Message, where: str) -> Message:
-    """Merge an answer with the following turn of tool calls, because OpenAI's format has one message for both."""
+    """Merge an answer with the following turn of tool calls, because both are one message in OpenAI's format."""
     if "reasoning_content" in call and answer.get("reasoning_content") != call["reasoning_content"]:
         raise RecordError(f"{where} continues the previous answer, but has different reasoning.")
     return {**answer, "tool_calls": [*answer.get("tool_calls", []), *call["tool_calls"]]}
@@ -151,7 +151,7 @@ def _merged_answer(answer: Message, call: Message, where: str) -> Message:
 def _role(role: Any, where: str) -> str:
     name = _ROLE_ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else role
     if name not in ROLES:
-        raise RecordError(f"{where} is {shown(role)}.", f"It must be one of {', '.join(ROLES)}.")
+        raise RecordError(f"{where} is {shown(role)}.", f"The role must be one of {', '.join(ROLES)}.")
     return str(name)
 
 
@@ -161,9 +161,9 @@ def _untrained(item: Mapping[str, Any], flags: list[str], where: str) -> bool:
     for name in flags:
         value = item[name]
         if name == "weight" and (isinstance(value, bool) or value not in (0, 1)):
-            raise RecordError(f"{where}.weight is {shown(value)}.", "It must be 0 (context only) or 1.")
+            raise RecordError(f"{where}.weight is {shown(value)}.", "The weight must be 1, or 0 (context only).")
         if name != "weight" and not isinstance(value, bool):
-            raise RecordError(f"{where}.{name} is {shown(value)}.", "It must be true or false (context only).")
+            raise RecordError(f"{where}.{name} is {shown(value)}.", "The value must be true, or false (context only).")
         values[name] = bool(value)
     if len(set(values.values())) > 1:
         raise RecordError(f"{where}: {' and '.join(values)} contradict each other.", "Keep one of them.")

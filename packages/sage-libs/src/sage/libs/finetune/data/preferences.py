@@ -22,14 +22,14 @@ from sage.libs.finetune.data.values import RecordError, check_encodable, kind_of
 Row = dict[str, Any]
 #: Training method: supervised fine-tuning, or one of TRL's methods.
 Method = Literal["sft", "dpo", "orpo", "kto", "grpo"]
-#: Fields that contain a whole conversation, which may include the answer, as in LLaMA-Factory.
+#: Fields that contain a whole conversation, with or without the answer, as in LLaMA-Factory.
 _CONVERSATIONS = ("conversations", "messages")
 _ASKED = ("instruction", "input", "history")
 _PROMPT_HINT = "Add a prompt, or begin both answers with the same messages."
 
 
 def parser_of(method: Method) -> Callable[[Any], Parsed]:
-    """Return the function that parses records for a training method; the function raises RecordError."""
+    """Return the function that parses records for a training method, and raises RecordError for invalid records."""
     match method:
         case "sft":
             return parse_record
@@ -61,7 +61,7 @@ def _pair(record: Record, method: Method, *tools: str) -> Parsed:
     row: Row = {"prompt": context, **{name: _answer(answer[shared:], name) for name, answer in answers.items()}}
     if row["chosen"] == row["rejected"]:
         raise RecordError("'chosen' and 'rejected' are equal, so there is nothing to learn.")
-    # `messages` is listed as used, because records with a prompt may repeat prompt and chosen answer in `messages`.
+    # `messages` is listed as used, because some records with a prompt repeat the prompt and the chosen answer in `messages`.
     return _parsed("preference_pair", row, record, ("chosen", "rejected", "messages", *fields), tools)
 
 
@@ -96,7 +96,7 @@ def _prompt(record: Record) -> Parsed:
 
 
 def _prompt_of_pair(record: Record) -> tuple[list[Message], tuple[str, ...]]:
-    """Return the messages before the answer ([] if there are none), and the names of the fields that contain them."""
+    """Return the messages before the answer ([] if there are none), and the names of the fields with these messages."""
     if "prompt" in record:
         return behind_system(prompt_of(record["prompt"], "prompt"), record, "prompt").messages, ("prompt", "system")
     if field := next((name for name in _CONVERSATIONS if name in record), None):
@@ -110,7 +110,7 @@ def _require(record: Record, method: Method, *fields: str) -> None:
 
 
 def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return how many messages at the beginning of two answers are equal, without the last message of each answer."""
+    """Return the number of equal messages at the beginning of two answers; the last messages are not counted."""
     alike = 0
     while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
         alike += 1

@@ -27,9 +27,9 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
 
 
 def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
-    """Return the prompt and the answer.  spoken: the answer, which may begin with the prompt. Raises RecordError."""
+    """Return the prompt and the answer.  spoken: the answer, possibly with the prompt before it. Raises RecordError."""
     prompt, spoken = list(prompt), list(spoken)
-    for begin in (0, 1):  # a repeated prompt may follow a system message
+    for begin in (0, 1):  # a repeated prompt can follow a system message
         end = begin + len(prompt)
         if prompt and spoken[begin:end] == prompt and all(message["role"] == "system" for message in spoken[:begin]):
             return spoken[:end], spoken[end:]
@@ -39,7 +39,7 @@ def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> 
     if asked:
         raise RecordError(
             f"{where}[0] is a {asked[0]['role']} message that differs from the prompt.",
-            f"Change the message to the prompt, or remove it from {where}.",
+            f"Replace this message by the prompt, or remove the message from {where}.",
         )
     return prompt, spoken
 

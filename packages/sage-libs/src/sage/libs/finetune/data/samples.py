@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Origin:
-    """Position of a record: the number of its first line in a text file, else the number of the record. Both begin at 1."""
+    """Position of a record: in a text file, the number of the first line; else the number of the record. Both begin at 1."""
 
     path: Path
     line: int
@@ -54,6 +54,6 @@ class Sample:
 
     origin: Origin
     format: str
-    #: A Chat, a str (all its tokens are trained on), or a row in the format of a TRL trainer.
+    #: A Chat, a str (all tokens of the text are trained on), or a row in the format of a TRL trainer.
     content: Any = field(repr=False)
     ignored: tuple[str, ...] = ()  #: names of the record's fields that have no effect

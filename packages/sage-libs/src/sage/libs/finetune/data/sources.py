@@ -1,4 +1,4 @@
-"""Datasets of a run and their weights."""
+"""The datasets of a run, each with its weight."""
 
 import math
 import re
@@ -19,8 +19,8 @@ class Source:
     def parse(cls, text: str) -> "Source":
         """Parse `FILE` or `FILE=WEIGHT`; relative paths are resolved from the working directory.
 
-        If a file or folder named `text` exists, `text` is a path without a weight. Raises ValueError if the weight is 0 or
-        infinite, or if the home folder in a path such as `~user` is unknown.
+        If a file or folder named `text` exists, `text` is parsed as a path without a weight. Raises ValueError if the weight
+        is 0 or infinite, or if the home folder in a path such as `~user` is unknown.
         """
         weighed = None if _exists(absolute(text)) else _WEIGHED.fullmatch(text)
         path, weight = (weighed["path"], float(weighed["weight"])) if weighed else (text, 1.0)
@@ -29,7 +29,7 @@ class Source:
         return cls(absolute(path), weight)
 
     def __str__(self) -> str:
-        """Return a text from which `parse` returns the same source, even if the file no longer exists."""
+        """Return a text that `parse` converts back to the same source, even if the file no longer exists."""
         is_plain = self.weight == 1 and not _WEIGHED.fullmatch(str(self.path))
         return str(self.path) if is_plain else f"{self.path}={repr(self.weight).removesuffix('.0')}"
 

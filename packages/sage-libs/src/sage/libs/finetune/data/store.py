@@ -1,7 +1,7 @@
-"""Tokenized datasets on disk. Samples are read one by one, so that the memory use does not grow with the dataset.
+"""Tokenized datasets on disk. Samples are read one by one, so that the needed memory does not depend on the dataset's size.
 
-tokens.bin   token ids of all samples, concatenated, as 32-bit integers; an untrained token t is stored as -1 - t
-bounds.bin   index of the first token of each sample, followed by the total number of tokens, as 64-bit integers
+tokens.bin   token ids of all sequences, concatenated, as 32-bit integers; a token t without loss is stored as -1 - t
+bounds.bin   index of the first token of each sequence, followed by the total number of tokens, as 64-bit integers
 facts.json   TokenizationStats
 """
 
@@ -30,14 +30,14 @@ from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: Version of the cached data, part of the cache key. Increment it after a change in how samples are read or tokenized.
+#: Version of the cached data, part of the cache key. Increment this number if samples are read or tokenized differently.
 _VERSION = 2
 _PROGRESS_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
-#: Seconds without a write after which an incomplete folder is removed, because its process has probably crashed.
+#: Seconds without a write after which an incomplete folder is removed, because the writing process has probably crashed.
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIAL = ".partial-"
-#: A function that is called regularly with a description of the progress. If it raises an exception, reading ends.
+#: A function that is called regularly with a description of the progress. If the function raises an exception, reading ends.
 OnProgress = Callable[[str], None]
 Indexes = npt.NDArray[np.int64]
 
@@ -53,9 +53,9 @@ class TokenizationStats:
 
 
 class StoredSamples(Sequence[Encoded]):
-    """The tokenized sequences in a folder, or a selection of them. They stay readable after the folder is removed.
+    """The tokenized sequences in a folder, or a selection of them. The sequences stay readable after the folder is removed.
 
-    The file is not memory-mapped, because mapped pages count as the process's memory.
+    The file `tokens.bin` is not memory-mapped, because mapped pages count as memory of the process.
     """
 
     def __init__(self, stats: TokenizationStats, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
@@ -95,13 +95,15 @@ class StoredSamples(Sequence[Encoded]):
 
 
 def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, split: Split = "train") -> StoredSamples:
-    """Return the tokenized dataset from the cache; if it is not in the cache, tokenize the dataset first.
+    """Return the tokenized dataset from the cache; tokenize the dataset first if the cache does not contain the result.
 
-    Raises DatasetError if the dataset has faults, has nothing to train on, or changes while it is read.
+    Raises DatasetError if the dataset has faults, has nothing to train on, or changes during reading.
     """
     root = get_user_paths().cache_dir / "tokenized"
     if skipped := select_files(path, split).skipped:
-        on_progress(f"reading {split} of {path}; not read: {', '.join(str(file.relative_to(path)) for file in skipped)}")
+        on_progress(
+            f"reading the {split} split of {path}; not read: {', '.join(str(file.relative_to(path)) for file in skipped)}"
+        )
     before = _file_stats(path, split)
     folder = root / _key(path, encoder, split)
     found = _open_if_intact(folder)
@@ -121,7 +123,7 @@ def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, spli
             found = _publish(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another process may remove the folder; open files stay readable
+    with contextlib.suppress(OSError):  # if another process has removed the folder; open files stay readable
         os.utime(folder)
     return found
 
@@ -157,14 +159,14 @@ def _synced(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _publish(aside: Path, folder: Path) -> StoredSamples:
-    """Rename `aside` to `folder` and return its samples; if an intact `folder` exists already, return its samples."""
+    """Rename the folder `aside` to `folder`, unless an intact `folder` exists already; return the samples in `folder`."""
     samples = StoredSamples.of_folder(aside)
     try:
         aside.rename(folder)
     except OSError:  # `folder` exists already
         if other := _open_if_intact(folder):
             return other
-        # Rename a damaged folder before removing it, so that readers find a complete folder or none.
+        # Rename a damaged folder before removing it, so that readers find a complete folder or no folder.
         damaged = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
         with contextlib.suppress(OSError):
             folder.rename(damaged)
@@ -174,7 +176,7 @@ def _publish(aside: Path, folder: Path) -> StoredSamples:
 
 
 def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
-    """Yield the samples until the first fault. Then only collect faults, and raise DatasetError at the end."""
+    """Yield the samples until the first fault. Then only collect further faults; raise DatasetError at the end."""
     for sample in read_samples(report):
         if report.sample_count % _PROGRESS_SAMPLES == 0:
             on_progress(f"tokenizing {report.path}: {report.sample_count:,} samples")

@@ -1,6 +1,6 @@
 """Tokenize samples, and mark the tokens to train on: by default, the answers of the assistant.
 
-In training, each answer follows exactly the tokens that a served model gets as prompt, and ends with its end token.
+In training, each answer follows exactly the tokens that a served model gets as prompt, and is followed by an end token.
 If the chat template marks answers (`{% generation %}`), these marks are used. Otherwise, an answer is the text that follows
 its prompt in the rendered chat. The answers of a chat share one sequence if the prompt of each answer begins with the
 previous prompt and answer. Otherwise, answers get separate sequences, for example if the template removes reasoning from
@@ -25,7 +25,7 @@ TrainOn = Literal["assistant", "last_turn", "all"]
 IGNORED = -100
 #: Number of samples that are tokenized at once.
 _BATCH = 256
-#: Number of characters before and after the beginning of an answer that are tokenized to find a token that spans it.
+#: Number of characters to tokenize before and after the beginning of an answer, to find a token that spans the beginning.
 _EDGE_CHARACTERS = 24
 #: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
@@ -33,14 +33,14 @@ _SHOWN_FAULTS = 3
 
 @dataclass(frozen=True)
 class Encoded:
-    """A token sequence. `labels` is as long as `ids`: the token id for a trained token, IGNORED for any other token."""
+    """A token sequence. `labels` has one entry per token: the id of a trained token, or IGNORED for any other token."""
 
     ids: list[int]
     labels: list[int]
 
     @property
     def trained_tokens(self) -> int:
-        """Number of tokens that the loss covers. The first token is not counted, because it is never predicted."""
+        """Number of tokens that the loss covers. The first token is not counted, because the model never predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -70,11 +70,11 @@ class Encoder:
     tokenizer: Any
     cutoff: int  #: maximum number of tokens of a sequence
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: rows of the model's embedding; larger token ids are faults
-    truncated: int = 0  #: number of sequences that were cut at the cutoff
-    dropped: int = 0  #: number of sequences without trained tokens before the cutoff
+    embedding_rows: int | None = None  #: number of rows of the model's embedding; larger token ids are faults
+    truncated: int = 0  #: number of sequences that were truncated to `cutoff` tokens
+    dropped: int = 0  #: number of sequences dropped, because no trained token was left after truncation
     untrained: int = 0  #: number of samples without any tokens to train on
-    lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: tokens of each sequence before the cut
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: number of tokens of each sequence before truncation
     findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class Encoder:
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
-        """Return all values that determine the sequences, except the samples."""
+        """Return all values, besides the samples, that influence the sequences, for the cache key."""
         vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 
@@ -132,8 +132,8 @@ class Encoder:
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
         """Yield for each sequence whether a token spans the beginning of an answer.
 
-        In this case, the answer has different tokens inside the prompt of the next answer. The end of an answer is not
-        checked, because the end token is always separate.
+        If a token does, the answer has different tokens when it is part of the next answer's prompt. The end of an answer
+        is not checked, because the end token is always separate.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -188,8 +188,8 @@ class Encoder:
             )
         return DatasetError(
             code="dataset_too_long",
-            message=f"In all {self.dropped} samples, the answer begins after the cutoff of {self.cutoff} tokens, so nothing "
-            "is trained on.",
+            message=f"In all {self.dropped} samples, the answer begins after the cutoff of {self.cutoff} tokens, so no "
+            "token is left to train on.",
             hint=f"Raise max_seq_length (the shortest sample has {min(self.lengths)} tokens) or shorten the prompts.",
             param="max_seq_length",
         )
@@ -227,7 +227,7 @@ class Encoder:
         return answers
 
     def _answer(self, sample: Sample, chat: Chat, at: int) -> _Answer:
-        """Return the answer `messages[at]` with the prompt that a served model gets."""
+        """Return the answer `messages[at]` with the prompt that a served model gets for this answer."""
         before, message = chat.messages[:at], chat.messages[at]
         whole = self.format.render([*before, message], chat.tools)
         prompt = self.format.render(before, chat.tools, prompt=True) if before else self.format.opening(whole)

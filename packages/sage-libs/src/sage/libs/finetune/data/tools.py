@@ -40,7 +40,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) -> list[Call]:
-    """Return the calls in an assistant message's field `tool_calls`, or `function_call` in OpenAI's older format.
+    """Return the calls of an assistant message: its field `tool_calls`, or `function_call` of OpenAI's older format.
 
     Add the names of fields without effect to `ignored`. Raises RecordError.
     """
@@ -55,7 +55,7 @@ def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) ->
 def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
     """Parse a list of calls, or a single call: an object with name and arguments. Raises RecordError."""
     if isinstance(value, str):
-        value = decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of them.')
+        value = decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of such objects.')
     calls = value if isinstance(value, list) else [value]
     if not calls:
         raise RecordError(f"{where} has no calls.")
@@ -82,7 +82,7 @@ def _call(call: Any, where: str, ignored: list[str]) -> Call:
 
 
 def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """Return the arguments of a call as an object, because chat templates expect one; JSON text is decoded."""
+    """Return the arguments of a call as an object, because chat templates expect an object; JSON text is decoded."""
     if isinstance(arguments, str):
         arguments = decoded(arguments, where, "Write the arguments as an object.") if arguments.strip() else {}
     if arguments is None:

@@ -31,7 +31,7 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
     scaling: float
-    window: int | None = None  #: size of the sliding window in tokens, with the query's own token; None: no window
+    window: int | None = None  #: size of the sliding window in tokens, including the query's own token; None: no window
     compute_dtype: torch.dtype | None = None  #: None: use the dtype of the projection
 
     @property
@@ -207,7 +207,7 @@ def _blocks(tokens: int, window: int | None) -> Iterator[tuple[slice, slice]]:
 
 
 def _by_head(columns: Tensor, shape: AttentionShape) -> Tensor:
-    """Return a view of (tokens, heads * head_dim) as (num_kv_heads, groups, tokens, head_dim)."""
+    """Return a view of `columns` (tokens, heads * head_dim) with the shape (num_kv_heads, groups, tokens, head_dim)."""
     return columns.view(columns.shape[0], shape.num_kv_heads, shape.groups, shape.head_dim).permute(1, 2, 0, 3)
 
 
@@ -232,7 +232,7 @@ def _split(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: Atten
 def _join(
     grads: tuple[Tensor, Tensor, Tensor], projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: AttentionShape
 ) -> None:
-    """Write the gradients of query, key and value into the gradient `projected`; this is the backward pass of `_split`."""
+    """Write the gradients of query, key and value to the columns of `projected`: the backward pass of `_split`."""
     tokens = projected.shape[0]
     columns = projected.view(tokens, -1, shape.head_dim).transpose(0, 1)
     query, key, value = (grad.reshape(-1, grads[1].shape[1], shape.head_dim)[:, :tokens] for grad in grads)

@@ -1,7 +1,7 @@
 """Install the kernels in a model if its structure is supported.
 
 Each kernel replaces the `forward` of one module instance; modules, parameters and their names stay the same. Then the new
-logits are compared with the logits of the original model. If they differ too much, all kernels are removed again.
+logits are compared with the logits of the original model. If the difference is too large, all kernels are removed again.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ AttentionInterface.register(attention.NAME, attention.attention_interface)
 
 
 class Kernels:
-    """The kernels installed in a model. The model accepts packed samples, and its `logits` are the last hidden states."""
+    """The kernels installed in a model, which then accepts packed samples and returns the last hidden states as `logits`."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
         """Install the kernels without comparing the logits; the function `install` also compares them."""
@@ -109,7 +109,7 @@ def install(
     except (RuntimeError, ValueError, TypeError) as error:
         kernels.uninstall()
         return None, f"fallback: unsupported module structure in {type(model).__name__} ({str(error).splitlines()[0]})"
-    # A quantized base gets the larger tolerance, because it rounds its inputs, and rounding can enlarge a tiny difference.
+    # A quantized base gets the larger tolerance, because rounding of the inputs can enlarge a tiny difference.
     if not difference < _TOLERANCE[torch.bfloat16 if getattr(model, "is_quantized", False) else before.dtype]:
         kernels.uninstall()
         return None, f"fallback: outputs of {type(model).__name__} differ by {difference:.1%}"
@@ -133,7 +133,7 @@ def _unsupported_reason(model: PreTrainedModel) -> str:
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
-    """Return the logits of two random samples, (tokens, vocab); packed if `kernels` is given, else one by one."""
+    """Return the logits of two random samples, (tokens, vocab). If `kernels` is given, the samples are packed."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]
     samples = [torch.randint(vocab, (1, n), generator=generator).to(model.device) for n in _PROBE_LENGTHS]

@@ -1,7 +1,8 @@
 """Int8 matrix products with a frozen weight; the forward and the backward pass use the same int8 copy of the weight.
 
 Activations are quantized with one scale per row. If some columns of the activations are much larger than others, small
-columns would lose precision. Therefore each column is multiplied by a factor, and the weight is divided by it.
+columns would lose precision. Therefore each column of the activations is multiplied by a factor, and the same column of the
+weight is divided by this factor.
 Sources: Xiao et al. 2023, "SmoothQuant", for the factors; Wortsman et al. 2023, "Stable and low-precision training for
 large-scale vision-language models" (SwitchBack), for int8 in the backward pass.
 """
@@ -42,13 +43,13 @@ class Int8Matrix:
         return self._integers.to(dtype).mul_(self._scales[:, None]).mul_(self._factors)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs @ matrix.t() for inputs (rows, inputs) in bf16 or fp32: (rows, outputs), in the same dtype."""
+        """Return inputs @ matrix.t(), (rows, outputs), in the dtype of the inputs.  inputs: (rows, inputs), bf16 or fp32."""
         integers, scales = quantize(inputs, self._factors)
         outputs = inputs.new_empty(inputs.shape[0], self._integers.shape[0])
         return rescale(_int_matmul(integers, self._integers.t()), scales, self._scales, outputs)
 
     def backward(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return grad @ matrix, (rows, inputs), in the dtype of grad; if `onto` is given, add the product to it in place."""
+        """Return grad @ matrix, (rows, inputs), in the dtype of grad; if `onto` is given, add the product to `onto`."""
         integers, scales = quantize(grad, self._scales)
         adds = onto is not None
         outputs = grad.new_empty(grad.shape[0], self._integers.shape[1]) if onto is None else onto
@@ -80,7 +81,7 @@ def quantize(numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, adds: bool = False) -> Tensor:
-    """Multiply int32 sums (rows, columns) by row scales and column factors; write the result to `numbers`, or add it."""
+    """Multiply int32 sums (rows, columns) by row scales and column factors; write or add the result to `numbers`."""
     native, _ = library(_SOURCE)
     if native is None:
         scaled = sums.float().mul_(scales[:, None]).mul_(factors)
@@ -102,7 +103,7 @@ def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
     numbers, weight = torch.ones(PROBE_ROWS, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
     matrix = Int8Matrix(weight, torch.ones(width))
     speedup = least_seconds(lambda: numbers @ weight.t()) / least_seconds(lambda: matrix.forward(numbers))
-    return speedup, f"int8 matrix products measured {speedup:.1f} times as fast"
+    return speedup, f"int8 matrix products are {speedup:.1f} times as fast (measured)"
 
 
 def _int_matmul(integers: Tensor, matrix: Tensor) -> Tensor:

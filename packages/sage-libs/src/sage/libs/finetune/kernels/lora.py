@@ -1,4 +1,4 @@
-"""Compute linear layers with the same input as one larger layer, and their LoRA adapters as one larger adapter.
+"""Fuse linear layers that have the same input into one larger layer, and their LoRA adapters into one larger adapter.
 
 PEFT's modules are not changed. The adapter parameters are read from these modules at every call, and receive gradients. The
 frozen weights receive no gradients. Only the inputs are saved for the backward pass.
@@ -40,7 +40,7 @@ class StackedAdapters:
 
 
 class Projections:
-    """Linear layers with the same input. Their weights become views of one matrix, so that no weight is stored twice."""
+    """Linear layers with the same input. The layers' weights become views of one matrix, so no weight is stored twice."""
 
     def __init__(self, layers: Sequence[nn.Module], compute_dtype: torch.dtype | None = None) -> None:
         """layers: all must be fusible (`is_fusible`).  compute_dtype: dtype of products; default: dtype of the weights."""
@@ -87,7 +87,7 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Dequantize the weights into the layers for transformers' `forward`; `free_dense_weights` frees them again."""
+        """Restore the layers' dense weights from the int8 copy, because the `forward` of transformers needs them."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 
@@ -168,7 +168,7 @@ class Projections:
             _base(layer).weight.data = rows
 
     def _active(self) -> Iterator[tuple[int, Tensor, Tensor, float]]:
-        """Yield the first column, A, B and scaling of each active adapter."""
+        """Yield the first output column, the matrices A and B, and the scaling of each active adapter."""
         column = 0
         for layer, width in zip(self._layers, self._widths, strict=True):
             if isinstance(layer, LoraLinear) and not layer.disable_adapters:

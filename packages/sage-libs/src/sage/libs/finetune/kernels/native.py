@@ -52,11 +52,11 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
             [*compiler, *_FLAGS, str(source), "-o", str(made)],
             check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS,
         )  # fmt: skip
-        made.replace(target)  # atomic: another process may compile the same file
+        made.replace(target)  # atomic, because another process can compile the same file at the same time
 
 
 def _processor() -> str:
-    """Return the processor's model and features, for the cache key: machines with different processors may share a cache."""
+    """Return the processor's model and features, for the cache key, because different machines can share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -53,7 +53,7 @@ def saved(states: Tensor) -> tuple[Tensor, ...]:
 
 
 def recompute(source: Sequence[Tensor]) -> Tensor:
-    """Recompute states from the result of `saved(states)`, bit-identical, as (rows, hidden_size)."""
+    """Return the states (rows, hidden_size), recomputed bit-identically.  source: the result of `saved(states)`."""
     states = Normed(*source).outputs() if len(source) > 1 else source[0]
     return states.reshape(-1, states.shape[-1])
 

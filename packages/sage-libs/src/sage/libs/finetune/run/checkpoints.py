@@ -18,9 +18,9 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
-#: Error codes for a file that is missing or permanently unreadable. After other errors, the checkpoint may be intact.
+#: Error codes for a file that is missing or permanently unreadable. After other errors, the checkpoint can be intact.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that may differ when a run continues from a checkpoint. A difference in any other option changes the result.
+#: Options that are allowed to differ if a run continues from another run's checkpoint. Others change the result.
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
@@ -49,7 +49,7 @@ class Checkpoint:
             ) from error
 
     def verify(self) -> None:
-        """Raise RunError if a file is missing or its checksum differs from the manifest."""
+        """Raise RunError if a file is missing, or has another checksum than in the manifest."""
         try:
             manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
             for name, expected in manifest["files_sha256"].items():
@@ -70,7 +70,7 @@ class Checkpoint:
             raise _damaged(f"{self.path}/trainer_state.json is not readable.") from error
 
     def set_aside(self) -> None:
-        """Rename a damaged checkpoint, so that it is no longer listed as a checkpoint."""
+        """Rename a damaged checkpoint, so that `list_checkpoints` no longer returns it."""
         target = self.path.with_name(_DAMAGED + self.path.name)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self.path, target)
@@ -79,7 +79,7 @@ class Checkpoint:
     def check_can_continue(self, config: FinetuneConfig, dataset_sha256: str, base: Callable[[str], Path]) -> None:
         """Raise ConfigError if a run with this config and data would not have the same result as the checkpoint's run.
 
-        It also raises ConfigError if no steps are left to train.  base: returns the folder of a base model, given its name.
+        ConfigError is also raised if no step is left to train.  base: returns the folder of a base model, given its name.
         """
         origin = self._origin()
         found, wanted = origin.config, config
@@ -112,9 +112,9 @@ class Checkpoint:
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Write checksums into the folder `written`, sync it, and rename it to `checkpoint-<step>` in the run's directory.
+    """Add checksums to the folder `written`, sync it, and rename the folder to `checkpoint-<step>` in the run's directory.
 
-    If an intact checkpoint of this step exists already, it is kept, because its content is the same.
+    If an intact checkpoint of this step exists already, the existing checkpoint is kept, because both have the same content.
     """
     files = {str(f.relative_to(written)): _sha256(f) for f in sorted(written.rglob("*")) if f.is_file()}
     (written / _MANIFEST).write_text(json.dumps({"step": step, "files_sha256": files}, indent=1), encoding="utf-8")
@@ -140,7 +140,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint or None, and the problems of newer ones. Damaged checkpoints are renamed."""
+    """Return the newest intact checkpoint or None, and the problems of newer checkpoints; damaged ones are renamed."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):
@@ -151,7 +151,7 @@ def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collection[int] = ()) -> list[str]:
-    """Keep the `keep` newest intact checkpoints and the best one; remove older ones. Return the problems of damaged ones.
+    """Remove old checkpoints, but keep the `keep` newest intact ones and the best one; return the problems of damaged ones.
 
     trusted: steps of checkpoints that this process has written or verified.
     """
@@ -168,7 +168,7 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
 
 
 def _problem(checkpoint: Checkpoint) -> str:
-    """Verify a checkpoint; return "" if it is intact, else rename it and return the problem."""
+    """Verify a checkpoint. If it is intact, return ""; if it is damaged, rename it and return the problem."""
     try:
         checkpoint.verify()
     except RunError as error:

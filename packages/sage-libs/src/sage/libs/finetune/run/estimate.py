@@ -24,8 +24,8 @@ class Estimate:
     base_bytes: int  #: frozen weights, in the precision used in memory
     trained_bytes: int  #: trained parameters with gradients and optimizer state
     token_bytes: int  #: activations per token that SAGE's training step saves for the backward pass
-    logits_bytes: int  #: logits of one token, for all copies in memory
-    loading_bytes: int  #: peak while the base is loaded, before SAGE quantizes it to int8; else 0
+    logits_bytes: int  #: logits of one token, including all copies of these logits in memory
+    loading_bytes: int  #: peak during loading if SAGE quantizes the base model to int8 after loading; else 0
 
     @property
     def held_bytes(self) -> int:
@@ -47,14 +47,14 @@ class Estimate:
         return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
     def describe(self, tokens: int, available_bytes: int) -> str:
-        """Return a message with the needed and the free memory, and with the number of tokens that fit, if not all do."""
+        """Return a message: the needed and the free memory, and the number of tokens that fit if `tokens` is too large."""
         needed_bytes = self.total_bytes(tokens)
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(available_bytes)} are free"
         if needed_bytes <= available_bytes:
             return text
         return (
-            f"{text}, enough for about {self.fitting_tokens(available_bytes):,} tokens at once; micro-batches of up to "
-            f"{tokens:,} tokens are computed in parts if they do not fit"
+            f"{text}, enough for about {self.fitting_tokens(available_bytes):,} tokens at once; larger micro-batches (up to "
+            f"{tokens:,} tokens) are computed in parts"
         )
 
 
@@ -63,8 +63,8 @@ def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int
 
     bf16, base_bits, int8: the precision of the base model in memory, as in `Precision`.
     The activations of a token are estimated as the inputs and outputs of each matrix. The estimate plus the memory of the
-    process was compared with measured peaks for 128 to 8,192 tokens and ranks 8 to 128. It differs by at most 8 % in fp32,
-    and is 15 % too low in bf16.
+    process was compared with measured peaks for 128 to 8,192 tokens and ranks 8 to 128. The two differ by at most 8 % in
+    fp32. In bf16, the estimate is 15 % too low.
     """
     shapes = {
         name: entry["shape"]

@@ -19,10 +19,10 @@ RUN_FILE = "sage_run.json"
 
 
 def claim_output(output: Path, task_id: str, run: Path) -> None:
-    """Create the output folder and record its owner; if several runs claim it at the same time, only one succeeds.
+    """Create the output folder and claim it: record the run as owner. If several runs do so at once, only one succeeds.
 
-    A run claims its folder when the run is created, and may claim the same folder again. If the run ends without a result,
-    another run may claim the folder.
+    A run claims its folder when the run is created, and can claim the same folder again. If the run ends without a result,
+    another run can claim the folder.
     Raises OutputError if the folder cannot be written, belongs to another run, or contains files that no run has written.
     """
     output = output.resolve()

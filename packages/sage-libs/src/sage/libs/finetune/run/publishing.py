@@ -1,4 +1,4 @@
-"""Publish checkpoints as models. A published model stays available when the run removes the checkpoint."""
+"""Publish checkpoints for serving: link the files into a folder that remains when the run removes the checkpoint."""
 
 import os
 import shutil
@@ -7,15 +7,15 @@ from pathlib import Path
 from sage.common.errors import ModelError
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: Suffixes of the files of an adapter and its tokenizer. The files in `_OF_TRAINER` are not published.
+#: Suffixes of the published files: the adapter and its tokenizer, without the files in `_OF_TRAINER`.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".txt"})
 _OF_TRAINER = frozenset({"trainer_state.json", "manifest.json"})
-#: Number of published checkpoints to keep. Requests may still use the previous checkpoint.
+#: Number of published checkpoints to keep: the newest, and the previous one, which running requests can still use.
 _KEPT = 2
 
 
 def publish_checkpoint(run: RunDirectory, step: int) -> Path:
-    """Publish a checkpoint as a folder of hard links and return the folder. Keep the previous folder; remove older ones.
+    """Publish a checkpoint as a folder of hard links and return the folder. Keep the previous folder; remove older folders.
 
     Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
     """

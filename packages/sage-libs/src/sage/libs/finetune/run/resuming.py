@@ -37,7 +37,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
 
 
 def begun(run: RunDirectory, given: str | None) -> RunStatus:
-    """Return the status of a run. Before its first step, return the status of the run that wrote the checkpoint `given`."""
+    """Return the status of `run`. If `run` has not trained yet, return the status of the run that wrote `given`."""
     status = read_status(run)
     if status.bf16 is None and given:
         origin = RunDirectory(Path(given).resolve().parent)

@@ -1,6 +1,7 @@
 """The reward function of GRPO, which the user writes in a Python file.
 
-`def reward(prompts, completions, **columns)` returns one number per completion. `columns` has the other fields.
+`def reward(prompts, completions, **columns)` returns one number per completion. `columns` contains the other fields of the
+dataset.
 """
 
 import ast

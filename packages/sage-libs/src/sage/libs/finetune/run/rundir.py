@@ -13,7 +13,7 @@ from sage.common.paths import private_folder
 from sage.common.training import AnyRunEvent, parse_event
 from sage.libs.finetune.config import FinetuneConfig
 
-#: Environment variable with the rank of an additional process of a run; it is not set in the main process.
+#: Environment variable with the rank of an additional process of a run; the main process does not have this variable.
 RANK_VARIABLE = "SAGE_WORKER_RANK"
 #: Events that are synced to disk before the run continues. A power failure can lose `step` events; a resumed run repeats
 #: these steps.
@@ -36,7 +36,7 @@ class RunDirectory:
     """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
-        """path: the folder; it may not exist yet."""
+        """path: the folder; it need not exist yet."""
         self.path = path
         self.spec_path = path / "spec.json"
         self.events_path = path / "events.jsonl"
@@ -112,7 +112,7 @@ class RunDirectory:
             self._reserve_path.write_bytes(b"\0" * _RESERVE_BYTES)
 
     def clear_staging(self) -> None:
-        """Remove the incomplete checkpoint of an earlier process."""
+        """Remove the incomplete checkpoint that an earlier process left in the staging folder."""
         shutil.rmtree(self.staging_path, ignore_errors=True)
 
     def release_space(self) -> None:

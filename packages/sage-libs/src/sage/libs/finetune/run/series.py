@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sage.common.training import StepEvent, TrainingStep
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: Number of steps after downsampling; if more than twice this number are in memory, they are downsampled.
+#: Number of steps that remain after downsampling. If memory contains more than twice this number, steps are downsampled.
 KEPT_STEPS = 5_000
 
 
@@ -21,7 +21,7 @@ class StepSeries:
         self._lock = threading.Lock()
 
     def read(self, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the steps after step `after`, downsampled to at most `max_points`; the first and last step are kept.
+        """Return the steps after step `after`, downsampled to at most `max_points`; the first and the last step are kept.
 
         By default, memory contains all steps of a run with up to 10,000 steps, and 5,000 to 10,000 steps of a longer run.
         """
@@ -42,7 +42,7 @@ class StepSeries:
 
 
 def downsample(steps: Sequence[TrainingStep], max_points: int) -> list[TrainingStep]:
-    """Return at most `max_points` steps: first, last, and in each range the steps with the lowest and highest loss."""
+    """Return at most `max_points` steps: first, last, and of each range of steps the ones with lowest and highest loss."""
     if len(steps) <= max_points:
         return list(steps)
     if max_points == 1:

@@ -33,7 +33,7 @@ class RunState(StrEnum):
     FAILED = "failed"  #: the run ended with an error; `message` describes the error
 
 
-#: States in which a run should have a process. If there is no process, the process has crashed.
+#: States in which a run has a process, unless the process has crashed.
 ALIVE = (RunState.STARTING, RunState.RUNNING)
 
 
@@ -50,7 +50,7 @@ class RunStatus:
     heldout_loss_before: float | None = None
     heldout_loss: float | None = None
     code: str | None = None
-    message: str | None = None  #: reason of the failure, or current activity
+    message: str | None = None  #: reason for the failure, or current activity
     hint: str | None = None
     warnings: tuple[str, ...] = ()
     base_sha256: str | None = None  #: fingerprint of the base model
@@ -94,7 +94,7 @@ def fold(status: RunStatus, events: Iterable[AnyRunEvent]) -> RunStatus:
 
 
 def derive(status: RunStatus, *, alive: bool) -> RunStatus:
-    """Return the actual status: if the run should be running but no process is alive, the status is `failed`."""
+    """Return the actual status: if the state is in `ALIVE` but no process is alive, the state is changed to `failed`."""
     if alive or status.state not in ALIVE:
         return status
     start = f"checkpoint {status.checkpoint_step}" if status.checkpoint_step else "the beginning of the run"

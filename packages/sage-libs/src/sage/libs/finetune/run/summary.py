@@ -1,4 +1,7 @@
-"""Saved status of a run, so that readers parse only later events. The worker saves it at checkpoints and at the end."""
+"""Save the status of a run, so that readers parse only later events.
+
+The worker saves the status at each checkpoint and at the end of the run.
+"""
 
 import zlib
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from sage.common.training import AnyRunEvent
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunStatus, fold
 
-#: Number of bytes before the offset whose checksum is stored. If these bytes have changed, the summary is ignored.
+#: A summary contains a checksum of this many bytes before `offset`. If these bytes have changed, the summary is ignored.
 _COMPARED_BYTES = 512
 
 

@@ -1,1 +1,1 @@
-"""Modules of the worker process. They import torch, so only `worker.py` may import them."""
+"""Modules of the worker process. Import them only in `worker.py`, because they import torch."""

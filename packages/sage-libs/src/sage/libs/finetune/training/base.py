@@ -18,7 +18,7 @@ class BaseFiles:
     """The files of a base model, and its loaded tokenizer."""
 
     folder: Path  #: contains the safetensors files and the config
-    adapter: Path | None  #: folder of the adapter to train further; None: the base model is trained
+    adapter: Path | None  #: folder of the adapter to train further; None: the given model is not an adapter
     tokenizer: Any
     chat_format: ChatFormat
 

@@ -115,7 +115,7 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
 
 
 class Packs(Sequence[Pack]):
-    """Samples grouped into packs. A sample is read from disk when it is accessed."""
+    """Samples grouped into packs. Each access to a sample reads it from disk."""
 
     def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
         """groups: indexes of the samples of each pack; None: one sample per pack."""
@@ -141,14 +141,14 @@ def most_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, 
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
     """Group samples into packs of at most `tokens` tokens; return the sample indexes of each pack.
 
-    A sample longer than `tokens` gets its own pack. Samples are taken in random order, and each is put into the pack with
-    the least free space that is sufficient. Therefore packs are well filled, and contain samples of different lengths.
+    A sample longer than `tokens` gets its own pack. Samples are taken in random order, and each sample is put into the
+    fullest pack in which it fits. Therefore packs are well filled, and contain samples of different lengths.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, no secret
     packs: list[list[int]] = []
-    rooms: list[int] = []  # the different numbers of free tokens in packs, ascending
-    by_room: dict[int, list[int]] = {}  # indexes of packs, by number of free tokens
+    rooms: list[int] = []  # the different amounts of free space in packs (in tokens), ascending
+    by_room: dict[int, list[int]] = {}  # indexes of packs, by free space in tokens
     for index in order:
         length = lengths[index]
         at = bisect.bisect_left(rooms, length)

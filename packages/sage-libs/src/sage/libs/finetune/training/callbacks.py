@@ -100,7 +100,7 @@ class RunCallback(TrainerCallback):
     ) -> TrainerControl:
         """Append the event of one step, and evaluate if an evaluation is due; raises RunError if training has diverged."""
         state.log_history.clear()  # the history grows with each step, and each checkpoint stores it
-        if not logs or "loss" not in logs:  # these are the Trainer's summary after training
+        if not logs or "loss" not in logs:  # then `logs` is the Trainer's summary after training
             return control
         now = time.monotonic()
         trained, correct = self.team.total(self.loss.take_counts())
@@ -152,7 +152,7 @@ class RunCallback(TrainerCallback):
         return control
 
     def _score(self, step: int, control: TrainerControl) -> None:
-        """Measure the held-out loss. Request a checkpoint if the run ends now, or if this step is the best one to keep."""
+        """Measure the held-out loss. Request a checkpoint if the run ends now, or if this best step is to be kept."""
         ends = saves = False
         if self.team.is_main_process:
             try:
@@ -167,7 +167,7 @@ class RunCallback(TrainerCallback):
         control.should_save |= saves or control.should_training_stop
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        """Publish the checkpoint that the Trainer has written to the staging folder."""
+        """Move the checkpoint that the Trainer has written to the staging folder into the run directory."""
         assert args.output_dir
         self.team.barrier()  # wait until every process has written its part of the checkpoint
         if self.team.is_main_process:

@@ -55,7 +55,7 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
 
 
 def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence[Encoded]]:
-    """Return the training samples, repeated by the dataset weights, and the held-out samples, which are never repeated."""
+    """Return the training samples, repeated according to the weights, and the held-out samples, which are not repeated."""
     parts, heldout = [], []
     for source in config.sources:
         samples = reader.read(source.path)
@@ -68,7 +68,7 @@ def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence
     if not len(train):
         raise DatasetError(
             code="dataset_empty",
-            message="The dataset weights select no samples.",
+            message="The dataset weights are so small that no sample is selected.",
             hint="Increase one of the weights.",
             param="dataset_path",
         )

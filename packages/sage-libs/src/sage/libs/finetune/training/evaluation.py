@@ -25,7 +25,7 @@ def heldout_loss(
     was_training = model.training
     model.eval()
     loss_sum, token_count = 0.0, 0
-    stored = getattr(sequences, "lengths", None)  # StoredSamples returns the lengths without reading the samples
+    stored = getattr(sequences, "lengths", None)  # the lengths of StoredSamples are known without reading the samples
     lengths = stored() if stored else [len(sequence.ids) for sequence in sequences]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     try:

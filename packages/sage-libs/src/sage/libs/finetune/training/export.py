@@ -36,7 +36,7 @@ def export_result(
     """Write the current trained weights to the output folder; each file is replaced atomically.
 
     source: folder of the base model.
-    metrics: step, total_steps, and held-out losses (may be None); written to `sage_run.json` with the configuration.
+    metrics: step, total_steps, and held-out losses (None: not measured); written to `sage_run.json` with the configuration.
     """
     output = Path(spec.config.output_dir)
     check_owner(output, spec.task_id)

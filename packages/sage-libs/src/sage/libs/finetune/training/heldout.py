@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class HeldOut:
-    """Measures the held-out loss. Losses that earlier processes of the run have measured are read from the run's events."""
+    """Measures the held-out loss. Losses measured by earlier processes of the run are read from the events of the run."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class HeldOut:
     ) -> None:
         """Read earlier measurements from the run's events.
 
-        samples: may be empty.  check: called before each batch; if it raises an exception, the measurement ends.
+        samples: the held-out samples, or [].  check: called before each batch; an exception ends the measurement.
         eval_steps: steps between two measurements; None: measure only before and after training.
         patience: number of measurements without improvement after which the run ends; None: no early stopping.
         """

@@ -2,14 +2,15 @@
 
 import ctypes
 import resource
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 
+from sage.common.cgroups import memory_limits
+
 #: Bytes of a memory limit that are reserved for file pages and kernel memory.
 _MARGIN_BYTES = 32 * 2**20
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def trim_heap() -> None:
@@ -20,18 +21,19 @@ def trim_heap() -> None:
 
 def available_bytes() -> int:
     """Return the bytes that this process can still allocate on the machine (with swap) and within its container limits."""
-    return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_available(_own_cgroups())])
+    return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_available_in_cgroups()])
 
 
 def refuse_beyond_limit() -> None:
     """Limit this process to the free memory of the container or machine, so that an allocation beyond the limit fails.
 
-    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. Linux only.
+    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
+    than Linux, this function does nothing.
     """
-    if not _CGROUPS.is_dir():
+    if sys.platform != "linux":
         return
     held = psutil.Process().memory_info()
-    available = [psutil.virtual_memory().total - held.rss, *_available(_own_cgroups())]
+    available = [psutil.virtual_memory().total - held.rss, *_available_in_cgroups()]
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit_bytes = held.data + max(min(available) - _MARGIN_BYTES, 0)
     resource.setrlimit(
@@ -39,30 +41,7 @@ def refuse_beyond_limit() -> None:
     )
 
 
-def _own_cgroups() -> Iterator[Path]:
-    """Yield the folders of this process's memory control groups, innermost first; yield none if the system is not Linux."""
-    if not _CGROUPS.is_dir():
-        return
-    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):  # the field is empty in version 2 of control groups
-            continue
-        root = _CGROUPS / controllers
-        inner = root / path.lstrip("/")
-        yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(root) and folder.is_dir())
-
-
-def _available(groups: Iterator[Path]) -> Iterator[int]:
-    """Yield the free bytes of each group with a limit. File pages count as free, because the kernel can drop them.
-
-    If a group has no limit, the file contains `max` in version 2 of control groups, and a huge number in version 1.
-    """
-    for group in groups:
-        for limit_name, used_name in (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")):
-            try:
-                limit = (group / limit_name).read_text(encoding="ascii").strip()
-                stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-            except OSError:
-                continue
-            if limit != "max":
-                yield int(limit) - int(stat[used_name])
+def _available_in_cgroups() -> Iterator[int]:
+    """Yield the free bytes of each control group that has a memory limit. File pages count as free."""
+    for group in memory_limits():
+        yield group.limit_bytes - group.used_bytes

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 class EmbeddingNoise:
-    """Adds noise in training mode. Its strength depends only on the length of each sample, which excludes padding."""
+    """Adds noise to the embeddings in training mode. Padding does not count as part of a sample's length."""
 
     def __init__(self, model: PreTrainedModel, alpha: float) -> None:
         """model: transformers' model, not PEFT's wrapper.  alpha: strength of the noise; 5 to 15 in the paper."""
@@ -21,7 +21,7 @@ class EmbeddingNoise:
         model.get_input_embeddings().register_forward_hook(self._add)
 
     def _note_lengths(self, _module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-        """Store the length of the sample at each position, in a shape that broadcasts to (samples, length)."""
+        """Store for each position the length of the sample there, in a shape that broadcasts to (samples, length)."""
         bounds, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
         if bounds is not None:
             own = bounds.diff()

@@ -20,10 +20,10 @@ class MemoryPlan:
     needs: Estimate  #: memory needed in this precision
     held_bytes: int  #: memory that this process uses before data and model are loaded
     available_bytes: int
-    smaller: tuple[Precision, Estimate] | None  #: another precision that needs less memory, if the run may use it
+    smaller: tuple[Precision, Estimate] | None  #: another allowed precision that needs less memory, if there is one
 
     def fitted(self, most_tokens: int) -> "MemoryPlan":
-        """Return this plan if the run fits into memory; otherwise, return a plan with the precision `smaller`, if it is set.
+        """Return a plan with the precision `smaller` if it is set and the run does not fit into memory; else this plan.
 
         most_tokens: number of tokens in the largest micro-batch.
         """

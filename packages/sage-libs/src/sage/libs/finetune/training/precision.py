@@ -26,7 +26,7 @@ class Precision:
     int8_products: bool  #: whether SAGE's kernels quantize the frozen layers and use int8 products in training
     why: str  #: reason for bf16 or fp32
     held: str  #: number format of the base model, and the reason
-    may_shrink: bool = False  #: whether base and activations may use bf16 if memory is scarce (bf16 is slower)
+    may_shrink: bool = False  #: whether to use bf16 for base and activations if memory is scarce, although bf16 is slower
 
     @property
     def reason(self) -> str:
@@ -122,7 +122,7 @@ def _fastest() -> tuple[bool, str]:
     if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         return False, "the processor lacks bf16 instructions"
     gain = _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
-    return gain >= _LEAST_GAIN, f"bf16 matrix products measured {gain:.1f} times as fast as fp32"
+    return gain >= _LEAST_GAIN, f"bf16 matrix products are {gain:.1f} times as fast as fp32 (measured)"
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -47,7 +47,7 @@ class AdaptingTrainer(Trainer):
     ) -> Tensor:
         """Compute the loss of a micro-batch, add its gradient to the gradients of the parameters, and return the loss.
 
-        If several processes train together, micro-batches are not cut, because all processes must compute the same number.
+        If several processes train together, micro-batches are not cut: each process must compute the same number of them.
         """
         if self.args.world_size > 1:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -87,7 +87,7 @@ class AdaptingTrainer(Trainer):
             raise RunError(
                 code="out_of_memory",
                 message=f"Out of memory: a single sample of {tokens} tokens does not fit into memory.",
-                hint="Start again with a smaller --max-seq-length or a smaller model.",
+                hint="Start a new run with a smaller --max-seq-length or a smaller model.",
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ _MIXED_SAMPLES = 1000
 
 
 class StreamedPacks(IterableDataset[Pack]):
-    """Yields the packs of several datasets one after the other; after the last dataset, it starts again with the first.
+    """Yields the packs of several datasets, dataset by dataset. After the last dataset, the first one is read again.
 
     Each iterator yields the same packs in the same order, so that a run can resume.
     """

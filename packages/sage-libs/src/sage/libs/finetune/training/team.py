@@ -1,8 +1,8 @@
 """Data-parallel training with several processes, each on its own device.
 
 The main process is the run's worker. Only the main process holds the lock, handles signals, evaluates, and writes events
-and results. It starts the other processes, which only compute training steps, with the environment variables that torch's
-launcher sets.
+and results. The main process starts the other processes, which only compute training steps. These get the environment
+variables that torch's launcher would set.
 """
 
 import os
@@ -24,13 +24,13 @@ from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
-#: Timeout of messages between processes. The other processes wait while the main process tokenizes or evaluates.
+#: Timeout of messages. It is long, because the other processes wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
 _LOOK_SECONDS = 0.5
 
 
 class Team:
-    """Communication between the processes of a run. If the run has one process, no messages are sent."""
+    """Communication between the processes of a run. If the run has only one process, no messages are sent."""
 
     def __init__(self, run: RunDirectory, size: int) -> None:
         """Start the other processes if this is the main process; raises ConfigError if there are too few GPUs."""
@@ -57,7 +57,7 @@ class Team:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Send the main process's value to every process, and return it. Every process must call this method."""
+        """Send the main process's value to every process, and return this value. Every process must call this method."""
         if self.size == 1:
             return value
         values = [value]
@@ -65,7 +65,7 @@ class Team:
         return values[0]
 
     def total(self, values: list[int]) -> list[int]:
-        """Return the sum of each value over all processes. Every process must call this method."""
+        """Return for each value the sum over all processes. Every process must call this method."""
         if self.size == 1:
             return values
         sums = torch.tensor(values)
@@ -109,12 +109,12 @@ class Team:
         self._watch(self._check_others)
 
     def _check_others(self) -> None:
-        """Report a failure and exit if another process has failed, because the next step would wait for it forever."""
+        """Report a failure and exit if another process has failed, because the next step would never end."""
         for process in self._others:
             code = process.poll()
             if code in (None, 0) or not self._others:
                 continue
-            if code and code < 0:  # killed by a signal; in other cases the process has reported the error
+            if code and code < 0:  # killed by a signal; otherwise the process has reported the error itself
                 message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
                 self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues the run."))
             self.close()

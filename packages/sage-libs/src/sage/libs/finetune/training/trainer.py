@@ -77,7 +77,7 @@ class TrainingRun:
             )
 
     def _report_estimate(self, plan: MemoryPlan) -> int | None:
-        """Report the estimated memory and return it in bytes; None if the run does not use SAGE's training step."""
+        """Report the estimated memory and return it in bytes; return None if the run does not use SAGE's training step."""
         if not self.loaded.kernels or self.config.gradient_checkpointing == "on":
             return None
         needs, most_tokens = plan.needs, self.data.most_tokens
@@ -102,7 +102,7 @@ class TrainingRun:
         try:
             self._lead()
         except Exception:
-            self.team.check()  # the cause may be a failure of another process
+            self.team.check()  # the failure of another process is possibly the cause
             raise
         finally:
             self.team.close()
@@ -145,7 +145,7 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         """Train from a checkpoint or from the beginning; return the last step."""
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves too much address space
+        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves more address space than the limit allows
             refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # RunCallback logs the steps instead
         checkpoint = self.team.broadcast(checkpoint)

@@ -1,1 +1,1 @@
-"""Export models for other programs. Only `weights` and `gguf_conversion` import torch; they run as separate processes."""
+"""Export models for other programs. Only `weights` and `gguf_conversion`, which run as separate processes, import torch."""

@@ -23,7 +23,7 @@ _KEY_DIGITS = 24
 
 
 def cached_gguf(source: ModelSource, precision: str, llama_cpp: LlamaCpp) -> tuple[Path, dict[str, Any]]:
-    """Return the GGUF file of a model, and the default settings of requests. Create the file if needed; merge an adapter.
+    """Return the GGUF file of a model, and the default settings of requests. If the file does not exist, create it.
 
     Raises ModelError if llama.cpp does not support the model, and OutputError if too little disk space is free.
     """

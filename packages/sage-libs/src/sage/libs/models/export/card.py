@@ -21,7 +21,7 @@ _LIBRARY = {ExportFormat.ADAPTER: "peft", ExportFormat.MERGED: "transformers",
 
 
 def write_card(folder: Path, target_name: str, source: ModelSource, format_: ExportFormat, precision: str | None) -> None:
-    """Write README.md: a description of the model, its training data and its use."""
+    """Write README.md: a description of the model and its training data, and how to use the model."""
     record = _json(source.folder / "sage_run.json")
     recipe, metrics = record.get("recipe", {}), record.get("metrics", {})
     base = recipe.get("base_model") or (source.base.name if source.base else source.name)
@@ -56,7 +56,7 @@ def _training(recipe: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
 
 
 def _licence(folder: Path) -> str | None:
-    """Return the licence from a base model's card, or None if it is not given."""
+    """Return the licence from a base model's card, or None if the card contains no licence."""
     try:
         head = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
     except (OSError, IndexError, ValueError):

@@ -1,7 +1,7 @@
 """Copies of models in the formats of inference servers, in `cache_dir/gguf`, `openvino` and `vllm`, with a maximum size.
 
-A copy is the folder `ROOT/KEY`. A process that uses a copy holds a shared lock on `ROOT/.KEY.use` until it exits, even
-after `exec`. The modification time of `ROOT/.KEY.use` is the time of the last use.
+A copy is the folder `ROOT/KEY`. A process that uses a copy holds a shared lock on `ROOT/.KEY.use` until the process
+exits, even after `exec`. The modification time of `ROOT/.KEY.use` is the time of the last use.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _KINDS = ("gguf", "openvino", "vllm")
 
 
 def usable_copy(kind: str, key: str, needed_bytes: float, write: Callable[[Path], None]) -> Path:
-    """Return a copy for use by this process until it exits; create the copy if it does not exist. Raises SageError.
+    """Return a copy that this process can use until its exit; create the copy if needed. Raises SageError.
 
     kind: one of `_KINDS`.  write: writes the files into a new folder; if it raises an exception, the folder is removed.
     If all copies together are too large, unused copies are deleted, the least recently used first.
@@ -60,7 +60,7 @@ def copies_bytes() -> int:
 
 @contextlib.contextmanager
 def _unused(use: Path) -> Iterator[bool]:
-    """Yield whether a copy is unused. If it is unused, no other process can begin to use it during the `with` block."""
+    """Yield whether a copy is unused. If the copy is unused, no process can begin to use it during the `with` block."""
     with use.open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

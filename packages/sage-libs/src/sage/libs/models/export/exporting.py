@@ -1,4 +1,4 @@
-"""Export a model into a new folder by running the steps in order. Does not import torch."""
+"""Export a model into a new folder by running the steps in order. This module does not import torch."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def export_model(
     source = resolve_model(name)
     if format_ is ExportFormat.ADAPTER and source.kind is not ModelKind.ADAPTER:
         raise ConfigError(
-            code="config_invalid", message=f"{name} is not an adapter.", hint="Export the model as 'merged'.", param="format"
+            code="config_invalid", message=f"{name} is not an adapter.", hint="Use `--format merged`.", param="format"
         )
     with new_folder(output.absolute(), _needed_bytes(source, format_, precision)) as folder:
         match format_:
@@ -135,7 +135,7 @@ def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[
                 code="export_unsupported",
                 message=f"llama.cpp tokenizes a prompt differently: {tokens[:20]} instead of {probe['tokens'][:20]} for "
                 f"{probe['messages'][-1]['content']!r}.",
-                hint="Export the model as 'merged', and serve it with another program.",
+                hint="Export with `--format merged`, and serve the model with another program.",
                 param="format",
             )
 
@@ -153,7 +153,7 @@ def _run(report: Report, folder: Path, title: str, argv: Sequence[str], text: st
 
 
 def _needed_bytes(source: ModelSource, format_: ExportFormat, precision: str | None) -> float:
-    """Return the maximum disk space in bytes during an export, without small files; 0 if it is unknown."""
+    """Return the disk space in bytes that an export needs at most, without small files; 0 if this is unknown."""
     if format_ is ExportFormat.ADAPTER:
         return sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     if format_ is ExportFormat.OPENVINO:

@@ -44,7 +44,7 @@ class LlamaCpp:
             raise ConfigError(
                 code="backend_not_installed",
                 message=f"The environment of {self.interpreter} has no GGUF converter.",
-                hint="sage backend install llamacpp",
+                hint="Install it with `sage backend install llamacpp`.",
             )
         return found.parent
 

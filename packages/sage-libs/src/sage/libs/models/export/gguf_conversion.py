@@ -26,8 +26,8 @@ _KNOWN_ENDS = {
 #: The beginning and the end of the regular expressions in `_SPLITS`.
 _BEGIN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-#: GGUF names of pre-tokenizers, by the regular expression in tokenizer.json that splits the text. They are used if the
-#: converter does not know a vocabulary. The tokens of prompts are compared afterwards, so a wrong choice is detected.
+#: GGUF names of pre-tokenizers, by the regular expression in tokenizer.json that splits the text. The table is used if
+#: the converter does not know a vocabulary. The tokens of prompts are compared afterwards, so a wrong choice is detected.
 _SPLITS: Mapping[str, str] = {
     rf"{_BEGIN}\p{{N}}{{1,3}}{_END}": "llama-bpe",
     rf"{_BEGIN}\p{{N}}{_END}": "qwen2",
@@ -64,7 +64,7 @@ def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *
         forced = forced_type(name, new_name, bid, n_dims)
         is_large = new_name in ("token_embd.weight", "output.weight")
         if forced is False and is_large and PRECISIONS[precision] < 1:
-            return gguf.GGMLQuantizationType.Q8_0  # fewer bits would cost much accuracy, and save little memory
+            return gguf.GGMLQuantizationType.Q8_0  # with fewer bits, much accuracy would be lost, and little memory saved
         is_weight = n_dims > 1 and new_name.startswith("blk.") and new_name.endswith(".weight")
         if forced is False and is_weight and precision in ("q4_0", "q4_1", "q5_0", "q5_1"):
             return gguf.GGMLQuantizationType[precision.upper()]
@@ -113,7 +113,7 @@ def _unsupported(folder: Path, problem: str) -> ModelError:
     return ModelError(
         code="export_unsupported",
         message=f"llama.cpp does not support the model in {folder}: {problem}.",
-        hint="Export the model as 'merged', and serve it with another program.",
+        hint="Export with `--format merged`, and serve the model with another program.",
         param="format",
     )
 

@@ -25,7 +25,7 @@ _JOINED = '{{ if $system }}{{ $system }}{{ %(system_end)s }}{{ $system = "" }}{{
 class Turns:
     """The constant texts that a chat template writes before and after the contents of messages."""
 
-    head: str  #: text before the first message if it is not a system message
+    head: str  #: text before the first message, if this message is not a system message
     system: tuple[str, str] | None  #: texts before and after a system message; None: not supported
     is_joined: bool  #: whether the system prompt is part of the first user message
     user: tuple[str, str]
@@ -75,21 +75,21 @@ def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: b
 
 
 def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
-    """Derive the constant texts of a chat template. Raises ModelError if the texts do not give the same prompts.
+    """Derive the constant texts of a chat template. Raises ModelError if they do not give the template's prompts.
 
     bos: text that is removed from the beginning of rendered chats.
     """
     for with_system in (True, False):
         try:
             turns = _derived(chat_format, bos, with_system=with_system)
-        except Exception:  # noqa: BLE001, S112 - templates raise all kinds of exceptions for roles that they do not have
+        except Exception:  # noqa: BLE001, S112 - templates raise all kinds of exceptions for unsupported roles
             continue
         if all(turns.render(chat) == _rendered(chat_format, chat, bos) for chat in _chats(with_system=with_system)):
             return turns
     raise ModelError(
         code="export_unsupported",
         message="The model's chat template cannot be converted to a template of Ollama.",
-        hint="Export the model as 'gguf', and serve it with llama.cpp, which uses the model's own template.",
+        hint="Use `--format gguf`, and serve the model with llama.cpp, which uses the model's own template.",
         param="format",
     )
 

@@ -15,12 +15,12 @@ _POLL_SECONDS = 0.5
 
 
 def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], None] = lambda: None) -> Any:
-    """Run a step to its end and return the value that it printed. If an exception occurs meanwhile, the step is killed.
+    """Run a step to its end and return the value that it printed. If an exception is raised before the end, kill the step.
 
     text: standard input of the step.  while_running: called regularly until the step ends.
     Raises the SageError that the step printed, or ModelError with the last line of the step's log.
     """
-    # Block SIGINT and SIGTERM until the step can be killed; otherwise, an interruption could leave it running. The step
+    # Block SIGINT and SIGTERM until the step can be killed. Otherwise, the step could outlive this process. The step
     # inherits the blocked signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

@@ -1,4 +1,4 @@
-"""The step of an export that loads weights: it checks an adapter, or writes a model with its adapter merged."""
+"""The step of an export that loads weights: it checks an adapter, or merges the adapter and writes the model."""
 
 import argparse
 import logging
@@ -79,7 +79,7 @@ def _described(model: Any, chat_format: ChatFormat) -> dict[str, Any]:
     for messages in _PROBES:
         try:
             probes.append({"messages": messages, "tokens": chat_format.prompt_ids(messages)})
-        except Exception as error:  # noqa: BLE001 - templates raise all kinds of exceptions for roles that they do not have
+        except Exception as error:  # noqa: BLE001 - templates raise all kinds of exceptions for unsupported roles
             logger.info("the template rejects a chat: %s", error)
     bos, settings = chat_format.tokenizer.bos_token_id, model.generation_config
     return {
@@ -111,7 +111,7 @@ def _not_merged(name: str, kind: str) -> ModelError:
     return ModelError(
         code="export_unsupported",
         message=f"{name} is an adapter of the type {kind}, which cannot be merged into its base.",
-        hint="Export the model as 'adapter'.",
+        hint="Use `--format adapter`.",
         param="format",
     )
 

@@ -22,7 +22,7 @@ class ServingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Quantize the weights: they need less memory and are faster on a CPU, but answers are less exact.",
@@ -37,10 +37,10 @@ class Capabilities:
     formats: frozenset[ModelKind]  #: model formats that the backend can load
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     hot_adapters: bool = False  #: adapters can be loaded and unloaded while the server runs
-    merges_adapters: bool = True  #: the backend can serve a base with an adapter merged into it
-    warm_up: bool = False  #: after an adapter is loaded, a request is sent to it, because the first request is slow
+    merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
+    warm_up: bool = False  #: each loaded adapter immediately receives a request, because its first request is slow
     quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
-    sleep: bool = False  #: the server can release its memory and allocate it again without a restart
+    sleep: bool = False  #: the server can release its memory and later allocate memory again, without a restart
 
 
 class Backend(Protocol):
@@ -48,11 +48,11 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    #: The options that a user may set.
+    #: The options that a user can set.
     options: ClassVar[type[BaseModel]]
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the memory that the engine is expected to need, or None if it is not known."""
+        """Return the memory in bytes that the engine is expected to need; None if the size is not known."""
 
 
 @runtime_checkable
@@ -62,7 +62,7 @@ class ServingBackend(Backend, Protocol):
     If `hot_adapters` is set, the server also has vLLM's HTTP interface to load and unload adapters.
     """
 
-    #: Path of the health check, which shows whether the server is ready.
+    #: HTTP path of the health check; the server's answer shows whether the server is ready.
     health_path: ClassVar[str]
     #: Request fields that the server supports; the gateway rejects all others. None: the server checks the fields itself.
     parameters: ClassVar[frozenset[str] | None]
@@ -70,7 +70,8 @@ class ServingBackend(Backend, Protocol):
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
         """Return the command that serves `model`.
 
-        The launcher replaces PORT_ARGUMENT and DESCRIPTOR_ARGUMENT in the command by the port and the socket's descriptor.
+        In the command, the launcher replaces PORT_ARGUMENT with the port, and DESCRIPTOR_ARGUMENT with the file descriptor
+        of the listening socket.
         served_name: the name of the model in requests to the server.
         """
 
@@ -81,10 +82,16 @@ class ServingBackend(Backend, Protocol):
         """Return whether an answer of `health_path` reports that `server` is ready; False if another program answered."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return `context_tokens` and `slots` from an answer of `health_path`, if the answer has them."""
+        """Return the limits in an answer of `health_path`: `context_tokens` and `slots`, if the answer contains them.
+
+        context_tokens: maximum tokens of prompt and answer; slots: maximum number of concurrent answers.
+        """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why a running server of `base` cannot load an adapter, as a clause without a period; None if it can."""
+        """Return why a running server of `base` cannot load `adapter`, as a clause without a period.
+
+        Returns None if the server can load the adapter.
+        """
 
     def max_adapters(self, options: Any) -> int | None:
         """Return the maximum number of adapters in a server; None: no limit."""
@@ -96,7 +103,7 @@ _SPIN_COUNT = "10000"
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return the environment variables that set the number of CPU threads; None: one thread per core."""
+    """Return the environment variables that set the number of CPU threads; if `threads` is None, one thread per core."""
     return {"GOMP_SPINCOUNT": _SPIN_COUNT, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
@@ -111,7 +118,7 @@ class WorkerBackend:
         return thread_variables(options.threads)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether the answer has the server's token, which the launcher passes to the process in its environment."""
+        """Return whether the answer contains the token that the server's process received in an environment variable."""
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
@@ -137,7 +144,10 @@ def parsed(content: bytes) -> dict[str, Any]:
 
 
 def parameter_count(model: ModelSource) -> int | None:
-    """Return the number of parameters of a model and its base, read from the weight files; None if it is not known."""
+    """Return the number of parameters in the weight files of a model; None if the number is not known.
+
+    If the model is an adapter, the parameters of its base model are included.
+    """
     files = sorted(model.folder.glob("*.safetensors"))
     base = parameter_count(model.base) if model.base else 0
     if not files or base is None:

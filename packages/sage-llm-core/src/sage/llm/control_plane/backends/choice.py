@@ -24,8 +24,8 @@ def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this 
 
     purpose: what only the candidates can do, as the end of a sentence.
 
-    If some candidates can load adapters into a running server, the other candidates are ignored, because adapters can then
-    share a server.
+    If some candidates can load adapters into a running server, only these candidates are compared, because with them,
+    several adapters can share one server.
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:

@@ -15,7 +15,7 @@ import psutil
 
 from sage.common.errors import ConfigError
 from sage.common.paths import get_user_paths
-from sage.llm.control_plane.inventory import list_devices
+from sage.llm.control_plane.inventory import has_gpu
 
 MARKER = "sage-backend.json"
 
@@ -66,7 +66,7 @@ class Environment:
         return [folder for folder in mine if folder != self.folder]
 
     def incomplete(self) -> list[Path]:
-        """Return the folders of other environments without a marker file, whose installation or removal has not finished."""
+        """Return the folders of other environments that have no marker file: their installation or removal is incomplete."""
         folders = [folder for folder in self.folder.parent.glob("*") if folder.is_dir() and folder != self.folder]
         return [folder for folder in folders if not (folder / MARKER).is_file()]
 
@@ -108,7 +108,7 @@ ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
 @functools.cache
 def device() -> str:
     """Return the kind of device for which environments are installed: cuda if the machine has an NVIDIA GPU, else cpu."""
-    return "cuda" if any(device.kind == "cuda" for device in list_devices()) else "cpu"
+    return "cuda" if has_gpu() else "cpu"
 
 
 def environment(backend: str) -> Environment | None:

@@ -1,6 +1,5 @@
 """The backend for llama.cpp's server, which runs GGUF files (also quantized files) on a CPU in a separate environment."""
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from sage.common.cgroups import available_cores
 from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
@@ -48,7 +48,7 @@ class LlamaCppOptions(ServingOptions):
 
     @property
     def precision(self) -> str | None:
-        """The precision of the GGUF file to create; None: keep the precision of a GGUF file, use f32 for other models."""
+        """The precision of the GGUF file to create; None: the same precision if the model is a GGUF file, otherwise f32."""
         return _QUANTIZED.get(self.quantize) or _PRECISIONS.get(self.dtype)
 
 
@@ -70,13 +70,16 @@ class LlamaCppBackend(WorkerBackend):
             "model": model, "served-name": served_name, "interpreter": environments.interpreter(self.name),
             "port": PORT_ARGUMENT, "fd": DESCRIPTOR_ARGUMENT, "precision": options.precision, "slots": options.slots,
             "context-tokens": options.context_tokens, "cache-tokens": options.kv_cache_tokens,
-            "max-tokens": options.max_tokens, "threads": options.threads or os.cpu_count(),
+            "max-tokens": options.max_tokens, "threads": options.threads or available_cores(),
         }  # fmt: skip
         flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
         return (*self.interpreter, "-m", "sage.llm.workers.llamacpp", *flags)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether the answer has the name of the server's model; while the model is loading, the status is 503."""
+        """Return whether the status is 200 and the answer contains the name of the server's model.
+
+        While the server loads the model, it answers with status 503.
+        """
         return status == 200 and parsed(content).get("model_alias") == server.served_name
 
     def limits(self, content: bytes) -> Mapping[str, Any]:

@@ -32,9 +32,10 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = None) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and why it was chosen automatically.
+    """Return a backend that can run `model`, and the reason for an automatic choice.
 
-    If `name` is `auto`, return the best installed backend; otherwise return the backend with this name, and None.
+    If `name` is `auto`, return the best installed backend and why it is the best. Otherwise, return the backend with this
+    name, and None as the reason.
 
     quantize: the requested value of the option; the options of the backend reject an unknown value.
     Raises ConfigError if the backend is not installed, or if no backend can run the model as an engine of `kind`.
@@ -88,7 +89,10 @@ def serving(name: str) -> ServingBackend:
 
 
 def complete_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return stored options, with defaults for options that were added later; return invalid options unchanged."""
+    """Return stored options, completed with the defaults of options that newer versions of SAGE added.
+
+    Invalid options are returned unchanged.
+    """
     try:
         return validated(BACKENDS[name].options, dict(options)).model_dump(mode="json")
     except (KeyError, ConfigError):

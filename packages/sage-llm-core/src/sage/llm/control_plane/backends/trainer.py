@@ -21,7 +21,7 @@ class TrainerBackend:
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
 
     def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
-        """Return the memory that the longest micro-batch needs with an unquantized base. A quantized base needs less."""
+        """Return the memory that the longest micro-batch needs without quantization; with quantization, it needs less."""
         folder = (model.base or model).folder
         if not any(folder.glob("*.safetensors")):
             return None

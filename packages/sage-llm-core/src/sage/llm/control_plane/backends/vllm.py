@@ -75,13 +75,13 @@ class VllmBackend(WorkerBackend):
         return {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads may use any core, because other processes use the cores too
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads can use any core, because other processes use the cores too
             "VLLM_NO_USAGE_STATS": "1",
             **thread_variables(options.threads),
         }
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why vLLM cannot load the adapter into a running server of its base; None if it can."""
+        """Return why a running vLLM server of `base` cannot load the adapter; None if the server can load it."""
         if reason := why_not_hot(adapter, base):
             return reason
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
-"""Load adapters into running servers and unload them, with the HTTP routes that vLLM defines for this."""
+"""Load and unload adapters of running servers, with the HTTP routes that vLLM defines for this purpose."""
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -14,8 +15,8 @@ from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: Seconds until an unload request times out; it is then repeated later. Before the server unloads an adapter, it completes
-#: the requests that use the adapter.
+#: Seconds until an unload request times out; the runner then repeats the request later. Before a server unloads an adapter,
+#: the server completes the requests that use the adapter.
 _UNLOAD_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 
@@ -35,14 +36,15 @@ class AdapterClient:
     async def load(self, server: ServerRecord, name: str, folder: str) -> None:
         """Load the adapter in `folder` with the name `name`; do nothing if an adapter with this name is already loaded.
 
-        Raises AdapterRefused if the server refuses the adapter, OSError if the result is not known.
+        Raises AdapterRefused if the server refuses the adapter, EngineError if the server fails to load it, OSError if the
+        result is not known.
         """
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "load_lora_adapter", _LOAD_SECONDS, lora_name=name, lora_path=folder)
             if answer.is_client_error and name not in await self.loaded(server):
                 raise AdapterRefused(code="adapter_refused", message=_message(answer))
             if answer.is_server_error:
-                raise OSError(f"{server.id} failed to load {name}: {_message(answer)}")
+                raise EngineError(code="adapter_load_failed", message=_message(answer))
             if registry.serving(server.backend).capabilities.warm_up:
                 await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
 
@@ -61,10 +63,14 @@ class AdapterClient:
 
     async def loaded(self, server: ServerRecord) -> frozenset[str]:
         """Return the names of the models that a server has loaded. Raises OSError."""
+        return frozenset(await self.folders(server))
+
+    async def folders(self, server: ServerRecord) -> Mapping[str, str | None]:
+        """Return the folders of the loaded models by name; None: the server does not report the folder. Raises OSError."""
         try:
             answer = await self._http.get(f"http://{server.address}/v1/models", timeout=_UNLOAD_SECONDS)
-            return frozenset(str(model["id"]) for model in answer.raise_for_status().json()["data"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            return {str(model["id"]): model.get("root") for model in answer.raise_for_status().json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OSError(f"the models of {server.id} cannot be listed: {error!r}") from None
 
     async def _post(self, server: ServerRecord, route: str, timeout_seconds: float, **content: Any) -> httpx.Response:

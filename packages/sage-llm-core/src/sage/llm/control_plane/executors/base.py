@@ -21,6 +21,7 @@ class Prepared:
     options: Mapping[str, Any] = field(default_factory=dict)
     reserved_bytes: int | None = None  #: memory that the engine is expected to need; None: not known
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Observed:
     alive: bool  #: the engine has a process
     ready: bool = False  #: the engine answers requests, or trains
     ended: EngineState | None = None  #: the state that the engine reported when it ended
-    reason: Reason | None = None  #: why the engine ended, or why its process exited
+    reason: Reason | None = None  #: why the engine or its process ended
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
@@ -51,7 +52,8 @@ class Executor(Protocol):
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, for example of the dataset, and create the files of the engine; raises SageError.
 
-        Returns the columns of the engine to write. Called before each start that a user requests, possibly more than once.
+        Returns the values of the engine's columns to store. Called before each start that a user requests, possibly more
+        than once.
         """
 
     async def discard(self, engine_id: str) -> None:
@@ -63,7 +65,7 @@ class Executor(Protocol):
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the process to launch; blocking.
 
-        Call this only immediately before a launch, because a training run records the launch in its events.
+        Call this only immediately before a launch: for a training run, this method records the launch in the run's events.
         """
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
@@ -73,7 +75,10 @@ class Executor(Protocol):
         """
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Return the condition of an engine; process: the observation of its process. Raises OSError if it is not known."""
+        """Return the condition of an engine; process: the observation of the engine's process.
+
+        Raises OSError if the condition is not known.
+        """
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return the fields of EngineView that only the executor knows; blocking."""
@@ -88,7 +93,7 @@ class Executor(Protocol):
         """Ask a training run to save a checkpoint after its current step."""
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder that contains a checkpoint of a training run in the form of a model.
+        """Return a folder that contains a checkpoint of a training run as a model that can be served.
 
         The folder is kept even if the run removes the checkpoint. Raises ModelError if the checkpoint is not an adapter.
         """

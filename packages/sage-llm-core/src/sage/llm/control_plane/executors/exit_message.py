@@ -28,7 +28,7 @@ def log_hint(engine_id: str, log_path: Path) -> str:
     command = f"`sage llm engine logs {engine_id}`"
     lines = [line[:_SHOWN_CHARACTERS] for line in tail_lines(log_path, _SHOWN_LINES) if line.strip()]
     if not lines:
-        return f"The log of the engine: {command}."
+        return f"{command} prints the log of the engine."
     return "\n".join(["The log of the engine ends with:", *(f"  {line}" for line in lines), f"The whole log: {command}."])
 
 

@@ -74,17 +74,18 @@ class FinetuneExecutor:
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, OutputError if the run's output folder belongs to another run."""
-        was_launched = engine.server_id is not None  # otherwise, the run directory may not exist
+        was_launched = engine.server_id is not None  # if not, the run directory possibly does not exist
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
-        """Return the specification of the worker process, and record in the run's events that it is launched."""
+        """Return the specification of the worker process, and record the launch of the worker in the run's events."""
         spec = self._manager.process_spec(task_id_of(engine.id))
-        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(self._threads)}) if self._threads else spec
+        threads = self._threads or engine.threads
+        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(threads)}) if threads else spec
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return the server that represents the run's worker."""
+        """Return the record of a new server, which represents the process of the run's worker."""
         return planned_server(engine, server_id_of(engine), self._handle(engine))
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
@@ -117,7 +118,7 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder that contains a checkpoint as a model; the run never removes it. Raises ModelError or OSError."""
+        """Return a folder with a checkpoint as a model; the run never removes this folder. Raises ModelError or OSError."""
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
@@ -169,15 +170,15 @@ class FinetuneExecutor:
         except UNREADABLE as error:  # the events cannot be read, so report only the state of the process
             return Observed(alive=process.alive, ready=process.alive, reason=unreadable(error), process=process)
         training = run.training_progress()
-        # Until the process is launched, the events belong to the previous launch.
-        # A completed run is the exception: it is never launched again.
+        # Until a planned launch has happened, the newest events are from the previous launch, so they are ignored. The
+        # events of a completed run are never ignored, because a completed run is not launched again.
         is_earlier = server.state is ServerState.PLANNED and not process.alive and run.state is not RunState.COMPLETED
         if run.state in SETTLED and not is_earlier:
             reason = self._exit_reason(engine, run, process) if run.code == "worker_died" else failure_of(run)
             ended = EngineState(run.state.value)
             return Observed(alive=process.alive, ended=ended, reason=reason, process=process, training=training)
-        # `status` has checked the run's lock later than `process` was observed. Therefore a worker that was launched in
-        # between also counts as alive.
+        # `status` checked the run's lock after `process` was observed. A worker that was launched between these two checks
+        # must also count as alive.
         alive = process.alive or run.state in ALIVE
         return Observed(alive=alive, ready=run.state is RunState.RUNNING, process=process, training=training)
 

@@ -16,7 +16,7 @@ from sage.common.processes import ProcessSpec
 from sage.common.server_keys import KEY_VARIABLE, server_key
 from sage.common.training import TrainingStep
 from sage.common.validation import validated
-from sage.libs.models.resolve import resolve_model
+from sage.libs.models.resolve import ModelSource, resolve_model
 from sage.llm.client.types import SETTLED, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
@@ -59,10 +59,10 @@ class InferenceExecutor:
         """Do nothing, because `validate` creates no files."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict if the requested port of the engine is taken, ModelError if its model no longer exists."""
+        """Raise Conflict if the engine's requested port is taken, ModelError if the engine's model no longer exists."""
         handle = self._handle(server_id_of(engine))
         if (process := (await self._launcher.observe([handle])).get(handle)) and process.alive:
-            return  # this process may hold the port, so the port is not checked
+            return  # the port is not checked, because the engine's running process can hold the port
         await asyncio.to_thread(resolve_model, engine.model)
         if engine.requested_port:
             await self._launcher.check_port(engine.requested_port)
@@ -70,7 +70,8 @@ class InferenceExecutor:
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the process to launch, with the command that the backend defines."""
         backend = registry.serving(server.backend)
-        options = validated(backend.options, dict(engine.options if server.options is None else server.options))
+        given = dict(engine.options if server.options is None else server.options)
+        options = validated(backend.options, given | ({"threads": engine.threads} if engine.threads else {}))
         folder = _folder(server.id)
         return ProcessSpec(
             backend.argv(server.model, server.served_name or server.model, options),
@@ -81,7 +82,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return a new server for an engine; other engines may join the server if the engine can share its base model."""
+        """Return a new server for an engine; other engines can join the server if the engine can share its base model."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
@@ -90,11 +91,12 @@ class InferenceExecutor:
             options=engine.options,
             served_name=base_name,
             shared=engine.base is not None,
+            model_version=engine.base_version,
             max_adapters=backend.max_adapters(validated(backend.options, dict(engine.options))),
         )
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Send a health check to the server; if its process has exited, find out why."""
+        """Send a health check to the server; if the server's process has exited, find out why it exited."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:
@@ -110,7 +112,11 @@ class InferenceExecutor:
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
         """Return how the model is served, and the limits that the server reports."""
         fields = {"context_tokens": observed.context_tokens, "slots": observed.slots} if observed else {}
-        return {"form": None if engine.state in SETTLED else _form(engine), **fields}
+        return {
+            "form": None if engine.state in SETTLED else _form(engine),
+            "kv_cache_tokens": engine.options.get("kv_cache_tokens"),
+            **fields,
+        }
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return no steps: an inference engine does not train."""
@@ -174,17 +180,25 @@ def _form(engine: EngineRecord) -> str | None:
 
 def _prepare(request: StartRequest) -> Prepared:
     model = resolve_model(request.model)
-    if request.merge_in_background and (model.base is None or request.dedicated):
-        problem = "with --dedicated, it is merged before it answers" if model.base else f"{model.name} is not an adapter"
+    if request.merge_in_background and (problem := _merge_problem(request, model)):
         raise ConfigError(
             code="config_invalid",
-            message=f"--merge-in-background is only for an adapter on the server of its base: {problem}.",
+            message=f"--merge-in-background cannot be used: {problem}.",
             hint="Omit --merge-in-background.",
             param="merge_in_background",
         )
     backend, reason = registry.resolve(request.backend, request.engine_kind, model, request.options.get("quantize"))
     options = validated(backend.options, request.options)
     return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)
+
+
+def _merge_problem(request: StartRequest, model: ModelSource) -> str | None:
+    """Return why the engine's model cannot be merged in the background, as part of a sentence; None if it can."""
+    if model.base is None:
+        return f"{model.name} is not an adapter"
+    if request.dedicated:
+        return "with --dedicated, the adapter is merged before the engine answers"
+    return "the merged model answers on another port than --port" if request.port else None
 
 
 def _number(value: object) -> int | None:

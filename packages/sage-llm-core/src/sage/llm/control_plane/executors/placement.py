@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sage.common.errors import ModelError
+from sage.libs.models.fingerprint import version
 from sage.libs.models.originals import original
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.control_plane.backends import registry
@@ -13,18 +14,21 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 
 def placement(engine: EngineRecord) -> Mapping[str, Any]:
-    """Return the columns `base`, `adapter` and `form` of an engine; reads files of the model. Raises ModelError."""
+    """Return the columns `base`, `adapter` and `form` (how the model is served, as text), among others, of an engine.
+
+    Reads files of the model. Raises ModelError.
+    """
     source, backend = resolve_model(engine.model), registry.serving(engine.backend)
     if source.base is None:
         is_shared = backend.capabilities.hot_adapters and not engine.dedicated
-        return {"base": _name(source) if is_shared else None, "adapter": None, "form": _form("whole model", engine)}
+        return {**_shared(source if is_shared else None), "adapter": None, "form": _form("whole model", engine)}
     problem = _problem(source, source.base, engine, backend)
     if problem is None:
-        return {"base": _name(source.base), "adapter": str(source.folder.resolve()), "form": None}
+        return {**_shared(source.base), "adapter": str(source.folder.resolve()), "form": None}
     if not backend.capabilities.merges_adapters:
         message = f"The backend '{backend.name}' cannot serve the adapter {source.name}: {problem}."
         raise ModelError(code="adapter_unfit", message=message, hint="Use `--backend transformers`.", param="backend")
-    return {"base": None, "adapter": None, "form": f"{_form('merged', engine)}, because {problem}"}
+    return {**_shared(None), "adapter": None, "form": f"{_form('merged', engine)}, because {problem}"}
 
 
 def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: Mapping[str, Any]) -> EngineRecord:
@@ -36,8 +40,10 @@ def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: 
     base = resolve_model(engine.model).base
     if base is None or engine.backend_reason is None or engine.requested_port:
         return engine
+    loaded = tuple(_shared(base).values())
     for server in servers:
-        if server.shared and server.model == _name(base) and server.state is not ServerState.CLOSING:
+        is_open = server.shared and server.state is not ServerState.CLOSING
+        if is_open and (server.model, server.model_version) == loaded:
             options = registry.complete_options(server.backend, server.options or {})
             reason = "a server of this backend has loaded the base model"
             like = dataclasses.replace(engine, backend=server.backend, options=options, backend_reason=reason)
@@ -47,7 +53,7 @@ def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: 
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
-    """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence; None if it can be."""
+    """Return why a running server of `base` cannot load the adapter `source`, as part of a sentence; None if it can."""
     if engine.dedicated:
         return "a separate server was requested"
     if not backend.capabilities.hot_adapters:
@@ -63,6 +69,14 @@ def _form(how: str, engine: EngineRecord) -> str:
     return how if quantize == "none" else f"{how}, {quantize}"
 
 
-def _name(source: ModelSource) -> str:
-    """Return the name of a model; a GGUF file and its converted form have the same name."""
-    return source.name if source.kind is ModelKind.HUB else str(original(source.folder).resolve())
+def _shared(base: ModelSource | None) -> dict[str, str | None]:
+    """Return the columns `base` and `base_version`; base: the model that a shared server loads, None: not shared.
+
+    A GGUF file and its converted form are the same model.
+    """
+    if base is None:
+        return {"base": None, "base_version": None}
+    if base.kind is ModelKind.HUB:
+        return {"base": base.name, "base_version": None}
+    folder = original(base.folder).resolve()
+    return {"base": str(folder), "base_version": version(folder)}

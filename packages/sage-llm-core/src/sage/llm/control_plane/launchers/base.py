@@ -14,7 +14,7 @@ PORT_ARGUMENT, DESCRIPTOR_ARGUMENT = "{port}", "{descriptor}"
 class Signal(StrEnum):
     """The signals that end a process."""
 
-    STOP = "stop"  #: send SIGTERM, so that the process saves its state and exits; continue a suspended process
+    STOP = "stop"  #: send SIGTERM, so that the process saves its state and exits; also continue a suspended process
     KILL = "kill"  #: send SIGKILL to the process and all other processes of its session
 
 
@@ -37,7 +37,7 @@ class Launcher(Protocol):
         """Return the identifier of a process for `observe` and `signal`; the process need not exist yet."""
 
     async def check_port(self, port: int) -> None:
-        """Raise Conflict if a process cannot listen on a port."""
+        """Raise Conflict if a new process cannot listen on `port`."""
 
     async def launch(self, spec: ProcessSpec) -> str | None:
         """Start a process and return its address, or None if `spec.port` is None.

@@ -52,13 +52,13 @@ class LocalLauncher:
         return str(spec.lock_path)
 
     async def check_port(self, port: int) -> None:
-        """Raise Conflict if the port is taken or may not be used."""
+        """Raise Conflict if the port is taken, or if this user has no permission to listen on it."""
         _listen(port).close()
 
     async def launch(self, spec: ProcessSpec) -> str | None:
         """Start a process, which keeps its lock file locked, and return its address; raises Conflict or OSError.
 
-        Raises TimeoutError if the launch takes too long. The launch continues, and the next call waits for it.
+        Raises TimeoutError if the launch takes too long. The launch then continues, and the next call waits until it ends.
         """
         launch = self._launches.get(spec.lock_path)
         if launch is None:
@@ -107,7 +107,7 @@ def _observe(locks: Collection[Path]) -> Mapping[str, ProcessObservation]:
     observations = {}
     for lock, process in processes.items():
         with _omitted_if_unknown(lock):
-            # After the process has exited, a child process that inherited the lock may still hold it.
+            # After the process has exited, a child process that inherited the lock can still hold the lock.
             if process is None or (process != last_holder(lock) and leftovers(lock)):
                 observations[str(lock)] = _dead(lock)
             else:
@@ -128,14 +128,14 @@ def _omitted_if_unknown(lock: Path) -> Iterator[None]:
 
 def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> ProcessObservation:
     address, memory_bytes = None, resident_bytes(members if process.pid else ()) or None
-    with contextlib.suppress(FileNotFoundError, ValueError):  # the process does not listen, or the file is not complete yet
+    with contextlib.suppress(FileNotFoundError, ValueError):  # the process does not listen, or its port file is incomplete
         address = _address(int(_port_path(lock).read_text()))
     return ProcessObservation(alive=True, address=address, pid=process.pid or None, memory_bytes=memory_bytes)
 
 
 def _dead(lock: Path) -> ProcessObservation:
     code = exit_code(lock)
-    # `leftovers` is called last: the process has exited, so it cannot start other processes any more.
+    # The process has exited, so it cannot start more child processes, and `leftovers` finds all that are still alive.
     return ProcessObservation(alive=False, leftovers=bool(leftovers(lock)), exit_code=code)
 
 
@@ -158,7 +158,7 @@ def _process(lock: Path) -> ProcessIdentity | None:
     """Return the process that holds a lock; None if the process has exited, or if its lock file was removed."""
     if found := holder(lock):
         return found
-    ending = last_holder(lock)  # the kernel releases the lock before the process has fully exited
+    ending = last_holder(lock)  # an exiting process is still alive after its lock is released
     return ending if ending and ending.is_alive() else None
 
 

@@ -17,6 +17,7 @@ REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versi
 #: Key of PostgreSQL's advisory lock for migrations.
 _MIGRATION_LOCK = 0x53414745_00000001
 _HINT = "Correct SAGE_DATABASE_URL, or unset it to use SQLite in the state folder."
+_FILE_HINT = "Restore the file, move it away to begin with an empty database, or set SAGE_DATABASE_URL to another database."
 _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 
 
@@ -28,12 +29,13 @@ def open_database(url: str) -> Engine:
     does not contain the password.
     """
     parsed = _parse(url)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
     try:
-        database = _open_sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _open_postgresql(parsed)
+        database = _open_sqlite(parsed) if is_sqlite else _open_postgresql(parsed)
         _migrate(database, shown(parsed))
     except (SQLAlchemyError, OSError, ImportError, TypeError, ValueError) as error:
         message = f"The database {shown(parsed)} cannot be opened: {_cause(error, parsed)}."
-        hint = _DRIVER_HINT if isinstance(error, ImportError) else _HINT
+        hint = _DRIVER_HINT if isinstance(error, ImportError) else _FILE_HINT if is_sqlite else _HINT
         raise ConfigError(code="database_unusable", message=message, hint=hint) from None
     return database
 
@@ -89,12 +91,12 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Lock the database when a writing transaction begins, so that others cannot change rows that it has read."""
+    """Lock the database when a writing transaction begins, so that nobody changes the rows that the transaction has read."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
 def _configure_postgresql(connection: Any, _: object) -> None:
-    """Limit how long a suspended control plane may hold locks, and how long a control plane waits for a lock."""
+    """Limit the time for which a suspended control plane holds locks, and the time that a control plane waits for a lock."""
     with connection.cursor() as cursor:
         cursor.execute("SET idle_in_transaction_session_timeout = '3s'")
         cursor.execute("SET lock_timeout = '5s'")

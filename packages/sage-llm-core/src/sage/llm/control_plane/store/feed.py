@@ -1,4 +1,4 @@
-"""The change feed in the database: events of engines and routes that other processes read."""
+"""The change feed in the database: the events of engines and routes, which other processes read."""
 
 from sqlalchemy import Connection, func, insert, select, text
 

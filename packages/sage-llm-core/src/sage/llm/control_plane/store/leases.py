@@ -1,8 +1,8 @@
 """Leases. A lease is the right to write the rows of a node; every write checks the lease in its transaction.
 
-Each takeover of a lease increments a number, the fence. A control plane can be suspended while another control
-plane takes over its lease. When it continues, its fence is outdated, and its writes are refused. If a control plane is
-suspended in the middle of a transaction, the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end
+Each takeover of a lease increments a number, the fence. If a control plane is suspended, another control plane can take over
+its lease. When the suspended control plane continues, its fence is outdated, and its writes are refused. If a control plane
+is suspended in the middle of a transaction, the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end
 the transaction, so nobody can write until the suspended process continues or exits.
 """
 
@@ -53,14 +53,14 @@ class LeaseStore:
         holder: token of this control plane; me: its process; url: URL of its gateway.
         The lease can be taken if it is free or expired, or if the holder was a process of this host and has exited.
         """
-        with self._read() as connection:  # only reads, because a standby calls this every second
+        with self._read() as connection:  # this only reads, because a standby calls it every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
             row = connection.execute(query.where(leases.c.node == node)).one()
         has_exited = row.host == host and not ProcessIdentity(row.pid, row.pid_started).is_alive()
         if row.holder not in (None, holder) and row.is_valid and not has_exited:
             return None
         taken = update(leases).where(leases.c.node == node, leases.c.fence == row.fence)
-        if row.holder not in (None, holder) and not has_exited:  # the holder may have renewed the lease after the read
+        if row.holder not in (None, holder) and not has_exited:  # check again, because the holder can have renewed the lease
             taken = taken.where(~_is_valid(self.lease_seconds))
         taken = taken.values(
             fence=row.fence + 1,
@@ -75,7 +75,7 @@ class LeaseStore:
             return Lease(node, row.fence + 1) if connection.execute(taken).rowcount else None
 
     def renew_lease(self, lease: Lease, holder: str) -> bool:
-        """Extend the lease, even if it has expired; return False if it was taken over or released."""
+        """Extend the lease, even if the lease has expired; return False if it was taken over or released."""
         renewed = (
             update(leases).where(_is_of(lease), leases.c.holder == holder).values(expires_at=lease_clock(self.lease_seconds))
         )
@@ -104,7 +104,7 @@ class LeaseStore:
             yield connection
 
     def _check_lease(self, connection: Connection, lease: Lease) -> None:
-        """Raise LeaseLost if the lease is not valid; otherwise nobody can take over the lease before this transaction ends.
+        """Raise LeaseLost if the lease is not valid. A valid lease cannot be taken over before this transaction ends.
 
         SQLite has one writer at a time. On PostgreSQL, a takeover waits for the shared lock on the row.
         """

@@ -19,7 +19,7 @@ def position(connection: Connection, engine_id: str) -> int:
     if found is None:
         raise ConfigError(
             code="cursor_unknown",
-            message=f"after: there is no engine '{engine_id[:100]}'; it may have been removed.",
+            message=f"after: there is no engine '{engine_id[:100]}'; perhaps it was removed.",
             hint="Omit `after` to start at the first page.",
             param="after",
         )

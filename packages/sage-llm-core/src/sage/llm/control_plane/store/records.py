@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, OnBusy, Reason, RestartPolicy
 
 #: Prefix of the model names that the control plane uses in requests to a server.
 INTERNAL = "sage-"
@@ -33,9 +33,9 @@ class LeaderInfo:
 class ServerState(StrEnum):
     """Progress of a server from its launch to its end. The state does not say whether the process is alive."""
 
-    PLANNED = "planned"  #: stored before the launch; the process may already exist
+    PLANNED = "planned"  #: stored before the launch; the process possibly exists already
     LAUNCHED = "launched"  #: stored after the launch
-    CLOSING = "closing"  #: stored before the signal that ends the process; no engine may join the server
+    CLOSING = "closing"  #: stored before the signal that ends the process; no engine can join the server any more
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class ServerRecord:
     created_at: datetime
     options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of the engine
     served_name: str | None = None  #: name of `model` in requests to the server; None: any name is accepted
-    shared: bool = False  #: other engines with the same base model, backend and options may join
+    shared: bool = False  #: other engines with the same base model, backend and options can join
     max_adapters: int | None = None  #: None: no limit
+    model_version: str | None = None  #: `base_version` of the engine that the server was launched for
 
     @property
     def token(self) -> str:
@@ -86,17 +87,18 @@ class EngineRecord:
     reason: Reason | None
     figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists of engines read no files
     node: str
-    server_id: str | None  #: id of the last server that hosted the engine; the server may no longer exist
+    server_id: str | None  #: id of the last server that hosted the engine; the server possibly no longer exists
     requested_port: int | None
     devices: tuple[str, ...] | None  #: None: any device
     reserved_bytes: int | None
     version: int  #: incremented by every write
     created_at: datetime
     state_at: datetime
-    first_event: int  #: id of the event of its creation; defines the order of engines, independent of the clock
-    last_event: int  #: id of the event of its last transition
+    first_event: int  #: id of the event of the engine's creation; engines are ordered by this id, not by time
+    last_event: int  #: id of the event of the engine's last transition
     dedicated: bool = False  #: the user requested a server for this engine only
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
+    base_version: str | None = None  #: changes if the files of `base` are replaced; None: not known
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
     form: str | None = None  #: how the model is served, as text for users; written by the validation
     revision: int = 0  #: incremented at each start and for each newer version of the adapter
@@ -107,6 +109,14 @@ class EngineRecord:
     #: id of the engine that merges this engine's adapter in the background; "": not started yet; None: no merge is requested
     merger_id: str | None = None
     merges: str | None = None  #: id of the engine whose adapter this engine merges in the background; None: no such engine
+    on_busy: OnBusy = OnBusy.WAIT
+    priority: int = 0  #: engines with a higher number are ahead in the queue
+    not_before: datetime | None = None  #: earliest time to start the engine
+    queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event`
+    #: Who paused the engine: `idle`, `user`, or the id of the engine that it makes room for; None: it is not paused.
+    paused_by: str | None = None
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
+    threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the default of its program
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property
@@ -116,7 +126,7 @@ class EngineRecord:
 
 
 def internal_prefix(engine_id: str) -> str:
-    """Return the prefix that the values of `internal_name` have for all revisions of an engine."""
+    """Return the prefix that the internal names of all revisions of an engine have in common."""
     return f"{INTERNAL}{suffix_of(engine_id)}-"
 
 

@@ -12,6 +12,7 @@ from sage.llm.client.types import (
     EngineKind,
     EngineState,
     EventKind,
+    OnBusy,
     Reason,
     RestartPolicy,
 )
@@ -46,6 +47,8 @@ def engine_record(row: Row[Any] | Mapping[str, Any]) -> EngineRecord:
     values["devices"] = _devices(values["devices"])
     values["created_at"] = in_utc(values["created_at"])
     values["state_at"] = in_utc(values["state_at"])
+    values["on_busy"] = OnBusy(values["on_busy"])
+    values["not_before"] = values["not_before"] and in_utc(values["not_before"])
     values["last_request_at"] = values["last_request_at"] and in_utc(values["last_request_at"])
     return EngineRecord(**values)
 

@@ -203,7 +203,7 @@ class Store(ServerStore, RouteStore):
         return found[:limit], len(found) > limit
 
     def active(self, node: str) -> list[EngineRecord]:
-        """Return the engines of a node that are not settled, oldest first."""
+        """Return the engines of a node that are not stopped, completed or failed, oldest first."""
         query = select(engines).where(engines.c.node == node, ACTIVE).order_by(engines.c.first_event)
         with self._read() as connection:
             return [engine_record(row) for row in connection.execute(query)]

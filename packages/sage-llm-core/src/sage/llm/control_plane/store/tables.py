@@ -18,8 +18,8 @@ from sqlalchemy import (
     text,
 )
 
-#: SQL condition for engines that are not settled. It is literal text, because the database uses a partial index only if the
-#: query has exactly the condition of the index.
+#: SQL condition for engines that are not stopped, completed or failed. The condition is literal text, because the database
+#: uses a partial index only if the query has exactly the condition of the index.
 ACTIVE = text("state NOT IN ('stopped', 'completed', 'failed')")
 
 metadata = MetaData()
@@ -55,6 +55,7 @@ engines = Table(
     Column("last_event", BigInteger, nullable=False),
     Column("dedicated", Boolean, nullable=False, server_default=text("false")),
     Column("base", Text),
+    Column("base_version", String),
     Column("adapter", Text),
     Column("form", Text),
     Column("backend_reason", Text),
@@ -65,6 +66,13 @@ engines = Table(
     Column("serve", _Json),
     Column("merger_id", String),
     Column("merges", String),
+    Column("on_busy", String, nullable=False, server_default="wait"),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("not_before", _Time),
+    Column("queue_rank", Float),
+    Column("paused_by", String),
+    Column("least_bytes", BigInteger),
+    Column("threads", Integer),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
@@ -93,6 +101,7 @@ servers = Table(
     Column("served_name", String),
     Column("shared", Boolean, nullable=False, server_default=text("false")),
     Column("max_adapters", Integer),
+    Column("model_version", String),
 )
 
 #: The change feed. Ids increase in the order of commits and are never reused.
@@ -123,7 +132,7 @@ routes = Table(
     Column("updated_at", _Time, nullable=False),
 )
 
-#: The nodes that use this database; a node is a state folder.
+#: The nodes that use this database. A node is a SAGE installation with its own state folder.
 nodes = Table(
     "nodes",
     metadata,
@@ -131,7 +140,7 @@ nodes = Table(
     Column("host", String, nullable=False),
 )
 
-#: One row for each node. Rows are never deleted, so that the fence never decreases.
+#: One row for each node. Rows are never deleted, so that the fence (the number of takeovers) never decreases.
 leases = Table(
     "leases",
     metadata,

@@ -1,6 +1,5 @@
 """HTTP routes for health probes and metrics."""
 
-import asyncio
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from sage.llm.control_plane.inventory import list_devices
 from sage.llm.control_plane.metrics import engine_metrics
 from sage.llm.gateway.routes.dependencies import Manager
 
@@ -28,7 +26,7 @@ def health() -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report this gateway's role on its node and the number of engines by state. Fails if the database does not answer."""
+    """Report the gateway's role (active or standby) and the number of engines by state; fails without the database."""
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():
@@ -39,9 +37,10 @@ async def ready(manager: Manager) -> dict[str, Any]:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(manager: Manager) -> PlainTextResponse:
     """Return the metrics of engines and devices in Prometheus's text format."""
-    devices = await asyncio.to_thread(list_devices)
     registry = CollectorRegistry()
-    registry.register(_Once(list(engine_metrics(await manager.counts(), await manager.list_active(), devices))))
+    registry.register(
+        _Once(list(engine_metrics(await manager.counts(), await manager.list_active(), await manager.list_devices())))
+    )
     return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 

@@ -10,9 +10,17 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sage.common.errors import ConfigError
-from sage.llm.client.types import EngineKind, EnginePage, EngineState, EngineView, EventPage, StartRequest
+from sage.llm.client.types import (
+    EngineKind,
+    EnginePage,
+    EngineQueue,
+    EngineState,
+    EngineView,
+    EventPage,
+    MoveRequest,
+    StartRequest,
+)
 from sage.llm.control_plane.backends.registry import list_backends
-from sage.llm.control_plane.inventory import list_devices
 from sage.llm.gateway.event_streams import EventStream, all_changes, engine_transitions, until_removed
 from sage.llm.gateway.routes.dependencies import Manager
 
@@ -26,7 +34,7 @@ Cursor = Annotated[Annotated[int, Field(ge=0, lt=_MAX_INT)] | Literal["latest"],
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
 @router.post("/engines", status_code=status.HTTP_201_CREATED)
 async def start_engine(request: StartRequest, manager: Manager) -> EngineView:
-    """Create an engine in the state `validating`. Its dataset or model is checked after the answer."""
+    """Create an engine in the state `validating`. The response is sent before the dataset or model is checked."""
     return await manager.start_engine(request)
 
 
@@ -37,7 +45,7 @@ async def list_engines(
     after: Annotated[str | None, Query(max_length=100, description="`last_id` of the previous page.")] = None,
     state: Annotated[str | None, Query(max_length=200, description="States, separated by commas.")] = None,
     kind: Annotated[str | None, Query(max_length=200, description="Kinds, separated by commas.")] = None,
-    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first.")] = "asc",
+    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first; desc: newest first.")] = "asc",
 ) -> EnginePage:
     """Return one page of the list of engines."""
     return await manager.page_engines(
@@ -60,8 +68,9 @@ async def list_changes(
 ) -> EventPage | EventStream:
     """Return the events of all engines after a cursor; with `follow`, stream them as server-sent events without end.
 
-    `after=latest` means the newest event: the answer has no events, and `last_id` is the cursor to continue from.
-    The id of a server-sent event is a cursor. Clients that reconnect send the id as `Last-Event-ID`; it overrides `after`.
+    With `after=latest`, the response contains no events, and `last_id` is the cursor for events from now on.
+    The id of a server-sent event is a cursor. Clients that reconnect send this id as the header `Last-Event-ID`, which
+    overrides `after`.
     """
     if follow and last_event_id is not None:
         after = last_event_id
@@ -85,16 +94,27 @@ async def stop_engine(engine_id: str, manager: Manager, force: bool = False) -> 
     return await manager.stop_engine(engine_id, force=force)
 
 
-@router.post("/engines/{engine_id}/pause", status_code=status.HTTP_202_ACCEPTED,
-             responses={501: {"description": "Pausing is not available in this version."}})  # fmt: skip
+@router.get("/queue")
+async def get_queue(manager: Manager) -> EngineQueue:
+    """Return the waiting engines of this node, in the order of the queue."""
+    return EngineQueue(data=await manager.waiting_engines())
+
+
+@router.post("/engines/{engine_id}/move", status_code=status.HTTP_202_ACCEPTED)
+async def move_engine(engine_id: str, request: MoveRequest, manager: Manager) -> EngineView:
+    """Move a waiting engine to another place in the queue, among the engines of its priority."""
+    return await manager.move_engine(engine_id, request.position)
+
+
+@router.post("/engines/{engine_id}/pause", status_code=status.HTTP_202_ACCEPTED)
 async def pause_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Ask an engine to release its memory until it is resumed."""
+    """Ask an engine to release its memory until the engine is resumed."""
     return await manager.pause_engine(engine_id)
 
 
 @router.post("/engines/{engine_id}/resume", status_code=status.HTTP_202_ACCEPTED)
 async def resume_engine(engine_id: str, manager: Manager) -> EngineView:
-    """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
+    """Start a stopped or failed engine again, or load a paused engine. A training run continues from its last checkpoint."""
     return await manager.resume_engine(engine_id)
 
 
@@ -150,9 +170,9 @@ async def training_steps(
 
 
 @router.get("/gpu")
-async def gpu() -> dict[str, Any]:
-    """Return the devices and their memory: GPUs first, main memory last."""
-    return {"object": "list", "data": await asyncio.to_thread(list_devices)}
+async def gpu(manager: Manager) -> dict[str, Any]:
+    """Return the devices, their memory and the engines that use it: GPUs first, main memory last."""
+    return {"object": "list", "data": await manager.list_devices()}
 
 
 @router.get("/backends")

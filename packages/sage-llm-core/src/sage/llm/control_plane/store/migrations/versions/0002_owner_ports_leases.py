@@ -1,4 +1,4 @@
-"""Add a table of the owner, allow one active engine per port, and store the identity of the process in the lease.
+"""Add the table `owner`, allow one active engine per port, and store the identity of the holder's process in the lease.
 
 Revision ID: 0002
 """
@@ -13,7 +13,7 @@ _ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
 
 
 def upgrade() -> None:
-    """Create the table of the owner and the index of ports; replace the table of leases (nobody holds one now)."""
+    """Create the table `owner` and the index of ports; replace the table `leases`, which contains no valid lease now."""
     op.create_table(
         "owner",
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),

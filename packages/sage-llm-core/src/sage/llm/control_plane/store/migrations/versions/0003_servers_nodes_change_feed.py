@@ -38,7 +38,8 @@ def upgrade() -> None:
     events = [row._asdict() for row in connection.execute(sa.select(_OLD_EVENTS).order_by(_OLD_EVENTS.c.id))]
     first = {event["engine_id"]: event["id"] for event in reversed(events)}
     last = {event["engine_id"]: event["id"] for event in events}
-    engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]  # only with events
+    # Engines without events are not copied.
+    engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]
     node = connection.scalar(sa.text("SELECT node FROM owner"))
     if node is None and engines:  # no control plane of revision 0002 has stored the node id yet
         node = open_state_folder()

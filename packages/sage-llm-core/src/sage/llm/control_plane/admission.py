@@ -1,0 +1,263 @@
+"""Admission: a pure function that decides which waiting engines get memory, on which devices, and who makes room.
+
+The caller passes the devices, the engines that have memory, and the waiting engines in the order of the queue. The decisions
+never promise more memory than a device has. The first waiting engine that can start without an action of the user gets a
+reservation, so that smaller engines behind it cannot delay it without end.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from sage.llm.client.types import OnBusy
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory of a device that the engines of this node may use."""
+
+    id: str  #: `cpu` or, for example, `cuda:0`
+    usable_bytes: int  #: the total, or the configured limit if that is smaller
+    foreign_bytes: int = 0  #: used by other programs
+
+
+@dataclass(frozen=True)
+class Holder:
+    """An engine that has memory."""
+
+    engine_id: str
+    memory_bytes: int  #: on each of its devices
+    devices: tuple[str, ...]
+    priority: int = 0
+    is_pausable: bool = False  #: an inference engine that may be paused to make room
+    ends: bool = False  #: a training run, which frees its memory without an action of the user
+    is_leaving: bool = False  #: it is being paused or stopped; its memory is in use until its process has exited
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A waiting engine."""
+
+    engine_id: str
+    memory_bytes: int  #: on each of its devices
+    least_bytes: int | None = None  #: smallest amount with which it can run; None: `memory_bytes`
+    device_count: int = 1
+    devices: tuple[str, ...] | None = None  #: ids of the devices that it may use; None: any device
+    priority: int = 0
+    on_busy: OnBusy = OnBusy.WAIT
+    is_due: bool = True  #: False: the time at which it may start has not come
+    has_room: bool = False  #: engines were paused for it, so it gets their memory before engines ahead of it in the queue
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest memory with which the engine may start now."""
+        return self.memory_bytes if self.least_bytes is None or self.on_busy is not OnBusy.SHARE else self.least_bytes
+
+    def after_pause(self) -> "Claim":
+        """Return the claim of this engine after it was paused: it waits to come back, and neither preempts nor fails."""
+        return self if self.on_busy is OnBusy.SHARE else replace(self, on_busy=OnBusy.WAIT)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start the engine on these devices."""
+
+    devices: tuple[str, ...]
+    memory_bytes: int  #: to reserve on each device
+
+
+@dataclass(frozen=True)
+class MakeRoom:
+    """Pause these engines; the waiting engine then starts on these devices."""
+
+    pause: tuple[str, ...]
+    devices: tuple[str, ...]
+
+
+class Cause(StrEnum):
+    """Why an engine waits, or why it cannot start."""
+
+    NOT_DUE = "not_due"  #: its start time has not come
+    ROOM = "room"  #: engines that must make room for it are stopping
+    MEMORY = "memory"  #: too little memory is free
+    RESERVED = "reserved"  #: enough memory is free, but it is reserved for an engine ahead in the queue
+    TOO_LARGE = "too_large"  #: it needs more memory than the devices have
+    NO_DEVICE = "no_device"  #: the node does not have the requested devices
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The engine waits."""
+
+    position: int  #: place in the queue, from 1
+    cause: Cause
+    free_bytes: int = 0  #: most memory that is free on one of the devices that it may use
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The engine cannot start."""
+
+    cause: Cause
+    free_bytes: int = 0  #: most memory that is free, or for `TOO_LARGE` usable, on one of the devices that it may use
+
+
+Decision = Start | MakeRoom | Wait | Refuse
+
+
+@dataclass
+class _Device:
+    """The memory of one device while decisions are made. Decisions for one engine change what the next engine gets."""
+
+    usable_bytes: int
+    free_bytes: int
+    soon_bytes: int = 0  #: reserved for engines that start when the stopping engines have exited
+    later_bytes: int = 0  #: reserved for the engine that starts when training runs have ended
+    holders: list[Holder] = field(default_factory=list)
+
+    @property
+    def leaving_bytes(self) -> int:
+        """Memory of engines that are stopping."""
+        return sum(holder.memory_bytes for holder in self.holders if holder.is_leaving)
+
+    @property
+    def ending_bytes(self) -> int:
+        """Memory of training runs that are not stopping."""
+        return sum(holder.memory_bytes for holder in self.holders if holder.ends and not holder.is_leaving)
+
+    @property
+    def room_later_bytes(self) -> int:
+        """Unreserved memory after all training runs and stopping engines have exited."""
+        return self.free_bytes + self.leaving_bytes + self.ending_bytes - self.soon_bytes - self.later_bytes
+
+    @property
+    def room_soon_bytes(self) -> int:
+        """Unreserved memory after the stopping engines have exited."""
+        return min(self.free_bytes + self.leaving_bytes - self.soon_bytes, self.room_later_bytes)
+
+    @property
+    def room_bytes(self) -> int:
+        """Memory that an engine may take now without delaying an engine that has a reservation."""
+        return min(self.free_bytes, self.room_soon_bytes)
+
+
+def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: Sequence[Claim]) -> dict[str, Decision]:
+    """Return a decision for each waiting engine.
+
+    waiting: in the order of the queue: by priority, then by time or as the user ordered it.
+    """
+    state = _State(devices, holders)
+    queue = sorted(enumerate(waiting, start=1), key=lambda entry: not entry[1].has_room)
+    return {claim.engine_id: state.decide(position, claim) for position, claim in queue}
+
+
+class _State:
+    def __init__(self, devices: Sequence[DeviceMemory], holders: Sequence[Holder]) -> None:
+        self._devices = {each.id: _Device(each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices}
+        self._has_reservation = False
+        for holder in holders:
+            self._place(holder)
+
+    def decide(self, position: int, claim: Claim) -> Decision:
+        """Return the decision for one engine, and take or reserve the memory that it gets."""
+        allowed = {key: device for key, device in self._devices.items() if claim.devices is None or key in claim.devices}
+        most_free = max((device.free_bytes for device in allowed.values()), default=0)
+        if len(allowed) < claim.device_count:
+            return Refuse(Cause.NO_DEVICE)
+        if sum(device.usable_bytes >= claim.smallest_bytes for device in allowed.values()) < claim.device_count:
+            return Refuse(Cause.TOO_LARGE, max(device.usable_bytes for device in allowed.values()))
+        if not claim.is_due:
+            return Wait(position, Cause.NOT_DUE, most_free)
+        if start := self._start(claim, allowed):
+            return start
+        if claim.on_busy is OnBusy.FAIL:
+            return Refuse(Cause.MEMORY, most_free)
+        if self._reserve_soon(claim, allowed):
+            return Wait(position, Cause.ROOM, most_free)
+        if claim.on_busy is OnBusy.PREEMPT and (room := self._make_room(claim, allowed)):
+            return room
+        is_free = sum(device.free_bytes >= claim.smallest_bytes for device in allowed.values()) >= claim.device_count
+        self._reserve_later(claim, allowed)
+        return Wait(position, Cause.RESERVED if is_free else Cause.MEMORY, most_free)
+
+    def _start(self, claim: Claim, allowed: Mapping[str, _Device]) -> Start | None:
+        """Place the engine on the devices with the least room that is enough, or on those with the most room to share."""
+        rooms = {key: device.room_bytes for key, device in allowed.items()}
+        keys = _choose(claim, rooms, claim.memory_bytes)
+        if not keys and claim.smallest_bytes < claim.memory_bytes:
+            most = sorted(rooms, key=lambda key: (-rooms[key], key))[: claim.device_count]
+            keys = tuple(most) if all(rooms[key] >= claim.smallest_bytes for key in most) else ()
+        if not keys:
+            return None
+        memory_bytes = min(claim.memory_bytes, *(rooms[key] for key in keys))
+        self._place(Holder(claim.engine_id, memory_bytes, keys, claim.priority))
+        return Start(keys, memory_bytes)
+
+    def _reserve_soon(self, claim: Claim, allowed: Mapping[str, _Device]) -> bool:
+        """Reserve devices on which the engine fits when the stopping engines have exited; return False if there are none."""
+        keys = _choose(claim, {key: device.room_soon_bytes for key, device in allowed.items()}, claim.smallest_bytes)
+        for key in keys:
+            allowed[key].soon_bytes += min(claim.memory_bytes, allowed[key].room_soon_bytes)
+        return bool(keys)
+
+    def _reserve_later(self, claim: Claim, allowed: Mapping[str, _Device]) -> None:
+        """Reserve devices on which the engine fits when training runs have ended; only one engine gets this reservation.
+
+        Inference engines do not end without an action of the user, so no reservation counts on their memory.
+        """
+        if self._has_reservation:
+            return
+        keys = _choose(claim, {key: device.room_later_bytes for key, device in allowed.items()}, claim.memory_bytes)
+        for key in keys:
+            allowed[key].later_bytes += claim.memory_bytes
+        self._has_reservation = bool(keys)
+
+    def _make_room(self, claim: Claim, allowed: Mapping[str, _Device]) -> MakeRoom | None:
+        """Choose the devices on which the fewest engines must be paused, and reserve these devices; None if too few fit."""
+        options = []
+        for key, device in allowed.items():
+            paused = _to_pause(claim, device)
+            if paused is not None:
+                options.append((len(paused), sum(holder.memory_bytes for holder in paused), key, paused))
+        if len(options) < claim.device_count:
+            return None
+        chosen = sorted(options, key=lambda option: option[:3])[: claim.device_count]
+        paused_ids = tuple(dict.fromkeys(holder.engine_id for *_, paused in chosen for holder in paused))
+        for device in self._devices.values():
+            device.holders = [
+                replace(holder, is_leaving=True) if holder.engine_id in paused_ids else holder for holder in device.holders
+            ]
+        keys = tuple(key for _, _, key, _ in chosen)
+        for key in keys:
+            allowed[key].soon_bytes += claim.memory_bytes
+        return MakeRoom(paused_ids, keys)
+
+    def _place(self, holder: Holder) -> None:
+        for key in holder.devices:
+            if device := self._devices.get(key):
+                device.free_bytes -= holder.memory_bytes
+                device.holders.append(holder)
+
+
+def _choose(claim: Claim, rooms: Mapping[str, int], need_bytes: int) -> tuple[str, ...]:
+    """Return the devices with the least room that is at least `need_bytes`; () if there are fewer than the engine needs."""
+    fitting = sorted((key for key, room in rooms.items() if room >= need_bytes), key=lambda key: (rooms[key], key))
+    return tuple(fitting[: claim.device_count]) if len(fitting) >= claim.device_count else ()
+
+
+def _to_pause(claim: Claim, device: _Device) -> list[Holder] | None:
+    """Return the engines to pause so that the claim fits on a device, lowest priority first; None if it cannot fit."""
+    missing_bytes = claim.memory_bytes - device.room_soon_bytes
+    paused: list[Holder] = []
+    candidates = (holder for holder in device.holders if holder.is_pausable and not holder.is_leaving)
+    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.memory_bytes, holder.engine_id)):
+        if missing_bytes > 0 and holder.priority <= claim.priority:
+            paused.append(holder)
+            missing_bytes -= holder.memory_bytes
+    if missing_bytes > 0:
+        return None
+    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.memory_bytes)):
+        if missing_bytes + holder.memory_bytes <= 0:  # an engine that was chosen early is no longer necessary
+            paused.remove(holder)
+            missing_bytes += holder.memory_bytes
+    return paused

@@ -1,0 +1,73 @@
+"""Share the CPU cores among engines. With more threads than cores, threads wait for each other."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.actions import Action, Launch
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The CPU cores of this node."""
+
+    count: int
+    training_threads: int | None = None  #: threads of each training run, by the settings
+
+
+def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cores: Cores) -> list[Action]:
+    """Return the actions, and set the number of threads in each launch of a new server that uses the CPU.
+
+    servers: the servers of this node. Each of them also gets a share, but a running process keeps its number of threads.
+    """
+    launches = {action.engine.id: action.engine for action in actions if _takes_cores(action)}
+    if not launches:
+        return list(actions)
+    hosts = [server for server in servers if server.state is not ServerState.CLOSING and _uses_cpu(server.devices)]
+    requested = {server.id: _requested_by(server, cores) for server in hosts}
+    requested |= {engine.id: _requested(engine, cores) for engine in launches.values()}
+    shares = share_cores(cores.count, requested)
+    threads = {key: engine.threads if _keeps_threads(engine, cores) else shares[key] for key, engine in launches.items()}
+    return [
+        replace(action, threads=threads[action.engine.id]) if isinstance(action, Launch) and _takes_cores(action) else action
+        for action in actions
+    ]
+
+
+def share_cores(cores: int, engines: Mapping[str, int | None]) -> dict[str, int]:
+    """Return the number of threads of each engine, at least 1.
+
+    engines: the number of threads that the user requested, by engine id; None: no request.
+    An engine with a request gets the requested number. The other engines get equal shares of the remaining cores. If the
+    cores do not divide evenly, the first engines get one thread more. Training and inference engines are treated equally.
+    The threads add up to at most `cores`, unless the user requested more or there are more engines than cores.
+    """
+    requested = {engine: threads for engine, threads in engines.items() if threads is not None}
+    others = [engine for engine in engines if engine not in requested]
+    share, rest = divmod(max(0, cores - sum(requested.values())), max(1, len(others)))
+    shares = {engine: max(1, share + (place < rest)) for place, engine in enumerate(others)}
+    return {engine: {**requested, **shares}[engine] for engine in engines}
+
+
+def _takes_cores(action: Action) -> bool:
+    return isinstance(action, Launch) and action.server is None and _uses_cpu(action.devices)
+
+
+def _uses_cpu(devices: Sequence[str] | None) -> bool:
+    return not devices or "cpu" in devices
+
+
+def _keeps_threads(engine: EngineRecord, cores: Cores) -> bool:
+    """Return whether an engine is a resumed run. With another number of threads, its losses would differ slightly."""
+    return engine.kind is EngineKind.FINETUNE and engine.server_id is not None and cores.training_threads is None
+
+
+def _requested(engine: EngineRecord, cores: Cores) -> int | None:
+    if engine.kind is EngineKind.FINETUNE:
+        return engine.threads if _keeps_threads(engine, cores) else cores.training_threads
+    return engine.options.get("threads")
+
+
+def _requested_by(server: ServerRecord, cores: Cores) -> int | None:
+    return cores.training_threads if server.options is None else server.options.get("threads")

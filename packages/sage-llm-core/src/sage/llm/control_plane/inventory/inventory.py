@@ -1,0 +1,149 @@
+"""List the devices of this node, and measure their memory for admission."""
+
+import contextlib
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from sage.common.cgroups import MemoryLimit, memory_limits
+from sage.common.errors import EngineError
+from sage.common.identity import all_sessions
+from sage.common.settings import Settings
+from sage.llm.client.types import Device, DeviceEngine
+from sage.llm.control_plane.admission import DeviceMemory
+from sage.llm.control_plane.inventory.gpus import Gpu, fake_gpus, list_gpus
+
+_CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Occupant:
+    """A server process of this node, with the id and the name of the first engine that it hosts."""
+
+    engine_id: str
+    engine_name: str
+    pid: int | None  #: None: the process is not known
+    memory_bytes: int | None  #: main memory of the process
+    devices: tuple[str, ...]  #: ids of the devices on which memory is reserved
+    reserved_bytes: int | None  #: on each of its devices
+
+
+class Inventory:
+    """The devices of this node. All methods block for some milliseconds."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._fake_devices = settings.fake_devices
+        self._limit_bytes = None if settings.memory_limit_gb is None else round(settings.memory_limit_gb * 1e9)
+
+    def devices(self, occupants: Sequence[Occupant] = ()) -> list[Device]:
+        """Return all devices, GPUs first, main memory last; each device lists the engines that use its memory."""
+        node, sessions = socket.gethostname(), all_sessions()
+        members = {each.engine_id: _members([each.pid] if each.pid else [], sessions) for each in occupants}
+        gpus = []
+        for gpu in self._gpus():
+            used_bytes = {engine_id: gpu.bytes_of(pids) for engine_id, pids in members.items()}
+            engines = _engines(_cuda(gpu), occupants, used_bytes)
+            usable_bytes = gpu.memory_total_bytes
+            gpus.append(Device(node=node, kind="cuda", memory_usable_bytes=usable_bytes, engines=engines, **vars(gpu)))
+        memory = psutil.virtual_memory()
+        main = Device(
+            node=node,
+            kind=_CPU,
+            index=0,
+            name="main memory",
+            memory_total_bytes=memory.total,
+            memory_usable_bytes=self._main_memory(own_bytes=0).usable_bytes,
+            memory_used_bytes=memory.total - memory.available,
+            utilization_percent=psutil.cpu_percent(),
+            engines=_engines(_CPU, occupants, {occupant.engine_id: occupant.memory_bytes or 0 for occupant in occupants}),
+        )
+        return [*gpus, main]
+
+    def memory(self, pids: Collection[int]) -> list[DeviceMemory]:
+        """Return the usable memory of each device, and the part of it that other programs use.
+
+        pids: the processes of this node's servers. The other processes of their sessions belong to the servers too.
+        """
+        own = _members(pids, all_sessions())
+        gpus = [
+            DeviceMemory(_cuda(gpu), gpu.memory_total_bytes, max(0, gpu.memory_used_bytes - gpu.bytes_of(own)))
+            for gpu in self._gpus()
+        ]
+        return [self._main_memory(_private_bytes(own)), *gpus]
+
+    def variables(self, devices: Collection[str]) -> Mapping[str, str]:
+        """Return the environment variables that restrict a process to devices; a fake GPU restricts it to the CPU.
+
+        devices: ids of devices; if empty, the process may use all devices. Raises EngineError if a device does not exist.
+        """
+        gpus = {_cuda(gpu): gpu for gpu in self._gpus()}
+        if missing := set(devices) - {_CPU, *gpus}:
+            raise EngineError(
+                code="device_not_found",
+                message=f"This node does not have the devices {', '.join(sorted(missing))}.",
+                hint="`sage gpu` shows the devices.",
+            )
+        if not devices or not gpus:
+            return {}
+        visible = [gpu.selector for key, gpu in gpus.items() if key in devices and gpu.selector]
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(visible)}
+
+    def _gpus(self) -> list[Gpu]:
+        return fake_gpus(self._fake_devices) if self._fake_devices else list_gpus()
+
+    def _main_memory(self, own_bytes: int) -> DeviceMemory:
+        memory = psutil.virtual_memory()
+        bounds = [MemoryLimit(memory.total, memory.total - memory.available), *memory_limits()]
+        return within(_CPU, bounds, own_bytes, self._limit_bytes)
+
+
+def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_bytes: int | None) -> DeviceMemory:
+    """Return the memory of a device on which several bounds apply at the same time.
+
+    own_bytes: the memory that engines use. The used memory of each bound includes this memory.
+    limit_bytes: the memory that all engines together may use; other programs do not count. None: no limit.
+    """
+    limits = [bound.limit_bytes for bound in bounds]
+    rooms = [bound.limit_bytes - max(0, bound.used_bytes - own_bytes) for bound in bounds]
+    if limit_bytes is not None:
+        limits.append(limit_bytes)
+        rooms.append(limit_bytes)
+    return DeviceMemory(device, min(limits), max(0, min(limits) - min(rooms)))
+
+
+def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str, int]) -> list[DeviceEngine]:
+    """Return the engines that use or have reserved memory of a device."""
+    found = []
+    for occupant in occupants:
+        reserved_bytes = occupant.reserved_bytes if device in occupant.devices else None
+        if used_bytes[occupant.engine_id] or reserved_bytes:
+            found.append(
+                DeviceEngine(
+                    id=occupant.engine_id,
+                    name=occupant.engine_name,
+                    memory_bytes=used_bytes[occupant.engine_id],
+                    reserved_bytes=reserved_bytes,
+                )
+            )
+    return found
+
+
+def _members(pids: Collection[int], sessions: Mapping[int, Collection[int]]) -> set[int]:
+    """Return the processes of the sessions that the processes `pids` lead."""
+    return {member for pid in pids for member in sessions.get(pid, [pid])}
+
+
+def _cuda(gpu: Gpu) -> str:
+    return f"cuda:{gpu.index}"
+
+
+def _private_bytes(pids: Collection[int]) -> int:
+    """Return the resident memory of processes without shared pages, because the system does not count file pages as used."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            memory = psutil.Process(pid).memory_info()
+            total += memory.rss - getattr(memory, "shared", 0)  # `shared` exists only on Linux
+    return total

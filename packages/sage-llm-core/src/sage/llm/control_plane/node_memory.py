@@ -1,0 +1,36 @@
+"""Measure the memory of the node's devices for the plan, at most once a second."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
+
+from sage.llm.control_plane.admission import DeviceMemory
+from sage.llm.control_plane.queueing import Memory
+
+logger = logging.getLogger(__name__)
+_SECONDS = 1.0
+
+
+class NodeMemory:
+    """The last measurement of the devices. It is taken only if an engine waits, because only waiting engines need it."""
+
+    def __init__(self, measure: Callable[[Collection[int]], Sequence[DeviceMemory]]) -> None:
+        """measure: returns the devices, given the processes of this node's servers; it blocks."""
+        self._measure = measure
+        self._devices: Sequence[DeviceMemory] | None = None
+        self._measured_at_seconds = 0.0
+
+    async def look(self, pids: Collection[int]) -> Memory | None:
+        """Return the memory of the devices; None if it cannot be measured, and was never measured.
+
+        pids: the processes of this node's servers.
+        """
+        if self._devices is None or time.monotonic() - self._measured_at_seconds >= _SECONDS:
+            try:
+                self._devices = await asyncio.to_thread(self._measure, pids)
+            except Exception as error:
+                logger.warning("the memory of the devices cannot be measured, retrying", exc_info=error)
+            self._measured_at_seconds = time.monotonic()
+        return None if self._devices is None else Memory(self._devices, datetime.now(UTC))

@@ -1,0 +1,208 @@
+"""The part of the plan that gives memory to waiting engines and pauses engines that must make room."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason
+from sage.llm.control_plane.admission import (
+    Cause,
+    Claim,
+    Decision,
+    DeviceMemory,
+    Holder,
+    MakeRoom,
+    Refuse,
+    Start,
+    Wait,
+    admit,
+)
+from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.hosting import Hosts
+from sage.llm.control_plane.idle import is_making_room
+from sage.llm.control_plane.restarts import backoff_seconds
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+from sage.llm.control_plane.store.servers import HOSTED
+from sage.llm.control_plane.watch import Watch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The devices of the node, as admission needs them."""
+
+    devices: Sequence[DeviceMemory]
+    now: datetime
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What each waiting engine should do. An engine that is in none of the mappings waits for a server."""
+
+    joins: Mapping[str, ServerRecord] = field(default_factory=dict)  #: the server that an engine joins
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+    pauses: Mapping[str, str] = field(default_factory=dict)  #: engines to pause, and for which engine each makes room
+
+    def reason(self, engine: EngineRecord) -> Reason | None:
+        """Return why an engine waits or cannot start; None if it does not wait for memory."""
+        decision = self.decisions.get(engine.id)
+        return _reason(engine, decision) if isinstance(decision, Wait | Refuse) else None
+
+
+def is_waiting(engine: EngineRecord) -> bool:
+    """Return whether an engine is in the queue."""
+    if engine.state is EngineState.QUEUED:
+        return engine.desired is DesiredState.RUNNING
+    return engine.state is EngineState.PAUSED and is_making_room(engine)
+
+
+def rank(engine: EngineRecord) -> tuple[int, float]:
+    """Return the order of an engine in the queue; the smallest is first."""
+    return -engine.priority, engine.last_event if engine.queue_rank is None else engine.queue_rank
+
+
+def rank_at(engine: EngineRecord, position: int, waiting: Sequence[EngineRecord]) -> float:
+    """Return the `queue_rank` that moves an engine to a place in the queue, as near as its priority allows.
+
+    waiting: all waiting engines, in the order of the queue.
+    """
+    others = [other for other in waiting if other.id != engine.id]
+    ahead = sum(other.priority > engine.priority for other in others)
+    ranks = [rank(other)[1] for other in others if other.priority == engine.priority]
+    index = min(max(position - 1 - ahead, 0), len(ranks))
+    match ranks[:index], ranks[index:]:
+        case [], []:
+            return rank(engine)[1]
+        case [], [after, *_]:
+            return after - 1
+        case [*_, before], []:
+            return before + 1
+        case [*_, before], [after, *_]:
+            return (before + after) / 2
+    raise AssertionError
+
+
+def queue_of(
+    engines: Sequence[EngineRecord],
+    servers: Iterable[ServerRecord],
+    watches: Mapping[str, Watch],
+    hosts: Hosts,
+    memory: Memory | None,
+) -> Queue:
+    """Return what each waiting engine should do.  memory: None if it is not known; then each engine can start."""
+    joins: dict[str, ServerRecord] = {}
+    claims: list[Claim] = []
+    room_for = {engine.paused_by for engine in engines if is_making_room(engine)}
+    for engine in sorted(filter(is_waiting, engines), key=rank):
+        is_due = watches[engine.id].state_seconds >= backoff_seconds(engine.restarts)
+        if not is_due or (memory and engine.not_before and engine.not_before > memory.now):
+            claims.append(_claim(engine, memory, is_due=False, has_room=engine.id in room_for))
+        elif server := hosts.server_for(engine):
+            joins[engine.id] = server
+        elif not hosts.must_wait(engine):
+            hosts.launches(engine)
+            claims.append(_claim(engine, memory, is_due=True, has_room=engine.id in room_for))
+    if memory is None:
+        return Queue(joins, {claim.engine_id: Start((), claim.memory_bytes) for claim in claims if claim.is_due})
+    hosted: defaultdict[str, list[EngineRecord]] = defaultdict(list)
+    for engine in engines:
+        if engine.server_id and engine.state in HOSTED:
+            hosted[engine.server_id].append(engine)
+    decisions = admit(memory.devices, list(_holders(servers, hosted, memory)), claims)
+    pauses = {
+        engine.id: claim_id
+        for claim_id, decision in decisions.items()
+        if isinstance(decision, MakeRoom)
+        for server_id in decision.pause
+        for engine in hosted[server_id]
+    }
+    return Queue(joins, decisions, pauses)
+
+
+def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_room: bool) -> Claim:
+    devices = _usable(engine, memory) if memory else engine.devices
+    need_bytes = engine.reserved_bytes or 0
+    if engine.least_bytes is not None and memory:  # a training run that is larger than the devices uses smaller batches
+        largest_bytes = max((device.usable_bytes for device in memory.devices if device.id in (devices or ())), default=0)
+        need_bytes = min(need_bytes, max(engine.least_bytes, largest_bytes))
+    claim = Claim(
+        engine.id,
+        need_bytes,
+        engine.least_bytes,
+        devices=devices,
+        priority=engine.priority,
+        on_busy=engine.on_busy,
+        is_due=is_due,
+        has_room=has_room,
+    )
+    return claim.after_pause() if engine.paused_by else claim
+
+
+def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
+    """Return the devices that an engine may use: the requested ones; otherwise all GPUs if its backend can use them."""
+    if engine.devices:
+        return engine.devices
+    gpus = tuple(device.id for device in memory.devices if device.id != "cpu")
+    return gpus if gpus and "cuda" in registry.BACKENDS[engine.backend].capabilities.devices else ("cpu",)
+
+
+def _holders(
+    servers: Iterable[ServerRecord], hosted: Mapping[str, Sequence[EngineRecord]], memory: Memory
+) -> Iterator[Holder]:
+    for server in servers:
+        engines = hosted.get(server.id, ())
+        devices = server.devices or (_usable(engines[0], memory)[:1] if engines else ("cpu",))
+        is_leaving = server.state is ServerState.CLOSING or not any(
+            engine.desired is DesiredState.RUNNING and engine.state is not EngineState.STOPPING for engine in engines
+        )
+        is_training = any(engine.kind is EngineKind.FINETUNE for engine in engines)
+        yield Holder(
+            server.id,
+            server.reserved_bytes or 0,
+            devices,
+            priority=max((engine.priority for engine in engines), default=0),
+            is_pausable=not is_training and all(engine.state is EngineState.RUNNING for engine in engines),
+            ends=is_training,
+            is_leaving=is_leaving,
+        )
+
+
+def _reason(engine: EngineRecord, decision: Wait | Refuse) -> Reason:
+    """Return a decision in words."""
+    need, free = _gigabytes(engine.reserved_bytes or 0), _gigabytes(max(0, decision.free_bytes))
+    place = f"Number {decision.position} in the queue: " if isinstance(decision, Wait) else ""
+    hint = ""
+    match decision.cause:
+        case Cause.NOT_DUE if engine.not_before:
+            text = f"it starts at {engine.not_before:%Y-%m-%d %H:%M} UTC or later."
+        case Cause.NOT_DUE:
+            text = "it waits before the next attempt to start it."
+        case Cause.ROOM:
+            text = f"it needs {need}; the engines that make room for it are stopping."
+        case Cause.MEMORY:
+            text = f"it needs {need} of memory, and {free} are free."
+            hint = "`--on-busy preempt` pauses inference engines; `sage llm engine list` shows what is running."
+        case Cause.RESERVED:
+            text = f"it needs {need}; the free memory is reserved for an engine ahead in the queue."
+        case Cause.TOO_LARGE:
+            text = f"it needs {need} of memory, and a device has {free}."
+            hint = "Use a smaller model, or set --memory-gb if the engine needs less than the estimate."
+        case Cause.NO_DEVICE:
+            text = f"this node does not have the devices {', '.join(engine.devices or ())}."
+            hint = "`sage gpu` shows the devices."
+    message = place + text if place else text[0].upper() + text[1:]
+    return Reason(code=_CODES[decision.cause], message=message, hint=hint)
+
+
+_CODES = {
+    Cause.NOT_DUE: "not_due",
+    Cause.ROOM: "making_room",
+    Cause.MEMORY: "memory_busy",
+    Cause.RESERVED: "memory_reserved",
+    Cause.TOO_LARGE: "memory_too_small",
+    Cause.NO_DEVICE: "device_not_found",
+}
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
