@@ -9,7 +9,7 @@ PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-cor
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-long lint unit integration e2e fuzz coverage bench bench-train bench-serving clean
+.PHONY: setup demo test test-long lint unit integration e2e fuzz coverage bench bench-train bench-estimates bench-serving clean
 
 setup: $(VENV)/.installed
 
@@ -75,6 +75,9 @@ bench-train: setup
 	$(BIN)/python benchmarks/train.py --data $(DATA)
 	$(BIN)/python benchmarks/step.py --data $(DATA)/alpaca_train.jsonl
 	$(BIN)/python benchmarks/growth.py
+
+bench-estimates: setup
+	cd benchmarks && $(CURDIR)/$(BIN)/python estimates.py
 
 bench-serving: setup
 	cd benchmarks && $(CURDIR)/$(BIN)/python -m serving

@@ -89,6 +89,9 @@ class Gateway(BaseHTTPRequestHandler):
                 parts.append(errors.EngineError(code="engine_died", message="It died.", hint="See its log.").body())
             end = "data: [DONE]\n\n" if body["model"] == "m" else ""
             self.send(200, ("".join(f"data: {json.dumps(part)}\n\n" for part in parts) + end).encode())
+        elif self.path.endswith("estimate"):
+            amounts = {"parts": {"weights": 3}, "total_bytes": 3, "least_bytes": 2, "devices": [], "fits": True}
+            self.send_json(200, {"model": body["model"], "kind": "llm", "backend": "x", **amounts})
         elif self.path.endswith("completions"):
             self.send_json(200, {"choices": [{"message": {"content": "Hello"}}]})
         else:

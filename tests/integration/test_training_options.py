@@ -23,15 +23,16 @@ from sage.common.errors import ModelError, OutputError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded
 from sage.libs.finetune.kernels import int8
-from sage.libs.finetune.run.estimate import estimate
+from sage.libs.finetune.run.estimate import Formats, TrainingMemory
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunState, RunStatus
-from sage.libs.finetune.training import loaded, planning
+from sage.libs.finetune.training import loaded, planning, stepping
 from sage.libs.finetune.training.batching import Batch, PackedCollator, PaddedCollator, cut, samples_in
 from sage.libs.finetune.training.model import decoder
 from sage.libs.finetune.training.precision import Precision, choose_precision
 from sage.libs.finetune.training.stopping import StopRequest
 from sage.libs.finetune.training.trainer import TrainingRun
+from sage.libs.models.architecture import read_architecture
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Trains with so many MiB of address space as are in use once everything is loaded, and these besides.
@@ -154,13 +155,23 @@ def cgroup() -> Iterator[Path]:
     pytest.skip("needs the right to make a control group for memory")
 
 
-def test_what_a_run_needs_is_told_before_its_first_step(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_estimated_memory_is_reported_before_the_first_step_and_the_measured_peak_after_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1).trained()
-    [started] = run.events("started")
-    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None, int8=False)
-    assert needs.trained_bytes == 16 * started["trainable_parameters"]
-    assert started["estimated_memory_bytes"] > needs.least_bytes
-    assert any("the run needs about 0.0 GB" in event["message"] for event in run.events("progress"))
+    [started], [step] = run.events("started"), run.events("step")
+    sizes = read_architecture(tiny_model)
+    assert sizes
+    needs = TrainingMemory(sizes, run.config, Formats(), has_kernels=True)
+    assert needs.at([1]).adapter_bytes == 4 * started["trainable_parameters"]
+    assert any("the run needs about" in event["message"] for event in run.events("progress"))
+    assert step["peak_memory_bytes"] >= step["memory_bytes"]
+    metrics = run.run_file()["metrics"]
+    assert metrics["estimated_memory_bytes"] == started["estimated_memory_bytes"]
+    assert metrics["peak_memory_bytes"] >= step["peak_memory_bytes"]
+    assert run.status.training_progress().memory_estimate_error_ratio == pytest.approx(
+        started["estimated_memory_bytes"] / step["peak_memory_bytes"] - 1
+    )
 
 
 def test_a_model_larger_than_the_memory_is_refused_before_the_data_is_read(tiny_model: Path, tmp_path: Path) -> None:
@@ -293,10 +304,12 @@ def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = TinyRun(tiny_model, tmp_path / "roomy", max_steps=2, precision="fp32").trained()
-    needs = estimate(tiny_model, run.config, bf16=False, base_bits=None, int8=False)
+    sizes = read_architecture(tiny_model)
+    assert sizes
+    one_token = TrainingMemory(sizes, run.config, Formats(), has_kernels=True, framework_bytes=planning.LATER_BYTES).at([1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(planning, "available_bytes", lambda: needs.total_bytes(1))
+    monkeypatch.setattr(planning, "available_bytes", lambda: one_token.total_bytes)
     scarce = TinyRun(tiny_model, tmp_path / "scarce", max_steps=2, precision="auto").trained()
     [started] = scarce.events("started")
     assert started["precision"].startswith("bf16, matrix products in fp32: memory is scarce")
@@ -310,7 +323,7 @@ def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    monkeypatch.setattr(planning, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(planning, "available_bytes", lambda: planning.LATER_BYTES + 2**20)
     monkeypatch.setattr(loaded, "install", lambda *_, **__: (None, "fallback: another model"))
     monkeypatch.setattr(int8, "measured_speedup", lambda *_: (2.0, "measured"))
     for asked, bf16 in (("auto", False), ("bf16", True)):
@@ -431,3 +444,27 @@ def test_a_fault_in_a_stream_is_named_where_it_stands(tiny_model: Path, tmp_path
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(data), streaming=True, max_steps=400)
     data.write_text(data.read_text() + "{broken\n")
     assert "data.jsonl:301: not valid JSON" in str(run.start().until_ended().message)
+
+
+def test_the_largest_micro_batch_is_tried_first_if_memory_is_scarce_and_changes_no_result(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    step = stepping.AdaptingTrainer._adapted_step
+
+    def counted(self: Any, model: Any, inputs: Any, count: Any) -> Any:
+        tokens.append(int(inputs["attention_mask"].sum()))
+        return step(self, model, inputs, count)
+
+    monkeypatch.setattr(stepping.AdaptingTrainer, "_adapted_step", counted)
+    options = {"max_steps": 3, "lora_dropout": 0.2, "batch_size": 2}
+    roomy = TinyRun(tiny_model, tmp_path / "roomy", **options).trained()
+    assert len(tokens) == 3
+    monkeypatch.setattr(planning, "_SCARCE_SHARE", 0)
+    scarce = TinyRun(tiny_model, tmp_path / "scarce", **options).trained()
+    assert len(tokens) == 3 + 4
+    assert tokens[3] >= max(tokens)
+    assert scarce.losses() == roomy.losses()
+    assert scarce.adapter_bytes() == roomy.adapter_bytes()
+    accuracies = [[event["token_accuracy"] for event in run.events("step")] for run in (roomy, scarce)]
+    assert accuracies[0] == accuracies[1]

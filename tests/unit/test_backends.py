@@ -10,11 +10,11 @@ import pytest
 from engines import record, server
 
 from sage.common.errors import ConfigError, Conflict, DatasetError, SageError
-from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
+from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind, StartRequest
 from sage.llm.control_plane.backends import environments, registry, speeds
 from sage.llm.control_plane.backends.base import Capabilities, ServingBackend
-from sage.llm.control_plane.backends.transformers import TransformersBackend, TransformersOptions
+from sage.llm.control_plane.backends.transformers import TransformersBackend
 from sage.llm.control_plane.datasets import LocalDatasets
 from sage.llm.control_plane.executors.base import Prepared
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
@@ -144,13 +144,6 @@ def test_every_inference_server_inherits_the_socket_of_the_launcher(monkeypatch:
         if isinstance(backend, ServingBackend):
             argv = backend.argv("m", "sage-a-1", backend.options())
             assert PORT_ARGUMENT in argv or DESCRIPTOR_ARGUMENT in argv
-
-
-def test_the_memory_that_a_backend_needs_is_read_from_the_headers_of_the_weights(weights: Path) -> None:
-    backend, source = TransformersBackend(), resolve_model(str(weights))
-    assert backend.memory_bytes(source, TransformersOptions()) == 4000
-    assert backend.memory_bytes(source, TransformersOptions(dtype="bf16")) == 2000
-    assert backend.memory_bytes(model(ModelKind.HUB), TransformersOptions()) is None
 
 
 def test_a_dataset_is_a_path_that_exists_or_the_id_of_a_file(dataset: str, tmp_path: Path) -> None:

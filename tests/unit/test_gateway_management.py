@@ -253,3 +253,16 @@ def test_an_engine_of_another_node_is_read_and_not_changed() -> None:
                 assert "node-b" in answer.json()["error"]["message"]
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_the_memory_of_an_engine_is_estimated_over_http() -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        request = {"model": "smollm2-135m-instruct", "options": {"slots": 2}}
+        answer = await client.post("/v1/management/estimate", json=request)
+        estimate = answer.json()
+        assert (answer.status_code, estimate["backend"]) == (200, "transformers")
+        assert estimate["total_bytes"] == sum(estimate["parts"].values())
+        answer = await client.post("/v1/management/estimate", json={"model": "missing/model"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+    ask(test)

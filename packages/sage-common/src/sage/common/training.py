@@ -46,6 +46,7 @@ class StepMetrics(BaseModel):
     memory_bytes: int | None = _figure(
         "Memory", "bytes", ".0f", "GPU memory used by the process, or main memory if there is no GPU."
     )
+    peak_memory_bytes: int | None = _figure("Peak memory", "bytes", ".0f", "Largest memory of the process since it started.")
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,16 @@ class TrainingProgress(StepMetrics):
     checkpoint_step: int | None = Field(None, description="Step of the newest checkpoint.")
     heldout_loss_before: float | None = Field(None, description="Held-out loss before the first step, in nats per token.")
     heldout_loss: float | None = Field(None, description="Newest held-out loss, in nats per token.")
+    estimated_memory_bytes: int | None = Field(None, description="Peak memory that was estimated before the first step.")
     activity: str | None = Field(None, description="Current activity before the first step or after the last step.")
     warnings: list[str] = []
+
+    @property
+    def memory_estimate_error_ratio(self) -> float | None:
+        """The estimated peak memory divided by the measured peak, minus 1; None if one of them is not known."""
+        if not self.estimated_memory_bytes or not self.peak_memory_bytes:
+            return None
+        return self.estimated_memory_bytes / self.peak_memory_bytes - 1
 
 
 class RunEvent(BaseModel):

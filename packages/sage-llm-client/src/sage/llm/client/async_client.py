@@ -19,6 +19,7 @@ from sage.llm.client.types import (
     EnginePage,
     EngineState,
     EngineView,
+    EstimateView,
     EventPage,
     RouteView,
     TrainingStep,
@@ -185,6 +186,10 @@ class AsyncSageClient:
     async def devices(self) -> list[Device]:
         """Return the GPUs and the main memory."""
         return await self._send(calls.devices())
+
+    async def estimate(self, model: str, **request: Any) -> EstimateView:
+        """Return the memory that an engine would need; request: the same fields as for `start_engine`."""
+        return await self._send(calls.estimate({"model": model, **request}))
 
     async def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""

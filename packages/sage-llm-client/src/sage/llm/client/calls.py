@@ -17,6 +17,7 @@ from sage.llm.client.types import (
     EnginePage,
     EngineState,
     EngineView,
+    EstimateView,
     EventPage,
     RouteView,
     TrainingStep,
@@ -185,6 +186,11 @@ def remove_route(name: str) -> Call[None]:
 def devices() -> Call[list[Device]]:
     """Return the call that reads the devices."""
     return Call("GET", f"{_PREFIX}/gpu", as_list(Device))
+
+
+def estimate(request: dict[str, Any]) -> Call[EstimateView]:
+    """Return the call that estimates the memory of an engine."""
+    return Call("POST", f"{_PREFIX}/estimate", as_model(EstimateView), json=request)
 
 
 def backends() -> Call[list[BackendView]]:

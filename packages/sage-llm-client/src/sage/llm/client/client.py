@@ -18,6 +18,7 @@ from sage.llm.client.types import (
     EnginePage,
     EngineState,
     EngineView,
+    EstimateView,
     EventPage,
     RouteView,
     TrainingStep,
@@ -189,6 +190,10 @@ class SageClient:
     def devices(self) -> list[Device]:
         """Return the GPUs and the main memory."""
         return self._send(calls.devices())
+
+    def estimate(self, model: str, **request: Any) -> EstimateView:
+        """Return the memory that an engine would need; request: the same fields as for `start_engine`."""
+        return self._send(calls.estimate({"model": model, **request}))
 
     def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""

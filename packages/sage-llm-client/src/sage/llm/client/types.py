@@ -373,6 +373,26 @@ class Device(BaseModel):
         return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
+class EstimateView(BaseModel):
+    """The memory that an engine is expected to need, and whether a device has it."""
+
+    object: str = "estimate"
+    model: str
+    kind: EngineKind
+    backend: str = Field(description="The program that would run the engine.")
+    parts: dict[str, int] = Field(description="Bytes of each part of the memory.")
+    total_bytes: int = Field(description="Sum of the parts: the peak memory of the engine.")
+    least_bytes: int = Field(description="The smallest memory with which the engine can work.")
+    devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
+    fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
+    fitting_samples: int | None = Field(
+        None, description="finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
+    )
+    training_seconds: float | None = Field(
+        None, description="finetune: expected duration of the steps, from the speed of an earlier run on this machine."
+    )
+
+
 class BackendView(BaseModel):
     """A program that runs engines."""
 

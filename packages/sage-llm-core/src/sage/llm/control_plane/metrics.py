@@ -15,6 +15,11 @@ _TRAINING = (
     ("sage_training_step", "Completed optimizer steps.", "step"),
     ("sage_training_heldout_loss", "Newest held-out loss in nats per token.", "heldout_loss"),
     ("sage_training_eta_seconds", "Seconds until the run is completed.", "eta_seconds"),
+    (
+        "sage_training_memory_estimate_error_ratio",
+        "Estimated peak memory divided by the measured peak, minus 1.",
+        "memory_estimate_error_ratio",
+    ),
     *((f"sage_training_{figure.name}", figure.description, figure.name) for figure in FIGURES),
 )
 

@@ -15,12 +15,9 @@ from sage.common.logs import configure_logging
 from sage.libs.models.export.cache import cached_gguf
 from sage.libs.models.export.formats import PRECISIONS, LlamaCpp
 from sage.libs.models.resolve import ModelKind, resolve_model
+from sage.llm.control_plane.backends.llamacpp import CONTEXT_TOKENS, SLOT_TOKENS
 from sage.llm.workers.failures import exit_on_error
 
-#: Maximum context length in tokens, if the user sets no limit.
-_CONTEXT_TOKENS = 8192
-#: Size of the key/value cache per slot in tokens, if the user sets no cache size. A slot computes one answer at a time.
-_SLOT_TOKENS = 512
 #: Sampling parameters by OpenAI's name: llama.cpp's name, and the default value.
 _SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("top_k", 0), "min_p": ("min_p", 0.0),
              "repetition_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
@@ -33,13 +30,13 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
         file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()
     else:
         file, defaults = cached_gguf(source, given.precision or "f32", LlamaCpp(given.interpreter))
-    limit = given.context_tokens or _CONTEXT_TOKENS
+    limit = given.context_tokens or CONTEXT_TOKENS
     context_tokens = min(limit, defaults.get("context_tokens", limit))
     chosen = defaults.get("sampling", {})
     return {
         "model": str(file), "name": given.served_name, "port": given.port, "descriptor": given.fd,
         "slots": given.slots, "context_tokens": context_tokens, "threads": given.threads, "max_tokens": given.max_tokens,
-        "cache_tokens": given.cache_tokens or max(context_tokens, given.slots * _SLOT_TOKENS),
+        "cache_tokens": given.cache_tokens or max(context_tokens, given.slots * SLOT_TOKENS),
         "is_exact": given.precision in (None, "f32") and bool(defaults),
         "sampling": {name: chosen.get(key, value) for key, (name, value) in _SAMPLING.items()},
     }  # fmt: skip

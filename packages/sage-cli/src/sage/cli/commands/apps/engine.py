@@ -31,6 +31,9 @@ Wait = Annotated[
         help="--wait: until the engine has ended; --no-wait: until it is validated; default: until it serves or trains.",
     ),
 ]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Further option of the backend; may be repeated.")
+]
 
 
 class Busy(StrEnum):
@@ -140,9 +143,7 @@ def start(
     serve: Serve = False,
     serve_as: ServeAs = None,
     serve_checkpoints: ServeCheckpoints = False,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Further option of the backend; may be repeated.")
-    ] = None,
+    option: Options = None,
     wait: Wait = None,
     json_: Json = False,
     **training: Any,
@@ -155,8 +156,7 @@ def start(
 
     serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots,
                "quantize": quantize and quantize.value, "max_tokens": max_tokens}  # fmt: skip
-    further = {key: int(value) if value.isdecimal() else value for key, value in map(_option, option or ())}
-    options = {**{key: value for key, value in serving.items() if value is not None}, **further}
+    options = {**{key: value for key, value in serving.items() if value is not None}, **further_options(option)}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
                "dedicated": dedicated or None, "merge_in_background": merge_in_background or None,
                "idle_stop_minutes": idle_stop}  # fmt: skip
@@ -169,6 +169,11 @@ def start(
 
 def _note(text: str) -> tuple[str, str]:
     return _pair(text, "metadata", "team=search")
+
+
+def further_options(given: list[str] | None) -> dict[str, str | int]:
+    """Return the options that were given as KEY=VALUE; a number becomes an integer. Raises ConfigError."""
+    return {key: int(value) if value.isdecimal() else value for key, value in map(_option, given or ())}
 
 
 def _option(text: str) -> tuple[str, str]:

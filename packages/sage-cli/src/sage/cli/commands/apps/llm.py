@@ -38,6 +38,29 @@ def fine_tune(
     typer.echo("Use `sage llm engine list` to monitor progress.", err=True)
 
 
+@app.command("estimate")
+@with_training_options
+def estimate(
+    model: Annotated[str, typer.Argument(help="Folder, name in the models folder, or hub id.")],
+    engine_kind: Annotated[engine.Kind, typer.Option(help="Kind of engine.")] = engine.Kind.llm,
+    backend: Annotated[str | None, typer.Option(help="Program that would run the engine; default: the fastest one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
+    context_tokens: Annotated[int | None, typer.Option(help="llm: maximum tokens of prompt plus answer.")] = None,
+    slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
+    quantize: Annotated[engine.Quantize | None, typer.Option(help="llm: quantize the weights.")] = None,
+    option: engine.Options = None,
+    json_: engine.Json = False,
+    **training: Any,
+) -> None:
+    """Show how much memory an engine would need, and whether it fits. The options are those of `engine start`."""
+    from sage.cli.estimating import show_estimate
+
+    serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize and quantize.value}
+    given = {key: value for key, value in serving.items() if value is not None}
+    options = {**given, **engine.further_options(option), **training}
+    show_estimate(model, engine_kind.value, options, backend=backend, json=json_)
+
+
 @app.command("chat")
 def chat(
     model: Annotated[str, typer.Argument(help="Name of a running engine.")] = "sage-default",

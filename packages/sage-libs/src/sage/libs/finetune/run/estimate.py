@@ -1,102 +1,250 @@
-"""Estimate the memory of a run from the headers of the weight files; does not import torch."""
+"""Estimate the memory of a run from the sizes of the model; does not import torch."""
 
 import math
-import re
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from sage.common.errors import RunError
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.models.resolve import safetensors_header
+from sage.libs.finetune.run.activations import BLOCK_TOKENS, Activations, kernel_activations, plain_activations
+from sage.libs.models.architecture import Architecture
 
-#: Bytes per trained parameter: parameter, gradient and AdamW's two moments, each in fp32.
-_TRAINED_BYTES = 16
+#: Main memory of a worker without model and data: Python, torch, transformers, PEFT and the Trainer. Measured with torch 2.9
+#: on Linux, before the model is loaded (430 MB) and in addition during the first step (60 MB).
+FRAMEWORK_BYTES = 490_000_000
+#: Bytes per trained parameter, in fp32: the parameter, its gradient, and AdamW's two moments.
+_PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 #: Bytes per quantized weight, by number of bits; the scales are included.
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
-#: Number of tokens whose logits are in memory at the same time, and number of copies of these logits in memory.
-_LOSS_TOKENS, _LOSS_COPIES = 384, 2.5
+#: Number of tokens whose logits SAGE's training step has in memory, and number of copies: logits and probabilities.
+_LOSS_TOKENS, _LOSS_COPIES = 384, 2
+#: Gaps in the heap of glibc as a share of the activations and logits: for short samples; for samples that attention splits
+#: into blocks of different sizes; and if saved values in bf16 are computed in fp32. Measured, as in
+#: benchmarks/results/estimates.md.
+_GAPS, _LONG_GAPS, _MIXED_GAPS = 0.12, 0.27, 0.47
+#: Copies of all logits in the training step of transformers: the logits, those of trained tokens, their logarithms, and two
+#: gradients. They are in fp32.
+_PLAIN_LOSS_COPIES = 5
+#: Maximum result of `fitting_samples`.
+_MOST_SAMPLES = 2**20
+#: Number of sequences per sample in TRL's methods: the chosen and the rejected answer.
+_SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The memory of a run in bytes, without the memory of Python and its libraries."""
+class Formats:
+    """The number formats of a run."""
 
-    base_bytes: int  #: frozen weights, in the precision used in memory
-    trained_bytes: int  #: trained parameters with gradients and optimizer state
-    token_bytes: int  #: activations per token that SAGE's training step saves for the backward pass
-    logits_bytes: int  #: logits of one token, including all copies of these logits in memory
-    loading_bytes: int  #: peak during loading if SAGE quantizes the base model to int8 after loading; else 0
-
-    @property
-    def held_bytes(self) -> int:
-        """Memory in bytes that is in use during the whole training."""
-        return self.base_bytes + self.trained_bytes
+    bf16: bool = False  #: base and saved activations are in bf16, else in fp32
+    bf16_products: bool = False  #: matrix products are in bf16, else in fp32
+    base_bits: int | None = None  #: 8 or 4 if bitsandbytes quantizes the base
+    int8: bool = False  #: SAGE's training step quantizes the layers to int8
 
     @property
-    def least_bytes(self) -> int:
-        """Memory in bytes that is needed with the smallest micro-batches."""
-        return max(self.loading_bytes, self.held_bytes)
+    def value_bytes(self) -> int:
+        """Bytes of a weight or a saved activation."""
+        return 2 if self.bf16 else 4
 
-    def total_bytes(self, tokens: int) -> int:
-        """Return the peak memory in bytes for micro-batches of `tokens` tokens."""
-        in_step = tokens * self.token_bytes + min(tokens, _LOSS_TOKENS) * self.logits_bytes
-        return max(self.loading_bytes, self.held_bytes + in_step)
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of an operand of a matrix product."""
+        return 2 if self.bf16_products else 4
 
-    def fitting_tokens(self, available_bytes: int) -> int:
-        """Return the number of tokens of the largest micro-batch that fits into `available_bytes`; 0 if none fits."""
-        return max(0, available_bytes - self.held_bytes - _LOSS_TOKENS * self.logits_bytes) // self.token_bytes
 
-    def describe(self, tokens: int, available_bytes: int) -> str:
-        """Return a message: the needed and the free memory, and the number of tokens that fit if `tokens` is too large."""
-        needed_bytes = self.total_bytes(tokens)
-        text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(available_bytes)} are free"
-        if needed_bytes <= available_bytes:
-            return text
-        return (
-            f"{text}, enough for about {self.fitting_tokens(available_bytes):,} tokens at once; larger micro-batches (up to "
-            f"{tokens:,} tokens) are computed in parts"
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """The memory of a run in bytes, for one micro-batch. The sum of all fields is the peak."""
+
+    framework_bytes: int  #: Python and its libraries
+    weights_bytes: int  #: weights that are not trained, in their precision in memory
+    adapter_bytes: int  #: trained parameters, in fp32
+    optimizer_bytes: int  #: AdamW's moments
+    gradient_bytes: int  #: gradients that are in memory at the peak
+    activation_bytes: int  #: values saved for the backward pass
+    loss_bytes: int  #: logits and probabilities, or temporary values of the backward pass if they are larger
+    heap_bytes: int = 0  #: gaps between blocks of memory
+    loading_bytes: int = 0  #: additional memory while the model is loaded, if that is the peak
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak memory of the run."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Return the bytes of each part by name."""
+        return {field.name.removesuffix("_bytes"): getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The memory of a run as a function of the micro-batch."""
+
+    sizes: Architecture
+    config: FinetuneConfig
+    formats: Formats
+    has_kernels: bool  #: SAGE's training step is used, else the training step of transformers and PEFT
+    framework_bytes: int = FRAMEWORK_BYTES
+    checkpointing: bool = False  #: gradient checkpointing
+
+    def at(self, lengths: Sequence[int] | Mapping[int, int]) -> TrainingEstimate:
+        """Return the memory for a micro-batch.
+
+        lengths: the number of tokens of each sample, or the number of samples for each number of tokens.
+        """
+        sizes, formats, trained = self.sizes, self.formats, self._trained_parameters()
+        activation_bytes, temporary_bytes = self._activations(Counter(lengths))
+        gradient_bytes = trained * _GRADIENT_BYTES
+        accumulated_bytes = gradient_bytes if self.config.gradient_accumulation_steps > 1 else 0
+        in_step_bytes = activation_bytes + temporary_bytes + accumulated_bytes
+        estimate = TrainingEstimate(
+            framework_bytes=self.framework_bytes,
+            weights_bytes=self._weights_bytes(),
+            adapter_bytes=trained * _PARAMETER_BYTES,
+            optimizer_bytes=trained * _MOMENTS_BYTES,
+            gradient_bytes=accumulated_bytes + max(0, gradient_bytes - in_step_bytes),
+            activation_bytes=activation_bytes,
+            loss_bytes=temporary_bytes,
+            heap_bytes=int((activation_bytes + temporary_bytes) * self._gaps(max(lengths))),
+        )
+        # While the model is loaded, the file's pages are in memory together with the weights, which are not quantized yet.
+        # bitsandbytes quantizes each weight when it is loaded.
+        dense_bytes = 0 if formats.base_bits else sizes.parameters * (4 if self._is_full else formats.value_bytes)
+        peak_bytes = self.framework_bytes + dense_bytes + sizes.file_bytes
+        return replace(estimate, loading_bytes=max(0, peak_bytes - estimate.total_bytes))
+
+    def least(self, length: int) -> TrainingEstimate:
+        """Return the memory with the smallest micro-batch: one sample, and gradient checkpointing if it is allowed.
+
+        The pages of the mapped file are not included, because the kernel can drop them.
+        """
+        may_checkpoint = self.config.gradient_checkpointing != "off" or self.checkpointing
+        return replace(self, checkpointing=may_checkpoint, sizes=replace(self.sizes, file_bytes=0)).at([length])
+
+    def fitting_samples(self, available_bytes: int, length: int) -> int:
+        """Return the largest number of samples of `length` tokens in a micro-batch that fits; 0 if one does not fit."""
+        fits, too_many = 0, 1
+        while self._fits(available_bytes, length, too_many):
+            fits, too_many = too_many, 2 * too_many
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if self._fits(available_bytes, length, middle) else (fits, middle)
+        return fits
+
+    def _fits(self, available_bytes: int, length: int, samples: int) -> bool:
+        return samples <= _MOST_SAMPLES and self.at({length: samples}).total_bytes <= available_bytes
+
+    def _gaps(self, longest: int) -> float:
+        if self.formats.bf16 != self.formats.bf16_products:
+            return _MIXED_GAPS
+        return _LONG_GAPS if longest > BLOCK_TOKENS else _GAPS
+
+    @property
+    def _is_full(self) -> bool:
+        return self.config.finetuning_type == "full"
+
+    def _activations(self, lengths: Counter[int]) -> tuple[int, int]:
+        """Return the bytes of the saved activations, and the bytes of temporary values at the peak."""
+        sizes, config, formats = self.sizes, self.config, self.formats
+        rank = 0 if self._is_full else config.lora_rank
+        per_token: Activations = (kernel_activations if self.has_kernels else plain_activations)(sizes, rank)
+        repeats = _SEQUENCES.get(config.method, 1)
+        tokens = repeats * sum(length * count for length, count in lengths.items())
+        if not self.has_kernels:  # samples are padded to the longest sample
+            tokens = repeats * lengths.total() * max(lengths)
+        value_bytes = formats.value_bytes
+        of_layer = tokens * (per_token.saved * value_bytes + per_token.inner * formats.product_bytes)
+        weights = sum(per_token.attention_values(length) * count for length, count in lengths.items())
+        of_layer += repeats * weights * value_bytes
+        if self.checkpointing:
+            saved = per_token.layers * tokens * per_token.layer_input * value_bytes + of_layer
+        else:
+            saved = per_token.layers * of_layer
+        saved += self._stacked_values() * formats.product_bytes
+        if self.has_kernels:
+            loss = min(tokens, _LOSS_TOKENS) * sizes.vocab_size * value_bytes * _LOSS_COPIES
+        else:
+            loss = tokens * sizes.vocab_size * 4 * _PLAIN_LOSS_COPIES
+        blocks = per_token.block_values(max(lengths), sizes.num_attention_heads) if self.has_kernels else 0
+        backward = (tokens * per_token.backward + blocks) * formats.product_bytes
+        return int(saved), int(max(loss, backward))
+
+    def _weights_bytes(self) -> int:
+        if self._is_full:
+            return 0
+        layers, outside = self.sizes.layer_parameters, self.sizes.parameters - self.sizes.layer_parameters
+        bits = 8 if self.formats.int8 else self.formats.base_bits
+        in_layers = layers * _QUANTIZED_BYTES.get(bits or 0, self.formats.value_bytes)
+        return int(in_layers) + outside * self.formats.value_bytes
+
+    def _trained_parameters(self) -> int:
+        if self._is_full:
+            return self.sizes.parameters
+        config = self.config
+        adapted = sum(config.lora_rank * sum(shape[-2:]) for shape in self._adapted().values())
+        saved_modules = [
+            math.prod(shape) for name, shape in self.sizes.matrices.items() if _matches(name, config.modules_to_save or [])
+        ]
+        return adapted + sum(saved_modules)
+
+    def _adapted(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the matrices that get an adapter; if they are chosen by a pattern, of all linear layers."""
+        targets, excluded = self.config.target_modules, self.config.exclude_modules
+        if isinstance(targets, str):  # a pattern is not evaluated, because some patterns take very long
+            chosen = dict(self.sizes.layer_matrices)
+        else:
+            chosen = {name: shape for name, shape in self.sizes.matrices.items() if _matches(name, targets)}
+        names = excluded if isinstance(excluded, list) else []
+        return {name: shape for name, shape in chosen.items() if not _matches(name, names)}
+
+    def _stacked_values(self) -> int:
+        """Return the number of values in the copies of the adapters that SAGE's training step saves.
+
+        The adapters of queries, keys and values become one adapter with three times the rank.
+        """
+        if not self.has_kernels:
+            return 0
+        fused = {"q_proj": 3, "k_proj": 3, "v_proj": 3}
+        return sum(
+            self.config.lora_rank * (shape[0] * fused.get(name.rpartition(".")[2], 1) + shape[1])
+            for name, shape in self._adapted().items()
         )
 
 
-def estimate(folder: Path, config: FinetuneConfig, *, bf16: bool, base_bits: int | None, int8: bool) -> Estimate:
-    """Return the memory that a training run of a model needs.  folder: contains the model's safetensors files.
+def expected_kernels(config: FinetuneConfig, formats: Formats) -> bool:
+    """Return whether SAGE's training step supports the options of a run; it may still not support the model."""
+    is_plain = not (config.use_dora or config.lora_dropout or config.modules_to_save)
+    is_lora_sft = config.method == "sft" and config.finetuning_type == "lora"
+    return is_lora_sft and config.fast_kernels == "auto" and is_plain and formats.base_bits is None
 
-    bf16, base_bits, int8: the precision of the base model in memory, as in `Precision`.
-    The activations of a token are estimated as the inputs and outputs of each matrix. The estimate plus the memory of the
-    process was compared with measured peaks for 128 to 8,192 tokens and ranks 8 to 128. The two differ by at most 8 % in
-    fp32. In bf16, the estimate is 15 % too low.
+
+def batch_limit(config: FinetuneConfig) -> dict[int, int]:
+    """Return the number of samples for each number of tokens, for the largest micro-batch that a run can have.
+
+    Short samples need more memory per token, because their attention weights are saved.
     """
-    shapes = {
-        name: entry["shape"]
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, entry in safetensors_header(file).items()
-    }
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-    in_layers = {name: shape for name, shape in matrices.items() if re.search(r"\.\d+\.", name)}  # names with a layer number
-    numbers, layer_numbers = (sum(map(math.prod, each.values())) for each in (shapes, in_layers))
-    ends = sum(sum(shape[-2:]) for shape in in_layers.values())
-    rows = max((shape[0] for name, shape in matrices.items() if name not in in_layers), default=0)
-    size = 2 if bf16 else 4
-    layer_bits, trained = 8 if int8 else base_bits, config.lora_rank * ends
-    base_bytes = int(layer_numbers * _QUANTIZED_BYTES.get(layer_bits or 0, size)) + (numbers - layer_numbers) * size
-    if config.finetuning_type == "full":
-        base_bytes, trained = 0, numbers
-    loading_bytes = numbers * size if int8 else 0
-    return Estimate(base_bytes, trained * _TRAINED_BYTES, ends * size, int(rows * size * _LOSS_COPIES), loading_bytes)
+    if not config.pack_tokens:
+        return {config.max_seq_length: config.batch_size}
+    length = min(config.max_seq_length, config.pack_tokens, BLOCK_TOKENS)
+    return {length: max(1, config.pack_tokens // length)}
 
 
-def check_memory(needs: Estimate, available_bytes: int, config: FinetuneConfig) -> None:
-    """Raise RunError if even the smallest micro-batch does not fit into `available_bytes`."""
-    if needs.least_bytes <= available_bytes:
+def check_memory(needs: TrainingMemory, length: int, available_bytes: int) -> None:
+    """Raise RunError if even the smallest micro-batch does not fit.
+
+    length: tokens of the sample in the smallest micro-batch.  available_bytes: free memory and memory that the run uses.
+    """
+    least_bytes = needs.least(length).total_bytes
+    if least_bytes <= available_bytes:
         return
     ways = ["use a smaller model"]
-    if config.finetuning_type == "full":
+    if needs.config.finetuning_type == "full":
         ways.append("train an adapter (omit --finetuning-type)")
-    elif config.quantization != "4bit":
+    elif needs.config.quantization != "4bit":
         ways.append("quantize the model to 4 bits (--quantization 4bit)")
     raise RunError(
         code="model_too_large",
-        message=f"The model and its trained parameters need {gigabytes(needs.least_bytes)} of memory, "
+        message=f"The model and its trained parameters need {gigabytes(least_bytes)} of memory, "
         f"but only {gigabytes(available_bytes)} are free.",
         hint=f"Free some memory, then `resume` the run; or {', or '.join(ways)}.",
     )
@@ -105,3 +253,8 @@ def check_memory(needs: Estimate, available_bytes: int, config: FinetuneConfig) 
 def gigabytes(count: int) -> str:
     """Format a number of bytes in gigabytes."""
     return f"{count / 1e9:.1f} GB"
+
+
+def _matches(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a module has one of these names, or a name that ends with one of them, as in PEFT."""
+    return any(name == module or name.endswith(f".{module}") for module in modules)

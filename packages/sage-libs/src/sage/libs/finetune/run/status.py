@@ -57,6 +57,7 @@ class RunStatus:
     bf16: bool | None = None  #: True: the base model is in bf16; False: in fp32
     bf16_products: bool | None = None  #: whether matrix products are computed in bf16
     int8_products: bool | None = None  #: whether SAGE's training step quantizes layers to int8 and uses int8 products
+    estimated_memory_bytes: int | None = None  #: peak memory that was estimated before the first step
     halvings: int = 0  #: how many times each micro-batch is cut in half to save memory
     activation_checkpointing: bool = False  #: whether activations are recomputed to save memory
 
@@ -76,6 +77,7 @@ class RunStatus:
             checkpoint_step=self.checkpoint_step,
             heldout_loss_before=self.heldout_loss_before,
             heldout_loss=self.heldout_loss,
+            estimated_memory_bytes=self.estimated_memory_bytes,
             activity=self.message if self.state in ALIVE else None,
             warnings=list(self.warnings),
         )
@@ -162,4 +164,5 @@ def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:
         "bf16": event.bf16,
         "bf16_products": event.bf16 if event.bf16_products is None else event.bf16_products,
         "int8_products": event.int8_products,
+        "estimated_memory_bytes": event.estimated_memory_bytes,
     }

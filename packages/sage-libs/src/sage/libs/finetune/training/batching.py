@@ -129,13 +129,13 @@ class Packs(Sequence[Pack]):
         return tuple(self._samples[index] for index in ((at,) if self._groups is None else self._groups[at]))
 
 
-def most_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, micro_batch: int) -> int:
-    """Return the largest possible number of tokens in a micro-batch.
+def largest_packs(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None, micro_batch: int) -> list[int]:
+    """Return the indexes of the packs in the largest possible micro-batch.
 
     groups: sample indexes of each pack; None: one sample per pack.  micro_batch: number of packs per micro-batch.
     """
     sums = lengths if groups is None else [sum(lengths[index] for index in group) for group in groups]
-    return sum(heapq.nlargest(micro_batch, sums))
+    return heapq.nlargest(micro_batch, range(len(sums)), key=sums.__getitem__)
 
 
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sage.common.errors import RunError
@@ -19,7 +17,7 @@ from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import write_summary
 from sage.libs.finetune.training.heldout import HeldOut
 from sage.libs.finetune.training.loss import CompletionLoss
-from sage.libs.finetune.training.memory import trim_heap
+from sage.libs.finetune.training.memory import peak_bytes, trim_heap, used_bytes
 from sage.libs.finetune.training.stopping import StopRequest, StopRequested
 from sage.libs.finetune.training.team import Team
 
@@ -138,7 +136,8 @@ class RunCallback(TrainerCallback):
                 grad_norm=logs.get("grad_norm"),
                 tokens_per_second=speed,
                 eta_seconds=eta,
-                memory_bytes=_memory_bytes(),
+                memory_bytes=used_bytes(),
+                peak_memory_bytes=peak_bytes(),
             )
         )
         figures = [f"loss {logs['loss']:.4f}"]
@@ -186,10 +185,3 @@ class RunCallback(TrainerCallback):
         best = self.heldout.best_step if self._keep_best else None
         for problem in prune(self.run.path, self._keep_checkpoints, best, self.trusted):
             self.run.append_event(WarningEvent(message=f"A damaged checkpoint is ignored: {problem}"))
-
-
-def _memory_bytes() -> int:
-    """Return the bytes of memory that this process uses now: GPU memory if there is a GPU, else main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_reserved()
-    return int(psutil.Process().memory_info().rss)

@@ -1,7 +1,8 @@
 """Third phase of a run: read, split, mix and pack the data."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from sage.libs.finetune.data.folders import Split
 from sage.libs.finetune.data.mixing import Mixture, repeated_by_weight
 from sage.libs.finetune.data.store import StoredSamples, load_or_tokenize
 from sage.libs.finetune.data.tokenizing import Encoded, Encoder
-from sage.libs.finetune.training.batching import Packs, most_tokens, pack
+from sage.libs.finetune.run.estimate import batch_limit
+from sage.libs.finetune.training.batching import Packs, largest_packs, pack
 from sage.libs.finetune.training.reporting import Reporter
 from sage.libs.finetune.training.stopping import StopRequested
 from sage.libs.finetune.training.streaming import StreamedPacks
@@ -27,7 +29,8 @@ class TrainingData:
     samples: int | None  #: number of training samples; None for streaming
     heldout: Sequence[Encoded]
     micro_batch: int  #: number of packs per micro-batch
-    most_tokens: int  #: number of tokens in the largest micro-batch
+    largest_batch: Mapping[int, int]  #: the largest micro-batch: number of samples for each number of tokens
+    largest_packs: Sequence[int] = ()  #: indexes of the packs in the largest micro-batch; empty if they are not known
 
 
 def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:
@@ -36,7 +39,7 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
     new_encoder: returns a new encoder for each dataset.  Raises DatasetError if the data is invalid.
     """
     micro_batch = 1 if config.pack_tokens else config.batch_size
-    limit_tokens = config.pack_tokens or config.batch_size * config.max_seq_length
+    limit = batch_limit(config)
     reader = _Reader(new_encoder, report, config.max_seq_length)
     heldout: Sequence[Encoded] = []
     try:
@@ -44,14 +47,16 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
             heldout = reader.read(Path(config.eval_path), "validation") if config.eval_path else []
             paths = [source.path for source in config.sources]
             streamed = StreamedPacks(paths, new_encoder, config.pack_tokens, config.seed, report.findings)
-            return TrainingData(streamed, None, heldout, micro_batch, limit_tokens)
+            return TrainingData(streamed, None, heldout, micro_batch, limit)
         train, heldout = _split(config, reader)
         lengths = train.lengths()
         groups = pack(lengths, config.pack_tokens, config.seed) if config.pack_tokens else None
-        most = most_tokens(lengths, groups, micro_batch)
-        return TrainingData(Packs(train, groups), len(train), heldout, micro_batch, most)
+        largest = largest_packs(lengths, groups, micro_batch)
+        samples = (index for at in largest for index in ([at] if groups is None else groups[at]))
+        in_largest = Counter(lengths[index] for index in samples)
+        return TrainingData(Packs(train, groups), len(train), heldout, micro_batch, in_largest, largest)
     except StopRequested:  # without packs, nothing is trained, and the result is the unchanged model
-        return TrainingData(Packs([]), 0, heldout, micro_batch, limit_tokens)
+        return TrainingData(Packs([]), 0, heldout, micro_batch, limit)
 
 
 def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence[Encoded]]:

@@ -4,13 +4,16 @@ import ctypes
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
+import torch
 
 from sage.common.cgroups import memory_limits
 
 #: Bytes of a memory limit that are reserved for file pages and kernel memory.
 _MARGIN_BYTES = 32 * 2**20
+_STATUS = Path("/proc/self/status")
 
 
 def trim_heap() -> None:
@@ -22,6 +25,23 @@ def trim_heap() -> None:
 def available_bytes() -> int:
     """Return the bytes that this process can still allocate on the machine (with swap) and within its container limits."""
     return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_available_in_cgroups()])
+
+
+def used_bytes() -> int:
+    """Return the bytes of memory that this process uses now: GPU memory if there is a GPU, else main memory."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """Return the largest number of bytes that this process has used since it started, measured like `used_bytes`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    if _STATUS.exists():  # `ru_maxrss` would include the memory of the parent process before this process was started
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
+        if peak := fields.get("VmHWM"):
+            return int(peak.split()[0]) * 1024
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
 def refuse_beyond_limit() -> None:

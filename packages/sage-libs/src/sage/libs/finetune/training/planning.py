@@ -1,15 +1,31 @@
 """Second phase of a run: choose the precision and estimate the memory, before the data is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
+from sage.common.errors import ModelError
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.run.estimate import Estimate, check_memory, estimate
+from sage.libs.finetune.run.estimate import (
+    Formats,
+    TrainingEstimate,
+    TrainingMemory,
+    check_memory,
+    expected_kernels,
+    gigabytes,
+)
 from sage.libs.finetune.training.memory import available_bytes
 from sage.libs.finetune.training.precision import Precision
+from sage.libs.models.architecture import read_architecture
+
+#: Main memory that libraries allocate after this phase, until the end of the first step. Measured with torch 2.9 on Linux.
+LATER_BYTES = 60_000_000
+
+#: If a run needs a larger share of the available memory, its largest micro-batch is tried before the first step.
+_SCARCE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -17,37 +33,68 @@ class MemoryPlan:
     """The precision of a run, the memory that it needs, and the available memory."""
 
     precision: Precision
-    needs: Estimate  #: memory needed in this precision
-    held_bytes: int  #: memory that this process uses before data and model are loaded
-    available_bytes: int
-    smaller: tuple[Precision, Estimate] | None  #: another allowed precision that needs less memory, if there is one
+    needs: TrainingMemory  #: memory needed in this precision
+    available_bytes: int  #: free memory, and the memory that this process already uses
+    smaller: Precision | None  #: another precision that needs less memory, if the run may use it
 
-    def fitted(self, most_tokens: int) -> "MemoryPlan":
-        """Return a plan with the precision `smaller` if it is set and the run does not fit into memory; else this plan.
+    def fitted(self, largest_batch: Mapping[int, int]) -> "MemoryPlan":
+        """Return this plan if the run fits into memory; otherwise, return a plan with the precision `smaller`, if it is set.
 
-        most_tokens: number of tokens in the largest micro-batch.
+        largest_batch: number of samples for each number of tokens, in the largest micro-batch.
         """
-        if self.smaller and self.needs.total_bytes(most_tokens) > self.available_bytes:
-            precision, needs = self.smaller
-            return replace(self, precision=precision, needs=needs, smaller=None)
+        if self.smaller and self.estimate(largest_batch).total_bytes > self.available_bytes:
+            needs = replace(self.needs, formats=formats_of(self.smaller))
+            return replace(self, precision=self.smaller, needs=needs, smaller=None)
         return self
+
+    def loaded_as(self, precision: Precision, *, has_kernels: bool) -> "MemoryPlan":
+        """Return the plan for the loaded model, which may not support the planned precision or the kernels."""
+        return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
+
+    def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:
+        """Return the memory that the run needs."""
+        return self.needs.at(largest_batch or {0: 1})
+
+    def is_scarce(self, largest_batch: Mapping[int, int]) -> bool:
+        """Return whether the run needs so much memory that it may not fit if the estimate is too low."""
+        return self.estimate(largest_batch).total_bytes > _SCARCE_SHARE * self.available_bytes
+
+    def describe(self, largest_batch: Mapping[int, int]) -> str:
+        """Return a message with the needed and the available memory, and with the batch that fits, if not all do."""
+        needed_bytes = self.estimate(largest_batch).total_bytes
+        text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(self.available_bytes)} are available"
+        if needed_bytes <= self.available_bytes:
+            return text
+        longest = max(largest_batch)
+        tokens = sum(length * count for length, count in largest_batch.items())
+        samples = self.needs.fitting_samples(self.available_bytes, longest)
+        return (
+            f"{text}, enough for about {samples * longest:,} tokens at once; micro-batches of up to "
+            f"{tokens:,} tokens are computed in parts if they do not fit"
+        )
 
 
 def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, processes: int) -> MemoryPlan:
-    """Return the memory plan of a run; raises RunError if the weights alone do not fit into the available memory.
+    """Return the memory plan of a run; raises RunError if the smallest micro-batch does not fit into the available memory.
 
     processes: number of processes that share the main memory.
     """
+    sizes = read_architecture(base)
+    if sizes is None:
+        raise ModelError(code="model_invalid", message=f"{base} has no weights.", param="model")
     if torch.cuda.is_available():
-        held, available = 0, torch.cuda.mem_get_info()[0]
+        framework, available = 0, torch.cuda.mem_get_info()[0]
     else:
-        held, available = psutil.Process().memory_info().rss, available_bytes() // processes
+        held = psutil.Process().memory_info().rss
+        framework, available = held + LATER_BYTES, held + available_bytes() // processes
+    formats = formats_of(precision)
+    checkpointing = config.gradient_checkpointing == "on"
+    needs = TrainingMemory(sizes, config, formats, expected_kernels(config, formats), framework, checkpointing)
+    smaller = precision.shrunk() if precision.may_shrink else None
+    check_memory(replace(needs, formats=formats_of(smaller)) if smaller else needs, 0, available)
+    return MemoryPlan(precision, needs, available, smaller)
 
-    def estimate_for(precision: Precision) -> Estimate:
-        bf16, base_bits, int8 = precision.bf16, precision.base_bits, precision.int8_products
-        return estimate(base, config, bf16=bf16, base_bits=base_bits, int8=int8)
 
-    needs, shrunk = estimate_for(precision), precision.shrunk()
-    smaller = (shrunk, estimate_for(shrunk)) if precision.may_shrink else None
-    check_memory(smaller[1] if smaller else needs, available, config)
-    return MemoryPlan(precision, needs, held, available, smaller)
+def formats_of(precision: Precision) -> Formats:
+    """Return the number formats of a precision."""
+    return Formats(precision.bf16, precision.bf16_products, precision.base_bits, precision.int8_products)

@@ -20,6 +20,7 @@ from sage.libs.finetune.data.checking import as_chats
 from sage.libs.finetune.data.linting import DatasetReport, read_samples
 from sage.libs.finetune.data.preferences import parser_of
 from sage.libs.finetune.data.samples import Sample
+from sage.libs.finetune.run.estimate import batch_limit
 from sage.libs.finetune.run.rewards import load_reward
 from sage.libs.finetune.run.summary import read_status
 from sage.libs.finetune.training.dataset import TrainingData
@@ -52,7 +53,7 @@ class PreferenceRun(TrainingRun):
             report.raise_for_faults()
             self._inspect(samples, report.path)
             rows += [sample.content for sample in samples]
-        return TrainingData(rows, len(rows), [], config.batch_size, config.batch_size * config.max_seq_length)
+        return TrainingData(rows, len(rows), [], config.batch_size, batch_limit(config))
 
     def _inspect(self, samples: list[Sample], path: Path) -> None:
         """Render the answers of a dataset with the chat template, and report content that the template omits."""

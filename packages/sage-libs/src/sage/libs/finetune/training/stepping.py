@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from sage.common.errors import RunError
-from sage.libs.finetune.training.batching import cut, samples_in
+from sage.libs.finetune.training.batching import Batch, cut, samples_in
 from sage.libs.finetune.training.loss import CompletionLoss
 from sage.libs.models.memory import is_out_of_memory
 
@@ -29,14 +29,17 @@ class AdaptingTrainer(Trainer):
         halvings: int,
         checkpointing: str,
         on_adapted: Callable[[str, int, bool], None],
+        rehearsal: Callable[[], Batch] | None = None,
         **options: Any,
     ) -> None:
         """halvings: how many times each micro-batch is cut in half.  checkpointing: `on`, `off`, or `auto` (if needed).
 
         on_adapted: called when memory use is reduced, with a message, `halvings`, and whether gradient checkpointing is on.
+        rehearsal: returns the largest micro-batch; it is computed before the first step, and its gradient is discarded. Thus
+        a lack of memory shows immediately. None: no rehearsal.
         """
         super().__init__(compute_loss_func=loss, **options)
-        self._loss = loss
+        self._loss, self._rehearsal = loss, rehearsal
         self._halvings, self._on_adapted = halvings, on_adapted
         self._may_checkpoint, self._checkpoints = checkpointing == "auto", False
         if checkpointing == "on":
@@ -51,6 +54,25 @@ class AdaptingTrainer(Trainer):
         """
         if self.args.world_size > 1:
             return super().training_step(model, inputs, num_items_in_batch)
+        if self._rehearsal:
+            rehearsal, self._rehearsal = self._rehearsal, None
+            self._rehearse(model, rehearsal())
+        return self._adapted_step(model, inputs, num_items_in_batch)
+
+    def _rehearse(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Compute a micro-batch, and restore gradients, token counts and random states."""
+        counts, gradients = self._loss.counts, [parameter.grad for parameter in model.parameters()]
+        devices = [self.args.device] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            for parameter in model.parameters():
+                parameter.grad = None
+            self._adapted_step(model, inputs, None)
+        self._loss.counts = counts
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+    def _adapted_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Compute a micro-batch. If it does not fit into memory, reduce the memory and compute it again."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         while True:
             before, counts = [parameter.grad for parameter in parameters], self._loss.counts

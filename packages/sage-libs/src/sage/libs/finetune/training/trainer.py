@@ -17,13 +17,13 @@ from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_t
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
 from sage.libs.finetune.training.base import open_base
-from sage.libs.finetune.training.batching import Packs
+from sage.libs.finetune.training.batching import Batch, Packs
 from sage.libs.finetune.training.callbacks import RunCallback
 from sage.libs.finetune.training.dataset import TrainingData, load_data
 from sage.libs.finetune.training.export import export_result
 from sage.libs.finetune.training.heldout import HeldOut
 from sage.libs.finetune.training.loaded import Install, install_kernels, load_model, no_kernels
-from sage.libs.finetune.training.memory import refuse_beyond_limit
+from sage.libs.finetune.training.memory import peak_bytes, refuse_beyond_limit
 from sage.libs.finetune.training.model import load_weights, loraplus_optimizer, width_of
 from sage.libs.finetune.training.planning import MemoryPlan, plan_memory
 from sage.libs.finetune.training.precision import Precision, choose_precision
@@ -59,7 +59,7 @@ class TrainingRun:
             precision = choose_precision(config, begun(run, origin), width_of(self.base.folder))
             plan = plan_memory(self.base.folder, config, precision, self.team.size)
             self.data = self._load_data()
-            plan = plan.fitted(self.data.most_tokens)
+            plan = plan.fitted(self.data.largest_batch)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
         if not self.team.is_main_process:  # the main process has tokenized and stored the dataset
@@ -70,21 +70,22 @@ class TrainingRun:
         )  # fmt: skip
         self.loaded = load_model(self.base, config, chosen, self._installer())
         self.loss = self.loaded.new_loss()
-        self.estimated_bytes = self._report_estimate(plan) if plan else None
+        self.estimated_bytes: int | None = None
+        self.is_scarce = False
+        if plan:
+            self.estimated_bytes, self.is_scarce = self._report_estimate(plan)
         if self.base.adapter:
             self.report.progress(
                 f"the adapter in {self.base.adapter} is trained further, with its own rank, scaling and modules"
             )
 
-    def _report_estimate(self, plan: MemoryPlan) -> int | None:
-        """Report the estimated memory and return it in bytes; return None if the run does not use SAGE's training step."""
-        if not self.loaded.kernels or self.config.gradient_checkpointing == "on":
-            return None
-        needs, most_tokens = plan.needs, self.data.most_tokens
-        needed_bytes = needs.total_bytes(most_tokens)
+    def _report_estimate(self, plan: MemoryPlan) -> tuple[int, bool]:
+        """Report the estimated memory; return it in bytes, and whether memory is scarce."""
+        plan = plan.loaded_as(self.loaded.precision, has_kernels=self.loaded.kernels is not None)
+        needed_bytes = plan.estimate(self.data.largest_batch).total_bytes
         report = self.report.progress if needed_bytes <= plan.available_bytes else self.report.warn
-        report(needs.describe(most_tokens, plan.available_bytes))
-        return plan.held_bytes + needed_bytes
+        report(plan.describe(self.data.largest_batch))
+        return needed_bytes, plan.is_scarce(self.data.largest_batch)
 
     def _load_data(self) -> TrainingData:
         config = self.config
@@ -162,6 +163,7 @@ class TrainingRun:
             halvings=status.halvings,
             checkpointing="on" if status.activation_checkpointing else config.gradient_checkpointing,
             on_adapted=self.report.adapted,
+            rehearsal=self._largest_batch if self.is_scarce and self.data.largest_packs else None,
             model=self.loaded.model,
             args=arguments,
             train_dataset=self.data.packs,
@@ -173,6 +175,9 @@ class TrainingRun:
                 None,
             ),
         )
+
+    def _largest_batch(self) -> Batch:
+        return self.loaded.collator([self.data.packs[index] for index in self.data.largest_packs])
 
     def _arguments(self) -> dict[str, Any]:
         """Return the arguments that are the same for every Trainer."""
@@ -258,5 +263,6 @@ class TrainingRun:
 
     def _export(self, step: int, heldout_loss: float | None) -> None:
         losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
-        metrics = {"step": step, "total_steps": read_status(self.run).total_steps or self._total_steps(), **losses}
+        memory = {"estimated_memory_bytes": self.estimated_bytes, "peak_memory_bytes": peak_bytes()}
+        metrics = {"step": step, "total_steps": read_status(self.run).total_steps or self._total_steps(), **losses, **memory}
         export_result(self.loaded.model, self.base.tokenizer, self.spec, self.run.path, self.base.folder, metrics)

@@ -4,7 +4,6 @@ To add a backend, write a class in this folder with the attributes of `ServingBa
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sage.libs.models.resolve import ModelKind, ModelSource, safetensors_header
+from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.backends.memory import MemoryEstimate
 from sage.llm.control_plane.store.records import ServerRecord
 
 
@@ -51,8 +51,11 @@ class Backend(Protocol):
     #: The options that a user can set.
     options: ClassVar[type[BaseModel]]
 
+    def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
+        """Return the memory that the engine is expected to need, or None if it is not known."""
+
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the memory in bytes that the engine is expected to need; None if the size is not known."""
+        """Return the total of `estimate`."""
 
 
 @runtime_checkable
@@ -125,6 +128,15 @@ class WorkerBackend:
         """Return all fields of the answer, which include `context_tokens` and `slots`."""
         return parsed(content)
 
+    def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
+        """Return None: the memory is not known."""
+        return None
+
+    def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
+        """Return the total of `estimate`."""
+        estimate = self.estimate(model, options)
+        return None if estimate is None else estimate.total_bytes
+
     def can_join(self, adapter: Path, base: Path) -> str | None:
         """Return None, because the server can load every adapter."""
         return None
@@ -141,16 +153,3 @@ def parsed(content: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def parameter_count(model: ModelSource) -> int | None:
-    """Return the number of parameters in the weight files of a model; None if the number is not known.
-
-    If the model is an adapter, the parameters of its base model are included.
-    """
-    files = sorted(model.folder.glob("*.safetensors"))
-    base = parameter_count(model.base) if model.base else 0
-    if not files or base is None:
-        return None
-    shapes: list[list[int]] = [tensor["shape"] for file in files for tensor in safetensors_header(file).values()]
-    return base + sum(map(math.prod, shapes))

@@ -7,8 +7,12 @@ from pydantic import BaseModel
 
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
-from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
+from sage.llm.control_plane.backends.memory import MemoryEstimate, estimate_server
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
+
+#: Memory of a server without the model: Python, torch and sentence-transformers. Measured on Linux.
+_FRAMEWORK_BYTES = 560_000_000
 
 
 class EmbeddingOptions(ServingOptions):
@@ -30,7 +34,8 @@ class EmbeddingBackend(WorkerBackend):
         listen = ("--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT)
         return (*self.interpreter, "-m", "sage.llm.workers.embedding", "--model", model, *listen)
 
-    def memory_bytes(self, model: ModelSource, options: EmbeddingOptions) -> int | None:
-        """Return the size of the weights in memory, in fp32."""
-        parameters = parameter_count(model)
-        return parameters and parameters * 4
+    def estimate(self, model: ModelSource, options: EmbeddingOptions) -> MemoryEstimate | None:
+        """Return the memory of the server, with weights in fp32."""
+        return estimate_server(
+            model, framework_bytes=_FRAMEWORK_BYTES, weight_bytes=4, cache_bytes=0, least_cache_bytes=0
+        )  # fmt: skip

@@ -12,10 +12,17 @@ from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count, parsed
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parsed
+from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstimate, sizes_of, token_bytes
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 from sage.llm.control_plane.store.records import ServerRecord
 
+#: Maximum context length and cache size of each slot in tokens, if the user sets none. The server process uses these too.
+CONTEXT_TOKENS, SLOT_TOKENS = 8192, 512
+#: Tokens whose logits are in memory at the same time; this is the default of llama.cpp.
+_BATCH_TOKENS = 512
+#: Memory of a server without model, cache and logits. Measured on Linux.
+_FRAMEWORK_BYTES = 60_000_000
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 #: GGUF type for each value of `quantize`. The converter cannot write the more exact 4-bit types, such as q4_k_m.
 _QUANTIZED = {"int8": "q8_0", "int4": "q4_1"}
@@ -92,9 +99,21 @@ class LlamaCppBackend(WorkerBackend):
         """Return why a running server cannot load an adapter, as a clause without a period."""
         return "llama.cpp loads adapters only when it starts"
 
-    def memory_bytes(self, model: ModelSource, options: LlamaCppOptions) -> int | None:
-        """Return the size of the weights in memory."""
-        if model.kind is ModelKind.GGUF and options.precision is None:
-            return sum(file.stat().st_size for file in model.folder.glob("*.gguf"))
-        parameters = parameter_count(model)
-        return parameters and int(parameters * PRECISIONS[options.precision or "f32"])
+    def estimate(self, model: ModelSource, options: LlamaCppOptions) -> MemoryEstimate | None:
+        """Return the memory of the server. llama.cpp allocates the cache at the start."""
+        sizes = sizes_of(model.base or model)
+        if sizes is None:
+            return None
+        is_original = model.kind is ModelKind.GGUF and options.precision is None
+        if is_original:
+            weights_bytes = sum(file.stat().st_size for file in model.folder.glob("*.gguf"))
+        else:
+            weights_bytes = int(sizes.parameters * PRECISIONS[options.precision or "f32"])
+        context = min(sizes.max_position_embeddings, options.context_tokens or CONTEXT_TOKENS)
+        tokens = options.kv_cache_tokens or max(context, options.slots * SLOT_TOKENS)
+        is_exact = not is_original and options.precision in (None, "f32")  # then keys and values are in fp32
+        logits_bytes = _BATCH_TOKENS * sizes.vocab_size * 4
+        breakdown = ServingEstimate(
+            _FRAMEWORK_BYTES + logits_bytes, weights_bytes, 0, tokens * token_bytes(sizes, 4 if is_exact else 2)
+        )
+        return MemoryEstimate(breakdown, breakdown.total_bytes)

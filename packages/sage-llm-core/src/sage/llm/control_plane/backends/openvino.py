@@ -12,8 +12,12 @@ from sage.libs.models.export.formats import OPENVINO_PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
+from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstimate, cache_tokens, sizes_of, token_bytes
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
+
+#: Memory of a server without the model, about: Python and OpenVINO.
+_FRAMEWORK_BYTES = 400_000_000
 
 
 class OpenVinoOptions(ServingOptions):
@@ -63,7 +67,13 @@ class OpenVinoBackend(WorkerBackend):
         """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence."""
         return "OpenVINO serves only adapters that are merged into their base"
 
-    def memory_bytes(self, model: ModelSource, options: OpenVinoOptions) -> int | None:
-        """Return the size of the weights in memory."""
-        parameters = parameter_count(model)
-        return parameters and int(parameters * OPENVINO_PRECISIONS[options.quantize])
+    def estimate(self, model: ModelSource, options: OpenVinoOptions) -> MemoryEstimate | None:
+        """Return the memory of the server; keys and values are in fp32."""
+        sizes = sizes_of(model.base or model)
+        if sizes is None:
+            return None
+        weights_bytes = int(sizes.parameters * OPENVINO_PRECISIONS[options.quantize])
+        context = min(sizes.max_position_embeddings, options.context_tokens or sizes.max_position_embeddings)
+        tokens = cache_tokens(context, options.slots, is_limited=options.context_tokens is not None)
+        breakdown = ServingEstimate(_FRAMEWORK_BYTES, weights_bytes, 0, tokens * token_bytes(sizes, 4))
+        return MemoryEstimate(breakdown, breakdown.total_bytes - (tokens - context) * token_bytes(sizes, 4))

@@ -5,11 +5,18 @@ from typing import ClassVar
 
 from pydantic import BaseModel
 
+from sage.common.paths import get_user_paths
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.run.estimate import estimate
+from sage.libs.finetune.run.estimate import FRAMEWORK_BYTES, TrainingMemory, batch_limit, expected_kernels
+from sage.libs.finetune.run.history import default_formats, earlier_run
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
+from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Capabilities
+from sage.llm.control_plane.backends.memory import MemoryEstimate, sizes_of
+
+#: Memory of a process's CUDA context on the GPU, about.
+_CUDA_BYTES = 500_000_000
 
 
 class TrainerBackend:
@@ -20,10 +27,32 @@ class TrainerBackend:
     options: ClassVar[type[BaseModel]] = FinetuneConfig
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
 
-    def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
-        """Return the memory that the longest micro-batch needs without quantization; with quantization, it needs less."""
-        folder = (model.base or model).folder
-        if not any(folder.glob("*.safetensors")):
+    def estimate(self, model: ModelSource, options: FinetuneConfig) -> MemoryEstimate | None:
+        """Return the memory of the largest micro-batch; the least memory is that of one sample of `max_seq_length` tokens.
+
+        The number formats are those of an earlier run with the same model and options. If there is none, they are the
+        largest formats that the run can choose.
+        """
+        needs = training_memory(model, options)
+        if needs is None:
             return None
-        need = estimate(folder, options, bf16=options.precision == "bf16", base_bits=None, int8=False)
-        return need.total_bytes(options.pack_tokens or options.batch_size * options.max_seq_length)
+        breakdown = needs.at(batch_limit(options))
+        return MemoryEstimate(breakdown, min(breakdown.total_bytes, needs.least(options.max_seq_length).total_bytes))
+
+    def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
+        """Return the total of `estimate`."""
+        estimate = self.estimate(model, options)
+        return None if estimate is None else estimate.total_bytes
+
+
+def training_memory(model: ModelSource, config: FinetuneConfig) -> TrainingMemory | None:
+    """Return the memory of a run as a function of its micro-batch; None if the model is not on this machine."""
+    sizes = sizes_of(model.base or model)
+    if sizes is None:
+        return None
+    device = environments.device()
+    earlier = earlier_run(get_user_paths().finetuned_dir, config)
+    formats = earlier.formats if earlier else default_formats(config, device)
+    checkpointing = config.gradient_checkpointing == "on"
+    framework_bytes = _CUDA_BYTES if device == "cuda" else FRAMEWORK_BYTES
+    return TrainingMemory(sizes, config, formats, expected_kernels(config, formats), framework_bytes, checkpointing)

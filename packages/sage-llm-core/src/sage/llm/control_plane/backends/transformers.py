@@ -9,8 +9,13 @@ from pydantic import BaseModel, Field
 from sage.libs.models.hot import why_not_hot
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
-from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parameter_count
+from sage.llm.control_plane.backends import environments
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
+from sage.llm.control_plane.backends.memory import MemoryEstimate, cache_tokens, estimate_server, sizes_of, token_bytes
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
+
+#: Memory of a server without the model: Python, torch and transformers. Measured on Linux.
+_FRAMEWORK_BYTES = 500_000_000
 
 
 class TransformersOptions(ServingOptions):
@@ -53,7 +58,19 @@ class TransformersBackend(WorkerBackend):
         """Return why a running server cannot load the adapter; None if the adapter is plain LoRA, which it can load."""
         return why_not_hot(adapter, base)
 
-    def memory_bytes(self, model: ModelSource, options: TransformersOptions) -> int | None:
-        """Return the size of the weights in memory."""
-        parameters = parameter_count(model)
-        return parameters and parameters * (2 if options.dtype == "bf16" else 4)
+    def estimate(self, model: ModelSource, options: TransformersOptions) -> MemoryEstimate | None:
+        """Return the memory of the server. The cache grows with the answers; it is not allocated at the start."""
+        sizes = sizes_of(model.base or model)
+        if sizes is None:
+            return None
+        is_bf16 = options.dtype == "bf16" or (options.dtype == "auto" and environments.device() == "cuda")
+        value_bytes = 2 if is_bf16 else 4
+        context = min(sizes.max_position_embeddings, options.context_tokens or sizes.max_position_embeddings)
+        tokens = options.kv_cache_tokens or cache_tokens(
+            context, options.slots, is_limited=options.context_tokens is not None
+        )
+        of_token = token_bytes(sizes, value_bytes)
+        return estimate_server(
+            model, framework_bytes=_FRAMEWORK_BYTES, weight_bytes=value_bytes,
+            cache_bytes=tokens * of_token, least_cache_bytes=context * of_token,
+        )  # fmt: skip

@@ -16,13 +16,15 @@ from sage.llm.control_plane.backends.base import (
     Capabilities,
     ServingOptions,
     WorkerBackend,
-    parameter_count,
     thread_variables,
 )
+from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstimate, sizes_of
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
 _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 _GIB = 2**30
+#: Memory of vLLM 0.32 without model, adapters and cache. Derived from the peak in benchmarks/results/serving.md.
+_FRAMEWORK_BYTES = 2_350_000_000
 #: Entries of adapter_config.json that vLLM ignores.
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -61,7 +63,7 @@ class VllmBackend(WorkerBackend):
             "fd": DESCRIPTOR_ARGUMENT, "host": "127.0.0.1", "port": PORT_ARGUMENT,
             "dtype": "float32" if is_cpu and options.dtype == "auto" else _DTYPES[options.dtype],
             "max-num-seqs": options.slots, "max-loras": options.max_adapters, "max-cpu-loras": options.max_adapters,
-            "max-lora-rank": options.max_rank or (8 if is_cpu else 64),
+            "max-lora-rank": options.max_rank or default_rank(is_cpu=is_cpu),
         }  # fmt: skip
         if options.context_tokens:
             given["max-model-len"] = options.context_tokens
@@ -92,8 +94,20 @@ class VllmBackend(WorkerBackend):
         """Return the option `max_adapters`."""
         return options.max_adapters
 
-    def memory_bytes(self, model: ModelSource, options: VllmOptions) -> int | None:
-        """Return the size in memory of the weights and the key/value cache."""
-        parameters = parameter_count(model)
-        is_fp32 = options.dtype == "fp32" or (options.dtype == "auto" and environments.device() == "cpu")
-        return parameters and parameters * (4 if is_fp32 else 2) + options.kv_cache_gb * _GIB
+    def estimate(self, model: ModelSource, options: VllmOptions) -> MemoryEstimate | None:
+        """Return the memory of the server. vLLM allocates the cache and the memory for all adapters at the start."""
+        sizes = sizes_of(model.base or model)
+        if sizes is None:
+            return None
+        is_cpu = environments.device() == "cpu"
+        value_bytes = 4 if options.dtype == "fp32" or (options.dtype == "auto" and is_cpu) else 2
+        rank = options.max_adapters * (options.max_rank or default_rank(is_cpu=is_cpu))
+        adapters_bytes = rank * sum(sum(shape[-2:]) for shape in sizes.layer_matrices.values()) * value_bytes
+        cache_bytes = options.kv_cache_gb * _GIB
+        breakdown = ServingEstimate(_FRAMEWORK_BYTES, sizes.parameters * value_bytes, adapters_bytes, cache_bytes)
+        return MemoryEstimate(breakdown, breakdown.total_bytes)
+
+
+def default_rank(*, is_cpu: bool) -> int:
+    """Return the largest rank of an adapter if the user sets none."""
+    return 8 if is_cpu else 64

@@ -138,7 +138,13 @@ class FinetuneExecutor:
         model = resolve_model(request.model)
         backend, _ = registry.resolve(request.backend, request.engine_kind, model)
         check_claim(Path(config.output_dir), task_id_of(engine_id))
-        return Prepared(backend.name, config.model_dump(mode="json"), backend.memory_bytes(model, config))
+        estimate = backend.estimate(model, config)
+        return Prepared(
+            backend.name,
+            config.model_dump(mode="json"),
+            reserved_bytes=estimate.total_bytes if estimate else None,
+            least_bytes=estimate.least_bytes if estimate else None,
+        )
 
     def _absolute(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options with dataset ids replaced by paths; raises ConfigError if a path is relative."""

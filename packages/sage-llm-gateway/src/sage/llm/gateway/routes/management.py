@@ -16,11 +16,13 @@ from sage.llm.client.types import (
     EngineQueue,
     EngineState,
     EngineView,
+    EstimateView,
     EventPage,
     MoveRequest,
     StartRequest,
 )
 from sage.llm.control_plane.backends.registry import list_backends
+from sage.llm.control_plane.estimates import estimate_engine
 from sage.llm.gateway.event_streams import EventStream, all_changes, engine_transitions, until_removed
 from sage.llm.gateway.routes.dependencies import Manager
 
@@ -173,6 +175,12 @@ async def training_steps(
 async def gpu(manager: Manager) -> dict[str, Any]:
     """Return the devices, their memory and the engines that use it: GPUs first, main memory last."""
     return {"object": "list", "data": await manager.list_devices()}
+
+
+@router.post("/estimate")
+async def estimate(request: StartRequest, manager: Manager) -> EstimateView:
+    """Return the memory that an engine would need. Options of a training run that name files may be omitted."""
+    return await asyncio.to_thread(estimate_engine, request, await manager.list_devices())
 
 
 @router.get("/backends")

@@ -1,0 +1,68 @@
+"""Number of values that one token adds to the memory of a training step, derived from the code of the step."""
+
+from dataclasses import dataclass
+
+from sage.libs.models.architecture import Architecture
+
+#: A sample of at most this many tokens keeps its attention weights; this is the block of `kernels.attention`.
+BLOCK_TOKENS = 256
+#: Multiple to which `kernels.attention` pads a sample.
+_LENGTH_MULTIPLE = 32
+#: Number of linear layers with LoRA in each transformer layer whose products with matrix A are saved.
+_ADAPTED = 7
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Numbers of values that a training step has in memory for each token; the data type decides their bytes."""
+
+    saved: float  #: saved by one layer for the backward pass
+    inner: float  #: saved products with the LoRA matrices A of one layer; they have the data type of matrix products
+    layer_input: float  #: the input of one layer; gradient checkpointing saves only this
+    backward: float  #: temporary tensors in the backward pass of the largest part of a layer
+    weights_heads: int  #: heads whose attention weights are saved for a short sample
+    layers: int
+
+    def attention_values(self, length: int) -> int:
+        """Return the number of attention weights that one layer saves for a sample of `length` tokens."""
+        if length > BLOCK_TOKENS:
+            return 0
+        return self.weights_heads * (-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE) ** 2
+
+    def block_values(self, length: int, heads: int) -> int:
+        """Return the number of scores, weights and gradients of one block of queries of a sample."""
+        return 3 * heads * min(length, BLOCK_TOKENS) * length
+
+
+def kernel_activations(sizes: Architecture, rank: int) -> Activations:
+    """Return the activations of SAGE's training step (`kernels.install`).
+
+    Saved: inputs of both norms and of the output projection; rotated queries, keys and values; outputs of gate and up.
+    Norm outputs and products of gate and up are recomputed.
+    """
+    hidden, query, key, inner = sizes.hidden_size, sizes.query_size, sizes.key_value_size, sizes.intermediate_size
+    return Activations(
+        saved=2 * hidden + 2 * query + 2 * key + 2 * inner,
+        inner=_ADAPTED * rank,
+        layer_input=hidden,
+        backward=4 * inner + 3 * hidden,
+        weights_heads=sizes.num_attention_heads,
+        layers=sizes.num_hidden_layers,
+    )
+
+
+def plain_activations(sizes: Architecture, rank: int) -> Activations:
+    """Return the activations of the training step of transformers and PEFT.
+
+    Saved: the inputs and outputs of both norms; queries, keys and values, repeated for all heads; the output of attention in
+    two layouts; the outputs of gate, up and activation, and their product.
+    """
+    hidden, query, inner = sizes.hidden_size, sizes.query_size, sizes.intermediate_size
+    return Activations(
+        saved=4 * hidden + 5 * query + 4 * inner,
+        inner=_ADAPTED * rank,
+        layer_input=hidden,
+        backward=3 * inner + 2 * hidden,
+        weights_heads=0,
+        layers=sizes.num_hidden_layers,
+    )

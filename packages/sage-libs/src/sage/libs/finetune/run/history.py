@@ -1,0 +1,90 @@
+"""Find out from earlier runs on this machine which number formats a new run will have, and how fast it will be."""
+
+import contextlib
+import heapq
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.run.estimate import Formats
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.summary import read_status
+
+#: Number of newest runs that are searched.
+_SEARCHED_RUNS = 100
+#: Options that decide the number formats and the speed of a run. The model also decides them.
+_DECISIVE = ("base_model", "finetuning_type", "method", "precision", "use_8bit", "quantization", "fast_kernels")
+#: Size of a dataset divided by its number of tokens, in bytes. It is a typical value for English text.
+_TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What a run of the same model with the same decisive options has measured."""
+
+    formats: Formats
+    tokens_per_second: float | None
+
+
+def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
+    """Return the newest run with the model and the decisive options of `config`; None if there is none.
+
+    root: folder of the run directories.
+    """
+    wanted = config.model_dump(mode="json", include=set(_DECISIVE))
+    for run in _newest(root):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged run, or a run of a later version
+            found = json.loads(run.spec_path.read_bytes())["config"]
+            if any(found[name] != value for name, value in wanted.items()):
+                continue
+            status = read_status(run)
+            if status.bf16 is not None:
+                bits = None if config.quantization in (None, "none") else int(config.quantization[0])
+                formats = Formats(status.bf16, bool(status.bf16_products), bits, bool(status.int8_products))
+                return EarlierRun(formats, status.metrics.tokens_per_second)
+    return None
+
+
+def default_formats(config: FinetuneConfig, device: str) -> Formats:
+    """Return the number formats of a run without an earlier run; if they depend on a measurement, the largest ones.
+
+    device: `cpu` or `cuda`.
+    """
+    if config.finetuning_type == "full":
+        return Formats(bf16_products=config.precision == "bf16")
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
+    if config.quantization:
+        bits = None if config.quantization == "none" else int(config.quantization[0])
+    else:
+        has_8bit = device == "cuda" and config.use_8bit and importlib.util.find_spec("bitsandbytes") is not None
+        bits = 8 if has_8bit else None
+    return Formats(bf16, bf16, bits)
+
+
+def training_seconds(config: FinetuneConfig, tokens_per_second: float | None) -> float | None:
+    """Return the expected duration of the steps of a run in seconds; None if speed or number of tokens is not known."""
+    tokens = _tokens(config)
+    return tokens / tokens_per_second if tokens and tokens_per_second else None
+
+
+def _tokens(config: FinetuneConfig) -> float | None:
+    """Return the approximate number of tokens of all steps; None if a dataset is not a file."""
+    if config.max_steps and config.pack_tokens:
+        return config.max_steps * config.gradient_accumulation_steps * config.pack_tokens
+    if config.max_steps or not all(source.path.is_file() for source in config.sources):
+        return None
+    size_bytes = sum(source.path.stat().st_size * source.weight for source in config.sources)
+    return config.num_epochs * (1 - config.eval_split) * size_bytes / _TOKEN_BYTES
+
+
+def _newest(root: Path) -> Iterator[RunDirectory]:
+    """Yield the runs that were changed last."""
+    if not root.is_dir():
+        return
+    with os.scandir(root) as entries:
+        changed = [(entry.stat().st_mtime, entry.path) for entry in entries if entry.is_dir()]
+    yield from (RunDirectory(Path(path)) for _, path in heapq.nlargest(_SEARCHED_RUNS, changed))
