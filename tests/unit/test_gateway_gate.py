@@ -190,7 +190,7 @@ def test_the_total_size_of_all_bodies_is_limited_and_finished_bodies_are_subtrac
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": text, "more_body": False}
 
-        await body.read([], receive)  # type: ignore[arg-type]
+        await body.read(b"", receive)  # type: ignore[arg-type]
 
     async def main() -> None:
         held = [budget.body() for _ in range(9)]

@@ -8,7 +8,7 @@ import pytest
 from engines import record, server
 
 from sage.libs.models.resolve import ModelKind, ModelSource
-from sage.llm.client.types import DesiredState, EngineState
+from sage.llm.client.types import DesiredState, EngineState, OnBusy
 from sage.llm.control_plane.actions import Action, EndMerge, SendSignal, SetDesired, StartMerge, SwapServers, UnloadAdapter
 from sage.llm.control_plane.backends import environments, registry
 from sage.llm.control_plane.executors.base import Observed
@@ -106,7 +106,10 @@ def test_a_merger_has_the_precision_context_and_slots_of_the_engine_and_the_fast
     source = ModelSource("x", ModelKind.ADAPTER, Path("/x"))
     monkeypatch.setattr("sage.llm.control_plane.merger.resolve_model", lambda _: source)
     options = registry.complete_options("transformers", given)
-    found = _merger_of(tuned(options=options), Observed(alive=True, context_tokens=99))
+    found = _merger_of(
+        tuned(options=options, on_busy=OnBusy.PREEMPT, base_version="v", threads=2), Observed(alive=True, context_tokens=99)
+    )
     assert (found.backend, found.dedicated, found.merges, found.merger_id) == (backend, True, "engine-x", None)
+    assert (found.on_busy, found.base_version, found.threads) == (OnBusy.FAIL, None, None)  # it makes no engine yield
     assert expected.items() <= found.options.items()
     assert found.name != "m"

@@ -28,11 +28,12 @@ def packages(tmp_path: Path) -> Path:
 
 def test_the_command_has_the_options_and_runs_in_the_environment_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "interpreter", lambda name: f"/env/{name}/bin/python")
-    options = OpenVinoOptions(quantize="int8", slots=3, context_tokens=99, threads=2)
+    options = OpenVinoOptions(quantize="int8", slots=3, context_tokens=99, kv_cache_tokens=77, threads=2)
     argv = OpenVinoBackend().argv("m", "sage-1", options)
     assert argv[0] == "/env/openvino/bin/python"
     for pair in ("--model m", "--served-name sage-1", "--quantize int8", "--slots 3", "--context-tokens 99", "--threads 2"):
         assert pair in " ".join(argv)
+    assert "--cache-tokens 77" in " ".join(argv)
     environment = OpenVinoBackend().environment(options)
     assert environment["OMP_NUM_THREADS"] == "2"
     assert str(Path(sys.modules["pydantic"].__file__ or "").parents[1]) in environment["PYTHONPATH"].split(os.pathsep)

@@ -8,6 +8,7 @@ from engines import record, server
 from serving import HostingBackend, make_adapter
 
 from sage.common.errors import ModelError
+from sage.libs.models.fingerprint import version
 from sage.libs.models.resolve import ModelKind
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import registry
@@ -117,6 +118,7 @@ def test_a_backend_that_loads_no_adapters_merges_them_or_refuses(
         ({}, {"shared": False}, {}, False),
         ({}, {"state": ServerState.CLOSING}, {}, False),
         ({}, {"model": "/another"}, {}, False),
+        ({}, {"model_version": "replaced"}, {}, False),
     ],
 )
 def test_auto_takes_the_backend_and_options_of_a_server_that_has_loaded_the_base(
@@ -124,7 +126,8 @@ def test_auto_takes_the_backend_and_options_of_a_server_that_has_loaded_the_base
 ) -> None:
     adapter = make_adapter(tmp_path / "a", base)
     chosen = record(**{"model": str(adapter), "backend_reason": "the fastest", **engine})
-    loaded = {"backend": "hosting", "model": str(base), "shared": True, "options": {"load_seconds": 7.0}, **host}
+    loaded: dict[str, Any] = {"backend": "hosting", "model": str(base), "model_version": version(base), "shared": True}
+    loaded |= {"options": {"load_seconds": 7.0}, **host}
     like = like_its_base(chosen, [server(id="server-b", model="/b"), server(**loaded)], given)
     if not joins:
         assert like == chosen

@@ -175,6 +175,14 @@ def test_a_run_that_is_larger_than_the_memory_uses_all_of_it_if_its_smallest_nee
     assert node.states() == {"t": S.RUNNING, "u": S.FAILED}
 
 
+def test_a_run_does_not_wait_for_memory_of_other_programs_if_its_smallest_need_fits() -> None:
+    node = Node(run("t", 8, least_bytes=2 * GB), run("u", 8, least_bytes=7 * GB))
+    node.devices = [DeviceMemory("cpu", 10 * GB, foreign_bytes=4 * GB)]
+    node.settle()
+    assert node.states() == {"t": S.RUNNING, "u": S.QUEUED}
+    assert node.servers["server-t"].reserved_bytes == 6 * GB
+
+
 def test_an_engine_starts_at_its_time_and_not_before() -> None:
     node = Node(run("t", 6, not_before=NOW + timedelta(hours=1)))
     node.settle()

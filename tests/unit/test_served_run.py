@@ -13,6 +13,7 @@ from serving import HostingBackend, make_adapter
 from store_promises import lease_of
 
 from sage.common.errors import ConfigError
+from sage.libs.models.fingerprint import version
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, StartRequest
 from sage.llm.control_plane import publisher
 from sage.llm.control_plane.actions import Publish
@@ -161,7 +162,8 @@ def test_a_version_waits_for_the_checks_of_the_one_before(world: Callable[..., W
 
 def test_the_engine_gets_backend_and_options_of_a_server_that_has_its_base(world: Callable[..., World]) -> None:
     w = world()
-    host = server(backend="hosting", model=str(w.base), options={"load_seconds": 7.0}, shared=True)
+    options = {"load_seconds": 7.0}
+    host = server(backend="hosting", model=str(w.base), model_version=version(w.base), options=options, shared=True)
     base = w.store.add(record(id="engine-base"), "user", w.lease)
     w.store.transition(base, S.STARTING, actor="r", lease=w.lease, put_server=host, server_id=host.id)
     w.publish(5)

@@ -12,7 +12,7 @@ from sage.common.errors import NotFound, SageError
 from sage.common.ids import random_suffix
 from sage.common.validation import validated
 from sage.libs.models.resolve import resolve_model
-from sage.llm.client.types import EngineKind, EngineState, RestartPolicy
+from sage.llm.client.types import EngineKind, EngineState, OnBusy, RestartPolicy
 from sage.llm.control_plane.actions import EndMerge, Merge, StartMerge, SwapServers
 from sage.llm.control_plane.backends import environments, registry
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
@@ -126,12 +126,19 @@ def _merger_of(engine: EngineRecord, observed: Observed | None) -> EngineRecord:
         requested_port=None,
         dedicated=True,
         base=None,
+        base_version=None,
         adapter=None,
         form=None,
         revision=0,
         served_as=None,
         idle_stop_minutes=None,
         last_request_at=None,
+        on_busy=OnBusy.FAIL,  # without free memory, the adapter continues to answer
+        not_before=None,
+        queue_rank=None,
+        paused_by=None,
+        least_bytes=None,
+        threads=None,
         merger_id=None,
         merges=engine.id,
     )

@@ -122,8 +122,10 @@ def queue_of(
 def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_room: bool) -> Claim:
     devices = _usable(engine, memory) if memory else engine.devices
     need_bytes = engine.reserved_bytes or 0
-    if engine.least_bytes is not None and memory:  # a training run that is larger than the devices uses smaller batches
-        largest_bytes = max((device.usable_bytes for device in memory.devices if device.id in (devices or ())), default=0)
+    if engine.least_bytes is not None and memory:
+        # A training run that needs more than other programs leave uses smaller batches: to wait for them would be useless.
+        rooms = (device.usable_bytes - device.foreign_bytes for device in memory.devices if device.id in (devices or ()))
+        largest_bytes = max(rooms, default=0)
         need_bytes = min(need_bytes, max(engine.least_bytes, largest_bytes))
     claim = Claim(
         engine.id,

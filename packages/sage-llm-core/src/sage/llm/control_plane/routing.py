@@ -252,7 +252,8 @@ class RoutingTable:
         return NotFound(
             code="model_not_found",
             message=f"No engine of kind {kind} serves the model '{_shortened(model)}'; available: {self._names(kind)}.",
-            hint=f"Start an engine: `sage llm engine start {wanted} --engine-kind {kind}`.",
+            hint=f"Start an engine: `sage llm engine start {wanted} --engine-kind {kind}`. To resume an engine that "
+            "failed or was stopped, find its id with `sage llm engine list`.",
             param="model",
         )
 

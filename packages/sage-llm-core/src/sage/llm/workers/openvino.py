@@ -39,7 +39,9 @@ class OpenVinoGenerator(Generator):
 
 def build(given: argparse.Namespace) -> FastAPI:
     """Load the model and return the server. Raises SageError."""
-    return create_server(Engine(OpenVinoGenerator(given), given.max_tokens, given.slots, given.served_name))
+    return create_server(
+        Engine(OpenVinoGenerator(given), given.max_tokens, given.slots, given.served_name, given.cache_tokens)
+    )
 
 
 def main() -> None:
@@ -49,6 +51,7 @@ def main() -> None:
     options.add_argument("--quantize", choices=OPENVINO_PRECISIONS, required=True)
     options.add_argument("--slots", type=int, required=True, help="Maximum number of answers in progress at the same time.")
     options.add_argument("--context-tokens", type=int, help="Context length in tokens, if shorter than the model's.")
+    options.add_argument("--cache-tokens", type=int, help="Maximum tokens of all prompts and answers in progress.")
     options.add_argument("--max-tokens", type=int, required=True, help="Maximum tokens of an answer if a request sets none.")
     options.add_argument("--threads", type=int, required=True)
     given = options.parse_args()

@@ -8,7 +8,6 @@ from starlette.types import Receive
 
 from sage.common.errors import Overloaded
 from sage.llm.gateway.errors import Refusal
-from sage.llm.gateway.headers import RawHeaders, value
 
 #: Maximum size of all bodies in memory, as a multiple of the largest allowed body.
 _HELD_BODIES = 8
@@ -43,13 +42,14 @@ class Body:
         self._budget.left_bytes += self._held_bytes
         self._held_bytes = 0
 
-    async def read(self, headers: RawHeaders, receive: Receive) -> None:
+    async def read(self, length: bytes, receive: Receive) -> None:
         """Read the whole body into `content`.
+
+        length: value of the header Content-Length, or b"".
 
         Raises Refusal if the body is too large, Overloaded if the budget is used up, and
         ClientDisconnect if the client disconnects.
         """
-        length = value(headers, b"content-length")
         if length.isdigit() and int(length) > self._budget.max_bytes:
             raise self._too_large()
         chunks: list[bytes] = []

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import httptools
 
-from sage.llm.gateway.headers import value
 from sage.llm.gateway.json_text import Piece
 
 #: Seconds after which an idle connection is closed. Servers keep idle connections longer (uvicorn and vLLM: 5 s).
@@ -131,7 +130,8 @@ class EngineConnection(asyncio.Protocol):
             return
         self._has_head = True
         self._is_reusable = self._parser.should_keep_alive()
-        has_length = value(self.headers, b"content-length") or value(self.headers, b"transfer-encoding")
+        names = dict(self.headers)
+        has_length = b"content-length" in names or b"transfer-encoding" in names
         self._ends_at_eof = not has_length and self.status not in (204, 304)
 
     def on_body(self, body: bytes) -> None:

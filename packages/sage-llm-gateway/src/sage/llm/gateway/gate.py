@@ -14,7 +14,6 @@ from sage.common.settings import Settings
 from sage.llm.gateway.access import check_access, key_of
 from sage.llm.gateway.bodies import BodyBudget
 from sage.llm.gateway.errors import Refusal, error_response, out_of_descriptors
-from sage.llm.gateway.headers import RawHeaders, value
 from sage.llm.gateway.json_text import JsonBody, parsed
 from sage.llm.gateway.proxy import EngineProxy, is_inference
 
@@ -69,13 +68,13 @@ class Gate:
         method, path, headers = scope["method"], scope["path"], scope["headers"]
         check_access(path, headers, self._key)
         if method == "HEAD" and not path.endswith(_STREAMS):
-            scope = {**scope, "method": "GET"}  # uvicorn omits the body of an answer to HEAD
+            scope = {**scope, "method": "GET"}  # RequestCycle omits the body of an answer to HEAD
         with self._budget.body() as body:
             checked: JsonBody | None = None
             if method not in _READS:
-                await body.read(headers, receive)
+                await body.read(answer.known.get(b"content-length", b""), receive)
                 if body.content:
-                    _check_type(headers)
+                    _check_type(answer.known.get(b"content-type", b""))
                     checked = await parsed(body.content)
             if is_inference(scope):
                 await self._proxy.forward(checked, scope, receive, answer.send)
@@ -89,7 +88,8 @@ class _Answer:
 
     def __init__(self, scope: Scope, send: Send) -> None:
         headers = scope["headers"]
-        self._id = value(headers, b"x-request-id")
+        self.known: dict[bytes, bytes] = dict(headers)
+        self._id = self.known.get(b"x-request-id", b"")
         if not _REQUEST_ID.fullmatch(self._id):
             self._id = b"req-%024x" % random.getrandbits(96)  # no `secrets`: an id is unique and not secret
             others = [header for header in headers if header[0] != b"x-request-id"]
@@ -110,7 +110,7 @@ class _Answer:
         """Send an ASGI message of the answer."""
         if message["type"] == "http.response.start":
             self.has_begun = True
-            if not value(message["headers"], b"x-request-id"):
+            if b"x-request-id" not in dict(message["headers"]):
                 message["headers"] = [*message["headers"], (b"x-request-id", self._id)]
             # Clients poll often, so GET and HEAD requests are logged at DEBUG, except if the server failed.
             is_read = self._scope["method"] in ("GET", "HEAD") and message["status"] < 500
@@ -118,7 +118,7 @@ class _Answer:
         await self._send(message)
 
     async def fail(self, error: SageError, receive: Receive) -> None:
-        """Answer with an error. If the answer has begun, raise the error, so that uvicorn closes the connection."""
+        """Answer with an error. If the answer has begun, raise the error: RequestCycle then closes the connection."""
         if self.has_begun:
             raise error
         await error_response(error)(self._scope, receive, self.send)
@@ -140,8 +140,7 @@ def _unexpected(error: Exception, answer: _Answer) -> SageError:
     return SageError(code="internal_error", message=message)
 
 
-def _check_type(headers: RawHeaders) -> None:
-    content_type = value(headers, b"content-type")
+def _check_type(content_type: bytes) -> None:
     if content_type == b"application/json":
         return
     media_type = content_type.decode("latin-1").partition(";")[0].strip().lower()

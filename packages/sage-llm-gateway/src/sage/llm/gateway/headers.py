@@ -29,7 +29,7 @@ def value(headers: RawHeaders, name: bytes) -> bytes:
 def forwarded(headers: RawHeaders, dropped: frozenset[bytes] = HOP_BY_HOP) -> list[tuple[bytes, bytes]]:
     """Return the headers that a proxy forwards: all except those named in `dropped` or in a Connection header."""
     kept = [header for header in headers if header[0] not in dropped]
-    for connection in values(headers, b"connection"):
+    for connection in values(headers, b"connection") if b"connection" in dict(headers) else ():
         if connection.lower() not in _NO_NAMES:
             named = {name.strip().lower() for name in connection.split(b",")}
             kept = [header for header in kept if header[0] not in named]

@@ -192,6 +192,8 @@ def _too_deep() -> Refusal:
 
 def _has_many_brackets(text: str) -> bool:
     """Return whether a text has so many brackets that its nesting is possibly too deep."""
+    if len(text) < _SHORT_CHARS:
+        return text.count("[") + text.count("{") > _MAX_DEPTH // 2
     for bracket in "[{":
         count, at = 0, text.find(bracket)  # `find` is fast for long texts with few brackets
         while at >= 0:

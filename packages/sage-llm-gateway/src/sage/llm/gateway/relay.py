@@ -9,7 +9,7 @@ from sage.common.errors import EngineError, SageError
 from sage.llm.control_plane.routing import Upstream, unresponsive
 from sage.llm.gateway.engine_connections import EngineConnection
 from sage.llm.gateway.errors import out_of_descriptors
-from sage.llm.gateway.headers import forwarded, value
+from sage.llm.gateway.headers import forwarded
 from sage.llm.gateway.json_text import answer_with_model, quoted
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,13 @@ class Relay:
     async def forward(self, answer: EngineConnection) -> None:
         """Send the engine's answer to the client. Raises OSError or EOFError if the answer ends early."""
         headers = [*forwarded(answer.headers), (b"x-sage-engine-id", self._upstream.engine_id.encode())]
-        media_type = value(headers, b"content-type")
+        known = dict(headers)
+        media_type = known.get(b"content-type", b"")
         if media_type.startswith(b"text/event-stream"):
             await self._stream(answer, headers)
             return
         content = await answer.read()
-        if media_type.startswith(b"application/json") and not value(headers, b"content-encoding"):
+        if media_type.startswith(b"application/json") and not known.get(b"content-encoding"):
             content = answer_with_model(content, quoted(self._upstream.name))
         headers.append((b"content-length", str(len(content)).encode()))
         await self._start(answer.status, headers)

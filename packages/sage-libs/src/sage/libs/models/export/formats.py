@@ -26,8 +26,8 @@ PRECISIONS: Mapping[str, float] = {
     "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
 }  # fmt: skip
 
-#: Bytes per weight for each value of `quantize` in OpenVINO's format. int4 stores a scale and a zero for 64 weights.
-OPENVINO_PRECISIONS: Mapping[str, float] = {"none": 4, "int8": 1.05, "int4": 0.6}
+#: Bytes per weight for each value of `quantize` in OpenVINO's format. int4 stores a scale and a zero point for 32 weights.
+OPENVINO_PRECISIONS: Mapping[str, float] = {"none": 4, "int8": 1.05, "int4": 0.7}
 
 
 @dataclass(frozen=True)

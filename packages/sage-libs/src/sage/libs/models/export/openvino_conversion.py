@@ -25,7 +25,8 @@ _ATTENTION = "sage_openvino_export"
 _VARYING_ROPE = frozenset({"dynamic", "longrope"})
 #: Largest difference between the logits of the two programs, relative to the largest logit.
 _TOLERANCE = 1e-3
-_INT4_GROUP = 64
+#: Number of weights with one scale in int4.
+_INT4_GROUP = 32
 
 
 class _Shape(NamedTuple):

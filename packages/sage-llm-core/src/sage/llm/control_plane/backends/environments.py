@@ -85,7 +85,7 @@ _LLAMACPP = Environment(
 )  # fmt: skip
 #: openvino-genai is needed for exports, and nncf quantizes. openvino-telemetry sends usage data without being asked.
 _OPENVINO = Environment(
-    "openvino", "openvino", "2026.4.1", 160_000_000, 560_000_000, "import openvino, openvino_genai, nncf",
+    "openvino", "openvino", "2026.4.1", 140_000_000, 560_000_000, "import openvino, openvino_genai, nncf",
     before=("openvino-genai==2026.4.1.0", "nncf==3.4.0"), unwanted=("openvino-telemetry",),
 )  # fmt: skip
 #: The environments, by backend and kind of device.

@@ -23,9 +23,16 @@ _FRAMEWORK_BYTES = 400_000_000
 class OpenVinoOptions(ServingOptions):
     """The options of an engine that OpenVINO serves. The weights are fp32 if they are not quantized."""
 
-    context_tokens: int | None = Field(None, ge=16, description="Maximum tokens of prompt and answer; default: the model's.")
-    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers at once.")
-    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer if the request sets none, in tokens.")
+    context_tokens: int | None = Field(
+        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
+    )
+    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
+    kv_cache_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Maximum tokens of all prompts and answers in progress, further answers wait; default: no limit.",
+    )
+    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
 
 class OpenVinoBackend(WorkerBackend):
@@ -43,7 +50,8 @@ class OpenVinoBackend(WorkerBackend):
         given: dict[str, object] = {
             "model": model, "served-name": served_name, "port": PORT_ARGUMENT, "fd": DESCRIPTOR_ARGUMENT,
             "quantize": options.quantize, "slots": options.slots, "max-tokens": options.max_tokens,
-            "context-tokens": options.context_tokens, "threads": options.threads or os.cpu_count(),
+            "context-tokens": options.context_tokens, "cache-tokens": options.kv_cache_tokens,
+            "threads": options.threads or os.cpu_count(),
         }  # fmt: skip
         flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
         return (environments.interpreter(self.name), "-P", "-m", "sage.llm.workers.openvino", *flags)

@@ -21,16 +21,9 @@ from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 
 #: Columns of an engine that belong to its server and to the way in which the server has loaded the model.
 _OF_SERVER = (
-    "server_id",
-    "backend",
-    "backend_reason",
-    "options",
-    "dedicated",
-    "base",
-    "adapter",
-    "served_as",
-    "reserved_bytes",
-)
+    "server_id", "backend", "backend_reason", "options", "dedicated", "base", "base_version", "adapter", "served_as",
+    "devices", "threads", "reserved_bytes", "least_bytes",
+)  # fmt: skip
 
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
