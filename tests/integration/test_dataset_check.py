@@ -85,7 +85,7 @@ def test_a_run_says_what_it_omits_and_goes_on(tiny_model: Path, tmp_path: Path) 
     half = write_jsonl(tmp_path / "half.jsonl", [chat_record("q", "a"), unweighed])
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(half), max_steps=1).trained()
     [warning] = [event["message"] for event in run.events("warning") if "omitted" in event["message"]]
-    assert warning.startswith("1 sample: nothing of the sample is trained on")
+    assert warning.startswith("1 sample: the sample is omitted, because it has no tokens to train on")
     assert warning.endswith(f"{half}:2.")
 
 

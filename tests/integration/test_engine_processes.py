@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from serving import until
 from support import free_port
 
-from sage.common.errors import Conflict, NotFound, Overloaded, SageError
+from sage.common.errors import Conflict, NotFound, Overloaded
 from sage.common.identity import session_members
 from sage.common.settings import load_settings
 from sage.libs.models.resolve import ModelSource
@@ -191,7 +191,7 @@ def test_the_reason_told_is_how_the_process_ended_and_its_own_error(
 def test_an_engine_that_dies_again_and_again_fails_after_its_last_restart_with_the_end_of_its_log(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sage.llm.control_plane.plan.backoff_seconds", lambda restarts: 0.01 * restarts)
+    monkeypatch.setattr("sage.llm.control_plane.queueing.backoff_seconds", lambda restarts: 0.01 * restarts)
 
     async def test(manager: ControlPlaneManager) -> None:
         options = {"exits": 1, "says": "no space for the weights"}
@@ -457,12 +457,16 @@ def test_a_request_waits_for_a_starting_engine_and_learns_why_it_failed(model: s
     run(test)
 
 
-def test_pause_is_refused_as_not_implemented_and_counts_need_no_list(model: str) -> None:
+def test_an_engine_that_a_user_paused_has_no_process_and_refuses_requests_until_it_is_resumed(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         engine = await started(manager, model)
-        with pytest.raises(SageError) as caught:
-            await manager.pause_engine(engine.id)
-        assert (caught.value.code, caught.value.http_status) == ("not_implemented", 501)
+        await manager.pause_engine(engine.id)
+        assert (await until(manager, engine.id, S.PAUSED)).pid is None
+        with pytest.raises(Overloaded) as caught:
+            await manager.running(engine.name, EngineKind.LLM, wait_seconds=30)
+        assert caught.value.code == "engine_paused"
+        await manager.resume_engine(engine.id)
+        await until(manager, engine.id, S.RUNNING)
         assert await manager.counts() == {(EngineKind.LLM, S.RUNNING): 1}
         page = await manager.page_engines(limit=1, states=[S.RUNNING])
         assert ([view.id for view in page.data], page.last_id, page.has_more) == ([engine.id], engine.id, False)

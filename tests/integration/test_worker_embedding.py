@@ -203,7 +203,7 @@ def lose_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"), [(pickle_weights, "pickled"), (bring_code, "evil"), (lose_weights, "does not load")]
+    ("spoil", "reason"), [(pickle_weights, "pickled"), (bring_code, "evil"), (lose_weights, "cannot be loaded")]
 )
 def test_a_folder_that_cannot_be_used_is_refused_with_the_reason(
     spoil: Callable[[Path], Any], reason: str, tmp_path: Path
