@@ -46,6 +46,7 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(tiny_model: Path, tmp_path: P
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_model: Path, tmp_path: Path) -> None:
     options = {"save_steps": 4, "max_steps": 40, "keep_checkpoints": 2}
     run = TinyRun(tiny_model, tmp_path / "out", **options).start()

@@ -149,6 +149,7 @@ def _settled(gateway: Gateway, database_url: str) -> list[list[Any]]:
     return rows(database_url)
 
 
+@pytest.mark.long
 def test_of_two_nodes_on_one_database_each_leaves_the_other_s_engines_alone(
     tiny_model: Path, tmp_path: Path, sage_home: Path, start: Start
 ) -> None:

@@ -98,6 +98,7 @@ def test_check_lists_warnings_and_exits_as_a_run_would(tiny_model: Path, calls_f
     assert [(f["code"], f["severity"], f["count"]) for f in told["findings"]] == [("calls_lost", "warning", 1)]
 
 
+@pytest.mark.long
 def test_a_terminal_is_asked_whether_to_train_all_the_same(tiny_model: Path, tmp_path: Path, calls_file: Path) -> None:
     ours, theirs = pty.openpty()
     arguments = ["--engine-kind", "finetune", "--dataset", calls_file, "--output", tmp_path / "out", "--max-steps", "1"]

@@ -11,6 +11,7 @@ import pytest
 from support import SAGE, engine_of, sage
 
 
+@pytest.mark.long
 def test_fake_devices_and_the_memory_of_engines_are_shown_and_refreshed(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

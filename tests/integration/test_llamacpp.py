@@ -72,6 +72,7 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "repetition_penalty")
 
 
+@pytest.mark.long
 def test_a_quantized_engine_names_its_quantization_in_its_form(adapter: Path, client: SageClient) -> None:
     engine = client.get_engine(start(client, adapter, quantize="int8", context_tokens=256))
     assert engine.form

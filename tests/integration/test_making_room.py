@@ -82,6 +82,7 @@ def test_runs_wait_in_the_queue_which_a_user_can_change(tiny_model: Path, tmp_pa
     run(test)
 
 
+@pytest.mark.long
 def test_a_paused_run_frees_its_memory_and_continues_with_the_same_losses(tiny_model: Path, tmp_path: Path) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         whole = await train(manager, tiny_model, tmp_path / "whole", 60)

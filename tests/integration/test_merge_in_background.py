@@ -52,7 +52,7 @@ async def engines(manager: ControlPlaneManager, number: int) -> list[EngineView]
 
 
 @pytest.mark.usefixtures("hosting")
-@pytest.mark.parametrize("has_base", [True, False])
+@pytest.mark.parametrize("has_base", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_an_engine_keeps_its_id_and_answers_every_request_while_it_gets_the_server_of_its_merged_model(
     tiny_model: Path, tmp_path: Path, has_base: bool
 ) -> None:
@@ -141,7 +141,8 @@ def _lives(pid: int | None) -> bool:
     return pid is not None and psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("backend", ["transformers", pytest.param("llamacpp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["transformers", "llamacpp"])
 def test_the_merged_model_takes_over_with_the_same_answers_and_no_request_fails(
     tiny_model: Path, tmp_path: Path, sage_home: Path, backend: str
 ) -> None:

@@ -11,6 +11,7 @@ from sage.cli.daemon import find_client
 CHAT = [{"role": "user", "content": "Hello"}]
 
 
+@pytest.mark.long
 def test_a_person_chats_with_a_checkpoint_while_the_run_continues_then_with_its_result_through_a_route(
     tiny_model: Path, tmp_path: Path
 ) -> None:

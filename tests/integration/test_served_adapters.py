@@ -25,6 +25,7 @@ def client() -> openai.OpenAI:
     return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
 
 
+@pytest.mark.long
 def test_an_adapter_answers_from_the_server_of_its_base_as_peft_does(
     tiny_model: Path, tmp_path: Path, client: openai.OpenAI
 ) -> None:

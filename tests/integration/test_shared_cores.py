@@ -10,6 +10,7 @@ from sage.cli.daemon import find_client
 from sage.common.cgroups import available_cores
 
 
+@pytest.mark.long
 def test_an_engine_that_starts_beside_another_gets_its_share_of_the_cores(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

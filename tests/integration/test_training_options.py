@@ -233,6 +233,7 @@ def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
     assert accuracies[0] == pytest.approx(accuracies[1], rel=0.05)
 
 
+@pytest.mark.long
 def test_a_container_s_limit_halves_the_micro_batch_where_it_would_kill(
     tmp_path: Path, sage_home: Path, cgroup: Path
 ) -> None:
