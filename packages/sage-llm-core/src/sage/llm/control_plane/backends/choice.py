@@ -9,12 +9,12 @@ from sage.llm.control_plane.backends.speeds import saved_speeds
 #: The values for a CPU are measured (benchmarks/results/serving.md). The values for a GPU are not measured, and only make
 #: vLLM the first choice.
 RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
-    "cpu": {"transformers": 1.0, "vllm": 0.54},
+    "cpu": {"transformers": 1.0, "vllm": 0.54, "llamacpp": 1.4, "openvino": 2.4},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
 }
 #: The same for one whole model, such as an adapter that is merged into its base. GPU: not measured yet.
 MERGED_SPEEDS: Mapping[str, Mapping[str, float]] = {
-    "cpu": {"transformers": 1.0, "llamacpp": 2.1, "vllm": 1.25},
+    "cpu": {"transformers": 1.0, "llamacpp": 1.4, "vllm": 1.0, "openvino": 2.4},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
 }
 
