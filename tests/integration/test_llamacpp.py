@@ -6,13 +6,13 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 from llama_cpp import greedy_answer, trained_model
 from support import sage, wait_for
+from tiny_engines import ask, start, until
 from training import TinyRun
 from workers import HELLO
 
@@ -37,27 +37,10 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     return TinyRun(tiny_model, tmp_path / "trained", learning_rate=3e-2, max_steps=12).trained().output
 
 
-def start(client: SageClient, model: Path, **options: Any) -> str:
-    engine = client.start_engine(model=str(model), backend="llamacpp", options={"threads": 1, **options}, name="tiny",
-                                 restart_policy="on-failure")  # fmt: skip
-    until(client, engine.id, "running")
-    return engine.id
-
-
-def until(client: SageClient, engine_id: str, state: str) -> None:
-    wait_for(lambda: client.get_engine(engine_id).state in (state, "failed"), f"{state} or failed")
-    assert client.get_engine(engine_id).state == state, client.get_engine(engine_id).reason
-
-
-def ask(client: SageClient, **more: Any) -> httpx.Response:
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": 16, "temperature": 0, **more}
-    return httpx.post(f"{client.base_url}/v1/chat/completions", json=body, timeout=60)
-
-
 def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     tiny_model: Path, adapter: Path, client: SageClient
 ) -> None:
-    engine = client.get_engine(start(client, adapter, slots=3, context_tokens=256))
+    engine = client.get_engine(start(client, adapter, "llamacpp", slots=3, context_tokens=256))
     assert (engine.slots, engine.context_tokens) == (3, 256)
     assert engine.form == "merged, because the backend 'llamacpp' cannot load adapters into a running server"
     model, chat_format = trained_model(tiny_model, adapter), ChatFormat(load_tokenizer(adapter))
@@ -74,7 +57,7 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
 
 @pytest.mark.long
 def test_a_quantized_engine_names_its_quantization_in_its_form(adapter: Path, client: SageClient) -> None:
-    engine = client.get_engine(start(client, adapter, quantize="int8", context_tokens=256))
+    engine = client.get_engine(start(client, adapter, "llamacpp", quantize="int8", context_tokens=256))
     assert engine.form
     assert engine.form.startswith("merged, int8, because")
     assert ask(client).status_code == 200
@@ -87,7 +70,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))  # for a long answer
-    engine_id = start(client, model)
+    engine_id = start(client, model, "llamacpp")
     pid = client.get_engine(engine_id).pid
     assert pid
     never_end = {str(token): -100 for token in range(3)}
@@ -112,7 +95,7 @@ def test_a_gguf_file_is_served_as_it_is(
     tiny_model: Path, tmp_path: Path, sage_home: Path, client: SageClient, llama_cpp: LlamaCpp
 ) -> None:
     export_model(str(tiny_model), ExportFormat.GGUF, tmp_path / "out", precision="q8_0", llama_cpp=llama_cpp)
-    start(client, tmp_path / "out")
+    start(client, tmp_path / "out", "llamacpp")
     assert ask(client).status_code == 200
     assert not (sage_home / "cache" / "gguf").exists()
     too_long = ask(client, messages=[{"role": "user", "content": "word " * 2000}])

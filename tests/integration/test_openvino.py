@@ -15,6 +15,7 @@ import psutil
 import pytest
 from llama_cpp import greedy_answer, link_backend, trained_model
 from support import sage, wait_for
+from tiny_engines import ask, start, until
 from training import TinyRun
 from transformers import MistralConfig, MistralForCausalLM
 from workers import HELLO
@@ -56,23 +57,6 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     return TinyRun(tiny_model, tmp_path / "trained", learning_rate=3e-2, max_steps=12).trained().output
 
 
-def start(client: SageClient, model: Path, **options: Any) -> str:
-    engine = client.start_engine(model=str(model), backend="openvino", options={"threads": 1, **options}, name="tiny",
-                                 restart_policy="on-failure")  # fmt: skip
-    until(client, engine.id, "running")
-    return engine.id
-
-
-def until(client: SageClient, engine_id: str, state: str) -> None:
-    wait_for(lambda: client.get_engine(engine_id).state in (state, "failed"), f"{state} or failed")
-    assert client.get_engine(engine_id).state == state, client.get_engine(engine_id).reason
-
-
-def ask(client: SageClient, **more: Any) -> httpx.Response:
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": 16, "temperature": 0, **more}
-    return httpx.post(f"{client.base_url}/v1/chat/completions", json=body, timeout=60)
-
-
 def test_an_exported_adapter_answers_in_openvino_genai_as_with_transformers(
     tiny_model: Path, adapter: Path, tmp_path: Path, open_vino: OpenVino
 ) -> None:
@@ -108,7 +92,7 @@ def test_a_model_whose_attention_has_a_sliding_window_is_refused(
 def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     tiny_model: Path, adapter: Path, client: SageClient
 ) -> None:
-    engine = client.get_engine(start(client, adapter, slots=3, context_tokens=256))
+    engine = client.get_engine(start(client, adapter, "openvino", slots=3, context_tokens=256))
     assert (engine.slots, engine.context_tokens) == (3, 256)
     assert engine.form
     assert engine.form.startswith("merged, because")
@@ -135,14 +119,14 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
 
 
 def test_a_quantized_engine_names_its_quantization_in_its_form(adapter: Path, client: SageClient) -> None:
-    engine = client.get_engine(start(client, adapter, quantize="int8"))
+    engine = client.get_engine(start(client, adapter, "openvino", quantize="int8"))
     assert engine.form
     assert engine.form.startswith("merged, int8, because")
     assert ask(client).status_code == 200
 
 
 def test_a_client_that_disconnects_cancels_its_answer(tiny_model: Path, tmp_path: Path, client: SageClient) -> None:
-    start(client, long_context(tiny_model, tmp_path), slots=1)
+    start(client, long_context(tiny_model, tmp_path), "openvino", slots=1)
     with httpx.stream("POST", f"{client.base_url}/v1/chat/completions", json=endless(), timeout=60) as stream:
         next(stream.iter_lines())
     assert ask(client).status_code == 200  # the only slot is free, long before the first answer could have ended
@@ -151,7 +135,7 @@ def test_a_client_that_disconnects_cancels_its_answer(tiny_model: Path, tmp_path
 def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_comes_back(
     tiny_model: Path, tmp_path: Path, client: SageClient
 ) -> None:
-    engine_id = start(client, long_context(tiny_model, tmp_path))
+    engine_id = start(client, long_context(tiny_model, tmp_path), "openvino")
     pid = client.get_engine(engine_id).pid
     assert pid
     with httpx.stream("POST", f"{client.base_url}/v1/chat/completions", json=endless(), timeout=60) as stream:
