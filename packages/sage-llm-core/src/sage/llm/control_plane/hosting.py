@@ -62,6 +62,10 @@ class Hosts:
                 found[_key(server.backend, server.model, server.model_version, server.options)].append(server)
         return found
 
+    def engines_on(self, server_id: str) -> Sequence[EngineRecord]:
+        """Return the engines that a server hosts."""
+        return self._hosted.get(server_id, ())
+
     def is_last(self, engine: EngineRecord) -> bool:
         """Return whether the engine's server hosts no other engine."""
         return len(self._hosted[engine.server_id or ""]) <= 1

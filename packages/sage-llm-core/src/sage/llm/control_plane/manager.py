@@ -59,15 +59,12 @@ from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.views import Views
-from sage.llm.control_plane.waiting import Waiting
+from sage.llm.control_plane.waiting import ACTOR, ATTEMPTS, Waiting
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_ACTOR = "user"
-#: Maximum attempts for a write that conflicts with a concurrent write.
-_ATTEMPTS = 5
 _STORE_THREADS = 8
 #: Seconds between two checks of the log sizes.
 _LOGS_SECONDS = 10.0
@@ -170,7 +167,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         if request.engine_kind is EngineKind.LLM:
             servers = await self._pool.run(self._store.servers, self._node)
             record = await asyncio.to_thread(like_its_base, record, servers, request.options)
-        engine = await self._write(self._store.add, record, _ACTOR)
+        engine = await self._write(self._store.add, record, ACTOR)
         self._routing.apply(engine, None)
         return await self._view(engine, None)
 
@@ -179,7 +176,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
 
         force: kill the process of the engine.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
             if engine.state in SETTLED:
                 return await self._view(engine, server)
@@ -188,7 +185,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
                 return await self._view(engine, server)
             with contextlib.suppress(StaleWrite):
                 stop = functools.partial(self._store.set_desired, engine, DesiredState.STOPPED, force=is_forced)
-                return await self._view(await self._write(stop, actor=_ACTOR), server)
+                return await self._view(await self._write(stop, actor=ACTOR), server)
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
@@ -196,18 +193,18 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
 
         Raises Conflict if the engine is active or completed, or cannot be resumed.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
             if engine.desired is DesiredState.PAUSED:
                 with contextlib.suppress(StaleWrite):
                     run = functools.partial(self._store.set_desired, engine, DesiredState.RUNNING, force=False)
-                    return await self._view(await self._write(run, actor=_ACTOR, queue_rank=rank(engine)[1]), server)
+                    return await self._view(await self._write(run, actor=ACTOR, queue_rank=rank(engine)[1]), server)
                 continue
             if engine.state not in (EngineState.STOPPED, EngineState.FAILED):
                 raise not_resumable(engine_id, engine.state)
             await self._executors[engine.kind].check_resumable(engine)
             with contextlib.suppress(StaleWrite):
-                resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=_ACTOR, restarts=0)
+                resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=ACTOR, restarts=0)
                 serve = engine.serve and {**engine.serve, "is_complete": False}
                 engine = await self._write(
                     resume, desired=DesiredState.RUNNING, force=False, serve=serve, merger_id=engine.merger_id and ""
@@ -221,7 +218,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
 
         Raises Conflict if the engine is not a training run in state `running`.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
             executor = self._executors[engine.kind]
             if engine.state is not EngineState.RUNNING:
@@ -229,7 +226,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
             with contextlib.suppress(StaleWrite):
                 if serve := ServedRun.of(engine):
                     noted = serve.model_copy(update={"after_step": await executor.checkpoint_step(engine)})
-                    engine = await self._write(self._store.revise, engine, actor=_ACTOR, serve=noted.model_dump())
+                    engine = await self._write(self._store.revise, engine, actor=ACTOR, serve=noted.model_dump())
                 await executor.request_checkpoint(engine)
                 return await self._view(engine, server)
         raise busy(engine_id)
@@ -239,7 +236,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
 
         Raises Conflict if the engine is not settled. If a removal and a resume run at the same time, only one succeeds.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
             executor = self._executors[engine.kind]
             if engine.state not in SETTLED:
@@ -255,7 +252,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
                 hint = "Retry, or take over the process: `sage llm engine resume {}`."
                 raise still_running(engine_id, "still has a process", hint)
             with contextlib.suppress(StaleWrite):
-                await self._write(self._store.remove, engine, actor=_ACTOR)
+                await self._write(self._store.remove, engine, actor=ACTOR)
                 self._routing.forget(engine_id)
                 try:
                     if not await self._pool.run(self._store.is_server_needed, server_id_of(engine), engine_id):

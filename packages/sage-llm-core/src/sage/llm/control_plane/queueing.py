@@ -1,10 +1,10 @@
 """The part of the plan that gives memory to waiting engines and pauses engines that must make room."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from sage.libs.finetune.run.estimate import gigabytes
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason
 from sage.llm.control_plane.admission import (
     Cause,
@@ -23,7 +23,6 @@ from sage.llm.control_plane.hosting import Hosts
 from sage.llm.control_plane.idle import is_making_room
 from sage.llm.control_plane.restarts import backoff_seconds
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
-from sage.llm.control_plane.store.servers import HOSTED
 from sage.llm.control_plane.watch import Watch
 
 
@@ -104,17 +103,13 @@ def queue_of(
             claims.append(_claim(engine, memory, is_due=True, has_room=engine.id in room_for))
     if memory is None:
         return Queue(joins, {claim.engine_id: Start((), claim.memory_bytes) for claim in claims if claim.is_due})
-    hosted: defaultdict[str, list[EngineRecord]] = defaultdict(list)
-    for engine in engines:
-        if engine.server_id and engine.state in HOSTED:
-            hosted[engine.server_id].append(engine)
-    decisions = admit(memory.devices, list(_holders(servers, hosted, memory)), claims)
+    decisions = admit(memory.devices, list(_holders(servers, hosts, memory)), claims)
     pauses = {
         engine.id: claim_id
         for claim_id, decision in decisions.items()
         if isinstance(decision, MakeRoom)
         for server_id in decision.pause
-        for engine in hosted[server_id]
+        for engine in hosts.engines_on(server_id)
     }
     return Queue(joins, decisions, pauses)
 
@@ -148,11 +143,9 @@ def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
     return gpus if gpus and "cuda" in registry.BACKENDS[engine.backend].capabilities.devices else ("cpu",)
 
 
-def _holders(
-    servers: Iterable[ServerRecord], hosted: Mapping[str, Sequence[EngineRecord]], memory: Memory
-) -> Iterator[Holder]:
+def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> Iterator[Holder]:
     for server in servers:
-        engines = hosted.get(server.id, ())
+        engines = hosts.engines_on(server.id)
         devices = server.devices or (_usable(engines[0], memory)[:1] if engines else ("cpu",))
         is_leaving = server.state is ServerState.CLOSING or not any(
             engine.desired is DesiredState.RUNNING and engine.state is not EngineState.STOPPING for engine in engines
@@ -171,7 +164,7 @@ def _holders(
 
 def _reason(engine: EngineRecord, decision: Wait | Refuse) -> Reason:
     """Return a decision in words."""
-    need, free = _gigabytes(engine.reserved_bytes or 0), _gigabytes(max(0, decision.free_bytes))
+    need, free = gigabytes(engine.reserved_bytes or 0), gigabytes(max(0, decision.free_bytes))
     place = f"Number {decision.position} in the queue: " if isinstance(decision, Wait) else ""
     hint = ""
     match decision.cause:
@@ -204,7 +197,3 @@ _CODES = {
     Cause.TOO_LARGE: "memory_too_small",
     Cause.NO_DEVICE: "device_not_found",
 }
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -13,9 +13,10 @@ from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.store import StaleWrite, Store
 
-_ACTOR = "user"
+#: The actor of requests in the events of engines.
+ACTOR = "user"
 #: Maximum attempts for a write that conflicts with a concurrent write.
-_ATTEMPTS = 5
+ATTEMPTS = 5
 
 
 class Waiting:
@@ -35,7 +36,7 @@ class Waiting:
         An inference engine answers its open requests first; a training run saves a checkpoint. Raises Conflict if the engine
         is settled, is being stopped or is being validated.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
             if engine.paused_by == "user" and engine.desired is DesiredState.PAUSED:
                 return await self._view(engine, server)
@@ -44,7 +45,7 @@ class Waiting:
                 raise not_pausable(engine)
             with contextlib.suppress(StaleWrite):
                 pause = functools.partial(self._store.set_desired, engine, DesiredState.PAUSED, force=False)
-                written = await self._write(pause, actor=_ACTOR, paused_by="user", last_request_at=None)
+                written = await self._write(pause, actor=ACTOR, paused_by="user", last_request_at=None)
                 self._routing.apply(written, server)
                 return await self._view(written, server)
         raise busy(engine_id)
@@ -58,14 +59,14 @@ class Waiting:
 
         Raises Conflict if the engine does not wait.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
             if not is_waiting(engine):
                 raise not_queued(engine)
             new_rank = rank_at(engine, position, await self._waiting())
             with contextlib.suppress(StaleWrite):
                 return await self._view(
-                    await self._write(self._store.revise, engine, actor=_ACTOR, queue_rank=new_rank), server
+                    await self._write(self._store.revise, engine, actor=ACTOR, queue_rank=new_rank), server
                 )
         raise busy(engine_id)
 

@@ -29,6 +29,21 @@ class ServingOptions(BaseModel):
     )
 
 
+class BatchOptions(ServingOptions):
+    """The options of servers that compute the answers of several requests together with SAGE's own code."""
+
+    context_tokens: int | None = Field(
+        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
+    )
+    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
+    kv_cache_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Maximum tokens of all prompts and answers in progress, further answers wait; default: no limit.",
+    )
+    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """The capabilities of a backend."""

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from sage.libs.models.export.formats import OPENVINO_PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
+from sage.llm.control_plane.backends.base import BatchOptions, Capabilities, WorkerBackend
 from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstimate, cache_tokens, sizes_of, token_bytes
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
@@ -20,19 +20,8 @@ from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGU
 _FRAMEWORK_BYTES = 400_000_000
 
 
-class OpenVinoOptions(ServingOptions):
+class OpenVinoOptions(BatchOptions):
     """The options of an engine that OpenVINO serves. The weights are fp32 if they are not quantized."""
-
-    context_tokens: int | None = Field(
-        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
-    )
-    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
-    kv_cache_tokens: int | None = Field(
-        None,
-        ge=16,
-        description="Maximum tokens of all prompts and answers in progress, further answers wait; default: no limit.",
-    )
-    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
 
 class OpenVinoBackend(WorkerBackend):

@@ -10,7 +10,7 @@ from sage.libs.models.hot import why_not_hot
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
+from sage.llm.control_plane.backends.base import BatchOptions, Capabilities, WorkerBackend
 from sage.llm.control_plane.backends.memory import MemoryEstimate, cache_tokens, estimate_server, sizes_of, token_bytes
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
@@ -18,22 +18,12 @@ from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGU
 _FRAMEWORK_BYTES = 500_000_000
 
 
-class TransformersOptions(ServingOptions):
+class TransformersOptions(BatchOptions):
     """The options of an llm engine."""
 
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Data type of the weights; auto: fp32 on a CPU, bf16 on a GPU."
     )
-    context_tokens: int | None = Field(
-        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
-    )
-    slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
-    kv_cache_tokens: int | None = Field(
-        None,
-        ge=16,
-        description="Maximum tokens of all prompts and answers in progress, further answers wait; default: no limit.",
-    )
-    max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
 
 class TransformersBackend(WorkerBackend):
