@@ -42,6 +42,7 @@ from sage.llm.control_plane.executors.placement import like_its_base
 from sage.llm.control_plane.inventory import Inventory
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
+from sage.llm.control_plane.measuring import Measuring
 from sage.llm.control_plane.node import open_state_folder
 from sage.llm.control_plane.node_memory import NodeMemory
 from sage.llm.control_plane.plan import Limits
@@ -51,6 +52,7 @@ from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
 from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, paused, standby, still_running
+from sage.llm.control_plane.request_times import RequestTimes
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -70,7 +72,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes, Waiting):
+class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
     """Starts, stops, resumes and describes the engines of this node.
 
     Background tasks observe the engines and bring them to their desired states. An engine is settled if it is stopped,
@@ -116,7 +118,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         memory = NodeMemory(self._inventory.memory)
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
         self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
-        self._views = Views(self._node, self._executors)
+        self._views, self.request_times = Views(self._node, self._executors), RequestTimes()
         self._new_upstream = functools.lru_cache(1024)(_upstream)  # every inference request needs one
         self._tasks: list[asyncio.Task[None]] = []
 

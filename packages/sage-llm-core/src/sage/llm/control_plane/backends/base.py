@@ -100,9 +100,10 @@ class ServingBackend(Backend, Protocol):
         """Return whether an answer of `health_path` reports that `server` is ready; False if another program answered."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the limits in an answer of `health_path`: `context_tokens` and `slots`, if the answer contains them.
+        """Return the numbers in an answer of `health_path`. Numbers that the answer does not contain are missing.
 
-        context_tokens: maximum tokens of prompt and answer; slots: maximum number of concurrent answers.
+        context_tokens: maximum tokens of prompt and answer; slots: maximum number of concurrent answers; tokens: for each
+        model, the numbers of prompt tokens and completion tokens since the model was loaded.
         """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
@@ -140,7 +141,7 @@ class WorkerBackend:
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return all fields of the answer, which include `context_tokens` and `slots`."""
+        """Return all fields of the answer."""
         return parsed(content)
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
