@@ -137,12 +137,16 @@ class AsyncSageClient:
     async def get_events(self, engine_id: str) -> list[EngineEvent]:
         """Return the events of one engine so far, oldest first."""
         reader = streams.EventReader()
-        return [event async for event in self._follow(lambda: calls.events(engine_id, follow=False), reader, 0)]
+        return [
+            event async for event in self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0)
+        ]
 
     async def follow_events(self, engine_id: str, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
         """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
-        async for event in self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds):
+        async for event in self._follow(
+            lambda: calls.events(engine_id, reader.cursor, follow=True), reader, patience_seconds
+        ):
             yield event
 
     async def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:

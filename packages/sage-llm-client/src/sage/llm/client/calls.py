@@ -137,9 +137,12 @@ def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
     return Call("GET", _engine(engine_id, "/logs"), lambda _: None, params={"follow": True, **begin})
 
 
-def events(engine_id: str, *, follow: bool) -> Call[None]:
-    """Return the call that streams the past events of one engine; follow: also new events until the engine has ended."""
-    return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
+def events(engine_id: str, after: int, *, follow: bool) -> Call[None]:
+    """Return the call that streams the events of one engine after the event with the id `after`.
+
+    follow: also stream new events until the engine has ended.
+    """
+    return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"after": after, "follow": follow})
 
 
 def changes(after: Cursor, limit: int) -> Call[EventPage]:

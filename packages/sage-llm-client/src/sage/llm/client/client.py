@@ -143,12 +143,12 @@ class SageClient:
     def get_events(self, engine_id: str) -> list[EngineEvent]:
         """Return the events of one engine so far, oldest first."""
         reader = streams.EventReader()
-        return list(self._follow(lambda: calls.events(engine_id, follow=False), reader, 0))
+        return list(self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0))
 
     def follow_events(self, engine_id: str, patience_seconds: float = 60) -> Iterator[EngineEvent]:
         """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
-        yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
+        yield from self._follow(lambda: calls.events(engine_id, reader.cursor, follow=True), reader, patience_seconds)
 
     def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
         """Return at most `limit` events of all engines, starting after the event with the id `after`.
