@@ -62,6 +62,7 @@ from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerReco
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.views import Views
 from sage.llm.control_plane.waiting import ACTOR, ATTEMPTS, Waiting
+from sage.llm.control_plane.webhooks import Webhooks
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
@@ -118,6 +119,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
         memory = NodeMemory(self._inventory.memory)
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
         self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
+        self.webhooks = Webhooks(self._store, self._pool, self._node, settings, lambda: self._keeper.lease is not None)
         self._views, self.request_times = Views(self._node, self._executors), RequestTimes()
         self._new_upstream = functools.lru_cache(1024)(_upstream)  # every inference request needs one
         self._tasks: list[asyncio.Task[None]] = []
@@ -142,7 +144,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
         if self.role == "standby" and not self._is_standby_expected:
             logger.warning("another control plane of this node is active; this one takes over when the active one exits")
         work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
-                self._activity.run())  # fmt: skip
+                self._activity.run(), self.webhooks.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
@@ -152,6 +154,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._runner.close()
         await self._prober.close()
+        await self.webhooks.close()
         await self._keeper.close()
         self._pool.close()
 

@@ -12,6 +12,7 @@ from sage.llm.client.types import DesiredState, EngineKind, EngineState, EventKi
 from sage.llm.control_plane.states import check_transition
 from sage.llm.control_plane.store.clock import clock
 from sage.llm.control_plane.store.leases import LEASE_SECONDS, LeaseLost, StaleWrite
+from sage.llm.control_plane.store.outbox import OutboxStore
 from sage.llm.control_plane.store.pages import page_query, position
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.routes import RouteStore
@@ -29,7 +30,7 @@ _OF_SERVER = (
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
 
-class Store(ServerStore, RouteStore):
+class Store(ServerStore, RouteStore, OutboxStore):
     """The database of the control plane. Each method is one transaction. The methods block, so call them in a thread.
 
     Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
@@ -246,6 +247,7 @@ class Store(ServerStore, RouteStore):
         moved = self._update(
             connection, record, {**values, "state": state, "reason": reason}, state_at=clock(), last_event=event
         )
+        self._announce(connection, moved)
         self.transitions.add(record, moved)
         return moved
 
