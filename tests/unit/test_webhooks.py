@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 from engines import record
-from gateways import until
+from gateways import gateway, until
+from pydantic import SecretStr
 from store_promises import lease_of
 from support import free_port
 
@@ -147,11 +148,8 @@ def test_a_message_is_given_up_after_the_last_attempt_and_no_log_has_a_secret(ca
             assert len(endpoint.received) == 3
 
     run(main())
-    assert [entry.levelname for entry in caplog.records if entry.name == webhooks.__name__] == [
-        "WARNING",
-        "WARNING",
-        "ERROR",
-    ]
+    levels = [entry.levelname for entry in caplog.records if entry.name == webhooks.__name__]
+    assert levels == ["WARNING", "WARNING", "ERROR"]
     assert "to 127.0.0.1 failed 3 times, giving up: the endpoint answered with status 500" in caplog.text
     assert "hunter2" not in caplog.text
     assert SECRET not in caplog.text
@@ -174,6 +172,22 @@ def test_a_standby_delivers_nothing_until_it_is_active() -> None:
             assert (endpoint.received, pending(store)) == ([], 1)
             is_active = True
             await until(lambda: not pending(store), "the delivery")
+
+    run(main())
+
+
+def test_a_test_message_goes_to_each_url_at_once_and_its_result_is_returned() -> None:
+    async def main() -> None:
+        async with Endpoint().open() as endpoint, Endpoint(401).open() as refusing:
+            urls = (endpoint.url, refusing.url)
+            async with gateway(webhook_urls=urls, webhook_secret=SecretStr(SECRET)) as client:
+                results = (await client.post("/v1/management/webhooks/test")).json()["data"]
+            problem = "the endpoint answered with status 401"
+            assert [(result["host"], result["problem"]) for result in results] == [
+                ("127.0.0.1", None),
+                ("127.0.0.1", problem),
+            ]
+            assert endpoint.types == refusing.types == ["webhook.test"]
 
     run(main())
 

@@ -23,6 +23,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -194,6 +195,10 @@ class AsyncSageClient:
     async def estimate(self, model: str, **request: Any) -> EstimateView:
         """Return the memory that an engine would need; request: the same fields as for `start_engine`."""
         return await self._send(calls.estimate({"model": model, **request}))
+
+    async def test_webhooks(self) -> list[WebhookResult]:
+        """Send a test message to each webhook of the gateway, and return the results."""
+        return await self._send(calls.test_webhooks())
 
     async def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""

@@ -21,6 +21,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -194,6 +195,11 @@ def devices() -> Call[list[Device]]:
 def estimate(request: dict[str, Any]) -> Call[EstimateView]:
     """Return the call that estimates the memory of an engine."""
     return Call("POST", f"{_PREFIX}/estimate", as_model(EstimateView), json=request)
+
+
+def test_webhooks() -> Call[list[WebhookResult]]:
+    """Return the call that sends a test message to each webhook."""
+    return Call("POST", f"{_PREFIX}/webhooks/test", as_list(WebhookResult))
 
 
 def backends() -> Call[list[BackendView]]:

@@ -22,6 +22,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -194,6 +195,10 @@ class SageClient:
     def estimate(self, model: str, **request: Any) -> EstimateView:
         """Return the memory that an engine would need; request: the same fields as for `start_engine`."""
         return self._send(calls.estimate({"model": model, **request}))
+
+    def test_webhooks(self) -> list[WebhookResult]:
+        """Send a test message to each webhook of the gateway, and return the results."""
+        return self._send(calls.test_webhooks())
 
     def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""
