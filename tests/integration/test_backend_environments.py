@@ -77,7 +77,7 @@ def test_installed_checked_and_removed(sage_home: Path) -> None:
         module.write_text("raise ImportError('libgomp.so.1 is missing')")
     output, _ = done(backend("doctor"), code=1)
     assert "The backend toy cannot run: ImportError: libgomp.so.1 is missing." in output
-    assert "→ `sage backend remove toy`, then `sage backend install toy`." in output
+    assert "→ Run `sage backend remove toy`, then `sage backend install toy`." in output
     assert "is removed" in done(backend("remove", "toy"))[1]
     assert leftovers(sage_home) == []
     assert "not installed" in done(backend("doctor"))[0]

@@ -34,10 +34,7 @@ class Measurement:
 
 
 def measure(client: SageClient, model: str, max_tokens: int) -> Iterator[Measurement]:
-    """Serve `model` with one installed backend after the other, and yield the measurement of each backend.
-
-    The engine of a backend is removed after the measurement.
-    """
+    """Serve `model` with each installed backend for language models in turn, and yield the measurement of the backend."""
     for backend in client.backends():
         if EngineKind.LLM in backend.kinds and backend.is_installed:
             try:
