@@ -59,7 +59,7 @@ class DatasetReport:
 def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator[Sample]:
     """Yield the samples of the dataset `report.path`, and add counts and faults to the report.
 
-    Raises DatasetError only if no file is found or a file cannot be read; faults in the data are added to the report.
+    Raises DatasetError if no file is found or a file cannot be read.
     """
     selection = select_files(report.path, report.split)
     report.files, report.skipped_files = selection.files, selection.skipped
@@ -88,7 +88,7 @@ def check_dataset(
 ) -> DatasetReport:
     """Read the first `at_most` samples of a dataset (None: all samples), and return a report.
 
-    Raises DatasetError only if no file is found or a file cannot be read; faults in the data are listed in the report.
+    Raises DatasetError if no file is found or a file cannot be read.
     """
     report = DatasetReport(path, split)
     seen: dict[bytes, Origin] = {}

@@ -126,7 +126,6 @@ def _turn(item: Any, where: str) -> _Turn:
 
 
 def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored: list[str]) -> None:
-    """Copy further fields of the turn `item` to `message`. Add the names of fields without effect to `ignored`."""
     unknown = item.keys() - _CONTENT - BOOKKEEPING - _DETAILS
     if message["role"] != "assistant":
         unknown |= item.keys() & _OF_ASSISTANT
@@ -142,7 +141,7 @@ def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored:
 
 
 def _merged_answer(answer: Message, call: Message, where: str) -> Message:
-    """Merge an answer with the following turn of tool calls, because both are one message in OpenAI's format."""
+    """Both turns are one message in OpenAI's format."""
     if "reasoning_content" in call and answer.get("reasoning_content") != call["reasoning_content"]:
         raise RecordError(f"{where} continues the previous answer, but has different reasoning.")
     return {**answer, "tool_calls": [*answer.get("tool_calls", []), *call["tool_calls"]]}
@@ -156,7 +155,6 @@ def _role(role: Any, where: str) -> str:
 
 
 def _untrained(item: Mapping[str, Any], flags: list[str], where: str) -> bool:
-    """Return whether the flags of a turn exclude it from training."""
     values = {}
     for name in flags:
         value = item[name]

@@ -31,10 +31,7 @@ class Mixture(Sequence[Encoded]):
 
 
 def repeated_by_weight(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
-    """Repeat the samples `weight` times. For the fractional part of `weight`, repeat randomly selected samples once more.
-
-    The selection depends only on the seed, and is the same in every epoch.
-    """
+    """Repeat the samples `weight` times. A fractional part repeats a random share of the samples, chosen by the seed."""
     if weight == 1:
         return samples
     count, times = len(samples), int(weight)
