@@ -18,7 +18,7 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
     """Parse the answer to a prompt.  prompt: the prompt field of the record, or None. Raises RecordError.
 
     A text usually becomes one assistant message. A JSON list of messages is parsed as messages in three cases: the prompt
-    is also a JSON list of messages, the first messages repeat the prompt, or the record has no prompt.
+    is also a JSON list of messages, one of the first two messages repeats the prompt, or the record has no prompt.
     """
     messages = _packed_messages(value)
     if messages is None or not (prompt is None or _packed_messages(prompt) or _says_again(messages, prompt)):
@@ -58,7 +58,6 @@ def _turns(value: Any, where: str, role: str) -> Conversation:
 
 
 def _packed_messages(value: Any) -> list[Any] | None:
-    """Return the messages in a JSON text, or None if the value is not a JSON list of messages."""
     found = unpacked(value) if isinstance(value, str) else None
     return found if isinstance(found, list) and found and all(map(_is_message, found)) else None
 

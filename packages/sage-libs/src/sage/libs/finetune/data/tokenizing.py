@@ -1,10 +1,10 @@
 """Tokenize samples, and mark the tokens to train on: by default, the answers of the assistant.
 
-In training, each answer follows exactly the tokens that a served model gets as prompt, and is followed by an end token.
-If the chat template marks answers (`{% generation %}`), these marks are used. Otherwise, an answer is the text that follows
-its prompt in the rendered chat. The answers of a chat share one sequence if the prompt of each answer begins with the
-previous prompt and answer. Otherwise, answers get separate sequences, for example if the template removes reasoning from
-earlier answers, or if a token contains both the end of a prompt and the beginning of its answer.
+If the chat template marks answers (`{% generation %}`) and no answer is excluded from training, these marks are used.
+Otherwise, an answer is the text that follows its prompt in the rendered chat. The answers of a chat share one sequence if
+the prompt of each answer begins with the previous prompt and answer. Otherwise, answers get separate sequences, for example
+if the template removes reasoning from earlier answers, or if a token contains both the end of a prompt and the beginning of
+its answer.
 """
 
 import itertools
@@ -70,7 +70,7 @@ class Encoder:
     tokenizer: Any
     cutoff: int  #: maximum number of tokens of a sequence
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: number of rows of the model's embedding; larger token ids are faults
+    embedding_rows: int | None = None  #: number of rows of the model's embedding; token ids from this number on are faults
     truncated: int = 0  #: number of sequences that were truncated to `cutoff` tokens
     dropped: int = 0  #: number of sequences dropped, because no trained token was left after truncation
     untrained: int = 0  #: number of samples without any tokens to train on
@@ -95,7 +95,7 @@ class Encoder:
     def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
         """Yield the sequences of the samples, truncated to `cutoff` tokens.
 
-        Raises DatasetError at the end if the chat template rejected samples, or if nothing is left to train on.
+        Raises DatasetError at the end if the chat template or the model rejected samples, or if nothing is left to train on.
         """
         kept = 0
         remaining = iter(samples)
@@ -132,8 +132,8 @@ class Encoder:
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
         """Yield for each sequence whether a token spans the beginning of an answer.
 
-        If a token does, the answer has different tokens when it is part of the next answer's prompt. The end of an answer
-        is not checked, because the end token is always separate.
+        If so, the answer has different tokens in the prompt of the next answer; the last answer is not checked. The end of
+        an answer is not checked, because the end token is always separate.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -158,7 +158,6 @@ class Encoder:
             raise DatasetError(code="dataset_template", message=message, hint=hint, param="dataset_path")
 
     def _checked(self, sample: Sample, sequences: list[Encoded]) -> list[Encoded]:
-        """Return the sequences of a sample with labels for `train_on`, and add findings and faults."""
         if not any(sequence.trained_tokens for sequence in sequences):
             self.untrained += 1
             self.findings.add(Code.NOTHING_TRAINED, sample.origin)
@@ -239,7 +238,7 @@ class Encoder:
         return answer
 
     def _rewritten(self, sample: Sample, chat: Chat, at: int, whole: str, prompt: str) -> _Answer:
-        """Return the answer `messages[at]` if its prompt is not a prefix of the rendered chat.
+        """Return the answer `messages[at]`, whose prompt is not a prefix of the rendered chat.
 
         For example, the prompt ends with `<think>`, but the template omits the reasoning in the rendered chat.
         """
@@ -285,7 +284,7 @@ def _edge(answer: _Answer) -> tuple[str, str]:
 
 
 def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
-    """Return the encoded sequence; parts: token ids of `sequence.parts`."""
+    """parts: token ids of `sequence.parts`."""
     ids, labels = [*sequence.prefix], [*sequence.prefix]
     for answer, prompt_ids, answer_ids in zip(sequence.answers, parts[::2], parts[1::2], strict=True):
         trained = answer_ids if answer.end is None else [*answer_ids, answer.end]

@@ -82,7 +82,7 @@ def _call(call: Any, where: str, ignored: list[str]) -> Call:
 
 
 def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """Return the arguments of a call as an object, because chat templates expect an object; JSON text is decoded."""
+    """Return a call's arguments, which can be JSON text, as the object that chat templates expect."""
     if isinstance(arguments, str):
         arguments = decoded(arguments, where, "Write the arguments as an object.") if arguments.strip() else {}
     if arguments is None:

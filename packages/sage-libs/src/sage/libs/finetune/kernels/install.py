@@ -1,6 +1,6 @@
 """Install the kernels in a model if its structure is supported.
 
-Each kernel replaces the `forward` of one module instance; modules, parameters and their names stay the same. Then the new
+Each kernel replaces the `forward` of one module instance. Modules, parameters and their names stay the same. Then the new
 logits are compared with the logits of the original model. If the difference is too large, all kernels are removed again.
 """
 
@@ -118,7 +118,6 @@ def install(
 
 
 def _unsupported_reason(model: PreTrainedModel) -> str:
-    """Return the reason why the kernels do not support a model, or "" if they support it."""
     config = model.config.get_text_config()
     for name in _UNKNOWN_SETTINGS:
         if getattr(config, name, None) not in (None, 0, 0.0, 1, 1.0):
