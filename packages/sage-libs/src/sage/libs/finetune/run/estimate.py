@@ -23,12 +23,12 @@ _LOSS_TOKENS, _LOSS_COPIES = 384, 2
 #: into blocks of different sizes; and if saved values in bf16 are computed in fp32. Measured, as in
 #: benchmarks/results/estimates.md.
 _GAPS, _LONG_GAPS, _MIXED_GAPS = 0.12, 0.27, 0.47
-#: Copies of all logits in the training step of transformers: the logits, those of trained tokens, their logarithms, and two
-#: gradients. They are in fp32.
+#: Copies of all logits in the training step of transformers, in fp32: the logits, the logits of trained tokens, their
+#: logarithms, and two gradients.
 _PLAIN_LOSS_COPIES = 5
 #: Maximum result of `fitting_samples`.
 _MOST_SAMPLES = 2**20
-#: Number of sequences per sample in TRL's methods: the chosen and the rejected answer.
+#: Number of sequences per sample in TRL's methods.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
 
 
@@ -212,7 +212,7 @@ class TrainingMemory:
 
 
 def expected_kernels(config: FinetuneConfig, formats: Formats) -> bool:
-    """Return whether SAGE's training step supports the options of a run; it may still not support the model."""
+    """Return whether SAGE's training step supports the options of a run. The model is not checked."""
     is_plain = not (config.use_dora or config.lora_dropout or config.modules_to_save)
     is_lora_sft = config.method == "sft" and config.finetuning_type == "lora"
     return is_lora_sft and config.fast_kernels == "auto" and is_plain and formats.base_bits is None

@@ -9,7 +9,10 @@ _WINDOW_STEPS = 20
 
 
 class ProgressMeter:
-    """Measures throughput and remaining time. The first step is ignored, because its duration includes warm-up."""
+    """Measures throughput and remaining time.
+
+    The first step does not count for the remaining time, because of its warm-up.
+    """
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
         """remaining_steps: steps left to train.  closing_seconds: expected seconds of remaining work other than steps."""

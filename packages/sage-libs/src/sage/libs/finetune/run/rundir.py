@@ -1,4 +1,4 @@
-"""The run directory: all data that worker and manager share; docs/internals/run-directory.md describes the files."""
+"""The run directory: all data that worker and manager share. docs/internals/run-directory.md describes the files."""
 
 import json
 import os
@@ -49,7 +49,7 @@ class RunDirectory:
         self._request_path = path / "checkpoint-request"
 
     def create(self, spec: RunSpec) -> None:
-        """Create the folder with its spec atomically; do nothing if the folder exists."""
+        """Create the folder with its spec atomically; do nothing if the run exists."""
         if self.spec_path.exists():
             return
         partial = self.path.with_name(f".{self.path.name}.partial")
