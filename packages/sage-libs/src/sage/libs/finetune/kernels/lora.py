@@ -87,7 +87,7 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Restore the layers' dense weights, which the `forward` of transformers needs, from the int8 copy if there is one."""
+        """Restore the layers' dense weights from the int8 copy if there is one, for the `forward` of transformers."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 

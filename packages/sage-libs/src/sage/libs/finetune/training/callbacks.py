@@ -96,7 +96,7 @@ class RunCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> TrainerControl:
-        """Append the event of one step, and evaluate if an evaluation is due; raises RunError if training has diverged."""
+        """Append the event of one step, and evaluate if due. Raises RunError if the loss has diverged or is not finite."""
         state.log_history.clear()  # the history grows with each step, and each checkpoint stores it
         if not logs or "loss" not in logs:  # then `logs` is the Trainer's summary after training
             return control

@@ -82,8 +82,6 @@ def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads tokenized datasets and reports the findings about them."""
-
     new_encoder: Callable[[], Encoder]
     report: Reporter
     max_seq_length: int

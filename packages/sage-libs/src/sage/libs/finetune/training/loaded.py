@@ -40,7 +40,7 @@ def install_kernels(model: Any, precision: Precision) -> tuple[Kernels | None, s
 
 
 def no_kernels(reason: str) -> Install:
-    """Return an Install function that installs no kernels and returns `reason`."""
+    """Return an Install function that installs no kernels, and gives `reason` as the explanation."""
     return lambda *_: (None, f"fallback: {reason}")
 
 
