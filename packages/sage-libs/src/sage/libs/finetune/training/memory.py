@@ -17,7 +17,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def trim_heap() -> None:
-    """Return free heap pages to the operating system, so that fragmentation does not make the heap grow."""
+    """Return free heap pages to the operating system. Without glibc, do nothing."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only in glibc
         trim(0)
 

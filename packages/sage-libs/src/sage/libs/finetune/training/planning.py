@@ -56,11 +56,11 @@ class MemoryPlan:
         return self.needs.at(largest_batch or {0: 1})
 
     def is_scarce(self, largest_batch: Mapping[int, int]) -> bool:
-        """Return whether the run needs so much memory that it may not fit if the estimate is too low."""
+        """Return whether the run needs more than half of the available memory."""
         return self.estimate(largest_batch).total_bytes > _SCARCE_SHARE * self.available_bytes
 
     def describe(self, largest_batch: Mapping[int, int]) -> str:
-        """Return a message with the needed and the available memory, and with the batch that fits, if not all do."""
+        """Return a message with the needed and the available memory; if the run does not fit, with the batch that fits."""
         needed_bytes = self.estimate(largest_batch).total_bytes
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(self.available_bytes)} are available"
         if needed_bytes <= self.available_bytes:
@@ -75,7 +75,7 @@ class MemoryPlan:
 
 
 def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, processes: int) -> MemoryPlan:
-    """Return the memory plan of a run; raises RunError if the smallest micro-batch does not fit into the available memory.
+    """Return the memory plan of a run. Raises RunError if the smallest micro-batch does not fit into the available memory.
 
     processes: number of processes that share the main memory.
     """

@@ -107,7 +107,6 @@ def _base(config: FinetuneConfig) -> tuple[int | None, str]:
 
 
 def _int8(dtype: torch.dtype, width: int) -> tuple[bool, str]:
-    """Return whether int8 is fast enough for layers with hidden size `width`, and the reason."""
     gain, why = int8.measured_speedup(width, dtype)
     is_faster = gain >= _LEAST_GAIN
     return is_faster, f"{'8-bit base' if is_faster else 'base not in int8'}: {why}"

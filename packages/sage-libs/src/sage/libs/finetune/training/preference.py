@@ -1,7 +1,6 @@
 """Train with TRL's methods: DPO, ORPO and KTO learn from preferences, GRPO from a reward function.
 
-TRL provides the training loop, the losses and the sampling. Everything else, such as checkpoints and events, is the same as
-in supervised fine-tuning.
+TRL provides the training loop, the losses and the sampling.
 """
 
 import os

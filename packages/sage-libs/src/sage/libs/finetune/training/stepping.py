@@ -50,7 +50,8 @@ class AdaptingTrainer(Trainer):
     ) -> Tensor:
         """Compute the loss of a micro-batch, add its gradient to the gradients of the parameters, and return the loss.
 
-        If several processes train together, micro-batches are not cut: each process must compute the same number of them.
+        If several processes train together, micro-batches are not cut, because each process must compute the same number of
+        them.
         """
         if self.args.world_size > 1:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -72,7 +73,6 @@ class AdaptingTrainer(Trainer):
             parameter.grad = gradient
 
     def _adapted_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Compute a micro-batch. If it does not fit into memory, reduce the memory and compute it again."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         while True:
             before, counts = [parameter.grad for parameter in parameters], self._loss.counts
