@@ -111,7 +111,6 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
 
 
 def _reported(error: Exception, run: RunDirectory) -> SageError:
-    """Convert an exception to the error that is reported to the user."""
     if isinstance(error, SageError):
         return error
     log = f"Full traceback: {run.log_path}."
@@ -145,7 +144,6 @@ def _is_full(error: Exception, folder: Path) -> bool:
 
 
 def _fullest(run: RunDirectory) -> Path:
-    """Return the folder with the least free disk space among the folders that a run writes to."""
     folders = [run.path]
     with contextlib.suppress(Exception):  # for example, the spec cannot be read
         folders.append(Path(run.read_spec().config.output_dir))

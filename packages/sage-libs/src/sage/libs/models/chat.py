@@ -130,8 +130,9 @@ class ChatFormat:
 
     @functools.cache  # noqa: B019 - the object and its tokenizer have the same lifetime
     def answer_end(self, *, calls: bool = False) -> int | None:
-        """Return the id of the special token that the template writes after an answer.  calls: whether it has tool calls.
+        """Return the id of the special token that the template writes after an answer.
 
+        calls: whether the answer has tool calls.
         If there is no special token after an answer, return the first special token of the next message, else EOS.
         """
         asked = {"role": "user", "content": "Hi"}
