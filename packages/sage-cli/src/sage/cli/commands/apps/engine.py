@@ -316,7 +316,7 @@ def checkpoint(
 ) -> None:
     """Save a checkpoint of a training run after its current step.
 
-    A run with --serve-checkpoints also serves the checkpoint.
+    A run that was started with --serve also serves the checkpoint.
     """
     from sage.cli import daemon, waiting
 

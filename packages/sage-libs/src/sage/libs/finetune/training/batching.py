@@ -27,7 +27,7 @@ _TOKENS_STEP = 64
 class PackedCollator:
     """Concatenates samples into one sequence for the kernels, with at most 63 tokens of padding at the end.
 
-    The padding keeps the number of different sizes small: oneDNN compiles a matrix product for each new size (3 ms, 1 MB).
+    The padding keeps the number of sizes small, because oneDNN compiles a matrix product for each new size (3 ms, 1 MB).
     """
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:

@@ -67,8 +67,7 @@ def completion_loss(
 
 
 class CompletionLoss:
-    """The Trainer's loss function, which also counts trained tokens and correctly predicted tokens for the progress
-    events."""
+    """The Trainer's loss function, which also counts trained and correctly predicted tokens for the progress events."""
 
     def __init__(self, lm_head: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
         """lm_head: (vocab, hidden_size) if the model returns last hidden states as `logits`; None if it returns real logits.

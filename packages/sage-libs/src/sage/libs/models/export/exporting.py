@@ -125,7 +125,6 @@ def write_openvino(
 
 
 def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[dict[str, Any]]) -> None:
-    """Raise ModelError if llama.cpp tokenizes a chat differently from transformers."""
     chats = json.dumps([probe["messages"] for probe in probes])
     argv = (str(llama_cpp.interpreter), str(Path(__file__).with_name("tokenizer_check.py")), str(file))
     found = _run(report, file.parent, "Comparing the tokenization", argv, chats)

@@ -1,7 +1,7 @@
 """The step of an export that writes a GGUF file with llama.cpp's converter.
 
-The step runs in SAGE's interpreter, because it needs torch and transformers. It imports the converter from the environment
-of llama.cpp.
+The step runs in SAGE's interpreter, because it needs torch and transformers. The step imports the converter from the
+environment of llama.cpp.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The step of an export that converts a model to OpenVINO's format, for OpenVINO GenAI and for SAGE's OpenVINO backend.
 
-The step runs in SAGE's interpreter, because it needs torch and transformers. It imports OpenVINO from the environment of the
-backend. The converted model stores keys and values as OpenVINO states, as in the exports of Optimum Intel.
+The step runs in SAGE's interpreter, because it needs torch and transformers. The step imports OpenVINO from the
+environment of the backend. The converted model stores keys and values as OpenVINO states, as Optimum Intel does.
 """
 
 import argparse
@@ -23,15 +23,13 @@ from sage.libs.models.loading import load_causal_lm, load_tokenizer
 _ATTENTION = "sage_openvino_export"
 #: Types of rotary embeddings whose values depend on the length of the text; the trace has the values for short texts only.
 _VARYING_ROPE = frozenset({"dynamic", "longrope"})
-#: Largest difference between the logits of the two programs, relative to the largest logit.
+#: Largest difference between the logits of transformers and of OpenVINO, relative to the largest logit.
 _TOLERANCE = 1e-3
 #: Number of weights with one scale in int4.
 _INT4_GROUP = 32
 
 
 class _Shape(NamedTuple):
-    """Sizes of the keys or values of one layer."""
-
     heads: int
     size: int
 
@@ -45,7 +43,7 @@ class _Layers:
         self.present: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Append keys and values to those of the past; return the output, (rows, tokens, heads, head_dim)."""
+        """Append keys and values to the past keys and values; return the output, (rows, tokens, heads, head_dim)."""
         if self._past:
             at = len(self.present)
             key = torch.cat((self._past[at].index_select(0, self._order), key), 2)
@@ -99,8 +97,8 @@ class _Stateful(torch.nn.Module):
 def convert(folder: Path, target: Path, quantize: str) -> None:
     """Write a model as `openvino_model.xml` and `.bin`; the weights are fp32, or quantized to `quantize`.
 
-    The logits before the quantization are compared with those of transformers.
-    Raises ModelError if OpenVINO does not support the model.
+    Before the quantization, the logits are compared with the logits of transformers. Raises ModelError if OpenVINO does not
+    support the model.
     """
     import openvino
 
@@ -123,7 +121,6 @@ def convert(folder: Path, target: Path, quantize: str) -> None:
 
 
 def _converted(model: Any) -> Any:
-    """Return the model as an `openvino.Model` with states."""
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
 
@@ -232,7 +229,7 @@ def _unsupported(folder: Path, problem: str) -> ModelError:
     return ModelError(
         code="export_unsupported",
         message=f"The model in {folder} cannot be converted to OpenVINO's format: {problem}.",
-        hint="Export it as 'merged', and serve it with another backend.",
+        hint="Use `--format merged`, and serve the model with another backend.",
         param="format",
     )
 

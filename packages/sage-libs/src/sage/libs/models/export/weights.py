@@ -20,7 +20,7 @@ from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 logger = logging.getLogger(__name__)
 #: Files in the base model's folder that are copied with the weights.
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-#: Chats for the comparison of tokens: their prompts must have the same tokens in each export format.
+#: Chats whose prompts must have the same tokens in each export format.
 _PROBES: list[list[Message]] = [
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 × 1234567?\n\n  – né, 日本 🦊\t"}],
@@ -45,9 +45,9 @@ def check_adapter(name: str) -> None:
 def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) -> dict[str, Any]:
     """Write a model as safetensors, with tokenizer, chat template and end tokens; an adapter is merged in fp32.
 
-    fp32: whether to write the result in fp32; otherwise it has the dtype of the base model.
-    Returns the dict from `_described` with the additional key `modelfile` (None if `with_modelfile` is False).
-    Raises ModelError, for example if the adapter cannot be merged.
+    fp32: whether to write the result in fp32 instead of the dtype of the base model. Returns the dict from `_described` with
+    the additional key `modelfile` (None if `with_modelfile` is False). Raises ModelError, for example if the adapter cannot
+    be merged.
     """
     source, base = _located(name)
     is_adapter = source.kind is ModelKind.ADAPTER
