@@ -34,7 +34,6 @@ class Body:
         self.content = b""
 
     def __enter__(self) -> Self:
-        """Return the empty body."""
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

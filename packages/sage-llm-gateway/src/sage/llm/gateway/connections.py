@@ -74,7 +74,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._check_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timer, because the connection has ended."""
+        """Cancel the timer."""
         if self._timer:
             self._timer.cancel()
         super().connection_lost(exc)
@@ -110,7 +110,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))  # type: ignore[arg-type]
 
     def on_body(self, body: bytes) -> None:
-        """Store a part of the request's body. After an early answer, ignore it."""
+        """Store a part of the request's body, unless the answer is complete already."""
         if not self.cycle.response_complete:
             self.cycle.add_body(body)
 

@@ -91,23 +91,20 @@ class _Answer:
         self.known: dict[bytes, bytes] = dict(headers)
         self._id = self.known.get(b"x-request-id", b"")
         if not _REQUEST_ID.fullmatch(self._id):
-            self._id = b"req-%024x" % random.getrandbits(96)  # no `secrets`: an id is unique and not secret
+            self._id = b"req-%024x" % random.getrandbits(96)  # an id must be unique, but is not secret
             others = [header for header in headers if header[0] != b"x-request-id"]
             scope["headers"] = [*others, (b"x-request-id", self._id)]
         self._scope, self._send, self.has_begun = scope, send, False
 
     @property
     def request_id(self) -> str:
-        """Return the request's id."""
         return self._id.decode()
 
     @property
     def request(self) -> str:
-        """Return the request's method, path and id, for the log."""
         return f"{self._scope['method']} {self._scope['path'][:_LOGGED_CHARS]!r} ({self.request_id})"
 
     async def send(self, message: Message) -> None:
-        """Send an ASGI message of the answer."""
         if message["type"] == "http.response.start":
             self.has_begun = True
             if b"x-request-id" not in dict(message["headers"]):
@@ -118,7 +115,7 @@ class _Answer:
         await self._send(message)
 
     async def fail(self, error: SageError, receive: Receive) -> None:
-        """Answer with an error. If the answer has begun, raise the error: RequestCycle then closes the connection."""
+        """Answer with an error. If the answer has begun, raise the error, and RequestCycle closes the connection."""
         if self.has_begun:
             raise error
         await error_response(error)(self._scope, receive, self.send)

@@ -153,7 +153,6 @@ def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
 
 
 def _name(text: str, at: int) -> tuple[str, int]:
-    """Return a member's name, and the offset of its value. Raises ValueError."""
     if not text.startswith('"', at):
         raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
     name, end = _DECODER.raw_decode(text, at)
