@@ -30,7 +30,7 @@ def start_engine(
     """Start an engine, print its id, and wait for the engine.
 
     request: other fields of StartRequest.
-    wait: if False, wait until the engine is validated; if None, until the engine serves or trains; if True, until the end.
+    wait: if False, wait until the engine is validated; if None, until the engine serves or trains; if True, until it has ended.
     announce: format of the output line with the id.
     """
     _check_given(model, kind, options)
@@ -127,7 +127,6 @@ def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
 
 
 def _named(model: str, kind: str) -> dict[str, str]:
-    """Return the field `model` of StartRequest. If the model is a folder that will be served, add the field `name`."""
     name = absolute_name(model, Path.cwd())
     if not name.startswith("/"):
         return {"model": model}

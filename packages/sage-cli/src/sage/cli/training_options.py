@@ -32,7 +32,6 @@ class TrainingOption(NamedTuple):
 
 #: Fields that are paths. Paths are made absolute, because the gateway's working directory can differ.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
-#: Fields that are names of a model's modules.
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
 _NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
 OPTIONS = (

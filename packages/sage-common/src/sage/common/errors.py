@@ -37,7 +37,6 @@ class SageError(Exception):
         self.code, self.message, self.hint, self.param = code, message, hint, param
 
     def __str__(self) -> str:
-        """Return message and hint as one text."""
         return f"{self.message} {self.hint}".strip()
 
     def body(self) -> dict[str, Any]:

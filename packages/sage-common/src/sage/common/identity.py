@@ -37,7 +37,7 @@ class ProcessIdentity:
 
     @classmethod
     def unknown(cls) -> "ProcessIdentity":
-        """Return the identity of a running process with an unknown PID. `is_alive` and `send_signal` return False."""
+        """Return the identity of a running process with an unknown PID. All methods treat this process as gone."""
         return cls(_UNKNOWN_PID, "")
 
     def is_alive(self) -> bool:

@@ -55,7 +55,6 @@ class LogFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """path: the log file; it need not exist yet."""
         self.path = path
 
     def cut(self, limit_bytes: int) -> bool:

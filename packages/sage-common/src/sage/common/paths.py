@@ -14,7 +14,7 @@ from sage.common.errors import ConfigError
 
 @dataclass(frozen=True)
 class UserPaths:
-    """The folders of one user. Reading these attributes creates no folder."""
+    """The folders of one user, which need not exist."""
 
     config_dir: Path  #: settings: `config.toml`
     data_dir: Path  #: data that must never be lost: models, run directories

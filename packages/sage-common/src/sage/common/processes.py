@@ -32,7 +32,6 @@ _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 _PROBE_SECONDS = 0.1
 #: Maximum seconds to wait for the exit code of a child whose lock is already free.
 _COLLECT_SECONDS = 1.0
-#: Maximum number of exit codes kept in `_exit_codes`.
 _EXIT_CODES = 1000
 
 #: Children of this process whose exit codes were not read yet, by lock path.
@@ -125,7 +124,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
     try:
         identity = ProcessIdentity.of(child.pid)
         _write(lock, identity)
-    except BaseException:  # for example, the disk is full; the process could not be found without its identity
+    except BaseException:  # for example, the disk is full
         child.kill()
         child.wait()
         raise
@@ -169,8 +168,8 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
     """Return the process of each of these locks, according to the environment variables of all processes.
 
-    This search is slow, but it needs no lock files: the parent may crash before it writes a lock file, or the file may be
-    removed. If several processes have the same lock, the process with the lowest PID is returned.
+    This search is slow, but it needs no lock files. If several processes have the same lock, the process with the lowest PID
+    is returned.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
     for pid in psutil.pids() if wanted else ():
@@ -231,7 +230,6 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    """Return the lock path in the environment of a process, or "" if the process was started without a lock."""
     with contextlib.suppress(psutil.Error):  # an OSError is raised, because the process may have a lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""

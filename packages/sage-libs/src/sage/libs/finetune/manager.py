@@ -38,7 +38,6 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 _EXIT_SECONDS = 10.0
 #: Maximum number of samples per dataset that `create` checks; the worker checks all samples.
 _CHECKED_SAMPLES = 20_000
-#: Maximum number of runs whose steps are cached.
 _KEPT_SERIES = 16
 #: glibc settings that keep the memory of freed tensors. By default, glibc returns large blocks to the kernel, and the kernel
 #: clears the pages for each new tensor. With these settings a step on a CPU takes 5 % less time, with the same peak memory.

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         write_identity(descriptor)
         run.append_event(LaunchedEvent())
     configure_logging()
-    warnings.simplefilter("ignore", FutureWarning)  # libraries cause these warnings; users cannot fix them
+    warnings.simplefilter("ignore", FutureWarning)  # users cannot fix the causes of these warnings of libraries
     stop = StopRequest()
     stop.install()
     try:
@@ -73,7 +73,6 @@ def main(argv: list[str]) -> int:
 
 
 def _follow(run: RunDirectory) -> int:
-    """Train as an additional process of a run that has several processes; return the exit code."""
     configure_logging("WARNING")
     warnings.simplefilter("ignore", FutureWarning)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,7 +89,6 @@ def _follow(run: RunDirectory) -> int:
 
 
 def _fail(run: RunDirectory, error: Exception) -> None:
-    """Report why a run has failed, unless another process of the run has already reported a failure."""
     logger.error("%s", "".join(traceback.format_exception(error)))
     run.release_space()
     if read_status(run).state is not RunState.FAILED:

@@ -104,7 +104,6 @@ def read_architecture(folder: Path) -> Architecture | None:
 
 
 def _transformers_name(name: str) -> str:
-    """Return a GGUF tensor's name with the name that transformers has for the module, for example `blk.0.q_proj.weight`."""
     return ".".join(_GGUF_MODULES.get(part, part) for part in name.split("."))
 
 

@@ -53,7 +53,7 @@ class ChatFormat:
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without added special tokens. The texts are tokenized in parallel."""
+        """Return the token ids of each text, without added special tokens."""
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:

@@ -160,7 +160,6 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
 
 
 def _check_shards(folder: Path) -> None:
-    """Raise ModelError if a weight file that is listed in the index is missing."""
     for index in folder.glob("*.safetensors.index.json"):
         files = _read_json(index).get("weight_map")
         missing = (
@@ -209,7 +208,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hub_has(name: str) -> bool:
-    """Return whether the hub has the model `org/name`; False if the hub cannot be reached."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or os.environ.get("HF_HUB_OFFLINE") == "1":
         return False
     from huggingface_hub import HfApi

@@ -37,7 +37,6 @@ class Body:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Return the body's bytes to the budget."""
         self._budget.left_bytes += self._held_bytes
         self._held_bytes = 0
 

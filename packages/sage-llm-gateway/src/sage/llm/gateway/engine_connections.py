@@ -19,7 +19,7 @@ _WAITING_BYTES = 256 * 1024
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection to a server. A connection transfers one request and its answer at a time."""
+    """A connection to a server, for one request and its answer at a time."""
 
     transport: asyncio.Transport
 
@@ -125,7 +125,7 @@ class EngineConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """Read the status from the head of the answer, and find out how the end of the body is marked."""
         self.status = self._parser.get_status_code()
-        if self.status < 200:  # an interim answer, such as 100 Continue: the final answer follows
+        if self.status < 200:  # an interim answer, such as 100 Continue, precedes the final answer
             self.headers.clear()
             return
         self._has_head = True
@@ -204,7 +204,6 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last; None if there is none, or if the connection was idle too long."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
             if connection.loop.time() - connection.idle_since_seconds < _IDLE_SECONDS:
@@ -238,7 +237,6 @@ class EngineConnections:
         self._sweep = loop.call_later(_IDLE_SECONDS, self._close_old) if self._idle else None
 
     def _close_idle_since(self, seconds: float) -> None:
-        """Close the connections that became idle at the loop time `seconds` or earlier."""
         for connection in [connection for idle in self._idle.values() for connection in idle]:
             if connection.idle_since_seconds <= seconds:
                 del self._idle[connection.address][connection]

@@ -84,8 +84,6 @@ class Gate:
 
 
 class _Answer:
-    """The answer to one request, with the request's id in a header."""
-
     def __init__(self, scope: Scope, send: Send) -> None:
         headers = scope["headers"]
         self.known: dict[bytes, bytes] = dict(headers)
@@ -147,7 +145,6 @@ def _check_type(content_type: bytes) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` function that first returns `body`, which was already read, and then calls `receive`."""
     pending: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

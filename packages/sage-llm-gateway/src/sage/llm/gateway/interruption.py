@@ -62,7 +62,6 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop watching. If `_interrupt` cancelled the block, raise the reason."""
         self._watch.remove(self)
         if self._listening:
             self._listening.cancel()

@@ -43,7 +43,10 @@ def check(
     allow_warnings: Annotated[bool, typer.Option("--allow-warnings", help="Exit with code 0 despite warnings.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List all errors and warnings with their lines, and count samples. Exit code 1: errors, warnings or no samples."""
+    """List all errors and warnings with their lines, and count samples.
+
+    The exit code is 1 if there are errors or no samples, or if there are warnings without --allow-warnings.
+    """
     from sage.cli.dataset_report import describe, measure
     from sage.libs.finetune.data.linting import check_dataset
     from sage.libs.finetune.data.preferences import parser_of

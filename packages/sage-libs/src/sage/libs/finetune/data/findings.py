@@ -19,7 +19,7 @@ class Severity(StrEnum):
 
 
 class Code(StrEnum):
-    """Kinds of findings. The values do not change between versions."""
+    """Kinds of findings."""
 
     ANSWER_LOST = "answer_lost"
     REASONING_LOST = "reasoning_lost"

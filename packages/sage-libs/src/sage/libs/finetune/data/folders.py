@@ -26,7 +26,7 @@ _SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "train": {"train", "training"},
 }
-#: Metadata files written by tools; they contain no data.
+#: Files with metadata of tools, without data.
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 #: File name of a shard (one of several files of a split) on the hub.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")
@@ -86,7 +86,6 @@ def _folder_files(folder: Path, split: Split) -> Selection:
 
 
 def _data_files(folder: Path) -> Iterable[Path]:
-    """Yield the data files in a folder, in its subfolder `data`, and in subfolders named after a split."""
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name in _NO_DATA or _is_cache(path):
             continue
@@ -102,7 +101,6 @@ def _is_cache(path: Path) -> bool:
 
 
 def _split_of(name: Path) -> str:
-    """Return the split (such as `train`) that a file or folder name contains, or ""."""
     words = set(re.split(r"[^a-z]+", str(name).lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), "")
 

@@ -17,7 +17,6 @@ from sage.libs.finetune.data.values import RecordError
 
 #: A function that parses a record; it raises RecordError if the record is invalid.
 Parse = Callable[[Any], Parsed]
-#: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
 
 

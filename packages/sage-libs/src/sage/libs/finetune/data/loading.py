@@ -202,7 +202,6 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
 
 
 def _record_broken(lines: Iterable[str], broken: list[int]) -> Iterator[str]:
-    """Yield all lines. If a line is not valid UTF-8, add its number to `broken`."""
     for number, line in enumerate(lines, 1):
         if not line.isascii() and any("\udc80" <= letter <= "\udcff" for letter in line):
             broken.append(number)

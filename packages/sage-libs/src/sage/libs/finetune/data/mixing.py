@@ -21,7 +21,6 @@ class Mixture(Sequence[Encoded]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one sequence; slices are not supported."""
         part = bisect.bisect_right(self._ends, at)
         return self._parts[part][at - (self._ends[part - 1] if part else 0)]
 

@@ -14,7 +14,6 @@ class Origin:
     unit: Literal["line", "record"] = "line"
 
     def __str__(self) -> str:
-        """Return `file:line`, or `file, record N`."""
         return f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}, {self.place}"
 
     @property

@@ -78,7 +78,6 @@ class StoredSamples(Sequence[Encoded]):
         return len(self._indexes)
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one sequence; slices are not supported."""
         index = self._indexes[at]
         begin, end = (int(bound) for bound in self._bounds[index : index + 2])
         written = np.frombuffer(os.pread(self._tokens.fileno(), 4 * (end - begin), 4 * begin), np.int32)
@@ -195,7 +194,6 @@ def _key(path: Path, encoder: Encoder, split: Split) -> str:
 
 
 def _remove_unused(root: Path) -> None:
-    """Remove folders that were not used for a month, and incomplete folders that crashed processes left."""
     for folder in root.iterdir():
         kept_seconds = _PARTIAL_SECONDS if folder.name.startswith(_PARTIAL) else _KEPT_SECONDS
         with contextlib.suppress(OSError):  # another process removes or renames the folder

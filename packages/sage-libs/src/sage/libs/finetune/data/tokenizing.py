@@ -23,11 +23,9 @@ from sage.libs.models.chat import ChatFormat
 TrainOn = Literal["assistant", "last_turn", "all"]
 #: Label that torch's cross-entropy ignores.
 IGNORED = -100
-#: Number of samples that are tokenized at once.
 _BATCH = 256
 #: Number of characters to tokenize before and after the beginning of an answer, to find a token that spans the beginning.
 _EDGE_CHARACTERS = 24
-#: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
 
 
@@ -194,7 +192,6 @@ class Encoder:
         )
 
     def _plan(self, sample: Sample) -> list[_Sequence] | None:
-        """Return the sequences of a sample as text, or None if the chat template rejects the sample."""
         inspect_fields(sample, self.findings)
         if isinstance(sample.content, str):
             return [self._plain(sample.content)]
@@ -226,7 +223,6 @@ class Encoder:
         return answers
 
     def _answer(self, sample: Sample, chat: Chat, at: int) -> _Answer:
-        """Return the answer `messages[at]` with the prompt that a served model gets for this answer."""
         before, message = chat.messages[:at], chat.messages[at]
         whole = self.format.render([*before, message], chat.tools)
         prompt = self.format.render(before, chat.tools, prompt=True) if before else self.format.opening(whole)
@@ -264,7 +260,6 @@ class Encoder:
         return _Answer(answer.prompt, text, self.format.answer_end(calls=calls))
 
     def _merged_sequences(self, answers: list[_Answer]) -> Iterator[_Sequence]:
-        """Merge consecutive answers into one sequence if each prompt begins with the previous prompt and answer."""
         so_far = ""
         sequence = _Sequence([], [])
         for answer in answers:
@@ -294,7 +289,6 @@ def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
 
 
 def _last_turn(encoded: Encoded) -> Encoded:
-    """Return the sequence with labels for its last answer only."""
     trained = [label != IGNORED for label in encoded.labels]
     end = len(trained) - trained[::-1].index(True)
     begin = next((at for at in range(end, 0, -1) if not trained[at - 1]), 0)

@@ -9,7 +9,7 @@ _SHOWN_LETTERS = 40
 
 
 class RecordError(ValueError):
-    """Raised if a record cannot be trained on. The message names the field, and the hint names the next step."""
+    """Raised if a record cannot be trained on."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

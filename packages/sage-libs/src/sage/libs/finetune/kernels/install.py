@@ -168,7 +168,6 @@ def _norm_forward(weight: Tensor, eps: float) -> Forward:
 
 
 def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None, make: MakeProjections) -> Forward | None:
-    """Return a `forward` with fused projections for an attention block, or None if the block is not supported."""
     names = {name for name, _ in module.named_children()}
     if not names.issuperset(_PROJECTIONS) or names - {*_PROJECTIONS, "q_norm", "k_norm"}:
         return None

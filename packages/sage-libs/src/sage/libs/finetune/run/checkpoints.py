@@ -167,7 +167,6 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
 
 
 def _problem(checkpoint: Checkpoint) -> str:
-    """Verify a checkpoint. If it is intact, return ""; if it is damaged, rename it and return the problem."""
     try:
         checkpoint.verify()
     except RunError as error:

@@ -19,14 +19,12 @@ _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
 #: Number of tokens whose logits SAGE's training step has in memory, and number of copies: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc as a share of the activations and logits: for short samples; for samples that attention splits
-#: into blocks of different sizes; and if saved values in bf16 are computed in fp32. Measured, as in
-#: benchmarks/results/estimates.md.
+#: Gaps in the heap of glibc, as a share of the activations and logits: for short samples, for long samples, and for saved
+#: values in bf16 that are computed in fp32. Measured, as in benchmarks/results/estimates.md.
 _GAPS, _LONG_GAPS, _MIXED_GAPS = 0.12, 0.27, 0.47
 #: Copies of all logits in the training step of transformers, in fp32: the logits, the logits of trained tokens, their
 #: logarithms, and two gradients.
 _PLAIN_LOSS_COPIES = 5
-#: Maximum result of `fitting_samples`.
 _MOST_SAMPLES = 2**20
 #: Number of sequences per sample in TRL's methods.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
@@ -144,7 +142,6 @@ class TrainingMemory:
         return self.config.finetuning_type == "full"
 
     def _activations(self, lengths: Counter[int]) -> tuple[int, int]:
-        """Return the bytes of the saved activations, and the bytes of temporary values at the peak."""
         sizes, config, formats = self.sizes, self.config, self.formats
         rank = 0 if self._is_full else config.lora_rank
         per_token: Activations = (kernel_activations if self.has_kernels else plain_activations)(sizes, rank)

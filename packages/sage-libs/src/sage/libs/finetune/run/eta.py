@@ -2,9 +2,7 @@
 
 from collections import deque
 
-#: Minimum number of steps for an estimate.
 _MIN_STEPS = 10
-#: Number of latest steps that are used to measure throughput.
 _WINDOW_STEPS = 20
 
 

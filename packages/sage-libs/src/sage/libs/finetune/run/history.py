@@ -14,7 +14,6 @@ from sage.libs.finetune.run.estimate import Formats
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
 
-#: Number of newest runs that are searched.
 _SEARCHED_RUNS = 100
 #: Options that decide the number formats and the speed of a run.
 _DECISIVE = ("base_model", "finetuning_type", "method", "precision", "use_8bit", "quantization", "fast_kernels")
@@ -72,7 +71,6 @@ def training_seconds(config: FinetuneConfig, tokens_per_second: float | None) ->
 
 
 def _tokens(config: FinetuneConfig) -> float | None:
-    """Return the approximate number of tokens of all steps, or None if there is too little information."""
     if config.max_steps and config.pack_tokens:
         return config.max_steps * config.gradient_accumulation_steps * config.pack_tokens
     if config.max_steps or not all(source.path.is_file() for source in config.sources):
@@ -82,7 +80,6 @@ def _tokens(config: FinetuneConfig) -> float | None:
 
 
 def _newest(root: Path) -> Iterator[RunDirectory]:
-    """Yield the runs that were changed last, newest first."""
     if not root.is_dir():
         return
     with os.scandir(root) as entries:

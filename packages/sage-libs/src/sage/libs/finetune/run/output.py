@@ -97,7 +97,6 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
 
 
 def _claim_of(run: RunDirectory) -> str:
-    """Return how a run uses its output folder, as part of a message; "" if the run has ended or does not exist."""
     if not run.spec_path.is_file():
         return ""
     state = derive(read_status(run), alive=holder(run.lock_path) is not None).state

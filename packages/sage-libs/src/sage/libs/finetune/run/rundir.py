@@ -36,7 +36,6 @@ class RunDirectory:
     """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
-        """path: the folder; it need not exist yet."""
         self.path = path
         self.spec_path = path / "spec.json"
         self.events_path = path / "events.jsonl"

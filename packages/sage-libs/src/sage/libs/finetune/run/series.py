@@ -12,7 +12,7 @@ KEPT_STEPS = 5_000
 
 
 class StepSeries:
-    """The steps of one run. Each read parses only the events that were appended after the previous read."""
+    """The steps of one run, read incrementally."""
 
     def __init__(self, run: RunDirectory, kept_steps: int = KEPT_STEPS) -> None:
         self._run, self._kept_steps = run, kept_steps

@@ -124,7 +124,6 @@ class Packs(Sequence[Pack]):
         return len(self._samples if self._groups is None else self._groups)
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one pack; slices are not supported."""
         return tuple(self._samples[index] for index in ((at,) if self._groups is None else self._groups[at]))
 
 

@@ -151,7 +151,6 @@ class RunCallback(TrainerCallback):
         return control
 
     def _score(self, step: int, control: TrainerControl) -> None:
-        """Measure the held-out loss. Request a checkpoint if the run ends now, or if this best step is to be kept."""
         ends = saves = False
         if self.team.is_main_process:
             try:

@@ -60,7 +60,6 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
 
 
 def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence[Encoded]]:
-    """Return the training samples, repeated according to the weights, and the held-out samples, which are not repeated."""
     parts, heldout = [], []
     for source in config.sources:
         samples = reader.read(source.path)

@@ -62,6 +62,5 @@ def refuse_beyond_limit() -> None:
 
 
 def _available_in_cgroups() -> Iterator[int]:
-    """Yield the free bytes of each control group that has a memory limit. File pages count as free."""
     for group in memory_limits():
         yield group.limit_bytes - group.used_bytes

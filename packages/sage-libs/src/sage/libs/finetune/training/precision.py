@@ -113,7 +113,6 @@ def _int8(dtype: torch.dtype, width: int) -> tuple[bool, str]:
 
 
 def _fastest() -> tuple[bool, str]:
-    """Return whether bf16 is fast enough on this machine to be used instead of fp32, and the reason."""
     if torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported()
         return has_bf16, f"the GPU {'has' if has_bf16 else 'lacks'} bf16 instructions"
@@ -125,6 +124,5 @@ def _fastest() -> tuple[bool, str]:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Measure a matrix product with the size of a typical layer (about 1 ms); return the shortest duration."""
     left, right = torch.ones(PROBE_ROWS, _PROBE_WIDTH, dtype=dtype), torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
     return least_seconds(lambda: left @ right.t())

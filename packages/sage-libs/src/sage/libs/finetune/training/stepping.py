@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptingTrainer(Trainer):
-    """Computes a micro-batch in parts if it does not fit into memory. The samples of a step and their order do not change.
+    """Computes a micro-batch in parts if it does not fit into memory.
 
-    The loss is a sum over tokens divided by the number of tokens in the step. Therefore any split gives the same gradient.
+    The loss is a sum over tokens divided by the number of tokens in the step, so any split gives the same gradient.
     """
 
     def __init__(
@@ -61,7 +61,6 @@ class AdaptingTrainer(Trainer):
         return self._adapted_step(model, inputs, num_items_in_batch)
 
     def _rehearse(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Compute a micro-batch, and restore gradients, token counts and random states."""
         counts, gradients = self._loss.counts, [parameter.grad for parameter in model.parameters()]
         devices = [self.args.device] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
@@ -97,7 +96,6 @@ class AdaptingTrainer(Trainer):
             self._adapt(part, cause)
 
     def _adapt(self, part: dict[str, Any], cause: str) -> None:
-        """Reduce the memory of the next steps; raises RunError if the memory cannot be reduced further."""
         tokens = part["input_ids"].shape[1]
         if samples_in(part) > 1:
             self._halvings += 1

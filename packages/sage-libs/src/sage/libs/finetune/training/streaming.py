@@ -35,7 +35,6 @@ class StreamedPacks(IterableDataset[Pack]):
         self._report = report
 
     def __iter__(self) -> Iterator[Pack]:
-        """Yield packs without end; raises DatasetError if a dataset has a fault."""
         seeds = random.Random(self._seed)  # noqa: S311 - reproducible, no secret
         while True:
             encoder = self._new_encoder()

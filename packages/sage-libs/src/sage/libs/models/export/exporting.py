@@ -152,7 +152,6 @@ def _run(report: Report, folder: Path, title: str, argv: Sequence[str], text: st
 
 
 def _needed_bytes(source: ModelSource, format_: ExportFormat, precision: str | None) -> float:
-    """Return the disk space in bytes that an export needs at most, without small files; 0 if this is unknown."""
     if format_ is ExportFormat.ADAPTER:
         return sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     if format_ is ExportFormat.OPENVINO:

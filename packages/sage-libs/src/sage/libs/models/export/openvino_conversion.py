@@ -35,15 +35,12 @@ class _Shape(NamedTuple):
 
 
 class _Layers:
-    """Keys and values of all layers in one forward pass."""
-
     def __init__(self, past: tuple[Tensor, ...], order: Tensor, mask: Tensor | None) -> None:
         """past: keys and values of each layer, or () to record only the shapes.  order: the past row of each row."""
         self._past, self._order, self._mask = past, order, mask
         self.present: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Append keys and values to the past keys and values; return the output, (rows, tokens, heads, head_dim)."""
         if self._past:
             at = len(self.present)
             key = torch.cat((self._past[at].index_select(0, self._order), key), 2)
@@ -63,7 +60,7 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, scaling: float | None = None,
     layers: _Layers | None = None, sliding_window: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Compute attention; this function has the interface of transformers."""
+    """This function has the interface of transformers' attention functions."""
     if layers is None or options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("its kind of attention cannot be converted")
     if sliding_window and sliding_window < module.config.max_position_embeddings:
@@ -75,8 +72,6 @@ AttentionInterface.register(_ATTENTION, _attention)
 
 
 class _Stateful(torch.nn.Module):
-    """A model whose inputs and outputs include the keys and values of all layers."""
-
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
@@ -84,7 +79,6 @@ class _Stateful(torch.nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the logits, then keys and values of each layer."""
         tokens, length = input_ids.shape[1], attention_mask.shape[1]
         is_past = torch.arange(length)[None] <= torch.arange(length - tokens, length)[:, None]
         is_seen = is_past[None, None] & attention_mask[:, None, None].bool()
@@ -150,7 +144,6 @@ def _converted(model: Any) -> Any:
 
 
 def _shapes(model: Any) -> list[_Shape]:
-    """Return the shapes of keys and values in the order in which the model computes the layers."""
     layers = _Layers((), torch.empty(0), None)
     with torch.inference_mode():
         model(input_ids=torch.tensor([[1, 2]]), use_cache=False, layers=layers)

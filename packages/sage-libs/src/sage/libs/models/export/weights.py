@@ -74,7 +74,6 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
 
 
 def _described(model: Any, chat_format: ChatFormat) -> dict[str, Any]:
-    """Return facts about a model: prompts with token ids, end tokens, BOS, dtype, sampling settings, context length."""
     probes: list[dict[str, Any]] = []
     for messages in _PROBES:
         try:

@@ -45,8 +45,6 @@ async def metrics(manager: Manager) -> PlainTextResponse:
 
 
 class _Once(Collector):
-    """A collector for one request to `/metrics`, with metrics that were read before."""
-
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics
 

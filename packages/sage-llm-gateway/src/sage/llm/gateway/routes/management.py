@@ -190,7 +190,6 @@ async def backends() -> dict[str, Any]:
 
 
 def _members(members: type[E], text: str | None, param: str) -> list[E] | None:
-    """Return the enum members that a comma-separated filter names; None if there is no filter. Raises ConfigError."""
     if text is None:
         return None
     try:
