@@ -98,7 +98,7 @@ def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
                 message=f"The gateway at {client.base_url} belongs to another SAGE_HOME "
                 f"(PID {process.pid}, user {process.username()}).",
                 hint="To start your own gateway, set SAGE_GATEWAY_PORT to a free port. "
-                "To use that gateway, set SAGE_API_KEY to its key.",
+                "To use the running gateway, set SAGE_API_KEY to its key.",
             )
 
 

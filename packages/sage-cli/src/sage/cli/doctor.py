@@ -160,10 +160,15 @@ def _database() -> Finding:
             [revision] = database.execute("SELECT version_num FROM alembic_version").fetchone()
     except (sqlite3.Error, TypeError, ValueError) as error:
         return Finding(
-            "database", "failed", f"{path} cannot be read: {error}.", "Restore it from a backup, or move it away."
+            "database",
+            "failed",
+            f"{path} cannot be read: {error}.",
+            "Restore the file from a backup, or move the file away.",
         )
     if answer != "ok":
-        return Finding("database", "failed", f"{path} is damaged: {answer}.", "Restore it from a backup, or move it away.")
+        return Finding(
+            "database", "failed", f"{path} is damaged: {answer}.", "Restore the file from a backup, or move the file away."
+        )
     return Finding("database", "ok", f"{path}, schema {revision}")
 
 

@@ -30,7 +30,7 @@ def start_engine(
     """Start an engine, print its id, and wait for the engine.
 
     request: other fields of StartRequest.
-    wait: if False, wait until the engine is validated; if None, until the engine serves or trains; if True, until it has ended.
+    wait: False: until the engine is validated; None: until the engine serves or trains; True: until the engine has ended.
     announce: format of the output line with the id.
     """
     _check_given(model, kind, options)

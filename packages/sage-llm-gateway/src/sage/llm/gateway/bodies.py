@@ -73,4 +73,4 @@ class Body:
     def _too_large(self) -> Refusal:
         limit_mb = self._budget.max_bytes // 1_000_000
         return Refusal(413, "request_too_large", f"The body is larger than {limit_mb} MB.",
-                       "Send less, or raise the setting max_request_mb.")  # fmt: skip
+                       "Send a smaller body, or raise the setting max_request_mb.")  # fmt: skip

@@ -42,8 +42,10 @@ def install(
 
     environment = environments.chosen(name)
     if not environment.is_installed:
-        need = f"{render.size(environment.download_bytes)} to download, {render.size(environment.disk_bytes)} on the disk"
-        typer.echo(f"{environment.requirement} for the device {environments.device()}: {need}.", err=True)
+        need = (
+            f"{render.size(environment.download_bytes)} to download, and {render.size(environment.disk_bytes)} of disk space"
+        )
+        typer.echo(f"{environment.requirement} for the device {environments.device()} needs {need}.", err=True)
         if sys.stdin.isatty() and not yes:
             typer.confirm(f"Install {name} into {environment.folder}?", abort=True, err=True)
     with interruptible(), progress(environment, is_verbose=verbose) as report:

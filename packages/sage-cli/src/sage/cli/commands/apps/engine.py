@@ -120,7 +120,7 @@ def start(
     ] = False,
     merge_in_background: Annotated[
         bool,
-        typer.Option("--merge-in-background", help="For an adapter: answer at once, and switch to its merged model later."),
+        typer.Option("--merge-in-background", help="For an adapter: serve the adapter at once, and the merged model later."),
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="For llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[

@@ -88,7 +88,7 @@ def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
             return turns
     raise ModelError(
         code="export_unsupported",
-        message="The model's chat template cannot be converted to a template of Ollama.",
+        message="The model's chat template cannot be converted to a template for Ollama.",
         hint="Use `--format gguf`, and serve the model with llama.cpp, which uses the model's own template.",
         param="format",
     )

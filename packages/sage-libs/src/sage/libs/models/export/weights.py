@@ -101,7 +101,9 @@ def _located(name: str) -> tuple[ModelSource, Path]:
     source = resolve_model(name)
     if source.kind is ModelKind.ADAPTER and source.base and source.base.kind is ModelKind.ADAPTER:
         raise ModelError(
-            code="base_is_adapter", message=f"The base of {name} is itself an adapter.", hint="First merge the base."
+            code="base_is_adapter",
+            message=f"The base of {name} is itself an adapter.",
+            hint="Export the base with `--format merged`, and use the merged model as the base.",
         )
     return source, local_folder(source.base or source)
 
