@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """The parts of a chat on which the loss is computed; a copy, like `Method`."""
+    """The parts of a chat on which the loss is computed, copied for the same reason as `Method`."""
 
     assistant = "assistant"
     last_turn = "last_turn"

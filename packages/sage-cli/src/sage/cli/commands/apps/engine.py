@@ -37,7 +37,7 @@ Options = Annotated[
 
 
 class Busy(StrEnum):
-    """What an engine does if not enough memory is free; a copy, like `Kind`."""
+    """What an engine does if not enough memory is free. The values are copied for the same reason as `Kind`."""
 
     wait = "wait"
     preempt = "preempt"
@@ -72,7 +72,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """The engine states; a copy, like `Kind`."""
+    """The engine states, copied for the same reason as `Kind`."""
 
     validating = "validating"
     queued = "queued"
@@ -86,7 +86,7 @@ class State(StrEnum):
 
 
 class Policy(StrEnum):
-    """The restart policies; a copy, like `Kind`."""
+    """The restart policies, copied for the same reason as `Kind`."""
 
     no = "no"
     on_failure = "on-failure"

@@ -54,7 +54,7 @@ class Format(StrEnum):
 
 
 class Precision(StrEnum):
-    """The precisions of GGUF files and of OpenVINO's format; a copy, like `Format`."""
+    """The precisions of GGUF files and of OpenVINO's format, copied for the same reason as `Format`."""
 
     f32 = "f32"
     bf16 = "bf16"

@@ -49,7 +49,10 @@ class Int8Matrix:
         return rescale(_int_matmul(integers, self._integers.t()), scales, self._scales, outputs)
 
     def backward(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return grad @ matrix, (rows, inputs), in the dtype of grad; if `onto` is given, in `onto` and added to it."""
+        """Return grad @ matrix, (rows, inputs), in the dtype of grad.
+
+        onto: tensor to which the product is added in place; None: the product is a new tensor.
+        """
         integers, scales = quantize(grad, self._scales)
         adds = onto is not None
         outputs = grad.new_empty(grad.shape[0], self._integers.shape[1]) if onto is None else onto

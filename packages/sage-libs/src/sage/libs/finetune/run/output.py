@@ -22,8 +22,8 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
     """Create the output folder and claim it, which means to record the run as owner.
 
     A run claims its folder when the run is created, and can claim the same folder again. If the run ends without a result,
-    another run can claim the folder. If several runs claim a folder at once, only one succeeds. Raises OutputError if the
-    folder cannot be written, belongs to another run, or contains files that no run has written.
+    another run can claim the folder. If several runs claim a folder at once, only one succeeds.
+    Raises OutputError if the folder cannot be written, has another run's result, is used by another run, or is not empty.
     """
     output = output.resolve()
     try:
@@ -40,7 +40,7 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
 
 
 def check_claim(output: Path, task_id: str) -> None:
-    """Raise OutputError if the output folder cannot be written, belongs to another run, or contains files of no run."""
+    """Raise OutputError if the run cannot claim the output folder now; the reasons are those of `claim_output`."""
     owner = read_run_file(output.resolve())
     if owner.get("task_id") != task_id and output.is_dir():
         _check_free(output.resolve(), owner)

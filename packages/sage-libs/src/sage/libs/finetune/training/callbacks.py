@@ -78,7 +78,7 @@ class RunCallback(TrainerCallback):
         return control
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        """Save a checkpoint every `save_steps` steps, on request, at the end, and before a stop."""
+        """Let the Trainer save every `save_steps` steps, on request, at the end, and before a stop."""
         if state.global_step % _TRIM_STEPS == 0:
             trim_heap()
         is_requested = self.team.is_main_process and self.run.take_checkpoint_request()

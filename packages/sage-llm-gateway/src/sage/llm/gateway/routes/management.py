@@ -173,7 +173,7 @@ async def training_steps(
 
 @router.get("/gpu")
 async def gpu(manager: Manager) -> dict[str, Any]:
-    """Return the devices, their memory and the engines that use it: GPUs first, main memory last."""
+    """Return the devices, their memory and the engines that use the memory; GPUs first, main memory last."""
     return {"object": "list", "data": await manager.list_devices()}
 
 
