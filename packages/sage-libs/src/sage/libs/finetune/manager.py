@@ -66,8 +66,9 @@ class FinetuneManager:
     def create(self, config: FinetuneConfig, task_id: str | None = None) -> str:
         """Check the configuration without loading a model, create the run directory, and return the run's id.
 
-        task_id: id of the new run; default: a random id. Raises DatasetError, ModelError or OutputError. Raises ConfigError
-        if the method cannot be used, or if the run cannot continue from the given checkpoint.
+        task_id: id of the new run; default: a random id.
+        Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method cannot be used, or if the run cannot
+        continue from the given checkpoint.
         """
         parse = parser_of(config.method)
         if config.method != "sft":

@@ -53,7 +53,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
 def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the weights (A, B) of a plain LoRA adapter for each linear layer, by layer name; the base model is not changed.
 
-    A: (rank, in_features). B: (rank, out_features), scaled. For an input x, the adapter adds x @ A.T @ B to the output.
+    A: (rank, in_features).  B: (rank, out_features), scaled.  For an input x, the adapter adds x @ A.T @ B to the output.
     Raises ModelError if the adapter does not fit the base model, or if a weight is not finite.
     """
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}

@@ -1,8 +1,8 @@
 """Find the files of a model by its name. This module does not read weights or import torch.
 
 A name that is an absolute path denotes a folder. Any other name is looked up in the user's models folder, then in installed
-Python packages, then on the hub. Only commands resolve relative paths, because a service does
-not know the user's working folder.
+Python packages, then on the hub. Only commands resolve relative paths, because a service does not know the
+user's working folder.
 """
 
 import importlib.util

@@ -69,8 +69,8 @@ def quoted(text: str) -> bytes:
 def answer_with_model(answer: bytes, model: bytes) -> bytes:
     """Return an engine's answer with another `model`; everything else is unchanged.
 
-    answer: a JSON object; text before the first brace is kept. model: the new value, as a JSON string. An answer is returned
-    unchanged if it has no `model`, or if it must be parsed and is not valid JSON.
+    answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
+    An answer without `model` is returned unchanged, and so is an answer with several `model` that is not valid JSON.
     """
     at = answer.find(_MODEL)
     if at < 0:

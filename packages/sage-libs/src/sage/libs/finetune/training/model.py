@@ -29,8 +29,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    # Load the base directly onto its device, because the kernels will combine the weights into matrices that must not be
-    # moved.
+    # Load the base directly onto its device, because the kernels combine the weights into matrices that must not be moved.
     place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
@@ -38,8 +37,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
         # Copy the weights out of the memory-mapped file, because the mapped pages count as memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # Prevent bitsandbytes from repacking 4-bit weights for evaluation, because it would not restore the weights for
-        # training.
+        # Prevent bitsandbytes from repacking 4-bit weights for evaluation, because it does not undo this for training.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False

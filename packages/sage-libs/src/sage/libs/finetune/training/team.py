@@ -1,8 +1,7 @@
 """Data-parallel training with several processes, each on its own device.
 
 The main process is the run's worker. Only the main process holds the lock, handles signals, evaluates, and writes events
-and results. The main process starts the other processes, which only compute training steps. SAGE sets the
-environment variables that torch's launcher would set.
+and results. The main process starts the other processes, which only compute training steps.
 """
 
 import os

@@ -45,9 +45,9 @@ def check_adapter(name: str) -> None:
 def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) -> dict[str, Any]:
     """Write a model as safetensors, with tokenizer, chat template and end tokens; an adapter is merged in fp32.
 
-    fp32: whether to write the result in fp32 instead of the dtype of the base model. Returns the dict from `_described` with
-    the additional key `modelfile` (None if `with_modelfile` is False). Raises ModelError, for example if the adapter cannot
-    be merged.
+    fp32: whether to write the result in fp32 instead of the dtype of the base model.
+    Returns the dict from `_described` with the additional key `modelfile` (None if `with_modelfile` is False).
+    Raises ModelError, for example if the adapter cannot be merged.
     """
     source, base = _located(name)
     is_adapter = source.kind is ModelKind.ADAPTER
