@@ -49,7 +49,7 @@ def find_client() -> SageClient:
     """Return a client of the running gateway, or of the address in the settings if no gateway runs."""
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        # A gateway that was started with --standby does not hold the lock, so this checks the process in gateway.json.
+        # A gateway that was started with --standby does not hold the lock, so check the process in gateway.json.
         if ProcessIdentity(saved["pid"], saved["started"]).is_alive():
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings

@@ -13,7 +13,7 @@ from sage.llm.client.types import EstimateView
 
 
 def show_estimate(model: str, kind: str, options: dict[str, Any], *, backend: str | None, json: bool) -> None:
-    """Print the estimated memory of an engine with these options of `engine start`."""
+    """Print the estimated memory of an engine with the given options of `engine start`."""
     chosen = {} if backend is None else {"backend": backend}
     name = absolute_name(model, Path.cwd())
     estimate = daemon.connect().estimate(name, engine_kind=kind, options=options, **chosen)

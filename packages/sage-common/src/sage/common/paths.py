@@ -33,7 +33,7 @@ class UserPaths:
 
     @property
     def config_file(self) -> Path:
-        """The settings file; it need not exist."""
+        """The settings file, which need not exist."""
         return self.config_dir / "config.toml"
 
 

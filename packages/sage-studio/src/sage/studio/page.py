@@ -53,7 +53,7 @@ class EnginesPage:
         ui.timer(_REFRESH_SECONDS, self.refresh)
 
     async def refresh(self) -> None:
-        """Read the engines and show them; if this fails, show the error until the next refresh succeeds."""
+        """Read the engines and show them. An error is shown until a later refresh succeeds."""
         try:
             if await self._has_changed():
                 page = await self._client.page_engines(limit=_SETTLED_SHOWN, states=sorted(SETTLED), order="desc")

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         write_identity(descriptor)
         run.append_event(LaunchedEvent())
     configure_logging()
-    warnings.simplefilter("ignore", FutureWarning)  # users cannot fix the causes of these warnings of libraries
+    warnings.simplefilter("ignore", FutureWarning)  # the warnings concern the code of libraries, which users cannot change
     stop = StopRequest()
     stop.install()
     try:

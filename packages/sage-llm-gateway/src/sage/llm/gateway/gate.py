@@ -1,4 +1,4 @@
-"""Middleware in front of all routes. It checks access, body and JSON, sets request ids, and reports unexpected errors."""
+"""Middleware in front of all routes: check access, body and JSON, set request ids, and report unexpected errors."""
 
 import logging
 import random
@@ -45,7 +45,7 @@ class Gate:
         self._budget = BodyBudget(settings.max_request_mb * 1_000_000)
 
     def in_front_of(self, app: ASGIApp) -> Self:
-        """Put the gate in front of an application, and return the gate. Starlette calls this to create the middleware."""
+        """Put the gate in front of an application, and return the gate as the middleware for Starlette."""
         self._app = app
         return self
 
@@ -120,7 +120,7 @@ class _Answer:
 
 
 def _log(attributes: dict[str, Any], message: str) -> None:
-    """Log a message. This takes half as long as `logger.log`, which looks up the source line, the thread and the process."""
+    """Log a message in half the time of `logger.log`, which looks up the source line, the thread and the process."""
     if logger.isEnabledFor(attributes["levelno"]):
         record = logging.LogRecord.__new__(logging.LogRecord)
         vars(record).update(attributes, msg=message, created=time.time())

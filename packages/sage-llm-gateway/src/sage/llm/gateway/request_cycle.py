@@ -14,7 +14,7 @@ from sage.llm.gateway.headers import RawHeaders
 logger = logging.getLogger(__name__)
 #: Seconds without data after which the client of an incomplete body counts as disconnected.
 _SILENCE_SECONDS = 60
-#: Maximum number of bytes of a request's body that wait to be received; above it, the client is paused.
+#: Maximum number of bytes of a request's body that wait to be received; above this number, the client is paused.
 _WAITING_BYTES = 256 * 1024
 
 

@@ -56,7 +56,7 @@ def install(
 
 @app.command("remove")
 def remove(name: Name, json_: Json = False) -> None:
-    """Delete the environment of a backend. This fails if an engine uses the backend."""
+    """Delete the environment of a backend. The command fails if an engine uses the backend."""
     from sage.cli import extras
 
     extras.require("sage.llm.control_plane", "An environment on this machine")

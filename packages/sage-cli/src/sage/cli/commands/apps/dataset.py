@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """The training methods. This copy keeps the library out of `--help`; a test compares both lists."""
+    """The training methods, repeated here so that `--help` does not import the library."""
 
     sft = "sft"
     dpo = "dpo"
@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """The parts of a chat on which the loss is computed, copied for the same reason as `Method`."""
+    """The parts of a chat on which the loss is computed, repeated for the same reason as `Method`."""
 
     assistant = "assistant"
     last_turn = "last_turn"

@@ -37,7 +37,7 @@ Options = Annotated[
 
 
 class Busy(StrEnum):
-    """What an engine does if not enough memory is free. The values are copied for the same reason as `Kind`."""
+    """What an engine does if not enough memory is free. The values are repeated for the same reason as `Kind`."""
 
     wait = "wait"
     preempt = "preempt"
@@ -64,7 +64,7 @@ NotBefore = Annotated[
 
 
 class Kind(StrEnum):
-    """The engine kinds. This copy keeps the client out of `--help`; a test compares both lists."""
+    """The engine kinds, repeated here so that `--help` does not import the client."""
 
     llm = "llm"
     embedding = "embedding"
@@ -72,7 +72,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """The engine states, copied for the same reason as `Kind`."""
+    """The engine states, repeated for the same reason as `Kind`."""
 
     validating = "validating"
     queued = "queued"
@@ -86,7 +86,7 @@ class State(StrEnum):
 
 
 class Policy(StrEnum):
-    """The restart policies, copied for the same reason as `Kind`."""
+    """The restart policies, repeated for the same reason as `Kind`."""
 
     no = "no"
     on_failure = "on-failure"

@@ -29,7 +29,7 @@ def fine_tune(
     wait: engine.Wait = None,
     **training: Any,
 ) -> None:
-    """Fine-tune a model. This is a short form of `engine start --engine-kind finetune`."""
+    """Fine-tune a model. This command is a short form of `engine start --engine-kind finetune`."""
     from sage.cli.starting import admission_request, serve_request, start_engine
 
     request = serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)

@@ -15,7 +15,7 @@ from sage.libs.finetune.data.loading import read_records
 from sage.libs.finetune.data.samples import Chat, Fault, Origin, Sample
 from sage.libs.finetune.data.values import RecordError
 
-#: A function that parses a record; it raises RecordError if the record is invalid.
+#: A function that parses a record, and raises RecordError if the record is invalid.
 Parse = Callable[[Any], Parsed]
 _SHOWN_FAULTS = 3
 

@@ -25,7 +25,7 @@ _INSTEAD_OF_CONTENT = {"tool_calls", "reasoning_content"}
 _CONTENT = {"role", "content", "from", "value"}
 _OF_ASSISTANT = {"tool_calls", "function_call", *_REASONING}
 _DETAILS = {"name", "tool_call_id", *_OF_ASSISTANT, *_FLAGS}
-#: Fields that contain no text for the model, such as ids. They are ignored, and no finding is reported.
+#: Fields without text for the model, such as ids, which are ignored without a finding.
 BOOKKEEPING = frozenset({
     "", "Unnamed: 0", "__index_level_0__", "_id", "conversation_id", "id", "idx", "index", "message_id", "prompt_id", "uuid",
 })  # fmt: skip

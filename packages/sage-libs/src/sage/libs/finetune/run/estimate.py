@@ -62,7 +62,7 @@ class TrainingEstimate:
     activation_bytes: int  #: values saved for the backward pass
     loss_bytes: int  #: logits and probabilities, or temporary values of the backward pass if they are larger
     heap_bytes: int = 0  #: gaps between blocks of memory
-    loading_bytes: int = 0  #: additional memory while the model is loaded, if that is the peak
+    loading_bytes: int = 0  #: additional memory while the model is loaded, if loading needs more memory than training
 
     @property
     def total_bytes(self) -> int:
@@ -120,7 +120,7 @@ class TrainingMemory:
         return replace(self, checkpointing=may_checkpoint, sizes=replace(self.sizes, file_bytes=0)).at([length])
 
     def fitting_samples(self, available_bytes: int, length: int) -> int:
-        """Return the largest number of samples of `length` tokens in a micro-batch that fits; 0 if one does not fit."""
+        """Return the largest number of samples of `length` tokens in a micro-batch that fits; 0 if not even one fits."""
         fits, too_many = 0, 1
         while self._fits(available_bytes, length, too_many):
             fits, too_many = too_many, 2 * too_many
@@ -185,7 +185,7 @@ class TrainingMemory:
         return adapted + sum(saved_modules)
 
     def _adapted(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the matrices that get an adapter; if they are chosen by a pattern, of all linear layers."""
+        """Return the shapes of the matrices that get an adapter. A pattern of names counts as all linear layers."""
         targets, excluded = self.config.target_modules, self.config.exclude_modules
         if isinstance(targets, str):  # a pattern is not evaluated, because some patterns take very long
             chosen = dict(self.sizes.layer_matrices)

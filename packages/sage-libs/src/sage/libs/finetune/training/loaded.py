@@ -15,7 +15,7 @@ from sage.libs.finetune.training.model import decoder, load_trainable
 from sage.libs.finetune.training.noise import EmbeddingNoise
 from sage.libs.finetune.training.precision import Precision
 
-#: A function that installs kernels in a model; it returns the kernels (None if it installed none) and an explanation.
+#: A function that installs kernels in a model, and returns the kernels (or None) and an explanation.
 Install = Callable[[Any, Precision], tuple[Kernels | None, str]]
 
 

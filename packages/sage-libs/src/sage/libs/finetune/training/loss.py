@@ -37,7 +37,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad is not None:
                 probs[targeted] -= 1
                 grad[rows] = lm_head_backward(probs, lm_head, compute_dtype)[:count]
-            del probs  # otherwise, it would be in memory together with the logits of the next chunk
+            del probs  # free the memory before the logits of the next chunk are computed
         ctx.grad = grad
         ctx.mark_non_differentiable(correct)
         return total, correct

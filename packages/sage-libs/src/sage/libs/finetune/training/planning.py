@@ -21,7 +21,7 @@ from sage.libs.finetune.training.memory import available_bytes
 from sage.libs.finetune.training.precision import Precision
 from sage.libs.models.architecture import read_architecture
 
-#: Main memory that libraries allocate after this phase, until the end of the first step. Measured with torch 2.9 on Linux.
+#: Main memory that libraries allocate from the planning to the end of the first step. Measured with torch 2.9 on Linux.
 LATER_BYTES = 60_000_000
 
 #: If a run needs a larger share of the available memory, its largest micro-batch is tried before the first step.
@@ -35,7 +35,7 @@ class MemoryPlan:
     precision: Precision
     needs: TrainingMemory  #: memory needed in this precision
     available_bytes: int  #: free memory, and the memory that this process already uses
-    smaller: Precision | None  #: another precision that needs less memory, if the run may use it
+    smaller: Precision | None  #: another allowed precision that needs less memory
 
     def fitted(self, largest_batch: Mapping[int, int]) -> "MemoryPlan":
         """Return this plan if the run fits into memory; otherwise, return a plan with the precision `smaller`, if it is set.
@@ -48,7 +48,7 @@ class MemoryPlan:
         return self
 
     def loaded_as(self, precision: Precision, *, has_kernels: bool) -> "MemoryPlan":
-        """Return the plan for the loaded model, which may not support the planned precision or the kernels."""
+        """Return the plan for the loaded model, which possibly does not support the planned precision or the kernels."""
         return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
 
     def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:

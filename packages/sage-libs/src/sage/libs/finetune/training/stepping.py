@@ -35,8 +35,8 @@ class AdaptingTrainer(Trainer):
         """halvings: how many times each micro-batch is cut in half.  checkpointing: `on`, `off`, or `auto` (if needed).
 
         on_adapted: called when memory use is reduced, with a message, `halvings`, and whether gradient checkpointing is on.
-        rehearsal: returns the largest micro-batch; it is computed before the first step, and its gradient is discarded. Thus
-        a lack of memory shows immediately. None: no rehearsal.
+        rehearsal: returns the largest micro-batch, which is computed before the first step to detect a lack of memory. The
+        gradient of the rehearsal is discarded. None: no rehearsal.
         """
         super().__init__(compute_loss_func=loss, **options)
         self._loss, self._rehearsal = loss, rehearsal
@@ -51,7 +51,7 @@ class AdaptingTrainer(Trainer):
         """Compute the loss of a micro-batch, add its gradient to the gradients of the parameters, and return the loss.
 
         If several processes train together, micro-batches are not cut, because each process must compute the same number of
-        them.
+        micro-batches.
         """
         if self.args.world_size > 1:
             return super().training_step(model, inputs, num_items_in_batch)
