@@ -116,7 +116,7 @@ def event_line(event: EngineEvent) -> str:
 
 
 def route_table(routes: Iterable[RouteView]) -> Table:
-    """Return the table of routes, with one row for each engine."""
+    """Return the table of routes and their engines."""
     table = Table("ROUTE", "ENGINE", "ID", "STATE", box=None, pad_edge=False, header_style="bold")
     table.add_column("SHARE", justify="right")
     for route in routes:
@@ -131,7 +131,7 @@ def route_table(routes: Iterable[RouteView]) -> Table:
 
 
 def device_table(devices: Iterable[Device]) -> Table:
-    """Return the table of devices, with one row for each engine on a device."""
+    """Return the table of devices and the engines on each device."""
     table = Table("DEVICE", "NAME", box=None, pad_edge=False, header_style="bold")
     for name in ("USED", "TOTAL", "USABLE", "LOAD", "TEMP"):
         table.add_column(name, justify="right")

@@ -42,7 +42,7 @@ class RequestCycle:
         self._left_bytes = 0  # of the answer's announced length
 
     async def run_asgi(self, app: ASGIApp) -> None:
-        """Let the application answer the request. If it fails, close the connection, so that the client notices."""
+        """Let the application answer the request. If the answer is then incomplete, close the connection."""
         try:
             await app(self._scope, self.receive, self.send)
         except BaseException:  # no other code logs the failure

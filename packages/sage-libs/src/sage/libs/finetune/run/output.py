@@ -40,7 +40,7 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
 
 
 def check_claim(output: Path, task_id: str) -> None:
-    """Raise OutputError if the run cannot claim the output folder now; the reasons are those of `claim_output`."""
+    """Raise OutputError if the output folder exists, but the run cannot claim the folder."""
     owner = read_run_file(output.resolve())
     if owner.get("task_id") != task_id and output.is_dir():
         _check_free(output.resolve(), owner)

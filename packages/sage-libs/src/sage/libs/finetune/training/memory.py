@@ -45,7 +45,7 @@ def peak_bytes() -> int:
 
 
 def refuse_beyond_limit() -> None:
-    """Limit this process to the free memory of the container or machine, so that an allocation beyond the limit fails.
+    """Limit this process to the machine's memory and the container's free memory, so that a larger allocation fails.
 
     A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
     than Linux, this function does nothing.
