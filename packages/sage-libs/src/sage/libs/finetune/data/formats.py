@@ -1,6 +1,6 @@
 """Detect the format of a record from its fields, and convert the record to a chat or a text.
 
-To add a format, add an entry to `FORMATS`.
+Invalid records raise RecordError. To add a format, add an entry to `FORMATS`.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -79,7 +79,7 @@ def _chat(record: Record, conversation: Conversation) -> Chat:
 
 
 def conversation_of(record: Record, field: str) -> Conversation:
-    """Parse the conversation in a field, and prepend the record's system message if there is one. Raises RecordError."""
+    """Parse the conversation in a field, and prepend the record's system message if there is one."""
     return behind_system(read_conversation(record[field], field), record, field)
 
 
@@ -97,13 +97,13 @@ def behind_system(conversation: Conversation, record: Record, where: str) -> Con
 
 
 def system_of(record: Record) -> list[Message]:
-    """Return the system message in a record's field `system` as a list of one message, or []. Raises RecordError."""
+    """Return the system message in a record's field `system` as a list of one message, or []."""
     text = text_of(record.get("system", ""), "system")
     return [{"role": "system", "content": text}] if text else []
 
 
 def alpaca_question(record: Record) -> list[Message]:
-    """Return the messages before the answer of an Alpaca record. Raises RecordError."""
+    """Return the messages before the answer of an Alpaca record."""
     messages = system_of(record)
     for index, turn in enumerate(list_of(record.get("history") or [], "history")):
         if not isinstance(turn, list) or len(turn) != 2:

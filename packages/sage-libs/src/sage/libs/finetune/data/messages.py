@@ -1,4 +1,4 @@
-"""Convert conversations of all dataset formats to messages in OpenAI's format."""
+"""Convert conversations of all dataset formats to messages in OpenAI's format. Invalid turns raise RecordError."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ def _transposed(value: Any) -> list[Any] | None:
 
 
 def read_message(value: Any, where: str) -> Conversation:
-    """Parse one message as a conversation.  where: name of the record's field. Raises RecordError."""
+    """Parse one message as a conversation.  where: name of the record's field."""
     return _read([(value, where)], f"{where}.")
 
 

@@ -1,4 +1,7 @@
-"""Parse prompts and answers, which can be text or messages, and remove a repeated prompt from an answer."""
+"""Parse prompts and answers, which can be text or messages, and remove a repeated prompt from an answer.
+
+Invalid prompts and answers raise RecordError.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -9,13 +12,13 @@ from sage.libs.finetune.data.values import RecordError, text_of, unpacked
 
 
 def prompt_of(value: Any, where: str) -> Conversation:
-    """Parse a prompt. A text becomes a user message; a JSON list of messages is parsed. Raises RecordError."""
+    """Parse a prompt. A text becomes a user message; a JSON list of messages is parsed."""
     messages = _packed_messages(value)
     return _turns(value if messages is None else messages, where, "user")
 
 
 def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
-    """Parse the answer to a prompt.  prompt: the prompt field of the record, or None. Raises RecordError.
+    """Parse the answer to a prompt.  prompt: the prompt field of the record, or None.
 
     A text usually becomes one assistant message. A JSON list of messages is parsed as messages in three cases: the prompt
     is also a JSON list of messages, one of the first two messages repeats the prompt, or the record has no prompt.
@@ -27,7 +30,7 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
 
 
 def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
-    """Return the prompt and the answer.  spoken: the answer, possibly with the prompt before it. Raises RecordError."""
+    """Return the prompt and the answer.  spoken: the answer, possibly with the prompt before it."""
     prompt, spoken = list(prompt), list(spoken)
     for begin in (0, 1):  # a repeated prompt can follow a system message
         end = begin + len(prompt)

@@ -1,4 +1,4 @@
-"""Convert tools and tool calls of all dataset formats to OpenAI's format."""
+"""Convert tools and tool calls of all dataset formats to OpenAI's format. Invalid tools and calls raise RecordError."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _KNOWN = {"id", "type", "index", "function", "name", "arguments"}
 
 
 def tools_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the tools of a record (`tools`, or OpenAI's older `functions`), or None. Raises RecordError."""
+    """Return the tools of a record (`tools`, or OpenAI's older `functions`), or None."""
     field = "tools" if unpacked(record.get("tools")) else "functions"
     tools = unpacked(record.get(field))
     if not tools:
@@ -42,7 +42,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) -> list[Call]:
     """Return the calls of an assistant message: its field `tool_calls`, or `function_call` of OpenAI's older format.
 
-    Add the names of fields without effect to `ignored`. Raises RecordError.
+    Add the names of fields without effect to `ignored`.
     """
     if "function_call" in message:
         if message.get("tool_calls"):
@@ -53,7 +53,7 @@ def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) ->
 
 
 def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
-    """Parse a list of calls, or a single call: an object with name and arguments. Raises RecordError."""
+    """Parse a list of calls, or a single call: an object with name and arguments."""
     if isinstance(value, str):
         value = decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of such objects.')
     calls = value if isinstance(value, list) else [value]
