@@ -18,7 +18,7 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: the engine waits to be started
     STARTING = "starting"  #: the server or worker process has been started and is not ready yet
     RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded and will be loaded again; `reason` says when
+    PAUSED = "paused"  #: the engine was unloaded and can be loaded again; `reason` says why
     STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
     STOPPED = "stopped"  #: the engine ended because a user requested it
     COMPLETED = "completed"  #: the training run finished
@@ -42,7 +42,7 @@ SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
 #: engines of the requested kind.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
-#: Each part between slashes begins with a letter or digit, so that no part of the route's URL path is `.` or `..`.
+#: Each part between slashes begins with a letter, digit or `_`, so no part of the route's URL path is `.` or `..`.
 _ROUTE_NAME = re.compile(r"\w[\w.@:+-]*(/\w[\w.@:+-]*)*")
 _ENGINE_ID = re.compile(r"engine-[a-z0-9]{10}")
 
@@ -73,7 +73,7 @@ class OnBusy(StrEnum):
 
 
 def check_engine_name(name: str) -> str:
-    """Return `name` if it is allowed as the name of an engine. Raises ValueError if it is not allowed."""
+    """Return `name`. Raises ValueError if an engine may not have this name."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
         raise ValueError(f"must consist of letters, digits and ./@:+-_ and must not be {DEFAULT_MODEL!r}")
     return name
@@ -113,7 +113,9 @@ class StartRequest(BaseModel):
     name: str | None = Field(None, max_length=200, description="Model name in requests; default: the value of `model`.")
     port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free port.")
     backend: str = Field(
-        "auto", max_length=64, description="Program that runs the engine; auto: the fastest installed backend for the model."
+        "auto",
+        max_length=64,
+        description="Program that runs the engine; auto: SAGE chooses an installed backend for the model.",
     )
     restart_policy: RestartPolicy | None = Field(
         None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
@@ -124,7 +126,7 @@ class StartRequest(BaseModel):
     )
     merge_in_background: bool = Field(
         False,
-        description="For an adapter: answer at once, merge it into its base meanwhile, then answer with the merged model.",
+        description="For an adapter: serve the adapter while it is merged into its base model, then serve the merged model.",
     )
     idle_stop_minutes: float | None = Field(
         None,
@@ -253,7 +255,7 @@ class EventKind(StrEnum):
 
 
 class EngineEvent(BaseModel):
-    """One event of the change feed. To read later events, send its `id` as `after`."""
+    """One event of the change feed. For later events, send the `id` of this event as `after`."""
 
     id: int
     engine_id: str
@@ -328,10 +330,10 @@ class RouteView(BaseModel):
 
 
 def check_route_name(name: str) -> str:
-    """Return `name` if it is allowed as the name of a route. Raises ValueError if it is not allowed."""
+    """Return `name`. Raises ValueError if a route may not have this name."""
     if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
         raise ValueError(
-            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter or digit"
+            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter, digit or _"
         )
     if _ENGINE_ID.fullmatch(name):
         raise ValueError("must not be an engine's id")
@@ -386,10 +388,10 @@ class EstimateView(BaseModel):
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
-        None, description="finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
+        None, description="For finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
     )
     training_seconds: float | None = Field(
-        None, description="finetune: expected duration of the steps, from the speed of an earlier run on this machine."
+        None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."
     )
 
 
