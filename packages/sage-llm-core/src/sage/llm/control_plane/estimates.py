@@ -1,4 +1,4 @@
-"""Estimate the memory of an engine before it is started. No weights are loaded, and torch is not imported."""
+"""Estimate the memory of an engine before its start, without loading weights or importing torch."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -30,7 +30,7 @@ class ServingOptions(BaseModel):
 
 
 class BatchOptions(ServingOptions):
-    """The options of servers that compute the answers of several requests together with SAGE's own code."""
+    """The options of SAGE's own servers that compute several answers in one batch."""
 
     context_tokens: int | None = Field(
         None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
@@ -70,7 +70,7 @@ class Backend(Protocol):
         """Return the memory that the engine is expected to need, or None if it is not known."""
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the total of `estimate`."""
+        """Return the total of `estimate`, or None if it is not known."""
 
 
 @runtime_checkable
@@ -80,7 +80,7 @@ class ServingBackend(Backend, Protocol):
     If `hot_adapters` is set, the server also has vLLM's HTTP interface to load and unload adapters.
     """
 
-    #: HTTP path of the health check; the server's answer shows whether the server is ready.
+    #: HTTP path of the health check.
     health_path: ClassVar[str]
     #: Request fields that the server supports; the gateway rejects all others. None: the server checks the fields itself.
     parameters: ClassVar[frozenset[str] | None]
@@ -100,9 +100,9 @@ class ServingBackend(Backend, Protocol):
         """Return whether an answer of `health_path` reports that `server` is ready; False if another program answered."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the limits in an answer of `health_path`: `context_tokens` and `slots`, if the answer contains them.
+        """Return the fields of an answer of `health_path`, which can include `context_tokens` and `slots`.
 
-        context_tokens: maximum tokens of prompt and answer; slots: maximum number of concurrent answers.
+        context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.
         """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
@@ -121,7 +121,7 @@ _SPIN_COUNT = "10000"
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return the environment variables that set the number of CPU threads; if `threads` is None, one thread per core."""
+    """Return the environment variables for `threads` CPU threads. None does not set the number."""
     return {"GOMP_SPINCOUNT": _SPIN_COUNT, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 

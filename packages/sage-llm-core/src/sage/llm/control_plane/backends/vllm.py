@@ -1,4 +1,4 @@
-"""The backend for vLLM, which runs in a separate environment. One batch can contain requests to different adapters."""
+"""The backend for vLLM, which runs in a separate environment."""
 
 import json
 import sys
@@ -109,5 +109,5 @@ class VllmBackend(WorkerBackend):
 
 
 def default_rank(*, is_cpu: bool) -> int:
-    """Return the largest rank of an adapter if the user sets none."""
+    """Return the default of the option `max_rank`."""
     return 8 if is_cpu else 64

@@ -15,18 +15,18 @@ from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: Seconds until an unload request times out; the runner then repeats the request later. Before a server unloads an adapter,
-#: the server completes the requests that use the adapter.
+#: Seconds until an unload request times out. The server first completes the requests that use the adapter. The runner
+#: repeats an unload that timed out.
 _UNLOAD_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 
 
 class AdapterRefused(EngineError):
-    """The server cannot serve an adapter; another attempt would also fail."""
+    """The server refuses an adapter, and another attempt would also fail."""
 
 
 class AdapterClient:
-    """Sends one request at a time to each server."""
+    """Loads and unloads adapters, one at a time on each server."""
 
     def __init__(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -34,10 +34,10 @@ class AdapterClient:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self, server: ServerRecord, name: str, folder: str) -> None:
-        """Load the adapter in `folder` with the name `name`; do nothing if an adapter with this name is already loaded.
+        """Load the adapter in `folder` under the name `name`. A name that is already loaded is not an error.
 
-        Raises AdapterRefused if the server refuses the adapter, EngineError if the server fails to load it, OSError if the
-        result is not known.
+        Raises AdapterRefused if the server refuses the adapter, EngineError if the server fails to load it, OSError
+        if the result is not known.
         """
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "load_lora_adapter", _LOAD_SECONDS, lora_name=name, lora_path=folder)

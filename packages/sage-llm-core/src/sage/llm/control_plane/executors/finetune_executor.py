@@ -1,4 +1,4 @@
-"""The executor for engines of kind finetune, which are training runs. Each run has its own process."""
+"""The executor for engines of kind finetune: training runs, each in its own process."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ _PATHS = ("output_dir", "resume_from_checkpoint", "reward_file")
 
 
 class FinetuneExecutor:
-    """Runs training with `FinetuneManager`; an engine and its run have ids with the same suffix."""
+    """Runs training with `FinetuneManager`. An engine and its run have ids with the same suffix."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class FinetuneExecutor:
         allow_reward_files: bool = False,
         threads: int | None = None,
     ) -> None:
-        """datasets: if None, only local paths are allowed; threads: CPU threads of each run; if None, one per core."""
+        """datasets: default: LocalDatasets.  threads: CPU threads of each run; default: the engine's planned number."""
         self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
@@ -89,7 +89,7 @@ class FinetuneExecutor:
         return planned_server(engine, server_id_of(engine), self._handle(engine))
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Read the state of the run from its events."""
+        """Return the condition of a run, from its process and its events."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         return await self._reading.run(self._probe, engine, server, process)
@@ -189,7 +189,6 @@ class FinetuneExecutor:
         return Observed(alive=alive, ready=run.state is RunState.RUNNING, process=process, training=training)
 
     def _exit_reason(self, engine: EngineRecord, run: RunStatus, process: ProcessObservation) -> Reason:
-        """Return why a worker exited without reporting an error."""
         message = run.message or ""
         if process.exit_code:
             what = f"At step {run.step}, the training process"

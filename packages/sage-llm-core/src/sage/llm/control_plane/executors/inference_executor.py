@@ -38,9 +38,8 @@ class InferenceExecutor:
     def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
         self._launcher, self._adapters = launcher, adapters or AdapterClient()
         self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
-        # The number of connections has no limit, because servers that do not answer must not block requests to other
-        # servers. The prober already limits the number of concurrent requests.
-        # Idle connections are closed, because httpx scans all idle connections at each request.
+        # The number of connections has no limit: servers that do not answer must not block requests to other servers. Idle
+        # connections are closed, because httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
 
@@ -82,7 +81,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return a new server for an engine; other engines can join the server if the engine can share its base model."""
+        """Return the record of a new server for an engine. Other engines can join the server if `engine.base` is set."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
@@ -143,7 +142,7 @@ class InferenceExecutor:
         await asyncio.to_thread(shutil.rmtree, _folder(server_id_of(engine)), ignore_errors=True)
 
     async def _answer(self, server: ServerRecord, address: str | None) -> Observed:
-        """Return the observation of a server. Concurrent calls for the engines of one server share one request."""
+        """Return the observation of a server. Concurrent calls for the same server share one request."""
         key = server.id, address
         asked = self._answers.get(key)
         if asked is None or asked.done():
@@ -171,7 +170,7 @@ class InferenceExecutor:
 
 
 def _form(engine: EngineRecord) -> str | None:
-    """Return how the model is served, as text for users; None if that is not decided yet."""
+    """Return how the model is served, as text for users; None: not decided yet."""
     if not (engine.adapter and engine.server_id):
         return engine.form
     merge = engine.form if engine.merger_id is None else "it is being merged in the background"
@@ -193,7 +192,7 @@ def _prepare(request: StartRequest) -> Prepared:
 
 
 def _merge_problem(request: StartRequest, model: ModelSource) -> str | None:
-    """Return why the engine's model cannot be merged in the background, as part of a sentence; None if it can."""
+    """Return why the engine's model cannot be merged in the background, as part of a sentence, or None."""
     if model.base is None:
         return f"{model.name} is not an adapter"
     if request.dedicated:
