@@ -100,7 +100,7 @@ class AsyncSageClient:
         return await self._send(calls.queue())
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to another place in the queue, among the engines of its priority; 1 is the first place."""
+        """Move a waiting engine to a place in the queue, from 1, as near as its priority allows."""
         return await self._send(calls.move(engine_id, position))
 
     async def resume_engine(self, engine_id: str) -> EngineView:

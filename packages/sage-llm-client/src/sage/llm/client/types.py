@@ -25,7 +25,7 @@ class EngineState(StrEnum):
     FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
 
 
-#: States in which an engine has ended. An engine leaves such a state only if a user requests it.
+#: States in which an engine has ended.
 SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 

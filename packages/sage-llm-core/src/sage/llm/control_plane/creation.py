@@ -19,7 +19,7 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 def served_run(request: StartRequest) -> ServedRun | None:
-    """Return how the result of a training run will be served; None if the request has no `serve`. Raises ConfigError."""
+    """Return how the result of a run will be served; None if the request has no `serve`. Raises ConfigError."""
     if request.engine_kind is EngineKind.FINETUNE and request.merge_in_background:
         message = "--merge-in-background is only for engines of kind llm, not for a training run."
         hint = "Omit --merge-in-background."

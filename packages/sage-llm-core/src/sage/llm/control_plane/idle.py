@@ -1,7 +1,7 @@
 """Plan when an idle engine is unloaded, and when it is loaded again.
 
-To pause an engine, the control plane sets the desired state to `paused` and clears `last_request_at`. The next request
-sets `last_request_at`. Then the plan sets the desired state to `running`, even if the engine is not unloaded yet.
+A pause clears `last_request_at`, and the next request sets it again. The plan then sets the desired state to `running`, even
+if the engine is not unloaded yet.
 """
 
 from sage.llm.client.types import DesiredState, EngineState, Reason
@@ -27,7 +27,7 @@ def is_stopping(engine: EngineRecord) -> bool:
 
 
 def is_pausing(engine: EngineRecord) -> bool:
-    """Return whether an engine that is stopping will be `paused` afterwards, and will be loaded again."""
+    """Return whether a stopping engine gets the state `paused` afterwards."""
     if engine.desired is DesiredState.PAUSED:
         return True
     return engine.idle_stop_minutes is not None and engine.desired is DesiredState.RUNNING
@@ -44,12 +44,12 @@ def is_paused_by_user(engine: EngineRecord) -> bool:
 
 
 def state_without_process(engine: EngineRecord) -> EngineState:
-    """Return the next state of a stopping engine: `paused` if it is only unloaded, otherwise `stopped`."""
+    """Return the next state of a stopping engine: `paused` or `stopped`."""
     return EngineState.PAUSED if is_pausing(engine) else EngineState.STOPPED
 
 
 def reason_of_stop(engine: EngineRecord) -> Reason | None:
-    """Return why an engine is unloaded; None if a user requested its stop."""
+    """Return why an engine is unloaded; None if a user stops the engine."""
     if not is_pausing(engine):
         return None
     if engine.paused_by == "user" or (engine.paused_by is None and engine.idle_stop_minutes is None):

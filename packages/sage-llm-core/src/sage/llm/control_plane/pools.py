@@ -1,4 +1,4 @@
-"""Thread pools. Each kind of blocking work has its own pool, so that one kind of work does not wait for another kind."""
+"""Thread pools, one for each kind of blocking work."""
 
 import asyncio
 import functools

@@ -40,10 +40,11 @@ class Queue:
 
     joins: Mapping[str, ServerRecord] = field(default_factory=dict)  #: the server that an engine joins
     decisions: Mapping[str, Decision] = field(default_factory=dict)
-    pauses: Mapping[str, str] = field(default_factory=dict)  #: engines to pause, and for which engine each makes room
+    #: by id of an engine to pause: the id of the engine for which it makes room
+    pauses: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self, engine: EngineRecord) -> Reason | None:
-        """Return why an engine waits or cannot start; None if it does not wait for memory."""
+        """Return why an engine waits or cannot start; None if no reason is known."""
         decision = self.decisions.get(engine.id)
         return _reason(engine, decision) if isinstance(decision, Wait | Refuse) else None
 
@@ -56,7 +57,7 @@ def is_waiting(engine: EngineRecord) -> bool:
 
 
 def rank(engine: EngineRecord) -> tuple[int, float]:
-    """Return the order of an engine in the queue; the smallest is first."""
+    """Return the sort key of an engine in the queue."""
     return -engine.priority, engine.last_event if engine.queue_rank is None else engine.queue_rank
 
 
@@ -118,7 +119,7 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
     devices = _usable(engine, memory) if memory else engine.devices
     need_bytes = engine.reserved_bytes or 0
     if engine.least_bytes is not None and memory:
-        # A training run that needs more than other programs leave uses smaller batches: to wait for them would be useless.
+        # A training run can use smaller batches, so it does not wait for memory that other programs use.
         rooms = (device.usable_bytes - device.foreign_bytes for device in memory.devices if device.id in (devices or ()))
         largest_bytes = max(rooms, default=0)
         need_bytes = min(need_bytes, max(engine.least_bytes, largest_bytes))
@@ -136,7 +137,7 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
 
 
 def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
-    """Return the devices that an engine may use: the requested ones; otherwise all GPUs if its backend can use them."""
+    """Return the devices that an engine may use: the requested devices, all GPUs, or the CPU."""
     if engine.devices:
         return engine.devices
     gpus = tuple(device.id for device in memory.devices if device.id != "cpu")
@@ -163,7 +164,6 @@ def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> I
 
 
 def _reason(engine: EngineRecord, decision: Wait | Refuse) -> Reason:
-    """Return a decision in words."""
     need, free = gigabytes(engine.reserved_bytes or 0), gigabytes(max(0, decision.free_bytes))
     place = f"Number {decision.position} in the queue: " if isinstance(decision, Wait) else ""
     hint = ""

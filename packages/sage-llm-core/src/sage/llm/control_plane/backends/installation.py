@@ -56,7 +56,7 @@ def install(environment: Environment, report: Report) -> bool:
 
 
 def remove(environment: Environment, report: Report) -> bool:
-    """Delete all environments of a backend; return False if there are none. Raises Conflict if a process uses them."""
+    """Delete all environments of a backend; return False if there are none. Raises Conflict if one is in use."""
     with _lock(environment, report):
         folders = [folder for folder in (environment.folder, *environment.outdated()) if folder.is_dir()]
         if running := [pid for folder in folders for pid in processes(folder)]:

@@ -85,7 +85,7 @@ def estimate_server(
 
 
 def sizes_of(model: ModelSource) -> Architecture | None:
-    """Return the sizes of a base model; None if it is not downloaded. For a converted GGUF file, the conversion is read."""
+    """Return the sizes of a base model, or None if it is not on this machine. A GGUF file counts as its conversion."""
     folder: Path | None = model.folder
     if model.kind is ModelKind.GGUF:
         gguf = next(model.folder.glob("*.gguf"))

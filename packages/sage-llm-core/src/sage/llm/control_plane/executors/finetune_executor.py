@@ -62,7 +62,7 @@ class FinetuneExecutor:
         return await asyncio.to_thread(self._prepare, engine_id, request)
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
-        """Check and hash the dataset and create the run directory; if the run exists, check that it can be resumed."""
+        """Create the run directory, or check that an existing run can be resumed. A live process is not checked."""
         if not await self._is_alive(engine):
             await asyncio.to_thread(self._validate, engine)
         return {}

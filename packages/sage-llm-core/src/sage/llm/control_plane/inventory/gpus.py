@@ -43,7 +43,7 @@ class Gpu:
 def list_gpus() -> list[Gpu]:
     """Return the GPUs of this machine that CUDA_VISIBLE_DEVICES of this process does not exclude.
 
-    A GPU that is excluded or does not report its memory is omitted; the other GPUs keep their indexes.
+    A GPU that does not report its memory is omitted. The other GPUs keep their indexes.
     """
     nvml = _nvml()
     return [gpu for gpu in _gpus(nvml) if _is_visible(gpu)] if nvml else []
@@ -96,7 +96,7 @@ def _parts(nvml: Any, handle: Any | None) -> list[Any] | None:
 
 
 def _gpu(nvml: Any, index: int, handle: Any, parent: Any, *, is_mig: bool) -> Gpu | None:
-    """Return a GPU or a MIG device; None if it does not report its memory.  parent: the GPU that contains a MIG device."""
+    """Return a GPU or a MIG device, or None if it does not report its memory."""
     memory = _supported(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     if memory is None:
         return None
@@ -124,7 +124,6 @@ def _supported(nvml: Any, call: Callable[..., Any], *arguments: Any) -> Any | No
 
 @functools.cache
 def _nvml() -> Any | None:
-    """Return the NVML module after its initialization; None on a machine without a driver."""
     import pynvml
 
     try:

@@ -114,7 +114,6 @@ def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_byt
 
 
 def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str, int]) -> list[DeviceEngine]:
-    """Return the engines that use or have reserved memory of a device."""
     found = []
     for occupant in occupants:
         reserved_bytes = occupant.reserved_bytes if device in occupant.devices else None
@@ -131,7 +130,6 @@ def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str
 
 
 def _members(pids: Collection[int], sessions: Mapping[int, Collection[int]]) -> set[int]:
-    """Return the processes of the sessions that the processes `pids` lead."""
     return {member for pid in pids for member in sessions.get(pid, [pid])}
 
 
@@ -140,7 +138,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes without shared pages, because the system does not count file pages as used."""
+    """Return the resident memory of processes without shared pages: the system does not count file pages as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):

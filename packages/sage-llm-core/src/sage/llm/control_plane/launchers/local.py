@@ -41,8 +41,7 @@ class LocalLauncher:
     """Starts, observes and signals processes on this machine; each process has its own session."""
 
     def __init__(self) -> None:
-        # Observations have separate threads, so that they never wait for other blocking work, for example hashing a
-        # dataset. Launches have separate threads too, because a launch can hang if the storage does not respond.
+        # Observations and launches have separate threads, because a launch can hang if the storage does not respond.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="launcher")
         self._launch_threads = ThreadPoolExecutor(_MAX_LAUNCHES, thread_name_prefix="launch")
         self._launches: dict[Path, asyncio.Future[str | None]] = {}
@@ -163,7 +162,6 @@ def _process(lock: Path) -> ProcessIdentity | None:
 
 
 def _listen(port: int) -> socket.socket:
-    """Return a listening socket, on a free port if `port` is 0; raises Conflict."""
     listener = socket.socket()
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
