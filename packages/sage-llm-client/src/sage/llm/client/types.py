@@ -190,7 +190,9 @@ class EngineView(BaseModel):
     queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
     devices: list[str] | None = Field(None, description="Devices of the engine's server; null if it has no server.")
     reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
-    restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
+    restarts: int = Field(
+        0, description="Number of restarts since a user started or resumed the engine, or since it last ran for 10 minutes."
+    )
     reason: Reason | None = None
     training: TrainingProgress | None = None
     node: str = Field(

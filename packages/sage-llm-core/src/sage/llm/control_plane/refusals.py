@@ -19,7 +19,7 @@ def not_resumable(engine_id: str, state: EngineState) -> Conflict:
     """Return the error for an engine that cannot be resumed."""
     return Conflict(
         code="not_resumable",
-        message=f"{engine_id} is {state}: only stopped and failed engines can be resumed.",
+        message=f"{engine_id} is {state}: only stopped, failed and paused engines can be resumed.",
         hint=f"`sage llm engine status {engine_id}` shows its state.",
     )
 
@@ -80,7 +80,7 @@ def paused(engine_id: str, paused_by: str) -> Overloaded:
 
 def ended(engine_id: str, model: str, state: EngineState, reason: Reason | None) -> Overloaded:
     """Return the error for a request that waited for an engine which ended before it was ready."""
-    why = f": {reason.message}" if reason else ""
+    why = f": {reason.message}" if reason else "."
     return Overloaded(
         code="engine_ended",
         message=f"{engine_id} for '{model}' is {state}{why}",

@@ -9,7 +9,7 @@ MAX_RESTARTS = 5
 _MAX_BACKOFF_SECONDS = 60.0
 #: If an engine fails after it was in state `running` for this time, the count of its restarts begins at zero again.
 _HEALTHY_SECONDS = 600.0
-#: Reason code of a run whose process exited without reporting an error; after a restart, the run can succeed.
+#: Reason code of a run whose process exited without reporting an error.
 _EXITED_WITHOUT_REPORT = "worker_died"
 
 
@@ -21,7 +21,7 @@ def backoff_seconds(restarts: int) -> float:
 def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int | None:
     """Return the number of the next restart of an engine whose process has exited; None if the engine stays failed.
 
-    A run that reported its failure (a loss that is not finite, bad data) stays failed, because the run would fail again.
+    A run that reported its failure (such as a loss that is not finite) stays failed, because the run would fail again.
     """
     has_reported = (
         observed.ended is EngineState.FAILED and observed.reason and observed.reason.code != _EXITED_WITHOUT_REPORT

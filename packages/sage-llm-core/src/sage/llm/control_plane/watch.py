@@ -1,7 +1,6 @@
-"""Measure durations of an engine with the monotonic clock, for example the time since the last change of the engine's state.
+"""Measure durations of an engine with the monotonic clock.
 
 The time between two observations is added only up to a limit, so that a suspension of the control plane is not counted.
-If the control plane restarts, all durations start at zero.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ class Watch:
     served_as: str | None = None
     served_seconds: float = 0.0  #: time since the server loaded the current version of the adapter
     last_request_at: datetime | None = None
-    idle_seconds: float = 0.0  #: time in state `running` without a new request
+    idle_seconds: float = 0.0  #: time in the current state without a new request
     is_stop_sent: bool = False  #: this control plane has sent the stop signal in the engine's current state
 
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:

@@ -1,9 +1,8 @@
-"""Leases. A lease is the right to write the rows of a node; every write checks the lease in its transaction.
+"""Leases. A lease is the right to write the rows of a node.
 
-Each takeover of a lease increments a number, the fence. If a control plane is suspended, another control plane can take over
-its lease. When the suspended control plane continues, its fence is outdated, and its writes are refused. If a control plane
-is suspended in the middle of a transaction, the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end
-the transaction, so nobody can write until the suspended process continues or exits.
+Each takeover of a lease increments a number, the fence. A write with an outdated fence is refused, for example after the
+control plane was suspended. If a control plane is suspended in a transaction, a takeover waits. PostgreSQL ends the
+transaction after 3 s. SQLite cannot end the transaction, so nobody can write until the suspended process continues or exits.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ class LeaseLost(StaleWrite):
 
 
 class LeaseStore:
-    """Nodes and their leases. Each method is one transaction."""
+    """Nodes and their leases."""
 
     def __init__(self, database: Engine, lease_seconds: float = LEASE_SECONDS) -> None:
         self._database = database
@@ -39,7 +38,7 @@ class LeaseStore:
         self.lease_seconds = lease_seconds
 
     def register_node(self, node: str, host: str) -> None:
-        """Insert a node and a lease that nobody holds; if the node exists, only update its host."""
+        """Insert a node and a lease that nobody holds. If the node exists, only update its host."""
         insert = insert_sqlite if self._database.dialect.name == "sqlite" else insert_postgresql
         lease = {"fence": 0, "host": "", "pid": 0, "pid_started": "", "url": "", "expires_at": NEVER_HELD}
         with self._write() as connection:
@@ -75,7 +74,7 @@ class LeaseStore:
             return Lease(node, row.fence + 1) if connection.execute(taken).rowcount else None
 
     def renew_lease(self, lease: Lease, holder: str) -> bool:
-        """Extend the lease, even if the lease has expired; return False if it was taken over or released."""
+        """Extend the lease, even if the lease has expired. Return False if the lease was taken over or released."""
         renewed = (
             update(leases).where(_is_of(lease), leases.c.holder == holder).values(expires_at=lease_clock(self.lease_seconds))
         )

@@ -1,4 +1,4 @@
-"""Queries for pages of engines. The cost of a query depends on the size of the page, not on the number of engines."""
+"""Queries for pages of engines. The cost of a query does not depend on the number of engines."""
 
 from collections.abc import Collection
 from itertools import product
@@ -34,10 +34,7 @@ def page_query(
     node: str | None,
     newest_first: bool,
 ) -> Select[Any]:
-    """Return the query for one page of engines; behind: the position after which the page starts.
-
-    If there are filters, the query merges the first engines of each combination of state and kind.
-    """
+    """Return the query for one page of engines.  behind: the position after which the page starts."""
     order = _ORDER.desc() if newest_first else _ORDER.asc()
 
     def in_order(query: Select[Any]) -> Select[Any]:

@@ -14,7 +14,7 @@ INTERNAL = "sage-"
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write the rows of a node. Every write checks the lease. Each takeover increments the fence."""
+    """The right to write the rows of a node. Each takeover increments the fence."""
 
     node: str
     fence: int
@@ -40,7 +40,7 @@ class ServerState(StrEnum):
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """A process, planned or launched, that hosts one or more engines; the row is removed when the process has exited."""
+    """A process, planned or launched, that hosts one or more engines. The row is removed when the last engine leaves."""
 
     id: str  #: `server-` and 10 characters of [a-z0-9]
     node: str
@@ -61,10 +61,7 @@ class ServerRecord:
 
     @property
     def token(self) -> str:
-        """The token that identifies the process: `engine-` and the suffix of the server's id.
-
-        The environment of the process contains this token.
-        """
+        """The token that identifies the process: `engine-` and the suffix of the server's id."""
         return f"engine-{suffix_of(self.id)}"
 
 
@@ -82,7 +79,7 @@ class EngineRecord:
     desired: DesiredState
     force: bool  #: kill the process to reach `desired`
     restart_policy: RestartPolicy
-    restarts: int  #: number of restarts since a user last started or resumed the engine
+    restarts: int  #: number of restarts since a user last started or resumed the engine, or since it last ran for 10 minutes
     state: EngineState
     reason: Reason | None
     figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists of engines read no files
