@@ -9,8 +9,7 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Known texts before and after a tool call. They are used if the template itself writes no calls: it only tells the model in
-#: the system prompt how to write them (Granite 3, Phi-4).
+#: Known texts before and after a tool call. Some templates only describe calls in the system prompt (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -59,7 +58,7 @@ class AnswerFormat:
 
 
 def _call_in_template(chat: ChatFormat) -> dict[str, Any]:
-    """Return the fields that describe how the template writes a call; {} if the template writes no calls."""
+    """Return the fields that describe how the template writes a call; {} if this is not known."""
     asked = {"role": "user", "content": "Hi"}
     function = {"name": _NAME, "arguments": {"x": _VALUE}}
     called = {

@@ -111,11 +111,7 @@ class Embedder:
         return vectors.float().cpu()
 
     def _embeds_tokens_as(self, expected: Tensor) -> bool:
-        """Return whether the model computes the same vector for the test text and for the token ids of this text.
-
-        expected: the vector that the model has computed for the text. The two vectors differ, for example, if the model adds
-        a chat template to texts but not to token ids.
-        """
+        """Return whether the token ids of the test text give the same vector as the text, which gave `expected`."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
         except Exception as error:  # the model accepts only texts

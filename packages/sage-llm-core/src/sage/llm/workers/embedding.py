@@ -66,7 +66,6 @@ def _shortened(vector: Tensor, dimensions: int | None) -> Tensor:
 
 
 def _encoded(vector: Tensor, request: EmbeddingRequest) -> list[float] | str:
-    """Return a vector as a list of numbers, or as base64 text of little-endian fp32 values."""
     if request.encoding_format == "base64":
         return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
     numbers: list[float] = vector.tolist()

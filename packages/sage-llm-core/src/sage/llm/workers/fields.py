@@ -92,7 +92,7 @@ LogitBias = dict[
 
 
 class Body(BaseModel):
-    """A JSON object; null fields count as absent, and unknown fields are rejected."""
+    """A JSON object. Null fields count as absent, and unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

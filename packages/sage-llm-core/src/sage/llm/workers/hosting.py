@@ -57,7 +57,7 @@ class Hosted:
         self._unused = asyncio.Event()
 
     def enter(self) -> None:
-        """Count a request that uses the model; the model is not unloaded until `leave` is called."""
+        """Count a request that uses the model. The model is not unloaded until `leave` is called."""
         self._requests += 1
         self._unused.clear()
 
@@ -106,7 +106,7 @@ class Hosting:
         ]  # fmt: skip
 
     async def load(self, name: str, folder: Path) -> None:
-        """Load an adapter; do nothing if it is already loaded. Raises ConfigError or ModelError."""
+        """Load an adapter, unless `name` is already loaded from the same folder. Raises ConfigError or ModelError."""
         async with self._loading:
             if (known := self._adapters.get(name)) and known.folder == folder:
                 return
@@ -143,7 +143,6 @@ class Hosting:
         return runner
 
     def _read(self, folder: Path) -> tuple[Hosted, Adapter]:
-        """Read an adapter's weights and tokenizer, and check that they fit the base model."""
         if not folder.is_absolute():
             message = "lora_path is not an absolute path."
             raise ConfigError(code="invalid_value", message=message, param="lora_path")

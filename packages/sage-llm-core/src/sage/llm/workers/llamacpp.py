@@ -1,7 +1,4 @@
-"""Start llama.cpp's server: find or create the GGUF file of a model, then replace this process with the server.
-
-This module does not import torch; the conversion runs in separate processes.
-"""
+"""Start llama.cpp's server: find or create the GGUF file of a model, then replace this process with the server."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API. Unknown fields are rejected. For some known fields, only a value without effect is accepted."""
+"""Requests of OpenAI's API, in which unknown fields are rejected."""
 
 from typing import Annotated, Any, Literal
 
@@ -96,7 +96,7 @@ class GenerationRequest(Body):
 
 
 class TextPart(Body):
-    """A part of a message. Only text is supported."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str

@@ -24,14 +24,13 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-#: OpenAI's parameters that do not change this server's answers; they are accepted.
+#: OpenAI's parameters that do not change this server's answers.
 _IGNORED = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "user"}
 _LOAD = "/v1/load_lora_adapter"
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
 
 
 def _template(folder: Path) -> str | None:
-    """Return the chat template in a folder, or None if there is none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
