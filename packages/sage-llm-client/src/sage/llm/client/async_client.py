@@ -88,7 +88,7 @@ class AsyncSageClient:
         return await self._send(calls.get(engine_id))
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine saves its state and exits, or is killed if `force` is set. Return before the exit."""
+        """Request an engine to stop, without waiting for its exit. `force` kills the process."""
         return await self._send(calls.stop(engine_id, force=force))
 
     async def pause_engine(self, engine_id: str) -> EngineView:
@@ -175,7 +175,7 @@ class AsyncSageClient:
         return await self._send(calls.set_route(name, engines, fallback))
 
     async def remove_route(self, name: str) -> None:
-        """Delete a route. Its engines are not changed."""
+        """Delete a route."""
         await self._send(calls.remove_route(name))
 
     async def devices(self) -> list[Device]:
@@ -236,7 +236,6 @@ class AsyncSageClient:
     async def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> AsyncIterator[T]:
-        """Yield the items of a stream. After a lost connection, request the rest of the stream with `call()`."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

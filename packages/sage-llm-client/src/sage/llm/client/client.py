@@ -95,7 +95,7 @@ class SageClient:
         return self._send(calls.get(engine_id))
 
     def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine saves its state and exits, or is killed if `force` is set. Return before the exit."""
+        """Request an engine to stop, without waiting for its exit. `force` kills the process."""
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
@@ -179,7 +179,7 @@ class SageClient:
         return self._send(calls.set_route(name, engines, fallback))
 
     def remove_route(self, name: str) -> None:
-        """Delete a route. Its engines are not changed."""
+        """Delete a route."""
         self._send(calls.remove_route(name))
 
     def devices(self) -> list[Device]:
@@ -239,7 +239,6 @@ class SageClient:
     def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> Iterator[T]:
-        """Yield the items of a stream. After a lost connection, request the rest of the stream with `call()`."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

@@ -108,7 +108,6 @@ class Patience:
     """Decides whether to request a broken stream again, or to give up."""
 
     def __init__(self, seconds: float) -> None:
-        """seconds: maximum time to wait if the gateway is unreachable."""
         self._seconds = seconds
         self._lost_at: float | None = None
 

@@ -42,7 +42,7 @@ def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Acti
 def keep(
     engine: EngineRecord, server: ServerRecord, observed: Observed, hosts: Hosts, watches: Mapping[str, Watch]
 ) -> Action | None:
-    """Return the next action for the adapters on a running engine's server. Returns None if no action is needed."""
+    """Return the next action for the adapters on a running engine's server, or None."""
     answers_older = is_refused(engine) and engine.served_as in observed.models
     if engine.adapter is not None and not answers_older:
         is_recent = engine.served_as == engine.internal_name and watches[engine.id].served_seconds < _LOOK_SECONDS

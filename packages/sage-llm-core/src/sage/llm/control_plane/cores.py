@@ -19,8 +19,7 @@ class Cores:
 def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cores: Cores) -> list[Action]:
     """Return the actions, with the number of CPU threads set in each launch of a new server that uses the CPU.
 
-    servers: the servers of this node. Each server counts for the shares, but a running process keeps its number of
-    threads.
+    servers: the servers of this node. A running process keeps its number of threads.
     """
     launches = {action.engine.id: action.engine for action in actions if _takes_cores(action)}
     if not launches:

@@ -55,7 +55,6 @@ def _options(request: StartRequest) -> dict[str, Any]:
 
 
 def _of_run(model: ModelSource, config: FinetuneConfig, free_bytes: int) -> dict[str, Any]:
-    """Return the fields of the view that only training runs have."""
     needs, earlier = training_memory(model, config), earlier_run(get_user_paths().finetuned_dir, config)
     return {
         "fitting_samples": needs and needs.fitting_samples(free_bytes, config.max_seq_length),

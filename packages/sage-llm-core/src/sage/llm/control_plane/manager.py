@@ -275,7 +275,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         return self._new_upstream(route.address, route.model_name, route.engine_id, route.name, route.token, route.backend)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
-        """Return the server to which a request for `model` is sent; wait for an engine that is still starting.
+        """Return the server to which a request for `model` is sent. Wait for an engine that is still starting.
 
         client: identifies the sender of the request; see `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
@@ -309,16 +309,11 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         self._woken.set()
 
     async def _lease(self) -> Lease:
-        """Return the lease. On standby, raise Overloaded with the URL of the active control plane."""
         if lease := self._keeper.lease:
             return lease
         raise standby(await self._pool.run(self._store.leader, self._node))
 
     async def _write(self, write: Callable[..., T], *args: object, **values: object) -> T:
-        """Call the store method `write` with the lease, then start a reconciliation.
-
-        Raises StaleWrite if the row was changed after it was read, Overloaded on standby.
-        """
         try:
             written = await self._pool.run(write, *args, lease=await self._lease(), **values)
         except LeaseLost:
@@ -327,7 +322,6 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         return written
 
     async def _own(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine of this node, and its server. Raises Overloaded on standby."""
         await self._lease()
         return await self._local(engine_id)
 

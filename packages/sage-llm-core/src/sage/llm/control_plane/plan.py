@@ -117,7 +117,6 @@ def _of_paused(engine: EngineRecord, queue: Queue) -> Action | None:
 
 
 def _place(engine: EngineRecord, last_server: ServerRecord | None, queue: Queue) -> Action | None:
-    """Return the action for a queued engine: join a server, launch a new one, or fail; None if the engine must wait."""
     if server := queue.joins.get(engine.id):
         return Join(engine, server)
     match queue.decisions.get(engine.id):
@@ -248,7 +247,6 @@ def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
 
 
 def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reason | None:
-    """Return why the control plane killed an engine; None if the engine exited for another reason."""
     if engine.state is _S.STARTING and _is_inference(engine) and watch.state_seconds > limits.start_seconds:
         problem = "engine's server did not load the adapter" if engine.adapter else "engine did not answer"
         message = f"The {problem} within {limits.start_seconds:.0f} s and was killed."

@@ -114,7 +114,6 @@ class Publisher:
         logger.info("%s: %s serves the run as '%s'", run.id, added.id, added.name)
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
-        """Store a newer version in the record of an engine, so that the server loads this version."""
         if engine.state is EngineState.VALIDATING:  # the validation in progress checks the older version
             raise StaleWrite(engine.id)
         values: dict[str, Any] = {"model": model}

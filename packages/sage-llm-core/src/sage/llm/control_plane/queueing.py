@@ -137,7 +137,6 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
 
 
 def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
-    """Return the devices that an engine may use: the requested devices, all GPUs, or the CPU."""
     if engine.devices:
         return engine.devices
     gpus = tuple(device.id for device in memory.devices if device.id != "cpu")

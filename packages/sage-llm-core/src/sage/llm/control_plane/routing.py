@@ -228,7 +228,6 @@ class RoutingTable:
                 yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
 
     def _keys_of(self, model: str, client: str | None) -> list[str]:
-        """Return the keys to look up in `_groups` for a request; the key of the preferred engine is first."""
         if named := self._named.get(model):
             fallback = [named.fallback] if named.fallback else []
             return [*in_order_of_preference(model, named.engines, client), *fallback]

@@ -166,7 +166,6 @@ class Runner:
                     self._troubles.pop(engine.id, None)
 
     async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
-        """Set an engine's state to `failed`, and kill a process that hosts no other engine."""
         failed = Transition(engine, EngineState.FAILED, reason)
         if server is None or engine.state is EngineState.QUEUED:
             await self._transition(failed, None)
@@ -210,7 +209,6 @@ class Runner:
                 await self._transition(action, server, observed)
 
     async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
-        """Store the planned server, start or take over its process, and store the address of the process."""
         engine = action.engine
         executor = self._executors[engine.kind]
         if server is None:

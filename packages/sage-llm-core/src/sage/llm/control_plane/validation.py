@@ -20,7 +20,6 @@ class Validator:
     """Validates engines and keeps the results until they are stored."""
 
     def __init__(self, executors: Mapping[EngineKind, Executor], on_done: Callable[[], None]) -> None:
-        """on_done: called after each validation."""
         self._executors, self._on_done = executors, on_done
         self._pools = {kind: Pool(f"validate-{kind}", _MAX_VALIDATIONS) for kind in executors}
         self._tasks: dict[str, asyncio.Task[Validation]] = {}
@@ -54,7 +53,6 @@ class Validator:
             pool.close()
 
     async def _validate(self, engine: EngineRecord) -> Validation:
-        """Return why an engine cannot be started, or the columns of the engine that the checks determined."""
         try:
             # The checks run in a separate event loop, so that they do not use the threads of the main event loop.
             validate = self._executors[engine.kind].validate(engine)

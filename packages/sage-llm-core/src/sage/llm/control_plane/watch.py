@@ -30,7 +30,7 @@ class Watch:
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:
         """Add the time since the last call, at most `limit_seconds`, to each duration whose condition is still true.
 
-        observed: None if the engine could not be observed; in this case, `silent_seconds` and `ended_seconds` do not grow.
+        observed: None if the engine could not be observed. Then `silent_seconds` and `ended_seconds` do not grow.
         """
         passed_seconds = min(now_seconds - self.looked_at_seconds, limit_seconds)
         self.looked_at_seconds = now_seconds

@@ -58,7 +58,6 @@ class AnswerFormat:
 
 
 def _call_in_template(chat: ChatFormat) -> dict[str, Any]:
-    """Return the fields that describe how the template writes a call; {} if this is not known."""
     asked = {"role": "user", "content": "Hi"}
     function = {"name": _NAME, "arguments": {"x": _VALUE}}
     called = {
@@ -104,7 +103,6 @@ def _json_call(chat: ChatFormat, value: Any, call: dict[str, Any], before: str, 
 
 
 def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
-    """Return the markers of a field in a tokenizer's `response_template`; ("", "") if the field has no plain strings."""
     declared = getattr(tokenizer, "response_template", None)
     spec = declared.get("fields", {}).get(field, {}) if isinstance(declared, dict) else {}
     opening, closing = spec.get("open"), spec.get("close", "")
@@ -124,7 +122,6 @@ def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
 
 
 def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str] | None:
-    """Return the markers of reasoning that the template writes or mentions; None if there are no markers."""
     text = ""
     answered = {"role": "assistant", "content": _VALUE, "reasoning_content": _THOUGHT}
     with contextlib.suppress(Exception):  # templates raise all kinds of exceptions

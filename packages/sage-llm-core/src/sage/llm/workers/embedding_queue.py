@@ -89,7 +89,6 @@ class Batcher(JobThread, Generic[T]):
     """A thread that computes the vectors of the inputs in a FairQueue, one batch after another."""
 
     def __init__(self, embed: Callable[[list[T]], Sequence[Any]], max_tokens: int) -> None:
-        """embed: function that returns a vector for each input."""
         self._embed, self._queue = embed, FairQueue[T](max_tokens)
         self._changed = threading.Condition()
         super().__init__("Embedding")

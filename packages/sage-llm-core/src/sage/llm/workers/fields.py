@@ -19,7 +19,6 @@ def _stops(value: Any) -> Any:
 
 
 def _inputs(value: Any) -> Any:
-    """Return a list of texts, or a list of lists of token ids."""
     if isinstance(value, str) or _are_ids(value):
         return [value]
     if isinstance(value, list) and value:

@@ -239,7 +239,6 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _characters(value: Any) -> int:
-    """Return the approximate number of characters in the keys and values of a JSON value."""
     if isinstance(value, dict):
         return 1 + sum(len(key) + _characters(part) for key, part in value.items())
     if isinstance(value, list):

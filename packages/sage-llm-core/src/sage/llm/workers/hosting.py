@@ -50,7 +50,6 @@ class Hosted:
     """A model in the server, with the number of requests that use it."""
 
     def __init__(self, folder: Path, voice: Voice, adapter: Adapter | None) -> None:
-        """adapter: None for the base model."""
         self.folder, self.voice, self.adapter = folder, voice, adapter
         self.created = int(time.time())
         self._requests = 0

@@ -21,10 +21,7 @@ class ClientGone(Exception):
 
 
 class Job(Generic[T]):
-    """The work of one request.
-
-    A worker thread computes pieces of the result and delivers them to the event loop.
-    """
+    """The work of one request, whose pieces a worker thread delivers to the event loop."""
 
     def __init__(self, on_finish: Callable[[], None] = lambda: None) -> None:
         """on_finish: called in the event loop when the work has ended, even if the job was cancelled."""
@@ -35,7 +32,7 @@ class Job(Generic[T]):
         self._arrived: asyncio.Queue[T | SageError | None] = asyncio.Queue()
 
     def put(self, piece: T | SageError | None) -> None:
-        """Deliver a piece to the event loop; None ends the answer. Called by the worker thread."""
+        """Deliver a piece to the event loop; None ends the answer."""
         self._call(self._arrived.put_nowait, piece)
 
     def finish(self, ending: SageError | None) -> None:

@@ -201,7 +201,6 @@ def _named(token: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _spelled(token: bytes) -> str:
-    """Return a token as text, or as escaped bytes if it contains an incomplete character."""
     try:
         return token.decode()
     except UnicodeDecodeError:

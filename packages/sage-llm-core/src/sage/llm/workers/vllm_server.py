@@ -40,7 +40,6 @@ def _template(folder: Path) -> str | None:
 
 
 def _vocabulary(folder: Path) -> Any:
-    """Return the parts of a folder's tokenizer that determine tokenization; None if the folder has no tokenizer."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_bytes()) if file.is_file() else None
     return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
@@ -99,8 +98,6 @@ class Rules:
 
 
 class _Replay:
-    """An ASGI receive function that returns a request body which was already read."""
-
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
         self._receive = receive
@@ -113,8 +110,6 @@ class _Replay:
 
 
 class _Health:
-    """An ASGI send function that replaces vLLM's empty answer to `/health` with a JSON object."""
-
     def __init__(self, send: Send, state: Any) -> None:
         self._send, self._state = send, state
 
@@ -188,7 +183,6 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _unknown(body: bytes, known: Collection[str]) -> str | None:
-    """Return the first parameter in a request body that vLLM does not support; None if vLLM supports all parameters."""
     try:
         request = json.loads(body)
     except ValueError:

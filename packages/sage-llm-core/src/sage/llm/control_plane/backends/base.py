@@ -106,10 +106,7 @@ class ServingBackend(Backend, Protocol):
         """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why a running server of `base` cannot load `adapter`, as a clause without a period.
-
-        Returns None if the server can load the adapter.
-        """
+        """Return why a running server of `base` cannot load `adapter`, as a clause without a period, or None."""
 
     def max_adapters(self, options: Any) -> int | None:
         """Return the maximum number of adapters in a server; None: no limit."""
@@ -121,7 +118,7 @@ _SPIN_COUNT = "10000"
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return the environment variables for `threads` CPU threads. None does not set the number."""
+    """Return the environment variables that set the number of CPU threads.  threads: None does not set it."""
     return {"GOMP_SPINCOUNT": _SPIN_COUNT, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 

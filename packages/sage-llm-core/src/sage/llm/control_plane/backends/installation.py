@@ -199,7 +199,6 @@ def _variables() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _lock(environment: Environment, report: Report) -> Iterator[int]:
-    """Acquire the lock of an environment and release it at the end; wait while another command has the lock."""
     path = environment.folder.with_name(f"{environment.folder.name}.lock")
     is_told = False
     while (lock := try_lock(path)) is None:

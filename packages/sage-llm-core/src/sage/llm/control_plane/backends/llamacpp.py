@@ -97,7 +97,7 @@ class LlamaCppBackend(WorkerBackend):
         return "llama.cpp loads adapters only when it starts"
 
     def estimate(self, model: ModelSource, options: LlamaCppOptions) -> MemoryEstimate | None:
-        """Return the memory of the server. llama.cpp allocates the cache at the start."""
+        """Return the memory of the server."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

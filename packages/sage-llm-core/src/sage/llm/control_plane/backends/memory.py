@@ -42,7 +42,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ServingEstimate:
-    """The memory of a server in bytes. The sum of all fields is the peak."""
+    """The parts of the peak memory of a server, in bytes."""
 
     framework_bytes: int  #: the program and its libraries
     weights_bytes: int  #: the base model, in its precision in memory
@@ -85,7 +85,7 @@ def estimate_server(
 
 
 def sizes_of(model: ModelSource) -> Architecture | None:
-    """Return the sizes of a base model, or None if it is not on this machine. A GGUF file counts as its conversion."""
+    """Return the sizes of a base model, or None if it is not on this machine."""
     folder: Path | None = model.folder
     if model.kind is ModelKind.GGUF:
         gguf = next(model.folder.glob("*.gguf"))
@@ -96,8 +96,8 @@ def sizes_of(model: ModelSource) -> Architecture | None:
 def cache_tokens(context_tokens: int, slots: int, *, is_limited: bool) -> int:
     """Return the number of cached tokens of a server that allocates the cache as the answers grow.
 
-    is_limited: the user has set the context length, so every slot may use all of it. Otherwise, all answers have a
-    typical length, or one answer has the full length.
+    is_limited: the user has set the context length, so every slot may use all of it. Otherwise, the cache is for answers
+    of typical length, but at least for one answer of full length.
     """
     return slots * context_tokens if is_limited else max(context_tokens, slots * _ANSWER_TOKENS)
 

@@ -98,7 +98,6 @@ def complete_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def _quantizing(quantize: str, candidates: Sequence[Backend]) -> list[Backend]:
-    """Return the candidates that quantize to `quantize`; raises ConfigError if there are none."""
     if found := [backend for backend in candidates if quantize in backend.capabilities.quantizes]:
         return found
     able = ", ".join(backend.name for backend in BACKENDS.values() if quantize in backend.capabilities.quantizes)

@@ -49,7 +49,7 @@ class TransformersBackend(WorkerBackend):
         return why_not_hot(adapter, base)
 
     def estimate(self, model: ModelSource, options: TransformersOptions) -> MemoryEstimate | None:
-        """Return the memory of the server. The cache grows with the answers; it is not allocated at the start."""
+        """Return the memory of the server."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

@@ -95,7 +95,7 @@ class VllmBackend(WorkerBackend):
         return options.max_adapters
 
     def estimate(self, model: ModelSource, options: VllmOptions) -> MemoryEstimate | None:
-        """Return the memory of the server. vLLM allocates the cache and the memory for all adapters at the start."""
+        """Return the memory of the server."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

@@ -82,7 +82,6 @@ class AdapterClient:
 
 
 def _message(answer: httpx.Response) -> str:
-    """Return the message of an error response in OpenAI's format, on one line."""
     try:
         message = str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

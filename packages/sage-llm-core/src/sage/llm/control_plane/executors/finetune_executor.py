@@ -95,7 +95,7 @@ class FinetuneExecutor:
         return await self._reading.run(self._probe, engine, server, process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return the run's folders and progress. If no progress was observed or stored, read it from the run's files."""
+        """Return the run's folders and progress."""
         return {
             "task_id": task_id_of(engine.id),
             "output_dir": engine.options["output_dir"],
@@ -118,7 +118,7 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint as a model; the run never removes this folder. Raises ModelError or OSError."""
+        """Return a folder with a checkpoint as a model, which the run never removes. Raises ModelError or OSError."""
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
@@ -147,7 +147,6 @@ class FinetuneExecutor:
         )
 
     def _absolute(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options with dataset ids replaced by paths; raises ConfigError if a path is relative."""
         given = {name: options[name] for name in (*_DATASETS, *_PATHS) if options.get(name)}
         checked = {
             name: [self._path(name, path) for path in paths] if isinstance(paths, list) else self._path(name, paths)

@@ -170,7 +170,6 @@ class InferenceExecutor:
 
 
 def _form(engine: EngineRecord) -> str | None:
-    """Return how the model is served, as text for users; None: not decided yet."""
     if not (engine.adapter and engine.server_id):
         return engine.form
     merge = engine.form if engine.merger_id is None else "it is being merged in the background"
@@ -192,7 +191,6 @@ def _prepare(request: StartRequest) -> Prepared:
 
 
 def _merge_problem(request: StartRequest, model: ModelSource) -> str | None:
-    """Return why the engine's model cannot be merged in the background, as part of a sentence, or None."""
     if model.base is None:
         return f"{model.name} is not an adapter"
     if request.dedicated:
@@ -205,5 +203,4 @@ def _number(value: object) -> int | None:
 
 
 def _folder(server_id: str) -> Path:
-    """Return the folder of a server; the name of the folder is the server's token."""
     return get_user_paths().state_dir / "engines" / f"engine-{suffix_of(server_id)}"

@@ -53,7 +53,6 @@ def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: 
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
-    """Return why a running server of `base` cannot load the adapter `source`, as part of a sentence, or None."""
     if engine.dedicated:
         return "a separate server was requested"
     if not backend.capabilities.hot_adapters:

@@ -86,7 +86,6 @@ def _is_visible(gpu: Gpu) -> bool:
 
 
 def _parts(nvml: Any, handle: Any | None) -> list[Any] | None:
-    """Return the handles of the MIG devices of a GPU; None if the GPU is not partitioned or was lost."""
     mode = None if handle is None else _supported(nvml, nvml.nvmlDeviceGetMigMode, handle)
     if not mode or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
         return None
@@ -96,7 +95,6 @@ def _parts(nvml: Any, handle: Any | None) -> list[Any] | None:
 
 
 def _gpu(nvml: Any, index: int, handle: Any, parent: Any, *, is_mig: bool) -> Gpu | None:
-    """Return a GPU or a MIG device, or None if it does not report its memory."""
     memory = _supported(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     if memory is None:
         return None

@@ -124,7 +124,6 @@ def _migrate(database: Engine, name: str) -> None:
 
 
 def _known_revision(connection: Connection, name: str) -> str | None:
-    """Return the schema's revision, None for an empty database; raises ConfigError if SAGE does not know the revision."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()

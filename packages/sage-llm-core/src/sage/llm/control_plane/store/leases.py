@@ -47,10 +47,10 @@ class LeaseStore:
             connection.execute(insert(leases).values(node=node, **lease).on_conflict_do_nothing())
 
     def acquire_lease(self, node: str, holder: str, host: str, me: ProcessIdentity, url: str = "") -> Lease | None:
-        """Acquire the lease and increment its fence; return None if another active control plane holds the lease.
+        """Acquire the lease and increment its fence. Return None if another active control plane holds the lease.
 
-        holder: token of this control plane; me: its process; url: URL of its gateway.
-        The lease can be taken if it is free or expired, or if the holder was a process of this host and has exited.
+        holder, me, url: token, process and gateway URL of this control plane. The lease can be taken if it is free
+        or expired, or if the holder was a process of this host and has exited.
         """
         with self._read() as connection:  # this only reads, because a standby calls it every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))

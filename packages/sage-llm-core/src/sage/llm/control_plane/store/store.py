@@ -258,7 +258,6 @@ def _as_read(record: EngineRecord) -> ColumnElement[bool]:
 
 @contextlib.contextmanager
 def _one_engine_a_port(record: EngineRecord) -> Iterator[None]:
-    """Raise Conflict if the database refuses a second active engine with the same port."""
     try:
         yield
     except IntegrityError as error:
