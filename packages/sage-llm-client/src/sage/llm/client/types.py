@@ -59,7 +59,7 @@ class RestartPolicy(StrEnum):
     """When an engine is restarted automatically. The values have the same names as in Docker."""
 
     NO = "no"  #: the engine is never restarted
-    ON_FAILURE = "on-failure"  #: restart if the process exits with an error, is killed, or no longer answers
+    ON_FAILURE = "on-failure"  #: restart if the process ends unexpectedly or no longer answers
     UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
 
 
@@ -251,7 +251,7 @@ class EventKind(StrEnum):
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: something other than the state changed, for example: a newer version of the adapter was loaded
+    UPDATED = "updated"  #: something other than the state changed, such as the version of the adapter
     REMOVED = "removed"
     ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
 

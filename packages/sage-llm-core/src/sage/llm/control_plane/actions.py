@@ -88,7 +88,7 @@ class Transition:
     reason: Reason | None = None
     restarts: int | None = None  #: if `state` is failed: number of the restart that follows; None: no restart
     must_remain: bool = False  #: raise StaleWrite if no other engine would remain on the server
-    values: Mapping[str, Any] = field(default_factory=dict)  #: other columns to write
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

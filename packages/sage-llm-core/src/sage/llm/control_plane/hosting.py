@@ -17,8 +17,8 @@ from sage.llm.control_plane.watch import Watch
 
 #: Backend, model, version of the model's files, and options. Two engines with the same key can share a server.
 _Key = tuple[str, str, str | None, str]
-#: After a new version of an adapter was loaded, the previous version stays loaded for this many seconds, because requests
-#: can still use the previous version.
+#: Seconds for which the previous version of an adapter stays loaded after a newer version was loaded. Requests can still use
+#: the previous version.
 _DRAIN_SECONDS = 5.0
 
 

@@ -38,7 +38,7 @@ class Memory:
 class Queue:
     """What each waiting engine should do. An engine that is in none of the mappings waits for a server."""
 
-    joins: Mapping[str, ServerRecord] = field(default_factory=dict)  #: the server that an engine joins
+    joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     #: by id of an engine to pause: the id of the engine for which it makes room
     pauses: Mapping[str, str] = field(default_factory=dict)

@@ -49,7 +49,7 @@ class Route:
     version: int
     created_at: datetime
     address: str | None
-    token: str | None  #: token of the engine's server
+    token: str | None
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None

@@ -90,7 +90,7 @@ class Runner:
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
-        self._launching: set[str] = set()  #: ids of servers whose process is being launched
+        self._launching: set[str] = set()
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
         self._troubles: dict[str, _Trouble] = {}
 

@@ -15,7 +15,7 @@ class ServedRun(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str  #: name of the engine that serves the run
+    name: str
     checkpoints: bool = False  #: whether every checkpoint is served
     after_step: int | None = None  #: if set, a user has requested to serve the next checkpoint after this step
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet

@@ -17,7 +17,7 @@ class Watch:
 
     state: EngineState
     looked_at_seconds: float = 0.0  #: time.monotonic() at the last observation
-    state_seconds: float = 0.0  #: time in the current state
+    state_seconds: float = 0.0
     silent_seconds: float = 0.0  #: time in state `running` without an answer to the health check
     ended_seconds: float = 0.0  #: time since a process that is still alive reported the end of its work
     seen_alive: bool = False  #: this control plane has observed a living process of the engine

@@ -31,7 +31,7 @@ class AnswerFormat:
     call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
     call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer
     calls: Literal["object", "list", "other"] = "other"  #: JSON object of one call, JSON list of calls, or other
-    arguments_key: str = "arguments"  #: key of the arguments in the JSON of a call
+    arguments_key: str = "arguments"
     around: tuple[str, str] = ("", "")  #: text before and after a call, with whitespace as in the template
     think_open: str = ""  #: text before the reasoning; "": the model writes no reasoning
     think_close: str = ""

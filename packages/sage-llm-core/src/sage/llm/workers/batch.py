@@ -27,7 +27,7 @@ class _Request:
     job: Job[Piece]
     waiting: deque[Answer]
     adapter: Adapter | None
-    in_progress: int = 0  #: number of answers in progress
+    in_progress: int = 0
 
 
 @dataclass(eq=False)

@@ -162,7 +162,7 @@ class PackedRunner:
         self._model = model
         self.adapters = Adapters(model)
         self._layers = int(model.config.get_text_config().num_hidden_layers)
-        self.prompt_tokens = _PROMPT_TOKENS[model.device.type]  #: maximum number of prompt tokens in a pass
+        self.prompt_tokens = _PROMPT_TOKENS[model.device.type]
         self.windows: dict[int, int | None] = {}  #: sliding window of each layer in the last pass
 
     def new_cache(self, limit_tokens: int) -> KeyValueCache:

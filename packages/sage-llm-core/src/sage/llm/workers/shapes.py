@@ -99,7 +99,7 @@ class ChatShape(Shape):
     def __init__(self, model: str, *, with_logprobs: bool) -> None:
         super().__init__(model, with_logprobs=with_logprobs)
         self._readers: defaultdict[int, AnswerReader] = defaultdict(lambda: AnswerReader(AnswerFormat(), {}))
-        self._calls: Counter[int] = Counter()  #: number of calls by index of the choice
+        self._calls: Counter[int] = Counter()
 
     def read_with(self, reader: Callable[[], AnswerReader]) -> None:
         """Set the function that creates a reader for each choice. Call this once, before the first piece.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sage.common.errors import ConfigError
 
-#: Maximum number of compiled grammars in the cache.
 _KEPT_GRAMMARS = 64
 _ERROR = re.compile(
     r"at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?(?P<reason>.*?)(?=\n +1 \| |$)", re.DOTALL

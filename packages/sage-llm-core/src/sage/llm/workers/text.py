@@ -25,7 +25,7 @@ class TextDecoder:
         self._ids: list[int] = []
         self._known = 0  #: number of context tokens at the start of `_ids`
         self._shown = ""  #: part of the decoded text that was already returned
-        self.characters = 0  #: number of characters returned so far
+        self.characters = 0
         for token in (context or [])[-8:]:
             self.push(token)
         self.characters = 0

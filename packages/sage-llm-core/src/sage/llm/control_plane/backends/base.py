@@ -49,7 +49,7 @@ class Capabilities:
     """The capabilities of a backend."""
 
     kinds: frozenset[EngineKind]
-    formats: frozenset[ModelKind]  #: model formats that the backend can load
+    formats: frozenset[ModelKind]
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     hot_adapters: bool = False  #: adapters can be loaded and unloaded while the server runs
     merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
@@ -63,7 +63,6 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    #: The options that a user can set.
     options: ClassVar[type[BaseModel]]
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
@@ -80,7 +79,6 @@ class ServingBackend(Backend, Protocol):
     If `hot_adapters` is set, the server also has vLLM's HTTP interface to load and unload adapters.
     """
 
-    #: HTTP path of the health check.
     health_path: ClassVar[str]
     #: Request fields that the server supports; the gateway rejects all others. None: the server checks the fields itself.
     parameters: ClassVar[frozenset[str] | None]

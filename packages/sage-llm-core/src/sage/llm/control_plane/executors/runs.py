@@ -4,7 +4,6 @@ from sage.common.errors import NotFound
 from sage.libs.finetune.run.status import RunState, RunStatus
 from sage.llm.client.types import Reason
 
-#: The states in which a run has ended.
 SETTLED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
 #: Exceptions that occur if the files of a run are missing or contain invalid events.
 UNREADABLE = (NotFound, ValueError, KeyError, TypeError, AttributeError)

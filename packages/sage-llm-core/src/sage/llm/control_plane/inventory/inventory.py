@@ -24,7 +24,7 @@ class Occupant:
 
     engine_id: str
     engine_name: str
-    pid: int | None  #: None: the process is not known
+    pid: int | None
     memory_bytes: int | None  #: main memory of the process
     devices: tuple[str, ...]  #: ids of the devices on which memory is reserved
     reserved_bytes: int | None  #: on each of its devices

@@ -82,7 +82,8 @@ class EngineRecord:
     restarts: int  #: number of restarts since a user last started or resumed the engine, or since it last ran for 10 minutes
     state: EngineState
     reason: Reason | None
-    figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists of engines read no files
+    #: the last TrainingProgress of a run that has ended, so that lists of engines read no files
+    figures: Mapping[str, Any] | None
     node: str
     server_id: str | None  #: id of the last server that hosted the engine; the server possibly no longer exists
     requested_port: int | None
@@ -97,11 +98,11 @@ class EngineRecord:
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
     base_version: str | None = None  #: changes if the files of `base` are replaced; None: not known
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
-    form: str | None = None  #: how the model is served, as text for users; written by the validation
+    form: str | None = None  #: how the server loads the model, as text for users
     revision: int = 0  #: incremented at each start and for each newer version of the adapter
     served_as: str | None = None  #: model name in requests to the server; None: not loaded yet, or any name is accepted
     idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
-    last_request_at: datetime | None = None  #: time of the last request since the start, accurate to a few seconds
+    last_request_at: datetime | None = None  #: time of the last recorded request, cleared by a pause
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
     #: id of the engine that merges this engine's adapter in the background; "": not started yet; None: no merge is requested
     merger_id: str | None = None
@@ -110,7 +111,7 @@ class EngineRecord:
     priority: int = 0  #: engines with a higher number are ahead in the queue
     not_before: datetime | None = None  #: earliest time to start the engine
     queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event`
-    #: Who paused the engine: `idle`, `user`, or the id of the engine that it makes room for; None: it is not paused.
+    #: Who paused the engine: `idle`, `user`, or the id of the engine that needs the memory; None: nobody.
     paused_by: str | None = None
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
     threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the default of its program
