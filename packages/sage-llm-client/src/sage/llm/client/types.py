@@ -135,7 +135,9 @@ class StartRequest(BaseModel):
         description="Unload an inference engine after this number of minutes without requests; the state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
-    on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
+    on_busy: OnBusy | None = Field(
+        None, description="What to do if the memory is not free; default: `on_busy` of the settings."
+    )
     priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
     devices: list[DeviceId] | None = Field(
         None, min_length=1, max_length=64, description="Devices that the engine may use; default: any."

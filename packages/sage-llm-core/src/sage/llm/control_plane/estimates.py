@@ -30,7 +30,7 @@ def estimate_engine(request: StartRequest, devices: Sequence[Device]) -> Estimat
         raise ModelError(
             code="model_unusable",
             message=f"The memory of {request.model} cannot be estimated, because its weights are not on this machine.",
-            hint="Start the engine once, which downloads the model.",
+            hint="Start the engine once to download the model.",
             param="model",
         )
     usable = [device for device in devices if device.kind != "cpu"] or list(devices)

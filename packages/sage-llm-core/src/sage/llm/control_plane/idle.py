@@ -53,11 +53,11 @@ def reason_of_stop(engine: EngineRecord) -> Reason | None:
     if not is_pausing(engine):
         return None
     if engine.paused_by == "user" or (engine.paused_by is None and engine.idle_stop_minutes is None):
-        hint = f"`sage llm engine resume {engine.id}` continues it."
+        hint = f"`sage llm engine resume {engine.id}` resumes the engine."
         return Reason(code="paused", message="The engine was paused, as requested, and uses no memory.", hint=hint)
     if engine.paused_by not in (None, "idle"):
-        message = f"The engine makes room for {engine.paused_by}. It is loaded again when enough memory is free."
+        message = f"The engine makes room for {engine.paused_by}, and is loaded again when enough memory is free."
         return Reason(code="makes_room", message=message)
     minutes = f"{engine.idle_stop_minutes:g} min"
-    message = f"The engine had no requests for {minutes}, so it is unloaded. The next request loads it again."
+    message = f"The engine is unloaded after {minutes} without requests. The next request loads the engine again."
     return Reason(code="idle", message=message)

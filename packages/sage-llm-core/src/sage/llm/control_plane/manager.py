@@ -237,7 +237,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
             engine, server = await self._own(engine_id)
             executor = self._executors[engine.kind]
             if engine.state not in SETTLED:
-                raise still_running(engine_id, f"is {engine.state}", "Stop it first: `sage llm engine stop {}`.")
+                raise still_running(engine_id, f"is {engine.state}", "Stop the engine first: `sage llm engine stop {}`.")
             if serving := await self._serving_a_checkpoint(engine):
                 raise still_running(engine_id, f"has a checkpoint that {serving} serves", f"Stop {serving} first.")
             if self._runner.validator.is_running(engine_id):

@@ -87,7 +87,7 @@ class Merger:
             merger = await self._pool.run(self._store.get, merger_id)
             if merger.state is EngineState.FAILED and merger.reason:
                 return f"{merger.reason.message} See `sage llm engine logs {merger_id}`"
-        return f"{merger_id}, which merged it, was stopped"
+        return f"{merger_id}, the engine that merged the adapter, was stopped"
 
     async def _end(self, engine: EngineRecord, problem: str) -> None:
         form = f"it could not be merged in the background: {problem.rstrip('.')}"

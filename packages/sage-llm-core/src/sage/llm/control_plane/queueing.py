@@ -168,18 +168,18 @@ def _reason(engine: EngineRecord, decision: Wait | Refuse) -> Reason:
     hint = ""
     match decision.cause:
         case Cause.NOT_DUE if engine.not_before:
-            text = f"it starts at {engine.not_before:%Y-%m-%d %H:%M} UTC or later."
+            text = f"the engine starts at {engine.not_before:%Y-%m-%d %H:%M} UTC or later."
         case Cause.NOT_DUE:
-            text = "it waits before the next attempt to start it."
+            text = "the engine waits before the next attempt to start."
         case Cause.ROOM:
-            text = f"it needs {need}; the engines that make room for it are stopping."
+            text = f"the engine needs {need} of memory, and the engines that make room for it are stopping."
         case Cause.MEMORY:
-            text = f"it needs {need} of memory, and {free} are free."
-            hint = "`--on-busy preempt` pauses inference engines; `sage llm engine list` shows what is running."
+            text = f"the engine needs {need} of memory, and {free} are free."
+            hint = "`--on-busy preempt` pauses inference engines; `sage llm engine list` shows the running engines."
         case Cause.RESERVED:
-            text = f"it needs {need}; the free memory is reserved for an engine ahead in the queue."
+            text = f"the engine needs {need} of memory, and the free memory is reserved for an engine ahead in the queue."
         case Cause.TOO_LARGE:
-            text = f"it needs {need} of memory, and a device has {free}."
+            text = f"the engine needs {need} of memory, and the largest device has {free}."
             hint = "Use a smaller model, or set --memory-gb if the engine needs less than the estimate."
         case Cause.NO_DEVICE:
             text = f"this node does not have the devices {', '.join(engine.devices or ())}."

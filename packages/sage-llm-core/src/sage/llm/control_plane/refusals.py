@@ -20,7 +20,7 @@ def not_resumable(engine_id: str, state: EngineState) -> Conflict:
     return Conflict(
         code="not_resumable",
         message=f"{engine_id} is {state}: only stopped, failed and paused engines can be resumed.",
-        hint=f"`sage llm engine status {engine_id}` shows its state.",
+        hint=f"`sage llm engine status {engine_id}` shows the engine's state.",
     )
 
 
@@ -30,7 +30,7 @@ def not_pausable(engine: EngineRecord) -> Conflict:
     return Conflict(
         code="not_pausable",
         message=f"{engine.id} is {what}: only an engine that is queued, starting or running can be paused.",
-        hint=f"`sage llm engine status {engine.id}` shows its state.",
+        hint=f"`sage llm engine status {engine.id}` shows the engine's state.",
     )
 
 
@@ -49,7 +49,7 @@ def not_training(engine: EngineRecord) -> Conflict:
         code="not_training",
         message=f"{engine.id} (kind {engine.kind}, state {engine.state}) cannot save a checkpoint. Only a running "
         "training run can save one.",
-        hint=f"`sage llm engine status {engine.id}` shows its state.",
+        hint=f"`sage llm engine status {engine.id}` shows the engine's state.",
     )
 
 
@@ -72,9 +72,9 @@ def standby(leader: LeaderInfo | None) -> Overloaded:
 def paused(engine_id: str, paused_by: str) -> Overloaded:
     """Return the error for a request to an engine that is paused.  paused_by: as in EngineRecord."""
     if paused_by == "user":
-        message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads it again."
+        message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads the engine again."
     else:
-        message, hint = f"{engine_id} makes room for {paused_by}.", "Retry later: it is loaded again when memory is free."
+        message, hint = f"{engine_id} makes room for {paused_by}.", "Retry later. The engine is loaded when memory is free."
     return Overloaded(code="engine_paused", message=message, hint=hint)
 
 
@@ -84,5 +84,5 @@ def ended(engine_id: str, model: str, state: EngineState, reason: Reason | None)
     return Overloaded(
         code="engine_ended",
         message=f"{engine_id} for '{model}' is {state}{why}",
-        hint=f"`sage llm engine resume {engine_id}` starts it again.",
+        hint=f"`sage llm engine resume {engine_id}` starts the engine again.",
     )

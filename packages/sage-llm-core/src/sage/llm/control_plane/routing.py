@@ -278,7 +278,7 @@ def unresponsive(engine_id: str) -> Overloaded:
     return Overloaded(
         code="engine_unresponsive",
         message=f"{engine_id} is running, but does not respond.",
-        hint=f"Retry, or restart it: `sage llm engine stop --force {engine_id}`, then `sage llm engine resume {engine_id}`.",
+        hint=f"Retry, or run `sage llm engine stop --force {engine_id}`, then `sage llm engine resume {engine_id}`.",
     )
 
 

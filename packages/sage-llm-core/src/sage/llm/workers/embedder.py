@@ -57,7 +57,9 @@ class Embedder:
         shorter than the request demands.
         """
         if request.dimensions and request.dimensions > self.dimensions:
-            raise _invalid(f"dimensions is {request.dimensions}; this model's vectors have {self.dimensions}.", "dimensions")
+            raise _invalid(
+                f"dimensions is {request.dimensions}; this model's vectors have {self.dimensions} components.", "dimensions"
+            )
         return [self._read(f"input {index}", given) for index, given in enumerate(request.input)]
 
     def embed(self, inputs: list[Input]) -> Tensor:

@@ -25,7 +25,7 @@ class ServingOptions(BaseModel):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="Quantize the weights: they need less memory and are faster on a CPU, but answers are less exact.",
+        description="Quantization of the weights, which then need less memory and are faster on a CPU, but less exact.",
     )
 
 
@@ -39,7 +39,7 @@ class BatchOptions(ServingOptions):
     kv_cache_tokens: int | None = Field(
         None,
         ge=16,
-        description="Maximum tokens of all prompts and answers in progress, further answers wait; default: no limit.",
+        description="Maximum tokens of all prompts and answers in progress. Further answers wait. Default: no limit.",
     )
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
