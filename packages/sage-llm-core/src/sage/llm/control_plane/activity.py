@@ -27,7 +27,7 @@ class Activity:
     """Records the requests of this gateway to engines for which `idle_stop_minutes` is set."""
 
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
-        """pool: threads for the calls of `store`.  on_paused: called if the engine of a recorded request does not run."""
+        """on_paused: called if the engine of a recorded request does not run."""
         self._store, self._pool, self._routing, self._on_paused = store, pool, routing, on_paused
         self.in_progress: Counter[str] = Counter()  #: number of requests in progress by engine id; the gateway updates it
         self._touched_seconds: dict[str, float] = {}

@@ -67,7 +67,7 @@ class Start:
 
 @dataclass(frozen=True)
 class MakeRoom:
-    """Pause these engines; the waiting engine then starts on these devices."""
+    """Pause these engines. The waiting engine then starts on these devices."""
 
     pause: tuple[str, ...]
     devices: tuple[str, ...]

@@ -78,7 +78,7 @@ class Hosts:
         return (engine.server_id or "") in self._running
 
     def server_for(self, engine: EngineRecord) -> ServerRecord | None:
-        """Return the server that an engine joins, and count the engine as hosted; None if the engine needs a new server."""
+        """Return the server that an engine joins, and count the engine as hosted, or return None if no server fits."""
         if engine.base is None:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.base_version, engine.options)]:

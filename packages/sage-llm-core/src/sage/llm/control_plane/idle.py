@@ -11,7 +11,7 @@ from sage.llm.control_plane.watch import Watch
 
 
 def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
-    """Return the action that pauses an idle engine, or that resumes a paused engine after a request; otherwise None."""
+    """Return the action that pauses an idle engine or resumes a paused engine after a request, or None."""
     if engine.desired is DesiredState.PAUSED:
         is_wanted = engine.last_request_at is not None and engine.paused_by in (None, "idle")
         return SetDesired(engine, DesiredState.RUNNING) if is_wanted else None
@@ -49,7 +49,7 @@ def state_without_process(engine: EngineRecord) -> EngineState:
 
 
 def reason_of_stop(engine: EngineRecord) -> Reason | None:
-    """Return why an engine is unloaded; None if a user stops the engine."""
+    """Return why an engine is unloaded, or None if a user stops the engine."""
     if not is_pausing(engine):
         return None
     if engine.paused_by == "user" or (engine.paused_by is None and engine.idle_stop_minutes is None):

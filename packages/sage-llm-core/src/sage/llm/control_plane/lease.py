@@ -45,7 +45,7 @@ class LeaseKeeper:
 
     @property
     def lease(self) -> Lease | None:
-        """The lease; None if it is not held, or if the last renewal is too long ago, for example after a suspension."""
+        """The lease, or None if it is not held, or if the last renewal is too long ago, for example after a suspension."""
         is_fresh = uptime_seconds() - self._renewed_seconds < _USE * self._store.lease_seconds
         return self._held if is_fresh else None
 

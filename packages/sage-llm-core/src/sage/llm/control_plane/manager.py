@@ -263,7 +263,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         """Return the route of an engine that can answer a request for `model`, now or after its start.
 
         Does not access the database.
-        client: identifies the sender of the request; see `RoutingTable.find`.
+        client: identifies the sender of the request. See `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if all matching engines are running and none responds.
         """
         return self._routing.find(model, kind, self.is_responsive, client)
@@ -277,7 +277,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
         """Return the server to which a request for `model` is sent. Wait for an engine that is still starting.
 
-        client: identifies the sender of the request; see `RoutingTable.find`.
+        client: identifies the sender of the request. See `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
         """
         deadline_seconds = time.monotonic() + wait_seconds
@@ -326,7 +326,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         return await self._local(engine_id)
 
     async def _serving_a_checkpoint(self, run: EngineRecord) -> str | None:
-        """Return the id of the active engine that serves a checkpoint in the directory of `run`; None if no engine does."""
+        """Return the id of the active engine that serves a checkpoint in the directory of `run`, or None."""
         serve = ServedRun.of(run)
         engine = serve and serve.engine_id and self._routing.get(serve.engine_id)
         if not engine:

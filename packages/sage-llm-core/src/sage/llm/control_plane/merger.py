@@ -40,7 +40,6 @@ class Merger:
         routing: RoutingTable,
         held_lease: Callable[[], Lease],
     ) -> None:
-        """pool: threads for the calls of `store`.  held_lease: raises LeaseLost if the lease is not held."""
         self._store, self._pool, self._executors = store, pool, executors
         self._adapters, self._routing, self._held_lease = adapters, routing, held_lease
 

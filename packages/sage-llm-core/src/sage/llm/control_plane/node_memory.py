@@ -23,7 +23,7 @@ class NodeMemory:
         self._measured_at_seconds = 0.0
 
     async def look(self, pids: Collection[int]) -> Memory | None:
-        """Return the newest measurement of the devices; None if no measurement has succeeded yet.
+        """Return the newest measurement of the devices, or None if no measurement has succeeded yet.
 
         pids: the processes of this node's servers.
         """

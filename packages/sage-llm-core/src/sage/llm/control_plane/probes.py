@@ -88,7 +88,7 @@ class Prober:
         self._targets = targets
 
     def observed(self) -> dict[str, Observed]:
-        """Return the last observation of each engine; engines without a recent observation are missing."""
+        """Return the last observation of each engine. Engines without a recent observation are missing."""
         oldest_seconds = time.monotonic() - _SLOW_SECONDS - 2 * self._timeout_seconds
         return {
             engine_id: target.observed
@@ -97,12 +97,12 @@ class Prober:
         }
 
     def last(self, engine_id: str) -> Observed | None:
-        """Return the last observation of an engine, even if it is old; None if there is none."""
+        """Return the last observation of an engine, even if it is old, or None if there is none."""
         target = self._targets.get(engine_id)
         return target.observed if target else None
 
     def trouble(self, engine_id: str) -> str:
-        """Return why the last probe of an engine failed; an empty text if the probe succeeded."""
+        """Return why the last probe of an engine failed, or "" if the probe succeeded."""
         target = self._targets.get(engine_id)
         return target.trouble if target else ""
 

@@ -37,7 +37,6 @@ class Publisher:
         routing: RoutingTable,
         held_lease: Callable[[], Lease],
     ) -> None:
-        """pool: threads for the calls of `store`.  held_lease: returns the lease or raises LeaseLost."""
         self._store, self._pool, self._executors = store, pool, executors
         self._routing, self._held_lease = routing, held_lease
         self._failing: dict[str, float] = {}  #: by run id: time.monotonic() when publishing its result first failed

@@ -44,7 +44,7 @@ class Queue:
     pauses: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self, engine: EngineRecord) -> Reason | None:
-        """Return why an engine waits or cannot start; None if no reason is known."""
+        """Return why an engine waits or cannot start, or None if no reason is known."""
         decision = self.decisions.get(engine.id)
         return _reason(engine, decision) if isinstance(decision, Wait | Refuse) else None
 
@@ -89,7 +89,7 @@ def queue_of(
     hosts: Hosts,
     memory: Memory | None,
 ) -> Queue:
-    """Return what each waiting engine should do.  memory: None if it is not known; then each engine can start."""
+    """Return what each waiting engine should do.  memory: None: the devices are not known, and each engine can start."""
     joins: dict[str, ServerRecord] = {}
     claims: list[Claim] = []
     room_for = {engine.paused_by for engine in engines if is_making_room(engine)}

@@ -48,7 +48,7 @@ class EngineReads:
     ) -> EnginePage:
         """Return one page of the engines of all nodes, in order of creation.
 
-        after: `last_id` of the previous page; None: return the first page.
+        after: `last_id` of the previous page. None: return the first page.
         """
         found, has_more = await self._pool.run(
             self._store.page, limit=limit, after=after, states=states, kinds=kinds, newest_first=newest_first
@@ -86,7 +86,7 @@ class EngineReads:
         return await self._pool.run(self._store.count)
 
     async def get_engine(self, engine_id: str) -> EngineView:
-        """Return an engine; raises NotFound."""
+        """Return an engine. Raises NotFound."""
         engine, server = await self._hosted(engine_id)
         return await self._view(engine, server)
 

@@ -34,10 +34,9 @@ class Reconciler:
         memory: NodeMemory | None = None,
         cores: Cores | None = None,
     ) -> None:
-        """pool: threads for the calls of `store`.
+        """memory: measures the devices. None: each engine can start.
 
-        memory: measures the devices; None: each engine can start.
-        cores: the cores that engines share; None: each program uses its default number of threads.
+        cores: the cores that engines share. None: each program uses its default number of threads.
         """
         self._memory, self._cores = memory, cores
         self._store, self._pool, self._node = store, pool, node
@@ -72,7 +71,7 @@ class Reconciler:
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
 
     def silent_seconds(self, engine_id: str) -> float:
-        """Return the time since a running inference engine stopped answering; 0 if it answers or was not observed yet."""
+        """Return the time since a running inference engine stopped answering, or 0 if it answers or was not observed yet."""
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
 

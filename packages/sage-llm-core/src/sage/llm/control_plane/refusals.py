@@ -11,7 +11,7 @@ def busy(engine_id: str) -> Conflict:
 
 
 def still_running(engine_id: str, problem: str, hint: str) -> Conflict:
-    """Return the error for an engine that cannot be removed yet; `{}` in the hint is replaced by the id."""
+    """Return the error for an engine that cannot be removed yet. `{}` in the hint stands for the engine's id."""
     return Conflict(code="still_running", message=f"{engine_id} {problem}.", hint=hint.format(engine_id))
 
 

@@ -14,12 +14,12 @@ _EXITED_WITHOUT_REPORT = "worker_died"
 
 
 def backoff_seconds(restarts: int) -> float:
-    """Return the seconds to wait before a restart: 1 before the first restart, then 2, 4, …; 0 before the first start."""
+    """Return the seconds to wait: 0 before the first start, 1 before the first restart, then 2, 4, …, at most 60."""
     return min(2.0 ** (restarts - 1), _MAX_BACKOFF_SECONDS) if restarts else 0.0
 
 
 def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int | None:
-    """Return the number of the next restart of an engine whose process has exited; None if the engine stays failed.
+    """Return the number of the next restart of an engine whose process has exited, or None if the engine stays failed.
 
     A run that reported its failure (such as a loss that is not finite) stays failed, because the run would fail again.
     """
@@ -39,7 +39,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
 
 
 def next_try(engine: EngineRecord) -> int | None:
-    """Return the number of the next restart after a failure that an engine's server caused; None if no restart is left.
+    """Return the number of the next restart after a failure that an engine's server caused, or None if no restart is left.
 
     The restart policy is ignored, because the engine did not cause the failure.
     """

@@ -50,7 +50,7 @@ class Routes:
         return [self._route_view(route) for route in self._routing.named_routes()]
 
     def get_route(self, name: str) -> RouteView:
-        """Return a route; raises NotFound."""
+        """Return a route. Raises NotFound."""
         for route in self._routing.named_routes():
             if route.name == name:
                 return self._route_view(route)

@@ -61,7 +61,7 @@ class Route:
 
 @dataclass
 class _Group:
-    """The engines that match one key of the table, as sorted pairs (order, engine id); the preferred engine is last."""
+    """The engines that match one key of the table, as sorted pairs (order, engine id). The preferred engine is last."""
 
     running: list[tuple[int, str]] = field(default_factory=list)
     starting: list[tuple[int, str]] = field(default_factory=list)
@@ -117,7 +117,7 @@ class RoutingTable:
         self._notify()
 
     def get(self, engine_id: str) -> Route | None:
-        """Return the route of an engine; None if the engine is stopped, completed, failed or unknown."""
+        """Return the route of an engine, or None if the engine is stopped, completed, failed or unknown."""
         return self._routes.get(engine_id)
 
     def routes(self, kind: EngineKind) -> list[Route]:

@@ -77,7 +77,7 @@ class Runner:
         on_done: Callable[[], None] = lambda: None,
         variables: Callable[[Collection[str]], Mapping[str, str]] = lambda _: {},
     ) -> None:
-        """pool: threads for the calls of `store`.  on_done: called after each action that succeeded.
+        """on_done: called after each action that succeeded.
 
         variables: blocking function that returns the environment variables that restrict a process to devices.
         """

@@ -24,17 +24,17 @@ class ServedRun(BaseModel):
 
     @classmethod
     def of(cls, engine: EngineRecord) -> Self | None:
-        """Return how the run of an engine is served; None if the run is not served."""
+        """Return how the run of an engine is served, or None if the run is not served."""
         return None if engine.serve is None else cls.model_validate(engine.serve)
 
     def published(self, step: int | None, engine_id: str | None) -> Self:
-        """Return a copy with the values after a publication.  step: the published checkpoint; None: the result."""
+        """Return a copy with the values after a publication.  step: the published checkpoint. None: the result."""
         version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
         return self.model_copy(update={"engine_id": engine_id, **version})
 
 
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
-    """Return the action that publishes the newest version of a run; None if there is nothing to publish.
+    """Return the action that publishes the newest version of a run, or None if there is nothing to publish.
 
     The newest checkpoint of an ending run is not published, because the result follows soon.
     """

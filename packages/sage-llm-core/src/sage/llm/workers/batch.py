@@ -49,7 +49,7 @@ class Batch(JobThread):
     def __init__(self, runner: Runner, slots: int, cache_tokens: int | None = None) -> None:
         """slots: maximum number of answers in progress.
 
-        cache_tokens: maximum sum of the tokens of the prompts and answers in progress; None: not limited. A longer answer is
+        cache_tokens: maximum sum of the tokens of the prompts and answers in progress. None: not limited. A longer answer is
         computed alone.
         """
         self._runner, self._slots, self._cache_tokens = runner, slots, cache_tokens
@@ -121,7 +121,7 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Give each free slot to the request with the fewest answers in progress; among equals, to the oldest request."""
+        """Give each free slot to the oldest request among the requests with the fewest answers in progress."""
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
             if not self._has_memory(request.waiting[0]):
@@ -153,7 +153,7 @@ class Batch(JobThread):
         return chosen
 
     def _pass(self, rows: list[_Row], parts: list[Part]) -> None:
-        """Run one pass. If it fails, run each part alone, so that only answers whose part fails again get an error."""
+        """Run one pass. If the pass fails, run each part alone, so that only answers whose part fails again get an error."""
 
         def check() -> None:
             if all(row.request.job.gone.is_set() for row in rows):

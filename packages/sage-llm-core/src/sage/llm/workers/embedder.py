@@ -53,8 +53,7 @@ class Embedder:
     def read(self, request: EmbeddingRequest) -> list[Input]:
         """Return the checked inputs of a request.
 
-        Raises ConfigError if an input is empty, is too long, or contains unknown tokens, or if the vectors of the model are
-        shorter than the request demands.
+        Raises ConfigError if an input is empty, is too long, or has unknown tokens, or if `dimensions` is too large.
         """
         if request.dimensions and request.dimensions > self.dimensions:
             raise _invalid(

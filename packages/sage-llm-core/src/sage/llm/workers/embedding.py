@@ -61,7 +61,7 @@ def _response(request: EmbeddingRequest, vectors: list[Tensor], tokens: int) -> 
 
 
 def _shortened(vector: Tensor, dimensions: int | None) -> Tensor:
-    """Return the first `dimensions` components of a vector, normalized again, as OpenAI does; None: all components."""
+    """Return the first `dimensions` components of a vector, normalized again, as OpenAI does. None: all components."""
     return vector if dimensions is None else torch.nn.functional.normalize(vector[:dimensions], dim=0)
 
 

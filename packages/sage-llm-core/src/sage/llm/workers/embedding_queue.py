@@ -67,7 +67,7 @@ class FairQueue(Generic[T]):
             heapq.heappush(self._classes[padded], Entry(turn, next(self._order), tokens, request, index, inputs[index]))
 
     def take(self) -> list[Entry[T]]:
-        """Remove and return the next batch; [] if no input waits. Inputs of cancelled requests are discarded."""
+        """Remove and return the next batch, or [] if no input waits. Inputs of cancelled requests are discarded."""
         batch: list[Entry[T]] = []
         while self._classes and not batch:
             padded, heap = min(self._classes.items(), key=lambda item: item[1][0])

@@ -76,7 +76,7 @@ class Hosting:
     """Finds models by name, and loads and unloads adapters."""
 
     def __init__(self, generator: Generator, batch: Batch, served_name: str | None) -> None:
-        """served_name: name of the base model; None: every name except the names of adapters means the base model."""
+        """served_name: name of the base model. None: every name except the names of adapters means the base model."""
         self._generator, self._batch, self._served_name = generator, batch, served_name
         self._base = Hosted(generator.folder, generator.voice, None)
         self._adapters: dict[str, Hosted] = {}

@@ -21,7 +21,7 @@ class ClientGone(Exception):
 
 
 class Job(Generic[T]):
-    """The work of one request, whose pieces a worker thread delivers to the event loop."""
+    """The work of one request. A worker thread delivers pieces of the result to the event loop."""
 
     def __init__(self, on_finish: Callable[[], None] = lambda: None) -> None:
         """on_finish: called in the event loop when the work has ended, even if the job was cancelled."""

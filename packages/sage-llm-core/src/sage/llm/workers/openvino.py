@@ -25,7 +25,7 @@ class OpenVinoGenerator(Generator):
     """A model in OpenVINO's format."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        """Load the model in OpenVINO's format, with its adapter merged. If necessary, convert it first. Raises SageError."""
+        """Convert the model if necessary, with its adapter merged, and load the converted model. Raises SageError."""
         source = resolve_model(given.model)
         folder = cached_openvino(source, given.quantize, OpenVino(Path(sys.executable)))
         config: Any = model_config(folder)

@@ -1,4 +1,4 @@
-"""The required form of an answer (text, JSON for a schema, function calls), and the grammar that enforces this form.
+"""The required form of an answer (text, JSON for a schema, function calls), and a grammar for this form.
 
 The grammars are written in llguidance's variant of Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
@@ -34,7 +34,7 @@ class Output:
         return {function["name"]: function.get("parameters") or {} for function in self.functions}
 
     def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
-        """Return the grammar of the answer; None if every text is allowed.
+        """Return the grammar of the answer, or None if every text is allowed.
 
         special: ids of the tokenizer's special tokens, by text.
         is_reasoning: whether the prompt ends inside the reasoning. The grammar does not restrict the reasoning.

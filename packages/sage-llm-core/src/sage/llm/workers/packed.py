@@ -79,7 +79,7 @@ class _Pass:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
         """Store keys and values, and return the output of attention, (1, tokens, heads, head_dim).
 
-        query: (1, heads, tokens, head_dim); key, value: (1, kv_heads, tokens, head_dim).
+        query: (1, heads, tokens, head_dim).  key, value: (1, kv_heads, tokens, head_dim).
         """
         self._check()
         if not self._places:
@@ -109,7 +109,7 @@ class _Pass:
     def _one(self, at: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
         """Return the output of one answer, (tokens, heads, head_dim).
 
-        query: (heads, tokens, head_dim); keys, values: (kv_heads, length, head_dim).
+        query: (heads, tokens, head_dim).  keys, values: (kv_heads, length, head_dim).
         """
         heads, tokens, _ = query.shape
         kv_heads, length, _ = keys.shape
@@ -128,7 +128,7 @@ class _Pass:
         return output.reshape(heads, tokens, -1).transpose(0, 1)
 
     def _mask(self, at: int, tokens: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Return the mask that is added to the scores, (tokens, length); None: causal attention over the whole prompt."""
+        """Return the mask that is added to the scores, (tokens, length). None: causal attention over the whole prompt."""
         if tokens == length and (window is None or window >= length):
             return None
         if (at, window) not in self._masks:

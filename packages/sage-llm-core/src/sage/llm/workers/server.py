@@ -142,7 +142,7 @@ def load_source(name: str) -> tuple[ModelSource, Path]:
 
 
 def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
-    """Load the model and serve it. If loading fails, print the error as the last line of the log and exit with code 1."""
+    """Load and serve the model. If an error ends the server, print the error as the last line of the log."""
     configure_logging()
     with exit_on_error():
         app = build()

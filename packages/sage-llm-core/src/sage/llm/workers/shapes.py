@@ -67,7 +67,7 @@ class Shape:
         raise NotImplementedError
 
     def _delta(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
-        """Return the delta of a stream chunk for a piece; {} if the piece adds nothing."""
+        """Return the delta of a stream chunk for a piece, or {} if the piece adds nothing."""
         raise NotImplementedError
 
     def _no_delta(self) -> dict[str, Any]:

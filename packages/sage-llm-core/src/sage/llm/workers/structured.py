@@ -33,7 +33,7 @@ class Constraint:
         self._matcher, self._read_tokens = matcher, 0
 
     def __call__(self, answer: list[int], logits: Tensor) -> Tensor:
-        """Return the logits with -inf for tokens that the grammar does not allow next; answer: the tokens so far."""
+        """Return the logits with -inf for tokens that the grammar does not allow next.  answer: the tokens so far."""
         self._matcher.consume_tokens(answer[self._read_tokens :])
         self._read_tokens = len(answer)
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0

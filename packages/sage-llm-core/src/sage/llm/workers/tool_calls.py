@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
-    """Return the calls in a text; () if the text is not a valid call or if a function is unknown."""
+    """Return the calls in a text, or () if the text is not a valid call or if a function is unknown."""
     if _XML_CALL.search(text):
         found = [
             (name.strip(), _xml_arguments(body, functions.get(name.strip(), {}))) for name, body in _XML_CALL.findall(text)
@@ -213,7 +213,7 @@ class AnswerReader:
             self._parts.append(Part(text))
 
     def _trimmed(self, text: str) -> str:
-        """Return a text without the whitespace at the end; this whitespace is added before the next text."""
+        """Return a text without the whitespace at the end. This whitespace is added before the next text."""
         if self._is_trimming:
             text = text.lstrip()
         self._is_trimming = self._is_trimming and not text

@@ -95,7 +95,7 @@ class ServingBackend(Backend, Protocol):
         """Return additional environment variables for the process."""
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether an answer of `health_path` reports that `server` is ready; False if another program answered."""
+        """Return whether an answer of `health_path` comes from `server` and reports that `server` is ready."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
         """Return the fields of an answer of `health_path`, which can include `context_tokens` and `slots`.
@@ -107,7 +107,7 @@ class ServingBackend(Backend, Protocol):
         """Return why a running server of `base` cannot load `adapter`, as a clause without a period, or None."""
 
     def max_adapters(self, options: Any) -> int | None:
-        """Return the maximum number of adapters in a server; None: no limit."""
+        """Return the maximum number of adapters in a server. None: no limit."""
 
 
 #: Spin iterations of a GNU OpenMP thread that waits at a barrier. With the default of 300,000 (about a millisecond),
@@ -116,7 +116,7 @@ _SPIN_COUNT = "10000"
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return the environment variables that set the number of CPU threads.  threads: None does not set it."""
+    """Return the environment variables that set the number of CPU threads, if `threads` is given."""
     return {"GOMP_SPINCOUNT": _SPIN_COUNT, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
@@ -157,7 +157,7 @@ class WorkerBackend:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """Return the JSON object in `content`; {} if `content` is not a JSON object."""
+    """Return the JSON object in `content`, or {} if `content` is not a JSON object."""
     try:
         value = json.loads(content)
     except ValueError:

@@ -22,7 +22,7 @@ MARKER = "sage-backend.json"
 
 @dataclass(frozen=True)
 class Environment:
-    """The packages of a backend for one kind of device; `pins/DISTRIBUTION-VERSION.txt` has the version of each package."""
+    """The packages of a backend for one kind of device."""
 
     backend: str
     distribution: str
@@ -55,7 +55,7 @@ class Environment:
         return (self.folder / MARKER).is_file() and self.python.is_file()
 
     def pins(self) -> str:
-        """Return the versions of all packages, as a constraints file for pip; empty if no versions are recorded."""
+        """Return the recorded versions of all packages as a constraints file for pip, or "" if no versions are recorded."""
         file = resources.files(__package__) / "pins" / f"{self.distribution}-{self.version}.txt"
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
@@ -111,18 +111,18 @@ def device() -> str:
 
 
 def environment(backend: str) -> Environment | None:
-    """Return the environment of a backend on this machine; None: the backend runs in SAGE's own environment."""
+    """Return the environment of a backend on this machine, or None if the backend runs in SAGE's own environment."""
     return ENVIRONMENTS.get((backend, device()))
 
 
 def is_installed(backend: str) -> bool:
-    """Return whether a backend is installed; True if the backend runs in SAGE's own environment."""
+    """Return whether a backend is installed. Backends that run in SAGE's own environment are always installed."""
     found = environment(backend)
     return found is None or found.is_installed
 
 
 def chosen(backend: str) -> Environment:
-    """Return the environment of a backend on this machine; raises ConfigError if there is none."""
+    """Return the environment of a backend on this machine. Raises ConfigError if there is none."""
     if found := environment(backend):
         return found
     names = ", ".join(sorted({name for name, kind in ENVIRONMENTS if kind == device()}))
@@ -135,7 +135,7 @@ def chosen(backend: str) -> Environment:
 
 
 def interpreter(backend: str) -> str:
-    """Return the Python interpreter of a backend's environment; raises ConfigError if the backend is not installed."""
+    """Return the Python interpreter of a backend's environment. Raises ConfigError if the backend is not installed."""
     found = chosen(backend)
     if not found.is_installed:
         raise ConfigError(

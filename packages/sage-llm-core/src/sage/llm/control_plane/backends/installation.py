@@ -33,7 +33,7 @@ _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX
 
 
 def install(environment: Environment, report: Report) -> bool:
-    """Install an environment; return False if it is already installed.
+    """Install an environment. Return False if it is already installed.
 
     report: receives each line of pip's output. A failed or interrupted installation is removed.
     Raises BackendError if the index cannot be reached, the disk is too small, or pip fails.
@@ -56,7 +56,7 @@ def install(environment: Environment, report: Report) -> bool:
 
 
 def remove(environment: Environment, report: Report) -> bool:
-    """Delete all environments of a backend; return False if there are none. Raises Conflict if one is in use."""
+    """Delete all environments of a backend. Return False if there are none. Raises Conflict if one is in use."""
     with _lock(environment, report):
         folders = [folder for folder in (environment.folder, *environment.outdated()) if folder.is_dir()]
         if running := [pid for folder in folders for pid in processes(folder)]:
@@ -72,7 +72,7 @@ def remove(environment: Environment, report: Report) -> bool:
 
 
 def fault(environment: Environment) -> str | None:
-    """Run the check of an installed backend, which takes some seconds. Return why the check failed; None if it succeeded."""
+    """Run the check of an installed backend for some seconds. Return why the check failed, or None."""
     try:
         done = subprocess.run(
             [environment.python, "-c", environment.check], capture_output=True, text=True, timeout=_CHECK_SECONDS,

@@ -55,7 +55,7 @@ class LlamaCppOptions(ServingOptions):
 
     @property
     def precision(self) -> str | None:
-        """The precision of the GGUF file to create; None: the same precision if the model is a GGUF file, otherwise f32."""
+        """The precision of the GGUF file to create. None: the precision of the given GGUF file, or f32 for other models."""
         return _QUANTIZED.get(self.quantize) or _PRECISIONS.get(self.dtype)
 
 

@@ -67,7 +67,7 @@ def estimate_server(
     cache_bytes: int,
     least_cache_bytes: int,
 ) -> MemoryEstimate | None:
-    """Return the memory of a server; None if the model is not on this machine.
+    """Return the memory of a server, or None if the model is not on this machine.
 
     weight_bytes: bytes of a weight in memory.
     cache_bytes: memory for keys and values.  least_cache_bytes: the part of the cache that the server cannot work without.

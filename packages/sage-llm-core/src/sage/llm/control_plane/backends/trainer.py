@@ -46,7 +46,7 @@ class TrainerBackend:
 
 
 def training_memory(model: ModelSource, config: FinetuneConfig) -> TrainingMemory | None:
-    """Return the memory of a run as a function of its micro-batch; None if the model is not on this machine."""
+    """Return the memory of a run as a function of its micro-batch, or None if the model is not on this machine."""
     sizes = sizes_of(model.base or model)
     if sizes is None:
         return None

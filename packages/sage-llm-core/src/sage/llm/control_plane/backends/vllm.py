@@ -83,7 +83,7 @@ class VllmBackend(WorkerBackend):
         }
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why a running vLLM server of `base` cannot load the adapter; None if the server can load it."""
+        """Return why a running vLLM server of `base` cannot load the adapter, or None if the server can load it."""
         if reason := why_not_hot(adapter, base):
             return reason
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

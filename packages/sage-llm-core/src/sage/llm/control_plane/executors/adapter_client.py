@@ -49,13 +49,13 @@ class AdapterClient:
                 await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
 
     async def warm_up(self, server: ServerRecord, name: str) -> None:
-        """Let a model generate one token. Raises EngineError if it cannot, OSError if the result is not known."""
+        """Let a model generate one token. Raises EngineError if the server refuses, OSError if the result is not known."""
         answer = await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
         if answer.is_error:
             raise EngineError(code="engine_unusable", message=f"{server.id} does not answer: {_message(answer)}.")
 
     async def unload(self, server: ServerRecord, name: str) -> None:
-        """Unload an adapter; a name that is not loaded is ignored. Raises OSError."""
+        """Unload an adapter. A name that is not loaded is ignored. Raises OSError."""
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "unload_lora_adapter", _UNLOAD_SECONDS, lora_name=name)
             if answer.is_error and name in await self.loaded(server):
@@ -66,7 +66,7 @@ class AdapterClient:
         return frozenset(await self.folders(server))
 
     async def folders(self, server: ServerRecord) -> Mapping[str, str | None]:
-        """Return the folders of the loaded models by name; None: the server does not report the folder. Raises OSError."""
+        """Return the folder of each loaded model, or None if the server does not report the folder. Raises OSError."""
         try:
             answer = await self._http.get(f"http://{server.address}/v1/models", timeout=_UNLOAD_SECONDS)
             return {str(model["id"]): model.get("root") for model in answer.raise_for_status().json()["data"]}

@@ -47,7 +47,7 @@ class FinetuneExecutor:
         allow_reward_files: bool = False,
         threads: int | None = None,
     ) -> None:
-        """datasets: default: LocalDatasets.  threads: CPU threads of each run; default: the engine's planned number."""
+        """threads: CPU threads of each run. None: the number that the plan has set for the engine."""
         self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
@@ -56,7 +56,7 @@ class FinetuneExecutor:
         self._reading_steps = Pool("read-steps", 1)  # reading many steps must not delay probes
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check the options, and check that the model and all named files exist; raises SageError."""
+        """Check the options, and check that the model and all named files exist. Raises SageError."""
         if request.port:
             raise Conflict(code="no_port", message="A finetune engine has no port.", hint="Omit --port.")
         return await asyncio.to_thread(self._prepare, engine_id, request)
@@ -110,7 +110,7 @@ class FinetuneExecutor:
         return list(steps)
 
     async def checkpoint_step(self, engine: EngineRecord) -> int:
-        """Return the step of the run's newest checkpoint; 0 if there is none."""
+        """Return the step of the run's newest checkpoint, or 0 if there is none."""
         return (await asyncio.to_thread(self._manager.status, task_id_of(engine.id))).checkpoint_step or 0
 
     async def request_checkpoint(self, engine: EngineRecord) -> None:

@@ -44,14 +44,14 @@ class InferenceExecutor:
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check model, backend, options and port; raises ModelError, ConfigError or Conflict."""
+        """Check model, backend, options and port. Raises ModelError, ConfigError or Conflict."""
         prepared = await asyncio.to_thread(_prepare, request)
         if request.port:
             await self._launcher.check_port(request.port)
         return prepared
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
-        """Check that the model exists, and decide whether the engine can share a server; raises ModelError."""
+        """Check that the model exists, and decide whether the engine can share a server. Raises ModelError."""
         return await asyncio.to_thread(placement, engine)
 
     async def discard(self, engine_id: str) -> None:
@@ -95,7 +95,7 @@ class InferenceExecutor:
         )
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Send a health check to the server; if the server's process has exited, find out why it exited."""
+        """Send a health check to the server. If the server's process has exited, find out why it exited."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:

@@ -35,7 +35,7 @@ def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: 
     """Return an engine of an adapter with the backend and options of the first server that it can join.
 
     The engine is not changed if its model is no adapter, if the request named a backend or a port, or if no server fits.
-    given: options that the user has set; the server must have the same values. Reads files of the model. Raises ModelError.
+    given: options that the user has set. The server must have the same values. Reads files of the model. Raises ModelError.
     """
     base = resolve_model(engine.model).base
     if base is None or engine.backend_reason is None or engine.requested_port:
@@ -68,7 +68,7 @@ def _form(how: str, engine: EngineRecord) -> str:
 
 
 def _shared(base: ModelSource | None) -> dict[str, str | None]:
-    """Return the columns `base` and `base_version`.  base: the model of a shared server; None: the server is not shared.
+    """Return the columns `base` and `base_version`.  base: the model of a shared server. None: the server is not shared.
 
     A GGUF file and its converted form are the same model.
     """

@@ -10,7 +10,7 @@ UNREADABLE = (NotFound, ValueError, KeyError, TypeError, AttributeError)
 
 
 def failure_of(run: RunStatus) -> Reason | None:
-    """Return why a run failed; None if it did not fail."""
+    """Return why a run failed, or None if it did not fail."""
     if run.state is not RunState.FAILED:
         return None
     return Reason(code=run.code or "failed", message=run.message or "The run failed.", hint=run.hint or "")

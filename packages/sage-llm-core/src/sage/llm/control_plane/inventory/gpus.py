@@ -50,18 +50,18 @@ def list_gpus() -> list[Gpu]:
 
 
 def fake_gpus(text: str) -> list[Gpu]:
-    """Return the GPUs that the setting `fake_devices` describes; their memory is never used."""
+    """Return the GPUs that the setting `fake_devices` describes. The memory of fake GPUs is never used."""
     devices = parse_fake_devices(text)
     return [Gpu(index, device.name, device.memory_bytes, is_fake=True) for index, device in enumerate(devices)]
 
 
 def has_gpu() -> bool:
-    """Return whether this machine has a GPU; fake GPUs do not count."""
+    """Return whether this machine has a GPU. Fake GPUs do not count."""
     return bool(list_gpus())
 
 
 def gpu_memory_of(pid: int) -> int | None:
-    """Return the memory that a process and the other processes of its session use on all GPUs; None if they use none."""
+    """Return the memory that a process and the other processes of its session use on all GPUs, or None if they use none."""
     members = all_sessions().get(pid, [pid])
     return sum(gpu.bytes_of(members) for gpu in list_gpus()) or None
 

@@ -38,7 +38,7 @@ _reported: dict[Path, str] = {}
 
 
 class LocalLauncher:
-    """Starts, observes and signals processes on this machine; each process has its own session."""
+    """Starts, observes and signals processes on this machine. Each process has its own session."""
 
     def __init__(self) -> None:
         # Observations and launches have separate threads, because a launch can hang if the storage does not respond.
@@ -55,7 +55,7 @@ class LocalLauncher:
         _listen(port).close()
 
     async def launch(self, spec: ProcessSpec) -> str | None:
-        """Start a process, which keeps its lock file locked, and return its address; raises Conflict or OSError.
+        """Start a process, which keeps its lock file locked, and return its address. Raises Conflict or OSError.
 
         Raises TimeoutError if the launch takes too long. The launch then continues, and the next call waits until it ends.
         """
@@ -68,7 +68,7 @@ class LocalLauncher:
             return await asyncio.shield(launch)
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
-        """Observe all processes with one call in a thread; processes that could not be observed are missing."""
+        """Observe all processes with one call in a thread. Processes that could not be observed are missing."""
         locks = [Path(handle) for handle in handles]
         return await asyncio.get_running_loop().run_in_executor(self._threads, _observe, locks)
 
@@ -154,7 +154,7 @@ def _signal(lock: Path, kind: Signal) -> None:
 
 
 def _process(lock: Path) -> ProcessIdentity | None:
-    """Return the process that holds a lock; None if the process has exited, or if its lock file was removed."""
+    """Return the process that holds a lock, or None if the process has exited, or if its lock file was removed."""
     if found := holder(lock):
         return found
     ending = last_holder(lock)  # an exiting process is still alive after its lock is released

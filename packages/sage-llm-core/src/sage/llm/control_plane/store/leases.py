@@ -87,7 +87,7 @@ class LeaseStore:
             connection.execute(update(leases).where(_is_of(lease)).values(holder=None, expires_at=NEVER_HELD))
 
     def leader(self, node: str) -> LeaderInfo | None:
-        """Return the holder of the lease of a node; None if the lease is free or has expired."""
+        """Return the holder of the lease of a node, or None if the lease is free or has expired."""
         with self._read() as connection:
             query = select(leases).where(leases.c.node == node, leases.c.holder.is_not(None), _is_valid(self.lease_seconds))
             row = connection.execute(query).one_or_none()
@@ -125,7 +125,7 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
     """Return the SQL condition for a lease that has not expired.
 
-    A lease whose expiry is too far in the future is not valid either: its expiry was written before the clock was set back
+    A lease whose expiry is too far in the future is not valid. The expiry was written before the clock was set back
     or the machine was booted.
     """
     return and_(leases.c.expires_at > lease_clock(), leases.c.expires_at <= lease_clock(2 * lease_seconds))

@@ -14,7 +14,7 @@ _ORDER = engines.c.first_event
 
 
 def position(connection: Connection, engine_id: str) -> int:
-    """Return the position of an engine in the order of creation; raises ConfigError if no engine has the id."""
+    """Return the position of an engine in the order of creation. Raises ConfigError if no engine has the id."""
     found = connection.scalar(select(_ORDER).where(engines.c.id == engine_id))
     if found is None:
         raise ConfigError(

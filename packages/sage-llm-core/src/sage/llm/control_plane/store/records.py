@@ -119,7 +119,7 @@ class EngineRecord:
 
     @property
     def internal_name(self) -> str:
-        """The model name for the current revision in requests to the server; each revision has a different name."""
+        """The model name for the current revision in requests to the server. Each revision has a different name."""
         return f"{internal_prefix(self.id)}{self.revision}"
 
 
@@ -129,5 +129,5 @@ def internal_prefix(engine_id: str) -> str:
 
 
 def suffix_of(record_id: str) -> str:
-    """Return the suffix of an id; an engine, its first server and its training run have the same suffix."""
+    """Return the suffix of an id. An engine, its first server and its training run have the same suffix."""
     return record_id.partition("-")[2]

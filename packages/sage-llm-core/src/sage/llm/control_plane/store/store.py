@@ -76,8 +76,8 @@ class Store(ServerStore, RouteStore):
         """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
         put_server: server to insert or replace.  join_server: id of a server that hosts other engines.
-        leave_server: id of the server that the engine leaves.  must_remain: raise StaleWrite if no other engine
-        would remain on this server; otherwise, its row is then removed.  values: other columns.
+        leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed.
+        must_remain: raise StaleWrite if no other engine would remain on the server.  values: other columns.
 
         Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change.
         Raises IllegalTransition if the transition is not legal, Conflict if another active engine has the engine's
@@ -144,7 +144,7 @@ class Store(ServerStore, RouteStore):
             )
 
     def touch(self, engine_id: str) -> EngineRecord:
-        """Record a request to an engine, and return the engine; raises NotFound.
+        """Record a request to an engine, and return the engine. Raises NotFound.
 
         No lease is needed, so that a standby can call this. The write of a pause that was planned before the request
         then raises StaleWrite.
@@ -164,7 +164,7 @@ class Store(ServerStore, RouteStore):
             connection.execute(delete(events).where(events.c.engine_id == record.id, events.c.id < event))
 
     def get(self, engine_id: str) -> EngineRecord:
-        """Return an engine; raises NotFound."""
+        """Return an engine. Raises NotFound."""
         with self._read() as connection:
             row = connection.execute(select(engines).where(engines.c.id == engine_id)).one_or_none()
         if row is None:
