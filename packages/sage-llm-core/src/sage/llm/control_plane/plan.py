@@ -199,7 +199,7 @@ def _start(
 
 
 def _stop(engine: EngineRecord, action: Action) -> Action:
-    """Return `action` if the engine is already in state `stopping`. Otherwise return the transition to `stopping`.
+    """Return `action` if the engine is in state `stopping`, else the transition to `stopping`.
 
     After the transition, the next plan returns `action`, even if another control plane has taken over.
     """

@@ -36,7 +36,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Queue:
-    """What each waiting engine should do. An engine that is in none of the mappings waits for a server."""
+    """What each waiting engine should do."""
 
     joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)

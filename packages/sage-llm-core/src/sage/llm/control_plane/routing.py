@@ -37,7 +37,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Route:
-    """The values of an engine that are needed to route requests to it. Routes of users are `RouteRecord`s."""
+    """The values of an engine that are needed to route requests to it."""
 
     engine_id: str
     name: str
@@ -160,7 +160,7 @@ class RoutingTable:
         return list(self._named.values())
 
     def newest(self, key: str, kind: EngineKind) -> Route | None:
-        """Return the newest engine with this id, name or model, preferably a running engine. None if no engine matches."""
+        """Return the newest engine with this id, name or model, preferably a running engine."""
         group = self._groups.get((kind, key), _NO_ENGINES)
         entries = group.running or group.starting
         return self._routes[entries[-1][1]] if entries else None

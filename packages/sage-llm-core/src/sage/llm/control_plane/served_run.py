@@ -34,10 +34,7 @@ class ServedRun(BaseModel):
 
 
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
-    """Return the action that publishes the newest version of a run, or None if there is nothing to publish.
-
-    The newest checkpoint of an ending run is not published, because the result follows soon.
-    """
+    """Return the action that publishes the newest version of a run, or None if there is nothing to publish."""
     serve, training = ServedRun.of(engine), observed.training
     if serve is None or training is None:
         return None

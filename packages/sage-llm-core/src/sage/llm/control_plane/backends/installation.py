@@ -136,7 +136,7 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command and report its output. The command inherits the lock.
+    """Run a command and report its output.
 
     If this process is killed, a new installation still waits for the command.
     """

@@ -81,7 +81,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return the record of a new server for an engine. Other engines can join the server if `engine.base` is set."""
+        """Return the record of a new server for an engine."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
