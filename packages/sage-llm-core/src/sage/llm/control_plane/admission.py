@@ -1,7 +1,7 @@
 """Decide which waiting engines get memory on which devices, and which engines are paused for them.
 
-At most one waiting engine gets a reservation: the first that fits when training runs have ended. Without the reservation,
-smaller engines could delay this engine without end.
+The first waiting engine that fits only after training runs end reserves memory. Smaller engines can therefore not delay this
+engine without end.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Run the answers in progress as a batch, one forward pass after another, on one thread.
 
-The batch has a fixed number of slots. A slot is a place for one answer. A pass computes one token of each answer and a
-limited number of prompt tokens. Therefore a long prompt does not stop the other answers.
+A slot is a place for one answer in the batch. A pass computes one token of each answer and a limited number of prompt
+tokens. Therefore a long prompt does not stop the other answers.
 """
 
 from collections import deque

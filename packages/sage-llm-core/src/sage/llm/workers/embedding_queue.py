@@ -44,9 +44,9 @@ class Entry(NamedTuple, Generic[T]):
 class FairQueue(Generic[T]):
     """Inputs of several requests, in classes of similar length (up to 16 tokens, up to 32, up to 64, ...).
 
-    The class of a batch is chosen by weighted fair queueing (Demers, Keshav and Shenker 1989). This method simulates that all requests
-    are computed at the same time with equal shares, the shortest input of a request first. Inputs are served in the order in
-    which they are complete in the simulation.
+    The class of a batch is chosen by weighted fair queueing (Demers, Keshav and Shenker 1989). This method simulates that
+    all requests are computed at the same time with equal shares, the shortest input of a request first. Inputs are served in
+    the order in which they are complete in the simulation.
     """
 
     def __init__(self, max_tokens: int) -> None:
