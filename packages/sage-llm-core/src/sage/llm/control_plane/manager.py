@@ -343,7 +343,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
-        # Half of the limit for each file: the part that is cut off from a log is kept in a second file.
+        # Half of the limit for each file, because the part that is cut off from a log is kept in a second file.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)

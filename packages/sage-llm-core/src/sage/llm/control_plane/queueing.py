@@ -28,7 +28,7 @@ from sage.llm.control_plane.watch import Watch
 
 @dataclass(frozen=True)
 class Memory:
-    """The devices of the node, as admission needs them."""
+    """The memory of the node's devices at the time `now`."""
 
     devices: Sequence[DeviceMemory]
     now: datetime

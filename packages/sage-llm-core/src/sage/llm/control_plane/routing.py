@@ -55,7 +55,7 @@ class Route:
     idle_stop_minutes: float | None
     #: whether a stopping engine is only being unloaded, so that requests wait until the engine is loaded again
     is_pausing: bool
-    #: `user`, or the id of the engine for which this engine makes room; None: requests can load this engine
+    #: `user`, or the id of the engine for which this engine makes room; None: not paused, or paused because it was idle
     paused_by: str | None
 
 

@@ -16,7 +16,7 @@ class ServedRun(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    checkpoints: bool = False  #: whether every checkpoint is served
+    checkpoints: bool = False  #: whether the newest checkpoint is served while the run trains
     after_step: int | None = None  #: if set, a user has requested to serve the next checkpoint after this step
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
     step: int = 0  #: step of the last checkpoint that was published or could not be published
