@@ -38,7 +38,7 @@ class InferenceExecutor:
     def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
         self._launcher, self._adapters = launcher, adapters or AdapterClient()
         self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
-        # The number of connections has no limit, because servers that do not answer must not block requests to other servers.
+        # The number of connections has no limit, because servers that do not answer must not block other requests.
         # Idle connections are closed, because httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
