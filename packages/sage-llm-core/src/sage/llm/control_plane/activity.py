@@ -36,8 +36,7 @@ class Activity:
     async def may_use(self, route: Route) -> bool:
         """Return whether a request can be sent to an engine now.
 
-        If `idle_stop_minutes` is set, record the request in the database. The control plane then loads a paused
-        engine again.
+        If `idle_stop_minutes` is set, record the request in the database.
         """
         if route.idle_stop_minutes is None or route.state not in _LOADED_OR_PAUSED or not self._is_due(route):
             return route.state is EngineState.RUNNING

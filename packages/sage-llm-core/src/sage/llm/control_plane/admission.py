@@ -1,7 +1,7 @@
 """Decide which waiting engines get memory on which devices, and which engines are paused for them.
 
-At most one waiting engine gets a reservation: the first that fits when training runs have ended. Without the reservation,
-smaller engines could delay this engine without end.
+The first waiting engine that fits only after training runs end reserves memory. Smaller engines can therefore not delay this
+engine without end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ class Start:
 
 @dataclass(frozen=True)
 class MakeRoom:
-    """Pause these engines. The waiting engine then starts on these devices."""
+    """Pause these engines."""
 
     pause: tuple[str, ...]
     devices: tuple[str, ...]
@@ -186,7 +186,7 @@ class _State:
         return Start(keys, memory_bytes)
 
     def _reserve_soon(self, claim: Claim, allowed: Mapping[str, _Device]) -> bool:
-        """Reserve devices on which the engine fits after the stopping engines exit. Return False if there are none."""
+        """Reserve devices on which the engine fits after the stopping engines exit."""
         keys = _choose(claim, {key: device.room_soon_bytes for key, device in allowed.items()}, claim.smallest_bytes)
         for key in keys:
             allowed[key].soon_bytes += min(claim.memory_bytes, allowed[key].room_soon_bytes)
@@ -202,7 +202,7 @@ class _State:
         self._has_reservation = bool(keys)
 
     def _make_room(self, claim: Claim, allowed: Mapping[str, _Device]) -> MakeRoom | None:
-        """Choose and reserve the devices on which the fewest engines must be paused. Return None if too few devices fit."""
+        """Choose and reserve the devices on which the fewest engines must be paused."""
         options = []
         for key, device in allowed.items():
             paused = _to_pause(claim, device)
@@ -229,7 +229,7 @@ class _State:
 
 
 def _choose(claim: Claim, rooms: Mapping[str, int], need_bytes: int) -> tuple[str, ...]:
-    """Return the devices with the least room of at least `need_bytes`. Return () if there are too few."""
+    """Return the devices with the least room of at least `need_bytes`."""
     fitting = sorted((key for key, room in rooms.items() if room >= need_bytes), key=lambda key: (rooms[key], key))
     return tuple(fitting[: claim.device_count]) if len(fitting) >= claim.device_count else ()
 

@@ -141,7 +141,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
-        """Stop the background tasks and release the lease. The engines continue to run."""
+        """Stop the background tasks and release the lease."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -262,9 +262,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
         """Return the route of an engine that can answer a request for `model`, now or after its start.
 
-        Does not access the database.
-        client: identifies the sender of the request. See `RoutingTable.find`.
-        Raises NotFound if no engine matches, Overloaded if all matching engines are running and none responds.
+        client: identifies the sender of the request. See `RoutingTable.find`. Raises NotFound if no engine matches,
+        Overloaded if all matching engines are running and none responds.
         """
         return self._routing.find(model, kind, self.is_responsive, client)
 
@@ -344,7 +343,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
-        # Half of the limit for each file: the part that is cut off from a log is kept in a second file.
+        # Half of the limit for each file, because the part that is cut off from a log is kept in a second file.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)

@@ -199,7 +199,7 @@ def _start(
 
 
 def _stop(engine: EngineRecord, action: Action) -> Action:
-    """Return `action` if the engine is already in state `stopping`. Otherwise return the transition to `stopping`.
+    """Return `action` if the engine is in state `stopping`, else the transition to `stopping`.
 
     After the transition, the next plan returns `action`, even if another control plane has taken over.
     """
@@ -211,7 +211,7 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
     watch, limits = snapshot.watches[engine.id], snapshot.limits
     match engine.state, observed.ended:
         case _S.STARTING, _S.COMPLETED:
-            return Transition(engine, _S.RUNNING)  # the run has completed already: the next plan sets `completed`
+            return Transition(engine, _S.RUNNING)  # the run has completed already, so the next plan sets `completed`
         case _S.STOPPING, None:
             return Transition(engine, state_without_process(engine), reason_of_stop(engine))
         case _S.RUNNING, None if engine.desired is DesiredState.PAUSED:  # the process exited before it was stopped

@@ -59,7 +59,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if an observation of an engine differs from the last one in a value that `plan` uses."""
+        """on_change: called after a change of the process, the readiness, the end or the loaded models of an engine."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}

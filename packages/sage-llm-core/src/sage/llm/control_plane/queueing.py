@@ -28,7 +28,7 @@ from sage.llm.control_plane.watch import Watch
 
 @dataclass(frozen=True)
 class Memory:
-    """The devices of the node, as admission needs them."""
+    """The memory of the node's devices at the time `now`."""
 
     devices: Sequence[DeviceMemory]
     now: datetime
@@ -36,7 +36,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Queue:
-    """What each waiting engine should do. An engine that is in none of the mappings waits for a server."""
+    """What each waiting engine should do."""
 
     joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)

@@ -37,7 +37,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Route:
-    """The values of an engine that are needed to route requests to it. Routes of users are `RouteRecord`s."""
+    """The values of an engine that are needed to route requests to it."""
 
     engine_id: str
     name: str
@@ -55,7 +55,7 @@ class Route:
     idle_stop_minutes: float | None
     #: whether a stopping engine is only being unloaded, so that requests wait until the engine is loaded again
     is_pausing: bool
-    #: `user`, or the id of the engine for which this engine makes room; None: requests can load this engine
+    #: `user`, or the id of the engine for which this engine makes room; None: not paused, or paused because it was idle
     paused_by: str | None
 
 
@@ -160,7 +160,7 @@ class RoutingTable:
         return list(self._named.values())
 
     def newest(self, key: str, kind: EngineKind) -> Route | None:
-        """Return the newest engine with this id, name or model, preferably a running engine. None if no engine matches."""
+        """Return the newest engine with this id, name or model, preferably a running engine."""
         group = self._groups.get((kind, key), _NO_ENGINES)
         entries = group.running or group.starting
         return self._routes[entries[-1][1]] if entries else None

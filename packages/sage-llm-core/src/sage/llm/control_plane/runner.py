@@ -147,7 +147,6 @@ class Runner:
             self._on_done()
 
     async def _note(self, action: Action, server: ServerRecord | None, error: Exception) -> None:
-        """Log an error, but a repeated error only once. Give up after `_MAX_FAILURES` errors that are not system errors."""
         engine = action.engine
         trouble = self._troubles.setdefault(engine.id, _Trouble(type(action)))
         if trouble.error != repr(error):

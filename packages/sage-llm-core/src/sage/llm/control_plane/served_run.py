@@ -16,7 +16,7 @@ class ServedRun(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    checkpoints: bool = False  #: whether every checkpoint is served
+    checkpoints: bool = False  #: whether the newest checkpoint is served while the run trains
     after_step: int | None = None  #: if set, a user has requested to serve the next checkpoint after this step
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
     step: int = 0  #: step of the last checkpoint that was published or could not be published
@@ -34,10 +34,7 @@ class ServedRun(BaseModel):
 
 
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
-    """Return the action that publishes the newest version of a run, or None if there is nothing to publish.
-
-    The newest checkpoint of an ending run is not published, because the result follows soon.
-    """
+    """Return the action that publishes the newest version of a run, or None if there is nothing to publish."""
     serve, training = ServedRun.of(engine), observed.training
     if serve is None or training is None:
         return None

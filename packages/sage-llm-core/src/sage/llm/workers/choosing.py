@@ -67,10 +67,7 @@ class Chooser:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the smallest set of most likely tokens whose total probability reaches `top_p`.
-
-    The set is returned as probabilities and indices, with the most likely token first.
-    """
+    """Return the smallest set of most likely tokens whose total probability reaches `top_p`."""
     count = _NUCLEUS_TOKENS
     while True:
         best, tokens = probabilities.topk(min(count, len(probabilities)))

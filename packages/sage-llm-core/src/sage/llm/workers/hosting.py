@@ -56,7 +56,7 @@ class Hosted:
         self._unused = asyncio.Event()
 
     def enter(self) -> None:
-        """Count a request that uses the model. The model is not unloaded until `leave` is called."""
+        """Count a request that uses the model."""
         self._requests += 1
         self._unused.clear()
 

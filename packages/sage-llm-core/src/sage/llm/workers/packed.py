@@ -17,7 +17,7 @@ from sage.llm.workers.adapters import Adapter, Adapters
 
 #: Name of this attention function in transformers.
 ATTENTION = "sage_serving_packed"
-#: Capacity of a new cache, in tokens.
+#: Usual capacity of a cache after its first allocation, in tokens.
 _FIRST_ROOM_TOKENS = 256
 #: Maximum number of prompt tokens in a pass. The number is small on a CPU, where a large pass would delay all answers.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
@@ -114,7 +114,7 @@ class _Pass:
         heads, tokens, _ = query.shape
         kv_heads, length, _ = keys.shape
         grouped = query.unflatten(0, (kv_heads, heads // kv_heads))  # (kv_heads, group, tokens, head_dim)
-        if tokens == 1:  # the query heads of a group share keys and values: pass them as tokens of one head
+        if tokens == 1:  # query heads of a group share keys and values, so pass them as tokens of one head
             if window and window < length:
                 keys, values = keys[:, -window:], values[:, -window:]
             output = scaled_dot_product_attention(grouped[None, :, :, 0], keys[None], values[None], scale=scaling)

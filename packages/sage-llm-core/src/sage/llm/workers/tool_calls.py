@@ -98,7 +98,6 @@ def _name_and_arguments(item: Any) -> tuple[Any, Any]:
 
 
 def _xml_arguments(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call in XML. A value is parsed as JSON if its type in the schema is not string."""
     properties = parameters.get("properties")
     arguments = {}
     for key, value in _XML_ARGUMENT.findall(text):

@@ -135,15 +135,15 @@ class WorkerBackend:
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return all fields of the answer, which include `context_tokens` and `slots`."""
+        """Return all fields of the answer, which can include `context_tokens` and `slots`."""
         return parsed(content)
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
-        """Return None: the memory is not known."""
+        """Return None, because the memory is not known."""
         return None
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the total of `estimate`."""
+        """Return the total of `estimate`, or None if it is not known."""
         estimate = self.estimate(model, options)
         return None if estimate is None else estimate.total_bytes
 

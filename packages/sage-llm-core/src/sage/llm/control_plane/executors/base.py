@@ -47,7 +47,7 @@ class Executor(Protocol):
     """
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check a request. Raises SageError. Takes milliseconds and changes nothing."""
+        """Check a request. Raises SageError."""
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, for example of the dataset, and create the files of the engine. Raises SageError.
@@ -60,7 +60,7 @@ class Executor(Protocol):
         """Remove the files that `validate` created."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise SageError if the engine cannot be started again. Takes milliseconds."""
+        """Raise SageError if the engine cannot be started again."""
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the process to launch. This method blocks.

@@ -62,7 +62,7 @@ class FinetuneExecutor:
         return await asyncio.to_thread(self._prepare, engine_id, request)
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
-        """Create the run directory, or check that an existing run can be resumed. A live process is not checked."""
+        """Create the run directory, or check that an existing run without a process can be resumed."""
         if not await self._is_alive(engine):
             await asyncio.to_thread(self._validate, engine)
         return {}
@@ -126,7 +126,7 @@ class FinetuneExecutor:
         return self._run(engine).log_path
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove the run directory with its checkpoints. The output folder is kept."""
+        """Remove the run directory with its checkpoints."""
         await self.discard(engine.id)
 
     def _prepare(self, engine_id: str, request: StartRequest) -> Prepared:

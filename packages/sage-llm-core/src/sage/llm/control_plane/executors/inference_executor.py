@@ -38,8 +38,8 @@ class InferenceExecutor:
     def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
         self._launcher, self._adapters = launcher, adapters or AdapterClient()
         self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
-        # The number of connections has no limit: servers that do not answer must not block requests to other servers. Idle
-        # connections are closed, because httpx scans all idle connections at each request.
+        # The number of connections has no limit, because servers that do not answer must not block other requests.
+        # Idle connections are closed, because httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
 
@@ -81,7 +81,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return the record of a new server for an engine. Other engines can join the server if `engine.base` is set."""
+        """Return the record of a new server for an engine."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
@@ -118,7 +118,7 @@ class InferenceExecutor:
         }
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
-        """Return no steps: an inference engine does not train."""
+        """Return no steps, because an inference engine does not train."""
         return []
 
     async def checkpoint_step(self, engine: EngineRecord) -> int:

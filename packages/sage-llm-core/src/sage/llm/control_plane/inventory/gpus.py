@@ -50,7 +50,7 @@ def list_gpus() -> list[Gpu]:
 
 
 def fake_gpus(text: str) -> list[Gpu]:
-    """Return the GPUs that the setting `fake_devices` describes. The memory of fake GPUs is never used."""
+    """Return the GPUs that the setting `fake_devices` describes."""
     devices = parse_fake_devices(text)
     return [Gpu(index, device.name, device.memory_bytes, is_fake=True) for index, device in enumerate(devices)]
 

@@ -31,7 +31,7 @@ class Occupant:
 
 
 class Inventory:
-    """The devices of this node. All methods block for some milliseconds."""
+    """The devices of this node."""
 
     def __init__(self, settings: Settings) -> None:
         self._fake_devices = settings.fake_devices
@@ -103,7 +103,7 @@ def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_byt
     """Return the memory of a device on which several bounds apply at the same time.
 
     own_bytes: the memory that engines use. The used memory of each bound includes this memory.
-    limit_bytes: the memory that all engines together may use. Other programs do not count. None: no limit.
+    limit_bytes: the memory that all engines together may use. None: no limit.
     """
     limits = [bound.limit_bytes for bound in bounds]
     rooms = [bound.limit_bytes - max(0, bound.used_bytes - own_bytes) for bound in bounds]
@@ -138,7 +138,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes without shared pages: the system does not count file pages as used."""
+    """Return the resident memory of processes without shared pages, which the system does not count as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):

@@ -38,7 +38,7 @@ _reported: dict[Path, str] = {}
 
 
 class LocalLauncher:
-    """Starts, observes and signals processes on this machine. Each process has its own session."""
+    """Starts, observes and signals processes on this machine."""
 
     def __init__(self) -> None:
         # Observations and launches have separate threads, because a launch can hang if the storage does not respond.

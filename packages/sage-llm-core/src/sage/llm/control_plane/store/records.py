@@ -119,7 +119,7 @@ class EngineRecord:
 
     @property
     def internal_name(self) -> str:
-        """The model name for the current revision in requests to the server. Each revision has a different name."""
+        """The model name for the current revision in requests to the server."""
         return f"{internal_prefix(self.id)}{self.revision}"
 
 

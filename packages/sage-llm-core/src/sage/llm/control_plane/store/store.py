@@ -105,7 +105,7 @@ class Store(ServerStore, RouteStore):
         restarts: int,
         **values: Any,
     ) -> EngineRecord:
-        """Mark an engine as failed and queue it again, with two events in one transaction. Return the queued engine.
+        """Mark an engine as failed and queue it again, with two events in one transaction.
 
         restarts: the number of this restart. Raises the same errors as `transition`.
         """
@@ -123,7 +123,7 @@ class Store(ServerStore, RouteStore):
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
     def revise(self, record: EngineRecord, *, actor: str, lease: Lease, **values: Any) -> EngineRecord:
-        """Write columns of an engine and add an event. The state does not change. Raises StaleWrite."""
+        """Write columns of an engine and add an event. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             self._event(connection, record.id, EventKind.UPDATED, actor)
             return self._update(connection, record, values)
