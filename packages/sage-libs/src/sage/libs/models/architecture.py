@@ -1,4 +1,4 @@
-"""Read the sizes of a model from its config and the headers of its weight files. This module reads no weights."""
+"""Read the sizes of a model from its config and the headers of its weight files."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Prepare models for loading: convert GGUF files to safetensors, and download models from the hub. The results are kept."""
+"""Prepare models for loading: convert GGUF files to safetensors, and download models from the hub."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Requests to stop (SIGTERM or Ctrl-C). The run stops at the next safe point."""
+"""Requests to stop a run at its next safe point (SIGTERM or Ctrl-C)."""
 
 import signal
 

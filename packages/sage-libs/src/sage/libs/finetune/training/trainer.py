@@ -39,7 +39,7 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingRun:
-    """One training run. Short phases run first, so that errors are found early."""
+    """One training run."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest) -> None:
         """Load the data and the model of a run. Raises DatasetError, ModelError, RunError or ConfigError."""
