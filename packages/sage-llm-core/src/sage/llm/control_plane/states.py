@@ -9,7 +9,7 @@ _S = EngineState
 TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
     _S.VALIDATING: frozenset({_S.QUEUED, _S.STOPPED, _S.FAILED}),
     _S.QUEUED: frozenset({_S.STARTING, _S.PAUSED, _S.STOPPED, _S.FAILED}),
-    _S.STARTING: frozenset({_S.RUNNING, _S.STOPPING, _S.STOPPED, _S.FAILED}),
+    _S.STARTING: frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPING, _S.STOPPED, _S.FAILED}),
     _S.RUNNING: frozenset({_S.PAUSED, _S.STOPPING, _S.STOPPED, _S.COMPLETED, _S.FAILED}),
     _S.PAUSED: frozenset({_S.QUEUED, _S.STOPPING, _S.STOPPED, _S.FAILED}),
     _S.STOPPING: frozenset({_S.PAUSED, _S.STOPPED, _S.COMPLETED, _S.FAILED}),  # PAUSED: only unloaded
