@@ -392,7 +392,9 @@ class EstimateView(BaseModel):
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
-        None, description="For finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
+        None,
+        description="For finetune: size, in samples of `max_seq_length` tokens, of the largest micro-batch that fits in the "
+        "free memory.",
     )
     training_seconds: float | None = Field(
         None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."

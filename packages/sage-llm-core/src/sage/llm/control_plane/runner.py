@@ -157,7 +157,8 @@ class Runner:
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
         if trouble.failures >= _MAX_FAILURES:
-            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # retried after the next failed action
+            # If this write fails, it is tried again after the action fails the next time.
+            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):
                 if engine.state in (EngineState.QUEUED, EngineState.STARTING):
                     await self._give_up(engine, server, _reason(error))
                 elif isinstance(action, LoadAdapter):
@@ -199,7 +200,7 @@ class Runner:
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SetDesired(engine, desired, paused_by):
                 write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
-                # A returning engine keeps its place in the queue.
+                # An engine that returns from a pause keeps its place in the queue.
                 values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
                 self._routing.apply(await self._pool.run(write, force=False, **values), server)
             case SendSignal():
@@ -286,7 +287,10 @@ class Runner:
             await self._revise(engine, server, served_as=engine.internal_name)
 
     async def _keep_older(self, engine: EngineRecord, server: ServerRecord, reason: Reason) -> None:
-        """Store why a newer adapter is not used, and restore `model`. Without an older version, the engine fails."""
+        """Store why the newer adapter is not used, and set `model` and `adapter` to the version that is loaded.
+
+        If no older version is loaded, the engine fails.
+        """
         loaded = await self._adapters.folders(server)
         if engine.served_as is None or engine.served_as == engine.internal_name or engine.served_as not in loaded:
             await self._give_up(engine, server, reason)

@@ -118,7 +118,7 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint as a model, which the run never removes. Raises ModelError or OSError."""
+        """Return a folder with the checkpoint as a model. The run never removes the folder. Raises ModelError, OSError."""
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
