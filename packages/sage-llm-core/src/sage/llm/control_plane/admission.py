@@ -19,6 +19,7 @@ class DeviceMemory:
     id: str  #: `cpu` or, for example, `cuda:0`
     usable_bytes: int  #: the total, or the configured limit if that is smaller
     foreign_bytes: int = 0  #: used by other programs
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: used by the servers of this node, by server id
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Holder:
     is_pausable: bool = False  #: an inference engine that may be paused to make room
     ends: bool = False  #: a training run, which frees its memory without an action of the user
     is_leaving: bool = False  #: it is being paused or stopped; its memory is in use until its process has exited
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: measured memory by device id
+
+    def bytes_on(self, device_id: str) -> int:
+        """Return the memory that the engine has on a device: what it has reserved, or what it uses if that is more."""
+        return max(self.memory_bytes if device_id in self.devices else 0, self.used_bytes.get(device_id, 0))
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ Decision = Start | MakeRoom | Wait | Refuse
 class _Device:
     """The memory of one device while decisions are made. Decisions for one engine change what the next engine gets."""
 
+    id: str
     usable_bytes: int
     free_bytes: int
     soon_bytes: int = 0  #: reserved for engines that start when the stopping engines have exited
@@ -118,12 +125,12 @@ class _Device:
     @property
     def leaving_bytes(self) -> int:
         """Memory of engines that are stopping."""
-        return sum(holder.memory_bytes for holder in self.holders if holder.is_leaving)
+        return sum(holder.bytes_on(self.id) for holder in self.holders if holder.is_leaving)
 
     @property
     def ending_bytes(self) -> int:
         """Memory of training runs that are not stopping."""
-        return sum(holder.memory_bytes for holder in self.holders if holder.ends and not holder.is_leaving)
+        return sum(holder.bytes_on(self.id) for holder in self.holders if holder.ends and not holder.is_leaving)
 
     @property
     def room_later_bytes(self) -> int:
@@ -153,7 +160,9 @@ def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: S
 
 class _State:
     def __init__(self, devices: Sequence[DeviceMemory], holders: Sequence[Holder]) -> None:
-        self._devices = {each.id: _Device(each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices}
+        self._devices = {
+            each.id: _Device(each.id, each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices
+        }
         self._has_reservation = False
         for holder in holders:
             self._place(holder)
@@ -218,7 +227,7 @@ class _State:
         for key, device in allowed.items():
             paused = _to_pause(claim, device)
             if paused is not None:
-                options.append((len(paused), sum(holder.memory_bytes for holder in paused), key, paused))
+                options.append((len(paused), sum(holder.bytes_on(key) for holder in paused), key, paused))
         if len(options) < claim.device_count:
             return None
         chosen = sorted(options, key=lambda option: option[:3])[: claim.device_count]
@@ -233,9 +242,9 @@ class _State:
         return MakeRoom(paused_ids, keys)
 
     def _place(self, holder: Holder) -> None:
-        for key in holder.devices:
-            if device := self._devices.get(key):
-                device.free_bytes -= holder.memory_bytes
+        for key, device in self._devices.items():
+            if key in holder.devices or key in holder.used_bytes:
+                device.free_bytes -= holder.bytes_on(key)
                 device.holders.append(holder)
 
 
@@ -250,14 +259,14 @@ def _to_pause(claim: Claim, device: _Device) -> list[Holder] | None:
     missing_bytes = claim.memory_bytes - device.room_soon_bytes
     paused: list[Holder] = []
     candidates = (holder for holder in device.holders if holder.is_pausable and not holder.is_leaving)
-    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.memory_bytes, holder.engine_id)):
+    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.bytes_on(device.id), holder.engine_id)):
         if missing_bytes > 0 and holder.priority <= claim.priority:
             paused.append(holder)
-            missing_bytes -= holder.memory_bytes
+            missing_bytes -= holder.bytes_on(device.id)
     if missing_bytes > 0:
         return None
-    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.memory_bytes)):
-        if missing_bytes + holder.memory_bytes <= 0:  # an engine that was chosen early is no longer necessary
+    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.bytes_on(device.id))):
+        if missing_bytes + holder.bytes_on(device.id) <= 0:  # an engine that was chosen early is no longer necessary
             paused.remove(holder)
-            missing_bytes += holder.memory_bytes
+            missing_bytes += holder.bytes_on(device.id)
     return paused
