@@ -23,7 +23,7 @@ def check_embeds(folder: Path) -> None:
     if any(str(name).endswith(_GENERATES) for name in architectures or ()):
         raise ModelError(
             code="model_invalid",
-            message=f"{folder} has a language model without settings for embeddings (modules.json of sentence-transformers).",
-            hint="To chat with the model, omit `--engine-kind embedding`. For embeddings, use a model that is trained for them.",
+            message=f"{folder} has a language model without settings for embeddings, which sentence-transformers needs.",
+            hint="To chat with the model, omit `--engine-kind embedding`. For embeddings, use a model trained for them.",
             param="model",
         )
