@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from sage.llm.client.states import EngineState
 
-#: Each part between slashes begins with a letter or digit, so that no part of the route's URL path is `.` or `..`.
+#: Each part between slashes begins with a letter, digit or `_`, so no part of the route's URL path is `.` or `..`.
 _ROUTE_NAME = re.compile(r"\w[\w.@:+-]*(/\w[\w.@:+-]*)*")
 _ENGINE_ID = re.compile(r"engine-[a-z0-9]{10}")
 
@@ -66,10 +66,10 @@ class RouteView(BaseModel):
 
 
 def check_route_name(name: str) -> str:
-    """Return `name` if it is allowed as the name of a route. Raises ValueError if it is not allowed."""
+    """Return `name`. Raises ValueError if a route may not have this name."""
     if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
         raise ValueError(
-            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter or digit"
+            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter, digit or _"
         )
     if _ENGINE_ID.fullmatch(name):
         raise ValueError("must not be an engine's id")

@@ -10,14 +10,14 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: the engine waits to be started
     STARTING = "starting"  #: the server or worker process has been started and is not ready yet
     RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded and will be loaded again; `reason` says when
+    PAUSED = "paused"  #: the engine was unloaded and can be loaded again; `reason` says why
     STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
     STOPPED = "stopped"  #: the engine ended because a user requested it
     COMPLETED = "completed"  #: the training run finished
     FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
 
 
-#: States in which an engine has ended. An engine leaves such a state only if a user requests it.
+#: States in which an engine has ended.
 SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 
@@ -44,7 +44,7 @@ class RestartPolicy(StrEnum):
     """When an engine is restarted automatically. The values have the same names as in Docker."""
 
     NO = "no"  #: the engine is never restarted
-    ON_FAILURE = "on-failure"  #: restart if the process exits with an error, is killed, or no longer answers
+    ON_FAILURE = "on-failure"  #: restart if the process ends unexpectedly or no longer answers
     UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
 
 
@@ -63,6 +63,6 @@ class EventKind(StrEnum):
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: something other than the state changed, for example: a newer version of the adapter was loaded
+    UPDATED = "updated"  #: something other than the state changed, such as the version of the adapter
     REMOVED = "removed"
     ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty

@@ -30,7 +30,7 @@ _NAME = re.compile(r"[\w./@:+-]+")
 
 
 def check_engine_name(name: str) -> str:
-    """Return `name` if it is allowed as the name of an engine. Raises ValueError if it is not allowed."""
+    """Return `name`. Raises ValueError if an engine may not have this name."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
         raise ValueError(f"must consist of letters, digits and ./@:+-_ and must not be {DEFAULT_MODEL!r}")
     return name
@@ -70,7 +70,9 @@ class StartRequest(BaseModel):
     name: str | None = Field(None, max_length=200, description="Model name in requests; default: the value of `model`.")
     port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free port.")
     backend: str = Field(
-        "auto", max_length=64, description="Program that runs the engine; auto: the fastest installed backend for the model."
+        "auto",
+        max_length=64,
+        description="Program that runs the engine; auto: SAGE chooses an installed backend for the model.",
     )
     restart_policy: RestartPolicy | None = Field(
         None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
@@ -81,7 +83,7 @@ class StartRequest(BaseModel):
     )
     merge_in_background: bool = Field(
         False,
-        description="For an adapter: answer at once, merge it into its base meanwhile, then answer with the merged model.",
+        description="For an adapter: serve the adapter while it is merged into its base model, then serve the merged model.",
     )
     idle_stop_minutes: float | None = Field(
         None,
@@ -90,7 +92,9 @@ class StartRequest(BaseModel):
         description="Unload an inference engine after this number of minutes without requests; the state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
-    on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
+    on_busy: OnBusy | None = Field(
+        None, description="What to do if the memory is not free; default: `on_busy` of the settings."
+    )
     priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
     devices: list[DeviceId] | None = Field(
         None, min_length=1, max_length=64, description="Devices that the engine may use; default: any."
@@ -145,7 +149,9 @@ class EngineView(BaseModel):
     queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
     devices: list[str] | None = Field(None, description="Devices of the engine's server; null if it has no server.")
     reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
-    restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
+    restarts: int = Field(
+        0, description="Number of restarts since a user started or resumed the engine, or since it last ran for 10 minutes."
+    )
     reason: Reason | None = None
     training: TrainingProgress | None = None
     node: str = Field(
@@ -199,7 +205,7 @@ class EngineQueue(BaseModel):
 
 
 class EngineEvent(BaseModel):
-    """One event of the change feed. To read later events, send its `id` as `after`."""
+    """One event of the change feed. For later events, send the `id` of this event as `after`."""
 
     id: int
     engine_id: str
@@ -269,10 +275,10 @@ class EstimateView(BaseModel):
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
-        None, description="finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
+        None, description="For finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
     )
     training_seconds: float | None = Field(
-        None, description="finetune: expected duration of the steps, from the speed of an earlier run on this machine."
+        None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."
     )
 
 

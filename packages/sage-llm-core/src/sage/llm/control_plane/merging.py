@@ -23,7 +23,7 @@ def next_merge(
     servers: Mapping[str, ServerRecord],
     observed: Mapping[str, Observed],
 ) -> Action | None:
-    """Return the next action to merge the adapter of a running engine; None if there is none, or if the engine must wait.
+    """Return the next action that merges the adapter of a running engine in the background, or None.
 
     engines: the engines that are not settled, by id.
     """

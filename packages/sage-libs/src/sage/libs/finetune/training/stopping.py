@@ -8,7 +8,7 @@ class StopRequested(Exception):
 
 
 class StopRequest:
-    """A flag that a signal sets. The run checks the flag at safe points."""
+    """A flag that a signal sets, and that the run checks at safe points."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -24,7 +24,7 @@ def exit_message(what: str, code: int | None, log_path: Path) -> str:
 
 
 def log_hint(engine_id: str, log_path: Path) -> str:
-    """Return the last lines of an engine's log, and the command that prints it."""
+    """Return a hint with the last lines of an engine's log and the command that prints the whole log."""
     command = f"`sage llm engine logs {engine_id}`"
     lines = [line[:_SHOWN_CHARACTERS] for line in tail_lines(log_path, _SHOWN_LINES) if line.strip()]
     if not lines:
