@@ -141,7 +141,7 @@ def test_a_damaged_backup_is_refused_before_anything_is_changed(home: Path, tmp_
 
 def test_a_home_with_data_is_refused_or_renamed(home: Path, tmp_path: Path) -> None:
     backup, state = backed_up(tmp_path / "sage.tar.gz"), get_user_paths().state_dir
-    with pytest.raises(Conflict, match="engines.db exists"):
+    with pytest.raises(Conflict, match=r"engines\.db exists"):
         restored(backup)
     (state / "newer").touch()
     result = restored(backup, force=True)

@@ -43,7 +43,7 @@ class ArchiveWriter:
     def __init__(self, file: IO[bytes], progress: Callable[[int], None]) -> None:
         """progress: called with the number of bytes of each part that was written."""
         self._gzip = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=_GZIP_LEVEL)
-        self._tar = tarfile.open(fileobj=self._gzip, mode="w|")  # noqa: SIM115 - `finish` closes it
+        self._tar = tarfile.open(fileobj=self._gzip, mode="w")  # noqa: SIM115 - `finish` closes it
         self._progress = progress
         self._files_sha256: dict[str, str] = {}
         self._content_bytes = 0
