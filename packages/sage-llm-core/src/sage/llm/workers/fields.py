@@ -19,7 +19,6 @@ def _stops(value: Any) -> Any:
 
 
 def _inputs(value: Any) -> Any:
-    """Return a list of texts, or a list of lists of token ids."""
     if isinstance(value, str) or _are_ids(value):
         return [value]
     if isinstance(value, list) and value:
@@ -92,7 +91,7 @@ LogitBias = dict[
 
 
 class Body(BaseModel):
-    """A JSON object; null fields count as absent, and unknown fields are rejected."""
+    """A JSON object. Null fields count as absent, and unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
