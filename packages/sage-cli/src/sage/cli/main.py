@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sage.cli.commands.apps import backend, gateway, llm, route, webhook
+from sage.cli.commands.apps import backend, backup, gateway, llm, route, service, webhook
 from sage.common.errors import Conflict, SageError
 
 app = typer.Typer(
@@ -20,6 +20,9 @@ app.add_typer(route.app, name="route", help="Set, list and remove model names th
 app.add_typer(gateway.app, name="gateway", help="Start, stop and check the process that manages the engines.")
 app.add_typer(webhook.app, name="webhook", help="Check the URLs that receive messages about engines.")
 app.add_typer(backend.app, name="backend", help="Install, check and compare the programs that run engines.")
+app.add_typer(service.app, name="service", help="Run the gateway as a systemd user service.")
+app.command("backup")(backup.save)
+app.command("restore")(backup.restore)
 
 
 @app.command("studio")
@@ -95,7 +98,7 @@ def _options(
 
 
 def main() -> None:
-    """Run a command. If it fails, print the error to stderr and exit with code 1 (failed), 2 (usage) or 3 (no gateway)."""
+    """Run the command line. Exit codes after an error: 1 failed, 2 wrong usage, 3 no gateway, 130 Ctrl-C."""
     try:
         app()
     except SageError as error:
