@@ -138,7 +138,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes without shared pages, which the system does not count as used."""
+    """Return the resident memory of processes, without shared pages, because the system does not count them as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):
