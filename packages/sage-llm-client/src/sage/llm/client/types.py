@@ -38,8 +38,8 @@ class EngineKind(StrEnum):
 
 
 SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
-#: Model name for requests that do not need a certain model. The most recently started engine answers, among the running
-#: engines of the requested kind.
+#: Model name for requests that do not need a certain model. Of the running engines of the requested kind, the one that was
+#: started last answers.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 #: Each part between slashes begins with a letter, digit or `_`, so no part of the route's URL path is `.` or `..`.
@@ -68,7 +68,7 @@ class OnBusy(StrEnum):
 
     WAIT = "wait"  #: wait in the queue until enough memory is free
     PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
-    SHARE = "share"  #: start with the memory that is free, if the smallest need fits; otherwise wait
+    SHARE = "share"  #: start with the memory that is free, if the engine can work with it; otherwise wait
     FAIL = "fail"  #: fail at once
 
 
@@ -392,7 +392,9 @@ class EstimateView(BaseModel):
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
-        None, description="For finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
+        None,
+        description="For finetune: size of the largest micro-batch that fits in the free memory, in samples of "
+        "`max_seq_length` tokens.",
     )
     training_seconds: float | None = Field(
         None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."
