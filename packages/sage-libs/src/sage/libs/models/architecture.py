@@ -14,7 +14,7 @@ from sage.libs.models.resolve import safetensors_header
 
 #: A tensor of a layer has the number of the layer in its name.
 _IN_LAYER = re.compile(r"\.(\d+)\.")
-#: Config fields: the name in transformers, and the name in GGUF files without its prefix, the name of the architecture.
+#: Config fields: name in transformers, and name in GGUF files. There, the architecture's name precedes the field's name.
 _FIELDS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",

@@ -59,7 +59,7 @@ def downloaded(source: ModelSource) -> Path:
 
 
 def with_downloads(source: ModelSource) -> ModelSource:
-    """Download a model and its base model from the hub if needed. Return the new location. Raises ModelError on failure."""
+    """Download a model and its base model from the hub if needed. Return the model's location. Raises ModelError."""
     missing = [part for part in (source, source.base) if part and part.kind is ModelKind.HUB]
     for part in missing:
         downloaded(part)
