@@ -1,7 +1,7 @@
 """Decide which waiting engines get memory on which devices, and which engines are paused for them.
 
-The first waiting engine that fits only after training runs end reserves memory. Smaller engines can therefore not delay this
-engine without end.
+If engines wait that fit only after training runs end, memory is reserved for the first of these engines. Smaller engines can
+therefore not delay it without end.
 """
 
 from collections.abc import Mapping, Sequence

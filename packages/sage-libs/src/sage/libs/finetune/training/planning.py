@@ -21,7 +21,7 @@ from sage.libs.finetune.training.memory import available_bytes
 from sage.libs.finetune.training.precision import Precision
 from sage.libs.models.architecture import read_architecture
 
-#: Main memory that libraries allocate from the planning to the end of the first step. Measured with torch 2.9 on Linux.
+#: Main memory that libraries allocate between the planning and the end of the first step. Measured with torch 2.9 on Linux.
 LATER_BYTES = 60_000_000
 
 #: If a run needs more than this share of the available memory, its largest micro-batch is tried before the first step.
