@@ -100,7 +100,7 @@ class Inventory:
 
 
 def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_bytes: int | None) -> DeviceMemory:
-    """Return the memory of a device to which several limits apply at the same time.
+    """Return the memory of a device to which several bounds apply at the same time.
 
     own_bytes: the memory that engines use. The used memory of each bound includes this memory.
     limit_bytes: the memory that all engines together may use. None: no limit.
