@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
+from sage.llm.control_plane.sleeping import is_asleep
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
@@ -71,7 +72,8 @@ class Prober:
         """Set the engines to probe. If the server of an engine has changed, discard the last observation of the engine."""
         targets, seen = {}, set[str]()
         for engine in engines:
-            if engine.state in HOSTED and (server := servers.get(engine.server_id or "")):
+            server = servers.get(engine.server_id or "")
+            if server and (engine.state in HOSTED or is_asleep(engine, server)):
                 known = self._targets.get(engine.id)
                 if known is None or known.server != server:
                     self._cancel(known)

@@ -56,7 +56,8 @@ class Capabilities:
     merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
     warm_up: bool = False  #: each loaded adapter immediately receives a request, because its first request is slow
     quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
-    sleep: bool = False  #: the server can release its memory and later allocate memory again, without a restart
+    #: GPU memory that a sleeping server keeps. A sleeping server can allocate its memory again without a restart.
+    asleep_bytes: int | None = None
 
 
 class Backend(Protocol):
