@@ -75,7 +75,14 @@ def decide(snapshot: Snapshot) -> tuple[list[Action], Queue]:
     """Return the actions of the plan, and the queue from which they were derived."""
     hosts = Hosts(snapshot.engines, snapshot.servers, snapshot.observed)
     queue = queue_of(snapshot.engines, snapshot.servers.values(), snapshot.watches, hosts, snapshot.memory)
-    actions = [action for engine in snapshot.engines if (action := _next(engine, snapshot, hosts, queue))]
+    actions: list[Action] = []
+    for engine in snapshot.engines:
+        try:
+            action = _next(engine, snapshot, hosts, queue)
+        except Exception as error:  # noqa: BLE001 - the reconciler logs the errors
+            queue.errors[engine.id] = error
+        else:
+            actions += [action] if action else []
     return with_threads(actions, snapshot.servers.values(), snapshot.cores) if snapshot.cores else actions, queue
 
 
