@@ -505,3 +505,30 @@ def test_a_control_plane_that_lost_the_lease_shows_no_queue(loop: Loop) -> None:
         assert not loop.reconciler.queue.decisions
 
     loop.run(test)
+
+
+def test_a_new_checkpoint_wakes_the_reconciler_but_a_step_does_not(loop: Loop) -> None:
+    run = record(S.RUNNING, kind=EngineKind.FINETUNE, serve={"name": "m"})
+    loop.world.alive.add("engine-a")
+    progress = TrainingProgress(step=1, total_steps=9, progress=0.1)
+    seen: list[int | None] = []
+
+    async def test(loop: Loop) -> None:
+        def note() -> None:
+            last = prober.last("engine-a")
+            seen.append(last.training.checkpoint_step if last and last.training else -1)
+
+        async def probed(**values: int) -> None:
+            loop.world.training["engine-a"] = progress.model_copy(update=values)
+            await prober._probe(target, asyncio.create_task(loop.world.observe({"engine-a"})))
+
+        prober = Prober({EngineKind.FINETUNE: loop.world}, loop.world, note)
+        prober.watch([dataclasses.replace(run, server_id="server-a")], {"server-a": server(handle="engine-a")})
+        target = prober._targets["engine-a"]
+        await probed()
+        await probed(step=2)
+        await probed(step=3, checkpoint_step=3)
+        await probed(step=4, checkpoint_step=3)
+
+    loop.run(test)
+    assert seen == [None, 3]

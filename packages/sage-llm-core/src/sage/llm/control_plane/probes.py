@@ -59,7 +59,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called after a change of the process, the readiness, the end or the loaded models of an engine."""
+        """on_change: called if an engine's process, readiness, end, loaded models or newest checkpoint has changed."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -178,4 +178,5 @@ class Prober:
 
 
 def _outline(observed: Observed) -> tuple[object, ...]:
-    return observed.alive, observed.ready, observed.ended, observed.orphaned, observed.models
+    checkpoint_step = observed.training and observed.training.checkpoint_step
+    return observed.alive, observed.ready, observed.ended, observed.orphaned, observed.models, checkpoint_step
