@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from sage.common.errors import first_line
 from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
@@ -161,7 +162,7 @@ class Prober:
 
     def _fail(self, target: _Target, error: Exception) -> None:
         target.is_answering = False
-        trouble = f"{type(error).__name__}: {error}"
+        trouble = f"{type(error).__name__}: {first_line(error)}"
         if target.trouble != trouble:
             target.trouble = trouble
             logger.warning("%s cannot be observed, retrying", target.engine.id, exc_info=error)
