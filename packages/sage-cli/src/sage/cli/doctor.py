@@ -108,7 +108,7 @@ def _torch() -> Iterator[Finding]:
         [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
     )
     if done.returncode:
-        problem = (done.stderr.strip().splitlines() or ["Python exited without a message"])[-1]
+        problem = (done.stderr.strip().splitlines() or ["Python exited without a message"])[-1].rstrip(".")
         yield Finding("torch", "failed", f"torch cannot be imported: {problem}.", "Install torch again for this machine.")
         return
     found = json.loads(done.stdout.splitlines()[-1])

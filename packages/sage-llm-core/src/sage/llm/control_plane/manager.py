@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from sage.common.cgroups import available_cores
 from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
@@ -355,8 +353,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
                 paths = {self._executors[engine.kind].log_path(engine) for engine in engines}
                 for path in (*paths, get_user_paths().state_dir / "gateway.log"):
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
-            except (OSError, SQLAlchemyError) as error:
-                logger.warning("the logs cannot be shortened: %s", error)
+            except Exception as error:
+                logger.warning("the logs cannot be shortened, retrying", exc_info=error)
 
 
 def _upstream(address: str, model_name: str | None, engine_id: str, name: str, token: str, backend: str) -> Upstream:

@@ -44,6 +44,7 @@ class Queue:
     #: by id of an engine to pause: the id of the engine for which it makes room
     pauses: Mapping[str, str] = field(default_factory=dict)
     evicted: frozenset[str] = frozenset()  #: ids of sleeping servers whose memory is needed
+    errors: dict[str, Exception] = field(default_factory=dict)  #: why no action could be planned, by engine id
 
     def reason(self, engine: EngineRecord) -> Reason | None:
         """Return why an engine waits or cannot start, or None if no reason is known."""
@@ -152,7 +153,8 @@ def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
     if engine.devices:
         return engine.devices
     gpus = tuple(device.id for device in memory.devices if device.id != "cpu")
-    return gpus if gpus and "cuda" in registry.BACKENDS[engine.backend].capabilities.devices else ("cpu",)
+    backend = registry.BACKENDS.get(engine.backend)  # None if another version of SAGE added the engine
+    return gpus if gpus and backend and "cuda" in backend.capabilities.devices else ("cpu",)
 
 
 def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> Iterator[Holder]:

@@ -85,6 +85,10 @@ class EngineReads:
         """Return the number of engines of each kind in each state."""
         return await self._pool.run(self._store.count)
 
+    def problems(self) -> list[str]:
+        """Return why this control plane cannot manage some engines, or all engines."""
+        return self._reconciler.problems()
+
     async def get_engine(self, engine_id: str) -> EngineView:
         """Return an engine. Raises NotFound."""
         engine, server = await self._hosted(engine_id)

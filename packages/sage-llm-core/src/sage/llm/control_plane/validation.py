@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping
 
-from sage.common.errors import SageError
+from sage.common.errors import SageError, first_line
 from sage.llm.client.types import EngineKind, Reason
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.plan import Validation
@@ -61,5 +61,5 @@ class Validator:
             reason = Reason(code=error.code, message=error.message, hint=error.hint)
         except Exception as error:
             logger.warning("%s cannot be validated", engine.id, exc_info=error)
-            reason = Reason(code="validation_failed", message=f"The engine cannot be checked: {error}.")
+            reason = Reason(code="validation_failed", message=f"The engine cannot be checked: {first_line(error)}.")
         return Validation(is_done=True, reason=reason)
