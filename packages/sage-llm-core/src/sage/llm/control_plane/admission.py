@@ -18,6 +18,7 @@ class DeviceMemory:
     id: str  #: `cpu` or, for example, `cuda:0`
     usable_bytes: int  #: the total, or the configured limit if that is smaller
     foreign_bytes: int = 0  #: used by other programs
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: used by the servers of this node, by server id
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Holder:
     is_pausable: bool = False  #: an inference engine that may be paused to make room
     ends: bool = False  #: a training run, which frees its memory without an action of the user
     is_leaving: bool = False  #: being paused or stopped, with its memory still in use
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: measured memory by device id
+
+    def bytes_on(self, device_id: str) -> int:
+        """Return the memory that the engine has on a device: what it has reserved, or what it uses if that is more."""
+        return max(self.memory_bytes if device_id in self.devices else 0, self.used_bytes.get(device_id, 0))
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ Decision = Start | MakeRoom | Wait | Refuse
 
 @dataclass
 class _Device:
+    id: str
     usable_bytes: int
     free_bytes: int
     soon_bytes: int = 0  #: reserved for engines that start when the stopping engines have exited
@@ -114,11 +121,11 @@ class _Device:
 
     @property
     def leaving_bytes(self) -> int:
-        return sum(holder.memory_bytes for holder in self.holders if holder.is_leaving)
+        return sum(holder.bytes_on(self.id) for holder in self.holders if holder.is_leaving)
 
     @property
     def ending_bytes(self) -> int:
-        return sum(holder.memory_bytes for holder in self.holders if holder.ends and not holder.is_leaving)
+        return sum(holder.bytes_on(self.id) for holder in self.holders if holder.ends and not holder.is_leaving)
 
     @property
     def room_later_bytes(self) -> int:
@@ -145,7 +152,9 @@ def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: S
 
 class _State:
     def __init__(self, devices: Sequence[DeviceMemory], holders: Sequence[Holder]) -> None:
-        self._devices = {each.id: _Device(each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices}
+        self._devices = {
+            each.id: _Device(each.id, each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices
+        }
         self._has_reservation = False
         for holder in holders:
             self._place(holder)
@@ -207,7 +216,7 @@ class _State:
         for key, device in allowed.items():
             paused = _to_pause(claim, device)
             if paused is not None:
-                options.append((len(paused), sum(holder.memory_bytes for holder in paused), key, paused))
+                options.append((len(paused), sum(holder.bytes_on(key) for holder in paused), key, paused))
         if len(options) < claim.device_count:
             return None
         chosen = sorted(options, key=lambda option: option[:3])[: claim.device_count]
@@ -222,9 +231,9 @@ class _State:
         return MakeRoom(paused_ids, keys)
 
     def _place(self, holder: Holder) -> None:
-        for key in holder.devices:
-            if device := self._devices.get(key):
-                device.free_bytes -= holder.memory_bytes
+        for key, device in self._devices.items():
+            if key in holder.devices or key in holder.used_bytes:
+                device.free_bytes -= holder.bytes_on(key)
                 device.holders.append(holder)
 
 
@@ -239,14 +248,14 @@ def _to_pause(claim: Claim, device: _Device) -> list[Holder] | None:
     missing_bytes = claim.memory_bytes - device.room_soon_bytes
     paused: list[Holder] = []
     candidates = (holder for holder in device.holders if holder.is_pausable and not holder.is_leaving)
-    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.memory_bytes, holder.engine_id)):
+    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.bytes_on(device.id), holder.engine_id)):
         if missing_bytes > 0 and holder.priority <= claim.priority:
             paused.append(holder)
-            missing_bytes -= holder.memory_bytes
+            missing_bytes -= holder.bytes_on(device.id)
     if missing_bytes > 0:
         return None
-    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.memory_bytes)):
-        if missing_bytes + holder.memory_bytes <= 0:
+    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.bytes_on(device.id))):
+        if missing_bytes + holder.bytes_on(device.id) <= 0:
             paused.remove(holder)
-            missing_bytes += holder.memory_bytes
+            missing_bytes += holder.bytes_on(device.id)
     return paused

@@ -10,6 +10,8 @@ import psutil
 import torch
 
 from sage.common.cgroups import memory_limits
+from sage.libs.finetune.run.estimate import CUDA_BYTES
+from sage.libs.finetune.run.reservation import TOLERANCE, reserved_bytes
 
 #: Bytes of a memory limit that are reserved for file pages and kernel memory.
 _MARGIN_BYTES = 32 * 2**20
@@ -42,6 +44,13 @@ def peak_bytes() -> int:
             return int(peak.split()[0]) * 1024
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def limit_gpu_memory() -> None:
+    """Limit the GPU memory of this process to the run's reservation, so that an allocation beyond the limit fails."""
+    if (reserved := reserved_bytes()) and torch.cuda.is_available():
+        share = (TOLERANCE * reserved - CUDA_BYTES) / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0))
 
 
 def refuse_beyond_limit() -> None:

@@ -14,6 +14,7 @@ from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.run.output import check_claim
+from sage.libs.finetune.run.reservation import RESERVED_VARIABLE
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus
 from sage.libs.models.resolve import resolve_model
@@ -81,8 +82,9 @@ class FinetuneExecutor:
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the worker process, and record the launch of the worker in the run's events."""
         spec = self._manager.process_spec(task_id_of(engine.id))
-        threads = self._threads or engine.threads
-        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(threads)}) if threads else spec
+        values = {"OMP_NUM_THREADS": self._threads or engine.threads, RESERVED_VARIABLE: server.reserved_bytes}
+        given = {name: str(value) for name, value in values.items() if value}
+        return dataclasses.replace(spec, env={**spec.env, **given})
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the record of a new server, which represents the process of the run's worker."""
@@ -118,7 +120,7 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint as a model, which the run never removes. Raises ModelError or OSError."""
+        """Return a folder with the checkpoint as a model. The run never removes the folder. Raises ModelError, OSError."""
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
