@@ -23,8 +23,8 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a certain model. The most recently started engine answers, among the running
-#: engines of the requested kind.
+#: Model name for requests that do not need a certain model. Of the running engines of the requested kind, the one that was
+#: started last answers.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
@@ -276,8 +276,8 @@ class EstimateView(BaseModel):
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
         None,
-        description="For finetune: size, in samples of `max_seq_length` tokens, of the largest micro-batch that fits in the "
-        "free memory.",
+        description="For finetune: size of the largest micro-batch that fits in the free memory, in samples of "
+        "`max_seq_length` tokens.",
     )
     training_seconds: float | None = Field(
         None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."

@@ -13,6 +13,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.queueing import Memory, Queue, is_waiting
 from sage.llm.control_plane.runner import Runner
+from sage.llm.control_plane.sleeping import unneeded
 from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import Store
 from sage.llm.control_plane.watch import Watch
@@ -66,6 +67,8 @@ class Reconciler:
         memory = await self._look_at_memory(engines, observed) if any(map(is_waiting, engines)) else None
         snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
+        for server in unneeded(engines, servers, observed, self.queue.evicted):
+            self._runner.sleeper.end(server)
         for action in actions:
             engine = action.engine
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))

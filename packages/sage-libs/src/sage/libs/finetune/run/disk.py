@@ -36,7 +36,7 @@ def check_start(config: FinetuneConfig, trained_bytes: int, runs: Path) -> None:
                 code="disk_too_small",
                 message=f"The checkpoints and the result of this run need {_shown(needed_bytes[disk])} on the disk of "
                 f"{existing}, but only {_shown(free_bytes)} are free.",
-                hint="Free disk space, or keep fewer checkpoints with --keep-checkpoints.",
+                hint="Free up disk space, or keep fewer checkpoints with --keep-checkpoints.",
             )
 
 

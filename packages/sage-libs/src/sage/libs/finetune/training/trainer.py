@@ -65,7 +65,7 @@ class TrainingRun:
             plan = plan.fitted(self.data.largest_batch)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
-        if not self.team.is_main_process:  # the main process has tokenized and stored the dataset
+        if not self.team.is_main_process:  # read the dataset that the main process has stored
             self.data = self._load_data()
         self.heldout = HeldOut(
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,

@@ -27,8 +27,8 @@ class TrainerBackend:
     def estimate(self, model: ModelSource, options: FinetuneConfig) -> MemoryEstimate | None:
         """Return the memory of the largest micro-batch. The least memory is that of one sample of `max_seq_length` tokens.
 
-        The number formats are those of an earlier run with the same model and options, or else the largest possible
-        formats.
+        The number formats are those of an earlier run with the same model and options. If there is none, the formats that
+        need the most memory are assumed.
         """
         needs = training_memory(model, options)
         if needs is None:

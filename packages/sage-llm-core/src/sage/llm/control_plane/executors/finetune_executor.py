@@ -76,7 +76,7 @@ class FinetuneExecutor:
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, OutputError if the run's output folder belongs to another run."""
-        was_launched = engine.server_id is not None  # if not, the run directory possibly does not exist
+        was_launched = engine.server_id is not None  # before its first launch, a run possibly has no directory
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
@@ -121,7 +121,10 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with the checkpoint as a model. The run never removes the folder. Raises ModelError, OSError."""
+        """Return a folder that contains a checkpoint as a model that can be served. The run never removes this folder.
+
+        Raises ModelError or OSError.
+        """
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
