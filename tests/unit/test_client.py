@@ -215,6 +215,6 @@ def test_the_wheels_of_the_command_line_require_neither_a_database_nor_training_
         return direct.union(*(required(each) for each in direct if each.startswith("sage-")))
 
     assert required("sage-cli") == {
-        "sage-common", "sage-llm-client", "httpx", "platformdirs", "psutil", "pydantic", "pydantic-settings", "rich",
-        "typer",
+        "sage-common", "sage-llm-client", "httpx", "packaging", "platformdirs", "psutil", "pydantic", "pydantic-settings",
+        "rich", "typer",
     }  # fmt: skip

@@ -27,8 +27,8 @@ _CODES: Mapping[type[SageError], str] = {
         service_not_installed""",
     errors.OutputError: "output_unusable",
     errors.Conflict: """
-        already_running backend_in_use backup_exists busy dataset_changed gateway_running home_in_use home_not_empty
-        model_exists no_port not_pausable not_resumable not_started not_queued not_training
+        already_running backend_in_use backup_exists busy dataset_changed disk_too_small gateway_running home_in_use
+        home_not_empty model_exists no_port not_pausable not_resumable not_started not_queued not_training
         other_node port_taken still_running""",
     errors.RunError: """
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory
