@@ -8,6 +8,7 @@ import pytest
 from engines import record
 from lease_promises import LeasePromises
 from migration_promises import MigrationPromises
+from outbox_promises import OutboxPromises
 from postgres import PostgresServer
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,6 +28,10 @@ def database_url(postgres: PostgresServer) -> str:
 
 
 class TestStoreOnPostgres(StorePromises):
+    pass
+
+
+class TestOutboxOnPostgres(OutboxPromises):
     pass
 
 

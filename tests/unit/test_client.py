@@ -67,6 +67,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("remove_route", lambda c: c.remove_route("org/a"), lambda r: r is None),
     ("devices", lambda c: c.devices(), lambda r: r[0].kind == "cpu"),
     ("estimate", lambda c: c.estimate("m", engine_kind="llm"), lambda r: (r.model, r.parts) == ("m", {"weights": 3})),
+    ("test_webhooks", lambda c: c.test_webhooks(), lambda r: r[0].host == "a.example"),
     ("backends", lambda c: c.backends(), lambda r: r[0].name == "x"),
     ("health", lambda c: c.health(), lambda r: r["service"] == "sage-gateway"),
     ("models", lambda c: c.models(), lambda r: r == ["m"]),

@@ -12,7 +12,7 @@ _CODES: Mapping[type[SageError], str] = {
         context_length_exceeded database_elsewhere database_newer database_unusable host_not_allowed invalid_value
         model_required option_missing origin_not_allowed path_not_absolute reward_file_unusable reward_files_off
         settings_invalid state_folder_unusable target_modules_unknown too_few_gpus trl_missing unsupported_value
-        cursor_unknown package_missing backend_not_installed backend_unusable
+        tracker_missing cursor_unknown package_missing backend_not_installed backend_unusable
         file_ids_unsupported systemd_missing""",
     errors.DatasetError: """
         dataset_changed dataset_empty dataset_invalid dataset_template dataset_too_long dataset_unusable

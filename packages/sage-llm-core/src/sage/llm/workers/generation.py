@@ -16,7 +16,7 @@ from sage.llm.workers import server
 from sage.llm.workers.answers import Answer
 from sage.llm.workers.batch import Batch
 from sage.llm.workers.generator import Generator
-from sage.llm.workers.hosting import Hosting, add_routes
+from sage.llm.workers.hosting import Hosted, Hosting, add_routes
 from sage.llm.workers.jobs import Job, Lane, unless_gone
 from sage.llm.workers.requests import ChatRequest, CompletionRequest
 from sage.llm.workers.sampling import Piece, Sampling
@@ -70,7 +70,9 @@ class Engine:
     def about(self) -> dict[str, Any]:
         """Return the engine's fields for `/health`. Raises SageError if the engine cannot answer requests any more."""
         self._batch.check()
-        return {"context_tokens": self._generator.context_tokens, "slots": self._slots}
+        return {
+            "context_tokens": self._generator.context_tokens, "slots": self._slots, "tokens": self.hosting.tokens()
+        }  # fmt: skip
 
     def close(self) -> None:
         """End all answers with an error which says that the engine is stopping."""
@@ -107,9 +109,10 @@ class Engine:
                 hosted.voice.check_prompt(prompt, sampling, param)
                 self._check_memory(len(prompt), sampling.max_tokens, param)
             shape.prompt_tokens = sum(map(len, task.prompts))
+            hosted.prompt_tokens += shape.prompt_tokens
             choices = enumerate(prompt for prompt in task.prompts for _ in range(request.n or 1))
             continues = isinstance(shape, CompletionShape)
-            answers = [self._choice(index, prompt, sampling, hosted.voice, job, continues) for index, prompt in choices]
+            answers = [self._choice(index, prompt, sampling, hosted, job, continues) for index, prompt in choices]
             if task.grammar:
                 for answer in answers:
                     answer.chooser.adjustments.append(task.grammar.start())
@@ -144,11 +147,15 @@ class Engine:
             )
 
     def _choice(
-        self, index: int, prompt: list[int], sampling: Sampling, voice: Voice, job: Job[Piece], continues: bool
+        self, index: int, prompt: list[int], sampling: Sampling, hosted: Hosted, job: Job[Piece], continues: bool
     ) -> Answer:
         seed = None if sampling.seed is None else sampling.seed ^ index
-        put = lambda piece: job.put(replace(piece, index=index))  # noqa: E731
-        return self._generator.answer(voice, prompt, replace(sampling, seed=seed), put, continues=continues)
+
+        def put(piece: Piece) -> None:
+            hosted.completion_tokens += piece.completion_tokens
+            job.put(replace(piece, index=index))
+
+        return self._generator.answer(hosted.voice, prompt, replace(sampling, seed=seed), put, continues=continues)
 
 
 def build(

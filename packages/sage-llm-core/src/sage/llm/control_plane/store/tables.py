@@ -121,6 +121,17 @@ events = Table(
     sqlite_autoincrement=True,
 )
 
+#: Webhook messages that are not delivered yet.
+webhook_messages = Table(
+    "webhook_messages",
+    metadata,
+    Column("event_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("endpoint", String, primary_key=True),  # hash of the URL
+    Column("node", String, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+)
+
 #: Routes: model names that refer to one or more engines of a node.
 routes = Table(
     "routes",
