@@ -40,7 +40,7 @@ class Queue:
 
     joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
-    #: by id of an engine to pause: the id of the engine for which it makes room
+    #: key: id of an engine to pause; value: id of the engine that gets its memory
     pauses: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self, engine: EngineRecord) -> Reason | None:
@@ -62,8 +62,9 @@ def rank(engine: EngineRecord) -> tuple[int, float]:
 
 
 def rank_at(engine: EngineRecord, position: int, waiting: Sequence[EngineRecord]) -> float:
-    """Return the `queue_rank` that moves an engine to a place in the queue, as near as its priority allows.
+    """Return the `queue_rank` that moves an engine to a position in the queue.
 
+    The engine moves to `position` (from 1), or as near to it as the engine's priority allows.
     waiting: all waiting engines, in the order of the queue.
     """
     others = [other for other in waiting if other.id != engine.id]
@@ -89,7 +90,7 @@ def queue_of(
     hosts: Hosts,
     memory: Memory | None,
 ) -> Queue:
-    """Return what each waiting engine should do.  memory: None: the devices are not known, and each engine can start."""
+    """Return what each waiting engine should do.  memory: None if the devices are not known; then no engine waits for it."""
     joins: dict[str, ServerRecord] = {}
     claims: list[Claim] = []
     room_for = {engine.paused_by for engine in engines if is_making_room(engine)}
