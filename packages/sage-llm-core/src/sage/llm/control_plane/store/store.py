@@ -146,8 +146,8 @@ class Store(ServerStore, RouteStore):
     def touch(self, engine_id: str) -> EngineRecord:
         """Record a request to an engine, and return the engine. Raises NotFound.
 
-        No lease is needed, so that a standby can call this. The write of a pause that was planned before the request
-        then raises StaleWrite.
+        No lease is needed, so that a standby can call this. The engine's version is incremented, so that a pause that was
+        planned before the request cannot be written (StaleWrite).
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
