@@ -60,7 +60,7 @@ async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follo
     """Yield the past events of an engine; with `follow`, also each new event until the engine has ended."""
     cursor = 0
     while True:
-        # Read the state before the events: if the engine ends between the two reads, its last event is then certainly sent.
+        # The state is read before the events, so that the last event is not missed if the engine ends between the two reads.
         has_ended = (await manager.get_engine(engine_id)).state in SETTLED
         for event in await manager.get_events(engine_id, cursor):
             cursor = event.id

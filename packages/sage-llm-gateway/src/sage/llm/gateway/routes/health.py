@@ -26,7 +26,7 @@ def health() -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report the gateway's role (active or standby) and the number of engines by state; fails without the database."""
+    """Report the gateway's role (active or standby) and the number of engines by state, unless the database fails."""
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():
