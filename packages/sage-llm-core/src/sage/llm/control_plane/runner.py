@@ -79,7 +79,8 @@ class Runner:
     ) -> None:
         """on_done: called after each action that succeeded.
 
-        variables: blocking function that returns the environment variables that restrict a process to devices.
+        variables: takes ids of devices, and returns the environment variables that restrict a process to these devices. It
+        is called in a thread, because it blocks.
         """
         self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors

@@ -118,7 +118,7 @@ class Store(ServerStore, RouteStore):
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease, **values: Any
     ) -> EngineRecord:
-        """Write the desired state of an engine, and other columns. Raises StaleWrite if the engine was changed meanwhile."""
+        """Write the desired state and other columns of an engine, and add an event. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
