@@ -35,14 +35,14 @@ class Reconciler:
         memory: NodeMemory | None = None,
         cores: Cores | None = None,
     ) -> None:
-        """memory: measures the devices. None: each engine can start.
+        """memory: measures the devices. None: no engine waits for memory.
 
         cores: the cores that engines share. None: each program uses its default number of threads.
         """
         self._memory, self._cores = memory, cores
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
-        self.queue = Queue()  #: the waiting engines at the last tick as the active control plane
+        self.queue = Queue()  #: the decisions of the last tick in which this control plane was active
         self._watches: dict[str, Watch] = {}
         self._errors: dict[str, Exception] = {}  #: by engine id, or "" for an error that stopped the whole last tick
 

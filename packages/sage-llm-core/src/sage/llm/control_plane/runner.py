@@ -82,7 +82,8 @@ class Runner:
     ) -> None:
         """on_done: called after each action that succeeded.
 
-        variables: blocking function that returns the environment variables that restrict a process to devices.
+        variables: takes ids of devices, and returns the environment variables that restrict a process to these devices. It
+        is called in a thread, because it blocks.
         """
         self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
@@ -281,7 +282,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server, if this is not `server` and no other engine needs the files."""
+        """Remove the files of the engine's previous server, unless it is `server` or another engine needs the files."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)

@@ -12,7 +12,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum number of stopped, completed or failed engines without stored training progress whose fields are cached.
+#: Maximum number of engines in the cache. The cache holds the fields of settled engines that have no stored `figures`.
 _MAX_READ = 10_000
 
 

@@ -256,10 +256,10 @@ def _characters(value: Any) -> int:
 if __name__ == "__main__":
     options = server.parser()
     options.add_argument("--dtype", default="auto")
-    options.add_argument("--max-tokens", type=int, default=1024, help="Default of max_tokens in requests.")
+    options.add_argument("--max-tokens", type=int, default=1024, help="Maximum tokens of an answer if a request sets none.")
     options.add_argument("--slots", type=int, default=16, help="Maximum number of answers in progress at the same time.")
     options.add_argument("--context-tokens", type=int, help="Context length in tokens. Default: the model's limit.")
-    options.add_argument("--cache-tokens", type=int, help="Maximum tokens of the prompts and answers in progress.")
+    options.add_argument("--cache-tokens", type=int, help="Maximum tokens of all prompts and answers in progress.")
     options.add_argument("--served-name", help="The model's name in requests. Default: any name is accepted.")
     given = options.parse_args()
     build_it = partial(

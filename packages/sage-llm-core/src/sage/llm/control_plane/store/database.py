@@ -17,7 +17,10 @@ REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versi
 #: Key of PostgreSQL's advisory lock for migrations.
 _MIGRATION_LOCK = 0x53414745_00000001
 _HINT = "Correct SAGE_DATABASE_URL, or unset it to use SQLite in the state folder."
-_FILE_HINT = "Restore the file, move it away to begin with an empty database, or set SAGE_DATABASE_URL to another database."
+_FILE_HINT = (
+    "Restore the file from a backup, move it away to begin with an empty database, or set SAGE_DATABASE_URL to another "
+    "database."
+)
 _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 
 

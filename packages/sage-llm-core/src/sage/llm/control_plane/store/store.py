@@ -127,7 +127,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease, **values: Any
     ) -> EngineRecord:
-        """Write the desired state of an engine, and other columns. Raises StaleWrite if the engine was changed meanwhile."""
+        """Write the desired state and other columns of an engine, and add an event. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
@@ -155,8 +155,8 @@ class Store(ServerStore, RouteStore, OutboxStore):
     def touch(self, engine_id: str) -> EngineRecord:
         """Record a request to an engine, and return the engine. Raises NotFound.
 
-        No lease is needed, so that a standby can call this. The write of a pause that was planned before the request
-        then raises StaleWrite.
+        No lease is needed, so that a standby can call this. The engine's version is incremented, so that a pause that was
+        planned before the request cannot be written (StaleWrite).
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)

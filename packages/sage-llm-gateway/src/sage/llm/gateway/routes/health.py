@@ -25,7 +25,10 @@ def health() -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report the gateway's role, the number of engines by state, and problems. Fails without the database."""
+    """Report the gateway's role (active or standby), the number of engines by state, and problems.
+
+    The request fails if the database fails.
+    """
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():
