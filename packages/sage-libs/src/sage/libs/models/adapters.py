@@ -40,7 +40,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
         if is_out_of_memory(error):
             raise
         raise _unfit(folder, first_line(error)) from error
-    if result.unexpected_keys and not config.is_prompt_learning:  # PEFT loads virtual tokens separately
+    if result.unexpected_keys and not config.is_prompt_learning:  # PEFT lists virtual tokens as unexpected keys
         raise _unfit(folder, f"the base has no layer for the adapter's weight {result.unexpected_keys[0]}")
     if result.missing_keys:
         raise _unfit(folder, f"the adapter has no weight for {result.missing_keys[0]}")
@@ -53,8 +53,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
 def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the weights (A, B) of a plain LoRA adapter for each linear layer, by layer name; the base model is not changed.
 
-    A: (rank, in_features).  B: (rank, out_features), scaled. For an input x, the adapter adds x @ A.T @ B to the output.
-    The adapter is loaded with PEFT, so that patterns in its config for layers, ranks and scalings are applied correctly.
+    A: (rank, in_features).  B: (rank, out_features), scaled.  For an input x, the adapter adds x @ A.T @ B to the output.
     Raises ModelError if the adapter does not fit the base model, or if a weight is not finite.
     """
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
@@ -81,7 +80,6 @@ def merged(model: PeftModel) -> Any:
 
 
 def _check_finite(folder: Path) -> None:
-    """Raise ModelError if a weight in the file of an adapter is not a finite number."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
             if not file.get_tensor(name).isfinite().all():
@@ -102,7 +100,6 @@ def _untie_head(base: PreTrainedModel) -> None:
 
 
 def _without_adapter(module: Any) -> Any:
-    """Return the original layer inside PEFT's wrappers."""
     while inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None):
         module = inner
     return module
@@ -145,7 +142,7 @@ def _trained_base(folder: Path, found: str) -> str:
 def _not_finite(folder: Path, name: str) -> ModelError:
     return ModelError(
         code="adapter_not_finite",
-        message=f"The adapter in {folder} has the weight {name} with values that are not finite numbers.",
+        message=f"The weight {name} of the adapter in {folder} contains values that are not finite numbers.",
         hint="The training of the adapter diverged. Use an earlier checkpoint, or train again with a lower learning rate.",
         param="model",
     )

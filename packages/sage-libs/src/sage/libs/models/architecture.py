@@ -1,4 +1,4 @@
-"""Read the sizes of a model from its config and the headers of its weight files. This module reads no weights."""
+"""Read the sizes of a model from its config and the headers of its weight files."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from sage.libs.models.resolve import safetensors_header
 
 #: A tensor of a layer has the number of the layer in its name.
 _IN_LAYER = re.compile(r"\.(\d+)\.")
-#: Fields of a config: name in transformers, name in GGUF files after the name of the architecture.
+#: Config fields: name in transformers, and name in GGUF files. There, the architecture's name precedes the field's name.
 _FIELDS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -35,7 +35,7 @@ _CONTEXT_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a transformer. `shapes` has the shape of each tensor by name, the rows of a matrix first."""
+    """The sizes of a transformer. `shapes` maps names of tensors to their shapes; a matrix has (rows, columns)."""
 
     shapes: Mapping[str, tuple[int, ...]]
     file_bytes: int  #: size of all weight files
@@ -75,12 +75,12 @@ class Architecture:
 
     @property
     def query_size(self) -> int:
-        """Number of columns of all queries of a token."""
+        """Size of a token's queries, summed over the heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_size(self) -> int:
-        """Number of columns of all keys of a token; the values have the same number."""
+        """Size of a token's keys, summed over the heads. The values have the same size."""
         return self.num_key_value_heads * self.head_dim
 
 
@@ -104,12 +104,10 @@ def read_architecture(folder: Path) -> Architecture | None:
 
 
 def _transformers_name(name: str) -> str:
-    """Return a GGUF tensor's name with the name that transformers has for the module, for example `blk.0.q_proj.weight`."""
     return ".".join(_GGUF_MODULES.get(part, part) for part in name.split("."))
 
 
 def _text_config(path: Path) -> dict[str, Any]:
-    """Return the config of the text model; {} if the file has no JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -118,7 +116,7 @@ def _text_config(path: Path) -> dict[str, Any]:
 
 
 def _architecture(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file_bytes: int) -> Architecture:
-    """Return the architecture. Sizes that the config does not have are derived from the shapes."""
+    """Sizes that the config does not have are derived from the shapes, or are defaults."""
     given = {name: value for name in _FIELDS if isinstance(value := config.get(name), int)}
     numbers = {int(found[1]) for name in shapes if (found := _IN_LAYER.search(name))}
     in_layers = [shape for name, shape in shapes.items() if len(shape) == 2 and _IN_LAYER.search(name)]

@@ -19,7 +19,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def trim_heap() -> None:
-    """Return free heap pages to the operating system, so that fragmentation does not make the heap grow."""
+    """Return free heap pages to the operating system. Without glibc, do nothing."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only in glibc
         trim(0)
 
@@ -38,7 +38,7 @@ def peak_bytes() -> int:
     """Return the largest number of bytes that this process has used since it started, measured like `used_bytes`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    if _STATUS.exists():  # `ru_maxrss` would include the memory of the parent process before this process was started
+    if _STATUS.exists():  # on Linux, `ru_maxrss` can be the peak of the parent process
         fields = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
         if peak := fields.get("VmHWM"):
             return int(peak.split()[0]) * 1024
@@ -54,7 +54,7 @@ def limit_gpu_memory() -> None:
 
 
 def refuse_beyond_limit() -> None:
-    """Limit this process to the free memory of the container or machine, so that an allocation beyond the limit fails.
+    """Limit the memory of this process, so that an allocation beyond the machine's or the container's memory fails.
 
     A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
     than Linux, this function does nothing.
@@ -71,6 +71,5 @@ def refuse_beyond_limit() -> None:
 
 
 def _available_in_cgroups() -> Iterator[int]:
-    """Yield the free bytes of each control group that has a memory limit. File pages count as free."""
     for group in memory_limits():
         yield group.limit_bytes - group.used_bytes

@@ -29,7 +29,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    # Load the base directly onto its device: the kernels will combine the weights into matrices that must not be moved.
+    # Load the base directly onto its device, because the kernels combine the weights into matrices that must not be moved.
     place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
@@ -37,7 +37,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
         # Copy the weights out of the memory-mapped file, because the mapped pages count as memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # Prevent bitsandbytes from repacking 4-bit weights for evaluation: it would not restore these weights for training.
+        # Prevent bitsandbytes from repacking 4-bit weights for evaluation, because it does not undo this for training.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -63,7 +63,7 @@ def loraplus_optimizer(
 
 
 def width_of(folder: Path) -> int:
-    """Return the hidden size of the model in a folder; raises ModelError if the config cannot be loaded."""
+    """Return the hidden size of the model in a folder, or 768 if the config has none. Raises ModelError."""
     return int(getattr(model_config(folder), "hidden_size", 768))
 
 
@@ -80,11 +80,11 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     for file in checkpoint.glob("model*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)  # not strict: the weights can be split over several files
+        model.load_state_dict(load_file(file), strict=False)  # not strict, because a file can contain some weights only
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:
-    """Write the adapter to `folder`; after full fine-tuning, write the model in the dtype of the source model."""
+    """Write the adapter to `folder`; after full fine-tuning, write the whole model in the dtype of the model in `source`."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
         return

@@ -1,4 +1,4 @@
-"""Run the steps of an export as processes. The last line of a step's output is a JSON object with its result."""
+"""Run the steps of an export as processes. The last line that a step prints is a JSON object with the result."""
 
 import json
 import signal
@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from sage.common.error_codes import error_class
 from sage.common.errors import ModelError, SageError
 
-#: Seconds between two progress reports while a step runs.
 _POLL_SECONDS = 0.5
 
 
