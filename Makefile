@@ -81,6 +81,7 @@ bench-estimates: setup
 
 bench-serving: setup
 	cd benchmarks && $(CURDIR)/$(BIN)/python -m serving
+	cd benchmarks && $(CURDIR)/$(BIN)/python making_room.py
 
 clean:
 	rm -rf $(VENV) .bench .clients* .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
