@@ -70,7 +70,9 @@ class Engine:
     def about(self) -> dict[str, Any]:
         """Return the engine's fields for `/health`. Raises SageError if the engine cannot answer requests any more."""
         self._batch.check()
-        return {"context_tokens": self._generator.context_tokens, "slots": self._slots}
+        return {
+            "context_tokens": self._generator.context_tokens, "slots": self._slots, "slots_in_use": self._batch.slots_in_use,
+        }  # fmt: skip
 
     def close(self) -> None:
         """End all answers with an error which says that the engine is stopping."""
