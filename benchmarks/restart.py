@@ -49,7 +49,7 @@ def main() -> None:
         os.environ.update({"SAGE_HOME": home, "SAGE_GATEWAY_PORT": str(free_port())})
         command("start")
         client = SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}")
-        engine, _ = start(client, base, "served", "transformers", {"slots": CLIENTS})
+        engine, _ = start(client, base, "served", "transformers", {"slots": CLIENTS + 1})
         try:
             with load(client.base_url):
                 for sent in (signal.SIGTERM, signal.SIGKILL):
