@@ -32,15 +32,15 @@ class Measured:
     refused: list[Fault] = field(default_factory=list)
 
     def raise_for_unusable(self) -> None:
-        """Raise `error` if it is set. In this case, no run can use the samples."""
+        """Raise `error` if it is set."""
         if self.error:
             raise self.error
 
 
 def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_on: Any) -> Measured:
-    """Render the samples for a model, count tokens, and collect findings about content that the model would not learn.
+    """Apply a model's chat template to the samples, and count the tokens.
 
-    If the model cannot be loaded, `problem` of the result contains the reason.
+    If the tokens cannot be counted, `problem` of the result contains the reason.
     """
     if not report.sample_count:
         return Measured(model, cutoff, [], problem="the dataset has no samples")

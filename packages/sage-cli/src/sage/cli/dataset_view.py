@@ -19,7 +19,7 @@ _SPECIAL_STYLE = "reverse"
 
 
 def raise_for_missing(report: DatasetReport, line: int | None) -> NoReturn:
-    """Raise DatasetError, because there is no sample to show. If the line was read, the error is the fault of this line."""
+    """Raise DatasetError with the faults of the line, or with the message that the line has no sample."""
     report.faults = [fault for fault in report.faults if line in (None, fault.origin.line)]
     report.raise_for_faults()
     message, hint = f"The dataset {report.path} has no sample on line {line}.", "Omit --line to see the first samples."
@@ -50,7 +50,6 @@ def _heading(sample: Sample, facts: str) -> Text:
 
 
 def _segments(sequence: Encoded, encoder: Encoder) -> list[tuple[str, str]]:
-    """Return a sequence's text as segments, each of which is trained, untrained or cut."""
     kinds = ["untrained" if label == IGNORED else "trained" for label in sequence.labels[: encoder.cutoff]]
     kinds += ["cut"] * (len(sequence.ids) - len(kinds))
     runs = itertools.groupby(zip(kinds, sequence.ids, strict=True), key=lambda pair: pair[0])

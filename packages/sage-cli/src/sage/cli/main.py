@@ -94,7 +94,7 @@ def _options(
 
 
 def main() -> None:
-    """Run a command. If it fails, print the error to stderr and exit with code 1 (failed), 2 (usage) or 3 (no gateway)."""
+    """Run the command line. Exit codes after an error: 1 failed, 2 wrong usage, 3 no gateway, 130 Ctrl-C."""
     try:
         app()
     except SageError as error:

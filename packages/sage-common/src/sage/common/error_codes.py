@@ -65,9 +65,9 @@ def codes_of(kind: type[SageError]) -> frozenset[str]:
 
 
 def error_class(code: str, http_status: int | None = None) -> type[SageError]:
-    """Return the class of the errors that have this code.
+    """Return the class of the errors with a code.
 
-    http_status: HTTP status of the error. It selects the class if several classes use the code, or if the code is unknown.
+    The HTTP status selects the class if several classes use the code, or if the code is unknown.
     """
     kinds = _CLASSES.get(code, [])
     same_status = [kind for kind in kinds if kind.http_status == http_status]

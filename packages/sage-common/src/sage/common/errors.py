@@ -37,7 +37,6 @@ class SageError(Exception):
         self.code, self.message, self.hint, self.param = code, message, hint, param
 
     def __str__(self) -> str:
-        """Return message and hint as one text."""
         return f"{self.message} {self.hint}".strip()
 
     def body(self) -> dict[str, Any]:
@@ -133,7 +132,7 @@ class GatewayUnreachable(SageError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the most informative line of a library's error message, without the final period."""
+    """Return the first line of a library's error message that is not a heading, without the final period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch: line 2 names the tensor
     return lines[is_heading].rstrip(".")

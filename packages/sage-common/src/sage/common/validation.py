@@ -13,7 +13,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 def validated(model: type[ModelT], values: dict[str, Any], what: str = "option") -> ModelT:
     """Validate `values` and return them as an instance of `model`.
 
-    Raises ConfigError, which names the first invalid option, the given value and the allowed values.
+    Raises ConfigError about the first invalid option.
     """
     try:
         return model.model_validate(values)

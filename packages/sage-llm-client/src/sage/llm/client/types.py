@@ -18,14 +18,14 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: the engine waits to be started
     STARTING = "starting"  #: the server or worker process has been started and is not ready yet
     RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded and will be loaded again; `reason` says when
+    PAUSED = "paused"  #: the engine was unloaded and can be loaded again; `reason` says why
     STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
     STOPPED = "stopped"  #: the engine ended because a user requested it
     COMPLETED = "completed"  #: the training run finished
     FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
 
 
-#: States in which an engine has ended. An engine leaves such a state only if a user requests it.
+#: States in which an engine has ended.
 SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
 
 
@@ -42,7 +42,7 @@ SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
 #: engines of the requested kind.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
-#: Each part between slashes begins with a letter or digit, so that no part of the route's URL path is `.` or `..`.
+#: Each part between slashes begins with a letter, digit or `_`, so no part of the route's URL path is `.` or `..`.
 _ROUTE_NAME = re.compile(r"\w[\w.@:+-]*(/\w[\w.@:+-]*)*")
 _ENGINE_ID = re.compile(r"engine-[a-z0-9]{10}")
 
@@ -59,7 +59,7 @@ class RestartPolicy(StrEnum):
     """When an engine is restarted automatically. The values have the same names as in Docker."""
 
     NO = "no"  #: the engine is never restarted
-    ON_FAILURE = "on-failure"  #: restart if the process exits with an error, is killed, or no longer answers
+    ON_FAILURE = "on-failure"  #: restart if the process ends unexpectedly or no longer answers
     UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
 
 
@@ -73,7 +73,7 @@ class OnBusy(StrEnum):
 
 
 def check_engine_name(name: str) -> str:
-    """Return `name` if it is allowed as the name of an engine. Raises ValueError if it is not allowed."""
+    """Return `name`. Raises ValueError if an engine may not have this name."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
         raise ValueError(f"must consist of letters, digits and ./@:+-_ and must not be {DEFAULT_MODEL!r}")
     return name
@@ -113,7 +113,9 @@ class StartRequest(BaseModel):
     name: str | None = Field(None, max_length=200, description="Model name in requests; default: the value of `model`.")
     port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free port.")
     backend: str = Field(
-        "auto", max_length=64, description="Program that runs the engine; auto: the fastest installed backend for the model."
+        "auto",
+        max_length=64,
+        description="Program that runs the engine; auto: SAGE chooses an installed backend for the model.",
     )
     restart_policy: RestartPolicy | None = Field(
         None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
@@ -124,7 +126,7 @@ class StartRequest(BaseModel):
     )
     merge_in_background: bool = Field(
         False,
-        description="For an adapter: answer at once, merge it into its base meanwhile, then answer with the merged model.",
+        description="For an adapter: serve the adapter while it is merged into its base model, then serve the merged model.",
     )
     idle_stop_minutes: float | None = Field(
         None,
@@ -133,7 +135,9 @@ class StartRequest(BaseModel):
         description="Unload an inference engine after this number of minutes without requests; the state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
-    on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
+    on_busy: OnBusy | None = Field(
+        None, description="What to do if the memory is not free; default: `on_busy` of the settings."
+    )
     priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
     devices: list[DeviceId] | None = Field(
         None, min_length=1, max_length=64, description="Devices that the engine may use; default: any."
@@ -188,7 +192,9 @@ class EngineView(BaseModel):
     queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
     devices: list[str] | None = Field(None, description="Devices of the engine's server; null if it has no server.")
     reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
-    restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
+    restarts: int = Field(
+        0, description="Number of restarts since a user started or resumed the engine, or since it last ran for 10 minutes."
+    )
     reason: Reason | None = None
     training: TrainingProgress | None = None
     node: str = Field(
@@ -247,13 +253,13 @@ class EventKind(StrEnum):
     CREATED = "created"
     TRANSITION = "transition"
     DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: something other than the state changed, for example: a newer version of the adapter was loaded
+    UPDATED = "updated"  #: something other than the state changed, such as the version of the adapter
     REMOVED = "removed"
     ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
 
 
 class EngineEvent(BaseModel):
-    """One event of the change feed. To read later events, send its `id` as `after`."""
+    """One event of the change feed. For later events, send the `id` of this event as `after`."""
 
     id: int
     engine_id: str
@@ -328,10 +334,10 @@ class RouteView(BaseModel):
 
 
 def check_route_name(name: str) -> str:
-    """Return `name` if it is allowed as the name of a route. Raises ValueError if it is not allowed."""
+    """Return `name`. Raises ValueError if a route may not have this name."""
     if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
         raise ValueError(
-            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter or digit"
+            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter, digit or _"
         )
     if _ENGINE_ID.fullmatch(name):
         raise ValueError("must not be an engine's id")
@@ -386,10 +392,12 @@ class EstimateView(BaseModel):
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
-        None, description="finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
+        None,
+        description="For finetune: size, in samples of `max_seq_length` tokens, of the largest micro-batch that fits in the "
+        "free memory.",
     )
     training_seconds: float | None = Field(
-        None, description="finetune: expected duration of the steps, from the speed of an earlier run on this machine."
+        None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."
     )
 
 

@@ -1,4 +1,4 @@
-"""Carry out the actions for adapters that are merged in the background; `merging.py` decides about them."""
+"""Carry out the actions for adapters that are merged in the background."""
 
 import asyncio
 import contextlib
@@ -24,12 +24,12 @@ from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
 _ACTOR = "reconciler"
-#: The form of an engine after its adapter was merged in the background.
+#: The `form` (how the server loads the model) of an engine whose adapter was merged in the background.
 MERGED = "merged in the background"
 
 
 class Merger:
-    """Starts mergers, swaps the servers of two engines, and removes mergers that have stopped."""
+    """Starts and removes mergers, which are engines that merge an adapter, and swaps the servers of two engines."""
 
     def __init__(
         self,
@@ -40,7 +40,6 @@ class Merger:
         routing: RoutingTable,
         held_lease: Callable[[], Lease],
     ) -> None:
-        """pool: for calls of the store; held_lease: raises LeaseLost if the lease is not held."""
         self._store, self._pool, self._executors = store, pool, executors
         self._adapters, self._routing, self._held_lease = adapters, routing, held_lease
 
@@ -83,12 +82,11 @@ class Merger:
         logger.info("%s: its merged model answers now, with the backend '%s'", engine.id, merged.backend)
 
     async def _problem(self, merger_id: str) -> str:
-        """Return why a merger does not run."""
         with contextlib.suppress(NotFound):
             merger = await self._pool.run(self._store.get, merger_id)
             if merger.state is EngineState.FAILED and merger.reason:
                 return f"{merger.reason.message} See `sage llm engine logs {merger_id}`"
-        return f"{merger_id}, which merged it, was stopped"
+        return f"{merger_id}, the engine that merged the adapter, was stopped"
 
     async def _end(self, engine: EngineRecord, problem: str) -> None:
         form = f"it could not be merged in the background: {problem.rstrip('.')}"
@@ -100,10 +98,7 @@ class Merger:
 
 
 def _merger_of(engine: EngineRecord, observed: Observed | None) -> EngineRecord:
-    """Return the record of a new engine that serves the adapter of `engine`, merged into its base. Raises SageError.
-
-    The precision of the weights, the context length and the slots are those of `engine`.
-    """
+    """Return the record of a new engine that serves the adapter of `engine`, merged into its base. Raises SageError."""
     backend, reason = registry.resolve_merged(resolve_model(engine.model))
     given = dict(engine.options)
     if observed and observed.context_tokens:

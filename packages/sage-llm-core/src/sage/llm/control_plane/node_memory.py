@@ -14,16 +14,16 @@ _SECONDS = 1.0
 
 
 class NodeMemory:
-    """The last measurement of the devices. It is taken only if an engine waits, because only waiting engines need it."""
+    """The last measurement of the devices."""
 
     def __init__(self, measure: Callable[[Collection[int]], Sequence[DeviceMemory]]) -> None:
-        """measure: returns the devices, given the processes of this node's servers; it blocks."""
+        """measure: blocking function that returns the devices, given the processes of this node's servers."""
         self._measure = measure
         self._devices: Sequence[DeviceMemory] | None = None
         self._measured_at_seconds = 0.0
 
     async def look(self, pids: Collection[int]) -> Memory | None:
-        """Return the memory of the devices; None if it cannot be measured, and was never measured.
+        """Return the newest measurement of the devices, or None if no measurement has succeeded yet.
 
         pids: the processes of this node's servers.
         """

@@ -1,4 +1,4 @@
-"""The run directory: all data that worker and manager share; docs/internals/run-directory.md describes the files."""
+"""The run directory: all data that worker and manager share. docs/internals/run-directory.md describes the files."""
 
 import json
 import os
@@ -36,7 +36,6 @@ class RunDirectory:
     """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
-        """path: the folder; it need not exist yet."""
         self.path = path
         self.spec_path = path / "spec.json"
         self.events_path = path / "events.jsonl"
@@ -49,7 +48,7 @@ class RunDirectory:
         self._request_path = path / "checkpoint-request"
 
     def create(self, spec: RunSpec) -> None:
-        """Create the folder with its spec atomically; do nothing if the folder exists."""
+        """Create the folder with its spec atomically; do nothing if the run exists."""
         if self.spec_path.exists():
             return
         partial = self.path.with_name(f".{self.path.name}.partial")

@@ -17,7 +17,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def trim_heap() -> None:
-    """Return free heap pages to the operating system, so that fragmentation does not make the heap grow."""
+    """Return free heap pages to the operating system. Without glibc, do nothing."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only in glibc
         trim(0)
 
@@ -45,7 +45,7 @@ def peak_bytes() -> int:
 
 
 def refuse_beyond_limit() -> None:
-    """Limit this process to the free memory of the container or machine, so that an allocation beyond the limit fails.
+    """Limit this process to the machine's memory and the container's free memory, so that a larger allocation fails.
 
     A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
     than Linux, this function does nothing.
@@ -62,6 +62,5 @@ def refuse_beyond_limit() -> None:
 
 
 def _available_in_cgroups() -> Iterator[int]:
-    """Yield the free bytes of each control group that has a memory limit. File pages count as free."""
     for group in memory_limits():
         yield group.limit_bytes - group.used_bytes

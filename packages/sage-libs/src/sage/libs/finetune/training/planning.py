@@ -21,7 +21,7 @@ from sage.libs.finetune.training.memory import available_bytes
 from sage.libs.finetune.training.precision import Precision
 from sage.libs.models.architecture import read_architecture
 
-#: Main memory that libraries allocate after this phase, until the end of the first step. Measured with torch 2.9 on Linux.
+#: Main memory that libraries allocate from the planning to the end of the first step. Measured with torch 2.9 on Linux.
 LATER_BYTES = 60_000_000
 
 #: If a run needs a larger share of the available memory, its largest micro-batch is tried before the first step.
@@ -35,7 +35,7 @@ class MemoryPlan:
     precision: Precision
     needs: TrainingMemory  #: memory needed in this precision
     available_bytes: int  #: free memory, and the memory that this process already uses
-    smaller: Precision | None  #: another precision that needs less memory, if the run may use it
+    smaller: Precision | None  #: another allowed precision that needs less memory
 
     def fitted(self, largest_batch: Mapping[int, int]) -> "MemoryPlan":
         """Return this plan if the run fits into memory; otherwise, return a plan with the precision `smaller`, if it is set.
@@ -48,7 +48,7 @@ class MemoryPlan:
         return self
 
     def loaded_as(self, precision: Precision, *, has_kernels: bool) -> "MemoryPlan":
-        """Return the plan for the loaded model, which may not support the planned precision or the kernels."""
+        """Return the plan for the loaded model, which possibly does not support the planned precision or the kernels."""
         return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
 
     def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:
@@ -56,11 +56,11 @@ class MemoryPlan:
         return self.needs.at(largest_batch or {0: 1})
 
     def is_scarce(self, largest_batch: Mapping[int, int]) -> bool:
-        """Return whether the run needs so much memory that it may not fit if the estimate is too low."""
+        """Return whether the run needs more than half of the available memory."""
         return self.estimate(largest_batch).total_bytes > _SCARCE_SHARE * self.available_bytes
 
     def describe(self, largest_batch: Mapping[int, int]) -> str:
-        """Return a message with the needed and the available memory, and with the batch that fits, if not all do."""
+        """Return a message with the needed and the available memory; if the run does not fit, with the batch that fits."""
         needed_bytes = self.estimate(largest_batch).total_bytes
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(self.available_bytes)} are available"
         if needed_bytes <= self.available_bytes:
@@ -75,7 +75,7 @@ class MemoryPlan:
 
 
 def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, processes: int) -> MemoryPlan:
-    """Return the memory plan of a run; raises RunError if the smallest micro-batch does not fit into the available memory.
+    """Return the memory plan of a run. Raises RunError if the smallest micro-batch does not fit into the available memory.
 
     processes: number of processes that share the main memory.
     """

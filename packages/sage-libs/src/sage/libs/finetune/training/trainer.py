@@ -39,7 +39,7 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingRun:
-    """One training run. Each phase returns a frozen value. Short phases run first, so that errors are found early."""
+    """One training run."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest) -> None:
         """Load the data and the model of a run. Raises DatasetError, ModelError, RunError or ConfigError."""
@@ -80,7 +80,6 @@ class TrainingRun:
             )
 
     def _report_estimate(self, plan: MemoryPlan) -> tuple[int, bool]:
-        """Report the estimated memory; return it in bytes, and whether memory is scarce."""
         plan = plan.loaded_as(self.loaded.precision, has_kernels=self.loaded.kernels is not None)
         needed_bytes = plan.estimate(self.data.largest_batch).total_bytes
         report = self.report.progress if needed_bytes <= plan.available_bytes else self.report.warn
@@ -144,7 +143,6 @@ class TrainingRun:
         logger.info("finished; the result of step %d is in %s", step, self.config.output_dir)
 
     def _train(self, checkpoint: str | None) -> int:
-        """Train from a checkpoint or from the beginning; return the last step."""
         trainer = self._trainer()
         if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves more address space than the limit allows
             refuse_beyond_limit()
@@ -180,7 +178,6 @@ class TrainingRun:
         return self.loaded.collator([self.data.packs[index] for index in self.data.largest_packs])
 
     def _arguments(self) -> dict[str, Any]:
-        """Return the arguments that are the same for every Trainer."""
         config = self.config
         return {
             "output_dir": str(self.run.staging_path),

@@ -1,4 +1,4 @@
-"""The backend for SAGE's own trainer. Each run has its own process, whose command `FinetuneManager` returns."""
+"""The backend for SAGE's own trainer, which has one process per training run."""
 
 import sys
 from typing import ClassVar
@@ -15,7 +15,7 @@ from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Capabilities
 from sage.llm.control_plane.backends.memory import MemoryEstimate, sizes_of
 
-#: Memory of a process's CUDA context on the GPU, about.
+#: Approximate memory of a process's CUDA context on the GPU.
 _CUDA_BYTES = 500_000_000
 
 
@@ -28,10 +28,10 @@ class TrainerBackend:
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
 
     def estimate(self, model: ModelSource, options: FinetuneConfig) -> MemoryEstimate | None:
-        """Return the memory of the largest micro-batch; the least memory is that of one sample of `max_seq_length` tokens.
+        """Return the memory of the largest micro-batch. The least memory is that of one sample of `max_seq_length` tokens.
 
-        The number formats are those of an earlier run with the same model and options. If there is none, they are the
-        largest formats that the run can choose.
+        The number formats are those of an earlier run with the same model and options, or else the largest possible
+        formats.
         """
         needs = training_memory(model, options)
         if needs is None:
@@ -40,13 +40,13 @@ class TrainerBackend:
         return MemoryEstimate(breakdown, min(breakdown.total_bytes, needs.least(options.max_seq_length).total_bytes))
 
     def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
-        """Return the total of `estimate`."""
+        """Return the total of `estimate`, or None if it is not known."""
         estimate = self.estimate(model, options)
         return None if estimate is None else estimate.total_bytes
 
 
 def training_memory(model: ModelSource, config: FinetuneConfig) -> TrainingMemory | None:
-    """Return the memory of a run as a function of its micro-batch; None if the model is not on this machine."""
+    """Return the memory of a run as a function of its micro-batch, or None if the model is not on this machine."""
     sizes = sizes_of(model.base or model)
     if sizes is None:
         return None

@@ -24,21 +24,21 @@ class Occupant:
 
     engine_id: str
     engine_name: str
-    pid: int | None  #: None: the process is not known
+    pid: int | None
     memory_bytes: int | None  #: main memory of the process
     devices: tuple[str, ...]  #: ids of the devices on which memory is reserved
     reserved_bytes: int | None  #: on each of its devices
 
 
 class Inventory:
-    """The devices of this node. All methods block for some milliseconds."""
+    """The devices of this node."""
 
     def __init__(self, settings: Settings) -> None:
         self._fake_devices = settings.fake_devices
         self._limit_bytes = None if settings.memory_limit_gb is None else round(settings.memory_limit_gb * 1e9)
 
     def devices(self, occupants: Sequence[Occupant] = ()) -> list[Device]:
-        """Return all devices, GPUs first, main memory last; each device lists the engines that use its memory."""
+        """Return all devices, GPUs first, main memory last. Each device lists the engines that use its memory."""
         node, sessions = socket.gethostname(), all_sessions()
         members = {each.engine_id: _members([each.pid] if each.pid else [], sessions) for each in occupants}
         gpus = []
@@ -74,9 +74,9 @@ class Inventory:
         return [self._main_memory(_private_bytes(own)), *gpus]
 
     def variables(self, devices: Collection[str]) -> Mapping[str, str]:
-        """Return the environment variables that restrict a process to devices; a fake GPU restricts it to the CPU.
+        """Return the environment variables that restrict a process to devices. A fake GPU restricts the process to the CPU.
 
-        devices: ids of devices; if empty, the process may use all devices. Raises EngineError if a device does not exist.
+        devices: ids of devices. If empty, the process may use all devices. Raises EngineError if a device does not exist.
         """
         gpus = {_cuda(gpu): gpu for gpu in self._gpus()}
         if missing := set(devices) - {_CPU, *gpus}:
@@ -103,7 +103,7 @@ def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_byt
     """Return the memory of a device on which several bounds apply at the same time.
 
     own_bytes: the memory that engines use. The used memory of each bound includes this memory.
-    limit_bytes: the memory that all engines together may use; other programs do not count. None: no limit.
+    limit_bytes: the memory that all engines together may use. None: no limit.
     """
     limits = [bound.limit_bytes for bound in bounds]
     rooms = [bound.limit_bytes - max(0, bound.used_bytes - own_bytes) for bound in bounds]
@@ -114,7 +114,6 @@ def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_byt
 
 
 def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str, int]) -> list[DeviceEngine]:
-    """Return the engines that use or have reserved memory of a device."""
     found = []
     for occupant in occupants:
         reserved_bytes = occupant.reserved_bytes if device in occupant.devices else None
@@ -131,7 +130,6 @@ def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str
 
 
 def _members(pids: Collection[int], sessions: Mapping[int, Collection[int]]) -> set[int]:
-    """Return the processes of the sessions that the processes `pids` lead."""
     return {member for pid in pids for member in sessions.get(pid, [pid])}
 
 
@@ -140,7 +138,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes without shared pages, because the system does not count file pages as used."""
+    """Return the resident memory of processes without shared pages, which the system does not count as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):
