@@ -13,6 +13,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.queueing import Memory, Queue, is_waiting
 from sage.llm.control_plane.runner import Runner
+from sage.llm.control_plane.sleeping import unneeded
 from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import Store
 from sage.llm.control_plane.watch import Watch
@@ -63,9 +64,11 @@ class Reconciler:
             return
         validating = [engine.id for engine in engines if engine.state is EngineState.VALIDATING]
         results = self._runner.validator.results(validating)
-        memory = await self._look_at_memory(observed) if any(map(is_waiting, engines)) else None
+        memory = await self._look_at_memory(engines, observed) if any(map(is_waiting, engines)) else None
         snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
+        for server in unneeded(engines, servers, observed, self.queue.evicted):
+            self._runner.sleeper.end(server)
         for action in actions:
             engine = action.engine
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
@@ -75,8 +78,9 @@ class Reconciler:
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
 
-    async def _look_at_memory(self, observed: dict[str, Observed]) -> Memory | None:
-        pids = [seen.process.pid for seen in observed.values() if seen.process and seen.process.pid]
+    async def _look_at_memory(self, engines: Sequence[EngineRecord], observed: dict[str, Observed]) -> Memory | None:
+        processes = ((each.server_id, seen.process) for each in engines if (seen := observed.get(each.id)))
+        pids = {server_id: process.pid for server_id, process in processes if server_id and process and process.pid}
         return await self._memory.look(pids) if self._memory else None
 
     def _look(self, engines: Sequence[EngineRecord], observed: dict[str, Observed]) -> None:

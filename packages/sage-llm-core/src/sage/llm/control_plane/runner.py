@@ -25,11 +25,13 @@ from sage.llm.control_plane.actions import (
     Revise,
     SendSignal,
     SetDesired,
+    Sleep,
     StartMerge,
     SwapServers,
     Transition,
     UnloadAdapter,
     Validate,
+    Wake,
 )
 from sage.llm.control_plane.adapters import leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
@@ -40,12 +42,13 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.routing import RoutingTable
+from sage.llm.control_plane.sleeper import Sleeper
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.validation import Validator
+from sage.llm.control_plane.writing import ACTOR, Writer
 
 logger = logging.getLogger(__name__)
-_ACTOR = "reconciler"
 _MAX_ACTIONS = 16
 #: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
@@ -86,8 +89,10 @@ class Runner:
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
-        self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
-        self._merger = Merger(store, pool, executors, adapters, routing, self._held_lease)
+        write = Writer(pool, self._held_lease)
+        self._publisher = Publisher(store, pool, executors, routing, write)
+        self._merger = Merger(store, pool, executors, adapters, routing, write)
+        self.sleeper = Sleeper(store, pool, launcher, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
@@ -125,6 +130,7 @@ class Runner:
         """Wait until the running actions have ended, and cancel the validations."""
         await self.idle()
         await self.validator.close()
+        await self.sleeper.close()
 
     def forget_all_but(self, active: set[str]) -> None:
         """Delete the recorded failures of all engines that are not in `active`."""
@@ -182,17 +188,14 @@ class Runner:
         match action:
             case Launch(engine, planned):
                 await self._launch(action, planned)
-            case Join(engine, target):
-                joined = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
-                self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=target.id, **joined), target)
-                await self._clean(engine, target)
+            case Join():
+                await self._join(action)
+            case Sleep() | Wake():
+                await self.sleeper.act(action)
             case LoadAdapter(engine, target):
                 await self._load(engine, target)
             case UnloadAdapter(engine, target, name):
-                self._held_lease()
-                await self._adapters.unload(target, name)
-                if engine.state is EngineState.STOPPING:
-                    await self._transition(leave(engine), target, observed)
+                await self._unload(engine, target, name, observed)
             case Publish(engine, step):
                 await self._publisher.publish(engine, step)
             case StartMerge() | SwapServers() | EndMerge():
@@ -200,7 +203,7 @@ class Runner:
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SetDesired(engine, desired, paused_by):
-                write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
+                write = functools.partial(self._store.set_desired, engine, desired, actor=ACTOR, lease=self._held_lease())
                 # An engine that returns from a pause keeps its place in the queue.
                 values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
                 self._routing.apply(await self._pool.run(write, force=False, **values), server)
@@ -208,6 +211,20 @@ class Runner:
                 await self._signal(action)
             case Transition():
                 await self._transition(action, server, observed)
+
+    async def _join(self, action: Join) -> None:
+        engine, server = action.engine, action.server
+        joined: dict[str, Any] = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
+        if server.state is ServerState.SLEEPING:
+            joined["join_values"] = {"state": ServerState.WAKING, "reserved_bytes": action.reserved_bytes}
+        self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=server.id, **joined), server)
+        await self._clean(engine, server)
+
+    async def _unload(self, engine: EngineRecord, server: ServerRecord, name: str, observed: Observed | None) -> None:
+        self._held_lease()
+        await self._adapters.unload(server, name)
+        if engine.state is EngineState.STOPPING:
+            await self._transition(leave(engine), server, observed)
 
     async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
         engine = action.engine
@@ -328,18 +345,18 @@ class Runner:
             await self._merger.remove(engine)
 
     async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
-        revise = functools.partial(self._store.revise, engine, actor=_ACTOR, lease=self._held_lease())
+        revise = functools.partial(self._store.revise, engine, actor=ACTOR, lease=self._held_lease())
         self._routing.apply(await self._pool.run(revise, **values), server)
 
     async def _write(self, engine: EngineRecord, state: EngineState, **values: Any) -> EngineRecord:
-        write = functools.partial(self._store.transition, engine, state, actor=_ACTOR, lease=self._held_lease())
+        write = functools.partial(self._store.transition, engine, state, actor=ACTOR, lease=self._held_lease())
         written = await self._pool.run(write, **values)
         reason = values.get("reason")
         logger.info("%s: %s → %s%s", engine.id, engine.state, state, f": {reason.message}" if reason else "")
         return written
 
     async def _restart(self, engine: EngineRecord, restarts: int, reason: Reason | None, **values: Any) -> EngineRecord:
-        restart = functools.partial(self._store.restart, engine, actor=_ACTOR, lease=self._held_lease())
+        restart = functools.partial(self._store.restart, engine, actor=ACTOR, lease=self._held_lease())
         queued = await self._pool.run(restart, restarts=restarts, reason=reason, **values)
         logger.info("%s: %s → %s → %s (restart %d): %s", engine.id, engine.state, EngineState.FAILED, queued.state, restarts,
                     reason.message if reason else "")  # fmt: skip

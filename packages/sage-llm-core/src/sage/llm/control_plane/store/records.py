@@ -35,6 +35,8 @@ class ServerState(StrEnum):
 
     PLANNED = "planned"  #: stored before the launch; the process possibly exists already
     LAUNCHED = "launched"  #: stored after the launch
+    SLEEPING = "sleeping"  #: the process is alive and has released its memory; paused engines can wake it
+    WAKING = "waking"  #: stored before the request that wakes the server
     CLOSING = "closing"  #: stored before the signal that ends the process; no engine can join the server any more
 
 

@@ -69,14 +69,17 @@ class Store(ServerStore, RouteStore):
         reason: Reason | None = None,
         put_server: ServerRecord | None = None,
         join_server: str | None = None,
+        join_values: Mapping[str, Any] | None = None,
         leave_server: str | None = None,
         must_remain: bool = False,
         **values: Any,
     ) -> EngineRecord:
         """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
-        put_server: server to insert or replace.  join_server: id of a server that hosts other engines.
-        leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed.
+        put_server: server to insert or replace.
+        join_server: id of a server that hosts other engines, or that sleeps.  join_values: columns of this server.
+        leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed,
+        unless the server sleeps.
         must_remain: raise StaleWrite if no other engine would remain on the server.  values: other columns.
 
         Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change.
@@ -89,7 +92,7 @@ class Store(ServerStore, RouteStore):
             if put_server:
                 self._put(connection, record, put_server)
             if join_server:
-                self._join(connection, record, join_server)
+                self._join(connection, record, join_server, join_values or {})
                 values["server_id"] = join_server
             return self._move(connection, record, state, actor, reason, **values)
 
