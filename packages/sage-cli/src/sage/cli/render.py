@@ -181,6 +181,8 @@ def _training_facts(training: TrainingProgress, *, is_active: bool) -> list[tupl
         ("held-out after", _number(t.heldout_loss, 4)),
         ("eta", eta_text(t.eta_seconds) if is_active else None),
         ("checkpoint", None if t.checkpoint_step is None else f"step {t.checkpoint_step}"),
+        ("forked from", t.forked_from and f"step {t.forked_at_step} of {t.forked_from.replace('task-', 'engine-')}"),
+        *(("change", change) for change in t.changes),
         *(("warning", warning) for warning in t.warnings),
     ]
 

@@ -58,6 +58,7 @@ from sage.llm.control_plane.served_run import ServedRun
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
+from sage.llm.control_plane.training_runs import TrainingRuns
 from sage.llm.control_plane.views import Views
 from sage.llm.control_plane.waiting import ACTOR, ATTEMPTS, Waiting
 
@@ -70,7 +71,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes, Waiting):
+class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
     """Starts, stops, resumes and describes the engines of this node.
 
     Background tasks observe the engines and bring them to their desired states. An engine is settled if it is stopped,

@@ -9,7 +9,7 @@ from typing import Any
 
 from sage.common.errors import Conflict, NotFound
 from sage.common.processes import ProcessSpec
-from sage.common.training import TrainingProgress, TrainingStep
+from sage.common.training import TrainingOptions, TrainingProgress, TrainingStep
 from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
@@ -116,6 +116,18 @@ class FinetuneExecutor:
     async def request_checkpoint(self, engine: EngineRecord) -> None:
         """Ask the run to save a checkpoint after its current step."""
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
+
+    async def change_options(self, engine: EngineRecord, options: TrainingOptions) -> int:
+        """Request other options from the run's next step on; return the revision of the request. Raises SageError."""
+        return await asyncio.to_thread(self._manager.change_options, task_id_of(engine.id), options)
+
+    async def fork(self, engine: EngineRecord, fork_id: str, step: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Create the run directory of a fork, and return the configuration of the fork. Raises SageError."""
+        task_id = task_id_of(fork_id)
+        given = self._absolute(options)
+        await asyncio.to_thread(self._manager.fork, task_id_of(engine.id), step, given, task_id)
+        spec = await asyncio.to_thread(self._manager.run_directory(task_id).read_spec)
+        return spec.config.model_dump(mode="json")
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
         """Return a folder with a checkpoint as a model; the run never removes this folder. Raises ModelError or OSError."""
