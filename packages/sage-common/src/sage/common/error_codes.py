@@ -10,7 +10,8 @@ _CODES: Mapping[type[SageError], str] = {
     errors.ConfigError: """
         adapter_not_hot api_key_invalid api_key_needed bitsandbytes_missing change_refused checkpoint_mismatch
         config_invalid config_missing context_length_exceeded database_newer database_unusable fork_refused
-        host_not_allowed invalid_value model_required option_missing origin_not_allowed path_not_absolute reward_file_unusable reward_files_off
+        host_not_allowed invalid_value model_required option_missing origin_not_allowed path_not_absolute
+        reward_file_unusable reward_files_off
         settings_invalid state_folder_unusable target_modules_unknown too_few_gpus trl_missing unsupported_value
         cursor_unknown package_missing backend_not_installed backend_unusable
         file_ids_unsupported""",
