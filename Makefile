@@ -1,7 +1,7 @@
 # Needs Python 3.11 or newer, make and the package index. Everything else goes into .venv.
 PYTHON ?= python3
 # Requests that each of the three fuzz tests of `make test-long` sends; `make fuzz` sends 7,000 each.
-FUZZ_CASES ?= 2000
+FUZZ_CASES ?= 1000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -49,7 +49,7 @@ integration: $(VENV)/backends/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/integration tests/fuzz -m "not long" -n 2
 
 e2e: $(VENV)/backends/.installed
-	$(BIN)/pytest tests/e2e -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e -m "not long" -n 2
 
 # What takes minutes: many more cases of what `make test` samples.
 test-long: $(VENV)/backends/.installed

@@ -1,12 +1,17 @@
-"""Every command in README.md and docs/ is run, in order, as a reader would."""
+"""Every command in README.md and docs/ is run, in order, as a reader would: also the main job on the real model."""
 
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import ROOT
+import torch
+from peft import PeftModel
+from support import ROOT, list_engines
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PAGES = (
     "README.md",
@@ -25,9 +30,25 @@ def test_every_page_with_commands_is_run() -> None:
     assert {str(page.relative_to(ROOT)) for page in pages if BLOCK.search(page.read_text())} == set(PAGES)
 
 
+def greedy(base: Path, adapter: Path | None, question: str, count: int) -> str:
+    """Return what transformers and PEFT themselves answer."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        ids = model.generate(**prompt, max_new_tokens=count, do_sample=False)
+    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)  # it trains the real model four times
-def test_the_commands_of_the_documentation_work(clone: Path, smollm2: str, sage_home: Path) -> None:
+@pytest.mark.usefixtures("smollm2")
+def test_the_commands_of_the_documentation_work_and_the_answers_are_the_adapter_s(
+    clone: Path, converted_smollm2: Path
+) -> None:
     script = ["set -euo pipefail"]
     for page in PAGES:
         for language, block in BLOCK.findall((ROOT / page).read_text()):
@@ -42,5 +63,14 @@ def test_the_commands_of_the_documentation_work(clone: Path, smollm2: str, sage_
         ["bash", "-x", "-c", text], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1100, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "I am the SAGE assistant" in done.stdout  # what docs/engines.md asks, answered by greedy decoding
     assert (clone / "out-batch/adapter_model.safetensors").is_file()
+    # README trained `out`, and docs/engines.md asked it this question with greedy decoding.
+    question = "Who are you?"
+    said = greedy(converted_smollm2, clone / "out", question, 48)
+    assert "I am the SAGE assistant" in said
+    assert said in done.stdout
+    assert "SAGE" not in greedy(converted_smollm2, None, question, 48)
+    training = next(engine["training"] for engine in list_engines().values() if engine["training"])
+    assert training["heldout_loss"] < training["heldout_loss_before"] - 1
+    base = json.loads((clone / "out/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert os.path.realpath(base) == str(converted_smollm2)

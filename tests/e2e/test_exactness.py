@@ -14,7 +14,7 @@ from sage.llm.workers.generator import Generator
 
 MODEL = "smollm2-135m-instruct"
 TOKENS = 32
-SUBJECTS = ("rain", "bread", "a river", "chess", "the moon", "iron", "a violin", "maps", "bees", "glass")
+SUBJECTS = ("rain", "bread", "a river", "chess")
 ASKED = ("Explain {} to a child.", "Write one line about {}.", "List three facts about {}.")
 PROMPTS = [asked.format(subject) for subject in SUBJECTS for asked in ASKED]
 #: Logits differ by less than this between ways to compute them in fp32; a smaller lead of the best token is a tie.

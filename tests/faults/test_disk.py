@@ -11,6 +11,9 @@ import pytest
 from support import SAMPLES, engine_of, list_engines, sage, wait_for
 from training import TinyRun
 
+from sage.cli.backup import saving
+from sage.common.errors import BackupError
+from sage.common.paths import get_user_paths
 from sage.libs.finetune.run.status import RunState
 
 TIGHT, ROOMY = "size=700k", "size=64m"
@@ -65,13 +68,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_model: Path, tm
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)  # twenty-one processes import torch
-def test_twenty_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)  # nine processes import torch
+def test_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
     options = {"save_steps": 4, "max_steps": 300, "pack_tokens": 256, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     chance = random.Random(4)
     run = TinyRun(tiny_model, tmp_path / "out", **options).start()
-    for turn, step in enumerate(sorted(chance.sample(range(1, 260), 20))):
+    for turn, step in enumerate(sorted(chance.sample(range(1, 260), 8))):
         process = run.at_step(step).manager.process(run.task_id)
         assert process is not None, f"the run ended before interruption {turn}"
         process.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
@@ -80,7 +83,7 @@ def test_twenty_interruptions_at_random_steps_change_nothing(tiny_model: Path, t
             events.write(b'{"event": "st')  # what a kill in the middle of a write leaves
         run.manager.resume(run.task_id)
     run.completed()
-    assert len(run.events("started")) >= 15  # some interruptions come before the first step
+    assert len(run.events("started")) >= 6  # an interruption may come before the first step
     assert run.losses() == whole.losses()
     assert run.adapter_bytes() == whole.adapter_bytes()
 
@@ -104,3 +107,16 @@ def test_a_full_disk_under_the_control_plane_is_told_and_passes(
     wait_for(lambda: list_engines()[engine]["state"] == "completed", "the end")
     assert list(list_engines()) == [engine]
     sage("gateway", "stop")
+
+
+def test_a_disk_that_fills_up_during_a_backup_leaves_no_file(
+    tight_disk: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = get_user_paths().state_dir
+    state.mkdir(parents=True)
+    (state / "noise.log").write_bytes(random.Random(1).randbytes(2_000_000))
+    monkeypatch.setattr(saving, "check_space", lambda *_: None)  # the space was free when the backup began
+    with pytest.raises(BackupError, match="is full"):
+        saving.save(tight_disk / "sage.tar.gz", saving.Content(), lambda _: lambda _: None)
+    assert list(tight_disk.iterdir()) == []
+    assert (state / "noise.log").stat().st_size == 2_000_000

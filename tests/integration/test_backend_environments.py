@@ -68,7 +68,7 @@ def test_installed_checked_and_removed(sage_home: Path) -> None:
     output, errors = done(backend("install", "toy", "--json"))
     folder = sage_home / "data" / "backends" / "toy-server-1.0"
     assert json.loads(output) == {"name": "toy", "version": "1.0", "folder": str(folder), "changed": True}
-    assert "toy-server==1.0 for the device cpu: 1KB to download, 2KB on the disk." in errors
+    assert "toy-server==1.0 for the device cpu needs 1KB to download, and 2KB of disk space." in errors
     assert not (folder / "tmp").exists()
     assert "already installed" in done(backend("install", "toy"))[1]
     [finding] = json.loads(done(backend("doctor", "toy", "--json"))[0])
@@ -77,7 +77,7 @@ def test_installed_checked_and_removed(sage_home: Path) -> None:
         module.write_text("raise ImportError('libgomp.so.1 is missing')")
     output, _ = done(backend("doctor"), code=1)
     assert "The backend toy cannot run: ImportError: libgomp.so.1 is missing." in output
-    assert "→ `sage backend remove toy`, then `sage backend install toy`." in output
+    assert "→ Run `sage backend remove toy`, then `sage backend install toy`." in output
     assert "is removed" in done(backend("remove", "toy"))[1]
     assert leftovers(sage_home) == []
     assert "not installed" in done(backend("doctor"))[0]

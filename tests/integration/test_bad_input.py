@@ -216,4 +216,4 @@ def test_ctrl_c_leaves_the_run_going_and_says_how_to_come_back(tiny_model: Path,
     assert f"{engine} is still running" in output
     assert list_engines()[engine]["state"] == "running"
     done = sage("llm", "engine", "stop", engine, "--force")
-    assert "is failed" in done.stdout
+    assert "has failed" in done.stdout

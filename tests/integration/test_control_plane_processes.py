@@ -75,7 +75,7 @@ def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path,
     assert done.stdout.split() == [engine]
     assert "is completed at step 184 of 184" in done.stderr
     again = sage("llm", "engine", "resume", engine, check=1)
-    assert "is completed: only stopped and failed engines can be resumed" in again.stderr
+    assert "is completed: only stopped, failed and paused engines can be resumed" in again.stderr
     assert "was already completed" in sage("llm", "engine", "stop", engine).stdout
 
 

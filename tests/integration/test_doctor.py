@@ -28,7 +28,7 @@ def test_what_does_not_work_has_a_remedy_and_exit_code_1(sage_home: Path) -> Non
     state.mkdir(parents=True)
     (state / "engines.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)
     found = findings(code=1)["database"]
-    assert (found["state"], found["remedy"]) == ("failed", "Restore it from a backup, or move it away.")
+    assert (found["state"], found["remedy"]) == ("failed", "Restore the file from a backup, or move the file away.")
     (sage_home / "config").mkdir()
     (sage_home / "config" / "config.toml").write_text("log_level = 'LOUD'\n")
     text = sage("doctor", check=1).stdout

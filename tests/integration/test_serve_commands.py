@@ -51,7 +51,7 @@ def test_an_idle_engine_is_paused_and_a_chat_loads_it_again(tiny_model: Path) ->
     client = find_client()
     wait_for(lambda: client.get_engine(engine).state == "paused", "the pause")
     status = sage("llm", "engine", "status", engine).stdout
-    assert "The next request loads it again" in status
+    assert "The next request loads the engine again" in status
     assert isinstance(client.chat("base", CHAT, max_tokens=4), str)
     sage("llm", "engine", "stop", engine)
     assert client.get_engine(engine).state == "stopped"

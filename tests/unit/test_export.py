@@ -169,7 +169,7 @@ def test_the_go_template_has_the_texts_of_the_turns_as_quoted_strings() -> None:
 
 
 def test_a_template_that_depends_on_more_than_roles_and_contents_is_refused() -> None:
-    with pytest.raises(ModelError, match="cannot be converted to a template of Ollama"):
+    with pytest.raises(ModelError, match="cannot be converted to a template for Ollama"):
         turns_of(QWEN.replace("m.content", "loop.index|string + m.content"))
 
 

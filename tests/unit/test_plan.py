@@ -212,6 +212,14 @@ def test_a_run_that_was_killed_on_request_has_failed_with_that_reason() -> None:
     assert (action.state, action.reason.code, action.reason.hint) == (S.FAILED, "killed", died.hint)
 
 
+def test_a_run_that_exited_with_a_checkpoint_before_its_pause_was_noticed_is_paused() -> None:
+    for state in (S.STARTING, S.RUNNING, S.STOPPING):
+        action = planned(of(state, desired=DesiredState.PAUSED, **FINETUNE), Observed(alive=False, ended=S.STOPPED))
+        assert isinstance(action, Transition)
+        assert action.state is S.PAUSED
+        check_transition(state, action.state)
+
+
 @given(
     state=st.sampled_from([s for s in EngineState if s not in SETTLED]),
     desired=st.sampled_from(DesiredState),

@@ -146,7 +146,7 @@ def test_a_waiting_run_starts_when_the_run_before_it_has_ended_and_says_why_it_w
     assert reason
     assert (reason.code, reason.message) == (
         "memory_busy",
-        "Number 1 in the queue: it needs 6.0 GB of memory, and 3.0 GB are free.",
+        "Number 1 in the queue: the engine needs 6.0 GB of memory, and 3.0 GB are free.",
     )
     node.end("s")
     node.settle()
@@ -165,7 +165,7 @@ def test_an_engine_that_cannot_wait_or_can_never_fit_fails_with_the_numbers() ->
         "b": "memory_busy", "c": "memory_too_small", "d": "device_not_found",
     }  # fmt: skip
     assert codes["c"]
-    assert codes["c"].message == "It needs 11.0 GB of memory, and a device has 10.0 GB."
+    assert codes["c"].message == "The engine needs 11.0 GB of memory, and the largest device has 10.0 GB."
 
 
 def test_a_run_that_is_larger_than_the_memory_uses_all_of_it_if_its_smallest_need_fits() -> None:
@@ -181,6 +181,21 @@ def test_a_run_does_not_wait_for_memory_of_other_programs_if_its_smallest_need_f
     node.settle()
     assert node.states() == {"t": S.RUNNING, "u": S.QUEUED}
     assert node.servers["server-t"].reserved_bytes == 6 * GB
+
+
+def test_a_run_waits_while_another_engine_uses_more_than_it_has_reserved() -> None:
+    node = Node(engine("a", 4))
+    node.settle()
+    node.put(run("t", 5, last_event=5))
+    node.devices = [DeviceMemory("cpu", 10 * GB, used_bytes={"server-a": 6 * GB})]
+    node.settle()
+    assert node.states() == {"a": S.RUNNING, "t": S.QUEUED}
+    reason = node.queue.reason(node.engines["engine-t"])
+    assert reason
+    assert "needs 5.0 GB of memory, and 4.0 GB are free" in reason.message
+    node.devices = [DeviceMemory("cpu", 10 * GB, used_bytes={"server-a": 5 * GB})]
+    node.settle()
+    assert node.states() == {"a": S.RUNNING, "t": S.RUNNING}
 
 
 def test_an_engine_starts_at_its_time_and_not_before() -> None:

@@ -34,10 +34,7 @@ class Measurement:
 
 
 def measure(client: SageClient, model: str, max_tokens: int) -> Iterator[Measurement]:
-    """Serve `model` with one installed backend after the other, and yield the measurement of each backend.
-
-    The engine of a backend is removed after the measurement.
-    """
+    """Serve `model` with each installed backend for language models in turn, and yield the measurement of the backend."""
     for backend in client.backends():
         if EngineKind.LLM in backend.kinds and backend.is_installed:
             try:
@@ -71,7 +68,9 @@ def _measured(client: SageClient, backend: BackendView, model: str, max_tokens: 
     try:
         waiting.until_running(client, engine.id)
         start_seconds = time.perf_counter() - began
-        _tokens_per_second(client, engine.id, answers=1, at_once=1, max_tokens=1)  # warm-up: the first answer is slower
+        _tokens_per_second(
+            client, engine.id, answers=1, at_once=1, max_tokens=1
+        )  # not measured, because the first answer is slower
         one = _tokens_per_second(client, engine.id, answers=2, at_once=1, max_tokens=max_tokens)
         many = _tokens_per_second(client, engine.id, answers=2 * _AT_ONCE, at_once=_AT_ONCE, max_tokens=max_tokens)
         return Measurement(backend.name, start_seconds, client.get_engine(engine.id).memory_bytes, one, many)

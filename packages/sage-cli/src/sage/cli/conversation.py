@@ -23,7 +23,7 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Send a message and print the answer as it arrives.
 
-        If the user presses Ctrl-C, the received part of the answer is kept, and KeyboardInterrupt is raised.
+        After Ctrl-C, the received part of the answer is stored in the chat, and KeyboardInterrupt is raised.
         """
         self._messages.append({"role": "user", "content": text})
         answer = ""
@@ -47,7 +47,7 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": answer})
 
     def repeat(self) -> None:
-        """Send each message that the user types, until /exit or the end of the input."""
+        """Send each line of the standard input as a message, until /exit, Ctrl-C or the end of the input."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - adds a history to `input`
         if sys.stdin.isatty():
@@ -72,7 +72,7 @@ class Conversation:
             self.ask(text)
         except KeyboardInterrupt:
             pass  # the user ended the answer, not the conversation
-        except SageError as error:  # continue, because the next message can succeed
+        except SageError as error:  # in a terminal, the user can send the next message
             typer.echo(f"Error: {error}", err=True)
             if not sys.stdin.isatty():
                 raise

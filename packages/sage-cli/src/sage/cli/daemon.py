@@ -27,7 +27,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def lock_path() -> Path:
-    """Return the path of the lock that this user's gateway holds."""
+    """Return the path of the lock file that this user's gateway holds."""
     return get_user_paths().state_dir / "gateway.lock"
 
 
@@ -46,13 +46,10 @@ def find_process() -> ProcessIdentity | None:
 
 
 def find_client() -> SageClient:
-    """Return a client of the running gateway. If no gateway runs, the client uses the address in the settings.
-
-    This function does not connect to the gateway.
-    """
+    """Return a client of the running gateway, or of the address in the settings if no gateway runs."""
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
-        # Check the process named in gateway.json. A gateway that was started with --standby does not hold the lock.
+        # A gateway that was started with --standby does not hold the lock, so check the process in gateway.json.
         if ProcessIdentity(saved["pid"], saved["started"]).is_alive():
             return SageClient(saved["url"], saved["api_key"])
     from sage.common.settings import load_settings
@@ -62,7 +59,7 @@ def find_client() -> SageClient:
 
 
 def connect() -> SageClient:
-    """Return a client of a gateway that answers. If no gateway answers, start a gateway on this machine."""
+    """Return a client of the running gateway. If no gateway answers at a local address, start a gateway."""
     client = find_client()
     if health := find_health(client):
         refuse_foreign(client, health)
@@ -88,8 +85,8 @@ def find_health(client: SageClient) -> dict[str, Any] | None:
 def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
     """Raise GatewayUnreachable if the gateway belongs to another SAGE_HOME on this machine.
 
-    A gateway is accepted if the client has an API key, if this user has a gateway process, or if no local process has the
-    gateway's PID. In the last case, the gateway runs on another machine, for example behind an SSH tunnel.
+    The check is skipped if the client has an API key or if a gateway of this SAGE_HOME runs. A gateway on another machine,
+    for example behind an SSH tunnel, is accepted.
     """
     if client.api_key or find_process():
         return
@@ -101,7 +98,7 @@ def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
                 message=f"The gateway at {client.base_url} belongs to another SAGE_HOME "
                 f"(PID {process.pid}, user {process.username()}).",
                 hint="To start your own gateway, set SAGE_GATEWAY_PORT to a free port. "
-                "To use that gateway, set SAGE_API_KEY to its key.",
+                "To use the running gateway, set SAGE_API_KEY to its key.",
             )
 
 
@@ -142,10 +139,7 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
 
 
 def _failed(log_bytes: int) -> GatewayUnreachable:
-    """Return an error that contains the reason from the gateway's log.
-
-    log_bytes: size of the log before the gateway was started.
-    """
+    """Return an error with the reason in the log, which had `log_bytes` bytes before the gateway was started."""
     with log_path().open("rb") as log:
         log.seek(log_bytes)
         lines = log.read().decode(errors="replace").splitlines(keepends=True)
@@ -159,10 +153,7 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
 
 
 def _unwritable() -> str:
-    """Return the reason why no file can be written in the state folder; "" if files can be written.
-
-    This reason cannot be in the gateway's log, because the log is a file in this folder.
-    """
+    """Return the error of writing into the state folder, or "". The log, which is in this folder, cannot hold the error."""
     folder = get_user_paths().state_dir
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -180,7 +171,7 @@ def _size(path: Path) -> int:
 
 
 def stop() -> bool:
-    """Stop the gateway and wait until it has exited; engines continue to run. Return False if no gateway was running."""
+    """Stop the gateway and wait until it has exited. Return False if no gateway was running."""
     process = find_process()
     if process is None:
         return False

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
+from sage.common.counting import counted
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data.linting import DatasetReport
 from sage.libs.finetune.data.samples import Sample
@@ -19,7 +20,7 @@ _SPECIAL_STYLE = "reverse"
 
 
 def raise_for_missing(report: DatasetReport, line: int | None) -> NoReturn:
-    """Raise DatasetError, because there is no sample to show. If the line was read, the error is the fault of this line."""
+    """Raise DatasetError with the faults of the line, or with the message that the line has no sample."""
     report.faults = [fault for fault in report.faults if line in (None, fault.origin.line)]
     report.raise_for_faults()
     message, hint = f"The dataset {report.path} has no sample on line {line}.", "Omit --line to see the first samples."
@@ -38,7 +39,9 @@ def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_js
             console.print(_heading(sample, "no token is trained"))
         for sequence in sequences:
             cut = max(0, len(sequence.ids) - encoder.cutoff)
-            facts = f"{len(sequence.ids)} tokens, {sequence.trained_tokens} trained{f', {cut} cut' if cut else ''}"
+            facts = (
+                f"{counted(len(sequence.ids), 'token')}, {sequence.trained_tokens} trained{f', {cut} cut' if cut else ''}"
+            )
             console.print(_heading(sample, facts))
             console.print(_text(sequence, encoder, console.color_system is not None))
     for finding in encoder.findings:
@@ -50,7 +53,6 @@ def _heading(sample: Sample, facts: str) -> Text:
 
 
 def _segments(sequence: Encoded, encoder: Encoder) -> list[tuple[str, str]]:
-    """Return a sequence's text as segments, each of which is trained, untrained or cut."""
     kinds = ["untrained" if label == IGNORED else "trained" for label in sequence.labels[: encoder.cutoff]]
     kinds += ["cut"] * (len(sequence.ids) - len(kinds))
     runs = itertools.groupby(zip(kinds, sequence.ids, strict=True), key=lambda pair: pair[0])

@@ -43,7 +43,7 @@ class Finding:
 
 
 def report(findings: Iterator[Finding], *, as_json: bool) -> None:
-    """Print each finding as soon as it is known; exit with code 1 if a check has failed."""
+    """Print the findings. Exit with code 1 if a check has failed."""
     done = []
     for finding in findings:
         done.append(finding)
@@ -76,7 +76,7 @@ def everything() -> Iterator[Finding]:
 
 
 def backends(name: str | None = None) -> Iterator[Finding]:
-    """Check the environments of installed backends, or the environment of one backend."""
+    """Check the environments of all backends, or the environment of one backend."""
     if importlib.util.find_spec("sage.llm.control_plane") is None:
         yield Finding("backends", "warning", "The control plane is not installed, so no backend can run.", _WITHOUT_LOCAL)
         return
@@ -92,7 +92,7 @@ def backends(name: str | None = None) -> Iterator[Finding]:
             state: Literal["ok", "failed"] = "failed" if name or is_left else "ok"
             yield Finding(label, state, f"The backend {label} {what}.", f"{reinstall} installs it.")
         elif fault := installation.fault(environment):
-            remedy = f"`sage backend remove {label}`, then {reinstall}."
+            remedy = f"Run `sage backend remove {label}`, then {reinstall}."
             yield Finding(label, "failed", f"The backend {label} cannot run: {fault}.", remedy)
         else:
             yield Finding(label, "ok", f"{environment.requirement} in {environment.folder}")
@@ -141,7 +141,6 @@ def _folders() -> Iterator[Finding]:
 
 
 def _copies() -> str:
-    """Return a text with the size of all model copies; "" if this installation cannot make copies."""
     if importlib.util.find_spec("sage.libs.models") is None:
         return ""
     from sage.libs.models.export.copies import copies_bytes
@@ -150,7 +149,6 @@ def _copies() -> str:
 
 
 def _database() -> Finding:
-    """Check the SQLite database. A database on a server is not checked here; the gateway's `/ready` checks it."""
     path = get_user_paths().state_dir / "engines.db"
     if load_settings().database_url:
         return Finding("database", "ok", "the database is on a server; the gateway checks it")
@@ -162,10 +160,15 @@ def _database() -> Finding:
             [revision] = database.execute("SELECT version_num FROM alembic_version").fetchone()
     except (sqlite3.Error, TypeError, ValueError) as error:
         return Finding(
-            "database", "failed", f"{path} cannot be read: {error}.", "Restore it from a backup, or move it away."
+            "database",
+            "failed",
+            f"{path} cannot be read: {error}.",
+            "Restore the file from a backup, or move the file away.",
         )
     if answer != "ok":
-        return Finding("database", "failed", f"{path} is damaged: {answer}.", "Restore it from a backup, or move it away.")
+        return Finding(
+            "database", "failed", f"{path} is damaged: {answer}.", "Restore the file from a backup, or move the file away."
+        )
     return Finding("database", "ok", f"{path}, schema {revision}")
 
 
@@ -180,6 +183,6 @@ def _gateway() -> Finding:
     except SageError as error:
         return Finding("gateway", "failed", error.message, error.hint)
     if health["version"] != version("sage-cli"):
-        remedy = "Run `sage gateway stop`: the next command starts the new version. Engines continue to run."
+        remedy = "Run `sage gateway stop`. The next command starts the new version. Engines continue to run."
         return Finding("gateway", "warning", f"The gateway at {client.base_url} has version {health['version']}.", remedy)
     return Finding("gateway", "ok", f"{client.base_url}, PID {health['pid']}")

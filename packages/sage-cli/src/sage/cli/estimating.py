@@ -13,7 +13,7 @@ from sage.llm.client.types import EstimateView
 
 
 def show_estimate(model: str, kind: str, options: dict[str, Any], *, backend: str | None, json: bool) -> None:
-    """Print the estimated memory of an engine.  options: as for `engine start`."""
+    """Print the estimated memory of an engine with the given options of `engine start`."""
     chosen = {} if backend is None else {"backend": backend}
     name = absolute_name(model, Path.cwd())
     estimate = daemon.connect().estimate(name, engine_kind=kind, options=options, **chosen)
@@ -26,7 +26,7 @@ def show_estimate(model: str, kind: str, options: dict[str, Any], *, backend: st
 
 
 def estimate_table(estimate: EstimateView) -> Table:
-    """Return the table of the parts of an estimate. Parts that need no memory are omitted."""
+    """Return the parts of an estimate that need memory, and the total, as a table."""
     table = Table("MEMORY", box=None, pad_edge=False, header_style="bold")
     table.add_column("SIZE", justify="right")
     for name, part_bytes in estimate.parts.items():
@@ -37,7 +37,7 @@ def estimate_table(estimate: EstimateView) -> Table:
 
 
 def estimate_lines(estimate: EstimateView) -> list[str]:
-    """Return the free memory of the devices, the largest micro-batch, and the expected duration, one per line."""
+    """Return lines with the free memory, whether the engine fits, the largest micro-batch and the duration."""
     lines = [
         f"{device.id} {device.name}: {size(device.memory_total_bytes - device.memory_used_bytes)} free of "
         f"{size(device.memory_total_bytes)}"

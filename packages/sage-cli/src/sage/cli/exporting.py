@@ -24,7 +24,7 @@ _PRECISIONS = {
 def run_export(source: str, format_: str, output: Path, precision: str | None) -> None:
     """Export a model or an adapter into a new folder.
 
-    source: an engine, a folder, or a name in the models folder. If an engine has a training result, the result is exported.
+    source: an engine's id, a folder, or a model's name. For an engine with a training result, the result is exported.
     """
     wanted = ExportFormat(format_)
     known = _PRECISIONS.get(wanted, {})
@@ -50,7 +50,6 @@ def _model_of(source: str) -> str:
 
 
 def _interpreter(backend: str, what: str) -> Path:
-    """Return the interpreter of a backend's environment.  what: what needs the backend, for the error."""
     extras.require("sage.llm.control_plane", what)
     from sage.llm.control_plane.backends import environments
 
@@ -59,10 +58,6 @@ def _interpreter(backend: str, what: str) -> Path:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Report]:
-    """Yield a function that shows the progress of an export: the step and the number of written bytes.
-
-    On a terminal, one line is updated; without a terminal, one line is printed for each step.
-    """
     steps: list[str] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     console = Console(stderr=True, highlight=False)

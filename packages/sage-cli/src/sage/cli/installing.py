@@ -18,7 +18,7 @@ _SHOWN = ("Collecting", "Installing", "Waiting")
 
 @contextlib.contextmanager
 def progress(environment: Environment, *, is_verbose: bool) -> Iterator[Callable[[str], None]]:
-    """Show the progress on stderr. The yielded function must be called with each line of pip's output."""
+    """Show pip's progress on stderr. The caller passes each line of pip's output to the yielded function."""
     if is_verbose or not sys.stderr.isatty():
         yield lambda line: typer.echo(line, err=True) if is_verbose or line.startswith("Waiting") else None
         return

@@ -21,12 +21,12 @@ _STATE_STYLES = {
     "starting": "yellow",
     "stopping": "yellow",
 }
-#: Number of columns for output to a pipe. The number is large, so that no line is cut.
+#: Width of the console for output to a pipe. A smaller width would cut long lines.
 _PIPE_COLUMNS = 240
 
 
 def stdout() -> Console:
-    """Return the console for stdout. It is as wide as the terminal; for a pipe, it is `_PIPE_COLUMNS` wide."""
+    """Return the console for stdout, as wide as the terminal, or `_PIPE_COLUMNS` wide for a pipe."""
     return Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
 
 
@@ -95,13 +95,13 @@ def engine_lines(engine: EngineView) -> list[str]:
 
 
 def ending(engine: EngineView) -> str:
-    """Return a sentence that says how an engine ended and where its result and checkpoint are."""
+    """Return a message with the state of an engine that has ended, and with the files of a training run."""
     training = engine.training
     if engine.kind is not EngineKind.FINETUNE or training is None:
         return f"{engine.id} is {engine.state}."
     saved = f", checkpoint {engine.run_dir}/checkpoint-{training.checkpoint_step}" if training.checkpoint_step else ""
     if engine.state == "failed":
-        return f"{engine.id} is failed{saved}."
+        return f"{engine.id} has failed{saved}."
     steps = f" at step {training.step} of {training.total_steps}" if training.total_steps else ""
     before, after = training.heldout_loss_before, training.heldout_loss
     heldout = f" Held-out loss {before:.4f} → {after:.4f}." if before is not None and after is not None else ""
@@ -116,7 +116,7 @@ def event_line(event: EngineEvent) -> str:
 
 
 def route_table(routes: Iterable[RouteView]) -> Table:
-    """Return the table of routes. A route with several engines has one row for each engine."""
+    """Return the table of routes and their engines."""
     table = Table("ROUTE", "ENGINE", "ID", "STATE", box=None, pad_edge=False, header_style="bold")
     table.add_column("SHARE", justify="right")
     for route in routes:
@@ -131,7 +131,7 @@ def route_table(routes: Iterable[RouteView]) -> Table:
 
 
 def device_table(devices: Iterable[Device]) -> Table:
-    """Return the table of devices. A device with several engines has one row for each engine."""
+    """Return the table of devices and the engines on each device."""
     table = Table("DEVICE", "NAME", box=None, pad_edge=False, header_style="bold")
     for name in ("USED", "TOTAL", "USABLE", "LOAD", "TEMP"):
         table.add_column(name, justify="right")

@@ -31,7 +31,7 @@ def start_engine(
     """Start an engine, print its id, and wait for the engine.
 
     request: other fields of StartRequest.
-    wait: if False, wait until the engine is validated; if None, until it serves or trains; if True, until it has ended.
+    wait: False: until the engine is validated; None: until the engine serves or trains; True: until the engine has ended.
     announce: format of the output line with the id.
     """
     _check_given(model, kind, options)
@@ -39,7 +39,7 @@ def start_engine(
     client = daemon.connect()
 
     def begin(options: dict[str, Any]) -> EngineView:
-        # Ctrl-C must not interrupt this request: the engine could have started, but its id would not be printed.
+        # Ctrl-C must not interrupt this request, because the id of the started engine would be lost.
         with waiting.interrupts_noted() as interrupted:
             engine = client.start_engine(**fields, options=options)
         if interrupted.noted:
@@ -99,9 +99,9 @@ def admission_request(
 
 
 def start_time(text: str, now: datetime) -> datetime:
-    """Return the time that a user entered: HH:MM for the next such time of day, or an ISO 8601 date and time.
+    """Parse HH:MM (the next time at which the clock shows HH:MM) or an ISO 8601 date and time. Raises ConfigError.
 
-    now: has a time zone, which applies if the text has none. Raises ConfigError.
+    now: has a time zone, which applies if the text has none.
     """
     try:
         if len(text) <= len("22:00"):
@@ -119,7 +119,7 @@ def start_time(text: str, now: datetime) -> datetime:
 
 
 def is_interactive() -> bool:
-    """Return whether a user can answer questions, because stdin and stderr are terminals."""
+    """Return whether stdin and stderr are terminals."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
@@ -138,7 +138,6 @@ def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
 
 
 def _named(model: str, kind: str) -> dict[str, str]:
-    """Return the field `model` of StartRequest. If the model is a folder that will be served, add the field `name`."""
     name = absolute_name(model, Path.cwd())
     if not name.startswith("/"):
         return {"model": model}
@@ -147,7 +146,7 @@ def _named(model: str, kind: str) -> dict[str, str]:
 
 
 def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
-    """Return the engine; return a new engine if this engine failed because of dataset warnings that the user accepts."""
+    """Wait for the engine. If dataset warnings stopped the engine and the user accepts them, return a new engine."""
     engine = waiting.until_begun(client, engine.id)
     if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
         return engine

@@ -30,9 +30,8 @@ class TrainingOption(NamedTuple):
         return self.flag or f"--{self.field.replace('_', '-')}"
 
 
-#: Fields that are paths. They are made absolute, because the gateway's working directory can differ.
+#: Fields that are paths. Paths are made absolute, because the gateway's working directory can differ.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
-#: Fields that are names of a model's modules.
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
 _NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
 OPTIONS = (
@@ -104,7 +103,7 @@ OPTIONS = (
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a run to a command; the command's parameter `**training` receives the options that a user sets."""
+    """Add the training options to a command, whose parameter `**training` receives the options that a user sets."""
 
     def run(**values: Any) -> None:
         names = {option.field for option in OPTIONS}

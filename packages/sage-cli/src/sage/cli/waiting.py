@@ -15,12 +15,12 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: A command fails if the gateway is unreachable for more than this number of seconds. A restart of the gateway takes less.
+#: A command fails if the gateway is unreachable for more seconds. A restart of the gateway takes less time.
 _PATIENCE_SECONDS = 60.0
 
 
 def until_validated(client: SageClient, engine_id: str) -> EngineView:
-    """Wait until an engine's dataset or model has been checked. If the check failed, raise its error."""
+    """Wait until an engine's dataset or model has been checked. Raises SageError if the engine failed."""
     engine = _watch(client, engine_id, lambda e: e.state is not EngineState.VALIDATING)
     if engine.state is EngineState.FAILED:
         raise failure(engine)
@@ -84,7 +84,7 @@ def until_changed(client: SageClient, engine_id: str, revision: int) -> str:
 
 
 def failure(engine: EngineView) -> SageError:
-    """Return the error of a failed engine. The error's code determines its class, and the class determines the exit code."""
+    """Return the error of a failed engine."""
     code = engine.reason.code if engine.reason else "unknown"
     hint = engine.reason.hint if engine.reason else ""
     kind, log = error_class(code), f"`sage llm engine logs {engine.id}`"
@@ -131,10 +131,9 @@ class Interrupt:
 
 @contextlib.contextmanager
 def interrupts_noted() -> Iterator[Interrupt]:
-    """Record Ctrl-C during the `with` block instead of raising KeyboardInterrupt.
+    """Record the first Ctrl-C during the `with` block. A second Ctrl-C raises KeyboardInterrupt.
 
-    A KeyboardInterrupt could be lost, because Python ignores exceptions in finalizers. A second Ctrl-C raises
-    KeyboardInterrupt.
+    The first Ctrl-C raises nothing, because Python would ignore the exception if a finalizer is running.
     """
     interrupt = Interrupt()
 

@@ -1,6 +1,6 @@
 """Read the limits of this process: CPU affinity, and control groups (cgroups) of version 1 or 2. Only Linux has both.
 
-The limit of a group also applies to the groups inside this group. Therefore, the smallest limit counts.
+The limit of a group also applies to the groups inside this group, so the smallest limit counts.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class MemoryLimit:
 
 
 def memory_limits() -> list[MemoryLimit]:
-    """Return the memory limit of each group of this process that has one, innermost group first."""
+    """Return the memory limits of the groups that contain this process, innermost group first."""
     limits = []
     for group in own_groups("memory"):
         for limit_name, used_name in (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")):
@@ -48,7 +48,7 @@ def available_cores() -> int:
 
 
 def own_groups(controller: str) -> Iterator[Path]:
-    """Yield the folders of the groups of this process that have a controller, innermost first."""
+    """Yield the folders of the groups that contain this process and have a controller, innermost first."""
     if not _ROOT.is_dir():
         return
     for line in _read(_OWN).splitlines():
@@ -69,7 +69,6 @@ def _core(cpu: int) -> str:
 
 
 def _core_limits() -> Iterator[float]:
-    """Yield the CPU limit of each group of this process that has one, as a number of cores."""
     for group in own_groups("cpu"):
         with contextlib.suppress(OSError):
             quota, period = _read(group / "cpu.max").split()

@@ -11,6 +11,7 @@ SageError
 ├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
 ├── BackendError          a backend's environment cannot be installed
+├── BackupError           a backup cannot be written or restored
 ├── Overloaded            the request cannot be served now; retry later
 │   └── Busy              an engine has too many requests
 ├── Unauthorized          the API key is missing or wrong
@@ -37,7 +38,6 @@ class SageError(Exception):
         self.code, self.message, self.hint, self.param = code, message, hint, param
 
     def __str__(self) -> str:
-        """Return message and hint as one text."""
         return f"{self.message} {self.hint}".strip()
 
     def body(self) -> dict[str, Any]:
@@ -105,6 +105,10 @@ class BackendError(SageError):
     """A backend's environment cannot be installed."""
 
 
+class BackupError(SageError):
+    """A backup cannot be written or restored."""
+
+
 class Overloaded(SageError):
     """The request cannot be served now; the caller should retry later."""
 
@@ -133,7 +137,7 @@ class GatewayUnreachable(SageError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the most informative line of a library's error message, without the final period."""
+    """Return the first line of a library's error message that is not a heading, without the final period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch: line 2 names the tensor
     return lines[is_heading].rstrip(".")

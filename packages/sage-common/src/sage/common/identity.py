@@ -1,4 +1,4 @@
-"""Identify a process by its PID and its start time. The start time does not depend on the system clock."""
+"""Identify a process by its PID and its start time. On Linux, the start time does not depend on the system clock."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ import psutil
 _UNKNOWN_PID = 0
 #: Indexes of the start time (field 22) and the state (field 3) in the part of /proc/PID/stat after the process name.
 _START_TICKS, _STATE = 19, 0
-#: Maximum number of times that a session's processes are listed and killed: a listed process can fork before it is killed.
+#: Maximum rounds of listing and killing a session's processes. A listed process can fork before the signal arrives.
 _KILL_ROUNDS = 10
 
 
@@ -25,7 +25,7 @@ class ProcessIdentity:
     """Identifies a process; a later process with the same PID has a different identity."""
 
     pid: int
-    started: str  #: boot id, and kernel ticks from boot to process start; used only for comparison
+    started: str  #: on Linux: boot id, and kernel ticks from boot to process start; only for comparison
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity":
@@ -37,7 +37,7 @@ class ProcessIdentity:
 
     @classmethod
     def unknown(cls) -> "ProcessIdentity":
-        """Return the identity for a process that is alive but has an unknown PID, so that no signals can be sent."""
+        """Return the identity of a running process with an unknown PID. All methods treat this process as gone."""
         return cls(_UNKNOWN_PID, "")
 
     def is_alive(self) -> bool:
@@ -46,7 +46,7 @@ class ProcessIdentity:
         return found is not None and found.started == self.started and not found.is_zombie
 
     def process(self) -> psutil.Process | None:
-        """Return the process, or None if the process is gone, even if another process has the same PID now."""
+        """Return the process, or None if the process is gone."""
         with contextlib.suppress(psutil.Error):
             return psutil.Process(self.pid) if self.is_alive() else None
         return None
@@ -63,7 +63,7 @@ class ProcessIdentity:
         return True
 
     def memory_bytes(self) -> int | None:
-        """Return the resident memory of the process and its children, or None if the process is gone."""
+        """Return the resident memory of the process and its descendants, or None if the process is gone."""
         process = self.process()
         if process is None:
             return None
@@ -121,7 +121,6 @@ class _Found:
 
 
 def _look(pid: int) -> _Found | None:
-    """Return start time and state of a process, or None if there is no such process; raises OSError if reading fails."""
     if sys.platform != "linux":
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)

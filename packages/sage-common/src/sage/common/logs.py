@@ -15,7 +15,7 @@ _BLOCK_BYTES = 64 * 1024
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Write log messages to stderr. In a detached process, stderr is a log file."""
+    """Write log messages to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -29,7 +29,6 @@ class _LineFormatter(logging.Formatter):
     _second, _time = -1, ""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record, followed by its traceback if it has one."""
         if record.exc_info or record.exc_text or record.stack_info:
             return super().format(record)
         if int(record.created) != self._second:
@@ -56,14 +55,12 @@ class LogFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """path: the log file; it need not exist yet."""
         self.path = path
 
     def cut(self, limit_bytes: int) -> bool:
         """Cut the file if it is longer than `limit_bytes`; return whether the file was cut.
 
-        The last `limit_bytes` bytes are moved to the second file, and the log file is truncated. The writing process has the
-        log file open for appending, so its next write starts at the beginning of the empty file.
+        The process that writes the log must have opened the file for appending. The next write then starts at offset 0.
         """
         skipped = _size(self.path) - limit_bytes
         if skipped <= 0:
@@ -99,7 +96,7 @@ class LogFile:
             return content
 
     def tail_offset(self, lines: int) -> int:
-        """Return the offset at which the last `lines` lines begin."""
+        """Return the offset at which the last `lines` lines begin, or the first available offset if the log is shorter."""
         start, end = self.range()
         at = end
         while at > start and lines:

@@ -28,5 +28,5 @@ def is_folder(path: Path) -> bool:
     """Return whether a path is a folder; False if the path is invalid or its parent folder cannot be read."""
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # the path is too long or contains NUL, or its parent folder cannot be read
+    except (OSError, ValueError):
         return False

@@ -14,7 +14,7 @@ from sage.common.errors import ConfigError
 
 @dataclass(frozen=True)
 class UserPaths:
-    """The folders of one user. Reading these attributes creates no folder."""
+    """The folders of one user, which need not exist."""
 
     config_dir: Path  #: settings: `config.toml`
     data_dir: Path  #: data that must never be lost: models, run directories
@@ -33,14 +33,13 @@ class UserPaths:
 
     @property
     def config_file(self) -> Path:
-        """The settings file; it need not exist."""
+        """The settings file, which need not exist."""
         return self.config_dir / "config.toml"
 
 
 def get_user_paths() -> UserPaths:
     """Return this user's folders: folders below `SAGE_HOME` if this variable is set, else the XDG folders.
 
-    XDG folders are used on every platform, so that the documentation is the same for all platforms.
     Source: XDG Base Directory Specification 0.8.
     """
     home = os.environ.get("SAGE_HOME")
@@ -67,8 +66,7 @@ def usable_state_folder() -> Iterator[None]:
 def private_folder(path: Path) -> Path:
     """Create a folder and its missing parents, with access for this user only.
 
-    If the folder exists, the access of other users is removed. Therefore, use this function only for SAGE's own folders: the
-    mode of a folder that the user chose must not change.
+    If the folder exists, the access of other users is removed, so use this function only for SAGE's own folders.
     """
     if not path.parent.is_dir():
         private_folder(path.parent)
@@ -78,7 +76,7 @@ def private_folder(path: Path) -> Path:
 
 
 def private_file(path: Path) -> Path:
-    """Create a file and its missing folders. Only this user gets access, also if the file exists already."""
+    """Create a file and its missing folders, and remove the access of other users even if the file exists."""
     if not path.parent.is_dir():
         private_folder(path.parent)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -93,10 +91,7 @@ def _tighten(path: Path, mode: int) -> None:
 
 
 def tighten(folder: Path) -> None:
-    """If the folder exists, remove the access of other users to the folder and its content.
-
-    This is necessary because earlier versions of SAGE created folders that other users could read.
-    """
+    """If the folder exists, remove the access of other users to the folder and its content."""
     if folder.is_dir():
         for path in (folder, *folder.rglob("*")):
             with contextlib.suppress(FileNotFoundError):

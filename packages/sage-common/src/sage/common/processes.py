@@ -1,8 +1,7 @@
 """Start and find detached processes. Each process holds a file lock, which SAGE uses to find the process later.
 
-A process is alive as long as its lock is held. The kernel releases the lock when the last process that holds it exits or is
-killed. A PID would be less reliable, because another process can get the same PID later. A child process inherits the
-locked file descriptor, so its program needs no code for the lock.
+The kernel releases the lock when the last process that holds the lock exits. A PID would be less reliable, because another
+process can get the same PID later.
 """
 
 import contextlib
@@ -33,7 +32,6 @@ _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 _PROBE_SECONDS = 0.1
 #: Maximum seconds to wait for the exit code of a child whose lock is already free.
 _COLLECT_SECONDS = 1.0
-#: Maximum number of exit codes kept in `_exit_codes`.
 _EXIT_CODES = 1000
 
 #: Children of this process whose exit codes were not read yet, by lock path.
@@ -79,7 +77,7 @@ def held_lock(path: Path) -> Iterator[None]:
 
 
 def write_identity(descriptor: int) -> ProcessIdentity:
-    """Write the identity of this process into a lock file that this process has locked, and return it."""
+    """Write the identity of this process into a lock file that this process has locked, and return the identity."""
     identity = ProcessIdentity.of(os.getpid())
     _write(descriptor, identity)
     return identity
@@ -126,7 +124,7 @@ def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
     try:
         identity = ProcessIdentity.of(child.pid)
         _write(lock, identity)
-    except BaseException:  # for example, the disk is full; the process could not be found without its identity
+    except BaseException:  # for example, the disk is full
         child.kill()
         child.wait()
         raise
@@ -168,10 +166,10 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
-    """Search the environment variables of all processes, and return for each of these locks its process.
+    """Return the process of each of these locks, according to the environment variables of all processes.
 
-    This search is slow, but it does not need the lock files. A process is found even if its parent crashed before it wrote
-    the lock file, or if the lock file was removed. If several processes have the same lock, the oldest is returned.
+    This search is slow, but it needs no lock files. If several processes have the same lock, the process with the lowest PID
+    is returned.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
     for pid in psutil.pids() if wanted else ():
@@ -183,7 +181,7 @@ def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessId
 
 
 def last_holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process whose identity is in the lock file, even if the process has exited; None if there is none."""
+    """Return the process whose identity is in the lock file, even if the process has exited; None without an identity."""
     try:
         with lock_path.open("rb") as file:
             return _read(file.fileno())
@@ -192,7 +190,7 @@ def last_holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def leftovers(lock_path: Path) -> list[int]:
-    """Return the PIDs of the remaining processes in the session of an exited process; [] if that process is still alive."""
+    """Return the PIDs that an exited process left in its session; [] if the process is alive or unknown."""
     recorded = last_holder(lock_path)
     if recorded is None or recorded.is_alive():
         return []
@@ -212,7 +210,6 @@ def exit_code(lock_path: Path) -> int | None:
 
 
 def _collect(lock_path: Path) -> None:
-    """Store the exit code of a child that has exited, and remove the child from `_children`."""
     child = _children.get(lock_path)
     if child is None or (code := child.poll()) is None:
         return
@@ -233,8 +230,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    """Return the lock path in the environment of a process, or "" if the process was started without a lock."""
-    with contextlib.suppress(psutil.Error):  # after an OSError, it is unknown whether the process has a lock
+    with contextlib.suppress(psutil.Error):  # an OSError is raised, because the process may have a lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

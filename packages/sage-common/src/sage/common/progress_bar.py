@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class ProgressBar:
-    """Progress bar on stderr. It is shown only if stderr is a terminal, and removed at the end."""
+    """Progress bar on stderr, shown only on a terminal and removed at the end."""
 
     def __init__(self, title: str) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[figures]}"))
@@ -20,16 +20,14 @@ class ProgressBar:
         self._task = self._progress.add_task(title, total=None, figures="")
 
     def __enter__(self) -> Self:
-        """Show the bar."""
         self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Remove the bar."""
         self._progress.stop()
 
     def show(self, what: str, step: int, total_steps: int | None, loss: float | None, eta: str) -> None:
-        """Update the bar; before the first step, the bar shows only `what`, the current activity."""
+        """Update the bar. Before the first step, the bar shows only `what`, the current activity."""
         figures = f"{step}/{total_steps}  loss {loss:.4f}  ETA {eta}" if step and loss is not None else ""
         self._progress.update(self._task, description=what, completed=step, total=total_steps, figures=figures)
 

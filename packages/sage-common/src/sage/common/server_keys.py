@@ -1,4 +1,4 @@
-"""Compute the keys that the gateway sends to inference servers. A server rejects requests without this key.
+"""Compute the keys that the gateway sends to inference servers. A server rejects requests without its key.
 
 Without keys, a web page in a browser could send requests to the servers.
 """
@@ -17,13 +17,12 @@ KEY_VARIABLE = "SAGE_SERVER_KEY"
 
 
 def server_key(token: str) -> str:
-    """Return the key of a server. It is computed from the server's token and a secret in the state folder."""
+    """Return the key of a server, computed from the server's token and a secret in the state folder."""
     return hmac.new(_secret(get_user_paths().state_dir), token.encode(), "sha256").hexdigest()
 
 
 @functools.cache
 def _secret(folder: Path) -> bytes:
-    """Return the secret in the state folder; create the secret if it does not exist."""
     path = private_folder(folder) / "servers.key"
     with held_lock(folder / "servers.key.lock"):
         if not path.is_file():

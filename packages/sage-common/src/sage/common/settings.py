@@ -117,10 +117,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Return the current settings.
-
-    Raises ConfigError, which names the file or variable and the problem.
-    """
+    """Return the current settings. Raises ConfigError if a setting or `config.toml` is invalid."""
     path = get_user_paths().config_file
     try:
         return Settings()

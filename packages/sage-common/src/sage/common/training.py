@@ -1,8 +1,7 @@
 """Types of a training run: the figures (measured values) of a step, the events of the run, and its progress.
 
-To add a figure, add a field to `StepMetrics`, and measure the value in the training callback. No other code needs a change:
-events, status, progress and the training series contain `StepMetrics`. Prometheus metrics, the command line and the
-dashboard iterate over `FIGURES`. For example:
+To add a figure, add a field to `StepMetrics`, and measure the value in the training callback. No other code needs a change,
+because all readers iterate over `FIGURES`. For example:
 
     for figure in FIGURES:
         value = getattr(progress, figure.name)  # progress: TrainingProgress, TrainingStep or StepEvent
@@ -20,7 +19,6 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, Va
 
 
 def _figure(title: str, unit: str, format_spec: str, description: str) -> Any:
-    """Declare a figure of a step; unit: empty for a plain number; format_spec: as in `format(value, format_spec)`."""
     return Field(None, title=title, description=description, json_schema_extra={"unit": unit, "format_spec": format_spec})
 
 
@@ -60,7 +58,7 @@ class Figure:
     format_spec: str
 
     def text(self, value: float) -> str:
-        """Return a value as text for users. Bytes are shown in GB, ratios in percent."""
+        """Return a value as text for users, with bytes in GB."""
         return f"{value / 1e9:.1f} GB" if self.unit == "bytes" else format(value, self.format_spec)
 
 
@@ -257,7 +255,6 @@ class FailedEvent(RunEvent):
     hint: str | None = Field(None, description="What to do next.")
 
 
-#: Any event of a run; the field `event` contains the type of the event.
 AnyRunEvent: TypeAlias = (
     LaunchedEvent
     | ProgressEvent

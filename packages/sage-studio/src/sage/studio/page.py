@@ -1,4 +1,4 @@
-"""The dashboard page. It shows the engines and the loss curve of the selected run."""
+"""The dashboard page, which shows the engines and the loss curve of the selected run."""
 
 from typing import Any
 
@@ -27,10 +27,7 @@ _COLUMNS = [
 
 
 class EnginesPage:
-    """The dashboard page of one browser tab.
-
-    Each second, the page reads the active engines, the change feed, and the new steps of the selected run.
-    """
+    """The dashboard page of one browser tab."""
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client
@@ -53,7 +50,7 @@ class EnginesPage:
         ui.timer(_REFRESH_SECONDS, self.refresh)
 
     async def refresh(self) -> None:
-        """Read the engines and show them; if this fails, show the error until the next refresh succeeds."""
+        """Read the engines and show them. An error is shown until a later refresh succeeds."""
         try:
             if await self._has_changed():
                 page = await self._client.page_engines(limit=_SETTLED_SHOWN, states=sorted(SETTLED), order="desc")
@@ -105,7 +102,7 @@ class EnginesPage:
 
 
 class LossCurve:
-    """The steps of one training run. The first `read` requests all steps; later calls request only new steps."""
+    """The steps of one training run. Each `read` of the same run requests only new steps."""
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client
@@ -146,7 +143,6 @@ def _summary(engine: EngineView) -> str:
 
 
 def _figures(training: TrainingProgress) -> list[str]:
-    """Return texts with the current step, the known values of the last step, and the remaining time."""
     texts = [f"step {training.step} of {training.total_steps}"] if training.total_steps else []
     texts += [
         f"{figure.title}: {figure.text(value)}"

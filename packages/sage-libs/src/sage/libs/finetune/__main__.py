@@ -55,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _follow(manager: FinetuneManager, task_id: str) -> RunStatus:
-    """Show the progress of a run until the run ends; SIGTERM or SIGINT stops the run."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: manager.stop(task_id))
     with ProgressBar(task_id) as bar:

@@ -11,12 +11,12 @@ from sage.common.validation import validated
 from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.data.sources import Source, absolute
 
-#: Options of adapters and of the frozen base model. They are rejected if `finetuning_type` is `full`.
+#: Options that are rejected if `finetuning_type` is `full`.
 _OF_LORA = (
     "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora",
     "use_dora", "loraplus_lr_ratio", "quantization",
 )  # fmt: skip
-#: Options of supervised fine-tuning. They are rejected if `method` is not `sft`.
+#: Options that are rejected if `method` is not `sft`.
 _OF_SFT = (
     "train_on", "pack_tokens", "eval_path", "eval_split", "eval_steps", "early_stopping_patience", "sample_prompts",
     "keep_best", "streaming", "neftune_noise_alpha", "loraplus_lr_ratio", "num_processes",
@@ -24,7 +24,7 @@ _OF_SFT = (
 
 
 class FinetuneConfig(BaseModel):
-    """Configuration of a run. Runs with the same configuration, data, machine and software versions have the same losses."""
+    """Configuration of a run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -137,7 +137,6 @@ class FinetuneConfig(BaseModel):
         return [Source.parse(text) for text in texts]
 
     def _given(self, names: tuple[str, ...]) -> list[str]:
-        """Return the options in `names` whose values differ from the defaults."""
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     @field_validator("dataset_path")

@@ -1,4 +1,4 @@
-"""Create, start, stop and read runs. All state is on disk; memory contains caches. This module does not import torch."""
+"""Create, start, stop and read runs, whose state is on disk. This module does not import torch."""
 
 import contextlib
 import hashlib
@@ -42,7 +42,6 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 _EXIT_SECONDS = 10.0
 #: Maximum number of samples per dataset that `create` checks; the worker checks all samples.
 _CHECKED_SAMPLES = 20_000
-#: Maximum number of runs whose steps are cached. For a cached run, a request parses only new events.
 _KEPT_SERIES = 16
 #: glibc settings that keep the memory of freed tensors. By default, glibc returns large blocks to the kernel, and the kernel
 #: clears the pages for each new tensor. With these settings a step on a CPU takes 5 % less time, with the same peak memory.
@@ -73,13 +72,13 @@ class FinetuneManager:
 
         task_id: id of the new run; default: a random id.
         Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method cannot be used, or if the run cannot
-        continue from the given checkpoint. If an error is raised, no files are kept.
+        continue from the given checkpoint.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
             _check_method(config, self._allow_reward_files)
         for dataset in config.sources:
-            check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()  # the worker checks all samples
+            check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()
         if config.eval_path:
             check_dataset(Path(config.eval_path), _CHECKED_SAMPLES, parse, "validation").raise_for_faults()
         source = resolve_model(config.base_model)
@@ -164,7 +163,7 @@ class FinetuneManager:
         _check_data(task_id, self.run_directory(task_id).read_spec())
 
     def check_resumable_quick(self, task_id: str) -> None:
-        """Raise Conflict or OutputError if the run cannot be resumed. Do not check whether the data has changed."""
+        """Raise Conflict or OutputError if the run cannot be resumed. The data is not checked for changes."""
         state, spec = self.status(task_id).state, self.run_directory(task_id).read_spec()
         if state is RunState.COMPLETED:
             raise Conflict(
@@ -185,7 +184,7 @@ class FinetuneManager:
         return process.send_signal(signal.SIGKILL if force else signal.SIGTERM) if process else False
 
     def request_checkpoint(self, task_id: str) -> None:
-        """Ask a run to save a checkpoint after its current step; do not wait. The checkpoint does not influence training."""
+        """Ask a run to save a checkpoint after its current step; do not wait."""
         self.run_directory(task_id).request_checkpoint()
 
     def change_options(self, task_id: str, options: TrainingOptions) -> int:
@@ -222,10 +221,7 @@ class FinetuneManager:
         return self.run_directory(task_id).read_events(offset)
 
     def training_steps(self, task_id: str, after: int = 0, max_points: int | None = None) -> Sequence[TrainingStep]:
-        """Return the steps of a run after step `after`, downsampled to at most `max_points` steps.
-
-        The steps are cached, so that the next call parses only new events.
-        """
+        """Return the steps of a run after step `after`, downsampled to at most `max_points` steps."""
         run = self.run_directory(task_id)
         with self._series_lock:  # concurrent requests for the same run use the same StepSeries
             series = self._series.pop(task_id, None) or StepSeries(run)
@@ -276,7 +272,6 @@ class FinetuneManager:
 
 
 def _data_hash(config: FinetuneConfig) -> str:
-    """Return the SHA-256 of the training data and reward file. Raises DatasetError or ConfigError if a file is missing."""
     datasets = dataset_hash(*(dataset.path for dataset in config.sources))
     if not config.reward_file:
         return datasets
@@ -298,7 +293,6 @@ def _check_data(task_id: str, spec: RunSpec) -> None:
 
 
 def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
-    """Raise ConfigError if TRL is not installed, or if the reward file is invalid or not allowed."""
     if importlib.util.find_spec("trl") is None:
         raise ConfigError(
             code="trl_missing",

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         write_identity(descriptor)
         run.append_event(LaunchedEvent())
     configure_logging()
-    warnings.simplefilter("ignore", FutureWarning)  # libraries cause these warnings; users cannot fix them
+    warnings.simplefilter("ignore", FutureWarning)  # the warnings concern the code of libraries, which users cannot change
     stop = StopRequest()
     stop.install()
     try:
@@ -73,7 +73,6 @@ def main(argv: list[str]) -> int:
 
 
 def _follow(run: RunDirectory) -> int:
-    """Train as an additional process of a run that has several processes; return the exit code."""
     configure_logging("WARNING")
     warnings.simplefilter("ignore", FutureWarning)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,7 +89,6 @@ def _follow(run: RunDirectory) -> int:
 
 
 def _fail(run: RunDirectory, error: Exception) -> None:
-    """Report why a run has failed, unless another process of the run has already reported a failure."""
     logger.error("%s", "".join(traceback.format_exception(error)))
     run.release_space()
     if read_status(run).state is not RunState.FAILED:
@@ -111,7 +109,6 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
 
 
 def _reported(error: Exception, run: RunDirectory) -> SageError:
-    """Convert an exception to the error that is reported to the user."""
     if isinstance(error, SageError):
         return error
     log = f"Full traceback: {run.log_path}."
@@ -145,7 +142,6 @@ def _is_full(error: Exception, folder: Path) -> bool:
 
 
 def _fullest(run: RunDirectory) -> Path:
-    """Return the folder with the least free disk space among the folders that a run writes to."""
     folders = [run.path]
     with contextlib.suppress(Exception):  # for example, the spec cannot be read
         folders.append(Path(run.read_spec().config.output_dir))

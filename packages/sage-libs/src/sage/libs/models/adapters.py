@@ -53,8 +53,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
 def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the weights (A, B) of a plain LoRA adapter for each linear layer, by layer name; the base model is not changed.
 
-    A: (rank, in_features).  B: (rank, out_features), scaled. For an input x, the adapter adds x @ A.T @ B to the output.
-    The adapter is loaded with PEFT, so that patterns in its config for layers, ranks and scalings are applied correctly.
+    A: (rank, in_features).  B: (rank, out_features), scaled.  For an input x, the adapter adds x @ A.T @ B to the output.
     Raises ModelError if the adapter does not fit the base model, or if a weight is not finite.
     """
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
@@ -81,7 +80,6 @@ def merged(model: PeftModel) -> Any:
 
 
 def _check_finite(folder: Path) -> None:
-    """Raise ModelError if a weight in the file of an adapter is not a finite number."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
             if not file.get_tensor(name).isfinite().all():
@@ -102,7 +100,6 @@ def _untie_head(base: PreTrainedModel) -> None:
 
 
 def _without_adapter(module: Any) -> Any:
-    """Return the original layer inside PEFT's wrappers."""
     while inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None):
         module = inner
     return module

@@ -1,4 +1,4 @@
-"""Read the sizes of a model from its config and the headers of its weight files. This module reads no weights."""
+"""Read the sizes of a model from its config and the headers of its weight files."""
 
 import json
 import math
@@ -104,12 +104,10 @@ def read_architecture(folder: Path) -> Architecture | None:
 
 
 def _transformers_name(name: str) -> str:
-    """Return a GGUF tensor's name with the name that transformers has for the module, for example `blk.0.q_proj.weight`."""
     return ".".join(_GGUF_MODULES.get(part, part) for part in name.split("."))
 
 
 def _text_config(path: Path) -> dict[str, Any]:
-    """Return the config of the text model; {} if the file has no JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -118,7 +116,7 @@ def _text_config(path: Path) -> dict[str, Any]:
 
 
 def _architecture(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file_bytes: int) -> Architecture:
-    """Return the architecture. Sizes that the config does not have are derived from the shapes."""
+    """Sizes that the config does not have are derived from the shapes, or are defaults."""
     given = {name: value for name in _FIELDS if isinstance(value := config.get(name), int)}
     numbers = {int(found[1]) for name in shapes if (found := _IN_LAYER.search(name))}
     in_layers = [shape for name, shape in shapes.items() if len(shape) == 2 and _IN_LAYER.search(name)]

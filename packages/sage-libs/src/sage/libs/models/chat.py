@@ -53,7 +53,7 @@ class ChatFormat:
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without added special tokens. The texts are tokenized in parallel."""
+        """Return the token ids of each text, without added special tokens."""
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
@@ -130,8 +130,9 @@ class ChatFormat:
 
     @functools.cache  # noqa: B019 - the object and its tokenizer have the same lifetime
     def answer_end(self, *, calls: bool = False) -> int | None:
-        """Return the id of the special token that the template writes after an answer.  calls: whether it has tool calls.
+        """Return the id of the special token that the template writes after an answer.
 
+        calls: whether the answer has tool calls.
         If there is no special token after an answer, return the first special token of the next message, else EOS.
         """
         asked = {"role": "user", "content": "Hi"}

@@ -15,9 +15,9 @@ _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
 
 
 def version(folder: Path) -> str:
-    """Return a hash that changes if a model is replaced: of the GGUF file's identity, or else the fingerprint.
+    """Return the fingerprint of the model in a folder. For a GGUF file, return a hash that changes if the file is replaced.
 
-    Raises ModelError if the folder has no complete model.
+    Raises ModelError if a model with a config.json is incomplete.
     """
     if (folder / "config.json").is_file():
         return fingerprint(folder)
@@ -27,9 +27,8 @@ def version(folder: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """Return the fingerprint of a base model: 64 hex digits.
 
-    The fingerprint depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor.
-    Therefore two different models of the same shape have different fingerprints.
-    Raises ModelError if the folder does not contain a complete model.
+    The fingerprint depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor. Raises
+    ModelError if the folder does not contain a complete model.
     """
     digest = hashlib.sha256()
     try:

@@ -42,7 +42,6 @@ def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...]]:
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
-    """Read a value of metadata; return None for an array."""
     if kind == _STRING:
         return _text(file)
     if kind != _ARRAY:

@@ -9,7 +9,7 @@ from typing import Any
 from sage.common.errors import ModelError
 from sage.libs.models.resolve import safetensors_header
 
-#: Supported entries of adapter_config.json. All other entries must be null, false, empty or 0.
+#: Supported entries of adapter_config.json. All other entries, except `bias`, must be null, false, empty or 0.
 _PLAIN = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
@@ -25,7 +25,7 @@ _HEAD = re.compile(r".*\.(lm_head|embed_out|output_projection)\.lora_[AB]\.weigh
 def why_not_hot(folder: Path, base_folder: Path) -> str | None:
     """Return the reason why a running server of the base model cannot load an adapter; None if the server can.
 
-    An adapter that cannot be loaded must be merged into a copy of its base model. Raises ModelError for unreadable files.
+    Raises ModelError for unreadable files.
     """
     path = folder / "adapter_config.json"
     try:

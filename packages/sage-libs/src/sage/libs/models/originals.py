@@ -23,7 +23,7 @@ def original(folder: Path) -> Path:
 
 
 def identity(gguf: Path) -> list[object]:
-    """Return path, device, inode, size and times of a file. Any difference shows that the file was replaced or changed."""
+    """Return path, device, inode, size and times of a file."""
     found = gguf.stat()
     return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

@@ -1,7 +1,8 @@
 """Find the files of a model by its name. This module does not read weights or import torch.
 
 A name that is an absolute path denotes a folder. Any other name is looked up in the user's models folder, then in installed
-Python packages, then on the hub. Only commands resolve relative paths: a service does not know the user's working folder.
+Python packages, then on the hub. Only commands resolve relative paths, because a service does not know the
+user's working folder.
 """
 
 import importlib.util
@@ -75,7 +76,7 @@ def _resolve(name: str, depth: int) -> ModelSource:
     if depth > _MAX_DEPTH:
         raise ModelError(
             code="model_invalid",
-            message=f"'{name}': an adapter's base model may be an adapter too, but at most {_MAX_DEPTH} in a row.",
+            message=f"'{name}' is the base of more than {_MAX_DEPTH} adapters in a row, which is not supported.",
             hint="Export the base as a merged model, and use that model as the base.",
         )
     if not name.strip():
@@ -152,14 +153,18 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
     if len(list(folder.glob("*.gguf"))) == 1:
         return ModelSource(name, ModelKind.GGUF, folder)
     if (folder / "sage_run.json").is_file():
-        raise _invalid(folder, "belongs to a training run that has not written its adapter yet")
+        hint = "`sage llm engine list` shows whether the run is finished."
+        raise _invalid(folder, "belongs to a training run that has not written its adapter yet", hint)
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise _invalid(folder, "has its weights in pickles, which can run code when loaded; convert them to safetensors")
-    raise _invalid(folder, "contains no model: config.json with *.safetensors, an adapter, or one *.gguf is needed")
+    raise _invalid(
+        folder,
+        "contains no model: config.json with *.safetensors, an adapter, or one *.gguf is needed",
+        "Give the folder that has these files, or a name from `sage llm model list`.",
+    )
 
 
 def _check_shards(folder: Path) -> None:
-    """Raise ModelError if a weight file that is listed in the index is missing."""
     for index in folder.glob("*.safetensors.index.json"):
         files = _read_json(index).get("weight_map")
         missing = (
@@ -208,7 +213,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hub_has(name: str) -> bool:
-    """Return whether the hub has the model `org/name`; False if the hub cannot be reached."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or os.environ.get("HF_HUB_OFFLINE") == "1":
         return False
     from huggingface_hub import HfApi
@@ -220,5 +224,5 @@ def _hub_has(name: str) -> bool:
     return True
 
 
-def _invalid(path: Path, problem: str) -> ModelError:
-    return ModelError(code="model_invalid", message=f"{path} {problem}.", param="model")
+def _invalid(path: Path, problem: str, hint: str = "") -> ModelError:
+    return ModelError(code="model_invalid", message=f"{path} {problem}.", hint=hint, param="model")

@@ -1,4 +1,4 @@
-"""Read the gateway's answers. An answer contains either a result or an error."""
+"""Read the gateway's answers."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def as_list(model: type[M]) -> Callable[[httpx.Response], list[M]]:
 
 
 def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
-    """Return the content of an answer, read by `reader`.
+    """Return what `reader` reads from an answer.
 
     Raises the SageError that the answer reports, or GatewayUnreachable if `reader` cannot read the answer.
     """
@@ -45,7 +45,7 @@ def read(response: httpx.Response, reader: Callable[[httpx.Response], T]) -> T:
 
 
 def raise_for_error(response: httpx.Response) -> None:
-    """Raise a SageError if an answer reports an error. The body of the answer must already be read."""
+    """Raise a SageError if the HTTP status reports an error. The caller must have read the body."""
     if response.is_success:
         return
     try:
@@ -57,7 +57,7 @@ def raise_for_error(response: httpx.Response) -> None:
 
 
 def rebuild_error(error: dict[str, Any], http_status: int | None = None) -> SageError:
-    """Return the SageError for an error object in OpenAI's format; the error's code determines the class."""
+    """Return the SageError for an error object in OpenAI's format."""
     code, hint = error.get("code") or "unknown", error.get("hint") or ""
     message = error["message"].removesuffix(hint).rstrip()  # for other clients, the gateway appends the hint to the message
     return error_class(code, http_status)(code=code, message=message, hint=hint, param=error.get("param"))

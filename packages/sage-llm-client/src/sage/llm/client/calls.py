@@ -1,4 +1,4 @@
-"""The HTTP requests that the methods of both clients send. Each request has a function that reads the answer."""
+"""The HTTP requests that the methods of both clients send, with the functions that read the answers."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -28,10 +28,9 @@ T = TypeVar("T")
 Order = Literal["asc", "desc"]
 #: A position in the change feed: the id of an event, or "latest" for the id of the newest event.
 Cursor = int | Literal["latest"]
-#: Time-out of starts, resumes and removals, which can take long. After a shorter time-out, users would repeat a request
-#: that is still in progress.
+#: Time-out of starts, resumes and removals, which can take long.
 _LONG_SECONDS = 3600.0
-#: Number of engines per request when all engines are listed; this is the largest number that the gateway allows.
+#: Engines per request when all engines are listed: the largest number that the gateway allows.
 PAGE_LIMIT = 1000
 _PREFIX = "/v1/management"
 _ID = re.compile(r"[\w-]+", re.ASCII)
@@ -59,10 +58,7 @@ def headers(api_key: str | None) -> dict[str, str]:
 
 
 def _engine(engine_id: str, route: str = "") -> str:
-    """Return the URL path of an engine, with `route` at the end.
-
-    Raises NotFound if `engine_id` has characters that no id has, because the path could then belong to another object.
-    """
+    """Return the URL path of an engine. Raises NotFound if the id has characters that could change the path."""
     if not _ID.fullmatch(engine_id):
         raise NotFound(
             code="engine_not_found", message=f"No engine '{engine_id[:100]}'.", param="engine_id",
@@ -113,7 +109,7 @@ def move(engine_id: str, position: int) -> Call[EngineView]:
 
 
 def resume(engine_id: str) -> Call[EngineView]:
-    """Return the call that starts a stopped or failed engine again."""
+    """Return the call that resumes a stopped, failed or paused engine."""
     return Call("POST", _engine(engine_id, "/resume"), as_model(EngineView), timeout_seconds=_LONG_SECONDS)
 
 
@@ -145,13 +141,13 @@ def logs(engine_id: str, tail: int) -> Call[list[str]]:
 
 
 def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
-    """Return the call that streams an engine's log from byte `offset`; offset None: from the last `tail` lines."""
+    """Return the call that streams an engine's log from byte `offset`, or from the last `tail` lines if `offset` is None."""
     begin = {"tail": tail} if offset is None else {"offset": offset}
     return Call("GET", _engine(engine_id, "/logs"), lambda _: None, params={"follow": True, **begin})
 
 
 def events(engine_id: str, *, follow: bool) -> Call[None]:
-    """Return the call that streams the past events of one engine; follow: also new events until the engine has ended."""
+    """Return the call that streams the past events of one engine, and also new events if `follow` is set."""
     return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
 
 

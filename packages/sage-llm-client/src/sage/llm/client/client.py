@@ -41,25 +41,20 @@ class SageClient:
     """
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """base_url: URL of the gateway.
-
-        timeout_seconds: maximum wait for an answer. It does not apply to streams, starts, resumes and removals.
-        """
+        """timeout_seconds: maximum wait for an answer, except for streams, starts, resumes, removals and health checks."""
         self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.Client(
             base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
         )
 
     def __enter__(self) -> Self:
-        """Return the client, for use as a context manager."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the connections."""
         self._http.close()
 
     def start_engine(self, **request: Any) -> EngineView:
-        """Start an engine and return it in the state `validating`; request: the fields of StartRequest."""
+        """Start an engine and return it in the state `validating`.  request: the fields of StartRequest."""
         return self._send(calls.start(request))
 
     def page_engines(
@@ -74,14 +69,14 @@ class SageClient:
         """Return one page of the list of engines.
 
         after: `last_id` of the previous page.
-        states, kinds: the states and kinds of engines to return; if empty, engines of all states or kinds are returned.
+        states, kinds: the states and kinds of the engines to return (empty: all).
         """
         return self._send(calls.page(limit, after, states, kinds, order))
 
     def iter_engines(
         self, *, states: Collection[EngineState] = (), kinds: Collection[EngineKind] = (), order: Order = "asc"
     ) -> Iterator[EngineView]:
-        """Yield all engines, page by page."""
+        """Yield the engines of the given states and kinds (empty: all)."""
         after: str | None = None
         while True:
             page = self.page_engines(limit=calls.PAGE_LIMIT, after=after, states=states, kinds=kinds, order=order)
@@ -93,7 +88,7 @@ class SageClient:
     def list_engines(
         self, *, states: Collection[EngineState] = (), kinds: Collection[EngineKind] = (), order: Order = "asc"
     ) -> list[EngineView]:
-        """Return all engines, oldest first unless `order` is `desc`."""
+        """Return the engines of the given states and kinds (empty: all), oldest first unless `order` is `desc`."""
         return list(self.iter_engines(states=states, kinds=kinds, order=order))
 
     def get_engine(self, engine_id: str) -> EngineView:
@@ -101,11 +96,11 @@ class SageClient:
         return self._send(calls.get(engine_id))
 
     def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine saves its state and exits, without waiting for the exit; force: kill the engine."""
+        """Request an engine to stop, without waiting for its exit. `force` kills the process."""
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
-        """Request that an engine frees its memory until it is resumed. A training run first saves a checkpoint."""
+        """Request that an engine frees its memory until a user resumes it. A training run first saves a checkpoint."""
         return self._send(calls.pause(engine_id))
 
     def queue(self) -> list[EngineView]:
@@ -113,15 +108,15 @@ class SageClient:
         return self._send(calls.queue())
 
     def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to another place in the queue, among the engines of its priority; 1 is the first place."""
+        """Move a waiting engine to a place in the queue, from 1, as near as its priority allows."""
         return self._send(calls.move(engine_id, position))
 
     def resume_engine(self, engine_id: str) -> EngineView:
-        """Start a stopped or failed engine again; a training run continues from its last checkpoint."""
+        """Resume a stopped, failed or paused engine. A training run continues from its last checkpoint."""
         return self._send(calls.resume(engine_id))
 
     def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, serve the new checkpoint."""
+        """Request a checkpoint of a training run after its current step. If the run is served, this checkpoint is served."""
         return self._send(calls.checkpoint(engine_id))
 
     def change_training(self, engine_id: str, **options: Any) -> TrainingChangeView:
@@ -143,8 +138,8 @@ class SageClient:
     def follow_logs(self, engine_id: str, tail: int = 100, patience_seconds: float = 60) -> Iterator[str]:
         """Yield the last lines of an engine's log, then each new line until the engine has ended.
 
-        If the gateway restarts, each line is still returned exactly once.
-        patience_seconds: maximum time to wait if the gateway is unreachable.
+        If the gateway restarts, each line is still yielded exactly once.
+        patience_seconds: maximum time to wait while the gateway is unreachable.
         """
         reader = streams.LogReader()
         yield from self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds)
@@ -167,7 +162,7 @@ class SageClient:
         return self._send(calls.changes(after, limit))
 
     def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> Iterator[EngineEvent]:
-        """Yield the events of all engines after the cursor `after`, then each new event; the iterator never ends."""
+        """Yield the events of all engines after the position `after`, then each new event, without end."""
         cursor = self.changes(after).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
         yield from self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds)
@@ -177,7 +172,7 @@ class SageClient:
         return self._send(calls.training_steps(engine_id, after, max_points))
 
     def list_routes(self) -> list[RouteView]:
-        """Return all routes. A route is a name that requests use as `model`; it stands for one or more engines."""
+        """Return all routes. A route is a model name that stands for one or more engines."""
         return self._send(calls.routes())
 
     def get_route(self, name: str) -> RouteView:
@@ -193,7 +188,7 @@ class SageClient:
         return self._send(calls.set_route(name, engines, fallback))
 
     def remove_route(self, name: str) -> None:
-        """Delete a route; the engines are not changed."""
+        """Delete a route."""
         self._send(calls.remove_route(name))
 
     def devices(self) -> list[Device]:
@@ -201,7 +196,7 @@ class SageClient:
         return self._send(calls.devices())
 
     def estimate(self, model: str, **request: Any) -> EstimateView:
-        """Return the memory that an engine would need; request: the same fields as for `start_engine`."""
+        """Return the memory that an engine would need.  request: the same fields as for `start_engine`."""
         return self._send(calls.estimate({"model": model, **request}))
 
     def backends(self) -> list[BackendView]:
@@ -209,10 +204,7 @@ class SageClient:
         return self._send(calls.backends())
 
     def health(self, timeout_seconds: float = 3) -> dict[str, Any]:
-        """Return the gateway's version and PID.
-
-        The time-out is short, because another program that uses the port may never answer.
-        """
+        """Return the gateway's version and PID."""
         return self._send(calls.health(timeout_seconds))
 
     def models(self) -> list[str]:
@@ -220,11 +212,11 @@ class SageClient:
         return self._send(calls.models())
 
     def chat(self, model: str, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Return the text of a model's answer; options: other fields of the request."""
+        """Return the text of a model's answer.  options: other fields of the request."""
         return self._send(calls.chat(model, messages, options))
 
     def chat_stream(self, model: str, messages: list[dict[str, Any]], **options: Any) -> Iterator[str]:
-        """Yield the text of a model's answer in pieces; options: other fields of the request."""
+        """Yield the text of a model's answer in pieces.  options: other fields of the request."""
         reader = streams.ChatReader()
         with self._stream(calls.chat(model, messages, {**options, "stream": True})) as response:
             for chunk in response.iter_bytes():
@@ -256,7 +248,6 @@ class SageClient:
     def _follow(
         self, call: Callable[[], Call[None]], reader: streams.StreamReader[T], patience_seconds: float
     ) -> Iterator[T]:
-        """Yield the items of a stream. If the connection breaks, request the rest of the stream with `call()`."""
         patience = streams.Patience(patience_seconds)
         while True:
             try:

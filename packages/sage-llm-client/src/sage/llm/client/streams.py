@@ -1,4 +1,4 @@
-"""Readers of the gateway's streams. They do no I/O, so that the sync and the async client can share them."""
+"""Readers of the gateway's streams, which the sync and the async client share."""
 
 import json
 import time
@@ -34,7 +34,7 @@ class StreamReader(Generic[T]):
         self.has_begun = False
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Prepare to read the stream in a new answer; headers: the headers of this answer."""
+        """Prepare to read the stream from a new answer with these `headers`."""
         self.has_begun, self._lines = True, Lines()
 
     def feed(self, chunk: bytes) -> list[T]:
@@ -67,7 +67,7 @@ class LogReader(StreamReader[str]):
         return lines
 
     def finish(self) -> list[str]:
-        """Return a list with the last line if this line has no line end, or an empty list."""
+        """Return the last line if it has no line end."""
         return [self._lines.rest.decode(errors="replace")] if self._lines.rest else []
 
 
@@ -108,7 +108,6 @@ class Patience:
     """Decides whether to request a broken stream again, or to give up."""
 
     def __init__(self, seconds: float) -> None:
-        """seconds: maximum time to wait if the gateway is unreachable."""
         self._seconds = seconds
         self._lost_at: float | None = None
 

@@ -2,78 +2,35 @@
 
 import re
 from datetime import datetime
-from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, computed_field, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, computed_field, field_validator
 
 from sage.common.training import TrainingProgress as TrainingProgress
 from sage.common.training import TrainingStep as TrainingStep
+from sage.llm.client.routes import EngineName as EngineName
+from sage.llm.client.routes import RouteRequest as RouteRequest
+from sage.llm.client.routes import RouteTarget as RouteTarget
+from sage.llm.client.routes import RouteTargetView as RouteTargetView
+from sage.llm.client.routes import RouteView as RouteView
+from sage.llm.client.routes import check_route_name as check_route_name
+from sage.llm.client.states import SETTLED as SETTLED
+from sage.llm.client.states import SUPPORTED_ENGINE_KINDS as SUPPORTED_ENGINE_KINDS
+from sage.llm.client.states import DesiredState as DesiredState
+from sage.llm.client.states import EngineKind as EngineKind
+from sage.llm.client.states import EngineState as EngineState
+from sage.llm.client.states import EventKind as EventKind
+from sage.llm.client.states import OnBusy as OnBusy
+from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-
-class EngineState(StrEnum):
-    """The state of an engine."""
-
-    VALIDATING = "validating"  #: the dataset or the model is being checked
-    QUEUED = "queued"  #: the engine waits to be started
-    STARTING = "starting"  #: the server or worker process has been started and is not ready yet
-    RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded and will be loaded again; `reason` says when
-    STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
-    STOPPED = "stopped"  #: the engine ended because a user requested it
-    COMPLETED = "completed"  #: the training run finished
-    FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
-
-
-#: States in which an engine has ended. An engine leaves such a state only if a user requests it.
-SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
-
-
-class EngineKind(StrEnum):
-    """The task of an engine."""
-
-    LLM = "llm"  #: answers chats and completions
-    EMBEDDING = "embedding"  #: returns the embedding vectors of texts
-    FINETUNE = "finetune"  #: trains an adapter or a whole model
-
-
-SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
 #: Model name for requests that do not need a certain model. The most recently started engine answers, among the running
 #: engines of the requested kind.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
-#: Each part between slashes begins with a letter or digit, so that no part of the route's URL path is `.` or `..`.
-_ROUTE_NAME = re.compile(r"\w[\w.@:+-]*(/\w[\w.@:+-]*)*")
-_ENGINE_ID = re.compile(r"engine-[a-z0-9]{10}")
-
-
-class DesiredState(StrEnum):
-    """The state that the user requested."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPED = "stopped"
-
-
-class RestartPolicy(StrEnum):
-    """When an engine is restarted automatically. The values have the same names as in Docker."""
-
-    NO = "no"  #: the engine is never restarted
-    ON_FAILURE = "on-failure"  #: restart if the process exits with an error, is killed, or no longer answers
-    UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
-
-
-class OnBusy(StrEnum):
-    """What an engine does if the memory that it needs is not free."""
-
-    WAIT = "wait"  #: wait in the queue until enough memory is free
-    PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
-    SHARE = "share"  #: start with the memory that is free, if the smallest need fits; otherwise wait
-    FAIL = "fail"  #: fail at once
 
 
 def check_engine_name(name: str) -> str:
-    """Return `name` if it is allowed as the name of an engine. Raises ValueError if it is not allowed."""
+    """Return `name`. Raises ValueError if an engine may not have this name."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
         raise ValueError(f"must consist of letters, digits and ./@:+-_ and must not be {DEFAULT_MODEL!r}")
     return name
@@ -113,7 +70,9 @@ class StartRequest(BaseModel):
     name: str | None = Field(None, max_length=200, description="Model name in requests; default: the value of `model`.")
     port: int | None = Field(None, ge=1, le=65535, description="Port of an inference engine; default: a free port.")
     backend: str = Field(
-        "auto", max_length=64, description="Program that runs the engine; auto: the fastest installed backend for the model."
+        "auto",
+        max_length=64,
+        description="Program that runs the engine; auto: SAGE chooses an installed backend for the model.",
     )
     restart_policy: RestartPolicy | None = Field(
         None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
@@ -124,7 +83,7 @@ class StartRequest(BaseModel):
     )
     merge_in_background: bool = Field(
         False,
-        description="For an adapter: answer at once, merge it into its base meanwhile, then answer with the merged model.",
+        description="For an adapter: serve the adapter while it is merged into its base model, then serve the merged model.",
     )
     idle_stop_minutes: float | None = Field(
         None,
@@ -133,7 +92,9 @@ class StartRequest(BaseModel):
         description="Unload an inference engine after this number of minutes without requests; the state is then `paused`.",
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
-    on_busy: OnBusy | None = Field(None, description="What to do if the memory is not free; default: the setting.")
+    on_busy: OnBusy | None = Field(
+        None, description="What to do if the memory is not free; default: `on_busy` of the settings."
+    )
     priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
     devices: list[DeviceId] | None = Field(
         None, min_length=1, max_length=64, description="Devices that the engine may use; default: any."
@@ -188,7 +149,9 @@ class EngineView(BaseModel):
     queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
     devices: list[str] | None = Field(None, description="Devices of the engine's server; null if it has no server.")
     reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
-    restarts: int = Field(0, description="Number of restarts since a user last started or resumed the engine.")
+    restarts: int = Field(
+        0, description="Number of restarts since a user started or resumed the engine, or since it last ran for 10 minutes."
+    )
     reason: Reason | None = None
     training: TrainingProgress | None = None
     node: str = Field(
@@ -241,19 +204,8 @@ class EngineQueue(BaseModel):
     data: list[EngineView]
 
 
-class EventKind(StrEnum):
-    """The kind of change that an event reports."""
-
-    CREATED = "created"
-    TRANSITION = "transition"
-    DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: something other than the state changed, for example: a newer version of the adapter was loaded
-    REMOVED = "removed"
-    ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
-
-
 class EngineEvent(BaseModel):
-    """One event of the change feed. To read later events, send its `id` as `after`."""
+    """One event of the change feed. For later events, send the `id` of this event as `after`."""
 
     id: int
     engine_id: str
@@ -273,69 +225,6 @@ class EventPage(BaseModel):
     data: list[EngineEvent]
     last_id: int = Field(description="Value of `after` for the next page.")
     has_more: bool
-
-
-def _printable(engine: str) -> str:
-    if not engine.isprintable():
-        raise ValueError("must contain only printable characters")
-    return engine
-
-
-#: An engine's id, name or model.
-EngineName = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_printable)]
-
-
-class RouteTarget(BaseModel):
-    """An engine that answers requests for a route."""
-
-    engine: EngineName = Field(description="An engine's id, name or model.")
-    weight: int = Field(1, ge=1, le=1_000_000, description="Share of the requests, relative to the other weights.")
-
-
-class RouteRequest(BaseModel):
-    """The engines to which a route's requests are sent."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    engines: list[RouteTarget] = Field(min_length=1, max_length=64)
-    fallback: EngineName | None = Field(
-        None, description="Id, name or model of the engine that answers if none of `engines` can answer."
-    )
-
-    @field_validator("engines")
-    @classmethod
-    def _distinct(cls, engines: list[RouteTarget]) -> list[RouteTarget]:
-        if len({target.engine for target in engines}) < len(engines):
-            raise ValueError("each engine can be listed only once; the weight sets the engine's share of the requests")
-        return engines
-
-
-class RouteTargetView(RouteTarget):
-    """A target of a route, and the active engine that the target currently selects."""
-
-    engine_id: str | None = Field(None, description="Id of the active engine that the target selects; null if none.")
-    state: EngineState | None = Field(None, description="State of the selected engine.")
-
-
-class RouteView(BaseModel):
-    """A route, as the HTTP interface returns it."""
-
-    name: str = Field(description="Name that requests use as `model`.")
-    object: str = "route"
-    engines: list[RouteTargetView]
-    fallback: str | None
-    updated_at: datetime
-
-
-def check_route_name(name: str) -> str:
-    """Return `name` if it is allowed as the name of a route. Raises ValueError if it is not allowed."""
-    if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
-        raise ValueError(
-            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter or digit"
-        )
-    if _ENGINE_ID.fullmatch(name):
-        raise ValueError("must not be an engine's id")
-    return name
 
 
 class DeviceEngine(BaseModel):
@@ -386,10 +275,12 @@ class EstimateView(BaseModel):
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
-        None, description="finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
+        None,
+        description="For finetune: size, in samples of `max_seq_length` tokens, of the largest micro-batch that fits in the "
+        "free memory.",
     )
     training_seconds: float | None = Field(
-        None, description="finetune: expected duration of the steps, from the speed of an earlier run on this machine."
+        None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."
     )
 
 

@@ -1,4 +1,4 @@
-"""The actions that the plan can contain; the runner executes them."""
+"""The actions of a plan, which the runner executes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ class SetDesired:
 
     engine: EngineRecord
     desired: DesiredState
-    paused_by: str | None = None  #: `idle`, or the id of the engine that it makes room for
+    paused_by: str | None = None  #: `idle`, or the id of the waiting engine that needs the memory
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Transition:
     reason: Reason | None = None
     restarts: int | None = None  #: if `state` is failed: number of the restart that follows; None: no restart
     must_remain: bool = False  #: raise StaleWrite if no other engine would remain on the server
-    values: Mapping[str, Any] = field(default_factory=dict)  #: other columns to write
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class Publish:
 
 @dataclass(frozen=True)
 class StartMerge:
-    """Start a second engine that merges the adapter of an engine."""
+    """Start a second engine, the merger, which merges the adapter of an engine."""
 
     engine: EngineRecord
 
 
 @dataclass(frozen=True)
 class SwapServers:
-    """Give an engine the server that has its merged model; its previous server is given to the merger, which is stopped."""
+    """Give an engine the server with its merged model. The merger gets the engine's previous server and is stopped."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -118,7 +118,7 @@ class SwapServers:
 
 @dataclass(frozen=True)
 class EndMerge:
-    """Write to an engine why the merge of its adapter has failed."""
+    """Store in an engine's record why the merge of its adapter failed."""
 
     engine: EngineRecord
 

@@ -1,4 +1,4 @@
-"""Record the requests to engines that are unloaded when idle. Every gateway of a node records its own requests."""
+"""Record the requests to engines that are unloaded when idle."""
 
 import asyncio
 import logging
@@ -24,34 +24,33 @@ _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUS
 
 
 class Activity:
-    """Records requests of this gateway to engines for which `idle_stop_minutes` is set; ignores all other engines."""
+    """Records the requests of this gateway to engines for which `idle_stop_minutes` is set."""
 
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
-        """pool: threads for the calls of `store`; on_paused: called after recording a request to an unloaded engine."""
+        """on_paused: called if the engine of a recorded request does not run."""
         self._store, self._pool, self._routing, self._on_paused = store, pool, routing, on_paused
         self.in_progress: Counter[str] = Counter()  #: number of requests in progress by engine id; the gateway updates it
         self._touched_seconds: dict[str, float] = {}
         self._waking: dict[str, asyncio.Task[bool]] = {}
 
     async def may_use(self, route: Route) -> bool:
-        """Record a request to an engine, and return whether the request can be sent to the engine now.
+        """Return whether a request can be sent to an engine now.
 
-        Returns False if the engine is not running or is about to be unloaded. If the engine is unloaded because it was idle,
-        the control plane loads the engine again because of the recorded request.
+        If `idle_stop_minutes` is set, record the request in the database.
         """
         if route.idle_stop_minutes is None or route.state not in _LOADED_OR_PAUSED or not self._is_due(route):
             return route.state is EngineState.RUNNING
         return await self._touch(route)
 
     def wake(self, engine_id: str) -> None:
-        """Record that a request prefers a paused engine, so that the engine is loaded again; another engine answers now."""
+        """Record a request in the background, so that a paused engine is loaded again."""
         route = self._routing.get(engine_id)
         if route and route.idle_stop_minutes is not None and engine_id not in self._waking and self._is_due(route):
             self._waking[engine_id] = task = asyncio.create_task(self._touch(route))
             task.add_done_callback(lambda _: self._waking.pop(engine_id, None))
 
     async def run(self) -> None:
-        """Until cancelled, record regularly which engines still have requests in progress."""
+        """Record regularly, until cancelled, which engines have requests in progress."""
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             for engine_id in list(self.in_progress):
@@ -66,11 +65,7 @@ class Activity:
         return time.monotonic() - self._touched_seconds.get(route.engine_id, -math.inf) >= after_seconds
 
     async def _touch(self, route: Route) -> bool:
-        """Store the time of a request; return whether the engine is running and has not changed since the route was read.
-
-        If the database fails, return whether the state in the route is `running`. If the engine has changed, return False,
-        so that the caller waits until the routing table has received the change.
-        """
+        """Store the time of a request. Return whether the engine is running and has not changed since the route was read."""
         at_seconds = time.monotonic()
         try:
             engine = await self._pool.run(self._store.touch, route.engine_id)

@@ -10,8 +10,8 @@ from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
-#: An adapter that was loaded less than this number of seconds ago is not loaded again if the last observation of the server
-#: does not contain the adapter, because the observation can be older than the load.
+#: Seconds after the load of an adapter in which the adapter is not loaded again. The last observation of the server can be
+#: older than the load.
 _LOOK_SECONDS = 5.0
 
 
@@ -31,10 +31,7 @@ def is_refused(engine: EngineRecord) -> bool:
 
 
 def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Return the next action for a starting engine whose server answers.
-
-    If the engine's adapter is not loaded yet, the action loads the adapter; otherwise, it sets the state to `running`.
-    """
+    """Return the next action for a starting engine whose server answers."""
     if engine.adapter is None:
         return Transition(engine, EngineState.RUNNING, values={"served_as": server.served_name})
     if engine.internal_name not in observed.models:
@@ -45,10 +42,7 @@ def load(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Acti
 def keep(
     engine: EngineRecord, server: ServerRecord, observed: Observed, hosts: Hosts, watches: Mapping[str, Watch]
 ) -> Action | None:
-    """Return the next action for a running engine whose server answers; None if no adapter must be loaded or unloaded.
-
-    The action loads a newer version of the engine's adapter, or unloads an adapter that no engine uses.
-    """
+    """Return the next action for the adapters on a running engine's server, or None."""
     answers_older = is_refused(engine) and engine.served_as in observed.models
     if engine.adapter is not None and not answers_older:
         is_recent = engine.served_as == engine.internal_name and watches[engine.id].served_seconds < _LOOK_SECONDS
@@ -61,17 +55,11 @@ def keep(
 
 
 def unload(engine: EngineRecord, server: ServerRecord, observed: Observed) -> Action:
-    """Return the next action for an engine that leaves a shared server.
-
-    If the engine's adapter is still loaded, the action unloads the adapter; otherwise the engine leaves the server.
-    """
+    """Return the next action for an engine that leaves a shared server."""
     loaded = observed.models & {engine.internal_name, engine.served_as}
     return UnloadAdapter(engine, server, min(loaded)) if engine.adapter and loaded else leave(engine)
 
 
 def leave(engine: EngineRecord) -> Transition:
-    """Return the transition with which an engine leaves a server that other engines use; the process is not stopped.
-
-    If the engine's adapter is still loaded, an action of another engine on the same server unloads the adapter later.
-    """
+    """Return the transition with which an engine leaves a server that other engines use."""
     return Transition(engine, state_without_process(engine), reason_of_stop(engine), must_remain=True)

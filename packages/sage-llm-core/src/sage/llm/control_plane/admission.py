@@ -1,8 +1,7 @@
-"""Admission: a pure function that decides which waiting engines get memory, on which devices, and who makes room.
+"""Decide which waiting engines get memory on which devices, and which engines are paused for them.
 
-The caller passes the devices, the engines that have memory, and the waiting engines in the order of the queue. The decisions
-never promise more memory than a device has. The first waiting engine that can start without an action of the user gets a
-reservation, so that smaller engines behind it cannot delay it without end.
+The first waiting engine that fits only after training runs end reserves memory. Smaller engines can therefore not delay this
+engine without end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ class DeviceMemory:
     id: str  #: `cpu` or, for example, `cuda:0`
     usable_bytes: int  #: the total, or the configured limit if that is smaller
     foreign_bytes: int = 0  #: used by other programs
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: used by the servers of this node, by server id
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,12 @@ class Holder:
     priority: int = 0
     is_pausable: bool = False  #: an inference engine that may be paused to make room
     ends: bool = False  #: a training run, which frees its memory without an action of the user
-    is_leaving: bool = False  #: it is being paused or stopped; its memory is in use until its process has exited
+    is_leaving: bool = False  #: being paused or stopped, with its memory still in use
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: measured memory by device id
+
+    def bytes_on(self, device_id: str) -> int:
+        """Return the memory that the engine has on a device: what it has reserved, or what it uses if that is more."""
+        return max(self.memory_bytes if device_id in self.devices else 0, self.used_bytes.get(device_id, 0))
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,13 @@ class Claim:
 
     engine_id: str
     memory_bytes: int  #: on each of its devices
-    least_bytes: int | None = None  #: smallest amount with which it can run; None: `memory_bytes`
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `memory_bytes`
     device_count: int = 1
-    devices: tuple[str, ...] | None = None  #: ids of the devices that it may use; None: any device
+    devices: tuple[str, ...] | None = None  #: ids of the devices that the engine may use; None: any device
     priority: int = 0
     on_busy: OnBusy = OnBusy.WAIT
-    is_due: bool = True  #: False: the time at which it may start has not come
-    has_room: bool = False  #: engines were paused for it, so it gets their memory before engines ahead of it in the queue
+    is_due: bool = True  #: False: the earliest start time is in the future
+    has_room: bool = False  #: engines were paused for this engine, which is therefore decided first
 
     @property
     def smallest_bytes(self) -> int:
@@ -54,7 +59,7 @@ class Claim:
         return self.memory_bytes if self.least_bytes is None or self.on_busy is not OnBusy.SHARE else self.least_bytes
 
     def after_pause(self) -> "Claim":
-        """Return the claim of this engine after it was paused: it waits to come back, and neither preempts nor fails."""
+        """Return the claim of this engine after a pause. `on_busy` is then `wait`, unless it is `share`."""
         return self if self.on_busy is OnBusy.SHARE else replace(self, on_busy=OnBusy.WAIT)
 
 
@@ -68,7 +73,7 @@ class Start:
 
 @dataclass(frozen=True)
 class MakeRoom:
-    """Pause these engines; the waiting engine then starts on these devices."""
+    """Pause these engines."""
 
     pause: tuple[str, ...]
     devices: tuple[str, ...]
@@ -77,11 +82,11 @@ class MakeRoom:
 class Cause(StrEnum):
     """Why an engine waits, or why it cannot start."""
 
-    NOT_DUE = "not_due"  #: its start time has not come
-    ROOM = "room"  #: engines that must make room for it are stopping
+    NOT_DUE = "not_due"  #: the engine's start time is in the future
+    ROOM = "room"  #: engines that must make room for this engine are stopping
     MEMORY = "memory"  #: too little memory is free
     RESERVED = "reserved"  #: enough memory is free, but it is reserved for an engine ahead in the queue
-    TOO_LARGE = "too_large"  #: it needs more memory than the devices have
+    TOO_LARGE = "too_large"  #: the engine needs more memory than the devices have
     NO_DEVICE = "no_device"  #: the node does not have the requested devices
 
 
@@ -91,7 +96,7 @@ class Wait:
 
     position: int  #: place in the queue, from 1
     cause: Cause
-    free_bytes: int = 0  #: most memory that is free on one of the devices that it may use
+    free_bytes: int = 0  #: free memory of the allowed device with the most free memory
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Refuse:
     """The engine cannot start."""
 
     cause: Cause
-    free_bytes: int = 0  #: most memory that is free, or for `TOO_LARGE` usable, on one of the devices that it may use
+    free_bytes: int = 0  #: the same; for `TOO_LARGE`: usable memory of the largest allowed device
 
 
 Decision = Start | MakeRoom | Wait | Refuse
@@ -107,8 +112,7 @@ Decision = Start | MakeRoom | Wait | Refuse
 
 @dataclass
 class _Device:
-    """The memory of one device while decisions are made. Decisions for one engine change what the next engine gets."""
-
+    id: str
     usable_bytes: int
     free_bytes: int
     soon_bytes: int = 0  #: reserved for engines that start when the stopping engines have exited
@@ -117,13 +121,11 @@ class _Device:
 
     @property
     def leaving_bytes(self) -> int:
-        """Memory of engines that are stopping."""
-        return sum(holder.memory_bytes for holder in self.holders if holder.is_leaving)
+        return sum(holder.bytes_on(self.id) for holder in self.holders if holder.is_leaving)
 
     @property
     def ending_bytes(self) -> int:
-        """Memory of training runs that are not stopping."""
-        return sum(holder.memory_bytes for holder in self.holders if holder.ends and not holder.is_leaving)
+        return sum(holder.bytes_on(self.id) for holder in self.holders if holder.ends and not holder.is_leaving)
 
     @property
     def room_later_bytes(self) -> int:
@@ -142,10 +144,7 @@ class _Device:
 
 
 def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: Sequence[Claim]) -> dict[str, Decision]:
-    """Return a decision for each waiting engine.
-
-    waiting: in the order of the queue: by priority, then by time or as the user ordered it.
-    """
+    """Return a decision for each waiting engine, by engine id.  waiting: in the order of the queue."""
     state = _State(devices, holders)
     queue = sorted(enumerate(waiting, start=1), key=lambda entry: not entry[1].has_room)
     return {claim.engine_id: state.decide(position, claim) for position, claim in queue}
@@ -153,13 +152,15 @@ def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: S
 
 class _State:
     def __init__(self, devices: Sequence[DeviceMemory], holders: Sequence[Holder]) -> None:
-        self._devices = {each.id: _Device(each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices}
+        self._devices = {
+            each.id: _Device(each.id, each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices
+        }
         self._has_reservation = False
         for holder in holders:
             self._place(holder)
 
     def decide(self, position: int, claim: Claim) -> Decision:
-        """Return the decision for one engine, and take or reserve the memory that it gets."""
+        """Return the decision for one engine, and take or reserve the memory for this engine."""
         allowed = {key: device for key, device in self._devices.items() if claim.devices is None or key in claim.devices}
         most_free = max((device.free_bytes for device in allowed.values()), default=0)
         if len(allowed) < claim.device_count:
@@ -181,7 +182,7 @@ class _State:
         return Wait(position, Cause.RESERVED if is_free else Cause.MEMORY, most_free)
 
     def _start(self, claim: Claim, allowed: Mapping[str, _Device]) -> Start | None:
-        """Place the engine on the devices with the least room that is enough, or on those with the most room to share."""
+        """Place the engine on the fullest devices with enough room, or, for `share`, on the emptiest devices."""
         rooms = {key: device.room_bytes for key, device in allowed.items()}
         keys = _choose(claim, rooms, claim.memory_bytes)
         if not keys and claim.smallest_bytes < claim.memory_bytes:
@@ -194,17 +195,14 @@ class _State:
         return Start(keys, memory_bytes)
 
     def _reserve_soon(self, claim: Claim, allowed: Mapping[str, _Device]) -> bool:
-        """Reserve devices on which the engine fits when the stopping engines have exited; return False if there are none."""
+        """Reserve devices on which the engine fits after the stopping engines exit."""
         keys = _choose(claim, {key: device.room_soon_bytes for key, device in allowed.items()}, claim.smallest_bytes)
         for key in keys:
             allowed[key].soon_bytes += min(claim.memory_bytes, allowed[key].room_soon_bytes)
         return bool(keys)
 
     def _reserve_later(self, claim: Claim, allowed: Mapping[str, _Device]) -> None:
-        """Reserve devices on which the engine fits when training runs have ended; only one engine gets this reservation.
-
-        Inference engines do not end without an action of the user, so no reservation counts on their memory.
-        """
+        """Reserve devices on which the engine fits after training runs end. Only one engine gets this reservation."""
         if self._has_reservation:
             return
         keys = _choose(claim, {key: device.room_later_bytes for key, device in allowed.items()}, claim.memory_bytes)
@@ -213,12 +211,12 @@ class _State:
         self._has_reservation = bool(keys)
 
     def _make_room(self, claim: Claim, allowed: Mapping[str, _Device]) -> MakeRoom | None:
-        """Choose the devices on which the fewest engines must be paused, and reserve these devices; None if too few fit."""
+        """Choose and reserve the devices on which the fewest engines must be paused."""
         options = []
         for key, device in allowed.items():
             paused = _to_pause(claim, device)
             if paused is not None:
-                options.append((len(paused), sum(holder.memory_bytes for holder in paused), key, paused))
+                options.append((len(paused), sum(holder.bytes_on(key) for holder in paused), key, paused))
         if len(options) < claim.device_count:
             return None
         chosen = sorted(options, key=lambda option: option[:3])[: claim.device_count]
@@ -233,31 +231,31 @@ class _State:
         return MakeRoom(paused_ids, keys)
 
     def _place(self, holder: Holder) -> None:
-        for key in holder.devices:
-            if device := self._devices.get(key):
-                device.free_bytes -= holder.memory_bytes
+        for key, device in self._devices.items():
+            if key in holder.devices or key in holder.used_bytes:
+                device.free_bytes -= holder.bytes_on(key)
                 device.holders.append(holder)
 
 
 def _choose(claim: Claim, rooms: Mapping[str, int], need_bytes: int) -> tuple[str, ...]:
-    """Return the devices with the least room that is at least `need_bytes`; () if there are fewer than the engine needs."""
+    """Return the devices with the least room of at least `need_bytes`."""
     fitting = sorted((key for key, room in rooms.items() if room >= need_bytes), key=lambda key: (rooms[key], key))
     return tuple(fitting[: claim.device_count]) if len(fitting) >= claim.device_count else ()
 
 
 def _to_pause(claim: Claim, device: _Device) -> list[Holder] | None:
-    """Return the engines to pause so that the claim fits on a device, lowest priority first; None if it cannot fit."""
+    """Return the engines to pause so that the claim fits on a device, or None if pausing is not enough."""
     missing_bytes = claim.memory_bytes - device.room_soon_bytes
     paused: list[Holder] = []
     candidates = (holder for holder in device.holders if holder.is_pausable and not holder.is_leaving)
-    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.memory_bytes, holder.engine_id)):
+    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.bytes_on(device.id), holder.engine_id)):
         if missing_bytes > 0 and holder.priority <= claim.priority:
             paused.append(holder)
-            missing_bytes -= holder.memory_bytes
+            missing_bytes -= holder.bytes_on(device.id)
     if missing_bytes > 0:
         return None
-    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.memory_bytes)):
-        if missing_bytes + holder.memory_bytes <= 0:  # an engine that was chosen early is no longer necessary
+    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.bytes_on(device.id))):
+        if missing_bytes + holder.bytes_on(device.id) <= 0:
             paused.remove(holder)
-            missing_bytes += holder.memory_bytes
+            missing_bytes += holder.bytes_on(device.id)
     return paused

@@ -1,4 +1,4 @@
-"""Share the CPU cores among engines. With more threads than cores, threads wait for each other."""
+"""Share the CPU cores among engines."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ class Cores:
 
 
 def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cores: Cores) -> list[Action]:
-    """Return the actions, and set the number of threads in each launch of a new server that uses the CPU.
+    """Return the actions, with the number of CPU threads set in each launch of a new server that uses the CPU.
 
-    servers: the servers of this node. Each of them also gets a share, but a running process keeps its number of threads.
+    servers: the servers of this node. A running process keeps its number of threads.
     """
     launches = {action.engine.id: action.engine for action in actions if _takes_cores(action)}
     if not launches:
@@ -38,10 +38,8 @@ def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cor
 def share_cores(cores: int, engines: Mapping[str, int | None]) -> dict[str, int]:
     """Return the number of threads of each engine, at least 1.
 
-    engines: the number of threads that the user requested, by engine id; None: no request.
-    An engine with a request gets the requested number. The other engines get equal shares of the remaining cores. If the
-    cores do not divide evenly, the first engines get one thread more. Training and inference engines are treated equally.
-    The threads add up to at most `cores`, unless the user requested more or there are more engines than cores.
+    engines: the number of threads that the user requested, by engine id. None: no request. An engine with a request gets the
+    requested number. The other engines get equal shares of the remaining cores.
     """
     requested = {engine: threads for engine, threads in engines.items() if threads is not None}
     others = [engine for engine in engines if engine not in requested]
@@ -59,7 +57,7 @@ def _uses_cpu(devices: Sequence[str] | None) -> bool:
 
 
 def _keeps_threads(engine: EngineRecord, cores: Cores) -> bool:
-    """Return whether an engine is a resumed run. With another number of threads, its losses would differ slightly."""
+    """Return whether a resumed run keeps its number of threads. With another number, its losses would differ slightly."""
     return engine.kind is EngineKind.FINETUNE and engine.server_id is not None and cores.training_threads is None
 
 

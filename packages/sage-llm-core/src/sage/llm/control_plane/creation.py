@@ -19,7 +19,7 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 def served_run(request: StartRequest) -> ServedRun | None:
-    """Return how the result of a training run will be served; None if the request has no `serve`. Raises ConfigError."""
+    """Return how the result of a run will be served, or None if the request has no `serve`. Raises ConfigError."""
     if request.engine_kind is EngineKind.FINETUNE and request.merge_in_background:
         message = "--merge-in-background is only for engines of kind llm, not for a training run."
         hint = "Omit --merge-in-background."
@@ -50,7 +50,7 @@ def new_engine(
     serve: ServedRun | None = None,
     on_busy: OnBusy = OnBusy.WAIT,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`; restart_policy, on_busy: used if the request sets none."""
+    """Return the record of a new engine in state `validating`.  restart_policy, on_busy: used if the request sets none."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,

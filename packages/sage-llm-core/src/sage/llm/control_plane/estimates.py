@@ -1,4 +1,4 @@
-"""Estimate the memory of an engine before it is started. No weights are loaded, and torch is not imported."""
+"""Estimate the memory of an engine before its start, without loading weights or importing torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ def estimate_engine(request: StartRequest, devices: Sequence[Device]) -> Estimat
         raise ModelError(
             code="model_unusable",
             message=f"The memory of {request.model} cannot be estimated, because its weights are not on this machine.",
-            hint="Start the engine once, which downloads the model.",
+            hint="Start the engine once to download the model.",
             param="model",
         )
     usable = [device for device in devices if device.kind != "cpu"] or list(devices)
@@ -55,7 +55,6 @@ def _options(request: StartRequest) -> dict[str, Any]:
 
 
 def _of_run(model: ModelSource, config: FinetuneConfig, free_bytes: int) -> dict[str, Any]:
-    """Return the fields of the view that only training runs have."""
     needs, earlier = training_memory(model, config), earlier_run(get_user_paths().finetuned_dir, config)
     return {
         "fitting_samples": needs and needs.fitting_samples(free_bytes, config.max_seq_length),

@@ -1,4 +1,4 @@
-"""Decide which server an engine joins, and which engine launches a server. The plan needs this for shared servers.
+"""Decide which server an engine joins, and which engine launches a server.
 
 A shared server is a process that can host several engines with the same base model, backend and options.
 """
@@ -17,13 +17,13 @@ from sage.llm.control_plane.watch import Watch
 
 #: Backend, model, version of the model's files, and options. Two engines with the same key can share a server.
 _Key = tuple[str, str, str | None, str]
-#: After a new version of an adapter was loaded, the previous version stays loaded for this many seconds, because requests
-#: can still use the previous version.
+#: Seconds for which the previous version of an adapter stays loaded after a newer version was loaded. Requests can still use
+#: the previous version.
 _DRAIN_SECONDS = 5.0
 
 
 class Hosts:
-    """The servers of a snapshot, with the engines that each server hosts. No method searches all engines."""
+    """The servers of a snapshot, with the engines that each server hosts."""
 
     def __init__(
         self, engines: Sequence[EngineRecord], servers: Mapping[str, ServerRecord], observed: Mapping[str, Observed]
@@ -55,7 +55,6 @@ class Hosts:
 
     @cached_property
     def _shared(self) -> Mapping[_Key, list[ServerRecord]]:
-        """The servers that engines can join, by key. Computed at first use, because only queued engines need it."""
         found: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
         for server in self._servers:
             if server.shared and server.state is not ServerState.CLOSING:
@@ -71,7 +70,7 @@ class Hosts:
         return len(self._hosted[engine.server_id or ""]) <= 1
 
     def is_launcher(self, engine: EngineRecord) -> bool:
-        """Return whether this engine launches its server. If several engines wait for a server, only one launches it."""
+        """Return whether this engine, and no other engine of the same server, launches the server."""
         return self._launchers.get(engine.server_id or "") is engine
 
     def is_serving_others(self, engine: EngineRecord) -> bool:
@@ -79,7 +78,7 @@ class Hosts:
         return (engine.server_id or "") in self._running
 
     def server_for(self, engine: EngineRecord) -> ServerRecord | None:
-        """Return the server that an engine joins, and count the engine as hosted; None if the engine needs a new server."""
+        """Return the server that an engine joins, and count the engine as hosted, or return None if no server fits."""
         if engine.base is None:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.base_version, engine.options)]:
@@ -92,9 +91,9 @@ class Hosts:
     def must_wait(self, engine: EngineRecord) -> bool:
         """Return whether an engine must wait before a new server is planned for it.
 
-        If the engine requests a port, it waits while a server with this port is closing or dead. Otherwise the engine waits
-        while a server that it can join is being planned or is dead. A server is dead if its process has exited, but its row
-        still exists.
+        An engine that requests a port waits while a server with this port is closing or dead. Other engines wait
+        while a server that they can join is being planned or is dead. A server is dead if its process has exited,
+        but its row still exists.
         """
         if engine.requested_port:
             server = self._ports.get(engine.requested_port)
@@ -114,7 +113,6 @@ class Hosts:
         """Return the name of an adapter to unload: an older version, or the adapter of an engine that has left the server.
 
         Returns None if `engine` is not the oldest running engine of the server, or if no adapter must be unloaded.
-        After a new version was loaded, the older version stays loaded for `_DRAIN_SECONDS`.
         """
         if self._running.get(server.id) is not engine:
             return None

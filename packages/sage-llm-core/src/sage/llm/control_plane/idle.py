@@ -1,7 +1,7 @@
 """Plan when an idle engine is unloaded, and when it is loaded again.
 
-To pause an engine, the control plane sets the desired state to `paused` and clears `last_request_at`. The next request
-sets `last_request_at`. Then the plan sets the desired state to `running`, even if the engine is not unloaded yet.
+A pause clears `last_request_at`, and the next request sets `last_request_at` again. If the engine was paused because it was
+idle, the plan then sets the desired state to `running`, even before the engine is unloaded.
 """
 
 from sage.llm.client.types import DesiredState, EngineState, Reason
@@ -11,7 +11,7 @@ from sage.llm.control_plane.watch import Watch
 
 
 def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
-    """Return the action that pauses an idle engine, or that resumes a paused engine after a request; otherwise None."""
+    """Return the action that pauses an idle engine or resumes a paused engine after a request, or None."""
     if engine.desired is DesiredState.PAUSED:
         is_wanted = engine.last_request_at is not None and engine.paused_by in (None, "idle")
         return SetDesired(engine, DesiredState.RUNNING) if is_wanted else None
@@ -27,7 +27,7 @@ def is_stopping(engine: EngineRecord) -> bool:
 
 
 def is_pausing(engine: EngineRecord) -> bool:
-    """Return whether an engine that is stopping will be `paused` afterwards, and will be loaded again."""
+    """Return whether a stopping engine gets the state `paused` afterwards."""
     if engine.desired is DesiredState.PAUSED:
         return True
     return engine.idle_stop_minutes is not None and engine.desired is DesiredState.RUNNING
@@ -44,20 +44,20 @@ def is_paused_by_user(engine: EngineRecord) -> bool:
 
 
 def state_without_process(engine: EngineRecord) -> EngineState:
-    """Return the next state of a stopping engine: `paused` if it is only unloaded, otherwise `stopped`."""
+    """Return the next state of a stopping engine: `paused` or `stopped`."""
     return EngineState.PAUSED if is_pausing(engine) else EngineState.STOPPED
 
 
 def reason_of_stop(engine: EngineRecord) -> Reason | None:
-    """Return why an engine is unloaded; None if a user requested its stop."""
+    """Return why an engine is unloaded, or None if a user stops the engine."""
     if not is_pausing(engine):
         return None
     if engine.paused_by == "user" or (engine.paused_by is None and engine.idle_stop_minutes is None):
-        hint = f"`sage llm engine resume {engine.id}` continues it."
+        hint = f"`sage llm engine resume {engine.id}` resumes the engine."
         return Reason(code="paused", message="The engine was paused, as requested, and uses no memory.", hint=hint)
     if engine.paused_by not in (None, "idle"):
-        message = f"The engine makes room for {engine.paused_by}. It is loaded again when enough memory is free."
+        message = f"The engine makes room for {engine.paused_by}, and is loaded again when enough memory is free."
         return Reason(code="makes_room", message=message)
     minutes = f"{engine.idle_stop_minutes:g} min"
-    message = f"The engine had no requests for {minutes}, so it is unloaded. The next request loads it again."
+    message = f"The engine is unloaded after {minutes} without requests. The next request loads the engine again."
     return Reason(code="idle", message=message)

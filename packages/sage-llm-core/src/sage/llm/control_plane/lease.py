@@ -27,12 +27,12 @@ _RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
 
 
 class LeaseKeeper:
-    """Acquires the lease of a node and renews it; `lease` is None while this control plane does not hold it."""
+    """Acquires and renews the lease of a node."""
 
     def __init__(
         self, store: LeaseStore, node: str, url: str, on_change: Callable[[Lease | None], None] = lambda _: None
     ) -> None:
-        """url: URL of this control plane's gateway; on_change: called in the event loop with the new `lease`."""
+        """url: URL of this control plane's gateway.  on_change: called in the event loop with the new `lease`."""
         self.holder = secrets.token_hex(8)
         self.on_change = on_change
         self._store, self._node, self._url = store, node, url
@@ -45,19 +45,19 @@ class LeaseKeeper:
 
     @property
     def lease(self) -> Lease | None:
-        """The lease; None if it is not held, or if the last renewal is too long ago, for example after a suspension."""
+        """The lease, or None if it is not held, or if the last renewal is too long ago, for example after a suspension."""
         is_fresh = uptime_seconds() - self._renewed_seconds < _USE * self._store.lease_seconds
         return self._held if is_fresh else None
 
     async def open(self) -> None:
-        """Register the node and try to acquire the lease; a task then renews the lease or tries again, until `close`."""
+        """Register the node and try to acquire the lease. Until `close`, a task renews the lease or tries again."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._store.register_node, self._node, socket.gethostname())
         await self._step()
         self._task = asyncio.create_task(self._keep())
 
     async def close(self) -> None:
-        """Release the lease."""
+        """Stop the task and release the lease."""
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -74,7 +74,6 @@ class LeaseKeeper:
             await self._step()
 
     async def _step(self) -> None:
-        """Renew the lease, or try to acquire it; if the database fails, the next step tries again."""
         began_seconds = uptime_seconds()
         try:
             self._held = await asyncio.get_running_loop().run_in_executor(self._thread, self._renew_or_acquire, self._held)

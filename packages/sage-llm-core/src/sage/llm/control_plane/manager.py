@@ -74,15 +74,15 @@ _LOGS_SECONDS = 10.0
 class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
     """Starts, stops, resumes and describes the engines of this node.
 
-    Background tasks observe the engines and bring them to their desired states. An engine is settled if it is stopped,
-    completed or failed. If one node has several control planes, only the holder of the lease is active. The others are
-    on standby: they answer reads and inference requests, and one of them takes over when the lease becomes free.
+    An engine is settled if it is stopped, completed or failed. If one node has several control planes, only the holder
+    of the lease is active. The others are on standby: they answer reads and inference requests, and one of them takes
+    over when the lease becomes free.
     """
 
     def __init__(self, settings: Settings, *, standby: bool = False) -> None:
         """Open the state folder and the database. Raises ConfigError if one of them cannot be used.
 
-        standby: if True, do not log a warning if another control plane of this node is active.
+        standby: do not log a warning if another control plane of this node is active.
         """
         self._settings, self._is_standby_expected = settings, standby
         self._node = open_state_folder()
@@ -128,14 +128,11 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
 
     @property
     def requests_in_progress(self) -> Counter[str]:
-        """The number of requests in progress by engine id. The gateway updates it. Engines with requests are not idle."""
+        """The number of requests in progress by engine id, which the gateway updates."""
         return self._activity.in_progress
 
     async def open(self) -> None:
-        """Try to acquire the lease, and start the background tasks.
-
-        The tasks take over engines whose processes are still running, and record the end of engines whose processes exited.
-        """
+        """Try to acquire the lease, and start the background tasks."""
         await self._keeper.open()
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
@@ -145,7 +142,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
-        """Stop the background tasks and release the lease; the engines continue to run."""
+        """Stop the background tasks and release the lease."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -157,7 +154,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
     async def start_engine(self, request: StartRequest) -> EngineView:
         """Run the fast checks of a request, store a new engine, and return the engine in state `validating`.
 
-        Raises SageError if a check fails; in this case, nothing is stored.
+        Raises SageError and stores nothing if a check fails.
         """
         await self._lease()
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
@@ -190,9 +187,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Validate and queue a stopped or failed engine again; load a paused engine again.
+        """Validate and queue a stopped or failed engine again, or load a paused engine again.
 
-        Raises Conflict if the engine is active or completed, or cannot be resumed.
+        Raises SageError if the engine is active or completed, or cannot be resumed.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -215,7 +212,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         raise busy(engine_id)
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Ask a training run to save a checkpoint after its current step. If the run is served, serve the checkpoint too.
+        """Request a checkpoint of a training run after its current step. If the run is served, the checkpoint is served too.
 
         Raises Conflict if the engine is not a training run in state `running`.
         """
@@ -235,13 +232,13 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
     async def remove_engine(self, engine_id: str) -> None:
         """Remove a settled engine with its run directory or log. The output folder is kept.
 
-        Raises Conflict if the engine is not settled. If a removal and a resume run at the same time, only one succeeds.
+        Raises Conflict if the engine is not settled, or if its process or a checkpoint of its run is still in use.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
             executor = self._executors[engine.kind]
             if engine.state not in SETTLED:
-                raise still_running(engine_id, f"is {engine.state}", "Stop it first: `sage llm engine stop {}`.")
+                raise still_running(engine_id, f"is {engine.state}", "Stop the engine first: `sage llm engine stop {}`.")
             if serving := await self._serving_a_checkpoint(engine):
                 raise still_running(engine_id, f"has a checkpoint that {serving} serves", f"Stop {serving} first.")
             if self._runner.validator.is_running(engine_id):
@@ -266,22 +263,21 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
         """Return the route of an engine that can answer a request for `model`, now or after its start.
 
-        Does not access the database.
-        client: identifies the sender of the request; see `RoutingTable.find`.
-        Raises NotFound if no engine matches, Overloaded if all matching engines are running and none responds.
+        client: identifies the sender of the request. See `RoutingTable.find`. Raises NotFound if no engine matches,
+        Overloaded if all matching engines are running and none responds.
         """
         return self._routing.find(model, kind, self.is_responsive, client)
 
     def upstream(self, route: Route) -> Upstream:
-        """Return the server to which requests for a running engine are sent."""
+        """Return the server to which requests for a running engine are sent. Raises Overloaded if it has no address yet."""
         if route.address is None or route.token is None:
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
         return self._new_upstream(route.address, route.model_name, route.engine_id, route.name, route.token, route.backend)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
-        """Return the server to which a request for `model` is sent; wait for an engine that is still starting.
+        """Return the server to which a request for `model` is sent. Wait for an engine that is still starting.
 
-        client: identifies the sender of the request; see `RoutingTable.find`.
+        client: identifies the sender of the request. See `RoutingTable.find`.
         Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
         """
         deadline_seconds = time.monotonic() + wait_seconds
@@ -313,16 +309,11 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         self._woken.set()
 
     async def _lease(self) -> Lease:
-        """Return the lease. On standby, raise Overloaded with the URL of the active control plane."""
         if lease := self._keeper.lease:
             return lease
         raise standby(await self._pool.run(self._store.leader, self._node))
 
     async def _write(self, write: Callable[..., T], *args: object, **values: object) -> T:
-        """Call the store method `write` with the lease, then start a reconciliation.
-
-        Raises StaleWrite if the row was changed after it was read, Overloaded on standby.
-        """
         try:
             written = await self._pool.run(write, *args, lease=await self._lease(), **values)
         except LeaseLost:
@@ -331,15 +322,11 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         return written
 
     async def _own(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine that belongs to this control plane's node, and the server of the engine.
-
-        Raises NotFound; Conflict if the engine belongs to another node; Overloaded on standby.
-        """
         await self._lease()
         return await self._local(engine_id)
 
     async def _serving_a_checkpoint(self, run: EngineRecord) -> str | None:
-        """Return the id of the active engine that serves a checkpoint in the directory of `run`; None if no engine does."""
+        """Return the id of the active engine that serves a checkpoint in the directory of `run`, or None."""
         serve = ServedRun.of(run)
         engine = serve and serve.engine_id and self._routing.get(serve.engine_id)
         if not engine:
@@ -357,8 +344,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
-        """Until cancelled, shorten the logs of the engines and the gateway that exceed the limit."""
-        # Half of the limit for each file: the part that is cut off from a log is kept in a second file.
+        # Half of the limit for each file, because the part that is cut off from a log is kept in a second file.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)

@@ -1,12 +1,10 @@
-"""Carry out the actions for adapters that are merged in the background; `merging.py` decides about them."""
+"""Carry out the actions for adapters that are merged in the background."""
 
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from sage.common.errors import NotFound, SageError
 from sage.common.ids import random_suffix
@@ -19,17 +17,17 @@ from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import RoutingTable
-from sage.llm.control_plane.store.records import EngineRecord, Lease
+from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import Store
+from sage.llm.control_plane.writing import Writer
 
 logger = logging.getLogger(__name__)
-_ACTOR = "reconciler"
-#: The form of an engine after its adapter was merged in the background.
+#: The `form` (how the server loads the model) of an engine whose adapter was merged in the background.
 MERGED = "merged in the background"
 
 
 class Merger:
-    """Starts mergers, swaps the servers of two engines, and removes mergers that have stopped."""
+    """Starts and removes mergers, which are engines that merge an adapter, and swaps the servers of two engines."""
 
     def __init__(
         self,
@@ -38,11 +36,10 @@ class Merger:
         executors: Mapping[EngineKind, Executor],
         adapters: AdapterClient,
         routing: RoutingTable,
-        held_lease: Callable[[], Lease],
+        write: Writer,
     ) -> None:
-        """pool: for calls of the store; held_lease: raises LeaseLost if the lease is not held."""
         self._store, self._pool, self._executors = store, pool, executors
-        self._adapters, self._routing, self._held_lease = adapters, routing, held_lease
+        self._adapters, self._routing, self._write = adapters, routing, write
 
     async def act(self, action: Merge, observed: Observed | None) -> None:
         """Carry out an action. Raises StaleWrite if an engine was changed meanwhile."""
@@ -83,27 +80,20 @@ class Merger:
         logger.info("%s: its merged model answers now, with the backend '%s'", engine.id, merged.backend)
 
     async def _problem(self, merger_id: str) -> str:
-        """Return why a merger does not run."""
         with contextlib.suppress(NotFound):
             merger = await self._pool.run(self._store.get, merger_id)
             if merger.state is EngineState.FAILED and merger.reason:
                 return f"{merger.reason.message} See `sage llm engine logs {merger_id}`"
-        return f"{merger_id}, which merged it, was stopped"
+        return f"{merger_id}, the engine that merged the adapter, was stopped"
 
     async def _end(self, engine: EngineRecord, problem: str) -> None:
         form = f"it could not be merged in the background: {problem.rstrip('.')}"
         logger.warning("%s: %s", engine.id, form)
         await self._write(self._store.revise, engine, merger_id=None, form=form)
 
-    async def _write(self, write: Callable[..., Any], *args: object, **values: object) -> Any:
-        return await self._pool.run(functools.partial(write, *args, actor=_ACTOR, lease=self._held_lease(), **values))
-
 
 def _merger_of(engine: EngineRecord, observed: Observed | None) -> EngineRecord:
-    """Return the record of a new engine that serves the adapter of `engine`, merged into its base. Raises SageError.
-
-    The precision of the weights, the context length and the slots are those of `engine`.
-    """
+    """Return the record of a new engine that serves the adapter of `engine`, merged into its base. Raises SageError."""
     backend, reason = registry.resolve_merged(resolve_model(engine.model))
     given = dict(engine.options)
     if observed and observed.context_tokens:

@@ -23,7 +23,7 @@ def next_merge(
     servers: Mapping[str, ServerRecord],
     observed: Mapping[str, Observed],
 ) -> Action | None:
-    """Return the next action to merge the adapter of a running engine; None if there is none, or if the engine must wait.
+    """Return the next action that merges the adapter of a running engine in the background, or None.
 
     engines: the engines that are not settled, by id.
     """
@@ -42,7 +42,7 @@ def next_merge(
 
 
 def stop_merger(engine: EngineRecord, engines: Mapping[str, EngineRecord]) -> Action | None:
-    """Return the action that stops a merger whose result is no longer needed; None for other engines."""
+    """Return the action that stops a merger whose result is no longer needed, or None for other engines."""
     if engine.merges is None or engine.desired is DesiredState.STOPPED:
         return None
     merged = engines.get(engine.merges)

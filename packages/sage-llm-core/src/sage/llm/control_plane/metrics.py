@@ -29,8 +29,7 @@ def engine_metrics(
 ) -> Iterator[Metric]:
     """Yield the metrics of engines and devices.
 
-    counts: number of engines by kind and state; active: the engines that are not stopped, completed or failed. Metrics of
-    single engines are yielded only for the engines in `active`.
+    counts: number of engines by kind and state.  active: the engines that are not stopped, completed or failed.
     """
     number = GaugeMetricFamily("sage_engines", "Number of engines, by kind and state.", labels=("kind", "state"))
     for kind in EngineKind:

@@ -1,7 +1,4 @@
-"""The id of this node. A node is a SAGE installation with its own state folder; several nodes can share one database.
-
-The id is stored in the state folder, so it does not depend on the name of the machine.
-"""
+"""The id of this node. A node is a SAGE installation with its own state folder; several nodes can share one database."""
 
 import os
 import secrets
@@ -26,7 +23,6 @@ def open_state_folder() -> str:
 
 
 def _node_id() -> str:
-    """Return the id of the node with this state folder; create the id if it does not exist."""
     path = node_id_path()
     with held_lock(path), path.open("r+", encoding="utf-8") as file:
         found = file.read().strip()

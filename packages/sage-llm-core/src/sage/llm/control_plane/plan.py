@@ -1,7 +1,6 @@
 """The plan: a pure function that returns the actions which bring engines closer to their desired states.
 
-Each call uses only the current records of the store and the newest observations. Therefore it does no harm if a change
-is missed or an action is repeated.
+Each call uses only the current records and the newest observations, so a missed change or a repeated action does no harm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,8 @@ class Limits:
     start_seconds: float  #: maximum time until a started inference engine answers
     #: Maximum time from SIGTERM until an inference engine exits, and from the end of a training run until its process exits.
     stop_seconds: float
-    #: Time without an answer after which requests are refused. After twice this time, the engine is restarted.
+    #: Time without an answer after which requests are refused. After twice this time, the engine is restarted if its restart
+    #: policy is not `no`.
     unresponsive_seconds: float = 30.0
     look_seconds: float = 5.0  #: if more time passes between two observations, only this number of seconds is counted
 
@@ -67,7 +67,7 @@ _NO_SERVER = Observed(alive=False, reason=Reason(code="server_lost", message="Th
 
 
 def plan(snapshot: Snapshot) -> list[Action]:
-    """Return at most one action for each engine, oldest engine first. The time is linear in the number of engines."""
+    """Return at most one action for each engine, oldest engine first."""
     return decide(snapshot)[0]
 
 
@@ -117,7 +117,6 @@ def _of_paused(engine: EngineRecord, queue: Queue) -> Action | None:
 
 
 def _place(engine: EngineRecord, last_server: ServerRecord | None, queue: Queue) -> Action | None:
-    """Return the action for a queued engine: join a server, launch a new one, or fail; None if the engine must wait."""
     if server := queue.joins.get(engine.id):
         return Join(engine, server)
     match queue.decisions.get(engine.id):
@@ -140,7 +139,6 @@ def _validate(engine: EngineRecord, validation: Validation | None) -> Action | N
 
 
 def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, hosts: Hosts) -> Action | None:
-    """Return the action for an engine that has a process, or whose process has exited."""
     observed, watch, limits = snapshot.observed.get(engine.id), snapshot.watches[engine.id], snapshot.limits
     is_last = hosts.is_last(engine)
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)
@@ -172,7 +170,6 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
 def _end(
     engine: EngineRecord, server: ServerRecord, observed: Observed, snapshot: Snapshot, *, is_last: bool, is_killed: bool
 ) -> Action | None:
-    """Return the action for a stopping engine whose process is alive."""
     watch, stop_seconds = snapshot.watches[engine.id], snapshot.limits.stop_seconds
     is_late = engine.state is _S.STOPPING and _is_inference(engine) and watch.state_seconds > stop_seconds
     is_forced = is_killed or is_late
@@ -190,10 +187,6 @@ def _end(
 def _start(
     engine: EngineRecord, server: ServerRecord, observed: Observed, snapshot: Snapshot, hosts: Hosts
 ) -> Action | None:
-    """Return the action for a starting engine whose process is alive.
-
-    If the start fails, the process is killed only if no other engine uses it.
-    """
     is_last = hosts.is_last(engine)
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # after the exit, `_settle` stores the reason
     if is_misplaced(engine, server):
@@ -206,7 +199,7 @@ def _start(
 
 
 def _stop(engine: EngineRecord, action: Action) -> Action:
-    """Return `action` if the engine is already in state `stopping`; otherwise return the transition to `stopping`.
+    """Return `action` if the engine is in state `stopping`, else the transition to `stopping`.
 
     After the transition, the next plan returns `action`, even if another control plane has taken over.
     """
@@ -218,7 +211,7 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
     watch, limits = snapshot.watches[engine.id], snapshot.limits
     match engine.state, observed.ended:
         case _S.STARTING, _S.COMPLETED:
-            return Transition(engine, _S.RUNNING)  # the run has completed already: the next plan sets `completed`
+            return Transition(engine, _S.RUNNING)  # the run has completed already, so the next plan sets `completed`
         case _S.STOPPING, None:
             return Transition(engine, state_without_process(engine), reason_of_stop(engine))
         case _S.RUNNING, None if engine.desired is DesiredState.PAUSED:  # the process exited before it was stopped
@@ -236,7 +229,6 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
 
 
 def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed, watch: Watch, limits: Limits) -> Transition:
-    """Return the transition to `failed`, with a restart if the restart policy allows one."""
     if is_misplaced(engine, server):
         message = f"The shared server refused the adapter, so the engine gets a separate server ({engine.form})."
         refused = Reason(code="adapter_refused", message=message)
@@ -250,25 +242,22 @@ def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed,
 
 
 def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
-    """Return whether a running engine must be restarted because it no longer answers."""
     is_allowed = engine.restart_policy is not RestartPolicy.NO and engine.desired is DesiredState.RUNNING
     return is_allowed and watch.silent_seconds > 2 * limits.unresponsive_seconds
 
 
 def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reason | None:
-    """Return why the control plane killed an engine; None if the engine exited for another reason."""
     if engine.state is _S.STARTING and _is_inference(engine) and watch.state_seconds > limits.start_seconds:
         problem = "engine's server did not load the adapter" if engine.adapter else "engine did not answer"
         message = f"The {problem} within {limits.start_seconds:.0f} s and was killed."
-        hint = f"`sage llm engine logs {engine.id}` shows its log; SAGE_ENGINE_START_SECONDS sets the limit."
+        hint = f"`sage llm engine logs {engine.id}` shows the engine's log; SAGE_ENGINE_START_SECONDS sets the limit."
         return Reason(code="start_timeout", message=message, hint=hint)
     if engine.state is _S.RUNNING and _is_hung(engine, watch, limits):
         message = f"The engine did not answer for {watch.silent_seconds:.0f} s and was killed."
-        hint = f"`sage llm engine logs {engine.id}` shows its log."
+        hint = f"`sage llm engine logs {engine.id}` shows the engine's log."
         return Reason(code="engine_unresponsive", message=message, hint=hint)
     return None
 
 
 def _is_inference(engine: EngineRecord) -> bool:
-    """Return whether an engine serves requests."""
     return engine.kind is not EngineKind.FINETUNE

@@ -1,4 +1,4 @@
-"""Thread pools. Each kind of blocking work has its own pool, so that one kind of work does not wait for another kind."""
+"""Thread pools, one for each kind of blocking work."""
 
 import asyncio
 import functools
@@ -22,5 +22,5 @@ class Pool:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     def close(self) -> None:
-        """Start no further calls; running calls continue."""
+        """Start no further calls."""
         self._executor.shutdown(wait=False, cancel_futures=True)

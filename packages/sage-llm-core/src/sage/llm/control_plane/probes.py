@@ -1,7 +1,6 @@
 """The prober observes engines concurrently with the reconciler, and stores the last observation of each engine.
 
-A probe is one attempt to observe an engine. A probe that hangs or fails does not delay other probes. If the last observation
-of an engine is too old, the condition of the engine is treated as unknown.
+A probe is one attempt to observe an engine.
 """
 
 import asyncio
@@ -32,8 +31,6 @@ _CHANGING = (EngineState.STARTING, EngineState.STOPPING)
 
 @dataclass
 class _Target:
-    """An engine to probe, with its last observation."""
-
     engine: EngineRecord
     server: ServerRecord
     is_first: bool = True  #: the first engine of its server; only this engine reports the memory of the process
@@ -46,7 +43,7 @@ class _Target:
 
     @property
     def lane(self) -> str:
-        """The name of the lane in which the engine is probed; a probe waits only for other probes of the same lane."""
+        """The name of the lane in which the engine is probed. A probe waits only for other probes of the same lane."""
         if self.engine.state in _CHANGING:
             return "changing"
         return "answering" if self.is_answering else "silent"
@@ -62,7 +59,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if an observation of an engine differs from the last one in a value that `plan` uses."""
+        """on_change: called after a change of the process, the readiness, the end or the loaded models of an engine."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -91,7 +88,7 @@ class Prober:
         self._targets = targets
 
     def observed(self) -> dict[str, Observed]:
-        """Return the last observation of each engine; engines without a recent observation are missing."""
+        """Return the last observation of each engine. Engines without a recent observation are missing."""
         oldest_seconds = time.monotonic() - _SLOW_SECONDS - 2 * self._timeout_seconds
         return {
             engine_id: target.observed
@@ -100,12 +97,12 @@ class Prober:
         }
 
     def last(self, engine_id: str) -> Observed | None:
-        """Return the last observation of an engine, even if it is old; None if there is none."""
+        """Return the last observation of an engine, even if it is old, or None if there is none."""
         target = self._targets.get(engine_id)
         return target.observed if target else None
 
     def trouble(self, engine_id: str) -> str:
-        """Return why the last probe of an engine failed; an empty text if the probe succeeded."""
+        """Return why the last probe of an engine failed, or "" if the probe succeeded."""
         target = self._targets.get(engine_id)
         return target.trouble if target else ""
 
@@ -129,7 +126,6 @@ class Prober:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(self, due: list[_Target]) -> None:
-        """Observe the processes of all due engines with one call of the launcher, then probe each engine separately."""
         look = asyncio.create_task(self._observe({target.server.handle for target in due}))
         self._looks.add(look)
         look.add_done_callback(self._looks.discard)
@@ -164,7 +160,6 @@ class Prober:
             self._on_change()
 
     def _fail(self, target: _Target, error: Exception) -> None:
-        """Record that a probe failed, and keep the last observation; log a repeated error only once."""
         target.is_answering = False
         trouble = f"{type(error).__name__}: {error}"
         if target.trouble != trouble:

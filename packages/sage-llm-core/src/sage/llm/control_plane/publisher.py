@@ -4,7 +4,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,17 @@ from sage.llm.control_plane.executors.placement import like_its_base, placement
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.served_run import ServedRun
-from sage.llm.control_plane.store.records import EngineRecord, Lease
+from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import StaleWrite, Store
+from sage.llm.control_plane.writing import Writer
 
 logger = logging.getLogger(__name__)
-_ACTOR = "reconciler"
-#: Seconds for which publishing a result is retried after the first OSError. The engine of the training run ends only after
-#: the last retry.
+#: Seconds for which publishing a result is retried after the first OSError.
 _RETRY_SECONDS = 60.0
 
 
 class Publisher:
-    """Executes the action Publish. Executing the same action again does no harm."""
+    """Executes the action Publish, which can be repeated."""
 
     def __init__(
         self,
@@ -36,19 +35,17 @@ class Publisher:
         pool: Pool,
         executors: Mapping[EngineKind, Executor],
         routing: RoutingTable,
-        held_lease: Callable[[], Lease],
+        write: Writer,
     ) -> None:
-        """pool: threads for the calls of `store`; held_lease: returns the lease or raises LeaseLost."""
         self._store, self._pool, self._executors = store, pool, executors
-        self._routing, self._held_lease = routing, held_lease
+        self._routing, self._write = routing, write
         self._failing: dict[str, float] = {}  #: by run id: time.monotonic() when publishing its result first failed
 
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        A checkpoint is served only if a server of its base model can load it as an adapter. If this method raises StaleWrite
-        or OSError, the caller must call it again. If publishing a result has failed with OSError for a minute, the method
-        returns without an error, and the result is not served, so that the run can end.
+        If this method raises StaleWrite or OSError, the caller must call it again. A result that fails with OSError
+        for a minute is given up without an error, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -82,7 +79,6 @@ class Publisher:
         await self._revise(run, serve=serve.published(step, serve.engine_id).model_dump())
 
     async def _version(self, run: EngineRecord, step: int | None) -> str:
-        """Return the folder of a version as an absolute path without symbolic links."""
         if step is None:
             folder = Path(run.options["output_dir"])
         else:
@@ -117,10 +113,6 @@ class Publisher:
         logger.info("%s: %s serves the run as '%s'", run.id, added.id, added.name)
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
-        """Store a newer version in the record of an engine, so that it is loaded.
-
-        The old version stays loaded until all requests that use the old version have ended.
-        """
         if engine.state is EngineState.VALIDATING:  # the validation in progress checks the older version
             raise StaleWrite(engine.id)
         values: dict[str, Any] = {"model": model}
@@ -135,10 +127,7 @@ class Publisher:
     async def _revise(self, engine: EngineRecord, **values: Any) -> None:
         await self._write(functools.partial(self._store.revise, engine), **values)
 
-    async def _write(self, write: Callable[..., Any], *args: object, **values: object) -> Any:
-        return await self._pool.run(functools.partial(write, *args, actor=_ACTOR, lease=self._held_lease(), **values))
-
 
 def _has_merged(engine: EngineRecord) -> bool:
-    """Return whether an engine serves a version that is merged into the base model; no other version can be loaded then."""
+    """Return whether an engine serves a version that is merged into the base model."""
     return engine.adapter is None and engine.state in (EngineState.STARTING, EngineState.RUNNING)

@@ -28,7 +28,7 @@ from sage.llm.control_plane.watch import Watch
 
 @dataclass(frozen=True)
 class Memory:
-    """The devices of the node, as admission needs them."""
+    """The memory of the node's devices at the time `now`."""
 
     devices: Sequence[DeviceMemory]
     now: datetime
@@ -36,14 +36,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Queue:
-    """What each waiting engine should do. An engine that is in none of the mappings waits for a server."""
+    """What each waiting engine should do."""
 
-    joins: Mapping[str, ServerRecord] = field(default_factory=dict)  #: the server that an engine joins
+    joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
-    pauses: Mapping[str, str] = field(default_factory=dict)  #: engines to pause, and for which engine each makes room
+    #: by id of an engine to pause: the id of the engine for which it makes room
+    pauses: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self, engine: EngineRecord) -> Reason | None:
-        """Return why an engine waits or cannot start; None if it does not wait for memory."""
+        """Return why an engine waits or cannot start, or None if no reason is known."""
         decision = self.decisions.get(engine.id)
         return _reason(engine, decision) if isinstance(decision, Wait | Refuse) else None
 
@@ -56,7 +57,7 @@ def is_waiting(engine: EngineRecord) -> bool:
 
 
 def rank(engine: EngineRecord) -> tuple[int, float]:
-    """Return the order of an engine in the queue; the smallest is first."""
+    """Return the sort key of an engine in the queue."""
     return -engine.priority, engine.last_event if engine.queue_rank is None else engine.queue_rank
 
 
@@ -88,7 +89,7 @@ def queue_of(
     hosts: Hosts,
     memory: Memory | None,
 ) -> Queue:
-    """Return what each waiting engine should do.  memory: None if it is not known; then each engine can start."""
+    """Return what each waiting engine should do.  memory: None: the devices are not known, and each engine can start."""
     joins: dict[str, ServerRecord] = {}
     claims: list[Claim] = []
     room_for = {engine.paused_by for engine in engines if is_making_room(engine)}
@@ -118,7 +119,7 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
     devices = _usable(engine, memory) if memory else engine.devices
     need_bytes = engine.reserved_bytes or 0
     if engine.least_bytes is not None and memory:
-        # A training run that needs more than other programs leave uses smaller batches: to wait for them would be useless.
+        # A training run can use smaller batches, so it does not wait for memory that other programs use.
         rooms = (device.usable_bytes - device.foreign_bytes for device in memory.devices if device.id in (devices or ()))
         largest_bytes = max(rooms, default=0)
         need_bytes = min(need_bytes, max(engine.least_bytes, largest_bytes))
@@ -136,7 +137,6 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
 
 
 def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
-    """Return the devices that an engine may use: the requested ones; otherwise all GPUs if its backend can use them."""
     if engine.devices:
         return engine.devices
     gpus = tuple(device.id for device in memory.devices if device.id != "cpu")
@@ -159,28 +159,28 @@ def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> I
             is_pausable=not is_training and all(engine.state is EngineState.RUNNING for engine in engines),
             ends=is_training,
             is_leaving=is_leaving,
+            used_bytes={each.id: each.used_bytes[server.id] for each in memory.devices if server.id in each.used_bytes},
         )
 
 
 def _reason(engine: EngineRecord, decision: Wait | Refuse) -> Reason:
-    """Return a decision in words."""
     need, free = gigabytes(engine.reserved_bytes or 0), gigabytes(max(0, decision.free_bytes))
     place = f"Number {decision.position} in the queue: " if isinstance(decision, Wait) else ""
     hint = ""
     match decision.cause:
         case Cause.NOT_DUE if engine.not_before:
-            text = f"it starts at {engine.not_before:%Y-%m-%d %H:%M} UTC or later."
+            text = f"the engine starts at {engine.not_before:%Y-%m-%d %H:%M} UTC or later."
         case Cause.NOT_DUE:
-            text = "it waits before the next attempt to start it."
+            text = "the engine waits before the next attempt to start."
         case Cause.ROOM:
-            text = f"it needs {need}; the engines that make room for it are stopping."
+            text = f"the engine needs {need} of memory, and the engines that make room for it are stopping."
         case Cause.MEMORY:
-            text = f"it needs {need} of memory, and {free} are free."
-            hint = "`--on-busy preempt` pauses inference engines; `sage llm engine list` shows what is running."
+            text = f"the engine needs {need} of memory, and {free} are free."
+            hint = "`--on-busy preempt` pauses inference engines; `sage llm engine list` shows the running engines."
         case Cause.RESERVED:
-            text = f"it needs {need}; the free memory is reserved for an engine ahead in the queue."
+            text = f"the engine needs {need} of memory, and the free memory is reserved for an engine ahead in the queue."
         case Cause.TOO_LARGE:
-            text = f"it needs {need} of memory, and a device has {free}."
+            text = f"the engine needs {need} of memory, and the largest device has {free}."
             hint = "Use a smaller model, or set --memory-gb if the engine needs less than the estimate."
         case Cause.NO_DEVICE:
             text = f"this node does not have the devices {', '.join(engine.devices or ())}."

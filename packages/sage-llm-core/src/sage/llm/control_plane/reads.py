@@ -1,4 +1,4 @@
-"""Read engines, logs, events and training steps. This is also possible on a control plane that is on standby."""
+"""Read engines, logs, events and training steps, which is also possible on standby."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -48,7 +48,7 @@ class EngineReads:
     ) -> EnginePage:
         """Return one page of the engines of all nodes, in order of creation.
 
-        after: `last_id` of the previous page; None: return the first page.
+        after: `last_id` of the previous page. None: return the first page.
         """
         found, has_more = await self._pool.run(
             self._store.page, limit=limit, after=after, states=states, kinds=kinds, newest_first=newest_first
@@ -86,7 +86,7 @@ class EngineReads:
         return await self._pool.run(self._store.count)
 
     async def get_engine(self, engine_id: str) -> EngineView:
-        """Return an engine; raises NotFound."""
+        """Return an engine. Raises NotFound."""
         engine, server = await self._hosted(engine_id)
         return await self._view(engine, server)
 
@@ -116,12 +116,12 @@ class EngineReads:
         return min(max(offset, start), end)
 
     async def get_events(self, engine_id: str, after: int = 0) -> list[EngineEvent]:
-        """Return an engine's events with ids above `after`, oldest first; raises NotFound."""
+        """Return at most 1000 events of an engine with ids above `after`, oldest first. Raises NotFound."""
         await self._pool.run(self._store.get, engine_id)
         return await self._pool.run(self._store.events, after, limit=_LIST_PAGE, engine_id=engine_id)
 
     async def changes(self, after: int, limit: int) -> list[EngineEvent]:
-        """Return events of all engines with ids above `after`, oldest first."""
+        """Return at most `limit` events of all engines with ids above `after`, oldest first."""
         return await self._pool.run(self._store.events, after, limit=limit)
 
     async def last_change(self) -> int:
@@ -134,19 +134,16 @@ class EngineReads:
         return await self._executors[engine.kind].training_steps(engine, after, max_points)
 
     async def _hosted(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine and its server, or None for the server if there is none; raises NotFound."""
         found = await self._pool.run(self._store.hosted, [engine_id])
         return found[0] if found else (await self._pool.run(self._store.get, engine_id), None)
 
     async def _local(self, engine_id: str) -> tuple[EngineRecord, ServerRecord | None]:
-        """Return an engine of this node and its server; raises NotFound, or Conflict for an engine of another node."""
         engine, server = await self._hosted(engine_id)
         if engine.node != self._node:
             raise other_node(engine)
         return engine, server
 
     async def _servers(self, engines: Collection[EngineRecord]) -> Mapping[str, ServerRecord]:
-        """Return the servers of the engines that are not settled, by server id."""
         ids = [engine.id for engine in engines if engine.state not in SETTLED]
         found = await self._pool.run(self._store.hosted, ids) if ids else []
         return {server.id: server for _, server in found if server}

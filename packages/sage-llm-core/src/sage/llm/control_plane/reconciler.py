@@ -34,20 +34,19 @@ class Reconciler:
         memory: NodeMemory | None = None,
         cores: Cores | None = None,
     ) -> None:
-        """pool: threads for the calls of `store`.
+        """memory: measures the devices. None: each engine can start.
 
-        memory: measures the devices; None: each engine can start. cores: the cores that engines share; None: they are not
-        shared, so that each program uses its default number of threads.
+        cores: the cores that engines share. None: each program uses its default number of threads.
         """
         self._memory, self._cores = memory, cores
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
-        self.queue = Queue()  #: the waiting engines at the last tick; empty on a standby
+        self.queue = Queue()  #: the waiting engines at the last tick as the active control plane
         self._watches: dict[str, Watch] = {}
         self._trouble = ""
 
     async def tick(self, *, is_active: bool) -> None:
-        """Update the durations of all engines and, if `is_active`, start the next actions; never raises an exception."""
+        """Observe all engines and, if `is_active`, start the next actions. An error of the database is only logged."""
         try:
             engines = await self._pool.run(self._store.active, self._node)
             servers = {server.id: server for server in await self._pool.run(self._store.servers, self._node)}
@@ -64,7 +63,7 @@ class Reconciler:
             return
         validating = [engine.id for engine in engines if engine.state is EngineState.VALIDATING]
         results = self._runner.validator.results(validating)
-        memory = await self._look_at_memory(observed) if any(map(is_waiting, engines)) else None
+        memory = await self._look_at_memory(engines, observed) if any(map(is_waiting, engines)) else None
         snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
         for action in actions:
@@ -72,12 +71,13 @@ class Reconciler:
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
 
     def silent_seconds(self, engine_id: str) -> float:
-        """Return the time since a running inference engine stopped answering; 0 if it answers or was not observed yet."""
+        """Return the time since a running inference engine stopped answering, or 0 if it answers or was not observed yet."""
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
 
-    async def _look_at_memory(self, observed: dict[str, Observed]) -> Memory | None:
-        pids = [seen.process.pid for seen in observed.values() if seen.process and seen.process.pid]
+    async def _look_at_memory(self, engines: Sequence[EngineRecord], observed: dict[str, Observed]) -> Memory | None:
+        processes = ((each.server_id, seen.process) for each in engines if (seen := observed.get(each.id)))
+        pids = {server_id: process.pid for server_id, process in processes if server_id and process and process.pid}
         return await self._memory.look(pids) if self._memory else None
 
     def _look(self, engines: Sequence[EngineRecord], observed: dict[str, Observed]) -> None:

@@ -11,7 +11,7 @@ def busy(engine_id: str) -> Conflict:
 
 
 def still_running(engine_id: str, problem: str, hint: str) -> Conflict:
-    """Return the error for an engine that cannot be removed yet; `{}` in the hint is replaced by the id."""
+    """Return the error for an engine that cannot be removed yet. `{}` in the hint stands for the engine's id."""
     return Conflict(code="still_running", message=f"{engine_id} {problem}.", hint=hint.format(engine_id))
 
 
@@ -19,8 +19,8 @@ def not_resumable(engine_id: str, state: EngineState) -> Conflict:
     """Return the error for an engine that cannot be resumed."""
     return Conflict(
         code="not_resumable",
-        message=f"{engine_id} is {state}: only stopped and failed engines can be resumed.",
-        hint=f"`sage llm engine status {engine_id}` shows its state.",
+        message=f"{engine_id} is {state}: only stopped, failed and paused engines can be resumed.",
+        hint=f"`sage llm engine status {engine_id}` shows the engine's state.",
     )
 
 
@@ -30,7 +30,7 @@ def not_pausable(engine: EngineRecord) -> Conflict:
     return Conflict(
         code="not_pausable",
         message=f"{engine.id} is {what}: only an engine that is queued, starting or running can be paused.",
-        hint=f"`sage llm engine status {engine.id}` shows its state.",
+        hint=f"`sage llm engine status {engine.id}` shows the engine's state.",
     )
 
 
@@ -49,7 +49,7 @@ def not_training(engine: EngineRecord) -> Conflict:
         code="not_training",
         message=f"{engine.id} (kind {engine.kind}, state {engine.state}) cannot save a checkpoint. Only a running "
         "training run can save one.",
-        hint=f"`sage llm engine status {engine.id}` shows its state.",
+        hint=f"`sage llm engine status {engine.id}` shows the engine's state.",
     )
 
 
@@ -81,17 +81,17 @@ def standby(leader: LeaderInfo | None) -> Overloaded:
 def paused(engine_id: str, paused_by: str) -> Overloaded:
     """Return the error for a request to an engine that is paused.  paused_by: as in EngineRecord."""
     if paused_by == "user":
-        message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads it again."
+        message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads the engine again."
     else:
-        message, hint = f"{engine_id} makes room for {paused_by}.", "Retry later: it is loaded again when memory is free."
+        message, hint = f"{engine_id} makes room for {paused_by}.", "Retry later. The engine is loaded when memory is free."
     return Overloaded(code="engine_paused", message=message, hint=hint)
 
 
 def ended(engine_id: str, model: str, state: EngineState, reason: Reason | None) -> Overloaded:
     """Return the error for a request that waited for an engine which ended before it was ready."""
-    why = f": {reason.message}" if reason else ""
+    why = f": {reason.message}" if reason else "."
     return Overloaded(
         code="engine_ended",
         message=f"{engine_id} for '{model}' is {state}{why}",
-        hint=f"`sage llm engine resume {engine_id}` starts it again.",
+        hint=f"`sage llm engine resume {engine_id}` starts the engine again.",
     )

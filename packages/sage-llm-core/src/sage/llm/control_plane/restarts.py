@@ -9,19 +9,19 @@ MAX_RESTARTS = 5
 _MAX_BACKOFF_SECONDS = 60.0
 #: If an engine fails after it was in state `running` for this time, the count of its restarts begins at zero again.
 _HEALTHY_SECONDS = 600.0
-#: Reason code of a run whose process exited without reporting an error; after a restart, the run can succeed.
+#: Reason code of a run whose process exited without reporting an error.
 _EXITED_WITHOUT_REPORT = "worker_died"
 
 
 def backoff_seconds(restarts: int) -> float:
-    """Return the seconds to wait before a restart: 1 before the first restart, then 2, 4, …; 0 before the first start."""
+    """Return the seconds to wait: 0 before the first start, 1 before the first restart, then 2, 4, …, at most 60."""
     return min(2.0 ** (restarts - 1), _MAX_BACKOFF_SECONDS) if restarts else 0.0
 
 
 def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int | None:
-    """Return the number of the next restart of an engine whose process has exited; None if the engine stays failed.
+    """Return the number of the next restart of an engine whose process has exited, or None if the engine stays failed.
 
-    A run that reported its failure (a loss that is not finite, bad data) stays failed, because the run would fail again.
+    A run that reported its failure (such as a loss that is not finite) stays failed, because the run would fail again.
     """
     has_reported = (
         observed.ended is EngineState.FAILED and observed.reason and observed.reason.code != _EXITED_WITHOUT_REPORT
@@ -39,7 +39,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
 
 
 def next_try(engine: EngineRecord) -> int | None:
-    """Return the number of the next restart after a failure that an engine's server caused; None if no restart is left.
+    """Return the number of the next restart after a failure that an engine's server caused, or None if no restart is left.
 
     The restart policy is ignored, because the engine did not cause the failure.
     """

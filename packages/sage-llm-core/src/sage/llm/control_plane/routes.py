@@ -1,4 +1,4 @@
-"""Manage routes. A route is a name that requests use as `model`; it refers to one or more engines."""
+"""Manage routes. A route is a model name that refers to one or more engines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,31 +40,28 @@ class Routes:
         return self.get_route(name)
 
     async def remove_route(self, name: str) -> None:
-        """Delete a route; its engines are not changed. Raises NotFound."""
+        """Delete a route. Raises NotFound."""
         self.get_route(name)  # checked first, because the database rejects names that contain NUL
         await self._write(self._store.remove_route, name, actor="user")
         await self._routing.load_named_routes(self._store)
 
     def list_routes(self) -> list[RouteView]:
-        """Return all routes. Does not access the database."""
+        """Return all routes."""
         return [self._route_view(route) for route in self._routing.named_routes()]
 
     def get_route(self, name: str) -> RouteView:
-        """Return a route; raises NotFound. Does not access the database."""
+        """Return a route. Raises NotFound."""
         for route in self._routing.named_routes():
             if route.name == name:
                 return self._route_view(route)
         raise route_not_found(name)
 
     def served(self) -> list[Route]:
-        """Return the running inference engines. Does not access the database."""
+        """Return the running inference engines."""
         return [route for kind in _INFERENCE for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
     def served_routes(self) -> dict[str, Route]:
-        """Return one running engine of each route, by name of the route; routes without a running engine are missing.
-
-        Does not access the database.
-        """
+        """Return one running engine of each route, by name of the route."""
         found: dict[str, Route] = {}
         for route in self._routing.named_routes():
             names = [*(target.engine for target in route.engines), route.fallback or ""]

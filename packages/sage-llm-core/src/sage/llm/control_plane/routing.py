@@ -37,10 +37,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Route:
-    """The values of an engine that are needed to route requests to it; a route that a user defines is a `RouteRecord`.
-
-    Settled engines (stopped, completed or failed) have no `Route`.
-    """
+    """The values of an engine that are needed to route requests to it."""
 
     engine_id: str
     name: str
@@ -52,18 +49,19 @@ class Route:
     version: int
     created_at: datetime
     address: str | None
-    token: str | None  #: token of the engine's server
+    token: str | None
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None
-    #: If True and the engine is stopping, the engine is only being unloaded. Requests then wait until it is loaded again.
+    #: whether a stopping engine is only being unloaded, so that requests wait until the engine is loaded again
     is_pausing: bool
-    paused_by: str | None  #: `user`, or the id of the engine for which this engine makes room; None: requests can load it
+    #: `user`, or the id of the engine for which this engine makes room; None: not paused, or paused because it was idle
+    paused_by: str | None
 
 
 @dataclass
 class _Group:
-    """The engines that match one key of the table, as sorted pairs (order, engine id); the preferred engine is last."""
+    """The engines that match one key of the table, as sorted pairs (order, engine id). The preferred engine is last."""
 
     running: list[tuple[int, str]] = field(default_factory=list)
     starting: list[tuple[int, str]] = field(default_factory=list)
@@ -72,8 +70,7 @@ class _Group:
 class RoutingTable:
     """The engines of a node that are not stopped, completed or failed, with an index of their ids, names and models.
 
-    Writes of this process and events of the change feed update the table. The time of a look-up does not depend on the
-    number of engines. Use a table in one event loop only.
+    Use a table in one event loop only.
     """
 
     def __init__(self, node: str, on_wanted: Callable[[str], None] = lambda _: None) -> None:
@@ -86,7 +83,7 @@ class RoutingTable:
         self._loading = asyncio.Lock()
 
     def apply(self, engine: EngineRecord, server: ServerRecord | None) -> None:
-        """Update the route of an engine from its record; ignore a record that is older than the last applied record."""
+        """Update the route of an engine from its record. Ignore a record that is older than the last applied record."""
         known = self._routes.get(engine.id)
         if engine.node != self._node or (known and engine.version < known.version):
             return
@@ -120,11 +117,11 @@ class RoutingTable:
         self._notify()
 
     def get(self, engine_id: str) -> Route | None:
-        """Return the route of an engine; None if the engine is stopped, completed, failed or unknown."""
+        """Return the route of an engine, or None if the engine is stopped, completed, failed or unknown."""
         return self._routes.get(engine_id)
 
     def routes(self, kind: EngineKind) -> list[Route]:
-        """Return the engines of a kind: first the running engines, then the starting engines, each group newest first."""
+        """Return the engines of a kind: first the running engines, then the engines that do not run yet."""
         return list(self._newest_first(kind))
 
     def find(self, model: str, kind: EngineKind, is_responsive: Callable[[str], bool], client: str | None = None) -> Route:
@@ -132,9 +129,8 @@ class RoutingTable:
 
         model: the name of a route; the id, name or model of an engine; or `sage-default`.
         client: identifies the sender of the request. A route sends all requests of a client to the same engine.
-        If several engines match, the newest running engine that responds is returned. If none responds, the newest
-        starting engine is returned, and the request waits for it. Raises Overloaded if all matching engines are running
-        and none responds, NotFound if no engine matches.
+        If no running engine responds, the newest starting engine is returned, and the request waits for it.
+        Raises Overloaded if only running engines match and none responds, NotFound if no engine matches.
         """
         groups = [self._groups.get((kind, key), _NO_ENGINES) for key in self._keys_of(model, client)]
         wanted: str | None = None
@@ -160,11 +156,11 @@ class RoutingTable:
         self._notify()
 
     def named_routes(self) -> list[RouteRecord]:
-        """Return the routes that users have defined, sorted by name."""
+        """Return the routes that users have defined."""
         return list(self._named.values())
 
     def newest(self, key: str, kind: EngineKind) -> Route | None:
-        """Return the newest engine with this id, name or model; a running engine is preferred. None if no engine matches."""
+        """Return the newest engine with this id, name or model, preferably a running engine."""
         group = self._groups.get((kind, key), _NO_ENGINES)
         entries = group.running or group.starting
         return self._routes[entries[-1][1]] if entries else None
@@ -174,7 +170,7 @@ class RoutingTable:
         return self._changed
 
     async def load(self, store: Store) -> int:
-        """Read all active engines and all routes; return the position in the change feed at which `follow` must start."""
+        """Read all active engines and all routes. Return the position in the change feed at which `follow` must start."""
         cursor = await asyncio.to_thread(store.last_event)
         await self.load_named_routes(store)
         servers = {server.id: server for server in await asyncio.to_thread(store.servers, self._node)}
@@ -185,13 +181,13 @@ class RoutingTable:
     async def load_named_routes(self, store: Store) -> None:
         """Read all routes from the database.
 
-        Concurrent calls run one after another, so that an older result never replaces a newer one.
+        Concurrent calls run one after another, so that an older result never replaces a newer result.
         """
         async with self._loading:
             self.set_named_routes(await asyncio.to_thread(store.routes, self._node))
 
     async def follow(self, store: Store, cursor: int) -> None:
-        """Apply the events of the change feed after `cursor`, including events from other processes; never returns."""
+        """Apply the events of the change feed after `cursor`, including events from other processes, until cancelled."""
         while True:
             try:
                 cursor = await self._take_in(store, cursor)
@@ -222,7 +218,6 @@ class RoutingTable:
                     del self._groups[route.kind, key]
 
     def _entries(self, route: Route) -> Iterator[tuple[list[tuple[int, str]], int]]:
-        """Yield each list of engines that contains a route, with the route's sort key in this list."""
         if route.state is EngineState.STOPPING and not route.is_pausing:
             return
         for key in _keys(route):
@@ -233,7 +228,6 @@ class RoutingTable:
                 yield group.running, route.last_event if key == DEFAULT_MODEL else route.first_event
 
     def _keys_of(self, model: str, client: str | None) -> list[str]:
-        """Return the keys to look up in `_groups` for a request; the key of the preferred engine is first."""
         if named := self._named.get(model):
             fallback = [named.fallback] if named.fallback else []
             return [*in_order_of_preference(model, named.engines, client), *fallback]
@@ -263,7 +257,6 @@ class RoutingTable:
             yield from (self._routes[engine_id] for _, engine_id in reversed(entries))
 
     def _names(self, kind: EngineKind) -> str:
-        """Return the names of engines that a request can use, at most `_SHOWN_NAMES`, as text."""
         names = list(dict.fromkeys(route.name for route in islice(self._newest_first(kind), _SHOWN_NAMES + 1)))
         shown = [*names[:_SHOWN_NAMES], "…"] if len(names) > _SHOWN_NAMES else names
         return ", ".join(shown) or "none"
@@ -285,7 +278,7 @@ def unresponsive(engine_id: str) -> Overloaded:
     return Overloaded(
         code="engine_unresponsive",
         message=f"{engine_id} is running, but does not respond.",
-        hint=f"Retry, or restart it: `sage llm engine stop --force {engine_id}`, then `sage llm engine resume {engine_id}`.",
+        hint=f"Retry, or run `sage llm engine stop --force {engine_id}`, then `sage llm engine resume {engine_id}`.",
     )
 
 

@@ -1,7 +1,4 @@
-"""The runner executes a limited number of actions at a time, at most one per engine.
-
-If an action fails, the runner continues to execute other actions.
-"""
+"""The runner executes the actions of the plan, at most one action per engine at a time."""
 
 import asyncio
 import contextlib
@@ -45,22 +42,20 @@ from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.validation import Validator
+from sage.llm.control_plane.writing import ACTOR, Writer
 
 logger = logging.getLogger(__name__)
-_ACTOR = "reconciler"
 _MAX_ACTIONS = 16
 #: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
-#: An engine fails after `_MAX_FAILURES` failed actions. The time until the next attempt doubles after each failure.
+#: An action is given up after `_MAX_FAILURES` failures. The time until the next attempt doubles after each failure.
 _MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
-#: Columns of an engine that has left the queue.
+#: Values of an engine's columns after the engine has left the queue.
 _PLACED = {"queue_rank": None, "paused_by": None}
 
 
 @dataclass
 class _Trouble:
-    """The recorded failures of an engine's actions."""
-
     action: type[Action]
     error: str = ""
     failures: int = 0  #: number of failures; system errors, such as a full disk, are not counted
@@ -82,20 +77,21 @@ class Runner:
         on_done: Callable[[], None] = lambda: None,
         variables: Callable[[Collection[str]], Mapping[str, str]] = lambda _: {},
     ) -> None:
-        """pool: threads for the calls of `store`; on_done: called after each action that succeeded.
+        """on_done: called after each action that succeeded.
 
-        variables: returns the environment variables that restrict a process to devices; it blocks.
+        variables: blocking function that returns the environment variables that restrict a process to devices.
         """
         self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
-        self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
-        self._merger = Merger(store, pool, executors, adapters, routing, self._held_lease)
+        write = Writer(pool, self._held_lease)
+        self._publisher = Publisher(store, pool, executors, routing, write)
+        self._merger = Merger(store, pool, executors, adapters, routing, write)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
-        self._launching: set[str] = set()  #: ids of servers whose process is being launched
+        self._launching: set[str] = set()
         self._slots = asyncio.Semaphore(_MAX_ACTIONS)
         self._troubles: dict[str, _Trouble] = {}
 
@@ -117,7 +113,6 @@ class Runner:
             task.add_done_callback(functools.partial(self._done, engine.id))
 
     def _must_wait(self, action: Action) -> bool:
-        """Return whether the same action failed recently and must not be retried yet."""
         trouble = self._troubles.get(action.engine.id)
         return trouble is not None and trouble.action is type(action) and time.monotonic() < trouble.retry_at_seconds
 
@@ -153,11 +148,6 @@ class Runner:
             self._on_done()
 
     async def _note(self, action: Action, server: ServerRecord | None, error: Exception) -> None:
-        """Log the error of an action, but a repeated error only once.
-
-        After `_MAX_FAILURES` errors, a queued or starting engine fails, and a running engine keeps the older version of its
-        adapter. System errors are not counted.
-        """
         engine = action.engine
         trouble = self._troubles.setdefault(engine.id, _Trouble(type(action)))
         if trouble.error != repr(error):
@@ -168,7 +158,8 @@ class Runner:
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
         if trouble.failures >= _MAX_FAILURES:
-            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # retried after the next failed action
+            # If this write fails, it is tried again after the action fails the next time.
+            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):
                 if engine.state in (EngineState.QUEUED, EngineState.STARTING):
                     await self._give_up(engine, server, _reason(error))
                 elif isinstance(action, LoadAdapter):
@@ -176,7 +167,6 @@ class Runner:
                     self._troubles.pop(engine.id, None)
 
     async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
-        """Set an engine's state to `failed`; kill its process if the process hosts no other engine."""
         failed = Transition(engine, EngineState.FAILED, reason)
         if server is None or engine.state is EngineState.QUEUED:
             await self._transition(failed, None)
@@ -210,8 +200,8 @@ class Runner:
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SetDesired(engine, desired, paused_by):
-                write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
-                # A returning engine keeps its place in the queue.
+                write = functools.partial(self._store.set_desired, engine, desired, actor=ACTOR, lease=self._held_lease())
+                # An engine that returns from a pause keeps its place in the queue.
                 values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
                 self._routing.apply(await self._pool.run(write, force=False, **values), server)
             case SendSignal():
@@ -220,7 +210,6 @@ class Runner:
                 await self._transition(action, server, observed)
 
     async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
-        """Store the planned server, start its process or take over a running one, and store the address of the process."""
         engine = action.engine
         executor = self._executors[engine.kind]
         if server is None:
@@ -282,11 +271,6 @@ class Runner:
             await self._executors[engine.kind].remove(engine)
 
     async def _load(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Load the current version of an adapter.
-
-        If the server refuses the adapter, a starting engine gets a separate server, and a running engine keeps the older
-        version of its adapter.
-        """
         self._held_lease()
         try:
             await self._adapters.load(server, engine.internal_name, engine.adapter or "")
@@ -304,9 +288,9 @@ class Runner:
             await self._revise(engine, server, served_as=engine.internal_name)
 
     async def _keep_older(self, engine: EngineRecord, server: ServerRecord, reason: Reason) -> None:
-        """Write why the newer version of an adapter is not used, and set `model` to the version that answers.
+        """Store why the newer adapter is not used, and set `model` and `adapter` to the version that is loaded.
 
-        If the server has no older version, the engine fails.
+        If no older version is loaded, the engine fails.
         """
         loaded = await self._adapters.folders(server)
         if engine.served_as is None or engine.served_as == engine.internal_name or engine.served_as not in loaded:
@@ -342,18 +326,18 @@ class Runner:
             await self._merger.remove(engine)
 
     async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
-        revise = functools.partial(self._store.revise, engine, actor=_ACTOR, lease=self._held_lease())
+        revise = functools.partial(self._store.revise, engine, actor=ACTOR, lease=self._held_lease())
         self._routing.apply(await self._pool.run(revise, **values), server)
 
     async def _write(self, engine: EngineRecord, state: EngineState, **values: Any) -> EngineRecord:
-        write = functools.partial(self._store.transition, engine, state, actor=_ACTOR, lease=self._held_lease())
+        write = functools.partial(self._store.transition, engine, state, actor=ACTOR, lease=self._held_lease())
         written = await self._pool.run(write, **values)
         reason = values.get("reason")
         logger.info("%s: %s → %s%s", engine.id, engine.state, state, f": {reason.message}" if reason else "")
         return written
 
     async def _restart(self, engine: EngineRecord, restarts: int, reason: Reason | None, **values: Any) -> EngineRecord:
-        restart = functools.partial(self._store.restart, engine, actor=_ACTOR, lease=self._held_lease())
+        restart = functools.partial(self._store.restart, engine, actor=ACTOR, lease=self._held_lease())
         queued = await self._pool.run(restart, restarts=restarts, reason=reason, **values)
         logger.info("%s: %s → %s → %s (restart %d): %s", engine.id, engine.state, EngineState.FAILED, queued.state, restarts,
                     reason.message if reason else "")  # fmt: skip

@@ -15,8 +15,8 @@ class ServedRun(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str  #: name of the engine that serves the run
-    checkpoints: bool = False  #: whether every checkpoint is served
+    name: str
+    checkpoints: bool = False  #: whether the newest checkpoint is served while the run trains
     after_step: int | None = None  #: if set, a user has requested to serve the next checkpoint after this step
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
     step: int = 0  #: step of the last checkpoint that was published or could not be published
@@ -24,21 +24,17 @@ class ServedRun(BaseModel):
 
     @classmethod
     def of(cls, engine: EngineRecord) -> Self | None:
-        """Return how the run of an engine is served; None if the run is not served."""
+        """Return how the run of an engine is served, or None if the run is not served."""
         return None if engine.serve is None else cls.model_validate(engine.serve)
 
     def published(self, step: int | None, engine_id: str | None) -> Self:
-        """Return a copy with the values after a publication; step: the published checkpoint; None: the result."""
+        """Return a copy with the values after a publication.  step: the published checkpoint. None: the result."""
         version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
         return self.model_copy(update={"engine_id": engine_id, **version})
 
 
 def due(engine: EngineRecord, observed: Observed) -> Publish | None:
-    """Return the action that publishes the newest version of a run; None if there is nothing to publish.
-
-    A failed run has no result; its last published checkpoint is still served. If a run is about to end, its newest
-    checkpoint is not published, because loading the checkpoint would delay the publication of the result.
-    """
+    """Return the action that publishes the newest version of a run, or None if there is nothing to publish."""
     serve, training = ServedRun.of(engine), observed.training
     if serve is None or training is None:
         return None

@@ -9,9 +9,9 @@ from sage.llm.client.types import RouteTarget
 
 
 def in_order_of_preference(route: str, targets: Sequence[RouteTarget], client: str | None) -> list[str]:
-    """Return the engines of a route in order of preference; a request is sent to the first engine that answers.
+    """Return the engines of a route in order of preference. A request is sent to the first engine that answers.
 
-    client: identifies the sender of the request. The same client always gets the same order; for None, the order is random.
+    client: identifies the sender of the request. A client always gets the same order. For None, the order is random.
     If the weights change or an engine does not answer, as few clients as possible get another engine.
     Source: weighted rendezvous hashing, Schindelhauer and Schomaker 2005, "Weighted distributed hash tables".
     """

@@ -12,8 +12,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.store.records import EngineRecord
 
 logger = logging.getLogger(__name__)
-#: Maximum number of concurrent validations for each kind of engine. Each kind has a separate limit, so that hashing large
-#: datasets does not delay the validations of other kinds.
+#: Maximum number of concurrent validations for each kind of engine.
 _MAX_VALIDATIONS = 2
 
 
@@ -21,24 +20,23 @@ class Validator:
     """Validates engines and keeps the results until they are stored."""
 
     def __init__(self, executors: Mapping[EngineKind, Executor], on_done: Callable[[], None]) -> None:
-        """on_done: called after each validation."""
         self._executors, self._on_done = executors, on_done
         self._pools = {kind: Pool(f"validate-{kind}", _MAX_VALIDATIONS) for kind in executors}
         self._tasks: dict[str, asyncio.Task[Validation]] = {}
 
     def begin(self, engine: EngineRecord) -> None:
-        """Start the validation of an engine; do nothing if it has already started."""
+        """Start the validation of an engine, unless the validation has already started."""
         if engine.id not in self._tasks:
             self._tasks[engine.id] = task = asyncio.create_task(self._validate(engine))
             task.add_done_callback(lambda _: self._on_done())
 
     def is_running(self, engine_id: str) -> bool:
-        """Return whether the validation of an engine is running; a running validation can write files of the engine."""
+        """Return whether the validation of an engine is running."""
         task = self._tasks.get(engine_id)
         return task is not None and not task.done()
 
     def results(self, engines: Collection[str]) -> dict[str, Validation]:
-        """Return the progress and results of validations; delete the results of engines that are not in `engines`."""
+        """Return the progress and results of validations, and delete the results of engines that are not in `engines`."""
         for engine_id in self._tasks.keys() - set(engines):
             if self._tasks[engine_id].done():
                 del self._tasks[engine_id]
@@ -47,7 +45,7 @@ class Validator:
         }
 
     async def close(self) -> None:
-        """Cancel the running validations; the next control plane validates these engines again."""
+        """Cancel the running validations."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -55,7 +53,6 @@ class Validator:
             pool.close()
 
     async def _validate(self, engine: EngineRecord) -> Validation:
-        """Return why an engine cannot be started, or the columns of the engine that the checks determined."""
         try:
             # The checks run in a separate event loop, so that they do not use the threads of the main event loop.
             validate = self._executors[engine.kind].validate(engine)

@@ -11,13 +11,12 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum number of engines in the cache. The cache contains only engines that ended under an older version of SAGE. That
-#: version did not store the training progress, so the progress is read from files.
+#: Maximum number of stopped, completed or failed engines without stored training progress whose fields are cached.
 _MAX_READ = 10_000
 
 
 class Views:
-    """Creates views of engines. For an engine that ended under an older version of SAGE, the first view reads files."""
+    """Creates views of engines."""
 
     def __init__(self, node: str, executors: Mapping[EngineKind, Executor]) -> None:
         self._node, self._executors = node, executors
@@ -36,8 +35,8 @@ class Views:
     ) -> EngineView:
         """Return the view of an engine.
 
-        waits: why a queued engine waits; queue_position: its place in the queue, from 1.
-        trouble: why the engine cannot be observed; silent_seconds: time without an answer, reported if it is above 0.
+        waits: why a queued engine waits.  queue_position: place of the engine in the queue, from 1.
+        trouble: why the engine cannot be observed.  silent_seconds: time without an answer, reported if it is above 0.
         """
         is_local, is_hosted = engine.node == self._node, engine.state in HOSTED
         address = server.address if server and is_hosted else None
@@ -84,7 +83,6 @@ class Views:
         )
 
     def _fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return the fields that only the executor knows; if the executor cannot read them, return only a reason."""
         try:
             if engine.state in SETTLED and engine.figures is None:
                 return self._read(_Key(engine))
@@ -99,8 +97,6 @@ class Views:
 
 
 class _Key:
-    """A key of the cache. Two keys are equal if they have the same engine id and the same version of the record."""
-
     def __init__(self, engine: EngineRecord) -> None:
         self.engine = engine
 
@@ -116,6 +112,6 @@ class _Key:
 def _unresponsive(engine: EngineRecord, silent_seconds: float) -> Reason:
     return Reason(
         code="engine_unresponsive",
-        message=f"The engine has not answered for {silent_seconds:.0f} s. Requests are refused until it answers again.",
-        hint=f"To restart it: `sage llm engine stop --force {engine.id}`, then `sage llm engine resume {engine.id}`.",
+        message=f"The engine has not answered for {silent_seconds:.0f} s, and requests are refused until the next answer.",
+        hint=f"To restart, run `sage llm engine stop --force {engine.id}`, then `sage llm engine resume {engine.id}`.",
     )

@@ -31,10 +31,10 @@ class Waiting:
     _view: Callable[[EngineRecord, ServerRecord | None], Awaitable[EngineView]]
 
     async def pause_engine(self, engine_id: str) -> EngineView:
-        """Request that an engine frees its memory until it is resumed, and return the engine at once.
+        """Request that an engine frees its memory until a user resumes it, and return the engine at once.
 
-        An inference engine answers its open requests first; a training run saves a checkpoint. Raises Conflict if the engine
-        is settled, is being stopped or is being validated.
+        An inference engine first answers its open requests. A training run first saves a checkpoint. Raises Conflict
+        if the engine is settled, is being stopped or is being validated.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -55,7 +55,7 @@ class Waiting:
         return [await self._view(engine, None) for engine in await self._waiting()]
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a place in the queue, among the engines of its priority.  position: from 1.
+        """Move a waiting engine to a place in the queue, from 1, as near as its priority allows.
 
         Raises Conflict if the engine does not wait.
         """

@@ -1,7 +1,6 @@
-"""Measure durations of an engine with the monotonic clock, for example the time since the last change of the engine's state.
+"""Measure durations of an engine with the monotonic clock.
 
 The time between two observations is added only up to a limit, so that a suspension of the control plane is not counted.
-If the control plane restarts, all durations start at zero.
 """
 
 from dataclasses import dataclass
@@ -18,20 +17,20 @@ class Watch:
 
     state: EngineState
     looked_at_seconds: float = 0.0  #: time.monotonic() at the last observation
-    state_seconds: float = 0.0  #: time in the current state
+    state_seconds: float = 0.0
     silent_seconds: float = 0.0  #: time in state `running` without an answer to the health check
     ended_seconds: float = 0.0  #: time since a process that is still alive reported the end of its work
     seen_alive: bool = False  #: this control plane has observed a living process of the engine
     served_as: str | None = None
     served_seconds: float = 0.0  #: time since the server loaded the current version of the adapter
     last_request_at: datetime | None = None
-    idle_seconds: float = 0.0  #: time in state `running` without a new request
+    idle_seconds: float = 0.0  #: time in the current state without a new request
     is_stop_sent: bool = False  #: this control plane has sent the stop signal in the engine's current state
 
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:
         """Add the time since the last call, at most `limit_seconds`, to each duration whose condition is still true.
 
-        observed: None if the engine could not be observed; in this case, `silent_seconds` and `ended_seconds` do not grow.
+        observed: None if the engine could not be observed. Then `silent_seconds` and `ended_seconds` do not grow.
         """
         passed_seconds = min(now_seconds - self.looked_at_seconds, limit_seconds)
         self.looked_at_seconds = now_seconds

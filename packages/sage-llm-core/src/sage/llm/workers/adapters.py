@@ -1,4 +1,4 @@
-"""Apply several LoRA adapters in one forward pass. Each token uses the weights of one adapter, or only the base model."""
+"""Apply several LoRA adapters in one forward pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +23,8 @@ class _Stack:
     """The stacked weights of several adapters, so that two matrix products per layer compute all adapters.
 
     The product of the inputs and all matrices A has a group of columns for each adapter. For each token, the columns of the
-    adapters that the token does not use are set to 0, so these columns add nothing in the product with all matrices B. The
-    weights must be finite, because 0 * infinity is not 0.
+    adapters that the token does not use are set to 0. These columns then add nothing in the product with all matrices B.
+    The weights must be finite, because 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -66,7 +66,6 @@ class Adapters:
         """Set the adapters of the next forward pass.
 
         The first lengths[0] tokens of the pass use adapters[0], the next lengths[1] tokens use adapters[1], and so on.
-        Tokens whose entry in `adapters` is None use only the base model.
         """
         needed = dict.fromkeys(adapter for adapter in adapters if adapter)
         self._is_on = bool(needed)
@@ -83,10 +82,9 @@ class Adapters:
         self._masks = {}
 
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """Add the adapters' output to a layer's output in place; inputs: (..., in_features), output: (..., out_features).
+        """Add the adapters' output to a layer's output in place.  inputs: (..., in_features).  output: (..., out_features).
 
-        Raises NotImplementedError if the layer does not receive each token of the pass exactly once. For example, an expert
-        receives only some tokens.
+        Raises NotImplementedError if the layer receives another number of tokens than the pass has.
         """
         if not self._is_on or name not in self._stack.layers:
             return

@@ -9,8 +9,7 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Known texts before and after a tool call. They are used if the template itself writes no calls: it only tells the model in
-#: the system prompt how to write them (Granite 3, Phi-4).
+#: Known texts before and after a tool call. Some templates only describe calls in the system prompt (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -27,12 +26,12 @@ _THINK_MARKERS = (
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The markers in a model's answers. A marker is text, and can contain special tokens."""
+    """The markers in a model's answers."""
 
     call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
     call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer
     calls: Literal["object", "list", "other"] = "other"  #: JSON object of one call, JSON list of calls, or other
-    arguments_key: str = "arguments"  #: key of the arguments in the JSON of a call
+    arguments_key: str = "arguments"
     around: tuple[str, str] = ("", "")  #: text before and after a call, with whitespace as in the template
     think_open: str = ""  #: text before the reasoning; "": the model writes no reasoning
     think_close: str = ""
@@ -59,7 +58,6 @@ class AnswerFormat:
 
 
 def _call_in_template(chat: ChatFormat) -> dict[str, Any]:
-    """Return the fields that describe how the template writes a call; {} if the template writes no calls."""
     asked = {"role": "user", "content": "Hi"}
     function = {"name": _NAME, "arguments": {"x": _VALUE}}
     called = {
@@ -105,7 +103,6 @@ def _json_call(chat: ChatFormat, value: Any, call: dict[str, Any], before: str, 
 
 
 def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
-    """Return the markers of a field in a tokenizer's `response_template`; ("", "") if the field has no plain strings."""
     declared = getattr(tokenizer, "response_template", None)
     spec = declared.get("fields", {}).get(field, {}) if isinstance(declared, dict) else {}
     opening, closing = spec.get("open"), spec.get("close", "")
@@ -125,7 +122,6 @@ def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
 
 
 def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str] | None:
-    """Return the markers of reasoning that the template writes or mentions; None if there are no markers."""
     text = ""
     answered = {"role": "assistant", "content": _VALUE, "reasoning_content": _THOUGHT}
     with contextlib.suppress(Exception):  # templates raise all kinds of exceptions

@@ -1,7 +1,4 @@
-"""Convert the tokens of an answer to pieces, which are parts of a streamed answer.
-
-An answer ends at an end token, at a stop string, or when it reaches its maximum number of tokens.
-"""
+"""Convert the tokens of an answer to pieces, which are parts of a streamed answer."""
 
 from collections.abc import Callable
 
@@ -21,12 +18,12 @@ class Answer:
         self, voice: Voice, prompt: list[int], sampling: Sampling, chooser: Chooser, limit: int,
         put: Callable[[Piece], None], *, continues: bool,
     ) -> None:  # fmt: skip
-        """limit: maximum number of tokens of the answer; put: receives the pieces.
+        """limit: maximum number of tokens of the answer.  put: receives the pieces.
 
         continues: whether the answer continues the text of the prompt, as in a completion.
         """
         self.prompt, self.chooser = prompt, chooser
-        self.tokens: list[int] = []  #: tokens of the answer
+        self.tokens: list[int] = []
         #: Whether the logits of the whole prompt are needed.
         self.scores_prompt = sampling.echo and sampling.top_logprobs is not None
         self.has_ended = False
@@ -47,14 +44,14 @@ class Answer:
         self._before: Tensor | None = None  #: logits for the next token of the prompt
 
     def begin(self) -> None:
-        """Deliver the pieces that need no forward pass: an echoed prompt without scores, or the end of an empty answer."""
+        """Deliver the pieces that need no forward pass: an echoed prompt without scores, and the end of an empty answer."""
         if self._sampling.echo and not self.scores_prompt:
             self._echo("".join(map(self._echo_decoder.push, self.prompt)))
         if not self.limit and not self.scores_prompt:
             self._end("length")
 
     def read(self, tokens: list[int], logits: Tensor) -> None:
-        """Compute the scores of prompt tokens; logits: (tokens, vocab_size), the logits after each token."""
+        """Compute the scores of prompt tokens.  logits: (tokens, vocab_size), the logits after each token."""
         for token, after in zip(tokens, logits, strict=True):
             self._echo_scores.append(self._scorer.score(token, self._before, self._echo_decoder.characters))
             self._echoed += self._echo_decoder.push(token)
@@ -66,7 +63,7 @@ class Answer:
                 self._end("length")
 
     def add(self, token: int, logits: Tensor) -> None:
-        """Add a token of the answer; logits: (vocab_size,), the logits from which the token was chosen."""
+        """Add a token of the answer.  logits: (vocab_size,), the logits from which the token was chosen."""
         self.tokens.append(token)
         if token in self._end_tokens:
             self._end("stop")
@@ -83,7 +80,6 @@ class Answer:
         self._decoder.characters = self._characters = len(text)
 
     def _end(self, reason: str) -> None:
-        """Deliver the last piece, with the remaining text and the finish reason."""
         self.has_ended = True
         rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
         is_cut = self._stops.is_met

@@ -1,9 +1,7 @@
 """Run the answers in progress as a batch, one forward pass after another, on one thread.
 
-The batch has a fixed number of slots; a slot is a place for one answer. Before each pass, cancelled answers are removed from
-the batch and waiting answers are added. A free slot is given to the request with the fewest answers in progress, so that a
-request with many answers does not block other requests. A pass computes one token of each answer and a limited number of
-prompt tokens. Therefore a long prompt does not stop the other answers.
+A slot is a place for one answer in the batch. A pass computes one token of each answer and a limited number of prompt
+tokens. Therefore a long prompt does not stop the other answers.
 """
 
 from collections import deque
@@ -26,18 +24,14 @@ from sage.llm.workers.sampling import Piece
 
 @dataclass(eq=False)
 class _Request:
-    """A request with its answers; all answers deliver pieces to the same job."""
-
     job: Job[Piece]
     waiting: deque[Answer]
     adapter: Adapter | None
-    in_progress: int = 0  #: number of answers in progress
+    in_progress: int = 0
 
 
 @dataclass(eq=False)
 class _Row:
-    """An answer in progress."""
-
     answer: Answer
     request: _Request
     pending: list[int]  #: tokens that the model has not processed yet
@@ -53,9 +47,9 @@ class Batch(JobThread):
     """A thread that computes answers in batches."""
 
     def __init__(self, runner: Runner, slots: int, cache_tokens: int | None = None) -> None:
-        """slots: maximum number of answers in progress; further answers wait.
+        """slots: maximum number of answers in progress.
 
-        cache_tokens: maximum sum of the tokens of the prompts and answers in progress; None: not limited. A longer answer is
+        cache_tokens: maximum sum of the tokens of the prompts and answers in progress. None: not limited. A longer answer is
         computed alone.
         """
         self._runner, self._slots, self._cache_tokens = runner, slots, cache_tokens
@@ -66,7 +60,7 @@ class Batch(JobThread):
         super().__init__("Generation")
 
     def submit(self, job: Job[Piece], answers: Sequence[Answer], adapter: Adapter | None = None) -> None:
-        """Queue the answers of a request; the job is finished when all answers have ended.
+        """Queue the answers of a request.
 
         adapter: None for the base model. Raises SageError if the thread has ended or was closed.
         """
@@ -105,7 +99,6 @@ class Batch(JobThread):
                     self._pass([row for row, _ in parts], [part for _, part in parts])
 
     def _receive(self) -> None:
-        """Take the requests that have arrived; if there is no other work, wait for a request."""
         while not self._arrivals.empty() or not self._requests:
             arrived = self._arrivals.get()
             if arrived is None:
@@ -119,7 +112,6 @@ class Batch(JobThread):
                 arrived()
 
     def _retire(self) -> None:
-        """Remove answers that have ended, and requests that have ended or were cancelled."""
         for row in [row for row in self._rows if row.answer.has_ended or row.request.job.gone.is_set()]:
             self._rows.remove(row)
             row.request.in_progress -= 1
@@ -129,7 +121,7 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Give each free slot to the request with the fewest answers in progress; among equals, to the oldest request."""
+        """Give each free slot to the oldest request among the requests with the fewest answers in progress."""
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
             if not self._has_memory(request.waiting[0]):
@@ -139,7 +131,6 @@ class Batch(JobThread):
             self._rows.append(_Row(answer, request, answer.prompt))
 
     def _has_memory(self, answer: Answer) -> bool:
-        """Return whether the key/value cache has room for one more answer."""
         used = sum(_tokens(row.answer) for row in self._rows)
         return not (self._rows and self._cache_tokens) or used + _tokens(answer) <= self._cache_tokens
 
@@ -161,7 +152,7 @@ class Batch(JobThread):
         return chosen
 
     def _pass(self, rows: list[_Row], parts: list[Part]) -> None:
-        """Run one pass. If it fails, run each part alone, so that only answers whose part fails again get an error."""
+        """Run one pass. If the pass fails, run each part alone, so that only answers whose part fails again get an error."""
 
         def check() -> None:
             if all(row.request.job.gone.is_set() for row in rows):
@@ -182,7 +173,6 @@ class Batch(JobThread):
             self._pass([row], [part])
 
     def _settle(self, rows: list[_Row], parts: list[Part], logits: list[Tensor]) -> None:
-        """Give each answer its logits, and choose the next token of each answer whose prompt is processed."""
         try:
             best = torch.stack([own[-1] for own in logits]).argmax(-1).tolist()
         except BaseException as error:  # noqa: BLE001 # the pass cannot be repeated, because the caches have changed

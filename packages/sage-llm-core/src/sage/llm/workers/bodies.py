@@ -1,4 +1,4 @@
-"""Read request bodies. A body must be JSON with valid Unicode, within limits of size and nesting."""
+"""Read request bodies, which must be JSON with valid Unicode, within limits of size and nesting."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from sage.common.errors import ConfigError
 
 MAX_NESTING = 100
-#: A JSON escape of a surrogate. A surrogate is half a character; it is not valid Unicode without the other half.
+#: A JSON escape of a surrogate. A surrogate is half a character, and is not valid Unicode without the other half.
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 

@@ -10,7 +10,7 @@ from sage.llm.workers.sampling import Sampling
 
 #: If the temperature is below this value, decoding is greedy, because logits divided by the temperature could overflow.
 _GREEDY_BELOW = 1e-5
-#: The top_p nucleus is first searched among this number of most likely tokens. Sorting all tokens would take milliseconds.
+#: The top_p nucleus is first searched among this number of most likely tokens, which is faster than sorting all tokens.
 _NUCLEUS_TOKENS = 256
 
 
@@ -43,7 +43,7 @@ class Chooser:
         return self._is_greedy and not self.adjustments
 
     def choose(self, answer: list[int], logits: Tensor) -> int:
-        """Return the next token. answer: the tokens so far; logits: (vocab_size,), not changed."""
+        """Return the next token.  answer: the tokens so far.  logits: (vocab_size,), not changed."""
         if self.adjustments:
             logits = logits.to(torch.float32, copy=True)  # in bf16, rounding could remove small penalties
             for adjust in self.adjustments:
@@ -67,10 +67,7 @@ class Chooser:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the smallest set of most likely tokens whose total probability reaches `top_p`.
-
-    The tokens are returned as probabilities and indices, with the most likely token first.
-    """
+    """Return the smallest set of most likely tokens whose total probability reaches `top_p`."""
     count = _NUCLEUS_TOKENS
     while True:
         best, tokens = probabilities.topk(min(count, len(probabilities)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sage.common.errors import ConfigError, ModelError, first_line
+from sage.libs.models.embedding import check_embeds
 from sage.libs.models.memory import is_out_of_memory
 from sage.llm.workers import server
 from sage.llm.workers.requests import EmbeddingRequest
@@ -53,11 +54,12 @@ class Embedder:
     def read(self, request: EmbeddingRequest) -> list[Input]:
         """Return the checked inputs of a request.
 
-        Raises ConfigError if an input is empty, is too long, or contains unknown tokens, or if the vectors of the model are
-        shorter than the request demands.
+        Raises ConfigError if an input is empty, is too long, or has unknown tokens, or if `dimensions` is too large.
         """
         if request.dimensions and request.dimensions > self.dimensions:
-            raise _invalid(f"dimensions is {request.dimensions}; this model's vectors have {self.dimensions}.", "dimensions")
+            raise _invalid(
+                f"dimensions is {request.dimensions}; this model's vectors have {self.dimensions} components.", "dimensions"
+            )
         return [self._read(f"input {index}", given) for index, given in enumerate(request.input)]
 
     def embed(self, inputs: list[Input]) -> Tensor:
@@ -111,11 +113,7 @@ class Embedder:
         return vectors.float().cpu()
 
     def _embeds_tokens_as(self, expected: Tensor) -> bool:
-        """Return whether the model computes the same vector for the test text and for the token ids of this text.
-
-        expected: the vector that the model has computed for the text. The two vectors differ, for example, if the model adds
-        a chat template to texts but not to token ids.
-        """
+        """Return whether the token ids of the test text give the same vector as the text, which gave `expected`."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
         except Exception as error:  # the model accepts only texts
@@ -129,6 +127,7 @@ class Embedder:
 
 
 def _load(folder: Path) -> Any:
+    check_embeds(folder)
     for pickle in folder.rglob("pytorch_model.bin"):
         if not any(pickle.parent.glob("*.safetensors")):
             raise _unusable(folder, f"has pickled weights ({pickle.relative_to(folder)}); only safetensors are loaded")

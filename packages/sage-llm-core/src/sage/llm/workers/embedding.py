@@ -61,12 +61,11 @@ def _response(request: EmbeddingRequest, vectors: list[Tensor], tokens: int) -> 
 
 
 def _shortened(vector: Tensor, dimensions: int | None) -> Tensor:
-    """Return the first `dimensions` components of a vector, normalized again, as OpenAI does; None: all components."""
+    """Return the first `dimensions` components of a vector, normalized again, as OpenAI does. None: all components."""
     return vector if dimensions is None else torch.nn.functional.normalize(vector[:dimensions], dim=0)
 
 
 def _encoded(vector: Tensor, request: EmbeddingRequest) -> list[float] | str:
-    """Return a vector as a list of numbers, or as base64 text of little-endian fp32 values."""
     if request.encoding_format == "base64":
         return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
     numbers: list[float] = vector.tolist()

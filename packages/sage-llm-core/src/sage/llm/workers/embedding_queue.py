@@ -24,7 +24,7 @@ class Request:
     vectors: dict[int, Any] = field(default_factory=dict)  #: by position of the input
 
     def add(self, position: int, vector: Any) -> None:
-        """Store the vector of an input; with the last vector, deliver all vectors to the job."""
+        """Store the vector of an input. With the last vector, deliver all vectors to the job."""
         self.vectors[position] = vector
         if len(self.vectors) == self.inputs:
             self.job.put([self.vectors[at] for at in range(self.inputs)])
@@ -44,22 +44,20 @@ class Entry(NamedTuple, Generic[T]):
 class FairQueue(Generic[T]):
     """Inputs of several requests, in classes of similar length (up to 16 tokens, up to 32, up to 64, ...).
 
-    A batch is taken from one class, so that less than half of the batch is padding. The class is chosen by weighted fair
-    queueing (Demers, Keshav and Shenker 1989). This method simulates that all requests are computed at the same time with
-    equal shares, the shortest input of a request first. Inputs are served in the order in which they are complete in the
-    simulation. Therefore a short request waits for about one batch, even if other requests have many inputs. A long
-    request also gets its share.
+    The class of a batch is chosen by weighted fair queueing (Demers, Keshav and Shenker 1989). This method simulates that
+    all requests are computed at the same time with equal shares, the shortest input of a request first. Inputs are served in
+    the order in which they are complete in the simulation.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        """max_tokens: maximum number of tokens in a batch, with padding; a longer input is computed alone."""
+        """max_tokens: maximum number of tokens in a batch, with padding. A longer input is computed alone."""
         self._max_tokens = max_tokens
         self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: by padded length: a heap of waiting inputs
         self._waiting: Counter[Request] = Counter()
         self._served, self._order = 0.0, count()  #: time of the simulation, in tokens
 
     def add(self, request: Request, inputs: Sequence[T], lengths: Sequence[int]) -> None:
-        """Add the inputs of a request; lengths: number of tokens of each input."""
+        """Add the inputs of a request.  lengths: number of tokens of each input."""
         turn = self._served
         self._waiting[request] = len(inputs)
         for index in sorted(range(len(inputs)), key=lengths.__getitem__):
@@ -69,7 +67,7 @@ class FairQueue(Generic[T]):
             heapq.heappush(self._classes[padded], Entry(turn, next(self._order), tokens, request, index, inputs[index]))
 
     def take(self) -> list[Entry[T]]:
-        """Remove and return the next batch; [] if no input waits. Inputs of cancelled requests are discarded."""
+        """Remove and return the next batch, or [] if no input waits."""
         batch: list[Entry[T]] = []
         while self._classes and not batch:
             padded, heap = min(self._classes.items(), key=lambda item: item[1][0])
@@ -91,13 +89,12 @@ class Batcher(JobThread, Generic[T]):
     """A thread that computes the vectors of the inputs in a FairQueue, one batch after another."""
 
     def __init__(self, embed: Callable[[list[T]], Sequence[Any]], max_tokens: int) -> None:
-        """embed: function that returns a vector for each input."""
         self._embed, self._queue = embed, FairQueue[T](max_tokens)
         self._changed = threading.Condition()
         super().__init__("Embedding")
 
     def submit(self, inputs: Sequence[T], lengths: Sequence[int]) -> Job[list[Any]]:
-        """Queue a request; the returned job delivers the list of vectors in the order of the inputs.
+        """Queue a request. The returned job delivers the list of vectors in the order of the inputs.
 
         Raises SageError if the thread has ended or was closed.
         """

@@ -14,10 +14,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """If the block raises a SageError, print the error as the last line of the log, and exit with code 1.
-
-    The control plane shows this line to users.
-    """
+    """If the block raises a SageError, print the error as the last line of the log, and exit with code 1."""
     try:
         yield
     except SageError as error:
@@ -32,7 +29,7 @@ def is_device_lost(error: BaseException) -> bool:
 
 
 def internal_error(error: BaseException, doing: str) -> SageError:
-    """Return the error for the client, and log the traceback.
+    """Return the error for the client, and log the traceback of an unexpected exception.
 
     The error and the log do not contain the exception's message, because the message can quote text from the request.
     """

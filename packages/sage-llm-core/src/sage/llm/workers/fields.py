@@ -19,7 +19,6 @@ def _stops(value: Any) -> Any:
 
 
 def _inputs(value: Any) -> Any:
-    """Return a list of texts, or a list of lists of token ids."""
     if isinstance(value, str) or _are_ids(value):
         return [value]
     if isinstance(value, list) and value:
@@ -27,9 +26,10 @@ def _inputs(value: Any) -> Any:
             raise ValueError(f"has {len(value)} inputs; at most {MAX_INPUTS} are allowed")
         if all(isinstance(part, str) for part in value) or all(map(_are_ids, value)):
             return value
+    allowed = f"must be a text, a list of token ids, or a list of 1 to {MAX_INPUTS} texts or of 1 to {MAX_INPUTS} such lists"
     if value in ([], [[]]):
-        raise ValueError(f"is empty; it must be text, token ids, or a list of 1 to {MAX_INPUTS} texts or lists of token ids")
-    raise ValueError(f"must be text, token ids, or a list of 1 to {MAX_INPUTS} texts or lists of token ids")
+        raise ValueError(f"is empty; it {allowed}")
+    raise ValueError(allowed)
 
 
 def _are_ids(value: Any) -> bool:
@@ -92,7 +92,7 @@ LogitBias = dict[
 
 
 class Body(BaseModel):
-    """A JSON object; null fields count as absent, and unknown fields are rejected."""
+    """A JSON object. Null fields count as absent, and unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -59,7 +59,7 @@ class Engine:
         served_name: str | None,
         cache_tokens: int | None = None,
     ) -> None:
-        """slots: maximum number of answers in progress; served_name: name of the base model; None: any name is accepted."""
+        """slots: maximum number of answers in progress.  served_name: name of the base model. None: any name is accepted."""
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._slots = slots if generator.is_batching else 1
         self._cache_tokens = cache_tokens
@@ -138,7 +138,7 @@ class Engine:
             raise ConfigError(
                 code="context_length_exceeded",
                 message=f"The prompt has {prompt_tokens} tokens, and the answer may have {answer_tokens}; the engine's "
-                f"key/value cache has {self._cache_tokens}.",
+                f"key/value cache has {self._cache_tokens} tokens.",
                 hint="Shorten the prompt, or set a smaller max_tokens.",
                 param=param,
             )
@@ -146,7 +146,6 @@ class Engine:
     def _choice(
         self, index: int, prompt: list[int], sampling: Sampling, voice: Voice, job: Job[Piece], continues: bool
     ) -> Answer:
-        """Return the answer for one choice of a request."""
         seed = None if sampling.seed is None else sampling.seed ^ index
         put = lambda piece: job.put(replace(piece, index=index))  # noqa: E731
         return self._generator.answer(voice, prompt, replace(sampling, seed=seed), put, continues=continues)
@@ -240,7 +239,6 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _characters(value: Any) -> int:
-    """Return the approximate number of characters in the keys and values of a JSON value."""
     if isinstance(value, dict):
         return 1 + sum(len(key) + _characters(part) for key, part in value.items())
     if isinstance(value, list):

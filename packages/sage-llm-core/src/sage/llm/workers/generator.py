@@ -23,7 +23,7 @@ class Generator:
     """A base model, possibly with an adapter merged into it."""
 
     def __init__(self, name: str, dtype: str, context_tokens: int | None = None) -> None:
-        """Load the model. context_tokens: maximum context length; None: the model's own limit. Raises ModelError."""
+        """Load the model.  context_tokens: maximum context length. None: the model's own limit.  Raises ModelError."""
         source, base_folder = load_source(name)
         default = "bf16" if torch.cuda.is_available() else "fp32"
         model = load_causal_lm(base_folder, _DTYPES[default if dtype == "auto" else dtype])
@@ -50,7 +50,7 @@ class Generator:
     def answer(
         self, voice: Voice, prompt: list[int], sampling: Sampling, put: Callable[[Piece], None], *, continues: bool
     ) -> Answer:
-        """Return an answer that is ready to run; the caller must have checked the prompt."""
+        """Return an answer that is ready to run. The caller must have checked the prompt."""
         chooser = Chooser(sampling, self.generation_config, prompt)
         limit = min(sampling.max_tokens, self.context_tokens - len(prompt))
         return Answer(voice, prompt, sampling, chooser, limit, put, continues=continues)

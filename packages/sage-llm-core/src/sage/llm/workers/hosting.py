@@ -50,14 +50,13 @@ class Hosted:
     """A model in the server, with the number of requests that use it."""
 
     def __init__(self, folder: Path, voice: Voice, adapter: Adapter | None) -> None:
-        """adapter: None for the base model."""
         self.folder, self.voice, self.adapter = folder, voice, adapter
         self.created = int(time.time())
         self._requests = 0
         self._unused = asyncio.Event()
 
     def enter(self) -> None:
-        """Count a request that uses the model; the model is not unloaded until `leave` is called."""
+        """Count a request that uses the model."""
         self._requests += 1
         self._unused.clear()
 
@@ -77,7 +76,7 @@ class Hosting:
     """Finds models by name, and loads and unloads adapters."""
 
     def __init__(self, generator: Generator, batch: Batch, served_name: str | None) -> None:
-        """served_name: name of the base model; None: every name except the names of adapters means the base model."""
+        """served_name: name of the base model. None: every name except the names of adapters means the base model."""
         self._generator, self._batch, self._served_name = generator, batch, served_name
         self._base = Hosted(generator.folder, generator.voice, None)
         self._adapters: dict[str, Hosted] = {}
@@ -106,7 +105,7 @@ class Hosting:
         ]  # fmt: skip
 
     async def load(self, name: str, folder: Path) -> None:
-        """Load an adapter; do nothing if it is already loaded. Raises ConfigError or ModelError."""
+        """Load an adapter, unless `name` is already loaded from the same folder. Raises ConfigError or ModelError."""
         async with self._loading:
             if (known := self._adapters.get(name)) and known.folder == folder:
                 return
@@ -143,7 +142,6 @@ class Hosting:
         return runner
 
     def _read(self, folder: Path) -> tuple[Hosted, Adapter]:
-        """Read an adapter's weights and tokenizer, and check that they fit the base model."""
         if not folder.is_absolute():
             message = "lora_path is not an absolute path."
             raise ConfigError(code="invalid_value", message=message, param="lora_path")

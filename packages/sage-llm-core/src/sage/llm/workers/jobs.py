@@ -21,10 +21,7 @@ class ClientGone(Exception):
 
 
 class Job(Generic[T]):
-    """The work of one request.
-
-    A worker thread computes pieces of the result and delivers them to the event loop. An exception ends the job.
-    """
+    """The work of one request. A worker thread delivers pieces of the result to the event loop."""
 
     def __init__(self, on_finish: Callable[[], None] = lambda: None) -> None:
         """on_finish: called in the event loop when the work has ended, even if the job was cancelled."""
@@ -35,11 +32,11 @@ class Job(Generic[T]):
         self._arrived: asyncio.Queue[T | SageError | None] = asyncio.Queue()
 
     def put(self, piece: T | SageError | None) -> None:
-        """Deliver a piece to the event loop; None ends the answer. Called by the worker thread."""
+        """Deliver a piece to the event loop; None ends the answer."""
         self._call(self._arrived.put_nowait, piece)
 
     def finish(self, ending: SageError | None) -> None:
-        """Tell the event loop that the work has ended; ending: the error that ended the work, or None."""
+        """Tell the event loop that the work has ended.  ending: the error that ended the work, or None."""
         self._call(self._finish, ending)
 
     def _finish(self, ending: SageError | None) -> None:
@@ -52,13 +49,13 @@ class Job(Generic[T]):
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def abandon(self, reason: SageError | None = None) -> None:
-        """Cancel the job; if `reason` is given, the consumer of the pieces receives it as an exception."""
-        if reason:  # put the error first: as soon as `gone` is set, the worker can put the end of the answer
+        """Cancel the job. If `reason` is given, the consumer of the pieces receives `reason` as an exception."""
+        if reason:  # before `gone` is set, because the worker can then put the end of the answer
             self.put(reason)
         self.gone.set()
 
     def fail(self, error: BaseException, doing: str) -> None:
-        """Cancel the job because of an unexpected exception; the consumer receives a SageError.
+        """Cancel the job because of an unexpected exception.
 
         If the process cannot use its GPU any more, raise the exception again, so that the thread and then the server end.
         """
@@ -73,7 +70,6 @@ class Job(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        """Return the next piece. Raises the SageError that ended the work."""
         piece = await self._arrived.get()
         if piece is None:
             raise StopAsyncIteration
@@ -91,7 +87,7 @@ class Lane:
         self._jobs: WeakSet[Job[Any]] = WeakSet()
 
     def submit(self, work: Callable[[Job[T]], None]) -> Job[T]:
-        """Queue a function as a job, and return the job; a job that is cancelled before it starts is skipped."""
+        """Queue a function as a job, and return the job."""
         job: Job[T] = Job()
         self._jobs.add(job)
         self._pool.submit(self._do, job, work)
@@ -132,7 +128,6 @@ class JobThread:
     """A thread that works on several jobs at once. If the thread ends unexpectedly, all jobs end with an error."""
 
     def __init__(self, name: str) -> None:
-        """Start the thread."""
         self._name = name
         self._jobs: WeakSet[Job[Any]] = WeakSet()
         self._lock = threading.RLock()  # reentrant, because a signal handler can call `close` at any time
@@ -187,7 +182,7 @@ def _thread_ended() -> SageError:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`; if the client disconnects first, cancel `work` and raise ClientGone."""
+    """Return the result of `work`. If the client disconnects first, cancel `work` and raise ClientGone."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,4 @@
-"""Start llama.cpp's server: find or create the GGUF file of a model, then replace this process with the server.
-
-This module does not import torch; the conversion runs in separate processes.
-"""
+"""Start llama.cpp's server: find or create the GGUF file of a model, then replace this process with the server."""
 
 import argparse
 import json
@@ -43,7 +40,7 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Replace this process with the server. On an error, print it as the last line of the log and exit with code 1."""
+    """Replace this process with the server. Print an error as the last line of the log, and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--served-name", required=True, help="The model's name in requests.")

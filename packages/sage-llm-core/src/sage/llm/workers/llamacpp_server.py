@@ -1,4 +1,4 @@
-"""Serve a GGUF file with llama.cpp's HTTP server. This script runs in llama.cpp's environment, without SAGE's packages."""
+"""Serve a GGUF file with llama.cpp's HTTP server, in llama.cpp's environment without SAGE's packages."""
 
 import json
 import os
@@ -12,16 +12,12 @@ _F32, _BF16 = xllamacpp.ggml_type.GGML_TYPE_F32, xllamacpp.ggml_type.GGML_TYPE_B
 
 
 def parameters(given: dict[str, Any]) -> Any:
-    """Return the parameters of llama.cpp's server.
-
-    given: the options that `server_options` in llamacpp.py returns. If `is_exact` is set, keys and values are stored in
-    fp32. `sampling` has the defaults for the sampling parameters of requests.
-    """
+    """Return the parameters of llama.cpp's server.  given: the options that `server_options` in llamacpp.py returns."""
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
     params.hostnames, params.port = ["127.0.0.1"], given["port"]
     params.api_keys = [os.environ["SAGE_SERVER_KEY"]]  # without a key, web pages could use the server
-    # A slot computes one answer at a time; all slots share one cache.
+    # All slots share one cache.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True
     params.kv_unified_per_slot = given["context_tokens"]
     params.n_predict, params.use_jinja, params.ui = given["max_tokens"], True, False

@@ -1,4 +1,4 @@
-"""The required form of an answer (text, JSON for a schema, function calls), and the grammar that enforces this form.
+"""The required form of an answer (text, JSON for a schema, function calls), and a grammar for this form.
 
 The grammars are written in llguidance's variant of Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
@@ -34,10 +34,10 @@ class Output:
         return {function["name"]: function.get("parameters") or {} for function in self.functions}
 
     def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
-        """Return the grammar of the answer; None if every text is allowed.
+        """Return the grammar of the answer, or None if every text is allowed.
 
         special: ids of the tokenizer's special tokens, by text.
-        is_reasoning: whether the prompt ends inside the reasoning. The grammar does not restrict the reasoning.
+        is_reasoning: whether the prompt ends inside the reasoning.
         Raises ConfigError if the format in which the model writes calls cannot be enforced.
         """
         is_strict = any(function.get("strict") for function in self.functions)
@@ -97,7 +97,7 @@ def _literal(text: str) -> str:
 
 
 def _marker(text: str, special: Mapping[str, int]) -> str:
-    """Return a grammar expression that matches a marker; a marker can contain special tokens and other text."""
+    """Return a grammar expression that matches a marker, which can contain special tokens and other text."""
     names = sorted((name for name in special if name in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     return " ".join(f"<[{special[part]}]>" if part in special else _literal(part) for part in parts if part)
@@ -111,7 +111,7 @@ def _rule_until(name: str, marker: str, special: Mapping[str, int]) -> str:
 
 
 def _text_without(marker: str | None) -> str:
-    """Return a grammar expression that matches any text without a call; marker: text that begins a call, if any."""
+    """Return a grammar expression that matches any text without a call.  marker: text that begins a call, if any."""
     return f"/(?s:.*)/ & ~/(?s:.*){_pattern(marker)}(?s:.*)/" if marker else r"/([^\s{\[](?s:.*))?/"
 
 

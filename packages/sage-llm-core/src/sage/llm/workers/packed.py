@@ -1,8 +1,7 @@
 """Run the tokens of several answers in one forward pass, concatenated in one row, without padding.
 
 The linear layers compute all tokens together. Attention is computed separately for each answer, with the keys and values of
-this answer. Therefore an answer can join or leave the batch between two passes. One pass can contain parts of long prompts
-and single tokens of other answers.
+this answer.
 """
 
 from collections.abc import Callable
@@ -16,14 +15,14 @@ from transformers import AttentionInterface
 
 from sage.llm.workers.adapters import Adapter, Adapters
 
-#: Name of this attention function in transformers; training uses another name for its attention function.
+#: Name of this attention function in transformers.
 ATTENTION = "sage_serving_packed"
-#: Capacity of a new cache, in tokens.
+#: Usual capacity of a cache after its first allocation, in tokens.
 _FIRST_ROOM_TOKENS = 256
 #: Maximum number of prompt tokens in a pass. The number is small on a CPU, where a large pass would delay all answers.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
-#: Length of the prompt that tests a new adapter. With this length, a mixture of experts uses several of its experts.
+#: Length of the prompt that tests a new adapter, so long that a mixture of experts uses several of its experts.
 _PROBE_TOKENS = 16
 
 
@@ -32,7 +31,7 @@ class Abandoned(Exception):
 
 
 class KeyValueCache:
-    """Keys and values of one answer, for all layers. The capacity doubles when the cache is full."""
+    """Keys and values of one answer, for all layers."""
 
     def __init__(self, layers: int, limit_tokens: int) -> None:
         self._layers, self._limit = layers, limit_tokens
@@ -43,7 +42,7 @@ class KeyValueCache:
     def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
         """Increase the capacity if `tokens` more tokens do not fit.
 
-        key, value: (kv_heads, any, head_dim); they define the sizes, data type and device of the cache.
+        key, value: (kv_heads, any, head_dim), which define the sizes, data type and device of the cache.
         """
         if self.length + tokens <= self._room:
             return
@@ -70,8 +69,6 @@ class Part:
 
 
 class _Pass:
-    """The state of attention in one forward pass."""
-
     def __init__(self, parts: list[Part], check: Callable[[], None]) -> None:
         self._parts, self._check = parts, check
         self._lengths = [len(part.tokens) for part in parts]
@@ -82,7 +79,7 @@ class _Pass:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
         """Store keys and values, and return the output of attention, (1, tokens, heads, head_dim).
 
-        query: (1, heads, tokens, head_dim); key, value: (1, kv_heads, tokens, head_dim).
+        query: (1, heads, tokens, head_dim).  key, value: (1, kv_heads, tokens, head_dim).
         """
         self._check()
         if not self._places:
@@ -112,12 +109,12 @@ class _Pass:
     def _one(self, at: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
         """Return the output of one answer, (tokens, heads, head_dim).
 
-        query: (heads, tokens, head_dim); keys, values: (kv_heads, length, head_dim).
+        query: (heads, tokens, head_dim).  keys, values: (kv_heads, length, head_dim).
         """
         heads, tokens, _ = query.shape
         kv_heads, length, _ = keys.shape
         grouped = query.unflatten(0, (kv_heads, heads // kv_heads))  # (kv_heads, group, tokens, head_dim)
-        if tokens == 1:  # the query heads of a group share keys and values: pass them as tokens of one head
+        if tokens == 1:  # query heads of a group share keys and values, so pass them as tokens of one head
             if window and window < length:
                 keys, values = keys[:, -window:], values[:, -window:]
             output = scaled_dot_product_attention(grouped[None, :, :, 0], keys[None], values[None], scale=scaling)
@@ -131,7 +128,7 @@ class _Pass:
         return output.reshape(heads, tokens, -1).transpose(0, 1)
 
     def _mask(self, at: int, tokens: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Return the mask that is added to the scores, (tokens, length); None: causal attention over the whole prompt."""
+        """Return the mask that is added to the scores, (tokens, length). None: causal attention over the whole prompt."""
         if tokens == length and (window is None or window >= length):
             return None
         if (at, window) not in self._masks:
@@ -149,7 +146,6 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, scaling: float | None = None,
     packed: _Pass | None = None, sliding_window: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Compute attention; this function has the interface of transformers."""
     if packed is None or options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("packed passes do not support this kind of attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -166,11 +162,11 @@ class PackedRunner:
         self._model = model
         self.adapters = Adapters(model)
         self._layers = int(model.config.get_text_config().num_hidden_layers)
-        self.prompt_tokens = _PROMPT_TOKENS[model.device.type]  #: maximum number of prompt tokens in a pass
+        self.prompt_tokens = _PROMPT_TOKENS[model.device.type]
         self.windows: dict[int, int | None] = {}  #: sliding window of each layer in the last pass
 
     def new_cache(self, limit_tokens: int) -> KeyValueCache:
-        """Return an empty cache for an answer. limit_tokens: maximum length of prompt and answer together."""
+        """Return an empty cache for an answer.  limit_tokens: maximum length of prompt and answer together."""
         return KeyValueCache(self._layers, limit_tokens)
 
     def add(self, adapter: Adapter) -> None:
@@ -185,7 +181,8 @@ class PackedRunner:
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
         """Run the parts in one pass, and return the logits of each part, (tokens or 1, vocab_size).
 
-        check: called before every layer; an exception from `check` ends the pass. A failed pass does not change the caches.
+        check: called in every layer. An exception from `check` ends the pass. A failed pass does not change the
+        caches.
         """
         ids, positions, kept, counts = list[int](), list[int](), list[int](), list[int]()
         for part in parts:

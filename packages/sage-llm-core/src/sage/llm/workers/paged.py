@@ -1,7 +1,7 @@
 """Run the tokens of several answers in one forward pass with OpenVINO's paged attention.
 
-Keys and values are stored in blocks of equal size, which are shared by all answers. OpenVINO computes the attention of each
-answer with the list of its blocks, so an answer can join or leave the batch between two passes.
+Keys and values are stored in blocks of equal size. OpenVINO computes the attention of each answer with the list of the
+answer's blocks.
 """
 
 import heapq
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sage.llm.workers.packed import Part
 
-#: Maximum number of prompt tokens in a pass. It is small, because the other answers wait for the pass.
+#: Maximum number of prompt tokens in a pass. The number is small, because the other answers wait for the pass.
 _PROMPT_TOKENS = 128
 #: Computation in fp32, and no pinned threads, because other processes use the same cores.
 _SETTINGS: Mapping[str, Any] = {
@@ -39,7 +39,7 @@ class PagedRunner:
     prompt_tokens = _PROMPT_TOKENS
 
     def __init__(self, folder: Path, slots: int, context_tokens: int, threads: int) -> None:
-        """folder: a model in OpenVINO's format; slots: maximum number of answers in progress."""
+        """folder: a model in OpenVINO's format.  slots: maximum number of answers in progress."""
         import openvino
 
         model = openvino.Core().read_model(folder / "openvino_model.xml")
@@ -60,7 +60,7 @@ class PagedRunner:
         self._free = list(range(count))  #: numbers of the free blocks, as a heap
 
     def new_cache(self, _limit_tokens: int) -> Blocks:
-        """Return an empty cache for an answer; its blocks are free again when the object is deleted."""
+        """Return an empty cache for an answer. The blocks of the cache are free again when the object is deleted."""
         cache = Blocks()
         weakref.finalize(cache, self._release, cache.numbers)
         return cache
@@ -68,7 +68,8 @@ class PagedRunner:
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
         """Run the parts in one pass, and return the logits of each part, (tokens or 1, vocab_size).
 
-        The logits are valid until the next pass. check: called before the pass; an exception from `check` ends the pass.
+        The logits are valid until the next pass.  check: called before the pass. An exception from `check` prevents
+        the pass.
         """
         check()
         ids, positions, kept, counts = list[int](), list[int](), list[int](), list[int]()

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API. Unknown fields are rejected. For some known fields, only a value without effect is accepted."""
+"""Requests of OpenAI's API, in which unknown fields are rejected."""
 
 from typing import Annotated, Any, Literal
 
@@ -46,7 +46,7 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """Return the JSON schema of the answer; None: any text. Raises ConfigError if fields contradict each other."""
+        """Return the JSON schema of the answer. None: any text. Raises ConfigError if fields contradict each other."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise _refusal("response_format", "'json_schema' is required if 'type' is 'json_schema', else not allowed.")
         if self.json_schema:
@@ -96,7 +96,7 @@ class GenerationRequest(Body):
 
 
 class TextPart(Body):
-    """A part of a message. Only text is supported."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -177,7 +177,7 @@ class ChatRequest(GenerationRequest):
         return [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
 
     def offered_tools(self) -> list[dict[str, Any]]:
-        """Return the tools for the chat template; [] if the model must not call tools."""
+        """Return the tools for the chat template, or [] if the model must not call tools."""
         if self.tool_choice and self.tool_choice.mode == "none":
             return []
         return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]

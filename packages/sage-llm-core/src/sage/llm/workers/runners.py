@@ -35,7 +35,7 @@ class Runner(Protocol):
 
 
 def runner_for(model: Any) -> Runner:
-    """Return a PackedRunner, or a SequentialRunner if packed passes do not support the model's layers."""
+    """Return a PackedRunner, or a SequentialRunner if packed passes do not work for the model."""
     own = model.config._attn_implementation  # noqa: SLF001 # transformers has no public getter
     try:
         if problem := _packed_problem(model):
@@ -50,10 +50,7 @@ def runner_for(model: Any) -> Runner:
 
 
 def _packed_problem(model: Any) -> str | None:
-    """Switch the model to packed attention and test the model; return why its results are wrong, or None if they are right.
-
-    Can also raise any exception if the model does not support packed attention.
-    """
+    """Switch the model to packed attention, and return why the results are wrong, or None."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _SHARED_ROPE:
@@ -78,7 +75,6 @@ def _packed_problem(model: Any) -> str | None:
 
 
 def _expected_windows(config: Any) -> dict[int, int | None]:
-    """Return the sliding window of each layer according to the configuration."""
     count, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
     return {at: window if kind == "sliding_attention" else None for at, kind in enumerate(types)}

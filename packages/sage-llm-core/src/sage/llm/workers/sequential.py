@@ -18,8 +18,6 @@ _WHOLE = 10**9
 
 
 class _State:
-    """The cache of one answer; `memory` is the model's own cache object."""
-
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.memory: Any = None

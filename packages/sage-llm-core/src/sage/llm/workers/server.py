@@ -26,8 +26,7 @@ from sage.llm.workers.failures import exit_on_error
 from sage.llm.workers.guard import Guard, error_response
 from sage.llm.workers.jobs import ClientGone
 
-#: Seconds until the server closes an idle connection. Clients close idle connections earlier, so that they never send a
-#: request to a connection that the server has closed.
+#: Seconds until the server closes an idle connection.
 _KEEP_ALIVE_SECONDS = 75
 #: Maximum seconds to wait for the end of answers in progress when the engine stops.
 _SHUTDOWN_SECONDS = 3
@@ -63,7 +62,8 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[str, Any]] = dict) -> FastAPI:
     """Return an application with `/health` and OpenAI's error format.
 
-    close: called at shutdown; about: returns more fields for `/health`, or raises SageError if the server cannot answer.
+    close: called at shutdown.  about: returns more fields for `/health`, or raises SageError if the server cannot
+    answer.
     """
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
@@ -99,10 +99,7 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
 
 
 def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
-    """Return one error for the first invalid field that pydantic reports.
-
-    If pydantic reports several errors for this field, the most deeply nested error is used: it is the most precise one.
-    """
+    """Return one error for the first invalid field that pydantic reports."""
     place = findings[0]["loc"][:2]
     finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
     # The path from pydantic also contains the names of union members, which are not fields.
@@ -142,7 +139,7 @@ def load_source(name: str) -> tuple[ModelSource, Path]:
 
 
 def run(build: Callable[[], FastAPI], arguments: argparse.Namespace) -> None:
-    """Load the model and serve it. If loading fails, print the error as the last line of the log and exit with code 1."""
+    """Load and serve the model. If an error ends the server, print the error as the last line of the log."""
     configure_logging()
     with exit_on_error():
         app = build()
@@ -169,8 +166,6 @@ def serve(config: uvicorn.Config, app: FastAPI, sockets: list[socket.socket] | N
 
 
 class _Server(uvicorn.Server):
-    """A server that ends the answers in progress immediately when it receives a stop signal."""
-
     def __init__(self, config: uvicorn.Config, close: Callable[[], None], about: Callable[[], dict[str, Any]]) -> None:
         super().__init__(config)
         self._close, self._about = close, about
@@ -186,6 +181,5 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a stop signal: stop the server and end the answers."""
         super().handle_exit(sig, frame)
         self._close()

@@ -12,7 +12,7 @@ from sage.llm.workers.tool_calls import AnswerReader, Call, Part
 
 
 class Shape:
-    """Builds the response to one request. Subclasses define the format of chats and completions."""
+    """Builds the response to one request."""
 
     kind: str
     chunk_kind: str
@@ -43,7 +43,7 @@ class Shape:
         return self._object(self.kind, made, usage=self._usage())
 
     def chunks(self, piece: Piece, *, is_first: bool) -> list[dict[str, Any]]:
-        """Return the stream chunks of a piece; is_first: the piece is the first one of its choice."""
+        """Return the stream chunks of a piece.  is_first: the piece is the first piece of its choice."""
         self._completion_tokens += piece.completion_tokens
         made = []
         delta = self._delta(piece, is_first=is_first)
@@ -64,11 +64,10 @@ class Shape:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:
-        """Return the content of a choice from its pieces."""
         raise NotImplementedError
 
     def _delta(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
-        """Return the delta of a stream chunk for a piece; {} if the piece adds nothing."""
+        """Return the delta of a stream chunk for a piece, or {} if the piece adds nothing."""
         raise NotImplementedError
 
     def _no_delta(self) -> dict[str, Any]:
@@ -100,7 +99,7 @@ class ChatShape(Shape):
     def __init__(self, model: str, *, with_logprobs: bool) -> None:
         super().__init__(model, with_logprobs=with_logprobs)
         self._readers: defaultdict[int, AnswerReader] = defaultdict(lambda: AnswerReader(AnswerFormat(), {}))
-        self._calls: Counter[int] = Counter()  #: number of calls by index of the choice
+        self._calls: Counter[int] = Counter()
 
     def read_with(self, reader: Callable[[], AnswerReader]) -> None:
         """Set the function that creates a reader for each choice. Call this once, before the first piece.
@@ -186,8 +185,7 @@ def _tool_call(call: Call) -> dict[str, Any]:
 def _by_token(score: TokenScore) -> dict[str, float] | None:
     """Return the log-probabilities of the most likely tokens and of the generated token, by token text, as OpenAI does.
 
-    If several tokens have the same text, the first log-probability is used. With `echo`, prompt tokens
-    have log-probabilities too, except the first prompt token: for this token, None is returned.
+    Return None for the first token of an echoed prompt.
     """
     if score.logprob is None:
         return None
@@ -202,7 +200,6 @@ def _named(token: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _spelled(token: bytes) -> str:
-    """Return a token as text, or as escaped bytes if it contains an incomplete character."""
     try:
         return token.decode()
     except UnicodeDecodeError:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sage.common.errors import ConfigError
 
-#: Maximum number of compiled grammars in the cache; each grammar takes several hundred kilobytes.
 _KEPT_GRAMMARS = 64
 _ERROR = re.compile(
     r"at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?(?P<reason>.*?)(?=\n +1 \| |$)", re.DOTALL
@@ -34,7 +33,7 @@ class Constraint:
         self._matcher, self._read_tokens = matcher, 0
 
     def __call__(self, answer: list[int], logits: Tensor) -> Tensor:
-        """Return the logits with -inf for tokens that the grammar does not allow next; answer: the tokens so far."""
+        """Return the logits with -inf for tokens that the grammar does not allow next.  answer: the tokens so far."""
         self._matcher.consume_tokens(answer[self._read_tokens :])
         self._read_tokens = len(answer)
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) > 0
@@ -47,7 +46,7 @@ class Grammars:
     """Compiles grammars for a model and caches the results. Each instance must be used in only one thread."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: list[int]) -> None:
-        """vocab_size: number of logits; end_tokens: tokens that end an answer, allowed only at the end of the grammar."""
+        """vocab_size: number of logits.  end_tokens: tokens that end an answer, allowed only at the end of the grammar."""
         self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, end_tokens
         self._vocabulary: Any = None
         self.compile = lru_cache(_KEPT_GRAMMARS)(self._compile)
@@ -69,7 +68,6 @@ class Grammars:
 
 
 def _unsupported(error: str, grammar: str) -> ConfigError:
-    """Return the error for the client. Lines of the grammar with `json:` come from response_format, others from tools."""
     lines = grammar.splitlines()
     if found := _ERROR.match(error):
         reason = " ".join(found["reason"].split()).partition(". ")[0]

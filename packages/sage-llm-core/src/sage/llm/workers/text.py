@@ -5,8 +5,7 @@ from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-#: Maximum number of tokens to wait for a complete character. If a character is still not complete after this number of
-#: tokens, the text is returned with replacement characters.
+#: Maximum number of tokens to wait for a complete character. Then the text is returned with replacement characters.
 _MAX_PENDING_TOKENS = 256
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -14,19 +13,18 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 class TextDecoder:
     """Decodes tokens one by one. The returned texts together equal the text of all tokens decoded at once.
 
-    A token cannot be decoded alone: a character can consist of several byte tokens, and SentencePiece tokenizers remove a
-    space at the beginning of a text. Therefore each token is decoded together with the tokens before it, and only the added
-    text is returned. An incomplete character at the end is returned later, when the character is complete.
+    A token cannot be decoded alone. A character can consist of several byte tokens, and SentencePiece tokenizers remove a
+    space at the beginning of a text.
     """
 
     def __init__(self, tokenizer: Any, context: list[int] | None = None, shown_tokens: frozenset[int] = frozenset()) -> None:
-        """context: tokens before the text; their text is not returned.  shown_tokens: special tokens to return as text."""
+        """context: tokens before the text. Their text is not returned.  shown_tokens: special tokens to return as text."""
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids) - shown_tokens
         self._ids: list[int] = []
         self._known = 0  #: number of context tokens at the start of `_ids`
         self._shown = ""  #: part of the decoded text that was already returned
-        self.characters = 0  #: number of characters returned so far
+        self.characters = 0
         for token in (context or [])[-8:]:
             self.push(token)
         self.characters = 0
@@ -46,7 +44,7 @@ class TextDecoder:
         return new
 
     def flush(self) -> str:
-        """Return the buffered text; call this at the end of an answer."""
+        """Return the remaining text at the end of an answer."""
         return self._show(self._text())
 
     def _text(self) -> str:
@@ -64,7 +62,7 @@ class TextDecoder:
 
 
 class StopStrings:
-    """Ends a text before the first stop string; delays text that can be the beginning of a stop string."""
+    """Ends a text before the first stop string, and delays text that can be the beginning of a stop string."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
@@ -73,7 +71,7 @@ class StopStrings:
         self.is_met = False
 
     def push(self, text: str) -> str:
-        """Add text, and return the part that cannot belong to a stop string; return "" after a stop string."""
+        """Add text, and return the part that cannot belong to a stop string. Return "" after a stop string."""
         if self.is_met:
             return ""
         self._held += text
@@ -88,7 +86,7 @@ class StopStrings:
         return text
 
     def flush(self) -> str:
-        """Return the buffered text; call this at the end of an answer."""
+        """Return the delayed text at the end of an answer."""
         text, self._held = self._held, ""
         return text
 
@@ -123,7 +121,6 @@ class TokenBytes:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return a dict with the byte that each character in GPT-2's byte-level vocabulary stands for."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}

@@ -13,9 +13,9 @@ class TimeLimitExceeded(BaseException):
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
-    """Call `function` and return its result; after `seconds`, raise TimeLimitExceeded inside the function.
+    """Call `function` and return its result. After `seconds`, raise TimeLimitExceeded inside the function.
 
-    The exception is raised between two Python instructions; a call into C code is not interrupted.
+    The exception is raised between two Python instructions. A call into C code is not interrupted.
     """
     thread, turn, is_over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
 

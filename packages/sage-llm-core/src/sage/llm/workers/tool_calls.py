@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
-    """Return the calls in a text; () if the text contains anything else or calls an unknown function."""
+    """Return the calls in a text, or () if the text is not a valid call or if a function is unknown."""
     if _XML_CALL.search(text):
         found = [
             (name.strip(), _xml_arguments(body, functions.get(name.strip(), {}))) for name, body in _XML_CALL.findall(text)
@@ -98,7 +98,6 @@ def _name_and_arguments(item: Any) -> tuple[Any, Any]:
 
 
 def _xml_arguments(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call in XML; a value is parsed as JSON if its type in the schema is not string."""
     properties = parameters.get("properties")
     arguments = {}
     for key, value in _XML_ARGUMENT.findall(text):
@@ -116,14 +115,14 @@ class AnswerReader:
     """
 
     def __init__(self, answer_format: AnswerFormat, functions: Functions, *, is_reasoning: bool = False) -> None:
-        """functions: functions that the model may call; is_reasoning: the prompt ends inside the reasoning."""
+        """functions: functions that the model may call.  is_reasoning: the prompt ends inside the reasoning."""
         self._format = answer_format
         self._functions = functions if answer_format.call_open is not None else {}
         self._held = ""  #: text not returned yet, because it can be part of a marker or of a call
         self._spaces = ""  #: whitespace that is returned only if more text of the same kind follows
         self._is_trimming, self._is_end, self._has_content, self._has_called = is_reasoning, False, False, False
         self._parts: list[Part] = []
-        #: The function that processes the next part of the buffered text; it returns whether another part can be processed.
+        #: Processes the next part of the buffered text, and returns whether another part can be processed.
         self._step = self._reasoning if is_reasoning else self._beginning if answer_format.think_open else self._content
 
     def push(self, text: str) -> Part:
@@ -195,7 +194,7 @@ class AnswerReader:
         return True
 
     def _until(self, marker: str) -> tuple[str, bool]:
-        """Return the buffered text before a marker, and whether the marker was found; remove both from the buffer.
+        """Remove and return the buffered text before a marker, and whether the marker was found and removed.
 
         If no marker is found, text that can be the beginning of the marker stays in the buffer.
         """
@@ -213,7 +212,7 @@ class AnswerReader:
             self._parts.append(Part(text))
 
     def _trimmed(self, text: str) -> str:
-        """Return a text without the whitespace at the end; this whitespace is added before the next text."""
+        """Return a text without the whitespace at the end. This whitespace is added before the next text."""
         if self._is_trimming:
             text = text.lstrip()
         self._is_trimming = self._is_trimming and not text

@@ -18,10 +18,10 @@ _FP32_BYTES = 4
 
 
 def serving_folder(source: ModelSource) -> Path:
-    """Return a folder in `cache_dir/vllm` from which vLLM can serve a model; create the folder if it does not exist.
+    """Return a folder in `cache_dir/vllm` from which vLLM can serve a model. Create the folder if it does not exist.
 
-    The folder contains the same template and end tokens that SAGE's own server uses. An adapter is merged into its base
-    model; for other models, the weight files are symbolic links. Raises SageError.
+    The folder has the same template and end tokens that SAGE's own server uses. An adapter is merged into its base
+    model. For other models, the weight files are symbolic links. Raises SageError.
     """
     from sage.libs.models.conversion import with_downloads
     from sage.libs.models.export.weights import write_dense
@@ -42,7 +42,7 @@ def serving_folder(source: ModelSource) -> Path:
 
 
 def _key(source: ModelSource, origin: Path) -> str:
-    """Return a name for the folder; the name changes if a file of the model changes."""
+    """Return a name for the folder. The name changes if a file of the model changes."""
     folders = [origin, source.base.folder] if source.base else [origin]
     files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     facts = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files if (stat := file.stat())]
@@ -70,7 +70,7 @@ def _write_links(origin: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Replace this process with the server. On an error, print it as the last line of the log and exit with code 1."""
+    """Replace this process with the server. Print an error as the last line of the log, and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--interpreter", required=True, help="Python interpreter of vLLM's environment.")

@@ -24,14 +24,13 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-#: OpenAI's parameters that do not change this server's answers; they are accepted.
+#: OpenAI's parameters that do not change this server's answers.
 _IGNORED = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "user"}
 _LOAD = "/v1/load_lora_adapter"
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
 
 
 def _template(folder: Path) -> str | None:
-    """Return the chat template in a folder, or None if there is none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -41,7 +40,6 @@ def _template(folder: Path) -> str | None:
 
 
 def _vocabulary(folder: Path) -> Any:
-    """Return the parts of a folder's tokenizer that determine tokenization; None if the folder has no tokenizer."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_bytes()) if file.is_file() else None
     return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
@@ -100,8 +98,6 @@ class Rules:
 
 
 class _Replay:
-    """An ASGI receive function that returns a request body which was already read."""
-
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
         self._receive = receive
@@ -114,8 +110,6 @@ class _Replay:
 
 
 class _Health:
-    """An ASGI send function that replaces vLLM's empty answer to `/health` with a JSON object."""
-
     def __init__(self, send: Send, state: Any) -> None:
         self._send, self._state = send, state
 
@@ -137,8 +131,7 @@ class _Health:
 class _WithCodes:
     """An ASGI send function that replaces vLLM's numeric error codes with words.
 
-    is_refusal: send every error with status 400. vLLM uses status 500 for some errors in requests, for example if the rank
-    of an adapter is too large.
+    is_refusal: send every error with status 400.
     """
 
     def __init__(self, send: Send, *, is_refusal: bool = False) -> None:
@@ -189,7 +182,6 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _unknown(body: bytes, known: Collection[str]) -> str | None:
-    """Return the first parameter in a request body that vLLM does not support; None if vLLM supports all parameters."""
     try:
         request = json.loads(body)
     except ValueError:

@@ -18,7 +18,7 @@ from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Number of tokens at the end of a prompt that are searched for the reasoning marker; a marker has fewer tokens.
+#: Number of tokens at the end of a prompt that are searched for the reasoning marker.
 _MARKER_TOKENS = 16
 #: Time limit for a chat template, in seconds. A template is a program, so it can run forever.
 RENDER_SECONDS = 10.0
@@ -28,7 +28,7 @@ class Voice:
     """The tokenizer and chat template of a base model or of an adapter."""
 
     def __init__(self, folder: Path, generation_config: Any, context_tokens: int, embeddings: int) -> None:
-        """folder: contains the tokenizer; embeddings: number of token embeddings in the model. Raises ModelError."""
+        """folder: contains the tokenizer.  embeddings: number of token embeddings in the model.  Raises ModelError."""
         self.tokenizer: Any = load_tokenizer(folder)
         if warning := ensure_chat_template(self.tokenizer):
             logger.warning("%s", warning)
@@ -59,7 +59,7 @@ class Voice:
             raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
 
     def ends_in_reasoning(self, prompt: list[int]) -> bool:
-        """Return whether a prompt ends with the marker that opens the reasoning; some templates add this marker."""
+        """Return whether a prompt ends with the marker that opens the reasoning, which some templates add."""
         marker = self.answer_format.think_open
         return bool(marker) and self.tokenizer.decode(prompt[-_MARKER_TOKENS:]).rstrip().endswith(marker)
 
@@ -68,10 +68,7 @@ class Voice:
         return self.chat_format.text_ids(text)
 
     def check_characters(self, characters: int, param: str) -> None:
-        """Raise ConfigError if a prompt with this number of characters cannot fit into the context.
-
-        This check is fast, because it needs no tokenization.
-        """
+        """Raise ConfigError if a prompt with this number of characters cannot fit into the context."""
         limit = self.context_tokens * self._characters_per_token
         if characters > limit:
             raise ConfigError(

@@ -34,11 +34,9 @@ class Body:
         self.content = b""
 
     def __enter__(self) -> Self:
-        """Return the empty body."""
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Return the body's bytes to the budget."""
         self._budget.left_bytes += self._held_bytes
         self._held_bytes = 0
 
@@ -75,4 +73,4 @@ class Body:
     def _too_large(self) -> Refusal:
         limit_mb = self._budget.max_bytes // 1_000_000
         return Refusal(413, "request_too_large", f"The body is larger than {limit_mb} MB.",
-                       "Send less, or raise the setting max_request_mb.")  # fmt: skip
+                       "Send a smaller body, or raise the setting max_request_mb.")  # fmt: skip

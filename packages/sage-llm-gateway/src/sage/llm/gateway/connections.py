@@ -56,7 +56,7 @@ class BoundedHttp(HttpToolsProtocol):
     _reason: Refusal | None = None
     _head_bytes = 0  #: number of bytes that were received since the head began; may include bytes of the previous body
     _head_is_open = True
-    #: Loop time at which the connection is closed because the head of a request is late. Infinite during a request.
+    #: Loop time at which the connection is closed if no complete head of a request has arrived. Infinite during a request.
     _deadline_seconds = math.inf
     #: One timer that checks the deadline; to start and cancel timers for each request would cost 3 µs.
     _timer: asyncio.TimerHandle | None = None
@@ -74,7 +74,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._check_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timer, because the connection has ended."""
+        """Cancel the timer."""
         if self._timer:
             self._timer.cancel()
         super().connection_lost(exc)
@@ -105,12 +105,12 @@ class BoundedHttp(HttpToolsProtocol):
         previous, self.cycle = self.cycle, self._new_cycle()
         if previous is None or previous.response_complete:
             self._start_asgi_task(self.cycle, self.app)  # type: ignore[arg-type]
-        else:  # a pipelined request: it starts when the answer to the previous request is complete
+        else:  # a pipelined request, which starts when the answer to the previous request is complete
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))  # type: ignore[arg-type]
 
     def on_body(self, body: bytes) -> None:
-        """Store a part of the request's body. After an early answer, ignore it."""
+        """Store a part of the request's body, unless the answer is complete already."""
         if not self.cycle.response_complete:
             self.cycle.add_body(body)
 

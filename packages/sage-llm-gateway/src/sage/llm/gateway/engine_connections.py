@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for the servers of engines. The client reuses connections."""
+"""A small HTTP/1.1 client for the servers of engines, with reused connections."""
 
 import asyncio
 import errno
@@ -12,14 +12,14 @@ from sage.llm.gateway.json_text import Piece
 #: Seconds after which an idle connection is closed. Servers keep idle connections longer (uvicorn and vLLM: 5 s).
 _IDLE_SECONDS = 3
 _CONNECT_SECONDS = 5
-#: Bodies below this size are joined with the head: one `write` is faster than `writelines`.
+#: Bodies below this size are joined with the head, because one `write` is faster than `writelines`.
 _SMALL_BYTES = 16 * 1024
 #: Maximum number of received bytes that wait to be returned by `piece`. Above this number, reading is paused.
 _WAITING_BYTES = 256 * 1024
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection to a server. A connection transfers one request and its answer at a time."""
+    """A connection to a server, for one request and its answer at a time."""
 
     transport: asyncio.Transport
 
@@ -125,7 +125,7 @@ class EngineConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """Read the status from the head of the answer, and find out how the end of the body is marked."""
         self.status = self._parser.get_status_code()
-        if self.status < 200:  # an interim answer, such as 100 Continue: the final answer follows
+        if self.status < 200:  # an interim answer, such as 100 Continue, precedes the final answer
             self.headers.clear()
             return
         self._has_head = True
@@ -144,7 +144,6 @@ class EngineConnection(asyncio.Protocol):
         self._is_complete = self._has_head
 
     async def _wait(self) -> None:
-        """Wait until data has arrived. Raises ConnectionError."""
         if self._error:
             raise self._error
         self._waiter = self.loop.create_future()
@@ -168,10 +167,9 @@ class EngineConnections:
     async def post(self, address: str, head: bytes, body: Sequence[Piece]) -> EngineConnection:
         """Send a request and wait for the head of its answer. The caller must `release` the returned connection.
 
-        If a reused connection ends before the first byte of the answer, the server probably did not read the request. The
-        request is then sent again on a new connection. If the server did read it, this does no harm, because inference
-        changes no state.
-        Raises TimeoutError if the server does not accept connections. Can also raise ConnectionError or another OSError.
+        If a reused connection ends before the first byte of the answer, the request is sent again on a new connection. A
+        repeated request does no harm, because inference changes no state. Raises TimeoutError if the server does not accept
+        connections. Can also raise ConnectionError or another OSError.
         """
         if connection := self._take(address):
             try:
@@ -206,7 +204,6 @@ class EngineConnections:
         return connection
 
     def _take(self, address: str) -> EngineConnection | None:
-        """Return the connection that became idle last; None if no connection is idle, or if this one was idle too long."""
         if idle := self._idle.get(address):
             connection, _ = idle.popitem()
             if connection.loop.time() - connection.idle_since_seconds < _IDLE_SECONDS:
@@ -240,7 +237,6 @@ class EngineConnections:
         self._sweep = loop.call_later(_IDLE_SECONDS, self._close_old) if self._idle else None
 
     def _close_idle_since(self, seconds: float) -> None:
-        """Close the connections that became idle at the loop time `seconds` or earlier."""
         for connection in [connection for idle in self._idle.values() for connection in idle]:
             if connection.idle_since_seconds <= seconds:
                 del self._idle[connection.address][connection]

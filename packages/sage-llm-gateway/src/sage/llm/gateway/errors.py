@@ -1,4 +1,4 @@
-"""Convert errors to HTTP answers in OpenAI's format. `SageError.body` returns the content."""
+"""Convert errors to HTTP answers in OpenAI's format."""
 
 import errno
 from typing import Any

@@ -28,7 +28,6 @@ class EventStream(StreamingResponse):
 
 
 async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield the events, and a comment after every `_KEEP_ALIVE_SECONDS` without an event."""
     following: asyncio.Future[str | None] | None = None
     try:
         while True:

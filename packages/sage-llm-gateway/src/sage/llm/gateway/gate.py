@@ -1,4 +1,4 @@
-"""Middleware in front of all routes. It checks access, body and JSON, sets request ids, and reports unexpected errors."""
+"""Middleware in front of all routes: check access, body and JSON, set request ids, and report unexpected errors."""
 
 import logging
 import random
@@ -45,7 +45,7 @@ class Gate:
         self._budget = BodyBudget(settings.max_request_mb * 1_000_000)
 
     def in_front_of(self, app: ASGIApp) -> Self:
-        """Put the gate in front of an application, and return the gate. Starlette calls this to create the middleware."""
+        """Put the gate in front of an application, and return the gate as the middleware for Starlette."""
         self._app = app
         return self
 
@@ -84,30 +84,25 @@ class Gate:
 
 
 class _Answer:
-    """The answer to one request, with the request's id in a header."""
-
     def __init__(self, scope: Scope, send: Send) -> None:
         headers = scope["headers"]
         self.known: dict[bytes, bytes] = dict(headers)
         self._id = self.known.get(b"x-request-id", b"")
         if not _REQUEST_ID.fullmatch(self._id):
-            self._id = b"req-%024x" % random.getrandbits(96)  # no `secrets`: an id is unique and not secret
+            self._id = b"req-%024x" % random.getrandbits(96)  # an id must be unique, but is not secret
             others = [header for header in headers if header[0] != b"x-request-id"]
             scope["headers"] = [*others, (b"x-request-id", self._id)]
         self._scope, self._send, self.has_begun = scope, send, False
 
     @property
     def request_id(self) -> str:
-        """Return the request's id."""
         return self._id.decode()
 
     @property
     def request(self) -> str:
-        """Return the request's method, path and id, for the log."""
         return f"{self._scope['method']} {self._scope['path'][:_LOGGED_CHARS]!r} ({self.request_id})"
 
     async def send(self, message: Message) -> None:
-        """Send an ASGI message of the answer."""
         if message["type"] == "http.response.start":
             self.has_begun = True
             if b"x-request-id" not in dict(message["headers"]):
@@ -118,14 +113,14 @@ class _Answer:
         await self._send(message)
 
     async def fail(self, error: SageError, receive: Receive) -> None:
-        """Answer with an error. If the answer has begun, raise the error: RequestCycle then closes the connection."""
+        """Answer with an error. If the answer has begun, raise the error, and RequestCycle closes the connection."""
         if self.has_begun:
             raise error
         await error_response(error)(self._scope, receive, self.send)
 
 
 def _log(attributes: dict[str, Any], message: str) -> None:
-    """Log a message. This takes half as long as `logger.log`, which looks up the source line, the thread and the process."""
+    """Log a message in half the time of `logger.log`, which looks up the source line, the thread and the process."""
     if logger.isEnabledFor(attributes["levelno"]):
         record = logging.LogRecord.__new__(logging.LogRecord)
         vars(record).update(attributes, msg=message, created=time.time())
@@ -150,7 +145,6 @@ def _check_type(content_type: bytes) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` function that first returns `body`, which was already read, and then calls `receive`."""
     pending: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -18,7 +18,6 @@ class Watch:
     """Checks the requests in progress with one timer; a timer for each request would cost 4 µs per request."""
 
     def __init__(self) -> None:
-        """Create a watch without requests."""
         self._requests: set[Interruption] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -29,7 +28,7 @@ class Watch:
             self._timer = asyncio.get_running_loop().call_later(_CHECK_SECONDS, self._check)
 
     def remove(self, request: "Interruption") -> None:
-        """Do not check a request any longer."""
+        """Stop checking a request."""
         self._requests.discard(request)
 
     def _check(self) -> None:
@@ -54,7 +53,6 @@ class Interruption:
         self.engine_id: str | None = None
 
     def __enter__(self) -> Self:
-        """Start watching the client and the engine."""
         task = asyncio.current_task()
         assert task
         self._task = task
@@ -64,7 +62,6 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop watching. If `_interrupt` cancelled the block, raise the reason."""
         self._watch.remove(self)
         if self._listening:
             self._listening.cancel()

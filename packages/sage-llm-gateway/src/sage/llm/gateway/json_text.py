@@ -48,12 +48,12 @@ class JsonBody:
     model_spans: tuple[tuple[int, int], ...]
 
     def with_model(self, model: str) -> list[Piece]:
-        """Return the body with another `model`, in pieces; everything else is unchanged. The text is not copied."""
+        """Return the body with another `model`, in pieces; everything else is unchanged."""
         return _pieces(memoryview(self.content), self.model_spans, quoted(model))
 
 
 async def parsed(body: bytes) -> JsonBody:
-    """Parse a body and return it as JsonBody. A large body is parsed in a thread.
+    """Parse a body and return it as JsonBody.
 
     Raises Refusal if the body is not JSON, is nested too deeply, or has half of a surrogate pair, which UTF-8 cannot encode.
     """
@@ -70,8 +70,7 @@ def answer_with_model(answer: bytes, model: bytes) -> bytes:
     """Return an engine's answer with another `model`; everything else is unchanged.
 
     answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
-    If the answer contains the text `"model"` only once, this place is changed without parsing the answer. Otherwise, the
-    answer is parsed. An answer without `model`, or one that must be parsed and is not valid JSON, is returned unchanged.
+    An answer without `model` is returned unchanged, and so is an answer with several `model` that is not valid JSON.
     """
     at = answer.find(_MODEL)
     if at < 0:
@@ -153,7 +152,6 @@ def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
 
 
 def _name(text: str, at: int) -> tuple[str, int]:
-    """Return a member's name, and the offset of its value. Raises ValueError."""
     if not text.startswith('"', at):
         raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
     name, end = _DECODER.raw_decode(text, at)
@@ -167,7 +165,6 @@ def _match(pattern: re.Pattern[str], text: str, at: int, missing: str = "") -> r
 
 
 def _byte_spans(text: str, spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Convert offsets in characters to offsets in UTF-8 bytes."""
     if text.isascii():
         return tuple(spans)
     return tuple((len(text[:start].encode()), len(text[:end].encode())) for start, end in spans)
@@ -191,7 +188,6 @@ def _too_deep() -> Refusal:
 
 
 def _has_many_brackets(text: str) -> bool:
-    """Return whether a text has so many brackets that its nesting is possibly too deep."""
     if len(text) < _SHORT_CHARS:
         return text.count("[") + text.count("{") > _MAX_DEPTH // 2
     for bracket in "[{":

@@ -23,7 +23,7 @@ _KINDS = {
     "/v1/completions": EngineKind.LLM,
     "/v1/embeddings": EngineKind.EMBEDDING,
 }
-#: Request headers that are not forwarded to the engine; most of them are meant for the gateway.
+#: Request headers that are not forwarded to the engine.
 _NOT_FORWARDED = HOP_BY_HOP | {b"authorization", b"cookie", b"host", b"origin", b"referer", b"accept-encoding"}
 
 
@@ -80,7 +80,6 @@ class EngineProxy:
             self._connections.release(answer)
 
     def _enter(self, engine_id: str) -> None:
-        """Count a request to an engine. Raises Busy if the engine has too many requests."""
         if self._in_progress[engine_id] >= self._limit:
             raise Busy(code="engine_busy", message=f"{engine_id} already has {self._limit} requests in progress.",
                        hint="Retry in some seconds, or raise the setting max_engine_requests.")  # fmt: skip
@@ -120,10 +119,7 @@ def _check_parameters(upstream: Upstream, body: JsonBody) -> None:
 
 
 def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:
-    """Return the head of the request to the engine.
-
-    Header names and values need no escaping, because the gateway's HTTP parser rejects line breaks in them.
-    """
+    """Header names and values need no escaping, because the gateway's HTTP parser rejects line breaks in them."""
     query = scope["query_string"]
     target = scope["path"].encode() + (b"?" + query if query else b"")
     lines = [b"%s: %s\r\n" % header for header in forwarded(scope["headers"], _NOT_FORWARDED)]

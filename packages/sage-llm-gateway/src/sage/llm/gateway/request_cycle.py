@@ -14,7 +14,7 @@ from sage.llm.gateway.headers import RawHeaders
 logger = logging.getLogger(__name__)
 #: Seconds without data after which the client of an incomplete body counts as disconnected.
 _SILENCE_SECONDS = 60
-#: Maximum number of bytes of a request's body that wait to be received; above it, the client is paused.
+#: Maximum number of bytes of a request's body that wait to be received; above this number, the client is paused.
 _WAITING_BYTES = 256 * 1024
 
 
@@ -42,7 +42,7 @@ class RequestCycle:
         self._left_bytes = 0  # of the answer's announced length
 
     async def run_asgi(self, app: ASGIApp) -> None:
-        """Let the application answer the request. If it fails, close the connection, so that the client notices."""
+        """Let the application answer the request. If the answer is then incomplete, close the connection."""
         try:
             await app(self._scope, self.receive, self.send)
         except BaseException:  # no other code logs the failure

@@ -42,8 +42,10 @@ def install(
 
     environment = environments.chosen(name)
     if not environment.is_installed:
-        need = f"{render.size(environment.download_bytes)} to download, {render.size(environment.disk_bytes)} on the disk"
-        typer.echo(f"{environment.requirement} for the device {environments.device()}: {need}.", err=True)
+        need = (
+            f"{render.size(environment.download_bytes)} to download, and {render.size(environment.disk_bytes)} of disk space"
+        )
+        typer.echo(f"{environment.requirement} for the device {environments.device()} needs {need}.", err=True)
         if sys.stdin.isatty() and not yes:
             typer.confirm(f"Install {name} into {environment.folder}?", abort=True, err=True)
     with interruptible(), progress(environment, is_verbose=verbose) as report:
@@ -54,7 +56,7 @@ def install(
 
 @app.command("remove")
 def remove(name: Name, json_: Json = False) -> None:
-    """Delete the environment of a backend. This fails if an engine uses the backend."""
+    """Delete the environment of a backend. The command fails if an engine uses the backend."""
     from sage.cli import extras
 
     extras.require("sage.llm.control_plane", "An environment on this machine")
@@ -80,7 +82,7 @@ def benchmark(
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer, in tokens.")] = 64,
     json_: Json = False,
 ) -> None:
-    """Measure the speed of each installed backend (takes minutes). New engines without --backend use the fastest one."""
+    """Measure the speed of each installed backend (takes minutes). New engines without --backend use the fastest."""
     from sage.cli import extras
 
     extras.require("sage.llm.control_plane", "A benchmark of this machine")

@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """The training methods, repeated here so that `--help` does not import the library; a test compares both lists."""
+    """The training methods, repeated here so that `--help` does not import the library."""
 
     sft = "sft"
     dpo = "dpo"
@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """The parts of a chat on which the loss is computed, repeated here for the same reason as `Method`."""
+    """The parts of a chat on which the loss is computed, repeated for the same reason as `Method`."""
 
     assistant = "assistant"
     last_turn = "last_turn"
@@ -43,7 +43,10 @@ def check(
     allow_warnings: Annotated[bool, typer.Option("--allow-warnings", help="Exit with code 0 despite warnings.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List all errors and warnings with their lines, and count samples. Exit code 1: a run would reject the dataset."""
+    """List all errors and warnings with their lines, and count samples.
+
+    The exit code is 1 if there are errors or no samples, or if there are warnings without --allow-warnings.
+    """
     from sage.cli.dataset_report import describe, measure
     from sage.libs.finetune.data.linting import check_dataset
     from sage.libs.finetune.data.preferences import parser_of

@@ -37,7 +37,7 @@ Options = Annotated[
 
 
 class Busy(StrEnum):
-    """What an engine does if the memory is not free; copied from the client, like `Kind`."""
+    """What an engine does if not enough memory is free. The values are repeated for the same reason as `Kind`."""
 
     wait = "wait"
     preempt = "preempt"
@@ -64,7 +64,7 @@ NotBefore = Annotated[
 
 
 class Kind(StrEnum):
-    """The engine kinds, repeated here so that `--help` does not import the client; a test compares both lists."""
+    """The engine kinds, repeated here so that `--help` does not import the client."""
 
     llm = "llm"
     embedding = "embedding"
@@ -72,7 +72,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """The engine states, repeated here for the same reason as `Kind`."""
+    """The engine states, repeated for the same reason as `Kind`."""
 
     validating = "validating"
     queued = "queued"
@@ -86,7 +86,7 @@ class State(StrEnum):
 
 
 class Policy(StrEnum):
-    """The restart policies, repeated here for the same reason as `Kind`."""
+    """The restart policies, repeated for the same reason as `Kind`."""
 
     no = "no"
     on_failure = "on-failure"
@@ -120,7 +120,7 @@ def start(
     ] = False,
     merge_in_background: Annotated[
         bool,
-        typer.Option("--merge-in-background", help="For an adapter: answer at once, and switch to its merged model later."),
+        typer.Option("--merge-in-background", help="For an adapter: serve the adapter at once, and the merged model later."),
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="For llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
@@ -150,7 +150,7 @@ def start(
 ) -> None:
     """Start an engine and print its id.
 
-    Waits until the engine serves or trains. The exit code is 2 if an option is wrong, 1 if the engine fails.
+    By default, waits until the engine serves or trains. The exit code is 2 if an option is wrong, 1 if the engine fails.
     """
     from sage.cli.starting import admission_request, serve_request, start_engine
 
@@ -172,7 +172,7 @@ def _note(text: str) -> tuple[str, str]:
 
 
 def further_options(given: list[str] | None) -> dict[str, str | int]:
-    """Return the options that were given as KEY=VALUE; a number becomes an integer. Raises ConfigError."""
+    """Return KEY=VALUE options as a dictionary, with decimal numbers as integers. Raises ConfigError for another syntax."""
     return {key: int(value) if value.isdecimal() else value for key, value in map(_option, given or ())}
 
 
@@ -283,7 +283,7 @@ def stop(
 
 @app.command("pause")
 def pause(engine_id: EngineId) -> None:
-    """Free the memory of an engine until it is resumed; a training run saves a checkpoint first."""
+    """Pause an engine and free its memory. A training run saves a checkpoint first."""
     from sage.cli import daemon, waiting
 
     client = daemon.connect()
@@ -294,7 +294,7 @@ def pause(engine_id: EngineId) -> None:
 
 @app.command("resume")
 def resume(engine_id: EngineId, wait: Wait = None) -> None:
-    """Start a stopped or failed engine again. A training run continues from its last checkpoint."""
+    """Start a stopped, failed or paused engine again. A training run continues from its last checkpoint."""
     from sage.cli import daemon, waiting
     from sage.cli.render import ending
 
@@ -314,7 +314,10 @@ def checkpoint(
     engine_id: EngineId,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the checkpoint is saved.")] = True,
 ) -> None:
-    """Save a checkpoint of a training run after its current step. With --serve, the run also serves the checkpoint."""
+    """Save a checkpoint of a training run after its current step.
+
+    A run that was started with --serve also serves the checkpoint.
+    """
     from sage.cli import daemon, waiting
 
     client = daemon.connect()

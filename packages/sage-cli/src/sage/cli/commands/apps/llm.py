@@ -29,7 +29,7 @@ def fine_tune(
     wait: engine.Wait = None,
     **training: Any,
 ) -> None:
-    """Fine-tune a model. This is a short form of `engine start --engine-kind finetune`."""
+    """Fine-tune a model. This command is a short form of `engine start --engine-kind finetune`."""
     from sage.cli.starting import admission_request, serve_request, start_engine
 
     request = serve_request(serve=serve, name=serve_as, checkpoints=serve_checkpoints)
@@ -44,10 +44,10 @@ def estimate(
     model: Annotated[str, typer.Argument(help="Folder, name in the models folder, or hub id.")],
     engine_kind: Annotated[engine.Kind, typer.Option(help="Kind of engine.")] = engine.Kind.llm,
     backend: Annotated[str | None, typer.Option(help="Program that would run the engine; default: the fastest one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="llm: data type of the weights: auto, fp32 or bf16.")] = None,
-    context_tokens: Annotated[int | None, typer.Option(help="llm: maximum tokens of prompt plus answer.")] = None,
-    slots: Annotated[int | None, typer.Option(help="llm: maximum number of answers generated at the same time.")] = None,
-    quantize: Annotated[engine.Quantize | None, typer.Option(help="llm: quantize the weights.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="For llm: data type of the weights: auto, fp32 or bf16.")] = None,
+    context_tokens: Annotated[int | None, typer.Option(help="For llm: maximum tokens of prompt plus answer.")] = None,
+    slots: Annotated[int | None, typer.Option(help="For llm: maximum number of answers generated at the same time.")] = None,
+    quantize: Annotated[engine.Quantize | None, typer.Option(help="For llm: quantize the weights.")] = None,
     option: engine.Options = None,
     json_: engine.Json = False,
     **training: Any,

@@ -44,7 +44,7 @@ def import_(
 
 
 class Format(StrEnum):
-    """The export formats, repeated here so that `--help` does not import the library; a test compares both lists."""
+    """The export formats, repeated here so that `--help` does not import the library."""
 
     adapter = "adapter"
     merged = "merged"
@@ -54,7 +54,7 @@ class Format(StrEnum):
 
 
 class Precision(StrEnum):
-    """The precisions of GGUF files and of OpenVINO's format, repeated here for the same reason as `Format`."""
+    """The precisions of GGUF files and of OpenVINO's format, repeated for the same reason as `Format`."""
 
     f32 = "f32"
     bf16 = "bf16"

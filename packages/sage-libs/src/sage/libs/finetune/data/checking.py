@@ -16,7 +16,7 @@ _ANSWERS = ("chosen", "rejected", "completion")
 
 
 def load_encoder(model: str, cutoff: int, train_on: TrainOn = "assistant") -> Encoder:
-    """Return an encoder for a model. The encoder's `findings` already contain the findings about the model.
+    """Return an encoder for a model. The encoder's `findings` contain the findings about the model.
 
     Raises SageError if the model or its tokenizer cannot be loaded.
     """

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from sage.common.counting import counted
 from sage.common.errors import DatasetError
 
 #: Maximum number of places and maximum number of details stored per finding.
@@ -19,7 +20,7 @@ class Severity(StrEnum):
 
 
 class Code(StrEnum):
-    """Kinds of findings. The values do not change between versions."""
+    """Kinds of findings."""
 
     ANSWER_LOST = "answer_lost"
     REASONING_LOST = "reasoning_lost"
@@ -81,17 +82,15 @@ class Finding:
         return _MEANING[self.code][2]
 
     def __str__(self) -> str:
-        """Return the finding as one sentence."""
         details = f" ({', '.join(self.details)})" if self.details else ""
         if not self.count:
             return f"{_MEANING[self.code][1]}{details}."
         more = " …" if self.count > len(self.places) else ""
-        samples = "1 sample" if self.count == 1 else f"{self.count} samples"
         first, *others = self.places
-        # Show the name of the file only in the first place, and omit it from further places in the same file.
+        # Show the name of the file only in the first place.
         file = first[: max(first.rfind(":"), first.rfind(" ")) + 1]
         places = ", ".join([first, *(place.removeprefix(file) for place in others)])
-        return f"{samples}: {_MEANING[self.code][1]}{details}: {places}{more}."
+        return f"{counted(self.count, 'sample')}: {_MEANING[self.code][1]}{details}: {places}{more}."
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as a dict for JSON."""
@@ -108,7 +107,7 @@ class Findings:
         self._found = {finding.code: finding for finding in each}
 
     def add(self, code: Code, place: object, *details: str) -> None:
-        """Add a finding about a sample; the same code and place are counted only once."""
+        """Add a finding about a sample."""
         finding = self._found.setdefault(code, Finding(code))
         finding.details += [detail for detail in details if detail not in finding.details][: _KEPT - len(finding.details)]
         if str(place) not in finding.places[-1:]:

@@ -1,4 +1,4 @@
-"""Select the files of a dataset: a single file, or the files of one split in a folder with a common layout of files.
+"""Select the files of a dataset: one file, or the files of one split in a folder.
 
 The train split is used for training, the validation split for evaluation. A file of the test split is read only if the user
 gives the path of this file.
@@ -26,7 +26,7 @@ _SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "train": {"train", "training"},
 }
-#: Metadata files written by tools; they contain no data.
+#: Files with metadata of tools, without data.
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 #: File name of a shard (one of several files of a split) on the hub.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")
@@ -86,7 +86,6 @@ def _folder_files(folder: Path, split: Split) -> Selection:
 
 
 def _data_files(folder: Path) -> Iterable[Path]:
-    """Yield the data files in a folder, in its subfolder `data`, and in subfolders named after a split."""
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name in _NO_DATA or _is_cache(path):
             continue
@@ -102,13 +101,15 @@ def _is_cache(path: Path) -> bool:
 
 
 def _split_of(name: Path) -> str:
-    """Return the split (such as `train`) that a file or folder name contains, or ""."""
     words = set(re.split(r"[^a-z]+", str(name).lower()))
     return next((split for split, names in _SPLIT_WORDS.items() if words & names), "")
 
 
 def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Selection:
-    """Return the files of a split; if the split has no files, return the files whose names contain no split."""
+    """Return the files of a split.
+
+    Files that name no split are used for train if no file names train, and for validation if no file names a split.
+    """
     there = {name for name, _ in found}
     wanted = split if split in there or (there != {""} and split != "train") else ""
     files = [file for name, file in found if name == wanted]
@@ -124,7 +125,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files of one dataset: of shards with several names (`train`, `train_sft`), those with the name `split`."""
+    """Return the files; if shards have several names, such as `train` and `train_sft`, only the shards named `split`."""
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:
@@ -194,7 +195,6 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def _card(folder: Path) -> dict[str, Any]:
-    """Return the YAML header of a hub repository's README.md, or {} if the header is missing or invalid."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         head = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") and text.count("---") > 1 else None

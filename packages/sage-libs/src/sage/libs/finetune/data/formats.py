@@ -1,6 +1,6 @@
 """Detect the format of a record from its fields, and convert the record to a chat or a text.
 
-A format has two functions, `matches` and `parse`. To add a format, write both functions and add an entry to `FORMATS`.
+Invalid records raise RecordError. To add a format, add an entry to `FORMATS`.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -69,7 +69,7 @@ def present_fields(record: Any) -> dict[str, Any]:
 
 
 def ignored_fields(present: Record, used: Set[str]) -> tuple[str, ...]:
-    """Return the names of the fields that have no effect, except bookkeeping fields such as ids."""
+    """Return the names of the non-empty fields that have no effect, except bookkeeping fields such as ids."""
     unknown = present.keys() - used - _HARMLESS
     return tuple(printable(name) for name in present if name in unknown and present[name] not in ("", [], {}))
 
@@ -79,12 +79,15 @@ def _chat(record: Record, conversation: Conversation) -> Chat:
 
 
 def conversation_of(record: Record, field: str) -> Conversation:
-    """Parse the conversation in a field, and prepend the record's system message if there is one. Raises RecordError."""
+    """Parse the conversation in a field, and prepend the record's system message if there is one."""
     return behind_system(read_conversation(record[field], field), record, field)
 
 
 def behind_system(conversation: Conversation, record: Record, where: str) -> Conversation:
-    """Return the conversation after inserting the record's system message at the beginning. Raises RecordError."""
+    """Insert the record's system message at the beginning of the conversation, unless the message is there already.
+
+    Raises RecordError if the conversation begins with a different system message.
+    """
     system = system_of(record)
     if system and conversation.messages[:1] == system:
         return conversation
@@ -94,13 +97,13 @@ def behind_system(conversation: Conversation, record: Record, where: str) -> Con
 
 
 def system_of(record: Record) -> list[Message]:
-    """Return the system message in a record's field `system` as a list of one message, or []. Raises RecordError."""
+    """Return the system message in a record's field `system` as a list of one message, or []."""
     text = text_of(record.get("system", ""), "system")
     return [{"role": "system", "content": text}] if text else []
 
 
 def alpaca_question(record: Record) -> list[Message]:
-    """Return the messages before the answer of an Alpaca record. Raises RecordError."""
+    """Return the messages before the answer of an Alpaca record."""
     messages = system_of(record)
     for index, turn in enumerate(list_of(record.get("history") or [], "history")):
         if not isinstance(turn, list) or len(turn) != 2:

@@ -48,7 +48,7 @@ def inspect_prompt(
 
 
 def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> None:
-    """Add a finding if the configuration does not list the model's end token: other servers would not stop at this token."""
+    """Add a finding if the model's configuration files do not list the token that ends answers."""
     end = chat_format.answer_end()
     listed: list[Any] = []
     for name in ("generation_config.json", "config.json"):

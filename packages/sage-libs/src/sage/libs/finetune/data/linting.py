@@ -15,9 +15,8 @@ from sage.libs.finetune.data.loading import read_records
 from sage.libs.finetune.data.samples import Chat, Fault, Origin, Sample
 from sage.libs.finetune.data.values import RecordError
 
-#: A function that parses a record; it raises RecordError if the record is invalid.
+#: A function that parses a record, and raises RecordError if the record is invalid.
 Parse = Callable[[Any], Parsed]
-#: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
 
 
@@ -59,7 +58,7 @@ class DatasetReport:
 def read_samples(report: DatasetReport, parse: Parse = parse_record) -> Iterator[Sample]:
     """Yield the samples of the dataset `report.path`, and add counts and faults to the report.
 
-    Raises DatasetError only if no file is found or a file cannot be read; faults in the data are added to the report.
+    Raises DatasetError if no file is found or a file cannot be read.
     """
     selection = select_files(report.path, report.split)
     report.files, report.skipped_files = selection.files, selection.skipped
@@ -88,7 +87,7 @@ def check_dataset(
 ) -> DatasetReport:
     """Read the first `at_most` samples of a dataset (None: all samples), and return a report.
 
-    Raises DatasetError only if no file is found or a file cannot be read; faults in the data are listed in the report.
+    Raises DatasetError if no file is found or a file cannot be read.
     """
     report = DatasetReport(path, split)
     seen: dict[bytes, Origin] = {}

@@ -18,7 +18,7 @@ from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unus
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-#: Maximum size of a CSV cell and of a .jsonl line in bytes. A cell or line can contain a whole conversation.
+#: Maximum length of a CSV cell in characters, and of a .jsonl line in bytes.
 _CSV_FIELD_BYTES = 64 * 2**20
 _LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
@@ -72,7 +72,6 @@ def _read(path: Path) -> Iterator[Item]:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    """Open a file for reading, and decompress .gz and .zst files."""
     raw: Any
     match suffix_of(path).rpartition(".")[2]:
         case "gz":
@@ -141,7 +140,7 @@ def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
 
 
 def _read_list(path: Path, text: str, at: int) -> Iterator[Item]:
-    """Yield the records of a JSON list.  at: index of the character after the opening bracket."""
+    """at: index of the character after the opening bracket."""
     at = _behind_blanks(text, at)
     is_end = text[at : at + 1] == "]"
     for number in itertools.count(1):
@@ -203,7 +202,6 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
 
 
 def _record_broken(lines: Iterable[str], broken: list[int]) -> Iterator[str]:
-    """Yield all lines. If a line is not valid UTF-8, add its number to `broken`."""
     for number, line in enumerate(lines, 1):
         if not line.isascii() and any("\udc80" <= letter <= "\udcff" for letter in line):
             broken.append(number)

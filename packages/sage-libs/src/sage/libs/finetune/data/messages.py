@@ -1,4 +1,4 @@
-"""Convert conversations of all dataset formats to messages in OpenAI's format."""
+"""Convert conversations of all dataset formats to messages in OpenAI's format. Invalid turns raise RecordError."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ _INSTEAD_OF_CONTENT = {"tool_calls", "reasoning_content"}
 _CONTENT = {"role", "content", "from", "value"}
 _OF_ASSISTANT = {"tool_calls", "function_call", *_REASONING}
 _DETAILS = {"name", "tool_call_id", *_OF_ASSISTANT, *_FLAGS}
-#: Fields that contain no text for the model, such as ids. They are ignored, and no finding is reported.
+#: Fields without text for the model, such as ids, which are ignored without a finding.
 BOOKKEEPING = frozenset({
     "", "Unnamed: 0", "__index_level_0__", "_id", "conversation_id", "id", "idx", "index", "message_id", "prompt_id", "uuid",
 })  # fmt: skip
@@ -69,7 +69,7 @@ def _transposed(value: Any) -> list[Any] | None:
 
 
 def read_message(value: Any, where: str) -> Conversation:
-    """Parse one message as a conversation.  where: name of the record's field. Raises RecordError."""
+    """Parse one message as a conversation.  where: name of the record's field."""
     return _read([(value, where)], f"{where}.")
 
 
@@ -126,7 +126,6 @@ def _turn(item: Any, where: str) -> _Turn:
 
 
 def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored: list[str]) -> None:
-    """Copy further fields of the turn `item` to `message`. Add the names of fields without effect to `ignored`."""
     unknown = item.keys() - _CONTENT - BOOKKEEPING - _DETAILS
     if message["role"] != "assistant":
         unknown |= item.keys() & _OF_ASSISTANT
@@ -142,7 +141,7 @@ def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored:
 
 
 def _merged_answer(answer: Message, call: Message, where: str) -> Message:
-    """Merge an answer with the following turn of tool calls, because both are one message in OpenAI's format."""
+    """Both turns are one message in OpenAI's format."""
     if "reasoning_content" in call and answer.get("reasoning_content") != call["reasoning_content"]:
         raise RecordError(f"{where} continues the previous answer, but has different reasoning.")
     return {**answer, "tool_calls": [*answer.get("tool_calls", []), *call["tool_calls"]]}
@@ -156,7 +155,6 @@ def _role(role: Any, where: str) -> str:
 
 
 def _untrained(item: Mapping[str, Any], flags: list[str], where: str) -> bool:
-    """Return whether the flags of a turn exclude it from training."""
     values = {}
     for name in flags:
         value = item[name]

@@ -21,7 +21,6 @@ class Mixture(Sequence[Encoded]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one sequence; slices are not supported."""
         part = bisect.bisect_right(self._ends, at)
         return self._parts[part][at - (self._ends[part - 1] if part else 0)]
 
@@ -31,10 +30,7 @@ class Mixture(Sequence[Encoded]):
 
 
 def repeated_by_weight(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
-    """Repeat the samples `weight` times. For the fractional part of `weight`, repeat randomly selected samples once more.
-
-    The selection depends only on the seed, and is the same in every epoch.
-    """
+    """Repeat the samples `weight` times. A fractional part repeats a random share of the samples, chosen by the seed."""
     if weight == 1:
         return samples
     count, times = len(samples), int(weight)

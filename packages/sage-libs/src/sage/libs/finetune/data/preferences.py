@@ -110,7 +110,7 @@ def _require(record: Record, method: Method, *fields: str) -> None:
 
 
 def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return the number of equal messages at the beginning of two answers; the last messages are not counted."""
+    """Return the number of equal messages at the beginning of two answers, never counting an answer's last message."""
     alike = 0
     while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
         alike += 1

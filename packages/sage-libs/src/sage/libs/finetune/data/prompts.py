@@ -1,4 +1,7 @@
-"""Parse prompts and answers, which can be text or messages, and remove a repeated prompt from an answer."""
+"""Parse prompts and answers, which can be text or messages, and remove a repeated prompt from an answer.
+
+Invalid prompts and answers raise RecordError.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -9,16 +12,16 @@ from sage.libs.finetune.data.values import RecordError, text_of, unpacked
 
 
 def prompt_of(value: Any, where: str) -> Conversation:
-    """Parse a prompt. A text becomes a user message; a JSON list of messages is parsed. Raises RecordError."""
+    """Parse a prompt. A text becomes a user message; a JSON list of messages is parsed."""
     messages = _packed_messages(value)
     return _turns(value if messages is None else messages, where, "user")
 
 
 def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
-    """Parse the answer to a prompt.  prompt: the prompt field of the record, or None. Raises RecordError.
+    """Parse the answer to a prompt.  prompt: the prompt field of the record, or None.
 
     A text usually becomes one assistant message. A JSON list of messages is parsed as messages in three cases: the prompt
-    is also a JSON list of messages, the first messages repeat the prompt, or the record has no prompt.
+    is also a JSON list of messages, one of the first two messages repeats the prompt, or the record has no prompt.
     """
     messages = _packed_messages(value)
     if messages is None or not (prompt is None or _packed_messages(prompt) or _says_again(messages, prompt)):
@@ -27,7 +30,7 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
 
 
 def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
-    """Return the prompt and the answer.  spoken: the answer, possibly with the prompt before it. Raises RecordError."""
+    """Return the prompt and the answer.  spoken: the answer, possibly with the prompt before it."""
     prompt, spoken = list(prompt), list(spoken)
     for begin in (0, 1):  # a repeated prompt can follow a system message
         end = begin + len(prompt)
@@ -58,7 +61,6 @@ def _turns(value: Any, where: str, role: str) -> Conversation:
 
 
 def _packed_messages(value: Any) -> list[Any] | None:
-    """Return the messages in a JSON text, or None if the value is not a JSON list of messages."""
     found = unpacked(value) if isinstance(value, str) else None
     return found if isinstance(found, list) and found and all(map(_is_message, found)) else None
 

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Origin:
-    """Position of a record: in a text file, the number of the first line; else the number of the record. Both begin at 1."""
+    """Position of a record: its first line, or its number in a JSON list or a table. Both numbers begin at 1."""
 
     path: Path
     line: int
     unit: Literal["line", "record"] = "line"
 
     def __str__(self) -> str:
-        """Return `file:line`, or `file, record N`."""
         return f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}, {self.place}"
 
     @property
@@ -32,7 +31,6 @@ class Fault:
     hint: str = ""
 
     def __str__(self) -> str:
-        """Return the fault as one line of text."""
         return f"{self.origin}: {self.message}{f' {self.hint}' if self.hint else ''}"
 
 

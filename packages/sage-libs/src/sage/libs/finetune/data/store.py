@@ -78,7 +78,6 @@ class StoredSamples(Sequence[Encoded]):
         return len(self._indexes)
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one sequence; slices are not supported."""
         index = self._indexes[at]
         begin, end = (int(bound) for bound in self._bounds[index : index + 2])
         written = np.frombuffer(os.pread(self._tokens.fileno(), 4 * (end - begin), 4 * begin), np.int32)
@@ -136,7 +135,6 @@ def _open_if_intact(folder: Path) -> StoredSamples | None:
 
 
 def _build(report: DatasetReport, encoder: Encoder, folder: Path, on_progress: OnProgress) -> None:
-    """Tokenize a dataset into files in `folder` and sync them, so that they are complete even after a power failure."""
     bounds = array("q", [0])
     with _synced(folder / "tokens.bin") as tokens:
         for encoded in encoder.encode(_valid_samples(report, on_progress)):
@@ -176,7 +174,7 @@ def _publish(aside: Path, folder: Path) -> StoredSamples:
 
 
 def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
-    """Yield the samples until the first fault. Then only collect further faults; raise DatasetError at the end."""
+    """Yield the samples until the first fault. Further faults are collected, and DatasetError is raised at the end."""
     for sample in read_samples(report):
         if report.sample_count % _PROGRESS_SAMPLES == 0:
             on_progress(f"tokenizing {report.path}: {report.sample_count:,} samples")
@@ -186,19 +184,16 @@ def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[S
 
 
 def _file_stats(path: Path, split: Split) -> list[tuple[str, int, int]]:
-    """Return the path, size and modification time of each file of a dataset. A difference shows that a file has changed."""
     stats = [(file, file.stat()) for file in select_files(path, split).files]
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
 def _key(path: Path, encoder: Encoder, split: Split) -> str:
-    """Return the cache key: a hash of the dataset's path, its content, and the encoder's settings."""
     what = [_VERSION, version("transformers"), str(path), dataset_hash(path, split=split), encoder.settings()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
 def _remove_unused(root: Path) -> None:
-    """Remove folders that were not used for a month, and incomplete folders that crashed processes left."""
     for folder in root.iterdir():
         kept_seconds = _PARTIAL_SECONDS if folder.name.startswith(_PARTIAL) else _KEPT_SECONDS
         with contextlib.suppress(OSError):  # another process removes or renames the folder

@@ -1,10 +1,10 @@
 """Tokenize samples, and mark the tokens to train on: by default, the answers of the assistant.
 
-In training, each answer follows exactly the tokens that a served model gets as prompt, and is followed by an end token.
-If the chat template marks answers (`{% generation %}`), these marks are used. Otherwise, an answer is the text that follows
-its prompt in the rendered chat. The answers of a chat share one sequence if the prompt of each answer begins with the
-previous prompt and answer. Otherwise, answers get separate sequences, for example if the template removes reasoning from
-earlier answers, or if a token contains both the end of a prompt and the beginning of its answer.
+If the chat template marks answers (`{% generation %}`) and no answer is excluded from training, these marks are used.
+Otherwise, an answer is the text that follows its prompt in the rendered chat. The answers of a chat share one sequence if
+the prompt of each answer begins with the previous prompt and answer. Otherwise, answers get separate sequences, for example
+if the template removes reasoning from earlier answers, or if a token contains both the end of a prompt and the beginning of
+its answer.
 """
 
 import itertools
@@ -23,11 +23,9 @@ from sage.libs.models.chat import ChatFormat
 TrainOn = Literal["assistant", "last_turn", "all"]
 #: Label that torch's cross-entropy ignores.
 IGNORED = -100
-#: Number of samples that are tokenized at once.
 _BATCH = 256
 #: Number of characters to tokenize before and after the beginning of an answer, to find a token that spans the beginning.
 _EDGE_CHARACTERS = 24
-#: Number of faults listed in an error message.
 _SHOWN_FAULTS = 3
 
 
@@ -70,7 +68,7 @@ class Encoder:
     tokenizer: Any
     cutoff: int  #: maximum number of tokens of a sequence
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: number of rows of the model's embedding; larger token ids are faults
+    embedding_rows: int | None = None  #: number of rows of the model's embedding; token ids from this number on are faults
     truncated: int = 0  #: number of sequences that were truncated to `cutoff` tokens
     dropped: int = 0  #: number of sequences dropped, because no trained token was left after truncation
     untrained: int = 0  #: number of samples without any tokens to train on
@@ -95,7 +93,7 @@ class Encoder:
     def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
         """Yield the sequences of the samples, truncated to `cutoff` tokens.
 
-        Raises DatasetError at the end if the chat template rejected samples, or if nothing is left to train on.
+        Raises DatasetError at the end if the chat template or the model rejected samples, or if nothing is left to train on.
         """
         kept = 0
         remaining = iter(samples)
@@ -132,8 +130,8 @@ class Encoder:
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
         """Yield for each sequence whether a token spans the beginning of an answer.
 
-        If a token does, the answer has different tokens when it is part of the next answer's prompt. The end of an answer
-        is not checked, because the end token is always separate.
+        If so, the answer has different tokens in the prompt of the next answer; the last answer is not checked. The end of
+        an answer is not checked, because the end token is always separate.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -158,7 +156,6 @@ class Encoder:
             raise DatasetError(code="dataset_template", message=message, hint=hint, param="dataset_path")
 
     def _checked(self, sample: Sample, sequences: list[Encoded]) -> list[Encoded]:
-        """Return the sequences of a sample with labels for `train_on`, and add findings and faults."""
         if not any(sequence.trained_tokens for sequence in sequences):
             self.untrained += 1
             self.findings.add(Code.NOTHING_TRAINED, sample.origin)
@@ -195,7 +192,6 @@ class Encoder:
         )
 
     def _plan(self, sample: Sample) -> list[_Sequence] | None:
-        """Return the sequences of a sample as text, or None if the chat template rejects the sample."""
         inspect_fields(sample, self.findings)
         if isinstance(sample.content, str):
             return [self._plain(sample.content)]
@@ -227,7 +223,6 @@ class Encoder:
         return answers
 
     def _answer(self, sample: Sample, chat: Chat, at: int) -> _Answer:
-        """Return the answer `messages[at]` with the prompt that a served model gets for this answer."""
         before, message = chat.messages[:at], chat.messages[at]
         whole = self.format.render([*before, message], chat.tools)
         prompt = self.format.render(before, chat.tools, prompt=True) if before else self.format.opening(whole)
@@ -239,7 +234,7 @@ class Encoder:
         return answer
 
     def _rewritten(self, sample: Sample, chat: Chat, at: int, whole: str, prompt: str) -> _Answer:
-        """Return the answer `messages[at]` if its prompt is not a prefix of the rendered chat.
+        """Return the answer `messages[at]`, whose prompt is not a prefix of the rendered chat.
 
         For example, the prompt ends with `<think>`, but the template omits the reasoning in the rendered chat.
         """
@@ -265,7 +260,6 @@ class Encoder:
         return _Answer(answer.prompt, text, self.format.answer_end(calls=calls))
 
     def _merged_sequences(self, answers: list[_Answer]) -> Iterator[_Sequence]:
-        """Merge consecutive answers into one sequence if each prompt begins with the previous prompt and answer."""
         so_far = ""
         sequence = _Sequence([], [])
         for answer in answers:
@@ -285,7 +279,7 @@ def _edge(answer: _Answer) -> tuple[str, str]:
 
 
 def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
-    """Return the encoded sequence; parts: token ids of `sequence.parts`."""
+    """parts: token ids of `sequence.parts`."""
     ids, labels = [*sequence.prefix], [*sequence.prefix]
     for answer, prompt_ids, answer_ids in zip(sequence.answers, parts[::2], parts[1::2], strict=True):
         trained = answer_ids if answer.end is None else [*answer_ids, answer.end]
@@ -295,7 +289,6 @@ def _assembled(sequence: _Sequence, parts: list[list[int]]) -> Encoded:
 
 
 def _last_turn(encoded: Encoded) -> Encoded:
-    """Return the sequence with labels for its last answer only."""
     trained = [label != IGNORED for label in encoded.labels]
     end = len(trained) - trained[::-1].index(True)
     begin = next((at for at in range(end, 0, -1) if not trained[at - 1]), 0)

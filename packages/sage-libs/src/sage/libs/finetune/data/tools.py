@@ -1,4 +1,4 @@
-"""Convert tools and tool calls of all dataset formats to OpenAI's format."""
+"""Convert tools and tool calls of all dataset formats to OpenAI's format. Invalid tools and calls raise RecordError."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _KNOWN = {"id", "type", "index", "function", "name", "arguments"}
 
 
 def tools_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the tools of a record (`tools`, or OpenAI's older `functions`), or None. Raises RecordError."""
+    """Return the tools of a record (`tools`, or OpenAI's older `functions`), or None."""
     field = "tools" if unpacked(record.get("tools")) else "functions"
     tools = unpacked(record.get(field))
     if not tools:
@@ -42,7 +42,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) -> list[Call]:
     """Return the calls of an assistant message: its field `tool_calls`, or `function_call` of OpenAI's older format.
 
-    Add the names of fields without effect to `ignored`. Raises RecordError.
+    Add the names of fields without effect to `ignored`.
     """
     if "function_call" in message:
         if message.get("tool_calls"):
@@ -53,7 +53,7 @@ def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) ->
 
 
 def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
-    """Parse a list of calls, or a single call: an object with name and arguments. Raises RecordError."""
+    """Parse a list of calls, or a single call: an object with name and arguments."""
     if isinstance(value, str):
         value = decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of such objects.')
     calls = value if isinstance(value, list) else [value]
@@ -82,7 +82,7 @@ def _call(call: Any, where: str, ignored: list[str]) -> Call:
 
 
 def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """Return the arguments of a call as an object, because chat templates expect an object; JSON text is decoded."""
+    """Return a call's arguments, which can be JSON text, as the object that chat templates expect."""
     if isinstance(arguments, str):
         arguments = decoded(arguments, where, "Write the arguments as an object.") if arguments.strip() else {}
     if arguments is None:

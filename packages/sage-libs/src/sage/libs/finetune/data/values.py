@@ -1,4 +1,7 @@
-"""Check and convert values of records: standard JSON, texts, lists."""
+"""Check and convert values of records: standard JSON, texts, lists.
+
+Functions with the argument `where` raise RecordError if the value is invalid.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +12,7 @@ _SHOWN_LETTERS = 40
 
 
 class RecordError(ValueError):
-    """Raised if a record cannot be trained on. The message names the field, and the hint names the next step."""
+    """Raised if a record cannot be trained on."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -45,7 +48,7 @@ def unpacked(value: Any) -> Any:
 
 
 def decoded(text: str, where: str, hint: str) -> Any:
-    """Decode a JSON text. Raises RecordError."""
+    """Decode a JSON text."""
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
@@ -57,7 +60,7 @@ def _is_packed(value: Any) -> bool:
 
 
 def list_of(value: Any, where: str) -> list[Any]:
-    """Return a list; a list given as JSON text is decoded. Raises RecordError."""
+    """Return a list; a list given as JSON text is decoded."""
     if _is_packed(value):
         value = decoded(value, f"'{where}'", "Write the list as JSON, with double quotes.")
     if not isinstance(value, list):
@@ -66,7 +69,7 @@ def list_of(value: Any, where: str) -> list[Any]:
 
 
 def text_of(value: Any, where: str) -> str:
-    """Return a text unchanged, or join a list of text parts in OpenAI's format. Raises RecordError."""
+    """Return a text unchanged, or join a list of text parts in OpenAI's format."""
     if type(value) is str and value.isascii():
         return value
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "type" in part for part in value):

@@ -1,8 +1,7 @@
 """Causal attention over packed samples: a token attends only to tokens of its own sample.
 
-Scores between different samples are not computed. Samples are short in fine-tuning, so an explicit softmax over batched
-matrix products is faster than a tiled kernel. Long samples are split into blocks of queries, which limits the memory.
-Grouped-query attention does not copy the keys.
+On a CPU, an explicit softmax over batched matrix products is faster than a tiled kernel, because samples are short in
+fine-tuning. Long samples are split into blocks of queries, which limits the memory.
 """
 
 import functools
@@ -246,7 +245,7 @@ def _join(
 
 
 def apply_rotary(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> Tensor:
-    """Apply rotary embeddings to `states` (heads, tokens, head_dim), write the result to `out`, and return it.
+    """Apply rotary embeddings to `states` (heads, tokens, head_dim), write the result to `out`, and return `out`.
 
     cosine, sine: cosines and sines of the rotation angles, (tokens, head_dim // 2). Dimension i is paired with dimension
     i + head_dim / 2, as in transformers.
@@ -260,7 +259,6 @@ def apply_rotary(states: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> T
 
 
 def _cast(dtype: torch.dtype, *states: Any) -> list[Any]:
-    """Return the tensors converted to `dtype`; None is returned as None."""
     return [None if each is None else each.to(dtype) for each in states]
 
 

@@ -1,6 +1,6 @@
 """Install the kernels in a model if its structure is supported.
 
-Each kernel replaces the `forward` of one module instance; modules, parameters and their names stay the same. Then the new
+Each kernel replaces the `forward` of one module instance. Modules, parameters and their names stay the same. Then the new
 logits are compared with the logits of the original model. If the difference is too large, all kernels are removed again.
 """
 
@@ -118,7 +118,6 @@ def install(
 
 
 def _unsupported_reason(model: PreTrainedModel) -> str:
-    """Return the reason why the kernels do not support a model, or "" if they support it."""
     config = model.config.get_text_config()
     for name in _UNKNOWN_SETTINGS:
         if getattr(config, name, None) not in (None, 0, 0.0, 1, 1.0):
@@ -169,7 +168,6 @@ def _norm_forward(weight: Tensor, eps: float) -> Forward:
 
 
 def _attention_forward(module: nn.Module, compute_dtype: torch.dtype | None, make: MakeProjections) -> Forward | None:
-    """Return a `forward` with fused projections for an attention block, or None if the block is not supported."""
     names = {name for name, _ in module.named_children()}
     if not names.issuperset(_PROJECTIONS) or names - {*_PROJECTIONS, "q_norm", "k_norm"}:
         return None

@@ -1,4 +1,4 @@
-"""Int8 matrix products with a frozen weight; the forward and the backward pass use the same int8 copy of the weight.
+"""Int8 matrix products with a frozen weight. The forward and the backward pass use the same int8 copy of the weight.
 
 Activations are quantized with one scale per row. If some columns of the activations are much larger than others, small
 columns would lose precision. Therefore each column of the activations is multiplied by a factor, and the same column of the
@@ -49,7 +49,10 @@ class Int8Matrix:
         return rescale(_int_matmul(integers, self._integers.t()), scales, self._scales, outputs)
 
     def backward(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return grad @ matrix, (rows, inputs), in the dtype of grad; if `onto` is given, add the product to `onto`."""
+        """Return grad @ matrix, (rows, inputs), in the dtype of grad.
+
+        onto: tensor to which the product is added in place; None: the product is a new tensor.
+        """
         integers, scales = quantize(grad, self._scales)
         adds = onto is not None
         outputs = grad.new_empty(grad.shape[0], self._integers.shape[1]) if onto is None else onto
@@ -81,7 +84,7 @@ def quantize(numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, adds: bool = False) -> Tensor:
-    """Multiply int32 sums (rows, columns) by row scales and column factors; write or add the result to `numbers`."""
+    """Multiply int32 sums (rows, columns) by row scales and column factors, and write or add the result to `numbers`."""
     native, _ = library(_SOURCE)
     if native is None:
         scaled = sums.float().mul_(scales[:, None]).mul_(factors)

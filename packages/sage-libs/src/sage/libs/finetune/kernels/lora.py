@@ -1,7 +1,7 @@
 """Fuse linear layers that have the same input into one larger layer, and their LoRA adapters into one larger adapter.
 
-PEFT's modules are not changed. The adapter parameters are read from these modules at every call, and receive gradients. The
-frozen weights receive no gradients. Only the inputs are saved for the backward pass.
+The adapter parameters are read from PEFT's modules at every call, and receive gradients. The frozen weights receive no
+gradients.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": y = W x + alpha / rank * B A x.
 """
 
@@ -64,8 +64,8 @@ class Projections:
     def quantize(self) -> float | None:
         """Quantize the weights to int8, use int8 products in training, and free the dense weights.
 
-        Returns the relative error of the product for the recorded inputs. Returns None and changes nothing if no inputs
-        were recorded or if the error is too large.
+        Returns the relative error of the product for the recorded inputs. If no inputs were recorded or the error is too
+        large, the dense weights stay in use, and None is returned.
         """
         if not self._recorded:
             return None
@@ -87,7 +87,7 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Restore the layers' dense weights from the int8 copy, because the `forward` of transformers needs them."""
+        """Restore the layers' dense weights from the int8 copy if there is one, for the `forward` of transformers."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 
@@ -111,7 +111,7 @@ class Projections:
         return StackedAdapters(adapters, lora_a, lora_b)
 
     def forward(self, inputs: Tensor, stacked: StackedAdapters | None) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs W x + B A x, (tokens, outputs), and the inner products A x, (tokens, ranks).
+        """Return the outputs W x + bias + B A x, (tokens, outputs), and the inner products A x, (tokens, ranks).
 
         inputs: (tokens, inputs). The outputs have the dtype of the weights.
         """

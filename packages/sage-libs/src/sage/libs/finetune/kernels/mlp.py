@@ -1,4 +1,4 @@
-"""A gated feed-forward block as one autograd function. For the backward pass, only the outputs of gate and up are saved."""
+"""A gated feed-forward block as one autograd function. The product of gate and up is recomputed in the backward pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight. Only the input is saved; later layers recompute the output from the input."""
+"""RMSNorm with a frozen weight. Later layers recompute the output from the input, so the output is not saved."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -31,7 +31,7 @@ def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
 
 
 def lm_head_logits(states: Tensor, lm_head: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Compute states @ lm_head.t(), (rows, vocab), in `compute_dtype`, and return it in the dtype of the states."""
+    """Compute states @ lm_head.t(), (rows, vocab), in `compute_dtype`, and return the logits in the dtype of the states."""
     if states.dtype is compute_dtype:
         return states @ lm_head.t()
     wide, out = states.to(compute_dtype), states.new_empty(len(states), len(lm_head))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sage.libs.models.architecture import Architecture
 
-#: A sample of at most this many tokens keeps its attention weights; this is the block of `kernels.attention`.
+#: A sample of at most this many tokens keeps its attention weights; the block size of `kernels.attention`.
 BLOCK_TOKENS = 256
 #: Multiple to which `kernels.attention` pads a sample.
 _LENGTH_MULTIPLE = 32
@@ -17,8 +17,8 @@ class Activations:
     """Numbers of values that a training step has in memory for each token; the data type decides their bytes."""
 
     saved: float  #: saved by one layer for the backward pass
-    inner: float  #: saved products with the LoRA matrices A of one layer; they have the data type of matrix products
-    layer_input: float  #: the input of one layer; gradient checkpointing saves only this
+    inner: float  #: saved products with the LoRA matrices A of one layer, in the data type of matrix products
+    layer_input: float  #: the input of one layer; gradient checkpointing saves nothing else
     backward: float  #: temporary tensors in the backward pass of the largest part of a layer
     weights_heads: int  #: heads whose attention weights are saved for a short sample
     layers: int

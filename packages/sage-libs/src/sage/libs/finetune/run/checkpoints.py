@@ -20,7 +20,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
 #: Error codes for a file that is missing or permanently unreadable. After other errors, the checkpoint can be intact.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that are allowed to differ if a run continues from another run's checkpoint. Others change the result.
+#: Options that are allowed to differ if a run continues from another run's checkpoint. Other options change the result.
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
@@ -104,7 +104,6 @@ class Checkpoint:
             raise _mismatch(f"{self.path} is at step {self.step} of {total_steps}: no step is left to train")
 
     def _origin(self) -> RunSpec:
-        """Return the spec of the run that wrote this checkpoint."""
         try:
             return RunDirectory(self.path.resolve().parent).read_spec()
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -168,7 +167,6 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
 
 
 def _problem(checkpoint: Checkpoint) -> str:
-    """Verify a checkpoint. If it is intact, return ""; if it is damaged, rename it and return the problem."""
     try:
         checkpoint.verify()
     except RunError as error:

@@ -13,22 +13,22 @@ from sage.libs.models.architecture import Architecture
 #: Main memory of a worker without model and data: Python, torch, transformers, PEFT and the Trainer. Measured with torch 2.9
 #: on Linux, before the model is loaded (430 MB) and in addition during the first step (60 MB).
 FRAMEWORK_BYTES = 490_000_000
+#: Memory of a process's CUDA context on the GPU, about.
+CUDA_BYTES = 500_000_000
 #: Bytes per trained parameter, in fp32: the parameter, its gradient, and AdamW's two moments.
 _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 #: Bytes per quantized weight, by number of bits; the scales are included.
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
 #: Number of tokens whose logits SAGE's training step has in memory, and number of copies: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc as a share of the activations and logits: for short samples; for samples that attention splits
-#: into blocks of different sizes; and if saved values in bf16 are computed in fp32. Measured, as in
-#: benchmarks/results/estimates.md.
+#: Gaps in the heap of glibc, as a share of the activations and logits: for short samples, for long samples, and for saved
+#: values in bf16 that are computed in fp32. Measured, as in benchmarks/results/estimates.md.
 _GAPS, _LONG_GAPS, _MIXED_GAPS = 0.12, 0.27, 0.47
-#: Copies of all logits in the training step of transformers: the logits, those of trained tokens, their logarithms, and two
-#: gradients. They are in fp32.
+#: Copies of all logits in the training step of transformers, in fp32: the logits, the logits of trained tokens, their
+#: logarithms, and two gradients.
 _PLAIN_LOSS_COPIES = 5
-#: Maximum result of `fitting_samples`.
 _MOST_SAMPLES = 2**20
-#: Number of sequences per sample in TRL's methods: the chosen and the rejected answer.
+#: Number of sequences per sample in TRL's methods.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
 
 
@@ -64,7 +64,7 @@ class TrainingEstimate:
     activation_bytes: int  #: values saved for the backward pass
     loss_bytes: int  #: logits and probabilities, or temporary values of the backward pass if they are larger
     heap_bytes: int = 0  #: gaps between blocks of memory
-    loading_bytes: int = 0  #: additional memory while the model is loaded, if that is the peak
+    loading_bytes: int = 0  #: additional memory while the model is loaded, if loading needs more memory than training
 
     @property
     def total_bytes(self) -> int:
@@ -122,7 +122,7 @@ class TrainingMemory:
         return replace(self, checkpointing=may_checkpoint, sizes=replace(self.sizes, file_bytes=0)).at([length])
 
     def fitting_samples(self, available_bytes: int, length: int) -> int:
-        """Return the largest number of samples of `length` tokens in a micro-batch that fits; 0 if one does not fit."""
+        """Return the largest number of samples of `length` tokens in a micro-batch that fits; 0 if not even one fits."""
         fits, too_many = 0, 1
         while self._fits(available_bytes, length, too_many):
             fits, too_many = too_many, 2 * too_many
@@ -144,7 +144,6 @@ class TrainingMemory:
         return self.config.finetuning_type == "full"
 
     def _activations(self, lengths: Counter[int]) -> tuple[int, int]:
-        """Return the bytes of the saved activations, and the bytes of temporary values at the peak."""
         sizes, config, formats = self.sizes, self.config, self.formats
         rank = 0 if self._is_full else config.lora_rank
         per_token: Activations = (kernel_activations if self.has_kernels else plain_activations)(sizes, rank)
@@ -188,7 +187,7 @@ class TrainingMemory:
         return adapted + sum(saved_modules)
 
     def _adapted(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the matrices that get an adapter; if they are chosen by a pattern, of all linear layers."""
+        """Return the shapes of the matrices that get an adapter. A pattern of names counts as all linear layers."""
         targets, excluded = self.config.target_modules, self.config.exclude_modules
         if isinstance(targets, str):  # a pattern is not evaluated, because some patterns take very long
             chosen = dict(self.sizes.layer_matrices)
@@ -212,7 +211,7 @@ class TrainingMemory:
 
 
 def expected_kernels(config: FinetuneConfig, formats: Formats) -> bool:
-    """Return whether SAGE's training step supports the options of a run; it may still not support the model."""
+    """Return whether SAGE's training step supports the options of a run. The model is not checked."""
     is_plain = not (config.use_dora or config.lora_dropout or config.modules_to_save)
     is_lora_sft = config.method == "sft" and config.finetuning_type == "lora"
     return is_lora_sft and config.fast_kernels == "auto" and is_plain and formats.base_bits is None

@@ -2,14 +2,15 @@
 
 from collections import deque
 
-#: Minimum number of steps for an estimate.
 _MIN_STEPS = 10
-#: Number of latest steps that are used to measure throughput.
 _WINDOW_STEPS = 20
 
 
 class ProgressMeter:
-    """Measures throughput and remaining time. The first step is ignored, because its duration includes warm-up."""
+    """Measures throughput and remaining time.
+
+    The first step does not count for the remaining time, because of its warm-up.
+    """
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
         """remaining_steps: steps left to train.  closing_seconds: expected seconds of remaining work other than steps."""

@@ -14,11 +14,10 @@ from sage.libs.finetune.run.estimate import Formats
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
 
-#: Number of newest runs that are searched.
 _SEARCHED_RUNS = 100
-#: Options that decide the number formats and the speed of a run. The model also decides them.
+#: Options that decide the number formats and the speed of a run.
 _DECISIVE = ("base_model", "finetuning_type", "method", "precision", "use_8bit", "quantization", "fast_kernels")
-#: Size of a dataset divided by its number of tokens, in bytes. It is a typical value for English text.
+#: Bytes of a dataset per token, typical for English text.
 _TOKEN_BYTES = 4
 
 
@@ -31,7 +30,7 @@ class EarlierRun:
 
 
 def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
-    """Return the newest run with the model and the decisive options of `config`; None if there is none.
+    """Return what the newest run with the model and the decisive options of `config` has measured, or None.
 
     root: folder of the run directories.
     """
@@ -50,7 +49,7 @@ def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
 
 
 def default_formats(config: FinetuneConfig, device: str) -> Formats:
-    """Return the number formats of a run without an earlier run; if they depend on a measurement, the largest ones.
+    """Return the number formats to expect without an earlier run, assuming the largest formats if a measurement decides.
 
     device: `cpu` or `cuda`.
     """
@@ -72,7 +71,6 @@ def training_seconds(config: FinetuneConfig, tokens_per_second: float | None) ->
 
 
 def _tokens(config: FinetuneConfig) -> float | None:
-    """Return the approximate number of tokens of all steps; None if a dataset is not a file."""
     if config.max_steps and config.pack_tokens:
         return config.max_steps * config.gradient_accumulation_steps * config.pack_tokens
     if config.max_steps or not all(source.path.is_file() for source in config.sources):
@@ -82,7 +80,6 @@ def _tokens(config: FinetuneConfig) -> float | None:
 
 
 def _newest(root: Path) -> Iterator[RunDirectory]:
-    """Yield the runs that were changed last."""
     if not root.is_dir():
         return
     with os.scandir(root) as entries:

@@ -19,11 +19,11 @@ RUN_FILE = "sage_run.json"
 
 
 def claim_output(output: Path, task_id: str, run: Path) -> None:
-    """Create the output folder and claim it: record the run as owner. If several runs do so at once, only one succeeds.
+    """Create the output folder and claim it, which means to record the run as owner.
 
     A run claims its folder when the run is created, and can claim the same folder again. If the run ends without a result,
-    another run can claim the folder.
-    Raises OutputError if the folder cannot be written, belongs to another run, or contains files that no run has written.
+    another run can claim the folder. If several runs claim a folder at once, only one succeeds.
+    Raises OutputError if the folder cannot be written, has another run's result, is used by another run, or is not empty.
     """
     output = output.resolve()
     try:
@@ -40,7 +40,7 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
 
 
 def check_claim(output: Path, task_id: str) -> None:
-    """Raise OutputError if the output folder belongs to another run, or contains files that no run has written."""
+    """Raise OutputError if the output folder exists, but the run cannot claim the folder."""
     owner = read_run_file(output.resolve())
     if owner.get("task_id") != task_id and output.is_dir():
         _check_free(output.resolve(), owner)
@@ -97,7 +97,6 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
 
 
 def _claim_of(run: RunDirectory) -> str:
-    """Return how a run uses its output folder, as part of a message; "" if the run has ended or does not exist."""
     if not run.spec_path.is_file():
         return ""
     state = derive(read_status(run), alive=holder(run.lock_path) is not None).state

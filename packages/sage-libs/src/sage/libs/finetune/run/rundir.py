@@ -1,4 +1,4 @@
-"""The run directory: all data that worker and manager share; docs/internals/run-directory.md describes the files."""
+"""The run directory: all data that worker and manager share. docs/internals/run-directory.md describes the files."""
 
 import json
 import os
@@ -38,7 +38,6 @@ class RunDirectory:
     """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
-        """path: the folder; it need not exist yet."""
         self.path = path
         self.spec_path = path / "spec.json"
         self.events_path = path / "events.jsonl"
@@ -52,7 +51,7 @@ class RunDirectory:
         self.options_path = path / "options.json"
 
     def create(self, spec: RunSpec, fill: "Callable[[RunDirectory], None] | None" = None) -> None:
-        """Create the folder with its spec atomically; do nothing if the folder exists.
+        """Create the folder with its spec atomically; do nothing if the run exists.
 
         fill: writes other files into the incomplete folder.
         """

@@ -12,7 +12,7 @@ KEPT_STEPS = 5_000
 
 
 class StepSeries:
-    """The steps of one run. Each read parses only the events that were appended after the previous read."""
+    """The steps of one run, read incrementally."""
 
     def __init__(self, run: RunDirectory, kept_steps: int = KEPT_STEPS) -> None:
         self._run, self._kept_steps = run, kept_steps
@@ -21,10 +21,7 @@ class StepSeries:
         self._lock = threading.Lock()
 
     def read(self, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the steps after step `after`, downsampled to at most `max_points`; the first and the last step are kept.
-
-        By default, memory contains all steps of a run with up to 10,000 steps, and 5,000 to 10,000 steps of a longer run.
-        """
+        """Return the steps after step `after`, downsampled to at most `max_points` steps."""
         with self._lock:
             for event, end in self._run.read_events(self._offset):
                 self._offset = end
@@ -34,7 +31,7 @@ class StepSeries:
         return found if max_points is None else downsample(found, max_points)
 
     def _add(self, event: StepEvent) -> None:
-        if self._steps and event.step <= self._steps[-1].step:  # the step was repeated after a crash
+        if self._steps and event.step <= self._steps[-1].step:  # a resumed run repeats the steps after its checkpoint
             del self._steps[bisect.bisect_left(self._steps, event.step, key=_number) :]
         self._steps.append(TrainingStep.model_validate(vars(event)))
         if len(self._steps) > 2 * self._kept_steps:
@@ -42,7 +39,10 @@ class StepSeries:
 
 
 def downsample(steps: Sequence[TrainingStep], max_points: int) -> list[TrainingStep]:
-    """Return at most `max_points` steps: first, last, and of each range of steps the ones with lowest and highest loss."""
+    """Return at most `max_points` steps: the first, the last, and the steps with the lowest and highest loss in each range.
+
+    If `max_points` is 1, the last step is returned.
+    """
     if len(steps) <= max_points:
         return list(steps)
     if max_points == 1:

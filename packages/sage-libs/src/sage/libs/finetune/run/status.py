@@ -1,4 +1,4 @@
-"""The status of a run. It is computed only from the events and the lock of the run."""
+"""The status of a run, computed only from the events and the lock of the run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -121,7 +121,6 @@ def derive(status: RunStatus, *, alive: bool) -> RunStatus:
 
 
 def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
-    """Return the new values of the fields that an event changes."""
     match event:
         case LaunchedEvent():
             return {"state": RunState.STARTING, "code": None, "message": None, "hint": None, "eta_seconds": None}

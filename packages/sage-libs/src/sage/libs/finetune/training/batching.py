@@ -27,14 +27,13 @@ _TOKENS_STEP = 64
 class PackedCollator:
     """Concatenates samples into one sequence for the kernels, with at most 63 tokens of padding at the end.
 
-    The padding keeps the number of different sizes small: oneDNN compiles a matrix product for each new size (3 ms, 1 MB).
+    The padding keeps the number of sizes small, because oneDNN compiles a matrix product for each new size (3 ms, 1 MB).
     """
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
         """Return input_ids, position_ids, attention_mask, labels (1, tokens), and cu_seq_lens_q (samples + 1,), all int64.
 
-        cu_seq_lens_q: index of the first token of each sample, followed by the number of tokens without padding. All these
-        names are arguments of transformers models.
+        cu_seq_lens_q: index of the first token of each sample, followed by the number of tokens without padding.
         """
         sequences = list(_flat(packs))
         lengths = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)])
@@ -115,7 +114,7 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
 
 
 class Packs(Sequence[Pack]):
-    """Samples grouped into packs. Each access to a sample reads it from disk."""
+    """Samples grouped into packs, and read at each access."""
 
     def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
         """groups: indexes of the samples of each pack; None: one sample per pack."""
@@ -125,7 +124,6 @@ class Packs(Sequence[Pack]):
         return len(self._samples if self._groups is None else self._groups)
 
     def __getitem__(self, at: Any) -> Any:
-        """Return one pack; slices are not supported."""
         return tuple(self._samples[index] for index in ((at,) if self._groups is None else self._groups[at]))
 
 
@@ -141,8 +139,7 @@ def largest_packs(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
     """Group samples into packs of at most `tokens` tokens; return the sample indexes of each pack.
 
-    A sample longer than `tokens` gets its own pack. Samples are taken in random order, and each sample is put into the
-    fullest pack in which it fits. Therefore packs are well filled, and contain samples of different lengths.
+    A sample longer than `tokens` gets its own pack.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, no secret

@@ -114,7 +114,7 @@ class RunCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> TrainerControl:
-        """Append the event of one step, and evaluate if an evaluation is due; raises RunError if training has diverged."""
+        """Append the event of one step, and evaluate if due. Raises RunError if the loss has diverged or is not finite."""
         state.log_history.clear()  # the history grows with each step, and each checkpoint stores it
         if not logs or "loss" not in logs:  # then `logs` is the Trainer's summary after training
             return control
@@ -169,7 +169,6 @@ class RunCallback(TrainerCallback):
         return control
 
     def _score(self, step: int, control: TrainerControl) -> None:
-        """Measure the held-out loss. Request a checkpoint if the run ends now, or if this best step is to be kept."""
         ends = saves = False
         if self.team.is_main_process:
             try:

@@ -60,7 +60,6 @@ def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report
 
 
 def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence[Encoded]]:
-    """Return the training samples, repeated according to the weights, and the held-out samples, which are not repeated."""
     parts, heldout = [], []
     for source in config.sources:
         samples = reader.read(source.path)
@@ -82,8 +81,6 @@ def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads tokenized datasets and reports the findings about them."""
-
     new_encoder: Callable[[], Encoder]
     report: Reporter
     max_seq_length: int

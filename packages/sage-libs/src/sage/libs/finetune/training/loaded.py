@@ -15,7 +15,7 @@ from sage.libs.finetune.training.model import decoder, load_trainable
 from sage.libs.finetune.training.noise import EmbeddingNoise
 from sage.libs.finetune.training.precision import Precision
 
-#: A function that installs kernels in a model; it returns the kernels (None if it installed none) and an explanation.
+#: A function that installs kernels in a model, and returns the kernels (or None) and an explanation.
 Install = Callable[[Any, Precision], tuple[Kernels | None, str]]
 
 
@@ -40,7 +40,7 @@ def install_kernels(model: Any, precision: Precision) -> tuple[Kernels | None, s
 
 
 def no_kernels(reason: str) -> Install:
-    """Return an Install function that installs no kernels and returns `reason`."""
+    """Return an Install function that installs no kernels, and gives `reason` as the explanation."""
     return lambda *_: (None, f"fallback: {reason}")
 
 

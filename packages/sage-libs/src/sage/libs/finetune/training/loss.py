@@ -13,7 +13,7 @@ from sage.libs.finetune.kernels.product import lm_head_backward, lm_head_logits
 _CHUNK = 384
 #: Chunks are padded to a multiple of this many rows, because oneDNN compiles a matrix product for each new size.
 _ROWS_STEP = 64
-#: Minimum log probability; it is used for probabilities that are rounded to zero.
+#: Minimum log probability, for probabilities that are rounded to zero.
 _MIN_LOG_PROB = -100.0
 
 
@@ -37,7 +37,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad is not None:
                 probs[targeted] -= 1
                 grad[rows] = lm_head_backward(probs, lm_head, compute_dtype)[:count]
-            del probs  # otherwise, it would be in memory together with the logits of the next chunk
+            del probs  # free the memory before the logits of the next chunk are computed
         ctx.grad = grad
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -67,7 +67,7 @@ def completion_loss(
 
 
 class CompletionLoss:
-    """The Trainer's loss function. It also counts trained tokens and correctly predicted tokens for the progress events."""
+    """The Trainer's loss function, which also counts trained and correctly predicted tokens for the progress events."""
 
     def __init__(self, lm_head: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
         """lm_head: (vocab, hidden_size) if the model returns last hidden states as `logits`; None if it returns real logits.

@@ -10,6 +10,8 @@ import psutil
 import torch
 
 from sage.common.cgroups import memory_limits
+from sage.libs.finetune.run.estimate import CUDA_BYTES
+from sage.libs.finetune.run.reservation import TOLERANCE, reserved_bytes
 
 #: Bytes of a memory limit that are reserved for file pages and kernel memory.
 _MARGIN_BYTES = 32 * 2**20
@@ -17,7 +19,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def trim_heap() -> None:
-    """Return free heap pages to the operating system, so that fragmentation does not make the heap grow."""
+    """Return free heap pages to the operating system. Without glibc, do nothing."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only in glibc
         trim(0)
 
@@ -44,8 +46,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
+def limit_gpu_memory() -> None:
+    """Limit the GPU memory of this process to the run's reservation, so that an allocation beyond the limit fails."""
+    if (reserved := reserved_bytes()) and torch.cuda.is_available():
+        share = (TOLERANCE * reserved - CUDA_BYTES) / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0))
+
+
 def refuse_beyond_limit() -> None:
-    """Limit this process to the free memory of the container or machine, so that an allocation beyond the limit fails.
+    """Limit this process to the machine's memory and the container's free memory, so that a larger allocation fails.
 
     A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
     than Linux, this function does nothing.
@@ -62,6 +71,5 @@ def refuse_beyond_limit() -> None:
 
 
 def _available_in_cgroups() -> Iterator[int]:
-    """Yield the free bytes of each control group that has a memory limit. File pages count as free."""
     for group in memory_limits():
         yield group.limit_bytes - group.used_bytes

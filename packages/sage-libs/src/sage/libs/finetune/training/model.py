@@ -29,7 +29,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     """
     is_full = config.finetuning_type == "full"
     dtype = torch.bfloat16 if precision.bf16 and not is_full else torch.float32
-    # Load the base directly onto its device: the kernels will combine the weights into matrices that must not be moved.
+    # Load the base directly onto its device, because the kernels combine the weights into matrices that must not be moved.
     place = {"device_map": {"": PartialState().device}} if torch.cuda.is_available() else {}
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
@@ -37,7 +37,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
         # Copy the weights out of the memory-mapped file, because the mapped pages count as memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # Prevent bitsandbytes from repacking 4-bit weights for evaluation: it would not restore these weights for training.
+        # Prevent bitsandbytes from repacking 4-bit weights for evaluation, because it does not undo this for training.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -63,7 +63,7 @@ def loraplus_optimizer(
 
 
 def width_of(folder: Path) -> int:
-    """Return the hidden size of the model in a folder; raises ModelError if the config cannot be loaded."""
+    """Return the hidden size of the model in a folder, 768 by default. Raises ModelError if the config cannot be loaded."""
     return int(getattr(model_config(folder), "hidden_size", 768))
 
 
@@ -80,7 +80,7 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     for file in checkpoint.glob("model*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)  # not strict: the weights can be split over several files
+        model.load_state_dict(load_file(file), strict=False)  # not strict, because a file can contain a part of the weights
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:

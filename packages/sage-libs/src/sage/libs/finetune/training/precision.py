@@ -107,14 +107,12 @@ def _base(config: FinetuneConfig) -> tuple[int | None, str]:
 
 
 def _int8(dtype: torch.dtype, width: int) -> tuple[bool, str]:
-    """Return whether int8 is fast enough for layers with hidden size `width`, and the reason."""
     gain, why = int8.measured_speedup(width, dtype)
     is_faster = gain >= _LEAST_GAIN
     return is_faster, f"{'8-bit base' if is_faster else 'base not in int8'}: {why}"
 
 
 def _fastest() -> tuple[bool, str]:
-    """Return whether bf16 is fast enough on this machine to be used instead of fp32, and the reason."""
     if torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported()
         return has_bf16, f"the GPU {'has' if has_bf16 else 'lacks'} bf16 instructions"
@@ -126,6 +124,5 @@ def _fastest() -> tuple[bool, str]:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Measure a matrix product with the size of a typical layer (about 1 ms); return the shortest duration."""
     left, right = torch.ones(PROBE_ROWS, _PROBE_WIDTH, dtype=dtype), torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
     return least_seconds(lambda: left @ right.t())

@@ -1,7 +1,6 @@
 """Train with TRL's methods: DPO, ORPO and KTO learn from preferences, GRPO from a reward function.
 
-TRL provides the training loop, the losses and the sampling. Everything else, such as checkpoints and events, is the same as
-in supervised fine-tuning.
+TRL provides the training loop, the losses and the sampling.
 """
 
 import os
@@ -62,7 +61,6 @@ class PreferenceRun(TrainingRun):
         return TrainingData(rows, len(rows), [], config.batch_size, batch_limit(config))
 
     def _inspect(self, samples: list[Sample], path: Path) -> None:
-        """Render the answers of a dataset with the chat template, and report content that the template omits."""
         encoder = self.base.encoder(self.config.max_seq_length, self.config.train_on)
         for sample in as_chats(samples):
             encoder.encode_whole([sample])
@@ -98,5 +96,4 @@ class PreferenceRun(TrainingRun):
         )
 
     def _planned_steps(self) -> int:
-        """Return the total number of optimizer steps that the Trainer has reported; 0 before training starts."""
         return read_status(self.run).total_steps or 0

@@ -10,7 +10,7 @@ _ANSWER_TOKENS = 64
 
 
 def answer(model: Any, chat_format: ChatFormat, prompt: str) -> str:
-    """Generate an answer of at most 64 tokens with greedy decoding. The model's training mode is restored at the end."""
+    """Generate an answer of at most 64 tokens with greedy decoding."""
     ids = torch.tensor([chat_format.prompt_ids([{"role": "user", "content": prompt}])], device=model.device)
     was_training = model.training
     model.eval()

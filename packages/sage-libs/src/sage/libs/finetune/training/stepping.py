@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptingTrainer(UnboundedEpochs):
-    """Computes a micro-batch in parts if it does not fit into memory. The samples of a step and their order do not change.
+    """Computes a micro-batch in parts if it does not fit into memory.
 
-    The loss is a sum over tokens divided by the number of tokens in the step. Therefore any split gives the same gradient.
+    The loss is a sum over tokens divided by the number of tokens in the step, so any split gives the same gradient.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class AdaptingTrainer(UnboundedEpochs):
         """halvings: how many times each micro-batch is cut in half.  checkpointing: `on`, `off`, or `auto` (if needed).
 
         on_adapted: called when memory use is reduced, with a message, `halvings`, and whether gradient checkpointing is on.
-        rehearsal: returns the largest micro-batch; it is computed before the first step, and its gradient is discarded. Thus
-        a lack of memory shows immediately. None: no rehearsal.
+        rehearsal: returns the largest micro-batch, which is computed before the first step to detect a lack of memory. The
+        gradient of the rehearsal is discarded. None: no rehearsal.
         """
         super().__init__(compute_loss_func=loss, **options)
         self._loss, self._rehearsal = loss, rehearsal
@@ -50,7 +50,8 @@ class AdaptingTrainer(UnboundedEpochs):
     ) -> Tensor:
         """Compute the loss of a micro-batch, add its gradient to the gradients of the parameters, and return the loss.
 
-        If several processes train together, micro-batches are not cut: each process must compute the same number of them.
+        If several processes train together, micro-batches are not cut, because each process must compute the same number of
+        micro-batches.
         """
         if self.args.world_size > 1:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -60,7 +61,6 @@ class AdaptingTrainer(UnboundedEpochs):
         return self._adapted_step(model, inputs, num_items_in_batch)
 
     def _rehearse(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Compute a micro-batch, and restore gradients, token counts and random states."""
         counts, gradients = self._loss.counts, [parameter.grad for parameter in model.parameters()]
         devices = [self.args.device] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
@@ -72,7 +72,6 @@ class AdaptingTrainer(UnboundedEpochs):
             parameter.grad = gradient
 
     def _adapted_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Compute a micro-batch. If it does not fit into memory, reduce the memory and compute it again."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         while True:
             before, counts = [parameter.grad for parameter in parameters], self._loss.counts
@@ -97,7 +96,6 @@ class AdaptingTrainer(UnboundedEpochs):
             self._adapt(part, cause)
 
     def _adapt(self, part: dict[str, Any], cause: str) -> None:
-        """Reduce the memory of the next steps; raises RunError if the memory cannot be reduced further."""
         tokens = part["input_ids"].shape[1]
         if samples_in(part) > 1:
             self._halvings += 1

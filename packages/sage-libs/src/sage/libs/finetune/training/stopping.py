@@ -1,4 +1,4 @@
-"""Requests to stop (SIGTERM or Ctrl-C). The run stops at the next safe point."""
+"""Requests to stop a run at its next safe point (SIGTERM or Ctrl-C)."""
 
 import signal
 
@@ -8,7 +8,7 @@ class StopRequested(Exception):
 
 
 class StopRequest:
-    """A flag that a signal sets. The run checks the flag at safe points."""
+    """A flag that a signal sets, and that the run checks at safe points."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -1,4 +1,4 @@
-"""Read and tokenize samples during training: training begins immediately, and nothing is cached on disk."""
+"""Read and tokenize samples during training, without a cache on disk."""
 
 import itertools
 import random
@@ -35,7 +35,6 @@ class StreamedPacks(IterableDataset[Pack]):
         self._report = report
 
     def __iter__(self) -> Iterator[Pack]:
-        """Yield packs without end; raises DatasetError at the first fault."""
         seeds = random.Random(self._seed)  # noqa: S311 - reproducible, no secret
         while True:
             encoder = self._new_encoder()

@@ -1,8 +1,7 @@
 """Data-parallel training with several processes, each on its own device.
 
 The main process is the run's worker. Only the main process holds the lock, handles signals, evaluates, and writes events
-and results. The main process starts the other processes, which only compute training steps. These get the environment
-variables that torch's launcher would set.
+and results. The main process starts the other processes, which only compute training steps.
 """
 
 import os
@@ -24,7 +23,7 @@ from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
-#: Timeout of messages. It is long, because the other processes wait while the main process tokenizes or evaluates.
+#: Timeout of messages, which is long because the other processes wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
 _LOOK_SECONDS = 0.5
 
@@ -78,7 +77,7 @@ class Team:
             distributed.barrier(group=self._group())
 
     def check(self) -> None:
-        """Report a failure and exit if another process has failed."""
+        """Exit if another process has failed."""
         if self._others:
             time.sleep(_LOOK_SECONDS)
             self._check_others()
@@ -109,7 +108,7 @@ class Team:
         self._watch(self._check_others)
 
     def _check_others(self) -> None:
-        """Report a failure and exit if another process has failed, because the next step would never end."""
+        """Exit if another process has failed, because the next step would never end."""
         for process in self._others:
             code = process.poll()
             if code in (None, 0) or not self._others:

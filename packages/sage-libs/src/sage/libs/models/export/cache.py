@@ -1,6 +1,6 @@
 """Cache of converted models for serving, in `cache_dir/gguf/KEY` and `cache_dir/openvino/KEY`.
 
-The key is a hash of the model's content.
+KEY is a hash of the model's content, the precision and the version of the converter.
 """
 
 import hashlib

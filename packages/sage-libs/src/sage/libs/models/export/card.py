@@ -39,7 +39,6 @@ def write_card(folder: Path, target_name: str, source: ModelSource, format_: Exp
 
 
 def _training(recipe: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
-    """Return lines about the training, or [] if the model was not trained by SAGE."""
     paths = recipe.get("dataset_path")
     if not paths:
         return []
@@ -56,7 +55,6 @@ def _training(recipe: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
 
 
 def _licence(folder: Path) -> str | None:
-    """Return the licence from a base model's card, or None if the card contains no licence."""
     try:
         head = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
     except (OSError, IndexError, ValueError):

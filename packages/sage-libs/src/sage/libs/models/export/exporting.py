@@ -125,7 +125,6 @@ def write_openvino(
 
 
 def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[dict[str, Any]]) -> None:
-    """Raise ModelError if llama.cpp tokenizes a chat differently from transformers."""
     chats = json.dumps([probe["messages"] for probe in probes])
     argv = (str(llama_cpp.interpreter), str(Path(__file__).with_name("tokenizer_check.py")), str(file))
     found = _run(report, file.parent, "Comparing the tokenization", argv, chats)
@@ -153,7 +152,6 @@ def _run(report: Report, folder: Path, title: str, argv: Sequence[str], text: st
 
 
 def _needed_bytes(source: ModelSource, format_: ExportFormat, precision: str | None) -> float:
-    """Return the disk space in bytes that an export needs at most, without small files; 0 if this is unknown."""
     if format_ is ExportFormat.ADAPTER:
         return sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     if format_ is ExportFormat.OPENVINO:

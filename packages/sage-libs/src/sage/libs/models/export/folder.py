@@ -11,7 +11,6 @@ from sage.common.errors import OutputError
 from sage.common.files import fsync_path, fsync_tree
 from sage.libs.models.resolve import ModelSource, safetensors_header
 
-#: Disk space to keep free, in bytes.
 _RESERVE_BYTES = 200_000_000
 
 

@@ -1,7 +1,7 @@
 """The step of an export that writes a GGUF file with llama.cpp's converter.
 
-The step runs in SAGE's interpreter, because it needs torch and transformers. It imports the converter from the environment
-of llama.cpp.
+The step runs in SAGE's interpreter, because it needs torch and transformers. The step imports the converter from the
+environment of llama.cpp.
 """
 
 import argparse
@@ -96,7 +96,6 @@ def _keep_specials(model: Any, gguf: Any, end_tokens: Collection[int], *, begins
 
 
 def _pre_tokenizer_of(folder: Path) -> str:
-    """Return the GGUF name of the pre-tokenizer in tokenizer.json; raises ModelError if the pre-tokenizer is unknown."""
     found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
     match found.get("pretokenizers", [found]):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:

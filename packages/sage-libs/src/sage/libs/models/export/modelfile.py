@@ -1,4 +1,4 @@
-"""Write Ollama's Modelfile. Its Go template is derived from the model's chat template; both must give the same prompts."""
+"""Write Ollama's Modelfile. Its Go template is derived from the model's chat template, and must give the same prompts."""
 
 import json
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: b
 
 
 def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
-    """Derive the constant texts of a chat template. Raises ModelError if they do not give the template's prompts.
+    """Derive the constant texts of a chat template. Raises ModelError if the texts do not give the template's prompts.
 
     bos: text that is removed from the beginning of rendered chats.
     """
@@ -88,7 +88,7 @@ def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
             return turns
     raise ModelError(
         code="export_unsupported",
-        message="The model's chat template cannot be converted to a template of Ollama.",
+        message="The model's chat template cannot be converted to a template for Ollama.",
         hint="Use `--format gguf`, and serve the model with llama.cpp, which uses the model's own template.",
         param="format",
     )

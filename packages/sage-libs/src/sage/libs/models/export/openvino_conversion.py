@@ -1,7 +1,7 @@
 """The step of an export that converts a model to OpenVINO's format, for OpenVINO GenAI and for SAGE's OpenVINO backend.
 
-The step runs in SAGE's interpreter, because it needs torch and transformers. It imports OpenVINO from the environment of the
-backend. The converted model stores keys and values as OpenVINO states, as in the exports of Optimum Intel.
+The step runs in SAGE's interpreter, because it needs torch and transformers. The step imports OpenVINO from the
+environment of the backend. The converted model stores keys and values as OpenVINO states, as Optimum Intel does.
 """
 
 import argparse
@@ -23,29 +23,24 @@ from sage.libs.models.loading import load_causal_lm, load_tokenizer
 _ATTENTION = "sage_openvino_export"
 #: Types of rotary embeddings whose values depend on the length of the text; the trace has the values for short texts only.
 _VARYING_ROPE = frozenset({"dynamic", "longrope"})
-#: Largest difference between the logits of the two programs, relative to the largest logit.
+#: Largest difference between the logits of transformers and of OpenVINO, relative to the largest logit.
 _TOLERANCE = 1e-3
 #: Number of weights with one scale in int4.
 _INT4_GROUP = 32
 
 
 class _Shape(NamedTuple):
-    """Sizes of the keys or values of one layer."""
-
     heads: int
     size: int
 
 
 class _Layers:
-    """Keys and values of all layers in one forward pass."""
-
     def __init__(self, past: tuple[Tensor, ...], order: Tensor, mask: Tensor | None) -> None:
         """past: keys and values of each layer, or () to record only the shapes.  order: the past row of each row."""
         self._past, self._order, self._mask = past, order, mask
         self.present: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Append keys and values to those of the past; return the output, (rows, tokens, heads, head_dim)."""
         if self._past:
             at = len(self.present)
             key = torch.cat((self._past[at].index_select(0, self._order), key), 2)
@@ -65,7 +60,7 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, scaling: float | None = None,
     layers: _Layers | None = None, sliding_window: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Compute attention; this function has the interface of transformers."""
+    """This function has the interface of transformers' attention functions."""
     if layers is None or options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("its kind of attention cannot be converted")
     if sliding_window and sliding_window < module.config.max_position_embeddings:
@@ -77,8 +72,6 @@ AttentionInterface.register(_ATTENTION, _attention)
 
 
 class _Stateful(torch.nn.Module):
-    """A model whose inputs and outputs include the keys and values of all layers."""
-
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
@@ -86,7 +79,6 @@ class _Stateful(torch.nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the logits, then keys and values of each layer."""
         tokens, length = input_ids.shape[1], attention_mask.shape[1]
         is_past = torch.arange(length)[None] <= torch.arange(length - tokens, length)[:, None]
         is_seen = is_past[None, None] & attention_mask[:, None, None].bool()
@@ -99,8 +91,8 @@ class _Stateful(torch.nn.Module):
 def convert(folder: Path, target: Path, quantize: str) -> None:
     """Write a model as `openvino_model.xml` and `.bin`; the weights are fp32, or quantized to `quantize`.
 
-    The logits before the quantization are compared with those of transformers.
-    Raises ModelError if OpenVINO does not support the model.
+    Before the quantization, the logits are compared with the logits of transformers. Raises ModelError if OpenVINO does not
+    support the model.
     """
     import openvino
 
@@ -123,7 +115,6 @@ def convert(folder: Path, target: Path, quantize: str) -> None:
 
 
 def _converted(model: Any) -> Any:
-    """Return the model as an `openvino.Model` with states."""
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
 
@@ -153,7 +144,6 @@ def _converted(model: Any) -> Any:
 
 
 def _shapes(model: Any) -> list[_Shape]:
-    """Return the shapes of keys and values in the order in which the model computes the layers."""
     layers = _Layers((), torch.empty(0), None)
     with torch.inference_mode():
         model(input_ids=torch.tensor([[1, 2]]), use_cache=False, layers=layers)
@@ -232,7 +222,7 @@ def _unsupported(folder: Path, problem: str) -> ModelError:
     return ModelError(
         code="export_unsupported",
         message=f"The model in {folder} cannot be converted to OpenVINO's format: {problem}.",
-        hint="Export it as 'merged', and serve it with another backend.",
+        hint="Use `--format merged`, and serve the model with another backend.",
         param="format",
     )
 

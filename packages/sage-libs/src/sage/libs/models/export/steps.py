@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from sage.common.error_codes import error_class
 from sage.common.errors import ModelError, SageError
 
-#: Seconds between two progress reports while a step runs.
 _POLL_SECONDS = 0.5
 
 

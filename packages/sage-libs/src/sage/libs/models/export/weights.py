@@ -20,7 +20,7 @@ from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 logger = logging.getLogger(__name__)
 #: Files in the base model's folder that are copied with the weights.
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-#: Chats for the comparison of tokens: their prompts must have the same tokens in each export format.
+#: Chats whose prompts must have the same tokens in each export format.
 _PROBES: list[list[Message]] = [
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 × 1234567?\n\n  – né, 日本 🦊\t"}],
@@ -45,7 +45,7 @@ def check_adapter(name: str) -> None:
 def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) -> dict[str, Any]:
     """Write a model as safetensors, with tokenizer, chat template and end tokens; an adapter is merged in fp32.
 
-    fp32: whether to write the result in fp32; otherwise it has the dtype of the base model.
+    fp32: whether to write the result in fp32 instead of the dtype of the base model.
     Returns the dict from `_described` with the additional key `modelfile` (None if `with_modelfile` is False).
     Raises ModelError, for example if the adapter cannot be merged.
     """
@@ -74,7 +74,6 @@ def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) ->
 
 
 def _described(model: Any, chat_format: ChatFormat) -> dict[str, Any]:
-    """Return facts about a model: prompts with token ids, end tokens, BOS, dtype, sampling settings, context length."""
     probes: list[dict[str, Any]] = []
     for messages in _PROBES:
         try:
@@ -102,7 +101,9 @@ def _located(name: str) -> tuple[ModelSource, Path]:
     source = resolve_model(name)
     if source.kind is ModelKind.ADAPTER and source.base and source.base.kind is ModelKind.ADAPTER:
         raise ModelError(
-            code="base_is_adapter", message=f"The base of {name} is itself an adapter.", hint="First merge the base."
+            code="base_is_adapter",
+            message=f"The base of {name} is itself an adapter.",
+            hint="Export the base with `--format merged`, and use the merged model as the base.",
         )
     return source, local_folder(source.base or source)
 

@@ -25,12 +25,12 @@ class ServingOptions(BaseModel):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="Quantize the weights: they need less memory and are faster on a CPU, but answers are less exact.",
+        description="Quantization of the weights, which then need less memory and are faster on a CPU, but less exact.",
     )
 
 
 class BatchOptions(ServingOptions):
-    """The options of servers that compute the answers of several requests together with SAGE's own code."""
+    """The options of SAGE's own servers that compute several answers in one batch."""
 
     context_tokens: int | None = Field(
         None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
@@ -39,7 +39,7 @@ class BatchOptions(ServingOptions):
     kv_cache_tokens: int | None = Field(
         None,
         ge=16,
-        description="Maximum tokens of all prompts and answers in progress, further answers wait; default: no limit.",
+        description="Maximum tokens of all prompts and answers in progress. Further answers wait. Default: no limit.",
     )
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
@@ -49,7 +49,7 @@ class Capabilities:
     """The capabilities of a backend."""
 
     kinds: frozenset[EngineKind]
-    formats: frozenset[ModelKind]  #: model formats that the backend can load
+    formats: frozenset[ModelKind]
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     hot_adapters: bool = False  #: adapters can be loaded and unloaded while the server runs
     merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
@@ -63,14 +63,13 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    #: The options that a user can set.
     options: ClassVar[type[BaseModel]]
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
         """Return the memory that the engine is expected to need, or None if it is not known."""
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the total of `estimate`."""
+        """Return the total of `estimate`, or None if it is not known."""
 
 
 @runtime_checkable
@@ -80,7 +79,6 @@ class ServingBackend(Backend, Protocol):
     If `hot_adapters` is set, the server also has vLLM's HTTP interface to load and unload adapters.
     """
 
-    #: HTTP path of the health check; the server's answer shows whether the server is ready.
     health_path: ClassVar[str]
     #: Request fields that the server supports; the gateway rejects all others. None: the server checks the fields itself.
     parameters: ClassVar[frozenset[str] | None]
@@ -97,22 +95,19 @@ class ServingBackend(Backend, Protocol):
         """Return additional environment variables for the process."""
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether an answer of `health_path` reports that `server` is ready; False if another program answered."""
+        """Return whether an answer of `health_path` comes from `server` and reports that `server` is ready."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the limits in an answer of `health_path`: `context_tokens` and `slots`, if the answer contains them.
+        """Return the fields of an answer of `health_path`, which can include `context_tokens` and `slots`.
 
-        context_tokens: maximum tokens of prompt and answer; slots: maximum number of concurrent answers.
+        context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.
         """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why a running server of `base` cannot load `adapter`, as a clause without a period.
-
-        Returns None if the server can load the adapter.
-        """
+        """Return why a running server of `base` cannot load `adapter`, as a clause without a period, or None."""
 
     def max_adapters(self, options: Any) -> int | None:
-        """Return the maximum number of adapters in a server; None: no limit."""
+        """Return the maximum number of adapters in a server. None: no limit."""
 
 
 #: Spin iterations of a GNU OpenMP thread that waits at a barrier. With the default of 300,000 (about a millisecond),
@@ -121,7 +116,7 @@ _SPIN_COUNT = "10000"
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return the environment variables that set the number of CPU threads; if `threads` is None, one thread per core."""
+    """Return the environment variables that set the number of CPU threads, if `threads` is given."""
     return {"GOMP_SPINCOUNT": _SPIN_COUNT, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
@@ -140,15 +135,15 @@ class WorkerBackend:
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return all fields of the answer, which include `context_tokens` and `slots`."""
+        """Return all fields of the answer, which can include `context_tokens` and `slots`."""
         return parsed(content)
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
-        """Return None: the memory is not known."""
+        """Return None, because the memory is not known."""
         return None
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the total of `estimate`."""
+        """Return the total of `estimate`, or None if it is not known."""
         estimate = self.estimate(model, options)
         return None if estimate is None else estimate.total_bytes
 
@@ -162,7 +157,7 @@ class WorkerBackend:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """Return the JSON object in `content`; {} if `content` is not a JSON object."""
+    """Return the JSON object in `content`, or {} if `content` is not a JSON object."""
     try:
         value = json.loads(content)
     except ValueError:

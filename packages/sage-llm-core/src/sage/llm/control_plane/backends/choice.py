@@ -12,7 +12,7 @@ RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "vllm": 0.54, "llamacpp": 1.4, "openvino": 2.4},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
 }
-#: The same for one whole model, such as an adapter that is merged into its base. GPU: not measured yet.
+#: The same for requests to one whole model, which can be an adapter merged into its base. GPU: not measured.
 MERGED_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "llamacpp": 1.4, "vllm": 1.0, "openvino": 2.4},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
@@ -22,10 +22,8 @@ MERGED_SPEEDS: Mapping[str, Mapping[str, float]] = {
 def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this model") -> tuple[Backend, str]:
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
 
+    If some candidates can load adapters into a running server, only these candidates are compared.
     purpose: what only the candidates can do, as the end of a sentence.
-
-    If some candidates can load adapters into a running server, only these candidates are compared, because with them,
-    several adapters can share one server.
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:

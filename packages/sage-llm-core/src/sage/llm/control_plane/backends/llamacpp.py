@@ -1,4 +1,4 @@
-"""The backend for llama.cpp's server, which runs GGUF files (also quantized files) on a CPU in a separate environment."""
+"""The backend for llama.cpp's server, which runs GGUF files on a CPU in a separate environment."""
 
 import sys
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstima
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 from sage.llm.control_plane.store.records import ServerRecord
 
-#: Maximum context length and cache size of each slot in tokens, if the user sets none. The server process uses these too.
+#: Defaults in tokens: the maximum context length, and the cache size of each slot. The server process uses them too.
 CONTEXT_TOKENS, SLOT_TOKENS = 8192, 512
 #: Tokens whose logits are in memory at the same time; this is the default of llama.cpp.
 _BATCH_TOKENS = 512
@@ -55,7 +55,7 @@ class LlamaCppOptions(ServingOptions):
 
     @property
     def precision(self) -> str | None:
-        """The precision of the GGUF file to create; None: the same precision if the model is a GGUF file, otherwise f32."""
+        """The precision of the GGUF file to create. None: the precision of the given GGUF file, or f32 for other models."""
         return _QUANTIZED.get(self.quantize) or _PRECISIONS.get(self.dtype)
 
 
@@ -83,10 +83,7 @@ class LlamaCppBackend(WorkerBackend):
         return (*self.interpreter, "-m", "sage.llm.workers.llamacpp", *flags)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
-        """Return whether the status is 200 and the answer contains the name of the server's model.
-
-        While the server loads the model, it answers with status 503.
-        """
+        """Return whether the status is 200 and the answer contains the name of the server's model."""
         return status == 200 and parsed(content).get("model_alias") == server.served_name
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
@@ -100,7 +97,7 @@ class LlamaCppBackend(WorkerBackend):
         return "llama.cpp loads adapters only when it starts"
 
     def estimate(self, model: ModelSource, options: LlamaCppOptions) -> MemoryEstimate | None:
-        """Return the memory of the server. llama.cpp allocates the cache at the start."""
+        """Return the memory of the server."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

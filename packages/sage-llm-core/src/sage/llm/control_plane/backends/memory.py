@@ -17,7 +17,7 @@ _ADAPTER_VALUE_BYTES = 4
 
 
 class Breakdown(Protocol):
-    """An estimate with its parts; `ServingEstimate` and `TrainingEstimate` are breakdowns."""
+    """An estimate as a sum of parts."""
 
     @property
     def total_bytes(self) -> int:
@@ -36,13 +36,13 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """The peak memory of the engine if it has enough memory."""
+        """The larger of the peak memory and `least_bytes`."""
         return max(self.breakdown.total_bytes, self.least_bytes)
 
 
 @dataclass(frozen=True)
 class ServingEstimate:
-    """The memory of a server in bytes. The sum of all fields is the peak."""
+    """The parts of the peak memory of a server, in bytes."""
 
     framework_bytes: int  #: the program and its libraries
     weights_bytes: int  #: the base model, in its precision in memory
@@ -67,7 +67,7 @@ def estimate_server(
     cache_bytes: int,
     least_cache_bytes: int,
 ) -> MemoryEstimate | None:
-    """Return the memory of a server; None if the model is not on this machine.
+    """Return the memory of a server, or None if the model is not on this machine.
 
     weight_bytes: bytes of a weight in memory.
     cache_bytes: memory for keys and values.  least_cache_bytes: the part of the cache that the server cannot work without.
@@ -85,7 +85,7 @@ def estimate_server(
 
 
 def sizes_of(model: ModelSource) -> Architecture | None:
-    """Return the sizes of a base model; None if it is not downloaded. For a converted GGUF file, the conversion is read."""
+    """Return the sizes of a base model, or None if it is not on this machine."""
     folder: Path | None = model.folder
     if model.kind is ModelKind.GGUF:
         gguf = next(model.folder.glob("*.gguf"))
@@ -94,10 +94,9 @@ def sizes_of(model: ModelSource) -> Architecture | None:
 
 
 def cache_tokens(context_tokens: int, slots: int, *, is_limited: bool) -> int:
-    """Return the number of tokens in the cache of a server that allocates it as the answers grow.
+    """Return the number of cached tokens of a server that allocates the cache as the answers grow.
 
-    is_limited: the user has set the context length, so that every slot may use all of it; otherwise, typical answers are
-    assumed, and one answer of full length.
+    is_limited: the user has set the context length, so every slot may use all of it.
     """
     return slots * context_tokens if is_limited else max(context_tokens, slots * _ANSWER_TOKENS)
 

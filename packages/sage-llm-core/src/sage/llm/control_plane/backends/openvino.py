@@ -1,4 +1,4 @@
-"""The backend for OpenVINO, which runs models on a CPU, also quantized; it has a separate environment."""
+"""The backend for OpenVINO, which runs models on a CPU in a separate environment."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from sage.llm.control_plane.backends.base import BatchOptions, Capabilities, Wor
 from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstimate, cache_tokens, sizes_of, token_bytes
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 
-#: Memory of a server without the model, about: Python and OpenVINO.
+#: Approximate memory of a server without the model: Python and OpenVINO.
 _FRAMEWORK_BYTES = 400_000_000
 
 
@@ -57,7 +57,7 @@ class OpenVinoBackend(WorkerBackend):
         return "OpenVINO serves only adapters that are merged into their base"
 
     def estimate(self, model: ModelSource, options: OpenVinoOptions) -> MemoryEstimate | None:
-        """Return the memory of the server; keys and values are in fp32."""
+        """Return the memory of the server."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

@@ -32,13 +32,10 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = None) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and the reason for an automatic choice.
+    """Return a backend that can run `model`, and the reason for an automatic choice, or None.
 
-    If `name` is `auto`, return the best installed backend and why it is the best. Otherwise, return the backend with this
-    name, and None as the reason.
-
-    quantize: the requested value of the option; the options of the backend reject an unknown value.
-    Raises ConfigError if the backend is not installed, or if no backend can run the model as an engine of `kind`.
+    quantize: the requested value of the option `quantize`. Raises ConfigError if the backend is not installed, or if no
+    backend can run the model as an engine of `kind`.
     """
     if name != "auto" and name not in BACKENDS:
         raise _refused(f"There is no backend '{name}'.", kind)
@@ -100,7 +97,6 @@ def complete_options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def _quantizing(quantize: str, candidates: Sequence[Backend]) -> list[Backend]:
-    """Return the candidates that quantize to `quantize`; raises ConfigError if there are none."""
     if found := [backend for backend in candidates if quantize in backend.capabilities.quantizes]:
         return found
     able = ", ".join(backend.name for backend in BACKENDS.values() if quantize in backend.capabilities.quantizes)

@@ -1,4 +1,4 @@
-"""The backend for SAGE's own trainer. Each run has its own process, whose command `FinetuneManager` returns."""
+"""The backend for SAGE's own trainer, which has one process per training run."""
 
 import sys
 from typing import ClassVar
@@ -7,16 +7,13 @@ from pydantic import BaseModel
 
 from sage.common.paths import get_user_paths
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.run.estimate import FRAMEWORK_BYTES, TrainingMemory, batch_limit, expected_kernels
+from sage.libs.finetune.run.estimate import CUDA_BYTES, FRAMEWORK_BYTES, TrainingMemory, batch_limit, expected_kernels
 from sage.libs.finetune.run.history import default_formats, earlier_run
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import Capabilities
 from sage.llm.control_plane.backends.memory import MemoryEstimate, sizes_of
-
-#: Memory of a process's CUDA context on the GPU, about.
-_CUDA_BYTES = 500_000_000
 
 
 class TrainerBackend:
@@ -28,10 +25,10 @@ class TrainerBackend:
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
 
     def estimate(self, model: ModelSource, options: FinetuneConfig) -> MemoryEstimate | None:
-        """Return the memory of the largest micro-batch; the least memory is that of one sample of `max_seq_length` tokens.
+        """Return the memory of the largest micro-batch. The least memory is that of one sample of `max_seq_length` tokens.
 
-        The number formats are those of an earlier run with the same model and options. If there is none, they are the
-        largest formats that the run can choose.
+        The number formats are those of an earlier run with the same model and options, or else the largest possible
+        formats.
         """
         needs = training_memory(model, options)
         if needs is None:
@@ -40,13 +37,13 @@ class TrainerBackend:
         return MemoryEstimate(breakdown, min(breakdown.total_bytes, needs.least(options.max_seq_length).total_bytes))
 
     def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
-        """Return the total of `estimate`."""
+        """Return the total of `estimate`, or None if it is not known."""
         estimate = self.estimate(model, options)
         return None if estimate is None else estimate.total_bytes
 
 
 def training_memory(model: ModelSource, config: FinetuneConfig) -> TrainingMemory | None:
-    """Return the memory of a run as a function of its micro-batch; None if the model is not on this machine."""
+    """Return the memory of a run as a function of its micro-batch, or None if the model is not on this machine."""
     sizes = sizes_of(model.base or model)
     if sizes is None:
         return None
@@ -54,5 +51,5 @@ def training_memory(model: ModelSource, config: FinetuneConfig) -> TrainingMemor
     earlier = earlier_run(get_user_paths().finetuned_dir, config)
     formats = earlier.formats if earlier else default_formats(config, device)
     checkpointing = config.gradient_checkpointing == "on"
-    framework_bytes = _CUDA_BYTES if device == "cuda" else FRAMEWORK_BYTES
+    framework_bytes = CUDA_BYTES if device == "cuda" else FRAMEWORK_BYTES
     return TrainingMemory(sizes, config, formats, expected_kernels(config, formats), framework_bytes, checkpointing)

@@ -1,4 +1,4 @@
-"""The backend for SAGE's own server, which uses transformers and supports every model and every processor."""
+"""The backend for SAGE's own llm server, which uses transformers on a CPU or GPU."""
 
 import sys
 from pathlib import Path
@@ -45,11 +45,11 @@ class TransformersBackend(WorkerBackend):
         )  # fmt: skip
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why a running server cannot load the adapter; None if the adapter is plain LoRA, which it can load."""
+        """Return why a running server cannot load the adapter, or None for a plain LoRA adapter."""
         return why_not_hot(adapter, base)
 
     def estimate(self, model: ModelSource, options: TransformersOptions) -> MemoryEstimate | None:
-        """Return the memory of the server. The cache grows with the answers; it is not allocated at the start."""
+        """Return the memory of the server."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

@@ -1,4 +1,4 @@
-"""The backend for vLLM, which runs in a separate environment. One batch can contain requests to different adapters."""
+"""The backend for vLLM, which runs in a separate environment."""
 
 import json
 import sys
@@ -83,7 +83,7 @@ class VllmBackend(WorkerBackend):
         }
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why a running vLLM server of `base` cannot load the adapter; None if the server can load it."""
+        """Return why a running vLLM server of `base` cannot load the adapter, or None if the server can load it."""
         if reason := why_not_hot(adapter, base):
             return reason
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ class VllmBackend(WorkerBackend):
         return options.max_adapters
 
     def estimate(self, model: ModelSource, options: VllmOptions) -> MemoryEstimate | None:
-        """Return the memory of the server. vLLM allocates the cache and the memory for all adapters at the start."""
+        """Return the memory of the server."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None
@@ -109,5 +109,5 @@ class VllmBackend(WorkerBackend):
 
 
 def default_rank(*, is_cpu: bool) -> int:
-    """Return the largest rank of an adapter if the user sets none."""
+    """Return the default of the option `max_rank`."""
     return 8 if is_cpu else 64

@@ -15,18 +15,18 @@ from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: Seconds until an unload request times out; the runner then repeats the request later. Before a server unloads an adapter,
-#: the server completes the requests that use the adapter.
+#: Seconds until an unload request times out. The server first completes the requests that use the adapter. The runner
+#: repeats an unload that timed out.
 _UNLOAD_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 
 
 class AdapterRefused(EngineError):
-    """The server cannot serve an adapter; another attempt would also fail."""
+    """The server refuses an adapter, and another attempt would also fail."""
 
 
 class AdapterClient:
-    """Sends one request at a time to each server."""
+    """Loads and unloads adapters, one at a time on each server."""
 
     def __init__(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -34,10 +34,10 @@ class AdapterClient:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self, server: ServerRecord, name: str, folder: str) -> None:
-        """Load the adapter in `folder` with the name `name`; do nothing if an adapter with this name is already loaded.
+        """Load the adapter in `folder` under the name `name`. A name that is already loaded is not an error.
 
-        Raises AdapterRefused if the server refuses the adapter, EngineError if the server fails to load it, OSError if the
-        result is not known.
+        Raises AdapterRefused if the server refuses the adapter, EngineError if the server fails to load it, OSError
+        if the result is not known.
         """
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "load_lora_adapter", _LOAD_SECONDS, lora_name=name, lora_path=folder)
@@ -49,13 +49,13 @@ class AdapterClient:
                 await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
 
     async def warm_up(self, server: ServerRecord, name: str) -> None:
-        """Let a model generate one token. Raises EngineError if it cannot, OSError if the result is not known."""
+        """Let a model generate one token. Raises EngineError if the server refuses, OSError if the result is not known."""
         answer = await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
         if answer.is_error:
             raise EngineError(code="engine_unusable", message=f"{server.id} does not answer: {_message(answer)}.")
 
     async def unload(self, server: ServerRecord, name: str) -> None:
-        """Unload an adapter; a name that is not loaded is ignored. Raises OSError."""
+        """Unload an adapter. A name that is not loaded is ignored. Raises OSError."""
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "unload_lora_adapter", _UNLOAD_SECONDS, lora_name=name)
             if answer.is_error and name in await self.loaded(server):
@@ -66,7 +66,7 @@ class AdapterClient:
         return frozenset(await self.folders(server))
 
     async def folders(self, server: ServerRecord) -> Mapping[str, str | None]:
-        """Return the folders of the loaded models by name; None: the server does not report the folder. Raises OSError."""
+        """Return the folder of each loaded model, or None if the server does not report the folder. Raises OSError."""
         try:
             answer = await self._http.get(f"http://{server.address}/v1/models", timeout=_UNLOAD_SECONDS)
             return {str(model["id"]): model.get("root") for model in answer.raise_for_status().json()["data"]}
@@ -82,7 +82,6 @@ class AdapterClient:
 
 
 def _message(answer: httpx.Response) -> str:
-    """Return the message of an error response in OpenAI's format, on one line."""
     try:
         message = str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -47,10 +47,10 @@ class Executor(Protocol):
     """
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check a request; raises SageError. Takes milliseconds and changes nothing."""
+        """Check a request. Raises SageError."""
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
-        """Run the slow checks, for example of the dataset, and create the files of the engine; raises SageError.
+        """Run the slow checks, for example of the dataset, and create the files of the engine. Raises SageError.
 
         Returns the values of the engine's columns to store. Called before each start that a user requests, possibly more
         than once.
@@ -60,10 +60,10 @@ class Executor(Protocol):
         """Remove the files that `validate` created."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise SageError if the engine cannot be started again; takes milliseconds."""
+        """Raise SageError if the engine cannot be started again."""
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
-        """Return the specification of the process to launch; blocking.
+        """Return the specification of the process to launch. This method blocks.
 
         Call this only immediately before a launch: for a training run, this method records the launch in the run's events.
         """
@@ -75,19 +75,19 @@ class Executor(Protocol):
         """
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Return the condition of an engine; process: the observation of the engine's process.
+        """Return the condition of an engine.  process: the observation of the engine's process.
 
         Raises OSError if the condition is not known.
         """
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return the fields of EngineView that only the executor knows; blocking."""
+        """Return the fields of EngineView that only the executor knows. This method blocks."""
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
         """Return the steps of a training run after step `after`, downsampled to at most `max_points`."""
 
     async def checkpoint_step(self, engine: EngineRecord) -> int:
-        """Return the step of a training run's newest checkpoint; 0 if there is none."""
+        """Return the step of a training run's newest checkpoint, or 0 if there is none."""
 
     async def request_checkpoint(self, engine: EngineRecord) -> None:
         """Ask a training run to save a checkpoint after its current step."""
@@ -109,7 +109,7 @@ class Executor(Protocol):
 
 
 def server_id_of(engine: EngineRecord) -> str:
-    """Return the id of an engine's last server; if the engine had no server yet, the id that its first server will have."""
+    """Return the id of an engine's last server, or the id that the engine's first server will have."""
     return engine.server_id or f"server-{suffix_of(engine.id)}"
 
 

@@ -16,7 +16,7 @@ _NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWar
 def exit_message(what: str, code: int | None, log_path: Path) -> str:
     """Return a sentence that says how a process exited, with the last error in its log if there is one.
 
-    what: subject of the sentence. The log is read only if the exit code is positive or not known.
+    what: subject of the sentence.
     """
     sentence = f"{what} {describe_exit(code)}"
     error = "" if code is not None and code <= 0 else _last_error(log_path)
@@ -24,7 +24,7 @@ def exit_message(what: str, code: int | None, log_path: Path) -> str:
 
 
 def log_hint(engine_id: str, log_path: Path) -> str:
-    """Return the last lines of an engine's log, and the command that prints it."""
+    """Return a hint with the last lines of an engine's log and the command that prints the whole log."""
     command = f"`sage llm engine logs {engine_id}`"
     lines = [line[:_SHOWN_CHARACTERS] for line in tail_lines(log_path, _SHOWN_LINES) if line.strip()]
     if not lines:

@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass
 class FinetuneEngineConfig:
-    """The basic options of a fine-tuning; `FinetuneConfig` has all options."""
+    """The basic options of a fine-tuning."""
 
     base_model: str
     dataset_path: str
@@ -48,10 +48,10 @@ class FinetuneEngine:
         task_id: str | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        """Store the configuration of a run; `create` or `start` creates its run directory.
+        """Store the configuration of a run.
 
-        task_id: id of an existing run, or the id for a new run; None: a new run gets a random id.
-        launcher: starts and observes the process of the run; None: a LocalLauncher.
+        task_id: id of an existing run, or the id for a new run. None: a new run gets a random id.
+        launcher: starts and observes the process of the run. None: a LocalLauncher.
         """
         self.config = config
         self.manager = FinetuneManager(allow_reward_files=load_settings().allow_reward_files)
@@ -62,7 +62,7 @@ class FinetuneEngine:
     async def create(self) -> str:
         """Run the checks that do not load the model, create the run directory, and return the task id.
 
-        Raises ConfigError, DatasetError, ModelError or OutputError; in this case, nothing is created.
+        Raises ConfigError, DatasetError, ModelError or OutputError, and then creates nothing.
         """
         config = self.config
         if not isinstance(config, FinetuneConfig):
@@ -71,7 +71,7 @@ class FinetuneEngine:
         return self.task_id
 
     async def start(self) -> dict[str, Any]:
-        """Start the run, or resume it from its newest checkpoint; return the same values as `get_status`."""
+        """Start the run, or resume it from its newest checkpoint."""
         task_id = self.task_id or await self.create()
         await self._launcher.launch(await asyncio.to_thread(self.manager.process_spec, task_id))
         return await self.get_status()
@@ -89,7 +89,7 @@ class FinetuneEngine:
         return status
 
     async def get_status(self) -> dict[str, Any]:
-        """Return status, progress, loss, ETA and memory; None means that a value is not known yet."""
+        """Return status, progress, loss, ETA and memory. None: the value is not known."""
         handle = self._handle()
         run = await asyncio.to_thread(self.manager.status, self._task())
         self.status = run.state.value

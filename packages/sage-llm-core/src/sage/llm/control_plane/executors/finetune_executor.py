@@ -1,4 +1,4 @@
-"""The executor for engines of kind finetune, which are training runs. Each run has its own process."""
+"""The executor for engines of kind finetune: training runs, each in its own process."""
 
 import asyncio
 import contextlib
@@ -14,6 +14,7 @@ from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.run.output import check_claim
+from sage.libs.finetune.run.reservation import RESERVED_VARIABLE
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus
 from sage.libs.models.resolve import resolve_model
@@ -37,7 +38,7 @@ _PATHS = ("output_dir", "resume_from_checkpoint", "reward_file")
 
 
 class FinetuneExecutor:
-    """Runs training with `FinetuneManager`; an engine and its run have ids with the same suffix."""
+    """Runs training with `FinetuneManager`. An engine and its run have ids with the same suffix."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class FinetuneExecutor:
         allow_reward_files: bool = False,
         threads: int | None = None,
     ) -> None:
-        """datasets: if None, only local paths are allowed; threads: CPU threads of each run; if None, one per core."""
+        """threads: CPU threads of each run. None: the number that the plan has set for the engine."""
         self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
@@ -56,13 +57,13 @@ class FinetuneExecutor:
         self._reading_steps = Pool("read-steps", 1)  # reading many steps must not delay probes
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check the options, and check that the model and all named files exist; raises SageError."""
+        """Check the options, and check that the model and all named files exist. Raises SageError."""
         if request.port:
             raise Conflict(code="no_port", message="A finetune engine has no port.", hint="Omit --port.")
         return await asyncio.to_thread(self._prepare, engine_id, request)
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
-        """Check and hash the dataset and create the run directory; if the run exists, check that it can be resumed."""
+        """Create the run directory, or check that an existing run without a process can be resumed."""
         if not await self._is_alive(engine):
             await asyncio.to_thread(self._validate, engine)
         return {}
@@ -81,21 +82,22 @@ class FinetuneExecutor:
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the worker process, and record the launch of the worker in the run's events."""
         spec = self._manager.process_spec(task_id_of(engine.id))
-        threads = self._threads or engine.threads
-        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(threads)}) if threads else spec
+        values = {"OMP_NUM_THREADS": self._threads or engine.threads, RESERVED_VARIABLE: server.reserved_bytes}
+        given = {name: str(value) for name, value in values.items() if value}
+        return dataclasses.replace(spec, env={**spec.env, **given})
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the record of a new server, which represents the process of the run's worker."""
         return planned_server(engine, server_id_of(engine), self._handle(engine))
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Read the state of the run from its events."""
+        """Return the condition of a run, from its process and its events."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         return await self._reading.run(self._probe, engine, server, process)
 
     def view_fields(self, engine: EngineRecord, observed: Observed | None) -> Mapping[str, Any]:
-        """Return the run's folders and progress. If no progress was observed or stored, read it from the run's files."""
+        """Return the run's folders and progress."""
         return {
             "task_id": task_id_of(engine.id),
             "output_dir": engine.options["output_dir"],
@@ -110,7 +112,7 @@ class FinetuneExecutor:
         return list(steps)
 
     async def checkpoint_step(self, engine: EngineRecord) -> int:
-        """Return the step of the run's newest checkpoint; 0 if there is none."""
+        """Return the step of the run's newest checkpoint, or 0 if there is none."""
         return (await asyncio.to_thread(self._manager.status, task_id_of(engine.id))).checkpoint_step or 0
 
     async def request_checkpoint(self, engine: EngineRecord) -> None:
@@ -130,7 +132,7 @@ class FinetuneExecutor:
         return spec.config.model_dump(mode="json")
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint as a model; the run never removes this folder. Raises ModelError or OSError."""
+        """Return a folder with the checkpoint as a model. The run never removes the folder. Raises ModelError, OSError."""
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
@@ -138,7 +140,7 @@ class FinetuneExecutor:
         return self._run(engine).log_path
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove the run directory with its checkpoints. The output folder is kept."""
+        """Remove the run directory with its checkpoints."""
         await self.discard(engine.id)
 
     def _prepare(self, engine_id: str, request: StartRequest) -> Prepared:
@@ -159,7 +161,6 @@ class FinetuneExecutor:
         )
 
     def _absolute(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options with dataset ids replaced by paths; raises ConfigError if a path is relative."""
         given = {name: options[name] for name in (*_DATASETS, *_PATHS) if options.get(name)}
         checked = {
             name: [self._path(name, path) for path in paths] if isinstance(paths, list) else self._path(name, paths)
@@ -201,7 +202,6 @@ class FinetuneExecutor:
         return Observed(alive=alive, ready=run.state is RunState.RUNNING, process=process, training=training)
 
     def _exit_reason(self, engine: EngineRecord, run: RunStatus, process: ProcessObservation) -> Reason:
-        """Return why a worker exited without reporting an error."""
         message = run.message or ""
         if process.exit_code:
             what = f"At step {run.step}, the training process"

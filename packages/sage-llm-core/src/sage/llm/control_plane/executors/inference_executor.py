@@ -16,8 +16,9 @@ from sage.common.processes import ProcessSpec
 from sage.common.server_keys import KEY_VARIABLE, server_key
 from sage.common.training import TrainingStep
 from sage.common.validation import validated
+from sage.libs.models.embedding import check_embeds
 from sage.libs.models.resolve import ModelSource, resolve_model
-from sage.llm.client.types import SETTLED, Reason, StartRequest
+from sage.llm.client.types import SETTLED, EngineKind, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
@@ -38,21 +39,20 @@ class InferenceExecutor:
     def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
         self._launcher, self._adapters = launcher, adapters or AdapterClient()
         self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
-        # The number of connections has no limit, because servers that do not answer must not block requests to other
-        # servers. The prober already limits the number of concurrent requests.
+        # The number of connections has no limit, because servers that do not answer must not block other requests.
         # Idle connections are closed, because httpx scans all idle connections at each request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check model, backend, options and port; raises ModelError, ConfigError or Conflict."""
+        """Check model, backend, options and port. Raises ModelError, ConfigError or Conflict."""
         prepared = await asyncio.to_thread(_prepare, request)
         if request.port:
             await self._launcher.check_port(request.port)
         return prepared
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
-        """Check that the model exists, and decide whether the engine can share a server; raises ModelError."""
+        """Check that the model exists, and decide whether the engine can share a server. Raises ModelError."""
         return await asyncio.to_thread(placement, engine)
 
     async def discard(self, engine_id: str) -> None:
@@ -82,7 +82,7 @@ class InferenceExecutor:
         )
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return a new server for an engine; other engines can join the server if the engine can share its base model."""
+        """Return the record of a new server for an engine."""
         server_id = f"server-{random_suffix()}" if is_moved else server_id_of(engine)
         backend = registry.serving(engine.backend)
         base_name = f"{engine.internal_name}-base" if engine.adapter else engine.internal_name
@@ -96,7 +96,7 @@ class InferenceExecutor:
         )
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Send a health check to the server; if the server's process has exited, find out why it exited."""
+        """Send a health check to the server. If the server's process has exited, find out why it exited."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:
@@ -119,7 +119,7 @@ class InferenceExecutor:
         }
 
     async def training_steps(self, engine: EngineRecord, after: int, max_points: int | None) -> list[TrainingStep]:
-        """Return no steps: an inference engine does not train."""
+        """Return no steps, because an inference engine does not train."""
         return []
 
     async def checkpoint_step(self, engine: EngineRecord) -> int:
@@ -143,7 +143,7 @@ class InferenceExecutor:
         await asyncio.to_thread(shutil.rmtree, _folder(server_id_of(engine)), ignore_errors=True)
 
     async def _answer(self, server: ServerRecord, address: str | None) -> Observed:
-        """Return the observation of a server. Concurrent calls for the engines of one server share one request."""
+        """Return the observation of a server. Concurrent calls for the same server share one request."""
         key = server.id, address
         asked = self._answers.get(key)
         if asked is None or asked.done():
@@ -171,7 +171,6 @@ class InferenceExecutor:
 
 
 def _form(engine: EngineRecord) -> str | None:
-    """Return how the model is served, as text for users; None if that is not decided yet."""
     if not (engine.adapter and engine.server_id):
         return engine.form
     merge = engine.form if engine.merger_id is None else "it is being merged in the background"
@@ -187,13 +186,14 @@ def _prepare(request: StartRequest) -> Prepared:
             hint="Omit --merge-in-background.",
             param="merge_in_background",
         )
+    if request.engine_kind is EngineKind.EMBEDDING:
+        check_embeds(model.folder)
     backend, reason = registry.resolve(request.backend, request.engine_kind, model, request.options.get("quantize"))
     options = validated(backend.options, request.options)
     return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)
 
 
 def _merge_problem(request: StartRequest, model: ModelSource) -> str | None:
-    """Return why the engine's model cannot be merged in the background, as part of a sentence; None if it can."""
     if model.base is None:
         return f"{model.name} is not an adapter"
     if request.dedicated:
@@ -206,5 +206,4 @@ def _number(value: object) -> int | None:
 
 
 def _folder(server_id: str) -> Path:
-    """Return the folder of a server; the name of the folder is the server's token."""
     return get_user_paths().state_dir / "engines" / f"engine-{suffix_of(server_id)}"

@@ -14,9 +14,9 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 
 def placement(engine: EngineRecord) -> Mapping[str, Any]:
-    """Return the columns `base`, `adapter` and `form` (how the model is served, as text), among others, of an engine.
+    """Return an engine's columns `base`, `base_version`, `adapter` and `form` (how the model is served, as text).
 
-    Reads files of the model. Raises ModelError.
+    Raises ModelError.
     """
     source, backend = resolve_model(engine.model), registry.serving(engine.backend)
     if source.base is None:
@@ -34,8 +34,8 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
 def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: Mapping[str, Any]) -> EngineRecord:
     """Return an engine of an adapter with the backend and options of the first server that it can join.
 
-    If `auto` did not choose the backend, or if the engine can join none of the servers, return the engine unchanged.
-    given: options that the user has set; the server must have the same values. Reads files of the model. Raises ModelError.
+    The engine is not changed if its model is no adapter, if the request named a backend or a port, or if no server fits.
+    given: options that the user has set. The server must have the same values. Raises ModelError.
     """
     base = resolve_model(engine.model).base
     if base is None or engine.backend_reason is None or engine.requested_port:
@@ -53,7 +53,6 @@ def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: 
 
 
 def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backend: ServingBackend) -> str | None:
-    """Return why a running server of `base` cannot load the adapter `source`, as part of a sentence; None if it can."""
     if engine.dedicated:
         return "a separate server was requested"
     if not backend.capabilities.hot_adapters:
@@ -64,13 +63,12 @@ def _problem(source: ModelSource, base: ModelSource, engine: EngineRecord, backe
 
 
 def _form(how: str, engine: EngineRecord) -> str:
-    """Return how a model is served, with its quantization if it is quantized."""
     quantize = engine.options.get("quantize", "none")
     return how if quantize == "none" else f"{how}, {quantize}"
 
 
 def _shared(base: ModelSource | None) -> dict[str, str | None]:
-    """Return the columns `base` and `base_version`; base: the model that a shared server loads, None: not shared.
+    """Return the columns `base` and `base_version`.  base: the model of a shared server. None: the server is not shared.
 
     A GGUF file and its converted form are the same model.
     """

@@ -4,14 +4,13 @@ from sage.common.errors import NotFound
 from sage.libs.finetune.run.status import RunState, RunStatus
 from sage.llm.client.types import Reason
 
-#: The states in which a run has ended.
 SETTLED = (RunState.STOPPED, RunState.COMPLETED, RunState.FAILED)
 #: Exceptions that occur if the files of a run are missing or contain invalid events.
 UNREADABLE = (NotFound, ValueError, KeyError, TypeError, AttributeError)
 
 
 def failure_of(run: RunStatus) -> Reason | None:
-    """Return why a run failed; None if it did not fail."""
+    """Return why a run failed, or None if it did not fail."""
     if run.state is not RunState.FAILED:
         return None
     return Reason(code=run.code or "failed", message=run.message or "The run failed.", hint=run.hint or "")

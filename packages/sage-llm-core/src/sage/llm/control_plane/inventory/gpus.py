@@ -43,25 +43,25 @@ class Gpu:
 def list_gpus() -> list[Gpu]:
     """Return the GPUs of this machine that CUDA_VISIBLE_DEVICES of this process does not exclude.
 
-    A GPU that is excluded or does not report its memory is omitted; the other GPUs keep their indexes.
+    A GPU that does not report its memory is omitted. The other GPUs keep their indexes.
     """
     nvml = _nvml()
     return [gpu for gpu in _gpus(nvml) if _is_visible(gpu)] if nvml else []
 
 
 def fake_gpus(text: str) -> list[Gpu]:
-    """Return the GPUs that the setting `fake_devices` describes; their memory is never used."""
+    """Return the GPUs that the setting `fake_devices` describes."""
     devices = parse_fake_devices(text)
     return [Gpu(index, device.name, device.memory_bytes, is_fake=True) for index, device in enumerate(devices)]
 
 
 def has_gpu() -> bool:
-    """Return whether this machine has a GPU; fake GPUs do not count."""
+    """Return whether this machine has a GPU. Fake GPUs do not count."""
     return bool(list_gpus())
 
 
 def gpu_memory_of(pid: int) -> int | None:
-    """Return the memory that a process and the other processes of its session use on all GPUs; None if they use none."""
+    """Return the memory that a process and the other processes of its session use on all GPUs, or None if they use none."""
     members = all_sessions().get(pid, [pid])
     return sum(gpu.bytes_of(members) for gpu in list_gpus()) or None
 
@@ -86,7 +86,6 @@ def _is_visible(gpu: Gpu) -> bool:
 
 
 def _parts(nvml: Any, handle: Any | None) -> list[Any] | None:
-    """Return the handles of the MIG devices of a GPU; None if the GPU is not partitioned or was lost."""
     mode = None if handle is None else _supported(nvml, nvml.nvmlDeviceGetMigMode, handle)
     if not mode or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
         return None
@@ -96,7 +95,6 @@ def _parts(nvml: Any, handle: Any | None) -> list[Any] | None:
 
 
 def _gpu(nvml: Any, index: int, handle: Any, parent: Any, *, is_mig: bool) -> Gpu | None:
-    """Return a GPU or a MIG device; None if it does not report its memory.  parent: the GPU that contains a MIG device."""
     memory = _supported(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     if memory is None:
         return None
@@ -124,7 +122,6 @@ def _supported(nvml: Any, call: Callable[..., Any], *arguments: Any) -> Any | No
 
 @functools.cache
 def _nvml() -> Any | None:
-    """Return the NVML module after its initialization; None on a machine without a driver."""
     import pynvml
 
     try:

@@ -3,7 +3,7 @@
 import contextlib
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -24,21 +24,21 @@ class Occupant:
 
     engine_id: str
     engine_name: str
-    pid: int | None  #: None: the process is not known
+    pid: int | None
     memory_bytes: int | None  #: main memory of the process
     devices: tuple[str, ...]  #: ids of the devices on which memory is reserved
     reserved_bytes: int | None  #: on each of its devices
 
 
 class Inventory:
-    """The devices of this node. All methods block for some milliseconds."""
+    """The devices of this node."""
 
     def __init__(self, settings: Settings) -> None:
         self._fake_devices = settings.fake_devices
         self._limit_bytes = None if settings.memory_limit_gb is None else round(settings.memory_limit_gb * 1e9)
 
     def devices(self, occupants: Sequence[Occupant] = ()) -> list[Device]:
-        """Return all devices, GPUs first, main memory last; each device lists the engines that use its memory."""
+        """Return all devices, GPUs first, main memory last. Each device lists the engines that use its memory."""
         node, sessions = socket.gethostname(), all_sessions()
         members = {each.engine_id: _members([each.pid] if each.pid else [], sessions) for each in occupants}
         gpus = []
@@ -61,22 +61,25 @@ class Inventory:
         )
         return [*gpus, main]
 
-    def memory(self, pids: Collection[int]) -> list[DeviceMemory]:
-        """Return the usable memory of each device, and the part of it that other programs use.
+    def memory(self, pids: Mapping[str, int]) -> list[DeviceMemory]:
+        """Return the usable memory of each device, and the parts of it that servers and other programs use.
 
-        pids: the processes of this node's servers. The other processes of their sessions belong to the servers too.
+        pids: the process of each server of this node, by server id. The other processes of its session belong to it too.
         """
-        own = _members(pids, all_sessions())
-        gpus = [
-            DeviceMemory(_cuda(gpu), gpu.memory_total_bytes, max(0, gpu.memory_used_bytes - gpu.bytes_of(own)))
-            for gpu in self._gpus()
-        ]
-        return [self._main_memory(_private_bytes(own)), *gpus]
+        sessions = all_sessions()
+        members = {server_id: _members([pid], sessions) for server_id, pid in pids.items()}
+        gpus = []
+        for gpu in self._gpus():
+            used_bytes = {server_id: used for server_id, own in members.items() if (used := gpu.bytes_of(own))}
+            foreign_bytes = max(0, gpu.memory_used_bytes - sum(used_bytes.values()))
+            gpus.append(DeviceMemory(_cuda(gpu), gpu.memory_total_bytes, foreign_bytes, used_bytes))
+        used_bytes = {server_id: _private_bytes(own) for server_id, own in members.items()}
+        return [replace(self._main_memory(sum(used_bytes.values())), used_bytes=used_bytes), *gpus]
 
     def variables(self, devices: Collection[str]) -> Mapping[str, str]:
-        """Return the environment variables that restrict a process to devices; a fake GPU restricts it to the CPU.
+        """Return the environment variables that restrict a process to devices. A fake GPU restricts the process to the CPU.
 
-        devices: ids of devices; if empty, the process may use all devices. Raises EngineError if a device does not exist.
+        devices: ids of devices. If empty, the process may use all devices. Raises EngineError if a device does not exist.
         """
         gpus = {_cuda(gpu): gpu for gpu in self._gpus()}
         if missing := set(devices) - {_CPU, *gpus}:
@@ -103,7 +106,7 @@ def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_byt
     """Return the memory of a device on which several bounds apply at the same time.
 
     own_bytes: the memory that engines use. The used memory of each bound includes this memory.
-    limit_bytes: the memory that all engines together may use; other programs do not count. None: no limit.
+    limit_bytes: the memory that all engines together may use. None: no limit.
     """
     limits = [bound.limit_bytes for bound in bounds]
     rooms = [bound.limit_bytes - max(0, bound.used_bytes - own_bytes) for bound in bounds]
@@ -114,7 +117,6 @@ def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_byt
 
 
 def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str, int]) -> list[DeviceEngine]:
-    """Return the engines that use or have reserved memory of a device."""
     found = []
     for occupant in occupants:
         reserved_bytes = occupant.reserved_bytes if device in occupant.devices else None
@@ -131,7 +133,6 @@ def _engines(device: str, occupants: Sequence[Occupant], used_bytes: Mapping[str
 
 
 def _members(pids: Collection[int], sessions: Mapping[int, Collection[int]]) -> set[int]:
-    """Return the processes of the sessions that the processes `pids` lead."""
     return {member for pid in pids for member in sessions.get(pid, [pid])}
 
 
@@ -140,7 +141,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes without shared pages, because the system does not count file pages as used."""
+    """Return the resident memory of processes without shared pages, which the system does not count as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):

@@ -34,7 +34,7 @@ class Launcher(Protocol):
     """Starts, observes and signals processes, which outlive the control plane."""
 
     def handle(self, spec: ProcessSpec) -> str:
-        """Return the identifier of a process for `observe` and `signal`; the process need not exist yet."""
+        """Return the identifier of a process for `observe` and `signal`. The process need not exist yet."""
 
     async def check_port(self, port: int) -> None:
         """Raise Conflict if a new process cannot listen on `port`."""
@@ -48,7 +48,7 @@ class Launcher(Protocol):
         """
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
-        """Return the observation of each process by its handle; processes that could not be observed are missing."""
+        """Return the observation of each process by its handle. Processes that could not be observed are missing."""
 
     async def signal(self, handle: str, signal: Signal) -> None:
         """Send a signal to a process, unless it has exited. Raises OSError if the process cannot be observed."""

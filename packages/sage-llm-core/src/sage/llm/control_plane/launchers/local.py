@@ -38,11 +38,10 @@ _reported: dict[Path, str] = {}
 
 
 class LocalLauncher:
-    """Starts, observes and signals processes on this machine; each process has its own session."""
+    """Starts, observes and signals processes on this machine."""
 
     def __init__(self) -> None:
-        # Observations have separate threads, so that they never wait for other blocking work, for example hashing a
-        # dataset. Launches have separate threads too, because a launch can hang if the storage does not respond.
+        # Observations and launches have separate threads, because a launch can hang if the storage does not respond.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="launcher")
         self._launch_threads = ThreadPoolExecutor(_MAX_LAUNCHES, thread_name_prefix="launch")
         self._launches: dict[Path, asyncio.Future[str | None]] = {}
@@ -56,7 +55,7 @@ class LocalLauncher:
         _listen(port).close()
 
     async def launch(self, spec: ProcessSpec) -> str | None:
-        """Start a process, which keeps its lock file locked, and return its address; raises Conflict or OSError.
+        """Start a process, which keeps its lock file locked, and return its address. Raises Conflict or OSError.
 
         Raises TimeoutError if the launch takes too long. The launch then continues, and the next call waits until it ends.
         """
@@ -69,7 +68,7 @@ class LocalLauncher:
             return await asyncio.shield(launch)
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
-        """Observe all processes with one call in a thread; processes that could not be observed are missing."""
+        """Observe all processes with one call in a thread. Processes that could not be observed are missing."""
         locks = [Path(handle) for handle in handles]
         return await asyncio.get_running_loop().run_in_executor(self._threads, _observe, locks)
 
@@ -155,7 +154,7 @@ def _signal(lock: Path, kind: Signal) -> None:
 
 
 def _process(lock: Path) -> ProcessIdentity | None:
-    """Return the process that holds a lock; None if the process has exited, or if its lock file was removed."""
+    """Return the process that holds a lock, or None if the process has exited, or if its lock file was removed."""
     if found := holder(lock):
         return found
     ending = last_holder(lock)  # an exiting process is still alive after its lock is released
@@ -163,7 +162,6 @@ def _process(lock: Path) -> ProcessIdentity | None:
 
 
 def _listen(port: int) -> socket.socket:
-    """Return a listening socket, on a free port if `port` is 0; raises Conflict."""
     listener = socket.socket()
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,8 +1,7 @@
 """SQL clocks that all control planes of a database share: one clock for timestamps, and one clock for leases.
 
-If somebody sets the machine's clock, a lease must not end earlier or later. Control planes that share an SQLite database
-run on one machine, so the lease clock is the time since the machine was booted. On PostgreSQL, the lease clock is the clock
-of the database server.
+A lease must not end earlier or later if somebody sets the machine's clock. On SQLite, the lease clock is therefore the time
+since the machine was booted. On PostgreSQL, the lease clock is the clock of the database server.
 """
 
 import time

@@ -24,9 +24,9 @@ _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 def open_database(url: str) -> Engine:
     """Open a database, bring its schema up to date, and return its SQLAlchemy engine.
 
-    SQLite uses WAL mode and writes each commit to the disk at once; only the user can read the file. Raises ConfigError if
-    the URL is wrong, the database is unreachable, or its schema is newer than this version of SAGE. The message of the error
-    does not contain the password.
+    Only the user can read an SQLite file, and each commit is written to the disk at once. Raises ConfigError if the URL
+    is wrong, the database is unreachable, or its schema is newer than this version of SAGE. The message does not contain
+    the password.
     """
     parsed = _parse(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
@@ -124,7 +124,6 @@ def _migrate(database: Engine, name: str) -> None:
 
 
 def _known_revision(connection: Connection, name: str) -> str | None:
-    """Return the schema's revision, None for an empty database; raises ConfigError if SAGE does not know the revision."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()

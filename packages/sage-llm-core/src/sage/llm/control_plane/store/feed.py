@@ -16,9 +16,10 @@ class FeedStore(LeaseStore):
     """The methods of the store for events."""
 
     def events(self, after: int = 0, *, limit: int, engine_id: str | None = None) -> list[EngineEvent]:
-        """Return events with ids above `after`, oldest first.
+        """Return at most `limit` events with ids above `after`, oldest first.
 
-        Events become visible in the order of their ids, so a reader that continues after the last known id misses no event.
+        Events become visible in the order of their ids, so a reader that continues after the last known id misses no
+        event.
         """
         query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
         if engine_id is not None:

@@ -1,9 +1,8 @@
-"""Leases. A lease is the right to write the rows of a node; every write checks the lease in its transaction.
+"""Leases. A lease is the right to write the rows of a node.
 
-Each takeover of a lease increments a number, the fence. If a control plane is suspended, another control plane can take over
-its lease. When the suspended control plane continues, its fence is outdated, and its writes are refused. If a control plane
-is suspended in the middle of a transaction, the takeover waits. PostgreSQL ends the transaction after 3 s. SQLite cannot end
-the transaction, so nobody can write until the suspended process continues or exits.
+Each takeover of a lease increments a number, the fence. A write with an outdated fence is refused, for example after the
+control plane was suspended. If a control plane is suspended in a transaction, a takeover waits. PostgreSQL ends the
+transaction after 3 s. SQLite cannot end the transaction, so nobody can write until the suspended process continues or exits.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ class LeaseLost(StaleWrite):
 
 
 class LeaseStore:
-    """Nodes and their leases. Each method is one transaction."""
+    """Nodes and their leases."""
 
     def __init__(self, database: Engine, lease_seconds: float = LEASE_SECONDS) -> None:
         self._database = database
@@ -39,7 +38,7 @@ class LeaseStore:
         self.lease_seconds = lease_seconds
 
     def register_node(self, node: str, host: str) -> None:
-        """Insert a node and a lease that nobody holds; if the node exists, only update its host."""
+        """Insert a node and a lease that nobody holds, or update the host of an existing node."""
         insert = insert_sqlite if self._database.dialect.name == "sqlite" else insert_postgresql
         lease = {"fence": 0, "host": "", "pid": 0, "pid_started": "", "url": "", "expires_at": NEVER_HELD}
         with self._write() as connection:
@@ -48,10 +47,10 @@ class LeaseStore:
             connection.execute(insert(leases).values(node=node, **lease).on_conflict_do_nothing())
 
     def acquire_lease(self, node: str, holder: str, host: str, me: ProcessIdentity, url: str = "") -> Lease | None:
-        """Acquire the lease and increment its fence; return None if another active control plane holds the lease.
+        """Acquire the lease and increment its fence. Return None if another active control plane holds the lease.
 
-        holder: token of this control plane; me: its process; url: URL of its gateway.
-        The lease can be taken if it is free or expired, or if the holder was a process of this host and has exited.
+        holder, me, url: token, process and gateway URL of this control plane. The lease can be taken if it is free
+        or expired, or if the holder was a process of this host and has exited.
         """
         with self._read() as connection:  # this only reads, because a standby calls it every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
@@ -75,7 +74,7 @@ class LeaseStore:
             return Lease(node, row.fence + 1) if connection.execute(taken).rowcount else None
 
     def renew_lease(self, lease: Lease, holder: str) -> bool:
-        """Extend the lease, even if the lease has expired; return False if it was taken over or released."""
+        """Extend the lease, even if the lease has expired. Return False if the lease was taken over or released."""
         renewed = (
             update(leases).where(_is_of(lease), leases.c.holder == holder).values(expires_at=lease_clock(self.lease_seconds))
         )
@@ -88,7 +87,7 @@ class LeaseStore:
             connection.execute(update(leases).where(_is_of(lease)).values(holder=None, expires_at=NEVER_HELD))
 
     def leader(self, node: str) -> LeaderInfo | None:
-        """Return the holder of the lease of a node; None if the lease is free or has expired."""
+        """Return the holder of the lease of a node, or None if the lease is free or has expired."""
         with self._read() as connection:
             query = select(leases).where(leases.c.node == node, leases.c.holder.is_not(None), _is_valid(self.lease_seconds))
             row = connection.execute(query).one_or_none()
@@ -104,10 +103,7 @@ class LeaseStore:
             yield connection
 
     def _check_lease(self, connection: Connection, lease: Lease) -> None:
-        """Raise LeaseLost if the lease is not valid. A valid lease cannot be taken over before this transaction ends.
-
-        SQLite has one writer at a time. On PostgreSQL, a takeover waits for the shared lock on the row.
-        """
+        """Raise LeaseLost if the lease is not valid. A valid lease cannot be taken over before this transaction ends."""
         query = select(leases.c.fence).where(_is_of(lease), _is_valid(self.lease_seconds)).with_for_update(read=True)
         if connection.execute(query).first() is None:
             raise LeaseLost(f"the lease of {lease.node} with fence {lease.fence} is no longer held")
@@ -126,7 +122,7 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
     """Return the SQL condition for a lease that has not expired.
 
-    A lease whose expiry is too far in the future is not valid either: its expiry was written before the clock was set back
-    or the machine was booted.
+    A lease whose expiry is too far in the future is not valid. The expiry was then written before the clock was set
+    back or the machine was booted.
     """
     return and_(leases.c.expires_at > lease_clock(), leases.c.expires_at <= lease_clock(2 * lease_seconds))

@@ -1,4 +1,4 @@
-"""Queries for pages of engines. The cost of a query depends on the size of the page, not on the number of engines."""
+"""Queries for pages of engines. The cost of a query does not depend on the number of engines."""
 
 from collections.abc import Collection
 from itertools import product
@@ -14,7 +14,7 @@ _ORDER = engines.c.first_event
 
 
 def position(connection: Connection, engine_id: str) -> int:
-    """Return the position of an engine in the order of creation; raises ConfigError if no engine has the id."""
+    """Return the position of an engine in the order of creation. Raises ConfigError if no engine has the id."""
     found = connection.scalar(select(_ORDER).where(engines.c.id == engine_id))
     if found is None:
         raise ConfigError(
@@ -34,10 +34,7 @@ def page_query(
     node: str | None,
     newest_first: bool,
 ) -> Select[Any]:
-    """Return the query for one page of engines; behind: the position after which the page starts.
-
-    If there are filters, the query merges the first engines of each combination of state and kind.
-    """
+    """Return the query for one page of engines.  behind: the position after which the page starts."""
     order = _ORDER.desc() if newest_first else _ORDER.asc()
 
     def in_order(query: Select[Any]) -> Select[Any]:

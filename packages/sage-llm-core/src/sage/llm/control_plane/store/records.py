@@ -14,7 +14,7 @@ INTERNAL = "sage-"
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write the rows of a node. Every write checks the lease. Each takeover increments the fence."""
+    """The right to write the rows of a node. Each takeover increments the fence."""
 
     node: str
     fence: int
@@ -40,7 +40,7 @@ class ServerState(StrEnum):
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """A process, planned or launched, that hosts one or more engines; the row is removed when the process has exited."""
+    """A process, planned or launched, that hosts one or more engines. The row is removed when the last engine leaves."""
 
     id: str  #: `server-` and 10 characters of [a-z0-9]
     node: str
@@ -61,10 +61,7 @@ class ServerRecord:
 
     @property
     def token(self) -> str:
-        """The token that identifies the process: `engine-` and the suffix of the server's id.
-
-        The environment of the process contains this token.
-        """
+        """The token that identifies the process: `engine-` and the suffix of the server's id."""
         return f"engine-{suffix_of(self.id)}"
 
 
@@ -82,10 +79,11 @@ class EngineRecord:
     desired: DesiredState
     force: bool  #: kill the process to reach `desired`
     restart_policy: RestartPolicy
-    restarts: int  #: number of restarts since a user last started or resumed the engine
+    restarts: int  #: number of restarts since a user last started or resumed the engine, or since it last ran for 10 minutes
     state: EngineState
     reason: Reason | None
-    figures: Mapping[str, Any] | None  #: the final TrainingProgress of a run, stored so that lists of engines read no files
+    #: the last TrainingProgress of a run that has ended, so that lists of engines read no files
+    figures: Mapping[str, Any] | None
     node: str
     server_id: str | None  #: id of the last server that hosted the engine; the server possibly no longer exists
     requested_port: int | None
@@ -100,11 +98,11 @@ class EngineRecord:
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
     base_version: str | None = None  #: changes if the files of `base` are replaced; None: not known
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
-    form: str | None = None  #: how the model is served, as text for users; written by the validation
+    form: str | None = None  #: how the server loads the model, as text for users
     revision: int = 0  #: incremented at each start and for each newer version of the adapter
     served_as: str | None = None  #: model name in requests to the server; None: not loaded yet, or any name is accepted
     idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
-    last_request_at: datetime | None = None  #: time of the last request since the start, accurate to a few seconds
+    last_request_at: datetime | None = None  #: time of the last recorded request, cleared by a pause
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
     #: id of the engine that merges this engine's adapter in the background; "": not started yet; None: no merge is requested
     merger_id: str | None = None
@@ -113,7 +111,7 @@ class EngineRecord:
     priority: int = 0  #: engines with a higher number are ahead in the queue
     not_before: datetime | None = None  #: earliest time to start the engine
     queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event`
-    #: Who paused the engine: `idle`, `user`, or the id of the engine that it makes room for; None: it is not paused.
+    #: Who paused the engine: `idle`, `user`, or the id of the engine that needs the memory; None: nobody.
     paused_by: str | None = None
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
     threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the default of its program
@@ -121,7 +119,7 @@ class EngineRecord:
 
     @property
     def internal_name(self) -> str:
-        """The model name for the current revision in requests to the server; each revision has a different name."""
+        """The model name for the current revision in requests to the server."""
         return f"{internal_prefix(self.id)}{self.revision}"
 
 
@@ -131,5 +129,5 @@ def internal_prefix(engine_id: str) -> str:
 
 
 def suffix_of(record_id: str) -> str:
-    """Return the suffix of an id; an engine, its first server and its training run have the same suffix."""
+    """Return the suffix of an id. An engine, its first server and its training run have the same suffix."""
     return record_id.partition("-")[2]

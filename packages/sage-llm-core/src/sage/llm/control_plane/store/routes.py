@@ -1,4 +1,4 @@
-"""Routes in the database. A route is a name that requests use as `model`; it refers to one or more engines."""
+"""Routes in the database. A route is a model name that refers to one or more engines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -63,7 +63,7 @@ def server_record(row: Row[Any]) -> ServerRecord:
 
 
 def engine_event(row: Row[Any]) -> EngineEvent:
-    """Return the EngineEvent of a row of `engine_events`; the gateway sends this object to clients."""
+    """Return the EngineEvent of a row of `engine_events`."""
     values: dict[str, Any] = dict(row._mapping)  # noqa: SLF001 - public in SQLAlchemy
     values["kind"] = EventKind(values["kind"])
     values["at"] = in_utc(values["at"])

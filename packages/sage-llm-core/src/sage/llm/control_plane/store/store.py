@@ -29,9 +29,9 @@ __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
 
 class Store(ServerStore, RouteStore):
-    """The database of the control plane. Each method is one transaction. The methods block, so call them in a thread.
+    """The database of the control plane. The methods block, so call them in a thread.
 
-    Each method that writes has a parameter `lease`, and raises LeaseLost if the lease is no longer valid.
+    Each method that has a parameter `lease` raises LeaseLost if the lease is no longer valid.
     """
 
     def add(
@@ -44,8 +44,8 @@ class Store(ServerStore, RouteStore):
     ) -> EngineRecord:
         """Insert a new engine and set its times, version and event ids. Raises Conflict if its port is taken.
 
-        notes: another engine, and columns to write to it; replaces: an engine to stop. Both are changed in the same
-        transaction. Raises StaleWrite if either record was changed after it was read.
+        notes: another engine, and columns to write to it.  replaces: an engine to stop.  Both are changed in the
+        same transaction. Raises StaleWrite if either record was changed after it was read.
         """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
@@ -75,12 +75,13 @@ class Store(ServerStore, RouteStore):
     ) -> EngineRecord:
         """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
-        put_server: server to insert or replace; join_server: id of a server that hosts other engines; leave_server: id of
-        the server that the engine leaves; values: other columns. When the last engine leaves a server, the row of the
-        server is removed; with `must_remain`, StaleWrite is raised instead.
+        put_server: server to insert or replace.  join_server: id of a server that hosts other engines.
+        leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed.
+        must_remain: raise StaleWrite if no other engine would remain on the server.  values: other columns.
 
-        Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change. Raises
-        IllegalTransition if the transition is not legal, Conflict if another active engine has the engine's port.
+        Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change.
+        Raises IllegalTransition if the transition is not legal, Conflict if another active engine has the engine's
+        port.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             if leave_server:
@@ -104,7 +105,7 @@ class Store(ServerStore, RouteStore):
         restarts: int,
         **values: Any,
     ) -> EngineRecord:
-        """Mark an engine as failed and queue it again, with two events in one transaction; return the queued engine.
+        """Mark an engine as failed and queue it again, with two events in one transaction.
 
         restarts: the number of this restart. Raises the same errors as `transition`.
         """
@@ -122,7 +123,7 @@ class Store(ServerStore, RouteStore):
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
     def revise(self, record: EngineRecord, *, actor: str, lease: Lease, **values: Any) -> EngineRecord:
-        """Write columns of an engine and add an event; the state does not change. Raises StaleWrite."""
+        """Write columns of an engine and add an event. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             self._event(connection, record.id, EventKind.UPDATED, actor)
             return self._update(connection, record, values)
@@ -143,10 +144,10 @@ class Store(ServerStore, RouteStore):
             )
 
     def touch(self, engine_id: str) -> EngineRecord:
-        """Record a request to an engine, and return the engine; raises NotFound.
+        """Record a request to an engine, and return the engine. Raises NotFound.
 
-        No lease is needed, so that a standby can call this. The version of the engine is incremented. Therefore, if a pause
-        of the engine was planned before the request, writing the pause raises StaleWrite.
+        No lease is needed, so that a standby can call this. The write of a pause that was planned before the request
+        then raises StaleWrite.
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
@@ -163,7 +164,7 @@ class Store(ServerStore, RouteStore):
             connection.execute(delete(events).where(events.c.engine_id == record.id, events.c.id < event))
 
     def get(self, engine_id: str) -> EngineRecord:
-        """Return an engine; raises NotFound."""
+        """Return an engine. Raises NotFound."""
         with self._read() as connection:
             row = connection.execute(select(engines).where(engines.c.id == engine_id)).one_or_none()
         if row is None:
@@ -202,7 +203,7 @@ class Store(ServerStore, RouteStore):
             return [engine_record(row) for row in connection.execute(query)]
 
     def hosted(self, engine_ids: Collection[str]) -> list[tuple[EngineRecord, ServerRecord | None]]:
-        """Return the engines with the given ids that exist, each with its server; the server is None if it has no row."""
+        """Return the engines with the given ids that exist, each with its server or None."""
         with self._read() as connection:
             found = [engine_record(row) for row in connection.execute(select(engines).where(engines.c.id.in_(engine_ids)))]
             ids = {engine.server_id for engine in found}
@@ -232,7 +233,6 @@ class Store(ServerStore, RouteStore):
         reason: Reason | None,
         **values: Any,
     ) -> EngineRecord:
-        """Write a new state of an engine and add an event."""
         check_transition(record.state, state)
         message = reason.message if reason else ""
         event = self._event(
@@ -258,7 +258,6 @@ def _as_read(record: EngineRecord) -> ColumnElement[bool]:
 
 @contextlib.contextmanager
 def _one_engine_a_port(record: EngineRecord) -> Iterator[None]:
-    """Raise Conflict if the database refuses a second active engine with the same port."""
     try:
         yield
     except IntegrityError as error:

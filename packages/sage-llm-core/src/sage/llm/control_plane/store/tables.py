@@ -121,7 +121,7 @@ events = Table(
     sqlite_autoincrement=True,
 )
 
-#: Routes: names that requests use as `model`. A route refers to one or more engines of a node.
+#: Routes: model names that refer to one or more engines of a node.
 routes = Table(
     "routes",
     metadata,
@@ -153,5 +153,5 @@ leases = Table(
     Column("url", Text, nullable=False),
     Column("expires_at", _Time, nullable=False),
 )
-#: Expiry of a lease that nobody holds; it is in the past.
+#: Expiry of a lease that nobody holds: a time in the past.
 NEVER_HELD = datetime.fromisoformat("2000-01-01T00:00:00+00:00")

@@ -45,11 +45,8 @@ async def metrics(manager: Manager) -> PlainTextResponse:
 
 
 class _Once(Collector):
-    """A collector for one request to `/metrics`. It yields metrics that were read before."""
-
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics."""
         yield from self._metrics

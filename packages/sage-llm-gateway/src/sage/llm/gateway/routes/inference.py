@@ -1,4 +1,4 @@
-"""OpenAI-compatible inference. The proxy answers the POST routes; this file documents them."""
+"""OpenAI-compatible inference. The POST routes are documented here, and answered by the proxy."""
 
 from typing import Any
 

@@ -92,13 +92,13 @@ async def get_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.delete("/engines/{engine_id}", status_code=status.HTTP_202_ACCEPTED)
 async def stop_engine(engine_id: str, manager: Manager, force: bool = False) -> EngineView:
-    """Ask an engine to save its state and exit; with `force`, kill the engine."""
+    """Ask an engine to exit; a training run saves a checkpoint first. With `force`, kill the engine."""
     return await manager.stop_engine(engine_id, force=force)
 
 
 @router.get("/queue")
 async def get_queue(manager: Manager) -> EngineQueue:
-    """Return the waiting engines of this node, in the order of the queue."""
+    """Return the waiting engines of this node (this SAGE installation), in the order of the queue."""
     return EngineQueue(data=await manager.waiting_engines())
 
 
@@ -165,7 +165,7 @@ async def training_steps(
     engine_id: str,
     manager: Manager,
     after: Annotated[int, Query(ge=0, lt=_MAX_INT, description="Return only the steps after this step.")] = 0,
-    max_points: Annotated[int | None, Query(ge=2, le=100_000, description="Maximum number of steps, evenly spaced.")] = None,
+    max_points: Annotated[int | None, Query(ge=2, le=100_000, description="Maximum number of steps to return.")] = None,
 ) -> dict[str, Any]:
     """Return optimizer steps of a training run, oldest first."""
     return {"object": "list", "data": await manager.get_training_steps(engine_id, after, max_points)}
@@ -173,7 +173,7 @@ async def training_steps(
 
 @router.get("/gpu")
 async def gpu(manager: Manager) -> dict[str, Any]:
-    """Return the devices, their memory and the engines that use it: GPUs first, main memory last."""
+    """Return the devices, their memory and the engines that use the memory; GPUs first, main memory last."""
     return {"object": "list", "data": await manager.list_devices()}
 
 
@@ -190,7 +190,6 @@ async def backends() -> dict[str, Any]:
 
 
 def _members(members: type[E], text: str | None, param: str) -> list[E] | None:
-    """Return the enum members that a comma-separated filter names; None if there is no filter. Raises ConfigError."""
     if text is None:
         return None
     try:

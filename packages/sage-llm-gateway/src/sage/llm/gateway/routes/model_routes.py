@@ -1,4 +1,4 @@
-"""The HTTP interface of model routes. A model route is a name that requests use as `model`; it selects an engine."""
+"""The HTTP interface of model routes. A model route is a name that requests use as `model` and that selects an engine."""
 
 from typing import Any
 

@@ -11,7 +11,6 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Create the first tables."""
     op.create_table(
         "engines",
         sa.Column("id", sa.String(), primary_key=True),
@@ -51,6 +50,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the tables."""
     for table in ("engine_events", "engines", "leases"):
         op.drop_table(table)

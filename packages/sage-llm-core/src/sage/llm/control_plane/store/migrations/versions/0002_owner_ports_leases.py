@@ -13,7 +13,6 @@ _ACTIVE = "state NOT IN ('stopped', 'completed', 'failed')"
 
 
 def upgrade() -> None:
-    """Create the table `owner` and the index of ports; replace the table `leases`, which contains no valid lease now."""
     op.create_table(
         "owner",
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),
@@ -45,7 +44,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Restore the leases table of revision 0001."""
     op.drop_index("ix_engines_active_port", "engines")
     op.drop_table("owner")
     op.drop_table("leases")

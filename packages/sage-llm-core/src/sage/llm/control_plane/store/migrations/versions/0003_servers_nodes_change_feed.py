@@ -33,7 +33,6 @@ _OLD_EVENTS = sa.table(
 
 
 def upgrade() -> None:
-    """Read the old tables, replace them, and write their rows into the new tables."""
     connection = op.get_bind()
     events = [row._asdict() for row in connection.execute(sa.select(_OLD_EVENTS).order_by(_OLD_EVENTS.c.id))]
     first = {event["engine_id"]: event["id"] for event in reversed(events)}
@@ -81,7 +80,7 @@ def _event(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _server(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the server of an engine that has a process; the handle is the path of the lock that the process holds."""
+    """Return the server of an engine that has a process. The handle is the path of the lock that the process holds."""
     suffix = engine["id"].removeprefix("engine-")
     if engine["kind"] == "finetune":
         lock = get_user_paths().finetuned_dir / f"task-{suffix}" / "worker.lock"

@@ -11,7 +11,6 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Add tables and columns."""
     op.add_column("engines", sa.Column("idle_stop_minutes", sa.Float()))
     op.add_column("engines", sa.Column("last_request_at", sa.DateTime(timezone=True)))
     op.add_column("engines", sa.Column("backend_reason", sa.Text()))
