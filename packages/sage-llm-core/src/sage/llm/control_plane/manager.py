@@ -27,13 +27,12 @@ from sage.llm.client.types import (
     EngineState,
     EngineView,
     OnBusy,
-    RestartPolicy,
     StartRequest,
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.cores import Cores
-from sage.llm.control_plane.creation import new_engine, served_run
+from sage.llm.control_plane.creation import default_policy, new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
@@ -160,7 +159,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
         served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        policy, on_busy = RestartPolicy(self._settings.restart_policy), OnBusy(self._settings.on_busy)
+        policy = default_policy(self._settings.restart_policy, request.engine_kind)
+        on_busy = OnBusy(self._settings.on_busy)
         record = new_engine(engine_id, self._node, request, prepared, policy, served, on_busy)
         if request.engine_kind is EngineKind.LLM:
             servers = await self._pool.run(self._store.servers, self._node)
@@ -205,7 +205,12 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=ACTOR, restarts=0)
                 serve = engine.serve and {**engine.serve, "is_complete": False}
                 engine = await self._write(
-                    resume, desired=DesiredState.RUNNING, force=False, serve=serve, merger_id=engine.merger_id and ""
+                    resume,
+                    desired=DesiredState.RUNNING,
+                    force=False,
+                    last_crash=None,
+                    serve=serve,
+                    merger_id=engine.merger_id and "",
                 )
                 self._routing.apply(engine, None)
                 return await self._view(engine, None)

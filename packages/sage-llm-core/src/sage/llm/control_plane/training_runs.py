@@ -54,7 +54,8 @@ class TrainingRuns:
             )  # fmt: skip
             prepared = await executor.prepare(fork_id, start)
             record = new_engine(fork_id, self._node, start, prepared, parent.restart_policy, None, parent.on_busy)
-            engine = await self._write(self._store.add, replace(record, devices=parent.devices), ACTOR)
+            record = replace(record, devices=parent.devices, max_restarts=parent.max_restarts)
+            engine = await self._write(self._store.add, record, ACTOR)
         except BaseException:
             await executor.discard(fork_id)
             raise

@@ -62,6 +62,7 @@ class RunStatus:
     estimated_memory_bytes: int | None = None  #: peak memory that was estimated before the first step
     halvings: int = 0  #: how many times each micro-batch is cut in half to save memory
     activation_checkpointing: bool = False  #: whether activations are recomputed to save memory
+    is_loaded: bool = False  #: the last process has loaded data and model
     change_revision: int = 0  #: number of the newest change of options that is in the events
     changes: tuple[str, ...] = ()  #: changes of options, as text for users
     forked_from: str | None = None  #: id of the run whose checkpoint this run continues from
@@ -123,7 +124,14 @@ def derive(status: RunStatus, *, alive: bool) -> RunStatus:
 def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
     match event:
         case LaunchedEvent():
-            return {"state": RunState.STARTING, "code": None, "message": None, "hint": None, "eta_seconds": None}
+            return {
+                "state": RunState.STARTING,
+                "is_loaded": False,
+                "code": None,
+                "message": None,
+                "hint": None,
+                "eta_seconds": None,
+            }
         case StartedEvent():
             return _started(status, event)
         case CheckpointEvent():
@@ -174,6 +182,7 @@ def _with_step(status: RunStatus, event: StepEvent | None) -> RunStatus:
 def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:
     return {
         "state": RunState.RUNNING,
+        "is_loaded": True,
         "message": None,
         "step": event.step,
         "total_steps": event.total_steps,

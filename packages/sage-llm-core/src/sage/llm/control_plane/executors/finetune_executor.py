@@ -25,7 +25,7 @@ from sage.llm.control_plane.datasets import FILE_ID, DatasetResolver, LocalDatas
 from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
 from sage.llm.control_plane.executors.exit_message import exit_message
 from sage.llm.control_plane.executors.finetune_engine import FinetuneEngine, FinetuneEngineConfig
-from sage.llm.control_plane.executors.runs import SETTLED, UNREADABLE, failure_of, unreadable
+from sage.llm.control_plane.executors.runs import SETTLED, UNREADABLE, crash_of, failure_of, unreadable
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
@@ -194,8 +194,8 @@ class FinetuneExecutor:
         is_earlier = server.state is ServerState.PLANNED and not process.alive and run.state is not RunState.COMPLETED
         if run.state in SETTLED and not is_earlier:
             reason = self._exit_reason(engine, run, process) if run.code == "worker_died" else failure_of(run)
-            ended = EngineState(run.state.value)
-            return Observed(alive=process.alive, ended=ended, reason=reason, process=process, training=training)
+            ended, crash = EngineState(run.state.value), crash_of(run)
+            return Observed(process.alive, ended=ended, reason=reason, process=process, training=training, crash=crash)
         # `status` checked the run's lock after `process` was observed. A worker that was launched between these two checks
         # must also count as alive.
         alive = process.alive or run.state in ALIVE
