@@ -115,11 +115,15 @@ def test_a_change_of_a_stopped_run_applies_when_it_is_resumed(tiny_model: Path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [{}, {"num_processes": 2, "batch_size": 2}], ids=["one process", "two processes"])
-def test_a_changed_run_that_is_killed_ends_as_if_it_was_not(tiny_model: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("max_steps", "more"), [(100, {}), (40, {"num_processes": 2, "batch_size": 2})], ids=["one process", "two processes"]
+)
+def test_a_changed_run_that_is_killed_ends_as_if_it_was_not(
+    tiny_model: Path, tmp_path: Path, max_steps: int, more: dict[str, Any]
+) -> None:
     options = {"save_steps": 20, "max_steps": 400, **more}
     run = TinyRun(tiny_model, tmp_path / "out", **options).start().at_step(6)
-    run.manager.change_options(run.task_id, TrainingOptions(learning_rate=5e-3, max_steps=100))
+    run.manager.change_options(run.task_id, TrainingOptions(learning_rate=5e-3, max_steps=max_steps))
     wait_for(lambda: run.events("changed"), "the change")
     process = run.at_step(run.events("changed")[0]["step"] + 1).manager.process(run.task_id)
     assert process
@@ -128,4 +132,4 @@ def test_a_changed_run_that_is_killed_ends_as_if_it_was_not(tiny_model: Path, tm
     whole = with_changes_of(run, TinyRun(tiny_model, tmp_path / "whole", **options)).start().completed()
     assert run.resumed().losses() == whole.losses()
     assert run.adapter_bytes() == whole.adapter_bytes()
-    assert len(whole.losses()) == 100
+    assert len(whole.losses()) == max_steps
