@@ -14,7 +14,7 @@ from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.gate import Gate
 from sage.llm.gateway.instance import follow_role
 from sage.llm.gateway.proxy import EngineProxy, is_inference
-from sage.llm.gateway.routes import health, inference, management, model_routes
+from sage.llm.gateway.routes import health, inference, management, model_routes, training_runs
 
 
 class Gateway(FastAPI):
@@ -53,7 +53,7 @@ def create_app(settings: Settings, *, standby: bool = False) -> Gateway:
     app.state.settings, app.state.manager = settings, manager
     errors.install(app)
     schema.install(app)
-    for router in (management.router, model_routes.router, inference.router, health.router):
+    for router in (management.router, training_runs.router, model_routes.router, inference.router, health.router):
         app.include_router(router)
     app.gate = Gate(settings, proxy)
     app.add_middleware(app.gate.in_front_of)
