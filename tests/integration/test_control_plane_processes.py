@@ -64,7 +64,8 @@ def test_training_outlives_the_gateway_and_is_adopted_by_the_next(tiny_model: Pa
 
 
 def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
-    engine = start_training(tiny_model, tmp_path / "out", "--num-epochs", "2", "--save-steps", "5")
+    options = ("--num-epochs", "2", "--save-steps", "5", "--restart-policy", "no")
+    engine = start_training(tiny_model, tmp_path / "out", *options)
     wait_for(lambda: (list_engines()[engine]["training"]["checkpoint_step"] or 0) >= 5, "a checkpoint")
     os.kill(list_engines()[engine]["pid"], signal.SIGKILL)
     wait_for(lambda: list_engines()[engine]["state"] == "failed", "the failure", seconds=5)

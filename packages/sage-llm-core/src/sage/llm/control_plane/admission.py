@@ -53,7 +53,7 @@ class Claim:
     on_busy: OnBusy = OnBusy.WAIT
     wakes: str | None = None  #: id of the sleeping server that the engine wakes
     is_due: bool = True  #: False: the earliest start time is in the future
-    has_room: bool = False  #: engines were paused for this engine, which is therefore decided first
+    has_room: bool = False  #: engines were paused for this engine, or it is restarted; it is therefore decided first
 
     @property
     def smallest_bytes(self) -> int:
@@ -170,6 +170,8 @@ class _State:
         if sum(device.usable_bytes >= claim.smallest_bytes for device in allowed.values()) < claim.device_count:
             return Refuse(Cause.TOO_LARGE, max(device.usable_bytes for device in allowed.values()))
         if not claim.is_due:
+            if claim.has_room:
+                self._reserve_soon(claim, allowed)
             return Wait(position, Cause.NOT_DUE, most_free)
         if start := self._start(claim, allowed):
             return start

@@ -25,13 +25,12 @@ from sage.llm.client.types import (
     EngineState,
     EngineView,
     OnBusy,
-    RestartPolicy,
     StartRequest,
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.cores import Cores
-from sage.llm.control_plane.creation import new_engine, served_run
+from sage.llm.control_plane.creation import default_policy, new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
@@ -58,6 +57,7 @@ from sage.llm.control_plane.served_run import ServedRun
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
+from sage.llm.control_plane.training_runs import TrainingRuns
 from sage.llm.control_plane.views import Views
 from sage.llm.control_plane.waiting import ACTOR, ATTEMPTS, Waiting
 from sage.llm.control_plane.webhooks import Webhooks
@@ -71,7 +71,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
+class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns):
     """Starts, stops, resumes and describes the engines of this node.
 
     An engine is settled if it is stopped, completed or failed. If one node has several control planes, only the holder
@@ -162,7 +162,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
         served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        policy, on_busy = RestartPolicy(self._settings.restart_policy), OnBusy(self._settings.on_busy)
+        policy = default_policy(self._settings.restart_policy, request.engine_kind)
+        on_busy = OnBusy(self._settings.on_busy)
         record = new_engine(engine_id, self._node, request, prepared, policy, served, on_busy)
         if request.engine_kind is EngineKind.LLM:
             servers = await self._pool.run(self._store.servers, self._node)
@@ -207,7 +208,12 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=ACTOR, restarts=0)
                 serve = engine.serve and {**engine.serve, "is_complete": False}
                 engine = await self._write(
-                    resume, desired=DesiredState.RUNNING, force=False, serve=serve, merger_id=engine.merger_id and ""
+                    resume,
+                    desired=DesiredState.RUNNING,
+                    force=False,
+                    last_crash=None,
+                    serve=serve,
+                    merger_id=engine.merger_id and "",
                 )
                 self._routing.apply(engine, None)
                 return await self._view(engine, None)

@@ -18,7 +18,7 @@ from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.merging import is_draining, must_unload, next_merge, stop_merger
 from sage.llm.control_plane.queueing import Memory, Queue, queue_of
-from sage.llm.control_plane.restarts import next_restart, next_try
+from sage.llm.control_plane.restarts import is_repeated, next_restart, next_try, not_restarted
 from sage.llm.control_plane.served_run import due
 from sage.llm.control_plane.sleeping import sleeps
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
@@ -256,7 +256,10 @@ def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed,
         restarts = next_try(engine)
     else:
         restarts = next_restart(engine, observed, watch) if engine.state is not _S.STOPPING else None
-    return Transition(engine, _S.FAILED, reason, restarts=restarts, must_remain=observed.alive)
+    if restarts and is_repeated(engine, observed):
+        restarts, reason = None, not_restarted(reason)
+    values = {"last_crash": observed.crash} if observed.crash else {}
+    return Transition(engine, _S.FAILED, reason, restarts=restarts, must_remain=observed.alive, values=values)
 
 
 def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:

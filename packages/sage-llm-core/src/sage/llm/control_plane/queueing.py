@@ -98,6 +98,8 @@ def queue_of(
     claims: list[Claim] = []
     wakes: dict[str, ServerRecord] = {}
     room_for = {engine.paused_by for engine in engines if is_making_room(engine)}
+    # An engine that is restarted gets the memory that it had, before the engines ahead of it in the queue.
+    room_for |= {engine.id for engine in engines if engine.restarts and not engine.paused_by}
     for engine in sorted(filter(is_waiting, engines), key=rank):
         is_due = watches[engine.id].state_seconds >= backoff_seconds(engine.restarts)
         if not is_due or (memory and engine.not_before and engine.not_before > memory.now):

@@ -53,6 +53,15 @@ def not_training(engine: EngineRecord) -> Conflict:
     )
 
 
+def no_run(engine: EngineRecord) -> Conflict:
+    """Return the error for a request about a training run, if the engine is not one."""
+    return Conflict(
+        code="not_training",
+        message=f"{engine.id} is an engine of kind {engine.kind}, not a training run.",
+        hint="`sage llm engine list --kind finetune` shows the training runs.",
+    )
+
+
 def other_node(engine: EngineRecord) -> Conflict:
     """Return the error for a request about an engine of another node."""
     return Conflict(

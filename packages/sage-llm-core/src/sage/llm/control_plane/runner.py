@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import SageError, first_line
+from sage.common.shortages import is_shortage
 from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
@@ -159,7 +160,7 @@ class Runner:
         if trouble.error != repr(error):
             trouble.error = repr(error)
             logger.warning("%s: an action failed, retrying", engine.id, exc_info=error)
-        if isinstance(error, OSError | SQLAlchemyError):
+        if isinstance(error, OSError | SQLAlchemyError) or is_shortage(error):
             return
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
@@ -263,6 +264,8 @@ class Runner:
             except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:
+                if is_shortage(error):  # retried, because the engine did not cause the shortage
+                    raise
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error, Launch)), server)
                 return
         launched = functools.partial(self._store.update_server, server, lease=self._held_lease())

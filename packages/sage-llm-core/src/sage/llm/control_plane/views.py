@@ -70,6 +70,7 @@ class Views:
             devices=list(server.devices) if server and server.devices and is_hosted else None,
             reserved_bytes=server.reserved_bytes if server and is_hosted else engine.reserved_bytes,
             restarts=engine.restarts,
+            max_restarts=engine.max_restarts,
             node=engine.node,
             server_id=engine.server_id if is_hosted else None,
             idle_stop_minutes=engine.idle_stop_minutes,

@@ -59,6 +59,11 @@ class Batch(JobThread):
         self._is_open = True
         super().__init__("Generation")
 
+    @property
+    def slots_in_use(self) -> int:
+        """The number of answers in progress."""
+        return len(self._rows)
+
     def submit(self, job: Job[Piece], answers: Sequence[Answer], adapter: Adapter | None = None) -> None:
         """Queue the answers of a request.
 

@@ -71,7 +71,8 @@ class Engine:
         """Return the engine's fields for `/health`. Raises SageError if the engine cannot answer requests any more."""
         self._batch.check()
         return {
-            "context_tokens": self._generator.context_tokens, "slots": self._slots, "tokens": self.hosting.tokens()
+            "context_tokens": self._generator.context_tokens, "slots": self._slots, "slots_in_use": self._batch.slots_in_use,
+            "tokens": self.hosting.tokens(),
         }  # fmt: skip
 
     def close(self) -> None:

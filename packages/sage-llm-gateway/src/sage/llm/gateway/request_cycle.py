@@ -45,6 +45,8 @@ class RequestCycle:
         """Let the application answer the request. If the answer is then incomplete, close the connection."""
         try:
             await app(self._scope, self.receive, self.send)
+        except asyncio.CancelledError:
+            logger.info("%s was interrupted, because the gateway stops", self._scope["path"][:200])
         except BaseException:  # no other code logs the failure
             logger.exception("%s failed", self._scope["path"][:200])
         if not self.response_complete and not self.disconnected:

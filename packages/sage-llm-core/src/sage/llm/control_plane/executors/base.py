@@ -43,6 +43,7 @@ class Observed:
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
+    crash: str | None = None  #: where a training run exited without reporting an error; None: it did not
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None

@@ -117,6 +117,8 @@ class EngineRecord:
     paused_by: str | None = None
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
     threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the program's default
+    max_restarts: int = 5  #: maximum of `restarts`
+    last_crash: str | None = None  #: where a training run exited without reporting an error; equal for the same point
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property

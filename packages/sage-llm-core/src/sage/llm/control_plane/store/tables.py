@@ -73,6 +73,8 @@ engines = Table(
     Column("paused_by", String),
     Column("least_bytes", BigInteger),
     Column("threads", Integer),
+    Column("max_restarts", Integer, nullable=False, server_default="5"),
+    Column("last_crash", String),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
