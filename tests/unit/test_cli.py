@@ -213,7 +213,11 @@ def test_a_route_is_set_with_weights_and_listed_with_shares(
     route.set_("prod", ["new=10", "a/b=90"], "base")
     route.set_("prod", ["new"], None)
     assert calls == [("prod", {"new": 10, "a/b": 90}, "base"), ("prod", {"new": 1}, None)]
-    assert "no active engine has the id, name or model 'old'" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "no active engine has the id, name or model 'old'" in printed.err
+    assert printed.out == "Requests for 'prod' are sent to: new, old.\n" * 2
+    route.set_("prod", ["new"], None, json_=True)
+    assert RouteView.model_validate_json(capsys.readouterr().out) == view
     for wrong in (["new=ten"], ["=10"], ["new=-1"], ["new", "new=2"], ["new=" + "9" * 5000]):
         with pytest.raises(errors.ConfigError):
             route.set_("prod", wrong, None)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from sage.common.counting import counted
 from sage.common.errors import ConfigError, SageError
 from sage.common.paths import get_user_paths, private_file, private_folder
 from sage.common.settings import load_settings
@@ -131,3 +132,7 @@ def test_only_their_user_can_access_sage_s_folders_and_other_folders_keep_their_
     assert {mode for path, mode in modes.items() if path.is_file()} == {0o600}
     assert {modes[path] for path in (state, state / "engines", state / "engines" / "new")} == {0o700}
     assert modes[state.parent] == 0o755
+
+
+def test_a_noun_has_the_number_of_its_count() -> None:
+    assert [counted(count, "fault") for count in (0, 1, 2)] == ["0 faults", "1 fault", "2 faults"]

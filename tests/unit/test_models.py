@@ -1,3 +1,4 @@
+import asyncio
 import json
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from sage.libs.models.catalog import import_model, list_models
 from sage.libs.models.fingerprint import fingerprint
 from sage.libs.models.originals import known, original, remember
 from sage.libs.models.resolve import ModelKind, resolve_model
+from sage.llm.client.types import EngineKind, StartRequest
+from sage.llm.control_plane.executors.inference_executor import InferenceExecutor
+from sage.llm.control_plane.launchers.local import LocalLauncher
 
 
 def safetensors(path: Path, data: bytes = b"1234") -> None:
@@ -116,8 +120,9 @@ def test_the_error_for_a_model_that_cannot_be_loaded_names_the_invalid_file(tmp_
     ):
         (tmp_path / name).mkdir()
         make(tmp_path / name)
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=said) as caught:
             resolve_model(str(tmp_path / name))
+        assert ("sage llm" in caught.value.hint) is (name in ("claim", "empty"))
     broken = full(tmp_path / "broken")
     (broken / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):
@@ -203,3 +208,28 @@ def test_a_converted_model_is_traced_to_its_file_until_that_file_changes(tmp_pat
     assert original(gguf.parent) == gguf.parent
     gguf.write_bytes(b"other content")
     assert (original(converted), known(converted.parent, gguf)) == (converted, None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "is_usable"),
+    [
+        ("Qwen2ForCausalLM", (), False),
+        ("T5ForConditionalGeneration", (), False),
+        ("BertModel", (), True),
+        ("Qwen3ForCausalLM", ("modules.json",), True),
+    ],
+)
+def test_a_language_model_is_used_for_embeddings_only_with_settings_of_sentence_transformers(
+    tmp_path: Path, architecture: str, more: tuple[str, ...], is_usable: bool
+) -> None:
+    folder = full(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    for name in more:
+        (folder / name).write_text("[]")
+    request = StartRequest(model=str(folder), engine_kind=EngineKind.EMBEDDING)
+    prepared = InferenceExecutor(LocalLauncher()).prepare("engine-a", request)
+    if is_usable:
+        assert asyncio.run(prepared).backend == "embedding"
+    else:
+        with pytest.raises(ModelError, match="a language model without settings for embeddings"):
+            asyncio.run(prepared)

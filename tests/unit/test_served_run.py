@@ -30,6 +30,7 @@ from sage.llm.control_plane.served_run import ServedRun, due
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import StaleWrite, Store
+from sage.llm.control_plane.writing import Writer
 
 S = EngineState
 RUN: dict[str, Any] = {"id": "engine-run", "kind": EngineKind.FINETUNE}
@@ -101,7 +102,9 @@ class World:
         self.store.add(record(S.RUNNING, serve=values, options=options, **RUN), "user", self.lease)
         inference = InferenceExecutor(LocalLauncher(), AdapterClient())
         executors: Any = {EngineKind.FINETUNE: self, EngineKind.LLM: inference}
-        self.publisher = Publisher(self.store, Pool("store", 1), executors, RoutingTable("n"), lambda: self.lease)
+        pool = Pool("store", 1)
+        write = Writer(pool, lambda: self.lease)
+        self.publisher = Publisher(self.store, pool, executors, RoutingTable("n"), write)
 
     async def publish_checkpoint(self, _: EngineRecord, step: int) -> Path:
         folder = self.folder / f"step-{step}"

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from sage.common.counting import counted
 from sage.common.errors import DatasetError, ModelNotFound, SageError
 from sage.libs.finetune.data.findings import Findings
 from sage.libs.finetune.data.linting import DatasetReport, Parse, read_samples
@@ -59,7 +60,7 @@ def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_
         counts["trained_tokens"] = sum(sequence.trained_tokens for sequence in encoder.encode(samples))
     except DatasetError as error:
         if encoder.faults:
-            problem = f"the model's chat template rejects {len(encoder.faults)} samples"
+            problem = f"the model's chat template rejects {counted(len(encoder.faults), 'sample')}"
             return Measured(model, cutoff, [], problem=problem, **counts)
         if not encoder.lengths and not encoder.untrained:
             return Measured(model, cutoff, [], problem="the samples are prompts without answers")
@@ -73,8 +74,9 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
         return json.dumps(_as_dict(report, measured), indent=2)
     formats = ", ".join(f"{count} {name}" for name, count in report.formats.items()) or "none"
     lines = [
-        f"{report.path}: {report.sample_count} samples ({formats}), {report.assistant_turns} assistant turns, "
-        f"{len(report.faults) + len(measured.refused)} faults, {len(report.duplicates)} duplicates",
+        f"{report.path}: {counted(report.sample_count, 'sample')} ({formats}), "
+        f"{counted(report.assistant_turns, 'assistant turn')}, "
+        f"{counted(len(report.faults) + len(measured.refused), 'fault')}, {counted(len(report.duplicates), 'duplicate')}",
         *(f"  {again} has the same content as {first.place}" for again, first in report.duplicates[:_SHOWN_DUPLICATES]),
         *(f"  {file} is not used, because it belongs to another split" for file in report.skipped_files),
         *(f"{finding.severity}: {finding} {finding.hint}".rstrip() for finding in measured.findings),
@@ -87,7 +89,7 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
         f"tokens with {measured.tokenizer}: {total}, of which {measured.trained_tokens} are trained; "
         f"shortest {min(measured.lengths)}, longest {max(measured.lengths)}, mean {total / len(measured.lengths):.0f}",
         *_histogram(measured.lengths),
-        f"cutoff {measured.cutoff_tokens}: {measured.truncated} samples truncated, "
+        f"cutoff {measured.cutoff_tokens}: {counted(measured.truncated, 'sample')} truncated, "
         f"{measured.dropped} dropped, because nothing of the answer is left",
     ])  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
+from sage.common.counting import counted
 from sage.common.errors import DatasetError
 from sage.libs.finetune.data.linting import DatasetReport
 from sage.libs.finetune.data.samples import Sample
@@ -42,7 +43,9 @@ def show(samples: Iterable[Sample], encoder: Encoder, console: Console, *, as_js
             console.print(_heading(sample, "no token is trained"))
         for sequence in sequences:
             cut = max(0, len(sequence.ids) - encoder.cutoff)
-            facts = f"{len(sequence.ids)} tokens, {sequence.trained_tokens} trained{f', {cut} cut' if cut else ''}"
+            facts = (
+                f"{counted(len(sequence.ids), 'token')}, {sequence.trained_tokens} trained{f', {cut} cut' if cut else ''}"
+            )
             console.print(_heading(sample, facts))
             console.print(_text(sequence, encoder, console.color_system is not None))
     for finding in encoder.findings:

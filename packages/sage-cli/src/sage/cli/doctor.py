@@ -134,7 +134,7 @@ def _folders() -> Iterator[Finding]:
             yield Finding(name, "failed", f"{existing} is not writable.", "Make the folder writable, or set SAGE_HOME.")
         elif free_bytes < _LOW_BYTES:
             yield Finding(
-                name, "warning", f"{folder}: {free}", "Free disk space, or set SAGE_HOME to a folder on another disk."
+                name, "warning", f"{folder}: {free}", "Free up disk space, or set SAGE_HOME to a folder on another disk."
             )
         else:
             yield Finding(name, "ok", f"{folder}: {free}")

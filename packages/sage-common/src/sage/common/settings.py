@@ -46,7 +46,8 @@ class Settings(BaseSettings):
         30, gt=0, description="If an engine has not answered for this number of seconds, requests to it are rejected."
     )
     restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
-        "no", description="When to restart engines: no, on-failure (error, kill), unless-stopped (also after a reboot)."
+        "no",
+        description="When to restart engines. no: never. on-failure: if they fail. unless-stopped: also after a reboot.",
     )
     on_busy: Literal["wait", "preempt", "share", "fail"] = Field(
         "wait", description="What an engine does if the memory is not free: wait, preempt, share or fail."

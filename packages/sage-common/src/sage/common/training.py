@@ -150,7 +150,9 @@ class StartedEvent(RunEvent):
         None, description="Fingerprint of the base model, which must not change before a resume."
     )
     bf16: bool | None = Field(None, description="Whether base model and activations are in bf16 instead of fp32.")
-    bf16_products: bool | None = Field(None, description="Whether matrix products use bf16; null: the same as `bf16`.")
+    bf16_products: bool | None = Field(
+        None, description="Whether matrix products use bf16; null: the value of the field `bf16` applies."
+    )
     int8_products: bool = Field(False, description="Whether SAGE's training step stores and multiplies layers in 8 bits.")
     precision: str | None = Field(None, description="The precision and the reason for it, as text for users.")
     kernels: str | None = Field(None, description="The training step that is used and the reason, as text for users.")

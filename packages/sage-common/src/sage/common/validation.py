@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from sage.common.counting import counted
 from sage.common.errors import ConfigError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -33,7 +34,9 @@ def config_error(error: ValidationError, what: str = "option", secrets: Collecti
     problem = first["msg"].removeprefix("Value error, ")
     messages = {"missing": "is required", "extra_forbidden": f"is not {'an' if what[0] in 'aeiou' else 'a'} {what} here"}
     problem = messages.get(first["type"], problem[:1].lower() + problem[1:])
-    more = f" ({len(rest)} more errors: {', '.join(str(e['loc'][-1]) for e in rest if e['loc'])}.)" if rest else ""
+    more = (
+        f" ({counted(len(rest), 'more error')}: {', '.join(str(e['loc'][-1]) for e in rest if e['loc'])}.)" if rest else ""
+    )
     return ConfigError(
         code="config_invalid",
         message=f"{name}: {problem}{given}.",

@@ -31,7 +31,7 @@ from sage.libs.models.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 #: If fewer bytes than this are free on the disk when an error occurs, the error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: Packages that SAGE does not use. If they are installed, transformers imports them, which takes 1 s and 120 MB.
+#: Packages that SFT does not use. If they are installed, transformers imports them. This takes 1 s and 120 MB.
 _UNUSED = ("datasets", "pandas", "scipy", "sklearn")
 #: Seconds that a failed additional process waits before it checks whether the main process still runs.
 _LEADER_SECONDS = 1.0

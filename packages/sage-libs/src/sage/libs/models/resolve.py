@@ -153,10 +153,15 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
     if len(list(folder.glob("*.gguf"))) == 1:
         return ModelSource(name, ModelKind.GGUF, folder)
     if (folder / "sage_run.json").is_file():
-        raise _invalid(folder, "belongs to a training run that has not written its adapter yet")
+        hint = "`sage llm engine list` shows whether the run is finished."
+        raise _invalid(folder, "belongs to a training run that has not written its adapter yet", hint)
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise _invalid(folder, "has its weights in pickles, which can run code when loaded; convert them to safetensors")
-    raise _invalid(folder, "contains no model: config.json with *.safetensors, an adapter, or one *.gguf is needed")
+    raise _invalid(
+        folder,
+        "contains no model: config.json with *.safetensors, an adapter, or one *.gguf is needed",
+        "Give the folder that has these files, or a name from `sage llm model list`.",
+    )
 
 
 def _check_shards(folder: Path) -> None:
@@ -219,5 +224,5 @@ def _hub_has(name: str) -> bool:
     return True
 
 
-def _invalid(path: Path, problem: str) -> ModelError:
-    return ModelError(code="model_invalid", message=f"{path} {problem}.", param="model")
+def _invalid(path: Path, problem: str, hint: str = "") -> ModelError:
+    return ModelError(code="model_invalid", message=f"{path} {problem}.", hint=hint, param="model")

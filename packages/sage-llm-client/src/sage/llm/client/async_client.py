@@ -100,7 +100,7 @@ class AsyncSageClient:
         return await self._send(calls.queue())
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a place in the queue, from 1, as near as its priority allows."""
+        """Move a waiting engine to a position in the queue (from 1), or as near to it as the engine's priority allows."""
         return await self._send(calls.move(engine_id, position))
 
     async def resume_engine(self, engine_id: str) -> EngineView:
@@ -108,7 +108,10 @@ class AsyncSageClient:
         return await self._send(calls.resume(engine_id))
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, this checkpoint is served."""
+        """Request a checkpoint of a training run after its current step.
+
+        If the run was started with `serve`, an llm engine then serves this checkpoint.
+        """
         return await self._send(calls.checkpoint(engine_id))
 
     async def remove_engine(self, engine_id: str) -> None:

@@ -2,74 +2,31 @@
 
 import re
 from datetime import datetime
-from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, computed_field, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, computed_field, field_validator
 
 from sage.common.training import TrainingProgress as TrainingProgress
 from sage.common.training import TrainingStep as TrainingStep
+from sage.llm.client.routes import EngineName as EngineName
+from sage.llm.client.routes import RouteRequest as RouteRequest
+from sage.llm.client.routes import RouteTarget as RouteTarget
+from sage.llm.client.routes import RouteTargetView as RouteTargetView
+from sage.llm.client.routes import RouteView as RouteView
+from sage.llm.client.routes import check_route_name as check_route_name
+from sage.llm.client.states import SETTLED as SETTLED
+from sage.llm.client.states import SUPPORTED_ENGINE_KINDS as SUPPORTED_ENGINE_KINDS
+from sage.llm.client.states import DesiredState as DesiredState
+from sage.llm.client.states import EngineKind as EngineKind
+from sage.llm.client.states import EngineState as EngineState
+from sage.llm.client.states import EventKind as EventKind
+from sage.llm.client.states import OnBusy as OnBusy
+from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-
-class EngineState(StrEnum):
-    """The state of an engine."""
-
-    VALIDATING = "validating"  #: the dataset or the model is being checked
-    QUEUED = "queued"  #: the engine waits to be started
-    STARTING = "starting"  #: the server or worker process has been started and is not ready yet
-    RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded and can be loaded again; `reason` says why
-    STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
-    STOPPED = "stopped"  #: the engine ended because a user requested it
-    COMPLETED = "completed"  #: the training run finished
-    FAILED = "failed"  #: the engine ended with an error; `reason` contains the error
-
-
-#: States in which an engine has ended.
-SETTLED = frozenset({EngineState.STOPPED, EngineState.COMPLETED, EngineState.FAILED})
-
-
-class EngineKind(StrEnum):
-    """The task of an engine."""
-
-    LLM = "llm"  #: answers chats and completions
-    EMBEDDING = "embedding"  #: returns the embedding vectors of texts
-    FINETUNE = "finetune"  #: trains an adapter or a whole model
-
-
-SUPPORTED_ENGINE_KINDS = [kind.value for kind in EngineKind]
-#: Model name for requests that do not need a certain model. The most recently started engine answers, among the running
-#: engines of the requested kind.
+#: Model name for requests that do not need a certain model. Of the running engines of the requested kind, the one that was
+#: started last answers.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
-#: Each part between slashes begins with a letter, digit or `_`, so no part of the route's URL path is `.` or `..`.
-_ROUTE_NAME = re.compile(r"\w[\w.@:+-]*(/\w[\w.@:+-]*)*")
-_ENGINE_ID = re.compile(r"engine-[a-z0-9]{10}")
-
-
-class DesiredState(StrEnum):
-    """The state that the user requested."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPED = "stopped"
-
-
-class RestartPolicy(StrEnum):
-    """When an engine is restarted automatically. The values have the same names as in Docker."""
-
-    NO = "no"  #: the engine is never restarted
-    ON_FAILURE = "on-failure"  #: restart if the process ends unexpectedly or no longer answers
-    UNLESS_STOPPED = "unless-stopped"  #: restart in the same cases as `on-failure`, and after a power cut or reboot
-
-
-class OnBusy(StrEnum):
-    """What an engine does if the memory that it needs is not free."""
-
-    WAIT = "wait"  #: wait in the queue until enough memory is free
-    PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
-    SHARE = "share"  #: start with the memory that is free, if the smallest need fits; otherwise wait
-    FAIL = "fail"  #: fail at once
 
 
 def check_engine_name(name: str) -> str:
@@ -247,17 +204,6 @@ class EngineQueue(BaseModel):
     data: list[EngineView]
 
 
-class EventKind(StrEnum):
-    """The kind of change that an event reports."""
-
-    CREATED = "created"
-    TRANSITION = "transition"
-    DESIRED = "desired"  #: a user requested another state
-    UPDATED = "updated"  #: something other than the state changed, such as the version of the adapter
-    REMOVED = "removed"
-    ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
-
-
 class EngineEvent(BaseModel):
     """One event of the change feed. For later events, send the `id` of this event as `after`."""
 
@@ -279,69 +225,6 @@ class EventPage(BaseModel):
     data: list[EngineEvent]
     last_id: int = Field(description="Value of `after` for the next page.")
     has_more: bool
-
-
-def _printable(engine: str) -> str:
-    if not engine.isprintable():
-        raise ValueError("must contain only printable characters")
-    return engine
-
-
-#: An engine's id, name or model.
-EngineName = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_printable)]
-
-
-class RouteTarget(BaseModel):
-    """An engine that answers requests for a route."""
-
-    engine: EngineName = Field(description="An engine's id, name or model.")
-    weight: int = Field(1, ge=1, le=1_000_000, description="Share of the requests, relative to the other weights.")
-
-
-class RouteRequest(BaseModel):
-    """The engines to which a route's requests are sent."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    engines: list[RouteTarget] = Field(min_length=1, max_length=64)
-    fallback: EngineName | None = Field(
-        None, description="Id, name or model of the engine that answers if none of `engines` can answer."
-    )
-
-    @field_validator("engines")
-    @classmethod
-    def _distinct(cls, engines: list[RouteTarget]) -> list[RouteTarget]:
-        if len({target.engine for target in engines}) < len(engines):
-            raise ValueError("each engine can be listed only once; the weight sets the engine's share of the requests")
-        return engines
-
-
-class RouteTargetView(RouteTarget):
-    """A target of a route, and the active engine that the target currently selects."""
-
-    engine_id: str | None = Field(None, description="Id of the active engine that the target selects; null if none.")
-    state: EngineState | None = Field(None, description="State of the selected engine.")
-
-
-class RouteView(BaseModel):
-    """A route, as the HTTP interface returns it."""
-
-    name: str = Field(description="Name that requests use as `model`.")
-    object: str = "route"
-    engines: list[RouteTargetView]
-    fallback: str | None
-    updated_at: datetime
-
-
-def check_route_name(name: str) -> str:
-    """Return `name`. Raises ValueError if a route may not have this name."""
-    if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
-        raise ValueError(
-            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter, digit or _"
-        )
-    if _ENGINE_ID.fullmatch(name):
-        raise ValueError("must not be an engine's id")
-    return name
 
 
 class DeviceEngine(BaseModel):
@@ -392,7 +275,9 @@ class EstimateView(BaseModel):
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
-        None, description="For finetune: largest number of samples of `max_seq_length` tokens in a micro-batch that fits."
+        None,
+        description="For finetune: size of the largest micro-batch that fits in the free memory, in samples of "
+        "`max_seq_length` tokens.",
     )
     training_seconds: float | None = Field(
         None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."

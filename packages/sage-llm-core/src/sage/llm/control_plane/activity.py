@@ -13,8 +13,8 @@ from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
-#: Minimum time between two recorded requests to the same engine: `_TOUCH_SECONDS`, or the share `_TOUCH_SHARE` of the
-#: engine's `idle_stop_minutes` if this is shorter.
+#: Minimum time between two recorded requests to the same engine: `_TOUCH_SECONDS`, or the engine's `idle_stop_minutes` times
+#: `_TOUCH_SHARE` if this time is shorter.
 _TOUCH_SECONDS, _TOUCH_SHARE = 10.0, 0.25
 _CHECK_SECONDS = 1.0
 _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUSED)

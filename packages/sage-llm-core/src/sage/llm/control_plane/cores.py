@@ -13,7 +13,7 @@ class Cores:
     """The CPU cores of this node."""
 
     count: int
-    training_threads: int | None = None  #: threads of each training run, by the settings
+    training_threads: int | None = None  #: threads of each training run, from the settings; None: not set
 
 
 def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cores: Cores) -> list[Action]:

@@ -115,7 +115,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
         self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
         self._views = Views(self._node, self._executors)
-        self._new_upstream = functools.lru_cache(1024)(_upstream)  # every inference request needs one
+        self._new_upstream = functools.lru_cache(1024)(_upstream)  # cached, because every request needs an Upstream
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -125,7 +125,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
 
     @property
     def requests_in_progress(self) -> Counter[str]:
-        """The number of requests in progress by engine id, which the gateway updates."""
+        """The number of requests in progress, by engine id. The gateway updates the numbers."""
         return self._activity.in_progress
 
     async def open(self) -> None:
@@ -184,7 +184,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Validate and queue a stopped or failed engine again, or load a paused engine again.
+        """Resume an engine: a stopped or failed engine is validated and queued again; a paused engine is loaded again.
 
         Raises SageError if the engine is active or completed, or cannot be resumed.
         """
@@ -209,8 +209,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         raise busy(engine_id)
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, the checkpoint is served too.
+        """Request a checkpoint of a training run after its current step.
 
+        If the run was started with `serve`, an llm engine then serves this checkpoint.
         Raises Conflict if the engine is not a training run in state `running`.
         """
         for _ in range(ATTEMPTS):
@@ -290,7 +291,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
                     await change.wait()
-            change = self._routing.next_change()  # before `may_use`, so that changes during `may_use` are noticed
+            change = self._routing.next_change()  # called before `may_use`, to notice changes during `may_use`
             try:
                 route = self.find(engine_id, kind)
             except NotFound:

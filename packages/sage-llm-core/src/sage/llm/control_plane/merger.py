@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from sage.common.errors import NotFound, SageError
 from sage.common.ids import random_suffix
@@ -19,11 +17,11 @@ from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, Observed, server_id_of
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import RoutingTable
-from sage.llm.control_plane.store.records import EngineRecord, Lease
+from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import Store
+from sage.llm.control_plane.writing import Writer
 
 logger = logging.getLogger(__name__)
-_ACTOR = "reconciler"
 #: The `form` (how the server loads the model) of an engine whose adapter was merged in the background.
 MERGED = "merged in the background"
 
@@ -38,10 +36,10 @@ class Merger:
         executors: Mapping[EngineKind, Executor],
         adapters: AdapterClient,
         routing: RoutingTable,
-        held_lease: Callable[[], Lease],
+        write: Writer,
     ) -> None:
         self._store, self._pool, self._executors = store, pool, executors
-        self._adapters, self._routing, self._held_lease = adapters, routing, held_lease
+        self._adapters, self._routing, self._write = adapters, routing, write
 
     async def act(self, action: Merge, observed: Observed | None) -> None:
         """Carry out an action. Raises StaleWrite if an engine was changed meanwhile."""
@@ -93,9 +91,6 @@ class Merger:
         logger.warning("%s: %s", engine.id, form)
         await self._write(self._store.revise, engine, merger_id=None, form=form)
 
-    async def _write(self, write: Callable[..., Any], *args: object, **values: object) -> Any:
-        return await self._pool.run(functools.partial(write, *args, actor=_ACTOR, lease=self._held_lease(), **values))
-
 
 def _merger_of(engine: EngineRecord, observed: Observed | None) -> EngineRecord:
     """Return the record of a new engine that serves the adapter of `engine`, merged into its base. Raises SageError."""
@@ -128,7 +123,7 @@ def _merger_of(engine: EngineRecord, observed: Observed | None) -> EngineRecord:
         served_as=None,
         idle_stop_minutes=None,
         last_request_at=None,
-        on_busy=OnBusy.FAIL,  # without free memory, the adapter continues to answer
+        on_busy=OnBusy.FAIL,  # if too little memory is free, the merger fails, and the adapter continues to answer
         not_before=None,
         queue_rank=None,
         paused_by=None,

@@ -60,7 +60,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if an engine's process, readiness, end, loaded models or newest checkpoint has changed."""
+        """on_change: called if the process, readiness, end, loaded models or newest checkpoint of an engine has changed."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -169,7 +169,7 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # to serve checkpoints soon
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # find new checkpoints soon
         target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from sage.llm.control_plane.executors.placement import like_its_base, placement
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.served_run import ServedRun
-from sage.llm.control_plane.store.records import EngineRecord, Lease
+from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import StaleWrite, Store
+from sage.llm.control_plane.writing import Writer
 
 logger = logging.getLogger(__name__)
-_ACTOR = "reconciler"
 #: Seconds for which publishing a result is retried after the first OSError.
 _RETRY_SECONDS = 60.0
 
@@ -35,17 +35,17 @@ class Publisher:
         pool: Pool,
         executors: Mapping[EngineKind, Executor],
         routing: RoutingTable,
-        held_lease: Callable[[], Lease],
+        write: Writer,
     ) -> None:
         self._store, self._pool, self._executors = store, pool, executors
-        self._routing, self._held_lease = routing, held_lease
+        self._routing, self._write = routing, write
         self._failing: dict[str, float] = {}  #: by run id: time.monotonic() when publishing its result first failed
 
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        If this method raises StaleWrite or OSError, the caller must call it again. A result that fails with OSError
-        for a minute is given up without an error, so that the run can end.
+        If this method raises StaleWrite or OSError, the caller must call it again. If serving a result fails with
+        OSError for a minute, the result is given up without an error, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -126,9 +126,6 @@ class Publisher:
 
     async def _revise(self, engine: EngineRecord, **values: Any) -> None:
         await self._write(functools.partial(self._store.revise, engine), **values)
-
-    async def _write(self, write: Callable[..., Any], *args: object, **values: object) -> Any:
-        return await self._pool.run(functools.partial(write, *args, actor=_ACTOR, lease=self._held_lease(), **values))
 
 
 def _has_merged(engine: EngineRecord) -> bool:

@@ -161,6 +161,7 @@ def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> I
             is_pausable=not is_training and all(engine.state is EngineState.RUNNING for engine in engines),
             ends=is_training,
             is_leaving=is_leaving,
+            used_bytes={each.id: each.used_bytes[server.id] for each in memory.devices if server.id in each.used_bytes},
         )
 
 

@@ -75,7 +75,7 @@ class Reconciler:
             return
         validating = [engine.id for engine in engines if engine.state is EngineState.VALIDATING]
         results = self._runner.validator.results(validating)
-        memory = await self._look_at_memory(observed) if any(map(is_waiting, engines)) else None
+        memory = await self._look_at_memory(engines, observed) if any(map(is_waiting, engines)) else None
         snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
         for action in actions:
@@ -93,8 +93,9 @@ class Reconciler:
                 logger.warning("%s cannot be reconciled, retrying", engine_id or "the engines", exc_info=error)
         self._errors = dict(errors)
 
-    async def _look_at_memory(self, observed: dict[str, Observed]) -> Memory | None:
-        pids = [seen.process.pid for seen in observed.values() if seen.process and seen.process.pid]
+    async def _look_at_memory(self, engines: Sequence[EngineRecord], observed: dict[str, Observed]) -> Memory | None:
+        processes = ((each.server_id, seen.process) for each in engines if (seen := observed.get(each.id)))
+        pids = {server_id: process.pid for server_id, process in processes if server_id and process and process.pid}
         return await self._memory.look(pids) if self._memory else None
 
     def _look(self, engines: Sequence[EngineRecord], observed: dict[str, Observed]) -> None:

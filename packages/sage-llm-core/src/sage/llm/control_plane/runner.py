@@ -42,9 +42,9 @@ from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.validation import Validator
+from sage.llm.control_plane.writing import ACTOR, Writer
 
 logger = logging.getLogger(__name__)
-_ACTOR = "reconciler"
 _MAX_ACTIONS = 16
 #: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
@@ -85,8 +85,9 @@ class Runner:
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
-        self._publisher = Publisher(store, pool, executors, routing, self._held_lease)
-        self._merger = Merger(store, pool, executors, adapters, routing, self._held_lease)
+        write = Writer(pool, self._held_lease)
+        self._publisher = Publisher(store, pool, executors, routing, write)
+        self._merger = Merger(store, pool, executors, adapters, routing, write)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
@@ -157,7 +158,8 @@ class Runner:
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
         if trouble.failures >= _MAX_FAILURES:
-            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):  # retried after the next failed action
+            # If this write fails, it is tried again after the action fails the next time.
+            with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):
                 if engine.state in (EngineState.QUEUED, EngineState.STARTING):
                     await self._give_up(engine, server, _reason(error, type(action)))
                 elif isinstance(action, LoadAdapter):
@@ -198,8 +200,8 @@ class Runner:
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SetDesired(engine, desired, paused_by):
-                write = functools.partial(self._store.set_desired, engine, desired, actor=_ACTOR, lease=self._held_lease())
-                # A returning engine keeps its place in the queue.
+                write = functools.partial(self._store.set_desired, engine, desired, actor=ACTOR, lease=self._held_lease())
+                # An engine that returns from a pause keeps its place in the queue.
                 values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
                 self._routing.apply(await self._pool.run(write, force=False, **values), server)
             case SendSignal():
@@ -286,7 +288,10 @@ class Runner:
             await self._revise(engine, server, served_as=engine.internal_name)
 
     async def _keep_older(self, engine: EngineRecord, server: ServerRecord, reason: Reason) -> None:
-        """Store why a newer adapter is not used, and restore `model`. Without an older version, the engine fails."""
+        """Store why the newer adapter is not used, and set `model` and `adapter` to the version that is loaded.
+
+        If no older version is loaded, the engine fails.
+        """
         loaded = await self._adapters.folders(server)
         if engine.served_as is None or engine.served_as == engine.internal_name or engine.served_as not in loaded:
             await self._give_up(engine, server, reason)
@@ -322,18 +327,18 @@ class Runner:
             await self._merger.remove(engine)
 
     async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
-        revise = functools.partial(self._store.revise, engine, actor=_ACTOR, lease=self._held_lease())
+        revise = functools.partial(self._store.revise, engine, actor=ACTOR, lease=self._held_lease())
         self._routing.apply(await self._pool.run(revise, **values), server)
 
     async def _write(self, engine: EngineRecord, state: EngineState, **values: Any) -> EngineRecord:
-        write = functools.partial(self._store.transition, engine, state, actor=_ACTOR, lease=self._held_lease())
+        write = functools.partial(self._store.transition, engine, state, actor=ACTOR, lease=self._held_lease())
         written = await self._pool.run(write, **values)
         reason = values.get("reason")
         logger.info("%s: %s → %s%s", engine.id, engine.state, state, f": {reason.message}" if reason else "")
         return written
 
     async def _restart(self, engine: EngineRecord, restarts: int, reason: Reason | None, **values: Any) -> EngineRecord:
-        restart = functools.partial(self._store.restart, engine, actor=_ACTOR, lease=self._held_lease())
+        restart = functools.partial(self._store.restart, engine, actor=ACTOR, lease=self._held_lease())
         queued = await self._pool.run(restart, restarts=restarts, reason=reason, **values)
         logger.info("%s: %s → %s → %s (restart %d): %s", engine.id, engine.state, EngineState.FAILED, queued.state, restarts,
                     reason.message if reason else "")  # fmt: skip

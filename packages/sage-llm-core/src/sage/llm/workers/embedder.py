@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sage.common.errors import ConfigError, ModelError, first_line
+from sage.libs.models.embedding import check_embeds
 from sage.libs.models.memory import is_out_of_memory
 from sage.llm.workers import server
 from sage.llm.workers.requests import EmbeddingRequest
@@ -126,6 +127,7 @@ class Embedder:
 
 
 def _load(folder: Path) -> Any:
+    check_embeds(folder)
     for pickle in folder.rglob("pytorch_model.bin"):
         if not any(pickle.parent.glob("*.safetensors")):
             raise _unusable(folder, f"has pickled weights ({pickle.relative_to(folder)}); only safetensors are loaded")

@@ -7,6 +7,7 @@ import typer
 from sage.common.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _MAX_DIGITS = 7
 
 
@@ -20,6 +21,7 @@ def set_(
     fallback: Annotated[
         str | None, typer.Option(metavar="ENGINE", help="Engine to use if no other engine can answer.")
     ] = None,
+    json_: Json = False,
 ) -> None:
     """Send the requests for a name to an engine, or split them among several engines by weight.
 
@@ -35,6 +37,8 @@ def set_(
     for target in route.engines:
         if target.engine_id is None:
             typer.echo(f"Warning: no active engine has the id, name or model '{target.engine}'.", err=True)
+    names = ", ".join(target.engine for target in route.engines)
+    typer.echo(route.model_dump_json(indent=2) if json_ else f"Requests for '{route.name}' are sent to: {names}.")
 
 
 def _weight(text: str) -> tuple[str, int]:
@@ -49,7 +53,7 @@ def _weight(text: str) -> tuple[str, int]:
 
 
 @app.command("list")
-def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def list_(json_: Json = False) -> None:
     """List the routes, with the state of their engines."""
     from sage.cli import daemon, render
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from sage.common.counting import counted
 from sage.common.errors import DatasetError
 
 #: Maximum number of places and maximum number of details stored per finding.
@@ -85,12 +86,11 @@ class Finding:
         if not self.count:
             return f"{_MEANING[self.code][1]}{details}."
         more = " …" if self.count > len(self.places) else ""
-        samples = "1 sample" if self.count == 1 else f"{self.count} samples"
         first, *others = self.places
         # Show the name of the file only in the first place.
         file = first[: max(first.rfind(":"), first.rfind(" ")) + 1]
         places = ", ".join([first, *(place.removeprefix(file) for place in others)])
-        return f"{samples}: {_MEANING[self.code][1]}{details}: {places}{more}."
+        return f"{counted(self.count, 'sample')}: {_MEANING[self.code][1]}{details}: {places}{more}."
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as a dict for JSON."""

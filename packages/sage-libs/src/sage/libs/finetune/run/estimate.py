@@ -13,6 +13,8 @@ from sage.libs.models.architecture import Architecture
 #: Main memory of a worker without model and data: Python, torch, transformers, PEFT and the Trainer. Measured with torch 2.9
 #: on Linux, before the model is loaded (430 MB) and in addition during the first step (60 MB).
 FRAMEWORK_BYTES = 490_000_000
+#: Memory of a process's CUDA context on the GPU, about.
+CUDA_BYTES = 500_000_000
 #: Bytes per trained parameter, in fp32: the parameter, its gradient, and AdamW's two moments.
 _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 #: Bytes per quantized weight, by number of bits; the scales are included.

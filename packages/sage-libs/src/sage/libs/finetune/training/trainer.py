@@ -13,6 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from sage.common.training import FinishedEvent, SampleEvent, StoppedEvent
 from sage.libs.finetune.run.checkpoints import Checkpoint
+from sage.libs.finetune.run.estimate import gigabytes
+from sage.libs.finetune.run.reservation import TOLERANCE, reserved_bytes
 from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_to_resume
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
@@ -23,9 +25,9 @@ from sage.libs.finetune.training.dataset import TrainingData, load_data
 from sage.libs.finetune.training.export import export_result
 from sage.libs.finetune.training.heldout import HeldOut
 from sage.libs.finetune.training.loaded import Install, install_kernels, load_model, no_kernels
-from sage.libs.finetune.training.memory import peak_bytes, refuse_beyond_limit
+from sage.libs.finetune.training.memory import limit_gpu_memory, peak_bytes, refuse_beyond_limit
 from sage.libs.finetune.training.model import load_weights, loraplus_optimizer, width_of
-from sage.libs.finetune.training.planning import MemoryPlan, plan_memory
+from sage.libs.finetune.training.planning import MemoryPlan, Reduction, plan_memory
 from sage.libs.finetune.training.precision import Precision, choose_precision
 from sage.libs.finetune.training.reporting import Reporter
 from sage.libs.finetune.training.sampling import answer
@@ -49,6 +51,7 @@ class TrainingRun:
         self.spec = run.read_spec()
         self.config = config = self.spec.config
         self.team = Team(run, config.num_processes)
+        limit_gpu_memory()
         self.report = Reporter(run, stop, None if config.allow_warnings else config.base_model)
         self.base = open_base(config.base_model, self.report)
         self.checkpoint: Checkpoint | None = None
@@ -62,7 +65,7 @@ class TrainingRun:
             plan = plan.fitted(self.data.largest_batch)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
-        if not self.team.is_main_process:  # the main process has tokenized and stored the dataset
+        if not self.team.is_main_process:  # read the dataset that the main process has stored
             self.data = self._load_data()
         self.heldout = HeldOut(
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
@@ -84,7 +87,18 @@ class TrainingRun:
         needed_bytes = plan.estimate(self.data.largest_batch).total_bytes
         report = self.report.progress if needed_bytes <= plan.available_bytes else self.report.warn
         report(plan.describe(self.data.largest_batch))
+        if self.team.size == 1 and (reduction := plan.reduction(self.data.largest_batch)):
+            self._reduce(reduction)
+            needed_bytes = min(needed_bytes, reduction.estimate.total_bytes)
         return needed_bytes, plan.is_scarce(self.data.largest_batch)
+
+    def _reduce(self, reduction: Reduction) -> None:
+        """Compute smaller micro-batches from the first step on; never larger ones than an earlier process of the run."""
+        status = read_status(self.run)
+        halvings = max(reduction.halvings, status.halvings)
+        checkpointing = reduction.checkpointing or status.activation_checkpointing
+        if (halvings, checkpointing) != (status.halvings, status.activation_checkpointing):
+            self.report.adapted(reduction.message, halvings, checkpointing)
 
     def _load_data(self) -> TrainingData:
         config = self.config
@@ -260,6 +274,11 @@ class TrainingRun:
 
     def _export(self, step: int, heldout_loss: float | None) -> None:
         losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
-        memory = {"estimated_memory_bytes": self.estimated_bytes, "peak_memory_bytes": peak_bytes()}
+        used_bytes, reserved = peak_bytes(), reserved_bytes()
+        if reserved and self.team.size == 1 and used_bytes > TOLERANCE * reserved:
+            self.report.warn(
+                f"The run used {gigabytes(used_bytes)} of memory, but only {gigabytes(reserved)} are reserved for it."
+            )
+        memory = {"estimated_memory_bytes": self.estimated_bytes, "peak_memory_bytes": used_bytes}
         metrics = {"step": step, "total_steps": read_status(self.run).total_steps or self._total_steps(), **losses}
         export_result(self.loaded.model, self.base.tokenizer, self.spec, self.run.path, self.base.folder, metrics, memory)

@@ -25,7 +25,8 @@ class ServingOptions(BaseModel):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="Quantization of the weights, which then need less memory and are faster on a CPU, but less exact.",
+        description="Quantization of the weights. Quantized weights need less memory and are faster on a CPU, but "
+        "they are less exact.",
     )
 
 
@@ -98,7 +99,7 @@ class ServingBackend(Backend, Protocol):
         """Return whether an answer of `health_path` comes from `server` and reports that `server` is ready."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the fields of an answer of `health_path`, which can include `context_tokens` and `slots`.
+        """Return the fields of an answer of `health_path`. The fields can include `context_tokens` and `slots`.
 
         context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.
         """
@@ -135,7 +136,7 @@ class WorkerBackend:
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return all fields of the answer, which can include `context_tokens` and `slots`."""
+        """Return all fields of the answer. They can include `context_tokens` and `slots`."""
         return parsed(content)
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:

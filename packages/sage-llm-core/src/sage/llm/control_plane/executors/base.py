@@ -41,7 +41,7 @@ class Observed:
 
 
 class Executor(Protocol):
-    """Checks, runs and observes engines of one or more kinds. Every method returns soon, or can be cancelled.
+    """Checks, runs and observes engines of one or more kinds. Every `async` method returns soon, or can be cancelled.
 
     If a method raises OSError, the result is not known, and the caller retries.
     """
@@ -52,8 +52,8 @@ class Executor(Protocol):
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, for example of the dataset, and create the files of the engine. Raises SageError.
 
-        Returns the values of the engine's columns to store. Called before each start that a user requests, possibly more
-        than once.
+        Returns values to store in the engine's columns. Called before each start that a user requests, possibly more than
+        once.
         """
 
     async def discard(self, engine_id: str) -> None:

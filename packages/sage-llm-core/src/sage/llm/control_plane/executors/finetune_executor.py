@@ -14,6 +14,7 @@ from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
 from sage.libs.finetune.run.output import check_claim
+from sage.libs.finetune.run.reservation import RESERVED_VARIABLE
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus
 from sage.libs.models.resolve import resolve_model
@@ -74,15 +75,16 @@ class FinetuneExecutor:
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, OutputError if the run's output folder belongs to another run."""
-        was_launched = engine.server_id is not None  # if not, the run directory possibly does not exist
+        was_launched = engine.server_id is not None  # before its first launch, a run possibly has no directory
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the worker process, and record the launch of the worker in the run's events."""
         spec = self._manager.process_spec(task_id_of(engine.id))
-        threads = self._threads or engine.threads
-        return dataclasses.replace(spec, env={**spec.env, "OMP_NUM_THREADS": str(threads)}) if threads else spec
+        values = {"OMP_NUM_THREADS": self._threads or engine.threads, RESERVED_VARIABLE: server.reserved_bytes}
+        given = {name: str(value) for name, value in values.items() if value}
+        return dataclasses.replace(spec, env={**spec.env, **given})
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the record of a new server, which represents the process of the run's worker."""
@@ -118,7 +120,10 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with a checkpoint as a model, which the run never removes. Raises ModelError or OSError."""
+        """Return a folder that contains a checkpoint as a model that can be served. The run never removes this folder.
+
+        Raises ModelError or OSError.
+        """
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:

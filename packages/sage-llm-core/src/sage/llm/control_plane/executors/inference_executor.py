@@ -16,8 +16,9 @@ from sage.common.processes import ProcessSpec
 from sage.common.server_keys import KEY_VARIABLE, server_key
 from sage.common.training import TrainingStep
 from sage.common.validation import validated
+from sage.libs.models.embedding import check_embeds
 from sage.libs.models.resolve import ModelSource, resolve_model
-from sage.llm.client.types import SETTLED, Reason, StartRequest
+from sage.llm.client.types import SETTLED, EngineKind, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
@@ -185,6 +186,8 @@ def _prepare(request: StartRequest) -> Prepared:
             hint="Omit --merge-in-background.",
             param="merge_in_background",
         )
+    if request.engine_kind is EngineKind.EMBEDDING:
+        check_embeds(model.folder)
     backend, reason = registry.resolve(request.backend, request.engine_kind, model, request.options.get("quantize"))
     options = validated(backend.options, request.options)
     return Prepared(backend.name, options.model_dump(), backend.memory_bytes(model, options), reason)

@@ -1,0 +1,29 @@
+"""Decide whether a model can be used for embeddings. This module does not read weights or import torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sage.common.errors import ModelError
+
+#: How the names of the architectures end that generate text. transformers has them for models with and without an encoder.
+_GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+
+
+def check_embeds(folder: Path) -> None:
+    """Raise ModelError if a folder has a language model without settings of sentence-transformers.
+
+    For such a model, sentence-transformers would use the mean of the tokens' vectors, which the model is not trained for.
+    """
+    config = folder / "config.json"
+    if (folder / "modules.json").is_file() or not config.is_file():
+        return
+    values: Any = json.loads(config.read_bytes())
+    architectures = values.get("architectures") if isinstance(values, dict) else None
+    if any(str(name).endswith(_GENERATES) for name in architectures or ()):
+        raise ModelError(
+            code="model_invalid",
+            message=f"{folder} has a language model without settings for embeddings, which sentence-transformers needs.",
+            hint="To chat with the model, omit `--engine-kind embedding`. For embeddings, use a model trained for them.",
+            param="model",
+        )
