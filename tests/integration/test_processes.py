@@ -153,7 +153,13 @@ def test_the_oldest_process_of_a_lock_is_found_even_if_a_child_has_a_lower_pid(
     spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = spawn(shell(spec, "sleep 0.1; sleep 61 & wait"))
-    wait_for(lambda: ["sleep", "61"] in [psutil.Process(pid).cmdline() for pid in session_members(process.pid)], "its child")
+
+    def has_child() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return ["sleep", "61"] in [psutil.Process(pid).cmdline() for pid in session_members(process.pid)]
+        return False
+
+    wait_for(has_child, "its child")
     members = sorted(session_members(process.pid), key=lambda pid: pid == process.pid)
     monkeypatch.setattr(psutil, "pids", lambda: members)
     assert processes.find_by_environment([spec.lock_path]) == {spec.lock_path: process}
