@@ -168,16 +168,17 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
     """Return the process of each of these locks, according to the environment variables of all processes.
 
-    This search is slow, but it needs no lock files. If several processes have the same lock, the process with the lowest PID
-    is returned.
+    This search is slow, but it needs no lock files. If several processes have the same lock, the oldest process is returned:
+    the others are its descendants.
     """
-    wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
+    wanted, found = {str(path): path for path in lock_paths}, dict[Path, tuple[float, ProcessIdentity]]()
     for pid in psutil.pids() if wanted else ():
-        path = wanted.get(_lock_of(pid))
-        if path and path not in found:
-            with contextlib.suppress(ProcessLookupError):
-                found[path] = ProcessIdentity.of(pid)
-    return found
+        if path := wanted.get(_lock_of(pid)):
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                created_at_seconds = psutil.Process(pid).create_time()
+                if path not in found or created_at_seconds < found[path][0]:
+                    found[path] = created_at_seconds, ProcessIdentity.of(pid)
+    return {path: identity for path, (_, identity) in found.items()}
 
 
 def last_holder(lock_path: Path) -> ProcessIdentity | None:
