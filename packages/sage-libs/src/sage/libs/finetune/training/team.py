@@ -21,6 +21,7 @@ from torch import distributed
 
 from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
+from sage.libs.finetune.run.retrying import OUT_OF_MEMORY_EXIT, restart_with_less_memory
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
 #: Timeout of messages, which is long because the other processes wait while the main process tokenizes or evaluates.
@@ -113,6 +114,13 @@ class Team:
             code = process.poll()
             if code in (None, 0) or not self._others:
                 continue
+            if code == OUT_OF_MEMORY_EXIT:
+                self.close()
+                restart_with_less_memory(self._run)
+                message = f"Out of memory: one of the run's {self.size} processes could not allocate memory."
+                hint = "Start a new run with a smaller --batch-size or --max-seq-length."
+                self._run.append_event(FailedEvent(code="out_of_memory", message=message, hint=hint))
+                os._exit(1)
             if code and code < 0:  # killed by a signal; otherwise the process has reported the error itself
                 message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
                 self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues the run."))
