@@ -32,6 +32,7 @@ from sage.llm.client.types import (
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.core_balance import CoreBalancer
 from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.creation import new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
@@ -115,7 +116,10 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         )
         memory = NodeMemory(self._inventory.memory)
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
-        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
+        self._balancer = CoreBalancer(cores, adapters.set_threads) if cores else None
+        self._reconciler = Reconciler(
+            self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores, self._balancer
+        )
         self._views = Views(self._node, self._executors)
         self._new_upstream = functools.lru_cache(1024)(_upstream)  # cached, because every request needs an Upstream
         self._tasks: list[asyncio.Task[None]] = []
@@ -145,6 +149,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._balancer:
+            await self._balancer.close()
         await self._runner.close()
         await self._prober.close()
         await self._keeper.close()

@@ -178,4 +178,4 @@ class Prober:
 
 
 def _outline(observed: Observed) -> tuple[object, ...]:
-    return observed.alive, observed.ready, observed.ended, observed.orphaned, observed.models
+    return observed.alive, observed.ready, observed.ended, observed.orphaned, observed.models, observed.is_active

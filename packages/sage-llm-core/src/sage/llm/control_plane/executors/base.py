@@ -38,6 +38,8 @@ class Observed:
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None
+    threads: int | None = None  #: CPU threads that the server uses now; None: it cannot change them while it runs
+    is_active: bool = True  #: the server has answered requests in the last seconds; True if the server does not report it
 
 
 class Executor(Protocol):

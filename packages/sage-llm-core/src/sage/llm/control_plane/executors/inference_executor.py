@@ -163,7 +163,8 @@ class InferenceExecutor:
             return Observed(alive=True)
         limits = backend.limits(answer.content)
         return Observed(alive=True, ready=True, models=models, context_tokens=_number(limits.get("context_tokens")),
-                        slots=_number(limits.get("slots")))  # fmt: skip
+                        slots=_number(limits.get("slots")), threads=_number(limits.get("threads")),
+                        is_active=limits.get("is_active") is not False)  # fmt: skip
 
     def _handle(self, server_id: str) -> str:
         folder = _folder(server_id)
