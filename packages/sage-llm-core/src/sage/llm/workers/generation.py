@@ -1,6 +1,7 @@
 """Serve chats and completions in OpenAI's format: `python -m sage.llm.workers.generation --model M --port P`."""
 
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -174,7 +175,7 @@ def build(
 class ThreadsRequest(Body):
     """A request to change the number of CPU threads."""
 
-    threads: int = Field(ge=1, le=1024)
+    threads: int = Field(ge=1, le=os.cpu_count() or 1)
 
 
 def create_server(engine: Engine) -> FastAPI:
