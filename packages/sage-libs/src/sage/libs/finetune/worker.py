@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         if is_out_of_memory(error) and not stop.requested:
-            logger.info("%s", _first_line(error))
+            logger.info("%s", first_line(error))
             restart_with_less_memory(run)
         _fail(run, error)
         return 1
@@ -88,7 +88,7 @@ def _follow(run: RunDirectory) -> int:
         _train(SilentRunDirectory(run.path), StopRequest())
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         if is_out_of_memory(error):
-            logger.error("%s", _first_line(error))
+            logger.error("%s", first_line(error))
             return OUT_OF_MEMORY_EXIT
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from sage.llm.client.types import EngineState
+from sage.llm.control_plane.core_balance import CoreBalancer
 from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.node_memory import NodeMemory
@@ -34,12 +35,13 @@ class Reconciler:
         limits: Limits,
         memory: NodeMemory | None = None,
         cores: Cores | None = None,
+        balancer: CoreBalancer | None = None,
     ) -> None:
         """memory: measures the devices. None: no engine waits for memory.
 
         cores: the cores that engines share. None: each program uses its default number of threads.
         """
-        self._memory, self._cores = memory, cores
+        self._memory, self._cores, self._balancer = memory, cores, balancer
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
         self.queue = Queue()  #: the decisions of the last tick in which this control plane was active
@@ -81,6 +83,8 @@ class Reconciler:
         actions, self.queue = decide(snapshot)
         for server in unneeded(engines, servers, observed, self.queue.evicted):
             self._runner.sleeper.end(server)
+        if self._balancer:
+            self._balancer.balance(engines, servers, observed)
         for action in actions:
             engine = action.engine
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
