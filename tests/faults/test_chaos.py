@@ -28,7 +28,7 @@ _RUNS = max(20, round(_SECONDS / 6))
 #: Runs differ only in their seed. The adapter of each seed is known from a run without faults.
 _SEEDS = (1, 2, 3)
 _OPTIONS: dict[str, Any] = {
-    "batch_size": 1, "max_steps": 40, "save_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "lora_dropout": 0.1,
+    "batch_size": 1, "max_steps": 60, "save_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "lora_dropout": 0.1,
 }  # fmt: skip
 _SETTINGS = {
     "MEMORY_LIMIT_GB": "4", "TRAINING_THREADS": "1", "ENGINE_UNRESPONSIVE_SECONDS": "4", "STOP_SECONDS": "5",
