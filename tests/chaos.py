@@ -21,6 +21,8 @@ _PAUSE_SECONDS = 2.0
 #: Minimum and maximum seconds that a fault lasts. The longest are longer than the lease of a control plane.
 _DURATION_SECONDS = (0.5, 11.0)
 _CLOCK_STEPS_SECONDS = (3, -3, 3600, -3600, 86_400)
+#: Maximum seconds to wait for a run with a checkpoint.
+_FIND_SECONDS = 5.0
 Undo = Callable[[], object]
 
 
@@ -50,6 +52,7 @@ class Chaos:
             **{f"kill -9 of a {role}": lambda role=role: self._kill(role) for role in ROLES},
             **{f"suspension of a {role}": lambda role=role: self._suspend(role) for role in ROLES},
             **{f"no file descriptors for a {role}": lambda role=role: self._use_up_descriptors(role) for role in ROLES},
+            "kill -9 of all processes": self._kill_all,
             "SIGTERM to the gateway": self._terminate,
             "step of the clock": self._step_clock,
             "damaged newest checkpoint": self._damage,
@@ -88,6 +91,12 @@ class Chaos:
     def _kill(self, role: str) -> Undo | None:
         return self._signal(role, signal.SIGKILL)
 
+    def _kill_all(self) -> Undo:
+        for process in processes(self._home):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        return lambda: None
+
     def _terminate(self) -> Undo | None:
         return self._signal("gateway", signal.SIGTERM)
 
@@ -118,16 +127,17 @@ class Chaos:
         return lambda: None
 
     def _damage(self) -> Undo | None:
-        """Damage the newest checkpoint of a run and kill the run, so that it is resumed from the checkpoint before."""
-        process = self._any("run")
-        with contextlib.suppress(psutil.Error, OSError, IndexError):
-            run = Path(process.cmdline()[-1]) if process else self._home
-            newest = max(run.glob("checkpoint-*/adapter_model.safetensors"), key=os.path.getmtime, default=None)
-            if process and newest:
-                process.kill()
-                content = newest.read_bytes()
-                newest.write_bytes(content[: self._random.randrange(len(content))])
-                return lambda: None
+        """Damage the newest checkpoint of a run and kill the run, so that an older checkpoint must be used."""
+        deadline = time.monotonic() + _FIND_SECONDS
+        while time.monotonic() < deadline:
+            for process in self._random.sample(found := processes(self._home, "run"), len(found)):
+                with contextlib.suppress(psutil.Error, OSError):
+                    newest = _newest_weights(Path(process.cmdline()[-1]))
+                    process.kill()
+                    content = newest.read_bytes()
+                    newest.write_bytes(content[: self._random.randrange(len(content))])
+                    return lambda: None
+            time.sleep(0.05)
         return None
 
     def _lock_database(self) -> Undo | None:
@@ -144,3 +154,11 @@ class Chaos:
                 while True:
                     file.write(b"0" * size)
         return lambda: filler.unlink(missing_ok=True)
+
+
+def _newest_weights(run: Path) -> Path:
+    """Return the weights in the newest checkpoint of a run. Raises FileNotFoundError if there is no checkpoint."""
+    found = max(run.glob("checkpoint-*/adapter_model.safetensors"), key=os.path.getmtime, default=None)
+    if found is None:
+        raise FileNotFoundError(run)
+    return found

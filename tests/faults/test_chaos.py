@@ -1,5 +1,6 @@
 """Random faults while runs train and models serve: every run completes exactly, and nothing is lost or left behind."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from chaos import Chaos, processes
 from chaos_users import Asker, Follower, Trainer, User
@@ -21,11 +23,12 @@ from sage.llm.client.types import SETTLED
 
 _SECONDS = float(os.environ.get("SAGE_CHAOS_SECONDS", "120"))
 _SEED = int(os.environ.get("SAGE_CHAOS_SEED", "1"))
+_KEEP = os.environ.get("SAGE_CHAOS_KEEP")  #: folder for a copy of the SAGE_HOME after the test
 _RUNS = max(20, round(_SECONDS / 6))
 #: Runs differ only in their seed. The adapter of each seed is known from a run without faults.
 _SEEDS = (1, 2, 3)
 _OPTIONS: dict[str, Any] = {
-    "batch_size": 1, "max_steps": 40, "save_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "lora_dropout": 0.1,
+    "batch_size": 1, "max_steps": 60, "save_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "lora_dropout": 0.1,
 }  # fmt: skip
 _SETTINGS = {
     "MEMORY_LIMIT_GB": "4", "TRAINING_THREADS": "1", "ENGINE_UNRESPONSIVE_SECONDS": "4", "STOP_SECONDS": "5",
@@ -46,9 +49,10 @@ def small_disk(sage_home: Path) -> Iterator[bool]:
     is_mounted = subprocess.run(mount, check=False).returncode == 0
     yield is_mounted
     for process in processes(sage_home):
-        process.kill()
-    if keep := os.environ.get("SAGE_CHAOS_KEEP"):
-        shutil.copytree(sage_home, keep, ignore=lambda *_: {"filler"})
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    if _KEEP:
+        shutil.copytree(sage_home, _KEEP, ignore=lambda *_: {"filler"})
     if is_mounted:
         subprocess.run(["umount", "--lazy", str(sage_home)], check=True)
 
