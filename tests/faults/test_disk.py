@@ -11,6 +11,9 @@ import pytest
 from support import SAMPLES, engine_of, list_engines, sage, wait_for
 from training import TinyRun
 
+from sage.cli.backup import saving
+from sage.common.errors import BackupError
+from sage.common.paths import get_user_paths
 from sage.libs.finetune.run.status import RunState
 
 TIGHT, ROOMY = "size=700k", "size=64m"
@@ -96,7 +99,7 @@ def test_a_full_disk_under_the_control_plane_is_told_and_passes(
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(b"0" * 4096)
-    done = sage(*start, check=1)
+    done = sage("llm", "engine", "start", str(tiny_model), "--no-wait", check=1)
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     subprocess.run(["mount", "-o", f"remount,{ROOMY}", str(tight_disk)], check=True)
@@ -104,3 +107,16 @@ def test_a_full_disk_under_the_control_plane_is_told_and_passes(
     wait_for(lambda: list_engines()[engine]["state"] == "completed", "the end")
     assert list(list_engines()) == [engine]
     sage("gateway", "stop")
+
+
+def test_a_disk_that_fills_up_during_a_backup_leaves_no_file(
+    tight_disk: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = get_user_paths().state_dir
+    state.mkdir(parents=True)
+    (state / "noise.log").write_bytes(random.Random(1).randbytes(2_000_000))
+    monkeypatch.setattr(saving, "check_space", lambda *_: None)  # the space was free when the backup began
+    with pytest.raises(BackupError, match="is full"):
+        saving.save(tight_disk / "sage.tar.gz", saving.Content(), lambda _: lambda _: None)
+    assert list(tight_disk.iterdir()) == []
+    assert (state / "noise.log").stat().st_size == 2_000_000

@@ -177,6 +177,22 @@ CASES: dict[str, tuple[Sequence[DeviceMemory], list[Holder], list[Claim], list[D
         ONE, [run("r", 16)], [want("t", 20, is_due=False), want("u", 8)], [wait(1, Cause.NOT_DUE, 8), start("g0", 8)],
     ),
     "not due, and never will fit": (ONE, [], [want("t", 30, is_due=False)], [Refuse(Cause.TOO_LARGE, 24)]),
+    "an engine counts with what it uses if that is more than it reserved": (
+        ONE, [model("a", 10, used_bytes={"g0": 16})], [want("t", 10)], [wait(1, Cause.MEMORY, 8)],
+    ),
+    "an engine counts with what it reserved if it uses less": (
+        ONE, [model("a", 16, used_bytes={"g0": 2})], [want("t", 10)], [wait(1, Cause.MEMORY, 8)],
+    ),
+    "an engine uses memory of a device on which it has reserved none": (
+        TWO, [model("a", 10, used_bytes={"g1": 20})], [want("t", 10, devices=("g1",))], [wait(1, Cause.MEMORY, 4)],
+    ),
+    "pausing an engine frees all that it uses": (
+        ONE, [model("a", 4, used_bytes={"g0": 20}), model("b", 4)], [want("t", 20, "preempt")], [MakeRoom(("a",), ("g0",))],
+    ),
+    "engines use more than the device has to give": (
+        ONE, [run("r", 20, used_bytes={"g0": 30})], [want("t", 1), want("u", 0)],
+        [wait(1, Cause.MEMORY, -6), wait(2, Cause.MEMORY, -6)],
+    ),
     "a holder on a device that disappeared": (ONE, [model("a", 20, "g9")], [want("t", 20)], [start("g0", 20)]),
 }  # fmt: skip
 
@@ -229,7 +245,7 @@ class World:
                     self.refused.add(claim.engine_id)
                 case Wait():
                     pass
-        self.check()
+        self.check(decisions)
         return decisions
 
     def leave(self) -> None:
@@ -245,10 +261,22 @@ class World:
         if runs:
             del self.holders[runs[index % len(runs)]]
 
-    def check(self) -> None:
+    def grow(self, index: int, size: int) -> None:
+        """A running engine uses more memory of its first device."""
+        if self.holders:
+            engine_id = sorted(self.holders)[index % len(self.holders)]
+            holder = self.holders[engine_id]
+            self.holders[engine_id] = dataclasses.replace(holder, used_bytes={holder.devices[0]: size})
+
+    def check(self, decisions: dict[str, Decision]) -> None:
+        started = {key for decision in decisions.values() if isinstance(decision, Start) for key in decision.devices}
         for device in self.devices:
             held = sum(holder.memory_bytes for holder in self.holders.values() if device.id in holder.devices)
             assert held <= device.usable_bytes
+            assert device.id not in started or self.free_bytes(device) >= 0
+
+    def free_bytes(self, device: DeviceMemory) -> int:
+        return device.usable_bytes - sum(holder.bytes_on(device.id) for holder in self.holders.values())
 
 
 DEVICES = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(
@@ -263,13 +291,15 @@ CLAIMS = st.builds(
     priority=st.integers(0, 2),
     on_busy=st.sampled_from(OnBusy),
 )
-STEPS = st.lists(st.one_of(CLAIMS, st.sampled_from(["decide", "leave"]), st.integers(0, 9)), max_size=40)
+GROWTHS = st.tuples(st.integers(0, 9), st.integers(0, 40))
+STEPS = st.lists(st.one_of(CLAIMS, st.sampled_from(["decide", "leave"]), st.integers(0, 9), GROWTHS), max_size=40)
 
 
+Step = Claim | str | int | tuple[int, int]
 SEQUENCES = given(DEVICES, STEPS)
 
 
-def follow(devices: list[DeviceMemory], steps: list[Claim | str | int]) -> None:
+def follow(devices: list[DeviceMemory], steps: list[Step]) -> None:
     """Follow a sequence of requests, ends and pauses, and check the promises of admission."""
     world = World(devices)
     for number, step in enumerate(steps):
@@ -282,6 +312,8 @@ def follow(devices: list[DeviceMemory], steps: list[Claim | str | int]) -> None:
                 world.leave()
             case int():
                 world.end(step)
+            case (index, size):
+                world.grow(index, size)
     # From now on nobody new comes, training runs end, and every second round a paused engine's process exits.
     for _ in range(4 * len(world.engines) + 4):
         world.decide()
@@ -290,12 +322,8 @@ def follow(devices: list[DeviceMemory], steps: list[Claim | str | int]) -> None:
     decisions = world.decide()
     for claim in world.queue:  # what still waits has no room beside the models that stay
         assert isinstance(decisions[claim.engine_id], Wait)
-        free = {
-            device.id: device.usable_bytes
-            - sum(holder.memory_bytes for holder in world.holders.values() if device.id in holder.devices)
-            for device in devices
-        }
-        assert sum(room >= claim.memory_bytes for room in free.values()) < claim.device_count
+        rooms = map(world.free_bytes, devices)
+        assert sum(room >= claim.memory_bytes for room in rooms) < claim.device_count
     while world.paused:  # when other models are stopped, paused engines come back
         count = len(world.paused)
         world.holders.clear()
@@ -306,14 +334,12 @@ def follow(devices: list[DeviceMemory], steps: list[Claim | str | int]) -> None:
 
 @SEQUENCES
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_no_memory_is_promised_twice_and_no_engine_waits_without_end(
-    devices: list[DeviceMemory], steps: list[Claim | str | int]
-) -> None:
+def test_no_memory_is_promised_twice_and_no_engine_waits_without_end(devices: list[DeviceMemory], steps: list[Step]) -> None:
     follow(devices, steps)
 
 
 @pytest.mark.long
 @SEQUENCES
 @settings(max_examples=10_000, deadline=None, derandomize=True)
-def test_the_promises_hold_over_10_000_sequences(devices: list[DeviceMemory], steps: list[Claim | str | int]) -> None:
+def test_the_promises_hold_over_10_000_sequences(devices: list[DeviceMemory], steps: list[Step]) -> None:
     follow(devices, steps)

@@ -10,6 +10,7 @@ import pytest
 from engines import record, server
 
 from sage.common.errors import ConfigError, Conflict, DatasetError, SageError
+from sage.libs.finetune.run.reservation import RESERVED_VARIABLE
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind, StartRequest
 from sage.llm.control_plane.backends import environments, registry, speeds
@@ -235,6 +236,15 @@ def test_validation_creates_the_run_once_and_may_be_repeated(run: EngineRecord, 
     asyncio.run(finetune.discard("engine-a"))
     assert not spec.exists()
     asyncio.run(finetune.discard("engine-a"))
+
+
+def test_the_worker_of_a_run_gets_the_bytes_that_its_server_has_reserved(run: EngineRecord) -> None:
+    finetune = FinetuneExecutor(LocalLauncher())
+    asyncio.run(finetune.validate(run))
+    worker = finetune.plan_server(run)
+    assert RESERVED_VARIABLE not in finetune.spec(run, worker).env
+    reserved = dataclasses.replace(worker, reserved_bytes=1_500_000_000)
+    assert finetune.spec(run, reserved).env[RESERVED_VARIABLE] == "1500000000"
 
 
 def test_validation_reports_a_faulty_dataset_and_creates_nothing(run: EngineRecord, dataset: str) -> None:

@@ -16,7 +16,7 @@ from sage.common.settings import load_settings
 from sage.llm.control_plane.admission import DeviceMemory
 from sage.llm.control_plane.inventory import Inventory, Occupant, gpu_memory_of, gpus, has_gpu, inventory
 from sage.llm.control_plane.inventory.inventory import within
-from sage.llm.control_plane.metrics import engine_metrics
+from sage.llm.control_plane.metrics import device_metrics
 
 PID = os.getpid()
 SIZES = (("gpu-0", 80, 8), ("gpu-2", 40, 9), ("gpu-3", 24, 1), ("gpu-4", 40, 0), ("mig-0", 20, 0), ("mig-4", 5, 3))
@@ -132,11 +132,11 @@ def test_a_device_has_the_engines_that_use_its_memory_or_have_reserved_it() -> N
 @pytest.mark.usefixtures("nvml")
 def test_the_memory_of_own_servers_is_not_counted_as_used_by_other_programs() -> None:
     measured = Inventory(load_settings())
-    assert measured.memory([])[1:3] == [DeviceMemory("cuda:0", 80, 8), DeviceMemory("cuda:2", 20, 0)]
-    assert measured.memory([PID])[1:] == [
-        DeviceMemory("cuda:0", 80, 2),
+    assert measured.memory({})[1:3] == [DeviceMemory("cuda:0", 80, 8), DeviceMemory("cuda:2", 20, 0)]
+    assert measured.memory({"server-a": PID})[1:] == [
+        DeviceMemory("cuda:0", 80, 2, {"server-a": 6}),
         DeviceMemory("cuda:2", 20, 0),
-        DeviceMemory("cuda:3", 5, 0),
+        DeviceMemory("cuda:3", 5, 0, {"server-a": 6}),
         DeviceMemory("cuda:4", 24, 1),
     ]
     assert gpu_memory_of(PID) == 12
@@ -209,8 +209,11 @@ def test_fake_devices_replace_the_gpus_and_are_named_as_fake(monkeypatch: pytest
     assert [(device.id, device.name, device.is_fake) for device in devices] == [
         ("cuda:0", "fake 24 GiB", True), ("cuda:1", "fake 24 GiB", True), ("cpu", "main memory", False),
     ]  # fmt: skip
-    assert [(memory.id, memory.foreign_bytes) for memory in measured.memory([PID])[1:]] == [("cuda:0", 0), ("cuda:1", 0)]
-    samples = [sample for metric in engine_metrics({}, [], devices) for sample in metric.samples]
+    assert [(memory.id, memory.foreign_bytes) for memory in measured.memory({"server-a": PID})[1:]] == [
+        ("cuda:0", 0),
+        ("cuda:1", 0),
+    ]
+    samples = [sample for metric in device_metrics(devices) for sample in metric.samples]
     assert {sample.labels["kind"] for sample in samples if sample.name.startswith("sage_device_")} == {"fake", "cpu"}
 
 
@@ -241,7 +244,7 @@ def test_main_memory_respects_the_setting_and_the_limit_of_the_container(monkeyp
     [device] = [device for device in Inventory(load_settings()).devices() if device.kind == "cpu"]
     assert device.memory_usable_bytes == min(8 * 10**9, psutil.virtual_memory().total)
     monkeypatch.setenv("SAGE_MEMORY_LIMIT_GB", "0.5")
-    assert Inventory(load_settings()).memory([])[0].usable_bytes == 500_000_000
+    assert Inventory(load_settings()).memory({})[0].usable_bytes == 500_000_000
 
 
 def test_the_private_memory_of_own_processes_is_subtracted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,8 +253,9 @@ def test_the_private_memory_of_own_processes_is_subtracted_once(monkeypatch: pyt
     monkeypatch.setattr(inventory, "memory_limits", list)
     monkeypatch.setattr(inventory, "all_sessions", lambda: {PID: [PID]})
     measured = Inventory(load_settings())
-    assert measured.memory([])[0] == DeviceMemory("cpu", 100 * 10**9, 40 * 10**9)
-    own = measured.memory([PID, PID, 2**22])[0]
+    assert measured.memory({})[0] == DeviceMemory("cpu", 100 * 10**9, 40 * 10**9)
+    own = measured.memory({"server-a": PID, "server-b": 2**22})[0]
     used = psutil.Process().memory_info()
     assert 40 * 10**9 - used.rss <= own.foreign_bytes < 40 * 10**9
+    assert own.used_bytes == {"server-a": 40 * 10**9 - own.foreign_bytes, "server-b": 0}
     assert socket.gethostname() == measured.devices()[-1].node

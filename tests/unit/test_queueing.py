@@ -183,6 +183,21 @@ def test_a_run_does_not_wait_for_memory_of_other_programs_if_its_smallest_need_f
     assert node.servers["server-t"].reserved_bytes == 6 * GB
 
 
+def test_a_run_waits_while_another_engine_uses_more_than_it_has_reserved() -> None:
+    node = Node(engine("a", 4))
+    node.settle()
+    node.put(run("t", 5, last_event=5))
+    node.devices = [DeviceMemory("cpu", 10 * GB, used_bytes={"server-a": 6 * GB})]
+    node.settle()
+    assert node.states() == {"a": S.RUNNING, "t": S.QUEUED}
+    reason = node.queue.reason(node.engines["engine-t"])
+    assert reason
+    assert "needs 5.0 GB of memory, and 4.0 GB are free" in reason.message
+    node.devices = [DeviceMemory("cpu", 10 * GB, used_bytes={"server-a": 5 * GB})]
+    node.settle()
+    assert node.states() == {"a": S.RUNNING, "t": S.RUNNING}
+
+
 def test_an_engine_starts_at_its_time_and_not_before() -> None:
     node = Node(run("t", 6, not_before=NOW + timedelta(hours=1)))
     node.settle()
@@ -233,3 +248,9 @@ def test_a_moved_engine_has_the_wanted_place_within_its_priority(priorities: lis
     order = sorted((placed if other.id == moved.id else other for other in waiting), key=rank)
     peers = [number for number, other in enumerate(order, start=1) if other.priority == moved.priority]
     assert order.index(placed) + 1 == min(max(position, peers[0]), peers[-1])
+
+
+def test_an_engine_with_an_unknown_backend_does_not_stop_the_queue() -> None:
+    node = Node(engine("a", 1, backend="removed"), engine("b", 1))
+    node.devices = [DeviceMemory("cpu", 10 * GB), DeviceMemory("gpu-0", 10 * GB)]
+    assert {action.engine.id for action in node.tick()} == {"engine-a", "engine-b"}

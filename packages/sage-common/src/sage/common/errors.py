@@ -11,6 +11,7 @@ SageError
 ├── RunError              a training run cannot continue
 ├── EngineError           an engine does not start or does not answer
 ├── BackendError          a backend's environment cannot be installed
+├── BackupError           a backup cannot be written or restored
 ├── Overloaded            the request cannot be served now; retry later
 │   └── Busy              an engine has too many requests
 ├── Unauthorized          the API key is missing or wrong
@@ -102,6 +103,10 @@ class EngineError(SageError):
 
 class BackendError(SageError):
     """A backend's environment cannot be installed."""
+
+
+class BackupError(SageError):
+    """A backup cannot be written or restored."""
 
 
 class Overloaded(SageError):

@@ -91,10 +91,7 @@ def _tighten(path: Path, mode: int) -> None:
 
 
 def tighten(folder: Path) -> None:
-    """If the folder exists, remove the access of other users to the folder and its content.
-
-    Earlier versions of SAGE created folders that other users could read.
-    """
+    """If the folder exists, remove the access of other users to the folder and its content."""
     if folder.is_dir():
         for path in (folder, *folder.rglob("*")):
             with contextlib.suppress(FileNotFoundError):

@@ -27,10 +27,7 @@ _COLUMNS = [
 
 
 class EnginesPage:
-    """The dashboard page of one browser tab.
-
-    Each second, the page reads the active engines, the change feed, and the new steps of the selected run.
-    """
+    """The dashboard page of one browser tab."""
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client

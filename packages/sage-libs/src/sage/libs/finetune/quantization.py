@@ -1,7 +1,7 @@
-"""Find bitsandbytes, which is installed in a separate folder.
+"""Find bitsandbytes, which `make setup` installs into a separate folder.
 
-If bitsandbytes is importable, PEFT imports it, which takes 2 s. Therefore `make setup` installs bitsandbytes into a separate
-folder. A run adds this folder to `sys.path` only if the options of the run allow bitsandbytes.
+If bitsandbytes were importable, PEFT would import it in each run, which takes 2 s. A run adds the folder to `sys.path` only
+if the run's options allow bitsandbytes.
 """
 
 import importlib.util

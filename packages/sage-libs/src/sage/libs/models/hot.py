@@ -60,6 +60,6 @@ def _weights_problem(header: Mapping[str, Any]) -> str | None:
 
 
 def _base_problem(config: Mapping[str, Any], base_folder: Path) -> str | None:
-    """Return a problem if the base of the adapter is an adapter too, because both must be merged; else return None."""
+    """Return a problem if the adapter's base is itself an adapter. Then, both must be merged. Otherwise, return None."""
     is_adapter = (base_folder / "adapter_config.json").is_file()
     return f"the adapter's base {config.get('base_model_name_or_path')} is an adapter too" if is_adapter else None

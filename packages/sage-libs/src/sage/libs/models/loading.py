@@ -15,9 +15,9 @@ _MOST_NAMED = 5
 
 
 def local_folder(source: ModelSource) -> Path:
-    """Return a local folder that transformers and PEFT can load. If necessary, first convert or download the model.
+    """Return a local folder that transformers and PEFT can load.
 
-    A GGUF file is converted once to bf16 safetensors in the models folder. A hub model is downloaded to the models folder.
+    A GGUF file is first converted to bf16 safetensors, and a hub model is downloaded. Both are stored in the models folder.
     Raises ModelError if the conversion or the download fails.
     """
     if source.kind is ModelKind.GGUF:

@@ -79,7 +79,7 @@ class Revise:
 
 @dataclass(frozen=True)
 class SetDesired:
-    """Store that an engine should be paused, or should run again."""
+    """Store a new desired state of an engine."""
 
     engine: EngineRecord
     desired: DesiredState

@@ -1,7 +1,7 @@
 """Decide which waiting engines get memory on which devices, and which engines are paused for them.
 
-At most one waiting engine gets a reservation: the first that fits when training runs have ended. Without the reservation,
-smaller engines could delay this engine without end.
+If engines wait that fit only after training runs end, memory is reserved for the first of these engines. Smaller engines can
+therefore not delay it without end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ class DeviceMemory:
     id: str  #: `cpu` or, for example, `cuda:0`
     usable_bytes: int  #: the total, or the configured limit if that is smaller
     foreign_bytes: int = 0  #: used by other programs
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: used by the servers of this node, by server id
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,13 @@ class Holder:
     priority: int = 0
     is_pausable: bool = False  #: an inference engine that may be paused to make room
     ends: bool = False  #: a training run, which frees its memory without an action of the user
-    is_leaving: bool = False  #: being paused or stopped, with its memory still in use
+    is_leaving: bool = False  #: the engine is being paused or stopped, and still uses its memory
     is_asleep: bool = False  #: a sleeping server, which may be ended for every engine
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: measured memory by device id
+
+    def bytes_on(self, device_id: str) -> int:
+        """Return the memory that the engine has on a device: what it has reserved, or what it uses if that is more."""
+        return max(self.memory_bytes if device_id in self.devices else 0, self.used_bytes.get(device_id, 0))
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Claim:
     on_busy: OnBusy = OnBusy.WAIT
     wakes: str | None = None  #: id of the sleeping server that the engine wakes
     is_due: bool = True  #: False: the earliest start time is in the future
-    has_room: bool = False  #: engines were paused for this engine, which is therefore decided first
+    has_room: bool = False  #: engines were paused for this engine, or it is restarted; it is therefore decided first
 
     @property
     def smallest_bytes(self) -> int:
@@ -69,7 +75,7 @@ class Start:
 
 @dataclass(frozen=True)
 class MakeRoom:
-    """Pause these engines. The waiting engine then starts on these devices."""
+    """Pause these engines."""
 
     pause: tuple[str, ...]
     devices: tuple[str, ...]
@@ -100,7 +106,7 @@ class Refuse:
     """The engine cannot start."""
 
     cause: Cause
-    free_bytes: int = 0  #: the same; for `TOO_LARGE`: usable memory of the largest allowed device
+    free_bytes: int = 0  #: as in `Wait`; for `TOO_LARGE`: usable memory of the largest allowed device
 
 
 Decision = Start | MakeRoom | Wait | Refuse
@@ -108,6 +114,7 @@ Decision = Start | MakeRoom | Wait | Refuse
 
 @dataclass
 class _Device:
+    id: str
     usable_bytes: int
     free_bytes: int
     soon_bytes: int = 0  #: reserved for engines that start when the stopping engines have exited
@@ -116,11 +123,11 @@ class _Device:
 
     @property
     def leaving_bytes(self) -> int:
-        return sum(holder.memory_bytes for holder in self.holders if holder.is_leaving)
+        return sum(holder.bytes_on(self.id) for holder in self.holders if holder.is_leaving)
 
     @property
     def ending_bytes(self) -> int:
-        return sum(holder.memory_bytes for holder in self.holders if holder.ends and not holder.is_leaving)
+        return sum(holder.bytes_on(self.id) for holder in self.holders if holder.ends and not holder.is_leaving)
 
     @property
     def room_later_bytes(self) -> int:
@@ -147,7 +154,9 @@ def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: S
 
 class _State:
     def __init__(self, devices: Sequence[DeviceMemory], holders: Sequence[Holder]) -> None:
-        self._devices = {each.id: _Device(each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices}
+        self._devices = {
+            each.id: _Device(each.id, each.usable_bytes, each.usable_bytes - each.foreign_bytes) for each in devices
+        }
         self._has_reservation = False
         for holder in holders:
             self._place(holder)
@@ -161,6 +170,8 @@ class _State:
         if sum(device.usable_bytes >= claim.smallest_bytes for device in allowed.values()) < claim.device_count:
             return Refuse(Cause.TOO_LARGE, max(device.usable_bytes for device in allowed.values()))
         if not claim.is_due:
+            if claim.has_room:
+                self._reserve_soon(claim, allowed)
             return Wait(position, Cause.NOT_DUE, most_free)
         if start := self._start(claim, allowed):
             return start
@@ -175,7 +186,10 @@ class _State:
         return Wait(position, Cause.RESERVED if is_free else Cause.MEMORY, most_free)
 
     def _start(self, claim: Claim, allowed: Mapping[str, _Device]) -> Start | None:
-        """Place the engine on the fullest devices with enough room, or, for `share`, on the emptiest devices."""
+        """Place the engine on the fullest devices that have enough room for `memory_bytes`.
+
+        If there are none and `on_busy` is `share`, place it on the emptiest devices if they have room for `smallest_bytes`.
+        """
         rooms = {key: device.room_bytes for key, device in allowed.items()}
         keys = _choose(claim, rooms, claim.memory_bytes)
         if not keys and claim.smallest_bytes < claim.memory_bytes:
@@ -188,7 +202,7 @@ class _State:
         return Start(keys, memory_bytes)
 
     def _reserve_soon(self, claim: Claim, allowed: Mapping[str, _Device]) -> bool:
-        """Reserve devices on which the engine fits after the stopping engines exit. Return False if there are none."""
+        """Reserve devices on which the engine fits after the stopping engines exit."""
         keys = _choose(claim, {key: device.room_soon_bytes for key, device in allowed.items()}, claim.smallest_bytes)
         for key in keys:
             allowed[key].soon_bytes += min(claim.memory_bytes, allowed[key].room_soon_bytes)
@@ -204,12 +218,12 @@ class _State:
         self._has_reservation = bool(keys)
 
     def _make_room(self, claim: Claim, allowed: Mapping[str, _Device]) -> MakeRoom | None:
-        """Choose and reserve the devices on which the fewest engines must be paused. Return None if too few devices fit."""
+        """Choose and reserve the devices on which the fewest engines must be paused."""
         options = []
         for key, device in allowed.items():
             paused = _to_pause(claim, device)
             if paused is not None:
-                options.append((len(paused), sum(holder.memory_bytes for holder in paused), key, paused))
+                options.append((len(paused), sum(holder.bytes_on(key) for holder in paused), key, paused))
         if len(options) < claim.device_count:
             return None
         chosen = sorted(options, key=lambda option: option[:3])[: claim.device_count]
@@ -224,14 +238,14 @@ class _State:
         return MakeRoom(paused_ids, keys)
 
     def _place(self, holder: Holder) -> None:
-        for key in holder.devices:
-            if device := self._devices.get(key):
-                device.free_bytes -= holder.memory_bytes
+        for key, device in self._devices.items():
+            if key in holder.devices or key in holder.used_bytes:
+                device.free_bytes -= holder.bytes_on(key)
                 device.holders.append(holder)
 
 
 def _choose(claim: Claim, rooms: Mapping[str, int], need_bytes: int) -> tuple[str, ...]:
-    """Return the devices with the least room of at least `need_bytes`. Return () if there are too few."""
+    """Return the devices with the least room, among those with at least `need_bytes`, or () if there are too few."""
     fitting = sorted((key for key, room in rooms.items() if room >= need_bytes), key=lambda key: (rooms[key], key))
     return tuple(fitting[: claim.device_count]) if len(fitting) >= claim.device_count else ()
 
@@ -247,14 +261,14 @@ def _to_pause(claim: Claim, device: _Device) -> list[Holder] | None:
     missing_bytes = claim.memory_bytes - device.room_soon_bytes
     paused: list[Holder] = []
     candidates = (holder for holder in device.holders if _may_pause(claim, holder) and not holder.is_leaving)
-    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.memory_bytes, holder.engine_id)):
+    for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.bytes_on(device.id), holder.engine_id)):
         if missing_bytes > 0:
             paused.append(holder)
-            missing_bytes -= holder.memory_bytes
+            missing_bytes -= holder.bytes_on(device.id)
     if missing_bytes > 0:
         return None
-    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.memory_bytes)):
-        if missing_bytes + holder.memory_bytes <= 0:
+    for holder in sorted(paused, key=lambda holder: (-holder.priority, -holder.bytes_on(device.id))):
+        if missing_bytes + holder.bytes_on(device.id) <= 0:
             paused.remove(holder)
-            missing_bytes += holder.memory_bytes
+            missing_bytes += holder.bytes_on(device.id)
     return paused

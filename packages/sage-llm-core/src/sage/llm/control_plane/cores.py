@@ -13,7 +13,7 @@ class Cores:
     """The CPU cores of this node."""
 
     count: int
-    training_threads: int | None = None  #: threads of each training run, by the settings
+    training_threads: int | None = None  #: threads of each training run, from the settings; None: not set
 
 
 def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cores: Cores) -> list[Action]:
@@ -38,9 +38,8 @@ def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cor
 def share_cores(cores: int, engines: Mapping[str, int | None]) -> dict[str, int]:
     """Return the number of threads of each engine, at least 1.
 
-    engines: the number of threads that the user requested, by engine id. None: no request.
-    An engine with a request gets the requested number. The other engines get equal shares of the remaining cores. If the
-    cores do not divide evenly, the first engines get one thread more.
+    engines: the number of threads that the user requested, by engine id. None: no request. An engine with a request gets the
+    requested number. The other engines get equal shares of the remaining cores.
     """
     requested = {engine: threads for engine, threads in engines.items() if threads is not None}
     others = [engine for engine in engines if engine not in requested]

@@ -1,7 +1,7 @@
 """Plan when an idle engine is unloaded, and when it is loaded again.
 
-A pause clears `last_request_at`, and the next request sets it again. The plan then sets the desired state to `running`, even
-if the engine is not unloaded yet.
+A pause clears `last_request_at`, and the next request sets `last_request_at` again. If the engine was paused because it was
+idle, the plan then sets the desired state to `running`, even before the engine is unloaded.
 """
 
 from sage.llm.client.types import DesiredState, EngineState, Reason
@@ -11,7 +11,7 @@ from sage.llm.control_plane.watch import Watch
 
 
 def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
-    """Return the action that pauses an idle engine or resumes a paused engine after a request, or None."""
+    """Return the action that pauses an idle engine, or that resumes a paused engine after a request. None: no action."""
     if engine.desired is DesiredState.PAUSED:
         is_wanted = engine.last_request_at is not None and engine.paused_by in (None, "idle")
         return SetDesired(engine, DesiredState.RUNNING) if is_wanted else None

@@ -42,7 +42,7 @@ def next_merge(
 
 
 def stop_merger(engine: EngineRecord, engines: Mapping[str, EngineRecord]) -> Action | None:
-    """Return the action that stops a merger whose result is no longer needed; None for other engines."""
+    """Return the action that stops a merger whose result is no longer needed, or None for other engines."""
     if engine.merges is None or engine.desired is DesiredState.STOPPED:
         return None
     merged = engines.get(engine.merges)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from sage.llm.control_plane.admission import DeviceMemory
@@ -16,16 +16,16 @@ _SECONDS = 1.0
 class NodeMemory:
     """The last measurement of the devices."""
 
-    def __init__(self, measure: Callable[[Collection[int]], Sequence[DeviceMemory]]) -> None:
-        """measure: blocking function that returns the devices, given the processes of this node's servers."""
+    def __init__(self, measure: Callable[[Mapping[str, int]], Sequence[DeviceMemory]]) -> None:
+        """measure: blocking function that returns the devices, given the process of each server by server id."""
         self._measure = measure
         self._devices: Sequence[DeviceMemory] | None = None
         self._measured_at_seconds = 0.0
 
-    async def look(self, pids: Collection[int]) -> Memory | None:
+    async def look(self, pids: Mapping[str, int]) -> Memory | None:
         """Return the newest measurement of the devices, or None if no measurement has succeeded yet.
 
-        pids: the processes of this node's servers.
+        pids: the process of each server of this node, by server id.
         """
         if self._devices is None or time.monotonic() - self._measured_at_seconds >= _SECONDS:
             try:

@@ -28,7 +28,7 @@ from sage.llm.control_plane.watch import Watch
 
 @dataclass(frozen=True)
 class Memory:
-    """The devices of the node, as admission needs them."""
+    """The memory of the node's devices at the time `now`."""
 
     devices: Sequence[DeviceMemory]
     now: datetime
@@ -36,14 +36,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Queue:
-    """What each waiting engine should do. An engine that is in none of the mappings waits for a server."""
+    """What each waiting engine should do."""
 
     joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     wakes: Mapping[str, ServerRecord] = field(default_factory=dict)  #: sleeping servers that engines use if they start
-    #: by id of an engine to pause: the id of the engine for which it makes room
+    #: key: id of an engine to pause; value: id of the engine that gets its memory
     pauses: Mapping[str, str] = field(default_factory=dict)
     evicted: frozenset[str] = frozenset()  #: ids of sleeping servers whose memory is needed
+    errors: dict[str, Exception] = field(default_factory=dict)  #: why no action could be planned, by engine id
 
     def reason(self, engine: EngineRecord) -> Reason | None:
         """Return why an engine waits or cannot start, or None if no reason is known."""
@@ -64,8 +65,9 @@ def rank(engine: EngineRecord) -> tuple[int, float]:
 
 
 def rank_at(engine: EngineRecord, position: int, waiting: Sequence[EngineRecord]) -> float:
-    """Return the `queue_rank` that moves an engine to a place in the queue, as near as its priority allows.
+    """Return the `queue_rank` that moves an engine to a position in the queue.
 
+    The engine moves to `position` (from 1), or as near to it as the engine's priority allows.
     waiting: all waiting engines, in the order of the queue.
     """
     others = [other for other in waiting if other.id != engine.id]
@@ -91,11 +93,13 @@ def queue_of(
     hosts: Hosts,
     memory: Memory | None,
 ) -> Queue:
-    """Return what each waiting engine should do.  memory: None: the devices are not known, and each engine can start."""
+    """Return what each waiting engine should do.  memory: None if the devices are not known; then no engine waits for it."""
     joins: dict[str, ServerRecord] = {}
     claims: list[Claim] = []
     wakes: dict[str, ServerRecord] = {}
     room_for = {engine.paused_by for engine in engines if is_making_room(engine)}
+    # An engine that is restarted gets the memory that it had, before the engines ahead of it in the queue.
+    room_for |= {engine.id for engine in engines if engine.restarts and not engine.paused_by}
     for engine in sorted(filter(is_waiting, engines), key=rank):
         is_due = watches[engine.id].state_seconds >= backoff_seconds(engine.restarts)
         if not is_due or (memory and engine.not_before and engine.not_before > memory.now):
@@ -152,7 +156,8 @@ def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
     if engine.devices:
         return engine.devices
     gpus = tuple(device.id for device in memory.devices if device.id != "cpu")
-    return gpus if gpus and "cuda" in registry.BACKENDS[engine.backend].capabilities.devices else ("cpu",)
+    backend = registry.BACKENDS.get(engine.backend)  # None if another version of SAGE added the engine
+    return gpus if gpus and backend and "cuda" in backend.capabilities.devices else ("cpu",)
 
 
 def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> Iterator[Holder]:
@@ -173,6 +178,7 @@ def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> I
             is_pausable=not is_training and all(engine.state is EngineState.RUNNING for engine in engines),
             ends=is_training,
             is_leaving=not is_asleep and (server.state is ServerState.CLOSING or not is_staying),
+            used_bytes={each.id: each.used_bytes[server.id] for each in memory.devices if server.id in each.used_bytes},
         )
 
 

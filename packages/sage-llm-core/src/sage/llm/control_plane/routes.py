@@ -40,8 +40,8 @@ class Routes:
         return self.get_route(name)
 
     async def remove_route(self, name: str) -> None:
-        """Delete a route. Its engines are not changed. Raises NotFound."""
-        self.get_route(name)  # checked first, because the database rejects names that contain NUL
+        """Delete a route. Raises NotFound."""
+        self.get_route(name)  # raises NotFound also if the name contains NUL, which the database rejects
         await self._write(self._store.remove_route, name, actor="user")
         await self._routing.load_named_routes(self._store)
 
@@ -61,7 +61,7 @@ class Routes:
         return [route for kind in _INFERENCE for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
     def served_routes(self) -> dict[str, Route]:
-        """Return one running engine of each route, by name of the route. Routes without a running engine are missing."""
+        """Return one running engine of each route, by name of the route."""
         found: dict[str, Route] = {}
         for route in self._routing.named_routes():
             names = [*(target.engine for target in route.engines), route.fallback or ""]

@@ -66,7 +66,6 @@ class Adapters:
         """Set the adapters of the next forward pass.
 
         The first lengths[0] tokens of the pass use adapters[0], the next lengths[1] tokens use adapters[1], and so on.
-        Tokens whose entry in `adapters` is None use only the base model.
         """
         needed = dict.fromkeys(adapter for adapter in adapters if adapter)
         self._is_on = bool(needed)
@@ -85,8 +84,7 @@ class Adapters:
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
         """Add the adapters' output to a layer's output in place.  inputs: (..., in_features).  output: (..., out_features).
 
-        Raises NotImplementedError if the layer receives another number of tokens than the pass has. For example, an
-        expert receives only some tokens.
+        Raises NotImplementedError if the layer receives another number of tokens than the pass has.
         """
         if not self._is_on or name not in self._stack.layers:
             return

@@ -1,7 +1,7 @@
 """Run the answers in progress as a batch, one forward pass after another, on one thread.
 
-The batch has a fixed number of slots. A slot is a place for one answer. A pass computes one token of each answer and a
-limited number of prompt tokens. Therefore a long prompt does not stop the other answers.
+A slot is a place for one answer in the batch. A pass computes one token of each answer and a limited number of prompt
+tokens. Therefore a long prompt does not stop the other answers.
 """
 
 from collections import deque
@@ -49,8 +49,8 @@ class Batch(JobThread):
     def __init__(self, runner: Runner, slots: int, cache_tokens: int | None = None) -> None:
         """slots: maximum number of answers in progress.
 
-        cache_tokens: maximum sum of the tokens of the prompts and answers in progress. None: not limited. A longer answer is
-        computed alone.
+        cache_tokens: maximum number of tokens in all prompts and answers in progress. None: no limit. If one answer with its
+        prompt exceeds the limit, it is computed when no other answer is in progress.
         """
         self._runner, self._slots, self._cache_tokens = runner, slots, cache_tokens
         self._arrivals: SimpleQueue[_Request | Callable[[], None] | None] = SimpleQueue()
@@ -59,8 +59,13 @@ class Batch(JobThread):
         self._is_open = True
         super().__init__("Generation")
 
+    @property
+    def slots_in_use(self) -> int:
+        """The number of answers in progress."""
+        return len(self._rows)
+
     def submit(self, job: Job[Piece], answers: Sequence[Answer], adapter: Adapter | None = None) -> None:
-        """Queue the answers of a request. The job is finished when all answers have ended.
+        """Queue the answers of a request.
 
         adapter: None for the base model. Raises SageError if the thread has ended or was closed.
         """
@@ -131,7 +136,6 @@ class Batch(JobThread):
             self._rows.append(_Row(answer, request, answer.prompt))
 
     def _has_memory(self, answer: Answer) -> bool:
-        """Return whether an answer fits in the key/value cache. An answer that is alone in the batch always fits."""
         used = sum(_tokens(row.answer) for row in self._rows)
         return not (self._rows and self._cache_tokens) or used + _tokens(answer) <= self._cache_tokens
 

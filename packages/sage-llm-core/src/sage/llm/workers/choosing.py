@@ -10,7 +10,7 @@ from sage.llm.workers.sampling import Sampling
 
 #: If the temperature is below this value, decoding is greedy, because logits divided by the temperature could overflow.
 _GREEDY_BELOW = 1e-5
-#: The top_p nucleus is first searched among this number of most likely tokens, which is faster than sorting all tokens.
+#: The top_p nucleus is first searched among this number of most likely tokens, to avoid sorting all tokens.
 _NUCLEUS_TOKENS = 256
 
 
@@ -67,10 +67,7 @@ class Chooser:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the smallest set of most likely tokens whose total probability reaches `top_p`.
-
-    The set is returned as probabilities and indices, with the most likely token first.
-    """
+    """Return the smallest set of most likely tokens whose total probability reaches `top_p`."""
     count = _NUCLEUS_TOKENS
     while True:
         best, tokens = probabilities.topk(min(count, len(probabilities)))

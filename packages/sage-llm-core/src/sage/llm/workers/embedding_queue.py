@@ -44,9 +44,9 @@ class Entry(NamedTuple, Generic[T]):
 class FairQueue(Generic[T]):
     """Inputs of several requests, in classes of similar length (up to 16 tokens, up to 32, up to 64, ...).
 
-    A batch is taken from one class, which limits the padding. The class is chosen by weighted fair queueing (Demers,
-    Keshav and Shenker 1989). This method simulates that all requests are computed at the same time with equal shares,
-    the shortest input of a request first. Inputs are served in the order in which they are complete in the simulation.
+    The class of a batch is chosen by weighted fair queueing (Demers, Keshav and Shenker 1989). This method simulates that
+    all requests are computed at the same time with equal shares, the shortest input of a request first. Inputs are served in
+    the order in which they are complete in the simulation.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -54,7 +54,7 @@ class FairQueue(Generic[T]):
         self._max_tokens = max_tokens
         self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: by padded length: a heap of waiting inputs
         self._waiting: Counter[Request] = Counter()
-        self._served, self._order = 0.0, count()  #: time of the simulation, in tokens
+        self._served, self._order = 0.0, count()  #: `_served`: time of the simulation, in tokens
 
     def add(self, request: Request, inputs: Sequence[T], lengths: Sequence[int]) -> None:
         """Add the inputs of a request.  lengths: number of tokens of each input."""
@@ -67,7 +67,7 @@ class FairQueue(Generic[T]):
             heapq.heappush(self._classes[padded], Entry(turn, next(self._order), tokens, request, index, inputs[index]))
 
     def take(self) -> list[Entry[T]]:
-        """Remove and return the next batch, or [] if no input waits. Inputs of cancelled requests are discarded."""
+        """Remove and return the next batch, or [] if no input waits."""
         batch: list[Entry[T]] = []
         while self._classes and not batch:
             padded, heap = min(self._classes.items(), key=lambda item: item[1][0])

@@ -26,9 +26,11 @@ def _inputs(value: Any) -> Any:
             raise ValueError(f"has {len(value)} inputs; at most {MAX_INPUTS} are allowed")
         if all(isinstance(part, str) for part in value) or all(map(_are_ids, value)):
             return value
+    several = f"a list of 1 to {MAX_INPUTS}"
+    allowed = f"must be a text, a list of token ids, {several} texts, or {several} lists of token ids"
     if value in ([], [[]]):
-        raise ValueError(f"is empty; it must be text, token ids, or a list of 1 to {MAX_INPUTS} texts or lists of token ids")
-    raise ValueError(f"must be text, token ids, or a list of 1 to {MAX_INPUTS} texts or lists of token ids")
+        raise ValueError(f"is empty; it {allowed}")
+    raise ValueError(allowed)
 
 
 def _are_ids(value: Any) -> bool:

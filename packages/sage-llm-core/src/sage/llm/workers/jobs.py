@@ -50,15 +50,14 @@ class Job(Generic[T]):
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job. If `reason` is given, the consumer of the pieces receives `reason` as an exception."""
-        if reason:  # put the error first: as soon as `gone` is set, the worker can put the end of the answer
+        if reason:  # put before `gone` is set, because the worker puts the end of the answer after it sees `gone`
             self.put(reason)
         self.gone.set()
 
     def fail(self, error: BaseException, doing: str) -> None:
-        """Cancel the job because of an unexpected exception. The consumer receives a SageError.
+        """Cancel the job because of an unexpected exception.
 
-        If the process cannot use its GPU any more, raise the exception again, so that the thread and then the server
-        end.
+        If the process cannot use its GPU any more, raise the exception again, so that the thread and then the server end.
         """
         if is_device_lost(error):
             raise error
@@ -88,7 +87,7 @@ class Lane:
         self._jobs: WeakSet[Job[Any]] = WeakSet()
 
     def submit(self, work: Callable[[Job[T]], None]) -> Job[T]:
-        """Queue a function as a job, and return the job. A job that is cancelled before it starts is skipped."""
+        """Queue a function as a job, and return the job."""
         job: Job[T] = Job()
         self._jobs.add(job)
         self._pool.submit(self._do, job, work)

@@ -22,7 +22,7 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 
 @dataclass(frozen=True)
 class Output:
-    """The form of the answer that a request requires."""
+    """The form that a request requires for its answer."""
 
     schema: dict[str, Any] | None = None  #: JSON schema of the text; None: any text
     functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that can be called, as in OpenAI's `tools`
@@ -37,7 +37,7 @@ class Output:
         """Return the grammar of the answer, or None if every text is allowed.
 
         special: ids of the tokenizer's special tokens, by text.
-        is_reasoning: whether the prompt ends inside the reasoning. The grammar does not restrict the reasoning.
+        is_reasoning: whether the prompt ends inside the reasoning.
         Raises ConfigError if the format in which the model writes calls cannot be enforced.
         """
         is_strict = any(function.get("strict") for function in self.functions)

@@ -99,10 +99,7 @@ def create_app(title: str, close: Callable[[], None], about: Callable[[], dict[s
 
 
 def invalid_request(findings: list[dict[str, Any]]) -> ConfigError:
-    """Return one error for the first invalid field that pydantic reports.
-
-    If pydantic reports several errors for this field, the most deeply nested error is used.
-    """
+    """Return one error for the first invalid field that pydantic reports."""
     place = findings[0]["loc"][:2]
     finding = max((found for found in findings if found["loc"][:2] == place), key=lambda found: len(found["loc"]))
     # The path from pydantic also contains the names of union members, which are not fields.

@@ -12,7 +12,7 @@ from sage.llm.workers.tool_calls import AnswerReader, Call, Part
 
 
 class Shape:
-    """Builds the response to one request. Subclasses define the format of chats and completions."""
+    """Builds the response to one request."""
 
     kind: str
     chunk_kind: str
@@ -185,8 +185,7 @@ def _tool_call(call: Call) -> dict[str, Any]:
 def _by_token(score: TokenScore) -> dict[str, float] | None:
     """Return the log-probabilities of the most likely tokens and of the generated token, by token text, as OpenAI does.
 
-    If several tokens have the same text, the first log-probability is used. Return None for the first token of an echoed
-    prompt.
+    Return None for the first token of an echoed prompt.
     """
     if score.logprob is None:
         return None

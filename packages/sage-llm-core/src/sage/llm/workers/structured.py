@@ -68,10 +68,9 @@ class Grammars:
 
 
 def _unsupported(error: str, grammar: str) -> ConfigError:
-    """Return the error for the client. Lines of the grammar with `json:` come from response_format, others from tools."""
     lines = grammar.splitlines()
     if found := _ERROR.match(error):
-        reason = " ".join(found["reason"].split()).partition(". ")[0]
+        reason = " ".join(found["reason"].split()).partition(". ")[0].rstrip(".")
         lines = [lines[int(found["line"]) - 1]]
     else:
         reason = "no JSON matches the schema"

@@ -13,9 +13,8 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 class TextDecoder:
     """Decodes tokens one by one. The returned texts together equal the text of all tokens decoded at once.
 
-    A token cannot be decoded alone. A character can consist of several byte tokens, and SentencePiece tokenizers remove
-    a space at the beginning of a text. Therefore each token is decoded together with the tokens before it, and only the
-    added text is returned.
+    A token cannot be decoded alone. A character can consist of several byte tokens, and SentencePiece tokenizers remove a
+    space at the beginning of a text.
     """
 
     def __init__(self, tokenizer: Any, context: list[int] | None = None, shown_tokens: frozenset[int] = frozenset()) -> None:

@@ -13,7 +13,7 @@ _XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 #: Calls of Mistral models since 2025: `NAME[ARGS]{...}`, in some versions with `[CALL_ID]...` before `[ARGS]`.
 _NAMED_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[]*)?\[ARGS\](.*)", re.DOTALL)
-#: Length of call ids. Mistral's templates require nine letters and digits; other templates accept any id.
+#: Length of call ids. Mistral's templates require nine letters or digits; other templates accept any id.
 _ID_CHARACTERS = 9
 
 
@@ -98,7 +98,6 @@ def _name_and_arguments(item: Any) -> tuple[Any, Any]:
 
 
 def _xml_arguments(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call in XML. A value is parsed as JSON if its type in the schema is not string."""
     properties = parameters.get("properties")
     arguments = {}
     for key, value in _XML_ARGUMENT.findall(text):

@@ -158,8 +158,7 @@ class _Health:
 class _WithCodes:
     """An ASGI send function that replaces vLLM's numeric error codes with words.
 
-    is_refusal: send every error with status 400. vLLM uses status 500 for some errors in requests, for example if the rank
-    of an adapter is too large.
+    is_refusal: send every error with status 400.
     """
 
     def __init__(self, send: Send, *, is_refusal: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for the servers of engines. The client reuses connections."""
+"""A small HTTP/1.1 client for the servers of engines, with reused connections."""
 
 import asyncio
 import errno

@@ -1,4 +1,7 @@
-"""RMSNorm with a frozen weight. Later layers recompute the output from the input, so the output is not saved."""
+"""RMSNorm with a frozen weight.
+
+The output of the norm is not saved. In the backward pass, a layer that needs the output recomputes it from the norm's input.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,4 @@
-"""Save the status of a run, so that readers parse only later events.
-
-The worker saves the status at each checkpoint and at the end of the run.
-"""
+"""Save the status of a run at each checkpoint and at the end, so that readers parse only later events."""
 
 import zlib
 from collections.abc import Iterator

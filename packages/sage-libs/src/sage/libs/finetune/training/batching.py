@@ -114,7 +114,7 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
 
 
 class Packs(Sequence[Pack]):
-    """Samples grouped into packs. Each access to a sample reads it from disk."""
+    """A sequence of packs. Each access to a pack reads its samples again."""
 
     def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
         """groups: indexes of the samples of each pack; None: one sample per pack."""
@@ -139,8 +139,7 @@ def largest_packs(lengths: Sequence[int], groups: Sequence[Sequence[int]] | None
 def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
     """Group samples into packs of at most `tokens` tokens; return the sample indexes of each pack.
 
-    A sample longer than `tokens` gets its own pack. Samples are taken in random order, and each sample is put into the
-    fullest pack in which it fits.
+    A sample longer than `tokens` gets its own pack.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, no secret

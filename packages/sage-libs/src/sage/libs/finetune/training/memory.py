@@ -10,6 +10,8 @@ import psutil
 import torch
 
 from sage.common.cgroups import memory_limits
+from sage.libs.finetune.run.estimate import CUDA_BYTES
+from sage.libs.finetune.run.reservation import TOLERANCE, reserved_bytes
 
 #: Bytes of a memory limit that are reserved for file pages and kernel memory.
 _MARGIN_BYTES = 32 * 2**20
@@ -36,7 +38,7 @@ def peak_bytes() -> int:
     """Return the largest number of bytes that this process has used since it started, measured like `used_bytes`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    if _STATUS.exists():  # `ru_maxrss` would include the memory of the parent process before this process was started
+    if _STATUS.exists():  # on Linux, `ru_maxrss` can be the peak of the parent process
         fields = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
         if peak := fields.get("VmHWM"):
             return int(peak.split()[0]) * 1024
@@ -44,8 +46,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
+def limit_gpu_memory() -> None:
+    """Limit the GPU memory of this process to the run's reservation, so that an allocation beyond the limit fails."""
+    if (reserved := reserved_bytes()) and torch.cuda.is_available():
+        share = (TOLERANCE * reserved - CUDA_BYTES) / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0))
+
+
 def refuse_beyond_limit() -> None:
-    """Limit this process to the machine's memory and the container's free memory, so that a larger allocation fails.
+    """Limit the memory of this process, so that an allocation beyond the machine's or the container's memory fails.
 
     A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
     than Linux, this function does nothing.

@@ -1,5 +1,6 @@
-"""Second phase of a run: choose the precision and estimate the memory, before the data is read."""
+"""Estimate the memory of a run, and choose the precision so that the run fits into memory."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from sage.common.errors import ModelError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.run.estimate import (
+    CUDA_BYTES,
+    FRAMEWORK_BYTES,
     Formats,
     TrainingEstimate,
     TrainingMemory,
@@ -17,15 +20,35 @@ from sage.libs.finetune.run.estimate import (
     expected_kernels,
     gigabytes,
 )
+from sage.libs.finetune.run.reservation import reserved_bytes
 from sage.libs.finetune.training.memory import available_bytes
 from sage.libs.finetune.training.precision import Precision
 from sage.libs.models.architecture import read_architecture
 
-#: Main memory that libraries allocate from the planning to the end of the first step. Measured with torch 2.9 on Linux.
+#: Main memory that libraries allocate between the planning and the end of the first step. Measured with torch 2.9 on Linux.
 LATER_BYTES = 60_000_000
 
-#: If a run needs a larger share of the available memory, its largest micro-batch is tried before the first step.
+#: If a run needs more than this share of the available memory, its largest micro-batch is tried before the first step.
 _SCARCE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Smaller micro-batches, so that a run fits into its reservation."""
+
+    halvings: int  #: how many times each micro-batch is cut in half
+    checkpointing: bool  #: whether gradient checkpointing is used
+    estimate: TrainingEstimate  #: the memory that the run needs then
+
+    @property
+    def message(self) -> str:
+        """The reduction as text for users."""
+        parts = f"micro-batches are computed in up to {2**self.halvings} parts"
+        checkpointing = ", with gradient checkpointing" if self.checkpointing else ""
+        return (
+            f"The run needs more memory than is reserved for it, so {parts}{checkpointing}. "
+            "The optimizer steps do not change. A larger --memory-gb makes the run faster."
+        )
 
 
 @dataclass(frozen=True)
@@ -34,15 +57,16 @@ class MemoryPlan:
 
     precision: Precision
     needs: TrainingMemory  #: memory needed in this precision
-    available_bytes: int  #: free memory, and the memory that this process already uses
+    available_bytes: int  #: free memory; on a CPU, plus the memory that this process already uses
     smaller: Precision | None  #: another allowed precision that needs less memory
+    allowed_bytes: float = math.inf  #: memory that the run may use by its reservation
 
     def fitted(self, largest_batch: Mapping[int, int]) -> "MemoryPlan":
         """Return this plan if the run fits into memory; otherwise, return a plan with the precision `smaller`, if it is set.
 
-        largest_batch: number of samples for each number of tokens, in the largest micro-batch.
+        largest_batch: the largest micro-batch, as a mapping from a length in tokens to the number of samples of this length.
         """
-        if self.smaller and self.estimate(largest_batch).total_bytes > self.available_bytes:
+        if self.smaller and self.estimate(largest_batch).total_bytes > min(self.available_bytes, self.allowed_bytes):
             needs = replace(self.needs, formats=formats_of(self.smaller))
             return replace(self, precision=self.smaller, needs=needs, smaller=None)
         return self
@@ -59,8 +83,20 @@ class MemoryPlan:
         """Return whether the run needs more than half of the available memory."""
         return self.estimate(largest_batch).total_bytes > _SCARCE_SHARE * self.available_bytes
 
+    def reduction(self, largest_batch: Mapping[int, int]) -> Reduction | None:
+        """Return how to reduce the run's memory to its reservation; None if all micro-batches fit, or one has no samples."""
+        if not largest_batch or self.estimate(largest_batch).total_bytes <= self.allowed_bytes:
+            return None
+        longest, samples = max(largest_batch), sum(largest_batch.values())
+        tokens = sum(length * count for length, count in largest_batch.items())
+        fitting = self.needs.fitting_samples(int(self.allowed_bytes), longest)
+        parts = min(samples, tokens / (fitting * longest)) if fitting else samples
+        checkpointing = self.needs.checkpointing or (not fitting and self.needs.config.gradient_checkpointing == "auto")
+        estimate = replace(self.needs, checkpointing=checkpointing).at({longest: max(1, fitting)})
+        return Reduction(max(0, math.ceil(math.log2(parts))), checkpointing, estimate)
+
     def describe(self, largest_batch: Mapping[int, int]) -> str:
-        """Return a message with the needed and the available memory; if the run does not fit, with the batch that fits."""
+        """Return a message about the needed and the available memory. If the run does not fit, add how many tokens fit."""
         needed_bytes = self.estimate(largest_batch).total_bytes
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(self.available_bytes)} are available"
         if needed_bytes <= self.available_bytes:
@@ -84,7 +120,9 @@ def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, proces
         raise ModelError(code="model_invalid", message=f"{base} has no weights.", param="model")
     if torch.cuda.is_available():
         framework, available = 0, torch.cuda.mem_get_info()[0]
+        reserved_framework, sharers = CUDA_BYTES, 1
     else:
+        reserved_framework, sharers = FRAMEWORK_BYTES, processes
         held = psutil.Process().memory_info().rss
         framework, available = held + LATER_BYTES, held + available_bytes() // processes
     formats = formats_of(precision)
@@ -92,7 +130,9 @@ def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, proces
     needs = TrainingMemory(sizes, config, formats, expected_kernels(config, formats), framework, checkpointing)
     smaller = precision.shrunk() if precision.may_shrink else None
     check_memory(replace(needs, formats=formats_of(smaller)) if smaller else needs, 0, available)
-    return MemoryPlan(precision, needs, available, smaller)
+    reserved = reserved_bytes()
+    allowed = math.inf if reserved is None else framework + reserved // sharers - reserved_framework
+    return MemoryPlan(precision, needs, available, smaller, allowed)
 
 
 def formats_of(precision: Precision) -> Formats:

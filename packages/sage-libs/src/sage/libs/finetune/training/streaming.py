@@ -1,4 +1,4 @@
-"""Read and tokenize samples during training. Training begins immediately, and nothing is cached on disk."""
+"""Read and tokenize samples during training, without a cache on disk."""
 
 import itertools
 import random

@@ -23,7 +23,7 @@ from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
-#: Timeout of messages, which is long because the other processes wait while the main process tokenizes or evaluates.
+#: Timeout of messages. It is long, because the other processes wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
 _LOOK_SECONDS = 0.5
 

@@ -4,34 +4,40 @@ import contextlib
 import logging
 import math
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from sage.common.training import FinishedEvent, SampleEvent, StoppedEvent
+from sage.libs.finetune.run.changes import configured_options, recorded_changes
 from sage.libs.finetune.run.checkpoints import Checkpoint
+from sage.libs.finetune.run.estimate import gigabytes
+from sage.libs.finetune.run.reservation import TOLERANCE, reserved_bytes
 from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_to_resume
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
 from sage.libs.finetune.training.base import open_base
 from sage.libs.finetune.training.batching import Batch, Packs
 from sage.libs.finetune.training.callbacks import RunCallback
+from sage.libs.finetune.training.changing import OptionChanges
 from sage.libs.finetune.training.dataset import TrainingData, load_data
 from sage.libs.finetune.training.export import export_result
 from sage.libs.finetune.training.heldout import HeldOut
 from sage.libs.finetune.training.loaded import Install, install_kernels, load_model, no_kernels
-from sage.libs.finetune.training.memory import peak_bytes, refuse_beyond_limit
+from sage.libs.finetune.training.memory import limit_gpu_memory, peak_bytes, refuse_beyond_limit
 from sage.libs.finetune.training.model import load_weights, loraplus_optimizer, width_of
-from sage.libs.finetune.training.planning import MemoryPlan, plan_memory
+from sage.libs.finetune.training.planning import MemoryPlan, Reduction, plan_memory
 from sage.libs.finetune.training.precision import Precision, choose_precision
 from sage.libs.finetune.training.reporting import Reporter
 from sage.libs.finetune.training.sampling import answer
 from sage.libs.finetune.training.stepping import AdaptingTrainer
 from sage.libs.finetune.training.stopping import StopRequest, StopRequested
 from sage.libs.finetune.training.team import Team
+from sage.libs.finetune.training.trackers import Trackers
 from sage.libs.models.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -39,7 +45,7 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class TrainingRun:
-    """One training run. Short phases run first, so that errors are found early."""
+    """One training run."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest) -> None:
         """Load the data and the model of a run. Raises DatasetError, ModelError, RunError or ConfigError."""
@@ -49,6 +55,7 @@ class TrainingRun:
         self.spec = run.read_spec()
         self.config = config = self.spec.config
         self.team = Team(run, config.num_processes)
+        limit_gpu_memory()
         self.report = Reporter(run, stop, None if config.allow_warnings else config.base_model)
         self.base = open_base(config.base_model, self.report)
         self.checkpoint: Checkpoint | None = None
@@ -62,16 +69,20 @@ class TrainingRun:
             plan = plan.fitted(self.data.largest_batch)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
-        if not self.team.is_main_process:  # the main process has tokenized and stored the dataset
+        if not self.team.is_main_process:  # read the dataset that the main process has stored
             self.data = self._load_data()
         self.heldout = HeldOut(
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
             patience=config.early_stopping_patience,
         )  # fmt: skip
+        step = self.team.broadcast(self.checkpoint.step if self.checkpoint else 0)
+        recorded = self.team.broadcast(recorded_changes(run))
+        self.changes = OptionChanges(run, configured_options(config), recorded, step, self.heldout)
         self.loaded = load_model(self.base, config, chosen, self._installer())
         self.loss = self.loaded.new_loss()
         self.estimated_bytes: int | None = None
         self.is_scarce = False
+        self.trackers: Trackers | None = None
         if plan:
             self.estimated_bytes, self.is_scarce = self._report_estimate(plan)
         if self.base.adapter:
@@ -84,7 +95,18 @@ class TrainingRun:
         needed_bytes = plan.estimate(self.data.largest_batch).total_bytes
         report = self.report.progress if needed_bytes <= plan.available_bytes else self.report.warn
         report(plan.describe(self.data.largest_batch))
+        if self.team.size == 1 and (reduction := plan.reduction(self.data.largest_batch)):
+            self._reduce(reduction)
+            needed_bytes = min(needed_bytes, reduction.estimate.total_bytes)
         return needed_bytes, plan.is_scarce(self.data.largest_batch)
+
+    def _reduce(self, reduction: Reduction) -> None:
+        """Compute smaller micro-batches from the first step on; never larger ones than an earlier process of the run."""
+        status = read_status(self.run)
+        halvings = max(reduction.halvings, status.halvings)
+        checkpointing = reduction.checkpointing or status.activation_checkpointing
+        if (halvings, checkpointing) != (status.halvings, status.activation_checkpointing):
+            self.report.adapted(reduction.message, halvings, checkpointing)
 
     def _load_data(self) -> TrainingData:
         config = self.config
@@ -115,7 +137,9 @@ class TrainingRun:
         try:
             self.stop.check()
             self._measure(0)
-            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # training has already ended
+            if checkpoint and (
+                step >= self._steps_of(checkpoint) or self.heldout.is_exhausted
+            ):  # training has already ended
                 load_weights(self.loaded.model, checkpoint.path)
                 is_loaded = True
             else:
@@ -131,7 +155,7 @@ class TrainingRun:
             logger.info("stopped at step %d; the result so far is in %s", step, self.config.output_dir)
             return
         if step < self._total_steps():
-            logger.info("stopped early: %d evaluations without improvement", self.config.early_stopping_patience)
+            logger.info("stopped early: %d evaluations without improvement", self.heldout.patience)
         best = self.heldout.best_step
         is_earlier = self.config.keep_best and best is not None and best != step
         if best and is_earlier and (checkpoint := best_checkpoint(self.run, best, self.report.warn)):
@@ -167,7 +191,7 @@ class TrainingRun:
             train_dataset=self.data.packs,
             data_collator=self.loaded.collator,
             loss=self.loss,
-            callbacks=[self._callback()],
+            callbacks=self._callbacks(),
             optimizers=(
                 loraplus_optimizer(self.loaded.model, config.loraplus_lr_ratio, config.learning_rate, config.weight_decay),
                 None,
@@ -184,7 +208,7 @@ class TrainingRun:
             "per_device_train_batch_size": self.data.micro_batch,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "num_train_epochs": config.num_epochs,
-            "max_steps": config.max_steps or -1,
+            "max_steps": self.changes.options.max_steps or -1,
             "learning_rate": config.learning_rate,
             "lr_scheduler_type": config.lr_scheduler,
             "warmup_steps": config.warmup_steps,
@@ -198,10 +222,16 @@ class TrainingRun:
             "include_num_input_tokens_seen": "non_padding",
             "save_strategy": "no",  # RunCallback decides when to save
             "remove_unused_columns": False,
-            "report_to": "none",
+            "report_to": "none",  # Trackers calls the integrations
+            "run_name": Path(config.output_dir).name,
             "disable_tqdm": True,
             "ddp_find_unused_parameters": False,
         }
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        if self.config.report_to and self.team.is_main_process:
+            self.trackers = Trackers(self.config.report_to, self.run.path / "tensorboard", self.report.warn)
+        return [self._callback(), *([self.trackers] if self.trackers else [])]
 
     def _callback(self) -> RunCallback:
         return RunCallback(
@@ -209,6 +239,7 @@ class TrainingRun:
             self.loss,
             self.stop,
             self.team,
+            self.changes,
             self.base.tokenizer,
             save_steps=self.config.save_steps,
             keep_checkpoints=self.config.keep_checkpoints,
@@ -235,10 +266,15 @@ class TrainingRun:
             "versions": {name: version(name) for name in _VERSIONS},
         }
 
+    def _steps_of(self, checkpoint: Checkpoint) -> int:
+        return self.changes.options.max_steps or checkpoint.total_steps()
+
     def _total_steps(self) -> int:
-        """Return the total number of optimizer steps, calculated in the same way as in the Trainer."""
-        if self.config.max_steps:
-            return self.config.max_steps
+        """Return the total number of optimizer steps. It is changed by users, or calculated as in the Trainer."""
+        return self.changes.options.max_steps or self._planned_steps()
+
+    def _planned_steps(self) -> int:
+        """Return the number of optimizer steps for the number of epochs, calculated in the same way as in the Trainer."""
         assert isinstance(self.data.packs, Packs)
         micro_batches = math.ceil(len(self.data.packs) / self.data.micro_batch)
         steps_per_epoch = math.ceil(math.ceil(micro_batches / self.team.size) / self.config.gradient_accumulation_steps)
@@ -249,6 +285,8 @@ class TrainingRun:
         if is_new:
             self.report.progress("measuring the held-out loss")
         measured = self.heldout.measure(step, self.loaded.model, self.loaded.collator, self.loaded.new_loss())
+        if is_new and measured is not None and self.trackers:
+            self.trackers.add_heldout_loss(measured)
         if is_new:
             with self.loaded.kernels.disabled() if self.loaded.kernels else contextlib.nullcontext():
                 for prompt in self.config.sample_prompts or ():
@@ -260,6 +298,11 @@ class TrainingRun:
 
     def _export(self, step: int, heldout_loss: float | None) -> None:
         losses = {"heldout_loss_before": self.heldout.losses.get(0), "heldout_loss": heldout_loss}
-        memory = {"estimated_memory_bytes": self.estimated_bytes, "peak_memory_bytes": peak_bytes()}
+        used_bytes, reserved = peak_bytes(), reserved_bytes()
+        if reserved and self.team.size == 1 and used_bytes > TOLERANCE * reserved:
+            self.report.warn(
+                f"The run used {gigabytes(used_bytes)} of memory, but only {gigabytes(reserved)} are reserved for it."
+            )
+        memory = {"estimated_memory_bytes": self.estimated_bytes, "peak_memory_bytes": used_bytes}
         metrics = {"step": step, "total_steps": read_status(self.run).total_steps or self._total_steps(), **losses}
         export_result(self.loaded.model, self.base.tokenizer, self.spec, self.run.path, self.base.folder, metrics, memory)

@@ -25,7 +25,8 @@ class ServingOptions(BaseModel):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="Quantization of the weights, which then need less memory and are faster on a CPU, but less exact.",
+        description="Quantization of the weights. Quantized weights need less memory and are faster on a CPU, but "
+        "they are less exact.",
     )
 
 
@@ -99,9 +100,10 @@ class ServingBackend(Backend, Protocol):
         """Return whether an answer of `health_path` comes from `server` and reports that `server` is ready."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the fields of an answer of `health_path`, which can include `context_tokens` and `slots`.
+        """Return the fields of an answer of `health_path`. The answer can omit each field.
 
-        context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.
+        context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.  tokens: for each
+        model, the numbers of prompt tokens and completion tokens since the model was loaded.
         """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
@@ -136,15 +138,15 @@ class WorkerBackend:
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return all fields of the answer, which include `context_tokens` and `slots`."""
+        """Return all fields of the answer."""
         return parsed(content)
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
-        """Return None: the memory is not known."""
+        """Return None, because the memory is not known."""
         return None
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the total of `estimate`."""
+        """Return the total of `estimate`, or None if it is not known."""
         estimate = self.estimate(model, options)
         return None if estimate is None else estimate.total_bytes
 

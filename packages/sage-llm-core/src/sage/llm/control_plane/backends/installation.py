@@ -72,7 +72,7 @@ def remove(environment: Environment, report: Report) -> bool:
 
 
 def fault(environment: Environment) -> str | None:
-    """Run the check of an installed backend for some seconds. Return why the check failed, or None."""
+    """Run the check of an installed backend. Return why the check failed, or None."""
     try:
         done = subprocess.run(
             [environment.python, "-c", environment.check], capture_output=True, text=True, timeout=_CHECK_SECONDS,
@@ -136,10 +136,7 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command and report its output. The command inherits the lock.
-
-    If this process is killed, a new installation still waits for the command.
-    """
+    """Run a command that inherits the lock, so that a new installation waits even if this process was killed."""
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (
         private_file(log_path(environment)).open("a", encoding="utf-8") as log,

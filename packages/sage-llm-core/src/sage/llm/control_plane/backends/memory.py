@@ -96,8 +96,7 @@ def sizes_of(model: ModelSource) -> Architecture | None:
 def cache_tokens(context_tokens: int, slots: int, *, is_limited: bool) -> int:
     """Return the number of cached tokens of a server that allocates the cache as the answers grow.
 
-    is_limited: the user has set the context length, so every slot may use all of it. Otherwise, the cache is for answers
-    of typical length, but at least for one answer of full length.
+    is_limited: the user has set the context length, so every slot may use all of it.
     """
     return slots * context_tokens if is_limited else max(context_tokens, slots * _ANSWER_TOKENS)
 

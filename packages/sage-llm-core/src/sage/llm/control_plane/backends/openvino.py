@@ -57,7 +57,7 @@ class OpenVinoBackend(WorkerBackend):
         return "OpenVINO serves only adapters that are merged into their base"
 
     def estimate(self, model: ModelSource, options: OpenVinoOptions) -> MemoryEstimate | None:
-        """Return the memory of the server. Keys and values are in fp32."""
+        """Return the memory of the server."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

@@ -32,11 +32,10 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = None) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and the reason for an automatic choice.
+    """Return a backend that can run `model`, and the reason if it was chosen automatically, else None.
 
-    The reason is None unless `name` is `auto`.
-    quantize: the requested value of the option `quantize`.
-    Raises ConfigError if the backend is not installed, or if no backend can run the model as an engine of `kind`.
+    quantize: the requested value of the option `quantize`. Raises ConfigError if the backend is not installed, or if no
+    backend can run the model as an engine of `kind`.
     """
     if name != "auto" and name not in BACKENDS:
         raise _refused(f"There is no backend '{name}'.", kind)
@@ -60,7 +59,7 @@ def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = 
 
 
 def resolve_merged(model: ModelSource) -> tuple[Backend, str]:
-    """Return the fastest installed backend that can serve an adapter merged into its base, and the reason of the choice."""
+    """Return the fastest installed backend that can serve an adapter merged into its base, and the reason for the choice."""
     device = environments.device()
     able = [
         backend

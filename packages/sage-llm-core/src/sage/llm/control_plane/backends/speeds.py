@@ -26,7 +26,7 @@ def _file() -> Path:
 
 
 def save_speeds(speeds: Speeds) -> Path:
-    """Write the measurements to the file that is read when a backend is chosen automatically. Return the file's path."""
+    """Write the measurements to the file that is read when a backend is chosen automatically."""
     _file().parent.mkdir(parents=True, exist_ok=True)
     replace_file(_file(), json.dumps(asdict(speeds), indent=2).encode())
     return _file()

@@ -51,7 +51,7 @@ class AdapterClient:
                 await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
 
     async def warm_up(self, server: ServerRecord, name: str) -> None:
-        """Let a model generate one token. Raises EngineError if the server refuses, OSError if the result is not known."""
+        """Let a model generate one token. Raises EngineError if this fails, OSError if the result is not known."""
         answer = await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
         if answer.is_error:
             raise EngineError(code="engine_unusable", message=f"{server.id} does not answer: {_message(answer)}.")

@@ -25,6 +25,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """The numbers of tokens that a model has processed since it was loaded."""
+
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
 class Observed:
     """The observed condition of an engine, independent of the state in the store."""
 
@@ -35,32 +43,34 @@ class Observed:
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
+    crash: str | None = None  #: where a training run exited without reporting an error; None: it did not
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None
+    tokens: Tokens | None = None  #: None: the server does not count tokens
 
 
 class Executor(Protocol):
-    """Checks, runs and observes engines of one or more kinds. Every method returns soon, or can be cancelled.
+    """Checks, runs and observes engines of one or more kinds. Every `async` method returns soon, or can be cancelled.
 
     If a method raises OSError, the result is not known, and the caller retries.
     """
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check a request. Raises SageError. Takes milliseconds and changes nothing."""
+        """Check a request. Raises SageError."""
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, for example of the dataset, and create the files of the engine. Raises SageError.
 
-        Returns the values of the engine's columns to store. Called before each start that a user requests, possibly more
-        than once.
+        Returns values to store in the engine's columns. Called before each start that a user requests, possibly more than
+        once.
         """
 
     async def discard(self, engine_id: str) -> None:
         """Remove the files that `validate` created."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise SageError if the engine cannot be started again. Takes milliseconds."""
+        """Raise SageError if the engine cannot be started again."""
 
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the process to launch. This method blocks.

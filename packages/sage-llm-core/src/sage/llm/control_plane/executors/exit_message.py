@@ -16,7 +16,7 @@ _NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWar
 def exit_message(what: str, code: int | None, log_path: Path) -> str:
     """Return a sentence that says how a process exited, with the last error in its log if there is one.
 
-    what: subject of the sentence. The log is read only if the exit code is positive or not known.
+    what: subject of the sentence.
     """
     sentence = f"{what} {describe_exit(code)}"
     error = "" if code is not None and code <= 0 else _last_error(log_path)

@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass
 class FinetuneEngineConfig:
-    """The basic options of a fine-tuning. `FinetuneConfig` has all options."""
+    """The basic options of a training run."""
 
     base_model: str
     dataset_path: str
@@ -48,7 +48,7 @@ class FinetuneEngine:
         task_id: str | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        """Store the configuration of a run. `create` or `start` creates the run directory.
+        """Store the configuration of a run.
 
         task_id: id of an existing run, or the id for a new run. None: a new run gets a random id.
         launcher: starts and observes the process of the run. None: a LocalLauncher.
@@ -71,7 +71,7 @@ class FinetuneEngine:
         return self.task_id
 
     async def start(self) -> dict[str, Any]:
-        """Start the run, or resume it from its newest checkpoint. Return the same values as `get_status`."""
+        """Start the run, or resume it from its newest checkpoint."""
         task_id = self.task_id or await self.create()
         await self._launcher.launch(await asyncio.to_thread(self.manager.process_spec, task_id))
         return await self.get_status()

@@ -16,7 +16,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 def placement(engine: EngineRecord) -> Mapping[str, Any]:
     """Return an engine's columns `base`, `base_version`, `adapter` and `form` (how the model is served, as text).
 
-    Reads files of the model. Raises ModelError.
+    Raises ModelError.
     """
     source, backend = resolve_model(engine.model), registry.serving(engine.backend)
     if source.base is None:
@@ -32,10 +32,10 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
 
 
 def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: Mapping[str, Any]) -> EngineRecord:
-    """Return an engine of an adapter with the backend and options of the first server that it can join.
+    """If an engine serves an adapter, return the engine with the backend and options of the first server that it can join.
 
     The engine is not changed if its model is no adapter, if the request named a backend or a port, or if no server fits.
-    given: options that the user has set. The server must have the same values. Reads files of the model. Raises ModelError.
+    given: options that the user has set. The server must have the same values. Raises ModelError.
     """
     base = resolve_model(engine.model).base
     if base is None or engine.backend_reason is None or engine.requested_port:

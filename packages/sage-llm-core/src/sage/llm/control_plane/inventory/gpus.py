@@ -50,7 +50,7 @@ def list_gpus() -> list[Gpu]:
 
 
 def fake_gpus(text: str) -> list[Gpu]:
-    """Return the GPUs that the setting `fake_devices` describes. The memory of fake GPUs is never used."""
+    """Return the GPUs that the setting `fake_devices` describes."""
     devices = parse_fake_devices(text)
     return [Gpu(index, device.name, device.memory_bytes, is_fake=True) for index, device in enumerate(devices)]
 
@@ -78,7 +78,10 @@ def _gpus(nvml: Any) -> Iterator[Gpu]:
 
 
 def _is_visible(gpu: Gpu) -> bool:
-    """Return whether CUDA_VISIBLE_DEVICES is not set, or contains the number or the beginning of the UUID of a GPU."""
+    """Return whether CUDA_VISIBLE_DEVICES allows this process to use a GPU.
+
+    The variable is not set, or one of its entries is the GPU's number or the beginning of the GPU's UUID.
+    """
     entries = os.environ.get("CUDA_VISIBLE_DEVICES", str(gpu.number)).split(",")
     return any(
         entry and (entry == str(gpu.number) or (gpu.uuid or "").startswith(entry)) for entry in map(str.strip, entries)

@@ -3,7 +3,7 @@
 import contextlib
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -31,7 +31,7 @@ class Occupant:
 
 
 class Inventory:
-    """The devices of this node. All methods block for some milliseconds."""
+    """The devices of this node."""
 
     def __init__(self, settings: Settings) -> None:
         self._fake_devices = settings.fake_devices
@@ -61,17 +61,20 @@ class Inventory:
         )
         return [*gpus, main]
 
-    def memory(self, pids: Collection[int]) -> list[DeviceMemory]:
-        """Return the usable memory of each device, and the part of it that other programs use.
+    def memory(self, pids: Mapping[str, int]) -> list[DeviceMemory]:
+        """Return the usable memory of each device, and the parts of it that servers and other programs use.
 
-        pids: the processes of this node's servers. The other processes of their sessions belong to the servers too.
+        pids: the process of each server of this node, by server id. The other processes of its session belong to it too.
         """
-        own = _members(pids, all_sessions())
-        gpus = [
-            DeviceMemory(_cuda(gpu), gpu.memory_total_bytes, max(0, gpu.memory_used_bytes - gpu.bytes_of(own)))
-            for gpu in self._gpus()
-        ]
-        return [self._main_memory(_private_bytes(own)), *gpus]
+        sessions = all_sessions()
+        members = {server_id: _members([pid], sessions) for server_id, pid in pids.items()}
+        gpus = []
+        for gpu in self._gpus():
+            used_bytes = {server_id: used for server_id, own in members.items() if (used := gpu.bytes_of(own))}
+            foreign_bytes = max(0, gpu.memory_used_bytes - sum(used_bytes.values()))
+            gpus.append(DeviceMemory(_cuda(gpu), gpu.memory_total_bytes, foreign_bytes, used_bytes))
+        used_bytes = {server_id: _private_bytes(own) for server_id, own in members.items()}
+        return [replace(self._main_memory(sum(used_bytes.values())), used_bytes=used_bytes), *gpus]
 
     def variables(self, devices: Collection[str]) -> Mapping[str, str]:
         """Return the environment variables that restrict a process to devices. A fake GPU restricts the process to the CPU.
@@ -100,10 +103,10 @@ class Inventory:
 
 
 def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_bytes: int | None) -> DeviceMemory:
-    """Return the memory of a device on which several bounds apply at the same time.
+    """Return the memory of a device to which several bounds apply at the same time.
 
     own_bytes: the memory that engines use. The used memory of each bound includes this memory.
-    limit_bytes: the memory that all engines together may use. Other programs do not count. None: no limit.
+    limit_bytes: the memory that all engines together may use. None: no limit.
     """
     limits = [bound.limit_bytes for bound in bounds]
     rooms = [bound.limit_bytes - max(0, bound.used_bytes - own_bytes) for bound in bounds]
@@ -138,7 +141,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes without shared pages: the system does not count file pages as used."""
+    """Return the resident memory of processes, without shared pages, because the system does not count them as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):

@@ -38,7 +38,7 @@ class LeaseStore:
         self.lease_seconds = lease_seconds
 
     def register_node(self, node: str, host: str) -> None:
-        """Insert a node and a lease that nobody holds. If the node exists, only update its host."""
+        """Insert a node and a lease that nobody holds, or update the host of an existing node."""
         insert = insert_sqlite if self._database.dialect.name == "sqlite" else insert_postgresql
         lease = {"fence": 0, "host": "", "pid": 0, "pid_started": "", "url": "", "expires_at": NEVER_HELD}
         with self._write() as connection:
@@ -103,10 +103,7 @@ class LeaseStore:
             yield connection
 
     def _check_lease(self, connection: Connection, lease: Lease) -> None:
-        """Raise LeaseLost if the lease is not valid. A valid lease cannot be taken over before this transaction ends.
-
-        SQLite has one writer at a time. On PostgreSQL, a takeover waits for the shared lock on the row.
-        """
+        """Raise LeaseLost if the lease is not valid. A valid lease cannot be taken over before this transaction ends."""
         query = select(leases.c.fence).where(_is_of(lease), _is_valid(self.lease_seconds)).with_for_update(read=True)
         if connection.execute(query).first() is None:
             raise LeaseLost(f"the lease of {lease.node} with fence {lease.fence} is no longer held")
@@ -125,7 +122,7 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
     """Return the SQL condition for a lease that has not expired.
 
-    A lease whose expiry is too far in the future is not valid. The expiry was written before the clock was set back
-    or the machine was booted.
+    A lease whose expiry is too far in the future is not valid: the expiry was written before the clock was set back, or
+    before the last boot of the machine.
     """
     return and_(leases.c.expires_at > lease_clock(), leases.c.expires_at <= lease_clock(2 * lease_seconds))

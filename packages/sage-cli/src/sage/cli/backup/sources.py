@@ -1,0 +1,86 @@
+"""Find the files that a backup contains."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sage.common.paths import get_user_paths
+from sage.libs.finetune.run.checkpoints import list_checkpoints
+from sage.libs.finetune.run.output import read_run_file
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.status import RunState
+from sage.libs.finetune.run.summary import read_status
+
+DATABASE = "engines.db"
+#: Files that belong to running processes, or that can be created again.
+_TEMPORARY = frozenset({
+    "gateway.json", "port", "summary.json", "checkpoint-request", ".reserve",
+    DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal",
+})  # fmt: skip
+_TEMPORARY_SUFFIXES = (".lock", ".partial")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one folder."""
+
+    name: str  #: the folder in the archive
+    folder: Path
+    files: tuple[Path, ...]
+    is_checkpoint: bool = False  #: the files are useful only together
+
+
+def settings_and_state() -> Iterator[Source]:
+    """Yield the settings folder and the state folder, without the database."""
+    paths = get_user_paths()
+    for name, folder in (("config", paths.config_dir), ("state", paths.state_dir)):
+        yield Source(name, folder, _files(folder))
+
+
+def run_directories(*, all_checkpoints: bool) -> Iterator[Source]:
+    """Yield the run directories. A run that is not completed includes its newest checkpoint, so that it can be resumed.
+
+    all_checkpoints: include all checkpoints of all runs.
+    """
+    for run in _runs():
+        name = f"runs/{run.path.name}"
+        yield Source(name, run.path, _files(run.path, ("staging", "checkpoint-*", "damaged-*")))
+        checkpoints = list_checkpoints(run.path)
+        if not all_checkpoints:
+            checkpoints = [] if _is_completed(run) else checkpoints[-1:]
+        for checkpoint in checkpoints:
+            files = _files(checkpoint.path)
+            yield Source(f"{name}/{checkpoint.path.name}", checkpoint.path, files, is_checkpoint=True)
+
+
+def output_folders() -> list[Source]:
+    """Return the output folders that contain the result of a run."""
+    outputs = []
+    for run in _runs():
+        folder = Path(json.loads(run.spec_path.read_text(encoding="utf-8"))["config"]["output_dir"])
+        if read_run_file(folder).get("task_id") == run.path.name and len(files := _files(folder)) > 1:
+            outputs.append(Source(f"outputs/{run.path.name}", folder, files))
+    return outputs
+
+
+def _runs() -> list[RunDirectory]:
+    return [RunDirectory(spec.parent) for spec in sorted(get_user_paths().finetuned_dir.glob("*/spec.json"))]
+
+
+def _is_completed(run: RunDirectory) -> bool:
+    try:
+        return read_status(run).state is RunState.COMPLETED
+    except (ValueError, KeyError, TypeError, AttributeError):  # a line of the events is invalid
+        return False
+
+
+def _files(folder: Path, omitted: tuple[str, ...] = ()) -> tuple[Path, ...]:
+    """Return the files below a folder, without temporary files and without the entries that match `omitted`."""
+    entries = [entry for entry in sorted(folder.glob("*")) if not any(entry.match(pattern) for pattern in omitted)]
+    files = [file for entry in entries for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]
+    return tuple(file for file in files if file.is_file() and not _is_temporary(file.name))
+
+
+def _is_temporary(name: str) -> bool:
+    return name in _TEMPORARY or name.endswith(_TEMPORARY_SUFFIXES)
