@@ -1,5 +1,6 @@
 import asyncio
 import dataclasses
+import errno
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from sage.common.identity import ProcessIdentity
 from sage.common.processes import ProcessSpec
 from sage.common.training import TrainingProgress
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.control_plane import validation
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import ProcessObservation, Signal
@@ -422,6 +424,26 @@ def test_an_engine_that_is_not_valid_fails_with_the_reason(loop: Loop, error: Ex
     assert reason is not None
     assert reason.code == code
     assert str(error) in reason.message
+
+
+def test_a_validation_is_repeated_when_a_shortage_of_descriptors_is_over(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "_RETRY_SECONDS", 0.0)
+    loop.add(record(S.VALIDATING))
+    attempts: list[str] = []
+
+    def fails_twice() -> None:
+        attempts.append("")
+        if len(attempts) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    async def test(loop: Loop) -> None:
+        loop.world.validations["engine-a"] = fails_twice
+        await loop.until(lambda: loop.state() is S.RUNNING)
+
+    loop.run(test)
+    assert len(attempts) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """How actions are executed: several at a time, retried, given up, or cancelled."""
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from engines import record, server
 from store_promises import lease_of
 
-from sage.common.errors import ConfigError, EngineError
+from sage.common.errors import ConfigError, EngineError, RunError
 from sage.common.processes import ProcessSpec
 from sage.llm.client.types import DesiredState, EngineKind, EngineState
 from sage.llm.control_plane import runner
@@ -201,6 +202,26 @@ def test_an_engine_that_is_given_up_leaves_the_process_to_the_others(world: Worl
     failed = world.store.get("engine-a")
     assert (failed.state, failed.reason and failed.reason.code) == (S.FAILED, "adapter_load_failed")
     assert (world.signals, len(world.store.servers("n"))) == ([] if others else [Signal.KILL], others)
+
+
+def test_an_engine_is_launched_when_a_shortage_of_descriptors_is_over(world: World) -> None:
+    world.add(S.QUEUED)
+    world.error = RunError(code="io_error", message="no descriptor")
+    world.error.__cause__ = OSError(errno.EMFILE, "Too many open files")
+
+    async def test(runner: Runner) -> None:
+        for _ in range(10):
+            hosts = world.store.servers("n")
+            runner.run(Launch(world.store.get("engine-a"), hosts[0] if hosts else None), None, hosts[0] if hosts else None)
+            await runner.idle()
+        assert (world.store.get("engine-a").state, world.launches) == (S.STARTING, 0)
+        world.error = None
+        world.release.set()
+        runner.run(Launch(world.store.get("engine-a"), world.host()), None, world.host())
+        await runner.idle()
+
+    world.run(test)
+    assert (world.store.get("engine-a").state, world.launches) == (S.STARTING, 1)
 
 
 @pytest.mark.parametrize("error", [OSError("busy"), TimeoutError()])

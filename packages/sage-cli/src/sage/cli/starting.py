@@ -1,5 +1,6 @@
 """Start an engine from the command line, for `engine start` and `fine-tune`."""
 
+import os
 import sys
 from collections.abc import Callable
 from datetime import datetime, time, timedelta
@@ -48,14 +49,19 @@ def start_engine(
     engine = begin(options)
     if kind == EngineKind.FINETUNE and is_interactive() and not options.get("allow_warnings"):
         engine = _confirmed(client, engine, lambda: begin({**options, "allow_warnings": True}))
+    follow_start(client, engine, wait=wait, json=json, announce=announce)
+
+
+def follow_start(client: SageClient, engine: EngineView, *, wait: bool | None, json: bool, announce: str = "{id}") -> None:
+    """Print the id of an engine that was created, and wait for the engine; arguments as in `start_engine`."""
     if not json:
         typer.echo(announce.format(id=engine.id))
         sys.stdout.flush()
     engine = waiting.until_validated(client, engine.id)
     if wait is not False:
         engine = waiting.until_running(client, engine.id)
-        if kind != EngineKind.FINETUNE:
-            chat = f". Chat with it: `sage llm chat {engine.name}`" if kind == EngineKind.LLM else ""
+        if engine.kind != EngineKind.FINETUNE:
+            chat = f". Chat with it: `sage llm chat {engine.name}`" if engine.kind == EngineKind.LLM else ""
             typer.echo(f"Serving '{engine.name}' at {client.base_url}/v1{chat}.", err=True)
     if wait:
         engine = waiting.until_settled(client, engine.id)
@@ -64,6 +70,11 @@ def start_engine(
             raise waiting.failure(engine)
     if json:
         typer.echo(engine.model_dump_json(indent=2))
+
+
+def absolute_path(path: str) -> str:
+    """Return a path without `~`, relative to the root folder."""
+    return str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111 - Path.expanduser can raise
 
 
 def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[str, Any]:

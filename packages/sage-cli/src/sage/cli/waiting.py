@@ -68,6 +68,21 @@ def until_checkpoint(client: SageClient, before: EngineView) -> int:
     )
 
 
+def until_changed(client: SageClient, engine_id: str, revision: int) -> str:
+    """Wait until a run uses the requested options, and return the text of the change. Raises Conflict if the run ends."""
+
+    def is_applied(engine: EngineView) -> bool:
+        return engine.training is not None and engine.training.change_revision >= revision
+
+    engine = _watch(client, engine_id, lambda e: is_applied(e) or e.state in (*SETTLED, EngineState.PAUSED))
+    if engine.training and is_applied(engine):
+        return engine.training.changes[-1]
+    raise Conflict(
+        code="not_training", message=f"{engine_id} is {engine.state}, and the requested options were not used.",
+        hint="They are used when the run is resumed." if engine.state != "completed" else "To train further, fork the run.",
+    )  # fmt: skip
+
+
 def failure(engine: EngineView) -> SageError:
     """Return the error of a failed engine."""
     code = engine.reason.code if engine.reason else "unknown"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
-from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, SetDesired, Transition, Validate
+from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, SetDesired, Sleep, Transition, Validate, Wake
 from sage.llm.control_plane.adapters import has_joined, is_misplaced, keep, leave, load, unload
 from sage.llm.control_plane.admission import Refuse, Start
 from sage.llm.control_plane.cores import Cores, with_threads
@@ -18,8 +18,9 @@ from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.merging import is_draining, must_unload, next_merge, stop_merger
 from sage.llm.control_plane.queueing import Memory, Queue, queue_of
-from sage.llm.control_plane.restarts import next_restart, next_try
+from sage.llm.control_plane.restarts import is_repeated, next_restart, next_try, not_restarted
 from sage.llm.control_plane.served_run import due
+from sage.llm.control_plane.sleeping import sleeps
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 from sage.llm.control_plane.watch import Watch
 
@@ -127,6 +128,8 @@ def _place(engine: EngineRecord, last_server: ServerRecord | None, queue: Queue)
     if server := queue.joins.get(engine.id):
         return Join(engine, server)
     match queue.decisions.get(engine.id):
+        case Start(_, memory_bytes) if asleep := queue.wakes.get(engine.id):
+            return Join(engine, asleep, (asleep.reserved_bytes or 0) + memory_bytes)
         case Start(devices, memory_bytes):
             reserved_bytes = None if engine.reserved_bytes is None else memory_bytes
             return Launch(engine, None, last_server is not None, devices or None, reserved_bytes)
@@ -188,6 +191,8 @@ def _end(
         return _stop(engine, unload(engine, server, observed))
     if is_forced:
         return _stop(engine, SendSignal(engine, server, Signal.KILL, closes=True))
+    if sleeps(engine, server):
+        return _stop(engine, Sleep(engine, server))
     return None if watch.is_stop_sent else _stop(engine, SendSignal(engine, server, Signal.STOP, closes=True))
 
 
@@ -198,7 +203,11 @@ def _start(
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # after the exit, `_settle` stores the reason
     if is_misplaced(engine, server):
         return kill if is_last else _settle(engine, server, observed, snapshot)
-    action = load(engine, server, observed) if observed.ready else None
+    action: Action | None
+    if server.state is ServerState.WAKING:
+        action = Wake(engine, server) if hosts.is_launcher(engine) else None
+    else:
+        action = load(engine, server, observed) if observed.ready else None
     is_late = _is_inference(engine) and snapshot.watches[engine.id].state_seconds > snapshot.limits.start_seconds
     if is_late and not isinstance(action, Transition):
         is_usable = hosts.is_serving_others(engine) or (observed.ready and not is_last)
@@ -242,11 +251,15 @@ def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed,
         refused = Reason(code="adapter_refused", message=message)
         return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)
     reason = _reason_of_kill(engine, watch, limits, is_alive=observed.alive) or observed.reason
-    if engine.state is _S.STARTING and not observed.alive and has_joined(engine, server):
+    is_woken = server is not None and server.state is ServerState.WAKING
+    if engine.state is _S.STARTING and not observed.alive and (is_woken or has_joined(engine, server)):
         restarts = next_try(engine)
     else:
         restarts = next_restart(engine, observed, watch) if engine.state is not _S.STOPPING else None
-    return Transition(engine, _S.FAILED, reason, restarts=restarts, must_remain=observed.alive)
+    if restarts and is_repeated(engine, observed):
+        restarts, reason = None, not_restarted(reason)
+    values = {"last_crash": observed.crash} if observed.crash else {}
+    return Transition(engine, _S.FAILED, reason, restarts=restarts, must_remain=observed.alive, values=values)
 
 
 def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:

@@ -1,4 +1,4 @@
-"""Read engines, logs, events and training steps, which is also possible on standby."""
+"""Read engines, logs, events and training steps. A control plane on standby can read them too."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -163,7 +163,7 @@ class EngineReads:
         hosted: dict[str, EngineView] = {}
         for view in self._view_all(engines, servers):
             if view.server_id and view.server_id in servers:
-                hosted.setdefault(view.server_id, view)  # the first engine reports the memory of the server
+                hosted.setdefault(view.server_id, view)  # only the first engine, to count the server's memory once
         return self._inventory.devices([_occupant(view, servers[server_id]) for server_id, view in hosted.items()])
 
     async def _view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:

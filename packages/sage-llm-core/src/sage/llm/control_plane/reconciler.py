@@ -13,6 +13,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.queueing import Memory, Queue, is_waiting
 from sage.llm.control_plane.runner import Runner
+from sage.llm.control_plane.sleeping import unneeded
 from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import Store
 from sage.llm.control_plane.watch import Watch
@@ -34,14 +35,14 @@ class Reconciler:
         memory: NodeMemory | None = None,
         cores: Cores | None = None,
     ) -> None:
-        """memory: measures the devices. None: each engine can start.
+        """memory: measures the devices. None: no engine waits for memory.
 
         cores: the cores that engines share. None: each program uses its default number of threads.
         """
         self._memory, self._cores = memory, cores
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
-        self.queue = Queue()  #: the waiting engines at the last tick as the active control plane
+        self.queue = Queue()  #: the decisions of the last tick in which this control plane was active
         self._watches: dict[str, Watch] = {}
         self._errors: dict[str, Exception] = {}  #: by engine id, or "" for an error that stopped the whole last tick
 
@@ -78,6 +79,8 @@ class Reconciler:
         memory = await self._look_at_memory(engines, observed) if any(map(is_waiting, engines)) else None
         snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
+        for server in unneeded(engines, servers, observed, self.queue.evicted):
+            self._runner.sleeper.end(server)
         for action in actions:
             engine = action.engine
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from sage.common.errors import SageError, first_line
+from sage.common.shortages import is_shortage
 from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
@@ -24,11 +25,13 @@ from sage.llm.control_plane.actions import (
     Revise,
     SendSignal,
     SetDesired,
+    Sleep,
     StartMerge,
     SwapServers,
     Transition,
     UnloadAdapter,
     Validate,
+    Wake,
 )
 from sage.llm.control_plane.adapters import leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
@@ -39,6 +42,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.routing import RoutingTable
+from sage.llm.control_plane.sleeper import Sleeper
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.validation import Validator
@@ -79,7 +83,8 @@ class Runner:
     ) -> None:
         """on_done: called after each action that succeeded.
 
-        variables: blocking function that returns the environment variables that restrict a process to devices.
+        variables: takes ids of devices, and returns the environment variables that restrict a process to these devices. It
+        is called in a thread, because it blocks.
         """
         self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
@@ -88,6 +93,7 @@ class Runner:
         write = Writer(pool, self._held_lease)
         self._publisher = Publisher(store, pool, executors, routing, write)
         self._merger = Merger(store, pool, executors, adapters, routing, write)
+        self.sleeper = Sleeper(store, pool, launcher, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
@@ -125,6 +131,7 @@ class Runner:
         """Wait until the running actions have ended, and cancel the validations."""
         await self.idle()
         await self.validator.close()
+        await self.sleeper.close()
 
     def forget_all_but(self, active: set[str]) -> None:
         """Delete the recorded failures of all engines that are not in `active`."""
@@ -153,7 +160,7 @@ class Runner:
         if trouble.error != repr(error):
             trouble.error = repr(error)
             logger.warning("%s: an action failed, retrying", engine.id, exc_info=error)
-        if isinstance(error, OSError | SQLAlchemyError):
+        if isinstance(error, OSError | SQLAlchemyError) or is_shortage(error):
             return
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
@@ -182,17 +189,14 @@ class Runner:
         match action:
             case Launch(engine, planned):
                 await self._launch(action, planned)
-            case Join(engine, target):
-                joined = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
-                self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=target.id, **joined), target)
-                await self._clean(engine, target)
+            case Join():
+                await self._join(action)
+            case Sleep() | Wake():
+                await self.sleeper.act(action)
             case LoadAdapter(engine, target):
                 await self._load(engine, target)
             case UnloadAdapter(engine, target, name):
-                self._held_lease()
-                await self._adapters.unload(target, name)
-                if engine.state is EngineState.STOPPING:
-                    await self._transition(leave(engine), target, observed)
+                await self._unload(engine, target, name, observed)
             case Publish(engine, step):
                 await self._publisher.publish(engine, step)
             case StartMerge() | SwapServers() | EndMerge():
@@ -208,6 +212,20 @@ class Runner:
                 await self._signal(action)
             case Transition():
                 await self._transition(action, server, observed)
+
+    async def _join(self, action: Join) -> None:
+        engine, server = action.engine, action.server
+        joined: dict[str, Any] = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
+        if server.state is ServerState.SLEEPING:
+            joined["join_values"] = {"state": ServerState.WAKING, "reserved_bytes": action.reserved_bytes}
+        self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=server.id, **joined), server)
+        await self._clean(engine, server)
+
+    async def _unload(self, engine: EngineRecord, server: ServerRecord, name: str, observed: Observed | None) -> None:
+        self._held_lease()
+        await self._adapters.unload(server, name)
+        if engine.state is EngineState.STOPPING:
+            await self._transition(leave(engine), server, observed)
 
     async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
         engine = action.engine
@@ -246,6 +264,8 @@ class Runner:
             except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:
+                if is_shortage(error):  # retried, because the engine did not cause the shortage
+                    raise
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error, Launch)), server)
                 return
         launched = functools.partial(self._store.update_server, server, lease=self._held_lease())
@@ -265,7 +285,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server, if this is not `server` and no other engine needs the files."""
+        """Remove the files of the engine's previous server, unless it is `server` or another engine needs the files."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)

@@ -12,7 +12,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum number of stopped, completed or failed engines without stored training progress whose fields are cached.
+#: Maximum number of engines in the cache. The cache holds the fields of settled engines that have no stored `figures`.
 _MAX_READ = 10_000
 
 
@@ -70,6 +70,7 @@ class Views:
             devices=list(server.devices) if server and server.devices and is_hosted else None,
             reserved_bytes=server.reserved_bytes if server and is_hosted else engine.reserved_bytes,
             restarts=engine.restarts,
+            max_restarts=engine.max_restarts,
             node=engine.node,
             server_id=engine.server_id if is_hosted else None,
             idle_stop_minutes=engine.idle_stop_minutes,

@@ -49,8 +49,8 @@ class Batch(JobThread):
     def __init__(self, runner: Runner, slots: int, cache_tokens: int | None = None) -> None:
         """slots: maximum number of answers in progress.
 
-        cache_tokens: maximum sum of the tokens of the prompts and answers in progress. None: not limited. A longer answer is
-        computed alone.
+        cache_tokens: maximum number of tokens in all prompts and answers in progress. None: no limit. If one answer with its
+        prompt exceeds the limit, it is computed when no other answer is in progress.
         """
         self._runner, self._slots, self._cache_tokens = runner, slots, cache_tokens
         self._arrivals: SimpleQueue[_Request | Callable[[], None] | None] = SimpleQueue()
@@ -58,6 +58,11 @@ class Batch(JobThread):
         self._rows: list[_Row] = []
         self._is_open = True
         super().__init__("Generation")
+
+    @property
+    def slots_in_use(self) -> int:
+        """The number of answers in progress."""
+        return len(self._rows)
 
     def submit(self, job: Job[Piece], answers: Sequence[Answer], adapter: Adapter | None = None) -> None:
         """Queue the answers of a request.

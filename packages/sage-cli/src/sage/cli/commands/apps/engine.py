@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sage.cli.commands.apps.prune import prune
 from sage.cli.training_options import with_training_options
 from sage.common.errors import ConfigError
 
@@ -112,6 +113,9 @@ def start(
     restart_policy: Annotated[
         Policy | None, typer.Option(help="When to restart the engine automatically; default: restart_policy in config.toml.")
     ] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(min=0, help="Maximum number of automatic restarts in a row; default: 5.")
+    ] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
     ] = None,
@@ -158,6 +162,7 @@ def start(
                "quantize": quantize and quantize.value, "max_tokens": max_tokens}  # fmt: skip
     options = {**{key: value for key, value in serving.items() if value is not None}, **further_options(option)}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
+               "max_restarts": max_restarts,
                "dedicated": dedicated or None, "merge_in_background": merge_in_background or None,
                "idle_stop_minutes": idle_stop}  # fmt: skip
     request |= admission_request(on_busy and on_busy.value, priority, devices, memory_gb, not_before)
@@ -334,3 +339,6 @@ def remove(engine_id: EngineId) -> None:
 
     daemon.connect().remove_engine(engine_id)
     typer.echo(f"{engine_id} is removed.", err=True)
+
+
+app.command("prune")(prune)

@@ -24,6 +24,8 @@ _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 _GIB = 2**30
 #: Memory of vLLM 0.32 without model, adapters and cache. Derived from the peak in benchmarks/results/serving.md.
 _FRAMEWORK_BYTES = 2_350_000_000
+#: Memory on the GPU that a sleeping server keeps: the CUDA context, the libraries' workspaces and the CUDA graphs.
+_ASLEEP_BYTES = 1_500_000_000
 #: Entries of adapter_config.json that vLLM ignores.
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -50,7 +52,7 @@ class VllmBackend(WorkerBackend):
 
     name: ClassVar[str] = "vllm"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True, warm_up=True
+        frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True, warm_up=True, asleep_bytes=_ASLEEP_BYTES
     )
     options: ClassVar[type[BaseModel]] = VllmOptions
 
@@ -69,7 +71,8 @@ class VllmBackend(WorkerBackend):
         if not is_cpu:
             given["kv-cache-memory-bytes"] = options.kv_cache_gb * _GIB
         flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        return (sys.executable, "-m", "sage.llm.workers.vllm", *flags, "--enable-lora", "--disable-uvicorn-access-log")
+        switches = ["--enable-lora", "--disable-uvicorn-access-log", *([] if is_cpu else ["--enable-sleep-mode"])]
+        return (sys.executable, "-m", "sage.llm.workers.vllm", *flags, *switches)
 
     def environment(self, options: VllmOptions) -> Mapping[str, str]:
         """Return additional environment variables for the process."""

@@ -16,6 +16,13 @@ def failure_of(run: RunStatus) -> Reason | None:
     return Reason(code=run.code or "failed", message=run.message or "The run failed.", hint=run.hint or "")
 
 
+def crash_of(run: RunStatus) -> str | None:
+    """Return where a run exited without reporting an error; None if it has not exited in this way."""
+    if run.code != "worker_died":
+        return None
+    return f"step {run.step}" if run.is_loaded else f"loading at step {run.step}"
+
+
 def unreadable(error: Exception) -> Reason:
     """Return the reason to report for a run whose files cannot be read."""
     if isinstance(error, NotFound):
