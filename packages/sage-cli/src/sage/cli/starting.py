@@ -73,7 +73,7 @@ def follow_start(client: SageClient, engine: EngineView, *, wait: bool | None, j
 
 
 def absolute_path(path: str) -> str:
-    """Return a path without `~`, relative to the root folder."""
+    """Return an absolute path, with `~` expanded."""
     return str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111 - Path.expanduser can raise
 
 
