@@ -29,7 +29,7 @@ class TrainingOption(NamedTuple):
         return self.flag or f"--{self.field.replace('_', '-')}"
 
 
-#: Fields that are paths. Paths are made absolute, because the gateway's working directory can differ.
+#: Fields that are paths. Paths are made absolute, because the gateway can have another working directory than this command.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
 _NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
@@ -101,7 +101,7 @@ OPTIONS = (
         "report_to",
         list[str],
         None,
-        "Experiment tracker that receives the steps: tensorboard, mlflow, trackio or wandb; may be repeated.",
+        "Experiment tracker that receives the metrics: tensorboard, mlflow, trackio or wandb; may be repeated.",
     ),
     TrainingOption("resume_from_checkpoint", str, None, "Checkpoint folder to continue from."),
 )

@@ -105,7 +105,7 @@ def claimed_lock(path: Path) -> Iterator[int]:
 
 
 def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
-    """Start a process that inherits its lock, and write its identity to the lock file. Raises OSError.
+    """Start a process that inherits the lock, and write the identity of the process to the lock file. Raises OSError.
 
     lock: the descriptor from `claimed_lock`.
     """
@@ -147,7 +147,7 @@ def _blocked_sigterm(block: bool) -> Iterator[None]:
 
 
 def holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process that holds the lock, or None if the lock is free; if the process is not found, its PID is 0."""
+    """Return the process that holds the lock, or None if the lock is free. If the holder cannot be found, its PID is 0."""
     _collect(lock_path)  # otherwise a child that has exited would stay a zombie
     try:
         descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -191,7 +191,7 @@ def last_holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def leftovers(lock_path: Path) -> list[int]:
-    """Return the PIDs that an exited process left in its session; [] if the process is alive or unknown."""
+    """Return the PIDs of the processes that an exited lock holder left in its session; [] if it is alive or unknown."""
     recorded = last_holder(lock_path)
     if recorded is None or recorded.is_alive():
         return []
@@ -231,7 +231,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    with contextlib.suppress(psutil.Error):  # an OSError is raised, because the process may have a lock
+    with contextlib.suppress(psutil.Error):  # an OSError is not suppressed, because the process possibly holds a lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

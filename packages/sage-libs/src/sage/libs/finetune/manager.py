@@ -196,8 +196,9 @@ class FinetuneManager:
         return request_change(run, options)
 
     def publish_checkpoint(self, task_id: str, step: int) -> Path:
-        """Return a folder with a checkpoint's adapter and tokenizer, which remains if the run removes the checkpoint.
+        """Publish a checkpoint's adapter and tokenizer in a folder, and return the folder.
 
+        The folder remains if the run removes the checkpoint.
         Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
         """
         return publish_checkpoint(self.run_directory(task_id), step)
@@ -205,7 +206,7 @@ class FinetuneManager:
     def status(self, task_id: str) -> RunStatus:
         """Return the status of a run."""
         run = self.run_directory(task_id)
-        # Check this before reading the events: if the process exits in between, its last event is then certainly read.
+        # Look for the process before reading the events. If the process exits in between, its last event is still read.
         alive = holder(run.lock_path) is not None
         summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
         self._status_cache[task_id] = summary
