@@ -106,6 +106,10 @@ class Gateway(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.do_GET()
 
+    def do_PATCH(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_json(202, {"engine_id": "engine-a", "revision": 1})
+
     def send_json(self, status: int, content: Any) -> None:
         self.send(status, json.dumps(content).encode())
 

@@ -11,6 +11,7 @@ from sage.common.errors import GatewayUnreachable
 from sage.llm.client import answers, calls, streams
 from sage.llm.client.calls import Call, Cursor, Order
 from sage.llm.client.client import CONNECT_SECONDS, RECONNECT_SECONDS, STREAM_TIMEOUT
+from sage.llm.client.run_types import TrainingChangeView
 from sage.llm.client.types import (
     BackendView,
     Device,
@@ -101,7 +102,7 @@ class AsyncSageClient:
         return await self._send(calls.queue())
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a place in the queue, from 1, as near as its priority allows."""
+        """Move a waiting engine to a position in the queue (from 1), or as near to it as the engine's priority allows."""
         return await self._send(calls.move(engine_id, position))
 
     async def resume_engine(self, engine_id: str) -> EngineView:
@@ -109,8 +110,19 @@ class AsyncSageClient:
         return await self._send(calls.resume(engine_id))
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, this checkpoint is served."""
+        """Request a checkpoint of a training run after its current step.
+
+        If the run was started with `serve`, an llm engine then serves this checkpoint.
+        """
         return await self._send(calls.checkpoint(engine_id))
+
+    async def change_training(self, engine_id: str, **options: Any) -> TrainingChangeView:
+        """Change options of a training run from its next step on; options: the fields of TrainingChange."""
+        return await self._send(calls.change_training(engine_id, options))
+
+    async def fork_engine(self, engine_id: str, **request: Any) -> EngineView:
+        """Start a training run that continues from a checkpoint of another run; request: the fields of ForkRequest."""
+        return await self._send(calls.fork(engine_id, request))
 
     async def remove_engine(self, engine_id: str) -> None:
         """Delete an engine that is stopped, completed or failed, with its log and checkpoints."""

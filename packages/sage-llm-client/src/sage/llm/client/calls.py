@@ -10,6 +10,7 @@ import httpx
 
 from sage.common.errors import ConfigError, NotFound
 from sage.llm.client.answers import as_list, as_model, parse
+from sage.llm.client.run_types import TrainingChangeView
 from sage.llm.client.types import (
     BackendView,
     Device,
@@ -116,6 +117,18 @@ def resume(engine_id: str) -> Call[EngineView]:
 def checkpoint(engine_id: str) -> Call[EngineView]:
     """Return the call that saves a checkpoint of a training run."""
     return Call("POST", _engine(engine_id, "/checkpoint"), as_model(EngineView))
+
+
+def change_training(engine_id: str, options: dict[str, Any]) -> Call[TrainingChangeView]:
+    """Return the call that changes options of a training run."""
+    return Call("PATCH", _engine(engine_id, "/training"), as_model(TrainingChangeView), json=options)
+
+
+def fork(engine_id: str, request: dict[str, Any]) -> Call[EngineView]:
+    """Return the call that forks a training run."""
+    return Call(
+        "POST", _engine(engine_id, "/fork"), as_model(EngineView), json=request, timeout_seconds=_LONG_SECONDS
+    )  # fmt: skip
 
 
 def remove(engine_id: str) -> Call[None]:

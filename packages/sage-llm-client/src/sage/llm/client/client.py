@@ -10,6 +10,7 @@ import httpx
 from sage.common.errors import GatewayUnreachable
 from sage.llm.client import answers, calls, streams
 from sage.llm.client.calls import Call, Cursor, Order
+from sage.llm.client.run_types import TrainingChangeView
 from sage.llm.client.types import (
     BackendView,
     Device,
@@ -108,7 +109,7 @@ class SageClient:
         return self._send(calls.queue())
 
     def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a place in the queue, from 1, as near as its priority allows."""
+        """Move a waiting engine to a position in the queue (from 1), or as near to it as the engine's priority allows."""
         return self._send(calls.move(engine_id, position))
 
     def resume_engine(self, engine_id: str) -> EngineView:
@@ -116,8 +117,19 @@ class SageClient:
         return self._send(calls.resume(engine_id))
 
     def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, this checkpoint is served."""
+        """Request a checkpoint of a training run after its current step.
+
+        If the run was started with `serve`, an llm engine then serves this checkpoint.
+        """
         return self._send(calls.checkpoint(engine_id))
+
+    def change_training(self, engine_id: str, **options: Any) -> TrainingChangeView:
+        """Change options of a training run from its next step on; options: the fields of TrainingChange."""
+        return self._send(calls.change_training(engine_id, options))
+
+    def fork_engine(self, engine_id: str, **request: Any) -> EngineView:
+        """Start a training run that continues from a checkpoint of another run; request: the fields of ForkRequest."""
+        return self._send(calls.fork(engine_id, request))
 
     def remove_engine(self, engine_id: str) -> None:
         """Delete an engine that is stopped, completed or failed, with its log and checkpoints."""

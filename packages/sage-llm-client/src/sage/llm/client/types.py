@@ -23,8 +23,8 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a certain model. The most recently started engine answers, among the running
-#: engines of the requested kind.
+#: Model name for requests that do not need a certain model. Of the running engines of the requested kind, the one that was
+#: started last answers.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
@@ -77,6 +77,7 @@ class StartRequest(BaseModel):
     restart_policy: RestartPolicy | None = Field(
         None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
     )
+    max_restarts: int = Field(5, ge=0, le=10_000, description="Maximum number of automatic restarts in a row.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Notes to store with the engine.")
     dedicated: bool = Field(
         False, description="Run the engine on a separate server; an adapter is then merged into its base model."
@@ -152,6 +153,7 @@ class EngineView(BaseModel):
     restarts: int = Field(
         0, description="Number of restarts since a user started or resumed the engine, or since it last ran for 10 minutes."
     )
+    max_restarts: int = Field(5, description="Maximum number of automatic restarts in a row.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
     node: str = Field(
@@ -276,8 +278,8 @@ class EstimateView(BaseModel):
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
         None,
-        description="For finetune: size, in samples of `max_seq_length` tokens, of the largest micro-batch that fits in the "
-        "free memory.",
+        description="For finetune: size of the largest micro-batch that fits in the free memory, in samples of "
+        "`max_seq_length` tokens.",
     )
     training_seconds: float | None = Field(
         None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from sage.common.cgroups import available_cores
 from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
@@ -27,13 +25,13 @@ from sage.llm.client.types import (
     EngineState,
     EngineView,
     OnBusy,
-    RestartPolicy,
     StartRequest,
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.core_balance import CoreBalancer
 from sage.llm.control_plane.cores import Cores
-from sage.llm.control_plane.creation import new_engine, served_run
+from sage.llm.control_plane.creation import default_policy, new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
@@ -60,6 +58,7 @@ from sage.llm.control_plane.served_run import ServedRun
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
+from sage.llm.control_plane.training_runs import TrainingRuns
 from sage.llm.control_plane.views import Views
 from sage.llm.control_plane.waiting import ACTOR, ATTEMPTS, Waiting
 from sage.llm.control_plane.webhooks import Webhooks
@@ -73,7 +72,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
+class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns):
     """Starts, stops, resumes and describes the engines of this node.
 
     An engine is settled if it is stopped, completed or failed. If one node has several control planes, only the holder
@@ -118,10 +117,13 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
         )
         memory = NodeMemory(self._inventory.memory)
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
-        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
+        self._balancer = CoreBalancer(cores, adapters.set_threads) if cores else None
+        self._reconciler = Reconciler(
+            self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores, self._balancer
+        )
         self.webhooks = Webhooks(self._store, self._pool, self._node, settings, lambda: self._keeper.lease is not None)
         self._views, self.request_times = Views(self._node, self._executors), RequestTimes()
-        self._new_upstream = functools.lru_cache(1024)(_upstream)  # every inference request needs one
+        self._new_upstream = functools.lru_cache(1024)(_upstream)  # cached, because every request needs an Upstream
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -131,7 +133,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
 
     @property
     def requests_in_progress(self) -> Counter[str]:
-        """The number of requests in progress by engine id, which the gateway updates."""
+        """The number of requests in progress, by engine id. The gateway updates the numbers."""
         return self._activity.in_progress
 
     async def open(self) -> None:
@@ -149,6 +151,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._balancer:
+            await self._balancer.close()
         await self._runner.close()
         await self._prober.close()
         await self.webhooks.close()
@@ -164,7 +168,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
         served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        policy, on_busy = RestartPolicy(self._settings.restart_policy), OnBusy(self._settings.on_busy)
+        policy = default_policy(self._settings.restart_policy, request.engine_kind)
+        on_busy = OnBusy(self._settings.on_busy)
         record = new_engine(engine_id, self._node, request, prepared, policy, served, on_busy)
         if request.engine_kind is EngineKind.LLM:
             servers = await self._pool.run(self._store.servers, self._node)
@@ -191,7 +196,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Validate and queue a stopped or failed engine again, or load a paused engine again.
+        """Resume an engine: a stopped or failed engine is validated and queued again; a paused engine is loaded again.
 
         Raises SageError if the engine is active or completed, or cannot be resumed.
         """
@@ -209,15 +214,21 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=ACTOR, restarts=0)
                 serve = engine.serve and {**engine.serve, "is_complete": False}
                 engine = await self._write(
-                    resume, desired=DesiredState.RUNNING, force=False, serve=serve, merger_id=engine.merger_id and ""
+                    resume,
+                    desired=DesiredState.RUNNING,
+                    force=False,
+                    last_crash=None,
+                    serve=serve,
+                    merger_id=engine.merger_id and "",
                 )
                 self._routing.apply(engine, None)
                 return await self._view(engine, None)
         raise busy(engine_id)
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, the checkpoint is served too.
+        """Request a checkpoint of a training run after its current step.
 
+        If the run was started with `serve`, an llm engine then serves this checkpoint.
         Raises Conflict if the engine is not a training run in state `running`.
         """
         for _ in range(ATTEMPTS):
@@ -297,7 +308,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
                     await change.wait()
-            change = self._routing.next_change()  # before `may_use`, so that changes during `may_use` are noticed
+            change = self._routing.next_change()  # called before `may_use`, to notice changes during `may_use`
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -359,8 +370,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring):
                 paths = {self._executors[engine.kind].log_path(engine) for engine in engines}
                 for path in (*paths, get_user_paths().state_dir / "gateway.log"):
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
-            except (OSError, SQLAlchemyError) as error:
-                logger.warning("the logs cannot be shortened: %s", error)
+            except Exception as error:
+                logger.warning("the logs cannot be shortened, retrying", exc_info=error)
 
 
 def _upstream(address: str, model_name: str | None, engine_id: str, name: str, token: str, backend: str) -> Upstream:

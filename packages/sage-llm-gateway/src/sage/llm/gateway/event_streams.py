@@ -59,7 +59,7 @@ async def all_changes(manager: ControlPlaneManager, cursor: int) -> AsyncIterato
 async def engine_transitions(manager: ControlPlaneManager, engine_id: str, cursor: int, follow: bool) -> AsyncIterator[str]:
     """Yield the events of an engine after a cursor; with `follow`, also each new event until the engine has ended."""
     while True:
-        # Read the state before the events: if the engine ends between the two reads, its last event is then certainly sent.
+        # The state is read before the events, so that the last event is not missed if the engine ends between the two reads.
         has_ended = (await manager.get_engine(engine_id)).state in SETTLED
         while events := await manager.get_events(engine_id, cursor):
             for event in events:

@@ -121,7 +121,10 @@ def _check_parameters(upstream: Upstream, body: JsonBody) -> None:
 
 
 def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:
-    """Header names and values need no escaping, because the gateway's HTTP parser rejects line breaks in them."""
+    """Return the head of the request to the engine's server.
+
+    Header names and values need no escaping, because the gateway's HTTP parser rejects line breaks in them.
+    """
     query = scope["query_string"]
     target = scope["path"].encode() + (b"?" + query if query else b"")
     lines = [b"%s: %s\r\n" % header for header in forwarded(scope["headers"], _NOT_FORWARDED)]

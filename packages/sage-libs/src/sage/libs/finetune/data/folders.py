@@ -26,7 +26,7 @@ _SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "train": {"train", "training"},
 }
-#: Files with metadata of tools, without data.
+#: Metadata files that the library `datasets` writes; they contain no samples.
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 #: File name of a shard (one of several files of a split) on the hub.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")

@@ -25,7 +25,8 @@ class ServingOptions(BaseModel):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="Quantization of the weights, which then need less memory and are faster on a CPU, but less exact.",
+        description="Quantization of the weights. Quantized weights need less memory and are faster on a CPU, but "
+        "they are less exact.",
     )
 
 
@@ -55,7 +56,8 @@ class Capabilities:
     merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
     warm_up: bool = False  #: each loaded adapter immediately receives a request, because its first request is slow
     quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
-    sleep: bool = False  #: the server can release its memory and later allocate memory again, without a restart
+    #: GPU memory that a sleeping server keeps. A sleeping server can allocate its memory again without a restart.
+    asleep_bytes: int | None = None
 
 
 class Backend(Protocol):

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
-
 from sage.common.errors import ConfigError
 from sage.common.ids import random_suffix
 from sage.common.paths import get_user_paths
@@ -23,6 +21,7 @@ from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed, Prepared, Tokens, planned_server, server_id_of
 from sage.llm.control_plane.executors.exit_message import exit_message, log_hint
+from sage.llm.control_plane.executors.health_request import get
 from sage.llm.control_plane.executors.placement import placement
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.refusals import not_training
@@ -46,10 +45,6 @@ class InferenceExecutor:
     def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
         self._launcher, self._adapters = launcher, adapters or AdapterClient()
         self._answers: dict[tuple[str, str | None], asyncio.Task[_Answer]] = {}
-        # The number of connections has no limit, because servers that do not answer must not block other requests.
-        # Idle connections are closed, because httpx scans all idle connections at each request.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
         """Check model, backend, options and port. Raises ModelError, ConfigError or Conflict."""
@@ -162,17 +157,21 @@ class InferenceExecutor:
 
     async def _ask(self, server: ServerRecord, address: str | None) -> _Answer:
         backend = registry.serving(server.backend)
+        key = {"Authorization": f"Bearer {server_key(server.token)}"}
         try:
-            key = {"Authorization": f"Bearer {server_key(server.token)}"}
-            answer = await self._http.get(f"http://{address}{backend.health_path}", headers=key) if address else None
-            if answer is None or not backend.is_ready_answer(server, answer.status_code, answer.content):
+            if address is None:
+                return _Answer(Observed(alive=True))
+            async with asyncio.timeout(_HEALTH_SECONDS):
+                status, content = await get(address, backend.health_path, key)
+            if not backend.is_ready_answer(server, status, content):
                 return _Answer(Observed(alive=True))
             models = await self._adapters.loaded(server) if server.shared else frozenset[str]()
-        except (httpx.HTTPError, OSError):
+        except OSError:
             return _Answer(Observed(alive=True))
-        limits = backend.limits(answer.content)
+        limits = backend.limits(content)
         observed = Observed(alive=True, ready=True, models=models, context_tokens=_number(limits.get("context_tokens")),
-                            slots=_number(limits.get("slots")))  # fmt: skip
+                            slots=_number(limits.get("slots")), threads=_number(limits.get("threads")),
+                            is_active=limits.get("is_active") is not False)  # fmt: skip
         return _Answer(observed, {name: Tokens(*numbers) for name, numbers in limits.get("tokens", {}).items()})
 
     def _handle(self, server_id: str) -> str:

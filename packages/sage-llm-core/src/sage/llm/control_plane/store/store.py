@@ -75,14 +75,17 @@ class Store(ServerStore, RouteStore, OutboxStore):
         reason: Reason | None = None,
         put_server: ServerRecord | None = None,
         join_server: str | None = None,
+        join_values: Mapping[str, Any] | None = None,
         leave_server: str | None = None,
         must_remain: bool = False,
         **values: Any,
     ) -> EngineRecord:
         """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
-        put_server: server to insert or replace.  join_server: id of a server that hosts other engines.
-        leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed.
+        put_server: server to insert or replace.
+        join_server: id of a server that hosts other engines, or that sleeps.  join_values: columns of this server.
+        leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed,
+        unless the server sleeps.
         must_remain: raise StaleWrite if no other engine would remain on the server.  values: other columns.
 
         Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change.
@@ -95,7 +98,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
             if put_server:
                 self._put(connection, record, put_server)
             if join_server:
-                self._join(connection, record, join_server)
+                self._join(connection, record, join_server, join_values or {})
                 values["server_id"] = join_server
             return self._move(connection, record, state, actor, reason, **values)
 
@@ -124,7 +127,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease, **values: Any
     ) -> EngineRecord:
-        """Write the desired state of an engine, and other columns. Raises StaleWrite if the engine was changed meanwhile."""
+        """Write the desired state and other columns of an engine, and add an event. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
@@ -152,8 +155,8 @@ class Store(ServerStore, RouteStore, OutboxStore):
     def touch(self, engine_id: str) -> EngineRecord:
         """Record a request to an engine, and return the engine. Raises NotFound.
 
-        No lease is needed, so that a standby can call this. The write of a pause that was planned before the request
-        then raises StaleWrite.
+        No lease is needed, so that a standby can call this. The engine's version is incremented, so that a pause that was
+        planned before the request cannot be written (StaleWrite).
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)

@@ -25,12 +25,22 @@ def health() -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report the gateway's role (active or standby) and the number of engines by state; fails without the database."""
+    """Report the gateway's role (active or standby), the number of engines by state, and problems.
+
+    The request fails if the database fails.
+    """
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():
         states[state] += number
-    return {"status": "ready", "role": manager.role, "engines": states.total(), "states": dict(states)}
+    problems = manager.problems()
+    return {
+        "status": "degraded" if problems else "ready",
+        "role": manager.role,
+        "engines": states.total(),
+        "states": dict(states),
+        "problems": problems,
+    }
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -191,7 +191,7 @@ async def gpu(manager: Manager) -> dict[str, Any]:
 
 @router.post("/estimate")
 async def estimate(request: StartRequest, manager: Manager) -> EstimateView:
-    """Return the memory that an engine would need. Options of a training run that name files may be omitted."""
+    """Return the memory that an engine would need. For a training run, options that name files may be omitted."""
     return await asyncio.to_thread(estimate_engine, request, await manager.list_devices())
 
 
