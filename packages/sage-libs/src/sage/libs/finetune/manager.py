@@ -33,6 +33,7 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 from sage.libs.finetune.run.series import StepSeries
 from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive
 from sage.libs.finetune.run.summary import Summary, catch_up, read_summary
+from sage.libs.finetune.run.trackers import check_trackers
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Maximum seconds to wait for a worker to exit after the last event of its run.
@@ -68,12 +69,13 @@ class FinetuneManager:
         """Check the configuration without loading a model, create the run directory, and return the run's id.
 
         task_id: id of the new run; default: a random id.
-        Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method cannot be used, or if the run cannot
-        continue from the given checkpoint.
+        Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method or a tracker cannot be used, or if
+        the run cannot continue from the given checkpoint.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
             check_method(config, self._allow_reward_files)
+        check_trackers(config.report_to or ())
         for dataset in config.sources:
             check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()
         if config.eval_path:
@@ -194,8 +196,9 @@ class FinetuneManager:
         return request_change(run, options)
 
     def publish_checkpoint(self, task_id: str, step: int) -> Path:
-        """Return a folder with a checkpoint's adapter and tokenizer, which remains if the run removes the checkpoint.
+        """Publish a checkpoint's adapter and tokenizer in a folder, and return the folder.
 
+        The folder remains if the run removes the checkpoint.
         Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
         """
         return publish_checkpoint(self.run_directory(task_id), step)
@@ -203,7 +206,7 @@ class FinetuneManager:
     def status(self, task_id: str) -> RunStatus:
         """Return the status of a run."""
         run = self.run_directory(task_id)
-        # Check this before reading the events: if the process exits in between, its last event is then certainly read.
+        # Look for the process before reading the events. If the process exits in between, its last event is still read.
         alive = holder(run.lock_path) is not None
         summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
         self._status_cache[task_id] = summary

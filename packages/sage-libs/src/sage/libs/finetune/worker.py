@@ -15,7 +15,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from sage.common.errors import RunError, SageError
+from sage.common.errors import RunError, SageError, first_line
 from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
@@ -32,7 +32,7 @@ from sage.libs.models.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 #: If fewer bytes than this are free on the disk when an error occurs, the error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: Packages that SAGE does not use. If they are installed, transformers imports them, which takes 1 s and 120 MB.
+#: Packages that SFT does not use. If they are installed, transformers imports them. This takes 1 s and 120 MB.
 _UNUSED = ("datasets", "pandas", "scipy", "sklearn")
 #: Seconds that a failed additional process waits before it checks whether the main process still runs.
 _LEADER_SECONDS = 1.0
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         if is_out_of_memory(error) and not stop.requested:
-            logger.info("%s", _first_line(error))
+            logger.info("%s", first_line(error))
             restart_with_less_memory(run)
         _fail(run, error)
         return 1
@@ -88,7 +88,7 @@ def _follow(run: RunDirectory) -> int:
         _train(SilentRunDirectory(run.path), StopRequest())
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         if is_out_of_memory(error):
-            logger.error("%s", _first_line(error))
+            logger.error("%s", first_line(error))
             os._exit(OUT_OF_MEMORY_EXIT)  # a normal exit would wait for the messages of the other processes
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:
@@ -130,7 +130,7 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
     if is_out_of_memory(error):
         return RunError(
             code="out_of_memory",
-            message=f"Out of memory: {_first_line(error)}",
+            message=f"Out of memory: {first_line(error)}.",
             hint="Start a new run with a smaller --batch-size or --max-seq-length.",
         )
     if isinstance(error, OSError) and error.filename:
@@ -140,7 +140,7 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
             hint=f"Solve this problem, then `resume` the run. {log}",
         )
     return RunError(
-        code="training_failed", message=f"Training failed: {type(error).__name__}: {_first_line(error)}", hint=log
+        code="training_failed", message=f"Training failed: {type(error).__name__}: {first_line(error)}.", hint=log
     )
 
 
@@ -155,10 +155,6 @@ def _fullest(run: RunDirectory) -> Path:
     with contextlib.suppress(Exception):  # for example, the spec cannot be read
         folders.append(Path(run.read_spec().config.output_dir))
     return min((folder for folder in folders if folder.is_dir()), key=lambda folder: shutil.disk_usage(folder).free)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 if __name__ == "__main__":

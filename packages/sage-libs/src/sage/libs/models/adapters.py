@@ -40,7 +40,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
         if is_out_of_memory(error):
             raise
         raise _unfit(folder, first_line(error)) from error
-    if result.unexpected_keys and not config.is_prompt_learning:  # PEFT loads virtual tokens separately
+    if result.unexpected_keys and not config.is_prompt_learning:  # PEFT lists virtual tokens as unexpected keys
         raise _unfit(folder, f"the base has no layer for the adapter's weight {result.unexpected_keys[0]}")
     if result.missing_keys:
         raise _unfit(folder, f"the adapter has no weight for {result.missing_keys[0]}")
@@ -142,7 +142,7 @@ def _trained_base(folder: Path, found: str) -> str:
 def _not_finite(folder: Path, name: str) -> ModelError:
     return ModelError(
         code="adapter_not_finite",
-        message=f"The adapter in {folder} has the weight {name} with values that are not finite numbers.",
+        message=f"The weight {name} of the adapter in {folder} contains values that are not finite numbers.",
         hint="The training of the adapter diverged. Use an earlier checkpoint, or train again with a lower learning rate.",
         param="model",
     )

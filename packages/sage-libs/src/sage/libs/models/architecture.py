@@ -1,6 +1,5 @@
 """Read the sizes of a model from its config and the headers of its weight files."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sage.libs.models.gguf import gguf_header
-from sage.libs.models.resolve import safetensors_header
+from sage.libs.models.resolve import json_object, safetensors_header
 
 #: A tensor of a layer has the number of the layer in its name.
 _IN_LAYER = re.compile(r"\.(\d+)\.")
-#: Fields of a config: name in transformers, name in GGUF files after the name of the architecture.
+#: Config fields: name in transformers, and name in GGUF files. There, the architecture's name precedes the field's name.
 _FIELDS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -35,7 +34,7 @@ _CONTEXT_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a transformer. `shapes` has the shape of each tensor by name, the rows of a matrix first."""
+    """The sizes of a transformer. `shapes` maps names of tensors to their shapes; a matrix has (rows, columns)."""
 
     shapes: Mapping[str, tuple[int, ...]]
     file_bytes: int  #: size of all weight files
@@ -75,12 +74,12 @@ class Architecture:
 
     @property
     def query_size(self) -> int:
-        """Number of columns of all queries of a token."""
+        """Size of a token's queries, summed over the heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_size(self) -> int:
-        """Number of columns of all keys of a token; the values have the same number."""
+        """Size of a token's keys, summed over the heads. The values have the same size."""
         return self.num_key_value_heads * self.head_dim
 
 
@@ -108,11 +107,8 @@ def _transformers_name(name: str) -> str:
 
 
 def _text_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else dict(config)
+    config = json_object(path) if path.is_file() else {}
+    return {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
 
 
 def _architecture(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file_bytes: int) -> Architecture:

@@ -26,7 +26,7 @@ _HASH_DIGITS = 16
 
 
 def converted(folder: Path) -> Path:
-    """Return a folder with bf16 safetensors of the GGUF file in `folder`; convert the file if this was not done before."""
+    """Convert the GGUF file in `folder` to bf16 safetensors, unless it was converted before. Return the new folder."""
     gguf = next(folder.glob("*.gguf"))
     root = get_user_paths().models_dir / FOLDER
     with _reported(f"{gguf} cannot be converted to safetensors", root):
@@ -59,7 +59,7 @@ def downloaded(source: ModelSource) -> Path:
 
 
 def with_downloads(source: ModelSource) -> ModelSource:
-    """Download a model and its base model from the hub if needed; return the location. Raises ModelError on failure."""
+    """Download a model and its base model from the hub if needed. Return the model's location. Raises ModelError."""
     missing = [part for part in (source, source.base) if part and part.kind is ModelKind.HUB]
     for part in missing:
         downloaded(part)
@@ -82,7 +82,7 @@ def _make(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _reported(failure: str, place: Path) -> Iterator[None]:
-    """Convert any exception in the `with` block to ModelError, because libraries raise exceptions of many types.
+    """Convert exceptions in the `with` block, except SageError, to ModelError. Libraries raise exceptions of many types.
 
     failure: beginning of the message.  place: folder that is written, for the hint about a full disk.
     """

@@ -10,13 +10,13 @@ from typing import Any, BinaryIO
 from sage.common.errors import ModelError
 
 _MAGIC = b"GGUF"
-#: Format of each type of number in metadata, by the number of the type.
+#: Numeric types in the metadata: id of the type in GGUF files, and its format character for `struct`.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 
 def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Return the metadata without arrays, and the shape of each tensor, rows first. Raises ModelError."""
+    """Return the metadata without arrays, and the shape of each tensor: (rows, columns) for a matrix. Raises ModelError."""
     try:
         with path.open("rb") as file:
             if file.read(4) != _MAGIC:

@@ -17,7 +17,7 @@ _MOST_NAMED = 5
 def local_folder(source: ModelSource) -> Path:
     """Return a local folder that transformers and PEFT can load.
 
-    In the models folder, a GGUF file is first converted to bf16 safetensors, or a hub model is downloaded.
+    A GGUF file is first converted to bf16 safetensors, and a hub model is downloaded. Both are stored in the models folder.
     Raises ModelError if the conversion or the download fails.
     """
     if source.kind is ModelKind.GGUF:

@@ -23,6 +23,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ class SageClient:
         return self._send(calls.queue())
 
     def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a place in the queue, from 1, as near as its priority allows."""
+        """Move a waiting engine to a position in the queue (from 1), or as near to it as the engine's priority allows."""
         return self._send(calls.move(engine_id, position))
 
     def resume_engine(self, engine_id: str) -> EngineView:
@@ -116,7 +117,10 @@ class SageClient:
         return self._send(calls.resume(engine_id))
 
     def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, this checkpoint is served."""
+        """Request a checkpoint of a training run after its current step.
+
+        If the run was started with `serve`, an llm engine then serves this checkpoint.
+        """
         return self._send(calls.checkpoint(engine_id))
 
     def change_training(self, engine_id: str, **options: Any) -> TrainingChangeView:
@@ -147,12 +151,12 @@ class SageClient:
     def get_events(self, engine_id: str) -> list[EngineEvent]:
         """Return the events of one engine so far, oldest first."""
         reader = streams.EventReader()
-        return list(self._follow(lambda: calls.events(engine_id, follow=False), reader, 0))
+        return list(self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0))
 
     def follow_events(self, engine_id: str, patience_seconds: float = 60) -> Iterator[EngineEvent]:
         """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
-        yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
+        yield from self._follow(lambda: calls.events(engine_id, reader.cursor, follow=True), reader, patience_seconds)
 
     def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
         """Return at most `limit` events of all engines, starting after the event with the id `after`.
@@ -198,6 +202,10 @@ class SageClient:
     def estimate(self, model: str, **request: Any) -> EstimateView:
         """Return the memory that an engine would need.  request: the same fields as for `start_engine`."""
         return self._send(calls.estimate({"model": model, **request}))
+
+    def test_webhooks(self) -> list[WebhookResult]:
+        """Send a test message to each webhook of the gateway, and return the results."""
+        return self._send(calls.test_webhooks())
 
     def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""

@@ -53,7 +53,7 @@ class OnBusy(StrEnum):
 
     WAIT = "wait"  #: wait in the queue until enough memory is free
     PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
-    SHARE = "share"  #: start with the memory that is free, if the smallest need fits; otherwise wait
+    SHARE = "share"  #: start with the memory that is free, if the engine can work with it; otherwise wait
     FAIL = "fail"  #: fail at once
 
 

@@ -52,7 +52,7 @@ class LogReader(StreamReader[str]):
     offset: int | None = None  #: byte offset in the log after the last complete line
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Set `offset` to the position in the log at which the stream begins, from the header X-Log-Offset."""
+        """Set `offset` to the value of the header X-Log-Offset: the position in the log at which the stream begins."""
         super().begin(headers)
         try:
             self.offset = int(headers["X-Log-Offset"])

@@ -23,8 +23,8 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a certain model. The most recently started engine answers, among the running
-#: engines of the requested kind.
+#: Model name for requests that do not need a certain model. Of the running engines of the requested kind, the one that was
+#: started last answers.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
@@ -278,8 +278,8 @@ class EstimateView(BaseModel):
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
         None,
-        description="For finetune: size, in samples of `max_seq_length` tokens, of the largest micro-batch that fits in the "
-        "free memory.",
+        description="For finetune: size of the largest micro-batch that fits in the free memory, in samples of "
+        "`max_seq_length` tokens.",
     )
     training_seconds: float | None = Field(
         None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."
@@ -303,3 +303,11 @@ class BackendView(BaseModel):
     is_installed: bool
     version: str
     disk_bytes: int | None = Field(None, description="Size of the backend's environment in bytes.")
+
+
+class WebhookResult(BaseModel):
+    """The result of a webhook's test message."""
+
+    object: str = "webhook"
+    host: str = Field(description="Host of the URL; the rest of the URL can contain secrets.")
+    problem: str | None = Field(None, description="Why the message was not delivered; null if it was delivered.")

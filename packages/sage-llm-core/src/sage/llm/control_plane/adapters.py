@@ -10,8 +10,8 @@ from sage.llm.control_plane.idle import reason_of_stop, state_without_process
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, internal_prefix
 from sage.llm.control_plane.watch import Watch
 
-#: Seconds after the load of an adapter in which the adapter is not loaded again. The last observation of the server can be
-#: older than the load.
+#: After an adapter was loaded, it is not loaded again for this number of seconds, because the last observation of the server
+#: can be older than the load.
 _LOOK_SECONDS = 5.0
 
 

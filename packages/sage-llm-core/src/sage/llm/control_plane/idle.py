@@ -11,7 +11,7 @@ from sage.llm.control_plane.watch import Watch
 
 
 def idle_change(engine: EngineRecord, watch: Watch) -> SetDesired | None:
-    """Return the action that pauses an idle engine or resumes a paused engine after a request, or None."""
+    """Return the action that pauses an idle engine, or that resumes a paused engine after a request. None: no action."""
     if engine.desired is DesiredState.PAUSED:
         is_wanted = engine.last_request_at is not None and engine.paused_by in (None, "idle")
         return SetDesired(engine, DesiredState.RUNNING) if is_wanted else None

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from sage.common.cgroups import available_cores
 from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
@@ -31,6 +29,7 @@ from sage.llm.client.types import (
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.core_balance import CoreBalancer
 from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.creation import default_policy, new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
@@ -41,6 +40,7 @@ from sage.llm.control_plane.executors.placement import like_its_base
 from sage.llm.control_plane.inventory import Inventory
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
+from sage.llm.control_plane.measuring import Measuring
 from sage.llm.control_plane.node import open_state_folder
 from sage.llm.control_plane.node_memory import NodeMemory
 from sage.llm.control_plane.plan import Limits
@@ -50,6 +50,7 @@ from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
 from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, paused, standby, still_running
+from sage.llm.control_plane.request_times import RequestTimes
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -60,6 +61,7 @@ from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.training_runs import TrainingRuns
 from sage.llm.control_plane.views import Views
 from sage.llm.control_plane.waiting import ACTOR, ATTEMPTS, Waiting
+from sage.llm.control_plane.webhooks import Webhooks
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
@@ -70,7 +72,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
+class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns):
     """Starts, stops, resumes and describes the engines of this node.
 
     An engine is settled if it is stopped, completed or failed. If one node has several control planes, only the holder
@@ -115,9 +117,13 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         )
         memory = NodeMemory(self._inventory.memory)
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
-        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
-        self._views = Views(self._node, self._executors)
-        self._new_upstream = functools.lru_cache(1024)(_upstream)  # every inference request needs one
+        self._balancer = CoreBalancer(cores, adapters.set_threads) if cores else None
+        self._reconciler = Reconciler(
+            self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores, self._balancer
+        )
+        self.webhooks = Webhooks(self._store, self._pool, self._node, settings, lambda: self._keeper.lease is not None)
+        self._views, self.request_times = Views(self._node, self._executors), RequestTimes()
+        self._new_upstream = functools.lru_cache(1024)(_upstream)  # cached, because every request needs an Upstream
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -127,7 +133,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
 
     @property
     def requests_in_progress(self) -> Counter[str]:
-        """The number of requests in progress by engine id, which the gateway updates."""
+        """The number of requests in progress, by engine id. The gateway updates the numbers."""
         return self._activity.in_progress
 
     async def open(self) -> None:
@@ -137,7 +143,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         if self.role == "standby" and not self._is_standby_expected:
             logger.warning("another control plane of this node is active; this one takes over when the active one exits")
         work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
-                self._activity.run())  # fmt: skip
+                self._activity.run(), self.webhooks.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
@@ -145,8 +151,11 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._balancer:
+            await self._balancer.close()
         await self._runner.close()
         await self._prober.close()
+        await self.webhooks.close()
         await self._keeper.close()
         self._pool.close()
 
@@ -187,7 +196,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         raise busy(engine_id)
 
     async def resume_engine(self, engine_id: str) -> EngineView:
-        """Validate and queue a stopped or failed engine again, or load a paused engine again.
+        """Resume an engine: a stopped or failed engine is validated and queued again; a paused engine is loaded again.
 
         Raises SageError if the engine is active or completed, or cannot be resumed.
         """
@@ -217,8 +226,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         raise busy(engine_id)
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step. If the run is served, the checkpoint is served too.
+        """Request a checkpoint of a training run after its current step.
 
+        If the run was started with `serve`, an llm engine then serves this checkpoint.
         Raises Conflict if the engine is not a training run in state `running`.
         """
         for _ in range(ATTEMPTS):
@@ -298,7 +308,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):
                     await change.wait()
-            change = self._routing.next_change()  # before `may_use`, so that changes during `may_use` are noticed
+            change = self._routing.next_change()  # called before `may_use`, to notice changes during `may_use`
             try:
                 route = self.find(engine_id, kind)
             except NotFound:
@@ -360,8 +370,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
                 paths = {self._executors[engine.kind].log_path(engine) for engine in engines}
                 for path in (*paths, get_user_paths().state_dir / "gateway.log"):
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
-            except (OSError, SQLAlchemyError) as error:
-                logger.warning("the logs cannot be shortened: %s", error)
+            except Exception as error:
+                logger.warning("the logs cannot be shortened, retrying", exc_info=error)
 
 
 def _upstream(address: str, model_name: str | None, engine_id: str, name: str, token: str, backend: str) -> Upstream:

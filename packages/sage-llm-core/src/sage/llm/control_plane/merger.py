@@ -123,7 +123,7 @@ def _merger_of(engine: EngineRecord, observed: Observed | None) -> EngineRecord:
         served_as=None,
         idle_stop_minutes=None,
         last_request_at=None,
-        on_busy=OnBusy.FAIL,  # without free memory, the adapter continues to answer
+        on_busy=OnBusy.FAIL,  # if too little memory is free, the merger fails, and the adapter continues to answer
         not_before=None,
         queue_rank=None,
         paused_by=None,

@@ -44,8 +44,8 @@ class Publisher:
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        If this method raises StaleWrite or OSError, the caller must call it again. A result that fails with OSError
-        for a minute is given up without an error, so that the run can end.
+        If this method raises StaleWrite or OSError, the caller must call it again. If serving a result fails with
+        OSError for a minute, the result is given up without an error, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve

@@ -1,4 +1,7 @@
-"""RMSNorm with a frozen weight. Later layers recompute the output from the input, so the output is not saved."""
+"""RMSNorm with a frozen weight.
+
+The output of the norm is not saved. In the backward pass, a layer that needs the output recomputes it from the norm's input.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -53,7 +56,7 @@ def saved(states: Tensor) -> tuple[Tensor, ...]:
 
 
 def recompute(source: Sequence[Tensor]) -> Tensor:
-    """Return the states (rows, hidden_size), recomputed bit-identically.  source: the result of `saved(states)`."""
+    """Return the same states as in the forward pass, (rows, hidden_size).  source: the result of `saved(states)`."""
     states = Normed(*source).outputs() if len(source) > 1 else source[0]
     return states.reshape(-1, states.shape[-1])
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields, replace
 
 from sage.common.errors import RunError
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.run.activations import BLOCK_TOKENS, Activations, kernel_activations, plain_activations
+from sage.libs.finetune.run.activations import BLOCK_TOKENS, kernel_activations, plain_activations
 from sage.libs.models.architecture import Architecture
 
 #: Main memory of a worker without model and data: Python, torch, transformers, PEFT and the Trainer. Measured with torch 2.9
 #: on Linux, before the model is loaded (430 MB) and in addition during the first step (60 MB).
 FRAMEWORK_BYTES = 490_000_000
-#: Memory of a process's CUDA context on the GPU, about.
+#: Approximate memory of a process's CUDA context on the GPU.
 CUDA_BYTES = 500_000_000
 #: Bytes per trained parameter, in fp32: the parameter, its gradient, and AdamW's two moments.
 _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
@@ -21,12 +21,10 @@ _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
 #: Number of tokens whose logits SAGE's training step has in memory, and number of copies: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc, as a share of the activations and logits: for short samples, for long samples, and for saved
-#: values in bf16 that are computed in fp32. Measured, as in benchmarks/results/estimates.md.
-_GAPS, _LONG_GAPS, _MIXED_GAPS = 0.12, 0.27, 0.47
-#: Copies of all logits in the training step of transformers, in fp32: the logits, the logits of trained tokens, their
-#: logarithms, and two gradients.
-_PLAIN_LOSS_COPIES = 5
+#: Gaps in the heap of glibc, as a share of the activations and logits. The four values are for: short samples; long samples;
+#: saved values in bf16 with matrix products in fp32 (or the reverse); the training step of transformers, which frees many
+#: temporary values between the saved ones. Measured, as in benchmarks/results/estimates.md.
+_GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.27, 0.47, 0.5
 _MOST_SAMPLES = 2**20
 #: Number of sequences per sample in TRL's methods.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
@@ -113,16 +111,26 @@ class TrainingMemory:
         peak_bytes = self.framework_bytes + dense_bytes + sizes.file_bytes
         return replace(estimate, loading_bytes=max(0, peak_bytes - estimate.total_bytes))
 
+    def largest(self) -> TrainingEstimate:
+        """Return the memory of the micro-batch that needs the most memory among those that the options allow."""
+        longest, tokens = self.config.max_seq_length, self.config.pack_tokens
+        batches = [batch_limit(self.config)]
+        if tokens:
+            batches.append({longest: max(1, tokens // longest)})
+        if tokens and self.has_kernels and BLOCK_TOKENS < longest < tokens:  # one long sample with short samples
+            batches.append({longest: 1, BLOCK_TOKENS: (tokens - longest) // BLOCK_TOKENS})
+        return max(map(self.at, batches), key=lambda estimate: estimate.total_bytes)
+
     def least(self, length: int) -> TrainingEstimate:
         """Return the memory with the smallest micro-batch: one sample, and gradient checkpointing if it is allowed.
 
-        The pages of the mapped file are not included, because the kernel can drop them.
+        The pages of the mapped model files are not included, because the kernel can drop them.
         """
         may_checkpoint = self.config.gradient_checkpointing != "off" or self.checkpointing
         return replace(self, checkpointing=may_checkpoint, sizes=replace(self.sizes, file_bytes=0)).at([length])
 
     def fitting_samples(self, available_bytes: int, length: int) -> int:
-        """Return the largest number of samples of `length` tokens in a micro-batch that fits; 0 if not even one fits."""
+        """Return the size of the largest micro-batch that fits, in samples of `length` tokens; 0 if no sample fits."""
         fits, too_many = 0, 1
         while self._fits(available_bytes, length, too_many):
             fits, too_many = too_many, 2 * too_many
@@ -135,6 +143,8 @@ class TrainingMemory:
         return samples <= _MOST_SAMPLES and self.at({length: samples}).total_bytes <= available_bytes
 
     def _gaps(self, longest: int) -> float:
+        if not self.has_kernels:
+            return _PLAIN_GAPS
         if self.formats.bf16 != self.formats.bf16_products:
             return _MIXED_GAPS
         return _LONG_GAPS if longest > BLOCK_TOKENS else _GAPS
@@ -146,7 +156,10 @@ class TrainingMemory:
     def _activations(self, lengths: Counter[int]) -> tuple[int, int]:
         sizes, config, formats = self.sizes, self.config, self.formats
         rank = 0 if self._is_full else config.lora_rank
-        per_token: Activations = (kernel_activations if self.has_kernels else plain_activations)(sizes, rank)
+        if self.has_kernels:
+            per_token = kernel_activations(sizes, rank)
+        else:
+            per_token = plain_activations(sizes, rank, autocast=formats.bf16)
         repeats = _SEQUENCES.get(config.method, 1)
         tokens = repeats * sum(length * count for length, count in lengths.items())
         if not self.has_kernels:  # samples are padded to the longest sample
@@ -162,8 +175,8 @@ class TrainingMemory:
         saved += self._stacked_values() * formats.product_bytes
         if self.has_kernels:
             loss = min(tokens, _LOSS_TOKENS) * sizes.vocab_size * value_bytes * _LOSS_COPIES
-        else:
-            loss = tokens * sizes.vocab_size * 4 * _PLAIN_LOSS_COPIES
+        else:  # the logits and their gradient, and in fp32 the log probabilities and their gradient
+            loss = tokens * sizes.vocab_size * (2 * value_bytes + 2 * 4)
         blocks = per_token.block_values(max(lengths), sizes.num_attention_heads) if self.has_kernels else 0
         backward = (tokens * per_token.backward + blocks) * formats.product_bytes
         return int(saved), int(max(loss, backward))
@@ -218,9 +231,9 @@ def expected_kernels(config: FinetuneConfig, formats: Formats) -> bool:
 
 
 def batch_limit(config: FinetuneConfig) -> dict[int, int]:
-    """Return the number of samples for each number of tokens, for the largest micro-batch that a run can have.
+    """Return the largest micro-batch that a run can have, as the number of samples for each number of tokens.
 
-    Short samples need more memory per token, because their attention weights are saved.
+    With pack_tokens, short samples are assumed: they need more memory per token, because their attention weights are saved.
     """
     if not config.pack_tokens:
         return {config.max_seq_length: config.batch_size}
@@ -245,7 +258,7 @@ def check_memory(needs: TrainingMemory, length: int, available_bytes: int) -> No
         code="model_too_large",
         message=f"The model and its trained parameters need {gigabytes(least_bytes)} of memory, "
         f"but only {gigabytes(available_bytes)} are free.",
-        hint=f"Free some memory, then `resume` the run; or {', or '.join(ways)}.",
+        hint=f"Free up memory, then `resume` the run; or {', or '.join(ways)}.",
     )
 
 

@@ -114,7 +114,7 @@ def _padded_halves(batch: Batch, at: int) -> Iterator[Batch]:
 
 
 class Packs(Sequence[Pack]):
-    """Samples grouped into packs, and read at each access."""
+    """A sequence of packs. Each access to a pack reads its samples again."""
 
     def __init__(self, samples: Sequence[Encoded], groups: Sequence[Sequence[int]] | None = None) -> None:
         """groups: indexes of the samples of each pack; None: one sample per pack."""

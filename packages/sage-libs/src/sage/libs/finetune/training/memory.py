@@ -38,7 +38,7 @@ def peak_bytes() -> int:
     """Return the largest number of bytes that this process has used since it started, measured like `used_bytes`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    if _STATUS.exists():  # `ru_maxrss` would include the memory of the parent process before this process was started
+    if _STATUS.exists():  # on Linux, `ru_maxrss` can be the peak of the parent process
         fields = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
         if peak := fields.get("VmHWM"):
             return int(peak.split()[0]) * 1024
@@ -54,7 +54,7 @@ def limit_gpu_memory() -> None:
 
 
 def refuse_beyond_limit() -> None:
-    """Limit this process to the machine's memory and the container's free memory, so that a larger allocation fails.
+    """Limit the memory of this process, so that an allocation beyond the machine's or the container's memory fails.
 
     A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
     than Linux, this function does nothing.

@@ -63,7 +63,7 @@ def loraplus_optimizer(
 
 
 def width_of(folder: Path) -> int:
-    """Return the hidden size of the model in a folder, 768 by default. Raises ModelError if the config cannot be loaded."""
+    """Return the hidden size of the model in a folder, or 768 if the config has none. Raises ModelError."""
     return int(getattr(model_config(folder), "hidden_size", 768))
 
 
@@ -80,11 +80,11 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     for file in checkpoint.glob("model*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)  # not strict, because a file can contain a part of the weights
+        model.load_state_dict(load_file(file), strict=False)  # not strict, because a file can contain some weights only
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:
-    """Write the adapter to `folder`; after full fine-tuning, write the model in the dtype of the source model."""
+    """Write the adapter to `folder`; after full fine-tuning, write the whole model in the dtype of the model in `source`."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
         return

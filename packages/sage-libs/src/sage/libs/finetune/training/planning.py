@@ -1,4 +1,4 @@
-"""Second phase of a run: choose the precision and estimate the memory, before the data is read."""
+"""Estimate the memory of a run, and choose the precision so that the run fits into memory."""
 
 import math
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ from sage.libs.finetune.training.memory import available_bytes
 from sage.libs.finetune.training.precision import Precision
 from sage.libs.models.architecture import read_architecture
 
-#: Main memory that libraries allocate from the planning to the end of the first step. Measured with torch 2.9 on Linux.
+#: Main memory that libraries allocate between the planning and the end of the first step. Measured with torch 2.9 on Linux.
 LATER_BYTES = 60_000_000
 
-#: If a run needs a larger share of the available memory, its largest micro-batch is tried before the first step.
+#: If a run needs more than this share of the available memory, its largest micro-batch is tried before the first step.
 _SCARCE_SHARE = 0.5
 
 
@@ -57,14 +57,14 @@ class MemoryPlan:
 
     precision: Precision
     needs: TrainingMemory  #: memory needed in this precision
-    available_bytes: int  #: free memory, and the memory that this process already uses
+    available_bytes: int  #: free memory; on a CPU, plus the memory that this process already uses
     smaller: Precision | None  #: another allowed precision that needs less memory
     allowed_bytes: float = math.inf  #: memory that the run may use by its reservation
 
     def fitted(self, largest_batch: Mapping[int, int]) -> "MemoryPlan":
         """Return this plan if the run fits into memory; otherwise, return a plan with the precision `smaller`, if it is set.
 
-        largest_batch: number of samples for each number of tokens, in the largest micro-batch.
+        largest_batch: the largest micro-batch, as a mapping from a length in tokens to the number of samples of this length.
         """
         if self.smaller and self.estimate(largest_batch).total_bytes > min(self.available_bytes, self.allowed_bytes):
             needs = replace(self.needs, formats=formats_of(self.smaller))
@@ -96,7 +96,7 @@ class MemoryPlan:
         return Reduction(max(0, math.ceil(math.log2(parts))), checkpointing, estimate)
 
     def describe(self, largest_batch: Mapping[int, int]) -> str:
-        """Return a message with the needed and the available memory; if the run does not fit, with the batch that fits."""
+        """Return a message about the needed and the available memory. If the run does not fit, add how many tokens fit."""
         needed_bytes = self.estimate(largest_batch).total_bytes
         text = f"the run needs about {gigabytes(needed_bytes)} of memory; {gigabytes(self.available_bytes)} are available"
         if needed_bytes <= self.available_bytes:

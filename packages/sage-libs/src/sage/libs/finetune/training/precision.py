@@ -44,8 +44,9 @@ class Precision:
         return replace(self, bf16=True, may_shrink=False, why=f"memory is scarce; {self.why}")
 
     def without_kernels(self, asked: str) -> "Precision":
-        """Return a copy for a model that the kernels do not support: stored values and products have the same dtype.
+        """Return a copy for a model that the kernels do not support.
 
+        In the copy, stored values and products have the same dtype.
         asked: value of the option `precision`.
         """
         dense = self.without_int8()

@@ -15,7 +15,7 @@ class Reporter:
     """Appends progress and warnings to the events of a run, and writes them to the log."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest, checked_model: str | None) -> None:
-        """checked_model: model name for the error that dataset warnings cause; None: the user allows warnings."""
+        """checked_model: model to name in the error that is raised if the dataset has warnings. None: no error."""
         self._run, self._stop, self._checked_model = run, stop, checked_model
         self._reported: set[tuple[Path, Code]] = set()
 

@@ -14,7 +14,10 @@ class StopRequest:
         self.requested = False
 
     def install(self) -> None:
-        """Install signal handlers: SIGTERM and SIGINT request a stop. A SIGTERM that was blocked before is delivered."""
+        """Install signal handlers: SIGTERM and SIGINT request a stop.
+
+        SIGTERM is also unblocked, so that a SIGTERM that has already arrived is delivered.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.request())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -24,7 +24,7 @@ from sage.common.training import FailedEvent
 from sage.libs.finetune.run.retrying import OUT_OF_MEMORY_EXIT, restart_with_less_memory
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
-#: Timeout of messages, which is long because the other processes wait while the main process tokenizes or evaluates.
+#: Timeout of messages. It is long, because the other processes wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
 _LOOK_SECONDS = 0.5
 

@@ -1,7 +1,8 @@
-"""Copies of models in the formats of inference servers, in `cache_dir/gguf`, `openvino` and `vllm`, with a maximum size.
+"""Copies of models in the formats of inference servers. The total size of all copies is limited.
 
-A copy is the folder `ROOT/KEY`. A process that uses a copy holds a shared lock on `ROOT/.KEY.use` until the process
-exits, even after `exec`. The modification time of `ROOT/.KEY.use` is the time of the last use.
+A copy is the folder `ROOT/KEY`. ROOT is `gguf`, `openvino` or `vllm` in `cache_dir`. A process that uses a copy holds a
+shared lock on `ROOT/.KEY.use` until the process exits, even after `exec`. The modification time of `ROOT/.KEY.use` is the
+time of the last use.
 """
 
 import contextlib

@@ -42,7 +42,7 @@ def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
 
 
 def parameter_count(source: ModelSource) -> int:
-    """Return the number of parameters of a model without its adapter; 0 for a GGUF file or before the download."""
+    """Return the number of parameters of a model without its adapter; 0 for a GGUF file or a model not yet downloaded."""
     folder = (source.base or source).folder
     headers = [safetensors_header(file) for file in folder.glob("*.safetensors")]
     return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())

@@ -75,9 +75,10 @@ def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: b
 
 
 def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
-    """Derive the constant texts of a chat template. Raises ModelError if the texts do not give the template's prompts.
+    """Derive the constant texts of a chat template.
 
     bos: text that is removed from the beginning of rendered chats.
+    Raises ModelError if prompts that are built from these texts differ from the prompts of the template.
     """
     for with_system in (True, False):
         try:

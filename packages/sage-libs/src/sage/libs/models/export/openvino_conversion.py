@@ -21,7 +21,8 @@ from sage.libs.models.export.steps import finish_step
 from sage.libs.models.loading import load_causal_lm, load_tokenizer
 
 _ATTENTION = "sage_openvino_export"
-#: Types of rotary embeddings whose values depend on the length of the text; the trace has the values for short texts only.
+#: Types of rotary embeddings whose values depend on the length of the text. The converted model would use
+#: the values of short texts for all texts.
 _VARYING_ROPE = frozenset({"dynamic", "longrope"})
 #: Largest difference between the logits of transformers and of OpenVINO, relative to the largest logit.
 _TOLERANCE = 1e-3
@@ -36,7 +37,7 @@ class _Shape(NamedTuple):
 
 class _Layers:
     def __init__(self, past: tuple[Tensor, ...], order: Tensor, mask: Tensor | None) -> None:
-        """past: keys and values of each layer, or () to record only the shapes.  order: the past row of each row."""
+        """past: keys and values of each layer, or () to record the shapes.  order: index in `past` of each sequence."""
         self._past, self._order, self._mask = past, order, mask
         self.present: list[Tensor] = []
 
@@ -167,7 +168,7 @@ def _set_initial_states(converted: Any) -> None:
 
 
 def _logits(converted: Any, prompt: list[int]) -> Tensor:
-    """Return the logits after the prompt, which is computed in two parts."""
+    """Return the logits of the last token. The prompt is sent in two parts; the second uses the stored keys and values."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}

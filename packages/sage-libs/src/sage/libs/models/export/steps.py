@@ -1,4 +1,4 @@
-"""Run the steps of an export as processes. The last line of a step's output is a JSON object with its result."""
+"""Run the steps of an export as processes. The last line that a step prints is a JSON object with the result."""
 
 import json
 import signal

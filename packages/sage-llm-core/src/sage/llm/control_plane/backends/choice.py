@@ -23,7 +23,7 @@ def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this 
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
 
     If some candidates can load adapters into a running server, only these candidates are compared.
-    purpose: what only the candidates can do, as the end of a sentence.
+    purpose: end of the reason if there is only one candidate, such as "that can quantize the model to int8".
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:

@@ -32,7 +32,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = None) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and the reason for an automatic choice, or None.
+    """Return a backend that can run `model`, and the reason if it was chosen automatically, else None.
 
     quantize: the requested value of the option `quantize`. Raises ConfigError if the backend is not installed, or if no
     backend can run the model as an engine of `kind`.
@@ -59,7 +59,7 @@ def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = 
 
 
 def resolve_merged(model: ModelSource) -> tuple[Backend, str]:
-    """Return the fastest installed backend that can serve an adapter merged into its base, and the reason of the choice."""
+    """Return the fastest installed backend that can serve an adapter merged into its base, and the reason for the choice."""
     device = environments.device()
     able = [
         backend
@@ -119,7 +119,7 @@ def _view(backend: Backend, environment: environments.Environment | None) -> Bac
     can = backend.capabilities
     return BackendView(
         name=backend.name, kinds=sorted(can.kinds), formats=sorted(can.formats), devices=sorted(can.devices),
-        hot_adapters=can.hot_adapters, quantizes=sorted(can.quantizes), sleep=can.sleep,
+        hot_adapters=can.hot_adapters, quantizes=sorted(can.quantizes), sleep=can.asleep_bytes is not None,
         has_environment=environment is not None, is_installed=environments.is_installed(backend.name),
         version=environment.version if environment else version("sage-llm-core"),
         disk_bytes=environment and environment.disk_bytes,

@@ -25,6 +25,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """The numbers of tokens that a model has processed since it was loaded."""
+
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
 class Observed:
     """The observed condition of an engine, independent of the state in the store."""
 
@@ -39,10 +47,13 @@ class Observed:
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None
+    tokens: Tokens | None = None  #: None: the server does not count tokens
+    threads: int | None = None  #: CPU threads that the server uses now; None: it cannot change them while it runs
+    is_active: bool = True  #: the server has answered requests in the last seconds; True if the server does not report it
 
 
 class Executor(Protocol):
-    """Checks, runs and observes engines of one or more kinds. Every method returns soon, or can be cancelled.
+    """Checks, runs and observes engines of one or more kinds. Every `async` method returns soon, or can be cancelled.
 
     If a method raises OSError, the result is not known, and the caller retries.
     """
@@ -53,8 +64,8 @@ class Executor(Protocol):
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, for example of the dataset, and create the files of the engine. Raises SageError.
 
-        Returns the values of the engine's columns to store. Called before each start that a user requests, possibly more
-        than once.
+        Returns values to store in the engine's columns. Called before each start that a user requests, possibly more than
+        once.
         """
 
     async def discard(self, engine_id: str) -> None:

@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass
 class FinetuneEngineConfig:
-    """The basic options of a fine-tuning."""
+    """The basic options of a training run."""
 
     base_model: str
     dataset_path: str

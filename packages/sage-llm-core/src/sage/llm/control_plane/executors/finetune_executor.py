@@ -13,6 +13,7 @@ from sage.common.training import TrainingOptions, TrainingProgress, TrainingStep
 from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
+from sage.libs.finetune.run.disk import check_start
 from sage.libs.finetune.run.output import check_claim
 from sage.libs.finetune.run.reservation import RESERVED_VARIABLE
 from sage.libs.finetune.run.rundir import RunDirectory
@@ -75,7 +76,7 @@ class FinetuneExecutor:
 
     async def check_resumable(self, engine: EngineRecord) -> None:
         """Raise Conflict if the run is completed, OutputError if the run's output folder belongs to another run."""
-        was_launched = engine.server_id is not None  # if not, the run directory possibly does not exist
+        was_launched = engine.server_id is not None  # before its first launch, a run possibly has no directory
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
 
@@ -132,7 +133,10 @@ class FinetuneExecutor:
         return spec.config.model_dump(mode="json")
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder with the checkpoint as a model. The run never removes the folder. Raises ModelError, OSError."""
+        """Return a folder that contains a checkpoint as a model that can be served. The run never removes this folder.
+
+        Raises ModelError or OSError.
+        """
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 
     def log_path(self, engine: EngineRecord) -> Path:
@@ -153,6 +157,8 @@ class FinetuneExecutor:
         backend, _ = registry.resolve(request.backend, request.engine_kind, model)
         check_claim(Path(config.output_dir), task_id_of(engine_id))
         estimate = backend.estimate(model, config)
+        if estimate:
+            check_start(config, estimate.breakdown.parts()["adapter"], self._manager.root)
         return Prepared(
             backend.name,
             config.model_dump(mode="json"),

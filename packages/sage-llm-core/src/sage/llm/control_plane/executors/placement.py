@@ -32,7 +32,7 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
 
 
 def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: Mapping[str, Any]) -> EngineRecord:
-    """Return an engine of an adapter with the backend and options of the first server that it can join.
+    """If an engine serves an adapter, return the engine with the backend and options of the first server that it can join.
 
     The engine is not changed if its model is no adapter, if the request named a backend or a port, or if no server fits.
     given: options that the user has set. The server must have the same values. Raises ModelError.

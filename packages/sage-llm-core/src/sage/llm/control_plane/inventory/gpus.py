@@ -78,7 +78,10 @@ def _gpus(nvml: Any) -> Iterator[Gpu]:
 
 
 def _is_visible(gpu: Gpu) -> bool:
-    """Return whether CUDA_VISIBLE_DEVICES is not set, or contains the number or the beginning of the UUID of a GPU."""
+    """Return whether CUDA_VISIBLE_DEVICES allows this process to use a GPU.
+
+    The variable is not set, or one of its entries is the GPU's number or the beginning of the GPU's UUID.
+    """
     entries = os.environ.get("CUDA_VISIBLE_DEVICES", str(gpu.number)).split(",")
     return any(
         entry and (entry == str(gpu.number) or (gpu.uuid or "").startswith(entry)) for entry in map(str.strip, entries)

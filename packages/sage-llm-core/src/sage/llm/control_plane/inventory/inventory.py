@@ -103,7 +103,7 @@ class Inventory:
 
 
 def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_bytes: int | None) -> DeviceMemory:
-    """Return the memory of a device on which several bounds apply at the same time.
+    """Return the memory of a device to which several bounds apply at the same time.
 
     own_bytes: the memory that engines use. The used memory of each bound includes this memory.
     limit_bytes: the memory that all engines together may use. None: no limit.
@@ -141,7 +141,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes without shared pages, which the system does not count as used."""
+    """Return the resident memory of processes, without shared pages, because the system does not count them as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):

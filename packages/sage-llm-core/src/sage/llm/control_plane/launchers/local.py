@@ -55,7 +55,7 @@ class LocalLauncher:
         _listen(port).close()
 
     async def launch(self, spec: ProcessSpec) -> str | None:
-        """Start a process, which keeps its lock file locked, and return its address. Raises Conflict or OSError.
+        """Start a process and return its address. The process keeps its lock file locked. Raises Conflict or OSError.
 
         Raises TimeoutError if the launch takes too long. The launch then continues, and the next call waits until it ends.
         """
