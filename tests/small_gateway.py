@@ -94,6 +94,8 @@ class Gateway(BaseHTTPRequestHandler):
             self.send_json(200, {"model": body["model"], "kind": "llm", "backend": "x", **amounts})
         elif self.path.endswith("completions"):
             self.send_json(200, {"choices": [{"message": {"content": "Hello"}}]})
+        elif self.path.endswith("/webhooks/test"):
+            self.send_json(200, {"data": [{"host": "a.example", "problem": None}]})
         else:
             self.send_json(200, engine_view().model_dump(mode="json"))
 

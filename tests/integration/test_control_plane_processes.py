@@ -97,7 +97,11 @@ def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path)
     assert 'sage_engines{kind="finetune",state="completed"} 1.0' in metrics
     assert 'sage_device_memory_total_bytes{index="0",kind="cpu"' in metrics
     assert "completed" in httpx.get(f"{url()}/v1/management/engines/{engine}/events").text
-    sage("llm", "engine", "remove", engine)
+    run = Path(list_engines()[engine]["run_dir"])
+    assert "1 engines would be deleted" in sage("llm", "engine", "prune", "--older-than", "0", "--dry-run").stderr
+    assert run.is_dir()
+    assert engine in sage("llm", "engine", "prune", "--older-than", "0").stdout
+    assert (run.exists(), list_engines()) == (False, {})
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 

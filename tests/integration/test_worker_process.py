@@ -55,6 +55,7 @@ def worker(tiny_model: Path, tmp_path: Path) -> Iterator[Worker]:
     answer = wait_for(health, "readiness")
     assert answer.json() == {
         "status": "ok", "engine": "engine-0123456789", "pid": process.pid, "context_tokens": 10**7, "slots": 16,
+        "tokens": {"": [0, 0]},
         "slots_in_use": 0,
     }  # fmt: skip
     yield Worker(process, url)

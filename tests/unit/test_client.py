@@ -69,6 +69,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("remove_route", lambda c: c.remove_route("org/a"), lambda r: r is None),
     ("devices", lambda c: c.devices(), lambda r: r[0].kind == "cpu"),
     ("estimate", lambda c: c.estimate("m", engine_kind="llm"), lambda r: (r.model, r.parts) == ("m", {"weights": 3})),
+    ("test_webhooks", lambda c: c.test_webhooks(), lambda r: r[0].host == "a.example"),
     ("backends", lambda c: c.backends(), lambda r: r[0].name == "x"),
     ("health", lambda c: c.health(), lambda r: r["service"] == "sage-gateway"),
     ("models", lambda c: c.models(), lambda r: r == ["m"]),
@@ -217,6 +218,6 @@ def test_the_wheels_of_the_command_line_require_neither_a_database_nor_training_
         return direct.union(*(required(each) for each in direct if each.startswith("sage-")))
 
     assert required("sage-cli") == {
-        "sage-common", "sage-llm-client", "httpx", "platformdirs", "psutil", "pydantic", "pydantic-settings", "rich",
-        "typer",
+        "sage-common", "sage-llm-client", "httpx", "packaging", "platformdirs", "psutil", "pydantic", "pydantic-settings",
+        "rich", "typer",
     }  # fmt: skip

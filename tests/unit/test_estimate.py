@@ -120,6 +120,23 @@ def test_the_limit_of_a_micro_batch_assumes_the_samples_that_need_the_most_memor
 
 
 @pytest.mark.parametrize(
+    ("options", "batch"),
+    [
+        ({"pack_tokens": 1024, "max_seq_length": 100}, {100: 10}),
+        ({"pack_tokens": 1024, "max_seq_length": 2048}, {2048: 1}),
+        ({"pack_tokens": 4096, "max_seq_length": 300}, {300: 1, 256: 14}),
+        ({"pack_tokens": None, "batch_size": 3, "max_seq_length": 300}, {300: 3}),
+    ],
+)
+def test_a_run_reserves_the_memory_of_its_largest_micro_batch(
+    model: Path, options: dict[str, object], batch: dict[int, int]
+) -> None:
+    run = needs(model, **options)
+    assert run.largest() == run.at(batch)
+    assert run.largest().total_bytes >= run.at(batch_limit(run.config)).total_bytes
+
+
+@pytest.mark.parametrize(
     ("options", "way"),
     [({}, "--quantization 4bit"), ({"finetuning_type": "full", "lora_rank": 8}, "train an adapter"),
      ({"quantization": "4bit"}, "use a smaller model")],

@@ -184,9 +184,13 @@ def test_a_model_is_imported_completely_and_only_under_an_unused_name(tmp_path: 
     assert "org/mine" in {model.name for model in list_models()}
     with pytest.raises(Conflict, match="exists already"):
         import_model(folder, "org/mine")
-    for name in ("../escape", "finetuned/x", "a/b/c", ""):
+    for name in ("../escape", "org/..", "finetuned/x", "finetuned", "a/b/c", "org/.hidden", "-x", ""):
         with pytest.raises(ConfigError):
             import_model(folder, name)
+    import_model(folder, "finetuned-by-us")
+    full(target.with_name(".other.partial"))  # an interrupted import
+    assert {model.name for model in list_models()} >= {"org/mine", "finetuned-by-us"}
+    assert not any(".partial" in model.name for model in list_models())
     with pytest.raises(ModelError):
         import_model(tmp_path, "org/nothing")
     with pytest.raises(ModelNotFound):

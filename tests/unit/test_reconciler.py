@@ -482,3 +482,75 @@ def test_a_restart_waits_longer_each_time(loop: Loop) -> None:
         assert loop.world.launched == []
 
     loop.run(test)
+
+
+def test_an_error_in_the_plan_of_one_engine_does_not_stop_the_other_engines_and_is_logged_once(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop.add(record(S.RUNNING, serve={"no": "served run"}), record(id="engine-b"))
+
+    async def test(loop: Loop) -> None:
+        await loop.until(lambda: loop.state("engine-b") is S.RUNNING and "engine-a" in loop.prober.observed())
+        await loop.ticked()
+        (problem,) = loop.reconciler.problems()
+        assert "engine-a" in problem
+
+    loop.run(test)
+    assert [entry.message for entry in caplog.records] == ["engine-a cannot be reconciled, retrying"]
+
+
+def test_the_loop_survives_an_error_of_the_whole_plan_and_continues_when_the_error_is_gone(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.add(record())
+
+    async def test(loop: Loop) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("sage.llm.control_plane.plan.queue_of", lambda *_: {}["bug"])
+            await loop.ticked()
+            assert [problem.partition(":")[0] for problem in loop.reconciler.problems()] == [
+                "The next actions cannot be planned"
+            ]
+        await loop.until(lambda: loop.state() is S.RUNNING)
+        assert loop.reconciler.problems() == []
+
+    loop.run(test)
+
+
+def test_a_control_plane_that_lost_the_lease_shows_no_queue(loop: Loop) -> None:
+    loop.add(record())
+
+    async def test(loop: Loop) -> None:
+        await loop.reconciler.tick(is_active=True)
+        assert loop.reconciler.queue.decisions
+        await loop.reconciler.tick(is_active=False)
+        assert not loop.reconciler.queue.decisions
+
+    loop.run(test)
+
+
+def test_a_new_checkpoint_wakes_the_reconciler_but_a_step_does_not(loop: Loop) -> None:
+    run = record(S.RUNNING, kind=EngineKind.FINETUNE, serve={"name": "m"})
+    loop.world.alive.add("engine-a")
+    progress = TrainingProgress(step=1, total_steps=9, progress=0.1)
+    seen: list[int | None] = []
+
+    async def test(loop: Loop) -> None:
+        def note() -> None:
+            last = prober.last("engine-a")
+            seen.append(last.training.checkpoint_step if last and last.training else -1)
+
+        async def probed(**values: int) -> None:
+            loop.world.training["engine-a"] = progress.model_copy(update=values)
+            await prober._probe(target, asyncio.create_task(loop.world.observe({"engine-a"})))
+
+        prober = Prober({EngineKind.FINETUNE: loop.world}, loop.world, note)
+        prober.watch([dataclasses.replace(run, server_id="server-a")], {"server-a": server(handle="engine-a")})
+        target = prober._targets["engine-a"]
+        await probed()
+        await probed(step=2)
+        await probed(step=3, checkpoint_step=3)
+        await probed(step=4, checkpoint_step=3)
+
+    loop.run(test)
+    assert seen == [None, 3]

@@ -199,7 +199,8 @@ def test_an_engine_that_is_given_up_leaves_the_process_to_the_others(world: Worl
             await runner.idle()
 
     world.run(test)
-    assert world.store.get("engine-a").state is S.FAILED
+    failed = world.store.get("engine-a")
+    assert (failed.state, failed.reason and failed.reason.code) == (S.FAILED, "adapter_load_failed")
     assert (world.signals, len(world.store.servers("n"))) == ([] if others else [Signal.KILL], others)
 
 
@@ -261,6 +262,7 @@ def test_an_action_that_failed_is_repeated_later_each_time_and_a_different_one_i
     [
         (AdapterRefused(code="adapter_refused", message="its rank is too large"), 1),
         (EngineError(code="adapter_load_failed", message="its rank is too large"), runner._MAX_FAILURES),
+        (RuntimeError("its rank is too large.\nMore."), runner._MAX_FAILURES),
     ],
 )
 def test_a_newer_version_that_cannot_be_loaded_leaves_the_older_one_and_a_warning_in_the_status(
@@ -280,7 +282,9 @@ def test_a_newer_version_that_cannot_be_loaded_leaves_the_older_one_and_a_warnin
             engine = await load(runner)
         assert engine.reason
         assert (engine.state, engine.served_as, engine.reason.code) == (S.RUNNING, "sage-a-1", "adapter_refused")
-        assert "/newer: its rank is too large. The previous version is still used." in engine.reason.message
+        assert engine.reason.message.startswith("server-a cannot load /newer: ")
+        assert engine.reason.message.endswith("its rank is too large. The previous version is still used.")
+        assert "started" not in engine.reason.message
         assert (engine.model, engine.adapter) == ("/older", "/older")
         world.loaded = {}  # the server has lost the older one
         for _ in range(tries):

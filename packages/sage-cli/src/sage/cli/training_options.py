@@ -98,6 +98,12 @@ OPTIONS = (
     ),
     TrainingOption("quantization", str, None, "Quantization of the base model on any device: 8bit, 4bit or none."),
     TrainingOption("seed", int, 42, "Random seed of adapter weights, sample order and dropout."),
+    TrainingOption(
+        "report_to",
+        list[str],
+        None,
+        "Experiment tracker that receives the steps: tensorboard, mlflow, trackio or wandb; may be repeated.",
+    ),
     TrainingOption("resume_from_checkpoint", str, None, "Checkpoint folder to continue from."),
 )
 

@@ -1,12 +1,15 @@
 """Settings: environment variables `SAGE_…` override `config.toml`, which overrides the defaults."""
 
+import base64
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -18,7 +21,9 @@ from sage.common.paths import get_user_paths
 from sage.common.validation import config_error
 
 #: Settings whose values are never printed.
-_SECRETS = frozenset({"api_key", "database_url"})
+_SECRETS = frozenset({"api_key", "database_url", "webhook_urls", "webhook_secret"})
+#: Allowed lengths of `webhook_secret`. Source: Standard Webhooks, specification 1.0.0, "Signature scheme".
+_WEBHOOK_KEY_BYTES = (24, 64)
 
 
 class Settings(BaseSettings):
@@ -72,6 +77,10 @@ class Settings(BaseSettings):
     training_threads: int | None = Field(
         None, ge=1, description="CPU threads of a training run; default: an equal share of the cores."
     )
+    webhook_secret: SecretStr | None = Field(None, description="Key that signs the messages to webhook_urls.")
+    webhook_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), repr=False, description="URLs that receive a message when an engine runs, is paused, completes or fails."
+    )
     request_wait_seconds: float = Field(60, ge=0, description="Maximum seconds that a request waits for a starting engine.")
 
     @model_validator(mode="before")
@@ -86,6 +95,33 @@ class Settings(BaseSettings):
         if not text.isascii() or not text.isprintable() or " " in text:  # the key is sent in an HTTP header
             raise ValueError("must be printable ASCII characters without spaces")
         return key
+
+    @field_validator("webhook_urls", mode="before")
+    @classmethod
+    def _split_urls(cls, urls: Any) -> Any:
+        return tuple(dict.fromkeys(filter(None, map(str.strip, urls.split(","))))) if isinstance(urls, str) else urls
+
+    @field_validator("webhook_urls")
+    @classmethod
+    def _usable_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if urls and info.data.get("webhook_secret", True) is None:
+            raise ValueError("also requires webhook_secret; create one: openssl rand -base64 32")
+        for parts in map(urlsplit, urls):
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("must be URLs that begin with http:// or https://, separated by commas")
+        return urls
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _usable_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None:
+            try:
+                key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
+            except ValueError:
+                key = b""
+            if not _WEBHOOK_KEY_BYTES[0] <= len(key) <= _WEBHOOK_KEY_BYTES[1]:
+                raise ValueError("must be 24 to 64 bytes as base64; create one: openssl rand -base64 32")
+        return secret
 
     @field_validator("fake_devices")
     @classmethod

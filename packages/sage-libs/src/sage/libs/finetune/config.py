@@ -10,6 +10,7 @@ from sage.common.errors import ConfigError
 from sage.common.validation import validated
 from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.data.sources import Source, absolute
+from sage.libs.finetune.run.trackers import Tracker
 
 #: Options that are rejected if `finetuning_type` is `full`.
 _OF_LORA = (
@@ -126,6 +127,9 @@ class FinetuneConfig(BaseModel):
         None, description="Quantization of the frozen base model, if bitsandbytes supports the device; overrides use_8bit."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Random seed for the adapter, the order of the data, and dropout.")
+    report_to: list[Tracker] | None = Field(
+        None, description="Experiment trackers that receive the steps: tensorboard, mlflow, trackio or wandb."
+    )
     resume_from_checkpoint: str | None = Field(
         None, description="Checkpoint of another run, from which the training continues."
     )

@@ -36,6 +36,7 @@ from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 from sage.libs.finetune.run.series import StepSeries
 from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive
 from sage.libs.finetune.run.summary import Summary, catch_up, read_summary
+from sage.libs.finetune.run.trackers import check_trackers
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Maximum seconds to wait for a worker to exit after the last event of its run.
@@ -71,12 +72,13 @@ class FinetuneManager:
         """Check the configuration without loading a model, create the run directory, and return the run's id.
 
         task_id: id of the new run; default: a random id.
-        Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method cannot be used, or if the run cannot
-        continue from the given checkpoint.
+        Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method or a tracker cannot be used, or if
+        the run cannot continue from the given checkpoint.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
             _check_method(config, self._allow_reward_files)
+        check_trackers(config.report_to or ())
         for dataset in config.sources:
             check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()
         if config.eval_path:

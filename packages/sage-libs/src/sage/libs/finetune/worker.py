@@ -15,7 +15,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from sage.common.errors import RunError, SageError
+from sage.common.errors import RunError, SageError, first_line
 from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
@@ -121,7 +121,7 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
     if is_out_of_memory(error):
         return RunError(
             code="out_of_memory",
-            message=f"Out of memory: {_first_line(error)}",
+            message=f"Out of memory: {first_line(error)}.",
             hint="Start a new run with a smaller --batch-size or --max-seq-length.",
         )
     if isinstance(error, OSError) and error.filename:
@@ -131,7 +131,7 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
             hint=f"Solve this problem, then `resume` the run. {log}",
         )
     return RunError(
-        code="training_failed", message=f"Training failed: {type(error).__name__}: {_first_line(error)}", hint=log
+        code="training_failed", message=f"Training failed: {type(error).__name__}: {first_line(error)}.", hint=log
     )
 
 
@@ -146,10 +146,6 @@ def _fullest(run: RunDirectory) -> Path:
     with contextlib.suppress(Exception):  # for example, the spec cannot be read
         folders.append(Path(run.read_spec().config.output_dir))
     return min((folder for folder in folders if folder.is_dir()), key=lambda folder: shutil.disk_usage(folder).free)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -144,12 +145,16 @@ class AsyncSageClient:
     async def get_events(self, engine_id: str) -> list[EngineEvent]:
         """Return the events of one engine so far, oldest first."""
         reader = streams.EventReader()
-        return [event async for event in self._follow(lambda: calls.events(engine_id, follow=False), reader, 0)]
+        return [
+            event async for event in self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0)
+        ]
 
     async def follow_events(self, engine_id: str, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
         """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
-        async for event in self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds):
+        async for event in self._follow(
+            lambda: calls.events(engine_id, reader.cursor, follow=True), reader, patience_seconds
+        ):
             yield event
 
     async def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
@@ -197,6 +202,10 @@ class AsyncSageClient:
     async def estimate(self, model: str, **request: Any) -> EstimateView:
         """Return the memory that an engine would need.  request: the same fields as for `start_engine`."""
         return await self._send(calls.estimate({"model": model, **request}))
+
+    async def test_webhooks(self) -> list[WebhookResult]:
+        """Send a test message to each webhook of the gateway, and return the results."""
+        return await self._send(calls.test_webhooks())
 
     async def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""

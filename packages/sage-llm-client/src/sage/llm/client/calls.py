@@ -22,6 +22,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -146,9 +147,12 @@ def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
     return Call("GET", _engine(engine_id, "/logs"), lambda _: None, params={"follow": True, **begin})
 
 
-def events(engine_id: str, *, follow: bool) -> Call[None]:
-    """Return the call that streams the past events of one engine, and also new events if `follow` is set."""
-    return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
+def events(engine_id: str, after: int, *, follow: bool) -> Call[None]:
+    """Return the call that streams the events of one engine after the event with the id `after`.
+
+    If `follow` is set, new events are also streamed.
+    """
+    return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"after": after, "follow": follow})
 
 
 def changes(after: Cursor, limit: int) -> Call[EventPage]:
@@ -200,6 +204,11 @@ def devices() -> Call[list[Device]]:
 def estimate(request: dict[str, Any]) -> Call[EstimateView]:
     """Return the call that estimates the memory of an engine."""
     return Call("POST", f"{_PREFIX}/estimate", as_model(EstimateView), json=request)
+
+
+def test_webhooks() -> Call[list[WebhookResult]]:
+    """Return the call that sends a test message to each webhook."""
+    return Call("POST", f"{_PREFIX}/webhooks/test", as_list(WebhookResult))
 
 
 def backends() -> Call[list[BackendView]]:

@@ -23,6 +23,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -150,12 +151,12 @@ class SageClient:
     def get_events(self, engine_id: str) -> list[EngineEvent]:
         """Return the events of one engine so far, oldest first."""
         reader = streams.EventReader()
-        return list(self._follow(lambda: calls.events(engine_id, follow=False), reader, 0))
+        return list(self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0))
 
     def follow_events(self, engine_id: str, patience_seconds: float = 60) -> Iterator[EngineEvent]:
         """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
-        yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
+        yield from self._follow(lambda: calls.events(engine_id, reader.cursor, follow=True), reader, patience_seconds)
 
     def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
         """Return at most `limit` events of all engines, starting after the event with the id `after`.
@@ -201,6 +202,10 @@ class SageClient:
     def estimate(self, model: str, **request: Any) -> EstimateView:
         """Return the memory that an engine would need.  request: the same fields as for `start_engine`."""
         return self._send(calls.estimate({"model": model, **request}))
+
+    def test_webhooks(self) -> list[WebhookResult]:
+        """Send a test message to each webhook of the gateway, and return the results."""
+        return self._send(calls.test_webhooks())
 
     def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""

@@ -303,3 +303,11 @@ class BackendView(BaseModel):
     is_installed: bool
     version: str
     disk_bytes: int | None = Field(None, description="Size of the backend's environment in bytes.")
+
+
+class WebhookResult(BaseModel):
+    """The result of a webhook's test message."""
+
+    object: str = "webhook"
+    host: str = Field(description="Host of the URL; the rest of the URL can contain secrets.")
+    problem: str | None = Field(None, description="Why the message was not delivered; null if it was delivered.")

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from sage.common.cgroups import available_cores
 from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
@@ -41,6 +39,7 @@ from sage.llm.control_plane.executors.placement import like_its_base
 from sage.llm.control_plane.inventory import Inventory
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
+from sage.llm.control_plane.measuring import Measuring
 from sage.llm.control_plane.node import open_state_folder
 from sage.llm.control_plane.node_memory import NodeMemory
 from sage.llm.control_plane.plan import Limits
@@ -50,6 +49,7 @@ from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
 from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, paused, standby, still_running
+from sage.llm.control_plane.request_times import RequestTimes
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -60,6 +60,7 @@ from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.training_runs import TrainingRuns
 from sage.llm.control_plane.views import Views
 from sage.llm.control_plane.waiting import ACTOR, ATTEMPTS, Waiting
+from sage.llm.control_plane.webhooks import Webhooks
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
@@ -70,7 +71,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
+class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns):
     """Starts, stops, resumes and describes the engines of this node.
 
     An engine is settled if it is stopped, completed or failed. If one node has several control planes, only the holder
@@ -116,7 +117,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         memory = NodeMemory(self._inventory.memory)
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
         self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
-        self._views = Views(self._node, self._executors)
+        self.webhooks = Webhooks(self._store, self._pool, self._node, settings, lambda: self._keeper.lease is not None)
+        self._views, self.request_times = Views(self._node, self._executors), RequestTimes()
         self._new_upstream = functools.lru_cache(1024)(_upstream)  # cached, because every request needs an Upstream
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -137,7 +139,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         if self.role == "standby" and not self._is_standby_expected:
             logger.warning("another control plane of this node is active; this one takes over when the active one exits")
         work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
-                self._activity.run())  # fmt: skip
+                self._activity.run(), self.webhooks.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
@@ -147,6 +149,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._runner.close()
         await self._prober.close()
+        await self.webhooks.close()
         await self._keeper.close()
         self._pool.close()
 
@@ -361,8 +364,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, TrainingRuns):
                 paths = {self._executors[engine.kind].log_path(engine) for engine in engines}
                 for path in (*paths, get_user_paths().state_dir / "gateway.log"):
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
-            except (OSError, SQLAlchemyError) as error:
-                logger.warning("the logs cannot be shortened: %s", error)
+            except Exception as error:
+                logger.warning("the logs cannot be shortened, retrying", exc_info=error)
 
 
 def _upstream(address: str, model_name: str | None, engine_id: str, name: str, token: str, backend: str) -> Upstream:

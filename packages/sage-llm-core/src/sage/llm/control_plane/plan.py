@@ -76,7 +76,14 @@ def decide(snapshot: Snapshot) -> tuple[list[Action], Queue]:
     """Return the actions of the plan, and the queue from which they were derived."""
     hosts = Hosts(snapshot.engines, snapshot.servers, snapshot.observed)
     queue = queue_of(snapshot.engines, snapshot.servers.values(), snapshot.watches, hosts, snapshot.memory)
-    actions = [action for engine in snapshot.engines if (action := _next(engine, snapshot, hosts, queue))]
+    actions: list[Action] = []
+    for engine in snapshot.engines:
+        try:
+            action = _next(engine, snapshot, hosts, queue)
+        except Exception as error:  # noqa: BLE001 - the reconciler logs the errors
+            queue.errors[engine.id] = error
+        else:
+            actions += [action] if action else []
     return with_threads(actions, snapshot.servers.values(), snapshot.cores) if snapshot.cores else actions, queue
 
 
@@ -203,7 +210,8 @@ def _start(
         action = load(engine, server, observed) if observed.ready else None
     is_late = _is_inference(engine) and snapshot.watches[engine.id].state_seconds > snapshot.limits.start_seconds
     if is_late and not isinstance(action, Transition):
-        return _settle(engine, server, observed, snapshot) if hosts.is_serving_others(engine) else kill
+        is_usable = hosts.is_serving_others(engine) or (observed.ready and not is_last)
+        return _settle(engine, server, observed, snapshot) if is_usable else kill
     return action
 
 
@@ -242,7 +250,7 @@ def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed,
         message = f"The shared server refused the adapter, so the engine gets a separate server ({engine.form})."
         refused = Reason(code="adapter_refused", message=message)
         return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)
-    reason = _reason_of_kill(engine, watch, limits) or observed.reason
+    reason = _reason_of_kill(engine, watch, limits, is_alive=observed.alive) or observed.reason
     is_woken = server is not None and server.state is ServerState.WAKING
     if engine.state is _S.STARTING and not observed.alive and (is_woken or has_joined(engine, server)):
         restarts = next_try(engine)
@@ -259,10 +267,10 @@ def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
     return is_allowed and watch.silent_seconds > 2 * limits.unresponsive_seconds
 
 
-def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reason | None:
+def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits, *, is_alive: bool) -> Reason | None:
     if engine.state is _S.STARTING and _is_inference(engine) and watch.state_seconds > limits.start_seconds:
         problem = "engine's server did not load the adapter" if engine.adapter else "engine did not answer"
-        message = f"The {problem} within {limits.start_seconds:.0f} s and was killed."
+        message = f"The {problem} within {limits.start_seconds:.0f} s{'' if is_alive else ' and was killed'}."
         hint = f"`sage llm engine logs {engine.id}` shows the engine's log; SAGE_ENGINE_START_SECONDS sets the limit."
         return Reason(code="start_timeout", message=message, hint=hint)
     if engine.state is _S.RUNNING and _is_hung(engine, watch, limits):

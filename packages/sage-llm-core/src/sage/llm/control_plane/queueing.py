@@ -41,9 +41,10 @@ class Queue:
     joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     wakes: Mapping[str, ServerRecord] = field(default_factory=dict)  #: sleeping servers that engines use if they start
-    #: by id of an engine to pause: the id of the engine for which it makes room
+    #: key: id of an engine to pause; value: id of the engine that gets its memory
     pauses: Mapping[str, str] = field(default_factory=dict)
     evicted: frozenset[str] = frozenset()  #: ids of sleeping servers whose memory is needed
+    errors: dict[str, Exception] = field(default_factory=dict)  #: why no action could be planned, by engine id
 
     def reason(self, engine: EngineRecord) -> Reason | None:
         """Return why an engine waits or cannot start, or None if no reason is known."""
@@ -64,8 +65,9 @@ def rank(engine: EngineRecord) -> tuple[int, float]:
 
 
 def rank_at(engine: EngineRecord, position: int, waiting: Sequence[EngineRecord]) -> float:
-    """Return the `queue_rank` that moves an engine to a place in the queue, as near as its priority allows.
+    """Return the `queue_rank` that moves an engine to a position in the queue.
 
+    The engine moves to `position` (from 1), or as near to it as the engine's priority allows.
     waiting: all waiting engines, in the order of the queue.
     """
     others = [other for other in waiting if other.id != engine.id]
@@ -91,7 +93,7 @@ def queue_of(
     hosts: Hosts,
     memory: Memory | None,
 ) -> Queue:
-    """Return what each waiting engine should do.  memory: None: the devices are not known, and each engine can start."""
+    """Return what each waiting engine should do.  memory: None if the devices are not known; then no engine waits for it."""
     joins: dict[str, ServerRecord] = {}
     claims: list[Claim] = []
     wakes: dict[str, ServerRecord] = {}
@@ -154,7 +156,8 @@ def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
     if engine.devices:
         return engine.devices
     gpus = tuple(device.id for device in memory.devices if device.id != "cpu")
-    return gpus if gpus and "cuda" in registry.BACKENDS[engine.backend].capabilities.devices else ("cpu",)
+    backend = registry.BACKENDS.get(engine.backend)  # None if another version of SAGE added the engine
+    return gpus if gpus and backend and "cuda" in backend.capabilities.devices else ("cpu",)
 
 
 def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> Iterator[Holder]:

@@ -83,7 +83,10 @@ def paused(engine_id: str, paused_by: str) -> Overloaded:
     if paused_by == "user":
         message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads the engine again."
     else:
-        message, hint = f"{engine_id} makes room for {paused_by}.", "Retry later. The engine is loaded when memory is free."
+        message, hint = (
+            f"{engine_id} makes room for {paused_by}.",
+            "Retry later. The paused engine is loaded again when memory is free.",
+        )
     return Overloaded(code="engine_paused", message=message, hint=hint)
 
 

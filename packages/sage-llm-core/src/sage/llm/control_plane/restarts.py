@@ -30,7 +30,7 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
     match engine.restart_policy:
         case RestartPolicy.NO:
             return None
-        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the first observation already found the process dead
+        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the process ended before this control plane observed it
             return None
     is_healthy = engine.state is EngineState.RUNNING and watch.state_seconds >= _HEALTHY_SECONDS
     restarts = 0 if is_healthy else engine.restarts

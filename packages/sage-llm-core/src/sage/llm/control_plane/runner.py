@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import SageError
+from sage.common.errors import SageError, first_line
 from sage.common.shortages import is_shortage
 from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
@@ -83,7 +83,8 @@ class Runner:
     ) -> None:
         """on_done: called after each action that succeeded.
 
-        variables: blocking function that returns the environment variables that restrict a process to devices.
+        variables: takes ids of devices, and returns the environment variables that restrict a process to these devices. It
+        is called in a thread, because it blocks.
         """
         self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
@@ -167,9 +168,9 @@ class Runner:
             # If this write fails, it is tried again after the action fails the next time.
             with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):
                 if engine.state in (EngineState.QUEUED, EngineState.STARTING):
-                    await self._give_up(engine, server, _reason(error))
+                    await self._give_up(engine, server, _reason(error, type(action)))
                 elif isinstance(action, LoadAdapter):
-                    await self._keep_older(engine, action.server, _reason(error))
+                    await self._keep_older(engine, action.server, _reason(error, LoadAdapter))
                     self._troubles.pop(engine.id, None)
 
     async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
@@ -265,7 +266,7 @@ class Runner:
             except (SageError, OSError) as error:
                 if is_shortage(error):  # retried, because the engine did not cause the shortage
                     raise
-                await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
+                await self._transition(Transition(engine, EngineState.FAILED, _reason(error, Launch)), server)
                 return
         launched = functools.partial(self._store.update_server, server, lease=self._held_lease())
         server = await self._pool.run(launched, state=ServerState.LAUNCHED, address=address)
@@ -284,7 +285,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server, if this is not `server` and no other engine needs the files."""
+        """Remove the files of the engine's previous server, unless it is `server` or another engine needs the files."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)
@@ -298,7 +299,7 @@ class Runner:
                 form = f"merged, because the adapter cannot be loaded into a running server: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
             else:
-                await self._keep_older(engine, server, _reason(error))
+                await self._keep_older(engine, server, _reason(error, LoadAdapter))
             return
         if engine.state is EngineState.STARTING:
             loaded = {"served_as": engine.internal_name}
@@ -315,7 +316,8 @@ class Runner:
         if engine.served_as is None or engine.served_as == engine.internal_name or engine.served_as not in loaded:
             await self._give_up(engine, server, reason)
             return
-        message = f"{server.id} cannot load {engine.adapter}: {reason.message}. The previous version is still used."
+        problem = reason.message.rstrip(".")
+        message = f"{server.id} cannot load {engine.adapter}: {problem}. The previous version is still used."
         logger.warning("%s: %s", engine.id, message)
         older = loaded[engine.served_as]
         versions = {"model": older, "adapter": older} if older else {}
@@ -374,10 +376,13 @@ class Runner:
             self._on_done()
 
 
-def _reason(error: Exception) -> Reason:
+def _reason(error: Exception, action: type[Action]) -> Reason:
     if isinstance(error, SageError):
         return Reason(code=error.code, message=error.message, hint=error.hint)
+    is_load = action is LoadAdapter
+    code, problem = "adapter_load_failed" if is_load else "launch_failed", first_line(error)
+    failure = "The adapter could not be loaded" if is_load else "The engine could not be started"
     if isinstance(error, OSError):
-        return Reason(code="launch_failed", message=f"The engine could not be started: {error}.")
-    message = f"The engine could not be started: {type(error).__name__}: {error}."
-    return Reason(code="launch_failed", message=message, hint="`sage gateway logs` shows the traceback.")
+        return Reason(code=code, message=f"{failure}: {problem}.")
+    hint = "`sage gateway logs` shows the traceback."
+    return Reason(code=code, message=f"{failure}: {type(error).__name__}: {problem}.", hint=hint)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from sage.common.errors import SageError
+from sage.common.errors import SageError, first_line
 from sage.common.shortages import is_shortage
 from sage.llm.client.types import EngineKind, Reason
 from sage.llm.control_plane.executors.base import Executor
@@ -63,7 +63,7 @@ class Validator:
             reason = Reason(code=error.code, message=error.message, hint=error.hint)
         except Exception as error:
             logger.warning("%s cannot be validated", engine.id, exc_info=error)
-            reason = Reason(code="validation_failed", message=f"The engine cannot be checked: {error}.")
+            reason = Reason(code="validation_failed", message=f"The engine cannot be checked: {first_line(error)}.")
         return Validation(is_done=True, reason=reason)
 
     async def _checked(self, engine: EngineRecord) -> Mapping[str, Any]:

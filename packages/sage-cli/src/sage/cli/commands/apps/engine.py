@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sage.cli.commands.apps.prune import prune
 from sage.cli.training_options import with_training_options
 from sage.common.errors import ConfigError
 
@@ -338,3 +339,6 @@ def remove(engine_id: EngineId) -> None:
 
     daemon.connect().remove_engine(engine_id)
     typer.echo(f"{engine_id} is removed.", err=True)
+
+
+app.command("prune")(prune)

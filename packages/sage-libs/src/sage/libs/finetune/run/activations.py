@@ -51,15 +51,15 @@ def kernel_activations(sizes: Architecture, rank: int) -> Activations:
     )
 
 
-def plain_activations(sizes: Architecture, rank: int) -> Activations:
+def plain_activations(sizes: Architecture, rank: int, *, autocast: bool) -> Activations:
     """Return the activations of the training step of transformers and PEFT.
 
-    Saved: the inputs and outputs of both norms; queries, keys and values, repeated for all heads; the output of attention in
-    two layouts; the outputs of gate, up and activation, and their product.
+    Saved: the inputs and outputs of both norms; queries, keys, values and the output of attention; the outputs of gate, up
+    and activation, and their product. Under `autocast` to bf16, norms save fp32 values, and products save bf16 copies.
     """
-    hidden, query, inner = sizes.hidden_size, sizes.query_size, sizes.intermediate_size
+    hidden, query, key, inner = sizes.hidden_size, sizes.query_size, sizes.key_value_size, sizes.intermediate_size
     return Activations(
-        saved=4 * hidden + 5 * query + 4 * inner,
+        saved=(10 if autocast else 4) * hidden + 2 * query + 2 * key + 4 * inner,
         inner=_ADAPTED * rank,
         layer_input=hidden,
         backward=3 * inner + 2 * hidden,

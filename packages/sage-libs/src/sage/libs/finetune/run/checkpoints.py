@@ -24,7 +24,7 @@ _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
-    "keep_best", "gradient_checkpointing",
+    "keep_best", "gradient_checkpointing", "report_to",
 })  # fmt: skip
 
 

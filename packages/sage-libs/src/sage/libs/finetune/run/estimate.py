@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from sage.common.errors import RunError
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.run.activations import BLOCK_TOKENS, Activations, kernel_activations, plain_activations
+from sage.libs.finetune.run.activations import BLOCK_TOKENS, kernel_activations, plain_activations
 from sage.libs.models.architecture import Architecture
 
 #: Main memory of a worker without model and data: Python, torch, transformers, PEFT and the Trainer. Measured with torch 2.9
@@ -21,12 +21,10 @@ _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
 #: Number of tokens whose logits SAGE's training step has in memory, and number of copies: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc, as a share of the activations and logits: for short samples, for long samples, and for saved
-#: values in bf16 that are computed in fp32. Measured, as in benchmarks/results/estimates.md.
-_GAPS, _LONG_GAPS, _MIXED_GAPS = 0.12, 0.27, 0.47
-#: Copies of all logits in the training step of transformers, in fp32: the logits, the logits of trained tokens, their
-#: logarithms, and two gradients.
-_PLAIN_LOSS_COPIES = 5
+#: Gaps in the heap of glibc, as a share of the activations and logits: for short samples, for long samples, for saved values
+#: in bf16 that are computed in fp32, and for the training step of transformers. The last one frees many temporary values
+#: between the saved ones. Measured, as in benchmarks/results/estimates.md.
+_GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.27, 0.47, 0.5
 _MOST_SAMPLES = 2**20
 #: Number of sequences per sample in TRL's methods.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
@@ -113,6 +111,16 @@ class TrainingMemory:
         peak_bytes = self.framework_bytes + dense_bytes + sizes.file_bytes
         return replace(estimate, loading_bytes=max(0, peak_bytes - estimate.total_bytes))
 
+    def largest(self) -> TrainingEstimate:
+        """Return the memory of the micro-batch that needs the most memory among those that the options allow."""
+        longest, tokens = self.config.max_seq_length, self.config.pack_tokens
+        batches = [batch_limit(self.config)]
+        if tokens:
+            batches.append({longest: max(1, tokens // longest)})
+        if tokens and self.has_kernels and BLOCK_TOKENS < longest < tokens:  # one long sample with short samples
+            batches.append({longest: 1, BLOCK_TOKENS: (tokens - longest) // BLOCK_TOKENS})
+        return max(map(self.at, batches), key=lambda estimate: estimate.total_bytes)
+
     def least(self, length: int) -> TrainingEstimate:
         """Return the memory with the smallest micro-batch: one sample, and gradient checkpointing if it is allowed.
 
@@ -135,6 +143,8 @@ class TrainingMemory:
         return samples <= _MOST_SAMPLES and self.at({length: samples}).total_bytes <= available_bytes
 
     def _gaps(self, longest: int) -> float:
+        if not self.has_kernels:
+            return _PLAIN_GAPS
         if self.formats.bf16 != self.formats.bf16_products:
             return _MIXED_GAPS
         return _LONG_GAPS if longest > BLOCK_TOKENS else _GAPS
@@ -146,7 +156,10 @@ class TrainingMemory:
     def _activations(self, lengths: Counter[int]) -> tuple[int, int]:
         sizes, config, formats = self.sizes, self.config, self.formats
         rank = 0 if self._is_full else config.lora_rank
-        per_token: Activations = (kernel_activations if self.has_kernels else plain_activations)(sizes, rank)
+        if self.has_kernels:
+            per_token = kernel_activations(sizes, rank)
+        else:
+            per_token = plain_activations(sizes, rank, autocast=formats.bf16)
         repeats = _SEQUENCES.get(config.method, 1)
         tokens = repeats * sum(length * count for length, count in lengths.items())
         if not self.has_kernels:  # samples are padded to the longest sample
@@ -162,8 +175,8 @@ class TrainingMemory:
         saved += self._stacked_values() * formats.product_bytes
         if self.has_kernels:
             loss = min(tokens, _LOSS_TOKENS) * sizes.vocab_size * value_bytes * _LOSS_COPIES
-        else:
-            loss = tokens * sizes.vocab_size * 4 * _PLAIN_LOSS_COPIES
+        else:  # the logits and their gradient, and in fp32 the log probabilities and their gradient
+            loss = tokens * sizes.vocab_size * (2 * value_bytes + 2 * 4)
         blocks = per_token.block_values(max(lengths), sizes.num_attention_heads) if self.has_kernels else 0
         backward = (tokens * per_token.backward + blocks) * formats.product_bytes
         return int(saved), int(max(loss, backward))

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sage.common.errors import RunError
 from sage.common.training import CheckpointEvent, StartedEvent, StepEvent, WarningEvent
 from sage.libs.finetune.run.checkpoints import prune, publish
+from sage.libs.finetune.run.disk import CheckpointSpace
 from sage.libs.finetune.run.eta import ProgressMeter
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import write_summary
@@ -73,6 +74,8 @@ class RunCallback(TrainerCallback):
         self.changes.begin(args, state, lr_scheduler)
         self.guessing_loss, self.diverged_steps = math.log(model.get_input_embeddings().weight.shape[0]), 0
         self.meter = ProgressMeter(state.max_steps - state.global_step)
+        trained_bytes = sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+        self.space = CheckpointSpace(self.run.path, trained_bytes)
         self.last = time.monotonic()
         self.tokens_seen = int(state.num_input_tokens_seen)
         started = StartedEvent(step=state.global_step, total_steps=state.max_steps, **self.started_fields(state))
@@ -166,6 +169,8 @@ class RunCallback(TrainerCallback):
         if self.heldout.is_due(state.global_step):
             self._score(state.global_step, control)
             self.last = time.monotonic()
+        if control.should_save and self.team.is_main_process:
+            self.space.check()
         return control
 
     def _score(self, step: int, control: TrainerControl) -> None:
@@ -195,6 +200,7 @@ class RunCallback(TrainerCallback):
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.tokenizer.save_pretrained(written)
         checkpoint = publish(written, self.run.path, state.global_step)
+        self.space.written(checkpoint.path)
         self.trusted.add(checkpoint.step)
         self.run.append_event(CheckpointEvent(step=checkpoint.step, path=str(checkpoint.path)))
         write_summary(self.run)

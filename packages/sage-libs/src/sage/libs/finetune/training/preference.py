@@ -91,7 +91,7 @@ class PreferenceRun(TrainingRun):
             args=arguments(**options),
             train_dataset=table_of(self.data.packs),
             processing_class=self.base.tokenizer,
-            callbacks=[self._callback()],
+            callbacks=self._callbacks(),
             **more,
         )
 

@@ -4,10 +4,11 @@ import contextlib
 import logging
 import math
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
@@ -36,6 +37,7 @@ from sage.libs.finetune.training.sampling import answer
 from sage.libs.finetune.training.stepping import AdaptingTrainer
 from sage.libs.finetune.training.stopping import StopRequest, StopRequested
 from sage.libs.finetune.training.team import Team
+from sage.libs.finetune.training.trackers import Trackers
 from sage.libs.models.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class TrainingRun:
         self.loss = self.loaded.new_loss()
         self.estimated_bytes: int | None = None
         self.is_scarce = False
+        self.trackers: Trackers | None = None
         if plan:
             self.estimated_bytes, self.is_scarce = self._report_estimate(plan)
         if self.base.adapter:
@@ -188,7 +191,7 @@ class TrainingRun:
             train_dataset=self.data.packs,
             data_collator=self.loaded.collator,
             loss=self.loss,
-            callbacks=[self._callback()],
+            callbacks=self._callbacks(),
             optimizers=(
                 loraplus_optimizer(self.loaded.model, config.loraplus_lr_ratio, config.learning_rate, config.weight_decay),
                 None,
@@ -219,10 +222,16 @@ class TrainingRun:
             "include_num_input_tokens_seen": "non_padding",
             "save_strategy": "no",  # RunCallback decides when to save
             "remove_unused_columns": False,
-            "report_to": "none",
+            "report_to": "none",  # Trackers calls the integrations
+            "run_name": Path(config.output_dir).name,
             "disable_tqdm": True,
             "ddp_find_unused_parameters": False,
         }
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        if self.config.report_to and self.team.is_main_process:
+            self.trackers = Trackers(self.config.report_to, self.run.path / "tensorboard", self.report.warn)
+        return [self._callback(), *([self.trackers] if self.trackers else [])]
 
     def _callback(self) -> RunCallback:
         return RunCallback(
@@ -276,6 +285,8 @@ class TrainingRun:
         if is_new:
             self.report.progress("measuring the held-out loss")
         measured = self.heldout.measure(step, self.loaded.model, self.loaded.collator, self.loaded.new_loss())
+        if is_new and measured is not None and self.trackers:
+            self.trackers.add_heldout_loss(measured)
         if is_new:
             with self.loaded.kernels.disabled() if self.loaded.kernels else contextlib.nullcontext():
                 for prompt in self.config.sample_prompts or ():

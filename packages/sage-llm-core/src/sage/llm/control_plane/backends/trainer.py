@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from sage.common.paths import get_user_paths
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.run.estimate import CUDA_BYTES, FRAMEWORK_BYTES, TrainingMemory, batch_limit, expected_kernels
+from sage.libs.finetune.run.estimate import CUDA_BYTES, FRAMEWORK_BYTES, TrainingMemory, expected_kernels
 from sage.libs.finetune.run.history import default_formats, earlier_run
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
@@ -33,7 +33,7 @@ class TrainerBackend:
         needs = training_memory(model, options)
         if needs is None:
             return None
-        breakdown = needs.at(batch_limit(options))
+        breakdown = needs.largest()
         return MemoryEstimate(breakdown, min(breakdown.total_bytes, needs.least(options.max_seq_length).total_bytes))
 
     def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:

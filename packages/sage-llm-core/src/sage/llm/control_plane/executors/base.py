@@ -25,6 +25,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """The numbers of tokens that a model has processed since it was loaded."""
+
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
 class Observed:
     """The observed condition of an engine, independent of the state in the store."""
 
@@ -39,6 +47,7 @@ class Observed:
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None
+    tokens: Tokens | None = None  #: None: the server does not count tokens
 
 
 class Executor(Protocol):

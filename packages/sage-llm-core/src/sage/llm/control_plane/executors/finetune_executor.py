@@ -13,6 +13,7 @@ from sage.common.training import TrainingOptions, TrainingProgress, TrainingStep
 from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
+from sage.libs.finetune.run.disk import check_start
 from sage.libs.finetune.run.output import check_claim
 from sage.libs.finetune.run.reservation import RESERVED_VARIABLE
 from sage.libs.finetune.run.rundir import RunDirectory
@@ -156,6 +157,8 @@ class FinetuneExecutor:
         backend, _ = registry.resolve(request.backend, request.engine_kind, model)
         check_claim(Path(config.output_dir), task_id_of(engine_id))
         estimate = backend.estimate(model, config)
+        if estimate:
+            check_start(config, estimate.breakdown.parts()["adapter"], self._manager.root)
         return Prepared(
             backend.name,
             config.model_dump(mode="json"),

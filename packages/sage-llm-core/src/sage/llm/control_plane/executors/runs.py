@@ -1,6 +1,6 @@
 """Reasons that the control plane reports for the state of a training run."""
 
-from sage.common.errors import NotFound
+from sage.common.errors import NotFound, first_line
 from sage.libs.finetune.run.status import RunState, RunStatus
 from sage.llm.client.types import Reason
 
@@ -29,6 +29,6 @@ def unreadable(error: Exception) -> Reason:
         return Reason(code=error.code, message=error.message, hint=error.hint)
     return Reason(
         code="run_unreadable",
-        message=f"The run's events cannot be read: {type(error).__name__}: {error}.",
+        message=f"The run's events cannot be read: {type(error).__name__}: {first_line(error)}.",
         hint="Fix or remove the invalid line in events.jsonl in the run directory.",
     )

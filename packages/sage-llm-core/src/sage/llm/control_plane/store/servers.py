@@ -29,7 +29,7 @@ class ServerStore(LeaseStore):
             return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
 
     def is_server_needed(self, server_id: str, engine_id: str) -> bool:
-        """Return whether a server still has a row, or is the last server of any engine except `engine_id`."""
+        """Return whether a server still has a row, or is the last server of an engine other than `engine_id`."""
         others = select(engines.c.id).where(engines.c.server_id == server_id, engines.c.id != engine_id).limit(1)
         with self._read() as connection:
             row = connection.execute(select(servers.c.id).where(servers.c.id == server_id)).first()
