@@ -45,7 +45,7 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
     inside = {name: folder for name, folder in found.items() if folder.is_relative_to(paths.finetuned_dir)}
     skipped = {name: folder for name, folder in found.items() if name not in inside and _has_entries(folder)}
     written = {name: folder for name, folder in found.items() if name not in inside and name not in skipped}
-    # The state folder with the database is the last one: after a crash, `restore --force` begins again.
+    # The state folder, which contains the database, is put in place last. After a crash, `restore --force` starts over.
     folders = written | {"runs": paths.finetuned_dir, "config": paths.config_dir, "state": paths.state_dir}
     staged = {name: _staging(folder) for name, folder in folders.items()}
     nested = {name: staged["runs"] / folder.relative_to(paths.finetuned_dir) for name, folder in inside.items()}
@@ -55,7 +55,6 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
         open_restored(staged["state"] / DATABASE, moves)
         for folder in staged.values():
             fsync_tree(folder)
-        # The state folder, which contains the database, is put in place last. After a crash, `restore --force` starts over.
         set_aside = [aside for name, folder in folders.items() if (aside := _put(staged[name], folder))]
     except OSError as error:
         if is_full(error):
