@@ -112,7 +112,7 @@ def start(
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
     backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the fastest one.")] = None,
     restart_policy: Annotated[
-        Policy | None, typer.Option(help="When to restart the engine automatically; default: restart_policy in config.toml.")
+        Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting restart_policy.")
     ] = None,
     max_restarts: Annotated[
         int | None, typer.Option(min=0, help="Maximum number of automatic restarts in a row; default: 5.")
