@@ -36,8 +36,8 @@ _CODES: Mapping[type[SageError], str] = {
         training_failed""",
     errors.EngineError: """
         adapter_load_failed adapter_refused device_not_found engine_died engine_unreadable engine_unusable gateway_stuck
-        killed launch_failed memory_busy memory_too_small run_unreadable service_failed start_timeout stream_cut
-        worker_died""",
+        killed launch_failed memory_busy memory_too_small run_unreadable service_failed sleep_failed start_timeout
+        stream_cut worker_died""",
     errors.BackendError: "backend_install_failed disk_full index_unreachable",
     errors.BackupError: "backup_damaged backup_not_found disk_full folder_not_replaceable",
     errors.Overloaded: """
