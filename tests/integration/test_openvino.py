@@ -48,7 +48,8 @@ def open_vino(sage_home: Path) -> OpenVino:
 
 
 @pytest.fixture
-def client(sage_home: Path) -> Iterator[SageClient]:
+def client(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SageClient]:
+    monkeypatch.setenv("SAGE_ENGINE_START_SECONDS", "1200")
     sage("gateway", "start")
     yield SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}")
     sage("gateway", "stop", "--force", check=None)
@@ -125,7 +126,7 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
 def test_smollm2_with_a_merged_adapter_answers_as_with_transformers(tmp_path: Path, client: SageClient) -> None:
     base = local_folder(resolve_model("smollm2-135m-instruct"))
     adapter = adapter_on(base, tmp_path / "adapter", 1)
-    start(client, adapter, "openvino")
+    start(client, adapter, "openvino", 1200)
     model, chat_format = trained_model(base, adapter), ChatFormat(load_tokenizer(base))
     leads = []
     for prompt in PROMPTS:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import SAMPLES, engine_of, sage
+from support import SAMPLES, engine_of, sage, wait_for
 
 from sage.cli.daemon import find_client
 from sage.common.cgroups import available_cores
@@ -25,5 +25,8 @@ def test_an_engine_that_starts_beside_another_gets_its_share_of_the_cores(
         view = client.get_engine(engine)
         assert view.threads == threads
         assert psutil.Process(view.pid).environ()["OMP_NUM_THREADS"] == str(threads)
+    left = max(1, available_cores() - share)  # the server gets what the run leaves, when it answers
+    ask = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    wait_for(lambda: client.chat("tiny", **ask) is not None and client.get_engine(served).threads == left, "the change")
     assert f"threads            {share}" in sage("llm", "engine", "status", run).stdout
     sage("llm", "engine", "stop", "--force", run)

@@ -54,6 +54,17 @@ def test_a_streamed_answer_is_the_whole_answer(server: Server) -> None:
             assert chunks[-1]["usage"] == whole.json()["usage"]
 
 
+def test_the_number_of_threads_changes_between_passes_and_the_server_reports_it(server: Server) -> None:
+    health = server.app.state.about()
+    assert (health["threads"], health["is_active"]) == (torch.get_num_threads(), False)
+    before = text_of(server.chat())
+    for threads in (2, 1):
+        assert server.post("/v1/threads", {"threads": threads}).status_code == 200
+        assert server.app.state.about() == {**health, "threads": threads, "is_active": True}
+        assert text_of(server.chat()) == before
+    assert error_of(server.post("/v1/threads", {"threads": 0}))["param"] == "threads"
+
+
 def test_a_prompt_is_scored_as_the_model_itself_scores_it(
     server: Server, generator: Generator, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sage.common.errors import SageError
+from sage.llm.workers import batch as batch_module
 from sage.llm.workers.batch import Batch
 from sage.llm.workers.choosing import Chooser
 from sage.llm.workers.jobs import Job
@@ -101,6 +102,18 @@ def test_a_request_with_many_answers_shares_the_slots_with_those_that_come_later
         assert sorted(runner.passes[0]) == [1, 1, 2, 3]
         assert max(at for at, names in enumerate(runner.passes) if 2 in names or 3 in names) < 4
         assert all(len(names) == 4 for names in runner.passes[:-2])  # no slot stays empty
+
+    run(scenario)
+
+
+def test_a_batch_is_active_until_some_seconds_after_its_last_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(batch: Batch, _: Runner) -> None:
+        assert not batch.is_active
+        [job] = await submitted_at_once(batch, (1, 1))
+        assert await texts_of(job) == ["1"]
+        assert batch.is_active
+        monkeypatch.setattr(batch_module, "_ACTIVE_SECONDS", 0.0)
+        assert not batch.is_active
 
     run(scenario)
 

@@ -1,5 +1,8 @@
 """How the CPU cores are shared among engines."""
 
+import asyncio
+from typing import Any
+
 import pytest
 from engines import record, server
 from hypothesis import given
@@ -7,7 +10,9 @@ from hypothesis import strategies as st
 
 from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.actions import Action, Launch, Transition
-from sage.llm.control_plane.cores import Cores, share_cores, with_threads
+from sage.llm.control_plane.core_balance import CoreBalancer
+from sage.llm.control_plane.cores import Cores, CpuServer, cpu_servers, new_threads, share_cores, with_threads
+from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 
@@ -82,6 +87,69 @@ def test_a_launch_on_the_cpu_gets_its_share_of_the_cores_and_a_resumed_run_keeps
     [planned] = with_threads([action], servers, Cores(8, training_threads))
     assert isinstance(planned, Launch)
     assert planned.threads == threads
+
+
+def on_cpu(name: str, threads: int | None, *, adjusts: bool = True, active: bool = True) -> CpuServer:
+    return CpuServer(name, threads, is_adjustable=adjusts, is_active=active)
+
+
+@pytest.mark.parametrize(
+    ("servers", "changed"),
+    [
+        ([], {}),
+        ([on_cpu("a", 8)], {}),
+        ([on_cpu("a", 4), on_cpu("idle", 4, active=False)], {"a": 8}),
+        ([on_cpu("a", 8), on_cpu("b", 8)], {"a": 4, "b": 4}),
+        ([on_cpu("a", 8), on_cpu("run", 4, adjusts=False)], {"a": 4}),
+        ([on_cpu("a", 4), on_cpu("run", None, adjusts=False)], {"a": 1}),  # the run uses all cores
+        ([on_cpu("idle", 8, active=False), on_cpu("run", 4, adjusts=False)], {}),
+    ],
+)
+def test_active_servers_share_the_cores_of_idle_servers(servers: list[CpuServer], changed: dict[str, int]) -> None:
+    assert new_threads(8, servers) == changed
+
+
+def test_only_ready_servers_that_report_their_threads_are_adjusted() -> None:
+    engines = [record(EngineState.RUNNING, id=f"engine-{name}", server_id=f"server-{name}", threads=2) for name in "abcdef"]
+    fields: dict[str, dict[str, Any]] = {
+        "a": {"devices": CPU, "options": {}}, "b": {"devices": GPU, "options": {}},
+        "c": {"devices": CPU, "options": {"threads": 3}}, "d": {"devices": CPU, "options": {}},
+        "e": {"devices": CPU, "options": {}},
+    }  # fmt: skip
+    servers = {f"server-{name}": server(id=f"server-{name}", **values) for name, values in fields.items()}
+    ready = Observed(alive=True, ready=True, threads=4, is_active=False)
+    observed = {f"engine-{name}": ready for name in "abcf"} | {
+        "engine-d": Observed(alive=True, ready=True), "engine-e": Observed(alive=True, threads=4),
+    }  # fmt: skip
+    assert cpu_servers(engines, servers, observed, Cores(8)) == [
+        on_cpu("server-a", 4, active=False), on_cpu("server-c", 4, adjusts=False, active=False),
+        on_cpu("server-d", 2, adjusts=False),
+    ]  # fmt: skip
+
+
+def test_a_change_that_fails_is_repeated_and_only_one_is_in_progress() -> None:
+    calls: list[int] = []
+
+    async def refuse(_: ServerRecord, threads: int) -> None:
+        calls.append(threads)
+        raise OSError("no answer")
+
+    async def test() -> None:
+        balancer = CoreBalancer(Cores(8), refuse)
+        engines = [record(EngineState.RUNNING, server_id="server-a")]
+        observed = {"engine-a": Observed(alive=True, ready=True, threads=4)}
+        for _ in range(2):
+            balancer.balance(engines, {"server-a": ON_CPU}, observed)
+        while balancer._changes:
+            await asyncio.sleep(0)
+        assert calls == [8]
+        balancer.balance(engines, {"server-a": ON_CPU}, observed)
+        while balancer._changes:
+            await asyncio.sleep(0)
+        await balancer.close()
+
+    asyncio.run(test())
+    assert calls == [8, 8]
 
 
 def test_engines_that_are_launched_together_share_the_cores_and_other_actions_are_not_changed() -> None:

@@ -95,6 +95,8 @@ def requested(folder: Path, method: str, path: str, *, json: Any = None, **heade
 
     async def echo(request: Request) -> Response:
         body = await request.json()
+        if body.get("model") == "text":
+            return JSONResponse({"error": "none"}, 404)
         if body.get("model") == "unknown":
             return JSONResponse({"error": {"message": "none", "type": "NotFoundError", "param": "model", "code": 404}}, 404)
         if "lora_path" in body and body["lora_name"] == "large":
@@ -128,8 +130,9 @@ def test_a_request_reaches_vllm_unchanged_and_an_unknown_parameter_is_named(tmp_
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "frob")
 
 
-def test_errors_have_words_as_codes(tmp_path: Path) -> None:
-    answer = requested(tmp_path, "POST", CHAT, json={"model": "unknown"})
+@pytest.mark.parametrize("model", ["unknown", "text"])
+def test_errors_have_words_as_codes(tmp_path: Path, model: str) -> None:
+    answer = requested(tmp_path, "POST", CHAT, json={"model": model})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
@@ -160,6 +163,9 @@ def test_an_adapter_with_another_prompt_or_too_large_a_rank_is_refused(tmp_path:
     assert (loaded("large").status_code, "rank 64" in loaded("large").text) == (400, True)
     (adapter / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1}}}')
     assert "adapter's tokenizer differs" in loaded().json()["error"]["message"]
+    for content in ("[1]", '"text"', "{"):
+        (adapter / "tokenizer.json").write_text(content)
+        assert "cannot be read" in loaded().json()["error"]["message"]
     (adapter / "chat_template.jinja").write_text("{{ other }}")
     assert "adapter's chat template differs" in loaded().json()["error"]["message"]
     for file in adapter.iterdir():

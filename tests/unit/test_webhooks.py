@@ -155,6 +155,23 @@ def test_a_message_is_given_up_after_the_last_attempt_and_no_log_has_a_secret(ca
     assert SECRET not in caplog.text
 
 
+def test_deliveries_continue_after_an_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with Endpoint().open() as endpoint, delivering(endpoint) as store:
+            errors, messages = [KeyError("bug"), AttributeError("bug")], store.messages
+
+            def read(*arguments: Any, **options: Any) -> Any:
+                if errors:
+                    raise errors.pop()
+                return messages(*arguments, **options)
+
+            monkeypatch.setattr(store, "messages", read)
+            complete(store)
+            await until(lambda: endpoint.types == ["engine.completed"], "the delivery")
+
+    run(main())
+
+
 def test_a_standby_delivers_nothing_until_it_is_active() -> None:
     is_active, asked = False, 0
 

@@ -47,7 +47,7 @@ def folders() -> Iterator[Finding]:
 
 
 def database() -> Iterator[Finding]:
-    """Check whether the database can be read, whether its schema is known, and whether its clock agrees."""
+    """Check that the database can be read, that its schema is known, and that its clock agrees with this machine's clock."""
     if importlib.util.find_spec("sage.llm.control_plane") is None:
         yield Finding("database", "warning", "The control plane is not installed.", WITHOUT_LOCAL)
         return

@@ -14,11 +14,11 @@ from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView
 
 @dataclass(frozen=True)
 class Removal:
-    """An engine that was selected."""
+    """An engine that was selected to be deleted."""
 
     engine: EngineView
     freed_bytes: int  #: size of the run directory
-    kept_because: str = ""  #: why the engine was not deleted; "" if it was deleted
+    kept_because: str = ""  #: why the engine was not deleted; "" if it was deleted, or would be
 
     def content(self) -> dict[str, Any]:
         """Return the removal as JSON content."""

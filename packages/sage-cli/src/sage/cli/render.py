@@ -26,7 +26,7 @@ _PIPE_COLUMNS = 240
 
 
 def stdout() -> Console:
-    """Return the console for stdout, as wide as the terminal, or `_PIPE_COLUMNS` wide for a pipe."""
+    """Return the console for stdout. Its width is the width of the terminal, or `_PIPE_COLUMNS` if stdout is a pipe."""
     return Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
 
 

@@ -31,8 +31,8 @@ def start_engine(
     """Start an engine, print its id, and wait for the engine.
 
     request: other fields of StartRequest.
-    wait: False: until the engine is validated; None: until the engine serves or trains; True: until the engine has ended.
-    announce: format of the output line with the id.
+    wait: how long to wait. False: until the engine is validated; None: until it serves or trains; True: until it has ended.
+    announce: format string of the line that is printed; `{id}` is replaced by the engine's id.
     """
     _check_given(model, kind, options)
     fields = {**_named(model, kind), "engine_kind": kind, **(request or {})}
@@ -73,7 +73,7 @@ def follow_start(client: SageClient, engine: EngineView, *, wait: bool | None, j
 
 
 def absolute_path(path: str) -> str:
-    """Return a path without `~`, relative to the root folder."""
+    """Return the absolute path, with `~` expanded."""
     return str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111 - Path.expanduser can raise
 
 
@@ -87,7 +87,7 @@ def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[s
 def admission_request(
     on_busy: str | None, priority: int | None, devices: str | None, memory_gb: float | None, not_before: str | None
 ) -> dict[str, Any]:
-    """Return the fields of StartRequest for the queue in a dictionary, without the options that are not given."""
+    """Return the given options as the fields of StartRequest that concern the queue; options that are None are omitted."""
     fields = {
         "on_busy": on_busy,
         "priority": priority,
@@ -146,7 +146,7 @@ def _named(model: str, kind: str) -> dict[str, str]:
 
 
 def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
-    """Wait for the engine. If dataset warnings stopped the engine and the user accepts them, return a new engine."""
+    """Wait until the engine trains or has ended. If dataset warnings ended it and the user accepts them, start it again."""
     engine = waiting.until_begun(client, engine.id)
     if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
         return engine

@@ -15,7 +15,7 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: A command fails if the gateway is unreachable for more seconds. A restart of the gateway takes less time.
+#: A command fails if the gateway is unreachable for longer than this. A restart of the gateway takes less time.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -69,7 +69,10 @@ def until_checkpoint(client: SageClient, before: EngineView) -> int:
 
 
 def until_changed(client: SageClient, engine_id: str, revision: int) -> str:
-    """Wait until a run uses the requested options, and return the text of the change. Raises Conflict if the run ends."""
+    """Wait until a run uses the requested options, and return the text of the change.
+
+    Raises Conflict if the run ends or is paused before it uses the options.
+    """
 
     def is_applied(engine: EngineView) -> bool:
         return engine.training is not None and engine.training.change_revision >= revision

@@ -62,17 +62,19 @@ class Settings(BaseSettings):
         None, gt=0, description="Main memory that all engines together may use, in GB (10^9 bytes); default: all of it."
     )
     fake_devices: str | None = Field(
-        None, description="Fake GPUs that replace the GPUs of this machine, for example 2x24GiB; to try policies."
+        None, description="Fake GPUs that replace this machine's GPUs to try scheduling, for example 2x24GiB."
     )
     paused_requests: Literal["hold", "reject"] = Field(
-        "hold", description="Requests to an engine that makes room for another: hold them, or reject them with a 503."
+        "hold",
+        description="What to do with requests to an engine that is paused to free memory for another engine: hold them for "
+        "up to request_wait_seconds, or reject them with a 503.",
     )
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(
         1024, ge=1, description="Maximum requests in progress per engine; further requests get HTTP status 429."
     )
-    model_cache_gb: float = Field(50, gt=0, description="Maximum size of model copies for serving, in GB (10^9 bytes).")
+    model_cache_gb: float = Field(50, gt=0, description="Maximum total size of model copies, in GB (10^9 bytes).")
     allow_reward_files: bool = Field(False, description="Allow runs to use Python files with reward functions (grpo).")
     training_threads: int | None = Field(
         None, ge=1, description="CPU threads of a training run; default: an equal share of the cores."

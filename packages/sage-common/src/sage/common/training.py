@@ -163,13 +163,15 @@ class StartedEvent(RunEvent):
     heldout_samples: int | None = Field(None, description="Number of held-out samples.")
     trainable_parameters: int | None = Field(None, description="Number of trained parameters.")
     base_sha256: str | None = Field(
-        None, description="Fingerprint of the base model, which must not change before a resume."
+        None, description="Fingerprint of the base model. The run cannot be resumed if this fingerprint has changed."
     )
     bf16: bool | None = Field(None, description="Whether base model and activations are in bf16 instead of fp32.")
     bf16_products: bool | None = Field(
         None, description="Whether matrix products use bf16; null: the value of the field `bf16` applies."
     )
-    int8_products: bool = Field(False, description="Whether SAGE's training step stores and multiplies layers in 8 bits.")
+    int8_products: bool = Field(
+        False, description="Whether SAGE's training step stores weights in int8 and uses int8 products."
+    )
     precision: str | None = Field(None, description="The precision and the reason for it, as text for users.")
     kernels: str | None = Field(None, description="The training step that is used and the reason, as text for users.")
     estimated_memory_bytes: int | None = Field(None, description="Expected memory of the run.")

@@ -13,7 +13,7 @@ from sage.libs.finetune.run.status import RunState
 from sage.libs.finetune.run.summary import read_status
 
 DATABASE = "engines.db"
-#: Files that belong to running processes, or that can be created again.
+#: Files that belong to running processes or can be created again, and the database, which is copied separately.
 _TEMPORARY = frozenset({
     "gateway.json", "port", "summary.json", "checkpoint-request", ".reserve",
     DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal",

@@ -22,6 +22,7 @@ from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
 from sage.common.training import FailedEvent, LaunchedEvent
 from sage.libs.finetune.quantization import make_importable
 from sage.libs.finetune.run.output import claim_output
+from sage.libs.finetune.run.retrying import OUT_OF_MEMORY_EXIT, restart_with_less_memory
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
 from sage.libs.finetune.run.status import RunState
 from sage.libs.finetune.run.summary import read_status, write_summary
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
             print(f"{run.path} already has a running worker.", file=sys.stderr)
             return 1
         write_identity(descriptor)
+        os.set_inheritable(descriptor, True)
+        os.environ[LOCK_FD_VARIABLE] = str(descriptor)
         run.append_event(LaunchedEvent())
     configure_logging()
     warnings.simplefilter("ignore", FutureWarning)  # the warnings concern the code of libraries, which users cannot change
@@ -67,6 +70,9 @@ def main(argv: list[str]) -> int:
         with contextlib.suppress(OSError):  # the run is valid without a summary, which only makes reading the status faster
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
+        if is_out_of_memory(error) and not stop.requested:
+            logger.info("%s", first_line(error))
+            restart_with_less_memory(run)
         _fail(run, error)
         return 1
     return 0
@@ -81,6 +87,9 @@ def _follow(run: RunDirectory) -> int:
     try:
         _train(SilentRunDirectory(run.path), StopRequest())
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
+        if is_out_of_memory(error):
+            logger.error("%s", first_line(error))
+            os._exit(OUT_OF_MEMORY_EXIT)  # a normal exit would wait for the messages of the other processes
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:
             _fail(run, error)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.actions import Action, Launch
+from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 
@@ -46,6 +47,43 @@ def share_cores(cores: int, engines: Mapping[str, int | None]) -> dict[str, int]
     share, rest = divmod(max(0, cores - sum(requested.values())), max(1, len(others)))
     shares = {engine: max(1, share + (place < rest)) for place, engine in enumerate(others)}
     return {engine: {**requested, **shares}[engine] for engine in engines}
+
+
+@dataclass(frozen=True)
+class CpuServer:
+    """A running server that uses the CPU."""
+
+    id: str
+    threads: int | None  #: None: one for each core
+    is_adjustable: bool  #: the server can change its number of threads while it runs
+    is_active: bool  #: the server trains, or has answered requests in the last seconds
+
+
+def new_threads(cores: int, servers: Sequence[CpuServer]) -> dict[str, int]:
+    """Return the number of threads of each adjustable server whose number must change.
+
+    Active servers share the cores. An idle server gets no share, and keeps its number of threads until it is active.
+    """
+    active = [each for each in servers if each.is_active]
+    shares = share_cores(cores, {each.id: None if each.is_adjustable else each.threads or cores for each in active})
+    return {each.id: shares[each.id] for each in active if each.is_adjustable and each.threads != shares[each.id]}
+
+
+def cpu_servers(
+    engines: Iterable[EngineRecord], servers: Mapping[str, ServerRecord], observed: Mapping[str, Observed], cores: Cores
+) -> list[CpuServer]:
+    """Return the servers that are ready and compute on the CPU."""
+    found: dict[str, CpuServer] = {}
+    for engine in engines:
+        server, seen = servers.get(engine.server_id or ""), observed.get(engine.id)
+        if server is None or seen is None or not seen.ready or server.id in found:
+            continue
+        if server.state is ServerState.LAUNCHED and _uses_cpu(server.devices):
+            requested = _requested_by(server, cores)
+            is_adjustable = seen.threads is not None and requested is None
+            threads = seen.threads or requested or engine.threads
+            found[server.id] = CpuServer(server.id, threads, is_adjustable, seen.is_active)
+    return list(found.values())
 
 
 def _takes_cores(action: Action) -> bool:

@@ -29,6 +29,7 @@ from sage.llm.client.types import (
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.core_balance import CoreBalancer
 from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.creation import default_policy, new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
@@ -116,7 +117,10 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         )
         memory = NodeMemory(self._inventory.memory)
         cores = None if "OMP_NUM_THREADS" in os.environ else Cores(available_cores(), settings.training_threads)
-        self._reconciler = Reconciler(self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores)
+        self._balancer = CoreBalancer(cores, adapters.set_threads) if cores else None
+        self._reconciler = Reconciler(
+            self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores, self._balancer
+        )
         self.webhooks = Webhooks(self._store, self._pool, self._node, settings, lambda: self._keeper.lease is not None)
         self._views, self.request_times = Views(self._node, self._executors), RequestTimes()
         self._new_upstream = functools.lru_cache(1024)(_upstream)  # cached, because every request needs an Upstream
@@ -147,6 +151,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._balancer:
+            await self._balancer.close()
         await self._runner.close()
         await self._prober.close()
         await self.webhooks.close()

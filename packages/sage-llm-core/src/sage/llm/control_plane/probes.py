@@ -182,4 +182,5 @@ class Prober:
 
 def _outline(observed: Observed) -> tuple[object, ...]:
     checkpoint_step = observed.training and observed.training.checkpoint_step
-    return observed.alive, observed.ready, observed.ended, observed.orphaned, observed.models, checkpoint_step
+    is_serving = observed.alive, observed.ready, observed.models, observed.is_active
+    return *is_serving, observed.ended, observed.orphaned, checkpoint_step

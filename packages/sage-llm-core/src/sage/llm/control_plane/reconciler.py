@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from sage.llm.client.types import EngineState
+from sage.llm.control_plane.core_balance import CoreBalancer
 from sage.llm.control_plane.cores import Cores
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.node_memory import NodeMemory
@@ -34,12 +35,13 @@ class Reconciler:
         limits: Limits,
         memory: NodeMemory | None = None,
         cores: Cores | None = None,
+        balancer: CoreBalancer | None = None,
     ) -> None:
         """memory: measures the devices. None: no engine waits for memory.
 
         cores: the cores that engines share. None: each program uses its default number of threads.
         """
-        self._memory, self._cores = memory, cores
+        self._memory, self._cores, self._balancer = memory, cores, balancer
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
         self.queue = Queue()  #: the decisions of the last tick in which this control plane was active
@@ -79,11 +81,13 @@ class Reconciler:
         memory = await self._look_at_memory(engines, observed) if any(map(is_waiting, engines)) else None
         snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
-        for server in unneeded(engines, servers, observed, self.queue.evicted):
-            self._runner.sleeper.end(server)
         for action in actions:
             engine = action.engine
             self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
+        for server in unneeded(engines, servers, observed, self.queue.evicted):
+            self._runner.sleeper.end(server)
+        if self._balancer:
+            self._balancer.balance(engines, servers, observed)
 
     def silent_seconds(self, engine_id: str) -> float:
         """Return the time since a running inference engine stopped answering, or 0 if it answers or was not observed yet."""

@@ -74,7 +74,7 @@ class Views:
             node=engine.node,
             server_id=engine.server_id if is_hosted else None,
             idle_stop_minutes=engine.idle_stop_minutes,
-            threads=engine.threads if is_hosted else None,
+            threads=((observed and observed.threads) or engine.threads) if is_hosted else None,
             address=address,
             port=int(address.rpartition(":")[2]) if address else None,
             created_at=engine.created_at,

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 
 import httpx
-from sqlalchemy.exc import SQLAlchemyError
 from standardwebhooks.webhooks import Webhook
 
 from sage.common.settings import Settings
@@ -86,7 +85,7 @@ class Webhooks:
                         await self._pool.run(self._store.remove_other_endpoints, self._node)
                         was_active = True
                     await self._round(endpoint, due_seconds)
-                except SQLAlchemyError as error:
+                except Exception as error:  # noqa: BLE001 - logged, and tried again
                     logger.warning("webhook messages cannot be read or updated, retrying: %s", error)
             await asyncio.sleep(_POLL_SECONDS)
 

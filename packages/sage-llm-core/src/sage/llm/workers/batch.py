@@ -4,6 +4,8 @@ A slot is a place for one answer in the batch. A pass computes one token of each
 tokens. Therefore a long prompt does not stop the other answers.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ from sage.llm.workers.jobs import Job, JobThread
 from sage.llm.workers.packed import Abandoned, Part
 from sage.llm.workers.runners import Runner
 from sage.llm.workers.sampling import Piece
+
+#: Time after the last request in which the batch is still active.
+_ACTIVE_SECONDS = 10.0
 
 
 @dataclass(eq=False)
@@ -57,12 +62,28 @@ class Batch(JobThread):
         self._requests: list[_Request] = []  #: in the order of arrival
         self._rows: list[_Row] = []
         self._is_open = True
+        self._ended_at_seconds = -math.inf  #: when the last request ended
+        self.threads = torch.get_num_threads()  #: CPU threads of a pass
         super().__init__("Generation")
 
     @property
     def slots_in_use(self) -> int:
         """The number of answers in progress."""
         return len(self._rows)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether requests are in progress, or the last request ended a few seconds ago."""
+        return bool(self._requests) or time.monotonic() - self._ended_at_seconds < _ACTIVE_SECONDS
+
+    async def set_threads(self, threads: int) -> None:
+        """Change the number of CPU threads before the next pass."""
+
+        def change() -> None:  # the number of threads belongs to the thread that calls this function
+            torch.set_num_threads(threads)
+            self.threads = threads
+
+        await self.between_passes(change)
 
     def submit(self, job: Job[Piece], answers: Sequence[Answer], adapter: Adapter | None = None) -> None:
         """Queue the answers of a request.
@@ -123,6 +144,7 @@ class Batch(JobThread):
         for request in list(self._requests):
             if not request.in_progress and (not request.waiting or request.job.gone.is_set()):
                 self._requests.remove(request)
+                self._ended_at_seconds = time.monotonic()
                 request.job.finish(None)
 
     def _admit(self) -> None:

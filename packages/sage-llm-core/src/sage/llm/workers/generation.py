@@ -1,6 +1,7 @@
 """Serve chats and completions in OpenAI's format: `python -m sage.llm.workers.generation --model M --port P`."""
 
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -15,6 +17,7 @@ from sage.common.errors import ConfigError, SageError
 from sage.llm.workers import server
 from sage.llm.workers.answers import Answer
 from sage.llm.workers.batch import Batch
+from sage.llm.workers.fields import Body
 from sage.llm.workers.generator import Generator
 from sage.llm.workers.hosting import Hosted, Hosting, add_routes
 from sage.llm.workers.jobs import Job, Lane, unless_gone
@@ -72,8 +75,12 @@ class Engine:
         self._batch.check()
         return {
             "context_tokens": self._generator.context_tokens, "slots": self._slots, "slots_in_use": self._batch.slots_in_use,
-            "tokens": self.hosting.tokens(),
+            "threads": self._batch.threads, "is_active": self._batch.is_active, "tokens": self.hosting.tokens(),
         }  # fmt: skip
+
+    async def set_threads(self, threads: int) -> None:
+        """Change the number of CPU threads before the next pass."""
+        await self._batch.set_threads(threads)
 
     def close(self) -> None:
         """End all answers with an error which says that the engine is stopping."""
@@ -172,6 +179,12 @@ def build(
     return create_server(Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name, cache_tokens))
 
 
+class ThreadsRequest(Body):
+    """A request to change the number of CPU threads."""
+
+    threads: int = Field(ge=1, le=os.cpu_count() or 1)
+
+
 def create_server(engine: Engine) -> FastAPI:
     """Return the server for an engine."""
     app = server.create_app("SAGE generation", engine.close, engine.about)
@@ -181,6 +194,12 @@ def create_server(engine: Engine) -> FastAPI:
     async def chat(request: ChatRequest, connection: Request) -> Response | dict[str, Any]:
         """Answer a chat."""
         return await engine.chat(request, connection)
+
+    @app.post("/v1/threads", responses=server.ANSWERED)
+    async def set_threads(request: ThreadsRequest) -> dict[str, Any]:
+        """Change the number of CPU threads."""
+        await engine.set_threads(request.threads)
+        return {"status": "ok"}
 
     @app.post("/v1/completions", response_model=None, responses=server.STREAMED)
     async def complete(request: CompletionRequest, connection: Request) -> Response | dict[str, Any]:

@@ -94,7 +94,7 @@ class Rules:
         try:
             adapter, base = Path(json.loads(body)["lora_path"]), Path(scope["app"].state.vllm_config.model_config.model)
             name = next((name for name, read in _VOICE.items() if read(adapter) not in (None, read(base))), None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             await _send_error(send, 400, f"The adapter cannot be read: {error!r}.", "invalid_value", "lora_path")
             return
         if name:
@@ -178,7 +178,7 @@ class _WithCodes:
     async def _send_error(self) -> None:
         status = 400 if self._is_refusal else self._start["status"]
         try:
-            error = json.loads(self._body)["error"]
+            error = dict(json.loads(self._body)["error"])
         except (ValueError, KeyError, TypeError):
             error = {"message": self._body.decode(errors="replace")}
         code = _CODES.get(status, "engine_error")

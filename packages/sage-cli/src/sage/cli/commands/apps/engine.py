@@ -20,7 +20,8 @@ IdleStop = Annotated[
 ]
 Serve = Annotated[bool, typer.Option("--serve", help="For finetune: serve the result when the run is completed.")]
 ServeAs = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the folder's name.")
+    str | None,
+    typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the name of --output."),
 ]
 ServeCheckpoints = Annotated[
     bool, typer.Option("--serve-checkpoints", help="Serve the newest checkpoint while the run trains.")
@@ -111,7 +112,7 @@ def start(
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
     backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the fastest one.")] = None,
     restart_policy: Annotated[
-        Policy | None, typer.Option(help="When to restart the engine automatically; default: restart_policy in config.toml.")
+        Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting restart_policy.")
     ] = None,
     max_restarts: Annotated[
         int | None, typer.Option(min=0, help="Maximum number of automatic restarts in a row; default: 5.")
@@ -154,7 +155,8 @@ def start(
 ) -> None:
     """Start an engine and print its id.
 
-    By default, waits until the engine serves or trains. The exit code is 2 if an option is wrong, 1 if the engine fails.
+    By default, the command waits until the engine serves or trains. The exit code is 2 if an option is wrong, and 1 if the
+    engine fails.
     """
     from sage.cli.starting import admission_request, serve_request, start_engine
 
@@ -321,7 +323,7 @@ def checkpoint(
 ) -> None:
     """Save a checkpoint of a training run after its current step.
 
-    A run that was started with --serve also serves the checkpoint.
+    If the run was started with --serve, the checkpoint is also served.
     """
     from sage.cli import daemon, waiting
 

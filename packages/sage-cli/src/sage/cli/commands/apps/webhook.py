@@ -12,7 +12,7 @@ def _webhook() -> None:
 
 @app.command("test")
 def test() -> None:
-    """Send a test message to each URL of the setting webhook_urls. The exit code is 1 if one is not delivered."""
+    """Send a test message to each URL of the setting webhook_urls. The exit code is 1 if a message is not delivered."""
     from sage.cli import daemon
 
     results = daemon.connect().test_webhooks()

@@ -9,7 +9,7 @@ _WINDOW_STEPS = 20
 class ProgressMeter:
     """Measures throughput and remaining time.
 
-    The first step does not count for the remaining time, because of its warm-up.
+    The remaining time is estimated without the first step, which is slower because of its warm-up.
     """
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:

@@ -65,7 +65,7 @@ def read_run_file(output: Path) -> dict[str, Any]:
     try:
         content = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        if is_shortage(error):  # another run can own the folder
+        if is_shortage(error):  # the file possibly exists and names another run as the owner
             raise
         return {}
     return content if isinstance(content, dict) else {}

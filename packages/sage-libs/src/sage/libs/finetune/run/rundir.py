@@ -31,7 +31,7 @@ class RunSpec:
     config: FinetuneConfig
     dataset_sha256: str
     created_at: str  #: ISO 8601, UTC
-    forked_from: Mapping[str, Any] | None = None  #: `task_id` and `step` of the run that this run was forked from
+    forked_from: Mapping[str, Any] | None = None  #: `task_id` of the original run, `step` of its checkpoint
 
 
 class RunDirectory:

@@ -117,9 +117,12 @@ class RunCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> TrainerControl:
-        """Append the event of one step, and evaluate if due. Raises RunError if the loss has diverged or is not finite."""
+        """Append the event of one step, and measure the held-out loss if this is due.
+
+        Raises RunError if the training loss has diverged, or if the loss or the gradient is not finite.
+        """
         state.log_history.clear()  # the history grows with each step, and each checkpoint stores it
-        if not logs or "loss" not in logs:  # then `logs` is the Trainer's summary after training
+        if not logs or "loss" not in logs:  # without a loss, `logs` is the Trainer's summary after training
             return control
         now = time.monotonic()
         trained, correct = self.team.total(self.loss.take_counts())

@@ -75,7 +75,8 @@ class PreferenceRun(TrainingRun):
         options: dict[str, Any] = {
             **self._arguments(),
             "bf16": self.loaded.precision.bf16,
-            "gradient_checkpointing": config.gradient_checkpointing == "on",
+            "gradient_checkpointing": config.gradient_checkpointing == "on"
+            or read_status(self.run).activation_checkpointing,
             **({} if config.beta is None else {"beta": config.beta}),
         }
         more: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from sage.libs.finetune.run.checkpoints import Checkpoint
 from sage.libs.finetune.run.estimate import gigabytes
 from sage.libs.finetune.run.reservation import TOLERANCE, reserved_bytes
 from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_to_resume
+from sage.libs.finetune.run.retrying import micro_batch_size, restarts_when_out_of_memory
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
 from sage.libs.finetune.training.base import open_base
@@ -182,7 +183,7 @@ class TrainingRun:
         # With kernels, the Trainer must not cast to bf16, because the kernels cast tensors themselves.
         arguments = TrainingArguments(**self._arguments(), bf16=self.loaded.precision.bf16 and self.loaded.kernels is None)
         return AdaptingTrainer(
-            halvings=status.halvings,
+            halvings=0 if restarts_when_out_of_memory(config) else status.halvings,
             checkpointing="on" if status.activation_checkpointing else config.gradient_checkpointing,
             on_adapted=self.report.adapted,
             rehearsal=self._largest_batch if self.is_scarce and self.data.largest_packs else None,
@@ -203,10 +204,12 @@ class TrainingRun:
 
     def _arguments(self) -> dict[str, Any]:
         config = self.config
+        halvings = read_status(self.run).halvings if restarts_when_out_of_memory(config) else 0
+        micro_batch = micro_batch_size(config, halvings)
         return {
             "output_dir": str(self.run.staging_path),
-            "per_device_train_batch_size": self.data.micro_batch,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps * (self.data.micro_batch // micro_batch),
             "num_train_epochs": config.num_epochs,
             "max_steps": self.changes.options.max_steps or -1,
             "learning_rate": config.learning_rate,

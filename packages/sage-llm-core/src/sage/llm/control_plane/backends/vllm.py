@@ -1,6 +1,5 @@
 """The backend for vLLM, which runs in a separate environment."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from sage.libs.models.hot import why_not_hot
-from sage.libs.models.resolve import ModelKind, ModelSource
+from sage.libs.models.resolve import ModelKind, ModelSource, json_object
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import (
@@ -89,7 +88,7 @@ class VllmBackend(WorkerBackend):
         """Return why a running vLLM server of `base` cannot load the adapter, or None if the server can load it."""
         if reason := why_not_hot(adapter, base):
             return reason
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json_object(adapter / "adapter_config.json")
         pattern = next((name for name in _PATTERNS if config.get(name)), None)
         return f"it uses {pattern}, which vLLM ignores" if pattern else None
 

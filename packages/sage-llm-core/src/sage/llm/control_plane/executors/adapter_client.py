@@ -20,6 +20,7 @@ _LOAD_SECONDS = 120.0
 #: Seconds until an unload request times out. The server first completes the requests that use the adapter. The runner
 #: repeats an unload that timed out.
 _UNLOAD_SECONDS = 10.0
+_THREADS_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500
 
 
@@ -49,6 +50,12 @@ class AdapterClient:
                 raise EngineError(code="adapter_load_failed", message=_message(answer))
             if registry.serving(server.backend).capabilities.warm_up:
                 await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
+
+    async def set_threads(self, server: ServerRecord, threads: int) -> None:
+        """Change the number of CPU threads of one of SAGE's servers. Raises OSError."""
+        answer = await self._post(server, "threads", _THREADS_SECONDS, threads=threads)
+        if answer.is_error:
+            raise OSError(f"{server.id} failed to change its threads: {_message(answer)}")
 
     async def warm_up(self, server: ServerRecord, name: str) -> None:
         """Let a model generate one token. Raises EngineError if this fails, OSError if the result is not known."""

@@ -48,6 +48,8 @@ class Observed:
     context_tokens: int | None = None
     slots: int | None = None
     tokens: Tokens | None = None  #: None: the server does not count tokens
+    threads: int | None = None  #: CPU threads that the server uses now; None: it cannot change them while it runs
+    is_active: bool = True  #: the server has answered requests in the last seconds; True if the server does not report it
 
 
 class Executor(Protocol):

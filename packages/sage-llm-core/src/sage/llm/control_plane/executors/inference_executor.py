@@ -170,7 +170,8 @@ class InferenceExecutor:
             return _Answer(Observed(alive=True))
         limits = backend.limits(content)
         observed = Observed(alive=True, ready=True, models=models, context_tokens=_number(limits.get("context_tokens")),
-                            slots=_number(limits.get("slots")))  # fmt: skip
+                            slots=_number(limits.get("slots")), threads=_number(limits.get("threads")),
+                            is_active=limits.get("is_active") is not False)  # fmt: skip
         return _Answer(observed, {name: Tokens(*numbers) for name, numbers in limits.get("tokens", {}).items()})
 
     def _handle(self, server_id: str) -> str:
