@@ -24,7 +24,7 @@ _LOSS_TOKENS, _LOSS_COPIES = 384, 2
 #: Gaps in the heap of glibc, as a share of the activations and logits: for short samples, for long samples, for saved values
 #: in bf16 that are computed in fp32, and for the training step of transformers. The last one frees many temporary values
 #: between the saved ones. Measured, as in benchmarks/results/estimates.md.
-_GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.27, 0.47, 0.5
+_GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.42, 0.47, 0.5
 _MOST_SAMPLES = 2**20
 #: Number of sequences per sample in TRL's methods.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
