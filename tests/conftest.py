@@ -14,7 +14,7 @@ from sage.common.processes import held_lock, holder
 from sage.libs.models.export.formats import LlamaCpp
 from sage.llm.control_plane.backends import environments
 
-pytest.register_assert_rewrite("store_promises", "lease_promises", "migration_promises")
+pytest.register_assert_rewrite("store_promises", "outbox_promises", "lease_promises", "migration_promises")
 # Set a handler for SIGINT. If pytest is a background job of a shell, SIGINT is ignored in pytest and in the commands that
 # the tests start, so that tests of Ctrl-C would time out.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 _SERVER = """
 import http.server, json, os, pathlib, socket, sys, threading, time
 options, base_name, base = json.loads(sys.argv[1]), sys.argv[3], sys.argv[4]
-models, requests, lock = {base_name: base}, 0, threading.Lock()
+models, sleeping = {base_name: base}, threading.Event()
 time.sleep(options["start_seconds"])
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -38,11 +38,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models":
             self.answer(200, {"data": [{"id": name} for name in list(models)]})
+        elif self.path == "/is_sleeping":
+            self.answer(200, {"is_sleeping": sleeping.is_set()})
         else:
             self.answer(200, {"engine": os.environ["SAGE_ENGINE_ID"], "slots": 4, "context_tokens": 512})
     def do_POST(self):
-        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/v1/load_lora_adapter":
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+        if self.path == "/wake_up" or self.path.startswith("/sleep?"):
+            sleeping.clear() if self.path == "/wake_up" else sleeping.set()
+            self.answer(200, {})
+        elif sleeping.is_set():
+            self.refuse(500, "the server sleeps")
+        elif self.path == "/v1/load_lora_adapter":
             time.sleep(options["load_seconds"])
             folder = content["lora_path"]
             if (pathlib.Path(folder) / "refused").exists():
@@ -73,7 +80,7 @@ class HostingOptions(ServingOptions):
 
 
 class HostingBackend(WorkerBackend):
-    """The backend that runs the small server."""
+    """The backend that runs the small server; `asleep_bytes` of its capabilities is None, as for most backends."""
 
     name: ClassVar[str] = "hosting"
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True)

@@ -94,6 +94,8 @@ class Gateway(BaseHTTPRequestHandler):
             self.send_json(200, {"model": body["model"], "kind": "llm", "backend": "x", **amounts})
         elif self.path.endswith("completions"):
             self.send_json(200, {"choices": [{"message": {"content": "Hello"}}]})
+        elif self.path.endswith("/webhooks/test"):
+            self.send_json(200, {"data": [{"host": "a.example", "problem": None}]})
         else:
             self.send_json(200, engine_view().model_dump(mode="json"))
 
@@ -103,6 +105,10 @@ class Gateway(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.do_GET()
+
+    def do_PATCH(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_json(202, {"engine_id": "engine-a", "revision": 1})
 
     def send_json(self, status: int, content: Any) -> None:
         self.send(status, json.dumps(content).encode())

@@ -10,17 +10,17 @@ from workers import HELLO
 from sage.llm.client import SageClient
 
 
-def start(client: SageClient, model: Path, backend: str, **options: Any) -> str:
+def start(client: SageClient, model: Path, backend: str, seconds: float = 120, **options: Any) -> str:
     """Start an engine named 'tiny' with one thread, wait until it runs, and return its id."""
     engine = client.start_engine(model=str(model), backend=backend, options={"threads": 1, **options}, name="tiny",
                                  restart_policy="on-failure")  # fmt: skip
-    until(client, engine.id, "running")
+    until(client, engine.id, "running", seconds)
     return engine.id
 
 
-def until(client: SageClient, engine_id: str, state: str) -> None:
+def until(client: SageClient, engine_id: str, state: str, seconds: float = 120) -> None:
     """Wait until an engine is in a state; fail if the engine fails."""
-    wait_for(lambda: client.get_engine(engine_id).state in (state, "failed"), f"{state} or failed")
+    wait_for(lambda: client.get_engine(engine_id).state in (state, "failed"), f"{state} or failed", seconds)
     assert client.get_engine(engine_id).state == state, client.get_engine(engine_id).reason
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from greedy import NEAR_TIE, adapter_on, lead_where_they_differ
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from workers import Server, asked_at_once
 
@@ -17,40 +18,11 @@ TOKENS = 32
 SUBJECTS = ("rain", "bread", "a river", "chess")
 ASKED = ("Explain {} to a child.", "Write one line about {}.", "List three facts about {}.")
 PROMPTS = [asked.format(subject) for subject in SUBJECTS for asked in ASKED]
-#: Logits differ by less than this between ways to compute them in fp32; a smaller lead of the best token is a tie.
-NEAR_TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
     return Generator(MODEL, "fp32")
-
-
-def adapter_on(base: Path, folder: Path, seed: int) -> Path:
-    """Make an adapter that changes answers and leaves them language."""
-    torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    options = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    adapted = get_peft_model(model, LoraConfig(**options))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.02)
-    adapted.save_pretrained(folder)
-    return folder
-
-
-def lead_where_they_differ(model: Any, tokenizer: Any, prompt: list[int], text: str) -> float | None:
-    """Return the lead of the best token where `text` leaves the model's own greedy answer; None: it does not."""
-    with torch.no_grad():
-        made = model.generate(
-            torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-    answer = made.sequences[0, len(prompt) :].tolist()
-    for at, logits in enumerate(made.logits):
-        if not text.startswith(tokenizer.decode(answer[: at + 1], skip_special_tokens=True).rstrip("\ufffd")):
-            best, second = logits[0].topk(2).values.tolist()
-            return float(best - second)
-    return None if text == tokenizer.decode(answer, skip_special_tokens=True) else float("inf")
 
 
 @pytest.mark.long
@@ -79,7 +51,7 @@ def test_base_and_adapters_in_one_batch_answer_as_transformers_and_peft_do(
         for prompt, body, answer in zip(prompts, bodies, answers, strict=True):
             if body["model"] == name:
                 text = answer["choices"][0]["text"]
-                differences.append(lead_where_they_differ(model, generator.voice.tokenizer, prompt, text))
+                differences.append(lead_where_they_differ(model, generator.voice.tokenizer, prompt, text, TOKENS))
     found = [lead for lead in differences if lead is not None]
     print(f"{len(found)} of {len(differences)} answers differ from PEFT's, by {found}")
     assert len({answer["choices"][0]["text"] for answer in answers}) == len(answers)

@@ -99,7 +99,7 @@ def test_a_full_disk_under_the_control_plane_is_told_and_passes(
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(b"0" * 4096)
-    done = sage(*start, check=1)
+    done = sage("llm", "engine", "start", str(tiny_model), "--no-wait", check=1)
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     subprocess.run(["mount", "-o", f"remount,{ROOMY}", str(tight_disk)], check=True)

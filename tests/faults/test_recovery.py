@@ -65,7 +65,7 @@ def kill_gateway(home: Path) -> None:
 
 def train(model: Path, output: Path, **options: object) -> EngineView:
     values = {"dataset_path": str(SAMPLES), "output_dir": str(output), "batch_size": 1, "precision": "fp32", **options}
-    return client().start_engine(model=str(model), engine_kind="finetune", options=values)
+    return client().start_engine(model=str(model), engine_kind="finetune", options=values, restart_policy="no")
 
 
 def is_in(engine: EngineView, *states: str) -> bool:

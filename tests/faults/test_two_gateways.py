@@ -157,7 +157,7 @@ def test_of_two_nodes_on_one_database_each_leaves_the_other_s_engines_alone(
     one, two = start(), start(home=sage_home / "another-home")
     assert (one.role(), two.role()) == ("active", "active")
     served = one.client.start_engine(model=str(tiny_model)).id
-    trained = two.client.start_engine(model=str(tiny_model), engine_kind="finetune", options=options).id
+    trained = two.client.start_engine(model=str(tiny_model), engine_kind="finetune", options=options, restart_policy="no").id
     one.until(served, "running")
     two.until(trained, "running")
     assert {engine.id for engine in one.client.list_engines()} == {served, trained}

@@ -64,7 +64,8 @@ def test_training_outlives_the_gateway_and_is_adopted_by_the_next(tiny_model: Pa
 
 
 def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
-    engine = start_training(tiny_model, tmp_path / "out", "--num-epochs", "2", "--save-steps", "5")
+    options = ("--num-epochs", "2", "--save-steps", "5", "--restart-policy", "no")
+    engine = start_training(tiny_model, tmp_path / "out", *options)
     wait_for(lambda: (list_engines()[engine]["training"]["checkpoint_step"] or 0) >= 5, "a checkpoint")
     os.kill(list_engines()[engine]["pid"], signal.SIGKILL)
     wait_for(lambda: list_engines()[engine]["state"] == "failed", "the failure", seconds=5)
@@ -96,7 +97,11 @@ def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path)
     assert 'sage_engines{kind="finetune",state="completed"} 1.0' in metrics
     assert 'sage_device_memory_total_bytes{index="0",kind="cpu"' in metrics
     assert "completed" in httpx.get(f"{url()}/v1/management/engines/{engine}/events").text
-    sage("llm", "engine", "remove", engine)
+    run = Path(list_engines()[engine]["run_dir"])
+    assert "1 engines would be deleted" in sage("llm", "engine", "prune", "--older-than", "0", "--dry-run").stderr
+    assert run.is_dir()
+    assert engine in sage("llm", "engine", "prune", "--older-than", "0").stdout
+    assert (run.exists(), list_engines()) == (False, {})
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 

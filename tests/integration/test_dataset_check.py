@@ -144,7 +144,7 @@ def test_show_without_a_sample_names_the_fault_or_the_missing_line(tiny_model: P
     broken.write_text('{"messages": [')
     for arguments, expected in {
         (file, "--line", 3): f"{file}:3: no known format has the fields b",
-        (file, "--line", 4): "has no sample on line 4",
+        (file, "--line", 4): "has no sample with an answer on line 4",
         (broken,): f"{broken}:1: ",
     }.items():
         shown = dataset("show", *arguments, "--model", tiny_model)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from greedy import NEAR_TIE, adapter_on, lead_where_they_differ
 from llama_cpp import greedy_answer, link_backend, trained_model
 from support import sage, wait_for
 from tiny_engines import ask, start, until
@@ -24,7 +25,8 @@ from sage.common.errors import ModelError
 from sage.libs.models.chat import ChatFormat
 from sage.libs.models.export.exporting import export_model
 from sage.libs.models.export.formats import ExportFormat, OpenVino
-from sage.libs.models.loading import load_tokenizer
+from sage.libs.models.loading import load_tokenizer, local_folder
+from sage.libs.models.resolve import resolve_model
 from sage.llm.client import SageClient
 from sage.llm.control_plane.backends import environments
 
@@ -46,7 +48,8 @@ def open_vino(sage_home: Path) -> OpenVino:
 
 
 @pytest.fixture
-def client(sage_home: Path) -> Iterator[SageClient]:
+def client(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SageClient]:
+    monkeypatch.setenv("SAGE_ENGINE_START_SECONDS", "1200")
     sage("gateway", "start")
     yield SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}")
     sage("gateway", "stop", "--force", check=None)
@@ -116,6 +119,23 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
     never_end = {str(token): -100 for token in range(3)}
     scored = ask(client, logprobs=True, top_logprobs=2, logit_bias=never_end).json()["choices"][0]["logprobs"]["content"]
     assert all(len(token["top_logprobs"]) == 2 for token in scored)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_smollm2_with_a_merged_adapter_answers_as_with_transformers(tmp_path: Path, client: SageClient) -> None:
+    base = local_folder(resolve_model("smollm2-135m-instruct"))
+    adapter = adapter_on(base, tmp_path / "adapter", 1)
+    start(client, adapter, "openvino", 1200)
+    model, chat_format = trained_model(base, adapter), ChatFormat(load_tokenizer(base))
+    leads = []
+    for prompt in PROMPTS:
+        messages = [{"role": "user", "content": prompt}]
+        answer = ask(client, messages=messages, max_tokens=32).json()["choices"][0]["message"]["content"]
+        leads.append(lead_where_they_differ(model, chat_format.tokenizer, chat_format.prompt_ids(messages), answer, 32))
+    found = [lead for lead in leads if lead is not None]
+    print(f"{len(found)} of {len(PROMPTS)} answers differ, where the two largest logits differ by {found}")
+    assert all(lead < NEAR_TIE for lead in found)
 
 
 def test_a_quantized_engine_names_its_quantization_in_its_form(adapter: Path, client: SageClient) -> None:

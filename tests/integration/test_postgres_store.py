@@ -8,6 +8,7 @@ import pytest
 from engines import record
 from lease_promises import LeasePromises
 from migration_promises import MigrationPromises
+from outbox_promises import OutboxPromises
 from postgres import PostgresServer
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,7 +16,8 @@ from store_promises import ME, StorePromises, lease_of
 
 from sage.common.errors import ConfigError
 from sage.llm.client.types import DesiredState, EngineState, EventKind
-from sage.llm.control_plane.store.database import open_database
+from sage.llm.control_plane.store.check import check
+from sage.llm.control_plane.store.database import REVISIONS, open_database
 from sage.llm.control_plane.store.records import Lease
 from sage.llm.control_plane.store.store import Store
 
@@ -26,6 +28,10 @@ def database_url(postgres: PostgresServer) -> str:
 
 
 class TestStoreOnPostgres(StorePromises):
+    pass
+
+
+class TestOutboxOnPostgres(OutboxPromises):
     pass
 
 
@@ -119,3 +125,11 @@ def test_a_server_that_cannot_be_reached_is_one_sentence_without_the_password() 
     assert "hunter2" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "Connection refused" in str(caught.value)
+
+
+def test_the_check_of_a_database_reports_its_schema_and_the_difference_of_the_clocks(database_url: str) -> None:
+    assert check(database_url).revision is None
+    open_database(database_url).dispose()
+    report = check(database_url)
+    assert (report.fault, report.revision) == ("", REVISIONS[-1])
+    assert abs(report.server_ahead_seconds) < 60

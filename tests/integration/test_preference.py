@@ -10,6 +10,7 @@ from support import write_jsonl
 from training import TinyRun
 
 from sage.common.errors import ConfigError, Conflict, DatasetError
+from sage.common.training import WarningEvent
 
 REWARD = "def reward(prompts, completions, wanted, **_):\n    return [c.count(w) for c, w in zip(completions, wanted)]\n"
 QUESTIONS = [f"Is {number} a number?" for number in range(16)]
@@ -138,3 +139,38 @@ def test_reward_files_are_off_unless_allowed_and_are_checked(
     monkeypatch.delenv("SAGE_ALLOW_REWARD_FILES")
     with pytest.raises(ConfigError, match="Reward files are disabled"):
         TinyRun(tiny_model, tmp_path / "out2", **options["grpo"])
+
+
+def test_a_run_without_enough_memory_continues_with_half_the_micro_batch(
+    tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]]
+) -> None:
+    out_of_memory = (
+        "from pathlib import Path\nused = Path(__file__).with_name('used')\n\ndef reward(prompts, completions, **_):\n"
+        "    used.write_text(used.read_text() + 'x' if used.exists() else 'x')\n"
+        "    if len(used.read_text()) == 3:\n        raise MemoryError('out of memory')\n"
+        "    return [len(text) for text in completions]\n"
+    )
+    (tmp_path / "reward.py").write_text(out_of_memory)
+    run = TinyRun(tiny_model, tmp_path / "out", **options["grpo"], max_steps=4, save_steps=2).start()
+    process = run.manager.process(run.task_id)
+    run.completed()
+    assert run.status.halvings == 1
+    assert run.status.warnings[-1].startswith("Out of memory: micro-batches now have 2 samples instead of 4")
+    assert [event["step"] for event in run.events("started")] == [0, 2]
+    assert [event["step"] for event in run.events("step")] == [1, 2, 3, 4]
+    assert process
+    assert f"{process.pid}" in str(run.path.joinpath("worker.lock").read_text())
+
+
+@pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.long)])
+def test_smaller_micro_batches_train_the_same_samples_in_each_step(
+    tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str
+) -> None:
+    common = {**options[method], "max_steps": 3, "batch_size": 4, "lora_dropout": 0.0}
+    whole = TinyRun(tiny_model, tmp_path / "whole", **common).trained()
+    halved = TinyRun(tiny_model, tmp_path / "halved", **common)
+    halved.manager.run_directory(halved.task_id).append_event(WarningEvent(message="m", halvings=1))
+    halved.trained()
+    assert halved.status.total_steps == 3
+    if method == "dpo":  # the loss of kto depends on the other samples of a micro-batch
+        assert halved.losses() == pytest.approx(whole.losses(), rel=1e-3)

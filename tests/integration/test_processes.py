@@ -149,6 +149,22 @@ def test_a_process_is_observed_although_its_lock_file_was_removed(spec: ProcessS
     wait_for(lambda: not observe(spec)[0].alive, "the end of the process")
 
 
+def test_the_oldest_process_of_a_lock_is_found_even_if_a_child_has_a_lower_pid(
+    spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = spawn(shell(spec, "sleep 0.1; sleep 61 & wait"))
+
+    def has_child() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return ["sleep", "61"] in [psutil.Process(pid).cmdline() for pid in session_members(process.pid)]
+        return False
+
+    wait_for(has_child, "its child")
+    members = sorted(session_members(process.pid), key=lambda pid: pid == process.pid)
+    monkeypatch.setattr(psutil, "pids", lambda: members)
+    assert processes.find_by_environment([spec.lock_path]) == {spec.lock_path: process}
+
+
 def test_a_suspended_process_that_is_asked_to_stop_does_so(spec: ProcessSpec) -> None:
     process = spawn(shell(spec, "trap 'echo saved; exit 0' TERM; echo begun; while :; do sleep 0.02; done"))
     wait_for(lambda: "begun" in spec.log_path.read_text(), "its beginning")

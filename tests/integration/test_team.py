@@ -52,3 +52,36 @@ def test_none_outlives_another(tiny_model: Path, tmp_path: Path, victim: str) ->
     assert status.state is RunState.FAILED
     assert status.code == "worker_died"
     wait_for(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, "the follower to leave")
+
+
+#: Makes the additional process of a run fail in its third step with a MemoryError, but only once.
+SHORT_OF_MEMORY = """
+import os, sys, time
+from pathlib import Path
+mark, calls, clock = Path(__file__).with_name("failed"), [], time.monotonic
+def failing_clock():
+    if sys._getframe(1).f_code.co_filename.endswith("training/callbacks.py"):
+        calls.append(1)
+        if len(calls) == 4:
+            mark.touch()
+            raise MemoryError("out of memory")
+    return clock()
+if os.environ.get("SAGE_WORKER_RANK") and not mark.exists():
+    time.monotonic = failing_clock
+"""
+
+
+@pytest.mark.long
+def test_a_process_without_enough_memory_halves_the_micro_batch_of_all(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "max_steps": 5, "save_steps": 2, "batch_size": 4, "num_processes": 2}
+    whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SHORT_OF_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    run = TinyRun(tiny_model, tmp_path / "out", **options).start().completed()
+    assert (tmp_path / "site" / "failed").exists()
+    assert run.status.halvings == 1
+    assert [event["step"] for event in run.events("started")] == [0, 2]
+    assert run.losses() == pytest.approx(whole.losses(), rel=1e-3)

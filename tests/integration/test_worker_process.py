@@ -57,6 +57,8 @@ def worker(tiny_model: Path, tmp_path: Path) -> Iterator[Worker]:
     assert found.pop("threads") >= 1
     assert found == {
         "status": "ok", "engine": "engine-0123456789", "pid": process.pid, "context_tokens": 10**7, "slots": 16,
+        "tokens": {"": [0, 0]},
+        "slots_in_use": 0,
         "is_active": False,
     }  # fmt: skip
     yield Worker(process, url)

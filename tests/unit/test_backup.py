@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sage.cli.backup import saving
 from sage.cli.backup.restoring import Restored, restore
 from sage.cli.backup.saving import Content, save
 from sage.common.errors import BackupError, ConfigError, Conflict
@@ -123,6 +124,23 @@ def test_all_checkpoints_are_included_on_request_and_outputs_can_be_omitted(home
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_that_its_run_removes_during_the_backup_is_replaced_by_the_newest_one(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = get_user_paths().finetuned_dir / TASK
+
+    def train_on(folder: Path, _: int) -> None:
+        if folder == tmp_path:  # the files of the run have been listed
+            (run / "checkpoint-4").rename(run / "checkpoint-6")
+
+    monkeypatch.setattr(saving, "check_space", train_on)
+    backup = backed_up(tmp_path / "sage.tar.gz")
+    shutil.rmtree(home)
+    restored(backup)
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-6"}
+    assert (run / "checkpoint-6" / "optimizer.pt").stat().st_size == 100
+
+
 @pytest.mark.parametrize("damage", ["truncated", "changed", "not a backup"])
 def test_a_damaged_backup_is_refused_before_anything_is_changed(home: Path, tmp_path: Path, damage: str) -> None:
     backup = backed_up(tmp_path / "sage.tar.gz")
@@ -173,6 +191,16 @@ def test_too_little_disk_space_is_reported_before_the_file_is_written(
     with pytest.raises(BackupError, match=r"too little free space: 0.00 GB are needed"):
         backed_up(tmp_path / "backups" / "sage.tar.gz")
     assert list((tmp_path / "backups").iterdir()) == []
+
+
+def test_too_little_disk_space_is_reported_before_anything_is_restored(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup, before = backed_up(tmp_path / "sage.tar.gz"), content_of(home)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    with pytest.raises(BackupError, match="too little free space"):
+        restored(backup, force=True)
+    assert content_of(home) == before
 
 
 def test_a_database_on_a_server_is_refused_without_its_password(

@@ -52,6 +52,8 @@ CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("move_engine", lambda c: c.move_engine("engine-a", 1), lambda r: r.id == "engine-a"),
     ("resume_engine", lambda c: c.resume_engine("engine-a"), lambda r: r.id == "engine-a"),
     ("checkpoint_engine", lambda c: c.checkpoint_engine("engine-a"), lambda r: r.id == "engine-a"),
+    ("change_training", lambda c: c.change_training("engine-a", max_steps=9), lambda r: r.revision == 1),
+    ("fork_engine", lambda c: c.fork_engine("engine-a", output_dir="/out"), lambda r: r.id == "engine-a"),
     ("remove_engine", lambda c: c.remove_engine("engine-a"), lambda r: r is None),
     ("get_logs", lambda c: c.get_logs("engine-a"), lambda r: r == ["one", "two"]),
     ("follow_logs", lambda c: c.follow_logs("engine-a"), lambda r: r == ["one", "älpha", "end"]),
@@ -67,6 +69,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("remove_route", lambda c: c.remove_route("org/a"), lambda r: r is None),
     ("devices", lambda c: c.devices(), lambda r: r[0].kind == "cpu"),
     ("estimate", lambda c: c.estimate("m", engine_kind="llm"), lambda r: (r.model, r.parts) == ("m", {"weights": 3})),
+    ("test_webhooks", lambda c: c.test_webhooks(), lambda r: r[0].host == "a.example"),
     ("backends", lambda c: c.backends(), lambda r: r[0].name == "x"),
     ("health", lambda c: c.health(), lambda r: r["service"] == "sage-gateway"),
     ("models", lambda c: c.models(), lambda r: r == ["m"]),
@@ -215,6 +218,6 @@ def test_the_wheels_of_the_command_line_require_neither_a_database_nor_training_
         return direct.union(*(required(each) for each in direct if each.startswith("sage-")))
 
     assert required("sage-cli") == {
-        "sage-common", "sage-llm-client", "httpx", "platformdirs", "psutil", "pydantic", "pydantic-settings", "rich",
-        "typer",
+        "sage-common", "sage-llm-client", "httpx", "packaging", "platformdirs", "psutil", "pydantic", "pydantic-settings",
+        "rich", "typer",
     }  # fmt: skip

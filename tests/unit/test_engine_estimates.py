@@ -19,7 +19,7 @@ from sage.libs.finetune.run.history import default_formats, earlier_run, trainin
 from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 from sage.llm.client.types import Device, EngineKind, StartRequest
-from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.backends import environments, registry
 from sage.llm.control_plane.backends.memory import ServingEstimate
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.estimates import estimate_engine
@@ -152,6 +152,17 @@ def test_an_estimate_of_a_run_needs_neither_dataset_nor_output(weights: Path) ->
     assert estimate.training_seconds is None
     assert any("samples of the maximum length" in line for line in estimate_lines(estimate))
     assert estimate_table(estimate).row_count >= 5
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_an_estimate_for_any_backend_uses_the_backend_that_a_start_would_use(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, quantize: str
+) -> None:
+    monkeypatch.setattr(environments, "device", lambda: "cuda")
+    monkeypatch.setattr(environments, "is_installed", lambda _: True)
+    request = StartRequest(model=str(weights), options={"quantize": quantize})
+    started, _ = registry.resolve("auto", EngineKind.LLM, resolve_model(str(weights)), quantize)
+    assert estimate_engine(request, [DEVICE]).backend == started.name
 
 
 def test_an_estimate_without_weights_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

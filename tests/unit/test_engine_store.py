@@ -14,6 +14,7 @@ import pytest
 from engines import record
 from lease_promises import LeasePromises
 from migration_promises import MigrationPromises
+from outbox_promises import OutboxPromises
 from sqlalchemy import insert
 from store_promises import StorePromises, lease_of
 
@@ -32,6 +33,10 @@ def database_url(tmp_path: Path) -> str:
 
 
 class TestStoreOnSqlite(StorePromises):
+    pass
+
+
+class TestOutboxOnSqlite(OutboxPromises):
     pass
 
 

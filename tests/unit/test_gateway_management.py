@@ -182,6 +182,46 @@ def test_a_stream_from_now_on_begins_with_the_next_event_and_is_kept_alive_by_co
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_the_events_of_an_engine_continue_after_the_last_event_id_until_the_engine_has_ended() -> None:
+    async def main() -> None:
+        store, lease = stored(1)
+        engine = record(EngineState.QUEUED, id=_id(1), node=store.get(_id(0)).node)
+        created = store.add(engine, "user", lease)
+        async with gateway() as client:
+            headers = {"Last-Event-ID": str(created.last_event)}
+            async with client.stream("GET", f"{ENGINES}/{_id(1)}/events", headers=headers) as answer:
+                await asyncio.to_thread(store.transition, created, EngineState.FAILED, actor="user", lease=lease)
+                lines = [line async for line in answer.aiter_lines() if line.startswith("data:")]
+            [event] = [json.loads(line.removeprefix("data: ")) for line in lines]
+            assert (event["before"], event["after"]) == ("queued", "failed")
+            url = f"{ENGINES}/{_id(1)}/events?follow=false&after={created.last_event - 1}"
+            assert (await client.get(url)).text.count("event:") == 2
+            assert (await client.get(f"{ENGINES}/{_id(1)}/events", headers={"Last-Event-ID": "x"})).status_code == 400
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_stream_of_events_ends_if_the_client_disconnects() -> None:
+    async def main() -> None:
+        store, lease = stored(1)
+        store.add(record(EngineState.QUEUED, id=_id(1), node=store.get(_id(0)).node), "user", lease)
+        async with gateway() as client:
+            manager = client.app.state.manager  # type: ignore[attr-defined]
+            get_events, readers = manager.get_events, set[Any]()
+
+            async def observed(*arguments: Any) -> Any:
+                readers.add(asyncio.current_task())
+                return await get_events(*arguments)
+
+            manager.get_events = observed
+            async with client.stream("GET", f"{ENGINES}/{_id(1)}/events") as answer:
+                await anext(answer.aiter_lines())
+                await until(lambda: len(readers) > 1, "the wait for new events")
+            await until(lambda: all(task.done() for task in readers), "the end of the stream")
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 async def _next_event(lines: Any) -> dict[str, Any]:
     id_line, event_line, data_line = [await anext(lines) for _ in range(3)]
     event: dict[str, Any] = json.loads(data_line.removeprefix("data: "))

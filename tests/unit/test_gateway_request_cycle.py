@@ -65,6 +65,28 @@ def test_an_answer_of_known_length_is_sent_in_one_piece() -> None:
     run(main())
 
 
+def test_an_answer_that_the_stop_of_the_server_interrupts_is_not_logged_as_a_failure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def endless(scope: Scope, _: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"piece", "more_body": True})
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        async with serving(endless) as (_, port):
+            reader, writer = await connect(port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"piece")
+        assert await reader.read() == b"\r\n"  # without the end of the answer
+        writer.close()
+
+    caplog.set_level("INFO")
+    run(main())
+    assert "/ was interrupted, because the gateway stops" in caplog.text
+    assert "failed" not in caplog.text
+
+
 def test_pipelined_requests_are_answered_in_order_on_one_connection() -> None:
     async def main() -> None:
         async with serving(hello) as (_, port):

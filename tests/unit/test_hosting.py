@@ -186,10 +186,21 @@ def test_an_adapter_that_is_not_loaded_in_time_fails_without_the_others() -> Non
     actions = planned([hosted("y"), hosted("x", S.STARTING)], ready("sage-y-1"), OLD)
     failed = actions["x"]
     assert isinstance(failed, Transition)
-    assert (failed.state, failed.must_remain, failed.reason and failed.reason.code) == (S.FAILED, True, "start_timeout")
+    assert failed.reason
+    assert (failed.state, failed.must_remain, failed.reason.code) == (S.FAILED, True, "start_timeout")
+    assert "killed" not in failed.reason.message
     alone = planned([hosted("x", S.STARTING)], ready(), OLD)["x"]
     assert isinstance(alone, SendSignal)
     assert (alone.signal, alone.closes) == (Signal.KILL, True)
+
+
+def test_a_late_start_kills_a_server_that_other_engines_wait_for_only_if_the_server_does_not_answer() -> None:
+    late, other = hosted("x", S.STARTING), hosted("y", S.STARTING, restarts=1)
+    assert outline(planned([late, other], ready(), OLD)["x"]) is S.FAILED
+    assert outline(planned([late, other], LIVES, OLD)["x"]) is Signal.KILL
+    after = planned([late, other], DEAD)["y"]
+    assert isinstance(after, Transition)
+    assert after.restarts == 2  # the other engine gets another server
 
 
 def test_an_adapter_that_its_server_refused_gets_a_server_of_its_own() -> None:

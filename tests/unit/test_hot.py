@@ -66,5 +66,5 @@ def test_an_adapter_on_an_adapter_is_not_hot(tmp_path: Path) -> None:
 def test_a_damaged_configuration_is_an_error(tmp_path: Path, content: str) -> None:
     folder = adapter_of(tmp_path / "adapter", {}, ())
     (folder / "adapter_config.json").write_text(content)
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="is not"):
         why_not_hot(folder, tmp_path)

@@ -16,7 +16,7 @@ from sage.common.settings import load_settings
 from sage.llm.control_plane.admission import DeviceMemory
 from sage.llm.control_plane.inventory import Inventory, Occupant, gpu_memory_of, gpus, has_gpu, inventory
 from sage.llm.control_plane.inventory.inventory import within
-from sage.llm.control_plane.metrics import engine_metrics
+from sage.llm.control_plane.metrics import device_metrics
 
 PID = os.getpid()
 SIZES = (("gpu-0", 80, 8), ("gpu-2", 40, 9), ("gpu-3", 24, 1), ("gpu-4", 40, 0), ("mig-0", 20, 0), ("mig-4", 5, 3))
@@ -213,7 +213,7 @@ def test_fake_devices_replace_the_gpus_and_are_named_as_fake(monkeypatch: pytest
         ("cuda:0", 0),
         ("cuda:1", 0),
     ]
-    samples = [sample for metric in engine_metrics({}, [], devices) for sample in metric.samples]
+    samples = [sample for metric in device_metrics(devices) for sample in metric.samples]
     assert {sample.labels["kind"] for sample in samples if sample.name.startswith("sage_device_")} == {"fake", "cpu"}
 
 

@@ -1,14 +1,20 @@
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sage.common.errors import ConfigError, Conflict, ModelError, ModelNotFound
 from sage.common.model_names import absolute_name
 from sage.common.paths import get_user_paths
+from sage.libs.finetune.data.findings import Findings
+from sage.libs.finetune.data.inspection import inspect_end
+from sage.libs.models.architecture import read_architecture
 from sage.libs.models.catalog import import_model, list_models
 from sage.libs.models.fingerprint import fingerprint
+from sage.libs.models.hot import why_not_hot
 from sage.libs.models.originals import known, original, remember
 from sage.libs.models.resolve import ModelKind, resolve_model
 from sage.llm.client.types import EngineKind, StartRequest
@@ -177,6 +183,28 @@ def test_an_adapter_that_is_its_own_base_is_rejected(tmp_path: Path) -> None:
         resolve_model(str(folder))
 
 
+@pytest.mark.parametrize("content", ["[]", '"text"', "null", "{"])
+def test_a_file_of_a_model_that_is_not_a_json_object_is_named_in_the_error(tmp_path: Path, content: str) -> None:
+    folder = full(tmp_path / "part" / "0")
+    for name in ("config.json", "generation_config.json", "adapter_config.json"):
+        (folder / name).write_text(content)
+    end: Any = SimpleNamespace(answer_end=lambda: 1)
+    with pytest.raises(ModelError, match=r"/config\.json is not"):
+        read_architecture(folder.parent)
+    with pytest.raises(ModelError, match=r"/generation_config\.json is not"):
+        inspect_end(folder, end, Findings())
+    with pytest.raises(ModelError, match=r"/adapter_config\.json is not"):
+        why_not_hot(folder, folder)
+
+
+@pytest.mark.parametrize("entry", [{"data_offsets": [0, 4]}, {"data_offsets": [0, 4], "dtype": "F32", "shape": None}])
+def test_weights_without_a_shape_are_rejected(tmp_path: Path, entry: dict[str, Any]) -> None:
+    header = json.dumps({"w": entry}).encode()
+    (full(tmp_path / "m") / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
+        resolve_model(str(tmp_path / "m"))
+
+
 def test_a_model_is_imported_completely_and_only_under_an_unused_name(tmp_path: Path) -> None:
     folder = full(tmp_path / "m")
     target = import_model(folder, "org/mine")
@@ -184,9 +212,13 @@ def test_a_model_is_imported_completely_and_only_under_an_unused_name(tmp_path: 
     assert "org/mine" in {model.name for model in list_models()}
     with pytest.raises(Conflict, match="exists already"):
         import_model(folder, "org/mine")
-    for name in ("../escape", "finetuned/x", "a/b/c", ""):
+    for name in ("../escape", "org/..", "finetuned/x", "finetuned", "a/b/c", "org/.hidden", "-x", ""):
         with pytest.raises(ConfigError):
             import_model(folder, name)
+    import_model(folder, "finetuned-by-us")
+    full(target.with_name(".other.partial"))  # an interrupted import
+    assert {model.name for model in list_models()} >= {"org/mine", "finetuned-by-us"}
+    assert not any(".partial" in model.name for model in list_models())
     with pytest.raises(ModelError):
         import_model(tmp_path, "org/nothing")
     with pytest.raises(ModelNotFound):

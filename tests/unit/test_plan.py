@@ -185,6 +185,30 @@ def test_a_worker_that_exited_without_a_report_is_restarted_and_one_that_was_sto
     assert action.restarts is None
 
 
+@pytest.mark.parametrize(
+    ("last_crash", "crash", "expected"),
+    [(None, "step 9", 1), ("step 5", "step 9", 1), ("step 9", "loading at step 9", 1), ("step 9", "step 9", None)],
+)
+def test_a_run_that_crashes_again_at_the_same_point_is_not_restarted(
+    last_crash: str | None, crash: str, expected: int | None
+) -> None:
+    exited = Observed(alive=False, ended=S.FAILED, reason=Reason(code="worker_died", message="Dead."), crash=crash)
+    engine = of(S.RUNNING, restart_policy=RestartPolicy.UNLESS_STOPPED, last_crash=last_crash, **FINETUNE)
+    action = planned(engine, exited)
+    assert isinstance(action, Transition)
+    assert (action.restarts, action.values) == (expected, {"last_crash": crash})
+    assert action.reason
+    assert ("exited at the same point before" in action.reason.message) == (expected is None)
+
+
+def test_an_engine_is_restarted_as_often_as_the_user_allows() -> None:
+    for max_restarts, expected in ((0, None), (2, None), (3, 3)):
+        engine = of(S.RUNNING, restart_policy=RestartPolicy.UNLESS_STOPPED, restarts=2, max_restarts=max_restarts)
+        action = planned(engine, GONE)
+        assert isinstance(action, Transition)
+        assert action.restarts == expected
+
+
 def test_a_hung_server_is_killed_and_restarted_only_if_its_policy_says_so() -> None:
     hung = Watch(S.RUNNING, silent_seconds=61, seen_alive=True)
     engine = of(S.RUNNING, restart_policy=RestartPolicy.ON_FAILURE)

@@ -248,3 +248,9 @@ def test_a_moved_engine_has_the_wanted_place_within_its_priority(priorities: lis
     order = sorted((placed if other.id == moved.id else other for other in waiting), key=rank)
     peers = [number for number, other in enumerate(order, start=1) if other.priority == moved.priority]
     assert order.index(placed) + 1 == min(max(position, peers[0]), peers[-1])
+
+
+def test_an_engine_with_an_unknown_backend_does_not_stop_the_queue() -> None:
+    node = Node(engine("a", 1, backend="removed"), engine("b", 1))
+    node.devices = [DeviceMemory("cpu", 10 * GB), DeviceMemory("gpu-0", 10 * GB)]
+    assert {action.engine.id for action in node.tick()} == {"engine-a", "engine-b"}

@@ -1,5 +1,6 @@
 import asyncio
 import dataclasses
+import errno
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from sage.common.identity import ProcessIdentity
 from sage.common.processes import ProcessSpec
 from sage.common.training import TrainingProgress
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
+from sage.llm.control_plane import validation
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import ProcessObservation, Signal
@@ -424,6 +426,26 @@ def test_an_engine_that_is_not_valid_fails_with_the_reason(loop: Loop, error: Ex
     assert str(error) in reason.message
 
 
+def test_a_validation_is_repeated_when_a_shortage_of_descriptors_is_over(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "_RETRY_SECONDS", 0.0)
+    loop.add(record(S.VALIDATING))
+    attempts: list[str] = []
+
+    def fails_twice() -> None:
+        attempts.append("")
+        if len(attempts) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    async def test(loop: Loop) -> None:
+        loop.world.validations["engine-a"] = fails_twice
+        await loop.until(lambda: loop.state() is S.RUNNING)
+
+    loop.run(test)
+    assert len(attempts) == 3
+
+
 @pytest.mark.parametrize(
     ("policy", "is_restarted"),
     [(RestartPolicy.NO, False), (RestartPolicy.ON_FAILURE, False), (RestartPolicy.UNLESS_STOPPED, True)],
@@ -460,3 +482,75 @@ def test_a_restart_waits_longer_each_time(loop: Loop) -> None:
         assert loop.world.launched == []
 
     loop.run(test)
+
+
+def test_an_error_in_the_plan_of_one_engine_does_not_stop_the_other_engines_and_is_logged_once(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop.add(record(S.RUNNING, serve={"no": "served run"}), record(id="engine-b"))
+
+    async def test(loop: Loop) -> None:
+        await loop.until(lambda: loop.state("engine-b") is S.RUNNING and "engine-a" in loop.prober.observed())
+        await loop.ticked()
+        (problem,) = loop.reconciler.problems()
+        assert "engine-a" in problem
+
+    loop.run(test)
+    assert [entry.message for entry in caplog.records] == ["engine-a cannot be reconciled, retrying"]
+
+
+def test_the_loop_survives_an_error_of_the_whole_plan_and_continues_when_the_error_is_gone(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.add(record())
+
+    async def test(loop: Loop) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("sage.llm.control_plane.plan.queue_of", lambda *_: {}["bug"])
+            await loop.ticked()
+            assert [problem.partition(":")[0] for problem in loop.reconciler.problems()] == [
+                "The next actions cannot be planned"
+            ]
+        await loop.until(lambda: loop.state() is S.RUNNING)
+        assert loop.reconciler.problems() == []
+
+    loop.run(test)
+
+
+def test_a_control_plane_that_lost_the_lease_shows_no_queue(loop: Loop) -> None:
+    loop.add(record())
+
+    async def test(loop: Loop) -> None:
+        await loop.reconciler.tick(is_active=True)
+        assert loop.reconciler.queue.decisions
+        await loop.reconciler.tick(is_active=False)
+        assert not loop.reconciler.queue.decisions
+
+    loop.run(test)
+
+
+def test_a_new_checkpoint_wakes_the_reconciler_but_a_step_does_not(loop: Loop) -> None:
+    run = record(S.RUNNING, kind=EngineKind.FINETUNE, serve={"name": "m"})
+    loop.world.alive.add("engine-a")
+    progress = TrainingProgress(step=1, total_steps=9, progress=0.1)
+    seen: list[int | None] = []
+
+    async def test(loop: Loop) -> None:
+        def note() -> None:
+            last = prober.last("engine-a")
+            seen.append(last.training.checkpoint_step if last and last.training else -1)
+
+        async def probed(**values: int) -> None:
+            loop.world.training["engine-a"] = progress.model_copy(update=values)
+            await prober._probe(target, asyncio.create_task(loop.world.observe({"engine-a"})))
+
+        prober = Prober({EngineKind.FINETUNE: loop.world}, loop.world, note)
+        prober.watch([dataclasses.replace(run, server_id="server-a")], {"server-a": server(handle="engine-a")})
+        target = prober._targets["engine-a"]
+        await probed()
+        await probed(step=2)
+        await probed(step=3, checkpoint_step=3)
+        await probed(step=4, checkpoint_step=3)
+
+    loop.run(test)
+    assert seen == [None, 3]

@@ -1,4 +1,7 @@
+import contextlib
 import json
+import os
+import resource
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -36,6 +39,24 @@ def make_run(path: Path, **options: Any) -> RunDirectory:
     run = RunDirectory(path)
     run.create(RunSpec(path.name, config, "0" * 64, "2026-01-01T00:00:00+00:00"))
     return run
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """Let every further open fail in the `with` block."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path(os.devnull).open() as lowest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_folder_is_not_taken_for_free_if_its_owner_cannot_be_read(tmp_path: Path) -> None:
+    claim_output(tmp_path, "task-a", tmp_path / "run")
+    with no_descriptor_left(), pytest.raises(OSError, match="Too many open files"):
+        check_claim(tmp_path, "task-b")
 
 
 def test_a_spec_is_written_once_and_can_be_read(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How actions are executed: several at a time, retried, given up, or cancelled."""
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from engines import record, server
 from store_promises import lease_of
 
-from sage.common.errors import ConfigError, EngineError
+from sage.common.errors import ConfigError, EngineError, RunError
 from sage.common.processes import ProcessSpec
 from sage.llm.client.types import DesiredState, EngineKind, EngineState
 from sage.llm.control_plane import runner
@@ -198,8 +199,29 @@ def test_an_engine_that_is_given_up_leaves_the_process_to_the_others(world: Worl
             await runner.idle()
 
     world.run(test)
-    assert world.store.get("engine-a").state is S.FAILED
+    failed = world.store.get("engine-a")
+    assert (failed.state, failed.reason and failed.reason.code) == (S.FAILED, "adapter_load_failed")
     assert (world.signals, len(world.store.servers("n"))) == ([] if others else [Signal.KILL], others)
+
+
+def test_an_engine_is_launched_when_a_shortage_of_descriptors_is_over(world: World) -> None:
+    world.add(S.QUEUED)
+    world.error = RunError(code="io_error", message="no descriptor")
+    world.error.__cause__ = OSError(errno.EMFILE, "Too many open files")
+
+    async def test(runner: Runner) -> None:
+        for _ in range(10):
+            hosts = world.store.servers("n")
+            runner.run(Launch(world.store.get("engine-a"), hosts[0] if hosts else None), None, hosts[0] if hosts else None)
+            await runner.idle()
+        assert (world.store.get("engine-a").state, world.launches) == (S.STARTING, 0)
+        world.error = None
+        world.release.set()
+        runner.run(Launch(world.store.get("engine-a"), world.host()), None, world.host())
+        await runner.idle()
+
+    world.run(test)
+    assert (world.store.get("engine-a").state, world.launches) == (S.STARTING, 1)
 
 
 @pytest.mark.parametrize("error", [OSError("busy"), TimeoutError()])
@@ -240,6 +262,7 @@ def test_an_action_that_failed_is_repeated_later_each_time_and_a_different_one_i
     [
         (AdapterRefused(code="adapter_refused", message="its rank is too large"), 1),
         (EngineError(code="adapter_load_failed", message="its rank is too large"), runner._MAX_FAILURES),
+        (RuntimeError("its rank is too large.\nMore."), runner._MAX_FAILURES),
     ],
 )
 def test_a_newer_version_that_cannot_be_loaded_leaves_the_older_one_and_a_warning_in_the_status(
@@ -259,7 +282,9 @@ def test_a_newer_version_that_cannot_be_loaded_leaves_the_older_one_and_a_warnin
             engine = await load(runner)
         assert engine.reason
         assert (engine.state, engine.served_as, engine.reason.code) == (S.RUNNING, "sage-a-1", "adapter_refused")
-        assert "/newer: its rank is too large. The previous version is still used." in engine.reason.message
+        assert engine.reason.message.startswith("server-a cannot load /newer: ")
+        assert engine.reason.message.endswith("its rank is too large. The previous version is still used.")
+        assert "started" not in engine.reason.message
         assert (engine.model, engine.adapter) == ("/older", "/older")
         world.loaded = {}  # the server has lost the older one
         for _ in range(tries):

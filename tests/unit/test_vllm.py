@@ -69,11 +69,34 @@ class Config:
         self.model, self.max_model_len, self.max_num_seqs = str(folder), 512, 4
 
 
+class SleepingEngine:
+    """The methods of vLLM's client for sleeping."""
+
+    def __init__(self) -> None:
+        self.level = 0
+
+    async def sleep(self, level: int, mode: str) -> None:
+        assert mode in ("abort", "wait", "keep")
+        self.level = level
+
+    async def wake_up(self, tags: list[str] | None) -> bool:
+        self.level = 0
+        return True
+
+    async def is_sleeping(self) -> bool:
+        return self.level > 0
+
+
+ENGINE = SleepingEngine()
+
+
 def requested(folder: Path, method: str, path: str, *, json: Any = None, **headers: str) -> httpx.Response:
     """Return the answer of a server with the rules, whose own routes answer as vLLM's."""
 
     async def echo(request: Request) -> Response:
         body = await request.json()
+        if body.get("model") == "text":
+            return JSONResponse({"error": "none"}, 404)
         if body.get("model") == "unknown":
             return JSONResponse({"error": {"message": "none", "type": "NotFoundError", "param": "model", "code": 404}}, 404)
         if "lora_path" in body and body["lora_name"] == "large":
@@ -85,7 +108,7 @@ def requested(folder: Path, method: str, path: str, *, json: Any = None, **heade
 
     routes = [Route("/health", health), *(Route(p, echo, methods=["POST"]) for p in (CHAT, "/v1/load_lora_adapter"))]
     app = Starlette(routes=routes)
-    app.state.vllm_config = Config(folder)
+    app.state.vllm_config, app.state.engine_client = Config(folder), ENGINE
     app.add_middleware(Rules)
 
     async def send() -> httpx.Response:
@@ -107,8 +130,9 @@ def test_a_request_reaches_vllm_unchanged_and_an_unknown_parameter_is_named(tmp_
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "frob")
 
 
-def test_errors_have_words_as_codes(tmp_path: Path) -> None:
-    answer = requested(tmp_path, "POST", CHAT, json={"model": "unknown"})
+@pytest.mark.parametrize("model", ["unknown", "text"])
+def test_errors_have_words_as_codes(tmp_path: Path, model: str) -> None:
+    answer = requested(tmp_path, "POST", CHAT, json={"model": model})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
@@ -139,8 +163,36 @@ def test_an_adapter_with_another_prompt_or_too_large_a_rank_is_refused(tmp_path:
     assert (loaded("large").status_code, "rank 64" in loaded("large").text) == (400, True)
     (adapter / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1}}}')
     assert "adapter's tokenizer differs" in loaded().json()["error"]["message"]
+    for content in ("[1]", '"text"', "{"):
+        (adapter / "tokenizer.json").write_text(content)
+        assert "cannot be read" in loaded().json()["error"]["message"]
     (adapter / "chat_template.jinja").write_text("{{ other }}")
     assert "adapter's chat template differs" in loaded().json()["error"]["message"]
     for file in adapter.iterdir():
         file.unlink()
     assert loaded().status_code == 200  # it has none, and uses the base's
+
+
+def test_the_server_sleeps_and_wakes_only_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGE_SERVER_KEY", "k")
+
+    def send(method: str, path: str, key: str = "k") -> httpx.Response:
+        return requested(tmp_path, method, path, authorization=f"Bearer {key}")
+
+    assert send("POST", "/sleep?level=1&mode=wait", "wrong").status_code == 401
+    assert send("GET", "/is_sleeping").json() == {"is_sleeping": False}
+    assert send("POST", "/sleep?level=1&mode=wait").json() == {"status": "sleeping", "level": 1}
+    assert send("GET", "/is_sleeping").json() == {"is_sleeping": True}
+    assert send("POST", "/wake_up").json() == {"status": "awake", "tags": None}
+    assert send("GET", "/sleep").status_code == 405
+    monkeypatch.delenv("SAGE_SERVER_KEY")
+    assert send("GET", "/is_sleeping", "").status_code == 401
+
+
+def test_on_a_gpu_the_server_can_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Environment, "is_installed", True)
+    commands = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(environments, "device", lambda device=device: device)
+        commands[device] = "--enable-sleep-mode" in VllmBackend().argv("/m", "sage-a-1", VllmOptions())
+    assert commands == {"cpu": False, "cuda": True}

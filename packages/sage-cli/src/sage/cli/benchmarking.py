@@ -29,12 +29,12 @@ class Measurement:
     start_seconds: float | None = None
     memory_bytes: int | None = None
     one_tokens_per_second: float | None = None  #: measured with one answer at a time
-    many_tokens_per_second: float | None = None  #: total of 16 answers at the same time
+    many_tokens_per_second: float | None = None  #: sum over 16 answers that are generated at the same time
     problem: str | None = None  #: reason why the backend could not be measured
 
 
 def measure(client: SageClient, model: str, max_tokens: int) -> Iterator[Measurement]:
-    """Serve `model` with each installed backend for language models in turn, and yield the measurement of the backend."""
+    """Serve `model` with each installed backend for language models in turn, and yield one measurement per backend."""
     for backend in client.backends():
         if EngineKind.LLM in backend.kinds and backend.is_installed:
             try:
@@ -70,7 +70,7 @@ def _measured(client: SageClient, backend: BackendView, model: str, max_tokens: 
         start_seconds = time.perf_counter() - began
         _tokens_per_second(
             client, engine.id, answers=1, at_once=1, max_tokens=1
-        )  # not measured, because the first answer is slower
+        )  # the speed of the first answer is ignored, because the first answer is slower
         one = _tokens_per_second(client, engine.id, answers=2, at_once=1, max_tokens=max_tokens)
         many = _tokens_per_second(client, engine.id, answers=2 * _AT_ONCE, at_once=_AT_ONCE, max_tokens=max_tokens)
         return Measurement(backend.name, start_seconds, client.get_engine(engine.id).memory_bytes, one, many)

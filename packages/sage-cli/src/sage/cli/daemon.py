@@ -59,7 +59,10 @@ def find_client() -> SageClient:
 
 
 def connect() -> SageClient:
-    """Return a client of the running gateway. If no gateway answers at a local address, start a gateway."""
+    """Return a client of the running gateway. If no gateway answers and its address is local, start a gateway.
+
+    Raises GatewayUnreachable if no gateway answers at an address of another machine.
+    """
     client = find_client()
     if health := find_health(client):
         refuse_foreign(client, health)
@@ -139,7 +142,7 @@ def start(host: str | None = None, port: int | None = None) -> ProcessIdentity:
 
 
 def _failed(log_bytes: int) -> GatewayUnreachable:
-    """Return an error with the reason in the log, which had `log_bytes` bytes before the gateway was started."""
+    """Return an error with the reason that the gateway wrote to its log.  log_bytes: size of the log before the start."""
     with log_path().open("rb") as log:
         log.seek(log_bytes)
         lines = log.read().decode(errors="replace").splitlines(keepends=True)
@@ -153,7 +156,10 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
 
 
 def _unwritable() -> str:
-    """Return the error of writing into the state folder, or "". The log, which is in this folder, cannot hold the error."""
+    """Try to write to the state folder, and return the error, or "" if there is none.
+
+    The gateway cannot log this error, because its log is in the state folder.
+    """
     folder = get_user_paths().state_dir
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:

@@ -20,10 +20,14 @@ _SPECIAL_STYLE = "reverse"
 
 
 def raise_for_missing(report: DatasetReport, line: int | None) -> NoReturn:
-    """Raise DatasetError with the faults of the line, or with the message that the line has no sample."""
+    """Raise DatasetError with the faults of the line or dataset, or with the message that there is no sample to show."""
     report.faults = [fault for fault in report.faults if line in (None, fault.origin.line)]
     report.raise_for_faults()
-    message, hint = f"The dataset {report.path} has no sample on line {line}.", "Omit --line to see the first samples."
+    if line is None:
+        message = f"No sample of the dataset {report.path} has an answer."
+        raise DatasetError(code="no_answers", message=message, hint="Use a dataset with answers.")
+    message = f"The dataset {report.path} has no sample with an answer on line {line}."
+    hint = "Omit --line to see the first samples."
     raise DatasetError(code="line_not_found", message=message, hint=hint)
 
 

@@ -26,7 +26,7 @@ def show_estimate(model: str, kind: str, options: dict[str, Any], *, backend: st
 
 
 def estimate_table(estimate: EstimateView) -> Table:
-    """Return the parts of an estimate that need memory, and the total, as a table."""
+    """Return a table with the memory of each part of an estimate, and the total. Parts without memory are omitted."""
     table = Table("MEMORY", box=None, pad_edge=False, header_style="bold")
     table.add_column("SIZE", justify="right")
     for name, part_bytes in estimate.parts.items():

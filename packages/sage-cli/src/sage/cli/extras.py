@@ -1,4 +1,4 @@
-"""Check whether optional packages are installed. Commands that do not use a gateway need these packages."""
+"""Check whether optional packages are installed. Some commands need these packages for work on this machine."""
 
 import importlib.util
 

@@ -16,7 +16,7 @@ class Selection:
 
 
 def select(client: SageClient, selection: Selection) -> tuple[list[EngineView], bool]:
-    """Return the selected engines, oldest first, and whether the limit omitted settled engines."""
+    """Return the selected engines, oldest first, and whether there are more settled engines than `settled_limit`."""
     states = [EngineState(state) for state in selection.states] or list(EngineState)
     kinds = [EngineKind(kind) for kind in selection.kinds]
     if selection.settled_limit is None:

@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sage.cli.commands.apps import backend, backup, gateway, llm, route, service
+from sage.cli.commands.apps import backend, backup, gateway, llm, route, service, webhook
 from sage.common.errors import Conflict, SageError
 
 app = typer.Typer(
@@ -16,8 +16,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(llm.app, name="llm", help="Fine-tune, serve and chat; manage engines, models and datasets.")
-app.add_typer(route.app, name="route", help="Set, list and remove model names that select engines.")
+app.add_typer(route.app, name="route", help="Set, list and remove routes: model names whose requests go to chosen engines.")
 app.add_typer(gateway.app, name="gateway", help="Start, stop and check the process that manages the engines.")
+app.add_typer(webhook.app, name="webhook", help="Check the URLs that receive messages about engines.")
 app.add_typer(backend.app, name="backend", help="Install, check and compare the programs that run engines.")
 app.add_typer(service.app, name="service", help="Run the gateway as a systemd user service.")
 app.command("backup")(backup.save)

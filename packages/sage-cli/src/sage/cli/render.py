@@ -26,7 +26,7 @@ _PIPE_COLUMNS = 240
 
 
 def stdout() -> Console:
-    """Return the console for stdout, as wide as the terminal, or `_PIPE_COLUMNS` wide for a pipe."""
+    """Return the console for stdout. Its width is the width of the terminal, or `_PIPE_COLUMNS` if stdout is a pipe."""
     return Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
 
 
@@ -73,7 +73,8 @@ def engine_lines(engine: EngineView) -> list[str]:
         ("context", engine.context_tokens and f"{engine.context_tokens} tokens"), ("slots", engine.slots),
         ("cache", engine.kv_cache_tokens and f"{engine.kv_cache_tokens} tokens"),
         ("threads", engine.threads),
-        ("restart policy", engine.restart_policy), ("restarts", engine.restarts or None),
+        ("restart policy", engine.restart_policy),
+        ("restarts", f"{engine.restarts} of {engine.max_restarts}" if engine.restarts else None),
         ("queue", engine.queue_position and f"place {engine.queue_position}"), ("priority", engine.priority or None),
         ("not before", engine.not_before and f"{engine.not_before:%Y-%m-%d %H:%M} UTC"),
         ("devices", engine.devices and ", ".join(engine.devices)),
@@ -181,6 +182,8 @@ def _training_facts(training: TrainingProgress, *, is_active: bool) -> list[tupl
         ("held-out after", _number(t.heldout_loss, 4)),
         ("eta", eta_text(t.eta_seconds) if is_active else None),
         ("checkpoint", None if t.checkpoint_step is None else f"step {t.checkpoint_step}"),
+        ("forked from", t.forked_from and f"step {t.forked_at_step} of {t.forked_from.replace('task-', 'engine-')}"),
+        *(("change", change) for change in t.changes),
         *(("warning", warning) for warning in t.warnings),
     ]
 

@@ -89,7 +89,10 @@ def uninstall() -> Path:
 
 
 def enable() -> None:
-    """Start the service now and at each login. Raises ConfigError if systemctl does not work, EngineError if it fails."""
+    """Start the service now and at each login.
+
+    Raises ConfigError if the user's systemd does not answer, and EngineError if the service does not start.
+    """
     if not has_systemctl():
         raise ConfigError(
             code="systemd_missing",

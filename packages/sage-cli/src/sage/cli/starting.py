@@ -1,5 +1,6 @@
 """Start an engine from the command line, for `engine start` and `fine-tune`."""
 
+import os
 import sys
 from collections.abc import Callable
 from datetime import datetime, time, timedelta
@@ -30,8 +31,8 @@ def start_engine(
     """Start an engine, print its id, and wait for the engine.
 
     request: other fields of StartRequest.
-    wait: False: until the engine is validated; None: until the engine serves or trains; True: until the engine has ended.
-    announce: format of the output line with the id.
+    wait: how long to wait. False: until the engine is validated; None: until it serves or trains; True: until it has ended.
+    announce: format string of the line that is printed; `{id}` is replaced by the engine's id.
     """
     _check_given(model, kind, options)
     fields = {**_named(model, kind), "engine_kind": kind, **(request or {})}
@@ -48,14 +49,19 @@ def start_engine(
     engine = begin(options)
     if kind == EngineKind.FINETUNE and is_interactive() and not options.get("allow_warnings"):
         engine = _confirmed(client, engine, lambda: begin({**options, "allow_warnings": True}))
+    follow_start(client, engine, wait=wait, json=json, announce=announce)
+
+
+def follow_start(client: SageClient, engine: EngineView, *, wait: bool | None, json: bool, announce: str = "{id}") -> None:
+    """Print the id of an engine that was created, and wait for the engine; arguments as in `start_engine`."""
     if not json:
         typer.echo(announce.format(id=engine.id))
         sys.stdout.flush()
     engine = waiting.until_validated(client, engine.id)
     if wait is not False:
         engine = waiting.until_running(client, engine.id)
-        if kind != EngineKind.FINETUNE:
-            chat = f". Chat with it: `sage llm chat {engine.name}`" if kind == EngineKind.LLM else ""
+        if engine.kind != EngineKind.FINETUNE:
+            chat = f". Chat with it: `sage llm chat {engine.name}`" if engine.kind == EngineKind.LLM else ""
             typer.echo(f"Serving '{engine.name}' at {client.base_url}/v1{chat}.", err=True)
     if wait:
         engine = waiting.until_settled(client, engine.id)
@@ -64,6 +70,11 @@ def start_engine(
             raise waiting.failure(engine)
     if json:
         typer.echo(engine.model_dump_json(indent=2))
+
+
+def absolute_path(path: str) -> str:
+    """Return the absolute path, with `~` expanded."""
+    return str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111 - Path.expanduser can raise
 
 
 def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def serve_request(*, serve: bool, name: str | None, checkpoints: bool) -> dict[s
 def admission_request(
     on_busy: str | None, priority: int | None, devices: str | None, memory_gb: float | None, not_before: str | None
 ) -> dict[str, Any]:
-    """Return the fields of StartRequest for the queue in a dictionary, without the options that are not given."""
+    """Return the given options as the fields of StartRequest that concern the queue; options that are None are omitted."""
     fields = {
         "on_busy": on_busy,
         "priority": priority,
@@ -135,7 +146,7 @@ def _named(model: str, kind: str) -> dict[str, str]:
 
 
 def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
-    """Wait for the engine. If dataset warnings stopped the engine and the user accepts them, return a new engine."""
+    """Wait until the engine trains or has ended. If dataset warnings ended it and the user accepts them, start it again."""
     engine = waiting.until_begun(client, engine.id)
     if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
         return engine

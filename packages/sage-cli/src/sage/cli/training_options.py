@@ -5,7 +5,6 @@ compares `OPTIONS` with FinetuneConfig.
 """
 
 import inspect
-import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
@@ -30,7 +29,7 @@ class TrainingOption(NamedTuple):
         return self.flag or f"--{self.field.replace('_', '-')}"
 
 
-#: Fields that are paths. Paths are made absolute, because the gateway's working directory can differ.
+#: Fields that are paths. Paths are made absolute, because the gateway can have another working directory than this command.
 PATH_FIELDS = ("dataset_path", "output_dir", "eval_path", "resume_from_checkpoint", "reward_file")
 MODULE_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
 _NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
@@ -98,6 +97,12 @@ OPTIONS = (
     ),
     TrainingOption("quantization", str, None, "Quantization of the base model on any device: 8bit, 4bit or none."),
     TrainingOption("seed", int, 42, "Random seed of adapter weights, sample order and dropout."),
+    TrainingOption(
+        "report_to",
+        list[str],
+        None,
+        "Experiment tracker that receives the metrics: tensorboard, mlflow, trackio or wandb; may be repeated.",
+    ),
     TrainingOption("resume_from_checkpoint", str, None, "Checkpoint folder to continue from."),
 )
 
@@ -129,14 +134,14 @@ def _parameter(option: TrainingOption) -> inspect.Parameter:
 
 
 def _normalised(given: dict[str, Any]) -> dict[str, Any]:
-    from pathlib import Path
+    from sage.cli.starting import absolute_path
 
     for name in PATH_FIELDS:
         if name in given:
             paths = given[name] if isinstance(given[name], list) else [given[name]]
             if "" in paths:  # for example, a shell variable that is not set
                 raise ConfigError(code="config_invalid", message=f"{name} is empty.", hint="Give a path.", param=name)
-            absolute = [str(Path(os.path.expanduser(path)).absolute()) for path in paths]  # noqa: PTH111 - Path.expanduser can raise
+            absolute = [absolute_path(path) for path in paths]
             given[name] = absolute[0] if len(absolute) == 1 else absolute
     for name in MODULE_FIELDS:
         if _NAMES.fullmatch(given.get(name, "")):  # any other text is `all-linear` or a pattern

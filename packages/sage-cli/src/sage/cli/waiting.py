@@ -15,7 +15,7 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: A command fails if the gateway is unreachable for more seconds. A restart of the gateway takes less time.
+#: A command fails if the gateway is unreachable for longer than this. A restart of the gateway takes less time.
 _PATIENCE_SECONDS = 60.0
 
 
@@ -66,6 +66,24 @@ def until_checkpoint(client: SageClient, before: EngineView) -> int:
     raise Conflict(
         code="not_training", message=f"{engine.id} ended before it saved a checkpoint. Its state is {engine.state}."
     )
+
+
+def until_changed(client: SageClient, engine_id: str, revision: int) -> str:
+    """Wait until a run uses the requested options, and return the text of the change.
+
+    Raises Conflict if the run ends or is paused before it uses the options.
+    """
+
+    def is_applied(engine: EngineView) -> bool:
+        return engine.training is not None and engine.training.change_revision >= revision
+
+    engine = _watch(client, engine_id, lambda e: is_applied(e) or e.state in (*SETTLED, EngineState.PAUSED))
+    if engine.training and is_applied(engine):
+        return engine.training.changes[-1]
+    raise Conflict(
+        code="not_training", message=f"{engine_id} is {engine.state}, and the requested options were not used.",
+        hint="They are used when the run is resumed." if engine.state != "completed" else "To train further, fork the run.",
+    )  # fmt: skip
 
 
 def failure(engine: EngineView) -> SageError:

@@ -1,4 +1,4 @@
-"""Read the limits of this process: CPU affinity, and control groups (cgroups) of version 1 or 2. Only Linux has both.
+"""Read the limits of this process: its CPU affinity, and its control groups (cgroups) of version 1 or 2, on Linux.
 
 The limit of a group also applies to the groups inside this group, so the smallest limit counts.
 """
@@ -33,7 +33,7 @@ def memory_limits() -> list[MemoryLimit]:
             with contextlib.suppress(OSError):
                 limit = _read(group / limit_name)
                 stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
-                if limit != "max":  # in version 1, a group without a limit has a huge number
+                if limit != "max":  # in version 1, the limit of an unlimited group is a huge number
                     limits.append(MemoryLimit(int(limit), int(stat[used_name])))
     return limits
 
@@ -48,7 +48,7 @@ def available_cores() -> int:
 
 
 def own_groups(controller: str) -> Iterator[Path]:
-    """Yield the folders of the groups that contain this process and have a controller, innermost first."""
+    """Yield the folders of this process's groups for a controller, such as `memory`. The innermost group is first."""
     if not _ROOT.is_dir():
         return
     for line in _read(_OWN).splitlines():

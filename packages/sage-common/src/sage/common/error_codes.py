@@ -8,11 +8,12 @@ from sage.common.errors import SageError
 #: Error codes of each class. A test compares this table with the errors that SAGE's code raises.
 _CODES: Mapping[type[SageError], str] = {
     errors.ConfigError: """
-        adapter_not_hot api_key_invalid api_key_needed bitsandbytes_missing checkpoint_mismatch config_invalid config_missing
-        context_length_exceeded database_elsewhere database_newer database_unusable host_not_allowed invalid_value
-        model_required option_missing origin_not_allowed path_not_absolute reward_file_unusable reward_files_off
+        adapter_not_hot api_key_invalid api_key_needed bitsandbytes_missing change_refused checkpoint_mismatch
+        config_invalid config_missing context_length_exceeded database_elsewhere database_newer database_unusable
+        fork_refused host_not_allowed invalid_value model_required option_missing origin_not_allowed path_not_absolute
+        reward_file_unusable reward_files_off
         settings_invalid state_folder_unusable target_modules_unknown too_few_gpus trl_missing unsupported_value
-        cursor_unknown package_missing backend_not_installed backend_unusable
+        tracker_missing cursor_unknown package_missing backend_not_installed backend_unusable
         file_ids_unsupported systemd_missing""",
     errors.DatasetError: """
         dataset_changed dataset_empty dataset_invalid dataset_template dataset_too_long dataset_unusable
@@ -27,8 +28,8 @@ _CODES: Mapping[type[SageError], str] = {
         service_not_installed""",
     errors.OutputError: "output_unusable",
     errors.Conflict: """
-        already_running backend_in_use backup_exists busy dataset_changed gateway_running home_in_use home_not_empty
-        model_exists no_port not_pausable not_resumable not_started not_queued not_training
+        already_running backend_in_use backup_exists busy dataset_changed disk_too_small gateway_running home_in_use
+        home_not_empty model_exists no_port not_pausable not_resumable not_started not_queued not_training run_completed
         other_node port_taken still_running""",
     errors.RunError: """
         checkpoint_damaged disk_full file_unusable loss_exploded loss_not_finite model_too_large out_of_memory

@@ -1,4 +1,4 @@
-"""Parse the setting `fake_devices`: fake GPUs to try policies without hardware."""
+"""Parse the setting `fake_devices`: fake GPUs, with which scheduling can be tried on a machine without GPUs."""
 
 import re
 from dataclasses import dataclass

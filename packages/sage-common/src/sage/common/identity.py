@@ -98,6 +98,16 @@ def resident_bytes(pids: Iterable[int]) -> int:
     return total
 
 
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Return the total CPU time of processes and of their exited children; processes that are gone count as 0."""
+    total = 0.0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
 def kill_session(session_id: int) -> None:
     """Send SIGKILL to every process of a session, including processes forked during this call."""
     for _ in range(_KILL_ROUNDS):

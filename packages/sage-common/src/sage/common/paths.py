@@ -59,7 +59,7 @@ def usable_state_folder() -> Iterator[None]:
         raise ConfigError(
             code="state_folder_unusable",
             message=f"The state folder {get_user_paths().state_dir} cannot be used: {error.strerror or error}.",
-            hint="Make the folder writable, free disk space, or set SAGE_HOME to another folder.",
+            hint="Make the folder writable, free up disk space, or set SAGE_HOME to another folder.",
         ) from error
 
 

@@ -105,7 +105,7 @@ def claimed_lock(path: Path) -> Iterator[int]:
 
 
 def start(spec: ProcessSpec, lock: int) -> ProcessIdentity:
-    """Start a process that inherits its lock, and write its identity to the lock file. Raises OSError.
+    """Start a process that inherits the lock, and write the identity of the process to the lock file. Raises OSError.
 
     lock: the descriptor from `claimed_lock`.
     """
@@ -147,7 +147,7 @@ def _blocked_sigterm(block: bool) -> Iterator[None]:
 
 
 def holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process that holds the lock, or None if the lock is free; if the process is not found, its PID is 0."""
+    """Return the process that holds the lock, or None if the lock is free. If the holder cannot be found, its PID is 0."""
     _collect(lock_path)  # otherwise a child that has exited would stay a zombie
     try:
         descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -168,16 +168,17 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
     """Return the process of each of these locks, according to the environment variables of all processes.
 
-    This search is slow, but it needs no lock files. If several processes have the same lock, the process with the lowest PID
-    is returned.
+    This search is slow, but it needs no lock files. If several processes have the same lock, the oldest process is returned:
+    the others are its descendants.
     """
-    wanted, found = {str(path): path for path in lock_paths}, dict[Path, ProcessIdentity]()
+    wanted, found = {str(path): path for path in lock_paths}, dict[Path, tuple[float, ProcessIdentity]]()
     for pid in psutil.pids() if wanted else ():
-        path = wanted.get(_lock_of(pid))
-        if path and path not in found:
-            with contextlib.suppress(ProcessLookupError):
-                found[path] = ProcessIdentity.of(pid)
-    return found
+        if path := wanted.get(_lock_of(pid)):
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                created_at_seconds = psutil.Process(pid).create_time()
+                if path not in found or created_at_seconds < found[path][0]:
+                    found[path] = created_at_seconds, ProcessIdentity.of(pid)
+    return {path: identity for path, (_, identity) in found.items()}
 
 
 def last_holder(lock_path: Path) -> ProcessIdentity | None:
@@ -190,7 +191,7 @@ def last_holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def leftovers(lock_path: Path) -> list[int]:
-    """Return the PIDs that an exited process left in its session; [] if the process is alive or unknown."""
+    """Return the PIDs of the processes that an exited lock holder left in its session; [] if it is alive or unknown."""
     recorded = last_holder(lock_path)
     if recorded is None or recorded.is_alive():
         return []
@@ -230,7 +231,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    with contextlib.suppress(psutil.Error):  # an OSError is raised, because the process may have a lock
+    with contextlib.suppress(psutil.Error):  # an OSError is not suppressed, because the process possibly holds a lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

@@ -1,12 +1,15 @@
 """Settings: environment variables `SAGE_…` override `config.toml`, which overrides the defaults."""
 
+import base64
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -18,7 +21,9 @@ from sage.common.paths import get_user_paths
 from sage.common.validation import config_error
 
 #: Settings whose values are never printed.
-_SECRETS = frozenset({"api_key", "database_url"})
+_SECRETS = frozenset({"api_key", "database_url", "webhook_urls", "webhook_secret"})
+#: Allowed lengths of `webhook_secret`. Source: Standard Webhooks, specification 1.0.0, "Signature scheme".
+_WEBHOOK_KEY_BYTES = (24, 64)
 
 
 class Settings(BaseSettings):
@@ -45,9 +50,10 @@ class Settings(BaseSettings):
     engine_unresponsive_seconds: float = Field(
         30, gt=0, description="If an engine has not answered for this number of seconds, requests to it are rejected."
     )
-    restart_policy: Literal["no", "on-failure", "unless-stopped"] = Field(
-        "no",
-        description="When to restart engines. no: never. on-failure: if they fail. unless-stopped: also after a reboot.",
+    restart_policy: Literal["no", "on-failure", "unless-stopped"] | None = Field(
+        None,
+        description="When to restart engines. no: never. on-failure: if they fail. unless-stopped: also after a reboot. "
+        "Default: unless-stopped for training runs, no for other engines.",
     )
     on_busy: Literal["wait", "preempt", "share", "fail"] = Field(
         "wait", description="What an engine does if the memory is not free: wait, preempt, share or fail."
@@ -56,20 +62,26 @@ class Settings(BaseSettings):
         None, gt=0, description="Main memory that all engines together may use, in GB (10^9 bytes); default: all of it."
     )
     fake_devices: str | None = Field(
-        None, description="Fake GPUs that replace the GPUs of this machine, for example 2x24GiB; to try policies."
+        None, description="Fake GPUs that replace this machine's GPUs to try scheduling, for example 2x24GiB."
     )
     paused_requests: Literal["hold", "reject"] = Field(
-        "hold", description="Requests to an engine that makes room for another: hold them, or reject them with a 503."
+        "hold",
+        description="What to do with requests to an engine that is paused to free memory for another engine: hold them for "
+        "up to request_wait_seconds, or reject them with a 503.",
     )
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(
         1024, ge=1, description="Maximum requests in progress per engine; further requests get HTTP status 429."
     )
-    model_cache_gb: float = Field(50, gt=0, description="Maximum size of model copies for serving, in GB (10^9 bytes).")
+    model_cache_gb: float = Field(50, gt=0, description="Maximum total size of model copies, in GB (10^9 bytes).")
     allow_reward_files: bool = Field(False, description="Allow runs to use Python files with reward functions (grpo).")
     training_threads: int | None = Field(
         None, ge=1, description="CPU threads of a training run; default: an equal share of the cores."
+    )
+    webhook_secret: SecretStr | None = Field(None, description="Key that signs the messages to webhook_urls.")
+    webhook_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), repr=False, description="URLs that receive a message when an engine runs, is paused, completes or fails."
     )
     request_wait_seconds: float = Field(60, ge=0, description="Maximum seconds that a request waits for a starting engine.")
 
@@ -85,6 +97,33 @@ class Settings(BaseSettings):
         if not text.isascii() or not text.isprintable() or " " in text:  # the key is sent in an HTTP header
             raise ValueError("must be printable ASCII characters without spaces")
         return key
+
+    @field_validator("webhook_urls", mode="before")
+    @classmethod
+    def _split_urls(cls, urls: Any) -> Any:
+        return tuple(dict.fromkeys(filter(None, map(str.strip, urls.split(","))))) if isinstance(urls, str) else urls
+
+    @field_validator("webhook_urls")
+    @classmethod
+    def _usable_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if urls and info.data.get("webhook_secret", True) is None:
+            raise ValueError("also requires webhook_secret; create one: openssl rand -base64 32")
+        for parts in map(urlsplit, urls):
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("must be URLs that begin with http:// or https://, separated by commas")
+        return urls
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _usable_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None:
+            try:
+                key = base64.b64decode(secret.get_secret_value().removeprefix("whsec_"), validate=True)
+            except ValueError:
+                key = b""
+            if not _WEBHOOK_KEY_BYTES[0] <= len(key) <= _WEBHOOK_KEY_BYTES[1]:
+                raise ValueError("must be 24 to 64 bytes as base64; create one: openssl rand -base64 32")
+        return secret
 
     @field_validator("fake_devices")
     @classmethod

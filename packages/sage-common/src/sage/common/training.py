@@ -91,6 +91,10 @@ class TrainingProgress(StepMetrics):
     estimated_memory_bytes: int | None = Field(None, description="Peak memory that was estimated before the first step.")
     activity: str | None = Field(None, description="Current activity before the first step or after the last step.")
     warnings: list[str] = []
+    change_revision: int = Field(0, description="Number of the newest applied change of options; 0: none.")
+    changes: list[str] = Field([], description="The changes of options that users requested, as text for users.")
+    forked_from: str | None = Field(None, description="Id of the run that this run was forked from.")
+    forked_at_step: int | None = Field(None, description="Step of the checkpoint that this run was forked from.")
 
     @property
     def memory_estimate_error_ratio(self) -> float | None:
@@ -98,6 +102,18 @@ class TrainingProgress(StepMetrics):
         if not self.estimated_memory_bytes or not self.peak_memory_bytes:
             return None
         return self.estimated_memory_bytes / self.peak_memory_bytes - 1
+
+
+class TrainingOptions(BaseModel):
+    """The options that can be changed while a run trains. None: the option is not changed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Peak learning rate.")
+    max_steps: int | None = Field(None, ge=1, description="Total number of optimizer steps.")
+    early_stopping_patience: int | None = Field(
+        None, ge=0, description="Evaluations without improvement after which the run ends; 0: no early stopping."
+    )
 
 
 class RunEvent(BaseModel):
@@ -147,13 +163,15 @@ class StartedEvent(RunEvent):
     heldout_samples: int | None = Field(None, description="Number of held-out samples.")
     trainable_parameters: int | None = Field(None, description="Number of trained parameters.")
     base_sha256: str | None = Field(
-        None, description="Fingerprint of the base model, which must not change before a resume."
+        None, description="Fingerprint of the base model. The run cannot be resumed if this fingerprint has changed."
     )
     bf16: bool | None = Field(None, description="Whether base model and activations are in bf16 instead of fp32.")
     bf16_products: bool | None = Field(
         None, description="Whether matrix products use bf16; null: the value of the field `bf16` applies."
     )
-    int8_products: bool = Field(False, description="Whether SAGE's training step stores and multiplies layers in 8 bits.")
+    int8_products: bool = Field(
+        False, description="Whether SAGE's training step stores weights in int8 and uses int8 products."
+    )
     precision: str | None = Field(None, description="The precision and the reason for it, as text for users.")
     kernels: str | None = Field(None, description="The training step that is used and the reason, as text for users.")
     estimated_memory_bytes: int | None = Field(None, description="Expected memory of the run.")
@@ -196,6 +214,25 @@ class SampleEvent(RunEvent):
     answer: str = Field(description="The model's answer, generated with greedy decoding, at most 64 tokens.")
 
 
+class ChangedEvent(RunEvent):
+    """A user changed options of the run."""
+
+    event: Literal["changed"] = "changed"
+    step: int = Field(description="First step that uses the new values.")
+    revision: int = Field(description="Number of the request in this run, from 1.")
+    old: TrainingOptions = Field(description="Values before the change.")
+    new: TrainingOptions = Field(description="Values after the change.")
+    message: str = Field(description="The change, as text for users.")
+
+
+class ForkedEvent(RunEvent):
+    """The run was created from a checkpoint of another run. The events before this event are from the other run."""
+
+    event: Literal["forked"] = "forked"
+    step: int = Field(description="Step of the checkpoint.")
+    parent: str = Field(description="Id of the other run.")
+
+
 class StoppedEvent(RunEvent):
     """The run stopped on request, after writing a checkpoint and the result so far."""
 
@@ -231,6 +268,8 @@ AnyRunEvent: TypeAlias = (
     | CheckpointEvent
     | EvalEvent
     | SampleEvent
+    | ChangedEvent
+    | ForkedEvent
     | StoppedEvent
     | FinishedEvent
     | FailedEvent

@@ -69,7 +69,7 @@ class ArchiveWriter:
 
 
 class _Reader(io.RawIOBase):
-    """Reads a fixed number of bytes and hashes them; if the file is shorter, because a log was cut, adds line breaks."""
+    """Reads a fixed number of bytes and hashes them. If the file has become shorter (a cut log), line breaks are added."""
 
     def __init__(self, file: IO[bytes], size: int, progress: Callable[[int], None]) -> None:
         self.sha256 = hashlib.sha256()
@@ -120,7 +120,7 @@ def extract(path: Path, target: Callable[[str], Path | None], progress: Callable
 
 
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the name and the open file of each member. Raises ValueError if a member is not a file below the archive."""
+    """Yield the name and the open file of each member. Raises ValueError if a member is no file or has an unsafe path."""
     with tarfile.open(path, "r|gz") as tar:
         for info in tar:
             name = PurePosixPath(info.name)

@@ -70,7 +70,7 @@ def open_restored(database: Path, moves: Moves) -> None:
             for table, columns in _COLUMNS.items():
                 for column in columns:
                     _move_column(connection, table, column, moves)
-            # The lease of the gateway that wrote the backup could be valid for long, as it counts from the machine's boot.
+            # The leases belong to the gateway that ran when the backup was written, and use the clock of that machine.
             connection.execute("UPDATE leases SET holder = NULL, expires_at = '2000-01-01 00:00:00.000000'")
     except sqlite3.Error as error:
         raise BackupError(

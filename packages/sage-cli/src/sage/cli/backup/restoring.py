@@ -31,9 +31,9 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
     """Verify a backup, and write its files into this user's folders.
 
     force: if the folders contain data, rename them instead of raising an error.  outputs: restore the output folders too.
-    begin: called with an activity and its size in bytes; returns the function that is called with each number of bytes.
-    Raises BackupError if the backup is damaged or the disk is full, Conflict if a process uses the folders or they contain
-    data. In these cases, nothing is changed.
+    begin: called with an activity and its size in bytes; returns a function, which is called with the size of each part.
+    Raises BackupError if the backup is damaged or the disk is full. Raises Conflict if a process uses the folders, or if the
+    folders contain data and `force` is False. In these cases, nothing is changed.
     """
     manifest = verify(backup, begin("Verifying", _size(backup)))
     _check_unused(force=force)
@@ -51,7 +51,7 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
         open_restored(staged["state"] / DATABASE, moves)
         for folder in staged.values():
             fsync_tree(folder)
-        # The state folder with the database is the last one: after a crash, `restore --force` begins again.
+        # The state folder, which contains the database, is put in place last. After a crash, `restore --force` starts over.
         set_aside = [aside for name, folder in (written | own).items() if (aside := _put(staged[name], folder))]
     except OSError as error:
         if is_full(error):

@@ -37,7 +37,7 @@ class Content:
 def save(target: Path, content: Content, begin: Callable[[int], Callable[[int], None]]) -> int:
     """Write a backup to `target` atomically and return its size in bytes.
 
-    begin: called with the total size of the content; returns the function that is called with each number of written bytes.
+    begin: called with the total size in bytes; returns a function, which is called with the size of each written part.
     Raises ConfigError, Conflict or BackupError; in this case, no file is left.
     """
     if target.exists():
@@ -50,7 +50,7 @@ def save(target: Path, content: Content, begin: Callable[[int], Callable[[int], 
     aside = target.with_name(f".{target.name}.partial")
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            # The database comes first: a run whose files are newer than the database is normal after a crash of the gateway.
+            # Copy the database before the runs. A gateway accepts runs that are newer than its database, as after a crash.
             database = _copy_database(Path(folder)) if content.database else None
             _write(aside, database, content, begin)
         os.replace(aside, target)

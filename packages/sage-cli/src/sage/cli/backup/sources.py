@@ -13,7 +13,7 @@ from sage.libs.finetune.run.status import RunState
 from sage.libs.finetune.run.summary import read_status
 
 DATABASE = "engines.db"
-#: Files that belong to running processes, or that can be created again.
+#: Files that belong to running processes or can be created again, and the database, which is copied separately.
 _TEMPORARY = frozenset({
     "gateway.json", "port", "summary.json", "checkpoint-request", ".reserve",
     DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", f"{DATABASE}-journal",
@@ -48,7 +48,7 @@ def run_directories(*, all_checkpoints: bool) -> Iterator[Source]:
         yield Source(name, run.path, _files(run.path, ("staging", "checkpoint-*", "damaged-*")))
         checkpoints = list_checkpoints(run.path)
         if not all_checkpoints:
-            checkpoints = [] if read_status(run).state is RunState.COMPLETED else checkpoints[-1:]
+            checkpoints = [] if _is_completed(run) else checkpoints[-1:]
         for checkpoint in checkpoints:
             files = _files(checkpoint.path)
             yield Source(f"{name}/{checkpoint.path.name}", checkpoint.path, files, is_checkpoint=True)
@@ -66,6 +66,13 @@ def output_folders() -> list[Source]:
 
 def _runs() -> list[RunDirectory]:
     return [RunDirectory(spec.parent) for spec in sorted(get_user_paths().finetuned_dir.glob("*/spec.json"))]
+
+
+def _is_completed(run: RunDirectory) -> bool:
+    try:
+        return read_status(run).state is RunState.COMPLETED
+    except (ValueError, KeyError, TypeError, AttributeError):  # a line of the events is invalid
+        return False
 
 
 def _files(folder: Path, omitted: tuple[str, ...] = ()) -> tuple[Path, ...]:

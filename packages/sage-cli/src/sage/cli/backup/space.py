@@ -7,7 +7,7 @@ from pathlib import Path
 from sage.common.errors import BackupError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_HINT = "Free disk space, or choose a folder on another disk."
+_HINT = "Free up disk space, or choose a folder on another disk."
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -10,6 +10,7 @@ from sage.common.errors import ConfigError
 from sage.common.validation import validated
 from sage.libs.finetune.data.preferences import Method
 from sage.libs.finetune.data.sources import Source, absolute
+from sage.libs.finetune.run.trackers import Tracker
 
 #: Options that are rejected if `finetuning_type` is `full`.
 _OF_LORA = (
@@ -110,7 +111,8 @@ class FinetuneConfig(BaseModel):
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints to keep.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Number format of the base model; auto: the fastest format that fits. Adapters are always in fp32.",
+        description="Number format of the base model; auto: the fastest format, or bf16 if memory is scarce. Adapters are "
+        "always in fp32.",
     )
     fast_kernels: Literal["auto", "off"] = Field(
         "auto",
@@ -120,12 +122,15 @@ class FinetuneConfig(BaseModel):
         "auto", description="Recompute activations instead of storing them; auto: only if memory is insufficient."
     )
     use_8bit: bool = Field(
-        True, description="Quantize the base model to 8 bits. On a CPU, do this only if 8 bits make the training faster."
+        True, description="Quantize the base model to 8 bits; on a CPU, only if a measurement shows that training is faster."
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
         None, description="Quantization of the frozen base model, if bitsandbytes supports the device; overrides use_8bit."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Random seed for the adapter, the order of the data, and dropout.")
+    report_to: list[Tracker] | None = Field(
+        None, description="Experiment trackers that receive the metrics: tensorboard, mlflow, trackio or wandb."
+    )
     resume_from_checkpoint: str | None = Field(
         None, description="Checkpoint of another run, from which the training continues."
     )

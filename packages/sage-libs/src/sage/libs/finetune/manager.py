@@ -1,8 +1,6 @@
 """Create, start, stop and read runs, whose state is on disk. This module does not import torch."""
 
 import contextlib
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -10,28 +8,32 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from sage.common.errors import ConfigError, Conflict, ModelError, NotFound, OutputError
+from sage.common.errors import Conflict, ModelError, NotFound, OutputError, SageError
 from sage.common.ids import random_suffix
 from sage.common.logs import tail_lines
 from sage.common.paths import get_user_paths
 from sage.common.processes import ProcessIdentity, ProcessSpec, holder, spawn
-from sage.common.training import AnyRunEvent, LaunchedEvent, TrainingStep
+from sage.common.training import AnyRunEvent, LaunchedEvent, TrainingOptions, TrainingStep
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.linting import check_dataset
-from sage.libs.finetune.data.loading import dataset_hash
 from sage.libs.finetune.data.preferences import parser_of
+from sage.libs.finetune.run.changes import check_change, request_change
 from sage.libs.finetune.run.checkpoints import Checkpoint
+from sage.libs.finetune.run.forking import checkpoint_to_fork, copy_history, fork_spec
+from sage.libs.finetune.run.inputs import check_data, check_method, data_hash
 from sage.libs.finetune.run.output import check_claim, claim_output
 from sage.libs.finetune.run.publishing import publish_checkpoint
-from sage.libs.finetune.run.rewards import check_reward_file
 from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 from sage.libs.finetune.run.series import StepSeries
 from sage.libs.finetune.run.status import ALIVE, RunState, RunStatus, derive
 from sage.libs.finetune.run.summary import Summary, catch_up, read_summary
+from sage.libs.finetune.run.trackers import check_trackers
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Maximum seconds to wait for a worker to exit after the last event of its run.
@@ -67,12 +69,13 @@ class FinetuneManager:
         """Check the configuration without loading a model, create the run directory, and return the run's id.
 
         task_id: id of the new run; default: a random id.
-        Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method cannot be used, or if the run cannot
-        continue from the given checkpoint.
+        Raises DatasetError, ModelError or OutputError. Raises ConfigError if the method or a tracker cannot be used, or if
+        the run cannot continue from the given checkpoint.
         """
         parse = parser_of(config.method)
         if config.method != "sft":
-            _check_method(config, self._allow_reward_files)
+            check_method(config, self._allow_reward_files)
+        check_trackers(config.report_to or ())
         for dataset in config.sources:
             check_dataset(dataset.path, _CHECKED_SAMPLES, parse).raise_for_faults()
         if config.eval_path:
@@ -96,7 +99,7 @@ class FinetuneManager:
         task_id = task_id or f"task-{random_suffix()}"
         run, output = RunDirectory(self.root / task_id), Path(config.output_dir)
         check_claim(output, task_id)
-        spec = RunSpec(task_id, config, _data_hash(config), datetime.now(UTC).isoformat())
+        spec = RunSpec(task_id, config, data_hash(config), datetime.now(UTC).isoformat())
         if config.resume_from_checkpoint:
             checkpoint = Checkpoint.of(Path(config.resume_from_checkpoint))
             checkpoint.check_can_continue(config, spec.dataset_sha256, lambda name: resolve_model(name).folder)
@@ -104,6 +107,25 @@ class FinetuneManager:
         try:
             claim_output(output, task_id, run.path)
         except OutputError:
+            shutil.rmtree(run.path)
+            raise
+        return task_id
+
+    def fork(self, parent_id: str, step: int | None, options: Mapping[str, Any], task_id: str | None = None) -> str:
+        """Create a run that continues from a checkpoint of another run, and return the id of the new run.
+
+        step: step of the checkpoint; None: the newest.  options: the options that differ from those of the other run.
+        task_id: id of the new run; default: a random id.  Raises SageError; in this case, no files are kept.
+        """
+        parent, task_id = self.run_directory(parent_id), task_id or f"task-{random_suffix()}"
+        run, checkpoint = RunDirectory(self.root / task_id), checkpoint_to_fork(parent, step)
+        spec = replace(fork_spec(parent, task_id, checkpoint, options), created_at=datetime.now(UTC).isoformat())
+        check_claim(Path(spec.config.output_dir), task_id)
+        run.create(spec, lambda folder: copy_history(parent, checkpoint, folder))
+        try:
+            check_data(task_id, spec)
+            claim_output(Path(spec.config.output_dir), task_id, run.path)
+        except SageError:
             shutil.rmtree(run.path)
             raise
         return task_id
@@ -137,16 +159,7 @@ class FinetuneManager:
     def check_resumable(self, task_id: str) -> None:
         """Raise Conflict or OutputError if the run cannot be resumed."""
         self.check_resumable_quick(task_id)
-        spec = self.run_directory(task_id).read_spec()
-        if _data_hash(spec.config) != spec.dataset_sha256:
-            files = [str(dataset.path) for dataset in spec.config.sources]
-            files += [spec.config.reward_file] if spec.config.reward_file else []
-            raise Conflict(
-                code="dataset_changed",
-                message=f"The data of {task_id} has changed since the run began, so the run cannot be resumed "
-                f"with the same result. Data: {', '.join(files)}.",
-                hint="Restore the old data, or start a new run.",
-            )
+        check_data(task_id, self.run_directory(task_id).read_spec())
 
     def check_resumable_quick(self, task_id: str) -> None:
         """Raise Conflict or OutputError if the run cannot be resumed. The data is not checked for changes."""
@@ -173,9 +186,19 @@ class FinetuneManager:
         """Ask a run to save a checkpoint after its current step; do not wait."""
         self.run_directory(task_id).request_checkpoint()
 
-    def publish_checkpoint(self, task_id: str, step: int) -> Path:
-        """Return a folder with a checkpoint's adapter and tokenizer, which remains if the run removes the checkpoint.
+    def change_options(self, task_id: str, options: TrainingOptions) -> int:
+        """Request other options from the next step on; do not wait. Return the revision of the request.
 
+        If the run has no process, the options change when it is resumed. Raises ConfigError or Conflict.
+        """
+        run, status = self.run_directory(task_id), self.status(task_id)
+        check_change(task_id, run.read_spec().config, status, options)
+        return request_change(run, options)
+
+    def publish_checkpoint(self, task_id: str, step: int) -> Path:
+        """Publish a checkpoint's adapter and tokenizer in a folder, and return the folder.
+
+        The folder remains if the run removes the checkpoint.
         Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
         """
         return publish_checkpoint(self.run_directory(task_id), step)
@@ -183,7 +206,7 @@ class FinetuneManager:
     def status(self, task_id: str) -> RunStatus:
         """Return the status of a run."""
         run = self.run_directory(task_id)
-        # Check this before reading the events: if the process exits in between, its last event is then certainly read.
+        # Look for the process before reading the events. If the process exits in between, its last event is still read.
         alive = holder(run.lock_path) is not None
         summary = catch_up(run, self._status_cache.get(task_id) or read_summary(run))
         self._status_cache[task_id] = summary
@@ -246,31 +269,3 @@ class FinetuneManager:
                 code="task_not_found", message=f"No task '{task_id}' in {self.root}.", hint=f"The newest tasks are: {known}."
             )
         return run
-
-
-def _data_hash(config: FinetuneConfig) -> str:
-    datasets = dataset_hash(*(dataset.path for dataset in config.sources))
-    if not config.reward_file:
-        return datasets
-    check_reward_file(Path(config.reward_file))
-    return hashlib.sha256(datasets.encode() + Path(config.reward_file).read_bytes()).hexdigest()
-
-
-def _check_method(config: FinetuneConfig, allow_reward_files: bool) -> None:
-    if importlib.util.find_spec("trl") is None:
-        raise ConfigError(
-            code="trl_missing",
-            message=f"method {config.method} needs TRL, which is not installed.",
-            hint="Install it: `pip install 'sage-libs[preference]'`.",
-            param="method",
-        )
-    if not config.reward_file:
-        return
-    if not allow_reward_files:
-        raise ConfigError(
-            code="reward_files_off",
-            message="Reward files are disabled, because a reward file could execute any Python code on this machine.",
-            hint="To allow them, set SAGE_ALLOW_REWARD_FILES=true in the gateway's environment or in config.toml.",
-            param="reward_file",
-        )
-    check_reward_file(Path(config.reward_file))

@@ -15,13 +15,14 @@ import traceback
 import warnings
 from pathlib import Path
 
-from sage.common.errors import RunError, SageError
+from sage.common.errors import RunError, SageError, first_line
 from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
 from sage.common.training import FailedEvent, LaunchedEvent
 from sage.libs.finetune.quantization import make_importable
 from sage.libs.finetune.run.output import claim_output
+from sage.libs.finetune.run.retrying import OUT_OF_MEMORY_EXIT, restart_with_less_memory
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory, SilentRunDirectory
 from sage.libs.finetune.run.status import RunState
 from sage.libs.finetune.run.summary import read_status, write_summary
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
             print(f"{run.path} already has a running worker.", file=sys.stderr)
             return 1
         write_identity(descriptor)
+        os.set_inheritable(descriptor, True)
+        os.environ[LOCK_FD_VARIABLE] = str(descriptor)
         run.append_event(LaunchedEvent())
     configure_logging()
     warnings.simplefilter("ignore", FutureWarning)  # the warnings concern the code of libraries, which users cannot change
@@ -67,6 +70,9 @@ def main(argv: list[str]) -> int:
         with contextlib.suppress(OSError):  # the run is valid without a summary, which only makes reading the status faster
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
+        if is_out_of_memory(error) and not stop.requested:
+            logger.info("%s", first_line(error))
+            restart_with_less_memory(run)
         _fail(run, error)
         return 1
     return 0
@@ -81,6 +87,9 @@ def _follow(run: RunDirectory) -> int:
     try:
         _train(SilentRunDirectory(run.path), StopRequest())
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
+        if is_out_of_memory(error):
+            logger.error("%s", first_line(error))
+            return OUT_OF_MEMORY_EXIT
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:
             _fail(run, error)
@@ -121,7 +130,7 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
     if is_out_of_memory(error):
         return RunError(
             code="out_of_memory",
-            message=f"Out of memory: {_first_line(error)}",
+            message=f"Out of memory: {first_line(error)}.",
             hint="Start a new run with a smaller --batch-size or --max-seq-length.",
         )
     if isinstance(error, OSError) and error.filename:
@@ -131,7 +140,7 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
             hint=f"Solve this problem, then `resume` the run. {log}",
         )
     return RunError(
-        code="training_failed", message=f"Training failed: {type(error).__name__}: {_first_line(error)}", hint=log
+        code="training_failed", message=f"Training failed: {type(error).__name__}: {first_line(error)}.", hint=log
     )
 
 
@@ -146,10 +155,6 @@ def _fullest(run: RunDirectory) -> Path:
     with contextlib.suppress(Exception):  # for example, the spec cannot be read
         folders.append(Path(run.read_spec().config.output_dir))
     return min((folder for folder in folders if folder.is_dir()), key=lambda folder: shutil.disk_usage(folder).free)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Read the sizes of a model from its config and the headers of its weight files."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sage.libs.models.gguf import gguf_header
-from sage.libs.models.resolve import safetensors_header
+from sage.libs.models.resolve import json_object, safetensors_header
 
 #: A tensor of a layer has the number of the layer in its name.
 _IN_LAYER = re.compile(r"\.(\d+)\.")
@@ -108,11 +107,8 @@ def _transformers_name(name: str) -> str:
 
 
 def _text_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else dict(config)
+    config = json_object(path) if path.is_file() else {}
+    return {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
 
 
 def _architecture(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file_bytes: int) -> Architecture:

@@ -12,7 +12,8 @@ from sage.common.paths import get_user_paths
 from sage.common.processes import held_lock
 from sage.libs.models.resolve import PACKAGED, inspect_folder
 
-_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)?")
+#: No part begins with a point, so no part is `..` or a hidden folder. `finetuned` is the folder of the run directories.
+_NAME = re.compile(r"(?!finetuned(/|$))\w[\w.+-]*(/\w[\w.+-]*)?")
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ def list_models() -> list[ModelEntry]:
         if (folder := packaged.path()) and folder.is_dir():
             entries[name] = ModelEntry(name, f"packaged ({packaged.package})", _size_bytes(folder), folder)
     for folder in sorted([*paths.models_dir.glob("*"), *paths.models_dir.glob("*/*")]):
-        name = str(folder.relative_to(paths.models_dir))
-        if name.startswith((".", "finetuned")) or not folder.is_dir():
+        parts = folder.relative_to(paths.models_dir).parts
+        is_hidden = parts[0] == paths.finetuned_dir.name or any(part.startswith(".") for part in parts)
+        if is_hidden or not folder.is_dir():
             continue
+        name = "/".join(parts)
         try:
             source = inspect_folder(folder, name)
         except SageError:  # the folder contains other models, or no model
@@ -49,10 +52,11 @@ def import_model(folder: Path, name: str) -> Path:
 
     Raises ModelError if the folder has no model, ConfigError if the name is invalid, and Conflict if the name is in use.
     """
-    if not _NAME.fullmatch(name) or ".." in name or name.startswith(("finetuned", ".")):
+    if not _NAME.fullmatch(name):
         raise ConfigError(
             code="config_invalid",
-            message=f"'{name}' is not a valid model name.",
+            message=f"'{name}' is not a valid name of a model: a name has letters, digits and .+-_, at most one `/`, and "
+            "begins with a letter, digit or _ (also after `/`). The names below `finetuned` are reserved.",
             hint="Use a name such as org/name.",
             param="name",
         )

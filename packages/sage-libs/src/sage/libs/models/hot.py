@@ -1,13 +1,11 @@
 """Decide whether a running server can load an adapter. This module does not read weights or import torch."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sage.common.errors import ModelError
-from sage.libs.models.resolve import safetensors_header
+from sage.libs.models.resolve import json_object, safetensors_header
 
 #: Supported entries of adapter_config.json. All other entries, except `bias`, must be null, false, empty or 0.
 _PLAIN = frozenset({
@@ -27,11 +25,7 @@ def why_not_hot(folder: Path, base_folder: Path) -> str | None:
 
     Raises ModelError for unreadable files.
     """
-    path = folder / "adapter_config.json"
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(code="model_invalid", message=f"{path} cannot be read: {error}.", param="model") from error
+    config = json_object(folder / "adapter_config.json")
     return (
         _config_problem(config)
         or _weights_problem(safetensors_header(folder / "adapter_model.safetensors"))

@@ -130,7 +130,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
         if not weights.is_file():
             raise _invalid(folder, "has adapter_config.json but no adapter_model.safetensors")
         safetensors_header(weights)
-        base_name = _read_json(adapter_config).get("base_model_name_or_path")
+        base_name = json_object(adapter_config).get("base_model_name_or_path")
         if not isinstance(base_name, str):
             raise _invalid(adapter_config, "contains no base model ('base_model_name_or_path')")
         try:
@@ -143,7 +143,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
         return ModelSource(name, ModelKind.ADAPTER, folder, base)
     weights_files = sorted(folder.glob("*.safetensors"))
     if (folder / "config.json").is_file() and weights_files:
-        _read_json(folder / "config.json")
+        json_object(folder / "config.json")
         for weights in weights_files:
             safetensors_header(weights)
         _check_shards(folder)
@@ -166,7 +166,7 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
 
 def _check_shards(folder: Path) -> None:
     for index in folder.glob("*.safetensors.index.json"):
-        files = _read_json(index).get("weight_map")
+        files = json_object(index).get("weight_map")
         missing = (
             sorted({str(file) for file in files.values() if not (folder / str(file)).is_file()})
             if isinstance(files, dict)
@@ -190,6 +190,8 @@ def safetensors_header(path: Path) -> dict[str, Any]:
                 raise ValueError("the header is longer than the file")
             header: dict[str, Any] = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
+        if not all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in header.values()):
+            raise ValueError("a tensor has no dtype or shape")
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + header_bytes + end != size:
             raise ValueError(f"{8 + header_bytes + end} bytes expected, found {size}")
@@ -200,7 +202,8 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model. Raises ModelError if the file cannot be read or has other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

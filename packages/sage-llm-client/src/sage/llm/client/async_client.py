@@ -11,6 +11,7 @@ from sage.common.errors import GatewayUnreachable
 from sage.llm.client import answers, calls, streams
 from sage.llm.client.calls import Call, Cursor, Order
 from sage.llm.client.client import CONNECT_SECONDS, RECONNECT_SECONDS, STREAM_TIMEOUT
+from sage.llm.client.run_types import TrainingChangeView
 from sage.llm.client.types import (
     BackendView,
     Device,
@@ -23,6 +24,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -114,6 +116,14 @@ class AsyncSageClient:
         """
         return await self._send(calls.checkpoint(engine_id))
 
+    async def change_training(self, engine_id: str, **options: Any) -> TrainingChangeView:
+        """Change options of a training run from its next step on; options: the fields of TrainingChange."""
+        return await self._send(calls.change_training(engine_id, options))
+
+    async def fork_engine(self, engine_id: str, **request: Any) -> EngineView:
+        """Start a training run that continues from a checkpoint of another run; request: the fields of ForkRequest."""
+        return await self._send(calls.fork(engine_id, request))
+
     async def remove_engine(self, engine_id: str) -> None:
         """Delete an engine that is stopped, completed or failed, with its log and checkpoints."""
         await self._send(calls.remove(engine_id))
@@ -135,12 +145,16 @@ class AsyncSageClient:
     async def get_events(self, engine_id: str) -> list[EngineEvent]:
         """Return the events of one engine so far, oldest first."""
         reader = streams.EventReader()
-        return [event async for event in self._follow(lambda: calls.events(engine_id, follow=False), reader, 0)]
+        return [
+            event async for event in self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0)
+        ]
 
     async def follow_events(self, engine_id: str, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
         """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
-        async for event in self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds):
+        async for event in self._follow(
+            lambda: calls.events(engine_id, reader.cursor, follow=True), reader, patience_seconds
+        ):
             yield event
 
     async def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
@@ -188,6 +202,10 @@ class AsyncSageClient:
     async def estimate(self, model: str, **request: Any) -> EstimateView:
         """Return the memory that an engine would need.  request: the same fields as for `start_engine`."""
         return await self._send(calls.estimate({"model": model, **request}))
+
+    async def test_webhooks(self) -> list[WebhookResult]:
+        """Send a test message to each webhook of the gateway, and return the results."""
+        return await self._send(calls.test_webhooks())
 
     async def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""

@@ -10,6 +10,7 @@ import httpx
 
 from sage.common.errors import ConfigError, NotFound
 from sage.llm.client.answers import as_list, as_model, parse
+from sage.llm.client.run_types import TrainingChangeView
 from sage.llm.client.types import (
     BackendView,
     Device,
@@ -21,6 +22,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -117,6 +119,18 @@ def checkpoint(engine_id: str) -> Call[EngineView]:
     return Call("POST", _engine(engine_id, "/checkpoint"), as_model(EngineView))
 
 
+def change_training(engine_id: str, options: dict[str, Any]) -> Call[TrainingChangeView]:
+    """Return the call that changes options of a training run."""
+    return Call("PATCH", _engine(engine_id, "/training"), as_model(TrainingChangeView), json=options)
+
+
+def fork(engine_id: str, request: dict[str, Any]) -> Call[EngineView]:
+    """Return the call that forks a training run."""
+    return Call(
+        "POST", _engine(engine_id, "/fork"), as_model(EngineView), json=request, timeout_seconds=_LONG_SECONDS
+    )  # fmt: skip
+
+
 def remove(engine_id: str) -> Call[None]:
     """Return the call that deletes a stopped, completed or failed engine."""
     return Call("POST", _engine(engine_id, "/remove"), lambda _: None, timeout_seconds=_LONG_SECONDS)
@@ -133,9 +147,12 @@ def follow_logs(engine_id: str, tail: int, offset: int | None) -> Call[None]:
     return Call("GET", _engine(engine_id, "/logs"), lambda _: None, params={"follow": True, **begin})
 
 
-def events(engine_id: str, *, follow: bool) -> Call[None]:
-    """Return the call that streams the past events of one engine, and also new events if `follow` is set."""
-    return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"follow": follow})
+def events(engine_id: str, after: int, *, follow: bool) -> Call[None]:
+    """Return the call that streams the events of one engine after the event with the id `after`.
+
+    If `follow` is set, new events are also streamed.
+    """
+    return Call("GET", _engine(engine_id, "/events"), lambda _: None, params={"after": after, "follow": follow})
 
 
 def changes(after: Cursor, limit: int) -> Call[EventPage]:
@@ -187,6 +204,11 @@ def devices() -> Call[list[Device]]:
 def estimate(request: dict[str, Any]) -> Call[EstimateView]:
     """Return the call that estimates the memory of an engine."""
     return Call("POST", f"{_PREFIX}/estimate", as_model(EstimateView), json=request)
+
+
+def test_webhooks() -> Call[list[WebhookResult]]:
+    """Return the call that sends a test message to each webhook."""
+    return Call("POST", f"{_PREFIX}/webhooks/test", as_list(WebhookResult))
 
 
 def backends() -> Call[list[BackendView]]:

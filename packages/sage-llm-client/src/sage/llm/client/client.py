@@ -10,6 +10,7 @@ import httpx
 from sage.common.errors import GatewayUnreachable
 from sage.llm.client import answers, calls, streams
 from sage.llm.client.calls import Call, Cursor, Order
+from sage.llm.client.run_types import TrainingChangeView
 from sage.llm.client.types import (
     BackendView,
     Device,
@@ -22,6 +23,7 @@ from sage.llm.client.types import (
     EventPage,
     RouteView,
     TrainingStep,
+    WebhookResult,
 )
 
 T = TypeVar("T")
@@ -121,6 +123,14 @@ class SageClient:
         """
         return self._send(calls.checkpoint(engine_id))
 
+    def change_training(self, engine_id: str, **options: Any) -> TrainingChangeView:
+        """Change options of a training run from its next step on; options: the fields of TrainingChange."""
+        return self._send(calls.change_training(engine_id, options))
+
+    def fork_engine(self, engine_id: str, **request: Any) -> EngineView:
+        """Start a training run that continues from a checkpoint of another run; request: the fields of ForkRequest."""
+        return self._send(calls.fork(engine_id, request))
+
     def remove_engine(self, engine_id: str) -> None:
         """Delete an engine that is stopped, completed or failed, with its log and checkpoints."""
         self._send(calls.remove(engine_id))
@@ -141,12 +151,12 @@ class SageClient:
     def get_events(self, engine_id: str) -> list[EngineEvent]:
         """Return the events of one engine so far, oldest first."""
         reader = streams.EventReader()
-        return list(self._follow(lambda: calls.events(engine_id, follow=False), reader, 0))
+        return list(self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0))
 
     def follow_events(self, engine_id: str, patience_seconds: float = 60) -> Iterator[EngineEvent]:
         """Yield the past events of one engine, then each new event until the engine has ended."""
         reader = streams.EventReader()
-        yield from self._follow(lambda: calls.events(engine_id, follow=True), reader, patience_seconds)
+        yield from self._follow(lambda: calls.events(engine_id, reader.cursor, follow=True), reader, patience_seconds)
 
     def changes(self, after: Cursor = 0, limit: int = 100) -> EventPage:
         """Return at most `limit` events of all engines, starting after the event with the id `after`.
@@ -192,6 +202,10 @@ class SageClient:
     def estimate(self, model: str, **request: Any) -> EstimateView:
         """Return the memory that an engine would need.  request: the same fields as for `start_engine`."""
         return self._send(calls.estimate({"model": model, **request}))
+
+    def test_webhooks(self) -> list[WebhookResult]:
+        """Send a test message to each webhook of the gateway, and return the results."""
+        return self._send(calls.test_webhooks())
 
     def backends(self) -> list[BackendView]:
         """Return the backends that the gateway knows, and whether each is installed."""

@@ -77,6 +77,7 @@ class StartRequest(BaseModel):
     restart_policy: RestartPolicy | None = Field(
         None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
     )
+    max_restarts: int = Field(5, ge=0, le=10_000, description="Maximum number of automatic restarts in a row.")
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="Notes to store with the engine.")
     dedicated: bool = Field(
         False, description="Run the engine on a separate server; an adapter is then merged into its base model."
@@ -152,6 +153,7 @@ class EngineView(BaseModel):
     restarts: int = Field(
         0, description="Number of restarts since a user started or resumed the engine, or since it last ran for 10 minutes."
     )
+    max_restarts: int = Field(5, description="Maximum number of automatic restarts in a row.")
     reason: Reason | None = None
     training: TrainingProgress | None = None
     node: str = Field(
@@ -301,3 +303,11 @@ class BackendView(BaseModel):
     is_installed: bool
     version: str
     disk_bytes: int | None = Field(None, description="Size of the backend's environment in bytes.")
+
+
+class WebhookResult(BaseModel):
+    """The result of a webhook's test message."""
+
+    object: str = "webhook"
+    host: str = Field(description="Host of the URL; the rest of the URL can contain secrets.")
+    problem: str | None = Field(None, description="Why the message was not delivered; null if it was delivered.")

@@ -30,7 +30,24 @@ class Launch:
 
 @dataclass(frozen=True)
 class Join:
-    """Assign an engine to a server that hosts other engines."""
+    """Assign an engine to a server that hosts other engines, or that sleeps."""
+
+    engine: EngineRecord
+    server: ServerRecord
+    reserved_bytes: int | None = None  #: the memory that a sleeping server gets when it wakes
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Let the server of an engine release its memory, and pause the engine."""
+
+    engine: EngineRecord
+    server: ServerRecord
+
+
+@dataclass(frozen=True)
+class Wake:
+    """Let the server of an engine allocate its memory again."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -125,5 +142,17 @@ class EndMerge:
 
 Merge = StartMerge | SwapServers | EndMerge
 Action = (
-    Merge | Publish | Validate | Launch | Join | LoadAdapter | UnloadAdapter | Revise | SetDesired | SendSignal | Transition
+    Merge
+    | Publish
+    | Validate
+    | Launch
+    | Join
+    | Sleep
+    | Wake
+    | LoadAdapter
+    | UnloadAdapter
+    | Revise
+    | SetDesired
+    | SendSignal
+    | Transition
 )

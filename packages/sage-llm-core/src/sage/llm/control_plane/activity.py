@@ -7,9 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from sage.common.errors import NotFound
 from sage.llm.client.types import EngineState
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.routing import Route, RoutingTable
@@ -69,8 +66,8 @@ class Activity:
         at_seconds = time.monotonic()
         try:
             engine = await self._pool.run(self._store.touch, route.engine_id)
-        except (SQLAlchemyError, NotFound) as error:
-            logger.warning("a request to %s cannot be recorded: %s", route.engine_id, error)
+        except Exception as error:  # noqa: BLE001 - logged
+            logger.warning("a request to %s cannot be recorded: %r", route.engine_id, error)
             return route.state is EngineState.RUNNING
         self._touched_seconds[route.engine_id] = at_seconds
         if engine.state is EngineState.RUNNING:

@@ -32,6 +32,7 @@ class Holder:
     is_pausable: bool = False  #: an inference engine that may be paused to make room
     ends: bool = False  #: a training run, which frees its memory without an action of the user
     is_leaving: bool = False  #: the engine is being paused or stopped, and still uses its memory
+    is_asleep: bool = False  #: a sleeping server, which may be ended for every engine
     used_bytes: Mapping[str, int] = field(default_factory=dict)  #: measured memory by device id
 
     def bytes_on(self, device_id: str) -> int:
@@ -50,8 +51,9 @@ class Claim:
     devices: tuple[str, ...] | None = None  #: ids of the devices that the engine may use; None: any device
     priority: int = 0
     on_busy: OnBusy = OnBusy.WAIT
+    wakes: str | None = None  #: id of the sleeping server that the engine wakes
     is_due: bool = True  #: False: the earliest start time is in the future
-    has_room: bool = False  #: engines were paused for this engine, which is therefore decided first
+    has_room: bool = False  #: engines were paused for this engine, or it is restarted; it is therefore decided first
 
     @property
     def smallest_bytes(self) -> int:
@@ -168,6 +170,8 @@ class _State:
         if sum(device.usable_bytes >= claim.smallest_bytes for device in allowed.values()) < claim.device_count:
             return Refuse(Cause.TOO_LARGE, max(device.usable_bytes for device in allowed.values()))
         if not claim.is_due:
+            if claim.has_room:
+                self._reserve_soon(claim, allowed)
             return Wait(position, Cause.NOT_DUE, most_free)
         if start := self._start(claim, allowed):
             return start
@@ -175,7 +179,7 @@ class _State:
             return Refuse(Cause.MEMORY, most_free)
         if self._reserve_soon(claim, allowed):
             return Wait(position, Cause.ROOM, most_free)
-        if claim.on_busy is OnBusy.PREEMPT and (room := self._make_room(claim, allowed)):
+        if room := self._make_room(claim, allowed):
             return room
         is_free = sum(device.free_bytes >= claim.smallest_bytes for device in allowed.values()) >= claim.device_count
         self._reserve_later(claim, allowed)
@@ -246,13 +250,19 @@ def _choose(claim: Claim, rooms: Mapping[str, int], need_bytes: int) -> tuple[st
     return tuple(fitting[: claim.device_count]) if len(fitting) >= claim.device_count else ()
 
 
+def _may_pause(claim: Claim, holder: Holder) -> bool:
+    if holder.is_asleep:
+        return holder.engine_id != claim.wakes
+    return holder.is_pausable and claim.on_busy is OnBusy.PREEMPT and holder.priority <= claim.priority
+
+
 def _to_pause(claim: Claim, device: _Device) -> list[Holder] | None:
     """Return the engines to pause so that the claim fits on a device, or None if pausing is not enough."""
     missing_bytes = claim.memory_bytes - device.room_soon_bytes
     paused: list[Holder] = []
-    candidates = (holder for holder in device.holders if holder.is_pausable and not holder.is_leaving)
+    candidates = (holder for holder in device.holders if _may_pause(claim, holder) and not holder.is_leaving)
     for holder in sorted(candidates, key=lambda holder: (holder.priority, -holder.bytes_on(device.id), holder.engine_id)):
-        if missing_bytes > 0 and holder.priority <= claim.priority:
+        if missing_bytes > 0:
             paused.append(holder)
             missing_bytes -= holder.bytes_on(device.id)
     if missing_bytes > 0:

@@ -41,6 +41,13 @@ def served_run(request: StartRequest) -> ServedRun | None:
         raise ConfigError(code="config_invalid", message=message, hint="Use --serve-as NAME.", param="serve.name") from error
 
 
+def default_policy(setting: str | None, kind: EngineKind) -> RestartPolicy:
+    """Return the restart policy of engines whose request sets none.  setting: the setting `restart_policy`."""
+    if setting is None:
+        return RestartPolicy.UNLESS_STOPPED if kind is EngineKind.FINETUNE else RestartPolicy.NO
+    return RestartPolicy(setting)
+
+
 def new_engine(
     engine_id: str,
     node: str,
@@ -74,6 +81,7 @@ def new_engine(
         devices=tuple(request.devices) if request.devices else None,
         reserved_bytes=int(request.memory_gb * 1e9) if request.memory_gb else prepared.reserved_bytes,
         least_bytes=None if request.memory_gb else prepared.least_bytes,
+        max_restarts=request.max_restarts,
         on_busy=request.on_busy or on_busy,
         priority=request.priority,
         not_before=request.not_before,

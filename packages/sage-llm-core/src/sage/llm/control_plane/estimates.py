@@ -23,7 +23,7 @@ def estimate_engine(request: StartRequest, devices: Sequence[Device]) -> Estimat
     devices: the devices of this node.  The options `dataset_path` and `output_dir` of a training run may be missing.
     """
     model = resolve_model(request.model)
-    backend, _ = registry.resolve(request.backend, request.engine_kind, model)
+    backend, _ = registry.resolve(request.backend, request.engine_kind, model, request.options.get("quantize"))
     options = validated(backend.options, _options(request))
     estimate = backend.estimate(model, options)
     if estimate is None:

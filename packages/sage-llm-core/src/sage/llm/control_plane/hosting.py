@@ -37,6 +37,9 @@ class Hosts:
         self._dead: set[str] = set()
         self._launching: set[_Key] = set()
         for engine in engines:
+            seen = observed.get(engine.id)
+            if engine.server_id and seen and (seen.orphaned or not seen.alive):
+                self._dead.add(engine.server_id)
             if engine.server_id is None or engine.state not in HOSTED:
                 continue
             self._hosted[engine.server_id].append(engine)
@@ -47,9 +50,6 @@ class Hosts:
                 # If an engine requests a port, this engine launches the server, because the server must listen on this port.
                 launcher = engine if engine.requested_port else self._launchers.get(engine.server_id, engine)
                 self._launchers[engine.server_id] = launcher
-            seen = observed.get(engine.id)
-            if seen and (seen.orphaned or not seen.alive):
-                self._dead.add(engine.server_id)
         self._servers = servers.values()
         self._ports = {_port(server): server for server in self._servers}
 
@@ -57,8 +57,8 @@ class Hosts:
     def _shared(self) -> Mapping[_Key, list[ServerRecord]]:
         found: defaultdict[_Key, list[ServerRecord]] = defaultdict(list)
         for server in self._servers:
-            if server.shared and server.state is not ServerState.CLOSING:
-                found[_key(server.backend, server.model, server.model_version, server.options)].append(server)
+            if server.shared and server.state not in (ServerState.CLOSING, ServerState.SLEEPING):
+                found[_key_of(server)].append(server)
         return found
 
     def engines_on(self, server_id: str) -> Sequence[EngineRecord]:
@@ -85,6 +85,21 @@ class Hosts:
             has_port = engine.requested_port in (None, _port(server))
             if has_port and not self._is_gone(server) and self._has_room(server, engine):
                 self._count(engine, server.id)
+                return server
+        return None
+
+    def asleep_for(self, engine: EngineRecord) -> ServerRecord | None:
+        """Return the sleeping server that an engine can wake; None if there is none."""
+        for server in self._servers:
+            if server.state is not ServerState.SLEEPING or self._is_gone(server):
+                continue
+            if engine.requested_port not in (None, _port(server)):
+                continue
+            if server.shared and engine.base:
+                is_same = _key_of(server) == _key(engine.backend, engine.base, engine.base_version, engine.options)
+            else:
+                is_same = server.id == engine.server_id and not server.shared
+            if is_same:
                 return server
         return None
 
@@ -131,7 +146,7 @@ class Hosts:
             self._adapters[server_id] += 1
 
     def _is_gone(self, server: ServerRecord) -> bool:
-        return server.state is ServerState.LAUNCHED and server.id in self._dead
+        return server.state is not ServerState.PLANNED and server.id in self._dead
 
     def _has_room(self, server: ServerRecord, engine: EngineRecord) -> bool:
         if engine.adapter is None:
@@ -141,6 +156,10 @@ class Hosts:
 
 def _port(server: ServerRecord) -> int | None:
     return int(server.address.rpartition(":")[2]) if server.address else None
+
+
+def _key_of(server: ServerRecord) -> _Key:
+    return _key(server.backend, server.model, server.model_version, server.options)
 
 
 def _key(backend: str, model: str, version: str | None, options: Mapping[str, object] | None) -> _Key:

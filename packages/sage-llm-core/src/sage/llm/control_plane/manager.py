@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from sage.common.cgroups import available_cores
 from sage.common.errors import NotFound, Overloaded, SageError
 from sage.common.ids import random_suffix
@@ -27,14 +25,13 @@ from sage.llm.client.types import (
     EngineState,
     EngineView,
     OnBusy,
-    RestartPolicy,
     StartRequest,
 )
 from sage.llm.control_plane.activity import Activity
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.core_balance import CoreBalancer
 from sage.llm.control_plane.cores import Cores
-from sage.llm.control_plane.creation import new_engine, served_run
+from sage.llm.control_plane.creation import default_policy, new_engine, served_run
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
 from sage.llm.control_plane.executors.base import Executor, server_id_of
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
@@ -43,6 +40,7 @@ from sage.llm.control_plane.executors.placement import like_its_base
 from sage.llm.control_plane.inventory import Inventory
 from sage.llm.control_plane.launchers.local import LocalLauncher
 from sage.llm.control_plane.lease import LeaseKeeper
+from sage.llm.control_plane.measuring import Measuring
 from sage.llm.control_plane.node import open_state_folder
 from sage.llm.control_plane.node_memory import NodeMemory
 from sage.llm.control_plane.plan import Limits
@@ -52,6 +50,7 @@ from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.reads import EngineReads
 from sage.llm.control_plane.reconciler import Reconciler
 from sage.llm.control_plane.refusals import busy, ended, not_resumable, not_training, paused, standby, still_running
+from sage.llm.control_plane.request_times import RequestTimes
 from sage.llm.control_plane.routes import Routes
 from sage.llm.control_plane.routing import Route, RoutingTable, Upstream
 from sage.llm.control_plane.runner import Runner
@@ -59,8 +58,10 @@ from sage.llm.control_plane.served_run import ServedRun
 from sage.llm.control_plane.store.database import open_database
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
+from sage.llm.control_plane.training_runs import TrainingRuns
 from sage.llm.control_plane.views import Views
 from sage.llm.control_plane.waiting import ACTOR, ATTEMPTS, Waiting
+from sage.llm.control_plane.webhooks import Webhooks
 
 __all__ = ["SUPPORTED_ENGINE_KINDS", "ControlPlaneManager"]
 
@@ -71,7 +72,7 @@ _STORE_THREADS = 8
 _LOGS_SECONDS = 10.0
 
 
-class ControlPlaneManager(EngineReads, Routes, Waiting):
+class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns):
     """Starts, stops, resumes and describes the engines of this node.
 
     An engine is settled if it is stopped, completed or failed. If one node has several control planes, only the holder
@@ -120,7 +121,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         self._reconciler = Reconciler(
             self._store, self._pool, self._node, self._prober, self._runner, limits, memory, cores, self._balancer
         )
-        self._views = Views(self._node, self._executors)
+        self.webhooks = Webhooks(self._store, self._pool, self._node, settings, lambda: self._keeper.lease is not None)
+        self._views, self.request_times = Views(self._node, self._executors), RequestTimes()
         self._new_upstream = functools.lru_cache(1024)(_upstream)  # cached, because every request needs an Upstream
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -141,7 +143,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         if self.role == "standby" and not self._is_standby_expected:
             logger.warning("another control plane of this node is active; this one takes over when the active one exits")
         work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
-                self._activity.run())  # fmt: skip
+                self._activity.run(), self.webhooks.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
@@ -153,6 +155,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
             await self._balancer.close()
         await self._runner.close()
         await self._prober.close()
+        await self.webhooks.close()
         await self._keeper.close()
         self._pool.close()
 
@@ -165,7 +168,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
         engine_id, executor = f"engine-{random_suffix()}", self._executors[request.engine_kind]
         served = served_run(request)
         prepared = await executor.prepare(engine_id, request)
-        policy, on_busy = RestartPolicy(self._settings.restart_policy), OnBusy(self._settings.on_busy)
+        policy = default_policy(self._settings.restart_policy, request.engine_kind)
+        on_busy = OnBusy(self._settings.on_busy)
         record = new_engine(engine_id, self._node, request, prepared, policy, served, on_busy)
         if request.engine_kind is EngineKind.LLM:
             servers = await self._pool.run(self._store.servers, self._node)
@@ -210,7 +214,12 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
                 resume = functools.partial(self._store.transition, engine, EngineState.VALIDATING, actor=ACTOR, restarts=0)
                 serve = engine.serve and {**engine.serve, "is_complete": False}
                 engine = await self._write(
-                    resume, desired=DesiredState.RUNNING, force=False, serve=serve, merger_id=engine.merger_id and ""
+                    resume,
+                    desired=DesiredState.RUNNING,
+                    force=False,
+                    last_crash=None,
+                    serve=serve,
+                    merger_id=engine.merger_id and "",
                 )
                 self._routing.apply(engine, None)
                 return await self._view(engine, None)
@@ -361,8 +370,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting):
                 paths = {self._executors[engine.kind].log_path(engine) for engine in engines}
                 for path in (*paths, get_user_paths().state_dir / "gateway.log"):
                     await asyncio.to_thread(LogFile(path).cut, limit_bytes)
-            except (OSError, SQLAlchemyError) as error:
-                logger.warning("the logs cannot be shortened: %s", error)
+            except Exception as error:
+                logger.warning("the logs cannot be shortened, retrying", exc_info=error)
 
 
 def _upstream(address: str, model_name: str | None, engine_id: str, name: str, token: str, backend: str) -> Upstream:

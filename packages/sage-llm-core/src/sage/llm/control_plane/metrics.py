@@ -1,11 +1,26 @@
 """Prometheus metrics of engines and devices, computed at each scrape."""
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 
 from sage.common.training import FIGURES
 from sage.llm.client.types import Device, EngineKind, EngineState, EngineView
+from sage.llm.control_plane.executors.base import Tokens
+from sage.llm.control_plane.request_times import RequestTimes
+from sage.llm.control_plane.store.transitions import TransitionCounts
 
 _LABELS = ("engine", "kind", "model")
 _DEVICE_LABELS = ("node", "kind", "index")
@@ -24,38 +39,144 @@ _TRAINING = (
 )
 
 
-def engine_metrics(
-    counts: Mapping[tuple[EngineKind, EngineState], int], active: list[EngineView], devices: Iterable[Device]
-) -> Iterator[Metric]:
-    """Yield the metrics of engines and devices.
+@dataclass(frozen=True)
+class Measured:
+    """The values of one scrape. Metrics of single engines are yielded only for the engines in `active`."""
 
-    counts: number of engines by kind and state.  active: the engines that are not stopped, completed or failed.
+    active: list[EngineView]  #: the engines that are not stopped, completed or failed
+    counts: Mapping[tuple[EngineKind, EngineState], int] = field(default_factory=dict)  #: engines by kind and state
+    waiting: list[EngineView] = field(default_factory=list)
+    devices: list[Device] = field(default_factory=list)
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)  #: by engine id
+    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  #: by engine id
+    in_progress: Mapping[str, int] = field(default_factory=dict)  #: requests by engine id
+    request_times: RequestTimes = field(default_factory=RequestTimes)
+    transitions: TransitionCounts = field(default_factory=TransitionCounts)
+
+
+def all_metrics(measured: Measured, *, is_active: bool, folders: Mapping[str, Path]) -> Iterator[Metric]:
+    """Yield all metrics. Blocking, because the disks are measured.
+
+    is_active: whether this control plane holds the lease. folders: folders whose disks are measured, by label.
     """
+    yield InfoMetricFamily("sage_build", "The version of SAGE.", {"version": version("sage-llm-core")})
+    yield GaugeMetricFamily("sage_gateway_active", "1 if this gateway manages its node, 0 on standby.", value=is_active)
+    yield from _state_metrics(measured)
+    yield from _engine_metrics(measured)
+    yield from _request_metrics(measured)
+    yield from _training_metrics(measured.active)
+    yield from device_metrics(measured.devices)
+    yield from _disk_metrics(folders)
+
+
+def _state_metrics(measured: Measured) -> Iterator[Metric]:
     number = GaugeMetricFamily("sage_engines", "Number of engines, by kind and state.", labels=("kind", "state"))
     for kind in EngineKind:
         for candidate in EngineState:
-            number.add_metric([kind, candidate], counts.get((kind, candidate), 0))
+            number.add_metric([kind, candidate], measured.counts.get((kind, candidate), 0))
+    transitions = CounterMetricFamily(
+        "sage_engine_transitions", "Changes of state that this gateway recorded.", labels=("before", "after")
+    )
+    duration = SummaryMetricFamily(
+        "sage_engine_state_duration_seconds", "Time that engines were in a state before they left it.", labels=("state",)
+    )
+    numbers = dict(measured.transitions.numbers)
+    for (before, after), count in numbers.items():
+        transitions.add_metric([before, after], count)
+    for state in EngineState:
+        count = sum(count for (before, _), count in numbers.items() if before is state)
+        duration.add_metric([state], count, measured.transitions.durations_seconds[state])
+    now = datetime.now(UTC)
+    waits_seconds = [(now - engine.state_at).total_seconds() for engine in measured.waiting]
+    yield from (number, transitions, duration)
+    yield GaugeMetricFamily("sage_queue_engines", "Number of engines that wait to start.", value=len(waits_seconds))
+    yield GaugeMetricFamily(
+        "sage_queue_oldest_wait_seconds",
+        "Waiting time of the engine that has waited longest; 0 if none waits.",
+        value=max([0.0, *waits_seconds]),
+    )
+
+
+def _engine_metrics(measured: Measured) -> Iterator[Metric]:
     state = GaugeMetricFamily("sage_engine_state", "State of an engine as a label; always 1.", labels=(*_LABELS, "state"))
     memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that the processes of an engine use.", labels=_LABELS)
-    for engine in active:
-        state.add_metric([*_labels(engine), engine.state], 1)
+    gpus = GaugeMetricFamily("sage_engine_gpus", "Number of GPUs that an engine uses.", labels=_LABELS)
+    restarts = CounterMetricFamily(
+        "sage_engine_restarts", "Automatic restarts since a user last started the engine.", labels=_LABELS
+    )
+    cpu = CounterMetricFamily("sage_engine_cpu_seconds", "CPU time of the processes of an engine.", labels=_LABELS)
+    for engine in measured.active:
+        labels = _labels(engine)
+        state.add_metric([*labels, engine.state], 1)
+        restarts.add_metric(labels, engine.restarts)
         if engine.memory_bytes is not None:
-            memory.add_metric(_labels(engine), engine.memory_bytes)
-    yield from (number, state, memory)
-    for name, documentation, field in _TRAINING:
+            memory.add_metric(labels, engine.memory_bytes)
+        if engine.devices is not None:
+            gpus.add_metric(labels, sum(device != "cpu" for device in engine.devices))
+        if engine.id in measured.cpu_seconds:
+            cpu.add_metric(labels, measured.cpu_seconds[engine.id])
+    yield from (state, memory, gpus, restarts, cpu)
+
+
+def _request_metrics(measured: Measured) -> Iterator[Metric]:
+    in_progress = GaugeMetricFamily(
+        "sage_engine_requests_in_progress", "Requests of this gateway that an engine is answering.", labels=_LABELS
+    )
+    duration = HistogramMetricFamily(
+        "sage_engine_request_duration_seconds",
+        "Time from a request to the end of its answer, by engine; failed requests are included.",
+        labels=_LABELS,
+    )
+    prompt = CounterMetricFamily("sage_engine_prompt_tokens", "Tokens of the prompts.", labels=_LABELS)
+    completion = CounterMetricFamily("sage_engine_completion_tokens", "Tokens of the answers.", labels=_LABELS)
+    for engine in measured.active:
+        if engine.kind is EngineKind.FINETUNE:
+            continue
+        labels = _labels(engine)
+        in_progress.add_metric(labels, measured.in_progress.get(engine.id, 0))
+        measured.request_times.add_to(duration, engine.id, labels)
+        if tokens := measured.tokens.get(engine.id):
+            prompt.add_metric(labels, tokens.prompt)
+            completion.add_metric(labels, tokens.completion)
+    yield from (in_progress, duration, prompt, completion)
+
+
+def _training_metrics(active: list[EngineView]) -> Iterator[Metric]:
+    for name, documentation, attribute in _TRAINING:
         family = GaugeMetricFamily(name, documentation, labels=_LABELS)
         for engine in active:
-            value = getattr(engine.training, field) if engine.training else None
+            value = getattr(engine.training, attribute) if engine.training else None
             if value is not None:
                 family.add_metric(_labels(engine), value)
         yield family
+
+
+def device_metrics(devices: Iterable[Device]) -> Iterator[Metric]:
+    """Yield the metrics of devices; the kind of a fake device is `fake`."""
     used = GaugeMetricFamily("sage_device_memory_used_bytes", "Used memory of a device.", labels=_DEVICE_LABELS)
     total = GaugeMetricFamily("sage_device_memory_total_bytes", "Memory of a device.", labels=_DEVICE_LABELS)
+    load = GaugeMetricFamily("sage_device_utilization_ratio", "Load of a device, 0 to 1.", labels=_DEVICE_LABELS)
+    temperature = GaugeMetricFamily("sage_device_temperature_celsius", "Temperature of a device.", labels=_DEVICE_LABELS)
     for device in devices:
         labels = [device.node, "fake" if device.is_fake else device.kind, str(device.index)]
         used.add_metric(labels, device.memory_used_bytes)
         total.add_metric(labels, device.memory_total_bytes)
-    yield from (used, total)
+        if device.utilization_percent is not None:
+            load.add_metric(labels, device.utilization_percent / 100)
+        if device.temperature_celsius is not None:
+            temperature.add_metric(labels, device.temperature_celsius)
+    yield from (used, total, load, temperature)
+
+
+def _disk_metrics(folders: Mapping[str, Path]) -> Iterator[Metric]:
+    free = GaugeMetricFamily("sage_disk_free_bytes", "Free space on the disk of a folder.", labels=("folder",))
+    size = GaugeMetricFamily("sage_disk_size_bytes", "Size of the disk of a folder.", labels=("folder",))
+    for label, folder in folders.items():
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        usage = shutil.disk_usage(existing)
+        free.add_metric([label], usage.free)
+        size.add_metric([label], usage.total)
+    yield from (free, size)
 
 
 def _labels(engine: EngineView) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sage.llm.client.types import DesiredState, EngineKind, EngineState, Reason, RestartPolicy
-from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, SetDesired, Transition, Validate
+from sage.llm.control_plane.actions import Action, Join, Launch, SendSignal, SetDesired, Sleep, Transition, Validate, Wake
 from sage.llm.control_plane.adapters import has_joined, is_misplaced, keep, leave, load, unload
 from sage.llm.control_plane.admission import Refuse, Start
 from sage.llm.control_plane.cores import Cores, with_threads
@@ -18,8 +18,9 @@ from sage.llm.control_plane.idle import idle_change, is_stopping, reason_of_stop
 from sage.llm.control_plane.launchers.base import Signal
 from sage.llm.control_plane.merging import is_draining, must_unload, next_merge, stop_merger
 from sage.llm.control_plane.queueing import Memory, Queue, queue_of
-from sage.llm.control_plane.restarts import next_restart, next_try
+from sage.llm.control_plane.restarts import is_repeated, next_restart, next_try, not_restarted
 from sage.llm.control_plane.served_run import due
+from sage.llm.control_plane.sleeping import sleeps
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 from sage.llm.control_plane.watch import Watch
 
@@ -75,7 +76,14 @@ def decide(snapshot: Snapshot) -> tuple[list[Action], Queue]:
     """Return the actions of the plan, and the queue from which they were derived."""
     hosts = Hosts(snapshot.engines, snapshot.servers, snapshot.observed)
     queue = queue_of(snapshot.engines, snapshot.servers.values(), snapshot.watches, hosts, snapshot.memory)
-    actions = [action for engine in snapshot.engines if (action := _next(engine, snapshot, hosts, queue))]
+    actions: list[Action] = []
+    for engine in snapshot.engines:
+        try:
+            action = _next(engine, snapshot, hosts, queue)
+        except Exception as error:  # noqa: BLE001 - the reconciler logs the errors
+            queue.errors[engine.id] = error
+        else:
+            actions += [action] if action else []
     return with_threads(actions, snapshot.servers.values(), snapshot.cores) if snapshot.cores else actions, queue
 
 
@@ -120,6 +128,8 @@ def _place(engine: EngineRecord, last_server: ServerRecord | None, queue: Queue)
     if server := queue.joins.get(engine.id):
         return Join(engine, server)
     match queue.decisions.get(engine.id):
+        case Start(_, memory_bytes) if asleep := queue.wakes.get(engine.id):
+            return Join(engine, asleep, (asleep.reserved_bytes or 0) + memory_bytes)
         case Start(devices, memory_bytes):
             reserved_bytes = None if engine.reserved_bytes is None else memory_bytes
             return Launch(engine, None, last_server is not None, devices or None, reserved_bytes)
@@ -181,6 +191,8 @@ def _end(
         return _stop(engine, unload(engine, server, observed))
     if is_forced:
         return _stop(engine, SendSignal(engine, server, Signal.KILL, closes=True))
+    if sleeps(engine, server):
+        return _stop(engine, Sleep(engine, server))
     return None if watch.is_stop_sent else _stop(engine, SendSignal(engine, server, Signal.STOP, closes=True))
 
 
@@ -191,10 +203,15 @@ def _start(
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # after the exit, `_settle` stores the reason
     if is_misplaced(engine, server):
         return kill if is_last else _settle(engine, server, observed, snapshot)
-    action = load(engine, server, observed) if observed.ready else None
+    action: Action | None
+    if server.state is ServerState.WAKING:
+        action = Wake(engine, server) if hosts.is_launcher(engine) else None
+    else:
+        action = load(engine, server, observed) if observed.ready else None
     is_late = _is_inference(engine) and snapshot.watches[engine.id].state_seconds > snapshot.limits.start_seconds
     if is_late and not isinstance(action, Transition):
-        return _settle(engine, server, observed, snapshot) if hosts.is_serving_others(engine) else kill
+        is_usable = hosts.is_serving_others(engine) or (observed.ready and not is_last)
+        return _settle(engine, server, observed, snapshot) if is_usable else kill
     return action
 
 
@@ -233,12 +250,16 @@ def _fail(engine: EngineRecord, server: ServerRecord | None, observed: Observed,
         message = f"The shared server refused the adapter, so the engine gets a separate server ({engine.form})."
         refused = Reason(code="adapter_refused", message=message)
         return Transition(engine, _S.FAILED, refused, restarts=engine.restarts, must_remain=observed.alive)
-    reason = _reason_of_kill(engine, watch, limits) or observed.reason
-    if engine.state is _S.STARTING and not observed.alive and has_joined(engine, server):
+    reason = _reason_of_kill(engine, watch, limits, is_alive=observed.alive) or observed.reason
+    is_woken = server is not None and server.state is ServerState.WAKING
+    if engine.state is _S.STARTING and not observed.alive and (is_woken or has_joined(engine, server)):
         restarts = next_try(engine)
     else:
         restarts = next_restart(engine, observed, watch) if engine.state is not _S.STOPPING else None
-    return Transition(engine, _S.FAILED, reason, restarts=restarts, must_remain=observed.alive)
+    if restarts and is_repeated(engine, observed):
+        restarts, reason = None, not_restarted(reason)
+    values = {"last_crash": observed.crash} if observed.crash else {}
+    return Transition(engine, _S.FAILED, reason, restarts=restarts, must_remain=observed.alive, values=values)
 
 
 def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
@@ -246,10 +267,10 @@ def _is_hung(engine: EngineRecord, watch: Watch, limits: Limits) -> bool:
     return is_allowed and watch.silent_seconds > 2 * limits.unresponsive_seconds
 
 
-def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits) -> Reason | None:
+def _reason_of_kill(engine: EngineRecord, watch: Watch, limits: Limits, *, is_alive: bool) -> Reason | None:
     if engine.state is _S.STARTING and _is_inference(engine) and watch.state_seconds > limits.start_seconds:
         problem = "engine's server did not load the adapter" if engine.adapter else "engine did not answer"
-        message = f"The {problem} within {limits.start_seconds:.0f} s and was killed."
+        message = f"The {problem} within {limits.start_seconds:.0f} s{'' if is_alive else ' and was killed'}."
         hint = f"`sage llm engine logs {engine.id}` shows the engine's log; SAGE_ENGINE_START_SECONDS sets the limit."
         return Reason(code="start_timeout", message=message, hint=hint)
     if engine.state is _S.RUNNING and _is_hung(engine, watch, limits):

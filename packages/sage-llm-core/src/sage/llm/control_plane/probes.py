@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from sage.common.errors import first_line
 from sage.llm.client.types import EngineKind, EngineState
 from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
+from sage.llm.control_plane.sleeping import is_asleep
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
@@ -59,7 +61,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if the process, the readiness, the end or the loaded models of an engine have changed."""
+        """on_change: called if an engine's process, readiness, end, loaded models or newest checkpoint has changed."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -71,7 +73,8 @@ class Prober:
         """Set the engines to probe. If the server of an engine has changed, discard the last observation of the engine."""
         targets, seen = {}, set[str]()
         for engine in engines:
-            if engine.state in HOSTED and (server := servers.get(engine.server_id or "")):
+            server = servers.get(engine.server_id or "")
+            if server and (engine.state in HOSTED or is_asleep(engine, server)):
                 known = self._targets.get(engine.id)
                 if known is None or known.server != server:
                     self._cancel(known)
@@ -161,7 +164,7 @@ class Prober:
 
     def _fail(self, target: _Target, error: Exception) -> None:
         target.is_answering = False
-        trouble = f"{type(error).__name__}: {error}"
+        trouble = f"{type(error).__name__}: {first_line(error)}"
         if target.trouble != trouble:
             target.trouble = trouble
             logger.warning("%s cannot be observed, retrying", target.engine.id, exc_info=error)
@@ -178,4 +181,6 @@ class Prober:
 
 
 def _outline(observed: Observed) -> tuple[object, ...]:
-    return observed.alive, observed.ready, observed.ended, observed.orphaned, observed.models, observed.is_active
+    checkpoint_step = observed.training and observed.training.checkpoint_step
+    is_serving = observed.alive, observed.ready, observed.models, observed.is_active
+    return *is_serving, observed.ended, observed.orphaned, checkpoint_step

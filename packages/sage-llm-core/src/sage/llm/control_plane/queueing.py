@@ -1,7 +1,7 @@
 """The part of the plan that gives memory to waiting engines and pauses engines that must make room."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from sage.libs.finetune.run.estimate import gigabytes
@@ -40,8 +40,11 @@ class Queue:
 
     joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
-    #: by id of an engine to pause: the id of the engine for which it makes room
+    wakes: Mapping[str, ServerRecord] = field(default_factory=dict)  #: sleeping servers that engines use if they start
+    #: key: id of an engine to pause; value: id of the engine that gets its memory
     pauses: Mapping[str, str] = field(default_factory=dict)
+    evicted: frozenset[str] = frozenset()  #: ids of sleeping servers whose memory is needed
+    errors: dict[str, Exception] = field(default_factory=dict)  #: why no action could be planned, by engine id
 
     def reason(self, engine: EngineRecord) -> Reason | None:
         """Return why an engine waits or cannot start, or None if no reason is known."""
@@ -62,8 +65,9 @@ def rank(engine: EngineRecord) -> tuple[int, float]:
 
 
 def rank_at(engine: EngineRecord, position: int, waiting: Sequence[EngineRecord]) -> float:
-    """Return the `queue_rank` that moves an engine to a place in the queue, as near as its priority allows.
+    """Return the `queue_rank` that moves an engine to a position in the queue.
 
+    The engine moves to `position` (from 1), or as near to it as the engine's priority allows.
     waiting: all waiting engines, in the order of the queue.
     """
     others = [other for other in waiting if other.id != engine.id]
@@ -89,10 +93,13 @@ def queue_of(
     hosts: Hosts,
     memory: Memory | None,
 ) -> Queue:
-    """Return what each waiting engine should do.  memory: None: the devices are not known, and each engine can start."""
+    """Return what each waiting engine should do.  memory: None if the devices are not known; then no engine waits for it."""
     joins: dict[str, ServerRecord] = {}
     claims: list[Claim] = []
+    wakes: dict[str, ServerRecord] = {}
     room_for = {engine.paused_by for engine in engines if is_making_room(engine)}
+    # An engine that is restarted gets the memory that it had, before the engines ahead of it in the queue.
+    room_for |= {engine.id for engine in engines if engine.restarts and not engine.paused_by}
     for engine in sorted(filter(is_waiting, engines), key=rank):
         is_due = watches[engine.id].state_seconds >= backoff_seconds(engine.restarts)
         if not is_due or (memory and engine.not_before and engine.not_before > memory.now):
@@ -101,18 +108,19 @@ def queue_of(
             joins[engine.id] = server
         elif not hosts.must_wait(engine):
             hosts.launches(engine)
-            claims.append(_claim(engine, memory, is_due=True, has_room=engine.id in room_for))
+            claim = _claim(engine, memory, is_due=True, has_room=engine.id in room_for)
+            if asleep := hosts.asleep_for(engine):
+                wakes[engine.id] = asleep
+                claim = _to_wake(claim, asleep)
+            claims.append(claim)
     if memory is None:
-        return Queue(joins, {claim.engine_id: Start((), claim.memory_bytes) for claim in claims if claim.is_due})
+        return Queue(joins, {claim.engine_id: Start((), claim.memory_bytes) for claim in claims if claim.is_due}, wakes)
     decisions = admit(memory.devices, list(_holders(servers, hosts, memory)), claims)
-    pauses = {
-        engine.id: claim_id
-        for claim_id, decision in decisions.items()
-        if isinstance(decision, MakeRoom)
-        for server_id in decision.pause
-        for engine in hosts.engines_on(server_id)
-    }
-    return Queue(joins, decisions, pauses)
+    paused = [(key, server_id) for key, room in decisions.items() if isinstance(room, MakeRoom) for server_id in room.pause]
+    pauses = {engine.id: claim_id for claim_id, server_id in paused for engine in hosts.engines_on(server_id)}
+    woken = {wakes[engine_id].id for engine_id, each in decisions.items() if isinstance(each, Start) and engine_id in wakes}
+    evicted = {server_id for _, server_id in paused if not hosts.engines_on(server_id)} - woken
+    return Queue(joins, decisions, wakes, pauses, frozenset(evicted))
 
 
 def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_room: bool) -> Claim:
@@ -136,18 +144,28 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
     return claim.after_pause() if engine.paused_by else claim
 
 
+def _to_wake(claim: Claim, asleep: ServerRecord) -> Claim:
+    """Return the claim for the memory that a sleeping server needs in addition to what it has kept."""
+    kept_bytes = asleep.reserved_bytes or 0
+    return replace(
+        claim, memory_bytes=max(0, claim.memory_bytes - kept_bytes), devices=asleep.devices, wakes=asleep.id
+    )  # fmt: skip
+
+
 def _usable(engine: EngineRecord, memory: Memory) -> tuple[str, ...]:
     if engine.devices:
         return engine.devices
     gpus = tuple(device.id for device in memory.devices if device.id != "cpu")
-    return gpus if gpus and "cuda" in registry.BACKENDS[engine.backend].capabilities.devices else ("cpu",)
+    backend = registry.BACKENDS.get(engine.backend)  # None if another version of SAGE added the engine
+    return gpus if gpus and backend and "cuda" in backend.capabilities.devices else ("cpu",)
 
 
 def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> Iterator[Holder]:
     for server in servers:
         engines = hosts.engines_on(server.id)
         devices = server.devices or (_usable(engines[0], memory)[:1] if engines else ("cpu",))
-        is_leaving = server.state is ServerState.CLOSING or not any(
+        is_asleep = server.state is ServerState.SLEEPING and not engines
+        is_staying = any(
             engine.desired is DesiredState.RUNNING and engine.state is not EngineState.STOPPING for engine in engines
         )
         is_training = any(engine.kind is EngineKind.FINETUNE for engine in engines)
@@ -156,9 +174,10 @@ def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> I
             server.reserved_bytes or 0,
             devices,
             priority=max((engine.priority for engine in engines), default=0),
+            is_asleep=is_asleep,
             is_pausable=not is_training and all(engine.state is EngineState.RUNNING for engine in engines),
             ends=is_training,
-            is_leaving=is_leaving,
+            is_leaving=not is_asleep and (server.state is ServerState.CLOSING or not is_staying),
             used_bytes={each.id: each.used_bytes[server.id] for each in memory.devices if server.id in each.used_bytes},
         )
 

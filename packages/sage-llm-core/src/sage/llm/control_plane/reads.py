@@ -1,4 +1,4 @@
-"""Read engines, logs, events and training steps, which is also possible on standby."""
+"""Read engines, logs, events and training steps. A control plane on standby can read them too."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -85,6 +85,10 @@ class EngineReads:
         """Return the number of engines of each kind in each state."""
         return await self._pool.run(self._store.count)
 
+    def problems(self) -> list[str]:
+        """Return why this control plane cannot manage some engines, or all engines."""
+        return self._reconciler.problems()
+
     async def get_engine(self, engine_id: str) -> EngineView:
         """Return an engine. Raises NotFound."""
         engine, server = await self._hosted(engine_id)
@@ -159,7 +163,7 @@ class EngineReads:
         hosted: dict[str, EngineView] = {}
         for view in self._view_all(engines, servers):
             if view.server_id and view.server_id in servers:
-                hosted.setdefault(view.server_id, view)  # the first engine reports the memory of the server
+                hosted.setdefault(view.server_id, view)  # only the first engine, to count the server's memory once
         return self._inventory.devices([_occupant(view, servers[server_id]) for server_id, view in hosted.items()])
 
     async def _view(self, engine: EngineRecord, server: ServerRecord | None) -> EngineView:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sage.llm.client.types import EngineState
 from sage.llm.control_plane.core_balance import CoreBalancer
@@ -14,6 +14,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.queueing import Memory, Queue, is_waiting
 from sage.llm.control_plane.runner import Runner
+from sage.llm.control_plane.sleeping import unneeded
 from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.store import Store
 from sage.llm.control_plane.watch import Watch
@@ -36,28 +37,40 @@ class Reconciler:
         cores: Cores | None = None,
         balancer: CoreBalancer | None = None,
     ) -> None:
-        """memory: measures the devices. None: each engine can start.
+        """memory: measures the devices. None: no engine waits for memory.
 
         cores: the cores that engines share. None: each program uses its default number of threads.
         """
         self._memory, self._cores, self._balancer = memory, cores, balancer
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
-        self.queue = Queue()  #: the waiting engines at the last tick as the active control plane
+        self.queue = Queue()  #: the decisions of the last tick in which this control plane was active
         self._watches: dict[str, Watch] = {}
-        self._trouble = ""
+        self._errors: dict[str, Exception] = {}  #: by engine id, or "" for an error that stopped the whole last tick
 
     async def tick(self, *, is_active: bool) -> None:
-        """Observe all engines and, if `is_active`, start the next actions. An error of the database is only logged."""
+        """Observe all engines and, if `is_active`, start the next actions. Errors are logged, and reported by `problems`."""
+        if not is_active:
+            self.queue = Queue()
         try:
-            engines = await self._pool.run(self._store.active, self._node)
-            servers = {server.id: server for server in await self._pool.run(self._store.servers, self._node)}
-            self._trouble = ""
-        except Exception as error:
-            if repr(error) != self._trouble:
-                logger.warning("the database cannot be read, retrying", exc_info=error)
-            self._trouble = repr(error)
-            return
+            await self._tick(is_active=is_active)
+        except Exception as error:  # noqa: BLE001 - logged, and tried again
+            self._note({"": error})
+        else:
+            self._note(self.queue.errors)
+
+    def problems(self) -> list[str]:
+        """Return what the last tick could not do."""
+        hint = "`sage gateway logs` shows the traceback."
+        return [
+            f"{f'The next action of {engine_id}' if engine_id else 'The next actions'} cannot be planned: "
+            f"{type(error).__name__}. {hint}"
+            for engine_id, error in self._errors.items()
+        ]
+
+    async def _tick(self, *, is_active: bool) -> None:
+        engines = await self._pool.run(self._store.active, self._node)
+        servers = {server.id: server for server in await self._pool.run(self._store.servers, self._node)}
         self._prober.watch(engines, servers)
         observed = self._prober.observed()
         self._look(engines, observed)
@@ -68,6 +81,8 @@ class Reconciler:
         memory = await self._look_at_memory(engines, observed) if any(map(is_waiting, engines)) else None
         snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
+        for server in unneeded(engines, servers, observed, self.queue.evicted):
+            self._runner.sleeper.end(server)
         if self._balancer:
             self._balancer.balance(engines, servers, observed)
         for action in actions:
@@ -78,6 +93,12 @@ class Reconciler:
         """Return the time since a running inference engine stopped answering, or 0 if it answers or was not observed yet."""
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
+
+    def _note(self, errors: Mapping[str, Exception]) -> None:
+        for engine_id, error in errors.items():
+            if repr(error) != repr(self._errors.get(engine_id)):
+                logger.warning("%s cannot be reconciled, retrying", engine_id or "the engines", exc_info=error)
+        self._errors = dict(errors)
 
     async def _look_at_memory(self, engines: Sequence[EngineRecord], observed: dict[str, Observed]) -> Memory | None:
         processes = ((each.server_id, seen.process) for each in engines if (seen := observed.get(each.id)))

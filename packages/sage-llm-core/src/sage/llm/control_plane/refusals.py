@@ -53,6 +53,15 @@ def not_training(engine: EngineRecord) -> Conflict:
     )
 
 
+def no_run(engine: EngineRecord) -> Conflict:
+    """Return the error for a request about a training run, if the engine is not one."""
+    return Conflict(
+        code="not_training",
+        message=f"{engine.id} is an engine of kind {engine.kind}, not a training run.",
+        hint="`sage llm engine list --kind finetune` shows the training runs.",
+    )
+
+
 def other_node(engine: EngineRecord) -> Conflict:
     """Return the error for a request about an engine of another node."""
     return Conflict(
@@ -74,7 +83,10 @@ def paused(engine_id: str, paused_by: str) -> Overloaded:
     if paused_by == "user":
         message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads the engine again."
     else:
-        message, hint = f"{engine_id} makes room for {paused_by}.", "Retry later. The engine is loaded when memory is free."
+        message, hint = (
+            f"{engine_id} makes room for {paused_by}.",
+            "Retry later. The paused engine is loaded again when memory is free.",
+        )
     return Overloaded(code="engine_paused", message=message, hint=hint)
 
 

@@ -1,11 +1,10 @@
 """Restarts by policy: which engines are restarted automatically, when, and how often."""
 
-from sage.llm.client.types import DesiredState, EngineState, RestartPolicy
+from sage.llm.client.types import DesiredState, EngineState, Reason, RestartPolicy
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.watch import Watch
 
-MAX_RESTARTS = 5
 _MAX_BACKOFF_SECONDS = 60.0
 #: If an engine fails after it was in state `running` for this time, the count of its restarts begins at zero again.
 _HEALTHY_SECONDS = 600.0
@@ -31,11 +30,24 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
     match engine.restart_policy:
         case RestartPolicy.NO:
             return None
-        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the first observation already found the process dead
+        case RestartPolicy.ON_FAILURE if not watch.seen_alive:  # the process ended before this control plane observed it
             return None
     is_healthy = engine.state is EngineState.RUNNING and watch.state_seconds >= _HEALTHY_SECONDS
     restarts = 0 if is_healthy else engine.restarts
-    return restarts + 1 if restarts < MAX_RESTARTS else None
+    return restarts + 1 if restarts < engine.max_restarts else None
+
+
+def is_repeated(engine: EngineRecord, observed: Observed) -> bool:
+    """Return whether a training run has crashed twice in a row at the same point, so that it would crash again."""
+    return observed.crash is not None and observed.crash == engine.last_crash
+
+
+def not_restarted(reason: Reason | None) -> Reason | None:
+    """Return the reason of a crash with an explanation why the run is not restarted."""
+    if reason is None:
+        return None
+    message = f"{reason.message} It is not restarted, because it exited at the same point before."
+    return Reason(code=reason.code, message=message, hint=reason.hint)
 
 
 def next_try(engine: EngineRecord) -> int | None:
@@ -43,4 +55,4 @@ def next_try(engine: EngineRecord) -> int | None:
 
     The restart policy is ignored, because the engine did not cause the failure.
     """
-    return engine.restarts + 1 if engine.desired is DesiredState.RUNNING and engine.restarts < MAX_RESTARTS else None
+    return engine.restarts + 1 if engine.desired is DesiredState.RUNNING and engine.restarts < engine.max_restarts else None

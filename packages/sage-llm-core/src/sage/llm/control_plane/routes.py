@@ -41,7 +41,7 @@ class Routes:
 
     async def remove_route(self, name: str) -> None:
         """Delete a route. Raises NotFound."""
-        self.get_route(name)  # checked first, because the database rejects names that contain NUL
+        self.get_route(name)  # raises NotFound also if the name contains NUL, which the database rejects
         await self._write(self._store.remove_route, name, actor="user")
         await self._routing.load_named_routes(self._store)
 

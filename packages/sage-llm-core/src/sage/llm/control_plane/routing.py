@@ -74,7 +74,10 @@ class RoutingTable:
     """
 
     def __init__(self, node: str, on_wanted: Callable[[str], None] = lambda _: None) -> None:
-        """on_wanted: called with the id of a paused engine that a request prefers, if another engine answers the request."""
+        """on_wanted: called if another engine answers a request whose first choice is a paused engine.
+
+        The argument is the id of the paused engine.
+        """
         self._node, self._on_wanted = node, on_wanted
         self._routes: dict[str, Route] = {}
         self._named: dict[str, RouteRecord] = {}
@@ -88,7 +91,7 @@ class RoutingTable:
         if engine.node != self._node or (known and engine.version < known.version):
             return
         self._drop(engine.id)
-        if engine.state not in SETTLED and engine.merges is None:  # clients do not know mergers
+        if engine.state not in SETTLED and engine.merges is None:  # an engine that merges an adapter gets no requests
             self._routes[engine.id] = route = Route(
                 engine_id=engine.id,
                 name=engine.name,
@@ -213,7 +216,7 @@ class RoutingTable:
             for entries, order in self._entries(route):
                 del entries[bisect_left(entries, (order, engine_id))]
             for key in _keys(route):
-                group = self._groups.get((route.kind, key))  # None, because a stopping engine is in no group
+                group = self._groups.get((route.kind, key))  # None if the engine was stopping: it is in no group
                 if group and not group.running and not group.starting:
                     del self._groups[route.kind, key]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sage.common.errors import SageError
+from sage.common.errors import SageError, first_line
+from sage.common.shortages import is_shortage
 from sage.llm.client.types import SETTLED, EngineKind, EngineState, Reason
 from sage.llm.control_plane.actions import (
     Action,
@@ -24,11 +25,13 @@ from sage.llm.control_plane.actions import (
     Revise,
     SendSignal,
     SetDesired,
+    Sleep,
     StartMerge,
     SwapServers,
     Transition,
     UnloadAdapter,
     Validate,
+    Wake,
 )
 from sage.llm.control_plane.adapters import leave
 from sage.llm.control_plane.executors.adapter_client import AdapterClient, AdapterRefused
@@ -39,6 +42,7 @@ from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.publisher import Publisher
 from sage.llm.control_plane.queueing import rank
 from sage.llm.control_plane.routing import RoutingTable
+from sage.llm.control_plane.sleeper import Sleeper
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.validation import Validator
@@ -79,7 +83,8 @@ class Runner:
     ) -> None:
         """on_done: called after each action that succeeded.
 
-        variables: blocking function that returns the environment variables that restrict a process to devices.
+        variables: takes ids of devices, and returns the environment variables that restrict a process to these devices. It
+        is called in a thread, because it blocks.
         """
         self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
@@ -88,6 +93,7 @@ class Runner:
         write = Writer(pool, self._held_lease)
         self._publisher = Publisher(store, pool, executors, routing, write)
         self._merger = Merger(store, pool, executors, adapters, routing, write)
+        self.sleeper = Sleeper(store, pool, launcher, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
         self._tasks: dict[str, tuple[Action, asyncio.Task[None]]] = {}
@@ -125,6 +131,7 @@ class Runner:
         """Wait until the running actions have ended, and cancel the validations."""
         await self.idle()
         await self.validator.close()
+        await self.sleeper.close()
 
     def forget_all_but(self, active: set[str]) -> None:
         """Delete the recorded failures of all engines that are not in `active`."""
@@ -153,7 +160,7 @@ class Runner:
         if trouble.error != repr(error):
             trouble.error = repr(error)
             logger.warning("%s: an action failed, retrying", engine.id, exc_info=error)
-        if isinstance(error, OSError | SQLAlchemyError):
+        if isinstance(error, OSError | SQLAlchemyError) or is_shortage(error):
             return
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
@@ -161,9 +168,9 @@ class Runner:
             # If this write fails, it is tried again after the action fails the next time.
             with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):
                 if engine.state in (EngineState.QUEUED, EngineState.STARTING):
-                    await self._give_up(engine, server, _reason(error))
+                    await self._give_up(engine, server, _reason(error, type(action)))
                 elif isinstance(action, LoadAdapter):
-                    await self._keep_older(engine, action.server, _reason(error))
+                    await self._keep_older(engine, action.server, _reason(error, LoadAdapter))
                     self._troubles.pop(engine.id, None)
 
     async def _give_up(self, engine: EngineRecord, server: ServerRecord | None, reason: Reason) -> None:
@@ -182,17 +189,14 @@ class Runner:
         match action:
             case Launch(engine, planned):
                 await self._launch(action, planned)
-            case Join(engine, target):
-                joined = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
-                self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=target.id, **joined), target)
-                await self._clean(engine, target)
+            case Join():
+                await self._join(action)
+            case Sleep() | Wake():
+                await self.sleeper.act(action)
             case LoadAdapter(engine, target):
                 await self._load(engine, target)
             case UnloadAdapter(engine, target, name):
-                self._held_lease()
-                await self._adapters.unload(target, name)
-                if engine.state is EngineState.STOPPING:
-                    await self._transition(leave(engine), target, observed)
+                await self._unload(engine, target, name, observed)
             case Publish(engine, step):
                 await self._publisher.publish(engine, step)
             case StartMerge() | SwapServers() | EndMerge():
@@ -208,6 +212,20 @@ class Runner:
                 await self._signal(action)
             case Transition():
                 await self._transition(action, server, observed)
+
+    async def _join(self, action: Join) -> None:
+        engine, server = action.engine, action.server
+        joined: dict[str, Any] = {"revision": engine.revision + 1, "served_as": None, "threads": None, **_PLACED}
+        if server.state is ServerState.SLEEPING:
+            joined["join_values"] = {"state": ServerState.WAKING, "reserved_bytes": action.reserved_bytes}
+        self._routing.apply(await self._write(engine, EngineState.STARTING, join_server=server.id, **joined), server)
+        await self._clean(engine, server)
+
+    async def _unload(self, engine: EngineRecord, server: ServerRecord, name: str, observed: Observed | None) -> None:
+        self._held_lease()
+        await self._adapters.unload(server, name)
+        if engine.state is EngineState.STOPPING:
+            await self._transition(leave(engine), server, observed)
 
     async def _launch(self, action: Launch, server: ServerRecord | None) -> None:
         engine = action.engine
@@ -246,7 +264,9 @@ class Runner:
             except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:
-                await self._transition(Transition(engine, EngineState.FAILED, _reason(error)), server)
+                if is_shortage(error):  # retried, because the engine did not cause the shortage
+                    raise
+                await self._transition(Transition(engine, EngineState.FAILED, _reason(error, Launch)), server)
                 return
         launched = functools.partial(self._store.update_server, server, lease=self._held_lease())
         server = await self._pool.run(launched, state=ServerState.LAUNCHED, address=address)
@@ -265,7 +285,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server, if this is not `server` and no other engine needs the files."""
+        """Remove the files of the engine's previous server, unless it is `server` or another engine needs the files."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)
@@ -279,7 +299,7 @@ class Runner:
                 form = f"merged, because the adapter cannot be loaded into a running server: {error.message}"
                 await self._revise(engine, server, base=None, adapter=None, form=form)
             else:
-                await self._keep_older(engine, server, _reason(error))
+                await self._keep_older(engine, server, _reason(error, LoadAdapter))
             return
         if engine.state is EngineState.STARTING:
             loaded = {"served_as": engine.internal_name}
@@ -296,7 +316,8 @@ class Runner:
         if engine.served_as is None or engine.served_as == engine.internal_name or engine.served_as not in loaded:
             await self._give_up(engine, server, reason)
             return
-        message = f"{server.id} cannot load {engine.adapter}: {reason.message}. The previous version is still used."
+        problem = reason.message.rstrip(".")
+        message = f"{server.id} cannot load {engine.adapter}: {problem}. The previous version is still used."
         logger.warning("%s: %s", engine.id, message)
         older = loaded[engine.served_as]
         versions = {"model": older, "adapter": older} if older else {}
@@ -355,10 +376,13 @@ class Runner:
             self._on_done()
 
 
-def _reason(error: Exception) -> Reason:
+def _reason(error: Exception, action: type[Action]) -> Reason:
     if isinstance(error, SageError):
         return Reason(code=error.code, message=error.message, hint=error.hint)
+    is_load = action is LoadAdapter
+    code, problem = "adapter_load_failed" if is_load else "launch_failed", first_line(error)
+    failure = "The adapter could not be loaded" if is_load else "The engine could not be started"
     if isinstance(error, OSError):
-        return Reason(code="launch_failed", message=f"The engine could not be started: {error}.")
-    message = f"The engine could not be started: {type(error).__name__}: {error}."
-    return Reason(code="launch_failed", message=message, hint="`sage gateway logs` shows the traceback.")
+        return Reason(code=code, message=f"{failure}: {problem}.")
+    hint = "`sage gateway logs` shows the traceback."
+    return Reason(code=code, message=f"{failure}: {type(error).__name__}: {problem}.", hint=hint)

@@ -19,8 +19,8 @@ class ServedRun(BaseModel):
     checkpoints: bool = False  #: whether the newest checkpoint is served while the run trains
     after_step: int | None = None  #: if set, a user has requested to serve the next checkpoint after this step
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
-    step: int = 0  #: step of the last checkpoint that was published or could not be published
-    is_complete: bool = False  #: the result was published or could not be published
+    step: int = 0  #: step of the last checkpoint whose publication has ended, with or without success
+    is_complete: bool = False  #: whether the publication of the result has ended, with or without success
 
     @classmethod
     def of(cls, engine: EngineRecord) -> Self | None:
@@ -28,7 +28,7 @@ class ServedRun(BaseModel):
         return None if engine.serve is None else cls.model_validate(engine.serve)
 
     def published(self, step: int | None, engine_id: str | None) -> Self:
-        """Return a copy with the values after a publication.  step: the published checkpoint. None: the result."""
+        """Return a copy with the values after a publication.  step: step of the checkpoint, or None for the result."""
         version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
         return self.model_copy(update={"engine_id": engine_id, **version})
 

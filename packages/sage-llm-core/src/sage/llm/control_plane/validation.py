@@ -3,8 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-from sage.common.errors import SageError
+from sage.common.errors import SageError, first_line
+from sage.common.shortages import is_shortage
 from sage.llm.client.types import EngineKind, Reason
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.plan import Validation
@@ -14,6 +16,8 @@ from sage.llm.control_plane.store.records import EngineRecord
 logger = logging.getLogger(__name__)
 #: Maximum number of concurrent validations for each kind of engine.
 _MAX_VALIDATIONS = 2
+#: Seconds until a validation is repeated that failed because of a shortage.
+_RETRY_SECONDS = 1.0
 
 
 class Validator:
@@ -54,12 +58,26 @@ class Validator:
 
     async def _validate(self, engine: EngineRecord) -> Validation:
         try:
-            # The checks run in a separate event loop, so that they do not use the threads of the main event loop.
-            validate = self._executors[engine.kind].validate(engine)
-            return Validation(is_done=True, values=await self._pools[engine.kind].run(asyncio.run, validate))
+            return Validation(is_done=True, values=await self._checked(engine))
         except SageError as error:
             reason = Reason(code=error.code, message=error.message, hint=error.hint)
         except Exception as error:
             logger.warning("%s cannot be validated", engine.id, exc_info=error)
-            reason = Reason(code="validation_failed", message=f"The engine cannot be checked: {error}.")
+            reason = Reason(code="validation_failed", message=f"The engine cannot be checked: {first_line(error)}.")
         return Validation(is_done=True, reason=reason)
+
+    async def _checked(self, engine: EngineRecord) -> Mapping[str, Any]:
+        """Run the checks of an engine, and repeat them after a shortage, for example of file descriptors."""
+        pool = self._pools[engine.kind]
+        while True:
+            try:
+                return await pool.run(self._check, engine)
+            except (SageError, OSError) as error:
+                if not is_shortage(error):
+                    raise
+                logger.warning("%s cannot be validated, retrying: %s", engine.id, error)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    def _check(self, engine: EngineRecord) -> Mapping[str, Any]:
+        """Run the checks in a separate event loop, so that they do not use the threads of the main event loop."""
+        return asyncio.run(self._executors[engine.kind].validate(engine))

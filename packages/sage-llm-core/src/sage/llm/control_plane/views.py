@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from sage.common.errors import first_line
 from sage.llm.client.types import SETTLED, EngineKind, EngineState, EngineView, Reason
 from sage.llm.control_plane.executors.base import Executor, Observed
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum number of stopped, completed or failed engines without stored training progress whose fields are cached.
+#: Maximum number of engines in the cache. The cache holds the fields of settled engines that have no stored `figures`.
 _MAX_READ = 10_000
 
 
@@ -69,6 +70,7 @@ class Views:
             devices=list(server.devices) if server and server.devices and is_hosted else None,
             reserved_bytes=server.reserved_bytes if server and is_hosted else engine.reserved_bytes,
             restarts=engine.restarts,
+            max_restarts=engine.max_restarts,
             node=engine.node,
             server_id=engine.server_id if is_hosted else None,
             idle_stop_minutes=engine.idle_stop_minutes,
@@ -89,7 +91,7 @@ class Views:
             return self._executors[engine.kind].view_fields(engine, observed)
         except Exception as error:
             logger.debug("the view of %s cannot be created", engine.id, exc_info=error)
-            message = f"The engine's files cannot be read: {type(error).__name__}: {error}."
+            message = f"The engine's files cannot be read: {type(error).__name__}: {first_line(error)}."
             return {"reason": engine.reason or Reason(code="engine_unreadable", message=message)}
 
     def _read_fields(self, key: "_Key") -> Mapping[str, Any]:

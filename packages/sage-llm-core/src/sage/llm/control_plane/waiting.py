@@ -13,7 +13,7 @@ from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.store import StaleWrite, Store
 
-#: The actor of requests in the events of engines.
+#: The value of `actor` in events that a request causes.
 ACTOR = "user"
 #: Maximum attempts for a write that conflicts with a concurrent write.
 ATTEMPTS = 5
@@ -55,7 +55,7 @@ class Waiting:
         return [await self._view(engine, None) for engine in await self._waiting()]
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a place in the queue, from 1, as near as its priority allows.
+        """Move a waiting engine to a position in the queue (from 1), or as near to it as the engine's priority allows.
 
         Raises Conflict if the engine does not wait.
         """

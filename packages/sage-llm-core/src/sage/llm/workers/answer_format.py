@@ -9,7 +9,8 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Known texts before and after a tool call. Some templates only describe calls in the system prompt (Granite 3, Phi-4).
+#: Known texts before and after a tool call. They are needed if a template does not write calls itself, but only describes
+#: calls in the system prompt (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -30,7 +31,7 @@ class AnswerFormat:
 
     call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
     call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer
-    calls: Literal["object", "list", "other"] = "other"  #: JSON object of one call, JSON list of calls, or other
+    calls: Literal["object", "list", "other"] = "other"  #: JSON object per call, JSON list of all calls, or another notation
     arguments_key: str = "arguments"
     around: tuple[str, str] = ("", "")  #: text before and after a call, with whitespace as in the template
     think_open: str = ""  #: text before the reasoning; "": the model writes no reasoning
@@ -38,7 +39,7 @@ class AnswerFormat:
 
     @classmethod
     def of(cls, chat: ChatFormat) -> "AnswerFormat":
-        """Return the format of a model's answers. Runs the model's chat template, which can take long or never end."""
+        """Return the format of a model's answers. Runs the model's chat template: this can take long or never end."""
         template = str(chat.tokenizer.chat_template or "")
         fields = _call_in_template(chat) or _markers_of_calls(chat, template)
         if not fields and (declared := _declared_markers(chat.tokenizer, "tool_calls"))[0]:

@@ -54,8 +54,8 @@ class Batch(JobThread):
     def __init__(self, runner: Runner, slots: int, cache_tokens: int | None = None) -> None:
         """slots: maximum number of answers in progress.
 
-        cache_tokens: maximum sum of the tokens of the prompts and answers in progress. None: not limited. A longer answer is
-        computed alone.
+        cache_tokens: maximum number of tokens in all prompts and answers in progress. None: no limit. If one answer with its
+        prompt exceeds the limit, it is computed when no other answer is in progress.
         """
         self._runner, self._slots, self._cache_tokens = runner, slots, cache_tokens
         self._arrivals: SimpleQueue[_Request | Callable[[], None] | None] = SimpleQueue()
@@ -65,6 +65,11 @@ class Batch(JobThread):
         self._ended_at_seconds = -math.inf  #: when the last request ended
         self.threads = torch.get_num_threads()  #: CPU threads of a pass
         super().__init__("Generation")
+
+    @property
+    def slots_in_use(self) -> int:
+        """The number of answers in progress."""
+        return len(self._rows)
 
     @property
     def is_active(self) -> bool:

@@ -1,4 +1,4 @@
-"""Read request bodies, which must be JSON with valid Unicode, within limits of size and nesting."""
+"""Read the JSON bodies of requests. Bodies that are too large, nested too deeply or not valid Unicode are rejected."""
 
 import json
 import re
@@ -57,7 +57,7 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body with JsonRequest, and accepts application/json only.
+    """A route that reads request bodies with JsonRequest, and accepts application/json only.
 
     Other content types are rejected, because a web page of another site can send them to loopback without a CORS preflight.
     """

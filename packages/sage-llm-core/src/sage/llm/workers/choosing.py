@@ -10,7 +10,7 @@ from sage.llm.workers.sampling import Sampling
 
 #: If the temperature is below this value, decoding is greedy, because logits divided by the temperature could overflow.
 _GREEDY_BELOW = 1e-5
-#: The top_p nucleus is first searched among this number of most likely tokens, which is faster than sorting all tokens.
+#: The top_p nucleus is first searched among this number of most likely tokens, to avoid sorting all tokens.
 _NUCLEUS_TOKENS = 256
 
 

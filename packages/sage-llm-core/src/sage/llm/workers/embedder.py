@@ -16,7 +16,8 @@ from sage.llm.workers import server
 from sage.llm.workers.requests import EmbeddingRequest
 
 logger = logging.getLogger(__name__)
-#: Maximum number of characters per token, far more than in real texts. Longer inputs are rejected without tokenization.
+#: An input with more characters than this number times the model's token limit is rejected without tokenization. In real
+#: texts, a token has far fewer characters.
 _MAX_CHARACTERS_PER_TOKEN = 100
 #: Text that is embedded to check a model.
 _PROBE = "Which engine answers?"
@@ -102,7 +103,7 @@ class Embedder:
             features = self._model.preprocess(inputs, prompt=self._prompt or None)
         else:
             rows = [torch.tensor(ids) for ids in inputs]
-            features = {  # pad here, because padding by the tokenizer changes its state, which another thread uses
+            features = {  # not padded by the tokenizer, because another thread uses it and padding changes its state
                 "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }
@@ -113,7 +114,7 @@ class Embedder:
         return vectors.float().cpu()
 
     def _embeds_tokens_as(self, expected: Tensor) -> bool:
-        """Return whether the token ids of the test text give the same vector as the text, which gave `expected`."""
+        """Return whether the test text gives the vector `expected` also if the model receives the text as token ids."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
         except Exception as error:  # the model accepts only texts

@@ -21,6 +21,7 @@ _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16_384
 def build(name: str) -> FastAPI:
     """Load the model and return the server. Raises ModelError."""
     embedder, tokenization = Embedder(name), Lane("Tokenization")
+    read_tokens = 0
     batcher = Batcher(embedder.embed, _GPU_BATCH_TOKENS if torch.cuda.is_available() else _CPU_BATCH_TOKENS)
 
     def close() -> None:
@@ -28,9 +29,11 @@ def build(name: str) -> FastAPI:
         batcher.close()
 
     async def answer(request: EmbeddingRequest) -> JSONResponse:
+        nonlocal read_tokens
         inputs = await tokenization.call(lambda: embedder.read(request))
         lengths = [each.tokens for each in inputs]
         job = batcher.submit(inputs, lengths)
+        read_tokens += sum(lengths)
         try:
             vectors = await anext(job)
         finally:
@@ -39,7 +42,7 @@ def build(name: str) -> FastAPI:
 
     def about() -> dict[str, Any]:
         batcher.check()
-        return {}
+        return {"tokens": {"": [read_tokens, 0]}}
 
     app = server.create_app("SAGE embeddings", close, about)
 

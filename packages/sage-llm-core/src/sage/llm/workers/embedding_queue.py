@@ -54,7 +54,7 @@ class FairQueue(Generic[T]):
         self._max_tokens = max_tokens
         self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: by padded length: a heap of waiting inputs
         self._waiting: Counter[Request] = Counter()
-        self._served, self._order = 0.0, count()  #: time of the simulation, in tokens
+        self._served, self._order = 0.0, count()  #: `_served`: time of the simulation, in tokens
 
     def add(self, request: Request, inputs: Sequence[T], lengths: Sequence[int]) -> None:
         """Add the inputs of a request.  lengths: number of tokens of each input."""

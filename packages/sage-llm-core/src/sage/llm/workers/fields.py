@@ -26,7 +26,8 @@ def _inputs(value: Any) -> Any:
             raise ValueError(f"has {len(value)} inputs; at most {MAX_INPUTS} are allowed")
         if all(isinstance(part, str) for part in value) or all(map(_are_ids, value)):
             return value
-    allowed = f"must be a text, a list of token ids, or a list of 1 to {MAX_INPUTS} texts or of 1 to {MAX_INPUTS} such lists"
+    several = f"a list of 1 to {MAX_INPUTS}"
+    allowed = f"must be a text, a list of token ids, {several} texts, or {several} lists of token ids"
     if value in ([], [[]]):
         raise ValueError(f"is empty; it {allowed}")
     raise ValueError(allowed)

@@ -19,7 +19,7 @@ from sage.llm.workers.answers import Answer
 from sage.llm.workers.batch import Batch
 from sage.llm.workers.fields import Body
 from sage.llm.workers.generator import Generator
-from sage.llm.workers.hosting import Hosting, add_routes
+from sage.llm.workers.hosting import Hosted, Hosting, add_routes
 from sage.llm.workers.jobs import Job, Lane, unless_gone
 from sage.llm.workers.requests import ChatRequest, CompletionRequest
 from sage.llm.workers.sampling import Piece, Sampling
@@ -73,8 +73,10 @@ class Engine:
     def about(self) -> dict[str, Any]:
         """Return the engine's fields for `/health`. Raises SageError if the engine cannot answer requests any more."""
         self._batch.check()
-        batch = {"slots": self._slots, "threads": self._batch.threads, "is_active": self._batch.is_active}
-        return {"context_tokens": self._generator.context_tokens, **batch}
+        return {
+            "context_tokens": self._generator.context_tokens, "slots": self._slots, "slots_in_use": self._batch.slots_in_use,
+            "threads": self._batch.threads, "is_active": self._batch.is_active, "tokens": self.hosting.tokens(),
+        }  # fmt: skip
 
     async def set_threads(self, threads: int) -> None:
         """Change the number of CPU threads before the next pass."""
@@ -115,9 +117,10 @@ class Engine:
                 hosted.voice.check_prompt(prompt, sampling, param)
                 self._check_memory(len(prompt), sampling.max_tokens, param)
             shape.prompt_tokens = sum(map(len, task.prompts))
+            hosted.prompt_tokens += shape.prompt_tokens
             choices = enumerate(prompt for prompt in task.prompts for _ in range(request.n or 1))
             continues = isinstance(shape, CompletionShape)
-            answers = [self._choice(index, prompt, sampling, hosted.voice, job, continues) for index, prompt in choices]
+            answers = [self._choice(index, prompt, sampling, hosted, job, continues) for index, prompt in choices]
             if task.grammar:
                 for answer in answers:
                     answer.chooser.adjustments.append(task.grammar.start())
@@ -152,11 +155,15 @@ class Engine:
             )
 
     def _choice(
-        self, index: int, prompt: list[int], sampling: Sampling, voice: Voice, job: Job[Piece], continues: bool
+        self, index: int, prompt: list[int], sampling: Sampling, hosted: Hosted, job: Job[Piece], continues: bool
     ) -> Answer:
         seed = None if sampling.seed is None else sampling.seed ^ index
-        put = lambda piece: job.put(replace(piece, index=index))  # noqa: E731
-        return self._generator.answer(voice, prompt, replace(sampling, seed=seed), put, continues=continues)
+
+        def put(piece: Piece) -> None:
+            hosted.completion_tokens += piece.completion_tokens
+            job.put(replace(piece, index=index))
+
+        return self._generator.answer(hosted.voice, prompt, replace(sampling, seed=seed), put, continues=continues)
 
 
 def build(
@@ -269,10 +276,10 @@ def _characters(value: Any) -> int:
 if __name__ == "__main__":
     options = server.parser()
     options.add_argument("--dtype", default="auto")
-    options.add_argument("--max-tokens", type=int, default=1024, help="Default of max_tokens in requests.")
+    options.add_argument("--max-tokens", type=int, default=1024, help="Maximum tokens of an answer if a request sets none.")
     options.add_argument("--slots", type=int, default=16, help="Maximum number of answers in progress at the same time.")
     options.add_argument("--context-tokens", type=int, help="Context length in tokens. Default: the model's limit.")
-    options.add_argument("--cache-tokens", type=int, help="Maximum tokens of the prompts and answers in progress.")
+    options.add_argument("--cache-tokens", type=int, help="Maximum tokens of all prompts and answers in progress.")
     options.add_argument("--served-name", help="The model's name in requests. Default: any name is accepted.")
     given = options.parse_args()
     build_it = partial(

@@ -52,6 +52,7 @@ class Hosted:
     def __init__(self, folder: Path, voice: Voice, adapter: Adapter | None) -> None:
         self.folder, self.voice, self.adapter = folder, voice, adapter
         self.created = int(time.time())
+        self.prompt_tokens = self.completion_tokens = 0  #: totals since the model was loaded
         self._requests = 0
         self._unused = asyncio.Event()
 
@@ -91,6 +92,11 @@ class Hosting:
             return self._base
         message = f"The model '{name}' is not loaded in this server."
         raise NotFound(code="model_not_found", message=message, hint="`GET /v1/models` lists the models.", param="model")
+
+    def tokens(self) -> dict[str, list[int]]:
+        """Return the numbers of prompt tokens and completion tokens by model; "" is a base model without a fixed name."""
+        hosted = {self._served_name or "": self._base, **self._adapters}
+        return {name: [model.prompt_tokens, model.completion_tokens] for name, model in hosted.items()}
 
     def listed(self) -> list[dict[str, Any]]:
         """Return the list of models in the format of OpenAI and vLLM."""

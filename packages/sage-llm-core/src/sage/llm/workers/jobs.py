@@ -50,7 +50,7 @@ class Job(Generic[T]):
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job. If `reason` is given, the consumer of the pieces receives `reason` as an exception."""
-        if reason:  # before `gone` is set, because the worker can then put the end of the answer
+        if reason:  # put before `gone` is set, because the worker puts the end of the answer after it sees `gone`
             self.put(reason)
         self.gone.set()
 

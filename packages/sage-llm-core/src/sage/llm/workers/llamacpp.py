@@ -40,7 +40,7 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Replace this process with the server. Print an error as the last line of the log, and exit with code 1."""
+    """Replace this process with the server. On a SageError, print it as the last line of the log, and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--served-name", required=True, help="The model's name in requests.")
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--fd", type=int, required=True, help="File descriptor of a socket that reserves the port until the server listens."
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="Default: the precision of a GGUF file, else f32.")
+    parser.add_argument("--precision", choices=PRECISIONS, help="Default: f32; a GGUF file keeps its own precision.")
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--context-tokens", type=int)
     parser.add_argument("--cache-tokens", type=int)

@@ -25,7 +25,7 @@ class OpenVinoGenerator(Generator):
     """A model in OpenVINO's format."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        """Convert the model if necessary, with its adapter merged, and load the converted model. Raises SageError."""
+        """Load the converted model. If it does not exist, merge the adapter and convert the model. Raises SageError."""
         source = resolve_model(given.model)
         folder = cached_openvino(source, given.quantize, OpenVino(Path(sys.executable)))
         config: Any = model_config(folder)

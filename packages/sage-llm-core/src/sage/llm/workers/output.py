@@ -22,7 +22,7 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 
 @dataclass(frozen=True)
 class Output:
-    """The form of the answer that a request requires."""
+    """The form that a request requires for its answer."""
 
     schema: dict[str, Any] | None = None  #: JSON schema of the text; None: any text
     functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that can be called, as in OpenAI's `tools`

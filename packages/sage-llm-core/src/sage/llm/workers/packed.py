@@ -22,7 +22,7 @@ _FIRST_ROOM_TOKENS = 256
 #: Maximum number of prompt tokens in a pass. The number is small on a CPU, where a large pass would delay all answers.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
-#: Length of the prompt that tests a new adapter, so long that a mixture of experts uses several of its experts.
+#: Number of tokens in the prompt that tests a new adapter. They are enough for a mixture of experts to use several experts.
 _PROBE_TOKENS = 16
 
 
@@ -42,7 +42,7 @@ class KeyValueCache:
     def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
         """Increase the capacity if `tokens` more tokens do not fit.
 
-        key, value: (kv_heads, any, head_dim), which define the sizes, data type and device of the cache.
+        key, value: (kv_heads, any, head_dim). The cache gets the sizes, data type and device of these tensors.
         """
         if self.length + tokens <= self._room:
             return
@@ -72,7 +72,7 @@ class _Pass:
     def __init__(self, parts: list[Part], check: Callable[[], None]) -> None:
         self._parts, self._check = parts, check
         self._lengths = [len(part.tokens) for part in parts]
-        self._places: list[tuple[Any, Any, Any, Any]] = []  #: new keys, new values, all keys, all values of each part
+        self._places: list[tuple[Any, Any, Any, Any]] = []  #: by part: new keys, new values, all keys, all values
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self.windows: dict[int, int | None] = {}  #: sliding window by layer
 
@@ -114,7 +114,7 @@ class _Pass:
         heads, tokens, _ = query.shape
         kv_heads, length, _ = keys.shape
         grouped = query.unflatten(0, (kv_heads, heads // kv_heads))  # (kv_heads, group, tokens, head_dim)
-        if tokens == 1:  # query heads of a group share keys and values, so pass them as tokens of one head
+        if tokens == 1:  # query heads of a group share keys and values, so these heads are passed as tokens of one head
             if window and window < length:
                 keys, values = keys[:, -window:], values[:, -window:]
             output = scaled_dot_product_attention(grouped[None, :, :, 0], keys[None], values[None], scale=scaling)

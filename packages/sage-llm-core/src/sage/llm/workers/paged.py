@@ -1,7 +1,6 @@
 """Run the tokens of several answers in one forward pass with OpenVINO's paged attention.
 
-Keys and values are stored in blocks of equal size. OpenVINO computes the attention of each answer with the list of the
-answer's blocks.
+Keys and values are stored in blocks of equal size. In each pass, OpenVINO receives the list of blocks of each answer.
 """
 
 import heapq
@@ -18,7 +17,7 @@ from sage.llm.workers.packed import Part
 
 #: Maximum number of prompt tokens in a pass. The number is small, because the other answers wait for the pass.
 _PROMPT_TOKENS = 128
-#: Computation in fp32, and no pinned threads, because other processes use the same cores.
+#: Compute in fp32. Do not pin threads to cores, because other processes use the same cores.
 _SETTINGS: Mapping[str, Any] = {
     "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "PERFORMANCE_HINT": "LATENCY",
     "ENABLE_HYPER_THREADING": True, "ENABLE_CPU_PINNING": False,
@@ -104,7 +103,7 @@ class PagedRunner:
 
 
 def _page(model: Any) -> None:
-    """Replace the attention of a model by paged attention, and compute only the logits of the tokens in the input `kept`."""
+    """Change a model so that it uses paged attention, and computes logits only for the tokens in the new input `kept`."""
     from openvino import opset13
     from openvino._offline_transformations import paged_attention_transformation
 

@@ -50,7 +50,7 @@ def runner_for(model: Any) -> Runner:
 
 
 def _packed_problem(model: Any) -> str | None:
-    """Switch the model to packed attention, and return why the results are wrong, or None."""
+    """Switch the model to packed attention, and return why the results are wrong, or None if they are right."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _SHARED_ROPE:

@@ -23,7 +23,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  #: values to add to logits, by token id
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    top_logprobs: int | None = None  #: None: no log-probabilities are computed
+    top_logprobs: int | None = None  #: number of most likely tokens to report; None: no log-probabilities
     echo: bool = False  #: the answer begins with the prompt
 
 

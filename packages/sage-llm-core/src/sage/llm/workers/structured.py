@@ -70,7 +70,7 @@ class Grammars:
 def _unsupported(error: str, grammar: str) -> ConfigError:
     lines = grammar.splitlines()
     if found := _ERROR.match(error):
-        reason = " ".join(found["reason"].split()).partition(". ")[0]
+        reason = " ".join(found["reason"].split()).partition(". ")[0].rstrip(".")
         lines = [lines[int(found["line"]) - 1]]
     else:
         reason = "no JSON matches the schema"

@@ -13,7 +13,7 @@ _XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 #: Calls of Mistral models since 2025: `NAME[ARGS]{...}`, in some versions with `[CALL_ID]...` before `[ARGS]`.
 _NAMED_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[]*)?\[ARGS\](.*)", re.DOTALL)
-#: Length of call ids. Mistral's templates require nine letters and digits; other templates accept any id.
+#: Length of call ids. Mistral's templates require nine letters or digits; other templates accept any id.
 _ID_CHARACTERS = 9
 
 

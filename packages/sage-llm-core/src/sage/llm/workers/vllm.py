@@ -70,7 +70,7 @@ def _write_links(origin: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Replace this process with the server. Print an error as the last line of the log, and exit with code 1."""
+    """Replace this process with the server. On a SageError, print it as the last line of the log, and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--interpreter", required=True, help="Python interpreter of vLLM's environment.")

@@ -7,8 +7,11 @@ This script runs in vLLM's environment, where SAGE is not installed. The server 
 - Error codes are words, as in OpenAI's API.
 - An adapter is rejected if its tokenizer or chat template differs from the base model's.
 - `/health` returns the token that identifies the server, and the limits of the server.
+- `/sleep`, `/wake_up` and `/is_sleeping` are those of vLLM's development mode, and need the key of the server. The other
+  routes of that mode are not available, because they can run any method of vLLM.
 """
 
+import hmac
 import json
 import os
 import signal
@@ -16,7 +19,7 @@ import socket
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,6 +30,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 #: OpenAI's parameters that do not change this server's answers.
 _IGNORED = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "user"}
 _LOAD = "/v1/load_lora_adapter"
+_SLEEP_METHODS = {"/sleep": "POST", "/wake_up": "POST", "/is_sleeping": "GET"}
 _CODES = {400: "invalid_value", 404: "model_not_found", 500: "internal_error", 503: "engine_stopping"}
 
 
@@ -67,6 +71,8 @@ class Rules:
             await _send_error(send, 403, "Requests from other sites or hosts are rejected.", "origin_not_allowed")
         elif scope["path"] == "/health":
             await self._app(scope, receive, _Health(send, scope["app"].state))
+        elif scope["path"] in _SLEEP_METHODS:
+            await _sleep(scope, send)
         elif scope["path"] == _LOAD:
             await self._load(scope, receive, send)
         elif (known := self.known.get(scope["path"])) is None:
@@ -88,13 +94,34 @@ class Rules:
         try:
             adapter, base = Path(json.loads(body)["lora_path"]), Path(scope["app"].state.vllm_config.model_config.model)
             name = next((name for name, read in _VOICE.items() if read(adapter) not in (None, read(base))), None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             await _send_error(send, 400, f"The adapter cannot be read: {error!r}.", "invalid_value", "lora_path")
             return
         if name:
             await _send_error(send, 400, f"The adapter's {name} differs from the base model's.", "adapter_not_hot")
         else:
             await self._app(scope, _Replay(body, receive), _WithCodes(send, is_refusal=True))
+
+
+async def _sleep(scope: Message, send: Send) -> None:
+    """Release the memory of the engine, allocate it again, or report which of both was done last."""
+    given, key = dict(scope["headers"]).get(b"authorization", b""), os.environ.get("SAGE_SERVER_KEY", "")
+    if not key or not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        await _send_error(send, 401, "The key of the server is missing or wrong.", "invalid_api_key")
+        return
+    if scope["method"] != _SLEEP_METHODS[scope["path"]]:
+        await _send_error(send, 405, "This method is not allowed.", "method_not_allowed")
+        return
+    engine, query = scope["app"].state.engine_client, parse_qs(scope["query_string"].decode())
+    if scope["path"] == "/sleep":
+        level = int(query.get("level", ["1"])[0])
+        await engine.sleep(level, query.get("mode", ["abort"])[0])
+        await _send_json(send, 200, {"status": "sleeping", "level": level})
+    elif scope["path"] == "/wake_up":
+        is_awake = await engine.wake_up(None)
+        await _send_json(send, 200, {"status": "awake" if is_awake else "sleeping", "tags": None})
+    else:
+        await _send_json(send, 200, {"is_sleeping": await engine.is_sleeping()})
 
 
 class _Replay:
@@ -151,7 +178,7 @@ class _WithCodes:
     async def _send_error(self) -> None:
         status = 400 if self._is_refusal else self._start["status"]
         try:
-            error = json.loads(self._body)["error"]
+            error = dict(json.loads(self._body)["error"])
         except (ValueError, KeyError, TypeError):
             error = {"message": self._body.decode(errors="replace")}
         code = _CODES.get(status, "engine_error")

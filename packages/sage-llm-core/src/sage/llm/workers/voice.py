@@ -59,7 +59,7 @@ class Voice:
             raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
 
     def ends_in_reasoning(self, prompt: list[int]) -> bool:
-        """Return whether a prompt ends with the marker that opens the reasoning, which some templates add."""
+        """Return whether a prompt ends with the marker that opens the reasoning. Some templates add this marker."""
         marker = self.answer_format.think_open
         return bool(marker) and self.tokenizer.decode(prompt[-_MARKER_TOKENS:]).rstrip().endswith(marker)
 

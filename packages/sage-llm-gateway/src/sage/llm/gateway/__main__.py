@@ -19,7 +19,7 @@ from sage.llm.gateway.instance import publish_address, take_lock
 
 logger = logging.getLogger(__name__)
 #: Seconds between the request to stop the gateway and the end of streams that are still open.
-_SHUTDOWN_SECONDS = 2
+_SHUTDOWN_SECONDS = 1
 #: Number of descriptors of the listening socket. libuv accepts one connection per descriptor in each event loop iteration,
 #: so more descriptors shorten the wait if many clients connect at the same time.
 _LISTENING_DESCRIPTORS = 16

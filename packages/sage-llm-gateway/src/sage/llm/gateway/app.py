@@ -14,7 +14,7 @@ from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.gate import Gate
 from sage.llm.gateway.instance import follow_role
 from sage.llm.gateway.proxy import EngineProxy, is_inference
-from sage.llm.gateway.routes import health, inference, management, model_routes
+from sage.llm.gateway.routes import health, inference, management, model_routes, training_runs, webhooks
 
 
 class Gateway(FastAPI):
@@ -53,7 +53,8 @@ def create_app(settings: Settings, *, standby: bool = False) -> Gateway:
     app.state.settings, app.state.manager = settings, manager
     errors.install(app)
     schema.install(app)
-    for router in (management.router, model_routes.router, inference.router, health.router):
+    routers = (management, training_runs, model_routes, webhooks, inference, health)
+    for router in (module.router for module in routers):
         app.include_router(router)
     app.gate = Gate(settings, proxy)
     app.add_middleware(app.gate.in_front_of)

@@ -65,7 +65,7 @@ class Body:
         if self._held_bytes + count_bytes > self._budget.max_bytes:
             raise self._too_large()
         if count_bytes > self._budget.left_bytes:
-            raise Overloaded(code="too_many_requests", message="Other requests use all memory for request bodies.",
+            raise Overloaded(code="too_many_requests", message="The gateway's memory for request bodies is full.",
                              hint="Retry in some seconds.")  # fmt: skip
         self._held_bytes += count_bytes
         self._budget.left_bytes -= count_bytes

@@ -130,7 +130,7 @@ class BoundedHttp(HttpToolsProtocol):
         if now_seconds >= self._deadline_seconds:
             self.transport.close()
         else:
-            # A deadline that is set after this line is later than the next check.
+            # A deadline that is set after this line is never earlier than the next check, so no deadline is missed.
             self._timer = self.loop.call_at(min(self._deadline_seconds, now_seconds + _HEAD_SECONDS), self._check_deadline)
 
     def _is_head_too_large(self) -> bool:

@@ -76,6 +76,6 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(SQLAlchemyError)
     async def database(_: Request, error: SQLAlchemyError) -> JSONResponse:
         message = f"The engines' database reported an error: {str(getattr(error, 'orig', None) or error).splitlines()[0]}."
-        hint = "Nothing was changed; free disk space or fix the database, then retry."
+        hint = "Nothing was changed. Free up disk space or fix the database, then retry."
         kind = Overloaded if isinstance(error, OperationalError) else SageError
         return error_response(kind(code="database_error", message=message, hint=hint))

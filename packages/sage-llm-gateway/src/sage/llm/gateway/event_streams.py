@@ -56,15 +56,15 @@ async def all_changes(manager: ControlPlaneManager, cursor: int) -> AsyncIterato
             await asyncio.sleep(_POLL_SECONDS)
 
 
-async def engine_transitions(manager: ControlPlaneManager, engine_id: str, follow: bool) -> AsyncIterator[str]:
-    """Yield the past events of an engine; with `follow`, also each new event until the engine has ended."""
-    cursor = 0
+async def engine_transitions(manager: ControlPlaneManager, engine_id: str, cursor: int, follow: bool) -> AsyncIterator[str]:
+    """Yield the events of an engine after a cursor; with `follow`, also each new event until the engine has ended."""
     while True:
-        # Read the state before the events: if the engine ends between the two reads, its last event is then certainly sent.
+        # The state is read before the events, so that the last event is not missed if the engine ends between the two reads.
         has_ended = (await manager.get_engine(engine_id)).state in SETTLED
-        for event in await manager.get_events(engine_id, cursor):
-            cursor = event.id
-            yield _sse(event)
+        while events := await manager.get_events(engine_id, cursor):
+            for event in events:
+                yield _sse(event)
+            cursor = events[-1].id
         if has_ended or not follow:
             return
         await asyncio.sleep(_POLL_SECONDS)

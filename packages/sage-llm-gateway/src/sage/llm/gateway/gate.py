@@ -26,7 +26,7 @@ _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _STREAMS = ("/logs", "/events")
 
 
-#: The attributes of a log record, for requests that are logged at DEBUG and at INFO.
+#: Attributes that log records have in common: `_READ` for requests logged at DEBUG, `_WRITE` for requests logged at INFO.
 _READ, _WRITE = (
     vars(logging.LogRecord(logger.name, level, __file__, 0, "", (), None)) for level in (logging.DEBUG, logging.INFO)
 )

@@ -39,8 +39,8 @@ def publish_address(settings: Settings) -> None:
 async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:
     """Publish the address each time this gateway becomes active.
 
-    standby: whether this gateway was started while another gateway was active. This gateway then takes the lock when the
-    lock is free.
+    standby: whether this gateway was started with `--standby`. If so, it takes the gateway lock as soon as the lock is
+    free.
     """
     has_lock, was_active = not standby, not standby
     while True:

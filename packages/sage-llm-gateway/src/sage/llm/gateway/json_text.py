@@ -14,8 +14,8 @@ from sage.llm.gateway.schema import MAX_MODEL_CHARS
 Piece = bytes | memoryview
 #: Bodies above this size are parsed in a thread.
 LARGE_BYTES = 1_000_000
-#: Texts below this length are parsed in one call, which is faster than member by member. In longer texts, the search for
-#: `model` would take longer.
+#: Texts below this length are parsed in one call, and then searched for `model`. Longer texts are parsed member by member,
+#: because the search in them would take too long.
 _SHORT_CHARS = 4096
 _MAX_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -44,7 +44,7 @@ class JsonBody:
     content: bytes
     names: frozenset[str]  #: names of the top-level members that are not null
     texts: Mapping[str, str]  #: top-level members that are strings of at most `MAX_MODEL_CHARS` characters
-    #: Start and end offsets of the value of each top-level `model`; this member can occur several times.
+    #: Start and end of the value of each top-level `model`, as byte offsets; this member can occur several times.
     model_spans: tuple[tuple[int, int], ...]
 
     def with_model(self, model: str) -> list[Piece]:
@@ -70,7 +70,7 @@ def answer_with_model(answer: bytes, model: bytes) -> bytes:
     """Return an engine's answer with another `model`; everything else is unchanged.
 
     answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
-    An answer without `model` is returned unchanged, and so is an answer with several `model` that is not valid JSON.
+    The answer is returned unchanged if it contains no `model`, or if it contains several and is not valid JSON.
     """
     at = answer.find(_MODEL)
     if at < 0:
@@ -110,7 +110,10 @@ def _parse(body: bytes) -> JsonBody:
 
 
 def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
-    """Return the parsed content, and the offsets of each top-level `model` value. Raises ValueError or RecursionError."""
+    """Return the parsed content, and the offsets of each top-level `model` value, in characters.
+
+    Raises ValueError or RecursionError.
+    """
     if not _BEGIN.match(text):
         return _DECODER.decode(text), []
     if len(text) < _SHORT_CHARS and "\\u006" not in text:  # `model` has no other spelling in this text

@@ -1,6 +1,7 @@
 """Forward inference requests to the engine that the request's `model` names, and relay the answer."""
 
 import functools
+import time
 
 from starlette.types import Receive, Scope, Send
 
@@ -39,7 +40,7 @@ class EngineProxy:
         self._manager, self._wait_seconds = manager, settings.request_wait_seconds
         self._connections = EngineConnections()
         self._limit = settings.max_engine_requests
-        self._in_progress = manager.requests_in_progress
+        self._in_progress, self._add_time = manager.requests_in_progress, manager.request_times.add
         self._watch = Watch()
 
     def close(self) -> None:
@@ -51,7 +52,7 @@ class EngineProxy:
 
         Raises SageError if the request cannot be answered, ClientDisconnect if the client disconnects.
         """
-        model, relay = requested_model(body), None
+        model, relay, begun_seconds = requested_model(body), None, time.perf_counter()
         assert body
         try:
             with Interruption(self._watch, receive, self._manager.is_responsive) as interruption:
@@ -62,7 +63,7 @@ class EngineProxy:
                 try:
                     await self._exchange(upstream, body, scope, relay)
                 finally:
-                    self._leave(upstream.engine_id)
+                    self._leave(upstream.engine_id, begun_seconds)
         except (SageError, OSError, EOFError) as error:
             if relay is None:
                 raise
@@ -85,7 +86,8 @@ class EngineProxy:
                        hint="Retry in some seconds, or raise the setting max_engine_requests.")  # fmt: skip
         self._in_progress[engine_id] += 1
 
-    def _leave(self, engine_id: str) -> None:
+    def _leave(self, engine_id: str, begun_seconds: float) -> None:
+        self._add_time(engine_id, time.perf_counter() - begun_seconds)
         self._in_progress[engine_id] -= 1
         if not self._in_progress[engine_id]:
             del self._in_progress[engine_id]
@@ -119,7 +121,10 @@ def _check_parameters(upstream: Upstream, body: JsonBody) -> None:
 
 
 def _head(upstream: Upstream, scope: Scope, length: int) -> bytes:
-    """Header names and values need no escaping, because the gateway's HTTP parser rejects line breaks in them."""
+    """Return the head of the request to the engine's server.
+
+    Header names and values need no escaping, because the gateway's HTTP parser rejects line breaks in them.
+    """
     query = scope["query_string"]
     target = scope["path"].encode() + (b"?" + query if query else b"")
     lines = [b"%s: %s\r\n" % header for header in forwarded(scope["headers"], _NOT_FORWARDED)]

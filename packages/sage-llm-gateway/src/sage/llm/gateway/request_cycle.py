@@ -12,9 +12,9 @@ from sage.llm.gateway.errors import Refusal
 from sage.llm.gateway.headers import RawHeaders
 
 logger = logging.getLogger(__name__)
-#: Seconds without data after which the client of an incomplete body counts as disconnected.
+#: If a request's body is incomplete and no data arrives for this many seconds, the request is rejected with status 408.
 _SILENCE_SECONDS = 60
-#: Maximum number of bytes of a request's body that wait to be received; above this number, the client is paused.
+#: Maximum number of received bytes that the application has not read yet; above this number, the client is paused.
 _WAITING_BYTES = 256 * 1024
 
 
@@ -39,12 +39,14 @@ class RequestCycle:
         self._chunks_bytes = 0
         self._has_begun = self._is_chunked = False
         self._held_head = b""
-        self._left_bytes = 0  # of the answer's announced length
+        self._left_bytes = 0  #: bytes of the answer that are still to be sent, if its length is known
 
     async def run_asgi(self, app: ASGIApp) -> None:
         """Let the application answer the request. If the answer is then incomplete, close the connection."""
         try:
             await app(self._scope, self.receive, self.send)
+        except asyncio.CancelledError:
+            logger.info("%s was interrupted, because the gateway stops", self._scope["path"][:200])
         except BaseException:  # no other code logs the failure
             logger.exception("%s failed", self._scope["path"][:200])
         if not self.response_complete and not self.disconnected:
@@ -95,9 +97,9 @@ class RequestCycle:
             raise Refusal(408, "request_timeout", message) from error
 
     def _begin(self, status: int, headers: RawHeaders) -> None:
-        """Write the head. If the answer's length is known, write the head together with the first part of the body.
+        """If the answer is chunked, write its head. Otherwise keep the head, and write it with the first part of the body.
 
-        One write instead of two saves a system call and a wake-up of the client, which is up to 20 % of a request's time.
+        One write instead of two saves a system call and a wake-up of the client: up to 20 % of a request's time.
         """
         assert not self._has_begun
         self._has_begun, self._waits_for_100_continue = True, False

@@ -22,7 +22,7 @@ def save(
         bool, typer.Option("--database/--no-database", help="Include the database of the state folder.")
     ] = True,
 ) -> None:
-    """Write the engines, settings, runs and output folders to one file, while the gateway and the engines run.
+    """Write the engines, settings, runs and output folders to one file. The gateway and the engines can continue to run.
 
     Base models and datasets are not included.
     """
@@ -46,7 +46,10 @@ def restore(
         bool, typer.Option("--force", help="If there is data already, rename its folders to NAME.before-TIME.")
     ] = False,
 ) -> None:
-    """Verify a backup, and restore it into empty folders. `sage gateway start` then restarts engines by their policy."""
+    """Verify a backup, and restore it into empty folders.
+
+    After this, `sage gateway start` restarts engines according to their restart policies.
+    """
     from sage.cli import extras
 
     extras.require("sage.libs.finetune", "A restoration")

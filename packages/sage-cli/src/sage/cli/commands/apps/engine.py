@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sage.cli.commands.apps.prune import prune
 from sage.cli.training_options import with_training_options
 from sage.common.errors import ConfigError
 
@@ -19,7 +20,8 @@ IdleStop = Annotated[
 ]
 Serve = Annotated[bool, typer.Option("--serve", help="For finetune: serve the result when the run is completed.")]
 ServeAs = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the folder's name.")
+    str | None,
+    typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the name of --output."),
 ]
 ServeCheckpoints = Annotated[
     bool, typer.Option("--serve-checkpoints", help="Serve the newest checkpoint while the run trains.")
@@ -110,7 +112,10 @@ def start(
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
     backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the fastest one.")] = None,
     restart_policy: Annotated[
-        Policy | None, typer.Option(help="When to restart the engine automatically; default: restart_policy in config.toml.")
+        Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting restart_policy.")
+    ] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(min=0, help="Maximum number of automatic restarts in a row; default: 5.")
     ] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
@@ -150,7 +155,8 @@ def start(
 ) -> None:
     """Start an engine and print its id.
 
-    By default, waits until the engine serves or trains. The exit code is 2 if an option is wrong, 1 if the engine fails.
+    By default, the command waits until the engine serves or trains. The exit code is 2 if an option is wrong, and 1 if the
+    engine fails.
     """
     from sage.cli.starting import admission_request, serve_request, start_engine
 
@@ -158,6 +164,7 @@ def start(
                "quantize": quantize and quantize.value, "max_tokens": max_tokens}  # fmt: skip
     options = {**{key: value for key, value in serving.items() if value is not None}, **further_options(option)}
     request = {"name": name, "port": port, "backend": backend, "restart_policy": restart_policy and restart_policy.value,
+               "max_restarts": max_restarts,
                "dedicated": dedicated or None, "merge_in_background": merge_in_background or None,
                "idle_stop_minutes": idle_stop}  # fmt: skip
     request |= admission_request(on_busy and on_busy.value, priority, devices, memory_gb, not_before)
@@ -316,7 +323,7 @@ def checkpoint(
 ) -> None:
     """Save a checkpoint of a training run after its current step.
 
-    A run that was started with --serve also serves the checkpoint.
+    If the run was started with --serve, the checkpoint is also served.
     """
     from sage.cli import daemon, waiting
 
@@ -334,3 +341,6 @@ def remove(engine_id: EngineId) -> None:
 
     daemon.connect().remove_engine(engine_id)
     typer.echo(f"{engine_id} is removed.", err=True)
+
+
+app.command("prune")(prune)

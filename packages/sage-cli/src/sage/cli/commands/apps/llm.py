@@ -4,11 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sage.cli.commands.apps import dataset, engine, model, queue
+from sage.cli.commands.apps import dataset, engine, model, queue, training_run
 from sage.cli.training_options import with_training_options
 
 app = typer.Typer(no_args_is_help=True)
-app.add_typer(engine.app, name="engine", help="Start, list, stop and resume engines.")
+app.add_typer(training_run.app, name="engine", help="Start, list, stop and resume engines.")
 app.add_typer(queue.app, name="queue", help="List and move the engines that wait for memory.")
 app.add_typer(model.app, name="model", help="List, import and export models.")
 app.add_typer(dataset.app, name="dataset", help="Check and show datasets.")

@@ -76,7 +76,7 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT; merged: safetensors with merged adapter; gguf: for llama.cpp; openvino: OpenVINO GenAI; "
+            help="adapter: PEFT; merged: safetensors, adapter merged in; gguf: for llama.cpp; openvino: OpenVINO GenAI; "
             "ollama: GGUF and Modelfile.",
         ),
     ],
@@ -84,7 +84,8 @@ def export(
     quantize: Annotated[
         Precision | None,
         typer.Option(
-            help="Precision of the weights. Default for gguf and ollama: unchanged. For openvino: none (fp32), int8, int4."
+            help="Precision of the weights. For gguf and ollama, the default is the model's precision. For openvino: "
+            "none (fp32), int8 or int4."
         ),
     ] = None,
 ) -> None:

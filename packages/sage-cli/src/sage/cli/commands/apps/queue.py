@@ -26,9 +26,11 @@ def show(context: typer.Context, json_: Annotated[bool, typer.Option("--json", h
 @app.command("move")
 def move(
     engine_id: Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGINE")],
-    position: Annotated[int, typer.Argument(min=1, help="The new place, among the engines of the same priority; 1: first.")],
+    position: Annotated[
+        int, typer.Argument(min=1, help="New position in the queue, from 1, or as near to it as the priority allows.")
+    ],
 ) -> None:
-    """Move a waiting engine to another place in the queue."""
+    """Move a waiting engine to another position in the queue."""
     from sage.cli import daemon
 
     daemon.connect().move_engine(engine_id, position)

@@ -105,12 +105,14 @@ class Findings:
         """found: findings as returned by `as_dicts`."""
         each = (Finding(Code(f["code"]), f["count"], [*f["places"]], [*f["details"]]) for f in found)
         self._found = {finding.code: finding for finding in each}
+        self._last_places: dict[Code, str] = {}
 
     def add(self, code: Code, place: object, *details: str) -> None:
-        """Add a finding about a sample."""
+        """Add a finding about a sample. Repeated findings of the same kind about a sample are counted once."""
         finding = self._found.setdefault(code, Finding(code))
         finding.details += [detail for detail in details if detail not in finding.details][: _KEPT - len(finding.details)]
-        if str(place) not in finding.places[-1:]:
+        if str(place) != self._last_places.get(code):
+            self._last_places[code] = str(place)
             finding.count += 1
             if len(finding.places) < _KEPT:
                 finding.places.append(str(place))

@@ -26,7 +26,7 @@ _SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "train": {"train", "training"},
 }
-#: Files with metadata of tools, without data.
+#: Metadata files that the library `datasets` writes; they contain no samples.
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 #: File name of a shard (one of several files of a split) on the hub.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")
@@ -108,7 +108,8 @@ def _split_of(name: Path) -> str:
 def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Selection:
     """Return the files of a split.
 
-    Files that name no split are used for train if no file names train, and for validation if no file names a split.
+    Files without a split in their names are used in two cases: for train, if there are no train files; for validation, if no
+    file has a split in its name.
     """
     there = {name for name, _ in found}
     wanted = split if split in there or (there != {""} and split != "train") else ""
@@ -125,7 +126,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files; if shards have several names, such as `train` and `train_sft`, only the shards named `split`."""
+    """Return the files. If shards have several names, such as `train` and `train_sft`, return only the shards of `split`."""
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:

@@ -9,6 +9,7 @@ from typing import Any
 from sage.libs.finetune.data.findings import Code, Findings
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.models.chat import ChatFormat, Message
+from sage.libs.models.resolve import json_object
 
 #: Names of ignored fields that look like a weight or flag.
 _FLAG = re.compile(r"weight|mask|train|loss|learn|skip|ignore", re.IGNORECASE)
@@ -53,7 +54,7 @@ def inspect_end(folder: Path, chat_format: ChatFormat, findings: Findings) -> No
     listed: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            configured = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            configured = json_object(folder / name).get("eos_token_id")
             listed += configured if isinstance(configured, list) else [configured]
     if end is not None and end not in listed:
         findings.add_of_model(Code.END_NOT_CONFIGURED, chat_format.tokenizer.convert_ids_to_tokens(end))

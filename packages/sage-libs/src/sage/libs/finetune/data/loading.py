@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sage.common.errors import first_line
 from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unusable
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
@@ -228,7 +229,7 @@ def _read_columns(path: Path, batches: Callable[[Path], Iterator[Any]]) -> Itera
                 # All rows of a struct column have the same keys; if a row has no value for a key, the value is null.
                 yield Origin(path, number, "record"), without_nulls(record) if is_nested else record
     except (pa.ArrowException, ValueError) as error:
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
         origin = Origin(path, number + 1, "record")
         yield Fault(
             origin,

@@ -120,7 +120,7 @@ def _turn(item: Any, where: str) -> _Turn:
         message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
     flags = [name for name in _FLAGS if name in item]
     untrained = bool(flags) and _untrained(item, flags, where)
-    if role != "assistant" and not untrained:  # the flag has no effect, because only answers are trained on
+    if role != "assistant" and not untrained:  # a flag such as `train: true` has no effect: only answers are trained on
         ignored += flags
     return _Turn(message, is_call, untrained and role == "assistant", ignored)
 
@@ -141,7 +141,7 @@ def _add_details(message: Message, item: Mapping[str, Any], where: str, ignored:
 
 
 def _merged_answer(answer: Message, call: Message, where: str) -> Message:
-    """Both turns are one message in OpenAI's format."""
+    """Return an answer with the tool calls of the next turn added. In OpenAI's format, both turns are one message."""
     if "reasoning_content" in call and answer.get("reasoning_content") != call["reasoning_content"]:
         raise RecordError(f"{where} continues the previous answer, but has different reasoning.")
     return {**answer, "tool_calls": [*answer.get("tool_calls", []), *call["tool_calls"]]}

@@ -30,7 +30,10 @@ class Mixture(Sequence[Encoded]):
 
 
 def repeated_by_weight(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
-    """Repeat the samples `weight` times. A fractional part repeats a random share of the samples, chosen by the seed."""
+    """Repeat the samples `weight` times. With weight 2.5, a random half of the samples is used three times instead of two.
+
+    seed: seed of this random choice.
+    """
     if weight == 1:
         return samples
     count, times = len(samples), int(weight)

@@ -122,7 +122,7 @@ def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, spli
             found = _publish(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # if another process has removed the folder; open files stay readable
+    with contextlib.suppress(OSError):  # another process possibly has removed the folder; the open files stay readable
         os.utime(folder)
     return found
 
@@ -196,7 +196,7 @@ def _key(path: Path, encoder: Encoder, split: Split) -> str:
 def _remove_unused(root: Path) -> None:
     for folder in root.iterdir():
         kept_seconds = _PARTIAL_SECONDS if folder.name.startswith(_PARTIAL) else _KEPT_SECONDS
-        with contextlib.suppress(OSError):  # another process removes or renames the folder
+        with contextlib.suppress(OSError):  # another process possibly removes or renames the folder at the same time
             changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - changed > kept_seconds:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -128,10 +128,10 @@ class Encoder:
         return encoded
 
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
-        """Yield for each sequence whether a token spans the beginning of an answer.
+        """Yield for each sequence whether the tokenizer would join the end of a prompt and the beginning of its answer.
 
-        If so, the answer has different tokens in the prompt of the next answer; the last answer is not checked. The end of
-        an answer is not checked, because the end token is always separate.
+        If it joins them, the prompt of the next answer has other tokens than this sequence. The last answer is not checked,
+        because no prompt contains it. The ends of answers are not checked, because the end token is always separate.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-#: Maximum length of a value in a message, so that logs contain no long training data.
+#: Maximum number of characters of a value in a message, so that logs contain only short parts of the training data.
 _SHOWN_LETTERS = 40
 
 

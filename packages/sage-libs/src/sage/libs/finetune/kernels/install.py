@@ -93,7 +93,7 @@ class Kernels:
 def install(
     model: PreTrainedModel, compute_dtype: torch.dtype | None = None, *, int8: bool = False
 ) -> tuple[Kernels | None, str]:
-    """Install the kernels in a model with adapters; return the kernels and a summary, or None and the reason.
+    """Install the kernels in a model with adapters. Return the kernels and a summary, or None and why they are not used.
 
     model: transformers' model, not PEFT's wrapper.  compute_dtype: dtype of matrix products; default: the model's dtype.
     int8: whether to quantize the frozen weights to int8, except weights with a large error.

@@ -111,7 +111,7 @@ class Projections:
         return StackedAdapters(adapters, lora_a, lora_b)
 
     def forward(self, inputs: Tensor, stacked: StackedAdapters | None) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs W x + bias + B A x, (tokens, outputs), and the inner products A x, (tokens, ranks).
+        """Return the outputs W x + bias + B A x, (tokens, outputs), and the products A x, (tokens, ranks).
 
         inputs: (tokens, inputs). The outputs have the dtype of the weights.
         """

@@ -18,7 +18,7 @@ _COMPILE_SECONDS = 60
 
 @functools.cache
 def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
-    """Compile a C file and load it; return the library, or None and the reason."""
+    """Compile a C file and load it. Return the library and "", or None and the reason why there is no library."""
     compiler = _compiler()
     if compiler is None:
         return None, "there is no C compiler (cc)"

@@ -56,7 +56,7 @@ def saved(states: Tensor) -> tuple[Tensor, ...]:
 
 
 def recompute(source: Sequence[Tensor]) -> Tensor:
-    """Return the states (rows, hidden_size), recomputed bit-identically.  source: the result of `saved(states)`."""
+    """Return the same states as in the forward pass, (rows, hidden_size).  source: the result of `saved(states)`."""
     states = Normed(*source).outputs() if len(source) > 1 else source[0]
     return states.reshape(-1, states.shape[-1])
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from sage.libs.models.architecture import Architecture
 
-#: A sample of at most this many tokens keeps its attention weights; the block size of `kernels.attention`.
+#: Block size of `kernels.attention`. For a sample of at most this many tokens, the attention weights are saved.
 BLOCK_TOKENS = 256
 #: Multiple to which `kernels.attention` pads a sample.
 _LENGTH_MULTIPLE = 32
-#: Number of linear layers with LoRA in each transformer layer whose products with matrix A are saved.
+#: Number of linear layers with an adapter in each transformer layer. Each of them saves its product with matrix A.
 _ADAPTED = 7
 
 
@@ -30,7 +30,10 @@ class Activations:
         return self.weights_heads * (-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE) ** 2
 
     def block_values(self, length: int, heads: int) -> int:
-        """Return the number of scores, weights and gradients of one block of queries of a sample."""
+        """Return the number of values in the attention scores, attention weights and gradients of one block of queries.
+
+        length: number of tokens of the sample.
+        """
         return 3 * heads * min(length, BLOCK_TOKENS) * length
 
 

@@ -20,11 +20,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
 #: Error codes for a file that is missing or permanently unreadable. After other errors, the checkpoint can be intact.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that are allowed to differ if a run continues from another run's checkpoint. Other options change the result.
+#: Options that `check_can_continue` does not compare by their values: options that do not change the result, and options
+#: that are compared in another way, such as the dataset by its hash. All other options must be equal.
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
-    "keep_best", "gradient_checkpointing",
+    "keep_best", "gradient_checkpointing", "report_to",
 })  # fmt: skip
 
 

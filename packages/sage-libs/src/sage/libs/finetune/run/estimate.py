@@ -13,7 +13,7 @@ from sage.libs.models.architecture import Architecture
 #: Main memory of a worker without model and data: Python, torch, transformers, PEFT and the Trainer. Measured with torch 2.9
 #: on Linux, before the model is loaded (430 MB) and in addition during the first step (60 MB).
 FRAMEWORK_BYTES = 490_000_000
-#: Memory of a process's CUDA context on the GPU, about.
+#: Approximate memory of a process's CUDA context on the GPU.
 CUDA_BYTES = 500_000_000
 #: Bytes per trained parameter, in fp32: the parameter, its gradient, and AdamW's two moments.
 _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
@@ -21,9 +21,9 @@ _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
 #: Number of tokens whose logits SAGE's training step has in memory, and number of copies: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc, as a share of the activations and logits: for short samples, for long samples, for saved values
-#: in bf16 that are computed in fp32, and for the training step of transformers. The last one frees many temporary values
-#: between the saved ones. Measured, as in benchmarks/results/estimates.md.
+#: Gaps in the heap of glibc, as a share of the activations and logits. The four values are for: short samples; long samples;
+#: saved values in bf16 with matrix products in fp32 (or the reverse); the training step of transformers, which frees many
+#: temporary values between the saved ones. Measured, as in benchmarks/results/estimates.md.
 _GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.42, 0.47, 0.5
 _MOST_SAMPLES = 2**20
 #: Number of sequences per sample in TRL's methods.
@@ -126,13 +126,13 @@ class TrainingMemory:
     def least(self, length: int) -> TrainingEstimate:
         """Return the memory with the smallest micro-batch: one sample, and gradient checkpointing if it is allowed.
 
-        The pages of the mapped file are not included, because the kernel can drop them.
+        The pages of the mapped model files are not included, because the kernel can drop them.
         """
         may_checkpoint = self.config.gradient_checkpointing != "off" or self.checkpointing
         return replace(self, checkpointing=may_checkpoint, sizes=replace(self.sizes, file_bytes=0)).at([length])
 
     def fitting_samples(self, available_bytes: int, length: int) -> int:
-        """Return the largest number of samples of `length` tokens in a micro-batch that fits; 0 if not even one fits."""
+        """Return the size of the largest micro-batch that fits, in samples of `length` tokens; 0 if no sample fits."""
         fits, too_many = 0, 1
         while self._fits(available_bytes, length, too_many):
             fits, too_many = too_many, 2 * too_many
@@ -233,9 +233,9 @@ def expected_kernels(config: FinetuneConfig, formats: Formats) -> bool:
 
 
 def batch_limit(config: FinetuneConfig) -> dict[int, int]:
-    """Return the number of samples for each number of tokens, for the largest micro-batch that a run can have.
+    """Return the largest micro-batch that a run can have, as the number of samples for each number of tokens.
 
-    Short samples need more memory per token, because their attention weights are saved.
+    With pack_tokens, short samples are assumed: they need more memory per token, because their attention weights are saved.
     """
     if not config.pack_tokens:
         return {config.max_seq_length: config.batch_size}
@@ -260,7 +260,7 @@ def check_memory(needs: TrainingMemory, length: int, available_bytes: int) -> No
         code="model_too_large",
         message=f"The model and its trained parameters need {gigabytes(least_bytes)} of memory, "
         f"but only {gigabytes(available_bytes)} are free.",
-        hint=f"Free some memory, then `resume` the run; or {', or '.join(ways)}.",
+        hint=f"Free up memory, then `resume` the run; or {', or '.join(ways)}.",
     )
 
 

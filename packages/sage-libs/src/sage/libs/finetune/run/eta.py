@@ -9,12 +9,12 @@ _WINDOW_STEPS = 20
 class ProgressMeter:
     """Measures throughput and remaining time.
 
-    The first step does not count for the remaining time, because of its warm-up.
+    The remaining time is estimated without the first step, which is slower because of its warm-up.
     """
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
         """remaining_steps: steps left to train.  closing_seconds: expected seconds of remaining work other than steps."""
-        self._remaining = remaining_steps
+        self.remaining_steps = remaining_steps
         self.closing_seconds = closing_seconds
         self._steps = 0
         self._seconds = 0.0
@@ -22,7 +22,7 @@ class ProgressMeter:
 
     def add(self, tokens: int, seconds: float) -> None:
         """Add one optimizer step with its number of tokens and its duration."""
-        self._remaining -= 1
+        self.remaining_steps -= 1
         self._steps += 1
         if self._steps > 1:
             self._seconds += seconds
@@ -39,4 +39,4 @@ class ProgressMeter:
         """Seconds until the run ends; None if too few steps are done for an estimate."""
         if self._steps < _MIN_STEPS:
             return None
-        return self._remaining * self._seconds / (self._steps - 1) + self.closing_seconds
+        return self.remaining_steps * self._seconds / (self._steps - 1) + self.closing_seconds

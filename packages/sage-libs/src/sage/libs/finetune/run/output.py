@@ -11,6 +11,7 @@ from typing import Any
 from sage.common.errors import OutputError
 from sage.common.files import replace_file
 from sage.common.processes import holder
+from sage.common.shortages import is_shortage
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import ALIVE, RunState, derive
 from sage.libs.finetune.run.summary import read_status
@@ -63,7 +64,9 @@ def read_run_file(output: Path) -> dict[str, Any]:
     """Return the record that a run wrote into its output folder, or {} if there is none."""
     try:
         content = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_shortage(error):  # the file possibly exists and names another run as the owner
+            raise
         return {}
     return content if isinstance(content, dict) else {}
 

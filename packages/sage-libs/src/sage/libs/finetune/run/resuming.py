@@ -25,6 +25,12 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
     if checkpoint is None and given:
         checkpoint = Checkpoint.of(Path(given))
         checkpoint.verify()
+    if checkpoint is None and (forked_at := read_status(run).forked_at_step):
+        raise RunError(
+            code="checkpoint_damaged",
+            message=f"The checkpoint of step {forked_at}, from which this run was forked, is damaged.",
+            hint="Fork the original run again.",
+        )
     trained_on = begun(run, given).base_sha256 if checkpoint else None
     if trained_on not in (None, fingerprint(base)):
         raise ModelError(

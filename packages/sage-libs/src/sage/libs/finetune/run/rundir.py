@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sage.common.files import fsync_path, fsync_tree
 from sage.common.paths import private_folder
@@ -17,7 +18,7 @@ from sage.libs.finetune.config import FinetuneConfig
 RANK_VARIABLE = "SAGE_WORKER_RANK"
 #: Events that are synced to disk before the run continues. A power failure can lose `step` events; a resumed run repeats
 #: these steps.
-_DURABLE = ("launched", "started", "checkpoint", "stopped", "finished", "failed")
+_DURABLE = ("launched", "started", "checkpoint", "changed", "forked", "stopped", "finished", "failed")
 #: Size of a file that is removed when a run fails, so that the run can write its last events even if the disk is full.
 _RESERVE_BYTES = 64 * 1024
 
@@ -30,6 +31,7 @@ class RunSpec:
     config: FinetuneConfig
     dataset_sha256: str
     created_at: str  #: ISO 8601, UTC
+    forked_from: Mapping[str, Any] | None = None  #: `task_id` of the original run, `step` of its checkpoint
 
 
 class RunDirectory:
@@ -46,9 +48,13 @@ class RunDirectory:
         self.served_path = path / "served"
         self._reserve_path = path / ".reserve"
         self._request_path = path / "checkpoint-request"
+        self.options_path = path / "options.json"
 
-    def create(self, spec: RunSpec) -> None:
-        """Create the folder with its spec atomically; do nothing if the run exists."""
+    def create(self, spec: RunSpec, fill: "Callable[[RunDirectory], None] | None" = None) -> None:
+        """Create the folder with its spec atomically; do nothing if the run exists.
+
+        fill: writes other files into the incomplete folder.
+        """
         if self.spec_path.exists():
             return
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -56,6 +62,12 @@ class RunDirectory:
         private_folder(partial)
         content = {**vars(spec), "config": spec.config.model_dump(mode="json")}
         (partial / "spec.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        try:
+            if fill:
+                fill(RunDirectory(partial))
+        except Exception:
+            shutil.rmtree(partial)
+            raise
         fsync_tree(partial)
         os.replace(partial, self.path)
         fsync_path(self.path.parent)
@@ -70,8 +82,7 @@ class RunDirectory:
 
         A crash can damage only the last line; readers skip damaged lines.
         """
-        fields = event.model_copy(update={"time": datetime.now(UTC)}).model_dump(mode="json", exclude_none=True)
-        line = json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+        line = _line(event.model_copy(update={"time": datetime.now(UTC)}))
         with self.events_path.open("ab+") as file:
             if file.tell() and not self._ends_with_newline(file.fileno(), file.tell()):
                 line = b"\n" + line
@@ -79,6 +90,11 @@ class RunDirectory:
             if event.event in _DURABLE:
                 file.flush()
                 os.fsync(file.fileno())
+
+    def copy_events(self, events: Iterable[AnyRunEvent]) -> None:
+        """Append events of another run, with their original times."""
+        with self.events_path.open("ab") as file:
+            file.writelines(map(_line, events))
 
     def read_events(self, offset: int = 0) -> Iterator[tuple[AnyRunEvent, int]]:
         """Yield each complete event after a byte offset, with the byte offset of its end; damaged lines are skipped."""
@@ -121,6 +137,10 @@ class RunDirectory:
     @staticmethod
     def _ends_with_newline(descriptor: int, size: int) -> bool:
         return os.pread(descriptor, 1, size - 1) == b"\n"
+
+
+def _line(event: AnyRunEvent) -> bytes:
+    return json.dumps(event.model_dump(mode="json", exclude_none=True), ensure_ascii=False).encode() + b"\n"
 
 
 class SilentRunDirectory(RunDirectory):

@@ -39,9 +39,9 @@ class StepSeries:
 
 
 def downsample(steps: Sequence[TrainingStep], max_points: int) -> list[TrainingStep]:
-    """Return at most `max_points` steps: the first, the last, and the steps with the lowest and highest loss in each range.
+    """Return at most `max_points` steps: the first, the last, and two steps from each of several ranges of equal length.
 
-    If `max_points` is 1, the last step is returned.
+    These two steps have the lowest and the highest loss of their range. If `max_points` is 1, the last step is returned.
     """
     if len(steps) <= max_points:
         return list(steps)

@@ -7,10 +7,12 @@ from typing import Any
 
 from sage.common.training import (
     AnyRunEvent,
+    ChangedEvent,
     CheckpointEvent,
     EvalEvent,
     FailedEvent,
     FinishedEvent,
+    ForkedEvent,
     LaunchedEvent,
     ProgressEvent,
     StartedEvent,
@@ -60,6 +62,11 @@ class RunStatus:
     estimated_memory_bytes: int | None = None  #: peak memory that was estimated before the first step
     halvings: int = 0  #: how many times each micro-batch is cut in half to save memory
     activation_checkpointing: bool = False  #: whether activations are recomputed to save memory
+    is_loaded: bool = False  #: the last process has loaded data and model
+    change_revision: int = 0  #: number of the newest change of options that is in the events
+    changes: tuple[str, ...] = ()  #: changes of options, as text for users
+    forked_from: str | None = None  #: id of the run whose checkpoint this run continues from
+    forked_at_step: int | None = None
 
     @property
     def progress(self) -> float | None:
@@ -80,6 +87,10 @@ class RunStatus:
             estimated_memory_bytes=self.estimated_memory_bytes,
             activity=self.message if self.state in ALIVE else None,
             warnings=list(self.warnings),
+            change_revision=self.change_revision,
+            changes=list(self.changes),
+            forked_from=self.forked_from,
+            forked_at_step=self.forked_at_step,
         )
 
 
@@ -113,7 +124,14 @@ def derive(status: RunStatus, *, alive: bool) -> RunStatus:
 def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
     match event:
         case LaunchedEvent():
-            return {"state": RunState.STARTING, "code": None, "message": None, "hint": None, "eta_seconds": None}
+            return {
+                "state": RunState.STARTING,
+                "is_loaded": False,
+                "code": None,
+                "message": None,
+                "hint": None,
+                "eta_seconds": None,
+            }
         case StartedEvent():
             return _started(status, event)
         case CheckpointEvent():
@@ -127,6 +145,15 @@ def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
             return {"warnings": warnings, **{name: value for name, value in adapted.items() if value is not None}}
         case ProgressEvent():
             return {"message": event.message}
+        case ChangedEvent():
+            changes = (*status.changes, event.message)
+            return {
+                "change_revision": event.revision,
+                "changes": changes,
+                "total_steps": event.new.max_steps or status.total_steps,
+            }
+        case ForkedEvent():
+            return _forked(event)
         case StoppedEvent():
             return {"state": RunState.STOPPED, "step": event.step, "eta_seconds": None}
         case FinishedEvent():
@@ -155,13 +182,26 @@ def _with_step(status: RunStatus, event: StepEvent | None) -> RunStatus:
 def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:
     return {
         "state": RunState.RUNNING,
+        "is_loaded": True,
         "message": None,
         "step": event.step,
         "total_steps": event.total_steps,
         "base_sha256": event.base_sha256 or status.base_sha256,
-        "checkpoint_step": min(status.checkpoint_step or 0, event.step) or None,  # newer checkpoints are damaged
+        "checkpoint_step": min(status.checkpoint_step or 0, event.step) or None,  # checkpoints after this step are damaged
         "bf16": event.bf16,
         "bf16_products": event.bf16 if event.bf16_products is None else event.bf16_products,
         "int8_products": event.int8_products,
         "estimated_memory_bytes": event.estimated_memory_bytes,
+    }
+
+
+def _forked(event: ForkedEvent) -> dict[str, Any]:
+    return {
+        "state": RunState.CREATED,
+        "message": None,
+        "eta_seconds": None,
+        "step": event.step,
+        "checkpoint_step": event.step,
+        "forked_from": event.parent,
+        "forked_at_step": event.step,
     }

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sage.common.errors import RunError
 from sage.common.training import CheckpointEvent, StartedEvent, StepEvent, WarningEvent
 from sage.libs.finetune.run.checkpoints import prune, publish
+from sage.libs.finetune.run.disk import CheckpointSpace
 from sage.libs.finetune.run.eta import ProgressMeter
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import write_summary
+from sage.libs.finetune.training.changing import OptionChanges
 from sage.libs.finetune.training.heldout import HeldOut
 from sage.libs.finetune.training.loss import CompletionLoss
 from sage.libs.finetune.training.memory import peak_bytes, trim_heap, used_bytes
@@ -39,6 +42,7 @@ class RunCallback(TrainerCallback):
         loss: CompletionLoss,
         stop: StopRequest,
         team: Team,
+        changes: OptionChanges,
         tokenizer: Any,
         *,
         save_steps: int,
@@ -57,17 +61,21 @@ class RunCallback(TrainerCallback):
         trusted: steps of the checkpoints that this process has verified; steps of new checkpoints are added to the set.
         measure: returns the held-out loss after a step.  started_fields: returns fields of the event `started`.
         """
-        self.trusted = trusted
+        self.trusted, self.changes = trusted, changes
         self.run, self.loss, self.stop, self.team, self.tokenizer = run, loss, stop, team, tokenizer
         self._save_steps, self._keep_checkpoints, self._keep_best = save_steps, keep_checkpoints, keep_best
         self.heldout, self.measure, self.started_fields = heldout, measure, started_fields
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
-    ) -> TrainerControl:
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any,
+        lr_scheduler: LambdaLR, **_: Any,
+    ) -> TrainerControl:  # fmt: skip
         """Report that training begins, or continues from a checkpoint."""
+        self.changes.begin(args, state, lr_scheduler)
         self.guessing_loss, self.diverged_steps = math.log(model.get_input_embeddings().weight.shape[0]), 0
         self.meter = ProgressMeter(state.max_steps - state.global_step)
+        trained_bytes = sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+        self.space = CheckpointSpace(self.run.path, trained_bytes)
         self.last = time.monotonic()
         self.tokens_seen = int(state.num_input_tokens_seen)
         started = StartedEvent(step=state.global_step, total_steps=state.max_steps, **self.started_fields(state))
@@ -75,17 +83,30 @@ class RunCallback(TrainerCallback):
         logger.info(
             "training: step %d of %d (%s; %s)", state.global_step, state.max_steps, started.precision, started.kernels
         )
+        event = self.changes.requested(args, state, lr_scheduler) if self.team.is_main_process else None
+        self.changes.apply(self.team.broadcast(event), args, state, lr_scheduler)
         return control
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        """Let the Trainer save every `save_steps` steps, on request, at the end, and before a stop."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, lr_scheduler: LambdaLR, **_: Any
+    ) -> TrainerControl:
+        """Use changed options. Save a checkpoint every `save_steps` steps, on request, at the end, and before a stop."""
         if state.global_step % _TRIM_STEPS == 0:
             trim_heap()
-        is_requested = self.team.is_main_process and self.run.take_checkpoint_request()
-        should_stop, is_requested = self.team.broadcast((self.stop.requested, is_requested))
-        control.should_training_stop |= should_stop
-        at_end = control.should_training_stop or state.global_step >= state.max_steps
-        control.should_save = at_end or is_requested or state.global_step % self._save_steps == 0
+        is_requested, ends, event = False, self.stop.requested, None
+        if self.team.is_main_process:
+            is_requested = self.run.take_checkpoint_request()
+            event = self.changes.requested(args, state, lr_scheduler)
+            self.changes.apply(event, args, state, lr_scheduler)
+            # If an evaluation follows this step, `on_log` decides whether the run ends early.
+            is_exhausted = self.heldout.is_exhausted and not self.heldout.is_due(state.global_step)
+            ends |= is_exhausted or state.global_step >= state.max_steps
+        ends, is_requested, event = self.team.broadcast((ends, is_requested, event))
+        if not self.team.is_main_process:
+            self.changes.apply(event, args, state, lr_scheduler)
+        self.meter.remaining_steps = state.max_steps - state.global_step + 1  # `on_log` counts this step
+        control.should_training_stop |= ends
+        control.should_save = control.should_training_stop or is_requested or state.global_step % self._save_steps == 0
         return control
 
     def on_log(
@@ -96,9 +117,12 @@ class RunCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> TrainerControl:
-        """Append the event of one step, and evaluate if due. Raises RunError if the loss has diverged or is not finite."""
+        """Append the event of one step, and measure the held-out loss if this is due.
+
+        Raises RunError if the training loss has diverged, or if the loss or the gradient is not finite.
+        """
         state.log_history.clear()  # the history grows with each step, and each checkpoint stores it
-        if not logs or "loss" not in logs:  # then `logs` is the Trainer's summary after training
+        if not logs or "loss" not in logs:  # without a loss, `logs` is the Trainer's summary after training
             return control
         now = time.monotonic()
         trained, correct = self.team.total(self.loss.take_counts())
@@ -148,6 +172,8 @@ class RunCallback(TrainerCallback):
         if self.heldout.is_due(state.global_step):
             self._score(state.global_step, control)
             self.last = time.monotonic()
+        if control.should_save and self.team.is_main_process:
+            self.space.check()
         return control
 
     def _score(self, step: int, control: TrainerControl) -> None:
@@ -177,6 +203,7 @@ class RunCallback(TrainerCallback):
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.tokenizer.save_pretrained(written)
         checkpoint = publish(written, self.run.path, state.global_step)
+        self.space.written(checkpoint.path)
         self.trusted.add(checkpoint.step)
         self.run.append_event(CheckpointEvent(step=checkpoint.step, path=str(checkpoint.path)))
         write_summary(self.run)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sage.common.counting import counted
 from sage.common.errors import DatasetError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.data.findings import Findings
@@ -90,9 +91,8 @@ class _Reader:
         samples = load_or_tokenize(path, self.new_encoder(), self.report.progress_unless_stopped, split)
         if samples.stats.truncated:
             self.report.warn(
-                f"{samples.stats.truncated} of {samples.stats.samples} samples in {path} are longer than "
-                f"{self.max_seq_length} tokens and were cut; {samples.stats.dropped} of them had no answer left "
-                "and were dropped."
+                f"{path}: {counted(samples.stats.truncated, 'sample')} of {samples.stats.samples} truncated to "
+                f"{self.max_seq_length} tokens, {samples.stats.dropped} dropped, because nothing of the answer is left."
             )
         self.report.findings(Findings(samples.stats.findings), path)
         return samples

@@ -56,6 +56,7 @@ def export_result(
         "base_sha256": fingerprint(source),
         "metrics": metrics,
         "memory": memory,
+        **({"forked_from": spec.forked_from} if spec.forked_from else {}),
     }
     aside = output / ".partial"
     shutil.rmtree(aside, ignore_errors=True)

@@ -32,10 +32,11 @@ class HeldOut:
 
         samples: the held-out samples, or [].  check: called before each batch; an exception ends the measurement.
         eval_steps: steps between two measurements; None: measure only before and after training.
-        patience: number of measurements without improvement after which the run ends; None: no early stopping.
+        patience: number of measurements without improvement after which the run ends; None or 0: no early stopping.
         """
         self.run, self.samples, self._check = run, samples, check
-        self._batch_size, self._eval_steps, self._patience = batch_size, eval_steps, patience
+        self._batch_size, self._eval_steps = batch_size, eval_steps
+        self.patience = patience  #: as in the arguments; can be changed during the training
         scored = [event for event, _ in run.read_events() if isinstance(event, EvalEvent)]
         self.losses: dict[int, float] = {event.step: event.loss for event in scored}  #: losses in nats per token, by step
         self._seconds = scored[-1].seconds if scored else 0.0
@@ -70,8 +71,8 @@ class HeldOut:
     @property
     def is_exhausted(self) -> bool:
         """Whether the loss has not improved for `early_stopping_patience` measurements."""
-        patience, best = self._patience, self.best_step
-        return patience is not None and best is not None and sum(step > best for step in self.losses) >= patience
+        patience, best = self.patience, self.best_step
+        return bool(patience and best is not None and sum(step > best for step in self.losses) >= patience)
 
     def seconds_left(self, step: int, total_steps: int) -> float:
         """Return the estimated seconds that all measurements after `step` take."""

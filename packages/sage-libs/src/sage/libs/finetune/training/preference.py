@@ -22,6 +22,7 @@ from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.run.estimate import batch_limit
 from sage.libs.finetune.run.rewards import load_reward
 from sage.libs.finetune.run.summary import read_status
+from sage.libs.finetune.training.changing import UnboundedEpochs
 from sage.libs.finetune.training.dataset import TrainingData
 from sage.libs.finetune.training.loaded import Install, no_kernels
 from sage.libs.finetune.training.trainer import TrainingRun
@@ -32,6 +33,11 @@ _TRAINERS = {
     "kto": (KTOConfig, KTOTrainer),
     "grpo": (GRPOConfig, GRPOTrainer),
 }
+
+
+def _unbounded(trainer: type[Trainer]) -> type[Trainer]:
+    """Return a subclass of a TRL trainer whose number of steps can be increased during the training."""
+    return type(trainer.__name__, (UnboundedEpochs, trainer), {})
 
 
 def table_of(rows: Sequence[Any]) -> Dataset:
@@ -69,7 +75,8 @@ class PreferenceRun(TrainingRun):
         options: dict[str, Any] = {
             **self._arguments(),
             "bf16": self.loaded.precision.bf16,
-            "gradient_checkpointing": config.gradient_checkpointing == "on",
+            "gradient_checkpointing": config.gradient_checkpointing == "on"
+            or read_status(self.run).activation_checkpointing,
             **({} if config.beta is None else {"beta": config.beta}),
         }
         more: dict[str, Any] = {}
@@ -80,14 +87,14 @@ class PreferenceRun(TrainingRun):
         else:
             options["max_length"] = config.max_seq_length
         arguments, trainer = _TRAINERS[config.method]
-        return trainer(
+        return _unbounded(trainer)(
             model=self.loaded.model,
             args=arguments(**options),
             train_dataset=table_of(self.data.packs),
             processing_class=self.base.tokenizer,
-            callbacks=[self._callback()],
+            callbacks=self._callbacks(),
             **more,
         )
 
-    def _total_steps(self) -> int:
+    def _planned_steps(self) -> int:
         return read_status(self.run).total_steps or 0

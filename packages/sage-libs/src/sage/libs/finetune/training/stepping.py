@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from sage.common.errors import RunError
 from sage.libs.finetune.training.batching import Batch, cut, samples_in
+from sage.libs.finetune.training.changing import UnboundedEpochs
 from sage.libs.finetune.training.loss import CompletionLoss
 from sage.libs.models.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 
-class AdaptingTrainer(Trainer):
+class AdaptingTrainer(UnboundedEpochs):
     """Computes a micro-batch in parts if it does not fit into memory.
 
     The loss is a sum over tokens divided by the number of tokens in the step, so any split gives the same gradient.

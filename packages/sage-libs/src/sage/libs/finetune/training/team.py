@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -21,6 +21,7 @@ from torch import distributed
 
 from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
+from sage.libs.finetune.run.retrying import OUT_OF_MEMORY_EXIT, restart_with_less_memory
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
 
 #: Timeout of messages. It is long, because the other processes wait while the main process tokenizes or evaluates.
@@ -34,6 +35,7 @@ class Team:
     def __init__(self, run: RunDirectory, size: int) -> None:
         """Start the other processes if this is the main process; raises ConfigError if there are too few GPUs."""
         self.rank, self.size = int(os.environ.get(RANK_VARIABLE, "0")), size
+        self._checking = threading.Lock()
         self._run, self._others, self._control = run, list[subprocess.Popen[bytes]](), None
         if torch.cuda.is_available() and size > torch.cuda.device_count():
             raise ConfigError(
@@ -109,15 +111,22 @@ class Team:
 
     def _check_others(self) -> None:
         """Exit if another process has failed, because the next step would never end."""
-        for process in self._others:
-            code = process.poll()
-            if code in (None, 0) or not self._others:
-                continue
-            if code and code < 0:  # killed by a signal; otherwise the process has reported the error itself
-                message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
-                self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues the run."))
-            self.close()
-            os._exit(1)
+        with self._checking:  # two threads call this, and only one of them must report a failure
+            for process in self._others:
+                if (code := process.poll()) and self._others:  # `close` empties the list before it kills the processes
+                    self._others_failed(code)
+
+    def _others_failed(self, code: int) -> NoReturn:
+        self.close()
+        if code == OUT_OF_MEMORY_EXIT:
+            restart_with_less_memory(self._run)
+            message = f"Out of memory: one of the run's {self.size} processes could not allocate memory."
+            hint = "Start a new run with a smaller --batch-size or --max-seq-length."
+            self._run.append_event(FailedEvent(code="out_of_memory", message=message, hint=hint))
+        elif code < 0:  # killed by a signal; otherwise the process has reported the error itself
+            message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
+            self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues the run."))
+        os._exit(1)
 
     @staticmethod
     def _watch(look: Callable[[], object]) -> None:

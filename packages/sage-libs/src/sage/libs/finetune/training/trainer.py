@@ -4,23 +4,27 @@ import contextlib
 import logging
 import math
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from sage.common.training import FinishedEvent, SampleEvent, StoppedEvent
+from sage.libs.finetune.run.changes import configured_options, recorded_changes
 from sage.libs.finetune.run.checkpoints import Checkpoint
 from sage.libs.finetune.run.estimate import gigabytes
 from sage.libs.finetune.run.reservation import TOLERANCE, reserved_bytes
 from sage.libs.finetune.run.resuming import begun, best_checkpoint, checkpoint_to_resume
+from sage.libs.finetune.run.retrying import micro_batch_size, restarts_when_out_of_memory
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
 from sage.libs.finetune.training.base import open_base
 from sage.libs.finetune.training.batching import Batch, Packs
 from sage.libs.finetune.training.callbacks import RunCallback
+from sage.libs.finetune.training.changing import OptionChanges
 from sage.libs.finetune.training.dataset import TrainingData, load_data
 from sage.libs.finetune.training.export import export_result
 from sage.libs.finetune.training.heldout import HeldOut
@@ -34,6 +38,7 @@ from sage.libs.finetune.training.sampling import answer
 from sage.libs.finetune.training.stepping import AdaptingTrainer
 from sage.libs.finetune.training.stopping import StopRequest, StopRequested
 from sage.libs.finetune.training.team import Team
+from sage.libs.finetune.training.trackers import Trackers
 from sage.libs.models.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -71,10 +76,14 @@ class TrainingRun:
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
             patience=config.early_stopping_patience,
         )  # fmt: skip
+        step = self.team.broadcast(self.checkpoint.step if self.checkpoint else 0)
+        recorded = self.team.broadcast(recorded_changes(run))
+        self.changes = OptionChanges(run, configured_options(config), recorded, step, self.heldout)
         self.loaded = load_model(self.base, config, chosen, self._installer())
         self.loss = self.loaded.new_loss()
         self.estimated_bytes: int | None = None
         self.is_scarce = False
+        self.trackers: Trackers | None = None
         if plan:
             self.estimated_bytes, self.is_scarce = self._report_estimate(plan)
         if self.base.adapter:
@@ -129,7 +138,9 @@ class TrainingRun:
         try:
             self.stop.check()
             self._measure(0)
-            if checkpoint and (step >= checkpoint.total_steps() or self.heldout.is_exhausted):  # training has already ended
+            if checkpoint and (
+                step >= self._steps_of(checkpoint) or self.heldout.is_exhausted
+            ):  # training has already ended
                 load_weights(self.loaded.model, checkpoint.path)
                 is_loaded = True
             else:
@@ -145,7 +156,7 @@ class TrainingRun:
             logger.info("stopped at step %d; the result so far is in %s", step, self.config.output_dir)
             return
         if step < self._total_steps():
-            logger.info("stopped early: %d evaluations without improvement", self.config.early_stopping_patience)
+            logger.info("stopped early: %d evaluations without improvement", self.heldout.patience)
         best = self.heldout.best_step
         is_earlier = self.config.keep_best and best is not None and best != step
         if best and is_earlier and (checkpoint := best_checkpoint(self.run, best, self.report.warn)):
@@ -172,7 +183,7 @@ class TrainingRun:
         # With kernels, the Trainer must not cast to bf16, because the kernels cast tensors themselves.
         arguments = TrainingArguments(**self._arguments(), bf16=self.loaded.precision.bf16 and self.loaded.kernels is None)
         return AdaptingTrainer(
-            halvings=status.halvings,
+            halvings=0 if restarts_when_out_of_memory(config) else status.halvings,
             checkpointing="on" if status.activation_checkpointing else config.gradient_checkpointing,
             on_adapted=self.report.adapted,
             rehearsal=self._largest_batch if self.is_scarce and self.data.largest_packs else None,
@@ -181,7 +192,7 @@ class TrainingRun:
             train_dataset=self.data.packs,
             data_collator=self.loaded.collator,
             loss=self.loss,
-            callbacks=[self._callback()],
+            callbacks=self._callbacks(),
             optimizers=(
                 loraplus_optimizer(self.loaded.model, config.loraplus_lr_ratio, config.learning_rate, config.weight_decay),
                 None,
@@ -193,12 +204,14 @@ class TrainingRun:
 
     def _arguments(self) -> dict[str, Any]:
         config = self.config
+        halvings = read_status(self.run).halvings if restarts_when_out_of_memory(config) else 0
+        micro_batch = micro_batch_size(config, halvings)
         return {
             "output_dir": str(self.run.staging_path),
-            "per_device_train_batch_size": self.data.micro_batch,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps * (self.data.micro_batch // micro_batch),
             "num_train_epochs": config.num_epochs,
-            "max_steps": config.max_steps or -1,
+            "max_steps": self.changes.options.max_steps or -1,
             "learning_rate": config.learning_rate,
             "lr_scheduler_type": config.lr_scheduler,
             "warmup_steps": config.warmup_steps,
@@ -212,10 +225,16 @@ class TrainingRun:
             "include_num_input_tokens_seen": "non_padding",
             "save_strategy": "no",  # RunCallback decides when to save
             "remove_unused_columns": False,
-            "report_to": "none",
+            "report_to": "none",  # Trackers calls the integrations
+            "run_name": Path(config.output_dir).name,
             "disable_tqdm": True,
             "ddp_find_unused_parameters": False,
         }
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        if self.config.report_to and self.team.is_main_process:
+            self.trackers = Trackers(self.config.report_to, self.run.path / "tensorboard", self.report.warn)
+        return [self._callback(), *([self.trackers] if self.trackers else [])]
 
     def _callback(self) -> RunCallback:
         return RunCallback(
@@ -223,6 +242,7 @@ class TrainingRun:
             self.loss,
             self.stop,
             self.team,
+            self.changes,
             self.base.tokenizer,
             save_steps=self.config.save_steps,
             keep_checkpoints=self.config.keep_checkpoints,
@@ -249,10 +269,15 @@ class TrainingRun:
             "versions": {name: version(name) for name in _VERSIONS},
         }
 
+    def _steps_of(self, checkpoint: Checkpoint) -> int:
+        return self.changes.options.max_steps or checkpoint.total_steps()
+
     def _total_steps(self) -> int:
-        """Return the total number of optimizer steps, calculated in the same way as in the Trainer."""
-        if self.config.max_steps:
-            return self.config.max_steps
+        """Return the total number of optimizer steps. It is changed by users, or calculated as in the Trainer."""
+        return self.changes.options.max_steps or self._planned_steps()
+
+    def _planned_steps(self) -> int:
+        """Return the number of optimizer steps for the number of epochs, calculated in the same way as in the Trainer."""
         assert isinstance(self.data.packs, Packs)
         micro_batches = math.ceil(len(self.data.packs) / self.data.micro_batch)
         steps_per_epoch = math.ceil(math.ceil(micro_batches / self.team.size) / self.config.gradient_accumulation_steps)
@@ -263,6 +288,8 @@ class TrainingRun:
         if is_new:
             self.report.progress("measuring the held-out loss")
         measured = self.heldout.measure(step, self.loaded.model, self.loaded.collator, self.loaded.new_loss())
+        if is_new and measured is not None and self.trackers:
+            self.trackers.add_heldout_loss(measured)
         if is_new:
             with self.loaded.kernels.disabled() if self.loaded.kernels else contextlib.nullcontext():
                 for prompt in self.config.sample_prompts or ():

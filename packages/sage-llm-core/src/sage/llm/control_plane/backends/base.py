@@ -56,7 +56,8 @@ class Capabilities:
     merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
     warm_up: bool = False  #: each loaded adapter immediately receives a request, because its first request is slow
     quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
-    sleep: bool = False  #: the server can release its memory and later allocate memory again, without a restart
+    #: GPU memory that a sleeping server keeps. A sleeping server can allocate its memory again without a restart.
+    asleep_bytes: int | None = None
 
 
 class Backend(Protocol):
@@ -99,9 +100,10 @@ class ServingBackend(Backend, Protocol):
         """Return whether an answer of `health_path` comes from `server` and reports that `server` is ready."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the fields of an answer of `health_path`. The fields can include `context_tokens` and `slots`.
+        """Return the fields of an answer of `health_path`. The answer can omit each field.
 
-        context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.
+        context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.  tokens: for each
+        model, the numbers of prompt tokens and completion tokens since the model was loaded.
         """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
@@ -136,7 +138,7 @@ class WorkerBackend:
         return status == 200 and bool(parsed(content).get("engine") == server.token)
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return all fields of the answer. They can include `context_tokens` and `slots`."""
+        """Return all fields of the answer."""
         return parsed(content)
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:

@@ -119,7 +119,7 @@ def _view(backend: Backend, environment: environments.Environment | None) -> Bac
     can = backend.capabilities
     return BackendView(
         name=backend.name, kinds=sorted(can.kinds), formats=sorted(can.formats), devices=sorted(can.devices),
-        hot_adapters=can.hot_adapters, quantizes=sorted(can.quantizes), sleep=can.sleep,
+        hot_adapters=can.hot_adapters, quantizes=sorted(can.quantizes), sleep=can.asleep_bytes is not None,
         has_environment=environment is not None, is_installed=environments.is_installed(backend.name),
         version=environment.version if environment else version("sage-llm-core"),
         disk_bytes=environment and environment.disk_bytes,

@@ -1,6 +1,5 @@
 """The backend for vLLM, which runs in a separate environment."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from sage.libs.models.hot import why_not_hot
-from sage.libs.models.resolve import ModelKind, ModelSource
+from sage.libs.models.resolve import ModelKind, ModelSource, json_object
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
 from sage.llm.control_plane.backends.base import (
@@ -25,6 +24,8 @@ _DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 _GIB = 2**30
 #: Memory of vLLM 0.32 without model, adapters and cache. Derived from the peak in benchmarks/results/serving.md.
 _FRAMEWORK_BYTES = 2_350_000_000
+#: Memory on the GPU that a sleeping server keeps: the CUDA context, the libraries' workspaces and the CUDA graphs.
+_ASLEEP_BYTES = 1_500_000_000
 #: Entries of adapter_config.json that vLLM ignores.
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -51,7 +52,7 @@ class VllmBackend(WorkerBackend):
 
     name: ClassVar[str] = "vllm"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True, warm_up=True
+        frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True, warm_up=True, asleep_bytes=_ASLEEP_BYTES
     )
     options: ClassVar[type[BaseModel]] = VllmOptions
 
@@ -70,7 +71,8 @@ class VllmBackend(WorkerBackend):
         if not is_cpu:
             given["kv-cache-memory-bytes"] = options.kv_cache_gb * _GIB
         flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        return (sys.executable, "-m", "sage.llm.workers.vllm", *flags, "--enable-lora", "--disable-uvicorn-access-log")
+        switches = ["--enable-lora", "--disable-uvicorn-access-log", *([] if is_cpu else ["--enable-sleep-mode"])]
+        return (sys.executable, "-m", "sage.llm.workers.vllm", *flags, *switches)
 
     def environment(self, options: VllmOptions) -> Mapping[str, str]:
         """Return additional environment variables for the process."""
@@ -86,7 +88,7 @@ class VllmBackend(WorkerBackend):
         """Return why a running vLLM server of `base` cannot load the adapter, or None if the server can load it."""
         if reason := why_not_hot(adapter, base):
             return reason
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json_object(adapter / "adapter_config.json")
         pattern = next((name for name in _PATTERNS if config.get(name)), None)
         return f"it uses {pattern}, which vLLM ignores" if pattern else None
 

@@ -1,6 +1,7 @@
 """Load and unload adapters of running servers, with the HTTP routes that vLLM defines for this purpose."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 from sage.common.errors import EngineError
 from sage.common.server_keys import server_key
 from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.executors.health_request import get
 from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
@@ -75,9 +77,10 @@ class AdapterClient:
     async def folders(self, server: ServerRecord) -> Mapping[str, str | None]:
         """Return the folder of each loaded model, or None if the server does not report the folder. Raises OSError."""
         try:
-            answer = await self._http.get(f"http://{server.address}/v1/models", timeout=_UNLOAD_SECONDS)
-            return {str(model["id"]): model.get("root") for model in answer.raise_for_status().json()["data"]}
-        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
+            async with asyncio.timeout(_UNLOAD_SECONDS):
+                _, content = await get(server.address or "", "/v1/models", {})
+            return {str(model["id"]): model.get("root") for model in json.loads(content)["data"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OSError(f"the models of {server.id} cannot be listed: {error!r}") from None
 
     async def _post(self, server: ServerRecord, route: str, timeout_seconds: float, **content: Any) -> httpx.Response:

@@ -25,6 +25,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """The numbers of tokens that a model has processed since it was loaded."""
+
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
 class Observed:
     """The observed condition of an engine, independent of the state in the store."""
 
@@ -35,9 +43,11 @@ class Observed:
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
+    crash: str | None = None  #: where a training run exited without reporting an error; None: it did not
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None
+    tokens: Tokens | None = None  #: None: the server does not count tokens
     threads: int | None = None  #: CPU threads that the server uses now; None: it cannot change them while it runs
     is_active: bool = True  #: the server has answered requests in the last seconds; True if the server does not report it
 

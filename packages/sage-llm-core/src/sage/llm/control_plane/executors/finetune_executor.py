@@ -9,10 +9,11 @@ from typing import Any
 
 from sage.common.errors import Conflict, NotFound
 from sage.common.processes import ProcessSpec
-from sage.common.training import TrainingProgress, TrainingStep
+from sage.common.training import TrainingOptions, TrainingProgress, TrainingStep
 from sage.common.validation import validated
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.manager import FinetuneManager
+from sage.libs.finetune.run.disk import check_start
 from sage.libs.finetune.run.output import check_claim
 from sage.libs.finetune.run.reservation import RESERVED_VARIABLE
 from sage.libs.finetune.run.rundir import RunDirectory
@@ -25,7 +26,7 @@ from sage.llm.control_plane.datasets import FILE_ID, DatasetResolver, LocalDatas
 from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
 from sage.llm.control_plane.executors.exit_message import exit_message
 from sage.llm.control_plane.executors.finetune_engine import FinetuneEngine, FinetuneEngineConfig
-from sage.llm.control_plane.executors.runs import SETTLED, UNREADABLE, failure_of, unreadable
+from sage.llm.control_plane.executors.runs import SETTLED, UNREADABLE, crash_of, failure_of, unreadable
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.pools import Pool
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState, suffix_of
@@ -119,6 +120,18 @@ class FinetuneExecutor:
         """Ask the run to save a checkpoint after its current step."""
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
+    async def change_options(self, engine: EngineRecord, options: TrainingOptions) -> int:
+        """Request other options from the run's next step on; return the revision of the request. Raises SageError."""
+        return await asyncio.to_thread(self._manager.change_options, task_id_of(engine.id), options)
+
+    async def fork(self, engine: EngineRecord, fork_id: str, step: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Create the run directory of a fork, and return the configuration of the fork. Raises SageError."""
+        task_id = task_id_of(fork_id)
+        given = self._absolute(options)
+        await asyncio.to_thread(self._manager.fork, task_id_of(engine.id), step, given, task_id)
+        spec = await asyncio.to_thread(self._manager.run_directory(task_id).read_spec)
+        return spec.config.model_dump(mode="json")
+
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
         """Return a folder that contains a checkpoint as a model that can be served. The run never removes this folder.
 
@@ -144,6 +157,8 @@ class FinetuneExecutor:
         backend, _ = registry.resolve(request.backend, request.engine_kind, model)
         check_claim(Path(config.output_dir), task_id_of(engine_id))
         estimate = backend.estimate(model, config)
+        if estimate:
+            check_start(config, estimate.breakdown.parts()["adapter"], self._manager.root)
         return Prepared(
             backend.name,
             config.model_dump(mode="json"),
@@ -185,8 +200,8 @@ class FinetuneExecutor:
         is_earlier = server.state is ServerState.PLANNED and not process.alive and run.state is not RunState.COMPLETED
         if run.state in SETTLED and not is_earlier:
             reason = self._exit_reason(engine, run, process) if run.code == "worker_died" else failure_of(run)
-            ended = EngineState(run.state.value)
-            return Observed(alive=process.alive, ended=ended, reason=reason, process=process, training=training)
+            ended, crash = EngineState(run.state.value), crash_of(run)
+            return Observed(process.alive, ended=ended, reason=reason, process=process, training=training, crash=crash)
         # `status` checked the run's lock after `process` was observed. A worker that was launched between these two checks
         # must also count as alive.
         alive = process.alive or run.state in ALIVE

@@ -5,9 +5,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import Any, NamedTuple
 
 from sage.common.errors import ConfigError
 from sage.common.ids import random_suffix
@@ -21,8 +19,9 @@ from sage.libs.models.resolve import ModelSource, resolve_model
 from sage.llm.client.types import SETTLED, EngineKind, Reason, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.adapter_client import AdapterClient
-from sage.llm.control_plane.executors.base import Observed, Prepared, planned_server, server_id_of
+from sage.llm.control_plane.executors.base import Observed, Prepared, Tokens, planned_server, server_id_of
 from sage.llm.control_plane.executors.exit_message import exit_message, log_hint
+from sage.llm.control_plane.executors.health_request import get
 from sage.llm.control_plane.executors.placement import placement
 from sage.llm.control_plane.launchers.base import Launcher, ProcessObservation
 from sage.llm.control_plane.refusals import not_training
@@ -33,16 +32,19 @@ _HEALTH_SECONDS = 2.0
 _ENGINE_VARIABLE = "SAGE_ENGINE_ID"
 
 
+class _Answer(NamedTuple):
+    """The answer of a server to a health check."""
+
+    observed: Observed
+    tokens: Mapping[str, Tokens] = {}  #: by the name of the model in requests
+
+
 class InferenceExecutor:
     """Runs inference servers with the commands of their backends."""
 
     def __init__(self, launcher: Launcher, adapters: AdapterClient | None = None) -> None:
         self._launcher, self._adapters = launcher, adapters or AdapterClient()
-        self._answers: dict[tuple[str, str | None], asyncio.Task[Observed]] = {}
-        # The number of connections has no limit, because servers that do not answer must not block other requests.
-        # Idle connections are closed, because httpx scans all idle connections at each request.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._http = httpx.AsyncClient(timeout=_HEALTH_SECONDS, limits=limits, trust_env=False)
+        self._answers: dict[tuple[str, str | None], asyncio.Task[_Answer]] = {}
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
         """Check model, backend, options and port. Raises ModelError, ConfigError or Conflict."""
@@ -100,7 +102,9 @@ class InferenceExecutor:
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:
-            return dataclasses.replace(await self._answer(server, server.address or process.address), process=process)
+            answer = await self._answer(server, server.address or process.address)
+            tokens = answer.tokens.get(engine.served_as or "") or answer.tokens.get("")
+            return dataclasses.replace(answer.observed, process=process, tokens=tokens)
         if server.state is ServerState.PLANNED:
             return Observed(alive=False, process=process)
         log = _folder(server.id) / "engine.log"
@@ -142,8 +146,8 @@ class InferenceExecutor:
         """Remove the files of the engine's last server: its lock, port and log."""
         await asyncio.to_thread(shutil.rmtree, _folder(server_id_of(engine)), ignore_errors=True)
 
-    async def _answer(self, server: ServerRecord, address: str | None) -> Observed:
-        """Return the observation of a server. Concurrent calls for the same server share one request."""
+    async def _answer(self, server: ServerRecord, address: str | None) -> _Answer:
+        """Return the answer of a server to a health check. Concurrent calls for the same server share one request."""
         key = server.id, address
         asked = self._answers.get(key)
         if asked is None or asked.done():
@@ -151,20 +155,24 @@ class InferenceExecutor:
             asked.add_done_callback(lambda _: self._answers.pop(key, None))
         return await asyncio.shield(asked)
 
-    async def _ask(self, server: ServerRecord, address: str | None) -> Observed:
+    async def _ask(self, server: ServerRecord, address: str | None) -> _Answer:
         backend = registry.serving(server.backend)
+        key = {"Authorization": f"Bearer {server_key(server.token)}"}
         try:
-            key = {"Authorization": f"Bearer {server_key(server.token)}"}
-            answer = await self._http.get(f"http://{address}{backend.health_path}", headers=key) if address else None
-            if answer is None or not backend.is_ready_answer(server, answer.status_code, answer.content):
-                return Observed(alive=True)
+            if address is None:
+                return _Answer(Observed(alive=True))
+            async with asyncio.timeout(_HEALTH_SECONDS):
+                status, content = await get(address, backend.health_path, key)
+            if not backend.is_ready_answer(server, status, content):
+                return _Answer(Observed(alive=True))
             models = await self._adapters.loaded(server) if server.shared else frozenset[str]()
-        except (httpx.HTTPError, OSError):
-            return Observed(alive=True)
-        limits = backend.limits(answer.content)
-        return Observed(alive=True, ready=True, models=models, context_tokens=_number(limits.get("context_tokens")),
-                        slots=_number(limits.get("slots")), threads=_number(limits.get("threads")),
-                        is_active=limits.get("is_active") is not False)  # fmt: skip
+        except OSError:
+            return _Answer(Observed(alive=True))
+        limits = backend.limits(content)
+        observed = Observed(alive=True, ready=True, models=models, context_tokens=_number(limits.get("context_tokens")),
+                            slots=_number(limits.get("slots")), threads=_number(limits.get("threads")),
+                            is_active=limits.get("is_active") is not False)  # fmt: skip
+        return _Answer(observed, {name: Tokens(*numbers) for name, numbers in limits.get("tokens", {}).items()})
 
     def _handle(self, server_id: str) -> str:
         folder = _folder(server_id)

@@ -17,7 +17,10 @@ REVISIONS = sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versi
 #: Key of PostgreSQL's advisory lock for migrations.
 _MIGRATION_LOCK = 0x53414745_00000001
 _HINT = "Correct SAGE_DATABASE_URL, or unset it to use SQLite in the state folder."
-_FILE_HINT = "Restore the file, move it away to begin with an empty database, or set SAGE_DATABASE_URL to another database."
+_FILE_HINT = (
+    "Restore the file from a backup, move it away to begin with an empty database, or set SAGE_DATABASE_URL to another "
+    "database."
+)
 _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 
 
@@ -28,19 +31,20 @@ def open_database(url: str) -> Engine:
     is wrong, the database is unreachable, or its schema is newer than this version of SAGE. The message does not contain
     the password.
     """
-    parsed = _parse(url)
+    parsed = parse_url(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
     try:
         database = _open_sqlite(parsed) if is_sqlite else _open_postgresql(parsed)
         _migrate(database, shown(parsed))
     except (SQLAlchemyError, OSError, ImportError, TypeError, ValueError) as error:
-        message = f"The database {shown(parsed)} cannot be opened: {_cause(error, parsed)}."
+        message = f"The database {shown(parsed)} cannot be opened: {cause(error, parsed)}."
         hint = _DRIVER_HINT if isinstance(error, ImportError) else _FILE_HINT if is_sqlite else _HINT
         raise ConfigError(code="database_unusable", message=message, hint=hint) from None
     return database
 
 
-def _parse(url: str) -> URL:
+def parse_url(url: str) -> URL:
+    """Return the URL with the driver that SAGE uses. Raises ConfigError."""
     message = "SAGE_DATABASE_URL is not a SQLAlchemy URL (dialect://user:password@host/database)."
     try:
         parsed = make_url(url)
@@ -72,7 +76,8 @@ def shown(url: URL) -> str:
     return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
 
 
-def _cause(error: Exception, url: URL) -> str:
+def cause(error: Exception, url: URL) -> str:
+    """Return the first line of an error of the database driver, without the secrets in the URL."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0].rstrip(".")

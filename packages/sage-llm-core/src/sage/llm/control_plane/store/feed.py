@@ -1,4 +1,4 @@
-"""The change feed in the database: the events of engines and routes, which other processes read."""
+"""The change feed in the database: the events of engines and routes. Other processes read the feed."""
 
 from sqlalchemy import Connection, func, insert, select, text
 

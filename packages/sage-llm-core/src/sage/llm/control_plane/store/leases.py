@@ -122,7 +122,7 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
     """Return the SQL condition for a lease that has not expired.
 
-    A lease whose expiry is too far in the future is not valid. The expiry was then written before the clock was set
-    back or the machine was booted.
+    A lease whose expiry is too far in the future is not valid: the expiry was written before the clock was set back, or
+    before the last boot of the machine.
     """
     return and_(leases.c.expires_at > lease_clock(), leases.c.expires_at <= lease_clock(2 * lease_seconds))

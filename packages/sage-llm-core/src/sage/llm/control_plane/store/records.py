@@ -35,6 +35,8 @@ class ServerState(StrEnum):
 
     PLANNED = "planned"  #: stored before the launch; the process possibly exists already
     LAUNCHED = "launched"  #: stored after the launch
+    SLEEPING = "sleeping"  #: the process is alive and has released its memory; paused engines can wake it
+    WAKING = "waking"  #: stored before the request that wakes the server
     CLOSING = "closing"  #: stored before the signal that ends the process; no engine can join the server any more
 
 
@@ -54,7 +56,7 @@ class ServerRecord:
     version: int  #: incremented by every write
     created_at: datetime
     options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of the engine
-    served_name: str | None = None  #: name of `model` in requests to the server; None: any name is accepted
+    served_name: str | None = None  #: the model name that the server expects in requests; None: any name is accepted
     shared: bool = False  #: other engines with the same base model, backend and options can join
     max_adapters: int | None = None  #: None: no limit
     model_version: str | None = None  #: `base_version` of the engine that the server was launched for
@@ -82,7 +84,7 @@ class EngineRecord:
     restarts: int  #: number of restarts since a user last started or resumed the engine, or since it last ran for 10 minutes
     state: EngineState
     reason: Reason | None
-    #: the last TrainingProgress of a run that has ended, so that lists of engines read no files
+    #: the last TrainingProgress of a run that has ended; it is stored so that listing the engines reads no files
     figures: Mapping[str, Any] | None
     node: str
     server_id: str | None  #: id of the last server that hosted the engine; the server possibly no longer exists
@@ -114,12 +116,14 @@ class EngineRecord:
     #: Who paused the engine: `idle`, `user`, or the id of the engine that needs the memory; None: nobody.
     paused_by: str | None = None
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
-    threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the default of its program
+    threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the program's default
+    max_restarts: int = 5  #: maximum of `restarts`
+    last_crash: str | None = None  #: where a training run exited without reporting an error; equal for the same point
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property
     def internal_name(self) -> str:
-        """The model name for the current revision in requests to the server."""
+        """The model name that stands for the current revision in requests to the server."""
         return f"{internal_prefix(self.id)}{self.revision}"
 
 

@@ -49,7 +49,7 @@ class RouteStore(FeedStore):
         targets = [target.model_dump() for target in engines]
         with self._fenced(lease, lease.node) as connection:
             shares = ", ".join(f"{target.engine}={target.weight}" for target in engines)
-            self._event(connection, "", EventKind.ROUTE, actor, reason=shares, route=name)  # makes other writers wait
+            self._event(connection, "", EventKind.ROUTE, actor, reason=shares, route=name)  # from here, other writers wait
             connection.execute(delete(routes).where(routes.c.node == lease.node, routes.c.name == name))
             row = {"node": lease.node, "name": name, "engines": targets, "fallback": fallback, "updated_at": clock()}
             connection.execute(insert(routes).values(row))

@@ -4,6 +4,7 @@ Each method that changes the engines of a server first locks the row of the serv
 while the last engine leaves. If two engines leave a server at the same time, exactly one of them is the last engine.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
@@ -28,7 +29,7 @@ class ServerStore(LeaseStore):
             return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
 
     def is_server_needed(self, server_id: str, engine_id: str) -> bool:
-        """Return whether a server still has a row, or is the last server of any engine except `engine_id`."""
+        """Return whether a server still has a row, or is the last server of an engine other than `engine_id`."""
         others = select(engines.c.id).where(engines.c.server_id == server_id, engines.c.id != engine_id).limit(1)
         with self._read() as connection:
             row = connection.execute(select(servers.c.id).where(servers.c.id == server_id)).first()
@@ -39,13 +40,29 @@ class ServerStore(LeaseStore):
         with self._fenced(lease, server.node) as connection:
             return self._update_server(connection, server, **values)
 
-    def close_server(self, server: ServerRecord, engine: EngineRecord, *, lease: Lease) -> ServerRecord:
-        """Prevent engines from joining a server. Raises StaleWrite if the server hosts an engine other than `engine`."""
+    def close_server(
+        self,
+        server: ServerRecord,
+        engine: EngineRecord,
+        *,
+        lease: Lease,
+        state: ServerState = ServerState.CLOSING,
+    ) -> ServerRecord:
+        """Store the state `closing` or `sleeping`, in which no engine can join a server.
+
+        Raises StaleWrite if the server hosts an engine other than `engine`.
+        """
         with self._fenced(lease, server.node) as connection:
-            closed = self._update_server(connection, server, state=ServerState.CLOSING)
+            closed = self._update_server(connection, server, state=state)
             if self._hosts_others(connection, server.id, engine):
                 raise StaleWrite(server.id)
             return closed
+
+    def remove_server(self, server: ServerRecord, *, lease: Lease) -> None:
+        """Delete the row of a server. Raises StaleWrite if the server was changed or removed after it was read."""
+        with self._fenced(lease, server.node) as connection:
+            if not connection.execute(delete(servers).where(_as_read(server))).rowcount:
+                raise StaleWrite(server.id)
 
     def _put(self, connection: Connection, engine: EngineRecord, server: ServerRecord) -> None:
         if self._hosts_others(connection, server.id, engine):
@@ -54,9 +71,10 @@ class ServerStore(LeaseStore):
         connection.execute(insert(servers).values(to_columns(vars(server)) | {"created_at": clock()}))
 
     @staticmethod
-    def _join(connection: Connection, engine: EngineRecord, server_id: str) -> None:
+    def _join(connection: Connection, engine: EngineRecord, server_id: str, values: Mapping[str, Any]) -> None:
         is_open = and_(_is(server_id, engine.node), servers.c.state != ServerState.CLOSING)
-        if not connection.execute(update(servers).where(is_open).values(version=servers.c.version)).rowcount:
+        changed = {"version": servers.c.version + bool(values), **to_columns(values)}
+        if not connection.execute(update(servers).where(is_open).values(changed)).rowcount:
             raise StaleWrite(server_id)
 
     def _leave(self, connection: Connection, engine: EngineRecord, server_id: str, *, must_remain: bool) -> None:
@@ -66,11 +84,11 @@ class ServerStore(LeaseStore):
             return
         if must_remain:
             raise StaleWrite(server_id)
-        connection.execute(delete(servers).where(is_it))
+        connection.execute(delete(servers).where(is_it, servers.c.state != ServerState.SLEEPING))
 
     @staticmethod
     def _update_server(connection: Connection, server: ServerRecord, **values: Any) -> ServerRecord:
-        query = update(servers).where(_is(server.id, server.node), servers.c.version == server.version)
+        query = update(servers).where(_as_read(server))
         changed = query.values(version=server.version + 1, **to_columns(values)).returning(servers)
         row = connection.execute(changed).one_or_none()
         if row is None:
@@ -81,6 +99,10 @@ class ServerStore(LeaseStore):
     def _hosts_others(connection: Connection, server_id: str, engine: EngineRecord) -> bool:
         others = (engines.c.server_id == server_id, engines.c.id != engine.id, engines.c.state.in_(HOSTED))
         return bool(connection.scalar(select(func.count()).select_from(engines).where(*others)))
+
+
+def _as_read(server: ServerRecord) -> ColumnElement[bool]:
+    return and_(_is(server.id, server.node), servers.c.version == server.version)
 
 
 def _is(server_id: str, node: str) -> ColumnElement[bool]:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from sage.common.errors import Conflict, NotFound
@@ -12,12 +12,14 @@ from sage.llm.client.types import DesiredState, EngineKind, EngineState, EventKi
 from sage.llm.control_plane.states import check_transition
 from sage.llm.control_plane.store.clock import clock
 from sage.llm.control_plane.store.leases import LEASE_SECONDS, LeaseLost, StaleWrite
+from sage.llm.control_plane.store.outbox import OutboxStore
 from sage.llm.control_plane.store.pages import page_query, position
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord
 from sage.llm.control_plane.store.routes import RouteStore
 from sage.llm.control_plane.store.rows import engine_record, server_record, to_columns
 from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
+from sage.llm.control_plane.store.transitions import TransitionCounts
 
 #: Columns of an engine that belong to its server and to the way in which the server has loaded the model.
 _OF_SERVER = (
@@ -28,11 +30,15 @@ _OF_SERVER = (
 __all__ = ["LEASE_SECONDS", "LeaseLost", "StaleWrite", "Store", "port_taken"]
 
 
-class Store(ServerStore, RouteStore):
+class Store(ServerStore, RouteStore, OutboxStore):
     """The database of the control plane. The methods block, so call them in a thread.
 
     Each method that has a parameter `lease` raises LeaseLost if the lease is no longer valid.
     """
+
+    def __init__(self, database: Engine, lease_seconds: float = LEASE_SECONDS) -> None:
+        super().__init__(database, lease_seconds)
+        self.transitions = TransitionCounts()
 
     def add(
         self,
@@ -69,14 +75,17 @@ class Store(ServerStore, RouteStore):
         reason: Reason | None = None,
         put_server: ServerRecord | None = None,
         join_server: str | None = None,
+        join_values: Mapping[str, Any] | None = None,
         leave_server: str | None = None,
         must_remain: bool = False,
         **values: Any,
     ) -> EngineRecord:
         """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
-        put_server: server to insert or replace.  join_server: id of a server that hosts other engines.
-        leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed.
+        put_server: server to insert or replace.
+        join_server: id of a server that hosts other engines, or that sleeps.  join_values: columns of this server.
+        leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed,
+        unless the server sleeps.
         must_remain: raise StaleWrite if no other engine would remain on the server.  values: other columns.
 
         Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change.
@@ -89,7 +98,7 @@ class Store(ServerStore, RouteStore):
             if put_server:
                 self._put(connection, record, put_server)
             if join_server:
-                self._join(connection, record, join_server)
+                self._join(connection, record, join_server, join_values or {})
                 values["server_id"] = join_server
             return self._move(connection, record, state, actor, reason, **values)
 
@@ -118,7 +127,7 @@ class Store(ServerStore, RouteStore):
     def set_desired(
         self, record: EngineRecord, desired: DesiredState, *, force: bool, actor: str, lease: Lease, **values: Any
     ) -> EngineRecord:
-        """Write the desired state of an engine, and other columns. Raises StaleWrite if the engine was changed meanwhile."""
+        """Write the desired state and other columns of an engine, and add an event. Raises StaleWrite."""
         with self._fenced(lease, record.node) as connection:
             return self._set_desired(connection, record, desired, actor, force=force, **values)
 
@@ -146,8 +155,8 @@ class Store(ServerStore, RouteStore):
     def touch(self, engine_id: str) -> EngineRecord:
         """Record a request to an engine, and return the engine. Raises NotFound.
 
-        No lease is needed, so that a standby can call this. The write of a pause that was planned before the request
-        then raises StaleWrite.
+        No lease is needed, so that a standby can call this. The engine's version is incremented, so that a pause that was
+        planned before the request cannot be written (StaleWrite).
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
@@ -238,9 +247,12 @@ class Store(ServerStore, RouteStore):
         event = self._event(
             connection, record.id, EventKind.TRANSITION, actor, before=record.state, after=state, reason=message
         )
-        return self._update(
+        moved = self._update(
             connection, record, {**values, "state": state, "reason": reason}, state_at=clock(), last_event=event
         )
+        self._announce(connection, moved)
+        self.transitions.add(record, moved)
+        return moved
 
     @staticmethod
     def _update(connection: Connection, record: EngineRecord, values: Mapping[str, Any], **more: Any) -> EngineRecord:

@@ -73,11 +73,13 @@ engines = Table(
     Column("paused_by", String),
     Column("least_bytes", BigInteger),
     Column("threads", Integer),
+    Column("max_restarts", Integer, nullable=False, server_default="5"),
+    Column("last_crash", String),
     # A requested port belongs to at most one active engine of a node.
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_server", "server_id"),
-    # Indexes for the queries of pages: each query reads a few ranges of one index, in the order of the page.
+    # Indexes for the pages of the list of engines. A query reads a few ranges of one index, already sorted like the page.
     Index("ix_engines_order", "first_event", unique=True),
     Index("ix_engines_state_kind", "state", "kind", "first_event"),
     Index("ix_engines_node_state_kind", "node", "state", "kind", "first_event"),
@@ -119,6 +121,17 @@ events = Table(
     Column("route", String),
     Index("ix_engine_events_engine", "engine_id", "id"),
     sqlite_autoincrement=True,
+)
+
+#: Webhook messages that are not delivered yet.
+webhook_messages = Table(
+    "webhook_messages",
+    metadata,
+    Column("event_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("endpoint", String, primary_key=True),  # hash of the URL
+    Column("node", String, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
 )
 
 #: Routes: model names that refer to one or more engines of a node.

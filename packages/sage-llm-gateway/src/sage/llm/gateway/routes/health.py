@@ -12,7 +12,6 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from sage.llm.control_plane.metrics import engine_metrics
 from sage.llm.gateway.routes.dependencies import Manager
 
 router = APIRouter()
@@ -26,21 +25,29 @@ def health() -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(manager: Manager) -> dict[str, Any]:
-    """Report the gateway's role (active or standby) and the number of engines by state; fails without the database."""
+    """Report the gateway's role (active or standby), the number of engines by state, and problems.
+
+    The request fails if the database fails.
+    """
     counts = await manager.counts()
     states: Counter[str] = Counter()
     for (_, state), number in counts.items():
         states[state] += number
-    return {"status": "ready", "role": manager.role, "engines": states.total(), "states": dict(states)}
+    problems = manager.problems()
+    return {
+        "status": "degraded" if problems else "ready",
+        "role": manager.role,
+        "engines": states.total(),
+        "states": dict(states),
+        "problems": problems,
+    }
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(manager: Manager) -> PlainTextResponse:
     """Return the metrics of engines and devices in Prometheus's text format."""
     registry = CollectorRegistry()
-    registry.register(
-        _Once(list(engine_metrics(await manager.counts(), await manager.list_active(), await manager.list_devices())))
-    )
+    registry.register(_Once(await manager.metrics()))
     return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 

@@ -31,6 +31,8 @@ _MAX_INT = 2**63
 E = TypeVar("E", bound=StrEnum)
 #: A position in the change feed: the id of the last event that was read, or `latest`.
 Cursor = Annotated[Annotated[int, Field(ge=0, lt=_MAX_INT)] | Literal["latest"], Query()]
+#: The id of the last event that the client received; browsers send this header if they reconnect.
+LastEventId = Annotated[int | None, Header(ge=0, lt=_MAX_INT)]
 
 
 @router.post("/engines/start", status_code=status.HTTP_201_CREATED)
@@ -66,7 +68,7 @@ async def list_changes(
     after: Cursor = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     follow: bool = False,
-    last_event_id: Annotated[int | None, Header(ge=0, lt=_MAX_INT)] = None,
+    last_event_id: LastEventId = None,
 ) -> EventPage | EventStream:
     """Return the events of all engines after a cursor; with `follow`, stream them as server-sent events without end.
 
@@ -154,10 +156,20 @@ async def engine_logs(
 
 
 @router.get("/engines/{engine_id}/events", response_class=EventStream)
-async def engine_events(engine_id: str, manager: Manager, follow: bool = True) -> EventStream:
-    """Stream an engine's past events as server-sent events; with `follow`, also new events until the engine has ended."""
+async def engine_events(
+    engine_id: str,
+    manager: Manager,
+    follow: bool = True,
+    after: Annotated[int, Query(ge=0, lt=_MAX_INT, description="Return only the events after this id.")] = 0,
+    last_event_id: LastEventId = None,
+) -> EventStream:
+    """Stream an engine's past events as server-sent events; with `follow`, also new events until the engine has ended.
+
+    The header `Last-Event-ID` overrides `after`.
+    """
     await manager.get_engine(engine_id)
-    return EventStream(until_removed(engine_transitions(manager, engine_id, follow)))
+    cursor = after if last_event_id is None else last_event_id
+    return EventStream(until_removed(engine_transitions(manager, engine_id, cursor, follow)))
 
 
 @router.get("/engines/{engine_id}/training")
@@ -179,7 +191,7 @@ async def gpu(manager: Manager) -> dict[str, Any]:
 
 @router.post("/estimate")
 async def estimate(request: StartRequest, manager: Manager) -> EstimateView:
-    """Return the memory that an engine would need. Options of a training run that name files may be omitted."""
+    """Return the memory that an engine would need. For a training run, options that name files may be omitted."""
     return await asyncio.to_thread(estimate_engine, request, await manager.list_devices())
 
 

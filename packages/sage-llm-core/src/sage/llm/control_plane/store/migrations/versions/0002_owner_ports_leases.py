@@ -1,4 +1,4 @@
-"""Add the table `owner`, allow one active engine per port, and store the identity of the holder's process in the lease.
+"""Add the table `owner`, allow at most one active engine per port, and store in a lease which process holds it.
 
 Revision ID: 0002
 """

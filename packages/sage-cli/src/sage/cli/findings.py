@@ -1,0 +1,16 @@
+"""The result of a check of `sage doctor`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+WITHOUT_LOCAL = "Install it: pip install 'sage-cli[local]'."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check."""
+
+    check: str
+    state: Literal["ok", "warning", "failed"]
+    message: str
+    remedy: str = ""

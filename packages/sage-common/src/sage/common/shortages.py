@@ -1,0 +1,14 @@
+"""Recognize errors that a temporary shortage of file descriptors, processes or memory causes."""
+
+import errno
+
+_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Return whether a shortage caused an error, directly or through its causes. The same call can succeed later."""
+    while error:
+        if isinstance(error, OSError) and error.errno in _ERRNOS:
+            return True
+        error = error.__cause__
+    return False

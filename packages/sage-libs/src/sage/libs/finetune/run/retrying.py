@@ -1,0 +1,63 @@
+"""Restart a worker with smaller micro-batches after a lack of memory.
+
+This is for TRL's methods and for runs with several processes. Other runs compute a micro-batch in parts instead.
+"""
+
+import os
+import signal
+import sys
+
+from sage.common.training import LaunchedEvent, WarningEvent
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.run.rundir import RunDirectory
+from sage.libs.finetune.run.status import RunStatus
+from sage.libs.finetune.run.summary import read_status
+
+#: Exit code of an additional process of a run that failed because of a lack of memory.
+OUT_OF_MEMORY_EXIT = 12
+#: KTO compares the samples of a micro-batch with each other.
+_LEAST_SAMPLES = {"kto": 2}
+
+
+def restarts_when_out_of_memory(config: FinetuneConfig) -> bool:
+    """Return whether a lack of memory restarts the worker."""
+    return config.method != "sft" or config.num_processes > 1
+
+
+def micro_batch_size(config: FinetuneConfig, halvings: int) -> int:
+    """Return the samples per forward pass after `halvings` lacks of memory: each time half, or the next divisor below."""
+    size = 1 if config.pack_tokens else config.batch_size
+    for _ in range(halvings):
+        smaller = range(size // 2, _LEAST_SAMPLES.get(config.method, 1) - 1, -1)
+        size = next((samples for samples in smaller if size % samples == 0), size)
+    return size
+
+
+def next_saving(config: FinetuneConfig, status: RunStatus) -> WarningEvent | None:
+    """Return how the run saves memory after another lack of memory; None if no way is left."""
+    before, after = (micro_batch_size(config, halvings) for halvings in (status.halvings, status.halvings + 1))
+    if after < before:
+        steps = config.gradient_accumulation_steps * config.batch_size // after
+        message = (
+            f"Out of memory: micro-batches now have {after} samples instead of {before}, and a step has {steps} of them."
+        )
+        return WarningEvent(message=message, halvings=status.halvings + 1)
+    if config.gradient_checkpointing == "auto" and not status.activation_checkpointing:
+        message = "Out of memory: enabling gradient checkpointing, which is slower."
+        return WarningEvent(message=message, activation_checkpointing=True)
+    return None
+
+
+def restart_with_less_memory(run: RunDirectory) -> None:
+    """Replace this process by a new worker that saves memory. Returns only if the run cannot save more memory.
+
+    The new worker keeps the process id and the run's lock, and continues from the last checkpoint.
+    """
+    config = run.read_spec().config
+    saving = next_saving(config, read_status(run)) if restarts_when_out_of_memory(config) else None
+    if saving is None:
+        return
+    run.append_event(saving)
+    run.append_event(LaunchedEvent())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the new worker has installed its signal handlers
+    os.execv(sys.executable, [sys.executable, "-m", "sage.libs.finetune.worker", str(run.path)])

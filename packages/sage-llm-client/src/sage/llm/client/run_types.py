@@ -1,0 +1,40 @@
+"""The types of requests about a training run: change its options, fork it."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from sage.common.training import TrainingOptions
+from sage.llm.client.types import check_engine_name
+
+
+class TrainingChange(TrainingOptions):
+    """A request to change options of a training run from its next step on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingChangeView(BaseModel):
+    """An accepted request to change options. It is applied when `training.change_revision` of the engine is `revision`."""
+
+    object: str = "training_change"
+    engine_id: str
+    revision: int = Field(description="Number of the request in this run, from 1.")
+
+
+class ForkRequest(BaseModel):
+    """A request to start a run that continues from a checkpoint of another run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int | None = Field(None, ge=1, description="Step of the checkpoint; default: the newest checkpoint.")
+    name: str | None = Field(None, max_length=200, description="Name of the new engine; default: that of the other engine.")
+    output_dir: str = Field(min_length=1, description="Absolute path of a new or empty folder for the result.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the run that differ, for example `learning_rate` and `max_steps`."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, name: str | None) -> str | None:
+        return name if name is None else check_engine_name(name)

@@ -1,0 +1,55 @@
+"""The part of the plan for servers that sleep: they keep their process and release their memory on the GPU.
+
+If the last engine of such a server makes room, the server sleeps instead of exiting. The row of a sleeping server remains
+while a paused or queued engine has its id. The next engine that needs the server wakes it.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from sage.llm.client.types import EngineState
+from sage.llm.control_plane.backends import registry
+from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.idle import is_making_room
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
+
+_AWAKE = (ServerState.PLANNED, ServerState.LAUNCHED, ServerState.CLOSING)
+#: States of an engine that can need a sleeping server.
+_NEEDING = (
+    EngineState.QUEUED, EngineState.PAUSED, EngineState.STARTING, EngineState.RUNNING, EngineState.STOPPING,
+)  # fmt: skip
+
+
+def sleeps(engine: EngineRecord, server: ServerRecord) -> bool:
+    """Return whether the server of a stopping engine, which is its last one, sleeps instead of exiting."""
+    if not is_making_room(engine) or server.state not in (ServerState.LAUNCHED, ServerState.SLEEPING):
+        return False
+    is_on_gpu = any(device != "cpu" for device in server.devices or ())
+    return is_on_gpu and registry.BACKENDS[server.backend].capabilities.asleep_bytes is not None
+
+
+def is_asleep(engine: EngineRecord, server: ServerRecord | None) -> bool:
+    """Return whether an engine that has no memory has a sleeping server."""
+    is_waiting = engine.state in (EngineState.PAUSED, EngineState.QUEUED)
+    return is_waiting and server is not None and server.state is ServerState.SLEEPING
+
+
+def unneeded(
+    engines: Sequence[EngineRecord],
+    servers: Mapping[str, ServerRecord],
+    observed: Mapping[str, Observed],
+    evicted: Collection[str],
+) -> list[ServerRecord]:
+    """Return the sleeping servers to end: no engine needs them, their process is dead, or their memory is needed.
+
+    evicted: ids of the servers whose memory is needed.
+    """
+    asleep = {server.id: server for server in servers.values() if server.state not in _AWAKE}
+    if not asleep:
+        return []
+    needed = {engine.server_id for engine in engines if engine.state in _NEEDING}
+    dead = {
+        engine.server_id
+        for engine in engines
+        if is_asleep(engine, asleep.get(engine.server_id or "")) and engine.id in observed and not observed[engine.id].alive
+    }
+    return [each for each in asleep.values() if each.id not in needed or each.id in dead or each.id in evicted]

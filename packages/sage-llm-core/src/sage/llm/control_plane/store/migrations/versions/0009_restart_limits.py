@@ -1,0 +1,16 @@
+"""Add the limit of restarts of an engine, and the point at which a training run crashed last.
+
+Revision ID: 0009
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0009"
+down_revision = "0008"
+
+
+def upgrade() -> None:
+    """Add columns."""
+    op.add_column("engines", sa.Column("max_restarts", sa.Integer(), nullable=False, server_default="5"))
+    op.add_column("engines", sa.Column("last_crash", sa.String()))

@@ -1,0 +1,71 @@
+"""Change the options of training runs, and fork training runs."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from sage.common.ids import random_suffix
+from sage.common.training import TrainingOptions
+from sage.llm.client.run_types import ForkRequest, TrainingChangeView
+from sage.llm.client.types import EngineKind, EngineView, StartRequest
+from sage.llm.control_plane.creation import new_engine
+from sage.llm.control_plane.executors.base import Executor
+from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
+from sage.llm.control_plane.refusals import no_run
+from sage.llm.control_plane.routing import RoutingTable
+from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
+from sage.llm.control_plane.store.store import Store
+from sage.llm.control_plane.waiting import ACTOR
+
+
+class TrainingRuns:
+    """Base class of ControlPlaneManager with the methods for training runs. ControlPlaneManager sets the attributes."""
+
+    _node: str
+    _store: Store
+    _routing: RoutingTable
+    _executors: Mapping[EngineKind, Executor]
+    _write: Callable[..., Any]
+    _own: Callable[[str], Awaitable[tuple[EngineRecord, ServerRecord | None]]]
+    _view: Callable[[EngineRecord, ServerRecord | None], Awaitable[EngineView]]
+
+    async def change_training(self, engine_id: str, options: TrainingOptions) -> TrainingChangeView:
+        """Request that a training run uses other options from its next step on; do not wait for this step.
+
+        If the run has no process, it uses the options when it is resumed. Raises Conflict or ConfigError.
+        """
+        engine, executor = await self._run(engine_id)
+        return TrainingChangeView(engine_id=engine_id, revision=await executor.change_options(engine, options))
+
+    async def fork_engine(self, engine_id: str, request: ForkRequest) -> EngineView:
+        """Start a run that continues from a checkpoint of another run, and return its engine in state `validating`.
+
+        The checkpoint is linked into the new run first, so that the other run can remove it. Raises SageError.
+        """
+        parent, executor = await self._run(engine_id)
+        fork_id = f"engine-{random_suffix()}"
+        options = {**request.options, "output_dir": request.output_dir}
+        config = await executor.fork(parent, fork_id, request.step, options)
+        try:
+            start = StartRequest(
+                model=parent.model, engine_kind=EngineKind.FINETUNE, name=request.name or parent.name,
+                metadata=dict(parent.metadata), priority=parent.priority, backend=parent.backend,
+                options={name: value for name, value in config.items() if name != "base_model"},
+            )  # fmt: skip
+            prepared = await executor.prepare(fork_id, start)
+            record = new_engine(fork_id, self._node, start, prepared, parent.restart_policy, None, parent.on_busy)
+            record = replace(record, devices=parent.devices, max_restarts=parent.max_restarts)
+            engine = await self._write(self._store.add, record, ACTOR)
+        except BaseException:
+            await executor.discard(fork_id)
+            raise
+        self._routing.apply(engine, None)
+        return await self._view(engine, None)
+
+    async def _run(self, engine_id: str) -> tuple[EngineRecord, FinetuneExecutor]:
+        """Return a training run of this node, and its executor. Raises Conflict if the engine is not a training run."""
+        engine, _ = await self._own(engine_id)
+        executor = self._executors[engine.kind]
+        if not isinstance(executor, FinetuneExecutor):
+            raise no_run(engine)
+        return engine, executor

@@ -1,0 +1,45 @@
+"""Compare answers with the greedy answers of transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+#: Logits in fp32 differ by less than this between ways to compute them. A smaller lead of the largest logit is a tie.
+NEAR_TIE = 1e-3
+
+
+def adapter_on(base: Path, folder: Path, seed: int) -> Path:
+    """Create an adapter that changes the answers, which remain sentences."""
+    torch.manual_seed(seed)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    options = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(model, LoraConfig(**options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def lead_where_they_differ(model: Any, tokenizer: Any, prompt: list[int], text: str, max_tokens: int) -> float | None:
+    """Return the difference between the two largest logits at the first token where `text` is not the greedy answer.
+
+    None: `text` is the greedy answer.
+    """
+    with torch.no_grad():
+        made = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    answer = made.sequences[0, len(prompt) :].tolist()
+    for at, logits in enumerate(made.logits):
+        if not text.startswith(tokenizer.decode(answer[: at + 1], skip_special_tokens=True).rstrip("\ufffd")):
+            best, second = logits[0].topk(2).values.tolist()
+            return float(best - second)
+    return None if text == tokenizer.decode(answer, skip_special_tokens=True) else float("inf")

@@ -1,0 +1,45 @@
+"""GET requests of the health checks, to a real server that sends prepared bytes."""
+
+import asyncio
+
+import pytest
+
+from sage.llm.control_plane.executors.health_request import get
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+async def answered(content: bytes) -> tuple[tuple[int, bytes], bytes]:
+    """Return the answer, and the request that the server received."""
+    received = b""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal received
+        received = await reader.readuntil(b"\r\n\r\n")
+        writer.write(content)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        return await get(address, "/health", {"Authorization": "Bearer k"}), received
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        OK + b"Content-Length: 2\r\n\r\n{}",
+        OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n1\r\n}\r\n0\r\n\r\n",
+        OK + b"\r\n{}",
+    ],
+)
+def test_an_answer_is_read_however_its_length_is_given(content: bytes) -> None:
+    answer, request = asyncio.run(answered(content))
+    assert answer == (200, b"{}")
+    assert request.startswith(b"GET /health HTTP/1.1\r\n")
+    assert b"Authorization: Bearer k\r\n" in request
+
+
+@pytest.mark.parametrize("content", [b"", b"SSH-2.0\r\n", OK + b"Content-Length: 5\r\n\r\n{}", b"x" * 5_000_000])
+def test_an_answer_that_is_cut_off_too_long_or_not_http_is_an_oserror(content: bytes) -> None:
+    with pytest.raises(OSError, match="the answer of 127"):
+        asyncio.run(answered(content))

@@ -1,0 +1,46 @@
+"""How a run that is out of memory continues with smaller micro-batches."""
+
+from typing import Any
+
+import pytest
+
+from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.run.retrying import micro_batch_size, next_saving, restarts_when_out_of_memory
+from sage.libs.finetune.run.status import RunStatus, fold
+
+
+def config(**options: Any) -> FinetuneConfig:
+    return FinetuneConfig(base_model="m", dataset_path="/d", output_dir="/o", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"batch_size": 8}, [8, 4, 2, 1, 1]),
+        ({"batch_size": 6}, [6, 3, 1, 1]),
+        ({"batch_size": 5}, [5, 1, 1]),
+        ({"batch_size": 8, "method": "kto"}, [8, 4, 2, 2]),
+        ({"batch_size": 8, "pack_tokens": 512}, [1, 1]),
+    ],
+)
+def test_a_micro_batch_is_halved_and_divides_the_batch(options: dict[str, Any], sizes: list[int]) -> None:
+    assert [micro_batch_size(config(**options), halvings) for halvings in range(len(sizes))] == sizes
+
+
+def test_after_the_smallest_micro_batch_activations_are_recomputed_and_then_nothing_is_left() -> None:
+    status, messages = RunStatus(), []
+    given = config(batch_size=4, gradient_accumulation_steps=3, method="dpo")
+    while saving := next_saving(given, status):
+        status = fold(status, [saving])
+        messages.append(saving.message)
+    assert messages == [
+        "Out of memory: micro-batches now have 2 samples instead of 4, and a step has 6 of them.",
+        "Out of memory: micro-batches now have 1 samples instead of 2, and a step has 12 of them.",
+        "Out of memory: enabling gradient checkpointing, which is slower.",
+    ]
+
+
+def test_only_trl_s_methods_and_several_processes_restart_the_worker() -> None:
+    assert not restarts_when_out_of_memory(config())
+    assert restarts_when_out_of_memory(config(num_processes=2))
+    assert restarts_when_out_of_memory(config(method="dpo"))
