@@ -108,7 +108,7 @@ class Checkpoint:
         try:
             return RunDirectory(self.path.resolve().parent).read_spec()
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _mismatch(f"{self.path} is not in its run's directory, so the run's spec.json cannot be read") from error
+            raise _mismatch(f"the spec.json of the run that saved {self.path} cannot be read") from error
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
