@@ -185,7 +185,7 @@ def _damaged(message: str) -> RunError:
 def _mismatch(message: str) -> ConfigError:
     return ConfigError(
         code="checkpoint_mismatch",
-        message=f"{message}; this run cannot continue from this checkpoint.",
+        message=f"{message}; the new run cannot continue from this checkpoint.",
         hint="To train on other data or for another number of steps, omit resume_from_checkpoint and use the "
         "output folder of the checkpoint's run as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
         param="resume_from_checkpoint",

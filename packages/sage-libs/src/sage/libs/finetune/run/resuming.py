@@ -58,8 +58,8 @@ def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | No
         best.verify()
     except RunError as error:
         warn(
-            f"The result is from the last step, because the checkpoint of step {step}, which had the lowest loss, cannot be used: "
-            f"{error.message}"
+            f"The result is from the last step, because the checkpoint of step {step}, which had the lowest loss, "
+            f"cannot be used: {error.message}"
         )
         return None
     return best
