@@ -196,7 +196,7 @@ def test_the_total_size_of_all_bodies_is_limited_and_finished_bodies_are_subtrac
         held = [budget.body() for _ in range(9)]
         for body in held[:8]:
             await read(body, b"0123456789")
-        with pytest.raises(Exception, match="Other requests use all memory"):
+        with pytest.raises(Exception, match="memory for request bodies is full"):
             await read(held[8], b"x")
         for body in held:
             with body:
