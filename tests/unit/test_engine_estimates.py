@@ -135,6 +135,13 @@ def test_the_duration_of_a_run_follows_from_its_tokens_and_the_speed(weights: Pa
     assert training_seconds(run_config(weights), 50.0) is None
 
 
+def test_the_processes_of_a_run_share_the_main_memory(weights: Path) -> None:
+    model = resolve_model(str(weights))
+    one, two = (TrainerBackend().memory_bytes(model, run_config(weights, num_processes=count)) for count in (1, 2))
+    assert one
+    assert two == 2 * one
+
+
 def test_an_estimate_of_a_run_needs_neither_dataset_nor_output(weights: Path) -> None:
     request = StartRequest(model=str(weights), engine_kind=EngineKind.FINETUNE, options={"lora_rank": 4})
     estimate = estimate_engine(request, [DEVICE])

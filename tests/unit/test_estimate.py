@@ -106,6 +106,11 @@ def test_only_the_chosen_modules_are_trained(model: Path) -> None:
     assert saved.adapter_bytes == 4 * (2 * ENDS + 800)
 
 
+def test_processes_that_share_the_memory_need_it_several_times(model: Path) -> None:
+    run = needs(model)
+    assert replace(run, processes=3).at([100]).total_bytes == 3 * run.at([100]).total_bytes
+
+
 def test_the_largest_micro_batch_that_fits_is_found(model: Path) -> None:
     run = needs(model)
     available = run.at([50] * 37).total_bytes

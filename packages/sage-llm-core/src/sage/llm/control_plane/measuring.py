@@ -18,7 +18,7 @@ from sage.llm.control_plane.token_counts import read_token_counts
 
 
 class Measuring:
-    """Base class of ControlPlaneManager with the metrics. ControlPlaneManager sets the attributes."""
+    """Base class of ControlPlaneManager that collects the metrics. ControlPlaneManager sets the attributes."""
 
     _store: Store
     _prober: Prober

@@ -24,7 +24,7 @@ _LOSS_TOKENS, _LOSS_COPIES = 384, 2
 #: Gaps in the heap of glibc, as a share of the activations and logits. The four values are for: short samples; long samples;
 #: saved values in bf16 with matrix products in fp32 (or the reverse); the training step of transformers, which frees many
 #: temporary values between the saved ones. Measured, as in benchmarks/results/estimates.md.
-_GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.27, 0.47, 0.5
+_GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.42, 0.47, 0.5
 _MOST_SAMPLES = 2**20
 #: Number of sequences per sample in TRL's methods.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
@@ -84,6 +84,7 @@ class TrainingMemory:
     has_kernels: bool  #: SAGE's training step is used, else the training step of transformers and PEFT
     framework_bytes: int = FRAMEWORK_BYTES
     checkpointing: bool = False  #: gradient checkpointing
+    processes: int = 1  #: processes of the run that share the memory; each has its own copy of the model
 
     def at(self, lengths: Sequence[int] | Mapping[int, int]) -> TrainingEstimate:
         """Return the memory for a micro-batch.
@@ -109,7 +110,8 @@ class TrainingMemory:
         # bitsandbytes quantizes each weight when it is loaded.
         dense_bytes = 0 if formats.base_bits else sizes.parameters * (4 if self._is_full else formats.value_bytes)
         peak_bytes = self.framework_bytes + dense_bytes + sizes.file_bytes
-        return replace(estimate, loading_bytes=max(0, peak_bytes - estimate.total_bytes))
+        estimate = replace(estimate, loading_bytes=max(0, peak_bytes - estimate.total_bytes))
+        return TrainingEstimate(**{name: self.processes * count for name, count in vars(estimate).items()})
 
     def largest(self) -> TrainingEstimate:
         """Return the memory of the micro-batch that needs the most memory among those that the options allow."""

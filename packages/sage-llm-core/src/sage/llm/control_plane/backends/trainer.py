@@ -51,5 +51,7 @@ def training_memory(model: ModelSource, config: FinetuneConfig) -> TrainingMemor
     earlier = earlier_run(get_user_paths().finetuned_dir, config)
     formats = earlier.formats if earlier else default_formats(config, device)
     checkpointing = config.gradient_checkpointing == "on"
-    framework_bytes = CUDA_BYTES if device == "cuda" else FRAMEWORK_BYTES
-    return TrainingMemory(sizes, config, formats, expected_kernels(config, formats), framework_bytes, checkpointing)
+    framework_bytes, processes = (CUDA_BYTES, 1) if device == "cuda" else (FRAMEWORK_BYTES, config.num_processes)
+    return TrainingMemory(
+        sizes, config, formats, expected_kernels(config, formats), framework_bytes, checkpointing, processes
+    )
