@@ -17,7 +17,7 @@ _CODES: Mapping[type[SageError], str] = {
         file_ids_unsupported systemd_missing""",
     errors.DatasetError: """
         dataset_changed dataset_empty dataset_invalid dataset_template dataset_too_long dataset_unusable
-        dataset_warnings line_not_found nothing_to_train""",
+        dataset_warnings line_not_found no_answers nothing_to_train""",
     errors.ModelError: """
         adapter_not_finite adapter_unfit base_changed base_is_adapter export_failed export_unsupported model_invalid
         model_unsupported model_unusable no_adapter template_too_slow tokenizer_missing tokenizer_slow
