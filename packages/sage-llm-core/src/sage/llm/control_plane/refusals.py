@@ -62,6 +62,13 @@ def no_run(engine: EngineRecord) -> Conflict:
     )
 
 
+def still_validating(engine_id: str) -> Conflict:
+    """Return the error for a change of a run that is being validated."""
+    return Conflict(
+        code="not_training", message=f"{engine_id} is still being validated.", hint="Retry when it is queued or running."
+    )
+
+
 def other_node(engine: EngineRecord) -> Conflict:
     """Return the error for a request about an engine of another node."""
     return Conflict(

@@ -7,11 +7,11 @@ from typing import Any
 from sage.common.ids import random_suffix
 from sage.common.training import TrainingOptions
 from sage.llm.client.run_types import ForkRequest, TrainingChangeView
-from sage.llm.client.types import EngineKind, EngineView, StartRequest
+from sage.llm.client.types import EngineKind, EngineState, EngineView, StartRequest
 from sage.llm.control_plane.creation import new_engine
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
-from sage.llm.control_plane.refusals import no_run
+from sage.llm.control_plane.refusals import no_run, still_validating
 from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.store import Store
@@ -35,6 +35,8 @@ class TrainingRuns:
         If the run has no process, it uses the options when it is resumed. Raises Conflict or ConfigError.
         """
         engine, executor = await self._run(engine_id)
+        if engine.state is EngineState.VALIDATING:  # the run directory possibly does not exist yet
+            raise still_validating(engine_id)
         return TrainingChangeView(engine_id=engine_id, revision=await executor.change_options(engine, options))
 
     async def fork_engine(self, engine_id: str, request: ForkRequest) -> EngineView:
