@@ -5,7 +5,7 @@ FUZZ_CASES ?= 1000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-core[embedding,postgresql] sage-llm-gateway sage-cli sage-studio
+PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-core[embedding,postgresql] sage-llm-gateway[tracing] sage-cli sage-studio
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
 

@@ -80,7 +80,7 @@ class HostingOptions(ServingOptions):
 
 
 class HostingBackend(WorkerBackend):
-    """The backend that runs the small server; `asleep_bytes` of its capabilities is None, as for most backends."""
+    """The backend that runs the small server."""
 
     name: ClassVar[str] = "hosting"
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True)

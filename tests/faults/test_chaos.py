@@ -59,7 +59,7 @@ def small_disk(sage_home: Path) -> Iterator[bool]:
 
 @pytest.mark.long
 @pytest.mark.skipif(not SteppedClock.is_available(), reason="there is no C compiler to build a clock that can be set")
-@pytest.mark.timeout(_SECONDS + 600)
+@pytest.mark.timeout(_SECONDS + 1200)
 def test_after_random_faults_every_run_is_exact_and_nothing_is_lost_or_left_behind(
     tmp_path: Path, sage_home: Path, small_disk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +88,7 @@ def test_after_random_faults_every_run_is_exact_and_nothing_is_lost_or_left_behi
     chaos = Chaos(sage_home, clock, _SEED, is_disk_small=small_disk)
     try:
         chaos.inject(_SECONDS)
-        wait_for(lambda: trainer.is_done, "the end of all runs", 500)
+        wait_for(lambda: trainer.is_done, "the end of all runs", 900)
         before = asker.answered.copy()
         wait_for(lambda: all(asker.answered[model] > before[model] for model in models), "answers of both models")
     finally:

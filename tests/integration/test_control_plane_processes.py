@@ -98,7 +98,7 @@ def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path)
     assert 'sage_device_memory_total_bytes{index="0",kind="cpu"' in metrics
     assert "completed" in httpx.get(f"{url()}/v1/management/engines/{engine}/events").text
     run = Path(list_engines()[engine]["run_dir"])
-    assert "1 engines would be deleted" in sage("llm", "engine", "prune", "--older-than", "0", "--dry-run").stderr
+    assert "1 engine would be deleted" in sage("llm", "engine", "prune", "--older-than", "0", "--dry-run").stderr
     assert run.is_dir()
     assert engine in sage("llm", "engine", "prune", "--older-than", "0").stdout
     assert (run.exists(), list_engines()) == (False, {})

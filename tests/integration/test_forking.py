@@ -65,7 +65,7 @@ def test_a_fork_that_is_not_possible_is_refused_and_leaves_no_files(tiny_model: 
         (4, {}, RunError, "its checksum differs"),
         (8, {"seed": 7}, ConfigError, "cannot change seed"),
         (8, {"learning_rate": 7}, ConfigError, "learning_rate"),
-        (12, {}, ConfigError, "Step 12 of 12 is the last step"),
+        (12, {}, ConfigError, "A fork from step 12 has no step left to train"),
         (8, {"output_dir": str(parent.output)}, SageError, "contains the result of"),
     ]
     for step, options, error, message in refused:

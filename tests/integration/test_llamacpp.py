@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -49,6 +50,9 @@ def test_an_adapter_is_served_merged_and_answers_as_with_transformers(
         answer = ask(client, messages=messages).json()
         assert answer["usage"]["prompt_tokens"] == len(chat_format.prompt_ids(messages))
         assert answer["choices"][0]["message"]["content"] == greedy_answer(model, chat_format, messages, 16)
+    metrics = httpx.get(f"{client.base_url}/metrics", timeout=60).text
+    [completion] = re.findall(r"^sage_engine_completion_tokens_total\{.*\} (.+)$", metrics, re.MULTILINE)
+    assert float(completion) > 0
     without_key = httpx.post(f"http://{engine.address}/v1/chat/completions", json={"messages": HELLO}, timeout=60)
     assert without_key.status_code == 401
     refused = ask(client, repetition_penalty=1.5)

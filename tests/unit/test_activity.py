@@ -117,6 +117,31 @@ def test_a_paused_engine_is_woken_once_for_many_requests_that_another_one_answer
     assert (len(w.statements), w.wakes) == (1, 1)
 
 
+def test_an_unexpected_error_does_not_end_the_recording_of_requests_in_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = World(tmp_path, S.RUNNING, idle_stop_minutes=5.0)
+    monkeypatch.setattr("sage.llm.control_plane.activity._CHECK_SECONDS", 0)
+    errors, touch = [KeyError("bug")], w.store.touch
+
+    def touch_later(engine_id: str) -> object:
+        if errors:
+            raise errors.pop()
+        return touch(engine_id)
+
+    monkeypatch.setattr(w.store, "touch", touch_later)
+
+    async def test(activity: Activity) -> None:
+        activity.in_progress["engine-a"] = 1
+        recording = asyncio.create_task(activity.run())
+        async with asyncio.timeout(20):
+            while not w.store.get("engine-a").last_request_at:
+                await asyncio.sleep(0)
+        recording.cancel()
+
+    w.run(test)
+
+
 def test_an_error_of_the_database_does_not_fail_a_request_to_a_running_engine(tmp_path: Path) -> None:
     w = World(tmp_path, S.RUNNING, idle_stop_minutes=5.0)
     with w.store._database.begin() as connection:

@@ -114,6 +114,17 @@ def test_paths_follow_the_home_into_which_a_backup_is_restored(
         assert connection.execute("SELECT handle FROM servers").fetchall() == [(f"{run}/worker.lock",)]
 
 
+def test_an_output_folder_inside_the_folder_of_the_runs_is_restored_with_it(home: Path, tmp_path: Path) -> None:
+    runs = get_user_paths().finetuned_dir
+    (tmp_path / "out").rename(runs / "adapter")
+    spec = json.loads((runs / TASK / "spec.json").read_text())
+    spec["config"]["output_dir"] = str(runs / "adapter")
+    (runs / TASK / "spec.json").write_text(json.dumps(spec))
+    result = restored(backed_up(tmp_path / "sage.tar.gz"), force=True)
+    assert (result.outputs, result.skipped) == ((runs / "adapter",), ())
+    assert (runs / "adapter" / "adapter_model.safetensors").read_bytes() == b"weights"
+
+
 def test_all_checkpoints_are_included_on_request_and_outputs_can_be_omitted(home: Path, tmp_path: Path) -> None:
     backup = backed_up(tmp_path / "sage.tar.gz", all_checkpoints=True, outputs=False)
     shutil.rmtree(home)

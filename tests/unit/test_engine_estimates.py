@@ -23,7 +23,7 @@ from sage.llm.control_plane.backends import environments, registry
 from sage.llm.control_plane.backends.memory import ServingEstimate
 from sage.llm.control_plane.backends.trainer import TrainerBackend
 from sage.llm.control_plane.estimates import estimate_engine
-from sage.llm.control_plane.metrics import engine_metrics
+from sage.llm.control_plane.metrics import Measured, all_metrics
 
 CONFIG = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
           "intermediate_size": 24, "max_position_embeddings": 2048}  # fmt: skip
@@ -175,6 +175,6 @@ def test_an_estimate_without_weights_says_what_to_do(monkeypatch: pytest.MonkeyP
 def test_the_error_of_an_estimate_is_a_metric() -> None:
     measured = training_progress(estimated_memory_bytes=90, peak_memory_bytes=100)
     views = [engine_view(training=measured), engine_view(training=training_progress(estimated_memory_bytes=90))]
-    metrics = {metric.name: metric for metric in engine_metrics({}, views, [])}
+    metrics = {metric.name: metric for metric in all_metrics(Measured(views), is_active=True, folders={})}
     [sample] = metrics["sage_training_memory_estimate_error_ratio"].samples
     assert sample.value == pytest.approx(-0.1)

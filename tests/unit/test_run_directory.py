@@ -372,7 +372,7 @@ def test_a_folder_that_no_run_wrote_is_rejected_as_a_checkpoint(tmp_path: Path) 
     with pytest.raises(NotFound, match="is not a checkpoint of a run"):
         Checkpoint.of(tmp_path / "checkpoint-5")
     alone = publish(written(tmp_path, 7), tmp_path, 7)
-    with pytest.raises(ConfigError, match="is not in its run's directory"):
+    with pytest.raises(ConfigError, match="of the run that saved"):
         continue_from(Checkpoint.of(alone.path))
 
 

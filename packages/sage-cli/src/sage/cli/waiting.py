@@ -91,7 +91,8 @@ def failure(engine: EngineView) -> SageError:
     code = engine.reason.code if engine.reason else "unknown"
     hint = engine.reason.hint if engine.reason else ""
     kind, log = error_class(code), f"`sage llm engine logs {engine.id}`"
-    is_complete = log in hint or (hint and kind.http_status == 400)  # if a request was rejected, the log has no details
+    # A hint is complete if it names the log, or if the request was rejected (400), because then the log has no details.
+    is_complete = log in hint or (hint and kind.http_status == 400)
     return kind(
         code=code,
         message=f"{engine.id} failed: {engine.reason.message if engine.reason else 'the reason is not known.'}",

@@ -17,7 +17,7 @@ _CODES: Mapping[type[SageError], str] = {
         file_ids_unsupported systemd_missing""",
     errors.DatasetError: """
         dataset_changed dataset_empty dataset_invalid dataset_template dataset_too_long dataset_unusable
-        dataset_warnings line_not_found nothing_to_train""",
+        dataset_warnings line_not_found no_answers nothing_to_train""",
     errors.ModelError: """
         adapter_not_finite adapter_unfit base_changed base_is_adapter export_failed export_unsupported model_invalid
         model_unsupported model_unusable no_adapter template_too_slow tokenizer_missing tokenizer_slow
@@ -36,7 +36,7 @@ _CODES: Mapping[type[SageError], str] = {
         training_failed""",
     errors.EngineError: """
         adapter_load_failed adapter_refused device_not_found engine_died engine_unreadable engine_unusable gateway_stuck
-        killed launch_failed memory_busy memory_too_small run_unreadable service_failed start_timeout stream_cut
+        killed launch_failed sleep_failed memory_busy memory_too_small run_unreadable service_failed start_timeout stream_cut
         worker_died""",
     errors.BackendError: "backend_install_failed disk_full index_unreachable",
     errors.BackupError: "backup_damaged backup_not_found disk_full folder_not_replaceable",

@@ -25,7 +25,7 @@ class Moves:
 
     @classmethod
     def of(cls, folders: Mapping[Path, Path]) -> "Moves":
-        """Return the moves of folders, given the new path of each old path."""
+        """Return the moves of folders.  folders: the new path of each folder by its old path."""
         return cls(tuple((str(old), str(new)) for old, new in folders.items() if old != new))
 
     def path(self, path: Path) -> Path:
@@ -33,7 +33,7 @@ class Moves:
         return Path(self.text(str(path)))
 
     def text(self, text: str) -> str:
-        """Return a path or a JSON text with the new paths."""
+        """Return `text`, which is a path or JSON, with the old paths replaced by the new paths."""
         for old, new in self.pairs:
             if text == old or text.startswith(f"{old}/"):
                 return new + text.removeprefix(old)
@@ -42,7 +42,7 @@ class Moves:
 
 
 def _json(path: str) -> str:
-    """Return the start of a JSON string that begins with a path."""
+    """Return a path as a JSON string without the closing quote."""
     return json.dumps(path)[:-1]
 
 

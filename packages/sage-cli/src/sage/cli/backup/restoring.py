@@ -40,19 +40,22 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
     paths = get_user_paths()
     new = {"config": paths.config_dir, "state": paths.state_dir, "data": paths.data_dir, "cache": paths.cache_dir}
     moves = Moves.of({Path(manifest.folders[name]): folder for name, folder in new.items()})
-    own = {"runs": paths.finetuned_dir, "config": paths.config_dir, "state": paths.state_dir}
     found = {name: moves.path(Path(folder)) for name, folder in manifest.outputs.items()} if outputs else {}
-    skipped = {name: folder for name, folder in found.items() if _has_entries(folder)}
-    written = {name: folder for name, folder in found.items() if name not in skipped}
-    staged = {name: _staging(folder) for name, folder in (written | own).items()}
+    # Output folders inside the folder of the run directories are restored together with that folder.
+    inside = {name: folder for name, folder in found.items() if folder.is_relative_to(paths.finetuned_dir)}
+    skipped = {name: folder for name, folder in found.items() if name not in inside and _has_entries(folder)}
+    written = {name: folder for name, folder in found.items() if name not in inside and name not in skipped}
+    # The state folder, which contains the database, is put in place last. After a crash, `restore --force` starts over.
+    folders = written | {"runs": paths.finetuned_dir, "config": paths.config_dir, "state": paths.state_dir}
+    staged = {name: _staging(folder) for name, folder in folders.items()}
+    nested = {name: staged["runs"] / folder.relative_to(paths.finetuned_dir) for name, folder in inside.items()}
     try:
-        _extract(backup, manifest, staged, begin)
+        _extract(backup, manifest, staged, nested, begin)
         move_files(staged.values(), moves)
         open_restored(staged["state"] / DATABASE, moves)
         for folder in staged.values():
             fsync_tree(folder)
-        # The state folder, which contains the database, is put in place last. After a crash, `restore --force` starts over.
-        set_aside = [aside for name, folder in (written | own).items() if (aside := _put(staged[name], folder))]
+        set_aside = [aside for name, folder in folders.items() if (aside := _put(staged[name], folder))]
     except OSError as error:
         if is_full(error):
             raise full_disk(Path(error.filename or paths.data_dir)) from error
@@ -60,7 +63,7 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
     finally:
         for folder in staged.values():
             shutil.rmtree(folder, ignore_errors=True)
-    return Restored(tuple(written.values()), tuple(skipped.values()), tuple(set_aside))
+    return Restored((*written.values(), *inside.values()), tuple(skipped.values()), tuple(set_aside))
 
 
 def _check_unused(*, force: bool) -> None:
@@ -83,11 +86,13 @@ def _check_unused(*, force: bool) -> None:
         )
 
 
-def _extract(backup: Path, manifest: Manifest, staged: Mapping[str, Path], begin: Begin) -> None:
+def _extract(backup: Path, manifest: Manifest, staged: Mapping[str, Path], nested: Mapping[str, Path], begin: Begin) -> None:
+    folders = {**staged, **nested}
+
     def target(name: str) -> Path | None:
         parts = name.split("/")
         for length in (2, 1):
-            if folder := staged.get("/".join(parts[:length])):
+            if folder := folders.get("/".join(parts[:length])):
                 return folder.joinpath(*parts[length:])
         return None
 

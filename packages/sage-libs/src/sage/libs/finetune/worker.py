@@ -89,7 +89,7 @@ def _follow(run: RunDirectory) -> int:
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         if is_out_of_memory(error):
             logger.error("%s", first_line(error))
-            return OUT_OF_MEMORY_EXIT
+            os._exit(OUT_OF_MEMORY_EXIT)  # a normal exit would wait for the messages of the other processes
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:
             _fail(run, error)

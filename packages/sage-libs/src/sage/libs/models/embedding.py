@@ -6,14 +6,15 @@ from typing import Any
 
 from sage.common.errors import ModelError
 
-#: How the names of the architectures end that generate text. transformers has them for models with and without an encoder.
+#: Endings of the names of architectures that generate text.
 _GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
 def check_embeds(folder: Path) -> None:
     """Raise ModelError if a folder has a language model without settings of sentence-transformers.
 
-    For such a model, sentence-transformers would use the mean of the tokens' vectors, which the model is not trained for.
+    Without settings, sentence-transformers uses the mean of the tokens' vectors. Language models are not trained for
+    this use.
     """
     config = folder / "config.json"
     if (folder / "modules.json").is_file() or not config.is_file():

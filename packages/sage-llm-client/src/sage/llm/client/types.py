@@ -84,7 +84,8 @@ class StartRequest(BaseModel):
     )
     merge_in_background: bool = Field(
         False,
-        description="For an adapter: serve the adapter while it is merged into its base model, then serve the merged model.",
+        description="For an adapter: serve the adapter at once, merge it into its base model in the background, then serve "
+        "the merged model.",
     )
     idle_stop_minutes: float | None = Field(
         None,

@@ -32,7 +32,7 @@ class Holder:
     is_pausable: bool = False  #: an inference engine that may be paused to make room
     ends: bool = False  #: a training run, which frees its memory without an action of the user
     is_leaving: bool = False  #: the engine is being paused or stopped, and still uses its memory
-    is_asleep: bool = False  #: a sleeping server, which may be ended for every engine
+    is_asleep: bool = False  #: a sleeping server; its process may be ended for any waiting engine
     used_bytes: Mapping[str, int] = field(default_factory=dict)  #: measured memory by device id
 
     def bytes_on(self, device_id: str) -> int:

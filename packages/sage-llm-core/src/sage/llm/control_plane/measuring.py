@@ -14,10 +14,11 @@ from sage.llm.control_plane.metrics import Measured, all_metrics
 from sage.llm.control_plane.probes import Prober
 from sage.llm.control_plane.request_times import RequestTimes
 from sage.llm.control_plane.store.store import Store
+from sage.llm.control_plane.token_counts import read_token_counts
 
 
 class Measuring:
-    """Base class of ControlPlaneManager with the metrics. ControlPlaneManager sets the attributes."""
+    """Base class of ControlPlaneManager that collects the metrics. ControlPlaneManager sets the attributes."""
 
     _store: Store
     _prober: Prober
@@ -34,12 +35,13 @@ class Measuring:
         active = await self.list_active()
         self.request_times.forget_all_but({engine.id for engine in active})
         observed = {engine.id: self._prober.last(engine.id) for engine in active}
+        counted = {engine_id: seen.tokens for engine_id, seen in observed.items() if seen and seen.tokens}
         measured = Measured(
             active,
             await self.counts(),
             await self.waiting_engines(),
             await self.list_devices(),
-            tokens={engine_id: seen.tokens for engine_id, seen in observed.items() if seen and seen.tokens},
+            tokens={**counted, **await read_token_counts(active)},
             cpu_seconds=await asyncio.to_thread(_cpu_seconds, active),
             in_progress=self._activity.in_progress,
             request_times=self.request_times,

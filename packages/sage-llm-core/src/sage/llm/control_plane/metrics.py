@@ -55,9 +55,9 @@ class Measured:
 
 
 def all_metrics(measured: Measured, *, is_active: bool, folders: Mapping[str, Path]) -> Iterator[Metric]:
-    """Yield all metrics. Blocking, because the disks are measured.
+    """Yield all metrics. This function blocks, because it measures the disks.
 
-    is_active: whether this control plane holds the lease. folders: folders whose disks are measured, by label.
+    is_active: whether this control plane holds the lease.  folders: folders on the disks to measure, by label.
     """
     yield InfoMetricFamily("sage_build", "The version of SAGE.", {"version": version("sage-llm-core")})
     yield GaugeMetricFamily("sage_gateway_active", "1 if this gateway manages its node, 0 on standby.", value=is_active)

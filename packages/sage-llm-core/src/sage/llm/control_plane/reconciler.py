@@ -81,13 +81,13 @@ class Reconciler:
         memory = await self._look_at_memory(engines, observed) if any(map(is_waiting, engines)) else None
         snapshot = Snapshot(engines, servers, observed, self._watches, results, self._limits, memory, self._cores)
         actions, self.queue = decide(snapshot)
+        for action in actions:
+            engine = action.engine
+            self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
         for server in unneeded(engines, servers, observed, self.queue.evicted):
             self._runner.sleeper.end(server)
         if self._balancer:
             self._balancer.balance(engines, servers, observed)
-        for action in actions:
-            engine = action.engine
-            self._runner.run(action, observed.get(engine.id), servers.get(engine.server_id or ""))
 
     def silent_seconds(self, engine_id: str) -> float:
         """Return the time since a running inference engine stopped answering, or 0 if it answers or was not observed yet."""

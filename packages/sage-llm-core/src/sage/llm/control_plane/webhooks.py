@@ -27,7 +27,7 @@ from sage.llm.control_plane.store.store import Store
 logger = logging.getLogger(__name__)
 #: Waiting times after the first, second, … failed attempt. Source: the schedule in the specification, "Deliverability".
 _DELAYS_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
-#: Maximum duration of an attempt. Source: the same, which recommends 15 to 30 s.
+#: Maximum duration of an attempt. The specification recommends 15 to 30 s.
 _ATTEMPT_SECONDS = 15.0
 _POLL_SECONDS = 1.0
 _MESSAGES_AT_ONCE = 100
@@ -101,7 +101,7 @@ class Webhooks:
                 due_seconds[message.event_id] = time.monotonic() + delay_seconds
 
     async def _deliver(self, message: WebhookMessage) -> float | None:
-        """Send a message, and return the seconds until the next attempt; None: there is no further attempt."""
+        """Send a message, and return the seconds until the next attempt, or None if there is no further attempt."""
         problem = await self._send(message)
         host = _host(self._urls[message.endpoint])
         if problem and message.attempts < len(self._delays_seconds):
@@ -115,7 +115,7 @@ class Webhooks:
         return None
 
     async def _send(self, message: WebhookMessage) -> str | None:
-        """Send a message once, and return why that failed; None if it succeeded. The text contains no secrets."""
+        """Send a message once, and return the reason of a failure without secrets, or None after success."""
         assert self._signer
         now = datetime.now(UTC)
         headers = {

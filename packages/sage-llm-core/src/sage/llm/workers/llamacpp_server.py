@@ -16,6 +16,7 @@ def parameters(given: dict[str, Any]) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = given["model"], {given["name"]}
     params.hostnames, params.port = ["127.0.0.1"], given["port"]
+    params.endpoint_metrics = True
     params.api_keys = [os.environ["SAGE_SERVER_KEY"]]  # without a key, web pages could use the server
     # All slots share one cache.
     params.n_ctx, params.n_parallel, params.kv_unified = given["cache_tokens"], given["slots"], True

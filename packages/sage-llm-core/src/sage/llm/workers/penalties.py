@@ -8,13 +8,16 @@ from torch import Tensor
 
 from sage.llm.workers.sampling import Sampling
 
-#: A function that receives the answer's tokens and the logits, (vocab_size,), and returns the adjusted logits. The function
-#: can change the given logits in place.
+#: A function that receives the answer's tokens and the logits, and returns the adjusted logits. The logits have the shape
+#: (vocab_size,). The function can change the given logits in place.
 Adjustment = Callable[[list[int], Tensor], Tensor]
 
 
 class RepetitionPenalty:
-    """Penalizes tokens in prompt and answer, as in CTRL: divides positive logits by a factor, multiplies other logits."""
+    """Penalizes tokens of the prompt and the answer, as in the CTRL paper.
+
+    Divides positive logits by a factor, and multiplies other logits by the factor.
+    """
 
     def __init__(self, prompt: Iterable[int], factor: float) -> None:
         self._seen, self._factor = set(prompt), factor

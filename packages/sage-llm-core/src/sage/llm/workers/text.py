@@ -5,7 +5,8 @@ from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-#: Maximum number of tokens to wait for a complete character. Then the text is returned with replacement characters.
+#: Text that ends in an incomplete character is delayed for at most this number of tokens. After that, the text is returned
+#: with replacement characters.
 _MAX_PENDING_TOKENS = 256
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 

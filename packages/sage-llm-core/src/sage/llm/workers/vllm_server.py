@@ -7,8 +7,8 @@ This script runs in vLLM's environment, where SAGE is not installed. The server 
 - Error codes are words, as in OpenAI's API.
 - An adapter is rejected if its tokenizer or chat template differs from the base model's.
 - `/health` returns the token that identifies the server, and the limits of the server.
-- `/sleep`, `/wake_up` and `/is_sleeping` are those of vLLM's development mode, and need the key of the server. The other
-  routes of that mode are not available, because they can run any method of vLLM.
+- `/sleep`, `/wake_up` and `/is_sleeping` work as in vLLM's development mode, and need the server's key. Other routes of that
+  mode are not available, because clients could call any method of vLLM.
 """
 
 import hmac
@@ -104,7 +104,7 @@ class Rules:
 
 
 async def _sleep(scope: Message, send: Send) -> None:
-    """Release the memory of the engine, allocate it again, or report which of both was done last."""
+    """Answer a request to release the memory of the engine, to allocate it again, or to report whether the engine sleeps."""
     given, key = dict(scope["headers"]).get(b"authorization", b""), os.environ.get("SAGE_SERVER_KEY", "")
     if not key or not hmac.compare_digest(given, f"Bearer {key}".encode()):
         await _send_error(send, 401, "The key of the server is missing or wrong.", "invalid_api_key")

@@ -13,8 +13,9 @@ from sage.llm.gateway import errors, schema
 from sage.llm.gateway.access import check_exposure
 from sage.llm.gateway.gate import Gate
 from sage.llm.gateway.instance import follow_role
-from sage.llm.gateway.proxy import EngineProxy, is_inference
+from sage.llm.gateway.proxy import is_inference
 from sage.llm.gateway.routes import health, inference, management, model_routes, training_runs, webhooks
+from sage.llm.gateway.tracing import traced_proxy
 
 
 class Gateway(FastAPI):
@@ -38,7 +39,7 @@ def create_app(settings: Settings, *, standby: bool = False) -> Gateway:
     """
     check_exposure(settings)
     manager = ControlPlaneManager(settings, standby=standby)
-    proxy = EngineProxy(manager, settings)
+    proxy = traced_proxy(manager, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from sage.common.counting import counted
+
 
 def prune(
     older_than: Annotated[
@@ -30,4 +32,5 @@ def prune(
         typer.echo(f"{engine.id}  {engine.state:<9}  {render.size(removal.freed_bytes):>9}  {engine.name}{kept}")
     removed = [removal for removal in removals if not removal.kept_because]
     verb = "would be deleted" if dry_run else "deleted"
-    typer.echo(f"{len(removed)} engines {verb}, {render.size(sum(each.freed_bytes for each in removed))}.", err=True)
+    freed = render.size(sum(each.freed_bytes for each in removed))
+    typer.echo(f"{counted(len(removed), 'engine')} {verb}, {freed}.", err=True)

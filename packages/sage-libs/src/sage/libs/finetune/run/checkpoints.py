@@ -108,7 +108,7 @@ class Checkpoint:
         try:
             return RunDirectory(self.path.resolve().parent).read_spec()
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _mismatch(f"{self.path} is not in its run's directory, so the run's spec.json cannot be read") from error
+            raise _mismatch(f"the spec.json of the run that saved {self.path} cannot be read") from error
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
@@ -185,7 +185,7 @@ def _damaged(message: str) -> RunError:
 def _mismatch(message: str) -> ConfigError:
     return ConfigError(
         code="checkpoint_mismatch",
-        message=f"{message}; this run cannot continue from this checkpoint.",
+        message=f"{message}; the new run cannot continue from this checkpoint.",
         hint="To train on other data or for another number of steps, omit resume_from_checkpoint and use the "
         "output folder of the checkpoint's run as the base model: `sage llm engine start OUTPUT --engine-kind finetune`.",
         param="resume_from_checkpoint",

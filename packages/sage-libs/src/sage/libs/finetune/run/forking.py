@@ -51,7 +51,8 @@ def fork_spec(parent: RunDirectory, task_id: str, checkpoint: Checkpoint, option
     config = validated(FinetuneConfig, {**spec.config.model_dump(mode="json"), **given})
     total_steps = config.max_steps or checkpoint.total_steps()
     if step >= total_steps:
-        raise _refused(f"Step {step} of {total_steps} is the last step.", f"Give max_steps above {step}.", "max_steps")
+        message = f"A fork from step {step} has no step left to train, because the run has {total_steps} steps in total."
+        raise _refused(message, f"Set max_steps to more than {step}.", "max_steps")
     return replace(spec, task_id=task_id, config=config, forked_from={"task_id": spec.task_id, "step": step})
 
 

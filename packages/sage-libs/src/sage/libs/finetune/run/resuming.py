@@ -57,6 +57,9 @@ def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | No
     try:
         best.verify()
     except RunError as error:
-        warn(f"The result is not from step {step}, which had the lowest loss, but from the last step: {error.message}")
+        warn(
+            f"The result is from the last step, because the checkpoint of step {step}, which had the lowest loss, "
+            f"cannot be used: {error.message}"
+        )
         return None
     return best

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -60,6 +60,14 @@ class Capabilities:
     asleep_bytes: int | None = None
 
 
+class TokenMetrics(NamedTuple):
+    """The Prometheus counters of a server that hosts one model."""
+
+    path: str
+    prompt: str
+    completion: str
+
+
 class Backend(Protocol):
     """A program that runs engines."""
 
@@ -84,6 +92,8 @@ class ServingBackend(Backend, Protocol):
     health_path: ClassVar[str]
     #: Request fields that the server supports; the gateway rejects all others. None: the server checks the fields itself.
     parameters: ClassVar[frozenset[str] | None]
+    #: None: the server does not have Prometheus metrics with the numbers of tokens.
+    token_metrics: ClassVar[TokenMetrics | None]
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
         """Return the command that serves `model`.
@@ -128,6 +138,7 @@ class WorkerBackend:
 
     health_path: ClassVar[str] = "/health"
     parameters: ClassVar[frozenset[str] | None] = None
+    token_metrics: ClassVar[TokenMetrics | None] = None
 
     def environment(self, options: Any) -> Mapping[str, str]:
         """Return the environment variables that set the number of CPU threads."""

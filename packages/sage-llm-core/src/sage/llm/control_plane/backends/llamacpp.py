@@ -12,7 +12,7 @@ from sage.libs.models.export.formats import PRECISIONS
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
-from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend, parsed
+from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, TokenMetrics, WorkerBackend, parsed
 from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstimate, sizes_of, token_bytes
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 from sage.llm.control_plane.store.records import ServerRecord
@@ -69,6 +69,9 @@ class LlamaCppBackend(WorkerBackend):
     options: ClassVar[type[BaseModel]] = LlamaCppOptions
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
     health_path: ClassVar[str] = "/props"
+    token_metrics: ClassVar[TokenMetrics | None] = TokenMetrics(
+        "/metrics", "llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total"
+    )
     parameters: ClassVar[frozenset[str] | None] = _PARAMETERS
 
     def argv(self, model: str, served_name: str, options: LlamaCppOptions) -> tuple[str, ...]:

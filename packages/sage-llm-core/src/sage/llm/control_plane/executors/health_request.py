@@ -1,6 +1,6 @@
 """Send GET requests to inference servers with little CPU time, because the gateway sends them every second.
 
-A request with httpx needs ten times the CPU time, during which the event loop cannot forward other requests.
+A request with httpx needs about ten times as much CPU time. Meanwhile, the event loop forwards no other requests.
 """
 
 import asyncio

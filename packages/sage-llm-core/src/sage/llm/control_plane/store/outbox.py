@@ -36,12 +36,12 @@ class WebhookMessage:
 
 
 class OutboxStore(LeaseStore):
-    """The methods of the store for webhook messages. They need no lease: a message can be delivered more than once."""
+    """The methods of the store for webhook messages. They need no lease, because a message can be delivered twice."""
 
     endpoints: Collection[str] = ()  #: the endpoints of new messages
 
     def messages(self, node: str, endpoint: str, *, limit: int) -> list[WebhookMessage]:
-        """Return messages for an endpoint: those with the fewest attempts first, and of these, the oldest first."""
+        """Return messages for an endpoint, sorted by the number of attempts, then by age."""
         table = webhook_messages.c
         query = select(webhook_messages).where(table.node == node, table.endpoint == endpoint)
         with self._read() as connection:

@@ -64,7 +64,7 @@ class ServerRecord:
     @property
     def token(self) -> str:
         """The token that identifies the process: `engine-` and the suffix of the server's id."""
-        return f"engine-{suffix_of(self.id)}"
+        return token_of(self.id)
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,11 @@ class EngineRecord:
 def internal_prefix(engine_id: str) -> str:
     """Return the prefix that the internal names of all revisions of an engine have in common."""
     return f"{INTERNAL}{suffix_of(engine_id)}-"
+
+
+def token_of(server_id: str) -> str:
+    """Return the token of a server's process: `engine-` and the suffix of the server's id."""
+    return f"engine-{suffix_of(server_id)}"
 
 
 def suffix_of(record_id: str) -> str:

@@ -9,7 +9,7 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 class TransitionCounts:
-    """The number of transitions, and the time that engines spent in a state before they left it. Thread-safe."""
+    """The number of transitions, and the total time that engines spent in each state. This class is thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
