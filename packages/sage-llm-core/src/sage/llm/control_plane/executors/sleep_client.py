@@ -38,7 +38,9 @@ class SleepClient:
     async def _check(self, server: ServerRecord, *, is_sleeping: bool) -> None:
         answer = await self._request(server, "GET", "is_sleeping")
         if answer.json() != {"is_sleeping": is_sleeping}:
-            raise EngineError(code="sleep_failed", message=f"{server.id} {'does not sleep' if is_sleeping else 'sleeps'}.")
+            raise EngineError(
+                code="engine_unusable", message=f"{server.id} {'does not sleep' if is_sleeping else 'sleeps'}."
+            )
 
     async def _request(self, server: ServerRecord, method: str, route: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {server_key(server.token)}"}
@@ -47,5 +49,7 @@ class SleepClient:
         except httpx.HTTPError as error:
             raise OSError(f"{server.id} did not answer the request to {route}: {error!r}") from None
         if answer.is_error:
-            raise EngineError(code="sleep_failed", message=f"{server.id} answered {route} with status {answer.status_code}.")
+            raise EngineError(
+                code="engine_unusable", message=f"{server.id} answered {route} with status {answer.status_code}."
+            )
         return answer
