@@ -30,8 +30,8 @@ def check_start(config: FinetuneConfig, trained_bytes: int, runs: Path) -> None:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         disk = existing.stat().st_dev
         needed_bytes[disk] += size_bytes
-        free_bytes = shutil.disk_usage(existing).free
-        if needed_bytes[disk] > free_bytes:
+        total_bytes, _, free_bytes = shutil.disk_usage(existing)
+        if needed_bytes[disk] > free_bytes and total_bytes:  # a virtual file system such as /proc has a size of 0
             raise Conflict(
                 code="disk_too_small",
                 message=f"The checkpoints and the result of this run need {_shown(needed_bytes[disk])} on the disk of "

@@ -73,7 +73,7 @@ class ServerStore(LeaseStore):
     @staticmethod
     def _join(connection: Connection, engine: EngineRecord, server_id: str, values: Mapping[str, Any]) -> None:
         is_open = and_(_is(server_id, engine.node), servers.c.state != ServerState.CLOSING)
-        changed = {"version": servers.c.version + bool(values), **to_columns(values)}
+        changed = {"version": servers.c.version + (1 if values else 0), **to_columns(values)}
         if not connection.execute(update(servers).where(is_open).values(changed)).rowcount:
             raise StaleWrite(server_id)
 
