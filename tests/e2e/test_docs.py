@@ -20,6 +20,7 @@ PAGES = (
     "docs/training.md",
     "docs/datasets.md",
     "docs/http.md",
+    "docs/operations.md",
     "docs/settings.md",
 )
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
