@@ -30,7 +30,7 @@ def is_in(engine: EngineView, state: str) -> bool:
 
 def train(model: Path, output: Path) -> EngineView:
     options = {"dataset_path": str(SAMPLES), "output_dir": str(output), "batch_size": 1, "num_epochs": 400}
-    return client().start_engine(model=str(model), engine_kind="finetune", options=options)
+    return client().start_engine(model=str(model), engine_kind="finetune", options=options, restart_policy="no")
 
 
 @pytest.mark.long
