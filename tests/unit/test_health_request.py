@@ -9,7 +9,7 @@ from sage.llm.control_plane.executors.health_request import get
 OK = b"HTTP/1.1 200 OK\r\n"
 
 
-async def answered(content: bytes) -> tuple[tuple[int, bytes], bytes]:
+async def answered(content: bytes, *, closes: bool = True) -> tuple[tuple[int, bytes], bytes]:
     """Return the answer, and the request that the server received."""
     received = b""
 
@@ -17,7 +17,8 @@ async def answered(content: bytes) -> tuple[tuple[int, bytes], bytes]:
         nonlocal received
         received = await reader.readuntil(b"\r\n\r\n")
         writer.write(content)
-        writer.close()
+        if closes:
+            writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -37,6 +38,15 @@ def test_an_answer_is_read_however_its_length_is_given(content: bytes) -> None:
     assert answer == (200, b"{}")
     assert request.startswith(b"GET /health HTTP/1.1\r\n")
     assert b"Authorization: Bearer k\r\n" in request
+
+
+def test_a_server_that_keeps_the_connection_open_has_answered_when_its_content_is_complete() -> None:
+    async def check() -> None:
+        async with asyncio.timeout(30):
+            answer, _ = await answered(OK + b"content-length: 2\r\n\r\n{}", closes=False)
+        assert answer == (200, b"{}")
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("content", [b"", b"SSH-2.0\r\n", OK + b"Content-Length: 5\r\n\r\n{}", b"x" * 5_000_000])

@@ -6,10 +6,12 @@ A request with httpx needs about ten times as much CPU time. Meanwhile, the even
 import asyncio
 import http.client
 import io
+import re
 from collections.abc import Mapping
 
 #: Maximum length of an answer.
 _MAX_BYTES = 2**22
+_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 async def get(address: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
@@ -20,7 +22,7 @@ async def get(address: str, path: str, headers: Mapping[str, str]) -> tuple[int,
     try:
         writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\n{fields}Connection: close\r\n\r\n".encode())
         received = bytearray()
-        while piece := await reader.read(_MAX_BYTES):
+        while not _is_complete(received) and (piece := await reader.read(_MAX_BYTES)):
             received += piece
             if len(received) > _MAX_BYTES:
                 raise OSError(f"the answer of {address}{path} is longer than {_MAX_BYTES} bytes")
@@ -32,6 +34,13 @@ async def get(address: str, path: str, headers: Mapping[str, str]) -> tuple[int,
         return response.status, response.read()
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"the answer of {address}{path} is not valid: {error!r}") from None
+
+
+def _is_complete(received: bytearray) -> bool:
+    """Return whether an answer with a Content-Length is complete. Other answers end when the server disconnects."""
+    head, separator, body = received.partition(b"\r\n\r\n")
+    length = _CONTENT_LENGTH.search(head) if separator else None
+    return length is not None and len(body) >= int(length[1])
 
 
 class _Received:
