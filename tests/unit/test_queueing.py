@@ -138,6 +138,17 @@ def test_a_run_that_is_stopped_before_its_room_is_free_gives_the_room_back() -> 
     assert node.states() == {"a": S.RUNNING, "t": S.STOPPED}
 
 
+def test_an_engine_is_also_paused_if_another_engine_of_its_server_is_already_being_paused() -> None:
+    node = Node(engine("a", 8))
+    node.settle()
+    first = node.engines["engine-a"]
+    node.put(engine("b", 0, S.RUNNING, server_id=first.server_id, last_event=4))
+    node.put(first, state=S.STOPPING, desired=PAUSED, paused_by="engine-t")
+    node.put(run("t", 6, on_busy=OnBusy.PREEMPT, last_event=5))
+    node.tick()
+    assert node.engines["engine-b"].desired is PAUSED
+
+
 def test_a_waiting_run_starts_when_the_run_before_it_has_ended_and_says_why_it_waits() -> None:
     node = Node(run("s", 7), run("t", 6, last_event=5))
     node.settle()

@@ -165,9 +165,11 @@ def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> I
         engines = hosts.engines_on(server.id)
         devices = server.devices or (_usable(engines[0], memory)[:1] if engines else ("cpu",))
         is_asleep = server.state is ServerState.SLEEPING and not engines
-        is_staying = any(
-            engine.desired is DesiredState.RUNNING and engine.state is not EngineState.STOPPING for engine in engines
-        )
+        staying = [
+            engine.state
+            for engine in engines
+            if engine.desired is DesiredState.RUNNING and engine.state is not EngineState.STOPPING
+        ]
         is_training = any(engine.kind is EngineKind.FINETUNE for engine in engines)
         yield Holder(
             server.id,
@@ -175,9 +177,9 @@ def _holders(servers: Iterable[ServerRecord], hosts: Hosts, memory: Memory) -> I
             devices,
             priority=max((engine.priority for engine in engines), default=0),
             is_asleep=is_asleep,
-            is_pausable=not is_training and all(engine.state is EngineState.RUNNING for engine in engines),
+            is_pausable=not is_training and all(state is EngineState.RUNNING for state in staying),
             ends=is_training,
-            is_leaving=not is_asleep and (server.state is ServerState.CLOSING or not is_staying),
+            is_leaving=not is_asleep and (server.state is ServerState.CLOSING or not staying),
             used_bytes={each.id: each.used_bytes[server.id] for each in memory.devices if server.id in each.used_bytes},
         )
 
