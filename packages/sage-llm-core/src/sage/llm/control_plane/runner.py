@@ -46,7 +46,7 @@ from sage.llm.control_plane.sleeper import Sleeper
 from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerRecord, ServerState
 from sage.llm.control_plane.store.store import LeaseLost, StaleWrite, Store
 from sage.llm.control_plane.validation import Validator
-from sage.llm.control_plane.writing import ACTOR, Writer
+from sage.llm.control_plane.writing import Writer
 
 logger = logging.getLogger(__name__)
 _MAX_ACTIONS = 16
@@ -90,9 +90,9 @@ class Runner:
         self._store, self._pool, self._executors = store, pool, executors
         self._launcher, self._adapters = launcher, adapters
         self._routing, self._lease, self._on_done = routing, lease, on_done
-        write = Writer(pool, self._held_lease)
-        self._publisher = Publisher(store, pool, executors, routing, write)
-        self._merger = Merger(store, pool, executors, adapters, routing, write)
+        self._commit = Writer(pool, self._held_lease)
+        self._publisher = Publisher(store, pool, executors, routing, self._commit)
+        self._merger = Merger(store, pool, executors, adapters, routing, self._commit)
         self.sleeper = Sleeper(store, pool, launcher, routing, self._held_lease)
         self.validator = Validator(executors, on_done)
         self.signalled: set[str] = set()  #: ids of engines that received the stop signal; the reconciler clears the set
@@ -204,10 +204,10 @@ class Runner:
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SetDesired(engine, desired, paused_by):
-                write = functools.partial(self._store.set_desired, engine, desired, actor=ACTOR, lease=self._held_lease())
                 # An engine that returns from a pause keeps its place in the queue.
                 values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
-                self._routing.apply(await self._pool.run(write, force=False, **values), server)
+                written = await self._commit(self._store.set_desired, engine, desired, force=False, **values)
+                self._routing.apply(written, server)
             case SendSignal():
                 await self._signal(action)
             case Transition():
@@ -347,19 +347,16 @@ class Runner:
             await self._merger.remove(engine)
 
     async def _revise(self, engine: EngineRecord, server: ServerRecord | None, **values: Any) -> None:
-        revise = functools.partial(self._store.revise, engine, actor=ACTOR, lease=self._held_lease())
-        self._routing.apply(await self._pool.run(revise, **values), server)
+        self._routing.apply(await self._commit(self._store.revise, engine, **values), server)
 
     async def _write(self, engine: EngineRecord, state: EngineState, **values: Any) -> EngineRecord:
-        write = functools.partial(self._store.transition, engine, state, actor=ACTOR, lease=self._held_lease())
-        written = await self._pool.run(write, **values)
+        written: EngineRecord = await self._commit(self._store.transition, engine, state, **values)
         reason = values.get("reason")
         logger.info("%s: %s → %s%s", engine.id, engine.state, state, f": {reason.message}" if reason else "")
         return written
 
     async def _restart(self, engine: EngineRecord, restarts: int, reason: Reason | None, **values: Any) -> EngineRecord:
-        restart = functools.partial(self._store.restart, engine, actor=ACTOR, lease=self._held_lease())
-        queued = await self._pool.run(restart, restarts=restarts, reason=reason, **values)
+        queued: EngineRecord = await self._commit(self._store.restart, engine, restarts=restarts, reason=reason, **values)
         logger.info("%s: %s → %s → %s (restart %d): %s", engine.id, engine.state, EngineState.FAILED, queued.state, restarts,
                     reason.message if reason else "")  # fmt: skip
         return queued
