@@ -61,6 +61,10 @@ class Hosts:
                 found[_key_of(server)].append(server)
         return found
 
+    @cached_property
+    def _asleep(self) -> list[ServerRecord]:
+        return [each for each in self._servers if each.state is ServerState.SLEEPING and not self._is_gone(each)]
+
     def engines_on(self, server_id: str) -> Sequence[EngineRecord]:
         """Return the engines that a server hosts."""
         return self._hosted.get(server_id, ())
@@ -90,9 +94,7 @@ class Hosts:
 
     def asleep_for(self, engine: EngineRecord) -> ServerRecord | None:
         """Return the sleeping server that an engine can wake; None if there is none."""
-        for server in self._servers:
-            if server.state is not ServerState.SLEEPING or self._is_gone(server):
-                continue
+        for server in self._asleep:
             if engine.requested_port not in (None, _port(server)):
                 continue
             if server.shared and engine.base:

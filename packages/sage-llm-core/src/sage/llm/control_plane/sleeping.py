@@ -12,7 +12,7 @@ from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.idle import is_making_room
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
-_AWAKE = (ServerState.PLANNED, ServerState.LAUNCHED, ServerState.CLOSING)
+_ASLEEP = (ServerState.SLEEPING, ServerState.WAKING)
 #: States of an engine that can need a sleeping server.
 _NEEDING = (
     EngineState.QUEUED, EngineState.PAUSED, EngineState.STARTING, EngineState.RUNNING, EngineState.STOPPING,
@@ -43,7 +43,7 @@ def unneeded(
 
     evicted: ids of the servers whose memory is needed.
     """
-    asleep = {server.id: server for server in servers.values() if server.state not in _AWAKE}
+    asleep = {server.id: server for server in servers.values() if server.state in _ASLEEP}
     if not asleep:
         return []
     needed = {engine.server_id for engine in engines if engine.state in _NEEDING}
