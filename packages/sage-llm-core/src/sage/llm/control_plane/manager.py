@@ -174,6 +174,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         if request.engine_kind is EngineKind.LLM:
             servers = await self._pool.run(self._store.servers, self._node)
             record = await asyncio.to_thread(like_its_base, record, servers, request.options)
+        return await self._add(record)
+
+    async def _add(self, record: EngineRecord) -> EngineView:
         engine = await self._write(self._store.add, record, ACTOR)
         self._routing.apply(engine, None)
         return await self._view(engine, None)

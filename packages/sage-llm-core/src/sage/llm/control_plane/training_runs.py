@@ -2,7 +2,6 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from sage.common.ids import random_suffix
 from sage.common.training import TrainingOptions
@@ -12,22 +11,16 @@ from sage.llm.control_plane.creation import new_engine
 from sage.llm.control_plane.executors.base import Executor
 from sage.llm.control_plane.executors.finetune_executor import FinetuneExecutor
 from sage.llm.control_plane.refusals import no_run, still_validating
-from sage.llm.control_plane.routing import RoutingTable
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
-from sage.llm.control_plane.store.store import Store
-from sage.llm.control_plane.waiting import ACTOR
 
 
 class TrainingRuns:
     """Base class of ControlPlaneManager with the methods for training runs. ControlPlaneManager sets the attributes."""
 
     _node: str
-    _store: Store
-    _routing: RoutingTable
     _executors: Mapping[EngineKind, Executor]
-    _write: Callable[..., Any]
     _own: Callable[[str], Awaitable[tuple[EngineRecord, ServerRecord | None]]]
-    _view: Callable[[EngineRecord, ServerRecord | None], Awaitable[EngineView]]
+    _add: Callable[[EngineRecord], Awaitable[EngineView]]
 
     async def change_training(self, engine_id: str, options: TrainingOptions) -> TrainingChangeView:
         """Request that a training run uses other options from its next step on; do not wait for this step.
@@ -57,12 +50,10 @@ class TrainingRuns:
             prepared = await executor.prepare(fork_id, start)
             record = new_engine(fork_id, self._node, start, prepared, parent.restart_policy, None, parent.on_busy)
             record = replace(record, devices=parent.devices, max_restarts=parent.max_restarts)
-            engine = await self._write(self._store.add, record, ACTOR)
+            return await self._add(record)
         except BaseException:
             await executor.discard(fork_id)
             raise
-        self._routing.apply(engine, None)
-        return await self._view(engine, None)
 
     async def _run(self, engine_id: str) -> tuple[EngineRecord, FinetuneExecutor]:
         """Return a training run of this node, and its executor. Raises Conflict if the engine is not a training run."""
